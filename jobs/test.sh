@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# What a change has to pass: style, types, tests. Arguments go to pytest:
+#
+#   jobs/test.sh [-k slurm ...]
+#
+#   FEDMPI_REQUIRE=slurm,data   tests that may not be skipped; else mpi, and what can run of slurm, strace, netns and data
+#   FEDMPI_DATA=DIR             where the data sets are; else ../shared/data, if that is there
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+EXTRAS="report test" RANKS=4
+. jobs/setup.sh
+
+say() { echo "test: $*" >&2; }
+PATH=$PATH:/usr/sbin:/sbin # where slurmctld, slurmd, munged and ip are
+has() { command -v "$1" >/dev/null; }
+
+packages=()
+need() { has "$1" || packages+=("$2"); }
+need slurmctld slurmctld
+need slurmd slurmd
+need srun slurm-client
+need munged munge
+need strace strace
+need ip iproute2
+# srun --mpi=pmix opens it without depending on it.
+! has apt-get || dpkg -s libpmix2 >/dev/null 2>&1 || packages+=(libpmix2)
+if [ ${#packages[@]} -gt 0 ] && has apt-get && [ "$(id -u)" = 0 ]; then
+  say "installing ${packages[*]} with apt-get, over the network"
+  log=$(mktemp)
+  export DEBIAN_FRONTEND=noninteractive
+  { timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends "${packages[@]}"; } \
+    >"$log" 2>&1 </dev/null || { say "apt-get failed:" && tail -n 5 "$log" >&2; }
+  rm -f "$log"
+elif [ ${#packages[@]} -gt 0 ]; then
+  say "not installing ${packages[*]}: that takes root and apt-get"
+fi
+
+if [ -z "${FEDMPI_DATA-}" ] && [ -d ../shared/data ]; then
+  FEDMPI_DATA=$(cd ../shared/data && pwd)
+  export FEDMPI_DATA
+fi
+# shellcheck disable=SC2317 # called by its name
+slurm_is_there() {
+  local program library
+  for program in slurmctld slurmd srun munged; do has "$program" || return; done
+  for library in /usr/lib/*/pmix2/lib/libpmix.so.2; do
+    [ ! -e "$library" ] || [ -e "${library%.2}" ] || [ -w "${library%/*}" ] || return
+  done
+}
+if [ -z "${FEDMPI_REQUIRE+set}" ]; then
+  FEDMPI_REQUIRE=mpi # setup.sh has seen to it
+  require() { # name, why not, command that tells
+    if "${@:3}" >/dev/null 2>&1; then
+      FEDMPI_REQUIRE+=${FEDMPI_REQUIRE:+,}$1
+    else
+      say "tests that need $1 may be skipped: $2"
+    fi
+  }
+  require slurm "SLURM is not all there, or lacks what root adds once (tests/slurm.py)" slurm_is_there
+  require strace "strace is not there or may not trace" strace -o /dev/null true
+  require netns "network namespaces take root and the ip command" unshare --net ip link
+  require data "no data in FEDMPI_DATA or ../shared/data" test -d "${FEDMPI_DATA-}"
+fi
+export FEDMPI_REQUIRE
+say "skips count as failures for: ${FEDMPI_REQUIRE:-nothing}"
+
+status=0
+step() { # seconds, command: the first code that is not 0 is the job's
+  local limit=$1 code=0 start=$SECONDS
+  shift
+  # INT, so that pytest ends what it has started.
+  timeout --foreground -s INT -k 60 "$limit" "$@" || code=$?
+  say "$* -> $code after $((SECONDS - start)) s"
+  [ $status != 0 ] || status=$code
+}
+step 60 ruff check
+step 60 ruff format --check
+step 300 mypy
+step 1500 pytest -q "$@"
+exit $status

@@ -1,0 +1,20 @@
+"""`python -m fedmpi` and the `fedmpi` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command. Handlers for stop signals stand before anything heavy is imported."""
+    if sys.argv[1:2] == ["train"]:
+        from fedmpi.stopping import listen
+
+        listen()
+    from fedmpi.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

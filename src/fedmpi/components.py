@@ -1,0 +1,220 @@
+"""Components: an algorithm is a frozen dataclass whose fields are its hyper-parameters, checked when it is made.
+
+A `Family` maps the names of its members to their classes; it is the one thing at the bottom of a family's file:
+
+    SELECTORS = Family("selector", {"all": All, "uniform": Uniform})
+
+A field of another component takes a member by `Annotated[Selector, SELECTORS]`. In YAML it is a mapping with a `name`
+(or just the name): `select: {name: uniform, fraction: 0.5}`. Users bring their own as `name: "package.module:Class"`.
+`build` turns such mappings into components, and is where a wrong key meets its nearest right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic_core import core_schema
+
+from fedmpi.errors import ConfigError
+
+T = TypeVar("T")
+
+# The units that fields are made of.
+PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
+Decay = Annotated[float, pydantic.Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, pydantic.Field(gt=0)]
+NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def component(cls: type[T]) -> type[T]:
+    """The class as a frozen dataclass that checks its fields, takes them by name only and knows no others."""
+    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, coerce_numbers_to_str=True)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    return typing.cast(type[T], made)
+
+
+class Family:
+    """The members of one kind of component, by name."""
+
+    def __init__(self, what: str, members: Mapping[str, type], outside: bool = True, deferred: bool = False) -> None:
+        self.what = what
+        self.members = dict(members)
+        self.outside = outside  # may a user bring their own as "package.module:Class"?
+        self.deferred = deferred  # may it be any callable, called when it is needed?
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._instance)
+
+    def _instance(self, value: Any) -> Any:
+        if isinstance(value, (str, Mapping)):
+            return self.build(value, self.what)
+        return value
+
+    def find(self, name: str, path: str) -> type:
+        """The class called `name`; ConfigError names the nearest one."""
+        if name in self.members:
+            return self.members[name]
+        if self.outside and ":" in name:
+            found: type = import_object(name, path)
+            return found
+        raise ConfigError(f"{path}: no {self.what} '{name}'{nearest(name, self.members)}")
+
+    def build(self, value: Any, path: str) -> Any:
+        """The member that a name or a mapping with a `name` asks for."""
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            return value if not isinstance(value, (int, float, list, type(None))) else self._no(value, path)
+        rest = dict(value)
+        name = rest.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: needs a 'name', one of: {', '.join(self.members)}")
+        found = self.find(name, path)
+        if dataclasses.is_dataclass(found):
+            return build(found, rest, path, f"{self.what} '{name}'")
+        if self.deferred and callable(found):
+            return Deferred(name, found, _fitting(found, rest, path))
+        raise ConfigError(f"{path}: '{name}' is no dataclass, so it cannot be a {self.what}")
+
+    def _no(self, value: Any, path: str) -> Any:
+        raise ConfigError(f"{path}: {value!r} is no {self.what}; one of: {', '.join(self.members)}")
+
+    def name_of(self, member: Any) -> str:
+        """What `name` asks for this member."""
+        if isinstance(member, Deferred):
+            return member.name
+        for name, cls in self.members.items():
+            if type(member) is cls:
+                return name
+        return f"{type(member).__module__}:{type(member).__qualname__}"
+
+
+def family_of(annotation: Any) -> Family | None:
+    """The family named in `Annotated[..., FAMILY]`, if any."""
+    for extra in getattr(annotation, "__metadata__", ()):
+        if isinstance(extra, Family):
+            return extra
+    for part in typing.get_args(annotation):
+        if (found := family_of(part)) is not None:
+            return found
+    return None
+
+
+def section_of(annotation: Any) -> type | None:
+    """The component class that an annotation names directly, if any."""
+    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """The fields of a component with their annotations, in order."""
+    known = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: known[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "configuration") -> T:
+    """A component made from a mapping; ConfigError in one line names the key and, if it is unknown, the nearest one."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or what}: expected keys and values, got {values!r}")
+    where = f"{path}: " if path else ""
+    known = hints(cls)
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{where}{what} has no '{name}'{nearest(str(name), known)}")
+    ready: dict[str, Any] = {}
+    for name, value in values.items():
+        here = f"{path}.{name}" if path else str(name)
+        family, section = family_of(known[name]), section_of(known[name])
+        if family is not None:
+            value = family.build(value, here)
+        elif section is not None and isinstance(value, Mapping):
+            value = build(section, value, here, f"'{name}'")
+        ready[name] = value
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(ready)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in ([path] if path else []) + list(first["loc"]))
+        if first["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
+            raise ConfigError(f"{at}: {what} needs it") from None
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        got = "" if first["type"] in ("value_error", "assertion_error") else f", got {first['input']!r}"
+        raise ConfigError(f"{at}: {message[:1].lower()}{message[1:]}{got}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A user's own factory and what it will be called with."""
+
+    name: str
+    target: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+    def build(self, source: Any) -> Any:
+        """What the factory makes."""
+        return self.target(**self.arguments)
+
+
+def _fitting(target: Callable[..., Any], values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The values, if the target takes them by name and lacks none."""
+    takes = inspect.signature(target)
+    if not any(p.kind is p.VAR_KEYWORD for p in takes.parameters.values()):
+        for name in values:
+            if name not in takes.parameters:
+                raise ConfigError(f"{path}: '{target.__name__}' has no '{name}'{nearest(name, takes.parameters)}")
+    try:
+        takes.bind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{path}: '{target.__name__}': {error}") from None
+    return dict(values)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what there is when nothing is near."""
+    names = [str(n) for n in known]
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; there is: {', '.join(names) or 'nothing'}"
+
+
+def import_object(name: str, path: str = "") -> Any:
+    """What `package.module:attribute` names; the current folder is searched too, after what is installed."""
+    where = f"{path}: " if path else ""
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.append(".")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where}cannot import '{name}': {error}") from None
+    return found
+
+
+def to_dict(value: Any, annotation: Any = None) -> Any:
+    """A component as plain YAML values; `build` of the result gives it back."""
+    if isinstance(value, Deferred):
+        return {"name": value.name} | {k: to_dict(v) for k, v in value.arguments.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        family = family_of(annotation)
+        known = hints(type(value))
+        head = {"name": family.name_of(value)} if family is not None and "name" not in known else {}
+        return head | {name: to_dict(getattr(value, name), known[name]) for name in known}
+    if isinstance(value, Mapping):
+        return {str(k): to_dict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)

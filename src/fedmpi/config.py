@@ -1,0 +1,230 @@
+"""The configuration: one tree, the same in code, in YAML and in overrides; the only place that says no to a user.
+
+    Config(rounds=3, model=Logistic(), local=Sgd(lr=0.1, epochs=1))       in code
+    {rounds: 3, model: logistic, local: {name: sgd, lr: 0.1, epochs: 1}}  in YAML
+    rounds=3 local.lr=0.1 server.optimizer=fedadam                        on the command line
+
+A component is a mapping with a `name`, or just the name. `load` keeps where every value came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from fedmpi.aggregate import AGGREGATORS, Aggregator, Mean
+from fedmpi.components import NonNegativeInt, PositiveInt, build, component, to_dict
+from fedmpi.data import DATASETS
+from fedmpi.data.digits import Digits
+from fedmpi.errors import ConfigError
+from fedmpi.exchange import ExchangeSection
+from fedmpi.local import RULES, LocalRule, Sgd
+from fedmpi.models import MODELS, Logistic
+from fedmpi.objectives import Objective
+from fedmpi.selection import SELECTORS, All, Selector
+from fedmpi.server import OPTIMIZERS, FedAvg, ServerOptimizer
+from fedmpi.types import Dataset
+
+
+@component
+class ServerSection:
+    """What rank 0 does besides hosting silos."""
+
+    optimizer: Annotated[ServerOptimizer, OPTIMIZERS] = FedAvg()  # how the aggregate moves the parameters
+    dedicated: bool = False  # rank 0 hosts no silo
+
+
+@component
+class CheckpointSection:
+    """What is kept on disk to restart from."""
+
+    every: PositiveInt = 5  # rounds between checkpoints; one is always written at the end and on a stop
+    keep: PositiveInt = 3  # newest checkpoints kept, besides the best
+
+
+@component
+class EvaluateSection:
+    """Evaluation of the global model on the silos' test data."""
+
+    every: PositiveInt = 1  # rounds between evaluations; the last round is always evaluated
+    batch_size: PositiveInt = 1024  # samples at a time
+
+
+@component
+class DeviceSection:
+    """Where a rank trains."""
+
+    name: str = "auto"  # auto (a GPU where there is one), cpu or cuda
+    share: bool = False  # may several ranks use one GPU?
+
+
+@component
+class RecordsSection:
+    """What is written besides metrics.jsonl and trace.json."""
+
+    trace: bool = True  # trace.json; off for a thousand ranks
+    tensorboard: bool = False  # events under OUT/tensorboard; needs the extra `report`
+
+
+@component
+class Config:
+    """A whole run."""
+
+    rounds: PositiveInt = 20  # rounds to have done at the end
+    seed: NonNegativeInt = 0  # of every random number
+    out: str = "runs/run"  # the run directory; one that holds a checkpoint is resumed
+    init: str | None = None  # .safetensors file to start from instead of the model's own start
+    data: Annotated[Dataset, DATASETS] = Digits()  # whose samples
+    model: Annotated[Any, MODELS] = Logistic()  # what is trained
+    objective: Objective = Objective()  # loss and metric; by the data's task unless given
+    local: Annotated[LocalRule, RULES] = Sgd(lr=0.05, epochs=1)  # how a silo trains
+    select: Annotated[Selector, SELECTORS] = All()  # who takes part
+    aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()  # how deltas become one
+    server: ServerSection = ServerSection()
+    exchange: ExchangeSection = ExchangeSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    records: RecordsSection = RecordsSection()
+    device: DeviceSection = DeviceSection()
+
+
+# What a resumed run may change: how long, where and how often it is written, on what it runs.
+MAY_CHANGE = ("rounds", "checkpoint", "device", "out", "records", "data.root", "init")
+
+# What may differ between the ranks of one run: where a site keeps its files. Of `init` and data the contents count.
+OF_A_SITE = ("out", "data.root", "device", "records", "init")
+
+ABOUT = "about"  # what a run's own config.yaml says besides the configuration; ignored when it is read as one
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write configurations: 1e-3 is a number (YAML 1.1 wants 1.0e-3), 2026-01-02 is a name, no date, and
+    no is a word, no truth."""
+
+
+_OTHERWISE = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in some if tag not in _OTHERWISE]
+    for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """The configuration in a YAML file with overrides, and where each value came from ("FILE:LINE", "command line").
+
+    Raises ConfigError in one line.
+    """
+    values, origins = _read(Path(path))
+    values.pop(ABOUT, None)
+    if "out" not in values:
+        values["out"] = f"runs/{Path(path).stem}"
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{override}' is no override; write key=value, such as local.lr=0.1")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: cannot read {text!r} as a value") from None
+        _put(values, key, value)
+        for known in [k for k in origins if k == key or k.startswith(f"{key}.")]:
+            del origins[known]
+        origins[key] = "command line"
+    return build(Config, values), origins
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        text = path.read_text()
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{at}: not YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, such as `rounds: 20`")
+    origins = {key: f"{path}:{line}" for key, line in _lines(node)} if node is not None else {}
+    return values, origins
+
+
+def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            yield name, key.start_mark.line + 1
+            yield from _lines(value, f"{name}.")
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; a component given by its name alone becomes a mapping first."""
+    *parents, last = key.split(".")
+    for part in parents:
+        below = values.get(part)
+        if isinstance(below, str):
+            below = {"name": below}
+        elif not isinstance(below, dict):
+            below = {}
+        values[part] = dict(below)
+        values = values[part]
+    values[last] = value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones.
+
+    >>> flatten({"a": {"b": 1}, "c": [2]})
+    {'a.b': 1, 'c': [2]}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """Where a resolved value came from: its own line, the line of the component it belongs to, or the default."""
+    if key in origins:
+        return origins[key]
+    parent, _, last = key.rpartition(".")
+    if last == "name" and parent in origins:
+        return origins[parent]
+    return "default"
+
+
+def _without(keys: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in flatten(values).items() if not any(k == m or k.startswith(f"{m}.") for m in keys)}
+
+
+def digest(config: Config) -> bytes:
+    """What all ranks of a run must hold alike, as a SHA-256."""
+    return hashlib.sha256(json.dumps(_without(OF_A_SITE, to_dict(config)), sort_keys=True).encode()).digest()
+
+
+def differences(stored: Mapping[str, Any], config: Config) -> list[str]:
+    """What a run directory was begun with and this configuration has otherwise, apart from what may change."""
+    old = _without(MAY_CHANGE, {k: v for k, v in stored.items() if k != ABOUT})
+    new = _without(MAY_CHANGE, to_dict(config))
+    missing = "not set"
+    return [
+        f"{key} is {old.get(key, missing)} there and {new.get(key, missing)} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]

@@ -1,0 +1,145 @@
+"""Where data files lie, where they officially come from, and how to know that they are right.
+
+A dataset's files lie in ROOT/NAME/. ROOT is the dataset's field `root`, else $FEDMPI_DATA, else ./data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from fedmpi.components import nearest
+from fedmpi.errors import ConfigError, DataMissing
+
+
+class Official(NamedTuple):
+    """A file as its publisher has it."""
+
+    md5: str
+    urls: tuple[str, ...]  # tried in this order
+
+
+def _fashion(file: str) -> tuple[str, ...]:
+    return (
+        f"https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/{file}",
+        f"http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{file}",
+    )
+
+
+def _heart(file: str) -> tuple[str, ...]:
+    return (f"https://archive.ics.uci.edu/ml/machine-learning-databases/heart-disease/{file}",)
+
+
+FILES: dict[str, dict[str, Official]] = {
+    "fashion_mnist": {
+        file: Official(md5, _fashion(file))
+        for file, md5 in (
+            ("train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+            ("train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
+            ("t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
+            ("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
+        )
+    },
+    "heart_disease": {
+        file: Official(md5, _heart(file))
+        for file, md5 in (
+            ("processed.cleveland.data", "2d91a8ff69cfd9616aa47b59d6f843db"),
+            ("processed.hungarian.data", "22e96bee155b5973568101c93b3705f6"),
+            ("processed.switzerland.data", "9a87f7577310b3917730d06ba9349e20"),
+            ("processed.va.data", "4249d03ca7711e84f4444768c9426170"),
+        )
+    },
+    "shakespeare": {
+        "input.txt": Official(
+            "6fb458f1232090904fb40fe944165e91",
+            ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
+        )
+    },
+}
+FOLDERS = {"shakespeare": "tinyshakespeare"}  # where the folder is not called like the dataset
+
+
+def root_of(root: Path | None) -> Path:
+    """The folder that holds the datasets' folders."""
+    return Path(root or os.environ.get("FEDMPI_DATA") or "data").expanduser()
+
+
+def folder_of(root: Path | None, name: str) -> Path:
+    """The folder of one dataset."""
+    return root_of(root) / FOLDERS.get(name, name)
+
+
+def locate(root: Path | None, name: str, file: str) -> Path:
+    """The path of a dataset's file; DataMissing says how to get it."""
+    path = folder_of(root, name) / file
+    if path.is_file():
+        return path
+    raise DataMissing(
+        f"{name}: no {file} in {path.parent.absolute()}; run `fedmpi data fetch {name}` or put it there "
+        f"(official: {FILES[name][file].urls[0]}, MD5 {FILES[name][file].md5})"
+    )
+
+
+def verify(name: str, root: Path | None = None) -> None:
+    """ConfigError when a file of the dataset that is there is not the official one; other silos' files may be away."""
+    for file, official in FILES.get(name, {}).items():
+        path = folder_of(root, name) / file
+        if path.is_file() and (found := md5_of(path)) != official.md5:
+            raise ConfigError(
+                f"{name}: {path} has MD5 {found}, the official one {official.md5}; run `fedmpi data fetch {name}`"
+            )
+
+
+def fetch(name: str, root: Path | None = None, timeout_s: float = 30) -> list[Path]:
+    """Downloads what is not there or not right, and gives all the dataset's paths.
+
+    A file gets its name only after its MD5 was right. DataMissing (no network, or another file at the source) says of
+    every file that could not be had where to put it.
+    """
+    if name not in FILES:
+        raise ConfigError(f"nothing to fetch for '{name}'{nearest(name, FILES)}")
+    paths = {folder_of(root, name) / file: official for file, official in FILES[name].items()}
+    missing = {
+        path: official for path, official in paths.items() if not (path.is_file() and md5_of(path) == official.md5)
+    }
+    reasons = {path: reason for path, official in missing.items() if (reason := _download(path, official, timeout_s))}
+    if reasons:
+        places = "; ".join(
+            f"{p.absolute()} (official: {' or '.join(paths[p].urls)}, MD5 {paths[p].md5})" for p in reasons
+        )
+        why = ", ".join(dict.fromkeys(reasons.values()))
+        raise DataMissing(f"{name}: could not fetch {len(reasons)} files ({why}); put them there: {places}")
+    return list(paths)
+
+
+def md5_of(path: Path) -> str:
+    """The MD5 sum of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _download(path: Path, official: Official, timeout_s: float) -> str:
+    """Empty when the file is there and right, else why it is not."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    reasons = []
+    for url in official.urls:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=timeout_s) as reply, beside.open("wb") as file:
+                while block := reply.read(1 << 20):
+                    file.write(block)
+            if (found := md5_of(beside)) == official.md5:
+                os.replace(beside, path)
+                return ""
+            reasons.append(f"MD5 {found} at {url}")
+        except (OSError, http.client.HTTPException) as error:
+            reasons.append(str(error))
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+    return ", ".join(dict.fromkeys(reasons))

@@ -1,0 +1,200 @@
+"""Partitions: how one central set becomes the silos of a federation.
+
+A partition gives every silo its own training AND test samples. The official test set is divided in each silo's own
+proportions, so every sample belongs to exactly one silo, a silo is tested on the mixture it trains on, and the pooled
+test set is the whole official one.
+
+Shapes in names: `N` training samples, `M` test samples, `C` classes, `K` silos.
+
+>>> y_train_N, y_test_M = np.repeat(np.arange(4), 50), np.repeat(np.arange(4), 10)
+>>> parts = divide(Labels(labels=2), y_train_N, y_test_M, 4, seed=0)
+>>> {silo: np.unique(y_train_N[part.train]).tolist() for silo, part in parts.items()}
+{'silo-0': [0, 1], 'silo-1': [0, 1], 'silo-2': [0, 2], 'silo-3': [1, 3]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmpi.components import Family, NonNegativeInt, PositiveFloat, PositiveInt, component
+from fedmpi.errors import ConfigError
+from fedmpi.rng import generator
+
+Ints = npt.NDArray[Any]  # of any integer type
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Rng = np.random.Generator
+MAX_DRAWS = 1000  # of proportions, before a partition says that min_samples cannot be met
+
+
+class Part(NamedTuple):
+    """One silo's samples, as sorted indices into the training and into the test set."""
+
+    train: IntArray
+    test: IntArray
+
+
+class Partition(Protocol):
+    """How labels are divided over silos."""
+
+    def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
+        """One part a silo; every training and every test index in exactly one of them."""
+        ...
+
+
+@component
+class Iid:
+    """Shuffled, then cut into equal parts (McMahan et al. 2017, section 3, "IID")."""
+
+    def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
+        """Parts whose sizes differ by at most one."""
+        return _by_size(np.full(num_silos, 1 / num_silos), y_train_N, y_test_M, rng)
+
+
+@component
+class Quantity:
+    """Sizes from Dirichlet(beta), labels iid (Li et al. 2022, NIID-Bench, "quantity skew").
+
+    Drawn again, at most 1000 times, until every silo has `min_samples`.
+    """
+
+    beta: PositiveFloat = 0.5  # Dirichlet concentration; smaller is more unequal
+    min_samples: NonNegativeInt = 10  # training samples that every silo gets at least
+
+    def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
+        """Parts of unequal size."""
+
+        def draw() -> tuple[FloatArray, IntArray]:
+            shares_K = rng.dirichlet(np.full(num_silos, self.beta))
+            return shares_K, np.diff(_bounds(shares_K, len(y_train_N)))
+
+        return _by_size(_draw_until(draw, self.min_samples, num_silos), y_train_N, y_test_M, rng)
+
+
+@component
+class Dirichlet:
+    """Each class is shared out by Dirichlet(alpha) (Hsu et al. 2019, in the form of Li et al. 2022, NIID-Bench).
+
+    For every class k, p_k ~ Dir_K(alpha) and silo j gets the share p_kj of it; drawn again, at most 1000 times, until
+    every silo has `min_samples`. As in NIID-Bench's code (not its paper) a silo that already holds N/K samples gets
+    nothing of later classes, which keeps sizes comparable; `cap: false` leaves that out. Deviation: the test set is
+    divided by the same p, where NIID-Bench keeps one central test set. Hsu et al. draw a class mixture per silo at
+    equal sizes instead; the skew is of the same kind, the sizes are not.
+    """
+
+    alpha: PositiveFloat = 0.5  # Dirichlet concentration; smaller is more skewed
+    min_samples: NonNegativeInt = 10  # training samples that every silo gets at least
+    cap: bool = True  # a silo with N/K samples gets nothing of the classes that follow
+
+    def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
+        """Parts with unequal labels and sizes."""
+        num_C = np.bincount(y_train_N, minlength=_num_classes(y_train_N, y_test_M))
+
+        def draw() -> tuple[FloatArray, IntArray]:
+            shares_CK = np.zeros((len(num_C), num_silos))
+            sizes_K = np.zeros(num_silos, np.int64)
+            for k, num in enumerate(num_C):
+                share_K = rng.dirichlet(np.full(num_silos, self.alpha))
+                if self.cap and (open_K := share_K * (sizes_K < len(y_train_N) / num_silos)).sum() > 0:
+                    share_K = open_K / open_K.sum()
+                shares_CK[k] = share_K
+                sizes_K += np.diff(_bounds(share_K, num))
+            return shares_CK, sizes_K
+
+        return _by_class(_draw_until(draw, self.min_samples, num_silos), y_train_N, y_test_M, rng)
+
+
+@component
+class Labels:
+    """Each silo has `labels` labels and no others (Li et al. 2022, NIID-Bench, "#C=k").
+
+    Silo i gets label i mod C and then labels at random, different ones; the samples of a label are divided randomly
+    and equally over the silos that have it. Deviation: while a label has no owner, random picks are among those
+    labels, so that with fewer silos than labels no sample is left out. (McMahan et al. 2017's shards of sorted data
+    are the older form; a shard may straddle two labels.)
+    """
+
+    labels: PositiveInt = 2  # different labels that a silo has
+
+    def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
+        """Parts with few labels each."""
+        num_classes = _num_classes(y_train_N, y_test_M)
+        if self.labels > num_classes:
+            raise ConfigError(f"partition labels: {self.labels} labels a silo, but there are only {num_classes}")
+        if self.labels * num_silos < num_classes:
+            raise ConfigError(
+                f"partition labels: {num_silos} silos of {self.labels} labels leave some of {num_classes} without owner"
+            )
+        owns_CK = np.zeros((num_classes, num_silos))
+        owns_CK[np.arange(num_silos) % num_classes, np.arange(num_silos)] = 1
+        for silo in range(num_silos):
+            for _ in range(self.labels - 1):
+                no_owner = np.flatnonzero(owns_CK.sum(axis=1) == 0)
+                others = np.flatnonzero(owns_CK[:, silo] == 0)
+                owns_CK[rng.choice(no_owner if len(no_owner) else others), silo] = 1
+        return _by_class(owns_CK / owns_CK.sum(axis=1, keepdims=True), y_train_N, y_test_M, rng)
+
+
+def divide(partition: Partition, y_train_N: Ints, y_test_M: Ints, num_silos: int, seed: int) -> dict[str, Part]:
+    """Each silo's part by id, "silo-0" on, zero-padded so that text order is number order.
+
+    ConfigError when a silo has no training samples, or a partition loses or repeats a sample.
+    """
+    parts = partition.split(y_train_N, y_test_M, num_silos, generator(seed, purpose="partition"))
+    named = {f"silo-{k:0{len(str(num_silos - 1))}d}": part for k, part in enumerate(parts)}
+    for silo, part in named.items():
+        if not len(part.train):
+            raise ConfigError(f"silo {silo} has no samples ({len(y_train_N)} over {num_silos} silos by {partition})")
+    for y, pieces in ((y_train_N, [p.train for p in parts]), (y_test_M, [p.test for p in parts])):
+        if not np.array_equal(np.sort(np.concatenate(pieces)), np.arange(len(y))):
+            raise ConfigError(f"partition {partition} does not give every sample to exactly one silo")
+    return named
+
+
+def _num_classes(*ys: Ints) -> int:
+    return int(max(y.max(initial=0) for y in ys)) + 1
+
+
+def _bounds(share_K: FloatArray, num: int) -> IntArray:
+    """Where each silo's piece of `num` samples begins and ends: K+1 numbers from 0 to `num`."""
+    inner = np.rint(np.cumsum(share_K)[:-1] * num).astype(np.int64)
+    return np.concatenate([[0], np.minimum(inner, num), [num]])
+
+
+def _draw_until(draw: Callable[[], tuple[FloatArray, IntArray]], min_samples: int, num_silos: int) -> FloatArray:
+    """The first drawn shares that give every silo `min_samples` training samples."""
+    for _ in range(MAX_DRAWS):
+        shares, sizes_K = draw()
+        if sizes_K.min() >= min_samples:
+            return shares
+    few = int(sizes_K.argmin())
+    raise ConfigError(
+        f"silo {few} of {num_silos} has {sizes_K[few] or 'no'} samples, min_samples is {min_samples}, after "
+        f"{MAX_DRAWS} draws; take fewer silos, a lower min_samples or a milder skew"
+    )
+
+
+def _by_size(share_K: FloatArray, y_train_N: Ints, y_test_M: Ints, rng: Rng) -> list[Part]:
+    """Parts of these sizes, whatever the labels."""
+    pieces = [np.split(rng.permutation(len(y)), _bounds(share_K, len(y))[1:-1]) for y in (y_train_N, y_test_M)]
+    return [Part(np.sort(train), np.sort(test)) for train, test in zip(*pieces, strict=True)]
+
+
+def _by_class(shares_CK: FloatArray, y_train_N: Ints, y_test_M: Ints, rng: Rng) -> list[Part]:
+    """Parts with these shares of every class."""
+
+    def dealt(y: Ints) -> list[IntArray]:
+        pieces = [
+            np.split(rng.permutation(np.flatnonzero(y == k)), _bounds(share_K, int((y == k).sum()))[1:-1])
+            for k, share_K in enumerate(shares_CK)
+        ]
+        return [np.sort(np.concatenate(of_silo)) for of_silo in zip(*pieces, strict=True)]
+
+    return [Part(train, test) for train, test in zip(dealt(y_train_N), dealt(y_test_M), strict=True)]
+
+
+PARTITIONS = Family("partition", {"iid": Iid, "dirichlet": Dirichlet, "labels": Labels, "quantity": Quantity})

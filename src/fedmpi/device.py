@@ -1,0 +1,72 @@
+"""Which device a rank trains on, and how many threads it may use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+
+from fedmpi.comm import Solo
+from fedmpi.errors import ConfigError
+
+_ID_BYTES = 64
+
+
+def choose(name: str, share: bool, comm: Solo) -> torch.device:
+    """This rank's device: a GPU of its own by local rank, or the CPU. A call of all ranks.
+
+    Raises ConfigError on every rank when GPUs are asked for that are not there, or when ranks would share one and
+    `share` does not say that they may.
+    """
+    device = comm.together(lambda: _mine(name, comm.local_rank, comm.local_size))
+    identity = b""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # Launchers may show every rank only its own GPU, as number 0: the number says nothing, the UUID does.
+        identity = f"{torch.cuda.get_device_properties(device).uuid}".encode()
+    owners: dict[tuple[str, bytes], int] = {}
+    for rank, row in enumerate(comm.gather(identity.ljust(_ID_BYTES, b"\0")[:_ID_BYTES])):
+        key = (comm.hosts[rank], row)
+        if row.strip(b"\0") and key in owners and not share:
+            raise ConfigError(
+                f"device: ranks {owners[key]} and {rank} would share one GPU of {comm.hosts[rank]}; start fewer ranks "
+                "per node, or set device.share=true"
+            )
+        owners.setdefault(key, rank)
+    return device
+
+
+def _mine(name: str, local_rank: int, local_size: int) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device.name: '{name}' is not auto, cpu or cuda")
+    num_gpus = torch.cuda.device_count() if name != "cpu" else 0
+    if name == "cuda" and num_gpus == 0:
+        raise ConfigError(f"device.name is cuda, but this host shows no GPU to its {local_size} ranks")
+    return torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
+
+
+def set_threads(comm: Solo, reproducible: bool) -> int:
+    """Threads for this rank: the cores it may run on, shared with the ranks that may run on the same ones.
+
+    One thread and deterministic kernels when sums must not depend on how ranks are placed. A call of all ranks.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [os.cpu_count() or 1]
+    rows = comm.gather(hashlib.sha256(f"{comm.hosts[comm.rank]} {cores}".encode()).digest())
+    threads = 1 if reproducible else max(1, len(cores) // rows.count(rows[comm.rank]))
+    torch.set_num_threads(threads)
+    if reproducible:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    # What use_deterministic_algorithms sets, without importing torch's compiler on every rank.
+    torch.set_deterministic_debug_mode("error" if reproducible else "default")
+    return threads
+
+
+def keep_on(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A silo's samples on the device, when they take at most half of what is free there; else in page-locked memory."""
+    if device.type != "cuda":
+        return tensors
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if 2 * sum(t.nbytes for t in tensors) <= free_bytes:
+        return [t.to(device) for t in tensors]
+    return [t.pin_memory() for t in tensors]

@@ -1,0 +1,51 @@
+"""What can go wrong, as a tree; the command's exit code is written on each branch.
+
+FedmpiError                 exit 1
+├── ConfigError             exit 2   the user's configuration, data or machine does not fit; nothing was lost
+│   └── DataMissing         exit 2   a dataset's files are not there; the message says which to put where
+├── SiloError               exit 1   a silo raised; carries rank, silo and traceback
+├── Diverged                exit 1   every update of a round was rejected
+├── ExchangeError           exit 1   ranks disagree about what they exchange
+├── CheckpointError         exit 1   a checkpoint could not be written or read
+└── Stopped                 exit 3   a signal or `fedmpi stop`; the last whole round is on disk
+"""
+
+from __future__ import annotations
+
+
+class FedmpiError(Exception):
+    """Anything fedmpi says no to."""
+
+    exit_code = 1
+
+
+class ConfigError(FedmpiError):
+    """Bad configuration or missing input: one clear line, before anything runs."""
+
+    exit_code = 2
+
+
+class DataMissing(ConfigError):
+    """A dataset's files are not where they were looked for."""
+
+
+class SiloError(FedmpiError):
+    """A silo raised while it worked; every rank learns of it and ends."""
+
+
+class Diverged(FedmpiError):
+    """No update of a round was usable."""
+
+
+class ExchangeError(FedmpiError):
+    """Ranks hold different rounds, plans, lengths, types or results."""
+
+
+class CheckpointError(FedmpiError):
+    """A checkpoint could not be written, or none of those found can be used."""
+
+
+class Stopped(FedmpiError):
+    """The run ends early because somebody asked it to."""
+
+    exit_code = 3

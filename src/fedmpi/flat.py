@@ -1,0 +1,197 @@
+"""A torch model as views of one contiguous vector per dtype, so that a payload needs no packing.
+
+What is shared is one vector, what is personal another. The federation's own copy of the shared parameters, `params_P`,
+is one vector of float32 (float64 if the model has any float64): half-precision models move by less than half precision
+resolves.
+
+    shared     sent, averaged, stepped by the server
+    personal   trained or updated by a silo and kept by it: parameters and floating buffers that are not shared
+    integers   integer buffers (BatchNorm counts its batches): never sent, kept by the silo
+    the rest   frozen parameters that are not shared, buffers that are not saved: left where they are
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from fedmpi.components import nearest
+from fedmpi.errors import ConfigError
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter or buffer of the model."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    kind: str  # shared, personal, integers or rest
+
+    @property
+    def num_elements(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+def entries(module: torch.nn.Module, shared: str | Sequence[str] = "all") -> list[Entry]:
+    """What the model saves, each tensor once (tied weights under their first name), and whether it is shared.
+
+    `shared` is "all" (parameters and floating buffers), "trainable" (parameters that require a gradient), or patterns
+    of names of which the last match decides and "!" excludes: ["*", "!head.*"], ["*lora_*"]. Raises ConfigError for
+    a pattern that matches nothing, and when nothing is shared.
+    """
+    found: list[Entry] = []
+    seen: set[int] = set()
+    patterns = [] if isinstance(shared, str) else list(shared)
+    unused = set(patterns)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        trainable = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
+        chosen = trainable if shared == "trainable" else shared == "all"
+        for pattern in patterns:
+            if fnmatchcase(name, pattern.removeprefix("!")):
+                chosen = not pattern.startswith("!")
+                unused.discard(pattern)
+        if tensor.is_complex() or (trainable and not tensor.is_floating_point()):
+            raise ConfigError(f"model: '{name}' is {tensor.dtype}; only real floating-point parameters can be averaged")
+        if not tensor.is_floating_point():
+            kind = "integers"
+        elif chosen:
+            kind = "shared"
+        elif trainable or not isinstance(tensor, torch.nn.Parameter):
+            kind = "personal"
+        else:
+            kind = "rest"
+        found.append(Entry(name, tuple(tensor.shape), tensor.dtype, trainable, kind))
+    if unused:
+        pattern = sorted(unused)[0]
+        hint = nearest(pattern, [entry.name for entry in found])
+        raise ConfigError(f"exchange.parameters: '{pattern}' matches no parameter{hint}")
+    if not any(entry.kind == "shared" and entry.num_elements for entry in found):
+        raise ConfigError("exchange.parameters: nothing of the model is shared")
+    return found
+
+
+def master_dtype(found: Sequence[Entry]) -> torch.dtype:
+    """The dtype of `params_P`: float64 if any shared entry is, else float32."""
+    return torch.float64 if any(e.dtype == torch.float64 and e.kind == "shared" for e in found) else torch.float32
+
+
+def num_shared(found: Sequence[Entry]) -> int:
+    """P: how many parameters are sent."""
+    return sum(entry.num_elements for entry in found if entry.kind == "shared")
+
+
+def one_vector(found: Sequence[Entry]) -> bool:
+    """Are all shared entries of one dtype, that of `params_P`, so that a delta is one vector of the model's own?"""
+    return {e.dtype for e in found if e.kind == "shared"} == {master_dtype(found)}
+
+
+def signature(found: Sequence[Entry]) -> dict[str, list[object]]:
+    """What must agree between a checkpoint and a model: shared and personal entries by name."""
+    return {e.name: [str(e.dtype).removeprefix("torch."), list(e.shape), e.kind] for e in found if e.kind != "rest"}
+
+
+Allocate = Callable[[int, torch.dtype], torch.Tensor]
+
+
+class FlatModel:
+    """The model of a rank. Its silos take turns in it: load, train, take the delta."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        shared: str | Sequence[str] = "all",
+        device: torch.device | str = "cpu",
+        allocate: Allocate | None = None,
+    ) -> None:
+        self.module = module.to(device)
+        self.device = torch.device(device)
+        self.entries = entries(module, shared)
+        self.dtype = master_dtype(self.entries)
+        self.num_shared = num_shared(self.entries)
+        self._scratch_P: torch.Tensor | None = None
+        if allocate is None or self.device.type != "cpu":
+            allocate = lambda n, dtype: torch.zeros(n, dtype=dtype, device=self.device)  # noqa: E731
+        tensors = module.state_dict(keep_vars=True)
+        self._shared: list[torch.Tensor] = []  # the shared slice of each dtype's vector
+        self._personal: list[torch.Tensor] = []  # the personal slice
+        for dtype in dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal")):
+            kinds = [
+                [e for e in self.entries if e.kind == kind and e.dtype == dtype] for kind in ("shared", "personal")
+            ]
+            sizes = [sum(e.num_elements for e in some) for some in kinds]
+            # What is personal lies in memory of this process alone, wherever the shared slice may lie.
+            vectors = [allocate(sizes[0], dtype), torch.zeros(sizes[1], dtype=dtype, device=self.device)]
+            for vector, some in zip(vectors, kinds, strict=True):
+                start = 0
+                for entry in some:
+                    tensor, part = tensors[entry.name], vector[start : start + entry.num_elements]
+                    part.copy_(tensor.detach().reshape(-1))
+                    tensor.data = part.view(entry.shape)  # the object stays: ties and optimizers hold on to it
+                    start += entry.num_elements
+            self._shared.append(vectors[0])
+            self._personal.append(vectors[1])
+        self._integers = [tensors[e.name] for e in self.entries if e.kind == "integers"]
+        self.first_personal = self.personal()  # what a silo starts from at its first participation
+
+    def params(self) -> torch.Tensor:
+        """A copy of the shared parameters, [P]."""
+        return torch.cat([part.to(self.dtype) for part in self._shared]) if self._shared else torch.zeros(0)
+
+    def load(self, params_P: torch.Tensor) -> None:
+        """The model's shared parameters become params_P, [P]."""
+        start = 0
+        with torch.no_grad():
+            for part in self._shared:
+                part.copy_(params_P[start : start + len(part)])
+                start += len(part)
+
+    def take_delta(self, params_P: torch.Tensor) -> torch.Tensor:
+        """Local minus global, [P], in memory that the next `load` or `take_delta` reuses: the model is spent."""
+        with torch.no_grad():
+            if len(self._shared) == 1 and self._shared[0].dtype == self.dtype:
+                return self._shared[0].sub_(params_P)
+            if self._scratch_P is None:
+                self._scratch_P = torch.zeros(self.num_shared, dtype=self.dtype, device=self.device)
+            start = 0
+            for part in self._shared:
+                self._scratch_P[start : start + len(part)].copy_(part)
+                start += len(part)
+            return self._scratch_P.sub_(params_P)
+
+    def personal(self) -> dict[str, torch.Tensor]:
+        """A copy of what a silo keeps to itself; empty for most models. Halves as float32, which holds them exactly."""
+        kept = {
+            f"personal_{i}": part.to(torch.float32 if part.dtype in HALF else part.dtype, copy=True)
+            for i, part in enumerate(self._personal)
+            if len(part)
+        }
+        if self._integers:
+            kept["integers"] = torch.cat([t.detach().reshape(-1).to(torch.int64) for t in self._integers])
+        return kept
+
+    def load_personal(self, kept: dict[str, torch.Tensor]) -> None:
+        """Put back what `personal` gave."""
+        with torch.no_grad():
+            for i, part in enumerate(self._personal):
+                if len(part):
+                    part.copy_(kept[f"personal_{i}"])
+            start = 0
+            for tensor in self._integers:
+                tensor.copy_(kept["integers"][start : start + tensor.numel()].view(tensor.shape))
+                start += tensor.numel()
+
+
+def sha256(params_P: torch.Tensor) -> str:
+    """The SHA-256 of the vector's bytes, little-endian: two runs agree bit for bit when these agree."""
+    return hashlib.sha256(params_P.detach().cpu().contiguous().numpy().data).hexdigest()

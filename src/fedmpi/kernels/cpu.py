@@ -1,0 +1,619 @@
+"""The kernels in numba: one pass over blocks that stay in cache, no thread but the caller's, no lock held.
+
+Compiled at first use, cached on disk. No fastmath and no fused multiply-add: every operation is rounded by itself and
+in the order that `plain` has, so payloads and residuals have the same bits on any processor.
+
+All in one file: numba's cache forgets a kernel when the file that it is in changes, and no sooner; a loop that it calls
+from another file would live on in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba  # type: ignore[import-untyped,unused-ignore]
+import numpy as np
+
+F = TypeVar("F", bound=Callable[..., Any])
+Array = Any  # one-dimensional and contiguous
+
+SIGN_OFF = np.int32(0x7FFFFFFF)
+NOT_FINITE = np.int32(0x7F800000)  # infinity's bits; NaN's are above
+SMALLEST = np.float32(2.0**-126)  # normal number; smaller steps decode to zero
+ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer, ties to even
+ONE = np.uint64(1)
+SMALL = 1024  # elements at a time where two scratch blocks are needed
+NUM_SAMPLES = 16384  # that `select` guesses from
+BLOCK = 4096  # elements that are worked on at a time
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+MIX2 = np.uint64(0x94D049BB133111EB)
+STEP = np.uint32(0x9E3779B9)
+FMIX1 = np.uint32(0x85EBCA6B)
+FMIX2 = np.uint32(0xC2B2AE35)
+UNIT = np.float32(2.0**-24)
+
+
+def jit(function: F) -> F:
+    return cast(F, numba.njit(cache=True, nogil=True)(function))
+
+
+@jit
+def _splitmix(key: Any, index: int) -> Any:
+    z = key + (np.uint64(index) + ONE) * GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * MIX1
+    z = (z ^ (z >> np.uint64(27))) * MIX2
+    return z ^ (z >> np.uint64(31))
+
+
+@jit
+def _uniforms(key: Any, block: int, u: Array) -> None:
+    seed = np.uint32(_splitmix(key, block) >> np.uint64(32))
+    for j in range(u.size):
+        h = np.uint32(seed + np.uint32(j) * STEP)
+        h = np.uint32((h ^ (h >> np.uint32(16))) * FMIX1)
+        h = np.uint32((h ^ (h >> np.uint32(13))) * FMIX2)
+        h = np.uint32(h ^ (h >> np.uint32(16)))
+        u[j] = np.float32(np.int32(h >> np.uint32(8))) * UNIT
+
+
+@jit
+def _load(x: Array, scale: Any, residual: Array, v: Array) -> Any:
+    """v = x * scale + residual; returns the bits of the largest magnitude: integers order them, NaN comes last."""
+    if residual.size:
+        for j in range(x.size):
+            v[j] = x[j] * scale + residual[j]
+    else:
+        for j in range(x.size):
+            v[j] = x[j] * scale
+    bits = v.view(np.int32)
+    largest = np.int32(0)
+    for j in range(x.size):
+        largest = np.int32(max(largest, np.int32(bits[j] & SIGN_OFF)))
+    return largest
+
+
+@jit
+def _part(vector: Array, start: int, stop: int) -> Array:
+    """vector[start:stop], or nothing of an empty one."""
+    return vector[start:stop] if vector.size else vector
+
+
+@jit
+def _give(decoded: Array, out: Array, weight: Any, accumulate: bool) -> None:
+    if accumulate:
+        for j in range(out.size):
+            out[j] += weight * decoded[j]
+    else:
+        for j in range(out.size):
+            out[j] = decoded[j]
+
+
+@jit
+def _pack(codes: Array, width: int, payload: Array) -> None:
+    """Code i, cut to `width` bits, goes to bits [i width, (i + 1) width), lowest first; zeros fill the last byte."""
+    held, num_held, at = np.uint64(0), 0, 0
+    mask = (ONE << np.uint64(width)) - ONE
+    for i in range(codes.size):
+        held |= (np.uint64(codes[i]) & mask) << np.uint64(num_held)
+        num_held += width
+        while num_held >= 8:
+            payload[at] = np.uint8(held & np.uint64(255))
+            held >>= np.uint64(8)
+            num_held -= 8
+            at += 1
+    if num_held:
+        payload[at] = np.uint8(held & np.uint64(255))
+
+
+@jit
+def _unpack(payload: Array, width: int, codes: Array) -> None:
+    held, num_held, at = np.uint64(0), 0, 0
+    mask = (ONE << np.uint64(width)) - ONE
+    for i in range(codes.size):
+        while num_held < width:
+            held |= np.uint64(payload[at]) << np.uint64(num_held)
+            num_held += 8
+            at += 1
+        codes[i] = np.int64(held & mask)
+        held >>= np.uint64(width)
+        num_held -= width
+
+
+@jit
+def _step(v: Array, magnitude: Any, m: int, rule: int, levels: Any, spare: Array) -> Any:
+    """What one level stands for: by the largest magnitude (0), the Euclidean norm (1), or the mean magnitude (2).
+
+    Sums fold the upper half of the block onto the lower until one number is left, in float64.
+    """
+    if rule == 0:
+        return magnitude / levels
+    m2 = v.size // 2
+    if rule == 1:
+        for j in range(m2):
+            spare[j] = np.float64(v[j]) * np.float64(v[j]) + np.float64(v[j + m2]) * np.float64(v[j + m2])
+    else:
+        for j in range(m2):
+            spare[j] = np.float64(abs(v[j])) + np.float64(abs(v[j + m2]))
+    while m2 > 1:
+        m2 //= 2
+        for j in range(m2):
+            spare[j] += spare[j + m2]
+    return np.float32(np.sqrt(spare[0])) / levels if rule == 1 else np.float32(spare[0] / m)
+
+
+@jit
+def encode_blocks(
+    x: Array,
+    scale: Any,
+    residual: Array,
+    into: Array,
+    payload: Array,
+    key: Any,
+    block: int,
+    bits: int,
+    levels: int,
+    rule: int,
+    stochastic: bool,
+    damping: Any,
+) -> Any:
+    n = x.size
+    num_blocks = (n + block - 1) // block
+    scales = payload[: 4 * num_blocks].view(np.float32)
+    v, spare, u = np.zeros(block, np.float32), np.zeros(block // 2, np.float64), np.zeros(256, np.float32)
+    magnitude, codes = np.zeros(1, np.int32), np.zeros(block, np.int8)
+    unwanted = np.zeros(block, np.float32)
+    high = np.float32(levels)
+    parts = 8 // bits
+    mask = (1 << bits) - 1
+    at = 4 * num_blocks
+    for b in range(num_blocks):
+        start, stop = b * block, min(n, (b + 1) * block)
+        m = stop - start
+        magnitude[0] = _load(x[start:stop], scale, _part(residual, start, stop), v)
+        if magnitude[0] >= NOT_FINITE:
+            return -1
+        v[m:] = 0
+        s = _step(v, magnitude.view(np.float32)[0], m, rule, high, spare)
+        span = (m + parts - 1) // parts
+        packed = payload[at : at + span]
+        q = packed.view(np.int8) if parts == 1 else codes
+        rest = into[start:stop] if into.size else unwanted
+        scales[b] = s * damping
+        if s < SMALLEST:
+            scales[b] = 0
+            q[:m] = 0
+            if into.size:
+                for j in range(m):
+                    rest[j] = v[j]
+        elif bits == 1:
+            for j in range(m):
+                q[j] = np.int8(v[j] >= 0)
+            for j in range(m):
+                rest[j] = v[j] - s if v[j] >= 0 else v[j] + s
+        elif stochastic:
+            for i in range(0, m, 256):
+                _uniforms(key, (start + i) // 256, u)
+                row = v[i : min(m, i + 256)]
+                rest_row, q_row = rest[i : i + row.size], q[i : i + row.size]
+                for j in range(row.size):
+                    r = min(max(np.floor(row[j] / s + u[j]), -high), high)
+                    rest_row[j] = row[j] - r * scales[b]
+                    q_row[j] = np.int8(np.int32(r))
+        elif into.size:
+            for j in range(m):
+                r = (v[j] / s + ROUND) - ROUND
+                rest[j] = v[j] - r * s
+                q[j] = np.int8(np.int32(r))
+        else:
+            for j in range(m):
+                q[j] = np.int8(np.int32((v[j] / s + ROUND) - ROUND))
+        if parts > 1:
+            q[m:] = 0
+            for j in range(span):
+                packed[j] = np.uint8(q[j] & mask)
+            for p in range(1, parts):
+                row8 = q[p * span : min(block, (p + 1) * span)]
+                for j in range(row8.size):
+                    packed[j] |= np.uint8((row8[j] & mask) << (bits * p))
+        at += span
+    return at
+
+
+@jit
+def decode_blocks(payload: Array, out: Array, weight: Any, accumulate: bool, block: int, bits: int) -> None:
+    n = out.size
+    num_blocks = (n + block - 1) // block
+    scales = payload[: 4 * num_blocks].view(np.float32)
+    d = np.zeros(block, np.float32)
+    parts = 8 // bits
+    mask, top = (1 << bits) - 1, 1 << (bits - 1)
+    at = 4 * num_blocks
+    for b in range(num_blocks):
+        start, stop = b * block, min(n, (b + 1) * block)
+        m = stop - start
+        s = scales[b]
+        span = (m + parts - 1) // parts
+        codes8 = payload[at : at + span]
+        if parts == 1:
+            signed = codes8.view(np.int8)
+            for j in range(m):
+                d[j] = np.float32(signed[j]) * s
+        else:
+            for p in range(parts):
+                row = d[p * span : min(m, (p + 1) * span)]
+                for j in range(row.size):
+                    c = (codes8[j] >> (bits * p)) & mask
+                    row[j] = np.float32(2 * c - 1 if bits == 1 else (c ^ top) - top) * s
+        _give(d, out[start:stop], weight, accumulate)
+        at += span
+
+
+@jit
+def encode_half(x: Array, scale: Any, residual: Array, into: Array, payload: Array, bfloat: bool) -> Any:
+    n = x.size
+    halves = payload[: 2 * n].view(np.uint16)
+    v, d = np.zeros(SMALL, np.float32), np.zeros(SMALL, np.float32)
+    bits, back = v.view(np.uint32), d.view(np.uint32)
+    limit = np.int32(0x7F7F8000) if bfloat else np.int32(0x477FF000)  # the first that would round to infinity
+    for start in range(0, n, SMALL):
+        stop = min(n, start + SMALL)
+        m = stop - start
+        if _load(x[start:stop], scale, _part(residual, start, stop), v) >= limit:
+            return -1
+        h = halves[start:stop]
+        if bfloat:
+            for j in range(m):
+                odd = np.uint32(bits[j] >> np.uint32(16)) & np.uint32(1)
+                h[j] = np.uint16(np.uint32(bits[j] + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+        else:
+            for j in range(m):
+                d[j] = abs(v[j]) + np.float32(0.5)  # the sum's last bit is float16's smallest subnormal
+            for j in range(m):
+                f = np.uint32(bits[j] & np.uint32(0x7FFFFFFF))
+                normal = np.uint32(f + np.uint32(0xC8000FFF) + ((f >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+                small = back[j] - np.uint32(0x3F000000)
+                sign = (bits[j] >> np.uint32(16)) & np.uint32(0x8000)
+                h[j] = np.uint16((small if f < np.uint32(0x38800000) else normal) | sign)
+        if into.size:
+            _widen(h, d, bfloat)
+            rest = into[start:stop]
+            for j in range(m):
+                rest[j] = v[j] - d[j]
+    return 2 * n
+
+
+@jit
+def _widen(h: Array, d: Array, bfloat: bool) -> None:
+    bits = d.view(np.uint32)
+    if bfloat:
+        for j in range(h.size):
+            bits[j] = np.uint32(h[j]) << np.uint32(16)
+    else:
+        for j in range(h.size):
+            c = np.uint32(h[j])
+            bits[j] = ((c & np.uint32(0x7FFF)) << np.uint32(13)) | ((c & np.uint32(0x8000)) << np.uint32(16))
+        for j in range(h.size):
+            d[j] *= np.float32(2.0**112)  # moves the exponent's bias, subnormals and all
+
+
+@jit
+def decode_half(payload: Array, out: Array, weight: Any, accumulate: bool, bfloat: bool) -> None:
+    n = out.size
+    halves = payload[: 2 * n].view(np.uint16)
+    d = np.zeros(SMALL, np.float32)
+    for start in range(0, n, SMALL):
+        stop = min(n, start + SMALL)
+        _widen(halves[start:stop], d, bfloat)
+        _give(d, out[start:stop], weight, accumulate)
+
+
+@jit
+def encode_uniform(x: Array, scale: Any, residual: Array, into: Array, payload: Array, step: Any, max_bits: int) -> Any:
+    n = x.size
+    num_blocks = (n + 255) // 256
+    v, q, magnitude = np.zeros(256, np.float32), np.zeros(256, np.int32), np.zeros(1, np.int32)
+    unwanted = np.zeros(256, np.float32)
+    high = np.float32((1 << (max_bits - 1)) - 1)
+    at = num_blocks
+    for b in range(num_blocks):
+        start, stop = b * 256, min(n, (b + 1) * 256)
+        m = stop - start
+        magnitude[0] = _load(x[start:stop], scale, _part(residual, start, stop), v)
+        if magnitude[0] >= NOT_FINITE:
+            return -1
+        largest = np.int32(_level(magnitude.view(np.float32)[0], step, high))
+        width = 0
+        while largest >> width:
+            width += 1
+        width += width > 0
+        payload[b] = np.uint8(width)
+        rest = into[start:stop] if into.size else unwanted
+        for j in range(m):
+            r = np.copysign(_level(v[j], step, high), v[j])
+            q[j] = np.int32(r)
+            rest[j] = v[j] - np.float32(q[j]) * step
+        span = (m * width + 7) // 8
+        _pack(q[:m], width, payload[at : at + span])
+        at += span
+    return at
+
+
+@jit
+def _level(value: Any, step: Any, high: Any) -> Any:
+    """floor(|value| / step + 0.5), at most `high`; the half is compared, as adding it could round up."""
+    t = abs(value) / step
+    whole = np.floor(t)
+    return min(whole + np.float32(t - whole >= np.float32(0.5)), high)
+
+
+@jit
+def decode_uniform(payload: Array, out: Array, weight: Any, accumulate: bool, step: Any) -> Any:
+    n = out.size
+    num_blocks = (n + 255) // 256
+    q, d = np.zeros(256, np.int64), np.zeros(256, np.float32)
+    at = num_blocks
+    for b in range(num_blocks):
+        start, stop = b * 256, min(n, (b + 1) * 256)
+        m = stop - start
+        width = int(payload[b])
+        span = (m * width + 7) // 8
+        if at + span > payload.size or width > 16:
+            return -1
+        d[:] = 0
+        if width:
+            _unpack(payload[at : at + span], width, q[:m])
+            top = 1 << (width - 1)
+            for j in range(m):
+                d[j] = np.float32((q[j] ^ top) - top) * step
+        _give(d, out[start:stop], weight, accumulate)
+        at += span
+    return at
+
+
+@jit
+def _kth(bits: Array, k: int, counts: Array) -> tuple[int, int]:
+    """The k-th largest of `bits`, and how many of the k equal it. Uses up `bits`."""
+    num = bits.size
+    for shift in (23, 15, 7, 0):
+        counts[:256] = 0
+        mask = 127 if shift == 0 else 255
+        for i in range(num):
+            counts[(bits[i] >> shift) & mask] += 1
+        top = mask
+        while counts[top] < k:
+            k -= counts[top]
+            top -= 1
+        kept = 0
+        for i in range(num):
+            if (bits[i] >> shift) & mask == top:
+                bits[kept] = bits[i]
+                kept += 1
+        num = kept
+    return bits[0], k
+
+
+@jit
+def encode_chunks(x: Array, scale: Any, residual: Array, into: Array, payload: Array, keep: int, bits: int) -> Any:
+    n = x.size
+    num_chunks = (n + BLOCK - 1) // BLOCK
+    ends = payload[: 8 * num_chunks].view(np.float32)
+    v, spare = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.int32)
+    counts, codes = np.zeros(256, np.int64), np.zeros(keep, np.int64)
+    magnitudes = np.zeros(2, np.int32)
+    values = magnitudes.view(np.float32)
+    patterns = v.view(np.int32)
+    sign = 1 << (bits - 1)
+    at = 8 * num_chunks
+    for b in range(num_chunks):
+        start, stop = b * BLOCK, min(n, (b + 1) * BLOCK)
+        m = stop - start
+        k = (m * keep + BLOCK - 1) // BLOCK
+        magnitudes[1] = _load(x[start:stop], scale, _part(residual, start, stop), v)
+        if magnitudes[1] >= NOT_FINITE:
+            return -1
+        for j in range(m):
+            spare[j] = patterns[j] & SIGN_OFF
+        least, equal = _kth(spare[:m], k, counts)
+        magnitudes[0] = least
+        low, high = values[0], values[1]
+        step = (high - low) / np.float32(sign - 1)
+        rest = into[start:stop] if into.size else v
+        if into.size:
+            for j in range(m):
+                rest[j] = v[j]
+        found = 0
+        for j in range(m):
+            magnitude = np.int64(patterns[j] & SIGN_OFF)
+            if magnitude < least or (magnitude == least and equal == 0):
+                continue
+            equal -= magnitude == least
+            level = np.float32(0)
+            if step > 0:
+                level = min((((abs(v[j]) - low) / step) + ROUND) - ROUND, np.float32(sign - 1))
+            d = low + level * step
+            negative = v[j] < 0
+            codes[found] = j + ((np.int64(level) + sign * negative) << 12)
+            found += 1
+            if into.size:
+                rest[j] = v[j] + d if negative else v[j] - d
+        ends[2 * b], ends[2 * b + 1] = low, step
+        span = (k * (12 + bits) + 7) // 8
+        _pack(codes[:k], 12 + bits, payload[at : at + span])
+        at += span
+    return at
+
+
+@jit
+def decode_chunks(payload: Array, out: Array, weight: Any, accumulate: bool, keep: int, bits: int) -> None:
+    n = out.size
+    num_chunks = (n + BLOCK - 1) // BLOCK
+    ends = payload[: 8 * num_chunks].view(np.float32)
+    codes = np.zeros(keep, np.int64)
+    sign = 1 << (bits - 1)
+    at = 8 * num_chunks
+    for b in range(num_chunks):
+        chunk = out[b * BLOCK : min(n, (b + 1) * BLOCK)]
+        k = (chunk.size * keep + BLOCK - 1) // BLOCK
+        span = (k * (12 + bits) + 7) // 8
+        _unpack(payload[at : at + span], 12 + bits, codes[:k])
+        if not accumulate:
+            chunk[:] = 0
+        for i in range(k):
+            j, code = codes[i] & 4095, codes[i] >> 12
+            d = ends[2 * b] + np.float32(code & (sign - 1)) * ends[2 * b + 1]
+            d = -d if code & sign else d
+            if j < chunk.size:  # else the payload is damaged
+                chunk[j] = chunk[j] + weight * d if accumulate else d
+        at += span
+
+
+@jit
+def draw(key: Any, n: int, indices: Array) -> None:
+    """One index of each of k strata of n: stratum j is [j n // k, (j + 1) n // k)."""
+    k = indices.size
+    for j in range(k):
+        start, stop = j * n // k, (j + 1) * n // k
+        word = _splitmix(key, j) >> np.uint64(32)
+        indices[j] = start + np.int64((word * np.uint64(stop - start)) >> np.uint64(32))
+
+
+@jit
+def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: int, indices: Array) -> int:
+    """Indices of the k largest magnitudes not below `floor` (as bits), ascending; of equals the first. `into` takes v.
+
+    A sample guesses a magnitude that a few more than k reach; one pass collects them, the k-th is among these.
+    Where the guess was wrong (runs of equals, say) histograms of the whole find the k-th.
+    """
+    n = x.size
+    stride = (n + NUM_SAMPLES - 1) // NUM_SAMPLES
+    sample = np.zeros((n + stride - 1) // stride, np.int32)
+    v, counts = np.zeros(BLOCK, np.float32), np.zeros(2048, np.int64)
+    bits = v.view(np.int32)
+    for i in range(sample.size):
+        j = i * stride
+        _load(x[j : j + 1], scale, _part(residual, j, j + 1), v)
+        sample[i] = bits[0] & SIGN_OFF
+    rank = min(sample.size, int(1.25 * k * sample.size / n) + 16)
+    room = min(n, 2 * stride * rank + BLOCK)
+    low = max(_kth(sample, rank, counts)[0], floor)
+    near, patterns = np.zeros(room, np.int64), np.zeros(room, np.int32)
+    found, full = 0, False
+    for start in range(0, n, BLOCK):
+        stop = min(n, start + BLOCK)
+        largest = _load(x[start:stop], scale, _part(residual, start, stop), v)
+        if largest >= NOT_FINITE:
+            return -1
+        if into.size:
+            target = into[start:stop]
+            for j in range(stop - start):
+                target[j] = v[j]
+        full = full or found + stop - start > room
+        if largest < low or full:
+            continue
+        for i in range(0, stop - start, 32):
+            row = bits[i : min(i + 32, stop - start)]
+            peak = np.int32(0)
+            for j in range(row.size):
+                peak = np.int32(max(peak, np.int32(row[j] & SIGN_OFF)))
+            if peak >= low:
+                for j in range(row.size):
+                    if row[j] & SIGN_OFF >= low:
+                        near[found], patterns[found] = start + i + j, row[j] & SIGN_OFF
+                        found += 1
+    if full or (found < k and low > floor):
+        if into.size:
+            x, scale = into, np.float32(1)
+        return _select_exactly(x, scale, k, floor, indices, counts)
+    if found <= k:
+        indices[:found] = near[:found]
+        return found
+    least, equal = _kth(patterns[:found].copy(), k, counts)
+    chosen = 0
+    for i in range(found):
+        if patterns[i] > least or (patterns[i] == least and equal > 0):
+            equal -= patterns[i] == least
+            indices[chosen] = near[i]
+            chosen += 1
+    return chosen
+
+
+@jit
+def _select_exactly(x: Array, scale: Any, k: int, floor: int, indices: Array, counts: Array) -> int:
+    """`select` in four passes and no memory, whatever the values are."""
+    v, none = np.zeros(BLOCK, np.float32), x[:0]
+    bits = v.view(np.int32)
+    prefix, equal = 0, k
+    for shift, width in ((20, 11), (9, 11), (0, 9)):
+        counts[:] = 0
+        for start in range(0, x.size, BLOCK):
+            chunk = x[start : start + BLOCK]
+            _load(chunk, scale, none, v)
+            for j in range(chunk.size):
+                magnitude = np.int64(bits[j] & SIGN_OFF)
+                if magnitude >> (shift + width) == prefix:
+                    counts[(magnitude >> shift) & ((1 << width) - 1)] += 1
+        top = (1 << width) - 1
+        while counts[top] < equal:
+            equal -= counts[top]
+            top -= 1
+        prefix = (prefix << width) | top
+    least = prefix
+    if least < floor:
+        least, equal = floor - 1, 0
+    chosen = 0
+    for start in range(0, x.size, BLOCK):
+        chunk = x[start : start + BLOCK]
+        if _load(chunk, scale, none, v) < least:
+            continue
+        for j in range(chunk.size):
+            magnitude = np.int64(bits[j] & SIGN_OFF)
+            if magnitude > least or (magnitude == least and equal > 0):
+                equal -= magnitude == least
+                indices[chosen] = start + j
+                chosen += 1
+    return chosen
+
+
+@jit
+def pack_sorted(indices: Array, n: int, payload: Array) -> Any:
+    """Ascending indices below n in Elias-Fano form, 2 + log2(n / k) bits each: lower bits, then upper ones in unary."""
+    k = indices.size
+    if k == 0:
+        return 0
+    low = 0
+    while (n // k) >> (low + 1):
+        low += 1
+    middle = (k * low + 7) // 8
+    end = middle + (((n - 1) >> low) + k + 7) // 8
+    _pack(indices, low, payload)
+    payload[middle:end] = 0
+    for i in range(k):
+        at = (indices[i] >> low) + i
+        payload[middle + (at >> 3)] |= np.uint8(1 << (at & 7))
+    return end
+
+
+@jit
+def unpack_sorted(payload: Array, n: int, indices: Array) -> Any:
+    k = indices.size
+    if k == 0:
+        return 0
+    low = 0
+    while (n // k) >> (low + 1):
+        low += 1
+    middle = (k * low + 7) // 8
+    end = middle + (((n - 1) >> low) + k + 7) // 8
+    if low:
+        _unpack(payload, low, indices)
+    else:
+        indices[:] = 0
+    found = 0
+    for at in range(8 * (end - middle)):
+        if payload[middle + (at >> 3)] >> (at & 7) & 1 and found < k:
+            indices[found] |= (at - found) << low
+            if indices[found] >= n:
+                return -1
+            found += 1
+    return end if found == k else -1

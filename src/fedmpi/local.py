@@ -1,0 +1,232 @@
+"""Local rules: how a silo turns global parameters into a contribution. A rule knows no cohort and no rank.
+
+Samples are visited in an order that is keyed by (seed, silo, epoch); the cursor, how many samples the silo has visited
+since the run began, is silo state. So a silo trains the same wherever it lives and whenever it is restarted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import pydantic
+import torch
+
+from fedmpi import rng
+from fedmpi.components import Deferred, Family, PositiveFloat, PositiveInt, component, nearest
+from fedmpi.errors import ConfigError
+from fedmpi.flat import FlatModel
+from fedmpi.schedules import SCHEDULES, Constant, Schedule
+from fedmpi.types import Contribution, SiloData
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class LocalSilo:
+    """A silo that this rank hosts: its data and what it keeps from round to round."""
+
+    id: str
+    data: SiloData
+    weight: float
+    cursor: int = 0  # training samples visited since the run began
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)  # personal parameters; empty before it first trained
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a rule may know of the round it trains in."""
+
+    number: int  # 1 to `rounds`
+    rounds: int
+    seed: int
+    loss: Loss
+    check: Callable[[], None]  # a safe point: called between batches, may raise to break the round off
+
+
+class Sampler(Protocol):
+    """The order in which a silo visits its samples."""
+
+    def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
+        """Indices of one epoch, [num_samples]; a function of its arguments alone."""
+        ...
+
+
+@component
+class Shuffle:
+    """A new permutation every epoch."""
+
+    def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
+        return rng.generator(seed, purpose="order", silo=silo, epoch=epoch).permutation(num_samples)
+
+
+@component
+class InOrder:
+    """As the file has them, every epoch."""
+
+    def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
+        return np.arange(num_samples)
+
+
+SAMPLERS = Family("sampler", {"shuffle": Shuffle, "in_order": InOrder})
+
+
+def _spare_compiler() -> None:
+    """Making an optimizer makes torch import its compiler and sympy, 800 modules and over a second on every rank, only
+    to tell the compiler to leave a few methods alone. Without the compiler there is nobody to tell.
+    """
+    if "torch._dynamo" not in sys.modules:
+        for method in ("add_param_group", "zero_grad"):
+            plain = inspect.unwrap(getattr(torch.optim.Optimizer, method))
+            plain.__dynamo_disable = plain  # type: ignore[attr-defined]
+
+
+def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The optimizer's own step, without the wrappers that import the compiler too; to be called without gradients."""
+    return functools.partial(inspect.unwrap(type(optimizer).step), optimizer)
+
+
+_spare_compiler()
+
+
+class _TorchOptimizers(Family):
+    """All of torch.optim that steps without a closure: {name: SGD, momentum: 0.9}."""
+
+    def __init__(self) -> None:
+        closed = ("Optimizer", "LBFGS", "SparseAdam")
+        found = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and n not in closed}
+        super().__init__("optimizer", {n: c for n, c in found.items() if issubclass(c, torch.optim.Optimizer)}, False)
+
+    def build(self, value: Any, path: str) -> Deferred:
+        if isinstance(value, Deferred):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ConfigError(f"{path}: needs a 'name' from torch.optim: {', '.join(self.members)}")
+        arguments = {k: v for k, v in value.items() if k != "name"}
+        cls = self.find(value["name"], path)
+        takes = [n for n in inspect.signature(cls).parameters if n not in ("params", "lr")]
+        for name in arguments:
+            if name == "lr":
+                raise ConfigError(f"{path}.lr: the learning rate is local.lr")
+            if name not in takes:
+                raise ConfigError(f"{path}: optimizer '{cls.__name__}' has no '{name}'{nearest(str(name), takes)}")
+        try:
+            cls([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return Deferred(value["name"], cls, arguments)
+
+
+TORCH_OPTIMIZERS = _TorchOptimizers()
+
+
+class LocalRule(Protocol):
+    """How a silo turns global parameters into a contribution."""
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        """Train the silo from params_P, which is not written; the contribution's delta lives in the model's memory.
+
+        Reads and writes the silo's cursor and kept state. Raises what `round.check` raises.
+        """
+        ...
+
+
+@component
+class Work:
+    """The fields that every rule of gradient steps has: how much, with what, how fast."""
+
+    lr: PositiveFloat  # step size at the schedule's start
+    epochs: PositiveInt | None = None  # passes over the silo's samples per round; or give `steps`
+    steps: PositiveInt | None = None  # batches per round; they run on across rounds, an epoch's last may be short
+    batch_size: PositiveInt | None = 32  # samples per step; null: the whole silo
+    optimizer: Annotated[Deferred, TORCH_OPTIMIZERS] = Deferred(
+        "SGD", torch.optim.SGD, {}
+    )  # of torch.optim, new every round
+    schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over rounds
+    clip: PositiveFloat | None = None  # largest norm of a batch's gradient; null: as it is
+    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast on CUDA
+    sampler: Annotated[Sampler, SAMPLERS] = Shuffle()  # the order of a silo's samples
+
+    @pydantic.model_validator(mode="after")
+    def _one_amount(self) -> Work:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either 'epochs' or 'steps'")
+        return self
+
+    def batches(self, silo: LocalSilo, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This round's batches from the silo's cursor on; the cursor moves as they are taken."""
+        x, y = silo.data.x_train, silo.data.y_train
+        n = len(x)
+        size = min(self.batch_size or n, n)
+        steps_left = self.steps if self.steps is not None else -1
+        end = silo.cursor + (self.epochs or 0) * n
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        while steps_left > 0 or (steps_left < 0 and silo.cursor < end):
+            start = silo.cursor % n
+            if epoch != silo.cursor // n:
+                epoch = silo.cursor // n
+                order = torch.from_numpy(np.asarray(self.sampler.order(seed, silo.id, epoch, n), dtype=np.int64))
+                order = order.to(x.device)
+            rows = order[start : start + size]
+            if not len(rows):
+                raise ValueError(f"the sampler gave {len(order)} indices for an epoch of {n} samples")
+            silo.cursor += len(rows)
+            steps_left -= steps_left > 0
+            yield x[rows], y[rows]
+
+
+@component
+class Sgd(Work):
+    """Gradient steps from the global parameters: ClientUpdate of FedAvg (McMahan et al. 2017, Algorithm 1).
+
+    Deviations: any optimizer of torch.optim in place of plain SGD, a step count in place of epochs, gradient clipping.
+    """
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        return descend(self, silo, model, params_P, round)
+
+
+def descend(work: Work, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+    """The loop over batches that rules share."""
+    module, device = model.module, model.device
+    model.load(params_P)
+    model.load_personal(silo.kept or model.first_personal)
+    module.train()
+    # Dropout and the like draw from torch's own generator: key it, so that a silo draws the same on every rank.
+    torch.manual_seed(rng.key(round.seed, purpose="train", round=round.number, silo=silo.id) >> 1)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = work.optimizer.target(
+        trained, lr=work.schedule.lr(work.lr, round.number, round.rounds), **work.optimizer.arguments
+    )
+    step = plain_step(optimizer)
+    losses = torch.zeros((), dtype=torch.float64, device=device)
+    num_samples = num_steps = 0
+    for x, y in work.batches(silo, round.seed):
+        round.check()
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=work.precision == "bf16"):
+            loss = round.loss(module(x), y)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if work.clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, work.clip)
+        with torch.no_grad():
+            step()
+        losses += loss.detach() * len(x)
+        num_samples += len(x)
+        num_steps += 1
+    silo.kept = model.personal()
+    delta_P = model.take_delta(params_P)
+    return Contribution(
+        silo.id, round.number, silo.weight, delta_P, float(losses) / num_samples, num_samples, num_steps
+    )
+
+
+RULES = Family("local rule", {"sgd": Sgd})

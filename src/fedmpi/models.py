@@ -1,0 +1,304 @@
+"""The models that come along, as components that take their shapes from the data.
+
+    model = make(config.model, source)
+
+| task           | one sample             | outputs               |
+|----------------|------------------------|-----------------------|
+| classification | any                    | [N, classes] logits   |
+| binary         | any                    | [N] logits            |
+| regression     | any                    | [N] or [N, targets]   |
+| next_token     | [T] int64              | [N, T, symbols] logits |
+
+Bring your own as `model: {name: "package.module:factory", width: 64}`: a class or function that returns a torch module
+when it is called with those values, or a component with `build(source)`, which sees the data's shapes too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import OrderedDict
+from typing import Any, Literal, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedmpi.components import Family, NonNegativeInt, PositiveInt, component
+from fedmpi.errors import ConfigError
+from fedmpi.types import Source
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+class Model(Protocol):
+    """What a component of this family is."""
+
+    def build(self, source: Source) -> nn.Module:
+        """A new module for the data; torch's generator decides its numbers, torch's default device its place."""
+        ...
+
+
+def make(model: Any, source: Source) -> nn.Module:
+    """The torch module that a component builds for the data; a module is returned as it is.
+
+    >>> import torch
+    >>> source = Source("binary", shape=(13,), num_classes=1, silos=(), open=lambda silo: None)
+    >>> make(Logistic(), source)(torch.zeros(4, 13)).shape
+    torch.Size([4])
+    """
+    built = model if isinstance(model, nn.Module) or not hasattr(model, "build") else model.build(source)
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"model: {type(built).__name__} is no torch module, and has no 'build' that returns one")
+    return built
+
+
+@component
+class Logistic:
+    """Logistic regression, or linear regression: one linear layer, logits out; parameters are weights, then bias."""
+
+    inputs: PositiveInt | None = None  # values of a sample; None: as the data
+    classes: PositiveInt | None = None  # classes, or targets of a regression; None: as the data
+
+    def build(self, source: Source) -> nn.Module:
+        """Flatten, linear."""
+        inputs, outputs = _values(self.inputs, source), _outputs(self.classes, source)
+        return _stack(flatten=nn.Flatten(), linear=nn.Linear(inputs, outputs), outputs=_Outputs(source))
+
+
+@component
+class MLP:
+    """Linear layers with an activation between them; the default is the 2NN of McMahan et al. 2017, section 3."""
+
+    hidden: tuple[PositiveInt, ...] = (200, 200)  # widths of the hidden layers
+    activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"  # after every hidden layer
+    inputs: PositiveInt | None = None  # values of a sample; None: as the data
+    classes: PositiveInt | None = None  # classes, or targets of a regression; None: as the data
+
+    def build(self, source: Source) -> nn.Module:
+        """Flatten, hidden layers, linear."""
+        widths = [_values(self.inputs, source), *self.hidden]
+        layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
+        for n, (inputs, outputs) in enumerate(itertools.pairwise(widths), start=1):
+            layers |= {f"hidden{n}": nn.Linear(inputs, outputs), f"activation{n}": ACTIVATIONS[self.activation]()}
+        linear = nn.Linear(widths[-1], _outputs(self.classes, source))
+        return _stack(**layers, linear=linear, outputs=_Outputs(source))
+
+
+@component
+class CNN:
+    """The LeNet-like net of Li et al. 2022 (NIID-Bench): 6 and 16 channels of 5x5, fc 120 and 84.
+
+    On 28x28 images of one channel these are the 44,426 parameters of its published Fashion-MNIST results. LeNet-5
+    (LeCun et al. 1998) has other pooling, activations and connections. Images below 16x16 need `padding`.
+    """
+
+    kernel: PositiveInt = 5  # side of both convolutions, pixels
+    padding: NonNegativeInt = 0  # zeros around both convolutions' inputs, pixels; 8x8 images need 2
+    inputs: PositiveInt | None = None  # channels of an image; None: as the data
+    classes: PositiveInt | None = None  # classes, or targets of a regression; None: as the data
+
+    def build(self, source: Source) -> nn.Module:
+        """Two convolutions, each with ReLU and 2x2 max pooling; three linear layers."""
+        channels, height, width = _image(self.inputs, source)
+        height_out, width_out = self._side(height, self.padding), self._side(width, self.padding)
+        if min(height_out, width_out) < 1:
+            enough = next(p for p in range(self.kernel + 2) if self._side(min(height, width), p) >= 1)
+            raise ConfigError(
+                f"model.padding is {self.padding}: images of {height}x{width} are too small for two convolutions of "
+                f"{self.kernel}x{self.kernel}; padding {enough} is enough"
+            )
+        return _stack(
+            conv1=nn.Conv2d(channels, 6, self.kernel, padding=self.padding),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(6, 16, self.kernel, padding=self.padding),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(16 * height_out * width_out, 120),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(120, 84),
+            relu4=nn.ReLU(),
+            fc3=nn.Linear(84, _outputs(self.classes, source)),
+            outputs=_Outputs(source),
+        )
+
+    def _side(self, pixels: int, padding: int) -> int:
+        """Pixels that are left of a side behind both convolutions; below 1: the image is too small."""
+        for _ in range(2):
+            pixels = max(pixels + 2 * padding - self.kernel + 1, 0) // 2
+        return pixels
+
+
+@component
+class ResNet18:
+    """ResNet-18 (He et al. 2016, table 1) with group normalization (Wu & He 2018) for batch normalization.
+
+    Group normalization keeps no statistics of a silo's data, which averaging would mix (Hsieh et al. 2020); two groups
+    as in Reddi et al. 2021. The cifar stem is one 3x3 convolution without pooling; imagenet is the paper's.
+    """
+
+    stem: Literal["cifar", "imagenet"] = "cifar"  # first layers: 3x3, or 7x7 of stride 2 and pooling
+    groups: PositiveInt = 2  # of channels that are normalized together; divides `width`
+    width: PositiveInt = 64  # channels of the first stage; doubled three times
+    inputs: PositiveInt | None = None  # channels of an image; None: as the data
+    classes: PositiveInt | None = None  # classes, or targets of a regression; None: as the data
+
+    def __post_init__(self) -> None:
+        if self.width % self.groups:
+            raise ValueError(f"groups is {self.groups}, which does not divide the width {self.width}")
+
+    def build(self, source: Source) -> nn.Module:
+        """Stem, eight residual blocks in four stages, mean over pixels, linear."""
+        channels, _, _ = _image(self.inputs, source)
+        side, stride = (3, 1) if self.stem == "cifar" else (7, 2)
+        layers: dict[str, nn.Module] = {
+            "conv": nn.Conv2d(channels, self.width, side, stride, padding=side // 2, bias=False),
+            "norm": nn.GroupNorm(self.groups, self.width),
+            "relu": nn.ReLU(),
+        }
+        if self.stem == "imagenet":
+            layers["pool"] = nn.MaxPool2d(3, 2, padding=1)
+        before = self.width
+        for stage in range(4):
+            after = self.width << stage
+            layers[f"stage{stage + 1}a"] = _Residual(before, after, 1 if stage == 0 else 2, self.groups)
+            layers[f"stage{stage + 1}b"] = _Residual(after, after, 1, self.groups)
+            before = after
+        linear = nn.Linear(before, _outputs(self.classes, source))
+        return _stack(**layers, mean=_PixelMean(), linear=linear, outputs=_Outputs(source))
+
+
+@component
+class Transformer:
+    """A decoder-only transformer (Vaswani et al. 2017) laid out as GPT-2 (Radford et al. 2019).
+
+    Layer normalization before each part, learned positions, GELU, hidden width 4 x width, no dropout.
+    """
+
+    layers: PositiveInt = 4  # blocks
+    heads: PositiveInt = 4  # attention heads of a block; divides `width`
+    width: PositiveInt = 128  # numbers that stand for a symbol
+    context: PositiveInt | None = None  # symbols that can be looked at; None: as long as the samples
+    tied: bool = True  # does the embedding serve as output layer too (Press & Wolf 2017)?
+    classes: PositiveInt | None = None  # symbols of the vocabulary; None: as the data
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"heads is {self.heads}, which does not divide the width {self.width}")
+
+    def build(self, source: Source) -> nn.Module:
+        """Embedding, blocks, normalization, logits."""
+        if source.task != "next_token":
+            raise ConfigError(f"model: the transformer is for next_token, the data's task is {source.task}")
+        context = self.context or source.shape[0]
+        if context < source.shape[0]:
+            raise ConfigError(f"model.context is {context} but samples have {source.shape[0]} symbols")
+        return _Transformer(self, _outputs(self.classes, source), context)
+
+
+class _Outputs(nn.Module):
+    """[N, 1] as [N] where the task has one output."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.single = source.task == "binary" or (source.task == "regression" and source.num_classes == 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(-1) if self.single else x
+
+
+class _PixelMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((-2, -1))
+
+
+class _Residual(nn.Module):
+    """The basic block: two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where shapes change."""
+
+    def __init__(self, before: int, after: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(groups, after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(groups, after)
+        self.shortcut: nn.Module = nn.Identity()
+        if before != after or stride != 1:
+            conv = nn.Conv2d(before, after, 1, stride, bias=False)
+            self.shortcut = _stack(conv=conv, norm=nn.GroupNorm(groups, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        shortcut: Tensor = self.shortcut(x)
+        return F.relu(y + shortcut)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attend, self.attended = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = self.attend(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = split.unbind(0)  # each [N, heads, T, width / heads]
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attended(y.transpose(1, 2).flatten(-2))
+        out: Tensor = x + self.narrow(F.gelu(self.widen(self.norm2(x))))
+        return out
+
+
+class _Transformer(nn.Module):
+    def __init__(self, options: Transformer, num_symbols: int, context: int) -> None:
+        super().__init__()
+        self.symbols = nn.Embedding(num_symbols, options.width)
+        self.positions = nn.Embedding(context, options.width)
+        self.blocks = nn.Sequential(*(_Block(options.width, options.heads) for _ in range(options.layers)))
+        self.norm = nn.LayerNorm(options.width)
+        self.head = None if options.tied else nn.Linear(options.width, num_symbols, bias=False)
+        for name, param in self.named_parameters():
+            if param.dim() == 2:  # GPT-2: 0.02, less where blocks add to what passes through them
+                adds = name.endswith(("attended.weight", "narrow.weight"))
+                nn.init.normal_(param, std=0.02 / math.sqrt(2 * options.layers) if adds else 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.blocks(self.symbols(x) + self.positions.weight[: x.shape[1]]))
+        return F.linear(x, self.symbols.weight if self.head is None else self.head.weight)
+
+
+def _stack(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _same(field: str, given: int | None, actual: int, who: str, what: str) -> int:
+    """`actual`, which must be what was given, if anything was."""
+    if given is not None and given != actual:
+        raise ConfigError(f"model.{field} is {given} but {who} {actual} {what}")
+    return actual
+
+
+def _outputs(classes: int | None, source: Source) -> int:
+    what = {"classification": "classes", "next_token": "symbols", "regression": "targets", "binary": "output"}
+    return _same("classes", classes, source.num_classes, "the data have", what[source.task])
+
+
+def _values(inputs: int | None, source: Source) -> int:
+    if source.task == "next_token":
+        raise ConfigError("model: this one looks at whole samples, for next_token take the transformer")
+    return _same("inputs", inputs, math.prod(source.shape), "samples have", "values")
+
+
+def _image(inputs: int | None, source: Source) -> tuple[int, int, int]:
+    if len(source.shape) != 3 or source.task == "next_token":
+        raise ConfigError(f"model: this one needs images [channels, height, width], samples are {list(source.shape)}")
+    channels, height, width = source.shape
+    return _same("inputs", inputs, channels, "images have", "channels"), height, width
+
+
+MODELS = Family(
+    "model",
+    {"logistic": Logistic, "mlp": MLP, "cnn": CNN, "resnet18": ResNet18, "transformer": Transformer},
+    deferred=True,
+)

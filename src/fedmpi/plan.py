@@ -1,0 +1,108 @@
+"""What a run will need, before it is submitted: computed on a login node, without MPI and without training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmpi import records
+from fedmpi.components import to_dict
+from fedmpi.config import Config, flatten, origin_of
+from fedmpi.exchange import traffic, vectors_in_memory
+from fedmpi.flat import entries, master_dtype, num_shared
+from fedmpi.local import plain_step
+from fedmpi.models import make
+from fedmpi.objectives import resolve
+from fedmpi.placement import place
+from fedmpi.rounds import DONE_RANK, DONE_SILO, READY_RANK, READY_SILO
+
+_HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
+
+
+def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str, Any]:
+    """Silos per rank, bytes per round, memory per rank, disk per checkpoint, collectives, and every value's origin.
+
+    Raises ConfigError for whatever `train` would refuse that can be seen from here.
+    """
+    source = config.data.source(config.seed)
+    resolve(config.objective, source.task)
+    with torch.device("meta"):
+        module = make(config.model, source)
+    found = entries(module, config.exchange.parameters)
+    shared = num_shared(found)
+    total = sum(e.num_elements for e in found)
+    kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
+    word = master_dtype(found).itemsize
+    on_wire = traffic(config.exchange, shared, word, num_ranks)
+    # Pinned silos cannot be placed on hosts that are not known yet.
+    free = [type(silo)(silo.id, silo.num_samples) for silo in source.silos]
+    owners = place(free, [""] * num_ranks, config.server.dedicated)
+    server_copies = _server_copies(config)
+    sample_bytes = 4 * int(torch.Size(source.shape).numel())
+    ranks = []
+    for rank in range(num_ranks):
+        mine = [silo for silo, owner in zip(source.silos, owners, strict=True) if owner == rank]
+        samples = sum(silo.num_samples or 0 for silo in mine)
+        steps = config.exchange.plan == "replicated" or rank == 0
+        vectors = (
+            total * word  # the model
+            + sum(e.num_elements for e in found if e.trainable)
+            * word
+            * (1 + _local_copies(config))  # gradient, optimizer
+            + shared * word  # the global parameters
+            + vectors_in_memory(config.exchange, shared, word)
+            + shared * word * (server_copies if steps else 0)
+            + (shared * word * (1 + server_copies) if rank == 0 else 0)  # the checkpoint's copy
+            + kept_bytes * (1 + len(mine))
+        )
+        ranks.append(
+            {
+                "rank": rank,
+                "silos": [silo.id for silo in mine],
+                "train_samples": samples,
+                "data_bytes": samples * sample_bytes,
+                "vector_bytes": vectors,
+                "memory_bytes": vectors + samples * sample_bytes + records.peak_rss_bytes(),
+            }
+        )
+    small = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + len(owners) * (len(READY_SILO) + len(DONE_SILO))
+    values = flatten(to_dict(config))
+    return {
+        "ranks": ranks,
+        "silos": len(source.silos),
+        "pinned": {silo.id: silo.host for silo in source.silos if silo.host is not None},
+        "central": source.central,
+        "parameters": total,
+        "shared_parameters": shared,
+        "bytes_up": on_wire.up,
+        "bytes_down": on_wire.down,
+        "bytes_control": 2 * 8 * small * num_ranks if num_ranks > 1 else 0,
+        "collectives": on_wire.collectives,
+        "checkpoint_bytes": shared * word * (1 + server_copies)
+        + len(owners) * (kept_bytes + 8)
+        + _HEADER_BYTES * (1 + num_ranks),
+        "checkpoints_kept": config.checkpoint.keep + 1,
+        "out": str(Path(config.out)),
+        "config": {key: {"value": value, "from": origin_of(key, origins)} for key, value in values.items()},
+    }
+
+
+def _server_copies(config: Config) -> int:
+    """Vectors as long as the parameters in the server optimizer's state."""
+    return len(config.server.optimizer.init(torch.zeros(1)))
+
+
+def _local_copies(config: Config) -> int:
+    """Vectors as long as the parameters in a silo's optimizer, found by one step of a small one."""
+    spec = getattr(config.local, "optimizer", None)
+    if spec is None:
+        return 0
+    weight = torch.nn.Parameter(torch.zeros(64, 64))
+    weight.grad = torch.ones_like(weight)
+    optimizer = spec.target([weight], lr=0.1, **spec.arguments)
+    with torch.no_grad():
+        plain_step(optimizer)()
+    return sum(v.numel() >= weight.numel() for v in optimizer.state[weight].values() if isinstance(v, torch.Tensor))

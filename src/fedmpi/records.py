@@ -1,0 +1,285 @@
+"""What a run says of itself: records, timers, the trace, progress on the terminal.
+
+A record is what a round says of itself; it is the same on every rank, and rank 0 writes it as one line of
+metrics.jsonl. The trace has every rank's phases and opens in Perfetto (ui.perfetto.dev) or chrome://tracing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fedmpi.comm import launched
+
+# In the order of time. A round's row travels in `agree`, so agree and checkpoint are those of the round before.
+PHASES = ("agree", "checkpoint", "select", "train", "wait", "exchange", "step", "evaluate")
+
+Record = dict[str, Any]
+
+
+class Timer:
+    """Seconds by phase of one rank's round; phases follow one another, each ends where the next begins."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.started_s = time.time()
+        self._last = time.perf_counter()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last lap was `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Board:
+    """Small numbers of a round that everybody must know: a row per rank, a row per silo, float64.
+
+    Every rank fills in its own rows; `share` makes them everybody's in one small collective. Sums are then taken in
+    silo order on every rank, so a record does not depend on where silos live.
+    """
+
+    def __init__(self, num_ranks: int, rank_columns: Sequence[str], num_silos: int, silo_columns: Sequence[str]):
+        self._rank_columns = {name: i for i, name in enumerate(rank_columns)}
+        self._silo_columns = {name: i for i, name in enumerate(silo_columns)}
+        self._values = np.zeros(num_ranks * len(rank_columns) + num_silos * len(silo_columns))
+        self._split = num_ranks * len(rank_columns)
+
+    def _view(self, per_rank: bool) -> np.ndarray:
+        columns = self._rank_columns if per_rank else self._silo_columns
+        part = self._values[: self._split] if per_rank else self._values[self._split :]
+        return part.reshape(-1, len(columns))
+
+    @property
+    def num_bytes(self) -> int:
+        """What a rank hands to the collective."""
+        return self._values.nbytes
+
+    def clear(self) -> None:
+        self._values[:] = 0.0
+
+    def set_rank(self, rank: int, **values: float) -> None:
+        for name, value in values.items():
+            self._view(True)[rank, self._rank_columns[name]] = value
+
+    def set_silo(self, silo: int, **values: float) -> None:
+        for name, value in values.items():
+            self._view(False)[silo, self._silo_columns[name]] = value
+
+    def rank(self, column: str) -> np.ndarray:
+        """One value per rank, [n]."""
+        return self._view(True)[:, self._rank_columns[column]]
+
+    def silo(self, column: str) -> np.ndarray:
+        """One value per silo, in the federation's order, [K]."""
+        return self._view(False)[:, self._silo_columns[column]]
+
+    def share(self, over: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._values = over(self._values)
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_metrics(root: Path) -> list[Record]:
+    """The records in metrics.jsonl, oldest first; a torn last line is left out."""
+    records: list[Record] = []
+    try:
+        text = (root / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return records
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Metrics:
+    """metrics.jsonl, cut at the round that the run resumes from."""
+
+    def __init__(self, root: Path, resumed_round: int) -> None:
+        self._path = root / "metrics.jsonl"
+        before = [r for r in read_metrics(root) if r["round"] <= resumed_round]
+        part = self._path.with_name(self._path.name + ".part")
+        part.write_text("".join(json.dumps(record) + "\n" for record in before))
+        os.replace(part, self._path)
+        self._file: IO[str] = open(self._path, "a")  # noqa: SIM115
+
+    def write(self, record: Record, starts_s: np.ndarray, phases: Mapping[str, np.ndarray]) -> None:
+        """One line; `starts_s` and `phases` are for the trace."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """The records are on disk: called before a checkpoint that follows them is sealed."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Trace:
+    """trace.json: one event per phase, rank and round, in the Trace Event format, valid JSON once closed."""
+
+    def __init__(self, root: Path, resumed: bool) -> None:
+        path = root / "trace.json"
+        old = path.read_bytes().splitlines() if resumed and path.exists() else []
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._empty = True
+        for line in old:
+            with contextlib.suppress(ValueError):  # the brackets, and half an event that a killed run has left
+                self._event(json.dumps(json.loads(line.rstrip(b","))))
+
+    def write(self, record: Record, starts_s: np.ndarray, phases: Mapping[str, np.ndarray]) -> None:
+        """starts_s: when each rank began the round; phases: seconds of each rank, in the order they followed."""
+        for rank, start_s in enumerate(starts_s):
+            at = start_s
+            for name, seconds in phases.items():
+                event = {
+                    "name": name,
+                    "ph": "X",
+                    "pid": rank,
+                    "tid": 0,
+                    "ts": round_us(at),
+                    "dur": round_us(seconds[rank]),
+                    "args": {"round": record["round"]},
+                }
+                self._event(json.dumps(event))
+                at += seconds[rank]
+        self._file.flush()
+
+    def _event(self, text: str) -> None:
+        self._file.write((b"[\n" if self._empty else b",\n") + text.encode())
+        self._empty = False
+
+    def close(self) -> None:
+        self._file.write(b"[\n]\n" if self._empty else b"\n]\n")
+        self._file.close()
+
+
+def round_us(seconds: float) -> float:
+    return round(float(seconds) * 1e6, 1)
+
+
+class TensorBoard:
+    """Scalars of every record as TensorBoard events under DIR/tensorboard (package tensorboard, extra `report`)."""
+
+    def __init__(self, root: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(root / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def write(self, record: Record, starts_s: np.ndarray, phases: Mapping[str, np.ndarray]) -> None:
+        """Every number of the record."""
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name != "round":
+                self._writer.add_scalar(name, value, record["round"])
+        for name, value in record["seconds"].items():
+            self._writer.add_scalar(f"seconds/{name}", value, record["round"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+# ---------------------------------------------------------------- terminal
+
+
+def on_terminal() -> bool:
+    """Does somebody watch standard output? Open MPI's mpirun gives its ranks a terminal of their own even when its
+    output goes into a file, so under a launcher it is the parent's output that counts."""
+    if not sys.stdout.isatty():
+        return False
+    if launched() == 0:
+        return True
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; the figures are the same."""
+
+    def __init__(self, rounds: int, done: int, metric: str) -> None:
+        self._rounds, self._metric = rounds, metric
+        self._bar: Any = None
+        if on_terminal():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=rounds, completed=done)
+            self._bar.start()
+
+    def write(self, record: Record) -> None:
+        text = self._line(record)
+        if self._bar is None:
+            print(f"round {record['round']:>{len(str(self._rounds))}}/{self._rounds}  {text}", flush=True)
+        else:
+            self._bar.update(self._task, completed=record["round"], description=text)
+
+    def _line(self, record: Record) -> str:
+        parts = [f"train {_figure(record['train_loss'])}"]
+        if "loss" in record:
+            parts += [f"loss {_figure(record['loss'])}", f"{self._metric} {_figure(record.get(self._metric))}"]
+        if record["rejected"]:
+            parts.append(f"rejected {', '.join(record['rejected'])}")
+        return "  ".join([*parts, f"{record['seconds']['round']:.2f} s"])
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def silo_table(record: Record, metric: str) -> Any:
+    """The last record's figures, a row per silo, for rich to print."""
+    from rich.table import Table
+
+    table = Table(title=f"after round {record['round']}")
+    for name in ("silo", "rank", "train samples", "test samples", "loss", metric):
+        table.add_column(name, justify="left" if name == "silo" else "right")
+    for silo, row in record["silos"].items():
+        table.add_row(
+            silo, str(row["rank"]), str(row["num_train"]), str(row.get("num_test", "-")),
+            _figure(row.get("loss")), _figure(row.get(metric)),
+        )  # fmt: skip
+    if metric in record:
+        tests = sum(row.get("num_test", 0) for row in record["silos"].values())
+        trains = sum(row["num_train"] for row in record["silos"].values())
+        table.add_section()
+        table.add_row("all", "", str(trains), str(tests), _figure(record["loss"]), _figure(record[metric]))
+    return table
+
+
+def best_record(records: Iterable[Record], metric: str, maximize: bool) -> Record | None:
+    """The record with the best metric on the pooled test data; None when nothing was evaluated."""
+    scored = [r for r in records if isinstance(r.get(metric), (int, float))]
+    if not scored:
+        return None
+    return (max if maximize else min)(scored, key=lambda r: float(r[metric]))

@@ -1,0 +1,140 @@
+"""What a run directory says: inspect it, evaluate a checkpoint of it, export its model. No MPI, no launcher."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fedmpi import checkpoint
+from fedmpi.components import build
+from fedmpi.config import ABOUT, Config
+from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.evaluate import evaluate_silo, pooled, worst_silo
+from fedmpi.flat import FlatModel, sha256
+from fedmpi.local import LocalSilo
+from fedmpi.objectives import resolve
+from fedmpi.records import Record, best_record, read_metrics
+from fedmpi.train import CONFIG_FILE, UNSHARED_FILE, build_module, save_tensors
+from fedmpi.types import Source
+
+log = logging.getLogger("fedmpi")
+
+RoundChoice = int | Literal["best", "newest"]
+
+
+def stored(root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration that a run was begun with, as plain values, and what its config.yaml says about it."""
+    try:
+        values = yaml.safe_load((root / CONFIG_FILE).read_text())
+    except OSError as error:
+        raise ConfigError(f"{root} is no run directory: {CONFIG_FILE}: {error.strerror}") from None
+    return {k: v for k, v in values.items() if k != ABOUT}, dict(values.get(ABOUT, {}))
+
+
+def inspect(root: Path) -> dict[str, Any]:
+    """Rounds done and safe on disk, SHA-256 of their parameters, the last record, the best, configuration, versions.
+
+    `rounds` is the newest sealed checkpoint's; `metrics` is its record, None before the first round.
+    """
+    config, about = stored(root)
+    round = newest(root)
+    params_P = checkpoint.read_server(root, round)["params"]
+    best = best_record((r for r in read_metrics(root) if r["round"] <= round), about["metric"], about["maximize"])
+    return {
+        "rounds": round,
+        "params_sha256": sha256(params_P),
+        "metrics": checkpoint.manifest(root, round)["record"],
+        "best": best and {k: v for k, v in best.items() if k in ("round", "loss", about["metric"])},
+        "config": config,
+        "versions": about["versions"],
+    }
+
+
+def newest(root: Path) -> int:
+    """The newest round whose checkpoint is whole. Raises ConfigError when there is none."""
+    round = checkpoint.newest(root, lambda name, entry: name == checkpoint.SERVER)
+    if round < 0:
+        raise ConfigError(f"{root} holds no whole checkpoint")
+    return round
+
+
+def choose(root: Path, which: RoundChoice) -> int:
+    """The round of a checkpoint that is there: by number, the best by the run's metric, or the newest."""
+    if which == "newest":
+        return newest(root)
+    sealed = checkpoint.sealed_rounds(root)
+    if which == "best":
+        scored = [(score, -r) for r in sealed if (score := checkpoint.score(root, r)) is not None]
+        for _, negative in sorted(scored, reverse=True):
+            try:
+                checkpoint.check(root, -negative, lambda name, entry: True)
+            except CheckpointError as error:
+                log.warning("skipped checkpoint of round %d: %s", -negative, error)
+                continue
+            return -negative
+        raise ConfigError(f"{root}: no whole checkpoint was evaluated, so none is best")
+    if which not in sealed:
+        raise ConfigError(f"{root}: no checkpoint of round {which}; there is: {', '.join(map(str, sealed)) or 'none'}")
+    checkpoint.check(root, which, lambda name, entry: True)
+    return which
+
+
+def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
+    """Loss and metric of a checkpoint on every silo's test data and pooled; this process opens all silos' data."""
+    model, config, source = _model(root)
+    round = choose(root, which)
+    objective = resolve(config.objective, source.task)
+    model.load(checkpoint.read_server(root, round)["params"])
+    kept = checkpoint.read_silos(root, round, [silo.id for silo in source.silos])
+    rows: dict[str, dict[str, Any]] = {}
+    for silo in source.silos:
+        mine = {name: tensor for name, tensor in kept[silo.id].items() if name != "cursor"}
+        local = LocalSilo(silo.id, source.open(silo.id), 0.0, kept=mine)
+        figures = evaluate_silo(model, objective, local, config.evaluate.batch_size)
+        rows[silo.id] = {"num_test": int(figures["tests"])}
+        if figures["tests"]:
+            rows[silo.id] |= {"loss": figures["loss"], objective.metric_name: figures["metric"]}
+    tests = np.array([row["num_test"] for row in rows.values()])
+    pool = {
+        name: pooled(np.array([row.get(name, 0.0) for row in rows.values()]), tests)
+        for name in ("loss", objective.metric_name)
+    }
+    worst = worst_silo(rows, objective.metric_name, objective.maximize)
+    return {"round": round, **pool, "worst": worst, "silos": rows}
+
+
+def export(root: Path, target: Path, which: RoundChoice = "newest") -> int:
+    """Write a checkpoint's model as .safetensors or .pt (a state_dict); personal parameters are as they began. The
+    round comes back."""
+    if target.suffix not in (".safetensors", ".pt"):
+        raise ConfigError(f"--to {target}: end the name with .safetensors or .pt")
+    model, _, _ = _model(root)
+    round = choose(root, which)
+    model.load(checkpoint.read_server(root, round)["params"])
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()  # torch's own error is none of the system's
+        if target.suffix == ".pt":
+            torch.save({n: t.clone() for n, t in model.module.state_dict().items()}, target)
+        else:
+            save_tensors(model.module.state_dict(), target)
+    except OSError as error:
+        raise ConfigError(f"--to {target}: cannot write there: {error.strerror or error}") from None
+    return round
+
+
+def _model(root: Path) -> tuple[FlatModel, Config, Source]:
+    values, _ = stored(root)
+    values["init"] = None  # what it set is in the checkpoint, or beside it
+    config = build(Config, values)
+    source = config.data.source(config.seed)
+    module = build_module(config, source)
+    if (unshared := root / UNSHARED_FILE).exists():
+        module.load_state_dict(load_file(unshared), strict=False)
+    return FlatModel(module, config.exchange.parameters), config, source

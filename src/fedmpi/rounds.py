@@ -1,0 +1,262 @@
+"""One federated round, the same lines on every rank in the same order.
+
+    cohort        selected by every rank alike: no message
+    contributions local training of my silos in the cohort, folded as they come
+    ready         one small collective: who is ready, who stopped or failed, losses, weights
+    exchange      the vectors, and the server's step
+    agree         one small collective: evaluation, timings, bytes: the record; the round commits here
+
+A round is a transaction. Whoever leaves it early, because of a signal or because a silo raised, says so in `ready`,
+which every rank enters; then all leave, and the state is still that of the last round. Nothing is under `if rank`.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmpi import rng
+from fedmpi.comm import Solo
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, SiloError, Stopped
+from fedmpi.evaluate import evaluate_silo, pooled, worst_silo
+from fedmpi.exchange import LARGEST_NORM, Exchange
+from fedmpi.flat import FlatModel
+from fedmpi.local import LocalRule, LocalSilo, Round
+from fedmpi.objectives import Resolved
+from fedmpi.records import PHASES, Board, Record, Timer, peak_rss_bytes
+from fedmpi.selection import Selector
+from fedmpi.server import ServerOptimizer
+from fedmpi.stopping import FAILED, STOP, BrokenOff, Watch
+
+READY_RANK = ("status", "fingerprint")
+READY_SILO = ("taken", "rejected", "loss", "samples", "steps", "norm")
+DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
+DONE_SILO = ("loss", "metric", "tests")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a round changes."""
+
+    round: int  # rounds done
+    params_P: torch.Tensor  # the global shared parameters, on the rank's device
+    optimizer: Any  # the server optimizer's state
+    selector: dict[str, np.ndarray]
+    record: Record | None = None  # of the last round
+    written: int = -1  # newest round whose checkpoint files are safe on every rank
+
+
+@dataclass
+class Federation:
+    """What stays the same from round to round: the silos, the rules and this rank's part."""
+
+    ids: Sequence[str]  # all silos, in the federation's order
+    owners: Sequence[int]  # the rank of each
+    num_train: Sequence[int]  # training samples of each
+    silos: dict[str, LocalSilo]  # those that this rank hosts
+    comm: Solo
+    watch: Watch
+    model: FlatModel
+    objective: Resolved
+    rule: LocalRule
+    selector: Selector
+    optimizer: ServerOptimizer
+    exchange: Exchange
+    seed: int
+    rounds: int
+    evaluate_every: int
+    evaluate_batch: int
+    timer: Timer = field(default_factory=Timer)
+
+    def __post_init__(self) -> None:
+        self.index = {silo: i for i, silo in enumerate(self.ids)}
+        self.ready = Board(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
+        self.done = Board(self.comm.size, DONE_RANK, len(self.ids), DONE_SILO)
+
+
+def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple[State, Record]:
+    """The state after one more round, and its record, which is the same on every rank.
+
+    `written` tells the newest checkpoint of this rank. Raises alike on every rank: Stopped, Diverged or SiloError out
+    of training, and the state that was given is still whole; SiloError out of evaluation: its parameters are spent.
+    """
+    comm, timer, number = fed.comm, fed.timer, state.round + 1
+    sent = (comm.bytes_up, comm.bytes_down, comm.bytes_control)
+    timer.lap("checkpoint")  # all that lies between rounds
+    draw = rng.generator(fed.seed, purpose="select", round=number)
+    cohort, selector = fed.selector.select(fed.ids, state.selector, state.record, draw)
+    timer.lap("select")
+
+    trained, error = _train(state, fed, number, cohort)
+    timer.lap("train")
+    fed.ready.share(lambda values: comm.share(values, fed.watch.look))
+    timer.lap("wait")
+    _agree_ready(fed, number, cohort, error)
+
+    params_P, optimizer = fed.exchange.finish(state.params_P, fed.optimizer, state.optimizer, timer.lap)
+    fed.silos.update(trained)
+    error = _evaluate(fed, number, params_P, written)
+    timer.lap("evaluate")
+    control = comm.bytes_control + (2 * fed.done.num_bytes if comm.size > 1 else 0)  # with the one that follows
+    now = (comm.bytes_up, comm.bytes_down, control)
+    fed.done.set_rank(
+        comm.rank,
+        started_s=timer.started_s,
+        rss=peak_rss_bytes(),
+        **timer.seconds,
+        **dict(zip(("up", "down", "control"), (b - a for a, b in zip(sent, now, strict=True)), strict=True)),
+    )
+    timer.reset()
+    fed.done.share(comm.share)
+    timer.lap("agree")
+    _raise_failure(fed, fed.done.rank("status"), error)
+    record = _record(fed, number, cohort)
+    safe = int(fed.done.rank("written").min())
+    return State(number, params_P, optimizer, selector, record, safe), record
+
+
+def _train(state: State, fed: Federation, number: int, cohort: Sequence[str]) -> tuple[dict[str, LocalSilo], str]:
+    """Train my silos of the cohort and fold what they contribute; what happened is in `ready`."""
+    fed.ready.clear()
+    mine = [silo for silo in cohort if silo in fed.silos]
+    fed.exchange.begin(len(mine))
+    round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check)
+    trained: dict[str, LocalSilo] = {}
+    status, error, name = 0, "", ""
+    try:
+        fed.watch.check()
+        for name in mine:
+            silo = replace(fed.silos[name])  # the round may yet be broken off: the silo's own state waits for agree
+            contribution = fed.rule.train(silo, fed.model, state.params_P, round)
+            norm = float(torch.linalg.vector_norm(contribution.delta_P))
+            usable = norm < LARGEST_NORM  # not so for nan
+            if usable:
+                fed.exchange.add(contribution)
+                trained[name] = silo
+            fed.ready.set_silo(
+                fed.index[name],
+                taken=usable,
+                rejected=not usable,
+                loss=contribution.loss if usable else 0.0,
+                samples=contribution.num_samples,
+                steps=contribution.num_steps,
+                norm=norm if usable else 0.0,
+            )
+    except BrokenOff as broken:
+        status = broken.status
+    except (Exception, SystemExit):
+        status = FAILED
+        error = f"rank {fed.comm.rank}, silo '{name}', round {number}:\n{traceback.format_exc()}"
+        fed.watch.tell(FAILED, "")
+    fingerprint = fed.exchange.fingerprint(number, list(cohort))
+    fed.ready.set_rank(fed.comm.rank, status=status, fingerprint=fingerprint)
+    return trained, error
+
+
+def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str) -> None:
+    """Everybody goes on, or everybody raises the same."""
+    status = fed.ready.rank("status")
+    _raise_failure(fed, status, error)
+    if status.max() >= STOP:
+        raise Stopped(f"stopped in round {number}: {_reason(fed, status)}")
+    fingerprint = fed.ready.rank("fingerprint")
+    if (others := np.flatnonzero(fingerprint != fingerprint[0])).size:
+        raise ExchangeError(f"round, plan, cohort, length or dtype differ: rank 0 against ranks {others.tolist()}")
+    if not cohort:
+        raise ConfigError(f"round {number}: the selector chose no silo")
+    if not fed.ready.silo("taken").any():
+        rejected = [silo for silo, no in zip(fed.ids, fed.ready.silo("rejected"), strict=True) if no]
+        raise Diverged(
+            f"round {number}: every update was rejected ({', '.join(rejected[:8])}): not finite or its norm beyond "
+            f"{LARGEST_NORM:.0f}; a smaller local.lr or local.clip may help"
+        )
+
+
+def _raise_failure(fed: Federation, status: np.ndarray, error: str) -> None:
+    """SiloError on every rank, with what the first rank that raised has to say. A rank that only left because of a
+    notice has nothing to say."""
+    if (status < FAILED).all():
+        return
+    told = np.zeros(fed.comm.size)
+    told[fed.comm.rank] = bool(error)
+    first = int(np.argmax(fed.comm.share(told)))
+    raise SiloError(fed.comm.say(error, first) or "a rank left the round because of an earlier failure")
+
+
+def _reason(fed: Federation, status: np.ndarray) -> str:
+    mine = np.zeros(fed.comm.size)
+    mine[fed.comm.rank] = bool(fed.watch.reason)
+    first = int(np.argmax(fed.comm.share(mine)))
+    return f"{fed.comm.say(fed.watch.reason, first)} (rank {first})"
+
+
+def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any) -> str:
+    """Evaluate the new parameters on my silos' test data, if it is due; what happened is in `done`."""
+    fed.done.clear()
+    error, name = "", ""
+    try:
+        fed.done.set_rank(fed.comm.rank, written=written())
+        if number % fed.evaluate_every == 0 or number == fed.rounds:
+            fed.model.load(params_P)
+            for name, silo in fed.silos.items():
+                # Between batches news is passed on, so that a stop is agreed in time; the round still commits.
+                figures = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
+                fed.done.set_silo(fed.index[name], **figures)
+    except FedmpiError as failed:
+        error = f"rank {fed.comm.rank}: {failed}"
+        fed.done.set_rank(fed.comm.rank, status=FAILED)
+    except (Exception, SystemExit):
+        error = f"rank {fed.comm.rank}, silo '{name}', after round {number}:\n{traceback.format_exc()}"
+        fed.done.set_rank(fed.comm.rank, status=FAILED)
+    return error
+
+
+def _record(fed: Federation, number: int, cohort: Sequence[str]) -> Record:
+    """What the round says of itself, from figures that every rank has."""
+    ready, done, metric = fed.ready, fed.done, fed.objective.metric_name
+    taken, samples, tests = ready.silo("taken"), ready.silo("samples"), done.silo("tests")
+    rejected = [silo for silo, no in zip(fed.ids, ready.silo("rejected"), strict=True) if no]
+    in_cohort = set(cohort)
+    of_ready = {name: ready.silo(name).tolist() for name in READY_SILO}  # ten thousand silos: no numpy per number
+    of_done = {name: done.silo(name).tolist() for name in DONE_SILO}
+    silos: dict[str, dict[str, Any]] = {}
+    for i, silo in enumerate(fed.ids):
+        row: dict[str, Any] = {"rank": fed.owners[i], "num_train": fed.num_train[i]}
+        if silo in in_cohort and of_ready["taken"][i]:
+            row["train_loss"] = of_ready["loss"][i]
+            row["num_samples"] = int(of_ready["samples"][i])
+            row["num_steps"] = int(of_ready["steps"][i])
+            row["delta_norm"] = of_ready["norm"][i]
+        if of_done["tests"][i]:
+            row["num_test"] = int(of_done["tests"][i])
+            row["loss"] = of_done["loss"][i]
+            row[metric] = of_done["metric"][i]
+        silos[silo] = row
+    record: Record = {"round": number, "cohort": list(cohort), "rejected": rejected}
+    record["train_loss"] = pooled(ready.silo("loss"), samples * taken)
+    if tests.any():
+        record["loss"] = pooled(done.silo("loss"), tests)
+        record[metric] = pooled(done.silo("metric"), tests)
+        record["worst"] = worst_silo(silos, metric, fed.objective.maximize)
+    seconds = {name: float(done.rank(name).max()) for name in PHASES}
+    record["seconds"] = {"round": float(sum(done.rank(name) for name in PHASES).max()), **seconds}  # type: ignore[union-attr]
+    for name, column in (("bytes_up", "up"), ("bytes_down", "down"), ("bytes_control", "control")):
+        record[name] = int(done.rank(column).sum())
+    record["peak_rss_bytes"] = [int(v) for v in done.rank("rss")]
+    record["silos"] = silos
+    return {name: _plain(value) for name, value in record.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no nan and no infinity: None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value

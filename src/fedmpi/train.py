@@ -1,0 +1,630 @@
+"""The run: set up, resume, round after round, checkpoint, stop.
+
+    with fedmpi.Run("configs/digits.yaml", "rounds=5") as run:
+        for record in run:
+            print(record["round"], record["accuracy"])
+
+Every rank executes the same lines. What can fail on one rank only goes through `comm.together`, so that all fail alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import fedmpi
+from fedmpi import checkpoint, comm, device, records, rng, stopping
+from fedmpi.components import to_dict
+from fedmpi.config import ABOUT, Config, differences, digest, load
+from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, Stopped
+from fedmpi.exchange import Exchange
+from fedmpi.flat import Allocate, Entry, FlatModel, entries, master_dtype, num_shared, one_vector, signature
+from fedmpi.local import LocalSilo
+from fedmpi.models import make
+from fedmpi.objectives import resolve
+from fedmpi.placement import place
+from fedmpi.records import Record
+from fedmpi.rounds import Federation, State, run_round
+from fedmpi.types import Silo, SiloData, Source
+
+log = logging.getLogger("fedmpi")
+
+CONFIG_FILE = "config.yaml"
+UNSHARED_FILE = "unshared.safetensors"
+WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
+
+
+def versions() -> dict[str, str]:
+    """What a run's figures were made with."""
+    from importlib.metadata import version
+
+    names = ("torch", "numpy", "mpi4py", "h5py")
+    return {"fedmpi": fedmpi.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
+
+
+def build_module(config: Config, source: Source) -> torch.nn.Module:
+    """The model with its first parameters, which depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.key(config.seed, purpose="init") >> 1)
+        module = make(config.model, source)
+    if config.init is not None:
+        _start_from(module, Path(config.init))
+    return module
+
+
+def _start_from(module: torch.nn.Module, path: Path) -> None:
+    from safetensors.torch import load_file
+
+    try:
+        given = load_file(path)
+        module.load_state_dict(given)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"init: {path}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # safetensors has an error type of its own for files that are none
+        raise ConfigError(f"init: {path} is no safetensors file: {error}") from None
+
+
+class Run:
+    """A federated run; iterate over it for its records. A context manager, since checkpoints are written behind it.
+
+    `config` is a Config or a YAML file with overrides. All ranks of the MPI job build it together. Raises ConfigError,
+    alike on every rank, before anything is trained.
+
+    Attributes: config; out (the run directory); params_P (the global shared parameters, [P]); record (the last one);
+    resumed (the round it went on from); metric and maximize (which figure tells the best round, and in which sense).
+    """
+
+    def __init__(self, config: Config | str | Path, *overrides: str, comm_: comm.Solo | None = None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            stopping.listen()  # before MPI: a batch system may signal a job while it starts
+        self.comm = comm_ if comm_ is not None else comm.connect()
+        if not self.comm.open_runs:
+            self.comm.finish()  # an earlier run of this process: no notice of its end must end this one
+        self.config = self.comm.together(lambda: _loaded(config, overrides))
+        self.comm.same("the configuration", digest(self.config), ConfigError)
+        self._closed = False
+        self._spoiled = False  # has a round failed after its parameters were overwritten?
+        self._lock: int | None = None
+        self.comm.open_runs += 1
+        self._files: list[Any] = []
+        self._pending: int | None = None  # the round whose checkpoint is being written
+        try:
+            self._open_directory()
+            self._build()
+            self._resume()
+            self._describe()
+        except Exception:
+            self._release()
+            raise
+
+    # ------------------------------------------------------------ set-up
+
+    def _open_directory(self) -> None:
+        """Make and lock the run directory; find out which ranks see rank 0's, and who writes manifests elsewhere."""
+        self.out = Path(self.config.out)
+        self._ticket = self.comm.say(uuid.uuid4().hex, 0)
+        self._lock = self.comm.together(lambda: _lock(self.out, self._ticket) if self.comm.rank == 0 else None)
+        sees = self.comm.together(lambda: self.comm.rank == 0 or _sees(self.out, self._ticket))
+        blind = np.zeros(self.comm.size)
+        blind[self.comm.rank] = not sees
+        blind = self.comm.share(blind)
+        my_host = self.comm.hosts[self.comm.rank]
+        first_blind = [r for r in np.flatnonzero(blind) if self.comm.hosts[r] == my_host][:1]
+        self._leads = self.comm.rank == 0 or self.comm.rank in first_blind
+        self.comm.together(lambda: _writable(self.out) if self._leads else None)
+
+    def _build(self) -> None:
+        """Data, model, rules: everything that a resumed run builds again."""
+        config = self.config
+        reproducible = config.exchange.reduction == "reproducible"
+        self.threads = device.set_threads(self.comm, reproducible)
+        self.device = device.choose(config.device.name, config.device.share, self.comm)
+        self.comm.together(self._check_machine)
+        source = self.comm.together(lambda: config.data.source(config.seed))
+        self.central = source.central
+        facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
+        self.comm.same("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
+        owners = place(source.silos, self.comm.hosts, config.server.dedicated)
+        mine = [s for s, owner in zip(source.silos, owners, strict=True) if owner == self.comm.rank]
+        opened = self.comm.together(lambda: {s.id: _opened(s, source) for s in mine})
+        facts = np.zeros((len(source.silos), 5))
+        for i, silo in enumerate(source.silos):
+            if silo.id in opened:
+                facts[i] = _facts(opened[silo.id], source.columns.get(silo.id, ()))
+        facts = self.comm.share(facts.reshape(-1)).reshape(facts.shape)
+        self.fingerprint = f"{zlib.crc32(facts.tobytes()):08x}"
+        num_train = [int(n) for n in facts[:, 0]]
+        named = np.flatnonzero(facts[:, 4])  # the silos whose files name their columns
+        if (others := named[facts[named, 4] != facts[named[:1], 4]]).size:
+            # As many columns, and yet others: the mean of what does not belong together would look like a model.
+            one, other = source.silos[int(named[0])].id, source.silos[int(others[0])].id
+            raise ConfigError(f"silos '{one}' and '{other}' have other columns; name them, in order, in data.features")
+
+        objective = self.comm.together(lambda: resolve(config.objective, source.task))
+        self.metric, self.maximize = objective.metric_name, objective.maximize
+        module = self.comm.together(lambda: build_module(config, source))
+        # A start of their own would make ranks train different models: other files in `init`, other torch versions.
+        self.comm.same("the model's first parameters", _digest(module.state_dict()), ConfigError)
+        found = self.comm.together(lambda: entries(module, config.exchange.parameters))
+        self.unshared = _unshared(module, found)
+        deltas: list[torch.Tensor] = []
+        allocate: Allocate = self.comm.allocate
+        if config.exchange.plan == "window":
+            one_node = self.comm.one_node()
+            self.comm.together(lambda: self._check_window(one_node))
+        if config.exchange.plan == "window" and one_vector(found):
+            deltas = self.comm.shared(num_shared(found), master_dtype(found))
+            own = deltas[self.comm.rank]
+            allocate = lambda n, dtype: own[:n]  # noqa: E731
+        model = self.comm.together(lambda: FlatModel(module, config.exchange.parameters, self.device, allocate))
+        self.model = model.module
+        self.comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
+        weights = [config.aggregate.weight(n) for n in num_train]
+        silos = {}
+        for silo, weight in zip(source.silos, weights, strict=True):
+            if silo.id in opened:
+                x, y, x_test, y_test = device.keep_on(self.device, list(opened.pop(silo.id)))
+                data = SiloData(x, y, x_test, y_test)
+                silos[silo.id] = LocalSilo(silo.id, data, weight)
+        params_P = model.params()
+        watch = stopping.Watch(self.comm, self.out)
+        self._federation = Federation(
+            ids=[s.id for s in source.silos],
+            owners=owners,
+            num_train=num_train,
+            silos=silos,
+            comm=self.comm,
+            watch=watch,
+            model=model,
+            objective=objective,
+            rule=config.local,
+            selector=config.select,
+            optimizer=config.server.optimizer,
+            exchange=Exchange(config.exchange, self.comm, params_P, sum(weights)),
+            seed=config.seed,
+            rounds=config.rounds,
+            evaluate_every=config.evaluate.every,
+            evaluate_batch=config.evaluate.batch_size,
+        )
+        optimizer = config.server.optimizer.init(params_P if self._federation.exchange.steps_here else params_P[:0])
+        if deltas:
+            self._federation.exchange.lend(deltas)
+        params_P, optimizer = self._federation.exchange.home(params_P, optimizer)
+        self.state = State(0, params_P, optimizer, config.select.init(len(source.silos)))
+
+    def _check_window(self, one_node: bool) -> None:
+        if self.device.type != "cpu":
+            raise ConfigError("exchange.plan: window works in host memory; on GPUs take replicated or root")
+        if not one_node:
+            raise ConfigError("exchange.plan: window needs all ranks on one node")
+
+    def _check_machine(self) -> None:
+        """What configuration alone cannot tell."""
+        if getattr(self.config.local, "precision", "") == "bf16" and self.device.type != "cuda":
+            raise ConfigError("local.precision: bf16 needs a GPU; this rank trains on the CPU")
+        if self.config.records.tensorboard:
+            try:
+                import tensorboard  # noqa: F401
+            except ImportError:
+                raise ConfigError("records.tensorboard: needs the package tensorboard (fedmpi[report])") from None
+
+    def _resume(self) -> None:
+        """Go on from the newest round that is whole on all ranks, if there is one."""
+        self.comm.together(self._check_stored if self.comm.rank == 0 else lambda: None)
+        self._sealed = self._newest()  # the newest round whose checkpoint is sealed; -1 for none
+        self.resumed = max(0, self._sealed)
+        if self._sealed >= 0:
+            self._load()
+        # Not before everything was read: until here nothing on disk has changed.
+        self.comm.together(lambda: checkpoint.remove_after(self.out, self._sealed) if self._leads else None)
+
+    def _load(self) -> None:
+        """The state of the checkpoint that the run goes on from."""
+        fed = self._federation
+        kept = self.comm.together(lambda: checkpoint.read_silos(self.out, self.resumed, fed.silos))
+        for name, tensors in kept.items():
+            fed.silos[name].cursor = int(tensors.pop("cursor"))
+            fed.silos[name].kept = tensors
+        loads = self.comm.rank == 0
+        stored = self.comm.together(lambda: checkpoint.read_server(self.out, self.resumed) if loads else {})
+        tensors = _server_tensors(self.state)
+        self.comm.together(lambda: _fill(tensors, stored) if loads else None)
+        for name, tensor in tensors.items():
+            if self.config.exchange.plan == "root" and name.startswith("optimizer/"):
+                continue  # rank 0's alone
+            if self.config.exchange.plan == "window" and not name.startswith("selector/"):
+                continue  # rank 0 has filled what all see
+            host = tensor.cpu()
+            self.comm.bcast(host.reshape(-1).view(torch.uint8))
+            tensor.copy_(host)
+        self.comm.meet()
+        selector = {n.removeprefix("selector/"): t.numpy() for n, t in tensors.items() if n.startswith("selector/")}
+        about = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed) if loads else {})
+        record = json.loads(self.comm.say(json.dumps(about.get("record")), 0))
+        self.state = State(self.resumed, self.state.params_P, self.state.optimizer, selector, record, self.resumed)
+
+    def _check_stored(self) -> None:
+        """Refuse a run directory that another configuration, model or dataset has begun."""
+        try:
+            stored = yaml.safe_load((self.out / CONFIG_FILE).read_text())
+        except FileNotFoundError:
+            return
+        if not checkpoint.sealed_rounds(self.out):
+            return
+        about = stored.get(ABOUT, {})
+        changed = differences(stored, self.config)
+        old, new = about.get("model", {}), signature(self._federation.model.entries)
+        changed += [
+            f"the model's {name} is {old.get(name, 'absent')} there and {new.get(name, 'absent')} here"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        ]
+        if not changed and about.get("data") != self.fingerprint:
+            changed = ["the silos' data are not the same"]
+        if not changed and about.get("unshared") != _digest(self.unshared).hex():
+            changed = ["what the model does not share starts otherwise (was `init` given then?)"]
+        if changed:
+            more = f" (and {len(changed) - 2} more)" if len(changed) > 2 else ""
+            raise ConfigError(
+                f"{self.out} holds checkpoints of another run: {'; '.join(changed[:2])}{more}; choose another out="
+            )
+
+    def _newest(self) -> int:
+        """The newest round that is whole on every rank; each looks at the files it will read."""
+        mine = set(self._federation.silos)
+
+        def wanted(name: str, entry: Mapping[str, Any]) -> bool:
+            return (self.comm.rank == 0 and name == checkpoint.SERVER) or bool(
+                mine.intersection(entry.get("silos", ()))
+            )
+
+        below: int | None = None
+        idle = self.comm.rank != 0 and not mine  # reads nothing, so it has no say
+        while True:
+            found = np.zeros(self.comm.size)
+            found[self.comm.rank] = np.inf if idle else checkpoint.newest(self.out, wanted, below)
+            found = self.comm.share(found)
+            least = found.min()
+            if least < 0:
+                break
+            if (found[np.isfinite(found)] == least).all():
+                return int(least)
+            below = int(least) + 1
+        # Nothing is whole everywhere. To start over would be to throw away what some rank can still see.
+        seen = np.zeros(self.comm.size)
+        seen[self.comm.rank] = 1 + max(checkpoint.sealed_rounds(self.out), default=-1)
+        seen = self.comm.share(seen)
+        if seen.any():
+            lost = [r for r in range(self.comm.size) if found[r] < 0]
+            raise ConfigError(
+                f"{self.out} holds checkpoints up to round {int(seen.max()) - 1}, but none is whole on rank"
+                f"{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost[:8]))}; mend that, or choose another out="
+            )
+        return -1
+
+    def _describe(self) -> None:
+        """Write what the run is into its directory."""
+        fed = self._federation
+        row = json.dumps({"pid": os.getpid(), "device": str(self.device), "threads": self.threads})
+        rows = self.comm.gather(row.encode().ljust(256))
+        ranks = [
+            {"rank": r, "host": host, **json.loads(text), "silos": [s for s, o in zip(fed.ids, fed.owners) if o == r]}  # noqa: B905
+            for r, (host, text) in enumerate(zip(self.comm.hosts, rows, strict=True))
+        ]
+        about = {
+            "versions": versions(),
+            "data": self.fingerprint,
+            "unshared": _digest(self.unshared).hex(),
+            "metric": self.metric,
+            "maximize": self.maximize,
+            "params": fed.model.num_shared,
+            "ranks": self.comm.size,
+            "model": signature(fed.model.entries),
+        }
+        text = yaml.safe_dump(to_dict(self.config) | {ABOUT: about}, sort_keys=False, default_flow_style=None)
+        self._scores: dict[int, float | None] = {}
+
+        def write() -> None:
+            if self.unshared and not (self.out / UNSHARED_FILE).exists():
+                save_tensors(self.unshared, self.out / UNSHARED_FILE)
+            checkpoint.replace_text(self.out / CONFIG_FILE, text)
+            checkpoint.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
+            self._metrics = records.Metrics(self.out, self.state.round)
+            self._files = [self._metrics]
+            if self.config.records.trace:
+                self._files.append(records.Trace(self.out, resumed=self.state.round > 0))
+            if self.config.records.tensorboard:
+                self._files.append(records.TensorBoard(self.out))
+
+        self.comm.together(write if self.comm.rank == 0 else lambda: None)
+        if self._leads:
+            for round in checkpoint.sealed_rounds(self.out):
+                self._scores[round] = checkpoint.score(self.out, round)
+        self._writer = checkpoint.Writer(self.out, self.comm.rank)
+
+    # ------------------------------------------------------------ rounds
+
+    @property
+    def params_P(self) -> torch.Tensor:
+        """The global shared parameters, [P]."""
+        return self.state.params_P
+
+    @property
+    def record(self) -> Record | None:
+        """The last round's record."""
+        return self.state.record
+
+    def __iter__(self) -> Iterator[Record]:
+        """Train round after round up to `rounds`; each record comes when its round is committed on every rank."""
+        fed = self._federation
+        fed.timer.reset()
+        try:
+            while self.state.round < self.config.rounds:
+                self.state, record = run_round(self.state, fed, lambda: self._writer.written)
+                if self.comm.rank == 0:
+                    phases = {name: fed.done.rank(name) for name in records.PHASES}
+                    for file in self._files:
+                        file.write(record, fed.done.rank("started_s"), phases)
+                if self._pending is not None and self.state.written >= self._pending:
+                    self._seal()
+                if self.state.round % self.config.checkpoint.every == 0:
+                    self._checkpoint()
+                yield record
+        except (Stopped, Diverged):
+            self._finish_checkpoint()
+            raise
+        except Exception as error:
+            self._spoiled = True
+            if isinstance(error, FedmpiError) and self._pending is not None:
+                with contextlib.suppress(FedmpiError):  # raised on every rank alike, so what was begun can be sealed
+                    self._seal()
+            raise
+
+    def _checkpoint(self) -> None:
+        """Begin to write the state of the round just done."""
+        if self._pending is not None:
+            self._seal()
+        fed, state = self._federation, self.state
+        silos = {n: {"cursor": torch.tensor(s.cursor), **s.kept} for n, s in fed.silos.items()}
+        server = _server_tensors(state) if self.comm.rank == 0 else None
+        # Its own errors come up with the next round's record, or when the checkpoint is sealed.
+        self.comm.together(lambda: self._writer.start(state.round, server, silos))
+        self._pending = state.round
+        self._pending_record = state.record
+        # Where rounds are long, the moment until the files are safe is nothing, and a kill in the next round then costs
+        # that round alone. Where they are short, the seal follows with a later round's record.
+        period_s = (state.record or {"seconds": {"round": 0.0}})["seconds"]["round"] * self.config.checkpoint.every
+        done = self.comm.share(np.array([float(self._writer.wait(WAIT_SHARE * period_s))]))
+        if done[0] == self.comm.size:
+            self._seal()
+
+    def _seal(self) -> None:
+        """All ranks' files of the pending checkpoint are safe, now or after a wait: write the manifest, last."""
+        round, record = self._pending, self._pending_record
+        assert round is not None
+        fed = self._federation
+        self.comm.together(self._writer.join)
+        rows = self.comm.gather(self._writer.digests(bool(fed.silos)))
+        hosted: list[list[str]] = [[] for _ in range(self.comm.size)]
+        for silo, owner in zip(fed.ids, fed.owners, strict=True):
+            hosted[owner].append(silo)
+        value = (record or {}).get(self.metric)
+        self._scores[round] = None if value is None else (value if self.maximize else -value)
+        about = {"ranks": self.comm.size, "score": self._scores[round], "record": record}
+
+        def write() -> None:
+            if self.comm.rank == 0:
+                if not _sees(self.out, self._ticket):  # on a file system without locks nothing else would tell
+                    raise CheckpointError(f"another job has begun to train in {self.out}")
+                self._metrics.sync()
+            if self._leads:
+                checkpoint.seal(self.out, round, rows, hosted, about)
+                checkpoint.prune(self.out, self.config.checkpoint.keep, self._scores)
+
+        self.comm.together(write)
+        self._pending, self._sealed = None, round
+
+    def _finish_checkpoint(self) -> None:
+        """The last whole round is on disk, sealed."""
+        if self.state.round not in (self._sealed, self._pending):
+            self._checkpoint()
+        if self._pending is not None:
+            self._seal()
+
+    # ------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Write the last checkpoint and, once all rounds are done, model.safetensors. A call of all ranks. After a
+        round that failed it writes nothing: the newest checkpoint stays what it is."""
+        if self._closed:
+            return
+        if self._spoiled:
+            self._release()
+            return
+        self._finish_checkpoint()
+        self._federation.model.load(self.state.params_P)
+        self._federation.model.load_personal(self._federation.model.first_personal)  # no silo's own leaves it
+
+        def write() -> None:
+            if self.comm.rank == 0:
+                if self.state.round >= self.config.rounds:
+                    save_tensors(self.model.state_dict(), self.out / "model.safetensors")
+                (self.out / stopping.STOP_FILE).unlink(missing_ok=True)
+
+        self.comm.together(write)
+        # Shared memory goes with the run; its parameters stay readable.
+        self.state = replace(self.state, params_P=self.state.params_P.clone(), optimizer=None)
+        self._release()
+        self.comm.finish()
+
+    def _release(self) -> None:
+        """Close this rank's files and give the run directory free. No other rank is needed."""
+        if not self._closed:
+            self._closed = True
+            self.comm.open_runs -= 1
+            if self.comm.rank == 0:
+                for file in self._files:
+                    file.close()
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close after a whole loop, a `break` or a stop. A stop ends the process with exit code 3, as the command does;
+        other errors go up unchanged."""
+        if kind is None or issubclass(kind, (Stopped, Diverged)):
+            self.close()
+        else:
+            self._release()
+        if isinstance(error, Stopped):
+            if self.comm.rank == 0:
+                print(f"fedmpi: {error}; round {self.state.round} is on disk", file=sys.stderr, flush=True)
+            raise SystemExit(Stopped.exit_code) from None
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Tensors as safetensors, tied ones once more under each of their names; the file is there whole or not at all."""
+    from safetensors.torch import save_file
+
+    part = path.with_name(path.name + ".part")
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part)
+    os.replace(part, path)
+
+
+def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torch.Tensor]:
+    """A copy of what the model starts with and no checkpoint has: frozen parameters that are not shared, and the
+    values from which silos start their personal ones."""
+    state = module.state_dict()
+    return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
+
+
+def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> Config:
+    if isinstance(config, Config):
+        if overrides:
+            raise ConfigError("overrides go with a configuration file; a Config is built with its values")
+        return config
+    return load(config, overrides)[0]
+
+
+def _lock(out: Path, ticket: str) -> int:
+    """Make the run directory ours; the lock goes with the process. Raises ConfigError when another job has it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"out: cannot write into {out}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"out: another job is training in {out}") from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): make sure that no other job trains in it", out, error.strerror)
+    (out / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, ticket.encode(), 0)
+    os.fsync(descriptor)
+    return descriptor
+
+
+def _sees(out: Path, ticket: str) -> bool:
+    try:
+        return (out / ".lock").read_text() == ticket
+    except OSError:
+        return False
+
+
+def _writable(out: Path) -> None:
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        checkpoint.replace_text(out / ".writable", "")
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"out: cannot write into {out}: {error.strerror}") from None
+
+
+def _opened(silo: Silo, source: Source) -> SiloData:
+    data = source.open(silo.id)
+    if len(data.x_train) == 0:
+        raise ConfigError(f"silo '{silo.id}' has no training samples")
+    if silo.num_samples is not None and silo.num_samples != len(data.x_train):
+        raise ConfigError(f"silo '{silo.id}' declares {silo.num_samples} training samples but has {len(data.x_train)}")
+    for what, x in (("training", data.x_train), ("test", data.x_test)):
+        if len(x) and tuple(x.shape[1:]) != tuple(source.shape):
+            raise ConfigError(
+                f"silo '{silo.id}': {what} samples have shape {tuple(x.shape[1:])}, the dataset's is {source.shape}"
+            )
+    return data
+
+
+def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
+    """Training samples, test samples, and checksums of inputs, targets and column names."""
+    x, y = 0, 0
+    for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        x = zlib.crc32(samples.contiguous().numpy().view(np.uint8).data, x)
+        y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
+    names = float(zlib.crc32(repr(columns).encode())) if columns else 0.0
+    return [len(data.x_train), len(data.x_test), float(x), float(y), names]
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """SHA-256 of tensors and their names."""
+    whole = hashlib.sha256()
+    for name, tensor in tensors.items():
+        whole.update(name.encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.digest()
+
+
+def _fits(model: FlatModel, objective: Any, data: SiloData | None) -> None:
+    """Two samples through the model and the loss, before anything is trained."""
+    if data is None:
+        return
+    module = model.module.eval()
+    x, y = data.x_train[:2].to(model.device), data.y_train[:2].to(model.device)
+    try:
+        with torch.no_grad():
+            loss = objective.loss(module(x), y)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"model and data disagree: {text[:300]}") from None
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ConfigError(f"objective.loss: '{objective.loss_name}' does not return one number")
+    module.train()
+
+
+def _server_tensors(state: State) -> dict[str, torch.Tensor]:
+    """What server.h5 holds: the state's own tensors, by name, in an order that is the same on every rank."""
+    tensors = {"params": state.params_P}
+    tensors |= {f"optimizer/{n}": t for n, t in zip(state.optimizer._fields, state.optimizer, strict=True)}
+    tensors |= {f"selector/{name}": torch.from_numpy(array) for name, array in sorted(state.selector.items())}
+    return tensors
+
+
+def _fill(tensors: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        there = f"{stored[name].dtype} {tuple(stored[name].shape)}" if name in stored else "absent"
+        if there != (here := f"{tensor.dtype} {tuple(tensor.shape)}"):
+            raise ConfigError(f"the checkpoint's {name} is {there}, this run's {here}")
+        tensor.copy_(stored[name])

@@ -1,0 +1,67 @@
+"""The vocabulary that rooms share: what a dataset hands out, what a silo contributes.
+
+Shapes in names: `P` shared parameters, `K` silos of the federation, `N` samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+
+Task = Literal["classification", "binary", "regression", "next_token"]
+
+
+@dataclass(frozen=True)
+class Silo:
+    """One data owner, known by a stable id: what is declared of it before its data are opened."""
+
+    id: str
+    num_samples: int | None = None  # training samples; None: learned by the rank that opens it
+    host: str | None = None  # the only host that may open it; None: any
+
+
+class SiloData(NamedTuple):
+    """One silo's samples, in memory. Classification and next_token have int64 targets, the others float32."""
+
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset that is ready to be opened, silo by silo."""
+
+    task: Task
+    shape: tuple[int, ...]  # of one sample
+    num_classes: int  # classes, or symbols of a vocabulary; 1 for binary, the number of targets for regression
+    silos: tuple[Silo, ...]  # the federation, in an order that is the same on every rank
+    open: Callable[[str], SiloData]  # by silo id; reads that silo's files and no other's unless `central`
+    central: bool = False  # one set that was partitioned: every rank reads all of it
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of opened silos whose files name what x holds
+    floor: dict[str, float] = field(default_factory=dict)  # figures to beat, by metric (for `data check`)
+
+
+class Dataset(Protocol):
+    """A component that knows where samples come from."""
+
+    def source(self, seed: int) -> Source:
+        """The dataset's silos; reads no silo's samples unless the set is central. Raises DataMissing."""
+        ...
+
+
+@dataclass
+class Contribution:
+    """What a silo hands to the exchange. `delta_P` is valid until the next silo of the rank trains."""
+
+    silo: str
+    round: int
+    weight: float
+    delta_P: torch.Tensor
+    loss: float  # mean training loss over the samples visited this round
+    num_samples: int  # visited this round
+    num_steps: int

@@ -1,0 +1,296 @@
+"""What `comm.Comm` promises, on every rank of a launch: see cases.py."""
+
+import time
+
+import numpy as np
+import torch
+from programs.cases import Skip, require_equal, run
+
+from fedmpi import comm as ranks
+from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
+
+CASES = {}
+TYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
+
+
+def case(work):
+    CASES[work.__name__] = work
+    return work
+
+
+def lengths(dtype):
+    block = ranks.BLOCK_BYTES // dtype.itemsize
+    return 0, 1, block - 1, block, block + 1, 3 * block + 7
+
+
+def drawn(rank, length, dtype):
+    """A rank's numbers, which every rank can draw. Sums of a few of these floats are exact, those of int64 wrap."""
+    rng = np.random.default_rng([rank, length])
+    if dtype == torch.int64:
+        return rng.integers(-(2**63), 2**63, length, dtype=np.int64)
+    return rng.integers(-(2**20), 2**20, length).astype(str(dtype).removeprefix("torch."))
+
+
+def added(comm, length, dtype):
+    """What the sum over ranks must be."""
+    with np.errstate(over="ignore"):
+        return sum(drawn(rank, length, dtype) for rank in range(comm.size))
+
+
+def over_types(name, work):
+    for text, dtype in TYPES.items():
+        CASES[f"{name}_{text}"] = lambda comm, dtype=dtype: [work(comm, n, dtype) for n in lengths(dtype)] and None
+
+
+def reduce(comm, length, dtype):
+    mine = drawn(comm.rank, length, dtype)
+    send, recv = torch.from_numpy(mine.copy()), torch.full((length,), 7, dtype=dtype)
+    comm.reduce(send, recv)
+    wanted = added(comm, length, dtype) if comm.rank == 0 else np.full(length, 7)
+    assert np.array_equal(recv.numpy(), wanted), f"length {length}"
+    assert np.array_equal(send.numpy(), mine), f"length {length}: send was written"
+
+
+def allreduce(comm, length, dtype):
+    mine = drawn(comm.rank, length, dtype)
+    send, recv = torch.from_numpy(mine.copy()), torch.full((length,), 7, dtype=dtype)
+    comm.allreduce(send, recv)
+    assert np.array_equal(recv.numpy(), added(comm, length, dtype)), f"length {length}"
+    assert np.array_equal(send.numpy(), mine), f"length {length}: send was written"
+
+
+def bcast(comm, length, dtype):
+    vector = torch.from_numpy(drawn(comm.rank, length, dtype))
+    comm.bcast(vector)
+    assert np.array_equal(vector.numpy(), drawn(0, length, dtype)), f"length {length}"
+
+
+for part in (reduce, allreduce, bcast):
+    over_types(part.__name__, part)
+
+
+@case
+def bits_of_float_sums_repeat(comm):
+    send = torch.from_numpy(np.random.default_rng(comm.rank).standard_normal(2_000_003).astype(np.float32))
+    first, second = torch.zeros(len(send)), torch.zeros(len(send))
+    comm.allreduce(send, first)
+    comm.allreduce(send, second)
+    assert torch.equal(first, second)
+    wanted = sum(np.random.default_rng(r).standard_normal(len(send)).astype(np.float32) for r in range(comm.size))
+    assert np.allclose(first.numpy(), wanted, atol=1e-6)
+
+
+@case
+def refuses_what_mpi_would_sum_wrongly(comm):
+    bad = [torch.zeros(8, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.int32)]
+    for vector in (*bad, torch.zeros(4, 4).T[:2]):
+        for call in (comm.reduce, comm.allreduce, lambda send, recv: comm.bcast(send)):
+            text = raised(lambda call=call, vector=vector: call(vector, vector.clone()), ExchangeError)
+            assert str(vector.dtype) in text or "contiguous" in text, text
+
+
+@case
+def share_gives_everybodys_entries(comm):
+    values = np.zeros(2 * comm.size + 1)
+    values[2 * comm.rank : 2 * comm.rank + 2] = comm.rank + 0.5, -np.inf if comm.rank == 0 else comm.rank
+    total = comm.share(values)
+    wanted = [v for r in range(comm.size) for v in (r + 0.5, -np.inf if r == 0 else r)] + [0.0]
+    require_equal("total", total.tolist(), [float(v) for v in wanted])
+    require_equal("what was given", values[2 * comm.rank], comm.rank + 0.5)
+
+
+@case
+def share_lets_nan_through(comm):
+    values = np.zeros(comm.size + 1)
+    values[comm.rank] = np.nan if comm.rank == comm.size - 1 else 1.0
+    total = comm.share(values)
+    require_equal("nans", np.flatnonzero(np.isnan(total)).tolist(), [comm.size - 1])
+    require_equal("the others", total[: comm.size - 1].tolist(), [1.0] * (comm.size - 1))
+
+
+@case
+def share_calls_meanwhile_while_it_waits(comm):
+    calls = []
+    if comm.rank == 0:
+        time.sleep(0.2)
+    comm.share(np.zeros(1), lambda: calls.append(comm.rank))
+    assert comm.rank == 0 or len(calls) > 20, len(calls)
+
+
+@case
+def gather_keeps_rank_order(comm):
+    require_equal("rows", comm.gather(bytes([comm.rank, 255])), [bytes([r, 255]) for r in range(comm.size)])
+    require_equal("empty rows", comm.gather(b""), [b""] * comm.size)
+
+
+@case
+def say_is_heard_from_every_speaker(comm):
+    for speaker in range(comm.size):
+        for text in ("", f"Größe {speaker}", "x" * 100_000):
+            require_equal("heard", comm.say(text if comm.rank == speaker else "not me", speaker), text)
+
+
+def raised(work, kind=FedmpiError):
+    """The error that work raises, of exactly this class."""
+    try:
+        work()
+    except FedmpiError as error:
+        require_equal("class", type(error), kind)
+        return str(error)
+    raise AssertionError("nothing was raised")
+
+
+def failing(comm, errors):
+    """Work that raises on the ranks that have an error."""
+
+    def work():
+        if comm.rank in errors:
+            raise errors[comm.rank]
+        return comm.rank
+
+    return work
+
+
+@case
+def together_one_fails_all_raise_it(comm):
+    for bad in range(comm.size):
+        text = raised(lambda bad=bad: comm.together(failing(comm, {bad: ConfigError("no file é")})), ConfigError)
+        require_equal("message", text, "no file é" if comm.size == 1 else f"rank {bad}: no file é")
+        text = raised(lambda bad=bad: comm.together(failing(comm, {bad: ValueError("a bug")})))
+        assert "Traceback" in text and "ValueError: a bug" in text, text
+        require_equal("message of rank 0", comm.say(text, 0), text)
+
+
+@case
+def together_all_fail_alike(comm):
+    text = raised(lambda: comm.together(failing(comm, dict.fromkeys(range(9), ConfigError("same")))), ConfigError)
+    require_equal("message", text, "same")
+    require_equal("afterwards", comm.together(failing(comm, {})), comm.rank)
+
+
+@case
+def together_first_rank_decides_the_class(comm):
+    errors = {0: ConfigError("mine"), comm.size - 1: ValueError("yours")} if comm.size > 1 else {0: ConfigError("mine")}
+    text = raised(lambda: comm.together(failing(comm, errors)), ConfigError)
+    assert text.endswith("mine"), text
+
+
+@case
+def same_names_the_ranks_that_differ(comm):
+    comm.same("the seed", b"a")
+    if comm.size > 1:
+        last = comm.size - 1
+        text = raised(lambda: comm.same("the seed", b"b" if comm.rank == last else b"a", ConfigError), ConfigError)
+        require_equal("message", text, f"the seed differs: rank 0 against rank {last}")
+        text = raised(lambda: comm.same("it", b"b" if comm.rank == 0 else b"a"), ExchangeError)
+        others = ", ".join(str(r) for r in range(1, comm.size))
+        require_equal("message", text, f"it differs: rank 0 against rank{'s' if comm.size > 2 else ''} {others}")
+
+
+def another():
+    """A communicator of the case's own: no notices, counters at 0."""
+    from mpi4py import MPI
+
+    return ranks.Comm(MPI)
+
+
+def quiet(comm):
+    """No message is under way on this communicator."""
+    comm._world.Barrier()
+    left = comm._control.Iprobe()
+    comm._world.Barrier()  # before anybody sends the next
+    assert not left, "a notice is left"
+
+
+@case
+def notices_reach_everybody_from_anybody(comm):
+    for source in range(comm.size):
+        fresh = another()
+        before = fresh.notices()
+        fresh.gather(b"-")  # nobody is ahead
+        require_equal("before", before, 0)
+        if fresh.rank == source:
+            fresh.notify(1)
+        deadline = time.monotonic() + 10
+        while fresh.rank != source and fresh.notices() < 1:
+            # Rank 0 relays whenever it looks.
+            assert time.monotonic() < deadline, f"rank {fresh.rank} heard nothing of rank {source}"
+            time.sleep(1e-3)
+        if fresh.rank == 0:
+            fresh.notices()
+        fresh.finish()
+        quiet(fresh)
+
+
+@case
+def the_worst_notice_wins(comm):
+    fresh = another()
+    fresh.notify(2 if fresh.rank == fresh.size - 1 else 1)
+    deadline = time.monotonic() + 10
+    while fresh.size > 1 and fresh.rank not in (fresh.size - 1,) and fresh.notices() < 2:
+        assert time.monotonic() < deadline, f"rank {fresh.rank} heard {fresh.notices()}"
+        time.sleep(1e-3)
+    fresh.finish()
+    quiet(fresh)
+
+
+@case
+def finish_drains_what_nobody_read(comm):
+    fresh = another()
+    fresh.notify(1)
+    fresh.notify(2)
+    fresh.finish()
+    quiet(fresh)
+    require_equal("notices after the run's last call", fresh.notices(), 0)
+    fresh.finish()  # the next run's
+    quiet(fresh)
+
+
+@case
+def counters_count_what_collectives_were_given(comm):
+    fresh = another()
+    vector, out = torch.zeros(1001), torch.zeros(1001)
+    before = fresh.bytes_control
+    fresh.reduce(vector, out)
+    up = 4004 if fresh.rank else 0
+    require_equal("after reduce", (fresh.bytes_up, fresh.bytes_down), (up, 0))
+    fresh.bcast(vector)
+    down = 4004 if fresh.rank else 0
+    require_equal("after bcast", (fresh.bytes_up, fresh.bytes_down), (up, down))
+    fresh.allreduce(vector, out)
+    both = 4004 if fresh.size > 1 else 0
+    require_equal("after allreduce", (fresh.bytes_up, fresh.bytes_down), (up + both, down + both))
+    fresh.share(np.zeros(10))
+    require_equal("control", fresh.bytes_control - before, 160 if fresh.size > 1 else 0)
+
+
+@case
+def places_on_this_host(comm):
+    require_equal("local", (comm.local_rank, comm.local_size), (comm.rank, comm.size))
+    require_equal("hosts", len(set(comm.hosts)), 1)
+    require_equal("number of hosts", len(comm.hosts), comm.size)
+
+
+def bcast_beyond_2_to_the_31(comm):
+    """More elements than a C int counts; here, where bytes are elements."""
+    length = 2**31 + 4097
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    if comm.share(np.array([free > 2.5 * length]))[0] < comm.size:
+        raise Skip(f"needs {2.5 * length / 2**30:.0f} GiB of free memory, there are {free / 2**30:.0f}")
+    vector = torch.zeros(length, dtype=torch.uint8)
+    blocks = list(ranks.blocks(length, 1))
+    ends = torch.tensor([i for part in blocks for i in (part.start, part.stop - 1)])
+    marks = torch.arange(len(ends)).remainder(255).add(1).to(torch.uint8)
+    if comm.rank == 0:
+        vector[ends] = marks
+    comm.bcast(vector)
+    assert torch.equal(vector[ends], marks)
+    assert sum(int(torch.count_nonzero(vector[part])) for part in blocks) == len(ends)
+
+
+LARGE = {"bcast_beyond_2_to_the_31": bcast_beyond_2_to_the_31}  # at n=2 only
+
+if __name__ == "__main__":
+    world = ranks.connect()
+    run(CASES | (LARGE if world.size == 2 else {}), world)

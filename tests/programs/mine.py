@@ -1,0 +1,63 @@
+"""A user's own model and selector, and what may happen in them. Copied beside a configuration by the tests.
+
+The environment says what happens, so that the configuration stays the same when the run is taken up again:
+
+    AFTER    batches that a silo trains normally, counted per process and silo
+    SLEEP_S  then every batch sleeps this long
+    RAISE    then these silos raise
+    EXIT     then this silo's process is gone without a word
+    ODD      the rank whose selector raises in round 2
+"""
+
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+AFTER = int(os.environ.get("AFTER", "0"))
+SLEEP_S = float(os.environ.get("SLEEP_S", "0"))
+RANK = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
+
+
+class Net(torch.nn.Linear):
+    """Logits; x[0] of every sample says which silo it belongs to."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+        self.batches: Counter[str] = Counter()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            silo = "abcd"[int(x[0, 0])]
+            self.batches[silo] += 1
+            if self.batches[silo] > AFTER:
+                happen(silo)
+        return super().forward(x)
+
+
+def happen(silo: str) -> None:
+    """What the environment says."""
+    if silo in os.environ.get("RAISE", ""):
+        Path(f"raised-{os.getpid()}").touch()
+        raise RuntimeError(f"boom in {silo}")
+    if os.environ.get("EXIT") == silo:
+        os._exit(1)
+    if SLEEP_S:
+        Path(f"busy-{os.getpid()}").touch()
+        time.sleep(SLEEP_S)
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A selector of all silos that fails on one rank only, outside of what a silo does."""
+
+    def init(self, num_silos):
+        return {}
+
+    def select(self, ids, state, record, rng):
+        if os.environ.get("ODD") == RANK and record is not None:
+            raise LookupError("odd")
+        return list(ids), state

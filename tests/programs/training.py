@@ -1,0 +1,261 @@
+"""What a whole run promises on any number of ranks: see cases.py. Cases leave figures in FOLDER for the other launches.
+
+Arguments: FOLDER, shared by all launches, and the number of ranks of the launch before, unless this is the first.
+"""
+
+import json
+import sys
+import typing
+from pathlib import Path
+
+import numpy as np
+import reference
+import torch
+from programs.cases import require_equal, run
+
+import fedmpi
+from fedmpi import comm as ranks
+from fedmpi.components import build
+from fedmpi.errors import ConfigError, Diverged, ExchangeError
+from fedmpi.exchange import PlanName
+from fedmpi.flat import sha256
+from fedmpi.plan import plan as promise
+
+CASES = {}
+ROUNDS = 4
+BASE = {
+    "rounds": ROUNDS,
+    "data": {"name": "digits", "silos": 4, "partition": {"name": "dirichlet", "alpha": 0.5}},
+    "model": {"name": "mlp", "hidden": [16]},
+    "local": {"name": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 64},
+    "checkpoint": {"every": 100},
+    "device": {"name": "cpu"},
+}
+# Every one of these must end with the same bits on 1, 2, 3 and 4 ranks, and under both plans.
+RUNS = {
+    "digits": {},
+    "nine_silos_a_third": {"data": {"name": "digits", "silos": 9}, "select": {"name": "uniform", "fraction": 0.34}},
+    "two_silos": {"data": {"name": "digits", "silos": 2}},
+    "fedadam": {"server": {"optimizer": {"name": "fedadam", "lr": 0.01}}},
+    "fedyogi_uniform": {
+        "server": {"optimizer": {"name": "fedyogi", "lr": 0.01}},
+        "aggregate": {"name": "mean", "weights": "uniform"},
+    },
+    "personal_bias": {
+        "exchange": {"parameters": ["*", "!*.bias"]},
+        "select": {"name": "uniform", "fraction": 0.5},
+        "server": {"optimizer": {"name": "fedavgm", "lr": 1.0}},
+    },
+}
+PLANS = typing.get_args(PlanName)
+
+
+def case(work):
+    CASES[work.__name__] = work
+    return work
+
+
+def configured(folder, name, *changes, **more):
+    """BASE with changes; sections are merged, components replaced."""
+    values = {**BASE, "out": str(folder / name)}
+    for change in (*changes, more):
+        for key, value in change.items():
+            both = key in ("server", "exchange", "checkpoint") and key in values
+            values[key] = {**values[key], **value} if both else value
+    return build(fedmpi.Config, values)
+
+
+def trained(comm, config, until=None):
+    """SHA-256 of the parameters after training, and the records."""
+    records = []
+    with fedmpi.Run(config, comm_=comm) as started:
+        for record in started:
+            records.append(record)
+            if record["round"] == until:
+                break
+    return sha256(started.params_P), records
+
+
+def reproducible(name):
+    def work(comm, folder):
+        """All plans give the same bits; which ones comes back."""
+        shas = {}
+        for plan in PLANS:
+            exchange = {"exchange": {"plan": plan, "reduction": "reproducible"}}
+            config = configured(folder, f"{name}-{plan}-{comm.size}", RUNS[name], exchange)
+            shas[plan], records = trained(comm, config)
+            require_equal("rounds", [r["round"] for r in records], list(range(1, ROUNDS + 1)))
+            lines = comm.gather(json.dumps(records).encode().ljust(60_000))
+            require_equal("ranks whose records differ", [r for r, line in enumerate(lines) if line != lines[0]], [])
+            digests = comm.gather(shas[plan].encode())
+            require_equal("ranks' parameters", len(set(digests)), 1)
+        require_equal("shas", set(shas.values()), {shas["root"]})
+        return shas["root"]
+
+    return work
+
+
+for run_name in RUNS:
+    CASES[f"reproducible_{run_name}"] = reproducible(run_name)
+
+
+@case
+def fast_repeats_and_plans_agree(comm, folder):
+    found = {}
+    for name in (*PLANS, "again"):
+        exchange = {"plan": "replicated" if name == "again" else name}
+        with fedmpi.Run(configured(folder, f"fast-{name}-{comm.size}", exchange=exchange), comm_=comm) as started:
+            list(started)
+        found[name] = started.params_P.clone()
+    assert torch.equal(found["again"], found["replicated"]), "the same plan gave other bits"
+    assert torch.allclose(found["root"], found["replicated"], atol=1e-6), (
+        (found["root"] - found["replicated"]).abs().max()
+    )
+
+
+def logistic(folder, name, **local):
+    return configured(
+        folder,
+        name,
+        data={"name": "digits", "silos": 5, "partition": {"name": "quantity"}},
+        model="logistic",
+        local={"name": "sgd", "lr": 0.2, "sampler": "in_order", **local},
+    )
+
+
+def opened(config):
+    source = config.data.source(config.seed)
+    return [source.open(silo.id) for silo in source.silos]
+
+
+@case
+def agrees_with_the_reference(comm, folder):
+    for plan in PLANS:
+        config = logistic(folder, f"reference-{plan}-{comm.size}", epochs=2, batch_size=50)
+        config = build(fedmpi.Config, {**vars(config), "exchange": {"plan": plan}, "rounds": 3})
+        silos = []
+        for data in opened(config):
+            x, y = data.x_train.reshape(len(data.x_train), -1).numpy(), data.y_train.numpy()
+            batches = [(x[i : i + 50], y[i : i + 50]) for i in range(0, len(x), 50)] * 2
+            silos.append((len(x), lambda round, batches=batches: batches))
+        with fedmpi.Run(config, comm_=comm) as started:
+            wanted = reference.train(started.params_P.numpy(), silos, 3, 0.2, reference.softmax_gradient)
+            for record, w_P in zip(started, wanted, strict=True):
+                worst = np.abs(started.params_P.numpy() - w_P).max()
+                assert worst < 1e-5, f"plan {plan}, round {record['round']}: {worst}"
+
+
+@case
+def full_batch_step_is_the_pooled_gradients(comm, folder):
+    """One step of every silo, weighted by n_k, is one step on all samples together."""
+    config = logistic(folder, f"pooled-{comm.size}", steps=1, batch_size=None)
+    config = build(fedmpi.Config, {**vars(config), "rounds": 1})
+    silos = opened(config)
+    assert len({len(data.x_train) for data in silos}) > 1, "silos of one size prove nothing about weights"
+    x = np.concatenate([data.x_train.reshape(len(data.x_train), -1).numpy() for data in silos]).astype(np.float64)
+    y = np.concatenate([data.y_train.numpy() for data in silos])
+    with fedmpi.Run(config, comm_=comm) as started:
+        w_P = started.params_P.numpy().astype(np.float64)
+        list(started)
+    weight, bias = w_P[:640].reshape(10, 64), w_P[640:]
+    logits = x @ weight.T + bias
+    prob = np.exp(logits - logits.max(axis=1, keepdims=True))
+    prob /= prob.sum(axis=1, keepdims=True)
+    prob -= np.eye(10)[y]
+    stepped = w_P - 0.2 / len(x) * np.concatenate([(prob.T @ x).reshape(-1), prob.sum(axis=0)])
+    worst = np.abs(started.params_P.numpy() - stepped).max()
+    assert worst < 5e-6, worst
+
+
+@case
+def dedicated_server_hosts_nothing(comm, folder):
+    config = configured(
+        folder, f"dedicated-{comm.size}", server={"dedicated": True}, exchange={"reduction": "reproducible"}
+    )
+    if comm.size == 1:
+        try:
+            fedmpi.Run(config, comm_=comm)
+        except ConfigError as error:
+            assert "dedicated" in str(error), error
+            return None
+        raise AssertionError("one rank cannot be a dedicated server")
+    sha, records = trained(comm, config)
+    require_equal("silos of rank 0", [s for s, row in records[0]["silos"].items() if row["rank"] == 0], [])
+    return sha
+
+
+@case
+def verify_finds_the_rank_that_differs(comm, folder):
+    config = configured(folder, f"verify-{comm.size}", exchange={"verify": True})
+    started = fedmpi.Run(config, comm_=comm)
+    rounds = iter(started)
+    next(rounds)
+    next(rounds)
+    last = comm.size - 1
+    if comm.rank == last > 0:
+        started.params_P[3] += 1e-3
+    try:
+        next(rounds)
+    except ExchangeError as error:
+        assert last > 0 and f"rank {last}" in str(error), error
+    else:
+        require_equal("ranks of a run in which nobody can differ", comm.size, 1)
+    started.close()
+
+
+@case
+def bytes_are_those_that_plan_says(comm, folder):
+    for plan in PLANS:
+        for reduction in ("fast", "reproducible"):
+            exchange = {"plan": plan, "reduction": reduction}
+            more = {"server": {"dedicated": comm.size > 1}} if reduction == "fast" else RUNS["personal_bias"]
+            name = f"bytes-{plan}-{reduction}-{comm.size}"
+            config = configured(folder, name, more, exchange=exchange, rounds=2)
+            promised = promise(config, {}, comm.size)
+            _, records = trained(comm, config)
+            for record in records:
+                for key in ("bytes_up", "bytes_down", "bytes_control"):
+                    require_equal(f"{name}, round {record['round']}, {key}", record[key], promised[key])
+            hosted = [[s for s, row in record["silos"].items() if row["rank"] == r] for r in range(comm.size)]
+            require_equal("silos by rank", hosted, [row["silos"] for row in promised["ranks"]])
+
+
+@case
+def diverging_is_an_error_on_every_rank(comm, folder):
+    config = configured(folder, f"diverged-{comm.size}", local={"name": "sgd", "lr": 1e30, "epochs": 1}, rounds=3)
+    try:
+        trained(comm, config)
+    except Diverged as error:
+        assert "silo-0" in str(error), error
+    else:
+        raise AssertionError("a norm of 1e30 went through")
+    sha, _ = trained(comm, configured(folder, f"diverged-then-{comm.size}"))  # the communicator is as good as new
+    return sha
+
+
+def resumed(name):
+    def work(comm, folder):
+        """Leave a run behind at round 2; go on with what the launch before has left behind, on other ranks."""
+
+        def config(writer):
+            exact = {"reduction": "reproducible"}
+            return configured(folder, f"left-{name}-{writer}", RUNS[name], exchange=exact)
+
+        trained(comm, config(comm.size), until=2)
+        if len(sys.argv) < 3:
+            return None
+        with fedmpi.Run(config(sys.argv[2]), comm_=comm) as started:
+            require_equal(f"resumed from {sys.argv[2]} ranks after round", started.resumed, 2)
+            require_equal("rounds that were left", [r["round"] for r in started], [3, 4])
+        return sha256(started.params_P)
+
+    return work
+
+
+for run_name in ("personal_bias", "fedadam"):
+    CASES[f"resumes_on_other_ranks_{run_name}"] = resumed(run_name)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(len(sys.argv))  # no run may depend on it
+    run(CASES, ranks.connect(), Path(sys.argv[1]))

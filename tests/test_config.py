@@ -1,0 +1,288 @@
+"""Configuration: what is said to a wrong one, how overrides are read, and that it comes back as it was."""
+
+import dataclasses
+import textwrap
+
+import pytest
+import yaml
+
+from fedmpi.catalogue import FAMILIES
+from fedmpi.components import Deferred, build, hints, to_dict
+from fedmpi.config import Config, differences, digest, flatten, load, origin_of
+from fedmpi.errors import ConfigError
+from fedmpi.local import Sgd
+from fedmpi.models import make
+from fedmpi.plan import plan
+from fedmpi.server import FedAdam
+from fedmpi.types import Source
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a configuration; its path comes back."""
+
+    def write(text, name="a.yaml"):
+        (tmp_path / name).write_text(textwrap.dedent(text))
+        return tmp_path / name
+
+    return write
+
+
+def refusal(call, *args):
+    """What ConfigError says, in one line."""
+    with pytest.raises(ConfigError) as caught:
+        call(*args)
+    assert str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
+    return str(caught.value)
+
+
+SGD = "local: {name: sgd, lr: 0.1, epochs: 1"
+REFUSED = [
+    # unknown key
+    ("ronds: 3", "configuration has no 'ronds'; did you mean 'rounds'?"),
+    ("data: {name: digits, silo: 3}", "data: dataset 'digits' has no 'silo'; did you mean 'silos'?"),
+    (SGD + ", bach_size: 3}", "local: local rule 'sgd' has no 'bach_size'; did you mean 'batch_size'?"),
+    ("server: {optimiser: fedadam}", "server: 'server' has no 'optimiser'; did you mean 'optimizer'?"),
+    ("server: {optimizer: {name: fedadam, bet1: 0}}", "server.optimizer: server optimizer 'fedadam' has no 'bet1'"),
+    ("checkpoint: {zzz: 1}", "checkpoint: 'checkpoint' has no 'zzz'; there is: every, keep"),
+    ("1: 2", "configuration has no '1'"),
+    # unknown component
+    ("model: {name: reznet18}", "model: no model 'reznet18'; did you mean 'resnet18'?"),
+    ("select: unifrom", "select: no selector 'unifrom'; did you mean 'uniform'?"),
+    ("data: {name: digits, partition: dirichlt}", "data.partition: no partition 'dirichlt'; did you mean 'dirichlet'?"),
+    (SGD + ", optimizer: {name: Adan}}", "local.optimizer: no optimizer 'Adan'; did you mean 'Adam'?"),
+    (SGD + ", schedule: cosin}", "local.schedule: no schedule 'cosin'; did you mean 'cosine'?"),
+    ("aggregate: qqq", "aggregate: no aggregator 'qqq'; there is: mean"),
+    ("data: {silos: 3}", "data: needs a 'name', one of: digits, "),
+    ("model: 3", "model: 3 is no model; one of: logistic, "),
+    ("select: [all]", "select: ['all'] is no selector; one of: all, uniform"),
+    # wrong type
+    ("rounds: many", "rounds: input should be a valid integer"),
+    ("rounds: 1.5", "rounds: input should be a valid integer"),
+    ("rounds:", "rounds: input should be a valid integer, got None"),
+    ("out: [a]", "out: input should be a valid string, got ['a']"),
+    ("server: 3", "server: "),
+    ("server: {dedicated: perhaps}", "server.dedicated: input should be a valid boolean"),
+    ("local: {name: sgd, lr: fast, epochs: 1}", "local.lr: input should be a valid number"),
+    ("model: {name: mlp, hidden: [8, x]}", "model.hidden.1: input should be a valid integer"),
+    ("exchange: {plan: ring}", "exchange.plan: input should be 'root', 'replicated' or 'window', got 'ring'"),
+    # out of range
+    ("rounds: 0", "rounds: input should be greater than 0, got 0"),
+    ("seed: -1", "seed: input should be greater than or equal to 0, got -1"),
+    ("select: {name: uniform, fraction: 1.5}", "select.fraction: input should be less than or equal to 1, got 1.5"),
+    ("select: {name: uniform, fraction: .nan}", "select.fraction: input should be "),
+    ("local: {name: sgd, lr: .inf, epochs: 1}", "local.lr: input should be a finite number, got inf"),
+    ("local: {name: sgd, lr: -0.1, epochs: 1}", "local.lr: input should be greater than 0, got -0.1"),
+    ("checkpoint: {keep: 0}", "checkpoint.keep: input should be greater than 0, got 0"),
+    # what does not go together, what is missing
+    ("local: {name: sgd, epochs: 1}", "local.lr: local rule 'sgd' needs it"),
+    ("local: {name: sgd, lr: 1}", "local: give either 'epochs' or 'steps'"),
+    (SGD + ", steps: 3}", "local: give either 'epochs' or 'steps'"),
+    ("exchange: {parameters: trainble}", "exchange: exchange.parameters is all, trainable or a list of patterns, got"),
+    # torch optimizers
+    (SGD + ", optimizer: {name: SGD, momentm: 0.9}}", "'SGD' has no 'momentm'; did you mean 'momentum'?"),
+    (SGD + ", optimizer: {name: SGD, lr: 0.9}}", "local.optimizer.lr: the learning rate is local.lr"),
+    (SGD + ", optimizer: {name: SGD, momentum: -1}}", "local.optimizer: Invalid momentum value: -1"),
+    (SGD + ", optimizer: {name: LBFGS}}", "local.optimizer: no optimizer 'LBFGS'"),
+    # nothing, where something must be
+    ("data: null", "data"), ("model: null", "model"), ("local: null", "local"), ("select: null", "select"),
+    ("aggregate: null", "aggregate"), ("server: {optimizer: null}", "server.optimizer"),
+    (SGD + ", schedule: null}", "local.schedule"), ("data: {name: digits, partition: null}", "data.partition"),
+    # a user's own
+    ("model: {name: 'nowhere_at_all:factory'}", "model: cannot import 'nowhere_at_all:factory': No module named"),
+    ("model: {name: 'fedmpi.models:nothing'}", "model: cannot import 'fedmpi.models:nothing': module"),
+    ("select: {name: 'collections:Counter'}", "select: 'collections:Counter' is no dataclass, so it cannot be"),
+    # no YAML
+    ("rounds: 3\nseed: [1\nout: a", "a.yaml:3: not YAML: "),
+    ("rounds: 3\n\tseed: 1", "a.yaml:2: not YAML: found character"),
+    ("just words", "a.yaml: expected keys and values, such as `rounds: 20`"),
+    ("- rounds: 3", "a.yaml: expected keys and values"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "says"), REFUSED, ids=[text for text, _ in REFUSED])
+def test_a_wrong_configuration_is_one_line_that_names_the_key(file, text, says):
+    said = refusal(load, file(text))
+    assert says in said and (said.startswith(says) or "local.optimizer" in said or "a.yaml" in said)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rounds", "'rounds' is no override; write key=value, such as local.lr=0.1"),
+        ("=3", "'=3' is no override"),
+        ("--rounds=3", "configuration has no '--rounds'; did you mean 'rounds'?"),
+        ("local.lr=[1", "local.lr: cannot read '[1' as a value"),
+        ("local.lr=", "local.lr: input should be a valid number, got None"),
+        ("local.l=1", "local: local rule 'sgd' has no 'l'; "),
+        ("local..lr=1", "local: local rule 'sgd' has no ''; "),
+        ("rounds.x=1", "rounds: input should be a valid integer, got {'x': 1}"),
+        ("server.optimizer=fedadm", "server.optimizer: no server optimizer 'fedadm'; did you mean 'fedadam'?"),
+        ("server.lr=0.1", "server: 'server' has no 'lr'; "),
+    ],
+)
+def test_a_wrong_override_is_one_line(file, override, says):
+    assert refusal(load, file("local: {name: sgd, lr: 0.1, epochs: 1}"), [override]).startswith(says)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    assert refusal(load, tmp_path / "no.yaml") == f"cannot read {tmp_path}/no.yaml: No such file or directory"
+    assert refusal(load, tmp_path) == f"cannot read {tmp_path}: Is a directory"
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert refusal(load, tmp_path / "binary.yaml").startswith(f"cannot read {tmp_path}/binary.yaml: ")
+
+
+def test_a_pattern_that_matches_no_parameter_is_refused_by_plan(file):
+    said = refusal(plan, load(file("exchange: {parameters: ['*', '!linear.wieght']}"))[0], {}, 2)
+    assert said == "exchange.parameters: '!linear.wieght' matches no parameter; did you mean 'linear.weight'?"
+
+
+def value(config, key):
+    for part in key.split("."):
+        config = config.arguments[part] if isinstance(config, Deferred) else getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["local.lr=1e-3"], {"local.lr": 1e-3}),
+        (["local.lr=2"], {"local.lr": 2.0}),
+        (["rounds=3", "rounds=4"], {"rounds": 4}),
+        (["server.dedicated=true", "device.share=yes"], {"server.dedicated": True, "device.share": True}),
+        (["local.batch_size=null"], {"local.batch_size": None}),
+        (["local.steps=5", "local.epochs="], {"local.steps": 5, "local.epochs": None}),
+        (["server.optimizer=fedadam"], {"server.optimizer": FedAdam()}),
+        (["server.optimizer=fedadam", "server.optimizer.lr=1e-2"], {"server.optimizer": FedAdam(lr=0.01)}),
+        (["server.optimizer={name: fedadam, tau: 1}"], {"server.optimizer": FedAdam(tau=1)}),
+        (["model=mlp", "model.hidden=[8, 4]"], {"model.hidden": (8, 4)}),
+        (["data.partition=dirichlet", "data.partition.alpha=1"], {"data.partition.alpha": 1.0, "data.silos": 7}),
+        (["exchange.parameters=[a.*, '!b']"], {"exchange.parameters": ["a.*", "!b"]}),
+        (["exchange.parameters=trainable"], {"exchange.parameters": "trainable"}),
+        (["local.optimizer=Adam", "local.optimizer.betas=[0.5, 0.9]"], {"local.optimizer.betas": [0.5, 0.9]}),
+        (["local.optimizer={name: SGD, weight_decay: 1e-4}"], {"local.optimizer.weight_decay": 1e-4}),
+        (["local.optimizer=SGD", "local.optimizer.weight_decay=1e-4"], {"local.optimizer.weight_decay": 1e-4}),
+        (["out=runs/a=b"], {"out": "runs/a=b"}),
+        (["out=123"], {"out": "123"}),
+        (["out=2026-01-02"], {"out": "2026-01-02"}),
+        (["init=model.safetensors"], {"init": "model.safetensors"}),
+    ],
+    ids=" ".join,
+)
+def test_an_override_has_the_type_of_its_field(file, overrides, expected):
+    config, _ = load(file("data: {name: digits, silos: 7}\nlocal: {name: sgd, lr: 0.1, epochs: 1}"), overrides)
+    assert {key: value(config, key) for key in expected} == expected
+
+
+def test_every_value_has_an_origin(file):
+    path = file("rounds: 3\nserver:\n  optimizer: fedadam\nlocal: {name: sgd, lr: 1,\n        epochs: 2}\n")
+    config, origins = load(path, ["server.optimizer.lr=0.5", "local=sgd", "local.lr=2", "local.steps=1"])
+    of = {key: origin_of(key, origins) for key in flatten(to_dict(config))}
+    assert of["rounds"] == f"{path}:1" and of["server.optimizer.name"] == f"{path}:3"
+    assert of["server.optimizer.lr"] == of["local.name"] == of["local.lr"] == of["local.steps"] == "command line"
+    assert of["local.epochs"] == of["local.schedule.name"] == of["seed"] == "default"
+
+
+def test_out_is_called_after_the_file_and_about_is_not_read(file):
+    assert load(file("about: {versions: {}}\nrounds: 2", "heart.yaml"))[0].out == "runs/heart"
+    assert load(file("", "empty.yaml"))[0] == Config(out="runs/empty")
+
+
+NEEDS = {"sgd": {"lr": 0.1, "steps": 3}, "files": {"silos": [{"id": "a", "path": "a.h5"}], "task": "binary"}}
+NEEDS["files"]["shape"] = [3]
+INSIDE = {"local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
+MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
+
+
+@pytest.mark.parametrize(("key", "name"), MEMBERS, ids=[f"{key}={name}" for key, name in MEMBERS])
+def test_every_member_comes_back_from_its_plain_values(key, name):
+    parents = key.split(".")
+    values = {"name": name, **NEEDS.get(name, {})}
+    for parent in reversed(parents):
+        values = {parent: INSIDE.get(parent, {}) | values if parent != parents[-1] else values}
+    config = build(Config, values)
+    plain = to_dict(config)
+    assert flatten(plain)[f"{key}.name"] == name
+    assert build(Config, plain) == config
+    again = build(Config, yaml.safe_load(yaml.safe_dump(plain)))
+    assert again == config and digest(again) == digest(config) and differences(plain, again) == []
+
+
+def test_the_configuration_is_one_tree_in_code_and_in_yaml(file):
+    text = "rounds: 3\nlocal: {name: sgd, lr: 0.1, epochs: 1}\nserver: {optimizer: {name: fedadam, lr: 1}}\nout: x"
+    section = type(Config().server)
+    assert load(file(text))[0] == Config(
+        rounds=3, local=Sgd(lr=0.1, epochs=1), server=section(optimizer=FedAdam(lr=1.0)), out="x"
+    )
+    assert set(hints(Config)) == {field.name for field in dataclasses.fields(Config)}
+
+
+def test_what_may_change_is_no_difference_and_everything_else_is():
+    stored = to_dict(Config())
+    of_a_site = [
+        {"out": "b"},
+        {"device": {"name": "cpu"}},
+        {"init": "c.safetensors"},
+        {"records": {"tensorboard": True}},
+    ]
+    for change in ({"rounds": 9}, {"checkpoint": {"every": 1}}, *of_a_site):
+        config = build(Config, change)
+        assert differences(stored, config) == []
+        assert (digest(config) == digest(Config())) == (change in of_a_site)
+    config = build(Config, {"seed": 1, "local": {"name": "sgd", "lr": 0.1, "epochs": 1}, "select": "uniform"})
+    assert differences({**stored, "about": {"ranks": 3}}, config) == [
+        "local.lr is 0.05 there and 0.1 here",
+        "seed is 0 there and 1 here",
+        "select.fraction is not set there and 1.0 here",
+        "select.name is all there and uniform here",
+    ]
+
+
+OWN = """
+import dataclasses
+import torch
+from fedmpi.components import component
+from fedmpi.selection import All
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    count: int = 1
+    def init(self, num_silos): return {}
+    def select(self, ids, state, record, rng): return list(ids)[: self.count], state
+
+@component
+class Checked(All):
+    count: int = 1
+
+def factory(width, depth=1):
+    return torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(depth)))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_components.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["First", "Checked"])
+def test_a_users_own_component_is_a_component_like_any_other(own, file, name):
+    text = f"select: {{name: 'own_components:{name}', count: 2}}"
+    config, _ = load(file(text))
+    assert config.select.select(list("abc"), {}, None, None)[0] == list("abc")[: 2 if name == "First" else 3]
+    assert to_dict(config)["select"] == {"name": f"own_components:{name}", "count": 2}
+    assert build(Config, to_dict(config)) == config
+    said = refusal(load, file(text), ["select.coumt=3"])
+    assert said == f"select: selector 'own_components:{name}' has no 'coumt'; did you mean 'count'?"
+    assert refusal(load, file(text), ["select.count=x"]).startswith("select.count: input should be a valid integer")
+
+
+def test_a_users_own_model_factory_is_called_with_the_values_of_the_configuration(own, file):
+    text = "model: {name: 'own_components:factory', width: 3}"
+    config, _ = load(file(text), ["model.depth=2"])
+    source = Source("regression", (3,), 3, silos=(), open=lambda silo: None)
+    assert [tuple(p.shape) for p in make(config.model, source).parameters()] == [(3, 3), (3,)] * 2
+    assert build(Config, to_dict(config)) == config
+    said = refusal(load, file(text), ["model.widht=2"])
+    assert said == "model: 'factory' has no 'widht'; did you mean 'width'?"
+    assert refusal(load, file("model: 'own_components:factory'")).startswith("model: 'factory': missing a required")

@@ -1,0 +1,28 @@
+"""Fed-Heart-Disease: the published accuracies and final weights, from the published starts and batch orders."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+from mpi import PYTHON, mpirun
+
+PROGRAM = str(Path(__file__).parent / "programs" / "heart.py")
+
+
+@functools.cache
+def runs(n: int, root: Path) -> dict:
+    plan = {1: "replicated", 2: "root", 4: "window"}[n]
+    done = mpirun(n, PYTHON, PROGRAM, str(root), plan, timeout_s=240)
+    assert done.rc == 0, done.tails
+    rows = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+    return {(row["method"], row["seed"]): row for row in rows}
+
+
+@pytest.mark.parametrize("method", ["FedAvg100", "FedAdam100", "FedYogi100", "FedAdagrad100"])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_published_accuracies_and_weights_are_met(method: str, n: int, root: Path) -> None:
+    found = {seed: runs(n, root)[method, seed] for seed in (42, 43, 44, 45, 46)}
+    for seed, row in found.items():
+        assert row["ours"] == pytest.approx(row["published"], abs=1e-12), f"seed {seed}"
+        assert row["distance"] < 5e-6, f"seed {seed}"

