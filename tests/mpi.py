@@ -85,11 +85,13 @@ class Job:
         self.n = n
         clean = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
         self._outputs = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115
+        # Open MPI refuses to start over the contact file of a killed mpirun that had the same process id.
+        self._tmp = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
         self.started_s = time.monotonic()
         self.process = subprocess.Popen(
             [*launcher(), "-n", str(n), *command],
             cwd=cwd,
-            env={**clean, **ENVIRONMENT, **(env or {})},
+            env={**clean, **ENVIRONMENT, "TMPDIR": self._tmp.name, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=self._outputs[0],
             stderr=self._outputs[1],
@@ -105,6 +107,7 @@ class Job:
         self.kill()
         for file in self._outputs:
             file.close()
+        self._tmp.cleanup()
 
     def processes(self) -> list[int]:
         """Every process of the job's session: mpirun, its helpers, the ranks."""
