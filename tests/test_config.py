@@ -65,7 +65,10 @@ REFUSED = [
     ("server: {dedicated: perhaps}", "server.dedicated: input should be a valid boolean"),
     ("local: {name: sgd, lr: fast, epochs: 1}", "local.lr: input should be a valid number"),
     ("model: {name: mlp, hidden: [8, x]}", "model.hidden.1: input should be a valid integer"),
-    ("exchange: {plan: ring}", "exchange.plan: input should be 'root', 'replicated' or 'window', got 'ring'"),
+    (
+        "exchange: {plan: ring}",
+        "exchange.plan: input should be 'auto', 'root', 'replicated', 'sharded' or 'window', got 'ring'",
+    ),
     # out of range
     ("rounds: 0", "rounds: input should be greater than 0, got 0"),
     ("seed: -1", "seed: input should be greater than or equal to 0, got -1"),
@@ -190,7 +193,7 @@ def test_out_is_called_after_the_file_and_about_is_not_read(file):
 
 NEEDS = {"sgd": {"lr": 0.1, "steps": 3}, "files": {"silos": [{"id": "a", "path": "a.h5"}], "task": "binary"}}
 NEEDS["files"]["shape"] = [3]
-INSIDE = {"local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
+INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
 
 

@@ -11,7 +11,10 @@ import torch
 from fedmpi import comm as ranks
 from fedmpi.comm import Comm, Solo, blocks
 from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
-from fedmpi.exchange import LARGEST_NORM, UNIT, Exchange, ExchangeSection, traffic
+from fedmpi.exchange.base import LARGEST_NORM, UNIT, Facts
+from fedmpi.exchange.choice import make
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.traffic import traffic
 from fedmpi.server import OPTIMIZERS
 from fedmpi.types import Contribution
 
@@ -19,7 +22,7 @@ from fedmpi.types import Contribution
 class Library:
     """What mpi4py.MPI is to one rank, for ranks that are threads: they meet, and each sees what all brought."""
 
-    SUM = None
+    SUM = IN_PLACE = None
 
     def __init__(self, rank, slots, barrier):
         self.rank, self.size, self.COMM_WORLD = rank, len(slots), self
@@ -49,6 +52,25 @@ class Library:
 
     def Allgather(self, send, recv):
         recv[:] = b"".join(self._all(send))
+
+    def Ialltoallv(self, send, recv):
+        (mine, (counts, starts)), (out, (lengths, places)) = send, recv
+        parts = self._all([mine[s : s + n].copy() for s, n in zip(starts, counts, strict=True)])
+        for rank, (place, length) in enumerate(zip(places, lengths, strict=True)):
+            assert len(parts[rank][self.rank]) == length
+            out[place : place + length] = parts[rank][self.rank]
+        return self
+
+    def Iallgatherv(self, send, recv):
+        vector, (counts, starts) = recv
+        parts = self._all(vector[starts[self.rank] :][: counts[self.rank]].copy())
+        for part, start, count in zip(parts, starts, counts, strict=True):
+            assert len(part) == count
+            vector[start : start + count] = part
+        return self
+
+    def Iprobe(self):
+        return False
 
     def Ibarrier(self):
         self._barrier.wait(20)
@@ -95,9 +117,12 @@ def run(how, start_P, rounds, weights, owners, num_ranks, server="fedavg"):
 
     def work(comm):
         params_P = start_P.clone()
-        exchange, state = Exchange(how, comm, params_P, float(sum(weights))), optimizer.init(params_P)
+        ids = [str(k) for k in range(len(owners))]
+        hosted = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
+        exchange = make(how, comm, params_P, Facts(float(sum(weights)), ids, hosted))
+        state = optimizer.init(exchange.mine(params_P))
         for number, cohort in enumerate(rounds, start=1):
-            exchange.begin()
+            exchange.begin(number, sum(owners[k] == comm.rank for k in cohort))
             for k, delta_P in cohort.items():
                 if owners[k] == comm.rank:
                     exchange.add(Contribution(str(k), number, float(weights[k]), delta_P.clone(), 0.0, 1, 1))
@@ -111,7 +136,7 @@ def all_of(deltas_KP):
     return [dict(enumerate(deltas_KP))]
 
 
-PLANS = [(plan, reduction) for plan in ("root", "replicated") for reduction in ("fast", "reproducible")]
+PLANS = [(plan, reduction) for plan in ("root", "replicated", "sharded") for reduction in ("fast", "reproducible")]
 PARTITIONS = [(1, [0] * 5), (2, [0, 0, 1, 1, 1]), (3, [2, 0, 2, 1, 0]), (4, [3, 3, 3, 3, 3]), (5, [4, 2, 0, 1, 3])]
 
 
@@ -141,7 +166,12 @@ def test_the_ring_gives_the_same_bits_for_any_number_of_ranks_and_any_owners(see
         done = run(section(plan, "reproducible"), start_P, cohorts, weights, owners, num_ranks, "fedadam")
         return [params_P.numpy().tobytes() for params_P, *_ in done]
 
-    found = {b for num_ranks in (1, 1, 2, 3, 4, 5, 5) for plan in ("root", "replicated") for b in bits(plan, num_ranks)}
+    found = {
+        b
+        for num_ranks in (1, 1, 2, 3, 4, 5, 5)
+        for plan in ("root", "replicated", "sharded")
+        for b in bits(plan, num_ranks)
+    }
     assert len(found) == 1
 
 
@@ -191,7 +221,7 @@ def test_the_mean_is_over_the_cohort_and_ranks_without_a_silo_in_it_add_nothing(
 
 def test_weights_are_what_contributions_carry_not_the_samples_they_visited():
     optimizer, params_P = OPTIMIZERS.build("fedavg", ""), torch.zeros(2)
-    exchange = Exchange(section(), Solo(), params_P, 400.0)
+    exchange = make(section(), Solo(), params_P, Facts(400.0))
     exchange.begin()
     exchange.add(Contribution("a", 1, 300.0, torch.tensor([1.0, 0.0]), 0.0, num_samples=1, num_steps=1))
     exchange.add(Contribution("b", 1, 100.0, torch.tensor([0.0, 1.0]), 0.0, num_samples=999, num_steps=99))
@@ -206,7 +236,7 @@ def test_traffic_is_what_the_ranks_counted(plan, reduction, num_ranks, dtype, mo
     start_P, deltas_KP, weights = drawn(2, 777, dtype=dtype)
     how = section(plan, reduction)
     done = run(how, start_P, all_of(deltas_KP) * 2, weights, [0, num_ranks - 1], num_ranks)
-    said = traffic(how, 777, dtype.itemsize, num_ranks)
+    said = traffic(how, 777, dtype.itemsize, num_ranks, [int(r in (0, num_ranks - 1)) for r in range(num_ranks)])
     assert (2 * said.up, 2 * said.down) == tuple(sum(counted[i] for _, counted, _ in done) for i in (0, 1))
     assert (said.up > 0) == (num_ranks > 1)
 
@@ -236,7 +266,7 @@ def test_a_round_to_which_nobody_contributes_is_an_error():
 def test_verify_names_the_rank_that_holds_other_parameters():
     def work(comm):
         params_P, optimizer = torch.full((3,), float(comm.rank == 2)), OPTIMIZERS.build("fedavg", "")
-        exchange = Exchange(section(verify=True), comm, params_P, 1.0)
+        exchange = make(section(verify=True), comm, params_P, Facts(1.0))
         exchange.begin()
         exchange.add(Contribution("a", 1, 1.0, torch.ones(3), 0.0, 1, 1))
         exchange.finish(params_P, optimizer, optimizer.init(params_P))
@@ -247,9 +277,9 @@ def test_verify_names_the_rank_that_holds_other_parameters():
 
 def test_every_fact_of_an_exchange_changes_its_fingerprint():
     def of(how=None, num_params=5, dtype=torch.float32, round=1, cohort=("a", "b")):
-        return Exchange(how or section(), Solo(), torch.zeros(num_params, dtype=dtype), 1.0).fingerprint(
-            round, list(cohort)
-        )
+        exchange = make(how or section(), Solo(), torch.zeros(num_params, dtype=dtype), Facts(1.0))
+        exchange.begin(round)
+        return exchange.fingerprint(cohort)
 
     others = [of(section("root")), of(section(reduction="reproducible")), of(num_params=6), of(dtype=torch.float64)]
     others += [of(round=2), of(cohort=("b", "a")), of(cohort=("a",))]

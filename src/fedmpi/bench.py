@@ -18,7 +18,10 @@ import torch
 from fedmpi.codecs import CODECS, warm
 from fedmpi.comm import Solo
 from fedmpi.errors import ConfigError
-from fedmpi.exchange import Exchange, ExchangeSection, traffic
+from fedmpi.exchange import choice
+from fedmpi.exchange.base import Facts
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.traffic import traffic
 from fedmpi.server import FedAvg
 from fedmpi.types import Contribution
 
@@ -36,7 +39,7 @@ def exchange(comm: Solo, num_params: int, repeats: int = 15) -> list[Row]:
     other_P = torch.zeros(num_params)
     candidates: Candidates = {"memcpy": lambda: other_P.copy_(delta_P)}
     sections: dict[str, ExchangeSection] = {}
-    for plan in ("root", "replicated", "window"):
+    for plan in ("root", "replicated", "sharded", "window"):
         if plan == "window" and not comm.one_node():
             continue
         sections[plan] = ExchangeSection(plan=plan)  # type: ignore[arg-type]
@@ -107,16 +110,16 @@ def codecs(num_params: int, repeats: int = 7, seed: int = 0) -> list[Row]:
 
 def _aggregate(section: ExchangeSection, comm: Solo, delta_P: torch.Tensor) -> Callable[[], object]:
     params_P = torch.zeros_like(delta_P)
-    made = Exchange(section, comm, params_P, float(comm.size))
+    made = choice.make(section, comm, params_P, Facts(float(comm.size)))
     if section.plan == "window":  # there models, and so their deltas, live in shared memory
         deltas = comm.shared(len(delta_P), delta_P.dtype)
         delta_P = deltas[comm.rank].copy_(delta_P)
         made.lend(deltas)
-    params_P, state = made.home(params_P, FedAvg().init(params_P))
+    params_P, state = made.home(params_P, FedAvg().init(made.mine(params_P)))
     contribution = Contribution("", 1, 1.0, delta_P, 0.0, 1, 1)
 
     def run() -> None:
-        made.begin(1)
+        made.begin(1, 1)
         made.add(contribution)
         made.finish(params_P, FedAvg(), state)
 

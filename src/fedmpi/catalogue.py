@@ -18,7 +18,7 @@ from fedmpi.schedules import SCHEDULES
 from fedmpi.selection import SELECTORS
 from fedmpi.server import OPTIMIZERS
 
-# family -> where its members go in a configuration; "" for those that no configuration takes
+# family -> where its members go in a configuration
 FAMILIES: dict[str, tuple[Family, str]] = {
     "datasets": (DATASETS, "data"),
     "partitions": (PARTITIONS, "data.partition"),
@@ -30,7 +30,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "selectors": (SELECTORS, "select"),
     "aggregators": (AGGREGATORS, "aggregate"),
     "servers": (OPTIMIZERS, "server.optimizer"),
-    "codecs": (CODECS, ""),
+    "codecs": (CODECS, "exchange.up.codec"),
 }
 
 
@@ -44,7 +44,7 @@ def lines(family: str | None = None) -> list[str]:
     for name, (members, key) in FAMILIES.items():
         if family not in (None, name):
             continue
-        text.append(f"{name} ({key}: {{name: ...}})" if key else f"{name} (measured by `fedmpi bench {name}`)")
+        text.append(f"{name} ({key}: {{name: ...}})")
         for member, cls in members.members.items():
             known = dataclasses.is_dataclass(cls)
             first = (inspect.getdoc(cls) or "").partition("\n")[0] if known else f"torch.optim.{cls.__name__}"

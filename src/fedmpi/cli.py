@@ -117,10 +117,17 @@ def _headline(run: Any) -> str:
     where = f"{len(fed.ids)} silos on {run.comm.size} rank{'s' if run.comm.size > 1 else ''}"
     reads = " (one central set: every rank reads all of it)" if run.central else ""
     since = f", resumed after round {run.resumed}" if run.resumed else ""
+    plan = f"plan {fed.exchange.section.plan}{_measured(run)}"
     return (
-        f"fedmpi: {where}{reads}, {fed.model.num_shared:,} shared parameters, plan {run.config.exchange.plan}, "
+        f"fedmpi: {where}{reads}, {fed.model.num_shared:,} shared parameters, {plan}, "
         f"{run.device}, {run.threads} thread{'s' if run.threads > 1 else ''} per rank, out {run.out}{since}"
     )
+
+
+def _measured(run: Any) -> str:
+    """What `plan: auto` has found."""
+    found = ", ".join(f"{plan} {1e3 * seconds:.2f} ms" for plan, seconds in run.plan_seconds.items())
+    return f" (measured: {found})" if found else ""
 
 
 @app.command()

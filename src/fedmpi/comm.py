@@ -16,9 +16,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,22 @@ def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
     step = max(1, BLOCK_BYTES // element_bytes)
     for start in range(0, num_elements, step):
         yield slice(start, min(start + step, num_elements))
+
+
+class Pending(Protocol):
+    """A collective that is under way."""
+
+    def Test(self) -> bool: ...
+
+
+class _Over:
+    """One that has nothing to wait for."""
+
+    def Test(self) -> bool:
+        return True
+
+
+Spans = Sequence[tuple[int, int]]  # where a rank's part begins and how long it is, in elements; one per rank
 
 
 class Solo:
@@ -76,6 +92,13 @@ class Solo:
         """
         return [torch.zeros(num_elements, dtype=dtype)]
 
+    def free_shared(self, keep: int = 0) -> int:
+        """Give back the shared vectors made after the first `keep`; nobody may hold them any more. How many are left.
+
+        A call of all ranks.
+        """
+        return 0
+
     def meet(self) -> None:
         """Wait for all ranks; what each wrote into shared vectors before is what all read afterwards."""
 
@@ -97,6 +120,20 @@ class Solo:
 
     def bcast(self, vector: torch.Tensor) -> None:
         """Every rank's `vector` becomes rank 0's."""
+
+    def alltoall(self, send: torch.Tensor, sent: Spans, recv: torch.Tensor, received: Spans) -> Pending:
+        """Begin to send each rank its part of `send`, and to receive each rank's into `recv`."""
+        return _Over()
+
+    def allgather(self, vector: torch.Tensor, parts: Spans) -> Pending:
+        """Begin to send this rank's part of `vector` to all, and to receive theirs into it."""
+        return _Over()
+
+    def wait(self, pending: Pending) -> None:
+        """Until it is over."""
+
+    def progress(self) -> None:
+        """Let what is under way move on."""
 
     def share(self, values: np.ndarray, meanwhile: Callable[[], Any] | None = None) -> np.ndarray:
         """The sum over ranks of a small float64 array; with entries that one rank sets and the others leave 0,
@@ -198,6 +235,13 @@ class Comm(Solo):
             vectors.append(torch.frombuffer(memory, dtype=dtype, count=num_elements))
         return vectors
 
+    def free_shared(self, keep: int = 0) -> int:
+        while len(self._windows) > keep:
+            window = self._windows.pop()
+            window.Unlock_all()
+            window.Free()
+        return len(self._windows)
+
     def meet(self) -> None:
         for window in self._windows:
             window.Sync()
@@ -226,6 +270,28 @@ class Comm(Solo):
         for part in blocks(len(array), array.itemsize):
             self._world.Bcast(array[part], root=0)
             self.bytes_down += array[part].nbytes if self.rank else 0
+
+    def alltoall(self, send: torch.Tensor, sent: Spans, recv: torch.Tensor, received: Spans) -> Pending:
+        mine, out = _array(send), _array(recv)
+        self.bytes_up += mine.itemsize * sum(length for r, (_, length) in enumerate(sent) if r != self.rank)
+        request: Pending = self._world.Ialltoallv([mine, _counts(sent)], [out, _counts(received)])
+        return request
+
+    def allgather(self, vector: torch.Tensor, parts: Spans) -> Pending:
+        array = _array(vector)
+        self.bytes_down += array.itemsize * sum(length for r, (_, length) in enumerate(parts) if r != self.rank)
+        request: Pending = self._world.Iallgatherv(self._mpi.IN_PLACE, [array, _counts(parts)])
+        return request
+
+    def wait(self, pending: Pending) -> None:
+        spins = 0
+        while not pending.Test():
+            spins += 1
+            if spins > 100:  # the core may be another rank's too
+                os.sched_yield()
+
+    def progress(self) -> None:
+        self._world.Iprobe()
 
     def share(self, values: np.ndarray, meanwhile: Callable[[], Any] | None = None) -> np.ndarray:
         values = np.ascontiguousarray(values, dtype=np.float64)
@@ -297,10 +363,7 @@ class Comm(Solo):
             request.Wait()
         self._sent.clear()
         if not self.open_runs:
-            for window in self._windows:
-                window.Unlock_all()
-                window.Free()
-            self._windows.clear()
+            self.free_shared()
         self._worst = self._passed_on = 0  # another run may follow
         self._world.Barrier()
 
@@ -400,6 +463,10 @@ def _array(vector: torch.Tensor) -> np.ndarray:
         raise ExchangeError(f"no collective sums {vector.dtype}")
     array: np.ndarray = vector.detach().numpy()
     return array.view(np.uint64) if vector.dtype == torch.int64 else array
+
+
+def _counts(spans: Spans) -> tuple[list[int], list[int]]:
+    return [length for _, length in spans], [start for start, _ in spans]
 
 
 def _ranks(ranks: list[int]) -> str:

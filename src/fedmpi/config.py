@@ -23,7 +23,7 @@ from fedmpi.components import NonNegativeInt, PositiveInt, build, component, to_
 from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
-from fedmpi.exchange import ExchangeSection
+from fedmpi.exchange.section import ExchangeSection
 from fedmpi.local import RULES, LocalRule, Sgd
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from fedmpi import records
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
-from fedmpi.exchange import traffic, vectors_in_memory
+from fedmpi.exchange.traffic import memory, num_vectors, traffic
 from fedmpi.flat import entries, master_dtype, num_shared
 from fedmpi.local import plain_step
 from fedmpi.models import make
@@ -36,25 +37,33 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     total = sum(e.num_elements for e in found)
     kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
     word = master_dtype(found).itemsize
-    on_wire = traffic(config.exchange, shared, word, num_ranks)
+    section = config.exchange
+    if section.plan == "auto":  # what will be measured is not known here
+        likely = "sharded" if "replicated" not in section.candidates else "replicated"
+        section = replace(section, plan=likely)  # type: ignore[arg-type]
     # Pinned silos cannot be placed on hosts that are not known yet.
     free = [type(silo)(silo.id, silo.num_samples) for silo in source.silos]
     owners = place(free, [""] * num_ranks, config.server.dedicated)
+    hosted = [owners.count(rank) for rank in range(num_ranks)]
+    vectors = num_vectors(section, hosted)
+    on_wire = traffic(section, shared, word, num_ranks, vectors, len(owners))
     server_copies = _server_copies(config)
     sample_bytes = 4 * int(torch.Size(source.shape).numel())
     ranks = []
     for rank in range(num_ranks):
         mine = [silo for silo, owner in zip(source.silos, owners, strict=True) if owner == rank]
         samples = sum(silo.num_samples or 0 for silo in mine)
-        steps = config.exchange.plan == "replicated" or rank == 0
-        vectors = (
+        steps = 1.0 if section.plan == "replicated" or rank == 0 else 0.0
+        if section.plan == "sharded":
+            steps = 1 / num_ranks
+        bytes_here = (
             total * word  # the model
             + sum(e.num_elements for e in found if e.trainable)
             * word
             * (1 + _local_copies(config))  # gradient, optimizer
             + shared * word  # the global parameters
-            + vectors_in_memory(config.exchange, shared, word)
-            + shared * word * (server_copies if steps else 0)
+            + memory(section, shared, word, num_ranks, len(mine), max(vectors))
+            + round(shared * word * server_copies * steps)
             + (shared * word * (1 + server_copies) if rank == 0 else 0)  # the checkpoint's copy
             + kept_bytes * (1 + len(mine))
         )
@@ -64,8 +73,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
                 "silos": [silo.id for silo in mine],
                 "train_samples": samples,
                 "data_bytes": samples * sample_bytes,
-                "vector_bytes": vectors,
-                "memory_bytes": vectors + samples * sample_bytes + records.peak_rss_bytes(),
+                "vector_bytes": bytes_here,
+                "memory_bytes": bytes_here + samples * sample_bytes + records.peak_rss_bytes(),
             }
         )
     small = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + len(owners) * (len(READY_SILO) + len(DONE_SILO))
@@ -79,9 +88,11 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "shared_parameters": shared,
         "bytes_up": on_wire.up,
         "bytes_down": on_wire.down,
-        "bytes_control": 2 * 8 * small * num_ranks if num_ranks > 1 else 0,
+        "bytes_control": 2 * 8 * small * num_ranks + on_wire.control if num_ranks > 1 else 0,
+        "plan": section.plan,
         "collectives": on_wire.collectives,
-        "checkpoint_bytes": shared * word * (1 + server_copies)
+        "checkpoint_bytes": shared * word * (1 + server_copies + section.down.feedback)
+        + (shared * word * sum(vectors) if section.up.feedback else 0)
         + len(owners) * (kept_bytes + 8)
         + _HEADER_BYTES * (1 + num_ranks),
         "checkpoints_kept": config.checkpoint.keep + 1,

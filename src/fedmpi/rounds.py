@@ -25,7 +25,7 @@ from fedmpi import rng
 from fedmpi.comm import Solo
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, SiloError, Stopped
 from fedmpi.evaluate import evaluate_silo, pooled, worst_silo
-from fedmpi.exchange import LARGEST_NORM, Exchange
+from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.objectives import Resolved
@@ -125,7 +125,7 @@ def _train(state: State, fed: Federation, number: int, cohort: Sequence[str]) ->
     """Train my silos of the cohort and fold what they contribute; what happened is in `ready`."""
     fed.ready.clear()
     mine = [silo for silo in cohort if silo in fed.silos]
-    fed.exchange.begin(len(mine))
+    fed.exchange.begin(number, len(mine))
     round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check)
     trained: dict[str, LocalSilo] = {}
     status, error, name = 0, "", ""
@@ -154,7 +154,7 @@ def _train(state: State, fed: Federation, number: int, cohort: Sequence[str]) ->
         status = FAILED
         error = f"rank {fed.comm.rank}, silo '{name}', round {number}:\n{traceback.format_exc()}"
         fed.watch.tell(FAILED, "")
-    fingerprint = fed.exchange.fingerprint(number, list(cohort))
+    fingerprint = fed.exchange.fingerprint(cohort)
     fed.ready.set_rank(fed.comm.rank, status=status, fingerprint=fingerprint)
     return trained, error
 

@@ -35,7 +35,9 @@ from fedmpi import checkpoint, comm, device, records, rng, stopping
 from fedmpi.components import to_dict
 from fedmpi.config import ABOUT, Config, differences, digest, load
 from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, Stopped
-from fedmpi.exchange import Exchange
+from fedmpi.exchange import choice
+from fedmpi.exchange.base import Exchange, Facts
+from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import Allocate, Entry, FlatModel, entries, master_dtype, num_shared, one_vector, signature
 from fedmpi.local import LocalSilo
 from fedmpi.models import make
@@ -47,6 +49,7 @@ from fedmpi.types import Silo, SiloData, Source
 
 log = logging.getLogger("fedmpi")
 
+FEEDBACK = "feedback"  # what a silo's row is called in a checkpoint
 CONFIG_FILE = "config.yaml"
 UNSHARED_FILE = "unshared.safetensors"
 WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
@@ -165,19 +168,20 @@ class Run:
         self.comm.same("the model's first parameters", _digest(module.state_dict()), ConfigError)
         found = self.comm.together(lambda: entries(module, config.exchange.parameters))
         self.unshared = _unshared(module, found)
+        weights = [config.aggregate.weight(n) for n in num_train]
+        ids = [s.id for s in source.silos]
+        about = Facts(sum(weights), ids, list(opened), config.seed)
+        zeros_P = torch.zeros(num_shared(found), dtype=master_dtype(found), device=self.device)
+        section = self._choose_plan(zeros_P, about)
         deltas: list[torch.Tensor] = []
         allocate: Allocate = self.comm.allocate
-        if config.exchange.plan == "window":
-            one_node = self.comm.one_node()
-            self.comm.together(lambda: self._check_window(one_node))
-        if config.exchange.plan == "window" and one_vector(found):
+        if section.plan == "window" and one_vector(found):
             deltas = self.comm.shared(num_shared(found), master_dtype(found))
             own = deltas[self.comm.rank]
             allocate = lambda n, dtype: own[:n]  # noqa: E731
         model = self.comm.together(lambda: FlatModel(module, config.exchange.parameters, self.device, allocate))
         self.model = model.module
         self.comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
-        weights = [config.aggregate.weight(n) for n in num_train]
         silos = {}
         for silo, weight in zip(source.silos, weights, strict=True):
             if silo.id in opened:
@@ -185,9 +189,10 @@ class Run:
                 data = SiloData(x, y, x_test, y_test)
                 silos[silo.id] = LocalSilo(silo.id, data, weight)
         params_P = model.params()
+        exchange = self.comm.together(lambda: choice.make(section, self.comm, params_P, about))
         watch = stopping.Watch(self.comm, self.out)
         self._federation = Federation(
-            ids=[s.id for s in source.silos],
+            ids=ids,
             owners=owners,
             num_train=num_train,
             silos=silos,
@@ -198,23 +203,33 @@ class Run:
             rule=config.local,
             selector=config.select,
             optimizer=config.server.optimizer,
-            exchange=Exchange(config.exchange, self.comm, params_P, sum(weights)),
+            exchange=exchange,
             seed=config.seed,
             rounds=config.rounds,
             evaluate_every=config.evaluate.every,
             evaluate_batch=config.evaluate.batch_size,
         )
-        optimizer = config.server.optimizer.init(params_P if self._federation.exchange.steps_here else params_P[:0])
         if deltas:
-            self._federation.exchange.lend(deltas)
-        params_P, optimizer = self._federation.exchange.home(params_P, optimizer)
+            exchange.lend(deltas)
+        params_P, optimizer = exchange.home(params_P, config.server.optimizer.init(exchange.mine(params_P)))
         self.state = State(0, params_P, optimizer, config.select.init(len(source.silos)))
 
-    def _check_window(self, one_node: bool) -> None:
-        if self.device.type != "cpu":
-            raise ConfigError("exchange.plan: window works in host memory; on GPUs take replicated or root")
-        if not one_node:
-            raise ConfigError("exchange.plan: window needs all ranks on one node")
+    def _choose_plan(self, zeros_P: torch.Tensor, facts: Facts) -> ExchangeSection:
+        """The exchange with its plan named. `auto` measures, once in a run's life: a resumed run keeps what it had."""
+        section = self.config.exchange
+        self.plan_seconds: dict[str, float] = {}
+        able = choice.candidates(section, self.comm, self.device)
+        if section.plan == "auto":
+            before = self.comm.say(_plan_before(self.out) if self.comm.rank == 0 else "", 0)
+            if before in able:
+                return replace(section, plan=before)  # type: ignore[arg-type]
+            if len(able) > 1:
+                self.plan_seconds.update(choice.measure(section, self.comm, zeros_P, facts))
+            return replace(section, plan=min(able, key=lambda plan: self.plan_seconds.get(plan, 0.0)))
+        if section.plan not in able:
+            why = "works in host memory" if self.device.type != "cpu" else "needs all ranks on one node"
+            raise ConfigError(f"exchange.plan: {section.plan} {why}; take {', '.join(able)} or auto")
+        return section
 
     def _check_machine(self) -> None:
         """What configuration alone cannot tell."""
@@ -240,26 +255,32 @@ class Run:
         """The state of the checkpoint that the run goes on from."""
         fed = self._federation
         kept = self.comm.together(lambda: checkpoint.read_silos(self.out, self.resumed, fed.silos))
+        residuals: dict[str, torch.Tensor] = {}
         for name, tensors in kept.items():
             fed.silos[name].cursor = int(tensors.pop("cursor"))
+            if FEEDBACK in tensors:
+                residuals[name] = tensors.pop(FEEDBACK)
             fed.silos[name].kept = tensors
         loads = self.comm.rank == 0
         stored = self.comm.together(lambda: checkpoint.read_server(self.out, self.resumed) if loads else {})
-        tensors = _server_tensors(self.state)
-        self.comm.together(lambda: _fill(tensors, stored) if loads else None)
-        for name, tensor in tensors.items():
-            if self.config.exchange.plan == "root" and name.startswith("optimizer/"):
-                continue  # rank 0's alone
-            if self.config.exchange.plan == "window" and not name.startswith("selector/"):
-                continue  # rank 0 has filled what all see
-            host = tensor.cpu()
-            self.comm.bcast(host.reshape(-1).view(torch.uint8))
-            tensor.copy_(host)
-        self.comm.meet()
-        selector = {n.removeprefix("selector/"): t.numpy() for n, t in tensors.items() if n.startswith("selector/")}
+        state, exchange = self.state, fed.exchange
+        kept_P = {f"optimizer/{n}": t for n, t in zip(state.optimizer._fields, state.optimizer, strict=True)}
+        kept_P |= exchange.server_tensors()
+        whole = {n: (t.dtype, exchange.num_params) for n, t in {"params": state.params_P, **kept_P}.items()}
+        selector = {f"selector/{n}": torch.from_numpy(a.copy()) for n, a in sorted(state.selector.items())}
+        whole |= {n: (t.dtype, len(t)) for n, t in selector.items()}
+        self.comm.together(lambda: _expect(stored, whole) if loads else None)
+        from_0 = {n: stored[n] if loads else torch.empty(size, dtype=dtype) for n, (dtype, size) in whole.items()}
+        exchange.load_params(state.params_P, from_0["params"])
+        for name, part in kept_P.items():
+            exchange.load(part, from_0[name])
+        for name in selector:
+            self.comm.bcast(from_0[name].reshape(-1).view(torch.uint8))
+        new_selector = {n.removeprefix("selector/"): from_0[n].numpy() for n in selector}
+        exchange.take_residuals(residuals)
         about = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed) if loads else {})
         record = json.loads(self.comm.say(json.dumps(about.get("record")), 0))
-        self.state = State(self.resumed, self.state.params_P, self.state.optimizer, selector, record, self.resumed)
+        self.state = State(self.resumed, self.state.params_P, self.state.optimizer, new_selector, record, self.resumed)
 
     def _check_stored(self) -> None:
         """Refuse a run directory that another configuration, model or dataset has begun."""
@@ -336,6 +357,8 @@ class Run:
             "metric": self.metric,
             "maximize": self.maximize,
             "params": fed.model.num_shared,
+            "plan": fed.exchange.section.plan,
+            "plan_seconds": self.plan_seconds,
             "ranks": self.comm.size,
             "model": signature(fed.model.entries),
         }
@@ -404,7 +427,10 @@ class Run:
             self._seal()
         fed, state = self._federation, self.state
         silos = {n: {"cursor": torch.tensor(s.cursor), **s.kept} for n, s in fed.silos.items()}
-        server = _server_tensors(state) if self.comm.rank == 0 else None
+        for name, residual in fed.exchange.residuals().items():
+            silos[name][FEEDBACK] = residual
+        whole = _server_tensors(state, fed.exchange)  # of all ranks' parts
+        server = whole if self.comm.rank == 0 else None
         # Its own errors come up with the next round's record, or when the checkpoint is sealed.
         self.comm.together(lambda: self._writer.start(state.round, server, silos))
         self._pending = state.round
@@ -614,17 +640,26 @@ def _fits(model: FlatModel, objective: Any, data: SiloData | None) -> None:
     module.train()
 
 
-def _server_tensors(state: State) -> dict[str, torch.Tensor]:
-    """What server.h5 holds: the state's own tensors, by name, in an order that is the same on every rank."""
+def _server_tensors(state: State, exchange: Exchange) -> dict[str, torch.Tensor]:
+    """What server.h5 holds, whole on rank 0: the state's own tensors and the exchange's. A call of all ranks."""
     tensors = {"params": state.params_P}
-    tensors |= {f"optimizer/{n}": t for n, t in zip(state.optimizer._fields, state.optimizer, strict=True)}
-    tensors |= {f"selector/{name}": torch.from_numpy(array) for name, array in sorted(state.selector.items())}
-    return tensors
+    for name, part in zip(state.optimizer._fields, state.optimizer, strict=True):
+        tensors[f"optimizer/{name}"] = exchange.whole(part)
+    tensors |= {name: exchange.whole(part) for name, part in exchange.server_tensors().items()}
+    return tensors | {f"selector/{name}": torch.from_numpy(array) for name, array in sorted(state.selector.items())}
 
 
-def _fill(tensors: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        there = f"{stored[name].dtype} {tuple(stored[name].shape)}" if name in stored else "absent"
-        if there != (here := f"{tensor.dtype} {tuple(tensor.shape)}"):
+def _expect(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[torch.dtype, int]]) -> None:
+    for name, (dtype, size) in wanted.items():
+        there = f"{stored[name].dtype} of {stored[name].numel()}" if name in stored else "absent"
+        if there != (here := f"{dtype} of {size}"):
             raise ConfigError(f"the checkpoint's {name} is {there}, this run's {here}")
-        tensor.copy_(stored[name])
+
+
+def _plan_before(out: Path) -> str:
+    """The plan that the run in this directory was begun with; empty if there is none."""
+    try:
+        about = yaml.safe_load((out / CONFIG_FILE).read_text())[ABOUT]
+        return str(about["plan"]) if checkpoint.sealed_rounds(out) else ""
+    except (OSError, KeyError, TypeError):
+        return ""

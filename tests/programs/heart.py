@@ -19,7 +19,7 @@ import fedmpi
 from fedmpi.comm import connect
 from fedmpi.config import CheckpointSection, EvaluateSection, ServerSection
 from fedmpi.data.heart_disease import HeartDisease
-from fedmpi.exchange import ExchangeSection
+from fedmpi.exchange.section import ExchangeSection
 from fedmpi.local import Sgd
 from fedmpi.models import Logistic
 from fedmpi.server import FedAdagrad, FedAdam, FedAvg, FedYogi

@@ -487,7 +487,8 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
     Where the guess was wrong (runs of equals, say) histograms of the whole find the k-th.
     """
     n = x.size
-    stride = (n + NUM_SAMPLES - 1) // NUM_SAMPLES
+    num_samples = min(max(n >> 4, 4096), NUM_SAMPLES)
+    stride = (n + num_samples - 1) // num_samples
     sample = np.zeros((n + stride - 1) // stride, np.int32)
     v, counts = np.zeros(BLOCK, np.float32), np.zeros(2048, np.int64)
     bits = v.view(np.int32)

@@ -1,0 +1,14 @@
+"""The exchange: the one place where contributions cross ranks.
+
+    section     what a configuration says of it
+    base        what the plans share: folding, the ring of integers
+    whole       root: Reduce to rank 0, step there, Bcast (the classic server)
+                replicated: Allreduce, every rank takes the same step
+    sharded     every rank owns 1/n of the coordinates: pieces go to their owners, who add, step and send to all
+    window      the same on one node, straight out of the others' memory
+    choice      which plan, where it is measured (`plan: auto`)
+    traffic     what a round sends and keeps in memory, computed
+
+A rank folds its silos into one weighted partial sum before anything is sent (`scope: rank`), so the cost depends on
+ranks, not on silos. Under `scope: silo` every silo's delta travels by itself, through a codec of its own residual.
+"""

@@ -1,0 +1,154 @@
+"""What the plans share: a round's sums, from `begin` over `add` to `finish`; buffers are allocated once.
+
+What is folded is sum_k (w_k/W) delta_k, W the weight of all silos of the run, and the sum of w_k/W goes along: the
+receiver divides, so a silo that is late or left out needs no second message.
+
+    fast           the sum in the vectors' own dtype; same bits for the same number of ranks
+    reproducible   the sum in the ring of integers modulo 2^64, where order does not matter: same bits for any number
+                   of ranks. A silo's weighted delta is encoded by itself, in units of 2^-44, on a scale that depends
+                   on nothing: room for sums up to 2^18 (norms of single deltas beyond it are rejected), 6e-14 apart.
+
+Vectors live on the rank's device; where that is a GPU they pass through page-locked host memory.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fedmpi.comm import Solo
+from fedmpi.components import to_dict
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.flat import sha256
+from fedmpi.server import ServerOptimizer
+from fedmpi.types import Contribution
+
+UNIT = 2.0**44  # ring integers per 1.0
+LARGEST_NORM = 2.0**18  # a delta beyond this is absurd, and more than the ring has room for
+BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
+
+Lap = Callable[[str], None]
+
+
+class Facts(NamedTuple):
+    """What an exchange may know of the run."""
+
+    total_weight: float  # W, of all silos
+    ids: Sequence[str] = ()  # all silos, in the federation's order
+    hosted: Sequence[str] = ()  # those of this rank
+    seed: int = 0
+
+
+class Exchange:
+    """One plan. Members write `finish`, and what differs of the rest."""
+
+    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+        self.section = section
+        self.comm = comm
+        self.facts = facts
+        self.num_params = len(params_P)
+        self.dtype, self.device = params_P.dtype, params_P.device
+        self.ring = section.reduction == "reproducible" and section.up.plain
+        self.sum_dtype = torch.int64 if self.ring else self.dtype
+        self.on_device = self.device.type != "cpu"
+        self.round = 0
+        self._facts_text = repr((to_dict(section), self.num_params, str(self.dtype)))
+        if self.ring:
+            self.float_B = torch.zeros(BLOCK, dtype=torch.float64, device=self.device)
+            self.int_B = torch.zeros(BLOCK, dtype=torch.int64, device=self.device)
+
+    # ------------------------------------------------------------ where things are kept
+
+    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
+        """What this rank keeps of a server's vector: all of it, a part, or nothing."""
+        return vector_P
+
+    def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        """Parameters and server state in the memory where the plan keeps them. A call of all ranks."""
+        return params_P, state
+
+    def lend(self, deltas: list[torch.Tensor]) -> None:
+        """Shared vectors, one per rank, in which deltas come: where a rank has but one, the others read it there."""
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        """On rank 0 the vector of which every rank keeps its `mine`. A call of all ranks."""
+        return part
+
+    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
+        """`part` becomes what this rank keeps of rank 0's vector of the server's state. A call of all ranks."""
+        self.comm.bcast(whole_P)
+        part.copy_(self.mine(whole_P))
+
+    def load_params(self, params_P: torch.Tensor, whole_P: torch.Tensor) -> None:
+        """The parameters become rank 0's. A call of all ranks."""
+        self.comm.bcast(whole_P)
+        params_P.copy_(whole_P)
+
+    def residuals(self) -> dict[str, torch.Tensor]:
+        """What feedback keeps on the way up, by the silo that it is filed under; a silo's own, or a rank's sum."""
+        return {}
+
+    def take_residuals(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Those of this rank's silos, from a checkpoint."""
+
+    def server_tensors(self) -> dict[str, torch.Tensor]:
+        """What the plan itself keeps of the server's, each as long as its `mine`."""
+        return {}
+
+    # ------------------------------------------------------------ a round
+
+    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
+        """Forget the last round. Of a rank's only contribution the delta stays as it is until `finish`."""
+        self.round = round
+
+    def add(self, contribution: Contribution) -> None:
+        """Take one silo's delta; its memory is free afterwards."""
+        raise NotImplementedError
+
+    def fingerprint(self, cohort: Sequence[str]) -> float:
+        """32 bits over what ranks must agree on before vectors travel; exact as a float64."""
+        return float(zlib.crc32(repr((self.round, self._facts_text, list(cohort))).encode()))
+
+    def finish(
+        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+    ) -> tuple[torch.Tensor, Any]:
+        """All ranks together: sum, mean, server step. params_P is overwritten with the new parameters on every rank."""
+        raise NotImplementedError
+
+    def verify(self, params_P: torch.Tensor) -> None:
+        """If asked to: ExchangeError unless all ranks hold the same bits."""
+        if self.section.verify:
+            self.comm.same("exchange.verify: the parameters", bytes.fromhex(sha256(params_P)))
+
+    # ------------------------------------------------------------ folding
+
+    def fold(self, sum_P: torch.Tensor, delta_P: torch.Tensor, share: float, empty: bool) -> None:
+        """sum_P += share * delta_P, or = where it is empty; in the ring if there is one."""
+        if self.ring:
+            if empty:
+                sum_P.zero_()
+            for start in range(0, self.num_params, BLOCK):
+                part = slice(start, min(start + BLOCK, self.num_params))
+                exact, whole = self.float_B[: part.stop - start], self.int_B[: part.stop - start]
+                exact.copy_(delta_P[part]).mul_(share * UNIT).round_()
+                sum_P[part].add_(whole.copy_(exact))
+        elif empty:
+            torch.mul(delta_P, share, out=sum_P)
+        else:
+            sum_P.add_(delta_P, alpha=share)
+
+    def weigh(self, share: float) -> float:
+        """A share of all weight as it is added up: an integer in the ring."""
+        return float(round(share * UNIT)) if self.ring else share
+
+    def divide(self, sum_N: torch.Tensor, weight: float, mean_N: torch.Tensor) -> None:
+        """mean = sum / weight, out of the ring if there is one; `mean_N` may be the sum."""
+        if not self.ring:
+            torch.div(sum_N, weight, out=mean_N)
+            return
+        for start in range(0, len(sum_N), BLOCK):
+            part = slice(start, min(start + BLOCK, len(sum_N)))
+            mean_N[part].copy_(self.float_B[: part.stop - start].copy_(sum_N[part]).div_(weight))

@@ -1,0 +1,68 @@
+"""Which plan carries out a configuration; `plan: auto` measures the candidates once, on vectors of the real length."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from statistics import median
+
+import numpy as np
+import torch
+
+from fedmpi.comm import Solo
+from fedmpi.exchange.base import Exchange, Facts
+from fedmpi.exchange.section import ExchangeSection, PlanName
+from fedmpi.exchange.sharded import Sharded
+from fedmpi.exchange.whole import Replicated, Root
+from fedmpi.exchange.window import Window
+from fedmpi.server import FedAvg
+from fedmpi.types import Contribution
+
+MEMBERS: dict[PlanName, type[Exchange]] = {
+    "root": Root,
+    "replicated": Replicated,
+    "sharded": Sharded,
+    "window": Window,
+}
+
+
+def make(section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> Exchange:
+    """The exchange of a plan that is named. A call of all ranks."""
+    return MEMBERS[section.plan](section, comm, params_P, facts)
+
+
+def candidates(section: ExchangeSection, comm: Solo, device: torch.device) -> list[PlanName]:
+    """The plans that can carry out the section on these ranks. A call of all ranks."""
+    shared = comm.one_node() and device.type == "cpu"
+    return [plan for plan in section.candidates if plan != "window" or shared]
+
+
+def measure(
+    section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts, repeats: int = 3
+) -> dict[str, float]:
+    """Seconds of a round's exchange under each candidate, the median of the slowest rank's; the same on every rank."""
+    found: dict[str, float] = {}
+    for plan in candidates(section, comm, params_P.device):
+        kept = comm.free_shared(1 << 30)
+        tried = make(replace(section, plan=plan, verify=False), comm, params_P, facts)
+        work_P, delta_P = params_P.clone(), torch.zeros_like(params_P)
+        if plan == "window" and params_P.dtype == torch.float32:
+            lent = comm.shared(len(params_P), params_P.dtype)
+            tried.lend(lent)
+            delta_P = lent[comm.rank]
+        work_P, state = tried.home(work_P, FedAvg().init(work_P))
+        silo = facts.hosted[0] if facts.hosted else (facts.ids[0] if facts.ids else "")
+        times = []
+        for round in range(repeats + 1):
+            comm.meet()
+            start_s = time.perf_counter()
+            tried.begin(round, 1)
+            tried.add(Contribution(silo, round, 1.0, delta_P, 0.0, 1, 1))
+            tried.finish(work_P, FedAvg(), state)
+            mine = np.zeros(comm.size)
+            mine[comm.rank] = time.perf_counter() - start_s
+            times.append(float(comm.share(mine).max()))
+        found[plan] = median(times[1:])
+        del tried, work_P, delta_P, state
+        comm.free_shared(kept)
+    return found

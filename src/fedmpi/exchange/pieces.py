@@ -1,0 +1,135 @@
+"""Vectors in pieces: the grid on which they are cut, and a channel's codec over it.
+
+The grid depends on the vector's length alone, and every piece is encoded by itself, with a key of its own. So what a
+vector's payload is does not depend on how many ranks there are, nor on how pieces travel. Codecs that choose values
+(`topk`) choose them piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from fedmpi import codecs, rng
+from fedmpi.errors import ExchangeError
+from fedmpi.exchange.base import Facts
+from fedmpi.exchange.section import Channel
+
+LONGEST = 1 << 18  # elements: 1 MiB of float32
+_GRAIN = 4096  # elements: codecs' blocks and chunks divide it
+_AT_LEAST = 64  # pieces, where they can be had: enough to keep several under way and to share among ranks
+_ALL = 0xFFFFFFFFFFFFFFFF
+
+
+class Grid:
+    """Pieces of equal length, the last one what is left; of every row of `num_ranks` pieces each rank owns one.
+
+    >>> grid = Grid(20_000, 2)
+    >>> grid.length, grid.num_pieces, grid.steps, list(grid.owned(1)), grid.part(4)
+    (4096, 5, 3, [1, 3], slice(16384, 20000, None))
+    """
+
+    def __init__(self, num_elements: int, num_ranks: int) -> None:
+        self.num_elements, self.num_ranks = num_elements, num_ranks
+        even = -(-num_elements // _AT_LEAST)
+        self.length = min(LONGEST, max(_GRAIN, -(-even // _GRAIN) * _GRAIN))
+        self.num_pieces = -(-num_elements // self.length)
+        self.steps = -(-self.num_pieces // num_ranks)
+
+    def part(self, piece: int) -> slice:
+        """Where a piece lies in the vector."""
+        return slice(piece * self.length, min((piece + 1) * self.length, self.num_elements))
+
+    def size(self, piece: int) -> int:
+        """Elements of a piece; 0 of one that is not there."""
+        return max(0, min(self.length, self.num_elements - piece * self.length))
+
+    def __iter__(self) -> Iterator[slice]:
+        return (self.part(piece) for piece in range(self.num_pieces))
+
+    def owned(self, rank: int) -> range:
+        """The pieces of a rank, one of each row."""
+        return range(rank, self.num_pieces, self.num_ranks)
+
+    def kept(self, piece: int) -> slice:
+        """Where a piece lies among those of its owner."""
+        start = piece // self.num_ranks * self.length
+        return slice(start, start + self.size(piece))
+
+    def num_owned(self, rank: int) -> int:
+        """Elements of a rank's pieces."""
+        return sum(self.size(piece) for piece in self.owned(rank))
+
+
+class Coder:
+    """A channel's codec over the pieces of a vector. Payloads of all pieces lie `stride` bytes apart."""
+
+    def __init__(self, channel: Channel, grid: Grid, seed: int, device: torch.device, way: str) -> None:
+        self.channel, self.codec, self.grid, self._seed, self._way = channel, channel.codec, grid, seed, way
+        self.stride = -(-self.codec.max_bytes(grid.length) // 4) * 4
+        self._key = 0
+        codecs.warm(self.codec, device)
+
+    def start(self, round: int, who: str = "") -> None:
+        """The round, and whose vector comes next: random bits depend on both. Linear codecs have one key for all."""
+        self._key = rng.key(
+            self._seed, purpose=f"encode {self._way}", round=round, silo="" if self.codec.linear else who
+        )
+
+    def _of(self, piece: int) -> int:
+        # Codecs count on from a key, so the keys of two pieces must not lie at a distance that means something to them.
+        z = (self._key ^ (piece * 0xD1B54A32D192ED03)) & _ALL
+        z = ((z ^ (z >> 33)) * 0xFF51AFD7ED558CCD) & _ALL
+        z = ((z ^ (z >> 33)) * 0xC4CEB9FE1A85EC53) & _ALL
+        return z ^ (z >> 33)
+
+    def slot(self, payloads: torch.Tensor, piece: int) -> torch.Tensor:
+        """Where a piece's payload lies among those of all."""
+        return payloads[piece * self.stride : (piece + 1) * self.stride]
+
+    def num_bytes(self, piece: int) -> int:
+        """The longest payload of a piece; of codecs of fixed size every payload of it."""
+        return self.codec.max_bytes(self.grid.size(piece))
+
+    def encode(
+        self, x_N: torch.Tensor, payload_B: torch.Tensor, piece: int, scale: float, residual_N: torch.Tensor | None
+    ) -> int:
+        """Bytes written; the residual becomes what is lost, once its decay is taken off."""
+        if residual_N is not None and self.channel.decay != 1.0:
+            residual_N.mul_(self.channel.decay)
+        try:
+            return self.codec.encode(x_N, payload_B, self._of(piece), scale, residual_N)
+        except ExchangeError as error:
+            part = self.grid.part(piece)
+            raise ExchangeError(f"exchange.{self._way}: values {part.start} to {part.stop}: {error}") from None
+
+    def decode(self, payload_B: torch.Tensor, out_N: torch.Tensor, piece: int) -> None:
+        """What a payload of this round says of the piece."""
+        self.codec.decode(payload_B, out_N, self._of(piece))
+
+    def add(self, payload_B: torch.Tensor, sum_N: torch.Tensor, piece: int, weight: float) -> None:
+        """The same, times weight, added."""
+        self.codec.add(payload_B, sum_N, self._of(piece), weight)
+
+
+class RankResidual:
+    """What feedback keeps of a rank's sum, in weighted units. It is filed under the first silo that the rank hosts, so
+    that it moves with that silo; ranks add up what they find with theirs."""
+
+    def __init__(self, channel: Channel, params_P: torch.Tensor, facts: Facts) -> None:
+        self._silo = facts.hosted[0] if facts.hosted else None
+        used = channel.feedback and self._silo is not None
+        self.residual_P = torch.zeros_like(params_P) if used else None
+
+    def part(self, part: slice) -> torch.Tensor | None:
+        return None if self.residual_P is None else self.residual_P[part]
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        return {} if self.residual_P is None or self._silo is None else {self._silo: self.residual_P}
+
+    def take(self, kept: Mapping[str, torch.Tensor]) -> None:
+        if self.residual_P is not None:
+            self.residual_P.zero_()
+            for tensor in kept.values():
+                self.residual_P.add_(tensor.to(self.residual_P.device))

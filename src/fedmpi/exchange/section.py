@@ -1,0 +1,78 @@
+"""What a configuration says of the exchange, and what may not be said together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from fedmpi.codecs import CODECS, Codec, Identity
+from fedmpi.components import PositiveFraction, component
+from fedmpi.errors import ConfigError
+
+PlanName = Literal["auto", "root", "replicated", "sharded", "window"]
+PLANS: tuple[PlanName, ...] = ("root", "replicated", "sharded", "window")
+
+
+@component
+class Channel:
+    """How vectors travel one way."""
+
+    codec: Annotated[Codec, CODECS] = Identity()  # how a vector becomes bytes
+    feedback: bool = False  # what the codec lost this round is added next round
+    decay: PositiveFraction = 1.0  # of what is kept for the next round
+
+    @property
+    def plain(self) -> bool:
+        """Do the values themselves travel?"""
+        return isinstance(self.codec, Identity)
+
+    @pydantic.model_validator(mode="after")
+    def _fed_back(self) -> Channel:
+        if self.feedback and self.plain:
+            raise ValueError("feedback needs a codec that loses something; identity loses nothing")
+        if not self.feedback and self.decay != 1.0:
+            raise ValueError("decay is that of feedback, which is off")
+        if self.feedback:
+            try:
+                self.codec.damping(1 << 18)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+
+@component
+class ExchangeSection:
+    """How updates cross ranks."""
+
+    plan: PlanName = (
+        "replicated"  # root: rank 0 steps; replicated: all step; sharded: each its part; window: in one node's memory
+    )
+    reduction: Literal["fast", "reproducible"] = "fast"  # reproducible: same bits for any number of ranks
+    parameters: Annotated[str | list[str], pydantic.Field(union_mode="left_to_right")] = (
+        "all"  # all, trainable or patterns
+    )
+    scope: Literal["rank", "silo"] = "rank"  # rank: a rank's silos are folded into one sum; silo: each by itself
+    up: Channel = Channel()  # deltas, to where they are added up
+    down: Channel = Channel()  # the server's step, back to all
+    verify: bool = False  # compare the parameters' SHA-256 across ranks after every round
+
+    @property
+    def candidates(self) -> tuple[PlanName, ...]:
+        """The plans that can carry out what else is said here."""
+        if self.scope == "silo" or not self.down.plain or (not self.up.plain and not self.up.codec.linear):
+            return ("sharded",)
+        return PLANS if self.up.plain else ("replicated", "sharded")
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> ExchangeSection:
+        if isinstance(self.parameters, str) and self.parameters not in ("all", "trainable"):
+            raise ValueError(f"exchange.parameters is all, trainable or a list of patterns, got '{self.parameters}'")
+        if self.plan not in ("auto", *self.candidates):
+            what = "scope: silo" if self.scope == "silo" else "this codec"
+            raise ValueError(f"{what} goes with plan {' or '.join(self.candidates)}, not {self.plan}")
+        if self.reduction == "reproducible" and self.scope == "rank" and not (self.up.plain and self.down.plain):
+            raise ValueError(
+                "reduction: reproducible with a codec needs scope: silo, since what a rank's sum loses depends on ranks"
+            )
+        return self

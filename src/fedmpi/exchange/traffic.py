@@ -1,0 +1,107 @@
+"""What a round of a plan sends, and what the exchange keeps in memory: computed, for `fedmpi plan` and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedmpi.exchange.pieces import Grid
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.sharded import AHEAD
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Vector payload of one round, in bytes over all ranks; what stays on its rank is none. Of payloads that may be
+    shorter it is the most that they can be."""
+
+    up: int
+    down: int
+    control: int  # small tables that go before and after the vectors
+    collectives: str
+
+
+def traffic(
+    section: ExchangeSection,
+    num_params: int,
+    param_bytes: int,
+    num_ranks: int,
+    vectors: Sequence[int] = (),
+    num_silos: int = 0,
+) -> Traffic:
+    """What a round sends in which all silos take part; `vectors` is how many each rank sends (`num_vectors`).
+
+    >>> traffic(ExchangeSection(plan="root"), 1000, 4, 4)
+    Traffic(up=12012, down=12000, control=0, collectives='Reduce + Bcast')
+    """
+    word = 8 if section.reduction == "reproducible" and section.up.plain else param_bytes
+    sums = (num_params + 1) * word
+    if num_ranks == 1:
+        return Traffic(0, 0, 0, "none")
+    if section.plan == "window":
+        return Traffic(0, 0, 0, "shared memory of one node")
+    if section.plan == "sharded":
+        grid, others = Grid(num_params, num_ranks), num_ranks - 1
+        up = _per_piece(section.up.plain, section.up.codec, grid, word)
+        down = _per_piece(section.down.plain, section.down.codec, grid, param_bytes)
+        sent = sum(
+            count * sum(size for piece, size in enumerate(up) if piece % num_ranks != rank)
+            for rank, count in enumerate(vectors or [1] * num_ranks)
+        )
+        table = 4 * (num_silos if section.scope == "silo" else num_ranks)
+        if not section.up.codec.fixed:
+            table += num_ranks * max(vectors or [1]) * grid.num_pieces
+        if not section.down.codec.fixed:
+            table += grid.steps * num_ranks
+        if not (section.up.plain and section.down.plain):
+            table += num_ranks
+        return Traffic(sent, others * sum(down), 2 * 8 * table * num_ranks, "Ialltoallv + Iallgatherv")
+    if section.plan == "root":
+        others = num_ranks - 1
+        return Traffic(others * sums, others * num_params * param_bytes, 0, "Reduce + Bcast")
+    if not section.up.plain:
+        grid = Grid(num_params, num_ranks)
+        sums = grid.num_pieces * _stride(section.up.codec, grid) + word
+    return Traffic(num_ranks * sums, num_ranks * sums, 0, "Allreduce")
+
+
+def num_vectors(section: ExchangeSection, silos: Sequence[int]) -> list[int]:
+    """How many vectors each rank sends, given how many silos it hosts."""
+    return list(silos) if section.scope == "silo" else [min(1, num) for num in silos]
+
+
+def _per_piece(plain: bool, codec: object, grid: Grid, word: int) -> list[int]:
+    sizes = [grid.size(piece) for piece in range(grid.num_pieces)]
+    return [size * word if plain else codec.max_bytes(size) for size in sizes]  # type: ignore[attr-defined]
+
+
+def _stride(codec: object, grid: Grid) -> int:
+    return -(-codec.max_bytes(grid.length) // 4) * 4  # type: ignore[attr-defined, no-any-return]
+
+
+def memory(
+    section: ExchangeSection, num_params: int, param_bytes: int, num_ranks: int, num_silos: int, most_vectors: int = 1
+) -> int:
+    """Bytes of the exchange's own buffers on a rank that hosts `num_silos`: what it folds, sends, receives and keeps
+    for feedback. `most_vectors` is the most that any rank sends."""
+    word = 8 if section.reduction == "reproducible" and section.up.plain else param_bytes
+    if section.plan == "window":
+        return (num_params + 1) * word
+    grid = Grid(num_params, num_ranks)
+    vector = num_params * param_bytes
+    if section.plan == "sharded":
+        stride = grid.length * word if section.up.plain else _stride(section.up.codec, grid)
+        folds = section.scope == "rank" and (num_silos > 1 or word != param_bytes)
+        own = num_silos if section.scope == "silo" else min(1, num_silos)
+        payloads = 0 if section.up.plain and section.scope == "rank" else own * grid.num_pieces * stride
+        down = 0 if section.down.plain else grid.num_pieces * _stride(section.down.codec, grid)
+        residuals = (own * (1 + (section.scope == "silo")) if section.up.feedback else 0) * vector
+        residuals += vector // num_ranks if section.down.feedback else 0
+        arrived = (AHEAD + 1) * most_vectors * num_ranks * stride
+        return folds * num_params * word + payloads + down + residuals + arrived
+    if not section.up.plain:
+        payload = grid.num_pieces * _stride(section.up.codec, grid)
+        return 2 * payload + (2 + section.up.feedback) * vector
+    if section.reduction == "reproducible":
+        return 2 * (num_params + 1) * 8 + vector
+    return 2 * (num_params + 1) * param_bytes

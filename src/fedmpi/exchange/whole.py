@@ -1,0 +1,140 @@
+"""Plans root and replicated: whole vectors through MPI's own sums.
+
+    root         Reduce to rank 0, step there, Bcast of the parameters (the classic server)
+    replicated   Allreduce, every rank takes the same step
+
+The sum of weights is one more element of the vector. A linear codec's payloads are summed by MPI as they are, since
+all ranks encode with one key (replicated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedmpi.comm import Solo
+from fedmpi.errors import ExchangeError
+from fedmpi.exchange.base import Exchange, Facts, Lap
+from fedmpi.exchange.pieces import Coder, Grid, RankResidual
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.server import ServerOptimizer
+from fedmpi.types import Contribution
+
+
+class Whole(Exchange):
+    """Sums of whole vectors: with the weight behind them, or of a linear codec's payloads."""
+
+    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+        super().__init__(section, comm, params_P, facts)
+        self._coder: Coder | None = None
+        length = self.num_params + 1
+        # Sums are folded where silos train.
+        self._sum = torch.zeros(length, dtype=self.sum_dtype, device=self.device)
+        if not section.up.plain:
+            self._coder = Coder(section.up, Grid(self.num_params, comm.size), facts.seed, self.device, "up")
+            self._residual = RankResidual(section.up, params_P, facts)
+            length = self._coder.grid.num_pieces * self._coder.stride // 4 + 1
+        apart = self.on_device or self._coder is not None
+        self._send = comm.allocate(length, self.sum_dtype, pinned=self.on_device) if apart else self._sum
+        self._recv = comm.allocate(length, self.sum_dtype, pinned=self.on_device)
+        self._host_P = comm.allocate(self.num_params, self.dtype, pinned=True) if self.on_device else None
+        whole_mean = self.ring or apart
+        self._mean_P = torch.zeros_like(params_P) if whole_mean else self._recv[: self.num_params]
+        self._empty = True
+
+    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
+        super().begin(round, num_contributions)
+        self._empty = True
+
+    def add(self, contribution: Contribution) -> None:
+        share = contribution.weight / self.facts.total_weight
+        self.fold(self._sum[: self.num_params], contribution.delta_P, share, self._empty)
+        if self._empty:
+            self._sum[self.num_params] = 0
+        self._sum[self.num_params] += self.weigh(share) if not self.ring else int(self.weigh(share))
+        self._empty = False
+
+    def residuals(self) -> dict[str, torch.Tensor]:
+        return {} if self._coder is None else self._residual.kept()
+
+    def take_residuals(self, kept: Mapping[str, torch.Tensor]) -> None:
+        if self._coder is not None:
+            self._residual.take(kept)
+
+    def _sent(self) -> torch.Tensor:
+        """What this rank adds to the sum."""
+        if self._empty:
+            self._sum.zero_()
+        if self._coder is not None:
+            self._send.zero_()
+            self._coder.start(self.round)  # one key for all ranks
+            for piece, part in enumerate(self._coder.grid if not self._empty else ()):
+                payload = self._coder.slot(self._send[:-1].view(torch.uint8), piece)
+                self._coder.encode(self._sum[part], payload, piece, 1.0, self._residual.part(part))
+            self._send[-1] = self._sum[-1]
+        elif self.on_device:
+            self._send.copy_(self._sum)
+        return self._send
+
+    def _mean(self) -> torch.Tensor:
+        weight = float(self._recv[-1])
+        if weight == 0.0:
+            raise ExchangeError("no weight arrived: nothing to divide by")
+        if self._coder is not None:
+            for piece, part in enumerate(self._coder.grid):
+                payload = self._coder.slot(self._recv[:-1].view(torch.uint8), piece)
+                self._coder.decode(payload, self._mean_P[part], piece)
+            return self._mean_P.div_(weight)
+        summed = self._recv[: self.num_params]
+        if self.on_device and not self.ring:
+            summed = self._mean_P.copy_(summed)
+        self.divide(summed, weight, self._mean_P)
+        return self._mean_P
+
+
+class Replicated(Whole):
+    """Every rank takes the same step."""
+
+    def finish(
+        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+    ) -> tuple[torch.Tensor, Any]:
+        self.comm.allreduce(self._sent(), self._recv)
+        lap("exchange")
+        new_P, state = optimizer.step(params_P, self._mean(), state)
+        params_P.copy_(new_P)
+        lap("step")
+        self.verify(params_P)
+        lap("exchange")
+        return params_P, state
+
+
+class Root(Whole):
+    """Rank 0 steps, and alone keeps the server's state."""
+
+    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
+        return vector_P if self.comm.rank == 0 else vector_P[:0]
+
+    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
+        if self.comm.rank == 0:
+            part.copy_(whole_P)
+
+    def finish(
+        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+    ) -> tuple[torch.Tensor, Any]:
+        self.comm.reduce(self._sent(), self._recv)
+        lap("exchange")
+        if self.comm.rank == 0:
+            new_P, state = optimizer.step(params_P, self._mean(), state)
+            params_P.copy_(new_P)
+        lap("step")
+        host_P = params_P if self._host_P is None else self._host_P
+        if self._host_P is not None and self.comm.rank == 0:
+            host_P.copy_(params_P)
+        self.comm.bcast(host_P)
+        if host_P is not params_P:
+            params_P.copy_(host_P)
+        self.verify(params_P)
+        lap("exchange")
+        return params_P, state

@@ -1,0 +1,112 @@
+"""Plan window: every rank adds up its own coordinates straight out of the others' shared memory.
+
+Every rank owns 1/n of the coordinates, adds them up, steps them, and writes where all read. Parameters and server state
+are there once per node, whatever the number of ranks; nothing is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedmpi.comm import Solo
+from fedmpi.errors import ExchangeError
+from fedmpi.exchange.base import BLOCK, Exchange, Facts, Lap
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.server import ServerOptimizer
+from fedmpi.types import Contribution
+
+
+class Window(Exchange):
+    """Ranks of one node, in host memory."""
+
+    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+        super().__init__(section, comm, params_P, facts)
+        self._sums = comm.shared(self.num_params, self.sum_dtype)
+        self._heads = comm.shared(2, torch.float64)  # of each rank: weight, and is its delta to be read in place?
+        self._deltas: list[torch.Tensor] = []
+        self._total_B = torch.zeros(BLOCK, dtype=self.sum_dtype)
+        self._mean_B = torch.zeros(BLOCK, dtype=self.dtype)
+
+    def lend(self, deltas: list[torch.Tensor]) -> None:
+        self._deltas = deltas
+
+    def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        shared = [self._shared(tensor) for tensor in (params_P, *state)]
+        self.comm.meet()
+        return shared[0], type(state)(*shared[1:])
+
+    def _shared(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One copy for the node; every rank touches its part first, so that it lies near the rank that will step it."""
+        there = self.comm.shared(len(tensor), tensor.dtype, owner=0)[0]
+        part = shard(len(tensor), self.comm.rank, self.comm.size)
+        there[part].copy_(tensor[part])
+        return there
+
+    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
+        if self.comm.rank == 0:  # what it writes is what all see
+            part.copy_(whole_P)
+        self.comm.meet()
+
+    def load_params(self, params_P: torch.Tensor, whole_P: torch.Tensor) -> None:
+        self.load(params_P, whole_P)
+
+    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
+        super().begin(round, num_contributions)
+        self._heads[self.comm.rank].zero_()
+        self._only = num_contributions == 1 and bool(self._deltas) and not self.ring
+
+    def add(self, contribution: Contribution) -> None:
+        share, delta_P = contribution.weight / self.facts.total_weight, contribution.delta_P
+        in_place = self._only and delta_P.data_ptr() == self._deltas[self.comm.rank].data_ptr()
+        head = self._heads[self.comm.rank]
+        if not in_place:
+            self.fold(self._sums[self.comm.rank], delta_P, share, empty=not float(head[0]))
+        head[0] += self.weigh(share)
+        head[1] = in_place
+
+    def finish(
+        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+    ) -> tuple[torch.Tensor, Any]:
+        """My coordinates: added up in rank order, divided, stepped, written where everybody reads; block by block."""
+        self.comm.meet()
+        given: list[tuple[torch.Tensor, float]] = []
+        weight = 0.0
+        for rank, (share, in_place) in enumerate(head.tolist() for head in self._heads):
+            if share:
+                given.append((self._deltas[rank], share) if in_place else (self._sums[rank], 1.0))
+                weight += share
+        if not given:
+            raise ExchangeError("no weight arrived: nothing to divide by")
+        mine = shard(self.num_params, self.comm.rank, self.comm.size)
+        for start in range(mine.start, mine.stop, BLOCK):
+            part = slice(start, min(start + BLOCK, mine.stop))
+            total, mean = self._total_B[: part.stop - start], self._mean_B[: part.stop - start]
+            if self.ring:
+                total.copy_(given[0][0][part])
+                for sums, _ in given[1:]:
+                    total.add_(sums[part])
+                self.divide(total, weight, mean)
+            else:
+                torch.mul(given[0][0][part], given[0][1] / weight, out=mean)
+                for sums, share in given[1:]:
+                    mean.add_(sums[part], alpha=share / weight)
+            new_S, _ = optimizer.step(params_P[part], mean, type(state)(*(tensor[part] for tensor in state)))
+            params_P[part].copy_(new_S)
+        lap("step")
+        self.comm.meet()
+        self.verify(params_P)
+        lap("exchange")
+        return params_P, state
+
+
+def shard(num_elements: int, rank: int, num_ranks: int) -> slice:
+    """The coordinates that a rank owns: equal parts of whole pages, the last one what is left.
+
+    >>> shard(10_000, 1, 2)
+    slice(4096, 10000, None)
+    """
+    page = 1024
+    cut = num_elements // num_ranks // page * page
+    return slice(rank * cut, num_elements if rank == num_ranks - 1 else (rank + 1) * cut)
