@@ -111,10 +111,7 @@ def codecs(num_params: int, repeats: int = 7, seed: int = 0) -> list[Row]:
 def _aggregate(section: ExchangeSection, comm: Solo, delta_P: torch.Tensor) -> Callable[[], object]:
     params_P = torch.zeros_like(delta_P)
     made = choice.make(section, comm, params_P, Facts(float(comm.size)))
-    if section.plan == "window":  # there models, and so their deltas, live in shared memory
-        deltas = comm.shared(len(delta_P), delta_P.dtype)
-        delta_P = deltas[comm.rank].copy_(delta_P)
-        made.lend(deltas)
+    delta_P = made.delta().copy_(delta_P)
     params_P, state = made.home(params_P, FedAvg().init(made.mine(params_P)))
     contribution = Contribution("", 1, 1.0, delta_P, 0.0, 1, 1)
 

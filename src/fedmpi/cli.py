@@ -167,10 +167,15 @@ def _print_plan(result: dict[str, Any]) -> None:
         console.print(f"silo {silo}: only on host {host} (placed above as if it were free)")
     console.print(f"parameters: {result['parameters']:,}, of which shared {result['shared_parameters']:,}")
     console.print(f"collectives on vectors: {result['collectives']}")
-    console.print(
-        f"a round, all ranks: {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down "
-        f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} of small things"
-    )
+    if result["plan_asked"] == "auto":
+        console.print(f"plan auto: measured when the run starts; the figures here are those of {result['plan']}")
+    if result["bytes_up"] is None:
+        console.print("bytes of a round: they depend on where regions lie, which is known when ranks have hosts")
+    else:
+        console.print(
+            f"a round, all ranks: {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down "
+            f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} of small things"
+        )
     kept = result["checkpoints_kept"]
     console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
     values = Table("key", "value", "from", title="configuration")

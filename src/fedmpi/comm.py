@@ -85,6 +85,21 @@ class Solo:
         """
         return torch.zeros(num_elements, dtype=dtype, pin_memory=pinned)
 
+    def split(self, color: int, last: bool = False) -> Solo | None:
+        """Those ranks that give the same color, in rank order but `last` ones behind; None for a negative one.
+
+        A call of all ranks. What is sent among them counts as sent here.
+        """
+        return None if color < 0 else self
+
+    def node(self) -> int:
+        """The first of the ranks that share memory with this one. A call of all ranks."""
+        return 0
+
+    def counted(self) -> tuple[int, int, int]:
+        """Bytes up, down and of small things so far."""
+        return self.bytes_up, self.bytes_down, self.bytes_control
+
     def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
         """Vectors that all ranks of the node read and write: one per rank, in rank order, or only `owner`'s. Zeroed.
 
@@ -118,8 +133,8 @@ class Solo:
         """The same in one call on the whole vector, for benches to compare with; at most 2^31 - 1 elements."""
         recv.copy_(send)
 
-    def bcast(self, vector: torch.Tensor) -> None:
-        """Every rank's `vector` becomes rank 0's."""
+    def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
+        """Every rank's `vector` becomes that of `root`."""
 
     def alltoall(self, send: torch.Tensor, sent: Spans, recv: torch.Tensor, received: Spans) -> Pending:
         """Begin to send each rank its part of `send`, and to receive each rank's into `recv`."""
@@ -199,11 +214,12 @@ class Solo:
 class Comm(Solo):
     """All ranks of an MPI job."""
 
-    def __init__(self, mpi: Any) -> None:
+    def __init__(self, mpi: Any, world: Any = None) -> None:
         super().__init__()
         self._mpi = mpi
-        self._world: MPI.Comm = mpi.COMM_WORLD.Dup()
-        self._control: MPI.Comm = mpi.COMM_WORLD.Dup()
+        self._world: MPI.Comm = mpi.COMM_WORLD.Dup() if world is None else world
+        self._control: MPI.Comm = self._world.Dup()
+        self._groups: list[Comm] = []  # that were split off
         self.rank = self._world.rank
         self.size = self._world.size
         name = socket.gethostname().encode()[:256]
@@ -216,10 +232,39 @@ class Comm(Solo):
         self._windows: list[MPI.Win] = []
         self._sent: list[tuple[Any, np.ndarray]] = []  # requests keep their buffers
 
+    def split(self, color: int, last: bool = False) -> Solo | None:
+        world = self._world.Split(color if color >= 0 else self._mpi.UNDEFINED, self.rank + self.size * last)
+        if color < 0:
+            return None
+        group = Comm(self._mpi, world)
+        self._groups.append(group)
+        return group
+
+    def counted(self) -> tuple[int, int, int]:
+        own = (self.bytes_up, self.bytes_down, self.bytes_control)
+        up, down, control = (sum(some) for some in zip(own, *(group.counted() for group in self._groups), strict=True))
+        return up, down, control
+
+    def free(self) -> None:
+        """Give back a group and what was made in it. A call of all its ranks."""
+        for group in self._groups:
+            group.free()
+        self.free_shared()
+        for communicator in (self._node, self._control, self._world):
+            if communicator is not None:
+                communicator.Free()
+
     def one_node(self) -> bool:
         if self._node is None:
             self._node = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         return bool(self._node.size == self.size)
+
+    def node(self) -> int:
+        self.one_node()
+        assert self._node is not None
+        first = np.array([self.rank], dtype=np.int64)
+        self._node.Bcast(first, root=0)
+        return int(first[0])
 
     def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
         if not self.one_node():
@@ -265,11 +310,11 @@ class Comm(Solo):
     def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         self._world.Allreduce(_array(send), _array(recv), op=self._mpi.SUM)
 
-    def bcast(self, vector: torch.Tensor) -> None:
+    def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
         array = _array(vector)
         for part in blocks(len(array), array.itemsize):
-            self._world.Bcast(array[part], root=0)
-            self.bytes_down += array[part].nbytes if self.rank else 0
+            self._world.Bcast(array[part], root=root)
+            self.bytes_down += array[part].nbytes if self.rank != root else 0
 
     def alltoall(self, send: torch.Tensor, sent: Spans, recv: torch.Tensor, received: Spans) -> Pending:
         mine, out = _array(send), _array(recv)
@@ -363,6 +408,9 @@ class Comm(Solo):
             request.Wait()
         self._sent.clear()
         if not self.open_runs:
+            for group in self._groups:
+                group.free()
+            self._groups.clear()
             self.free_shared()
         self._worst = self._passed_on = 0  # another run may follow
         self._world.Barrier()

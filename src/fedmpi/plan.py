@@ -44,6 +44,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     # Pinned silos cannot be placed on hosts that are not known yet.
     free = [type(silo)(silo.id, silo.num_samples) for silo in source.silos]
     owners = place(free, [""] * num_ranks, config.server.dedicated)
+    flat = section.regions is None  # where regions lie is not known before ranks have hosts
     hosted = [owners.count(rank) for rank in range(num_ranks)]
     vectors = num_vectors(section, hosted)
     on_wire = traffic(section, shared, word, num_ranks, vectors, len(owners))
@@ -86,11 +87,12 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "central": source.central,
         "parameters": total,
         "shared_parameters": shared,
-        "bytes_up": on_wire.up,
-        "bytes_down": on_wire.down,
-        "bytes_control": 2 * 8 * small * num_ranks + on_wire.control if num_ranks > 1 else 0,
+        "bytes_up": on_wire.up if flat else None,
+        "bytes_down": on_wire.down if flat else None,
+        "bytes_control": (2 * 8 * small * num_ranks + on_wire.control if num_ranks > 1 else 0) if flat else None,
         "plan": section.plan,
-        "collectives": on_wire.collectives,
+        "plan_asked": config.exchange.plan,
+        "collectives": on_wire.collectives if flat else f"in regions, then across: {on_wire.collectives}",
         "checkpoint_bytes": shared * word * (1 + server_copies + section.down.feedback)
         + (shared * word * sum(vectors) if section.up.feedback else 0)
         + len(owners) * (kept_bytes + 8)

@@ -87,7 +87,7 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     of training, and the state that was given is still whole; SiloError out of evaluation: its parameters are spent.
     """
     comm, timer, number = fed.comm, fed.timer, state.round + 1
-    sent = (comm.bytes_up, comm.bytes_down, comm.bytes_control)
+    sent = comm.counted()
     timer.lap("checkpoint")  # all that lies between rounds
     draw = rng.generator(fed.seed, purpose="select", round=number)
     cohort, selector = fed.selector.select(fed.ids, state.selector, state.record, draw)
@@ -103,8 +103,8 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     fed.silos.update(trained)
     error = _evaluate(fed, number, params_P, written)
     timer.lap("evaluate")
-    control = comm.bytes_control + (2 * fed.done.num_bytes if comm.size > 1 else 0)  # with the one that follows
-    now = (comm.bytes_up, comm.bytes_down, control)
+    up, down, control = comm.counted()
+    now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # with the one that follows
     fed.done.set_rank(
         comm.rank,
         started_s=timer.started_s,

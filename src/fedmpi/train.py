@@ -36,7 +36,7 @@ from fedmpi.components import to_dict
 from fedmpi.config import ABOUT, Config, differences, digest, load
 from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, Stopped
 from fedmpi.exchange import choice
-from fedmpi.exchange.base import Exchange, Facts
+from fedmpi.exchange.base import Exchange, Facts, Kept
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import Allocate, Entry, FlatModel, entries, master_dtype, num_shared, one_vector, signature
 from fedmpi.local import LocalSilo
@@ -49,7 +49,7 @@ from fedmpi.types import Silo, SiloData, Source
 
 log = logging.getLogger("fedmpi")
 
-FEEDBACK = "feedback"  # what a silo's row is called in a checkpoint
+FILED = "exchange_"  # what begins the names of that which the exchange files under a silo
 CONFIG_FILE = "config.yaml"
 UNSHARED_FILE = "unshared.safetensors"
 WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
@@ -173,11 +173,10 @@ class Run:
         about = Facts(sum(weights), ids, list(opened), config.seed)
         zeros_P = torch.zeros(num_shared(found), dtype=master_dtype(found), device=self.device)
         section = self._choose_plan(zeros_P, about)
-        deltas: list[torch.Tensor] = []
+        exchange = self.comm.together(lambda: choice.make(section, self.comm, zeros_P, about))
         allocate: Allocate = self.comm.allocate
-        if section.plan == "window" and one_vector(found):
-            deltas = self.comm.shared(num_shared(found), master_dtype(found))
-            own = deltas[self.comm.rank]
+        if self.device.type == "cpu" and one_vector(found):
+            own = exchange.delta()
             allocate = lambda n, dtype: own[:n]  # noqa: E731
         model = self.comm.together(lambda: FlatModel(module, config.exchange.parameters, self.device, allocate))
         self.model = model.module
@@ -189,7 +188,6 @@ class Run:
                 data = SiloData(x, y, x_test, y_test)
                 silos[silo.id] = LocalSilo(silo.id, data, weight)
         params_P = model.params()
-        exchange = self.comm.together(lambda: choice.make(section, self.comm, params_P, about))
         watch = stopping.Watch(self.comm, self.out)
         self._federation = Federation(
             ids=ids,
@@ -209,8 +207,6 @@ class Run:
             evaluate_every=config.evaluate.every,
             evaluate_batch=config.evaluate.batch_size,
         )
-        if deltas:
-            exchange.lend(deltas)
         params_P, optimizer = exchange.home(params_P, config.server.optimizer.init(exchange.mine(params_P)))
         self.state = State(0, params_P, optimizer, config.select.init(len(source.silos)))
 
@@ -219,6 +215,8 @@ class Run:
         section = self.config.exchange
         self.plan_seconds: dict[str, float] = {}
         able = choice.candidates(section, self.comm, self.device)
+        if section.plan == "auto" and section.regions is not None:
+            return replace(section, plan=able[0])
         if section.plan == "auto":
             before = self.comm.say(_plan_before(self.out) if self.comm.rank == 0 else "", 0)
             if before in able:
@@ -255,11 +253,10 @@ class Run:
         """The state of the checkpoint that the run goes on from."""
         fed = self._federation
         kept = self.comm.together(lambda: checkpoint.read_silos(self.out, self.resumed, fed.silos))
-        residuals: dict[str, torch.Tensor] = {}
+        filed: Kept = {}
         for name, tensors in kept.items():
             fed.silos[name].cursor = int(tensors.pop("cursor"))
-            if FEEDBACK in tensors:
-                residuals[name] = tensors.pop(FEEDBACK)
+            filed[name] = {n.removeprefix(FILED): tensors.pop(n) for n in list(tensors) if n.startswith(FILED)}
             fed.silos[name].kept = tensors
         loads = self.comm.rank == 0
         stored = self.comm.together(lambda: checkpoint.read_server(self.out, self.resumed) if loads else {})
@@ -277,7 +274,7 @@ class Run:
         for name in selector:
             self.comm.bcast(from_0[name].reshape(-1).view(torch.uint8))
         new_selector = {n.removeprefix("selector/"): from_0[n].numpy() for n in selector}
-        exchange.take_residuals(residuals)
+        exchange.take(self.resumed, state.params_P, {silo: tensors for silo, tensors in filed.items() if tensors})
         about = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed) if loads else {})
         record = json.loads(self.comm.say(json.dumps(about.get("record")), 0))
         self.state = State(self.resumed, self.state.params_P, self.state.optimizer, new_selector, record, self.resumed)
@@ -427,8 +424,8 @@ class Run:
             self._seal()
         fed, state = self._federation, self.state
         silos = {n: {"cursor": torch.tensor(s.cursor), **s.kept} for n, s in fed.silos.items()}
-        for name, residual in fed.exchange.residuals().items():
-            silos[name][FEEDBACK] = residual
+        for name, tensors in fed.exchange.kept(state.params_P).items():
+            silos[name] |= {f"{FILED}{n}": tensor for n, tensor in tensors.items()}
         whole = _server_tensors(state, fed.exchange)  # of all ranks' parts
         server = whole if self.comm.rank == 0 else None
         # Its own errors come up with the next round's record, or when the checkpoint is sealed.
@@ -642,7 +639,7 @@ def _fits(model: FlatModel, objective: Any, data: SiloData | None) -> None:
 
 def _server_tensors(state: State, exchange: Exchange) -> dict[str, torch.Tensor]:
     """What server.h5 holds, whole on rank 0: the state's own tensors and the exchange's. A call of all ranks."""
-    tensors = {"params": state.params_P}
+    tensors = {"params": exchange.server_params(state.params_P)}
     for name, part in zip(state.optimizer._fields, state.optimizer, strict=True):
         tensors[f"optimizer/{name}"] = exchange.whole(part)
     tensors |= {name: exchange.whole(part) for name, part in exchange.server_tensors().items()}

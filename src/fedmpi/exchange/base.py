@@ -14,7 +14,7 @@ Vectors live on the rank's device; where that is a GPU they pass through page-lo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ LARGEST_NORM = 2.0**18  # a delta beyond this is absurd, and more than the ring 
 BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
 
 Lap = Callable[[str], None]
+Kept = dict[str, dict[str, torch.Tensor]]  # silo -> name -> tensor
 
 
 class Facts(NamedTuple):
@@ -70,8 +71,13 @@ class Exchange:
         """Parameters and server state in the memory where the plan keeps them. A call of all ranks."""
         return params_P, state
 
-    def lend(self, deltas: list[torch.Tensor]) -> None:
-        """Shared vectors, one per rank, in which deltas come: where a rank has but one, the others read it there."""
+    def delta(self) -> torch.Tensor:
+        """Memory for a model's shared parameters, out of which its deltas can be sent. A call of all ranks."""
+        return self.comm.allocate(self.num_params, self.dtype)
+
+    def server_params(self, params_P: torch.Tensor) -> torch.Tensor:
+        """On rank 0 the parameters that the server's state belongs to."""
+        return params_P
 
     def whole(self, part: torch.Tensor) -> torch.Tensor:
         """On rank 0 the vector of which every rank keeps its `mine`. A call of all ranks."""
@@ -87,12 +93,12 @@ class Exchange:
         self.comm.bcast(whole_P)
         params_P.copy_(whole_P)
 
-    def residuals(self) -> dict[str, torch.Tensor]:
-        """What feedback keeps on the way up, by the silo that it is filed under; a silo's own, or a rank's sum."""
+    def kept(self, params_P: torch.Tensor) -> Kept:
+        """What ranks keep for the next round (what feedback keeps on the way up), filed under silos, by name."""
         return {}
 
-    def take_residuals(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Those of this rank's silos, from a checkpoint."""
+    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
+        """What is filed under this rank's silos in the checkpoint of a round. A call of all ranks."""
 
     def server_tensors(self) -> dict[str, torch.Tensor]:
         """What the plan itself keeps of the server's, each as long as its `mine`."""

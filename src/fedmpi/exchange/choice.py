@@ -11,6 +11,7 @@ import torch
 
 from fedmpi.comm import Solo
 from fedmpi.exchange.base import Exchange, Facts
+from fedmpi.exchange.regions import Regional
 from fedmpi.exchange.section import ExchangeSection, PlanName
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.whole import Replicated, Root
@@ -28,6 +29,8 @@ MEMBERS: dict[PlanName, type[Exchange]] = {
 
 def make(section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> Exchange:
     """The exchange of a plan that is named. A call of all ranks."""
+    if section.regions is not None:
+        return Regional(section, comm, params_P, facts)
     return MEMBERS[section.plan](section, comm, params_P, facts)
 
 
@@ -45,11 +48,7 @@ def measure(
     for plan in candidates(section, comm, params_P.device):
         kept = comm.free_shared(1 << 30)
         tried = make(replace(section, plan=plan, verify=False), comm, params_P, facts)
-        work_P, delta_P = params_P.clone(), torch.zeros_like(params_P)
-        if plan == "window" and params_P.dtype == torch.float32:
-            lent = comm.shared(len(params_P), params_P.dtype)
-            tried.lend(lent)
-            delta_P = lent[comm.rank]
+        work_P, delta_P = params_P.clone(), tried.delta()
         work_P, state = tried.home(work_P, FedAvg().init(work_P))
         silo = facts.hosted[0] if facts.hosted else (facts.ids[0] if facts.ids else "")
         times = []

@@ -7,13 +7,13 @@ vector's payload is does not depend on how many ranks there are, nor on how piec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
 from fedmpi import codecs, rng
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.base import Facts
+from fedmpi.exchange.base import Facts, Kept
 from fedmpi.exchange.section import Channel
 
 LONGEST = 1 << 18  # elements: 1 MiB of float32
@@ -125,11 +125,11 @@ class RankResidual:
     def part(self, part: slice) -> torch.Tensor | None:
         return None if self.residual_P is None else self.residual_P[part]
 
-    def kept(self) -> dict[str, torch.Tensor]:
-        return {} if self.residual_P is None or self._silo is None else {self._silo: self.residual_P}
+    def kept(self) -> Kept:
+        return {} if self.residual_P is None or self._silo is None else {self._silo: {"feedback": self.residual_P}}
 
-    def take(self, kept: Mapping[str, torch.Tensor]) -> None:
+    def take(self, kept: Kept) -> None:
         if self.residual_P is not None:
             self.residual_P.zero_()
-            for tensor in kept.values():
-                self.residual_P.add_(tensor.to(self.residual_P.device))
+            for tensors in kept.values():
+                self.residual_P.add_(tensors["feedback"].to(self.residual_P.device))

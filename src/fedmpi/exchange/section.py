@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from fedmpi.codecs import CODECS, Codec, Identity
-from fedmpi.components import PositiveFraction, component
+from fedmpi.components import PositiveFraction, PositiveInt, component
 from fedmpi.errors import ConfigError
 
 PlanName = Literal["auto", "root", "replicated", "sharded", "window"]
@@ -42,6 +42,35 @@ class Channel:
 
 
 @component
+class Level:
+    """One level of regions."""
+
+    by: Literal["node"] | dict[str, list[str]] = "node"  # ranks that share memory, or region: [hosts or silos]
+    up: Channel = Channel()  # inside of a region
+    down: Channel = Channel()  # inside of a region
+
+    @pydantic.model_validator(mode="after")
+    def _once(self) -> Level:
+        if isinstance(self.by, dict):
+            members = [member for some in self.by.values() for member in some]
+            if not members or len(set(members)) < len(members):
+                raise ValueError("every host or silo belongs to one region of a level")
+        if self.down.feedback:
+            raise ValueError("down.feedback is for the exchange across regions, where the server's state is")
+        return self
+
+
+@component
+class Regions:
+    """Groups of ranks that aggregate inside first."""
+
+    levels: Annotated[list[Level], pydantic.Field(min_length=1)] = pydantic.Field(  # from the inside out
+        default_factory=lambda: [Level()]
+    )
+    every: PositiveInt = 1  # rounds from one exchange across regions to the next
+
+
+@component
 class ExchangeSection:
     """How updates cross ranks."""
 
@@ -55,6 +84,7 @@ class ExchangeSection:
     scope: Literal["rank", "silo"] = "rank"  # rank: a rank's silos are folded into one sum; silo: each by itself
     up: Channel = Channel()  # deltas, to where they are added up
     down: Channel = Channel()  # the server's step, back to all
+    regions: Regions | None = None  # groups that aggregate inside first; up, down and plan are then those across
     verify: bool = False  # compare the parameters' SHA-256 across ranks after every round
 
     @property
@@ -62,6 +92,8 @@ class ExchangeSection:
         """The plans that can carry out what else is said here."""
         if self.scope == "silo" or not self.down.plain or (not self.up.plain and not self.up.codec.linear):
             return ("sharded",)
+        if self.regions is not None:
+            return ("sharded", "replicated", "root") if self.up.plain else ("sharded", "replicated")
         return PLANS if self.up.plain else ("replicated", "sharded")
 
     @pydantic.model_validator(mode="after")
@@ -71,6 +103,8 @@ class ExchangeSection:
         if self.plan not in ("auto", *self.candidates):
             what = "scope: silo" if self.scope == "silo" else "this codec"
             raise ValueError(f"{what} goes with plan {' or '.join(self.candidates)}, not {self.plan}")
+        if self.regions is not None and (self.scope == "silo" or self.reduction == "reproducible"):
+            raise ValueError("regions fold what they hold: they go with scope: rank and reduction: fast")
         if self.reduction == "reproducible" and self.scope == "rank" and not (self.up.plain and self.down.plain):
             raise ValueError(
                 "reduction: reproducible with a codec needs scope: silo, since what a rank's sum loses depends on ranks"

@@ -21,7 +21,6 @@ with the very kernels it is to overlap with. `overlap` runs the whole exchange i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ import torch
 
 from fedmpi.comm import Pending, Solo
 from fedmpi.errors import ConfigError, ExchangeError
-from fedmpi.exchange.base import Exchange, Facts, Lap
+from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
 from fedmpi.exchange.pieces import Coder, Grid, RankResidual
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.server import ServerOptimizer
@@ -122,12 +121,14 @@ class Sharded(Exchange):
             self.comm.wait(self.comm.alltoall(mine, to, there, come))
         return whole_P
 
-    def residuals(self) -> dict[str, torch.Tensor]:
-        return self._of_silos if self._by_silo else self._residual.kept()
-
-    def take_residuals(self, kept: Mapping[str, torch.Tensor]) -> None:
+    def kept(self, params_P: torch.Tensor) -> Kept:
         if self._by_silo:
-            self._of_silos = {silo: tensor.to(self.device) for silo, tensor in kept.items()}
+            return {silo: {"feedback": tensor} for silo, tensor in self._of_silos.items()}
+        return self._residual.kept()
+
+    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
+        if self._by_silo:
+            self._of_silos = {silo: tensors["feedback"].to(self.device) for silo, tensors in kept.items()}
         else:
             self._residual.take(kept)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedmpi.exchange.pieces import Grid
 from fedmpi.exchange.section import ExchangeSection
@@ -87,6 +87,9 @@ def memory(
     word = 8 if section.reduction == "reproducible" and section.up.plain else param_bytes
     if section.plan == "window":
         return (num_params + 1) * word
+    if section.regions is not None:  # of a rank that leads a region
+        across = memory(replace(section, regions=None), num_params, param_bytes, num_ranks, 1)
+        return across + (1 + 3) * num_params * param_bytes
     grid = Grid(num_params, num_ranks)
     vector = num_params * param_bytes
     if section.plan == "sharded":

@@ -9,14 +9,13 @@ all ranks encode with one key (replicated).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from fedmpi.comm import Solo
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.base import Exchange, Facts, Lap
+from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
 from fedmpi.exchange.pieces import Coder, Grid, RankResidual
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.server import ServerOptimizer
@@ -56,10 +55,10 @@ class Whole(Exchange):
         self._sum[self.num_params] += self.weigh(share) if not self.ring else int(self.weigh(share))
         self._empty = False
 
-    def residuals(self) -> dict[str, torch.Tensor]:
+    def kept(self, params_P: torch.Tensor) -> Kept:
         return {} if self._coder is None else self._residual.kept()
 
-    def take_residuals(self, kept: Mapping[str, torch.Tensor]) -> None:
+    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
         if self._coder is not None:
             self._residual.take(kept)
 

@@ -29,8 +29,10 @@ class Window(Exchange):
         self._total_B = torch.zeros(BLOCK, dtype=self.sum_dtype)
         self._mean_B = torch.zeros(BLOCK, dtype=self.dtype)
 
-    def lend(self, deltas: list[torch.Tensor]) -> None:
-        self._deltas = deltas
+    def delta(self) -> torch.Tensor:
+        """Where a rank has but one contribution the others read it in here."""
+        self._deltas = self.comm.shared(self.num_params, self.dtype)
+        return self._deltas[self.comm.rank]
 
     def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
         shared = [self._shared(tensor) for tensor in (params_P, *state)]

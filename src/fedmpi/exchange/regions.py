@@ -1,0 +1,277 @@
+"""Regions: groups of ranks that aggregate inside first (a node, a site, a continent), level by level.
+
+    level 0      a region's ranks take the mean of their silos' deltas: on a node out of shared memory
+    level 1...   the first ranks of those regions do the same with the regions' means, and so on
+    across       the first ranks of the outermost regions exchange what their regions have moved, with the plan and the
+                 codecs of the section itself, and the server's step; then everybody gets the new parameters
+
+So a slow link is crossed once a region and not once a rank, and between n ranks in regions of m lie log_m(n) levels.
+A region's mean goes on with the sum of its weights, so with `every: 1` the result is the mean over all silos.
+
+With `every: E` only each E-th round goes across: hierarchical federated averaging (Liu et al. 2020, Algorithm 1,
+HierFAVG, with kappa_1 local steps and kappa_2 = E). In between silos train from their region's parameters and are
+evaluated on them. A region weighs what its silos weighed over the E rounds; in the paper that is the region's samples,
+which is the same where all silos take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmpi.comm import Solo
+from fedmpi.errors import ConfigError
+from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
+from fedmpi.exchange.section import ExchangeSection, Level
+from fedmpi.exchange.sharded import Sharded
+from fedmpi.exchange.whole import Replicated, Root
+from fedmpi.exchange.window import Window
+from fedmpi.server import FedAvg, NoState, ServerOptimizer
+from fedmpi.types import Contribution
+
+ACROSS = {"root": Root, "replicated": Replicated, "sharded": Sharded}
+
+
+class Regional(Exchange):
+    """An exchange in each region of each level, and one across."""
+
+    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+        super().__init__(section, comm, params_P, facts)
+        assert section.regions is not None
+        self.every = section.regions.every
+        comm.together(lambda: _leads(comm, facts))
+        table = _table(section.regions.levels, comm, facts)  # [ranks, levels]
+        mine = table[comm.rank]
+        # Where a rank hosts nothing another one leads: what feedback keeps of a region is filed under a leader's silo.
+        idle = not facts.hosted
+        region = comm.split(int(mine[-1]), idle)
+        assert region is not None
+        self._region = region
+        self._inside: list[Exchange] = []  # of the levels that this rank takes part in
+        there: Solo | None = comm
+        for number, level in enumerate(section.regions.levels):
+            if there is None:
+                break
+            group = there.split(int(mine[number]), idle)
+            assert group is not None
+            self._inside.append(_inside(level, group, params_P, facts, innermost=number == 0))
+            there = there.split(0 if group.rank == 0 else -1, idle)
+        self._depth = len(section.regions.levels)
+        self._across: Exchange | None = None
+        self._delta_P = self._start_P = self._global_P = params_P[:0]
+        if there is not None:
+            outer = replace(section, regions=None)
+            self._across = ACROSS[section.plan](outer, there, params_P, facts)
+            self._global_P = params_P.clone()
+        if self._across is not None or len(self._inside) > 1:
+            self._delta_P = torch.zeros_like(params_P)
+        if len(self._inside) > 1:
+            self._start_P = params_P.clone()
+        self._weight = 0.0  # of this rank's silos this round
+        self._since = 0.0  # of this rank's region since it was last heard across
+
+    # ------------------------------------------------------------ where things are kept
+
+    def delta(self) -> torch.Tensor:
+        return self._inside[0].delta()
+
+    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
+        return vector_P[:0] if self._across is None else self._across.mine(vector_P)
+
+    def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        if len(self._start_P):
+            self._start_P.copy_(params_P)
+        if self._across is not None:
+            self._global_P.copy_(params_P)
+        return self._inside[0].home(params_P, NoState())[0], state
+
+    def server_params(self, params_P: torch.Tensor) -> torch.Tensor:
+        return params_P if self._across is None else self._global_P
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        return part if self._across is None else self._across.whole(part)
+
+    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
+        if self._across is not None:
+            self._across.load(part, whole_P)
+
+    def load_params(self, params_P: torch.Tensor, whole_P: torch.Tensor) -> None:
+        self.comm.bcast(whole_P)
+        if self._across is not None:
+            self._global_P.copy_(whole_P)
+        self._begin_from(params_P, whole_P)
+
+    def _begin_from(self, params_P: torch.Tensor, from_P: torch.Tensor) -> None:
+        if len(self._start_P):
+            self._start_P.copy_(from_P)
+        self._inside[0].load_params(params_P, from_P)
+
+    def server_tensors(self) -> dict[str, torch.Tensor]:
+        return {} if self._across is None else self._across.server_tensors()
+
+    def _exchanges(self) -> list[Exchange]:
+        """Those that this rank takes part in, from the inside out."""
+        return self._inside if self._across is None else [*self._inside, self._across]
+
+    def kept(self, params_P: torch.Tensor) -> Kept:
+        """Residuals of each level; and between two exchanges across, where this region stands."""
+        found: Kept = {}
+        for number, exchange in enumerate(self._exchanges()):
+            for silo, tensors in exchange.kept(params_P).items():
+                found.setdefault(silo, {}).update({f"{name}_{number}": t for name, t in tensors.items()})
+        if self.round % self.every and self._region.rank == 0 and self.facts.hosted:
+            mid = {"region": params_P, "region_weight": torch.tensor([self._since], dtype=torch.float64)}
+            found.setdefault(self.facts.hosted[0], {}).update(mid)
+        return found
+
+    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
+        self.round = round
+        for number, exchange in enumerate(self._exchanges()):
+            ending = f"_{number}"
+            own = {
+                silo: {n.removesuffix(ending): t for n, t in tensors.items() if n.endswith(ending)}
+                for silo, tensors in kept.items()
+            }
+            exchange.take(round, params_P, {silo: tensors for silo, tensors in own.items() if tensors})
+        if round % self.every == 0:
+            return
+        rows = [tensors for tensors in kept.values() if "region" in tensors]
+        found = np.zeros(self._region.size)
+        found[self._region.rank] = len(rows)
+        found = self._region.share(found)
+        self.comm.together(lambda: _one_row(found))
+        owner = int(np.argmax(found))
+        region_P = rows[0]["region"].clone() if rows else torch.zeros(self.num_params, dtype=self.dtype)
+        since = rows[0]["region_weight"].clone() if rows else torch.zeros(1, dtype=torch.float64)
+        self._region.bcast(region_P, owner)
+        self._region.bcast(since, owner)
+        self._since = float(since)
+        self._begin_from(params_P, region_P)
+
+    # ------------------------------------------------------------ a round
+
+    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
+        super().begin(round, num_contributions)
+        self._inside[0].begin(round, num_contributions)
+        self._weight = 0.0
+
+    def add(self, contribution: Contribution) -> None:
+        self._weight += contribution.weight
+        self._inside[0].add(contribution)
+
+    def finish(
+        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+    ) -> tuple[torch.Tensor, Any]:
+        weight, crosses = self._weight, self.round % self.every == 0
+        result_P = params_P  # what this rank knows best
+        for number, exchange in enumerate(self._inside):
+            if number:
+                exchange.begin(self.round, int(weight > 0))
+                if weight > 0:
+                    torch.sub(result_P, self._start_P, out=self._delta_P)
+                    exchange.add(self._as_one(weight, self._delta_P))
+                result_P = self._start_P
+            weight = _total(exchange.comm, weight)
+            if weight > 0:
+                exchange.finish(result_P, FedAvg(), NoState())
+        # The others' turn of this rank's outermost region, as its first rank knows it.
+        self._since += weight
+        lap("exchange")
+        if crosses and self._across is not None:
+            self._across.begin(self.round, int(self._since > 0))
+            if self._since > 0:
+                torch.sub(result_P, self._global_P, out=self._delta_P)
+                self._across.add(self._as_one(self._since, self._delta_P))
+            self._global_P, state = self._across.finish(self._global_P, optimizer, state, lap)
+            result_P = self._global_P
+        if crosses:
+            self._since = 0.0
+        for number in reversed(range(len(self._inside))):
+            if crosses or number < self._depth - 1:
+                inner = result_P if number else params_P
+                self._give(self._inside[number], inner, result_P)
+                result_P = inner
+        if len(self._start_P):
+            self._start_P.copy_(params_P)
+        if crosses:
+            self.verify(params_P)
+        lap("exchange")
+        return params_P, state
+
+    def _as_one(self, weight: float, delta_P: torch.Tensor) -> Contribution:
+        """A region's mean, as a contribution to the level above."""
+        first = self.facts.hosted[0] if self.facts.hosted else ""
+        return Contribution(first, self.round, weight, delta_P, 0.0, 1, 1)
+
+    def _give(self, exchange: Exchange, target_P: torch.Tensor, result_P: torch.Tensor) -> None:
+        """What a region's first rank knows becomes what all of it know."""
+        if exchange.comm.rank == 0 and target_P is not result_P:
+            target_P.copy_(result_P)
+        if isinstance(exchange, Window):
+            exchange.comm.meet()
+        else:
+            exchange.comm.bcast(target_P)
+
+
+def _inside(level: Level, comm: Solo, params_P: torch.Tensor, facts: Facts, innermost: bool) -> Exchange:
+    """The exchange of one region: out of shared memory where silos train in it, and where values travel plain."""
+    plain = level.up.plain and level.down.plain
+    if innermost and plain and comm.one_node() and params_P.device.type == "cpu":
+        return Window(ExchangeSection(plan="window"), comm, params_P, facts)
+    return Sharded(ExchangeSection(plan="sharded", up=level.up, down=level.down), comm, params_P, facts)
+
+
+def _leads(comm: Solo, facts: Facts) -> None:
+    if comm.rank == 0 and not facts.hosted:
+        raise ConfigError("exchange.regions: rank 0 leads its region, so it has to host a silo")
+
+
+def _total(comm: Solo, weight: float) -> float:
+    mine = np.zeros(comm.size)
+    mine[comm.rank] = weight
+    return float(comm.share(mine).sum())
+
+
+def _one_row(found: np.ndarray) -> None:
+    if found.sum() != 1:
+        raise ConfigError(
+            "exchange.regions: the checkpoint lies between two exchanges across, and these are not its regions; "
+            "resume on ranks and hosts that give the same ones"
+        )
+
+
+def _table(levels: Sequence[Level], comm: Solo, facts: Facts) -> np.ndarray:
+    """The region of every rank on every level, [ranks, levels]; ConfigError unless regions lie in each other."""
+    node = comm.node()
+    mine = comm.together(lambda: [node if lv.by == "node" else _of_rank(lv.by, comm, facts) for lv in levels])
+    table = np.zeros((comm.size, len(levels)))
+    table[comm.rank] = mine
+    table = comm.share(table.reshape(-1)).reshape(table.shape).astype(np.int64)
+    for number in range(1, len(levels)):
+        for region in np.unique(table[:, number - 1]):
+            if len(np.unique(table[table[:, number - 1] == region, number])) > 1:
+                raise ConfigError(
+                    f"exchange.regions.levels.{number}: divides a region of the level before it; levels go from the "
+                    "inside out"
+                )
+    return table
+
+
+def _of_rank(by: Mapping[str, Sequence[str]], comm: Solo, facts: Facts) -> int:
+    """The number of the region that this rank's host or silos belong to."""
+    host = comm.hosts[comm.rank]
+    names = {host, host.partition(".")[0], *facts.hosted}
+    known = {member for members in by.values() for member in members}
+    if unknown := known - set(facts.ids) - {h for full in comm.hosts for h in (full, full.partition(".")[0])}:
+        raise ConfigError(f"exchange.regions: '{min(unknown)}' is no silo and no host of this run")
+    found = [number for number, members in enumerate(by.values()) if names.intersection(members)]
+    if len(found) > 1:
+        regions = " and ".join(list(by)[n] for n in found)
+        raise ConfigError(f"exchange.regions: rank {comm.rank} on {host} belongs to {regions}; place its silos apart")
+    if not found:
+        raise ConfigError(f"exchange.regions: rank {comm.rank} on {host} belongs to no region; name its host or silos")
+    return found[0]

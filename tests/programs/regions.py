@@ -1,0 +1,154 @@
+"""Runs whose ranks aggregate in regions first: see cases.py. Argument: FOLDER."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import reference
+import torch
+from programs.cases import require_equal, run
+from programs.training import configured, logistic, opened, trained
+
+import fedmpi
+from fedmpi import comm as ranks
+from fedmpi.components import build
+from fedmpi.errors import ConfigError
+from fedmpi.flat import sha256
+from fedmpi.placement import place
+
+CASES = {}
+SILOS = {"name": "digits", "silos": 6, "partition": {"name": "dirichlet", "alpha": 0.5}}
+FEDBACK = {"codec": {"name": "int8"}, "feedback": True}
+
+
+def case(work):
+    CASES[work.__name__] = work
+    return work
+
+
+def halves(comm, config):
+    """Two regions of silos, those of even and those of odd ranks; one where there is but one rank."""
+    silos = config.data.source(config.seed).silos
+    owners = place(silos, comm.hosts)
+    found = {}
+    for silo, owner in zip(silos, owners, strict=True):
+        found.setdefault("odd" if owner % 2 else "even", []).append(silo.id)
+    return found
+
+
+def in_regions(comm, folder, name, every=1, levels=None, **more):
+    config = configured(folder, name, {"data": SILOS, "server": {"optimizer": {"name": "fedavgm", "lr": 1.0}}})
+    levels = levels or [{"by": halves(comm, config)}]
+    exchange = {"plan": "sharded", "regions": {"levels": levels, "every": every}, **more}
+    return build(fedmpi.Config, {**vars(config), "exchange": exchange})
+
+
+@case
+def one_exchange_across_a_round_is_the_flat_mean(comm, folder):
+    by_two = halves(comm, in_regions(comm, folder, "unused"))
+    flat = build(fedmpi.Config, {**vars(in_regions(comm, folder, f"flat-{comm.size}")), "exchange": {}})
+    with fedmpi.Run(flat, comm_=comm) as started:
+        list(started)
+    wanted_P = started.params_P.clone()
+    for number, levels in enumerate(
+        (
+            [{"by": "node"}],
+            [{"by": by_two}],
+            [{"by": by_two}, {"by": {"all": [silo for some in by_two.values() for silo in some]}}],
+            [{"by": by_two, "up": {"codec": "bf16"}, "down": {"codec": "bf16"}}],
+        )
+    ):
+        for plan in ("sharded", "replicated", "root"):
+            config = in_regions(comm, folder, f"levels-{number}-{plan}-{comm.size}", levels=levels, plan=plan)
+            with fedmpi.Run(config, comm_=comm) as started:
+                list(started)
+            worst = float((started.params_P - wanted_P).abs().max())
+            assert worst < (2e-2 if number == 3 else 2e-6), (levels, plan, worst)
+            require_equal("ranks' parameters", len(set(comm.gather(sha256(started.params_P).encode()))), 1)
+
+
+@case
+def hierarchical_averaging_is_its_equations(comm, folder):
+    """Two rounds in each region by itself, then the mean of regions by samples; twice."""
+    config = logistic(folder, f"reference-{comm.size}", epochs=1, batch_size=50)
+    by_two = halves(comm, config)
+    exchange = {"plan": "sharded", "regions": {"levels": [{"by": by_two}], "every": 2}}
+    config = build(fedmpi.Config, {**vars(config), "exchange": exchange})
+    names = [silo.id for silo in config.data.source(config.seed).silos]
+    silos = {}
+    for name, data in zip(names, opened(config), strict=True):
+        x, y = data.x_train.reshape(len(data.x_train), -1).numpy(), data.y_train.numpy()
+        batches = [(x[i : i + 50], y[i : i + 50]) for i in range(0, len(x), 50)]
+        silos[name] = (len(x), lambda round, batches=batches: batches)
+    mine = next(r for r, members in by_two.items() if set(members) & set(started_silos(comm, config)))
+    with fedmpi.Run(config, comm_=comm) as started:
+        w_P = started.params_P.numpy().copy()
+        rounds = iter(started)
+        for _cycle in range(2):
+            path = {
+                region: list(reference.train(w_P, [silos[s] for s in some], 2, 0.2, reference.softmax_gradient))
+                for region, some in by_two.items()
+            }
+            next(rounds)
+            assert np.abs(started.params_P.numpy() - path[mine][0]).max() < 1e-5, "a region by itself"
+            next(rounds)
+            samples = [sum(silos[s][0] for s in some) for some in by_two.values()]
+            w_P = np.average([path[region][1] for region in by_two], axis=0, weights=samples)
+            assert np.abs(started.params_P.numpy() - w_P).max() < 1e-5, "the mean of regions"
+
+
+def started_silos(comm, config):
+    silos = config.data.source(config.seed).silos
+    return [s.id for s, owner in zip(silos, place(silos, comm.hosts), strict=True) if owner == comm.rank]
+
+
+@case
+def left_between_two_exchanges_and_gone_on_with(comm, folder):
+    more = {"every": 3, "up": FEDBACK, "down": FEDBACK}
+    whole, _ = trained(comm, in_regions(comm, folder, f"whole-{comm.size}", **more))
+    for until in (1, 3):
+        name = f"left-{until}-{comm.size}"
+        trained(comm, in_regions(comm, folder, name, **more), until=until)
+        again, records = trained(comm, in_regions(comm, folder, name, **more))
+        require_equal("rounds gone on with", records[0]["round"], until + 1)
+        require_equal(f"sha after leaving at {until}", again, whole)
+
+
+@case
+def few_bytes_cross(comm, folder):
+    """One vector a region, not one a rank."""
+    config = in_regions(comm, folder, f"bytes-{comm.size}", levels=[{"by": "node"}], up=FEDBACK, down=FEDBACK)
+    _, records = trained(comm, config)
+    assert all(r["bytes_up"] == 0 and r["bytes_down"] == 0 for r in records), "one node sends nothing across"
+
+
+@case
+def regions_that_cannot_be_are_refused(comm, folder):
+    by_two = halves(comm, in_regions(comm, folder, "unused"))
+    some = next(iter(by_two.values()))
+    config = in_regions(comm, folder, "unused")
+    everybody = [silo.id for silo in config.data.source(config.seed).silos]
+    first = [
+        s for s, o in zip(everybody, place(config.data.source(config.seed).silos, comm.hosts), strict=True) if not o
+    ]
+    others = sorted(set(everybody) - set(first))
+    wrong = {
+        "'nobody' is no silo": [{"by": {"a": [*everybody, "nobody"]}}],
+    }
+    if len(first) > 1:
+        wrong["belongs to first and rest"] = [{"by": {"first": first[:1], "rest": [*first[1:], *others]}}]
+    if comm.size > 1:
+        wrong["belongs to no region"] = [{"by": {"a": some}}]
+        wrong["divides a region"] = [{"by": "node"}, {"by": by_two}]
+    for reason, levels in wrong.items():
+        try:
+            fedmpi.Run(in_regions(comm, folder, f"refused-{comm.size}", levels=levels), comm_=comm)
+        except ConfigError as error:
+            assert reason in str(error), error
+        else:
+            raise AssertionError(reason)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(len(sys.argv))
+    run(CASES, ranks.connect(), Path(sys.argv[1]))
