@@ -203,12 +203,23 @@ def test_every_member_comes_back_from_its_plain_values(key, name):
     values = {"name": name, **NEEDS.get(name, {})}
     for parent in reversed(parents):
         values = {parent: INSIDE.get(parent, {}) | values if parent != parents[-1] else values}
+    if name in ("median", "trimmed_mean"):
+        with pytest.raises(ConfigError, match=r"^aggregate: \w+ reads each delta; it needs exchange.scope: silo"):
+            build(Config, values)
+        values["exchange"] = {"plan": "sharded", "scope": "silo"}
     config = build(Config, values)
     plain = to_dict(config)
     assert flatten(plain)[f"{key}.name"] == name
     assert build(Config, plain) == config
     again = build(Config, yaml.safe_load(yaml.safe_dump(plain)))
     assert again == config and digest(again) == digest(config) and differences(plain, again) == []
+
+
+def test_rounds_end_where_regions_have_met():
+    values = {"rounds": 5, "exchange": {"plan": "sharded", "regions": {"every": 2}}}
+    with pytest.raises(ConfigError, match=r"rounds: after 5 the regions differ; take a multiple of .*every, 2"):
+        build(Config, values)
+    assert build(Config, values | {"rounds": 6}).exchange.regions.every == 2
 
 
 def test_the_configuration_is_one_tree_in_code_and_in_yaml(file):

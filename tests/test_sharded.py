@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_exchange import on_ranks
 
+from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
 from fedmpi.components import build
 from fedmpi.errors import ConfigError, FedmpiError
@@ -42,7 +43,7 @@ def drawn(rounds, silos=5, seed=0):
     return torch.randn(P, generator=draw), deltas
 
 
-def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owners=None):
+def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owners=None, each=None):
     """What each rank ends with: parameters, counted bytes, residuals, whole server vectors, bytes of one round."""
     optimizer = OPTIMIZERS.build(server, "")
     owners = owners or OWNERS[num_ranks]
@@ -51,7 +52,7 @@ def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owne
         ids = list("abcde")
         hosted = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
         params_P = start_P.clone()
-        exchange = make(how, comm, params_P, Facts(sum(WEIGHTS), ids, hosted, seed=7))
+        exchange = make(how, comm, params_P, Facts(sum(WEIGHTS), ids, hosted, 7, each))
         state = optimizer.init(exchange.mine(params_P))
         for number, deltas_KP in enumerate(deltas_RKP, start=1):
             cohort = [k for k in (cohorts or {}).get(number, range(5)) if owners[k] == comm.rank]
@@ -227,6 +228,22 @@ def test_codecs_refuse_parameters_of_other_types():
 
     with pytest.raises(ConfigError, match="codecs take float32"):
         make(section({"codec": "int8"}), Solo(), torch.zeros(3, dtype=torch.float64), Facts(1.0))
+
+
+@pytest.mark.parametrize("up", [{}, {"codec": "bf16"}])
+@pytest.mark.parametrize("name", ["median", "trimmed_mean"])
+def test_an_aggregator_that_reads_each_sees_every_silo_s_values_on_any_number_of_ranks(name, up):
+    start_P, deltas_RKP = drawn(2)
+    aggregator = AGGREGATORS.build({"name": name, **({"fraction": 0.2} if name == "trimmed_mean" else {})}, "")
+    deltas_RKP[:, 3] = 1e6 * torch.randn(P)  # sends anything at all
+    done = [run(section(up, scope="silo"), start_P, deltas_RKP, n, each=aggregator.combine) for n in OWNERS]
+    assert len({rank[0].numpy().tobytes() for ranks in done for rank in ranks}) == 1
+    rows = deltas_RKP.bfloat16().float() if up else deltas_RKP
+    wanted = {
+        "median": np.median(rows.double().numpy(), axis=1),
+        "trimmed_mean": np.sort(rows.double().numpy(), axis=1)[:, 1:4].mean(axis=1),
+    }
+    np.testing.assert_allclose(done[0][0][0].numpy(), start_P.numpy() + wanted[name].sum(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("feedback", [False, True])

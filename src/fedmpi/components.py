@@ -150,7 +150,8 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
             raise ConfigError(f"{at}: {what} needs it") from None
         message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         got = "" if first["type"] in ("value_error", "assertion_error") else f", got {first['input']!r}"
-        raise ConfigError(f"{at}: {message[:1].lower()}{message[1:]}{got}") from None
+        where = f"{at}: " if at else ""
+        raise ConfigError(f"{where}{message[:1].lower()}{message[1:]}{got}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import pydantic
 import yaml
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator, Mean
@@ -92,6 +93,20 @@ class Config:
     checkpoint: CheckpointSection = CheckpointSection()
     records: RecordsSection = RecordsSection()
     device: DeviceSection = DeviceSection()
+
+    @pydantic.model_validator(mode="after")
+    def _goes_together(self) -> Config:
+        each = hasattr(self.aggregate, "combine")
+        if each and (self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto")):
+            name = AGGREGATORS.name_of(self.aggregate)
+            raise ValueError(f"aggregate: {name} reads each delta; it needs exchange.scope: silo and plan sharded")
+        regions = self.exchange.regions
+        if regions is not None and self.rounds % regions.every:
+            raise ValueError(
+                f"rounds: after {self.rounds} the regions differ; take a multiple of exchange.regions.every, "
+                f"{regions.every}"
+            )
+        return self
 
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.

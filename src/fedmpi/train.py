@@ -170,7 +170,7 @@ class Run:
         self.unshared = _unshared(module, found)
         weights = [config.aggregate.weight(n) for n in num_train]
         ids = [s.id for s in source.silos]
-        about = Facts(sum(weights), ids, list(opened), config.seed)
+        about = Facts(sum(weights), ids, list(opened), config.seed, getattr(config.aggregate, "combine", None))
         zeros_P = torch.zeros(num_shared(found), dtype=master_dtype(found), device=self.device)
         section = self._choose_plan(zeros_P, about)
         exchange = self.comm.together(lambda: choice.make(section, self.comm, zeros_P, about))

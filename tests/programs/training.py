@@ -55,6 +55,7 @@ RUNS = {
         "select": {"name": "uniform", "fraction": 0.5},
         "server": {"optimizer": {"name": "fedadam", "lr": 0.01}},
     },
+    "median": {"exchange": {"plan": "sharded", "scope": "silo"}, "aggregate": {"name": "median"}},
 }
 
 
@@ -88,7 +89,7 @@ def reproducible(name):
     def work(comm, folder):
         """All plans give the same bits; which ones comes back."""
         shas = {}
-        for plan in ("sharded",) if name == "codecs" else PLANS:
+        for plan in ("sharded",) if name in ("codecs", "median") else PLANS:
             exchange = {"exchange": {"plan": plan, "reduction": "reproducible"}}
             config = configured(folder, f"{name}-{plan}-{comm.size}", RUNS[name], exchange)
             shas[plan], records = trained(comm, config)

@@ -31,6 +31,7 @@ LARGEST_NORM = 2.0**18  # a delta beyond this is absurd, and more than the ring 
 BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
 
 Lap = Callable[[str], None]
+Each = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # rows [K, S] and weights [K] to one row [S]
 Kept = dict[str, dict[str, torch.Tensor]]  # silo -> name -> tensor
 
 
@@ -41,6 +42,7 @@ class Facts(NamedTuple):
     ids: Sequence[str] = ()  # all silos, in the federation's order
     hosted: Sequence[str] = ()  # those of this rank
     seed: int = 0
+    each: Each | None = None  # what becomes of deltas that an aggregator reads one by one; None: their weighted mean
 
 
 class Exchange:
@@ -52,7 +54,8 @@ class Exchange:
         self.facts = facts
         self.num_params = len(params_P)
         self.dtype, self.device = params_P.dtype, params_P.device
-        self.ring = section.reduction == "reproducible" and section.up.plain
+        # Silos' own vectors are added in the silos' order, which is as good as a ring.
+        self.ring = section.reduction == "reproducible" and section.scope == "rank"
         self.sum_dtype = torch.int64 if self.ring else self.dtype
         self.on_device = self.device.type != "cpu"
         self.round = 0

@@ -82,6 +82,7 @@ class Sharded(Exchange):
         self._raw = torch.uint8 if self._up else self.sum_dtype
         self._stride = self._up.stride if self._up else grid.length
         self._total = torch.zeros(grid.length, dtype=self.sum_dtype, device=self.device) if self.ring else None
+        self._decoded = torch.zeros(0, dtype=self.dtype, device=self.device)  # rows that an aggregator reads
         self._mean = torch.zeros(grid.length, dtype=self.dtype, device=self.device)
         self._nothing = torch.zeros(0, dtype=self._raw)
         self._arrived: list[torch.Tensor] = []  # for each row under way: [waves, ranks, stride]
@@ -182,17 +183,10 @@ class Sharded(Exchange):
 
     def _of_silo(self, silo: str, share: float, delta_P: torch.Tensor) -> Outgoing:
         """A silo's delta as it will be sent, out of the model's memory."""
-        if self.ring:
-            share_in_sum, factor = self.weigh(share), 1.0
-        else:
-            share_in_sum = factor = share
         memory, slot = self._memory(), self._index[silo]
         if not self._up:
-            if self.ring:
-                self.fold(memory, delta_P, share, empty=True)
-            else:
-                memory.copy_(delta_P)
-            return Outgoing(slot, share_in_sum, factor, memory, 1.0, None, _NONE)
+            memory.copy_(delta_P)
+            return Outgoing(slot, share, share, memory, 1.0, None, _NONE)
         residual_P = None
         if self._up.channel.feedback:
             residual_P = self._spare.pop() if self._spare else torch.zeros_like(delta_P)
@@ -206,7 +200,7 @@ class Sharded(Exchange):
             residual_N = None if residual_P is None else residual_P[part]
             sizes[piece] = self._encode_up(delta_P[part], memory, piece, 1.0, residual_N)
         self._raise_failed()  # nothing has travelled yet
-        return Outgoing(slot, share_in_sum, factor, None, 1.0, memory, sizes)
+        return Outgoing(slot, share, share, None, 1.0, memory, sizes)
 
     def _encode_up(
         self, x_N: torch.Tensor, payloads: torch.Tensor, piece: int, scale: float, residual_N: torch.Tensor | None
@@ -389,30 +383,12 @@ class Sharded(Exchange):
         if piece >= self.grid.num_pieces:
             return 0
         part, size = self.grid.part(piece), self.grid.size(piece)
-        arrived, mean = self._arrived[row % (AHEAD + 1)], self._mean[:size]
-        total = mean if self._total is None else self._total[:size]
-        first = True
-        for slot in slots:
-            length = int(sent[slot.rank, slot.wave, piece])
-            start = (slot.wave * self.comm.size + slot.rank) * self._stride
-            if slot.rank == self.comm.rank:
-                start, there = piece * self._stride, self._travels(self._outgoing[slot.wave])
-            else:
-                there = arrived
-            came = there[start : start + length]
-            if self._up:
-                if first:
-                    total.zero_()
-                self._add(self._up, came, total, piece, slot.factor / weight)
-            elif self.ring:
-                total.copy_(came) if first else total.add_(came.to(self.device))
-            elif first:
-                torch.mul(came.to(self.device), slot.factor / weight, out=mean)
-            else:
-                mean.add_(came.to(self.device), alpha=slot.factor / weight)
-            first = False
-        if self.ring:
-            self.divide(total, weight, mean)
+        mean = self._mean[:size]
+        came = [(slot, self._came(row, piece, slot, int(sent[slot.rank, slot.wave, piece]))) for slot in slots]
+        if self.facts.each is None:
+            self._sum_up(came, weight, piece, mean)
+        else:
+            mean.copy_(self.facts.each(self._rows(came, piece, size), torch.tensor([slot.share for slot in slots])))
         kept = self.grid.kept(piece)
         new_S, _ = optimizer.step(params_P[part], mean, type(state)(*(tensor[kept] for tensor in state)))
         if not self._down:
@@ -424,6 +400,42 @@ class Sharded(Exchange):
         residual_S = None if self._down_residual is None else self._down_residual[kept]
         slot_B = self._down.slot(self._sent_down, piece)
         return self._encode(self._down, step_S, slot_B, piece, 1.0, residual_S)
+
+    def _came(self, row: int, piece: int, slot: Slot, length: int) -> torch.Tensor:
+        """What a slot sent of my piece, where it lies."""
+        if slot.rank == self.comm.rank:
+            return self._travels(self._outgoing[slot.wave])[piece * self._stride :][:length]
+        start = (slot.wave * self.comm.size + slot.rank) * self._stride
+        return self._arrived[row % (AHEAD + 1)][start : start + length]
+
+    def _sum_up(self, came: list[tuple[Slot, torch.Tensor]], weight: float, piece: int, mean: torch.Tensor) -> None:
+        """The weighted mean, one slot after the other."""
+        if self._total is not None:
+            total = self._total[: len(mean)].zero_()
+            for _, ring in came:
+                total.add_(ring.to(self.device))
+            self.divide(total, weight, mean)
+        elif self._up:
+            mean.zero_()
+            for slot, payload in came:
+                self._add(self._up, payload, mean, piece, slot.factor / weight)
+        else:
+            torch.mul(came[0][1].to(self.device), came[0][0].factor / weight, out=mean)
+            for slot, values in came[1:]:
+                mean.add_(values.to(self.device), alpha=slot.factor / weight)
+
+    def _rows(self, came: list[tuple[Slot, torch.Tensor]], piece: int, size: int) -> torch.Tensor:
+        """Every slot's values of my piece, decoded, [slots, size]."""
+        needed = len(came) * size
+        if len(self._decoded) < needed:
+            self._decoded = torch.zeros(needed, dtype=self.dtype, device=self.device)
+        rows_KS = self._decoded[:needed].view(len(came), size)
+        for row_S, (_, values) in zip(rows_KS, came, strict=True):
+            if self._up:
+                self._add(self._up, values, row_S.zero_(), piece, 1.0)
+            else:
+                row_S.copy_(values)
+        return rows_KS
 
     def _return_row(self, row: int, size: int, params_P: torch.Tensor) -> Pending:
         """My piece of a row on its way to all, and theirs to me."""

@@ -34,7 +34,7 @@ def traffic(
     >>> traffic(ExchangeSection(plan="root"), 1000, 4, 4)
     Traffic(up=12012, down=12000, control=0, collectives='Reduce + Bcast')
     """
-    word = 8 if section.reduction == "reproducible" and section.up.plain else param_bytes
+    word = 8 if section.reduction == "reproducible" and section.scope == "rank" else param_bytes
     sums = (num_params + 1) * word
     if num_ranks == 1:
         return Traffic(0, 0, 0, "none")
@@ -84,7 +84,7 @@ def memory(
 ) -> int:
     """Bytes of the exchange's own buffers on a rank that hosts `num_silos`: what it folds, sends, receives and keeps
     for feedback. `most_vectors` is the most that any rank sends."""
-    word = 8 if section.reduction == "reproducible" and section.up.plain else param_bytes
+    word = 8 if section.reduction == "reproducible" and section.scope == "rank" else param_bytes
     if section.plan == "window":
         return (num_params + 1) * word
     if section.regions is not None:  # of a rank that leads a region
