@@ -3,7 +3,7 @@
 #
 #   jobs/test.sh [-k slurm ...]
 #
-#   FEDMPI_REQUIRE=slurm,data   tests that may not be skipped; else mpi, and what can run of slurm, strace, netns and data
+#   FEDMPI_REQUIRE=slurm,data   tests that may not be skipped; else mpi, and what can run of slurm, strace, netns, mpich and data
 #   FEDMPI_DATA=DIR             where the data sets are; else ../shared/data, if that is there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -35,6 +35,15 @@ elif [ ${#packages[@]} -gt 0 ]; then
   say "not installing ${packages[*]}: that takes root and apt-get"
 fi
 
+# A second MPI, in a folder of its own: both wheels have an mpirun.
+mpich=$venv/mpich
+if ! [ -e "$mpich/bin/mpiexec" ]; then
+  say "installing MPICH beside Open MPI with pip, over the network"
+  python -m pip install -qq --no-input --disable-pip-version-check --no-deps --prefix "$mpich" mpich==5.0.2 >&2 ||
+    say "pip failed, see above"
+fi
+PATH=$PATH:$mpich/bin
+
 if [ -z "${FEDMPI_DATA-}" ] && [ -d ../shared/data ]; then
   FEDMPI_DATA=$(cd ../shared/data && pwd)
   export FEDMPI_DATA
@@ -59,6 +68,7 @@ if [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require slurm "SLURM is not all there, or lacks what root adds once (tests/slurm.py)" slurm_is_there
   require strace "strace is not there or may not trace" strace -o /dev/null true
   require netns "network namespaces take root and the ip command" unshare --net ip link
+  require mpich "pip could not install it" test -x "$mpich/bin/mpiexec"
   require data "no data in FEDMPI_DATA or ../shared/data" test -d "${FEDMPI_DATA-}"
 fi
 export FEDMPI_REQUIRE

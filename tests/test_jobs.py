@@ -25,6 +25,7 @@ class Checkout:
 
     def fake(self, name: str, body: str = "") -> None:
         path = self.top / ".venv/bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'#!/bin/sh\necho "{name} $*" >>"{self.top}/calls"\n{body}\n')
         path.chmod(0o755)
 
@@ -122,11 +123,12 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     checkout.fake("unshare", "exit 1")
     checkout.fake("mypy", "exit 4")
     checkout.fake("pytest", 'echo "requires $FEDMPI_REQUIRE"; exit 5')
+    checkout.fake("../mpich/bin/mpiexec")
     (checkout.top / "data").mkdir()
     done = checkout.run("jobs/test.sh -k x", FEDMPI_DATA=str(checkout.top / "data"))
     assert done.returncode == 4
     assert "tests that need netns may be skipped" in done.stderr
-    assert re.search("requires mpi,(slurm,)?strace,data$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search("requires mpi,(slurm,)?strace,mpich,data$", done.stdout, re.MULTILINE), done.stdout
     calls = (checkout.top / "calls").read_text()
     assert "pytest -q -k x" in calls and "apt-get" not in calls
 
