@@ -175,6 +175,13 @@ def test_residuals_of_ranks_move_with_silos_and_add_up(num_ranks):
     torch.testing.assert_close(sum(on_ranks(3, moved)), sum(kept.values()))
 
 
+def test_what_cannot_be_encoded_before_sizes_are_known_is_an_error_on_all_too():
+    start_P, deltas_RKP = drawn(1)
+    deltas_RKP[0, 0, 9000] = float("inf")
+    with pytest.raises(FedmpiError, match=r"rank 0: exchange.up: values 8192 to 12288: codec 'threshold'"):
+        run(section({"codec": "threshold"}), start_P, deltas_RKP, 3, owners=(0, 1, 1, 2, 2))
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("way", ["up", "down"])
 @pytest.mark.parametrize("scope", ["rank", "silo"])

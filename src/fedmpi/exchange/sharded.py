@@ -238,6 +238,7 @@ class Sharded(Exchange):
     def finish(
         self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
+        self._failed = None
         slots = self._agree()
         weight = sum(slot.share for slot in slots)
         if weight == 0.0:
@@ -248,7 +249,6 @@ class Sharded(Exchange):
             self._up.start(self.round)
         if self._down:
             self._down.start(self.round)
-        self._failed = None
         ahead: deque[tuple[int, list[Pending]]] = deque()
         down: deque[tuple[int, Pending]] = deque()
         one_by_one = self._down is not None and not self._down.codec.fixed

@@ -1,0 +1,162 @@
+"""The exchange inside `train`: seconds from deltas in place to parameters in place, and whether memory stands still.
+
+    mpirun -n 2 python jobs/steady.py [--params 25e6] [--rounds 30] [EXCHANGE ...]
+
+EXCHANGE is what stands under `exchange:` in a configuration, such as '{plan: sharded, up: {codec: int8}}'; all plans
+and the usual codecs unless given. Silos only move their parameters a little, so that rounds are nothing but exchange.
+Figures are of the slowest rank, per round after the first three: the median of exchange and step, beside a copy of the
+vector and one MPI_Allreduce of it after each round; bytes of fresh memory that were touched during the exchange
+(page faults; malloc is told to hand large pieces back at once), as a share of the vector; and by how much a rank has
+grown from a tenth of the rounds to the last but one (the last writes a checkpoint).
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+if os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072") != "131072" or "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"
+    os.execv(sys.executable, [sys.executable, *sys.argv])  # before MPI is there
+
+import numpy as np
+import torch
+import yaml
+
+import fedmpi
+from fedmpi.comm import connect
+from fedmpi.components import build
+from fedmpi.types import Contribution, Silo, SiloData, Source
+
+FED = "feedback: true"
+EXCHANGES = (
+    "{plan: window}",
+    "{plan: replicated}",
+    "{plan: root}",
+    "{plan: sharded}",
+    f"{{plan: sharded, up: {{codec: int8, {FED}}}, down: {{codec: int8, {FED}}}}}",
+    f"{{plan: sharded, up: {{codec: topk, {FED}}}, down: {{codec: topk, {FED}}}}}",
+    f"{{plan: sharded, regions: {{}}, up: {{codec: int8, {FED}}}}}",
+)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """One sample a silo, a silo a rank."""
+
+    ranks: int
+
+    def source(self, seed: int) -> Source:
+        silos = tuple(Silo(f"silo-{i}", 1) for i in range(self.ranks))
+        x, y = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+        return Source("classification", (1,), 2, silos, lambda silo: SiloData(x, y, x, y))
+
+
+class Vector(torch.nn.Module):
+    """Nothing but parameters."""
+
+    def __init__(self, num_params: int) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(num_params))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.w[:2]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Local training that only moves parameters, by other amounts in every silo and round."""
+
+    def train(self, silo, model, params_P, round):  # type: ignore[no-untyped-def]
+        model.load(params_P)
+        rng = np.random.default_rng([round.number, int(silo.id[-1])])
+        bump = torch.from_numpy(rng.standard_normal(1 << 16).astype(np.float32) * 1e-3)
+        own = model.module.w.detach()
+        for start in range(0, len(own), len(bump)):
+            own[start : start + len(bump)] += bump[: len(own) - start]
+        return Contribution(silo.id, round.number, silo.weight, model.take_delta(params_P), 0.0, 1, 1)
+
+
+def memory_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def measured(comm, exchange: str, num_params: int, rounds: int, out: str) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    config = fedmpi.Config(
+        rounds=rounds,
+        out=out,
+        data=Nothing(comm.size),
+        model=fedmpi.components.Deferred("vector", lambda: Vector(num_params), {}),
+        local=Drift(),
+        exchange=build(fedmpi.exchange.section.ExchangeSection, yaml.safe_load(exchange)),
+        evaluate=fedmpi.config.EvaluateSection(every=rounds),
+        checkpoint=fedmpi.config.CheckpointSection(every=rounds),
+        device=fedmpi.config.DeviceSection(name="cpu"),
+    )
+    one_P, other_P = torch.zeros(num_params), torch.zeros(num_params)
+    spent: dict[str, list[float]] = {"exchange": [], "memcpy": [], "allreduce": [], "faults": [], "memory": []}
+    with fedmpi.Run(config, comm_=comm) as run:
+        made = run._federation.exchange
+        finish = made.finish
+
+        def watched(*arguments):  # type: ignore[no-untyped-def]
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            result = finish(*arguments)
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+            spent["faults"].append(faults * resource.getpagesize())
+            return result
+
+        made.finish = watched
+        for record in run:
+            spent["exchange"].append(record["seconds"]["exchange"] + record["seconds"]["step"])
+            spent["memory"].append(memory_bytes())
+            for name, work in (
+                ("memcpy", lambda: other_P.copy_(one_P)),
+                ("allreduce", lambda: comm.plain_allreduce(one_P, other_P)),
+            ):
+                comm.meet()
+                start_s = time.perf_counter()
+                work()
+                spent[name].append(time.perf_counter() - start_s)
+    mine = np.zeros((comm.size, 5))
+    steady = slice(min(3, rounds - 1), None)
+    mine[comm.rank, :3] = [statistics.median(spent[n][steady]) for n in ("exchange", "memcpy", "allreduce")]
+    mine[comm.rank, 3] = max(spent["faults"][steady]) / (4 * num_params)
+    mine[comm.rank, 4] = spent["memory"][-2] - spent["memory"][rounds // 10]
+    seconds, memcpy, allreduce, fresh, growth = comm.share(mine.reshape(-1)).reshape(mine.shape).max(0).tolist()
+    return {
+        "exchange": exchange,
+        "ranks": comm.size,
+        "params": num_params,
+        "rounds": rounds,
+        "seconds": seconds,
+        "x_memcpy": seconds / memcpy,
+        "x_allreduce": seconds / allreduce,
+        "fresh_memory": fresh,
+        "growth_bytes": int(growth),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=float, default=25e6)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("exchange", nargs="*", default=EXCHANGES)
+    given = parser.parse_args()
+    comm = connect()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = comm.say(folder, 0)
+        for number, exchange in enumerate(given.exchange):
+            row = measured(comm, exchange, int(given.params), given.rounds, f"{folder}/{number}")
+            if comm.rank == 0:
+                print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        comm.meet()
+
+
+main()
