@@ -195,7 +195,7 @@ def test_raw_tcp_moves_what_plan_sharded_moves() -> None:
     drawn = [np.random.default_rng(rank).integers(0, 256, 4 * num_params, np.uint8).tobytes() for rank in range(ranks)]
     for each, values in zip(tcp, drawn, strict=True):
         each.delta[:] = values
-        each.params[:] = values
+        each.params[:] = values[::-1]
     for _ in range(2):
         threads = [threading.Thread(target=each, daemon=True) for each in tcp]
         for thread in threads:
@@ -204,7 +204,7 @@ def test_raw_tcp_moves_what_plan_sharded_moves() -> None:
             thread.join(30)
         assert not any(thread.is_alive() for thread in threads)
     cuts = [4 * (num_params * rank // ranks) for rank in range(ranks + 1)]
-    pieces = [drawn[rank][cuts[rank] : cuts[rank + 1]] for rank in range(ranks)]
+    pieces = [drawn[rank][::-1][cuts[rank] : cuts[rank + 1]] for rank in range(ranks)]
     for rank, each in enumerate(tcp):
         assert bytes(each.params) == b"".join(pieces)
         for other, came in each.came.items():
