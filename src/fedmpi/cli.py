@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -52,12 +53,17 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     OUT holding a checkpoint is resumed, with the same bits as if it had never stopped; on another number of ranks too.
     SIGUSR1, SIGTERM and `fedmpi stop OUT` end it at the next batch with the last whole round on disk.
     """
+    _on_ranks(lambda comm: _train(comm, config, overrides or []))
+
+
+def _on_ranks(work: Callable[[Solo], None]) -> None:
+    """Run it on every rank that was launched; whatever goes wrong, none of them is left behind."""
     from fedmpi import comm as ranks
 
     comm: Solo | None = None
     try:
         comm = ranks.connect()
-        _train(comm, config, overrides or [])
+        work(comm)
     except FedmpiError as error:
         # Errors of this kind are raised on every rank alike; one speaks, all leave together.
         if comm.rank == 0 if comm is not None else ranks.is_first():
@@ -303,22 +309,45 @@ Repeats = Annotated[int, typer.Option("--repeats", min=1, help="how often each i
 
 
 @bench.command("exchange")
-def bench_exchange(params: Params = "25e6", repeats: Repeats = 15, as_json: Json = False) -> None:
-    """Every plan, from a delta to new parameters on all ranks, next to MPI_Allreduce and gloo. Run it under mpirun."""
+def bench_exchange(
+    params: Params = "25e6",
+    repeats: Repeats = 15,
+    link_gbit: Annotated[
+        float | None, typer.Option("--link-gbit", metavar="G", help="rate of a rank's link, for link_share")
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="for plan sharded, both ways, with feedback where it loses something and may have it; a name or a "
+            "mapping such as '{name: topk, ratio: 0.02}'; may be repeated. Else bf16 without feedback, int8, int4, topk"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Every plan and codecs, from a delta to new parameters on all ranks, in turns with what else could carry them:
+    MPI_Allreduce and gloo, which only add up, and raw TCP, which only moves the bytes of plan sharded. Under mpirun.
 
-    def work() -> None:
-        from fedmpi import bench as benches
-        from fedmpi.comm import connect
+    x_RIVAL is a row's time / the rival's: small is good. Wire bytes are counted while it is timed, over all ranks, per
+    parameter and per vector that crosses: n - 1 vectors of n ranks each way (nobody sends to itself), n in plan
+    replicated. link_share is the bits that the busiest rank sends or receives / (seconds x G); where MPI or gloo add
+    up, the fewest bits that will do.
+    """
 
-        num_params = benches.check_params(params)
-        comm = connect()
-        rows = benches.exchange(comm, num_params, repeats)
+    def work(comm: Solo) -> None:
+        from fedmpi.bench import exchange, turns
+
+        num_params = turns.check_params(params)
+        channels = [exchange.channel(text) for text in codec] if codec else exchange.CHANNELS
+        if link_gbit is not None and not 0 < link_gbit < float("inf"):
+            raise ConfigError(f"--link-gbit {link_gbit:g}: give a positive number, such as 1 or 0.1")
+        rows = exchange.exchange(comm, num_params, repeats, channels, link_gbit)
         if comm.rank == 0:
-            columns = ["plan", "ranks", "median_s", "min_s", "max_s", "x_memcpy", "x_allreduce", "x_gloo"]
-            print(json.dumps(rows) if as_json else benches.table(rows, columns))
+            print(json.dumps(rows) if as_json else turns.table(rows, exchange.COLUMNS), flush=True)
         comm.finish()
 
-    _answer(work)
+    # Or torch says of every connection on which network it could not find a peer's name. It asks when it is loaded.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _on_ranks(work)
 
 
 @bench.command("codecs")
@@ -326,13 +355,34 @@ def bench_codecs(params: Params = "25e6", repeats: Repeats = 7, as_json: Json = 
     """Every codec on one core: encode with feedback, decode and weighted add, bytes per parameter."""
 
     def work() -> None:
-        from fedmpi import bench as benches
+        from fedmpi.bench import codecs, turns
 
-        rows = benches.codecs(benches.check_params(params), repeats)
-        columns = ["codec", "x_memcpy_encode", "x_memcpy_add", "wire_bytes_per_param", "median_s"]
-        print(json.dumps(rows) if as_json else benches.table(rows, columns))
+        rows = codecs.codecs(turns.check_params(params), repeats)
+        print(json.dumps(rows) if as_json else turns.table(rows, codecs.COLUMNS))
 
     _answer(work)
+
+
+@bench.command("checkpoint")
+def bench_checkpoint(
+    params: Params = "25e6",
+    rounds: Annotated[int, typer.Option("--rounds", min=11, help="how many are run; every 10th is checkpointed")] = 30,
+    as_json: Json = False,
+) -> None:
+    """What checkpoints cost a run on the ranks that mpirun has started; they go to TMPDIR, and away again.
+
+    waited is the share of the rounds' time that they wait for checkpoints; ratio compares the round that has a writer
+    behind it with one that has none.
+    """
+
+    def work(comm: Solo) -> None:
+        from fedmpi.bench import checkpoint, turns
+
+        row = checkpoint.checkpoint(comm, turns.check_params(params), rounds)
+        if comm.rank == 0:
+            print(json.dumps(row) if as_json else turns.table([row], list(row)), flush=True)
+
+    _on_ranks(work)
 
 
 data = typer.Typer(help="Datasets: fetch official files, check what is there.", no_args_is_help=True)

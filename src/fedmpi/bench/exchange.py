@@ -1,0 +1,228 @@
+"""From a delta to new parameters on every rank: plans, codecs and their rivals in turns, in one run.
+
+    seconds        from a rank's delta in place to the new parameters in place on every rank, FedAvg's step included.
+                   The rivals do less: `memcpy` copies the vector on every rank, `allreduce` and `gloo` only add up,
+                   `tcp` only moves bytes.
+    x_RIVAL        this row's median / the rival's: small is good
+    wire bytes     counted while it is timed: bytes, summed over ranks / (parameters x vectors that cross). n - 1
+                   vectors of n ranks cross each way, since nobody sends to itself; in plan replicated n, since every
+                   rank hands one to MPI and gets one. So float32 is 4 and int8 1.0156 with any number of ranks. None
+                   where nothing is sent, and where MPI or gloo send what nobody counts.
+    link_share     bits that the busiest rank sends, or receives, in a round / (seconds x the link's rate). In plan
+                   sharded and `tcp` they are counted. How MPI and gloo carry a sum is theirs to know; there it is the
+                   least that will do: 2 (n - 1) / n vectors for an Allreduce, one for a Reduce and a Bcast.
+
+Deltas are normal numbers of scale 1e-3, other ones on each rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import yaml
+
+from fedmpi.bench import rivals
+from fedmpi.bench.turns import Row, in_turns
+from fedmpi.codecs import CODECS, BFloat16, Codec, Identity, Int4, Int8, TopK
+from fedmpi.comm import Solo
+from fedmpi.components import to_dict
+from fedmpi.device import set_threads
+from fedmpi.errors import ConfigError, FedmpiError
+from fedmpi.exchange import choice
+from fedmpi.exchange.base import Facts
+from fedmpi.exchange.section import PLANS, Channel, ExchangeSection
+from fedmpi.server import FedAvg
+from fedmpi.types import Contribution
+
+COLUMNS = [
+    *("plan", "codec", "feedback", "ranks", "x_allreduce", "x_tcp", "x_gloo", "x_memcpy"),
+    *("wire_bytes_per_param_up", "wire_bytes_per_param_down", "link_share", "median_s", "min_s", "max_s"),
+]
+RIVALS = ("memcpy", "allreduce", "gloo", "tcp")
+CHANNELS = (
+    Channel(codec=BFloat16()),
+    Channel(codec=Int8(), feedback=True),
+    Channel(codec=Int4(), feedback=True),
+    Channel(codec=TopK(), feedback=True),
+)
+
+
+def channel(text: str) -> Channel:
+    """A codec as YAML names it, with feedback where it loses something and may have it. Raises ConfigError.
+
+    >>> channel("{name: topk, ratio: 0.02}").feedback, channel("identity").feedback
+    (True, False)
+    """
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--codec {text}: give a name, or a mapping such as {{name: topk, ratio: 0.02}}") from None
+    codec = CODECS.build(given, "--codec")
+    try:
+        return Channel(codec=codec, feedback=not isinstance(codec, Identity))
+    except ValueError:
+        return Channel(codec=codec)
+
+
+class Entrant:
+    """A row to be: what it is called, what it runs, and what its rounds have sent."""
+
+    def __init__(self, plan: str, run: Callable[[], object], up: Channel | None = None) -> None:
+        self.plan, self.run, self.up = plan, run, up
+        self.name = plan if up is None else f"{plan} {label(up.codec)}"
+        self.sent: list[tuple[int, int]] = []  # bytes up and down, of every round
+
+    def counted(self, comm: Solo) -> None:
+        """One round."""
+        up, down = comm.bytes_up, comm.bytes_down
+        self.run()
+        self.sent.append((comm.bytes_up - up, comm.bytes_down - down))
+
+
+def exchange(
+    comm: Solo,
+    num_params: int,
+    repeats: int = 15,
+    channels: Sequence[Channel] = CHANNELS,
+    link_gbit: float | None = None,
+) -> list[Row]:
+    """Rows, alike on every rank: memcpy, the plans, plan sharded with each channel both ways, allreduce, gloo, tcp.
+
+    `link_gbit` is the rate of a rank's link. A call of all ranks. What cannot be had has no row, and a line on stderr.
+    """
+    set_threads(comm, reproducible=False)
+    delta_P = noise(comm.rank, num_params)
+    other_P, params_P, sums_P = (comm.allocate(num_params, torch.float32) for _ in range(3))
+    with ExitStack() as stack:
+        entrants = [
+            Entrant("memcpy", lambda: other_P.copy_(delta_P)),
+            *(_of_plan(section, comm, delta_P, params_P) for section in _sections(comm, channels)),
+            Entrant("allreduce", lambda: comm.plain_allreduce(delta_P, sums_P)),
+            *_over_sockets(comm, num_params, stack),
+        ]
+        seconds = in_turns(comm, {each.name: partial(each.counted, comm) for each in entrants}, repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = []
+    for each in entrants:
+        median_s = medians[each.name]
+        up_R, down_R = _sent(comm, each)
+        vectors = num_params * (comm.size if each.plan == "replicated" else comm.size - 1)
+        busiest_bytes = link_bytes(each.plan, up_R, down_R, 4 * num_params)
+        row: Row = {
+            "plan": each.plan,
+            "codec": label(each.up.codec) if each.up else None,
+            "feedback": each.up.feedback if each.up else None,
+            "ranks": comm.size,
+            "params": num_params,
+            "seconds": {"median": median_s, "min": min(seconds[each.name]), "max": max(seconds[each.name])},
+        }
+        for rival in RIVALS:
+            row[f"x_{rival}"] = median_s / medians[rival] if rival in medians else None
+        row["wire_bytes_per_param_up"] = float(up_R.sum()) / vectors if up_R.any() else None
+        row["wire_bytes_per_param_down"] = float(down_R.sum()) / vectors if down_R.any() else None
+        row["link_share"] = busiest_bytes * 8 / (median_s * link_gbit * 1e9) if link_gbit and busiest_bytes else None
+        rows.append(row)
+    return rows
+
+
+def noise(rank: int, num_params: int) -> torch.Tensor:
+    """A rank's delta."""
+    return torch.randn(num_params, generator=torch.Generator().manual_seed(rank)).mul_(1e-3)
+
+
+def label(codec: Codec) -> str:
+    """What `channel` makes this codec of: its name, or a mapping with what is not as it is by default.
+
+    >>> label(TopK()), label(TopK(ratio=0.02))
+    ('topk', '{name: topk, ratio: 0.02}')
+    """
+    default = {field.name: field.default for field in dataclasses.fields(codec)}  # type: ignore[arg-type]
+    known = to_dict(codec, Annotated[Codec, CODECS])
+    given = {key: value for key, value in known.items() if key == "name" or getattr(codec, key) != default[key]}
+    if len(given) == 1:
+        return str(given["name"])
+    return str(yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=1000)).strip()
+
+
+def _sections(comm: Solo, channels: Sequence[Channel]) -> list[ExchangeSection]:
+    """Every plan with the values themselves, then plan sharded with each channel."""
+    plans = [plan for plan in PLANS if plan != "window" or comm.one_node()]
+    if "window" not in plans:
+        _leave_out(comm, "window", "ranks of several nodes share no memory")
+    found = [ExchangeSection(plan=plan) for plan in plans]
+    found += [ExchangeSection(plan="sharded", up=channel, down=channel) for channel in channels]
+    return list(dict.fromkeys(found))
+
+
+def _of_plan(section: ExchangeSection, comm: Solo, delta_P: torch.Tensor, params_P: torch.Tensor) -> Entrant:
+    silo = f"silo-{comm.rank}"
+    facts = Facts(float(comm.size), [f"silo-{rank}" for rank in range(comm.size)], [silo])
+    made = choice.make(section, comm, params_P, facts)
+    if section.plan == "window":  # there models, and so their deltas, live in shared memory
+        delta_P = made.delta().copy_(delta_P)
+    params_P, state = made.home(params_P, FedAvg().init(made.mine(params_P)))
+    rounds = itertools.count(1)
+
+    def run() -> None:
+        round = next(rounds)
+        made.begin(round, 1)
+        made.add(Contribution(silo, round, 1.0, delta_P, 0.0, 1, 1))
+        made.finish(params_P, FedAvg(), state)
+
+    return Entrant(section.plan, run, section.up)
+
+
+def _over_sockets(comm: Solo, num_params: int, stack: ExitStack) -> list[Entrant]:
+    """gloo and raw TCP, as far as they can be had; the stack closes them."""
+    found: list[Entrant] = []
+    left = ["gloo", "tcp"]
+    try:
+        if comm.size == 1:
+            raise FedmpiError("one rank has nobody to send to")
+        peers = stack.enter_context(rivals.connected(comm))
+        left.remove("tcp")
+        found.append(Entrant("tcp", rivals.Tcp(comm, num_params, peers)))
+        found.insert(0, Entrant("gloo", stack.enter_context(rivals.gloo(comm, num_params, peers))))
+    except FedmpiError as error:
+        _leave_out(comm, " and ".join(left), str(error))
+    return found
+
+
+def _leave_out(comm: Solo, names: str, why: str) -> None:
+    if comm.rank == 0:
+        print(f"fedmpi: no row for {names}: {why}", file=sys.stderr, flush=True)
+
+
+def _sent(comm: Solo, entrant: Entrant) -> tuple[Any, Any]:
+    """Bytes up and down that each rank counted in a round, the mean of those that were timed. A call of all ranks."""
+    table = np.zeros((comm.size, 2))
+    table[comm.rank] = np.mean(entrant.sent[1:], axis=0)
+    up_R, down_R = comm.share(table.reshape(-1)).reshape(table.shape).T
+    return up_R, down_R
+
+
+def link_bytes(plan: str, up_R: Any, down_R: Any, vector_bytes: int) -> float:
+    """The most that any rank sends, or receives, in a round.
+
+    A rank counts what it sends up and what comes down to it. What came up to it, and what it sent down, is what the
+    others' counts leave: each of them sends the same, and hears the same of it.
+    """
+    others = len(up_R) - 1
+    if others == 0:
+        return 0.0
+    if plan in ("replicated", "allreduce", "gloo"):
+        return 2 * others / len(up_R) * vector_bytes
+    if plan == "root":
+        return vector_bytes
+    sends = up_R + down_R.sum() - others * down_R
+    receives = down_R + up_R.sum() - others * up_R
+    return float(max(sends.max(), receives.max()))

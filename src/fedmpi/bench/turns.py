@@ -1,0 +1,69 @@
+"""Timing in turns: each repeat runs every candidate once, all ranks together, so noise is the same for all of them.
+
+A time is the slowest rank's; medians are compared. Ratios come first, seconds after.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fedmpi.comm import Solo
+from fedmpi.errors import ConfigError
+
+Row = dict[str, Any]
+Candidates = dict[str, Callable[[], object]]
+
+
+def in_turns(comm: Solo, candidates: Candidates, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every repeat, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats + 1):
+        for name, run in candidates.items():
+            comm.meet()
+            start_s = time.perf_counter()
+            run()
+            comm.meet()
+            mine = np.zeros(comm.size)
+            mine[comm.rank] = time.perf_counter() - start_s
+            slowest_s = float(comm.share(mine).max())
+            if repeat:
+                seconds[name].append(slowest_s)
+    return seconds
+
+
+def table(rows: list[Row], columns: list[str]) -> str:
+    """Rows for people, as the OSU benchmarks print them.
+
+    >>> print(table([{"plan": "root", "feedback": False, "x_tcp": None, "seconds": {"median": 0.25}}],
+    ...             ["plan", "feedback", "x_tcp", "median_s"]))
+    #   plan  feedback   x_tcp  median_s
+        root        no       -    0.2500
+    """
+    cells = [columns, *([_cell(row, column) for column in columns] for row in rows)]
+    widths = [max(6, *(len(line[i]) for line in cells)) for i in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join(("# " if i == 0 else "  ") + line for i, line in enumerate(lines))
+
+
+def _cell(row: Row, column: str) -> str:
+    value = row.get(column)
+    if column in ("median_s", "min_s", "max_s"):
+        value = row["seconds"].get(column[:-2])
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def check_params(text: str) -> int:
+    """25e6 or 25000000 as an integer. Raises ConfigError."""
+    try:
+        value = int(float(text))
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise ConfigError(f"--params {text}: give a positive number, such as 25e6")
+    return value
