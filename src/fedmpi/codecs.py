@@ -423,7 +423,11 @@ def _write_chosen(
         payload[end:at] = 0
     else:
         payload[:at].view(torch.int32).copy_(index_K)
-    if into.numel():
+    if isinstance(values, Identity) and into.numel():  # nothing is lost of what was chosen
+        _floats(payload[at:], k).copy_(into.index_select(0, index_K))
+        into.index_fill_(0, index_K, 0.0)
+        at += 4 * k
+    elif into.numel():
         lost_K = torch.empty_like(index_K, dtype=torch.float32)
         at += values.encode(into.index_select(0, index_K), payload[at:], int(key), into_N=lost_K)
         into.index_copy_(0, index_K, lost_K)

@@ -487,14 +487,14 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
     Where the guess was wrong (runs of equals, say) histograms of the whole find the k-th.
     """
     n = x.size
-    num_samples = min(max(n >> 4, 4096), NUM_SAMPLES)
+    num_samples = min(max(n >> 6, 2048), NUM_SAMPLES)
     stride = (n + num_samples - 1) // num_samples
     sample = np.zeros((n + stride - 1) // stride, np.int32)
     v, counts = np.zeros(BLOCK, np.float32), np.zeros(2048, np.int64)
     bits = v.view(np.int32)
     for i in range(sample.size):
         j = i * stride
-        _load(x[j : j + 1], scale, _part(residual, j, j + 1), v)
+        v[0] = x[j] * scale + (residual[j] if residual.size else np.float32(0))
         sample[i] = bits[0] & SIGN_OFF
     rank = min(sample.size, int(1.25 * k * sample.size / n) + 16)
     room = min(n, 2 * stride * rank + BLOCK)
