@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 import torch
 
@@ -52,7 +53,7 @@ def set_threads(comm: Solo, reproducible: bool) -> int:
     One thread and deterministic kernels when sums must not depend on how ranks are placed. A call of all ranks.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [os.cpu_count() or 1]
-    rows = comm.gather(hashlib.sha256(f"{comm.hosts[comm.rank]} {cores}".encode()).digest())
+    rows = comm.gather(hashlib.sha256(f"{_machine(comm)} {cores}".encode()).digest())
     threads = 1 if reproducible else max(1, len(cores) // rows.count(rows[comm.rank]))
     torch.set_num_threads(threads)
     if reproducible:
@@ -60,6 +61,14 @@ def set_threads(comm: Solo, reproducible: bool) -> int:
     # What use_deterministic_algorithms sets, without importing torch's compiler on every rank.
     torch.set_deterministic_debug_mode("error" if reproducible else "default")
     return threads
+
+
+def _machine(comm: Solo) -> str:
+    """What the hosts on one machine have in common: containers with names of their own run on the same cores."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return comm.hosts[comm.rank]
 
 
 def keep_on(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tensor]:

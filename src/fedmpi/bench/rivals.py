@@ -24,6 +24,7 @@ from fedmpi.errors import FedmpiError
 T = TypeVar("T")
 
 PATIENCE = timedelta(seconds=60)  # for a connection, and for one all_reduce of gloo
+SEND_BYTES = 256 << 10
 SIOCGIFADDR = 0x8915
 _ADDRESS_BYTES = 32
 
@@ -86,8 +87,8 @@ def _left(send: memoryview, receive: memoryview) -> int:
 def connected(comm: Solo) -> Iterator[dict[int, socket.socket]]:
     """Non-blocking sockets to all other ranks, by rank; hosts find each other by their names. A call of all ranks.
 
-    The kernel sizes their buffers, as it does for connections of MPI and gloo: a size that is set is final and may be
-    at most `net.core.rmem_max`, which is often less than what it would take by itself.
+    Each may have SEND_BYTES and as much again under way. That fills any link between neighbours; were it left to the
+    kernel, several senders would fill the queue before the same receiver, and what is dropped there is sent twice.
     """
     peers: dict[int, socket.socket] = {}
     with socket.create_server(("", 0), backlog=comm.size) as door:
@@ -110,6 +111,7 @@ def connected(comm: Solo) -> Iterator[dict[int, socket.socket]]:
                 peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "little")] = peer
             for peer in peers.values():
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
                 peer.setblocking(False)
 
         try:

@@ -1,0 +1,39 @@
+"""Which cores a rank shares with which others."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmpi import device
+from fedmpi.comm import Solo
+
+
+class Two(Solo):
+    """A rank that another one is like, but for the name of its host."""
+
+    def __init__(self, other: "Two | None", host: str) -> None:
+        super().__init__()
+        self.hosts, self.other, self.rows = (host,), other, []  # type: ignore[assignment,var-annotated]
+
+    def gather(self, row: bytes) -> list[bytes]:
+        self.rows = [row]
+        return [row, *(self.other.rows if self.other else [])]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_hosts_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    first = Two(None, "h1")
+    assert device.set_threads(first, reproducible=False) == 4
+    assert device.set_threads(Two(first, "h2"), reproducible=False) == 2
+    assert device.set_threads(Two(first, "h2"), reproducible=True) == 1
+    monkeypatch.setattr(Path, "read_text", lambda path: "another machine")
+    assert device.set_threads(Two(first, "h2"), reproducible=False) == 4
