@@ -10,6 +10,7 @@ from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
 from fedmpi.components import build
 from fedmpi.errors import ConfigError, FedmpiError
+from fedmpi.exchange import pieces
 from fedmpi.exchange.base import Facts
 from fedmpi.exchange.choice import make
 from fedmpi.exchange.pieces import Coder, Grid
@@ -19,9 +20,16 @@ from fedmpi.server import OPTIMIZERS
 from fedmpi.types import Contribution
 
 P = 20_000  # five pieces, the last one short
+
 LOSSY = [name for name in CODECS.members if name != "identity"]
 WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
 OWNERS = {1: (0, 0, 0, 0, 0), 2: (0, 1, 0, 1, 1), 3: (2, 0, 2, 1, 0), 4: (3, 0, 0, 2, 0), 5: (4, 3, 1, 0, 2)}
+
+
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+    """The shortest that codecs can do with; the real length is for speed alone."""
+    monkeypatch.setattr(pieces, "SHORTEST", 4096)
 
 
 def section(up=None, down=None, **fields):

@@ -2,7 +2,7 @@
 
 The grid depends on the vector's length alone, and every piece is encoded by itself, with a key of its own. So what a
 vector's payload is does not depend on how many ranks there are, nor on how pieces travel. Codecs that choose values
-(`topk`) choose them piece by piece.
+(`topk`) choose them piece by piece, of 65,536 to 262,144 values; shorter vectors are one piece.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fedmpi.exchange.section import Channel
 
 LONGEST = 1 << 18  # elements: 1 MiB of float32
 _GRAIN = 4096  # elements: codecs' blocks and chunks divide it
+SHORTEST = 1 << 16  # elements: below that calls cost more than what they do, and `topk` has less to choose from
 _AT_LEAST = 64  # pieces, where they can be had: enough to keep several under way and to share among ranks
 _ALL = 0xFFFFFFFFFFFFFFFF
 
@@ -25,15 +26,15 @@ _ALL = 0xFFFFFFFFFFFFFFFF
 class Grid:
     """Pieces of equal length, the last one what is left; of every row of `num_ranks` pieces each rank owns one.
 
-    >>> grid = Grid(20_000, 2)
+    >>> grid = Grid(300_000, 2)
     >>> grid.length, grid.num_pieces, grid.steps, list(grid.owned(1)), grid.part(4)
-    (4096, 5, 3, [1, 3], slice(16384, 20000, None))
+    (65536, 5, 3, [1, 3], slice(262144, 300000, None))
     """
 
     def __init__(self, num_elements: int, num_ranks: int) -> None:
         self.num_elements, self.num_ranks = num_elements, num_ranks
         even = -(-num_elements // _AT_LEAST)
-        self.length = min(LONGEST, max(_GRAIN, -(-even // _GRAIN) * _GRAIN))
+        self.length = min(LONGEST, max(SHORTEST, -(-even // _GRAIN) * _GRAIN))
         self.num_pieces = -(-num_elements // self.length)
         self.steps = -(-self.num_pieces // num_ranks)
 
