@@ -6,6 +6,7 @@
                 replicated: Allreduce, every rank takes the same step
     sharded     every rank owns 1/n of the coordinates: pieces go to their owners, who add, step and send to all
     window      the same on one node, straight out of the others' memory
+    behind      any of them but window behind the next round's training (`overlap: true`)
     choice      which plan, where it is measured (`plan: auto`)
     traffic     what a round sends and keeps in memory, computed
 

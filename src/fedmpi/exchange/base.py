@@ -40,6 +40,7 @@ class Facts(NamedTuple):
     ids: Sequence[str] = ()  # all silos, in the federation's order
     hosted: Sequence[str] = ()  # those of this rank
     seed: int = 0
+    rounds: int = 0  # of the whole run
 
 
 class Exchange:
@@ -97,6 +98,41 @@ class Exchange:
     def server_tensors(self) -> dict[str, torch.Tensor]:
         """What the plan itself keeps of the server's, each as long as its `mine`."""
         return {}
+
+    def vectors(self, params_P: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds that is whole on every rank: the parameters, and what the plan needs besides."""
+        return {"params": params_P}
+
+    def take_vectors(self, params_P: torch.Tensor, kept: Mapping[str, torch.Tensor], round: int) -> None:
+        """Rank 0's, from the checkpoint of that round, become everybody's. A call of all ranks."""
+        self.load_params(params_P, kept["params"])
+
+    # ------------------------------------------------------------ what is otherwise behind training (behind.py)
+
+    def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
+        """Where the silo's training begins; valid until the next silo's."""
+        return params_P
+
+    def pending(self) -> dict[str, torch.Tensor]:
+        """By silo the deltas of the last round that silos have made and their parameters have not."""
+        return {}
+
+    def take_pending(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Those of this rank's silos, from a checkpoint."""
+
+    def settled(self, state: Any, lap: Lap = lambda phase: None) -> Any:
+        """The server's state after the last round, once nothing is under way. A call of all ranks."""
+        return state
+
+    def figures(self) -> dict[str, float]:
+        """Seconds of the round's record that are no phase."""
+        return {}
+
+    def leave(self) -> None:
+        """Wait until nothing is under way, whatever comes of it."""
+
+    def close(self) -> None:
+        """Give back what the exchange alone has used. A call of all ranks."""
 
     # ------------------------------------------------------------ a round
 

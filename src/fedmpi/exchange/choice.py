@@ -11,6 +11,7 @@ import torch
 
 from fedmpi.comm import Solo
 from fedmpi.exchange.base import Exchange, Facts
+from fedmpi.exchange.behind import Behind
 from fedmpi.exchange.section import ExchangeSection, PlanName
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.whole import Replicated, Root
@@ -28,6 +29,8 @@ MEMBERS: dict[PlanName, type[Exchange]] = {
 
 def make(section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> Exchange:
     """The exchange of a plan that is named. A call of all ranks."""
+    if section.overlap:
+        return Behind(MEMBERS[section.plan](section, comm.twin(), params_P, facts), comm, params_P)
     return MEMBERS[section.plan](section, comm, params_P, facts)
 
 
@@ -44,7 +47,7 @@ def measure(
     found: dict[str, float] = {}
     for plan in candidates(section, comm, params_P.device):
         kept = comm.free_shared(1 << 30)
-        tried = make(replace(section, plan=plan, verify=False), comm, params_P, facts)
+        tried = make(replace(section, plan=plan, overlap=False, verify=False), comm, params_P, facts)
         work_P, delta_P = params_P.clone(), torch.zeros_like(params_P)
         if plan == "window" and params_P.dtype == torch.float32:
             lent = comm.shared(len(params_P), params_P.dtype)

@@ -55,6 +55,7 @@ class ExchangeSection:
     scope: Literal["rank", "silo"] = "rank"  # rank: a rank's silos are folded into one sum; silo: each by itself
     up: Channel = Channel()  # deltas, to where they are added up
     down: Channel = Channel()  # the server's step, back to all
+    overlap: bool = False  # the exchange runs behind the next round's training and arrives one round late
     verify: bool = False  # compare the parameters' SHA-256 across ranks after every round
 
     @property
@@ -62,12 +63,16 @@ class ExchangeSection:
         """The plans that can carry out what else is said here."""
         if self.scope == "silo" or not self.down.plain or (not self.up.plain and not self.up.codec.linear):
             return ("sharded",)
-        return PLANS if self.up.plain else ("replicated", "sharded")
+        if not self.up.plain:
+            return ("replicated", "sharded")
+        return tuple(plan for plan in PLANS if plan != "window") if self.overlap else PLANS
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ExchangeSection:
         if isinstance(self.parameters, str) and self.parameters not in ("all", "trainable"):
             raise ValueError(f"exchange.parameters is all, trainable or a list of patterns, got '{self.parameters}'")
+        if self.overlap and self.plan == "window":
+            raise ValueError("overlap does not go with plan window, which writes the parameters that silos are reading")
         if self.plan not in ("auto", *self.candidates):
             what = "scope: silo" if self.scope == "silo" else "this codec"
             raise ValueError(f"{what} goes with plan {' or '.join(self.candidates)}, not {self.plan}")
