@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import os
 import socket
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -32,6 +34,7 @@ T = TypeVar("T")
 
 BLOCK_BYTES = 4 << 20
 _NOTICE, _LAST = 71, 72  # tags on the control communicator
+_AHEAD = 4  # blocks under way where waiting is sleeping
 
 
 def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
@@ -68,6 +71,7 @@ class Solo:
     size = 1
     local_rank = 0
     local_size = 1
+    patient = False  # does it sleep where it waits? A twin does, so that core and interpreter are free for training
 
     def __init__(self) -> None:
         self.hosts: tuple[str, ...] = (socket.gethostname(),)
@@ -75,6 +79,16 @@ class Solo:
         self.bytes_down = 0  # vector payload this rank got from collectives
         self.bytes_control = 0  # small things, both ways
         self.open_runs = 0  # a process that ends with one must not leave the others waiting
+
+    def twin(self) -> Solo:
+        """The same ranks for one more thread: communicators and counters of its own. A call of all ranks.
+
+        Raises ConfigError where MPI does not let two threads call it at once.
+        """
+        return Solo()
+
+    def free(self) -> None:
+        """Give back a twin's communicators. A call of all ranks."""
 
     def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
         """A zeroed vector in memory that this communicator reads and writes without a copy; page-locked if `pinned`,
@@ -240,13 +254,22 @@ class Comm(Solo):
         self._groups.append(group)
         return group
 
+    def twin(self) -> Comm:
+        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
+            raise ConfigError("exchange.overlap: needs an MPI that threads may call at once (MPI_THREAD_MULTIPLE)")
+        twin = copy.copy(self)
+        twin._world, twin._control = self._world.Dup(), self._control.Dup()
+        twin._node, twin._windows, twin._sent, twin._groups = None, [], [], []
+        twin.bytes_up = twin.bytes_down = twin.bytes_control = 0
+        twin.patient = True
+        return twin
+
     def counted(self) -> tuple[int, int, int]:
         own = (self.bytes_up, self.bytes_down, self.bytes_control)
         up, down, control = (sum(some) for some in zip(own, *(group.counted() for group in self._groups), strict=True))
         return up, down, control
 
     def free(self) -> None:
-        """Give back a group and what was made in it. A call of all its ranks."""
         for group in self._groups:
             group.free()
         self.free_shared()
@@ -296,25 +319,40 @@ class Comm(Solo):
 
     def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = _array(send), _array(recv)
+        call, begun = self._world.Ireduce if self.patient else self._world.Reduce, deque[Pending | None]()
         for part in blocks(len(mine), mine.itemsize):
-            self._world.Reduce(mine[part], out[part] if self.rank == 0 else None, op=self._mpi.SUM, root=0)
+            begun.append(call(mine[part], out[part] if self.rank == 0 else None, op=self._mpi.SUM, root=0))
+            self._until(begun, _AHEAD)
             self.bytes_up += mine[part].nbytes if self.rank else 0
+        self._until(begun)
 
     def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = _array(send), _array(recv)
+        call, begun = self._world.Iallreduce if self.patient else self._world.Allreduce, deque[Pending | None]()
         for part in blocks(len(mine), mine.itemsize):
-            self._world.Allreduce(mine[part], out[part], op=self._mpi.SUM)
+            begun.append(call(mine[part], out[part], op=self._mpi.SUM))
+            self._until(begun, _AHEAD)
             self.bytes_up += mine[part].nbytes if self.size > 1 else 0
             self.bytes_down += out[part].nbytes if self.size > 1 else 0
+        self._until(begun)
 
     def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         self._world.Allreduce(_array(send), _array(recv), op=self._mpi.SUM)
 
     def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
         array = _array(vector)
+        call, begun = self._world.Ibcast if self.patient else self._world.Bcast, deque[Pending | None]()
         for part in blocks(len(array), array.itemsize):
-            self._world.Bcast(array[part], root=root)
+            begun.append(call(array[part], root=root))
+            self._until(begun, _AHEAD)
             self.bytes_down += array[part].nbytes if self.rank != root else 0
+        self._until(begun)
+
+    def _until(self, begun: deque[Pending | None], most: int = 0) -> None:
+        """Wait until at most `most` are under way; calls that block are over."""
+        while len(begun) > most:
+            if (oldest := begun.popleft()) is not None:
+                self.wait(oldest)
 
     def alltoall(self, send: torch.Tensor, sent: Spans, recv: torch.Tensor, received: Spans) -> Pending:
         mine, out = _array(send), _array(recv)
@@ -332,8 +370,10 @@ class Comm(Solo):
         spins = 0
         while not pending.Test():
             spins += 1
-            if spins > 20:  # the core may be another rank's too
-                time.sleep(2e-5)
+            if self.patient or spins > 1000:  # the core may be another rank's too
+                time.sleep(5e-5)
+            elif spins > 100:
+                os.sched_yield()
 
     def progress(self) -> None:
         self._world.Iprobe()
@@ -349,7 +389,7 @@ class Comm(Solo):
             if meanwhile is not None:
                 meanwhile()
             spins += 1
-            if spins > 20:
+            if spins > 20 or self.patient:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1e-3)
         self._control.Allreduce(values, total, op=self._mpi.SUM)

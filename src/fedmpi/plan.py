@@ -63,9 +63,10 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
             * word
             * (1 + _local_copies(config))  # gradient, optimizer
             + shared * word  # the global parameters
+            + (shared * word * (2 + 2 * len(mine)) if section.overlap else 0)  # twice, a start, each silo's deltas
             + memory(section, shared, word, num_ranks, len(mine), max(vectors))
             + round(shared * word * server_copies * steps)
-            + (shared * word * (1 + server_copies) if rank == 0 else 0)  # the checkpoint's copy
+            + (shared * word * (1 + section.overlap + server_copies) if rank == 0 else 0)  # the checkpoint's copy
             + kept_bytes * (1 + len(mine))
         )
         ranks.append(
@@ -79,6 +80,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
             }
         )
     small = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + len(owners) * (len(READY_SILO) + len(DONE_SILO))
+    small += 2 * num_ranks * section.overlap  # are deltas folded everywhere? How long did the exchange take?
     values = flatten(to_dict(config))
     return {
         "ranks": ranks,
@@ -94,6 +96,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "plan_asked": config.exchange.plan,
         "collectives": on_wire.collectives if flat else f"in regions, then across: {on_wire.collectives}",
         "checkpoint_bytes": shared * word * (1 + server_copies + section.down.feedback)
+        + (shared * word * (1 + len(owners)) if section.overlap else 0)
         + (shared * word * sum(vectors) if section.up.feedback else 0)
         + len(owners) * (kept_bytes + 8)
         + _HEADER_BYTES * (1 + num_ranks),

@@ -8,6 +8,9 @@
 
 A round is a transaction. Whoever leaves it early, because of a signal or because a silo raised, says so in `ready`,
 which every rank enters; then all leave, and the state is still that of the last round. Nothing is under `if rank`.
+
+With `exchange.overlap` the parameters that come out of a round, and that it evaluates, are those of the round before:
+the exchange that it has begun goes on behind the next one's training (exchange/behind.py).
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ class Federation:
     def __post_init__(self) -> None:
         self.index = {silo: i for i, silo in enumerate(self.ids)}
         self.ready = Board(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
-        self.done = Board(self.comm.size, DONE_RANK, len(self.ids), DONE_SILO)
+        self.done = Board(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), DONE_SILO)
 
 
 def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple[State, Record]:
@@ -110,6 +113,7 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
         started_s=timer.started_s,
         rss=peak_rss_bytes(),
         **timer.seconds,
+        **fed.exchange.figures(),
         **dict(zip(("up", "down", "control"), (b - a for a, b in zip(sent, now, strict=True)), strict=True)),
     )
     timer.reset()
@@ -133,7 +137,7 @@ def _train(state: State, fed: Federation, number: int, cohort: Sequence[str]) ->
         fed.watch.check()
         for name in mine:
             silo = replace(fed.silos[name])  # the round may yet be broken off: the silo's own state waits for agree
-            contribution = fed.rule.train(silo, fed.model, state.params_P, round)
+            contribution = fed.rule.train(silo, fed.model, fed.exchange.start(name, state.params_P), round)
             norm = float(torch.linalg.vector_norm(contribution.delta_P))
             usable = norm < LARGEST_NORM  # not so for nan
             if usable:
@@ -246,6 +250,7 @@ def _record(fed: Federation, number: int, cohort: Sequence[str]) -> Record:
         record["worst"] = worst_silo(silos, metric, fed.objective.maximize)
     seconds = {name: float(done.rank(name).max()) for name in PHASES}
     record["seconds"] = {"round": float(sum(done.rank(name) for name in PHASES).max()), **seconds}  # type: ignore[union-attr]
+    record["seconds"] |= {name: float(done.rank(name).max()) for name in fed.exchange.figures()}
     for name, column in (("bytes_up", "up"), ("bytes_down", "down"), ("bytes_control", "control")):
         record[name] = int(done.rank(column).sum())
     record["peak_rss_bytes"] = [int(v) for v in done.rank("rss")]

@@ -108,6 +108,7 @@ class Run:
         self._lock: int | None = None
         self.comm.open_runs += 1
         self._files: list[Any] = []
+        self._exchange: Exchange | None = None
         self._pending: int | None = None  # the round whose checkpoint is being written
         try:
             self._open_directory()
@@ -170,10 +171,12 @@ class Run:
         self.unshared = _unshared(module, found)
         weights = [config.aggregate.weight(n) for n in num_train]
         ids = [s.id for s in source.silos]
-        about = Facts(sum(weights), ids, list(opened), config.seed, getattr(config.aggregate, "combine", None))
+        combine = getattr(config.aggregate, "combine", None)
+        about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds)
         zeros_P = torch.zeros(num_shared(found), dtype=master_dtype(found), device=self.device)
         section = self._choose_plan(zeros_P, about)
         exchange = self.comm.together(lambda: choice.make(section, self.comm, zeros_P, about))
+        self._exchange = exchange
         allocate: Allocate = self.comm.allocate
         if self.device.type == "cpu" and one_vector(found):
             own = exchange.delta()
@@ -263,12 +266,13 @@ class Run:
         state, exchange = self.state, fed.exchange
         kept_P = {f"optimizer/{n}": t for n, t in zip(state.optimizer._fields, state.optimizer, strict=True)}
         kept_P |= exchange.server_tensors()
-        whole = {n: (t.dtype, exchange.num_params) for n, t in {"params": state.params_P, **kept_P}.items()}
+        whole = {n: (t.dtype, exchange.num_params) for n, t in kept_P.items()}
+        whole |= {n: (t.dtype, len(t)) for n, t in exchange.vectors(state.params_P).items()}
         selector = {f"selector/{n}": torch.from_numpy(a.copy()) for n, a in sorted(state.selector.items())}
         whole |= {n: (t.dtype, len(t)) for n, t in selector.items()}
         self.comm.together(lambda: _expect(stored, whole) if loads else None)
         from_0 = {n: stored[n] if loads else torch.empty(size, dtype=dtype) for n, (dtype, size) in whole.items()}
-        exchange.load_params(state.params_P, from_0["params"])
+        exchange.take_vectors(state.params_P, from_0, self.resumed)
         for name, part in kept_P.items():
             exchange.load(part, from_0[name])
         for name in selector:
@@ -423,10 +427,11 @@ class Run:
         if self._pending is not None:
             self._seal()
         fed, state = self._federation, self.state
+        optimizer = fed.exchange.settled(state.optimizer, fed.timer.lap)
         silos = {n: {"cursor": torch.tensor(s.cursor), **s.kept} for n, s in fed.silos.items()}
         for name, tensors in fed.exchange.kept(state.params_P).items():
             silos[name] |= {f"{FILED}{n}": tensor for n, tensor in tensors.items()}
-        whole = _server_tensors(state, fed.exchange)  # of all ranks' parts
+        whole = _server_tensors(replace(state, optimizer=optimizer), fed.exchange)  # of all ranks' parts
         server = whole if self.comm.rank == 0 else None
         # Its own errors come up with the next round's record, or when the checkpoint is sealed.
         self.comm.together(lambda: self._writer.start(state.round, server, silos))
@@ -495,14 +500,17 @@ class Run:
         self.comm.together(write)
         # Shared memory goes with the run; its parameters stay readable.
         self.state = replace(self.state, params_P=self.state.params_P.clone(), optimizer=None)
+        self._federation.exchange.close()
         self._release()
         self.comm.finish()
 
     def _release(self) -> None:
-        """Close this rank's files and give the run directory free. No other rank is needed."""
+        """Close this rank's files and give the run directory free. Only what all have begun is waited for."""
         if not self._closed:
             self._closed = True
             self.comm.open_runs -= 1
+            if self._exchange is not None:
+                self._exchange.leave()
             if self.comm.rank == 0:
                 for file in self._files:
                     file.close()
@@ -639,7 +647,7 @@ def _fits(model: FlatModel, objective: Any, data: SiloData | None) -> None:
 
 def _server_tensors(state: State, exchange: Exchange) -> dict[str, torch.Tensor]:
     """What server.h5 holds, whole on rank 0: the state's own tensors and the exchange's. A call of all ranks."""
-    tensors = {"params": exchange.server_params(state.params_P)}
+    tensors = exchange.vectors(state.params_P)
     for name, part in zip(state.optimizer._fields, state.optimizer, strict=True):
         tensors[f"optimizer/{name}"] = exchange.whole(part)
     tensors |= {name: exchange.whole(part) for name, part in exchange.server_tensors().items()}

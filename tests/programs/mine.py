@@ -7,6 +7,8 @@ The environment says what happens, so that the configuration stays the same when
     RAISE    then these silos raise
     EXIT     then this silo's process is gone without a word
     ODD      the rank whose selector raises in round 2
+    STEP_S   the server's step takes this long
+    STEP_ODD the rank on which it raises
 """
 
 import os
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from fedmpi.server import FedAvg
 
 AFTER = int(os.environ.get("AFTER", "0"))
 SLEEP_S = float(os.environ.get("SLEEP_S", "0"))
@@ -61,3 +65,14 @@ class Odd:
         if os.environ.get("ODD") == RANK and record is not None:
             raise LookupError("odd")
         return list(ids), state
+
+
+@dataclass(frozen=True)
+class Late(FedAvg):
+    """A server whose step takes its time, or fails on one rank only."""
+
+    def step(self, params_P, mean_P, state):
+        time.sleep(float(os.environ.get("STEP_S", "0")))
+        if os.environ.get("STEP_ODD") == RANK:
+            raise LookupError("odd step")
+        return super().step(params_P, mean_P, state)

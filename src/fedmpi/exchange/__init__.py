@@ -7,6 +7,7 @@
     sharded     every rank owns 1/n of the coordinates: pieces go to their owners, who add, step and send to all
     window      the same on one node, straight out of the others' memory
     regions     a node, a site, a continent first; then across
+    behind      any of them but window and regions behind the next round's training (`overlap: true`)
     choice      which plan, where it is measured (`plan: auto`)
     traffic     what a round sends and keeps in memory, computed
 

@@ -14,7 +14,7 @@ Vectors live on the rank's device; where that is a GPU they pass through page-lo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ class Facts(NamedTuple):
     hosted: Sequence[str] = ()  # those of this rank
     seed: int = 0
     each: Each | None = None  # what becomes of deltas that an aggregator reads one by one; None: their weighted mean
+    rounds: int = 0  # of the whole run
 
 
 class Exchange:
@@ -78,10 +79,6 @@ class Exchange:
         """Memory for a model's shared parameters, out of which its deltas can be sent. A call of all ranks."""
         return self.comm.allocate(self.num_params, self.dtype)
 
-    def server_params(self, params_P: torch.Tensor) -> torch.Tensor:
-        """On rank 0 the parameters that the server's state belongs to."""
-        return params_P
-
     def whole(self, part: torch.Tensor) -> torch.Tensor:
         """On rank 0 the vector of which every rank keeps its `mine`. A call of all ranks."""
         return part
@@ -106,6 +103,34 @@ class Exchange:
     def server_tensors(self) -> dict[str, torch.Tensor]:
         """What the plan itself keeps of the server's, each as long as its `mine`."""
         return {}
+
+    def vectors(self, params_P: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds that is whole on every rank: the parameters, and what the plan needs besides."""
+        return {"params": params_P}
+
+    def take_vectors(self, params_P: torch.Tensor, kept: Mapping[str, torch.Tensor], round: int) -> None:
+        """Rank 0's, from the checkpoint of that round, become everybody's. A call of all ranks."""
+        self.load_params(params_P, kept["params"])
+
+    # ------------------------------------------------------------ what is otherwise behind training (behind.py)
+
+    def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
+        """Where the silo's training begins; valid until the next silo's."""
+        return params_P
+
+    def settled(self, state: Any, lap: Lap = lambda phase: None) -> Any:
+        """The server's state after the last round, once nothing is under way. A call of all ranks."""
+        return state
+
+    def figures(self) -> dict[str, float]:
+        """Seconds of the round's record that are no phase."""
+        return {}
+
+    def leave(self) -> None:
+        """Wait until nothing is under way, whatever comes of it."""
+
+    def close(self) -> None:
+        """Give back what the exchange alone has used. A call of all ranks."""
 
     # ------------------------------------------------------------ a round
 

@@ -11,6 +11,7 @@ import torch
 
 from fedmpi.comm import Solo
 from fedmpi.exchange.base import Exchange, Facts
+from fedmpi.exchange.behind import Behind
 from fedmpi.exchange.regions import Regional
 from fedmpi.exchange.section import ExchangeSection, PlanName
 from fedmpi.exchange.sharded import Sharded
@@ -31,6 +32,8 @@ def make(section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Fa
     """The exchange of a plan that is named. A call of all ranks."""
     if section.regions is not None:
         return Regional(section, comm, params_P, facts)
+    if section.overlap:
+        return Behind(MEMBERS[section.plan](section, comm.twin(), params_P, facts), comm, params_P)
     return MEMBERS[section.plan](section, comm, params_P, facts)
 
 
@@ -47,7 +50,7 @@ def measure(
     found: dict[str, float] = {}
     for plan in candidates(section, comm, params_P.device):
         kept = comm.free_shared(1 << 30)
-        tried = make(replace(section, plan=plan, verify=False), comm, params_P, facts)
+        tried = make(replace(section, plan=plan, overlap=False, verify=False), comm, params_P, facts)
         work_P, delta_P = params_P.clone(), tried.delta()
         work_P, state = tried.home(work_P, FedAvg().init(work_P))
         silo = facts.hosted[0] if facts.hosted else (facts.ids[0] if facts.ids else "")

@@ -89,8 +89,8 @@ class Regional(Exchange):
             self._global_P.copy_(params_P)
         return self._inside[0].home(params_P, NoState())[0], state
 
-    def server_params(self, params_P: torch.Tensor) -> torch.Tensor:
-        return params_P if self._across is None else self._global_P
+    def vectors(self, params_P: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"params": params_P if self._across is None else self._global_P}
 
     def whole(self, part: torch.Tensor) -> torch.Tensor:
         return part if self._across is None else self._across.whole(part)

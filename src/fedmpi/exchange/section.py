@@ -85,6 +85,7 @@ class ExchangeSection:
     up: Channel = Channel()  # deltas, to where they are added up
     down: Channel = Channel()  # the server's step, back to all
     regions: Regions | None = None  # groups that aggregate inside first; up, down and plan are then those across
+    overlap: bool = False  # the exchange runs behind the next round's training and arrives one round late
     verify: bool = False  # compare the parameters' SHA-256 across ranks after every round
 
     @property
@@ -94,12 +95,18 @@ class ExchangeSection:
             return ("sharded",)
         if self.regions is not None:
             return ("sharded", "replicated", "root") if self.up.plain else ("sharded", "replicated")
-        return PLANS if self.up.plain else ("replicated", "sharded")
+        if not self.up.plain:
+            return ("replicated", "sharded")
+        return tuple(plan for plan in PLANS if plan != "window") if self.overlap else PLANS
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ExchangeSection:
         if isinstance(self.parameters, str) and self.parameters not in ("all", "trainable"):
             raise ValueError(f"exchange.parameters is all, trainable or a list of patterns, got '{self.parameters}'")
+        if self.overlap and self.regions is not None:
+            raise ValueError("overlap does not go with regions yet: what runs behind training is one exchange")
+        if self.overlap and self.plan == "window":
+            raise ValueError("overlap does not go with plan window, which writes the parameters that silos are reading")
         if self.plan not in ("auto", *self.candidates):
             what = "scope: silo" if self.scope == "silo" else "this codec"
             raise ValueError(f"{what} goes with plan {' or '.join(self.candidates)}, not {self.plan}")

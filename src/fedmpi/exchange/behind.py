@@ -1,0 +1,234 @@
+"""Overlap: the exchange of a round runs behind the training of the next one and arrives one round late.
+
+Let w_t be the parameters after the exchange of round t (sum, mean, server step), and delta_{k,t} what silo k moved by
+in its training of round t. In round t+1
+
+    training   begins at w_{t-1} + delta_{k,t}, silo k's own end point as seen from the newest parameters that have
+               arrived; at w_{t-1} for a silo that did not take part in round t, or whose update was rejected
+    delta      delta_{k,t+1} is the end less that beginning: the round's own progress
+    meanwhile  a thread makes w_t out of w_{t-1} and the deltas of round t, and is waited for after training
+
+So what a silo goes on from changes by (w_t - w_{t-1}) - delta_{k,t} when w_t arrives: everybody's progress in place of
+its own. To go on from w_{t-1} itself and add what arrives would make the same progress twice: where local training goes
+far that hardly converges, while silos that go on are, if all are alike, exactly where they were without overlap.
+
+Round t comes out of `finish` with w_{t-1}, and that is what its record evaluates. In the last round T there is nothing
+to hide behind: its exchange is waited for within it, and the run ends with w_T.
+
+What is committed. When round t is agreed upon its deltas are known, its exchange is under way, and nothing breaks that
+off. The state of round t is w_{t-1}, the server's state and the residuals of feedback before that exchange, and every
+delta_{k,t}; the rest of it follows from them. Round t+1 changes none of it until its own `finish`: new deltas are kept
+beside those of round t, so a stop, a silo that raises or updates that are all rejected leave round t as it was.
+
+What is on disk. A checkpoint of round t first waits for its exchange, and then holds both w_{t-1} (`params`, which the
+record speaks of) and w_t (`overlap/params`), the server's state and the residuals after round t, and every delta_{k,t}
+with its silo. A run that goes on from there begins round t+1 as if w_t had just arrived: the same bits. The checkpoint
+of the last round has w_T as `params` and w_{T-1} beside it, from where more rounds go on as if T had not been the last.
+
+Threads. The plan that does the work has a twin of the communicator, which nobody else uses while the thread runs. It
+sleeps where it waits. Ranks meet once their deltas are folded, before any vector travels; an error on one of them is
+then an error of all, and so are the plans' own. It comes up where the exchange is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmpi.comm import Solo
+from fedmpi.exchange.base import Exchange, Kept, Lap
+from fedmpi.server import ServerOptimizer
+from fedmpi.types import Contribution
+
+OTHER, ABOUT = "overlap/params", "overlap/about"  # what they are called in a checkpoint
+
+
+class Behind(Exchange):
+    """Another exchange, `plan`, in a thread. `plan` has a twin of `comm`; parameters take turns in two vectors."""
+
+    def __init__(self, plan: Exchange, comm: Solo, params_P: torch.Tensor) -> None:
+        super().__init__(plan.section, comm, params_P, plan.facts)
+        self._plan = plan
+        self._other_P = params_P.clone()  # w_t once it has arrived; after the last round w_{T-1}
+        self._start_P = torch.zeros_like(params_P)
+        self._deltas: dict[str, torch.Tensor] = {}  # of the last whole round
+        self._next: list[Contribution] = []  # of the round that is being trained
+        self._spare: list[torch.Tensor] = []
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._state: Any = None  # the server's, after the last exchange; None before the first
+        self._sent = np.zeros(3)  # bytes up, down, control of exchanges that no record has yet
+        self._seconds = self._told_s = 0.0  # that they took in the thread; and those of this round's record
+        self._ended = False  # was the last exchange waited for within its round?
+
+    # ------------------------------------------------------------ a round
+
+    def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
+        delta_P = self._deltas.get(silo)
+        return params_P if delta_P is None else torch.add(params_P, delta_P, out=self._start_P)
+
+    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
+        super().begin(round, num_contributions)
+        self._spare.extend(contribution.delta_P for contribution in self._next)
+        self._next = []
+
+    def add(self, contribution: Contribution) -> None:
+        kept_P = self._spare.pop() if self._spare else torch.empty_like(contribution.delta_P)
+        self._next.append(replace(contribution, delta_P=kept_P.copy_(contribution.delta_P)))
+
+    def finish(
+        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+    ) -> tuple[torch.Tensor, Any]:
+        """Wait for the exchange of the round before and begin this one's. The parameters that have arrived come back,
+        in the other of two vectors: `params_P` is where the next ones will be."""
+        self._told_s = 0.0
+        arrived_P, state = self._other_P, self._arrived(state)
+        self._spare.extend(self._deltas.values())
+        self._deltas = {contribution.silo: contribution.delta_P for contribution in self._next}
+        self._begin(arrived_P, params_P, optimizer, state)
+        self._ended = self.round >= self.facts.rounds
+        if self._ended:
+            state = self._arrived(state)
+            arrived_P, params_P = params_P, arrived_P
+        self._other_P = params_P
+        lap("exchange")
+        return arrived_P, state
+
+    def figures(self) -> dict[str, float]:
+        """`overlapped`: what the exchanges that arrived in this round took; `exchange` of it was waited for."""
+        return {"overlapped": self._told_s}
+
+    # ------------------------------------------------------------ the thread
+
+    def _begin(self, old_P: torch.Tensor, new_P: torch.Tensor, optimizer: ServerOptimizer, state: Any) -> None:
+        """In a thread: new = old stepped by this round's deltas. Deltas and `old_P` are only read."""
+        plan, given, round = self._plan, self._next, self.round
+        self._next = []
+        beside = _stream(self.device)
+
+        def fold() -> None:
+            plan.begin(round, len(given))
+            for contribution in given:
+                plan.add(contribution)
+
+        def work() -> None:
+            start_s, before = time.perf_counter(), _counted(plan.comm)
+            try:
+                with beside:
+                    new_P.copy_(old_P)
+                    plan.comm.together(fold)
+                    _, self._state = plan.finish(new_P, optimizer, state)
+            except BaseException as error:
+                self._error = error
+            self._sent += _counted(plan.comm) - before
+            self._seconds += time.perf_counter() - start_s
+
+        self._thread = threading.Thread(target=work, name="exchange", daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        self.leave()
+        if self._error is not None:
+            raise self._error
+
+    def _arrived(self, state: Any) -> Any:
+        """The server's state once nothing is under way; what it took goes into this round's record."""
+        self._wait()
+        up, down, control = self._sent.astype(int).tolist()
+        self.comm.bytes_up += up
+        self.comm.bytes_down += down
+        self.comm.bytes_control += control
+        self._told_s += self._seconds
+        self._sent[:], self._seconds = 0, 0.0
+        return state if self._state is None else self._state
+
+    def leave(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        self._wait()
+        self._plan.comm.free()
+
+    # ------------------------------------------------------------ where things are kept
+
+    def settled(self, state: Any, lap: Lap = lambda phase: None) -> Any:
+        lap("checkpoint")
+        self._wait()
+        lap("exchange")
+        return state if self._state is None else self._state
+
+    def kept(self, params_P: torch.Tensor) -> Kept:
+        """Besides the plan's own the deltas that silos have made and parameters have not."""
+        found = {silo: dict(tensors) for silo, tensors in self._plan.kept(params_P).items()}
+        for silo, delta_P in self._deltas.items():
+            found.setdefault(silo, {})["pending"] = delta_P
+        return found
+
+    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
+        self._deltas = {silo: own.pop("pending").to(self.device) for silo, own in kept.items() if "pending" in own}
+        self._plan.take(round, params_P, {silo: own for silo, own in kept.items() if own})
+
+    def vectors(self, params_P: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Both parameters, which of them is which, and the bytes that the next record will count."""
+        sums = self.comm.share(np.array([self._ended and self.comm.rank == 0, *self._sent]))
+        return {"params": params_P, OTHER: self._other_P, ABOUT: torch.from_numpy(sums).to(torch.int64)}
+
+    def take_vectors(self, params_P: torch.Tensor, kept: Mapping[str, torch.Tensor], round: int) -> None:
+        super().take_vectors(params_P, kept, round)
+        self.load_params(self._other_P, kept[OTHER])
+        self.comm.bcast(kept[ABOUT])
+        ended, *sent = kept[ABOUT].tolist()
+        self._sent[:] = sent if self.comm.rank == 0 else 0
+        self._ended = round >= self.facts.rounds
+        if self._ended != bool(ended):  # it is given more rounds, or fewer
+            last_P = params_P.clone()
+            params_P.copy_(self._other_P)
+            self._other_P.copy_(last_P)
+
+    def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        return self._plan.home(params_P, state)
+
+    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
+        return self._plan.mine(vector_P)
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        return self._plan.whole(part)
+
+    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
+        self._plan.load(part, whole_P)
+
+    def server_tensors(self) -> dict[str, torch.Tensor]:
+        return self._plan.server_tensors()
+
+
+def _counted(comm: Solo) -> np.ndarray:
+    return np.array([comm.bytes_up, comm.bytes_down, comm.bytes_control], dtype=float)
+
+
+def _stream(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU a stream of the exchange's own, after what is queued by now; over when it is left."""
+    return contextlib.nullcontext() if device.type != "cuda" else _Stream(device)
+
+
+class _Stream:
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._inside: Any = torch.cuda.stream(self._stream)
+
+    def __enter__(self) -> None:
+        self._inside.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._stream.synchronize()
+        self._inside.__exit__(*error)
