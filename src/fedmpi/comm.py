@@ -477,6 +477,9 @@ def connect() -> Solo:
     """
     # Its one-sided component complains about itself wherever windows are made; it is for other networks.
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    # Over TCP it announces messages beyond 64 KiB and waits for an answer, which comes behind whatever the other side
+    # is sending on the same connection: half the link's rate when both send. A piece is sent at once.
+    os.environ.setdefault("OMPI_MCA_btl_tcp_eager_limit", str(1 << 20))
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

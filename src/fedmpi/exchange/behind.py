@@ -196,6 +196,7 @@ class Behind(Exchange):
             self._other_P.copy_(last_P)
 
     def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        self._other_P.copy_(params_P)
         return self._plan.home(params_P, state)
 
     def mine(self, vector_P: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from fedmpi.exchange.section import Channel
 LONGEST = 1 << 18  # elements: 1 MiB of float32
 _GRAIN = 4096  # elements: codecs' blocks and chunks divide it
 SHORTEST = 1 << 16  # elements: below that calls cost more than what they do, and `topk` has less to choose from
-_AT_LEAST = 64  # pieces, where they can be had: enough to keep several under way and to share among ranks
+_AT_LEAST = 32  # pieces, where they can be had: enough to keep several under way and to share among ranks
 _ALL = 0xFFFFFFFFFFFFFFFF
 
 
