@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import reference
 import torch
+from safetensors.torch import load_file
 
 import fedmpi
+from fedmpi import checkpoint, results
 from fedmpi.comm import Solo
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.choice import candidates
 from fedmpi.exchange.section import ExchangeSection
+from fedmpi.flat import sha256
+from fedmpi.plan import plan
 
 
 def test_plan_window_is_refused_with_the_reason():
@@ -28,6 +32,29 @@ def test_auto_never_takes_window(tmp_path):
     with fedmpi.Run(config, comm_=Solo()) as run:
         assert sorted(run.plan_seconds) == ["replicated", "root", "sharded"]
         assert len(list(run)) == 1
+
+
+def test_a_checkpoint_is_of_the_parameters_that_its_record_speaks_of(tmp_path):
+    """And as large as plan says."""
+    config = build(
+        Config,
+        {
+            "rounds": 4, "out": str(tmp_path), "data": {"name": "digits", "silos": 3}, "device": {"name": "cpu"},
+            "model": {"name": "mlp", "hidden": [512]},
+            "exchange": {"overlap": True}, "server": {"optimizer": "fedavgm"}, "checkpoint": {"every": 1, "keep": 9},
+        },
+    )  # fmt: skip
+    with fedmpi.Run(config, comm_=Solo()) as run:
+        records, shas = zip(*((record, sha256(run.params_P)) for record in run), strict=True)
+    for record, sha in zip(records, shas, strict=True):
+        found = results.evaluate(tmp_path, record["round"])
+        assert (found["loss"], found["accuracy"]) == (record["loss"], record["accuracy"])
+        assert sha256(checkpoint.read_server(tmp_path, record["round"])["params"]) == sha
+        on_disk = sum(f.stat().st_size for f in checkpoint.folder_of(tmp_path, record["round"]).glob("*.h5"))
+        assert on_disk == pytest.approx(plan(config, {}, 1)["checkpoint_bytes"], rel=0.02)
+    assert results.inspect(tmp_path)["params_sha256"] == shas[-1] == sha256(run.params_P)
+    model = load_file(tmp_path / "model.safetensors")
+    assert sha256(torch.cat([model[name].reshape(-1) for name in run.model.state_dict()])) == shas[-1]
 
 
 # ---------------------------------------------------------------- convergence

@@ -48,7 +48,7 @@ class State:
     """What a round changes."""
 
     round: int  # rounds done
-    params_P: torch.Tensor  # the global shared parameters, on the rank's device
+    params_P: torch.Tensor  # the global shared parameters, on the rank's device; with overlap, the newest to arrive
     optimizer: Any  # the server optimizer's state
     selector: dict[str, np.ndarray]
     record: Record | None = None  # of the last round

@@ -112,7 +112,7 @@ class Exchange:
         """Rank 0's, from the checkpoint of that round, become everybody's. A call of all ranks."""
         self.load_params(params_P, kept["params"])
 
-    # ------------------------------------------------------------ what is otherwise behind training (behind.py)
+    # ------------------------------------------------------------ for one that runs behind training (behind.py)
 
     def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
         """Where the silo's training begins; valid until the next silo's."""
