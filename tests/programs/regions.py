@@ -104,7 +104,7 @@ def started_silos(comm, config):
 
 @case
 def left_between_two_exchanges_and_gone_on_with(comm, folder):
-    more = {"every": 3, "up": FEDBACK, "down": FEDBACK}
+    more = {"every": 2, "up": FEDBACK, "down": FEDBACK}
     whole, _ = trained(comm, in_regions(comm, folder, f"whole-{comm.size}", **more))
     for until in (1, 3):
         name = f"left-{until}-{comm.size}"
