@@ -86,5 +86,5 @@ step() { # seconds, command: the first code that is not 0 is the job's
 step 60 ruff check
 step 60 ruff format --check
 step 300 mypy
-step 1500 pytest -q "$@"
+step 2400 pytest -q "$@"
 exit $status
