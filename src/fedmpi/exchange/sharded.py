@@ -323,9 +323,6 @@ class Sharded(Exchange):
         elif self._host_P is not None and out.vector_P.device.type != "cpu":
             self._host_P[part].copy_(out.vector_P[part])
 
-    def _row_spans(self, row: int, stride: int, sizes: Any) -> list[tuple[int, int]]:
-        return [(rank * stride, int(size)) for rank, size in enumerate(sizes)]
-
     def _send_row(self, row: int, waves: int, sent: np.ndarray) -> list[Pending]:
         """Everybody's pieces of a row on their way to the owners."""
         grid, me, ranks = self.grid, self.comm.rank, self.comm.size
@@ -453,7 +450,7 @@ class Sharded(Exchange):
         else:
             stride, vector = grid.length, self._new_P if self.on_device else params_P
             sizes = [grid.size(first + r) for r in range(ranks)]
-        return self.comm.allgather(vector[first * stride :], self._row_spans(row, stride, sizes))
+        return self.comm.allgather(vector[first * stride :], [(rank * stride, size) for rank, size in enumerate(sizes)])
 
     def _land(self, row: int, request: Pending, params_P: torch.Tensor) -> None:
         """A row has come back: decode it where parameters are read."""
