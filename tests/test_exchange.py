@@ -15,7 +15,7 @@ from fedmpi.exchange.base import LARGEST_NORM, UNIT, Facts
 from fedmpi.exchange.choice import make
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.exchange.traffic import traffic
-from fedmpi.server import OPTIMIZERS
+from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Contribution
 
 
@@ -126,7 +126,7 @@ def run(how, start_P, rounds, weights, owners, num_ranks, server="fedavg"):
             for k, delta_P in cohort.items():
                 if owners[k] == comm.rank:
                     exchange.add(Contribution(str(k), number, float(weights[k]), delta_P.clone(), 0.0, 1, 1))
-            params_P, state = exchange.finish(params_P, optimizer, state)
+            params_P, state = exchange.finish(params_P, Server(optimizer), state)
         return params_P, (comm.bytes_up, comm.bytes_down), state
 
     return on_ranks(num_ranks, work)
@@ -225,7 +225,7 @@ def test_weights_are_what_contributions_carry_not_the_samples_they_visited():
     exchange.begin()
     exchange.add(Contribution("a", 1, 300.0, torch.tensor([1.0, 0.0]), 0.0, num_samples=1, num_steps=1))
     exchange.add(Contribution("b", 1, 100.0, torch.tensor([0.0, 1.0]), 0.0, num_samples=999, num_steps=99))
-    assert exchange.finish(params_P, optimizer, optimizer.init(params_P))[0].tolist() == [0.75, 0.25]
+    assert exchange.finish(params_P, Server(optimizer), optimizer.init(params_P))[0].tolist() == [0.75, 0.25]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
@@ -269,7 +269,7 @@ def test_verify_names_the_rank_that_holds_other_parameters():
         exchange = make(section(verify=True), comm, params_P, Facts(1.0))
         exchange.begin()
         exchange.add(Contribution("a", 1, 1.0, torch.ones(3), 0.0, 1, 1))
-        exchange.finish(params_P, optimizer, optimizer.init(params_P))
+        exchange.finish(params_P, Server(optimizer), optimizer.init(params_P))
 
     with pytest.raises(ExchangeError, match=r"verify: the parameters differs: rank 0 against rank 2$"):
         on_ranks(3, work)

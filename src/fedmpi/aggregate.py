@@ -8,20 +8,47 @@ silos sent of it, and nobody holds K whole vectors. They give every silo one vot
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
+import numpy as np
 import pydantic
 import torch
 
-from fedmpi.components import Family, component
+from fedmpi.components import Family, PositiveFloat, component
+from fedmpi.errors import ConfigError
+from fedmpi.types import Contribution
+
+
+class Heard(NamedTuple):
+    """What is known of the silos that were heard in a round, on every rank, in the federation's order: arrays [S]."""
+
+    weights: np.ndarray  # what each stands for: its share of the federation times the selector's factor
+    sent: np.ndarray  # the weights that the deltas were added with, `Aggregator.weight`
+    normalizers: np.ndarray  # Contribution.normalizer
+    start_losses: np.ndarray
+    norms: np.ndarray  # of the deltas
+    total: float  # what the weights are to be divided by: their own sum, or that of all silos where factors are given
 
 
 class Aggregator(Protocol):
-    """How deltas become one. One that reads each has a method `combine(rows_KS, weights_K) -> row_S` besides, over
-    any slice S of the coordinates."""
+    """How deltas become one.
 
-    def weight(self, num_samples: int) -> float:
-        """What a silo's delta counts, given its number of training samples (however many it visited)."""
+    What is added up is weight(contribution) * delta; what the server's optimizer gets is the mean under these weights,
+    times `scale` of all that were heard. An aggregator that reads each delta has a method
+    `combine(rows_KS, weights_K) -> row_S` besides, over any slice S of the coordinates; one with `start_loss` set finds
+    the loss of the global parameters on the silo's training samples in the contribution.
+    """
+
+    def base(self, silo: str, num_samples: int) -> float:
+        """What a silo stands for in the federation, given its number of training samples."""
+        ...
+
+    def weight(self, contribution: Contribution) -> float:
+        """What the silo's delta is added with; `contribution.weight` is its base times the selector's factor."""
+        ...
+
+    def scale(self, heard: Heard) -> float:
+        """What the mean is multiplied with."""
         ...
 
 
@@ -30,16 +57,55 @@ class Mean:
     """The weighted mean: sum_k (n_k/n) delta_k over the cohort (McMahan et al. 2017, Algorithm 1).
 
     Algorithm 1 as first printed divides by the samples of all silos; like its later version and everybody's code this
-    divides by the cohort's.
+    divides by the cohort's. Where a selector gives factors (1/probability), it divides by those of all silos.
 
-    >>> Mean(weights="samples").weight(200), Mean(weights="uniform").weight(200)
-    (200.0, 1.0)
+    >>> Mean().base("a", 200), Mean(weights="uniform").base("a", 200), Mean(weights={"a": 3.0}).base("a", 200)
+    (200.0, 1.0, 3.0)
     """
 
-    weights: Literal["samples", "uniform"] = "samples"  # n_k, or every silo the same
+    # n_k; every silo the same; the steps that it took in the round; or your own, by silo id
+    weights: Literal["samples", "uniform", "steps"] | dict[str, PositiveFloat] = "samples"
 
-    def weight(self, num_samples: int) -> float:
+    def base(self, silo: str, num_samples: int) -> float:
+        """n_k, 1, or the user's number. ConfigError for a silo that the user has left out."""
+        if isinstance(self.weights, dict):
+            if silo not in self.weights:
+                raise ConfigError(f"aggregate.weights: silo '{silo}' has none")
+            return self.weights[silo]
         return float(num_samples) if self.weights == "samples" else 1.0
+
+    def weight(self, contribution: Contribution) -> float:
+        """The base, or the steps taken."""
+        return contribution.weight * (contribution.num_steps if self.weights == "steps" else 1)
+
+    def scale(self, heard: Heard) -> float:
+        """1 where the weights of those that were heard add up to the whole."""
+        return 1.0 if self.weights == "steps" else float(heard.weights.sum()) / heard.total
+
+
+@component
+class FedNova:
+    """Normalised averaging (Wang et al. 2020, Tackling the Objective Inconsistency Problem, Algorithm 1 and eq. 8-9):
+    w + tau_eff sum_k p_k delta_k / |a_k|_1, tau_eff = sum_k p_k |a_k|_1, p_k the silo's share of the cohort's weight.
+
+    |a_k|_1 is what the local rule says its delta holds of gradients: the steps taken, or what momentum and a proximal
+    term make of them. A silo that takes more steps counts for no more; with equal steps it is the mean.
+    """
+
+    weights: Literal["samples", "uniform"] = "samples"  # p_k by n_k, or every silo the same
+
+    def base(self, silo: str, num_samples: int) -> float:
+        """n_k, or 1."""
+        return float(num_samples) if self.weights == "samples" else 1.0
+
+    def weight(self, contribution: Contribution) -> float:
+        """p_k / |a_k|_1."""
+        return contribution.weight / (contribution.normalizer or contribution.num_steps)
+
+    def scale(self, heard: Heard) -> float:
+        """tau_eff, and what turns the mean under the sent weights into their sum."""
+        tau_eff = float((heard.weights * heard.normalizers).sum()) / heard.total
+        return tau_eff * float(heard.sent.sum()) / heard.total
 
 
 @component
@@ -52,8 +118,16 @@ class Median:
     tensor([2.])
     """
 
-    def weight(self, num_samples: int) -> float:
+    def base(self, silo: str, num_samples: int) -> float:
         """One vote."""
+        return 1.0
+
+    def weight(self, contribution: Contribution) -> float:
+        """One vote."""
+        return 1.0
+
+    def scale(self, heard: Heard) -> float:
+        """As it is."""
         return 1.0
 
     def combine(self, rows_KS: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
@@ -75,8 +149,16 @@ class TrimmedMean:
 
     fraction: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.1  # beta: of the silos, left out at each end
 
-    def weight(self, num_samples: int) -> float:
+    def base(self, silo: str, num_samples: int) -> float:
         """One vote."""
+        return 1.0
+
+    def weight(self, contribution: Contribution) -> float:
+        """One vote."""
+        return 1.0
+
+    def scale(self, heard: Heard) -> float:
+        """As it is."""
         return 1.0
 
     def combine(self, rows_KS: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
@@ -85,4 +167,4 @@ class TrimmedMean:
         return rows_KS.sort(dim=0).values[out : len(rows_KS) - out].mean(dim=0)
 
 
-AGGREGATORS = Family("aggregator", {"mean": Mean, "median": Median, "trimmed_mean": TrimmedMean})
+AGGREGATORS = Family("aggregator", {"mean": Mean, "fednova": FedNova, "median": Median, "trimmed_mean": TrimmedMean})

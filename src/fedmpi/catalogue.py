@@ -12,7 +12,8 @@ from fedmpi.components import Family, hints, nearest, to_dict
 from fedmpi.config import Config
 from fedmpi.data import DATASETS, PARTITIONS
 from fedmpi.errors import ConfigError
-from fedmpi.local import RULES, SAMPLERS, TORCH_OPTIMIZERS
+from fedmpi.local import RULES
+from fedmpi.local.base import SAMPLERS, TORCH_OPTIMIZERS
 from fedmpi.models import MODELS
 from fedmpi.schedules import SCHEDULES
 from fedmpi.selection import SELECTORS

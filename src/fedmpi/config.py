@@ -100,6 +100,14 @@ class Config:
         if each and (self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto")):
             name = AGGREGATORS.name_of(self.aggregate)
             raise ValueError(f"aggregate: {name} reads each delta; it needs exchange.scope: silo and plan sharded")
+        if auxiliaries := getattr(self.local, "auxiliaries", ()):
+            rule, names = RULES.name_of(self.local), ", ".join(a.name for a in auxiliaries)
+            if each:
+                raise ValueError(f"aggregate: {rule} sends {names} besides the delta, to be summed and not chosen")
+            if self.exchange.overlap:
+                raise ValueError(f"exchange.overlap: the {names} of {rule} must not arrive a round late")
+            if self.exchange.regions is not None and self.exchange.regions.every > 1:
+                raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
         regions = self.exchange.regions
         if regions is not None and self.rounds % regions.every:
             raise ValueError(

@@ -21,7 +21,7 @@ def evaluate_silo(
     between: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
     """Loss, metric and number of test samples of one silo, with the model's shared parameters and its own rest."""
-    model.load_personal(silo.kept or model.first_personal)
+    model.load_personal(silo.kept)
     x, y = silo.data.x_test, silo.data.y_test
     loss, metric, tests = objective.evaluate(model.module, x, y, batch_size, model.device, between)
     return {"loss": loss, "metric": metric, "tests": tests} if tests else {"tests": 0}

@@ -13,7 +13,7 @@ resolves.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -113,13 +113,15 @@ class FlatModel:
         shared: str | Sequence[str] = "all",
         device: torch.device | str = "cpu",
         allocate: Allocate | None = None,
+        num_auxiliaries: int = 0,
     ) -> None:
         self.module = module.to(device)
         self.device = torch.device(device)
         self.entries = entries(module, shared)
         self.dtype = master_dtype(self.entries)
         self.num_shared = num_shared(self.entries)
-        self._scratch_P: torch.Tensor | None = None
+        self._behind = num_auxiliaries * self.num_shared  # elements behind the delta, where auxiliary vectors lie
+        self._travels: torch.Tensor | None = None  # the delta and they, [P + A P]
         if allocate is None or self.device.type != "cpu":
             allocate = lambda n, dtype: torch.zeros(n, dtype=dtype, device=self.device)  # noqa: E731
         tensors = module.state_dict(keep_vars=True)
@@ -131,7 +133,11 @@ class FlatModel:
             ]
             sizes = [sum(e.num_elements for e in some) for some in kinds]
             # What is personal lies in memory of this process alone, wherever the shared slice may lie.
-            vectors = [allocate(sizes[0], dtype), torch.zeros(sizes[1], dtype=dtype, device=self.device)]
+            all_here = sizes[0] > 0 and one_vector(self.entries)
+            whole = allocate(sizes[0] + all_here * self._behind, dtype)
+            if all_here:
+                self._travels = whole
+            vectors = [whole[: sizes[0]], torch.zeros(sizes[1], dtype=dtype, device=self.device)]
             for vector, some in zip(vectors, kinds, strict=True):
                 start = 0
                 for entry in some:
@@ -157,17 +163,39 @@ class FlatModel:
                 start += len(part)
 
     def take_delta(self, params_P: torch.Tensor) -> torch.Tensor:
-        """Local minus global, [P], in memory that the next `load` or `take_delta` reuses: the model is spent."""
+        """Local minus global, [P], and behind it what is to be written into `auxiliary`; in memory that the next
+        `load` or `take_delta` reuses: the model is spent."""
         with torch.no_grad():
-            if len(self._shared) == 1 and self._shared[0].dtype == self.dtype:
-                return self._shared[0].sub_(params_P)
-            if self._scratch_P is None:
-                self._scratch_P = torch.zeros(self.num_shared, dtype=self.dtype, device=self.device)
+            if self._travels is not None and len(self._shared) == 1:
+                self._shared[0].sub_(params_P)
+                return self._travels
+            if self._travels is None:
+                size = self.num_shared + self._behind
+                self._travels = torch.zeros(size, dtype=self.dtype, device=self.device)
             start = 0
             for part in self._shared:
-                self._scratch_P[start : start + len(part)].copy_(part)
+                self._travels[start : start + len(part)].copy_(part)
                 start += len(part)
-            return self._scratch_P.sub_(params_P)
+            self._travels[: self.num_shared].sub_(params_P)
+            return self._travels
+
+    def auxiliary(self, number: int) -> torch.Tensor:
+        """Where an auxiliary vector travels, [P]; valid after `take_delta`."""
+        assert self._travels is not None
+        return self._travels[(number + 1) * self.num_shared :][: self.num_shared]
+
+    def pairs(self, vector_P: torch.Tensor) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Each shared parameter that is trained, and its part of a vector, in its shape."""
+        tensors = self.module.state_dict(keep_vars=True)
+        found, start = [], 0
+        for dtype in dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal")):
+            for entry in self.entries:
+                if entry.kind == "shared" and entry.dtype == dtype:
+                    if entry.trainable:
+                        part = vector_P[start : start + entry.num_elements].view(entry.shape)
+                        found.append((tensors[entry.name], part))
+                    start += entry.num_elements
+        return found
 
     def personal(self) -> dict[str, torch.Tensor]:
         """A copy of what a silo keeps to itself; empty for most models. Halves as float32, which holds them exactly."""
@@ -180,15 +208,17 @@ class FlatModel:
             kept["integers"] = torch.cat([t.detach().reshape(-1).to(torch.int64) for t in self._integers])
         return kept
 
-    def load_personal(self, kept: dict[str, torch.Tensor]) -> None:
-        """Put back what `personal` gave."""
+    def load_personal(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `personal` gave; without it, what the model started with."""
         with torch.no_grad():
             for i, part in enumerate(self._personal):
                 if len(part):
-                    part.copy_(kept[f"personal_{i}"])
+                    name = f"personal_{i}"
+                    part.copy_(kept[name] if name in kept else self.first_personal[name])
             start = 0
             for tensor in self._integers:
-                tensor.copy_(kept["integers"][start : start + tensor.numel()].view(tensor.shape))
+                whole = kept["integers"] if "integers" in kept else self.first_personal["integers"]
+                tensor.copy_(whole[start : start + tensor.numel()].view(tensor.shape))
                 start += tensor.numel()
 
 

@@ -33,7 +33,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     with torch.device("meta"):
         module = make(config.model, source)
     found = entries(module, config.exchange.parameters)
-    shared = num_shared(found)
+    num_params = num_shared(found)
+    shared = num_params * (1 + len(getattr(config.local, "auxiliaries", ())))  # all that travels
     total = sum(e.num_elements for e in found)
     kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
     word = master_dtype(found).itemsize
@@ -88,7 +89,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "pinned": {silo.id: silo.host for silo in source.silos if silo.host is not None},
         "central": source.central,
         "parameters": total,
-        "shared_parameters": shared,
+        "shared_parameters": num_params,
         "bytes_up": on_wire.up if flat else None,
         "bytes_down": on_wire.down if flat else None,
         "bytes_control": (2 * 8 * small * num_ranks + on_wire.control if num_ranks > 1 else 0) if flat else None,

@@ -44,7 +44,7 @@ def inspect(root: Path) -> dict[str, Any]:
     """
     config, about = stored(root)
     round = newest(root)
-    params_P = checkpoint.read_server(root, round)["params"]
+    params_P = checkpoint.read_server(root, round)["params"][: about["params"]]
     best = best_record((r for r in read_metrics(root) if r["round"] <= round), about["metric"], about["maximize"])
     return {
         "rounds": round,

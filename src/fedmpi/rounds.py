@@ -19,12 +19,14 @@ import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
 
 from fedmpi import rng
+from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, SiloError, Stopped
 from fedmpi.evaluate import evaluate_silo, pooled, worst_silo
@@ -33,12 +35,13 @@ from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.objectives import Resolved
 from fedmpi.records import PHASES, Board, Record, Timer, peak_rss_bytes
-from fedmpi.selection import Selector
-from fedmpi.server import ServerOptimizer
+from fedmpi.selection import Selection, Selector
+from fedmpi.server import Server, ServerOptimizer
 from fedmpi.stopping import FAILED, STOP, BrokenOff, Watch
+from fedmpi.types import Auxiliary, Contribution
 
 READY_RANK = ("status", "fingerprint")
-READY_SILO = ("taken", "rejected", "loss", "samples", "steps", "norm")
+READY_SILO = ("taken", "rejected", "loss", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss")
 DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
 DONE_SILO = ("loss", "metric", "tests")
 
@@ -48,7 +51,10 @@ class State:
     """What a round changes."""
 
     round: int  # rounds done
-    params_P: torch.Tensor  # the global shared parameters, on the rank's device; with overlap, the newest to arrive
+    params_Q: (
+        torch.Tensor
+    )  # the global shared parameters [P], on the rank's device; with overlap, the newest to arrive;
+    # and behind them the local rule's auxiliary vectors, each [P]
     optimizer: Any  # the server optimizer's state
     selector: dict[str, np.ndarray]
     record: Record | None = None  # of the last round
@@ -69,6 +75,7 @@ class Federation:
     objective: Resolved
     rule: LocalRule
     selector: Selector
+    aggregator: Aggregator
     optimizer: ServerOptimizer
     exchange: Exchange
     seed: int
@@ -79,6 +86,7 @@ class Federation:
 
     def __post_init__(self) -> None:
         self.index = {silo: i for i, silo in enumerate(self.ids)}
+        self.auxiliaries: Sequence[Auxiliary] = getattr(self.rule, "auxiliaries", ())
         self.ready = Board(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
         self.done = Board(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), DONE_SILO)
 
@@ -93,18 +101,19 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     sent = comm.counted()
     timer.lap("checkpoint")  # all that lies between rounds
     draw = rng.generator(fed.seed, purpose="select", round=number)
-    cohort, selector = fed.selector.select(fed.ids, state.selector, state.record, draw)
+    cohort, selector, factors = Selection(*fed.selector.select(fed.ids, state.selector, state.record, draw))
     timer.lap("select")
 
-    trained, error = _train(state, fed, number, cohort)
+    trained, error = _train(state, fed, number, cohort, factors)
     timer.lap("train")
     fed.ready.share(lambda values: comm.share(values, fed.watch.look))
     timer.lap("wait")
     _agree_ready(fed, number, cohort, error)
 
-    params_P, optimizer = fed.exchange.finish(state.params_P, fed.optimizer, state.optimizer, timer.lap)
+    server = _server(fed, unbiased=factors is not None)
+    params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
     fed.silos.update(trained)
-    error = _evaluate(fed, number, params_P, written)
+    error = _evaluate(fed, number, params_Q[: fed.model.num_shared], written)
     timer.lap("evaluate")
     up, down, control = comm.counted()
     now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # with the one that follows
@@ -122,36 +131,42 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     _raise_failure(fed, fed.done.rank("status"), error)
     record = _record(fed, number, cohort)
     safe = int(fed.done.rank("written").min())
-    return State(number, params_P, optimizer, selector, record, safe), record
+    return State(number, params_Q, optimizer, selector, record, safe), record
 
 
-def _train(state: State, fed: Federation, number: int, cohort: Sequence[str]) -> tuple[dict[str, LocalSilo], str]:
+def _train(
+    state: State, fed: Federation, number: int, cohort: Sequence[str], factors: Sequence[float] | None
+) -> tuple[dict[str, LocalSilo], str]:
     """Train my silos of the cohort and fold what they contribute; what happened is in `ready`."""
     fed.ready.clear()
-    mine = [silo for silo in cohort if silo in fed.silos]
+    mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
     fed.exchange.begin(number, len(mine))
-    round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check)
     trained: dict[str, LocalSilo] = {}
     status, error, name = 0, "", ""
     try:
         fed.watch.check()
-        for name in mine:
+        for name, factor in mine:
             silo = replace(fed.silos[name])  # the round may yet be broken off: the silo's own state waits for agree
-            contribution = fed.rule.train(silo, fed.model, fed.exchange.start(name, state.params_P), round)
-            norm = float(torch.linalg.vector_norm(contribution.delta_P))
-            usable = norm < LARGEST_NORM  # not so for nan
-            if usable:
-                fed.exchange.add(contribution)
-                trained[name] = silo
+            silo.kept = dict(silo.kept)
+            contribution = _contribution(state, fed, number, silo, factor)
             fed.ready.set_silo(
                 fed.index[name],
-                taken=usable,
-                rejected=not usable,
-                loss=contribution.loss if usable else 0.0,
                 samples=contribution.num_samples,
                 steps=contribution.num_steps,
-                norm=norm if usable else 0.0,
+                normalizer=contribution.normalizer or contribution.num_steps,
+                start_loss=contribution.start_loss,
+                weight=silo.weight * factor,
             )
+            norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
+            besides = float(torch.linalg.vector_norm(contribution.delta_P[fed.model.num_shared :]))
+            if max(norm, besides) < LARGEST_NORM and not math.isnan(besides):  # not so for nan
+                fed.exchange.add(contribution)
+                trained[name] = silo
+                fed.ready.set_silo(
+                    fed.index[name], taken=True, loss=contribution.loss, norm=norm, sent=contribution.weight
+                )
+            else:
+                fed.ready.set_silo(fed.index[name], rejected=True)
     except BrokenOff as broken:
         status = broken.status
     except (Exception, SystemExit):
@@ -161,6 +176,44 @@ def _train(state: State, fed: Federation, number: int, cohort: Sequence[str]) ->
     fingerprint = fed.exchange.fingerprint(cohort)
     fed.ready.set_rank(fed.comm.rank, status=status, fingerprint=fingerprint)
     return trained, error
+
+
+def _contribution(state: State, fed: Federation, number: int, silo: LocalSilo, factor: float) -> Contribution:
+    """What a silo sends: the rule's delta with the aggregator's weight, auxiliary vectors in units of the deltas'."""
+    num = fed.model.num_shared
+    start_Q = fed.exchange.start(silo.id, state.params_Q)
+    params_P, *rest = start_Q.view(-1, num)
+    auxiliary = {auxiliary.name: part for auxiliary, part in zip(fed.auxiliaries, rest, strict=True)}
+    start_loss = 0.0
+    if getattr(fed.aggregator, "start_loss", False):
+        fed.model.load(params_P)
+        fed.model.load_personal(silo.kept)
+        data, device = silo.data, fed.model.device
+        start_loss = fed.objective.evaluate(
+            fed.model.module, data.x_train, data.y_train, fed.evaluate_batch, device, fed.watch.check
+        )[0]
+    round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check, auxiliary)
+    contribution = fed.rule.train(silo, fed.model, params_P, round)
+    contribution.start_loss = start_loss
+    contribution.weight = silo.weight * factor
+    contribution.weight = fed.aggregator.weight(contribution)
+    for i, auxiliary_ in enumerate(fed.auxiliaries):
+        if auxiliary_.normaliser == "population":
+            share = contribution.weight / fed.exchange.facts.total_weight
+            fed.model.auxiliary(i).mul_(1 / (share * len(fed.ids)))
+    return contribution
+
+
+def _server(fed: Federation, unbiased: bool) -> Server:
+    """The server's step of this round, from what all ranks know of those that were heard."""
+    heard = fed.ready.silo("taken") > 0
+    weights, sent, normalizers, losses, norms = (
+        fed.ready.silo(name)[heard] for name in ("weight", "sent", "normalizer", "start_loss", "norm")
+    )
+    all_weight = fed.exchange.facts.total_weight
+    total = all_weight if unbiased else float(weights.sum())
+    scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
+    return Server(fed.optimizer, fed.model.num_shared, fed.auxiliaries, scale, float(sent.sum()) / all_weight)
 
 
 def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str) -> None:

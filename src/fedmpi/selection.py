@@ -7,7 +7,7 @@ Its state is a dict of arrays that goes in and comes out, and into the checkpoin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,16 +16,29 @@ from fedmpi.components import Family, PositiveFraction, component
 State = dict[str, np.ndarray]
 
 
+class Selection(NamedTuple):
+    """A round's cohort in the federation's order, and the selector's new state.
+
+    `factors` are given where the aggregate is to be an unbiased estimate of that over all silos: what each of the
+    cohort counts besides its weight, 1/probability. The sum is then divided by the weight of all silos and not by that
+    of the cohort.
+    """
+
+    cohort: list[str]
+    state: State
+    factors: list[float] | None = None
+
+
 class Selector(Protocol):
     """Which silos take part."""
 
-    def init(self, num_silos: int) -> State:
-        """The state before the first round."""
+    def init(self, num_train: Sequence[int]) -> State:
+        """The state before the first round, given every silo's number of training samples."""
         ...
 
     def select(
         self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
-    ) -> tuple[list[str], State]:
+    ) -> Selection | tuple[list[str], State]:
         """The cohort, in the federation's order, and the new state. `record` is the last round's."""
         ...
 
@@ -34,13 +47,13 @@ class Selector(Protocol):
 class All:
     """Every silo, every round."""
 
-    def init(self, num_silos: int) -> State:
+    def init(self, num_train: Sequence[int]) -> State:
         return {}
 
     def select(
         self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
-    ) -> tuple[list[str], State]:
-        return list(ids), state
+    ) -> Selection:
+        return Selection(list(ids), state)
 
 
 @component
@@ -55,15 +68,15 @@ class Uniform:
 
     fraction: PositiveFraction = 1.0  # C, of the federation's silos
 
-    def init(self, num_silos: int) -> State:
+    def init(self, num_train: Sequence[int]) -> State:
         return {}
 
     def select(
         self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
-    ) -> tuple[list[str], State]:
+    ) -> Selection:
         size = max(1, round(self.fraction * len(ids)))
         chosen = np.sort(rng.choice(len(ids), size=size, replace=False))
-        return [ids[i] for i in chosen], state
+        return Selection([ids[i] for i in chosen], state)
 
 
 SELECTORS = Family("selector", {"all": All, "uniform": Uniform})

@@ -13,13 +13,15 @@ that take the same step hold the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from fedmpi.components import Decay, Family, NonNegativeFloat, PositiveFloat, component
+from fedmpi.types import Auxiliary
 
 Tensor = torch.Tensor
 
@@ -54,6 +56,34 @@ class ServerOptimizer(Protocol):
     def step(self, params_P: Tensor, mean_P: Tensor, state: Any) -> tuple[Tensor, Any]:
         """New parameters and new state, in the memory of `mean_P` and of `state`."""
         ...
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server's step of one round, over any slice of the exchanged vector: the parameters, which the optimizer
+    moves, and behind them auxiliary vectors, which follow their own rule (types.Auxiliary)."""
+
+    optimizer: ServerOptimizer
+    num_params: int | None = None  # P; None: the whole vector
+    auxiliaries: Sequence[Auxiliary] = ()
+    scale: float = 1.0  # of the mean delta, before the optimizer sees it
+    share: float = 1.0  # of all weight, that the mean is taken over
+
+    def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
+        """New values of S elements from `start` on and new state, in the memory of `mean_S` and of `state`."""
+        stop, border = start + len(mean_S), start + len(mean_S) if self.num_params is None else self.num_params
+        if start < border:
+            part = slice(0, min(stop, border) - start)
+            mean = mean_S[part] if self.scale == 1.0 else mean_S[part].mul_(self.scale)
+            new, _ = self.optimizer.step(params_S[part], mean, type(state)(*(t[part] for t in state)))
+            if new.data_ptr() != mean.data_ptr():
+                mean.copy_(new)
+        for number, auxiliary in enumerate(self.auxiliaries, start=1):
+            part = slice(max(0, number * border - start), max(0, min(stop, (number + 1) * border) - start))
+            gain = auxiliary.gain * (self.share if auxiliary.normaliser == "population" else 1.0)
+            if part.start < part.stop:
+                mean_S[part].mul_(gain).add_(params_S[part], alpha=auxiliary.decay)
+        return mean_S, state
 
 
 @component

@@ -169,19 +169,21 @@ class Run:
         self.comm.same("the model's first parameters", _digest(module.state_dict()), ConfigError)
         found = self.comm.together(lambda: entries(module, config.exchange.parameters))
         self.unshared = _unshared(module, found)
-        weights = [config.aggregate.weight(n) for n in num_train]
         ids = [s.id for s in source.silos]
+        weights = [config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)]
         combine = getattr(config.aggregate, "combine", None)
         about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds)
-        zeros_P = torch.zeros(num_shared(found), dtype=master_dtype(found), device=self.device)
-        section = self._choose_plan(zeros_P, about)
-        exchange = self.comm.together(lambda: choice.make(section, self.comm, zeros_P, about))
+        auxiliaries = len(getattr(config.local, "auxiliaries", ()))
+        zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=self.device)
+        section = self._choose_plan(zeros_Q, about)
+        exchange = self.comm.together(lambda: choice.make(section, self.comm, zeros_Q, about))
         self._exchange = exchange
         allocate: Allocate = self.comm.allocate
         if self.device.type == "cpu" and one_vector(found):
             own = exchange.delta()
             allocate = lambda n, dtype: own[:n]  # noqa: E731
-        model = self.comm.together(lambda: FlatModel(module, config.exchange.parameters, self.device, allocate))
+        shared = config.exchange.parameters
+        model = self.comm.together(lambda: FlatModel(module, shared, self.device, allocate, auxiliaries))
         self.model = model.module
         self.comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
         silos = {}
@@ -190,7 +192,8 @@ class Run:
                 x, y, x_test, y_test = device.keep_on(self.device, list(opened.pop(silo.id)))
                 data = SiloData(x, y, x_test, y_test)
                 silos[silo.id] = LocalSilo(silo.id, data, weight)
-        params_P = model.params()
+        params_Q = zeros_Q
+        params_Q[: model.num_shared] = model.params()
         watch = stopping.Watch(self.comm, self.out)
         self._federation = Federation(
             ids=ids,
@@ -203,6 +206,7 @@ class Run:
             objective=objective,
             rule=config.local,
             selector=config.select,
+            aggregator=config.aggregate,
             optimizer=config.server.optimizer,
             exchange=exchange,
             seed=config.seed,
@@ -210,10 +214,10 @@ class Run:
             evaluate_every=config.evaluate.every,
             evaluate_batch=config.evaluate.batch_size,
         )
-        params_P, optimizer = exchange.home(params_P, config.server.optimizer.init(exchange.mine(params_P)))
-        self.state = State(0, params_P, optimizer, config.select.init(len(source.silos)))
+        params_Q, optimizer = exchange.home(params_Q, config.server.optimizer.init(exchange.mine(params_Q)))
+        self.state = State(0, params_Q, optimizer, config.select.init(num_train))
 
-    def _choose_plan(self, zeros_P: torch.Tensor, facts: Facts) -> ExchangeSection:
+    def _choose_plan(self, zeros_Q: torch.Tensor, facts: Facts) -> ExchangeSection:
         """The exchange with its plan named. `auto` measures, once in a run's life: a resumed run keeps what it had."""
         section = self.config.exchange
         self.plan_seconds: dict[str, float] = {}
@@ -225,7 +229,7 @@ class Run:
             if before in able:
                 return replace(section, plan=before)  # type: ignore[arg-type]
             if len(able) > 1:
-                self.plan_seconds.update(choice.measure(section, self.comm, zeros_P, facts))
+                self.plan_seconds.update(choice.measure(section, self.comm, zeros_Q, facts))
             return replace(section, plan=min(able, key=lambda plan: self.plan_seconds.get(plan, 0.0)))
         if section.plan not in able:
             why = "works in host memory" if self.device.type != "cpu" else "needs all ranks on one node"
@@ -267,21 +271,21 @@ class Run:
         kept_P = {f"optimizer/{n}": t for n, t in zip(state.optimizer._fields, state.optimizer, strict=True)}
         kept_P |= exchange.server_tensors()
         whole = {n: (t.dtype, exchange.num_params) for n, t in kept_P.items()}
-        whole |= {n: (t.dtype, len(t)) for n, t in exchange.vectors(state.params_P).items()}
+        whole |= {n: (t.dtype, len(t)) for n, t in exchange.vectors(state.params_Q).items()}
         selector = {f"selector/{n}": torch.from_numpy(a.copy()) for n, a in sorted(state.selector.items())}
         whole |= {n: (t.dtype, len(t)) for n, t in selector.items()}
         self.comm.together(lambda: _expect(stored, whole) if loads else None)
         from_0 = {n: stored[n] if loads else torch.empty(size, dtype=dtype) for n, (dtype, size) in whole.items()}
-        exchange.take_vectors(state.params_P, from_0, self.resumed)
+        exchange.take_vectors(state.params_Q, from_0, self.resumed)
         for name, part in kept_P.items():
             exchange.load(part, from_0[name])
         for name in selector:
             self.comm.bcast(from_0[name].reshape(-1).view(torch.uint8))
         new_selector = {n.removeprefix("selector/"): from_0[n].numpy() for n in selector}
-        exchange.take(self.resumed, state.params_P, {silo: tensors for silo, tensors in filed.items() if tensors})
+        exchange.take(self.resumed, state.params_Q, {silo: tensors for silo, tensors in filed.items() if tensors})
         about = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed) if loads else {})
         record = json.loads(self.comm.say(json.dumps(about.get("record")), 0))
-        self.state = State(self.resumed, self.state.params_P, self.state.optimizer, new_selector, record, self.resumed)
+        self.state = State(self.resumed, self.state.params_Q, self.state.optimizer, new_selector, record, self.resumed)
 
     def _check_stored(self) -> None:
         """Refuse a run directory that another configuration, model or dataset has begun."""
@@ -389,7 +393,7 @@ class Run:
     @property
     def params_P(self) -> torch.Tensor:
         """The global shared parameters, [P]."""
-        return self.state.params_P
+        return self.state.params_Q[: self._federation.model.num_shared]
 
     @property
     def record(self) -> Record | None:
@@ -429,7 +433,7 @@ class Run:
         fed, state = self._federation, self.state
         optimizer = fed.exchange.settled(state.optimizer, fed.timer.lap)
         silos = {n: {"cursor": torch.tensor(s.cursor), **s.kept} for n, s in fed.silos.items()}
-        for name, tensors in fed.exchange.kept(state.params_P).items():
+        for name, tensors in fed.exchange.kept(state.params_Q).items():
             silos[name] |= {f"{FILED}{n}": tensor for n, tensor in tensors.items()}
         whole = _server_tensors(replace(state, optimizer=optimizer), fed.exchange)  # of all ranks' parts
         server = whole if self.comm.rank == 0 else None
@@ -488,8 +492,8 @@ class Run:
             self._release()
             return
         self._finish_checkpoint()
-        self._federation.model.load(self.state.params_P)
-        self._federation.model.load_personal(self._federation.model.first_personal)  # no silo's own leaves it
+        self._federation.model.load(self.params_P)
+        self._federation.model.load_personal({})  # no silo's own leaves it
 
         def write() -> None:
             if self.comm.rank == 0:
@@ -499,7 +503,7 @@ class Run:
 
         self.comm.together(write)
         # Shared memory goes with the run; its parameters stay readable.
-        self.state = replace(self.state, params_P=self.state.params_P.clone(), optimizer=None)
+        self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
         self._federation.exchange.close()
         self._release()
         self.comm.finish()
@@ -647,7 +651,7 @@ def _fits(model: FlatModel, objective: Any, data: SiloData | None) -> None:
 
 def _server_tensors(state: State, exchange: Exchange) -> dict[str, torch.Tensor]:
     """What server.h5 holds, whole on rank 0: the state's own tensors and the exchange's. A call of all ranks."""
-    tensors = exchange.vectors(state.params_P)
+    tensors = exchange.vectors(state.params_Q)
     for name, part in zip(state.optimizer._fields, state.optimizer, strict=True):
         tensors[f"optimizer/{name}"] = exchange.whole(part)
     tensors |= {name: exchange.whole(part) for name, part in exchange.server_tensors().items()}

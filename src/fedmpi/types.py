@@ -54,6 +54,21 @@ class Dataset(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Auxiliary:
+    """A vector as long as the parameters that travels with the delta, in the same exchange (a control variate, ...).
+
+    The server keeps it and every silo reads it; after a round it is `decay * old + gain * m`, where m is the mean of
+    what the silos sent: with the deltas' weights over those that were heard (`cohort`), or 1/K of their sum, K being
+    all silos of the federation (`population`). It starts at 0.
+    """
+
+    name: str
+    normaliser: Literal["cohort", "population"] = "cohort"
+    decay: float = 1.0
+    gain: float = 1.0
+
+
 @dataclass
 class Contribution:
     """What a silo hands to the exchange. `delta_P` is valid until the next silo of the rank trains."""
@@ -61,7 +76,9 @@ class Contribution:
     silo: str
     round: int
     weight: float
-    delta_P: torch.Tensor
+    delta_P: torch.Tensor  # and behind it the rule's auxiliary vectors, each [P]
     loss: float  # mean training loss over the samples visited this round
     num_samples: int  # visited this round
     num_steps: int
+    normalizer: float | None = None  # how many gradients the delta holds, |a_k|_1 of FedNova; None: num_steps
+    start_loss: float = 0.0  # of the global parameters on the training samples, where the aggregator asks for it

@@ -40,7 +40,7 @@ from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.exchange import choice
 from fedmpi.exchange.base import Facts
 from fedmpi.exchange.section import PLANS, Channel, ExchangeSection
-from fedmpi.server import FedAvg
+from fedmpi.server import FedAvg, Server
 from fedmpi.types import Contribution
 
 COLUMNS = [
@@ -176,7 +176,7 @@ def _of_plan(section: ExchangeSection, comm: Solo, delta_P: torch.Tensor, params
         round = next(rounds)
         made.begin(round, 1)
         made.add(Contribution(silo, round, 1.0, delta_P, 0.0, 1, 1))
-        made.finish(params_P, FedAvg(), state)
+        made.finish(params_P, Server(FedAvg()), state)
 
     return Entrant(section.plan, run, section.up)
 

@@ -23,7 +23,7 @@ from fedmpi.comm import Solo
 from fedmpi.components import to_dict
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import sha256
-from fedmpi.server import ServerOptimizer
+from fedmpi.server import Server
 from fedmpi.types import Contribution
 
 UNIT = 2.0**44  # ring integers per 1.0
@@ -147,7 +147,7 @@ class Exchange:
         return float(zlib.crc32(repr((self.round, self._facts_text, list(cohort))).encode()))
 
     def finish(
-        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         """All ranks together: sum, mean, server step. params_P is overwritten with the new parameters on every rank."""
         raise NotImplementedError

@@ -46,7 +46,7 @@ import torch
 
 from fedmpi.comm import Solo
 from fedmpi.exchange.base import Exchange, Kept, Lap
-from fedmpi.server import ServerOptimizer
+from fedmpi.server import Server
 from fedmpi.types import Contribution
 
 OTHER, ABOUT = "overlap/params", "overlap/about"  # what they are called in a checkpoint
@@ -86,7 +86,7 @@ class Behind(Exchange):
         self._next.append(replace(contribution, delta_P=kept_P.copy_(contribution.delta_P)))
 
     def finish(
-        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         """Wait for the exchange of the round before and begin this one's. The parameters that have arrived come back,
         in the other of two vectors: `params_P` is where the next ones will be."""
@@ -94,7 +94,7 @@ class Behind(Exchange):
         arrived_P, state = self._other_P, self._arrived(state)
         self._spare.extend(self._deltas.values())
         self._deltas = {contribution.silo: contribution.delta_P for contribution in self._next}
-        self._begin(arrived_P, params_P, optimizer, state)
+        self._begin(arrived_P, params_P, server, state)
         self._ended = self.round >= self.facts.rounds
         if self._ended:
             state = self._arrived(state)
@@ -109,7 +109,7 @@ class Behind(Exchange):
 
     # ------------------------------------------------------------ the thread
 
-    def _begin(self, old_P: torch.Tensor, new_P: torch.Tensor, optimizer: ServerOptimizer, state: Any) -> None:
+    def _begin(self, old_P: torch.Tensor, new_P: torch.Tensor, server: Server, state: Any) -> None:
         """In a thread: new = old stepped by this round's deltas. Deltas and `old_P` are only read."""
         plan, given, round = self._plan, self._next, self.round
         self._next = []
@@ -126,7 +126,7 @@ class Behind(Exchange):
                 with beside:
                     new_P.copy_(old_P)
                     plan.comm.together(fold)
-                    _, self._state = plan.finish(new_P, optimizer, state)
+                    _, self._state = plan.finish(new_P, server, state)
             except BaseException as error:
                 self._error = error
             self._sent += _counted(plan.comm) - before

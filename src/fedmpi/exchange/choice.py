@@ -17,7 +17,7 @@ from fedmpi.exchange.section import ExchangeSection, PlanName
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.whole import Replicated, Root
 from fedmpi.exchange.window import Window
-from fedmpi.server import FedAvg
+from fedmpi.server import FedAvg, Server
 from fedmpi.types import Contribution
 
 MEMBERS: dict[PlanName, type[Exchange]] = {
@@ -60,7 +60,7 @@ def measure(
             start_s = time.perf_counter()
             tried.begin(round, 1)
             tried.add(Contribution(silo, round, 1.0, delta_P, 0.0, 1, 1))
-            tried.finish(work_P, FedAvg(), state)
+            tried.finish(work_P, Server(FedAvg()), state)
             mine = np.zeros(comm.size)
             mine[comm.rank] = time.perf_counter() - start_s
             times.append(float(comm.share(mine).max()))

@@ -30,7 +30,7 @@ from fedmpi.exchange.section import ExchangeSection, Level
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.whole import Replicated, Root
 from fedmpi.exchange.window import Window
-from fedmpi.server import FedAvg, NoState, ServerOptimizer
+from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.types import Contribution
 
 ACROSS = {"root": Root, "replicated": Replicated, "sharded": Sharded}
@@ -164,7 +164,7 @@ class Regional(Exchange):
         self._inside[0].add(contribution)
 
     def finish(
-        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         weight, crosses = self._weight, self.round % self.every == 0
         result_P = params_P  # what this rank knows best
@@ -177,7 +177,7 @@ class Regional(Exchange):
                 result_P = self._start_P
             weight = _total(exchange.comm, weight)
             if weight > 0:
-                exchange.finish(result_P, FedAvg(), NoState())
+                exchange.finish(result_P, Server(FedAvg()), NoState())
         # The others' turn of this rank's outermost region, as its first rank knows it.
         self._since += weight
         lap("exchange")
@@ -186,7 +186,7 @@ class Regional(Exchange):
             if self._since > 0:
                 torch.sub(result_P, self._global_P, out=self._delta_P)
                 self._across.add(self._as_one(self._since, self._delta_P))
-            self._global_P, state = self._across.finish(self._global_P, optimizer, state, lap)
+            self._global_P, state = self._across.finish(self._global_P, server, state, lap)
             result_P = self._global_P
         if crosses:
             self._since = 0.0

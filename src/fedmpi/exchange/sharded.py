@@ -31,7 +31,7 @@ from fedmpi.errors import ConfigError, ExchangeError
 from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
 from fedmpi.exchange.pieces import Coder, Grid, RankResidual
 from fedmpi.exchange.section import ExchangeSection
-from fedmpi.server import ServerOptimizer
+from fedmpi.server import Server
 from fedmpi.types import Contribution
 
 AHEAD = 3  # rows on their way up while one is added up
@@ -236,7 +236,7 @@ class Sharded(Exchange):
     # ------------------------------------------------------------ the exchange
 
     def finish(
-        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         self._failed = None
         slots = self._agree()
@@ -259,7 +259,7 @@ class Sharded(Exchange):
                 done, requests = ahead.popleft()
                 for request in requests:
                     self.comm.wait(request)
-                size = self._own_row(done, slots, weight, params_P, optimizer, state, sent)
+                size = self._own_row(done, slots, weight, params_P, server, state, sent)
                 down.append((done, self._return_row(done, size, params_P)))
                 while down and (one_by_one or down[0][1].Test()):
                     self._land(*down.popleft(), params_P)
@@ -371,7 +371,7 @@ class Sharded(Exchange):
         slots: list[Slot],
         weight: float,
         params_P: torch.Tensor,
-        optimizer: ServerOptimizer,
+        server: Server,
         state: Any,
         sent: np.ndarray,
     ) -> int:
@@ -387,7 +387,7 @@ class Sharded(Exchange):
         else:
             mean.copy_(self.facts.each(self._rows(came, piece, size), torch.tensor([slot.share for slot in slots])))
         kept = self.grid.kept(piece)
-        new_S, _ = optimizer.step(params_P[part], mean, type(state)(*(tensor[kept] for tensor in state)))
+        new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[kept] for tensor in state)), part.start)
         if not self._down:
             params_P[part].copy_(new_S)
             if self.on_device:

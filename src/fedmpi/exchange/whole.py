@@ -18,7 +18,7 @@ from fedmpi.errors import ExchangeError
 from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
 from fedmpi.exchange.pieces import Coder, Grid, RankResidual
 from fedmpi.exchange.section import ExchangeSection
-from fedmpi.server import ServerOptimizer
+from fedmpi.server import Server
 from fedmpi.types import Contribution
 
 
@@ -97,11 +97,11 @@ class Replicated(Whole):
     """Every rank takes the same step."""
 
     def finish(
-        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         self.comm.allreduce(self._sent(), self._recv)
         lap("exchange")
-        new_P, state = optimizer.step(params_P, self._mean(), state)
+        new_P, state = server.step(params_P, self._mean(), state)
         params_P.copy_(new_P)
         lap("step")
         self.verify(params_P)
@@ -120,12 +120,12 @@ class Root(Whole):
             part.copy_(whole_P)
 
     def finish(
-        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         self.comm.reduce(self._sent(), self._recv)
         lap("exchange")
         if self.comm.rank == 0:
-            new_P, state = optimizer.step(params_P, self._mean(), state)
+            new_P, state = server.step(params_P, self._mean(), state)
             params_P.copy_(new_P)
         lap("step")
         host_P = params_P if self._host_P is None else self._host_P

@@ -14,7 +14,7 @@ from fedmpi.comm import Solo
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange.base import BLOCK, Exchange, Facts, Lap
 from fedmpi.exchange.section import ExchangeSection
-from fedmpi.server import ServerOptimizer
+from fedmpi.server import Server
 from fedmpi.types import Contribution
 
 
@@ -69,7 +69,7 @@ class Window(Exchange):
         head[1] = in_place
 
     def finish(
-        self, params_P: torch.Tensor, optimizer: ServerOptimizer, state: Any, lap: Lap = lambda phase: None
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         """My coordinates: added up in rank order, divided, stepped, written where everybody reads; block by block."""
         self.comm.meet()
@@ -94,7 +94,7 @@ class Window(Exchange):
                 torch.mul(given[0][0][part], given[0][1] / weight, out=mean)
                 for sums, share in given[1:]:
                     mean.add_(sums[part], alpha=share / weight)
-            new_S, _ = optimizer.step(params_P[part], mean, type(state)(*(tensor[part] for tensor in state)))
+            new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[part] for tensor in state)), part.start)
             params_P[part].copy_(new_S)
         lap("step")
         self.comm.meet()

@@ -1,4 +1,4 @@
-"""Local rules: how a silo turns global parameters into a contribution. A rule knows no cohort and no rank.
+"""What local rules share: a silo and what it keeps, the round as a rule sees it, the loop over batches.
 
 Samples are visited in an order that is keyed by (seed, silo, epoch); the cursor, how many samples the silo has visited
 since the run began, is silo state. So a silo trains the same wherever it lives and whenever it is restarted.
@@ -35,7 +35,9 @@ class LocalSilo:
     data: SiloData
     weight: float
     cursor: int = 0  # training samples visited since the run began
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)  # personal parameters; empty before it first trained
+    # By name: personal parameters, and what its rule keeps from round to round; empty before it first trained. A rule
+    # puts new tensors under a name and never writes into those that are there: the round may yet be broken off.
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Round:
     seed: int
     loss: Loss
     check: Callable[[], None]  # a safe point: called between batches, may raise to break the round off
+    auxiliary: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the rule's vectors as they are now, [P]
 
 
 class Sampler(Protocol):
@@ -128,7 +131,15 @@ TORCH_OPTIMIZERS = _TorchOptimizers()
 
 
 class LocalRule(Protocol):
-    """How a silo turns global parameters into a contribution."""
+    """How a silo turns global parameters into a contribution.
+
+    What a rule may have besides:
+
+        auxiliaries   a tuple of `Auxiliary`: vectors that travel with the delta. `train` finds what they are now in
+                      `round.auxiliary` and writes what the silo sends into `model.auxiliary(i)` after `take_delta`.
+        personal(silo, params_P)  the parameters [P] that the silo would use for itself, or None before it has any;
+                      records then give personal figures beside the global ones.
+    """
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         """Train the silo from params_P, which is not written; the contribution's delta lives in the model's memory.
@@ -160,6 +171,10 @@ class Work:
             raise ValueError("give either 'epochs' or 'steps'")
         return self
 
+    def rate(self, round: Round) -> float:
+        """The learning rate of a round."""
+        return self.schedule.lr(self.lr, round.number, round.rounds)
+
     def batches(self, silo: LocalSilo, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This round's batches from the silo's cursor on; the cursor moves as they are taken."""
         x, y = silo.data.x_train, silo.data.y_train
@@ -182,29 +197,33 @@ class Work:
             yield x[rows], y[rows]
 
 
-@component
-class Sgd(Work):
-    """Gradient steps from the global parameters: ClientUpdate of FedAvg (McMahan et al. 2017, Algorithm 1).
+Correct = Callable[[], None]
+BatchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-    Deviations: any optimizer of torch.optim in place of plain SGD, a step count in place of epochs, gradient clipping.
+
+def descend(
+    work: Work,
+    silo: LocalSilo,
+    model: FlatModel,
+    params_P: torch.Tensor,
+    round: Round,
+    correct: Correct | None = None,
+    batch_loss: BatchLoss | None = None,
+) -> Contribution:
+    """The loop over batches that rules share: from params_P on, with the silo's personal parameters.
+
+    `correct` is called without gradients after each backward pass, before clipping and the step: it may change the
+    parameters' `.grad` (`model.pairs`). `batch_loss(x, y)` takes the place of the objective's loss of the model's
+    outputs. The silo's kept state becomes a new dict with its personal parameters as they are at the end.
     """
-
-    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        return descend(self, silo, model, params_P, round)
-
-
-def descend(work: Work, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-    """The loop over batches that rules share."""
     module, device = model.module, model.device
     model.load(params_P)
-    model.load_personal(silo.kept or model.first_personal)
+    model.load_personal(silo.kept)
     module.train()
     # Dropout and the like draw from torch's own generator: key it, so that a silo draws the same on every rank.
     torch.manual_seed(rng.key(round.seed, purpose="train", round=round.number, silo=silo.id) >> 1)
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = work.optimizer.target(
-        trained, lr=work.schedule.lr(work.lr, round.number, round.rounds), **work.optimizer.arguments
-    )
+    optimizer = work.optimizer.target(trained, lr=work.rate(round), **work.optimizer.arguments)
     step = plain_step(optimizer)
     losses = torch.zeros((), dtype=torch.float64, device=device)
     num_samples = num_steps = 0
@@ -212,9 +231,12 @@ def descend(work: Work, silo: LocalSilo, model: FlatModel, params_P: torch.Tenso
         round.check()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=work.precision == "bf16"):
-            loss = round.loss(module(x), y)
+            loss = round.loss(module(x), y) if batch_loss is None else batch_loss(x, y)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if correct is not None:
+            with torch.no_grad():
+                correct()
         if work.clip is not None:
             torch.nn.utils.clip_grad_norm_(trained, work.clip)
         with torch.no_grad():
@@ -222,11 +244,8 @@ def descend(work: Work, silo: LocalSilo, model: FlatModel, params_P: torch.Tenso
         losses += loss.detach() * len(x)
         num_samples += len(x)
         num_steps += 1
-    silo.kept = model.personal()
+    silo.kept = {**silo.kept, **model.personal()}
     delta_P = model.take_delta(params_P)
     return Contribution(
         silo.id, round.number, silo.weight, delta_P, float(losses) / num_samples, num_samples, num_steps
     )
-
-
-RULES = Family("local rule", {"sgd": Sgd})

@@ -1,0 +1,19 @@
+"""Local rules: how a silo turns global parameters into a contribution. A rule knows no cohort and no rank.
+
+    base      what they share: the silo, the round, batches, the loop over them
+    gradient  steps from the global parameters: FedAvg's own, FedProx
+    control   steps corrected by vectors that travel with the delta: SCAFFOLD
+
+A rule is one class in one of these files and one line in the dict at its bottom.
+"""
+
+from __future__ import annotations
+
+from fedmpi.components import Family
+from fedmpi.local import control, gradient
+from fedmpi.local.base import LocalRule, LocalSilo, Round, Sampler, Work, descend, plain_step
+from fedmpi.local.gradient import Sgd
+
+RULES = Family("local rule", {**gradient.RULES, **control.RULES})
+
+__all__ = ["RULES", "LocalRule", "LocalSilo", "Round", "Sampler", "Sgd", "Work", "descend", "plain_step"]

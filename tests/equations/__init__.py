@@ -1,0 +1,149 @@
+"""Every algorithm against a plain numpy transcription of its paper, in float64, on a problem of unequal silos.
+
+A module of this package has CASES: name -> Case, a configuration and a function that says what the parameters must be
+after every round. test_equations.py runs them in this process; programs/equations.py on several ranks.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import fedmpi
+from fedmpi.components import build
+from fedmpi.types import Silo, SiloData, Source
+
+SIZES = (12, 30, 18, 7, 25)  # training samples
+INPUTS = 3
+ROUNDS = 5
+BATCH = 5
+IDS = tuple("abcde")
+
+
+@dataclass(frozen=True)
+class Quadratics:
+    """Least squares, each silo with inputs and an optimum of its own; float64."""
+
+    def source(self, seed: int) -> Source:
+        silos = tuple(Silo(name, size) for name, size in zip(IDS, SIZES, strict=True))
+        return Source("regression", (INPUTS,), 1, silos, samples)
+
+
+def samples(silo: str) -> SiloData:
+    rng = np.random.default_rng(IDS.index(silo))
+    size = SIZES[IDS.index(silo)]
+    x = rng.normal(size=(size + 4, INPUTS)) * rng.uniform(0.5, 1.5, INPUTS)
+    y = x @ rng.normal(size=INPUTS) + 0.3 * rng.normal() + 0.1 * rng.normal(size=size + 4)
+    x_all, y_all = torch.from_numpy(x), torch.from_numpy(y)
+    return SiloData(x_all[:size], y_all[:size], x_all[size:], y_all[size:])
+
+
+def linear() -> torch.nn.Module:
+    """Weights [1, INPUTS] and a bias: the vector [INPUTS + 1] of the reference."""
+    return torch.nn.Linear(INPUTS, 1, dtype=torch.float64)
+
+
+@dataclass
+class Problem:
+    """What a transcription may use. Silos are numbers 0 to K - 1; batches come in the file's order and run on."""
+
+    start_P: np.ndarray
+    cohorts: Sequence[Sequence[int]]  # of every round
+    records: Sequence[dict[str, Any]]
+    n: np.ndarray = field(default_factory=lambda: np.array(SIZES, float))
+
+    def __post_init__(self) -> None:
+        self._x, self._y = zip(*((d.x_train.numpy(), d.y_train.numpy()) for d in map(samples, IDS)), strict=True)
+        self._cursor = [0] * len(IDS)
+
+    @property
+    def num_silos(self) -> int:
+        return len(IDS)
+
+    def shares(self, cohort: Sequence[int]) -> np.ndarray:
+        """n_k over the cohort's samples."""
+        return self.n[list(cohort)] / self.n[list(cohort)].sum()
+
+    def gradient(self, w_P: np.ndarray, batch: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Of the mean squared error."""
+        x, y = batch
+        error = x @ w_P[:-1] + w_P[-1] - y
+        return 2 * np.append(x.T @ error, error.sum()) / len(x)
+
+    def loss(self, w_P: np.ndarray, k: int) -> float:
+        """On all training samples of a silo."""
+        return float(np.mean((self._x[k] @ w_P[:-1] + w_P[-1] - self._y[k]) ** 2))
+
+    def whole(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """All training samples of a silo."""
+        return self._x[k], self._y[k]
+
+    def steps(self, k: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The next batches of a silo, `number` of them; an epoch's last may be short."""
+        return list(itertools.islice(self._batches(k), number))
+
+    def epochs(self, k: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The batches of so many passes over a silo."""
+        end = self._cursor[k] + number * SIZES[k]
+        found = []
+        for batch in self._batches(k):
+            found.append(batch)
+            if self._cursor[k] >= end:
+                return found
+        raise AssertionError
+
+    def _batches(self, k: int) -> Any:
+        while True:
+            at = self._cursor[k] % SIZES[k]
+            stop = min(at + BATCH, SIZES[k])
+            self._cursor[k] += stop - at
+            yield self._x[k][at:stop], self._y[k][at:stop]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration, and what it must do: a function from the problem to the parameters after every round."""
+
+    config: dict[str, Any]
+    wanted: Callable[[Problem], list[np.ndarray]]
+    tolerance: float = 1e-10
+
+
+HALF = {"name": "uniform", "fraction": 0.6}  # three of five
+
+
+def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], Problem]:
+    """The parameters after every round, and the problem as the transcription needs it."""
+    values = {
+        "rounds": ROUNDS,
+        "out": out,
+        "data": "equations:Quadratics",
+        "model": "equations:linear",
+        "device": {"name": "cpu"},
+        "checkpoint": {"every": ROUNDS},
+        **case.config,
+    }
+    values["local"] = {"lr": 0.05, "batch_size": BATCH, "sampler": "in_order", **values["local"]}
+    after, records = [], []
+    with fedmpi.Run(build(fedmpi.Config, values), comm_=comm) as run:
+        start_P = run.params_P.numpy().copy()
+        for record in run:
+            after.append(run.params_P.numpy().copy())
+            records.append(record)
+    cohorts = [[IDS.index(silo) for silo in record["cohort"]] for record in records]
+    return after, Problem(start_P, cohorts, records)
+
+
+def check(case: Case, out: str, comm: Any) -> list[list[float]]:
+    """AssertionError unless the run is the transcription; the parameters come back."""
+    found, problem = trained(case, out, comm)
+    wanted = case.wanted(problem)
+    assert len(found) == len(wanted) == ROUNDS
+    assert np.abs(wanted[-1] - problem.start_P).max() > 1e-3, "nothing has moved"
+    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True), start=1):
+        worst = float(np.abs(ours - theirs).max())
+        assert worst < case.tolerance, f"round {number}: {worst}"
+    return [w.tolist() for w in found]

@@ -1,0 +1,17 @@
+"""The cases of equations/ on several ranks. Arguments: FOLDER."""
+
+import functools
+import sys
+
+from equations import check
+from equations.control import CASES as CONTROL
+from programs.cases import run
+
+from fedmpi.comm import connect
+
+CASES = {**CONTROL}
+
+if __name__ == "__main__":
+    comm = connect()
+    folder = comm.say(sys.argv[1], 0)
+    run({name: functools.partial(check, case, f"{folder}/{comm.size}-{name}", comm) for name, case in CASES.items()})
