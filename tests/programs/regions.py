@@ -1,5 +1,6 @@
 """Runs whose ranks aggregate in regions first: see cases.py. Argument: FOLDER."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import numpy as np
 import reference
 import torch
 from programs.cases import require_equal, run
+from programs.overlap import TROUBLED, troubling
 from programs.training import configured, logistic, opened, trained
 
 import fedmpi
 from fedmpi import comm as ranks
 from fedmpi.components import build
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, Stopped
 from fedmpi.flat import sha256
 from fedmpi.placement import place
 
@@ -112,6 +114,29 @@ def left_between_two_exchanges_and_gone_on_with(comm, folder):
         again, records = trained(comm, in_regions(comm, folder, name, **more))
         require_equal("rounds gone on with", records[0]["round"], until + 1)
         require_equal(f"sha after leaving at {until}", again, whole)
+
+
+@case
+def stopped_between_two_exchanges_and_gone_on_with(comm, folder):
+    """In a round that would have ended with an exchange across, and in one that would not have."""
+
+    def config(name):
+        return build(fedmpi.Config, {**vars(in_regions(comm, folder, name, every=2)), "local": TROUBLED})
+
+    whole, _ = trained(comm, config(f"unstopped-{comm.size}"))
+    for number in (2, 3):
+        started = fedmpi.Run(config(f"stopped-{number}-{comm.size}"), comm_=comm)
+        os.environ["OUT"] = str(started.out)
+        try:
+            with troubling(f"stop {number}"):
+                list(started)
+        except Stopped:
+            started.close()
+        else:
+            raise AssertionError("nobody was stopped")
+        again, records = trained(comm, config(f"stopped-{number}-{comm.size}"))
+        require_equal("rounds gone on with", records[0]["round"], number)
+        require_equal(f"sha after a stop in round {number}", again, whole)
 
 
 @case

@@ -71,6 +71,7 @@ class Regional(Exchange):
             self._delta_P = torch.zeros_like(params_P)
         if len(self._inside) > 1:
             self._start_P = params_P.clone()
+        self._done = 0  # the last round that was exchanged; the one that has begun may yet be broken off
         self._weight = 0.0  # of this rank's silos this round
         self._since = 0.0  # of this rank's region since it was last heard across
 
@@ -123,13 +124,13 @@ class Regional(Exchange):
         for number, exchange in enumerate(self._exchanges()):
             for silo, tensors in exchange.kept(params_P).items():
                 found.setdefault(silo, {}).update({f"{name}_{number}": t for name, t in tensors.items()})
-        if self.round % self.every and self._region.rank == 0 and self.facts.hosted:
+        if self._done % self.every and self._region.rank == 0 and self.facts.hosted:
             mid = {"region": params_P, "region_weight": torch.tensor([self._since], dtype=torch.float64)}
             found.setdefault(self.facts.hosted[0], {}).update(mid)
         return found
 
     def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
-        self.round = round
+        self._done = round
         for number, exchange in enumerate(self._exchanges()):
             ending = f"_{number}"
             own = {
@@ -199,6 +200,7 @@ class Regional(Exchange):
             self._start_P.copy_(params_P)
         if crosses:
             self.verify(params_P)
+        self._done = self.round
         lap("exchange")
         return params_P, state
 
