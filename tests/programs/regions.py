@@ -28,14 +28,19 @@ def case(work):
     return work
 
 
-def halves(comm, config):
-    """Two regions of silos, those of even and those of odd ranks; one where there is but one rank."""
+def regions(comm, config, number):
+    """So many regions of silos: ranks take turns."""
     silos = config.data.source(config.seed).silos
     owners = place(silos, comm.hosts)
     found = {}
     for silo, owner in zip(silos, owners, strict=True):
-        found.setdefault("odd" if owner % 2 else "even", []).append(silo.id)
+        found.setdefault(f"region {owner % number}", []).append(silo.id)
     return found
+
+
+def halves(comm, config):
+    """Those of even and those of odd ranks; one where there is but one rank."""
+    return regions(comm, config, 2)
 
 
 def in_regions(comm, folder, name, every=1, levels=None, **more):
@@ -47,7 +52,9 @@ def in_regions(comm, folder, name, every=1, levels=None, **more):
 
 @case
 def one_exchange_across_a_round_is_the_flat_mean(comm, folder):
-    by_two = halves(comm, in_regions(comm, folder, "unused"))
+    unused = in_regions(comm, folder, "unused")
+    by_two, by_rank = halves(comm, unused), regions(comm, unused, comm.size)
+    everybody = [silo for some in by_two.values() for silo in some]
     flat = build(fedmpi.Config, {**vars(in_regions(comm, folder, f"flat-{comm.size}")), "exchange": {}})
     with fedmpi.Run(flat, comm_=comm) as started:
         list(started)
@@ -56,8 +63,9 @@ def one_exchange_across_a_round_is_the_flat_mean(comm, folder):
         (
             [{"by": "node"}],
             [{"by": by_two}],
-            [{"by": by_two}, {"by": {"all": [silo for some in by_two.values() for silo in some]}}],
+            [{"by": by_two}, {"by": {"all": everybody}}],
             [{"by": by_two, "up": {"codec": "bf16"}, "down": {"codec": "bf16"}}],
+            [{"by": by_rank}, {"by": by_two}, {"by": {"all": everybody}}],
         )
     ):
         for plan in ("sharded", "replicated", "root"):

@@ -62,7 +62,7 @@ class Regional(Exchange):
             there = there.split(0 if group.rank == 0 else -1, idle)
         self._depth = len(section.regions.levels)
         self._across: Exchange | None = None
-        self._delta_P = self._start_P = self._global_P = params_P[:0]
+        self._delta_P = self._start_P = self._mean_P = self._global_P = params_P[:0]
         if there is not None:
             outer = replace(section, regions=None)
             self._across = ACROSS[section.plan](outer, there, params_P, facts)
@@ -70,7 +70,8 @@ class Regional(Exchange):
         if self._across is not None or len(self._inside) > 1:
             self._delta_P = torch.zeros_like(params_P)
         if len(self._inside) > 1:
-            self._start_P = params_P.clone()
+            self._start_P = params_P.clone()  # of the round: where all of this rank's outermost region have begun
+            self._mean_P = self._start_P if len(self._inside) == 2 else params_P.clone()
         self._done = 0  # the last round that was exchanged; the one that has begun may yet be broken off
         self._weight = 0.0  # of this rank's silos this round
         self._since = 0.0  # of this rank's region since it was last heard across
@@ -175,7 +176,7 @@ class Regional(Exchange):
                 if weight > 0:
                     torch.sub(result_P, self._start_P, out=self._delta_P)
                     exchange.add(self._as_one(weight, self._delta_P))
-                result_P = self._start_P
+                result_P = self._mean_P.copy_(self._start_P)
             weight = _total(exchange.comm, weight)
             if weight > 0:
                 exchange.finish(result_P, FedAvg(), NoState())

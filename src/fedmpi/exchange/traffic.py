@@ -89,7 +89,7 @@ def memory(
         return (num_params + 1) * word
     if section.regions is not None:  # of a rank that leads a region
         across = memory(replace(section, regions=None), num_params, param_bytes, num_ranks, 1)
-        return across + (1 + 3) * num_params * param_bytes
+        return across + (1 + 3 + (len(section.regions.levels) > 2)) * num_params * param_bytes
     grid = Grid(num_params, num_ranks)
     vector = num_params * param_bytes
     if section.plan == "sharded":
