@@ -13,8 +13,9 @@ from programs.training import configured, logistic, opened, trained
 
 import fedmpi
 from fedmpi import comm as ranks
-from fedmpi.components import build
-from fedmpi.errors import ConfigError, Stopped
+from fedmpi.codecs import BFloat16
+from fedmpi.components import build, component
+from fedmpi.errors import ConfigError, FedmpiError, Stopped
 from fedmpi.flat import sha256
 from fedmpi.placement import place
 
@@ -145,6 +146,36 @@ def stopped_between_two_exchanges_and_gone_on_with(comm, folder):
         again, records = trained(comm, config(f"stopped-{number}-{comm.size}"))
         require_equal("rounds gone on with", records[0]["round"], number)
         require_equal(f"sha after a stop in round {number}", again, whole)
+
+
+@component
+class Narrow(BFloat16):
+    """Refuses values beyond 1000."""
+
+    def _encode(self, x, payload, key, scale, residual, into):
+        return -1 if bool((x * scale).abs().max() > 1e3) else super()._encode(x, payload, key, scale, residual, into)
+
+
+@case
+def what_a_codec_refuses_in_one_region_is_an_error_on_all_ranks(comm, folder):
+    narrow = {"codec": {"name": "programs.regions:Narrow"}}
+    unused = in_regions(comm, folder, "unused")
+    last = comm.size - 1
+    silos = unused.data.source(unused.seed).silos
+    silo = next(s.id for s, owner in zip(silos, place(silos, comm.hosts), strict=True) if owner == last)
+    for what, level, across in (("inside", {"up": narrow}, {}), ("across", {}, {"up": narrow})):
+        levels = [{"by": halves(comm, unused), **level}]
+        config = in_regions(comm, folder, f"refused-{what}-{comm.size}", levels=levels, **across)
+        said = "it went through"
+        try:
+            with troubling(f"overflow 2 {silo}"):
+                trained(comm, build(fedmpi.Config, {**vars(config), "local": TROUBLED}))
+        except FedmpiError as error:
+            said = str(error)
+        assert "exchange.up: values 0 to" in said and (comm.size == 1 or said.startswith("rank ")), said
+        if what == "inside" and comm.size > 1:
+            assert said.startswith(f"rank {last}: exchange"), said
+        require_equal(f"{what}: texts", len({row for row in comm.gather(said.encode().ljust(4000))}), 1)
 
 
 @case

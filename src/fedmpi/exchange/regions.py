@@ -64,7 +64,7 @@ class Regional(Exchange):
         self._across: Exchange | None = None
         self._delta_P = self._start_P = self._mean_P = self._global_P = params_P[:0]
         if there is not None:
-            outer = replace(section, regions=None)
+            outer = replace(section, regions=None, verify=False)  # what it gives is compared where all have it
             self._across = ACROSS[section.plan](outer, there, params_P, facts)
             self._global_P = params_P.clone()
         if self._across is not None or len(self._inside) > 1:
@@ -72,6 +72,10 @@ class Regional(Exchange):
         if len(self._inside) > 1:
             self._start_P = params_P.clone()  # of the round: where all of this rank's outermost region have begun
             self._mean_P = self._start_P if len(self._inside) == 2 else params_P.clone()
+        ways: list[Level | ExchangeSection] = [*section.regions.levels, section]
+        self._lossy = not all(way.up.plain and way.down.plain for way in ways)
+        for exchange in self._exchanges():
+            exchange.asks = False  # a few ranks' error would leave the others waiting for them
         self._done = 0  # the last round that was exchanged; the one that has begun may yet be broken off
         self._weight = 0.0  # of this rank's silos this round
         self._since = 0.0  # of this rank's region since it was last heard across
@@ -118,6 +122,10 @@ class Regional(Exchange):
     def _exchanges(self) -> list[Exchange]:
         """Those that this rank takes part in, from the inside out."""
         return self._inside if self._across is None else [*self._inside, self._across]
+
+    def raise_failed(self) -> None:
+        for exchange in self._exchanges():
+            exchange.raise_failed()
 
     def kept(self, params_P: torch.Tensor) -> Kept:
         """Residuals of each level; and between two exchanges across, where this region stands."""
@@ -199,6 +207,8 @@ class Regional(Exchange):
                 result_P = inner
         if len(self._start_P):
             self._start_P.copy_(params_P)
+        if self._lossy:
+            self.ask()
         if crosses:
             self.verify(params_P)
         self._done = self.round

@@ -62,7 +62,8 @@ def traffic(
     if not section.up.plain:
         grid = Grid(num_params, num_ranks)
         sums = grid.num_pieces * _stride(section.up.codec, grid) + word
-    return Traffic(num_ranks * sums, num_ranks * sums, 0, "Allreduce")
+    control = 0 if section.up.plain else 2 * 8 * num_ranks * num_ranks
+    return Traffic(num_ranks * sums, num_ranks * sums, control, "Allreduce")
 
 
 def num_vectors(section: ExchangeSection, silos: Sequence[int]) -> list[int]:
