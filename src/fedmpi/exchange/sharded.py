@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from fedmpi.comm import Pending, Solo
-from fedmpi.errors import ConfigError, ExchangeError
+from fedmpi.errors import ExchangeError
 from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
 from fedmpi.exchange.pieces import Coder, Grid, RankResidual
 from fedmpi.exchange.section import ExchangeSection
@@ -69,8 +69,6 @@ class Sharded(Exchange):
         self._by_silo = section.scope == "silo"
         self._up = None if section.up.plain else Coder(section.up, grid, facts.seed, self.device, "up")
         self._down = None if section.down.plain else Coder(section.down, grid, facts.seed, self.device, "down")
-        if (self._up or self._down) and self.dtype != torch.float32:
-            raise ConfigError(f"codecs take float32, and the shared parameters are {self.dtype}")
         own = grid.num_owned(comm.rank)
         self._residual = RankResidual(section.up, params_P, facts)
         self._of_silos: dict[str, torch.Tensor] = {}  # what feedback keeps of each
@@ -98,7 +96,6 @@ class Sharded(Exchange):
             device=self.device,
         )
         self._outgoing: list[Outgoing] = []
-        self._failed: ExchangeError | None = None
 
     # ------------------------------------------------------------ where things are kept
 
@@ -199,7 +196,7 @@ class Sharded(Exchange):
         for piece, part in enumerate(self.grid):
             residual_N = None if residual_P is None else residual_P[part]
             sizes[piece] = self._encode_up(delta_P[part], memory, piece, 1.0, residual_N)
-        self._raise_failed()  # nothing has travelled yet
+        self.raise_failed()  # nothing has travelled yet
         return Outgoing(slot, share, share, None, 1.0, memory, sizes)
 
     def _encode_up(
@@ -219,7 +216,6 @@ class Sharded(Exchange):
             slot_B[:num_bytes].copy_(self._encoded[:num_bytes])
             return num_bytes
         except ExchangeError as error:
-            # The others wait for something; when all has travelled everybody raises this.
             self._failed = self._failed or error
             slot_B.zero_()
             return coder.num_bytes(piece) if coder.codec.fixed else 0
@@ -266,7 +262,7 @@ class Sharded(Exchange):
         while down:
             self._land(*down.popleft(), params_P)
         if self._up or self._down:
-            self.comm.together(self._raise_failed)
+            self.ask()
         for silo, residual_P in self._next.items():
             if silo in self._of_silos:
                 self._spare.append(self._of_silos[silo])
@@ -276,10 +272,6 @@ class Sharded(Exchange):
         self.verify(params_P)
         lap("exchange")
         return params_P, state
-
-    def _raise_failed(self) -> None:
-        if self._failed is not None:
-            raise self._failed
 
     def _agree(self) -> list[Slot]:
         """The round's vectors in the order of slots, the same on every rank."""

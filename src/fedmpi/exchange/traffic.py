@@ -62,7 +62,8 @@ def traffic(
     if not section.up.plain:
         grid = Grid(num_params, num_ranks)
         sums = grid.num_pieces * _stride(section.up.codec, grid) + word
-    return Traffic(num_ranks * sums, num_ranks * sums, 0, "Allreduce")
+    control = 0 if section.up.plain else 2 * 8 * num_ranks * num_ranks
+    return Traffic(num_ranks * sums, num_ranks * sums, control, "Allreduce")
 
 
 def num_vectors(section: ExchangeSection, silos: Sequence[int]) -> list[int]:
@@ -89,7 +90,7 @@ def memory(
         return (num_params + 1) * word
     if section.regions is not None:  # of a rank that leads a region
         across = memory(replace(section, regions=None), num_params, param_bytes, num_ranks, 1)
-        return across + (1 + 3) * num_params * param_bytes
+        return across + (1 + 3 + (len(section.regions.levels) > 2)) * num_params * param_bytes
     grid = Grid(num_params, num_ranks)
     vector = num_params * param_bytes
     if section.plan == "sharded":
