@@ -83,8 +83,9 @@ class Codec:
         into_N = residual_N if into_N is None else into_N
         if isinstance(x_N, Tensor):
             self._check(payload_B, x_N, *(v for v in (residual_N, into_N) if v is not None))
-            x_N, payload_B = bare(x_N), bare(payload_B)
-            residual_N, into_N = (None if v is None else bare(v) for v in (residual_N, into_N))
+            if x_N.device.type == "cpu":
+                x_N, payload_B = bare(x_N), bare(payload_B)
+                residual_N, into_N = (None if v is None else bare(v) for v in (residual_N, into_N))
         none_N = x_N[:0]
         if not len(x_N):
             return 0
@@ -107,7 +108,8 @@ class Codec:
     def _open(self, payload_B: Bare, out_N: Bare, weight: float, accumulate: bool, key: int) -> None:
         if isinstance(out_N, Tensor):
             self._check(payload_B, out_N, whole=self.fixed)
-            payload_B, out_N = bare(payload_B), bare(out_N)
+            if out_N.device.type == "cpu":
+                payload_B, out_N = bare(payload_B), bare(out_N)
         if len(out_N):
             word = np.uint64(key & 0xFFFFFFFFFFFFFFFF)
             read = self._decode(payload_B, out_N, float(np.float32(weight)), accumulate, word)
