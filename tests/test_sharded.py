@@ -227,7 +227,7 @@ def test_what_a_linear_codec_refuses_on_one_rank_is_an_error_on_all(plan, num_ra
         if comm.rank < 2:
             exchange.add(Contribution("a", 1, 1.0, deltas_RKP[0, 1 - comm.rank], 0.0, 1, 1))
         with pytest.raises(FedmpiError) as caught:
-            exchange.finish(start_P.clone(), optimizer, optimizer.init(start_P))
+            exchange.finish(start_P.clone(), Server(optimizer), optimizer.init(start_P))
         return str(caught.value)
 
     (said,) = set(on_ranks(num_ranks, refused))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fedmpi.codecs import bare
 from fedmpi.comm import Solo
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
@@ -72,7 +73,7 @@ class Whole(Exchange):
             for piece, part in enumerate(self._coder.grid if not self._empty else ()):
                 payload = self._coder.slot(self._send[:-1].view(torch.uint8), piece)
                 try:
-                    self._coder.encode(self._sum[part], payload, piece, 1.0, self._residual.part(part))
+                    self._coder.encode(bare(self._sum)[part], payload, piece, 1.0, self._residual.part(part))
                 except ExchangeError as error:
                     self._failed = self._failed or error
             self._send[-1] = self._sum[-1]
