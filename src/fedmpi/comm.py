@@ -222,7 +222,7 @@ class Solo:
         rows = self.gather(digest)
         others = [r for r, row in enumerate(rows) if row != rows[0]]
         if others:
-            raise error(f"{what} differs: rank 0 against {_ranks(others)}")
+            raise error(f"{what} differs: rank 0 against {ranks_text(others)}")
 
 
 class Comm(Solo):
@@ -560,6 +560,7 @@ def _counts(spans: Spans) -> tuple[list[int], list[int]]:
     return [length for _, length in spans], [start for start, _ in spans]
 
 
-def _ranks(ranks: list[int]) -> str:
+def ranks_text(ranks: list[int]) -> str:
+    """Their names in a message."""
     head = ", ".join(str(r) for r in ranks[:8])
     return f"rank{'s' if len(ranks) > 1 else ''} {head}{', ...' if len(ranks) > 8 else ''}"
