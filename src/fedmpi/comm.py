@@ -521,12 +521,12 @@ def _abort_on_uncaught(comm: Solo) -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         if isinstance(error, FedmpiError):
-            # Raised on every rank alike: one speaks, and the others give it the time to.
+            # Raised on every rank alike: one speaks, and the others give it the time to. Who is still there after that
+            # is alone with it.
             code = error.exit_code
-            if comm.rank == 0:
-                print(f"fedmpi: {error}", file=sys.stderr, flush=True)
-            else:
+            if comm.rank:
                 time.sleep(5.0)
+            print(f"fedmpi: {f'rank {comm.rank}: ' if comm.rank else ''}{error}", file=sys.stderr, flush=True)
         elif code == 1:
             text = "".join(traceback.format_exception(kind, error, trace))
             print(f"fedmpi: rank {comm.rank} failed\n{text}", file=sys.stderr, flush=True)
