@@ -171,6 +171,9 @@ class Run:
         self.unshared = _unshared(module, found)
         weights = [config.aggregate.weight(n) for n in num_train]
         ids = [s.id for s in source.silos]
+        for name, weight in zip(ids, weights, strict=True):
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"aggregate: silo '{name}' weighs {weight}; weights are positive numbers")
         combine = getattr(config.aggregate, "combine", None)
         about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds)
         zeros_P = torch.zeros(num_shared(found), dtype=master_dtype(found), device=self.device)

@@ -15,6 +15,7 @@ from programs.cases import require_equal, run
 
 import fedmpi
 from fedmpi import comm as ranks
+from fedmpi.aggregate import Mean
 from fedmpi.components import build, component
 from fedmpi.errors import ConfigError, Diverged, ExchangeError
 from fedmpi.exchange.section import PLANS
@@ -241,6 +242,24 @@ def auto_says_what_it_measured_and_is_kept(comm, folder):
     with fedmpi.Run(config, comm_=comm) as again:
         require_equal("plan of the resumed run", again._federation.exchange.section.plan, found)
         require_equal("measured again", again.plan_seconds, {})
+
+
+@component
+class Unheard(Mean):
+    """Silos of an odd number of samples do not count."""
+
+    def weight(self, num_samples):
+        return float(num_samples % 2 == 0)
+
+
+@case
+def a_silo_that_weighs_nothing_is_refused(comm, folder):
+    try:
+        fedmpi.Run(configured(folder, f"unheard-{comm.size}", aggregate="programs.training:Unheard"), comm_=comm)
+    except ConfigError as error:
+        assert "weighs 0.0; weights are positive" in str(error), error
+    else:
+        raise AssertionError("it went through")
 
 
 @case
