@@ -100,7 +100,8 @@ def measured(comm, exchange: str, num_params: int, rounds: int, out: str) -> dic
         device=fedmpi.config.DeviceSection(name="cpu"),
     )
     one_P, other_P = torch.zeros(num_params), torch.zeros(num_params)
-    spent: dict[str, list[float]] = {"exchange": [], "memcpy": [], "allreduce": [], "faults": [], "memory": []}
+    # Touched before the first round: figures of a round in lists of their own would be taken for growth.
+    spent = {n: np.full(rounds, np.nan) for n in ("exchange", "memcpy", "allreduce", "faults", "memory")}
     with fedmpi.Run(config, comm_=comm) as run:
         made = run._federation.exchange
         finish = made.finish
@@ -109,13 +110,14 @@ def measured(comm, exchange: str, num_params: int, rounds: int, out: str) -> dic
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             result = finish(*arguments)
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-            spent["faults"].append(faults * resource.getpagesize())
+            spent["faults"][made.round - 1] = faults * resource.getpagesize()
             return result
 
         made.finish = watched
         for record in run:
-            spent["exchange"].append(record["seconds"]["exchange"] + record["seconds"]["step"])
-            spent["memory"].append(memory_bytes())
+            at = record["round"] - 1
+            spent["exchange"][at] = record["seconds"]["exchange"] + record["seconds"]["step"]
+            spent["memory"][at] = memory_bytes()
             for name, work in (
                 ("memcpy", lambda: other_P.copy_(one_P)),
                 ("allreduce", lambda: comm.plain_allreduce(one_P, other_P)),
@@ -123,7 +125,7 @@ def measured(comm, exchange: str, num_params: int, rounds: int, out: str) -> dic
                 comm.meet()
                 start_s = time.perf_counter()
                 work()
-                spent[name].append(time.perf_counter() - start_s)
+                spent[name][at] = time.perf_counter() - start_s
     mine = np.zeros((comm.size, 5))
     steady = slice(min(3, rounds - 1), None)
     mine[comm.rank, :3] = [statistics.median(spent[n][steady]) for n in ("exchange", "memcpy", "allreduce")]

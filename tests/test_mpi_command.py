@@ -93,6 +93,13 @@ def test_a_rank_raises_outside_of_its_silos(place: Place) -> None:
     assert done.err.count("Traceback") == 1 and "rank 2 failed" in done.err and "LookupError" in done.err, done.tails
 
 
+def test_what_one_rank_alone_says_no_to_is_said(place: Place) -> None:
+    """Such errors are meant to be raised alike, so that rank 0 speaks for all."""
+    done = place.train(3, "no", 'select={name: "mine:Odd"}', SAYS_NO="2", limit_s=90)
+    assert done.rc == 1, done.tails
+    assert own_lines(done) == ["fedmpi: rank 2: no silo suits me"], done.tails
+
+
 @pytest.mark.parametrize("how", ("exit", "kill"))
 def test_a_rank_is_gone(place: Place, undisturbed: str, how: str) -> None:
     """In round 3: the job ends, and a checkpoint was on disk before."""

@@ -69,7 +69,7 @@ def _on_ranks(work: Callable[[Solo], None]) -> None:
         if comm.rank == 0 if comm is not None else ranks.is_first():
             print(f"fedmpi: {error}", file=sys.stderr, flush=True)
         if comm is not None:
-            _leave(comm, error.exit_code)
+            _leave(comm, error)
         raise typer.Exit(error.exit_code) from None
     except BaseException as error:
         # One rank's own: an exception would abort the others by itself, but not an exit or Ctrl-C, which are none.
@@ -82,9 +82,15 @@ def _on_ranks(work: Callable[[Solo], None]) -> None:
         raise
 
 
-def _leave(comm: Solo, code: int) -> None:
-    """Meet the other ranks and let MPI end; should one not come, end it."""
-    late = threading.Timer(10.0, comm.abort, [code])
+def _leave(comm: Solo, error: FedmpiError) -> None:
+    """Meet the other ranks and let MPI end; should one not come, end it, and say why: rank 0 has not."""
+
+    def give_up() -> None:
+        if comm.rank:
+            print(f"fedmpi: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
+        comm.abort(error.exit_code)
+
+    late = threading.Timer(10.0, give_up)
     late.daemon = True
     late.start()
     comm.finish()

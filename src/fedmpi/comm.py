@@ -229,7 +229,7 @@ class Solo:
         rows = self.gather(digest)
         others = [r for r, row in enumerate(rows) if row != rows[0]]
         if others:
-            raise error(f"{what} differs: rank 0 against {_ranks(others)}")
+            raise error(f"{what} differs: rank 0 against {ranks_text(others)}")
 
 
 class Comm(Solo):
@@ -537,12 +537,12 @@ def _abort_on_uncaught(comm: Solo) -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         if isinstance(error, FedmpiError):
-            # Raised on every rank alike: one speaks, and the others give it the time to.
+            # Raised on every rank alike: one speaks, and the others give it the time to. Who is still there after that
+            # is alone with it.
             code = error.exit_code
-            if comm.rank == 0:
-                print(f"fedmpi: {error}", file=sys.stderr, flush=True)
-            else:
+            if comm.rank:
                 time.sleep(5.0)
+            print(f"fedmpi: {f'rank {comm.rank}: ' if comm.rank else ''}{error}", file=sys.stderr, flush=True)
         elif code == 1:
             text = "".join(traceback.format_exception(kind, error, trace))
             print(f"fedmpi: rank {comm.rank} failed\n{text}", file=sys.stderr, flush=True)
@@ -586,6 +586,7 @@ def _counts(spans: Spans) -> tuple[list[int], list[int]]:
     return [length for _, length in spans], [start for start, _ in spans]
 
 
-def _ranks(ranks: list[int]) -> str:
+def ranks_text(ranks: list[int]) -> str:
+    """Their names in a message."""
     head = ", ".join(str(r) for r in ranks[:8])
     return f"rank{'s' if len(ranks) > 1 else ''} {head}{', ...' if len(ranks) > 8 else ''}"

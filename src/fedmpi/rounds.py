@@ -15,6 +15,7 @@ the exchange that it has begun goes on behind the next one's training (exchange/
 
 from __future__ import annotations
 
+import json
 import math
 import traceback
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ import torch
 
 from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
-from fedmpi.comm import Solo
+from fedmpi.comm import Solo, ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, SiloError, Stopped
 from fedmpi.evaluate import evaluate_silo, pooled, worst_silo
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
@@ -224,7 +225,7 @@ def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str
         raise Stopped(f"stopped in round {number}: {_reason(fed, status)}")
     fingerprint = fed.ready.rank("fingerprint")
     if (others := np.flatnonzero(fingerprint != fingerprint[0])).size:
-        raise ExchangeError(f"round, plan, cohort, length or dtype differ: rank 0 against ranks {others.tolist()}")
+        raise ExchangeError(_difference(fed, cohort, others.tolist()))
     if not cohort:
         raise ConfigError(f"round {number}: the selector chose no silo")
     if not fed.ready.silo("taken").any():
@@ -244,6 +245,15 @@ def _raise_failure(fed: Federation, status: np.ndarray, error: str) -> None:
     told[fed.comm.rank] = bool(error)
     first = int(np.argmax(fed.comm.share(told)))
     raise SiloError(fed.comm.say(error, first) or "a rank left the round because of an earlier failure")
+
+
+def _difference(fed: Federation, cohort: Sequence[str], others: list[int]) -> str:
+    """What rank 0 and the first of the others are about to exchange."""
+    mine = json.dumps(fed.exchange.declared(cohort))
+    here, there = (json.loads(fed.comm.say(mine, rank)) for rank in (0, others[0]))
+    names = [name for name in here if here[name] != there[name]]
+    texts = [f"{name} is {str(here[name])[:80]} there and {str(there[name])[:80]} here" for name in names]
+    return f"what is to be exchanged differs, rank 0 (there) against {ranks_text(others)} (here): {'; '.join(texts)}"
 
 
 def _reason(fed: Federation, status: np.ndarray) -> str:

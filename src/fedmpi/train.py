@@ -171,6 +171,9 @@ class Run:
         self.unshared = _unshared(module, found)
         ids = [s.id for s in source.silos]
         weights = [config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)]
+        for name, weight in zip(ids, weights, strict=True):
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"aggregate: silo '{name}' weighs {weight}; weights are positive numbers")
         combine = getattr(config.aggregate, "combine", None)
         about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds)
         auxiliaries = len(getattr(config.local, "auxiliaries", ()))

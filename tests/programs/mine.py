@@ -7,6 +7,7 @@ The environment says what happens, so that the configuration stays the same when
     RAISE    then these silos raise
     EXIT     then this silo's process is gone without a word
     ODD      the rank whose selector raises in round 2
+    SAYS_NO  the rank whose selector says no in round 2, as if all did
     STEP_S   the server's step takes this long
     STEP_ODD the rank on which it raises
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from fedmpi.errors import FedmpiError
 from fedmpi.server import FedAvg
 
 AFTER = int(os.environ.get("AFTER", "0"))
@@ -64,6 +66,8 @@ class Odd:
     def select(self, ids, state, record, rng):
         if os.environ.get("ODD") == RANK and record is not None:
             raise LookupError("odd")
+        if os.environ.get("SAYS_NO") == RANK and record is not None:
+            raise FedmpiError("no silo suits me")
         return list(ids), state
 
 

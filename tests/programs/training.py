@@ -15,11 +15,13 @@ from programs.cases import require_equal, run
 
 import fedmpi
 from fedmpi import comm as ranks
-from fedmpi.components import build
+from fedmpi.aggregate import Mean
+from fedmpi.components import build, component
 from fedmpi.errors import ConfigError, Diverged, ExchangeError
 from fedmpi.exchange.section import PLANS
 from fedmpi.flat import sha256
 from fedmpi.plan import plan as promise
+from fedmpi.selection import All
 
 CASES = {}
 ROUNDS = 4
@@ -242,6 +244,24 @@ def auto_says_what_it_measured_and_is_kept(comm, folder):
         require_equal("measured again", again.plan_seconds, {})
 
 
+@component
+class Unheard(Mean):
+    """Silos of an odd number of samples do not count."""
+
+    def weight(self, num_samples):
+        return float(num_samples % 2 == 0)
+
+
+@case
+def a_silo_that_weighs_nothing_is_refused(comm, folder):
+    try:
+        fedmpi.Run(configured(folder, f"unheard-{comm.size}", aggregate="programs.training:Unheard"), comm_=comm)
+    except ConfigError as error:
+        assert "weighs 0.0; weights are positive" in str(error), error
+    else:
+        raise AssertionError("it went through")
+
+
 @case
 def verify_finds_the_rank_that_differs(comm, folder):
     config = configured(folder, f"verify-{comm.size}", exchange={"verify": True})
@@ -259,6 +279,39 @@ def verify_finds_the_rank_that_differs(comm, folder):
     else:
         require_equal("ranks of a run in which nobody can differ", comm.size, 1)
     started.close()
+
+
+@component
+class Astray(All):
+    """In round 2 the last rank leaves out a silo."""
+
+    def select(self, ids, state, record, rng):
+        astray = record is not None and ranks.connect().rank == ranks.connect().size - 1
+        return list(ids)[astray:], state
+
+
+@case
+def ranks_that_would_exchange_something_else_say_what(comm, folder):
+    last = comm.size - 1
+    found = {}
+    for what in ("cohort", "length"):
+        astray = {"select": {"name": "programs.training:Astray"}} if what == "cohort" else {}
+        started = fedmpi.Run(configured(folder, f"astray-{what}-{comm.size}", astray), comm_=comm)
+        rounds = iter(started)
+        next(rounds)
+        if what == "length" and comm.rank == last > 0:
+            made = started._federation.exchange
+            made._declared = {**made._declared, "length": 7}
+            made._facts_text = repr(made._declared)
+        try:
+            next(rounds)
+        except ExchangeError as error:
+            found[what] = str(error)
+        started.close()
+    if last:
+        assert f"against rank {last} (here): cohort is ['silo-0', " in found["cohort"], found
+        assert found["length"].endswith("length is 1210 there and 7 here"), found
+        require_equal("texts", len(set(comm.gather(repr(found).encode().ljust(4000)))), 1)
 
 
 @case

@@ -65,7 +65,8 @@ class Exchange:
         self.round = 0
         self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
         self._failed: ExchangeError | None = None
-        self._facts_text = repr((to_dict(section), self.num_params, str(self.dtype)))
+        self._declared = {**to_dict(section), "length": self.num_params, "dtype": str(self.dtype)}
+        self._facts_text = repr(self._declared)
         if self.ring:
             self.float_B = torch.zeros(BLOCK, dtype=torch.float64, device=self.device)
             self.int_B = torch.zeros(BLOCK, dtype=torch.int64, device=self.device)
@@ -150,6 +151,10 @@ class Exchange:
     def fingerprint(self, cohort: Sequence[str]) -> float:
         """32 bits over what ranks must agree on before vectors travel; exact as a float64."""
         return float(zlib.crc32(repr((self.round, self._facts_text, list(cohort))).encode()))
+
+    def declared(self, cohort: Sequence[str]) -> dict[str, Any]:
+        """What the fingerprint is taken of, by name."""
+        return {"round": self.round, "cohort": list(cohort), **self._declared}
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
