@@ -377,11 +377,13 @@ class Comm(Solo):
         return request
 
     def wait(self, pending: Pending) -> None:
-        spins, most = 0, 20 if self.crowded else 1000
+        spins, most, pause_s = 0, 20 if self.crowded else 1000, 5e-5
         while not pending.Test():
             spins += 1
             if self.patient or spins > most:  # the core may be another rank's too
-                time.sleep(5e-5)
+                time.sleep(pause_s)
+                # To wake costs what others could use; what is on its way fills the sockets meanwhile.
+                pause_s = min(2 * pause_s, 4e-4) if self.crowded else pause_s
             elif spins > 100:
                 os.sched_yield()
 

@@ -104,7 +104,7 @@ class FedAvg:
     def step(self, params_P: Tensor, mean_P: Tensor, state: NoState) -> tuple[Tensor, NoState]:
         """New parameters, in the memory of `mean_P`."""
         for w, delta, _ in _blocks(params_P, mean_P):
-            delta.mul_(self.lr).add_(w)
+            (delta if self.lr == 1.0 else delta.mul_(self.lr)).add_(w)
         return mean_P, state
 
 

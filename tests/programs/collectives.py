@@ -109,6 +109,17 @@ def share_lets_nan_through(comm):
 
 
 @case
+def sharing_gives_the_same_once_it_is_over(comm):
+    values = np.zeros((comm.size, 2))
+    values[comm.rank] = comm.rank + 0.5, 1.0
+    before = comm.bytes_control
+    pending, total = comm.sharing(values)
+    comm.wait(pending)
+    require_equal("total", total.tolist(), [[r + 0.5, 1.0] for r in range(comm.size)])
+    require_equal("counted", comm.bytes_control - before, 32 * comm.size if comm.size > 1 else 0)
+
+
+@case
 def share_calls_meanwhile_while_it_waits(comm):
     calls = []
     if comm.rank == 0:

@@ -25,7 +25,7 @@ ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds 
 ONE = np.uint64(1)
 SMALL = 1024  # elements at a time where two scratch blocks are needed
 NUM_SAMPLES = 16384  # that `select` guesses from
-SIDE = 4  # of them lie side by side
+SIDE = 16  # of them lie side by side
 BLOCK = 4096  # elements that are worked on at a time
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -512,7 +512,7 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
             taken += 1
     rank = min(taken, int(1.25 * k * taken / n) + 16)
     room = min(n, 2 * (n // taken + 1) * rank + SMALL)
-    low = np.int32(max(_kth(sample[:taken], rank, counts)[0], floor))
+    low = np.int32(max(_kth(sample[:taken], rank, counts)[0], floor, 1))  # zeros come in runs
     near, patterns = np.empty(room + 1, np.int64), np.empty(room + 1, np.int32)
     reached = np.zeros(SMALL, np.int8)
     words = reached.view(np.uint64)
