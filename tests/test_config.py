@@ -37,6 +37,7 @@ def refusal(call, *args):
 
 
 SGD = "local: {name: sgd, lr: 0.1, epochs: 1"
+FEDDYN = "local: {name: feddyn, lr: 1, steps: 1, alpha: 0.1}"
 REFUSED = [
     # unknown key
     ("ronds: 3", "configuration has no 'ronds'; did you mean 'rounds'?"),
@@ -87,6 +88,15 @@ REFUSED = [
     (SGD + ", optimizer: {name: SGD, lr: 0.9}}", "local.optimizer.lr: the learning rate is local.lr"),
     (SGD + ", optimizer: {name: SGD, momentum: -1}}", "local.optimizer: Invalid momentum value: -1"),
     (SGD + ", optimizer: {name: LBFGS}}", "local.optimizer: no optimizer 'LBFGS'"),
+    (SGD + ", optimizer: {name: EmaSGD, beta: 1}}", "local.optimizer: beta must lie in [0, 1), got 1"),
+    # rules and what they need
+    ("local: {name: scaffold, lr: 1, steps: 1, optimizer: Adam}", "local: optimizer: this rule needs one that is linear"),
+    ("local: {name: scaffold, lr: 1, steps: 1, keep_optimizer: true}", "local: keep_optimizer: earlier rounds' gradients"),
+    ("local: {name: mime_lite, lr: 1, steps: 1, optimizer: {name: SGD, momentum: 0.9}}", "local: optimizer: in mime_lite"),
+    (FEDDYN, "server.optimizer: the rule feddyn needs server: {optimizer: {name: feddyn, alpha: 0.1}}"),
+    (FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.2}}", "server.optimizer: the rule feddyn needs server: {opt"),
+    (FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.1}}\naggregate: fednova", "aggregate: feddyn needs mean"),
+    ("server: {optimizer: {name: feddyn, alpha: 0.2}}", "local: the server's feddyn needs local: {name: feddyn, alpha: 0.2"),
     # nothing, where something must be
     ("data: null", "data"), ("model: null", "model"), ("local: null", "local"), ("select: null", "select"),
     ("aggregate: null", "aggregate"), ("server: {optimizer: null}", "server.optimizer"),
