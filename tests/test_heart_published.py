@@ -13,7 +13,7 @@ PROGRAM = str(Path(__file__).parent / "programs" / "heart.py")
 @functools.cache
 def runs(n: int, root: Path) -> dict:
     plan = {1: "replicated", 2: "root", 4: "window"}[n]
-    done = mpirun(n, PYTHON, PROGRAM, str(root), plan, timeout_s=240)
+    done = mpirun(n, PYTHON, PROGRAM, str(root), plan, timeout_s=600)
     assert done.rc == 0, done.tails
     rows = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
     return {(row["method"], row["seed"]): row for row in rows}

@@ -89,7 +89,7 @@ def sum_of_a(rho: float, tau: int) -> float:
     return sum((1 - rho ** (tau - i)) / (1 - rho) for i in range(tau))
 
 
-def scaffold_momentum(problem: Problem, divisor: float = sum_of_a(RHO, STEPS), rho: float = RHO) -> list[np.ndarray]:
+def scaffold_momentum(problem: Problem) -> list[np.ndarray]:
     """Option II on steps with momentum: the control variate is the mean of gradients under the weights a_i."""
     x, c = problem.start_P, np.zeros_like(problem.start_P)
     own = [np.zeros_like(c) for _ in range(problem.num_silos)]
@@ -99,9 +99,9 @@ def scaffold_momentum(problem: Problem, divisor: float = sum_of_a(RHO, STEPS), r
         for k in cohort:
             y, buffer = x, 0.0
             for batch in problem.steps(k, STEPS):
-                buffer = rho * buffer + problem.gradient(y, batch) - own[k] + c
+                buffer = RHO * buffer + problem.gradient(y, batch) - own[k] + c
                 y = y - LR * buffer
-            new = own[k] - c + (x - y) / (LR * divisor)
+            new = own[k] - c + (x - y) / (LR * sum_of_a(RHO, STEPS))
             change = change + new - own[k]
             ends.append(y)
             own[k] = new
