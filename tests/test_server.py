@@ -12,7 +12,7 @@ import torch
 from fedmpi import server
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError
-from fedmpi.server import OPTIMIZERS
+from fedmpi.server import OPTIMIZERS, FedDyn
 
 NAMES = list(OPTIMIZERS.members)
 P = 1000
@@ -115,6 +115,8 @@ EQUATIONS = [
     ("fedadam", {}, {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}, 1e-6),
     ("fedadam", {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "tau": 1e-8, "v0": 0.0}, {}, 0.0),
     ("fedyogi", {}, {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}, 1e-6),
+    ("feddyn", {}, {"alpha": 0.01}, 0.0),
+    ("feddyn", {"alpha": 0.3}, {}, 0.0),
     ("fedyogi", {"lr": 0.1, "beta1": 0.2, "beta2": 0.7, "tau": 0.1, "v0": 0.5}, {}, 0.5),
 ]
 
@@ -129,6 +131,17 @@ def test_equations(name, options, defaults, v0, block):
     for mean_P in means_P:
         w, m, v = reference.SERVERS[name](w, mean_P.numpy(), m, v, **{**defaults, **given})
     np.testing.assert_allclose(got_P.numpy(), w, rtol=1e-12, atol=1e-12)
+
+
+def test_feddyn_in_a_round_where_a_part_was_heard():
+    params_P, means_P = vectors(num_rounds=5)
+    optimizer, state, new_P = FedDyn(alpha=0.3), FedDyn(alpha=0.3).init(params_P), params_P
+    w = params_P.numpy()
+    m, v = reference.start(w)
+    for number, mean_P in enumerate(means_P, start=1):
+        w, m, v = reference.feddyn(w, mean_P.numpy(), m, v, alpha=0.3, fraction=number / 5)
+        new_P, state = optimizer.at(number, 5, number / 5).step(new_P, mean_P.clone(), state)
+    np.testing.assert_allclose(new_P.numpy(), w, rtol=1e-12, atol=1e-12)
 
 
 def test_every_member_has_equations():

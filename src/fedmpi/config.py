@@ -26,10 +26,11 @@ from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.local import RULES, LocalRule, Sgd
+from fedmpi.local.control import FedDyn as FedDynRule
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.selection import SELECTORS, All, Selector
-from fedmpi.server import OPTIMIZERS, FedAvg, ServerOptimizer
+from fedmpi.server import OPTIMIZERS, FedAvg, FedDyn, ServerOptimizer
 from fedmpi.types import Dataset
 
 
@@ -108,6 +109,7 @@ class Config:
                 raise ValueError(f"exchange.overlap: the {names} of {rule} must not arrive a round late")
             if self.exchange.regions is not None and self.exchange.regions.every > 1:
                 raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
+        self._feddyn()
         regions = self.exchange.regions
         if regions is not None and self.rounds % regions.every:
             raise ValueError(
@@ -115,6 +117,20 @@ class Config:
                 f"{regions.every}"
             )
         return self
+
+    def _feddyn(self) -> None:
+        """FedDyn is a rule and a server's step, which need each other."""
+        rule, optimizer = self.local, self.server.optimizer
+        if isinstance(rule, FedDynRule):
+            if not isinstance(optimizer, FedDyn) or optimizer.alpha != rule.alpha:
+                needed = f"{{optimizer: {{name: feddyn, alpha: {rule.alpha}}}}}"
+                raise ValueError(f"server.optimizer: the rule feddyn needs server: {needed}")
+            if not isinstance(self.aggregate, Mean) or self.aggregate.weights == "steps":
+                raise ValueError("aggregate: feddyn needs mean, with weights uniform (the paper's) or samples")
+            if self.exchange.overlap or (self.exchange.regions is not None and self.exchange.regions.every > 1):
+                raise ValueError("exchange: feddyn's server must hear of every round; no overlap, regions.every: 1")
+        elif isinstance(optimizer, FedDyn):
+            raise ValueError(f"local: the server's feddyn needs local: {{name: feddyn, alpha: {optimizer.alpha}, ...}}")
 
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.

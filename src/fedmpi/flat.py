@@ -187,13 +187,20 @@ class FlatModel:
     def pairs(self, vector_P: torch.Tensor) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Each shared parameter that is trained, and its part of a vector, in its shape."""
         tensors = self.module.state_dict(keep_vars=True)
+        return [(tensors[entry.name], part) for entry, part in self._parts(vector_P) if entry.trainable]
+
+    def named(self, vector_P: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the module's shared parameters and buffers would be with this vector, by name: views where dtypes are
+        the same. For torch.func.functional_call."""
+        return {entry.name: part.to(entry.dtype) for entry, part in self._parts(vector_P)}
+
+    def _parts(self, vector_P: torch.Tensor) -> list[tuple[Entry, torch.Tensor]]:
+        """Each shared entry and its part of a vector, in its shape."""
         found, start = [], 0
         for dtype in dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal")):
             for entry in self.entries:
                 if entry.kind == "shared" and entry.dtype == dtype:
-                    if entry.trainable:
-                        part = vector_P[start : start + entry.num_elements].view(entry.shape)
-                        found.append((tensors[entry.name], part))
+                    found.append((entry, vector_P[start : start + entry.num_elements].view(entry.shape)))
                     start += entry.num_elements
         return found
 

@@ -111,7 +111,7 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     timer.lap("wait")
     _agree_ready(fed, number, cohort, error)
 
-    server = _server(fed, unbiased=factors is not None)
+    server = _server(fed, number, unbiased=factors is not None)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
     fed.silos.update(trained)
     error = _evaluate(fed, number, params_Q[: fed.model.num_shared], written)
@@ -205,7 +205,7 @@ def _contribution(state: State, fed: Federation, number: int, silo: LocalSilo, f
     return contribution
 
 
-def _server(fed: Federation, unbiased: bool) -> Server:
+def _server(fed: Federation, number: int, unbiased: bool) -> Server:
     """The server's step of this round, from what all ranks know of those that were heard."""
     heard = fed.ready.silo("taken") > 0
     weights, sent, normalizers, losses, norms = (
@@ -214,7 +214,10 @@ def _server(fed: Federation, unbiased: bool) -> Server:
     all_weight = fed.exchange.facts.total_weight
     total = all_weight if unbiased else float(weights.sum())
     scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
-    return Server(fed.optimizer, fed.model.num_shared, fed.auxiliaries, scale, float(sent.sum()) / all_weight)
+    share = float(sent.sum()) / all_weight
+    at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
+    optimizer = fed.optimizer if at is None else at(number, fed.rounds, share)
+    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share)
 
 
 def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str) -> None:

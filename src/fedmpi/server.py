@@ -46,8 +46,18 @@ class Moments(NamedTuple):
     v_P: Tensor
 
 
+class Dynamic(NamedTuple):
+    """Minus the mean over all silos of their h_k (local/control.py)."""
+
+    h_P: Tensor
+
+
 class ServerOptimizer(Protocol):
-    """What the round asks of a server optimizer; states are NamedTuples of tensors as long as the parameters."""
+    """What the round asks of a server optimizer; states are NamedTuples of tensors as long as the parameters.
+
+    One that must know of the round has `at(number, rounds, fraction) -> ServerOptimizer` besides, which gives what
+    takes this round's step: round `number` of 1 to `rounds`, in which `fraction` of all silos' weight was heard.
+    """
 
     def init(self, params_P: Tensor) -> Any:
         """The state before the first step."""
@@ -218,6 +228,48 @@ class FedYogi:
         return _algorithm_2(self, params_P, mean_P, state, approach)
 
 
+@component
+class FedDyn:
+    """h = h - alpha (m/K) delta, w + delta - h / alpha (Acar et al. 2021, Algorithm 1): the server of rule `feddyn`.
+
+    m/K is the share of all silos that was heard: of their weight where aggregate.weights are not uniform (the paper's
+    are). delta is the mean over those that were heard.
+
+    >>> w, optimizer = torch.zeros(1), FedDyn(alpha=0.5)
+    >>> optimizer.at(1, 10, fraction=0.5).step(w, torch.ones(1), optimizer.init(w))
+    (tensor([1.5000]), Dynamic(h_P=tensor([-0.2500])))
+    """
+
+    alpha: PositiveFloat = 0.01  # of the dynamic regulariser; the rule's too
+
+    def init(self, params_P: Tensor) -> Dynamic:
+        """h = 0."""
+        return Dynamic(torch.zeros_like(params_P))
+
+    def at(self, number: int, rounds: int, fraction: float) -> ServerOptimizer:
+        """Its step in a round in which this share of all weight was heard."""
+        return _FedDynHeard(self.alpha, fraction)
+
+    def step(self, params_P: Tensor, mean_P: Tensor, state: Dynamic) -> tuple[Tensor, Dynamic]:
+        """As where all silos were heard: new parameters in the memory of `mean_P`, new state in that of `state`."""
+        return _FedDynHeard(self.alpha, 1.0).step(params_P, mean_P, state)
+
+
+@dataclass(frozen=True)
+class _FedDynHeard:
+    alpha: float
+    fraction: float
+
+    def init(self, params_P: Tensor) -> Dynamic:
+        return Dynamic(torch.zeros_like(params_P))
+
+    def step(self, params_P: Tensor, mean_P: Tensor, state: Dynamic) -> tuple[Tensor, Dynamic]:
+        for w, delta, h, scratch in _blocks(params_P, mean_P, state.h_P):
+            h.sub_(torch.mul(delta, self.alpha * self.fraction, out=scratch))
+            delta.add_(w).sub_(torch.div(h, self.alpha, out=scratch))
+        return mean_P, state
+
+
 def _moments(params_P: Tensor, v0: float | None, tau: float) -> Moments:
     return Moments(torch.zeros_like(params_P), torch.full_like(params_P, tau**2 if v0 is None else v0))
 
@@ -264,5 +316,6 @@ OPTIMIZERS = Family(
         "fedadagrad": FedAdagrad,
         "fedadam": FedAdam,
         "fedyogi": FedYogi,
+        "feddyn": FedDyn,
     },
 )

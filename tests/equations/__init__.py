@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 import fedmpi
-from fedmpi.components import build
+from fedmpi.components import build, hints
+from fedmpi.local import RULES
 from fedmpi.types import Silo, SiloData, Source
 
 SIZES = (12, 30, 18, 7, 25)  # training samples
@@ -39,6 +40,25 @@ def samples(silo: str) -> SiloData:
     y = x @ rng.normal(size=INPUTS) + 0.3 * rng.normal() + 0.1 * rng.normal(size=size + 4)
     x_all, y_all = torch.from_numpy(x), torch.from_numpy(y)
     return SiloData(x_all[:size], y_all[:size], x_all[size:], y_all[size:])
+
+
+def two_layers() -> torch.nn.Module:
+    """Four tanh units between inputs and output: weights [4, INPUTS] and [4], then [1, 4] and [1]."""
+    layers = [torch.nn.Linear(INPUTS, 4, dtype=torch.float64), torch.nn.Tanh()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(4, 1, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """One silo a round, in turn."""
+
+    def init(self, num_train: Sequence[int]) -> dict[str, np.ndarray]:
+        return {"next": np.zeros(1, np.int64)}
+
+    def select(
+        self, ids: Sequence[str], state: dict[str, np.ndarray], record: Any, rng: Any
+    ) -> tuple[list[str], dict[str, np.ndarray]]:
+        return [ids[int(state["next"][0]) % len(ids)]], {"next": state["next"] + 1}
 
 
 def linear() -> torch.nn.Module:
@@ -126,7 +146,9 @@ def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], Problem]
         "checkpoint": {"every": ROUNDS},
         **case.config,
     }
-    values["local"] = {"lr": 0.05, "batch_size": BATCH, "sampler": "in_order", **values["local"]}
+    usual = {"lr": 0.05, "batch_size": BATCH, "sampler": "in_order"}
+    takes = hints(RULES.members[values["local"]["name"]])
+    values["local"] = {**{name: value for name, value in usual.items() if name in takes}, **values["local"]}
     after, records = [], []
     with fedmpi.Run(build(fedmpi.Config, values), comm_=comm) as run:
         start_P = run.params_P.numpy().copy()

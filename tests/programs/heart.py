@@ -1,7 +1,7 @@
 """Fed-Heart-Disease from the published initial weights and batch orders: every seed and method in one launch.
 
-Rank 0 prints one JSON line per run: the largest distance from the published final weights, and the accuracy of every
-hospital beside the published one.
+Arguments: FOLDER PLAN [METHOD ...], all methods by default. Rank 0 prints one JSON line per run: the largest distance
+from the published final weights, and the accuracy of every hospital beside the published one.
 """
 
 import csv
@@ -21,17 +21,21 @@ from fedmpi.config import CheckpointSection, EvaluateSection, ServerSection
 from fedmpi.data.heart_disease import HeartDisease
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.local import Sgd
+from fedmpi.local.control import Scaffold
+from fedmpi.local.gradient import FedProx
 from fedmpi.models import Logistic
 from fedmpi.server import FedAdagrad, FedAdam, FedAvg, FedYogi
 
 SILOS = ("cleveland", "hungary", "switzerland", "longbeach")
 SEEDS = (42, 43, 44, 45, 46)
 ADAPTIVE = {"tau": 1e-8, "v0": 0.0, "beta1": 0.9}
-METHODS = {
-    "FedAvg100": (0.001, FedAvg()),
-    "FedAdam100": (0.01, FedAdam(lr=0.01, beta2=0.999, **ADAPTIVE)),
-    "FedYogi100": (0.003162, FedYogi(lr=0.01, beta2=0.999, **ADAPTIVE)),
-    "FedAdagrad100": (0.003162, FedAdagrad(lr=0.316228, **ADAPTIVE)),
+METHODS = {  # rule, what it takes, server
+    "FedAvg100": (Sgd, {"lr": 0.001}, FedAvg()),
+    "FedProx100": (FedProx, {"lr": 0.001, "mu": 0.01}, FedAvg()),
+    "Scaffold100": (Scaffold, {"lr": 0.001, "variant": "benchmark"}, FedAvg()),
+    "FedAdam100": (Sgd, {"lr": 0.01}, FedAdam(lr=0.01, beta2=0.999, **ADAPTIVE)),
+    "FedYogi100": (Sgd, {"lr": 0.003162}, FedYogi(lr=0.01, beta2=0.999, **ADAPTIVE)),
+    "FedAdagrad100": (Sgd, {"lr": 0.003162}, FedAdagrad(lr=0.316228, **ADAPTIVE)),
 }
 
 
@@ -53,9 +57,7 @@ _loaded: dict[str, dict[str, np.ndarray]] = {}
 def _stored(path: str) -> dict[str, np.ndarray]:
     if path not in _loaded:
         with np.load(path) as file:
-            _loaded[path] = {
-                name: file[name] for name in file.files if "FedA" in name or "FedY" in name or "init" in name
-            }
+            _loaded[path] = {name: file[name] for name in file.files}
     return _loaded[path]
 
 
@@ -69,6 +71,7 @@ def published_accuracies(folder: Path, seed: int, method: str) -> list[float]:
 def main() -> None:
     root = Path(sys.argv[1])
     plan = sys.argv[2]
+    methods = {name: METHODS[name] for name in sys.argv[3:] or METHODS}
     folder = root / "flamby_heart"
     traces = str(folder / "heart_traces.npz")
     comm = connect()
@@ -78,14 +81,14 @@ def main() -> None:
         weight, bias = torch.from_numpy(init[None, :13].copy()), torch.from_numpy(init[13:].copy())
         start = scratch / f"{seed}-{comm.rank}.safetensors"
         save_file({"linear.weight": weight, "linear.bias": bias}, start)
-        for method, (lr, optimizer) in METHODS.items():
+        for method, (rule, takes, optimizer) in methods.items():
             config = fedmpi.Config(
                 rounds=15,
                 out=str(scratch / f"{seed}-{method}"),
                 init=str(start),
                 data=HeartDisease(root=root),
                 model=Logistic(),
-                local=Sgd(lr=lr, steps=100, batch_size=4, sampler=Published(traces, f"{seed}|FedAvg100")),
+                local=rule(**takes, steps=100, batch_size=4, sampler=Published(traces, f"{seed}|FedAvg100")),
                 server=ServerSection(optimizer=optimizer),
                 exchange=ExchangeSection(plan=plan),
                 evaluate=EvaluateSection(every=15),

@@ -15,12 +15,12 @@ Shapes in names: `N` training samples, `M` test samples, `C` classes, `K` silos.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fedmpi.components import Family, NonNegativeInt, PositiveFloat, PositiveInt, component
+from fedmpi.components import Family, NonNegativeInt, PositiveFloat, PositiveFraction, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.rng import generator
 
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 class Partition(Protocol):
-    """How labels are divided over silos."""
+    """How labels are divided over silos. One whose silos have training samples in common has `overlaps = True`."""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """One part a silo; every training and every test index in exactly one of them."""
@@ -142,7 +142,8 @@ class Labels:
 def divide(partition: Partition, y_train_N: Ints, y_test_M: Ints, num_silos: int, seed: int) -> dict[str, Part]:
     """Each silo's part by id, "silo-0" on, zero-padded so that text order is number order.
 
-    ConfigError when a silo has no training samples, or a partition loses or repeats a sample.
+    ConfigError when a silo has no training samples, or a partition loses or repeats a sample. One that `overlaps` may
+    give a training sample to several silos, but to each once.
     """
     parts = partition.split(y_train_N, y_test_M, num_silos, generator(seed, purpose="partition"))
     named = {f"silo-{k:0{len(str(num_silos - 1))}d}": part for k, part in enumerate(parts)}
@@ -150,7 +151,14 @@ def divide(partition: Partition, y_train_N: Ints, y_test_M: Ints, num_silos: int
         if not len(part.train):
             raise ConfigError(f"silo {silo} has no samples ({len(y_train_N)} over {num_silos} silos by {partition})")
     for y, pieces in ((y_train_N, [p.train for p in parts]), (y_test_M, [p.test for p in parts])):
-        if not np.array_equal(np.sort(np.concatenate(pieces)), np.arange(len(y))):
+        found = np.sort(np.concatenate(pieces))
+        if (
+            y is y_train_N
+            and getattr(partition, "overlaps", False)
+            and all(len(np.unique(p)) == len(p) for p in pieces)
+        ):
+            found = np.unique(found)
+        if not np.array_equal(found, np.arange(len(y))):
             raise ConfigError(f"partition {partition} does not give every sample to exactly one silo")
     return named
 
@@ -198,3 +206,38 @@ def _by_class(shares_CK: FloatArray, y_train_N: Ints, y_test_M: Ints, rng: Rng) 
 
 
 PARTITIONS = Family("partition", {"iid": Iid, "dirichlet": Dirichlet, "labels": Labels, "quantity": Quantity})
+
+
+@component
+class Shared:
+    """Another partition, and to every silo's training samples some that all share (Zhao et al. 2018, Federated
+    learning with non-IID data, section 4): a set G of `share` of all, as many of every class, of which each silo gets a
+    random `portion` besides its own.
+
+    Deviations: the paper sets G apart; here its samples come from all silos' own, where they stay. A silo's weight
+    n_k counts what it was given too. The parts are those of the other partition with the same seed.
+
+    >>> y_train_N, y_test_M = np.repeat(np.arange(4), 50), np.repeat(np.arange(4), 10)
+    >>> parts = divide(Shared(partition=Labels(labels=1), share=0.04), y_train_N, y_test_M, 4, seed=0)
+    >>> np.bincount(y_train_N[parts["silo-2"].train]).tolist()
+    [2, 2, 50, 2]
+    """
+
+    overlaps: ClassVar[bool] = True
+
+    partition: Annotated[Partition, PARTITIONS] = Iid()  # how samples are divided first
+    share: PositiveFraction = 0.05  # beta: size of what is shared, of all training samples
+    portion: PositiveFraction = 1.0  # alpha: of what is shared, that each silo gets
+
+    def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
+        """The other partition's parts with more to train on."""
+        parts = self.partition.split(y_train_N, y_test_M, num_silos, rng)
+        classes = np.unique(y_train_N)
+        each = round(self.share * len(y_train_N) / len(classes))  # a class that has fewer gives all it has
+        common = np.concatenate([rng.permutation(np.flatnonzero(y_train_N == k))[:each] for k in classes])
+        size = round(self.portion * len(common))
+        given = [rng.permutation(common)[:size] for _ in parts]
+        return [Part(np.union1d(part.train, more), part.test) for part, more in zip(parts, given, strict=True)]
+
+
+PARTITIONS.members["shared"] = Shared

@@ -1,8 +1,10 @@
 """Local rules: how a silo turns global parameters into a contribution. A rule knows no cohort and no rank.
 
-    base      what they share: the silo, the round, batches, the loop over them
-    gradient  steps from the global parameters: FedAvg's own, FedProx
-    control   steps corrected by vectors that travel with the delta: SCAFFOLD
+    base        what they share: the silo, the round, batches, the loop over them
+    optimizers  what is kept of one, how many gradients its steps hold
+    gradient    steps from the global parameters: FedAvg's own, FedSGD, FedProx
+    control     steps corrected by vectors that silos keep or that travel with the delta: SCAFFOLD, FedDyn, Mime
+    contrast    steps that compare what models make of a batch: MOON
 
 A rule is one class in one of these files and one line in the dict at its bottom.
 """
@@ -10,10 +12,10 @@ A rule is one class in one of these files and one line in the dict at its bottom
 from __future__ import annotations
 
 from fedmpi.components import Family
-from fedmpi.local import control, gradient
+from fedmpi.local import contrast, control, gradient
 from fedmpi.local.base import LocalRule, LocalSilo, Round, Sampler, Work, descend, plain_step
 from fedmpi.local.gradient import Sgd
 
-RULES = Family("local rule", {**gradient.RULES, **control.RULES})
+RULES = Family("local rule", {**gradient.RULES, **control.RULES, **contrast.RULES})
 
 __all__ = ["RULES", "LocalRule", "LocalSilo", "Round", "Sampler", "Sgd", "Work", "descend", "plain_step"]

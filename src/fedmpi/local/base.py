@@ -21,6 +21,7 @@ from fedmpi import rng
 from fedmpi.components import Deferred, Family, PositiveFloat, PositiveInt, component, nearest
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel
+from fedmpi.local.optimizers import KEPT, EmaSGD, num_gradients, put_back, state_to_keep
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.types import Contribution, SiloData
 
@@ -98,12 +99,13 @@ _spare_compiler()
 
 
 class _TorchOptimizers(Family):
-    """All of torch.optim that steps without a closure: {name: SGD, momentum: 0.9}."""
+    """All of torch.optim that steps without a closure, {name: SGD, momentum: 0.9}, and EmaSGD."""
 
     def __init__(self) -> None:
         closed = ("Optimizer", "LBFGS", "SparseAdam")
         found = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and n not in closed}
-        super().__init__("optimizer", {n: c for n, c in found.items() if issubclass(c, torch.optim.Optimizer)}, False)
+        found = {n: c for n, c in found.items() if issubclass(c, torch.optim.Optimizer)}
+        super().__init__("optimizer", found | {"EmaSGD": EmaSGD}, False)
 
     def build(self, value: Any, path: str) -> Deferred:
         if isinstance(value, Deferred):
@@ -135,6 +137,7 @@ class LocalRule(Protocol):
 
     What a rule may have besides:
 
+        fits(module)  raises ConfigError for a model that it cannot train, before anything is trained.
         auxiliaries   a tuple of `Auxiliary`: vectors that travel with the delta. `train` finds what they are now in
                       `round.auxiliary` and writes what the silo sends into `model.auxiliary(i)` after `take_delta`.
         personal(silo, params_P)  the parameters [P] that the silo would use for itself, or None before it has any;
@@ -164,6 +167,7 @@ class Work:
     clip: PositiveFloat | None = None  # largest norm of a batch's gradient; null: as it is
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast on CUDA
     sampler: Annotated[Sampler, SAMPLERS] = Shuffle()  # the order of a silo's samples
+    keep_optimizer: bool = False  # a silo's optimizer goes on where its last round left it, in place of a new one
 
     @pydantic.model_validator(mode="after")
     def _one_amount(self) -> Work:
@@ -197,6 +201,59 @@ class Work:
             yield x[rows], y[rows]
 
 
+def enter(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> list[torch.nn.Parameter]:
+    """Make the model the silo's at the start of its round; its trained parameters come back."""
+    model.load(params_P)
+    model.load_personal(silo.kept)
+    model.module.train()
+    # Dropout and the like draw from torch's own generator: key it, so that a silo draws the same on every rank.
+    torch.manual_seed(rng.key(round.seed, purpose="train", round=round.number, silo=silo.id) >> 1)
+    return [p for p in model.module.parameters() if p.requires_grad]
+
+
+def whole_gradient(
+    silo: LocalSilo,
+    model: FlatModel,
+    params_P: torch.Tensor,
+    round: Round,
+    batch_size: int | None,
+    precision: str = "float32",
+) -> float:
+    """The gradient at params_P over all of the silo's samples, into `.grad` of the parameters; the loss comes back.
+
+    So many samples at a time (null: at once), which matters for memory alone, unless the model has batch statistics.
+    Neither cursor nor kept state move.
+    """
+    trained = enter(silo, model, params_P, round)
+    x_all, y_all, device = silo.data.x_train, silo.data.y_train, model.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for param in trained:
+        param.grad = None
+    for start in range(0, len(x_all), size := batch_size or len(x_all)):
+        round.check()
+        x, y = x_all[start : start + size].to(device), y_all[start : start + size].to(device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            loss = round.loss(model.module(x), y) * (len(x) / len(x_all))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return float(total)
+
+
+def gradient_vector(model: FlatModel, params_P: torch.Tensor) -> torch.Tensor:
+    """`.grad` of the shared parameters as one new vector [P], 0 where there is none."""
+    vector_P = torch.zeros_like(params_P)
+    for param, part in model.pairs(vector_P):
+        if param.grad is not None:
+            part.copy_(param.grad)
+    return vector_P
+
+
+def recall(silo: LocalSilo, name: str, params_P: torch.Tensor) -> torch.Tensor | None:
+    """What the silo keeps under a name, where params_P is; None at first. After a resume it is still on the CPU."""
+    found = silo.kept.get(name)
+    return None if found is None else found.to(params_P.device)
+
+
 Correct = Callable[[], None]
 BatchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -217,13 +274,10 @@ def descend(
     outputs. The silo's kept state becomes a new dict with its personal parameters as they are at the end.
     """
     module, device = model.module, model.device
-    model.load(params_P)
-    model.load_personal(silo.kept)
-    module.train()
-    # Dropout and the like draw from torch's own generator: key it, so that a silo draws the same on every rank.
-    torch.manual_seed(rng.key(round.seed, purpose="train", round=round.number, silo=silo.id) >> 1)
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = enter(silo, model, params_P, round)
     optimizer = work.optimizer.target(trained, lr=work.rate(round), **work.optimizer.arguments)
+    if work.keep_optimizer:
+        put_back(optimizer, silo.kept)
     step = plain_step(optimizer)
     losses = torch.zeros((), dtype=torch.float64, device=device)
     num_samples = num_steps = 0
@@ -245,7 +299,43 @@ def descend(
         num_samples += len(x)
         num_steps += 1
     silo.kept = {**silo.kept, **model.personal()}
+    if work.keep_optimizer:
+        silo.kept = {n: t for n, t in silo.kept.items() if not n.startswith(KEPT)} | state_to_keep(optimizer)
+    loss_mean, held = float(losses) / num_samples, num_gradients(work.optimizer, num_steps)
     delta_P = model.take_delta(params_P)
-    return Contribution(
-        silo.id, round.number, silo.weight, delta_P, float(losses) / num_samples, num_samples, num_steps
-    )
+    return Contribution(silo.id, round.number, silo.weight, delta_P, loss_mean, num_samples, num_steps, held)
+
+
+def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Correct:
+    """A `correct` for `descend`: g becomes scale g + by, in place and in one call for all parameters."""
+    pairs = model.pairs(by_P)
+
+    def correct() -> None:
+        grads, parts = _graded(pairs)
+        if scale != 1.0:
+            torch._foreach_mul_(grads, scale)
+        torch._foreach_add_(grads, parts)
+
+    return correct
+
+
+def pulled(model: FlatModel, to_P: torch.Tensor, mu: float, by_P: torch.Tensor | None = None) -> Correct:
+    """A `correct` for `descend`: g becomes g + mu (w - to), plus `by` if given."""
+    pairs, more = model.pairs(to_P), [] if by_P is None else model.pairs(by_P)
+
+    def correct() -> None:
+        grads, starts = _graded(pairs)
+        torch._foreach_add_(grads, [param for param, _ in pairs if param.grad is not None], alpha=mu)
+        torch._foreach_sub_(grads, starts, alpha=mu)
+        if more:
+            torch._foreach_add_(grads, _graded(more)[1])
+
+    return correct
+
+
+def _graded(
+    pairs: list[tuple[torch.nn.Parameter, torch.Tensor]],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The gradients of those parameters that have one, and their parts."""
+    found = [(param.grad, part) for param, part in pairs if param.grad is not None]
+    return [grad for grad, _ in found], [part for _, part in found]

@@ -1,44 +1,198 @@
-"""Gradient steps corrected by vectors that travel with the delta."""
+"""Gradient steps corrected by vectors that silos keep, or that travel with the delta."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import pydantic
 import torch
 
-from fedmpi.components import component
+from fedmpi.components import Decay, NonNegativeFloat, PositiveFloat, component
 from fedmpi.flat import FlatModel
-from fedmpi.local.base import LocalSilo, Round, Work, descend
+from fedmpi.local.base import (
+    LocalSilo,
+    Round,
+    Work,
+    corrected,
+    descend,
+    gradient_vector,
+    pulled,
+    recall,
+    whole_gradient,
+)
+from fedmpi.local.optimizers import num_gradients
 from fedmpi.types import Auxiliary, Contribution
+
+
+def _reads_gradients(rule: Work) -> None:
+    """Refuse what hides the mean gradient from a rule that finds it by how far the parameters moved."""
+    if num_gradients(rule.optimizer, 1) is None:
+        raise ValueError(f"optimizer: this rule needs one that is linear in the gradients, not {rule.optimizer.name}")
+    if rule.keep_optimizer:
+        raise ValueError("keep_optimizer: earlier rounds' gradients would be taken for this one's")
+
+
+def _mean_gradient(rule: Work, contribution: Contribution, round: Round, num_params: int) -> torch.Tensor:
+    """What was descended along on average, a new vector [P]: (w_t - w_k) / (lr |a|_1), the steps' gradients weighted
+    as the optimizer weights them. With plain SGD |a|_1 is the number of steps; momentum moves further with the same
+    gradients, and by dividing by the steps alone a control variate would be taken 1 / (1 - rho) times too large.
+    """
+    held = contribution.normalizer or contribution.num_steps
+    return contribution.delta_P[:num_params] * (-1 / (held * rule.rate(round)))
 
 
 @component
 class Scaffold(Work):
     """Steps along g - c_k + c, c_k being the silo's control variate and c their mean over all silos (Karimireddy et
-    al. 2020, Algorithm 1, Option II).
+    al. 2020, Algorithm 1, Options I and II).
 
-    c_k becomes c_k - c + (w_t - w_k) / (steps * lr), and c moves by 1/K of the sum of what the c_k changed.
+    c_k becomes the gradient at w_t over all of the silo's samples (I, one more pass over them) or c_k - c + (w_t - w_k)
+    / (lr |a|_1) (II); c moves by 1/K of the sum of what the c_k changed. |a|_1 is the number of steps for plain SGD, as
+    in the paper. Deviations: under momentum |a|_1 is what momentum makes of the steps (local/optimizers.py), without
+    which Option II diverges; deltas are weighted by samples unless the aggregator's weights are uniform.
+
+    `variant: benchmark` is what FLamby's benchmark runs under this name (Ogier du Terrail et al. 2022), for its
+    numbers: before a round c_k grows by (w_t - the silo's last w_k) / (server_lr lr |a|_1), steps go along g - c_k, and
+    nothing but deltas travels.
     """
 
-    auxiliaries: ClassVar[tuple[Auxiliary, ...]] = (Auxiliary("control", "population"),)
+    option: Literal["I", "II"] = "II"  # how c_k is renewed
+    variant: Literal["paper", "benchmark"] = "paper"  # benchmark: FLamby's
+    server_lr: PositiveFloat = 1.0  # of the benchmark's variant alone: the server's step size
+
+    @property
+    def auxiliaries(self) -> tuple[Auxiliary, ...]:
+        return () if self.variant == "benchmark" else (Auxiliary("control", "population"),)
+
+    @pydantic.model_validator(mode="after")
+    def _has_gradients(self) -> Scaffold:
+        if self.option == "II":
+            _reads_gradients(self)
+        elif self.variant == "benchmark":
+            raise ValueError("option: I is not of the benchmark's variant")
+        return self
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        c_P = round.auxiliary["control"]
-        before_P = silo.kept.get("control")
-        correction_P = c_P if before_P is None else c_P - before_P
-        pairs = model.pairs(correction_P)
-
-        def correct() -> None:
-            for param, part in pairs:
-                if param.grad is not None:
-                    param.grad.add_(part)
-
-        contribution = descend(self, silo, model, params_P, round, correct)
-        scale = -1 / (contribution.num_steps * self.rate(round))
+        if self.variant == "benchmark":
+            return self._benchmark(silo, model, params_P, round)
+        c_P, before_P, num = round.auxiliary["control"], recall(silo, "control", params_P), model.num_shared
+        by_P = c_P.clone() if before_P is None else c_P - before_P
+        after_P = None
+        if self.option == "I":
+            whole_gradient(silo, model, params_P, round, self.batch_size, self.precision)
+            after_P = gradient_vector(model, params_P)
+        contribution = descend(self, silo, model, params_P, round, corrected(model, by_P))
+        if after_P is None:
+            after_P = _mean_gradient(self, contribution, round, num).sub_(by_P)
         change_P = model.auxiliary(0)
-        torch.mul(contribution.delta_P[: model.num_shared], scale, out=change_P).sub_(c_P)
-        silo.kept["control"] = change_P.clone() if before_P is None else before_P + change_P
+        change_P.copy_(after_P)
+        if before_P is not None:
+            change_P.sub_(before_P)
+        silo.kept["control"] = after_P
+        return contribution
+
+    def _benchmark(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        c_P, end_P = recall(silo, "control", params_P), recall(silo, "end", params_P)
+        if end_P is not None:
+            c_P = (params_P - end_P).div_(silo.kept["moved"].item()).add_(0.0 if c_P is None else c_P)
+        correct = None if c_P is None else corrected(model, -c_P)
+        contribution = descend(self, silo, model, params_P, round, correct)
+        held = contribution.normalizer or contribution.num_steps
+        silo.kept["end"] = params_P + contribution.delta_P[: model.num_shared]
+        silo.kept["moved"] = torch.tensor(self.server_lr * self.rate(round) * held, dtype=torch.float64)
+        if c_P is not None:
+            silo.kept["control"] = c_P
         return contribution
 
 
-RULES = {"scaffold": Scaffold}
+@component
+class FedDyn(Work):
+    """Steps on the loss, minus <h_k, w>, plus alpha/2 |w - w_t|^2; then h_k falls by alpha (w_k - w_t) (Acar et al.
+    2021, Algorithm 1, whose grad L_k(theta_k^{t-1}) is h_k). It needs the server `feddyn` with the same alpha.
+
+    Deviations: the subproblem is solved for a set amount of work in place of exactly; where the aggregator's weights
+    are not uniform, silos count by them and not alike, in the mean and in the server's h.
+    """
+
+    alpha: PositiveFloat = 0.01  # of the dynamic regulariser; the server's too
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        h_P = recall(silo, "dynamic", params_P)
+        by_P = None if h_P is None else -h_P
+        correct = pulled(model, params_P, self.alpha, by_P)
+        contribution = descend(self, silo, model, params_P, round, correct)
+        moved_P = contribution.delta_P[: model.num_shared] * -self.alpha
+        silo.kept["dynamic"] = moved_P if h_P is None else moved_P.add_(h_P)
+        pull = self.rate(round) * self.alpha
+        contribution.normalizer = num_gradients(self.optimizer, contribution.num_steps, pull)
+        return contribution
+
+
+@component
+class GradientCorrection(Work):
+    """Steps along g + alpha (g' - g_k'), g' being last round's mean gradient of the cohort, and g_k' the silo's own of
+    the last round that it took part in.
+
+    SCAFFOLD's correction (Karimireddy et al. 2020, Algorithm 1, Option II) with the last round's gradients in place of
+    control variates that remember: with alpha 1, everybody in every round and uniform weights the two are the same. A
+    silo corrects nothing in its first round. A silo's mean gradient is (w_t - w_k) / (lr |a|_1) without the correction.
+    """
+
+    alpha: NonNegativeFloat = 1.0  # of the correction; 0 is FedAvg
+    auxiliaries: ClassVar[tuple[Auxiliary, ...]] = (Auxiliary("gradient", "cohort", decay=0.0, gain=1.0),)
+
+    @pydantic.model_validator(mode="after")
+    def _has_gradients(self) -> GradientCorrection:
+        _reads_gradients(self)
+        return self
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        own_P = recall(silo, "gradient", params_P)
+        by_P = None if own_P is None else (round.auxiliary["gradient"] - own_P).mul_(self.alpha)
+        correct = None if by_P is None else corrected(model, by_P)
+        contribution = descend(self, silo, model, params_P, round, correct)
+        new_P = _mean_gradient(self, contribution, round, model.num_shared)
+        if by_P is not None:
+            new_P.sub_(by_P)
+        model.auxiliary(0).copy_(new_P)
+        silo.kept["gradient"] = new_P
+        return contribution
+
+
+@component
+class MimeLite(Work):
+    """Steps along (1 - beta) g + beta m, m being the server's momentum, which stands still during the round and then
+    becomes (1 - beta) of the mean of the silos' whole gradients at w_t, plus beta m (Karimireddy et al. 2021, Breaking
+    the centralized barrier for cross-device federated learning, Algorithm 1, MimeLite with SGDm).
+
+    One more pass over the silo's samples. Deviation: the mean is weighted as the deltas are, by samples unless the
+    aggregator's weights are uniform.
+    """
+
+    beta: Decay = 0.9  # decay of m
+
+    @property
+    def auxiliaries(self) -> tuple[Auxiliary, ...]:
+        return (Auxiliary("momentum", "cohort", decay=self.beta, gain=1 - self.beta),)
+
+    @pydantic.model_validator(mode="after")
+    def _plain(self) -> MimeLite:
+        if self.optimizer.target is not torch.optim.SGD or self.optimizer.arguments.get("momentum", 0):
+            raise ValueError("optimizer: in mime_lite momentum is the server's, the silos' steps are SGD's without")
+        return self
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        whole_gradient(silo, model, params_P, round, self.batch_size, self.precision)
+        gradient_P = gradient_vector(model, params_P)
+        correct = corrected(model, round.auxiliary["momentum"] * self.beta, scale=1 - self.beta)
+        contribution = descend(self, silo, model, params_P, round, correct)
+        model.auxiliary(0).copy_(gradient_P)
+        return contribution
+
+
+RULES = {
+    "scaffold": Scaffold,
+    "feddyn": FedDyn,
+    "gradient_correction": GradientCorrection,
+    "mime_lite": MimeLite,
+}

@@ -1,0 +1,92 @@
+"""Gradient steps that compare what models make of a batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fedmpi.components import NonNegativeFloat, PositiveFloat, component, nearest
+from fedmpi.errors import ConfigError
+from fedmpi.flat import FlatModel
+from fedmpi.local.base import LocalSilo, Round, Work, descend, recall
+from fedmpi.types import Contribution
+
+
+@component
+class Moon(Work):
+    """Steps on the loss and mu times the mean over the batch of -log(e^(sim(z, z_glob)/tau) / (e^(sim(z, z_glob)/tau) +
+    e^(sim(z, z_prev)/tau))), sim being the cosine of the angle between representations of the model as it is, as the
+    server sent it, and as the silo last sent it (Li, He and Song 2021, Model-contrastive federated learning,
+    Algorithm 1).
+
+    A representation is what enters the model's last Linear layer, or what the module called `features` returns; the
+    paper has a projection head there, which is the model's to bring. Deviations: in a silo's first round there is
+    no last model, and no term; the two fixed models run as in evaluation (no dropout, running statistics of
+    normalisation), with the silo's personal parameters as they are now.
+    """
+
+    mu: NonNegativeFloat = 1.0  # of the contrastive term; 0 is FedAvg
+    temperature: PositiveFloat = 0.5  # tau
+    features: str | None = None  # the module whose output is the representation; null: what enters the last Linear
+
+    def fits(self, module: torch.nn.Module) -> None:
+        """ConfigError for a model that has no representation."""
+        if self.features is not None:
+            known = dict(module.named_modules())
+            if self.features not in known:
+                raise ConfigError(
+                    f"local.features: the model has no module '{self.features}'{nearest(self.features, known)}"
+                )
+        elif _last_linear(module) is None:
+            raise ConfigError("local.features: the model has no Linear layer; name the module whose output to compare")
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        previous_P, module = recall(silo, "previous", params_P), model.module
+        seen: list[torch.Tensor] = []
+        handle = self._watch(module, seen)
+
+        def representation(named: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            torch.func.functional_call(module, named, (x,))
+            return seen.pop().flatten(1)
+
+        def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            outputs = module(x)
+            z = seen.pop().flatten(1)
+            module.eval()
+            with torch.no_grad():
+                z_others = [representation(named, x) for named in fixed]
+            module.train()
+            sims = torch.stack([F.cosine_similarity(z, other) for other in z_others]) / self.temperature
+            return round.loss(outputs, y) + self.mu * (sims.logsumexp(0) - sims[0]).mean()
+
+        try:
+            if previous_P is None or not self.mu:
+                contribution = descend(self, silo, model, params_P, round)
+            else:
+                fixed = [model.named(params_P), model.named(previous_P)]
+                contribution = descend(self, silo, model, params_P, round, batch_loss=loss)
+        finally:
+            handle.remove()
+        silo.kept["previous"] = params_P + contribution.delta_P[: model.num_shared]
+        return contribution
+
+    def _watch(self, module: torch.nn.Module, seen: list[torch.Tensor]) -> torch.utils.hooks.RemovableHandle:
+        """From now on every forward pass leaves its representation in `seen`, alone."""
+
+        def keep(found: torch.Tensor) -> None:
+            seen[:] = [found]
+
+        if self.features is not None:
+            return module.get_submodule(self.features).register_forward_hook(lambda m, args, output: keep(output))
+        last = _last_linear(module)
+        assert last is not None
+        return last.register_forward_pre_hook(lambda m, args: keep(args[0]))
+
+
+def _last_linear(module: torch.nn.Module) -> torch.nn.Linear | None:
+    """In the order in which the model has registered them."""
+    found = [part for part in module.modules() if isinstance(part, torch.nn.Linear)]
+    return found[-1] if found else None
+
+
+RULES = {"moon": Moon}

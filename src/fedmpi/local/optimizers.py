@@ -1,0 +1,105 @@
+"""Of optimizers: what is kept from round to round, how many gradients their steps hold, and one that torch lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fedmpi.components import Deferred
+from fedmpi.flat import HALF
+
+KEPT = "optimizer_"  # what begins the names of an optimizer's state among what a silo keeps: optimizer_NUMBER_NAME
+
+
+class EmaSGD(torch.optim.Optimizer):
+    """m = beta m + (1 - beta) g, w - lr m: momentum as an exponential mean, from m = 0 and without bias correction.
+
+    torch's own SGD sums its gradients up (buf = momentum buf + g), and with `dampening` it starts from the first one.
+    """
+
+    def __init__(
+        self, params: Iterable[torch.nn.Parameter], lr: float = 1e-3, beta: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must lie in [0, 1), got {beta}")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+        super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step, in place."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if "mean" not in state:
+                    state["mean"] = torch.zeros_like(param)
+                gradient = param.grad
+                if group["weight_decay"]:
+                    gradient = gradient.add(param, alpha=group["weight_decay"])
+                mean = state["mean"].mul_(group["beta"]).add_(gradient, alpha=1 - group["beta"])
+                param.add_(mean, alpha=-group["lr"])
+
+
+def num_gradients(optimizer: Deferred, num_steps: int, pull: float = 0.0) -> float | None:
+    """|a|_1: how many gradients lie in what so many steps of an optimizer moved, in units of lr (Wang et al. 2020,
+    Tackling the Objective Inconsistency Problem, section 4.2). None where a step is not linear in the gradients.
+
+    Of SGD the steps; with momentum rho (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho); with a proximal term, of
+    which `pull` is lr mu, (1 - (1 - pull)^tau) / pull. All of these, Nesterov's form, dampening and EmaSGD come out of
+    one recursion: h(j), how far a gradient has moved the parameters j steps after its own. Weight decay belongs to the
+    loss. Gradients of earlier rounds that a kept buffer holds are not counted.
+
+    >>> sgd = torch.optim.SGD
+    >>> num_gradients(Deferred("SGD", sgd, {}), 3), num_gradients(Deferred("SGD", sgd, {"momentum": 0.5}), 3)
+    (3.0, 4.25)
+    >>> num_gradients(Deferred("SGD", sgd, {}), 2, pull=0.25), num_gradients(Deferred("Adam", torch.optim.Adam, {}), 3)
+    (1.75, None)
+    """
+    takes, nesterov = optimizer.arguments, False
+    if optimizer.target is EmaSGD:
+        rho = float(takes.get("beta", 0.9))
+        enters = first = 1 - rho
+    elif optimizer.target is torch.optim.SGD and not takes.get("maximize", False):
+        rho = float(takes.get("momentum", 0.0))
+        enters, first = (1 - float(takes.get("dampening", 0.0)) if rho else 1.0), 1.0
+        nesterov = bool(takes.get("nesterov", False))
+    else:
+        return None
+    if not rho and not pull:
+        return float(num_steps) * first
+    total = moved = buffer = 0.0
+    for j in range(num_steps):
+        gradient = 1.0 if j == 0 else -pull * moved
+        buffer = rho * buffer + (gradient if j == 0 else enters * gradient)
+        moved += gradient + rho * buffer if nesterov else buffer
+        total += abs(moved) * (first if j == num_steps - 1 else enters)  # the last h is that of the first gradient
+    return total
+
+
+def state_to_keep(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """A copy of an optimizer's state, by names to keep it under. Halves as float32, which holds them exactly."""
+    kept = {}
+    for number, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for name, value in optimizer.state.get(param, {}).items():
+            if value is not None:
+                tensor = torch.as_tensor(value).detach()
+                dtype = torch.float32 if tensor.dtype in HALF else tensor.dtype
+                kept[f"{KEPT}{number}_{name}"] = tensor.to(dtype, copy=True)
+    return kept
+
+
+def put_back(optimizer: torch.optim.Optimizer, kept: Mapping[str, torch.Tensor]) -> None:
+    """An optimizer that is new goes on from what `state_to_keep` gave; what was kept is not written later."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in kept.items():
+        if name.startswith(KEPT):
+            number, _, key = name.removeprefix(KEPT).partition("_")
+            param = params[int(number)]
+            device = "cpu" if value.dim() == 0 else param.device  # where torch has its counts of steps
+            dtype = param.dtype if value.dtype == torch.float32 and param.dtype in HALF and value.dim() else value.dtype
+            optimizer.state[param][key] = value.to(device, dtype, copy=True)
