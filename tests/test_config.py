@@ -46,6 +46,16 @@ REFUSED = [
     ("server: {optimizer: {name: fedadam, bet1: 0}}", "server.optimizer: server optimizer 'fedadam' has no 'bet1'"),
     ("checkpoint: {zzz: 1}", "checkpoint: 'checkpoint' has no 'zzz'; there is: every, keep"),
     ("1: 2", "configuration has no '1'"),
+    ("server: {average: {dekay: 0.9}}", "server.average.dekay: unexpected keyword argument"),
+    ("server: {average: {decay: 1.5}}", "server.average.decay: input should be less than or equal to 1, got 1.5"),
+    (
+        "{server: {average: {}}, exchange: {overlap: true}}",
+        "server.average: with exchange.overlap the parameters of a round arrive a round late",
+    ),
+    (
+        "{server: {average: {}}, exchange: {plan: sharded, regions: {every: 2}}}",
+        "server.average: with exchange.regions.every the parameters of regions differ in between",
+    ),
     # unknown component
     ("model: {name: reznet18}", "model: no model 'reznet18'; did you mean 'resnet18'?"),
     ("select: unifrom", "select: no selector 'unifrom'; did you mean 'uniform'?"),

@@ -29,7 +29,7 @@ from fedmpi.local import RULES, LocalRule, Sgd
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.selection import SELECTORS, All, Selector
-from fedmpi.server import OPTIMIZERS, FedAvg, ServerOptimizer
+from fedmpi.server import OPTIMIZERS, Average, FedAvg, ServerOptimizer
 from fedmpi.types import Dataset
 
 
@@ -38,6 +38,7 @@ class ServerSection:
     """What rank 0 does besides hosting silos."""
 
     optimizer: Annotated[ServerOptimizer, OPTIMIZERS] = FedAvg()  # how the aggregate moves the parameters
+    average: Average | None = None  # over rounds, of the parameters: evaluated and saved in their place
     dedicated: bool = False  # rank 0 hosts no silo
 
 
@@ -109,6 +110,10 @@ class Config:
             if self.exchange.regions is not None and self.exchange.regions.every > 1:
                 raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
         regions = self.exchange.regions
+        if self.server.average is not None and self.exchange.overlap:
+            raise ValueError("server.average: with exchange.overlap the parameters of a round arrive a round late")
+        if self.server.average is not None and regions is not None and regions.every > 1:
+            raise ValueError("server.average: with exchange.regions.every the parameters of regions differ in between")
         if regions is not None and self.rounds % regions.every:
             raise ValueError(
                 f"rounds: after {self.rounds} the regions differ; take a multiple of exchange.regions.every, "

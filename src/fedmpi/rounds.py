@@ -36,7 +36,7 @@ from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.objectives import Resolved
 from fedmpi.records import PHASES, Board, Record, Timer, peak_rss_bytes
 from fedmpi.selection import Selection, Selector
-from fedmpi.server import Server, ServerOptimizer
+from fedmpi.server import Average, Server, ServerOptimizer
 from fedmpi.stopping import FAILED, STOP, BrokenOff, Watch
 from fedmpi.types import Auxiliary, Contribution
 
@@ -58,6 +58,7 @@ class State:
     optimizer: Any  # the server optimizer's state
     selector: dict[str, np.ndarray]
     record: Record | None = None  # of the last round
+    average_P: torch.Tensor | None = None  # of the parameters over rounds, alike on every rank, if one is kept
     written: int = -1  # newest round whose checkpoint files are safe on every rank
 
 
@@ -82,6 +83,7 @@ class Federation:
     rounds: int
     evaluate_every: int
     evaluate_batch: int
+    average: Average | None = None  # what is evaluated; None: the parameters themselves
     timer: Timer = field(default_factory=Timer)
 
     def __post_init__(self) -> None:
@@ -110,10 +112,14 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     timer.lap("wait")
     _agree_ready(fed, number, cohort, error)
 
-    server = _server(fed, unbiased=factors is not None)
+    server = _server(fed, number, unbiased=factors is not None)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
     fed.silos.update(trained)
-    error = _evaluate(fed, number, params_Q[: fed.model.num_shared], written)
+    params_P = params_Q[: fed.model.num_shared]
+    average_P = state.average_P
+    if fed.average is not None and average_P is not None:
+        params_P = average_P = fed.average.follow(average_P, params_P, number)
+    error = _evaluate(fed, number, params_P, written)
     timer.lap("evaluate")
     up, down, control = comm.counted()
     now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # with the one that follows
@@ -131,7 +137,7 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     _raise_failure(fed, fed.done.rank("status"), error)
     record = _record(fed, number, cohort)
     safe = int(fed.done.rank("written").min())
-    return State(number, params_Q, optimizer, selector, record, safe), record
+    return State(number, params_Q, optimizer, selector, record, average_P, safe), record
 
 
 def _train(
@@ -204,7 +210,7 @@ def _contribution(state: State, fed: Federation, number: int, silo: LocalSilo, f
     return contribution
 
 
-def _server(fed: Federation, unbiased: bool) -> Server:
+def _server(fed: Federation, number: int, unbiased: bool) -> Server:
     """The server's step of this round, from what all ranks know of those that were heard."""
     heard = fed.ready.silo("taken") > 0
     weights, sent, normalizers, losses, norms = (
@@ -213,7 +219,10 @@ def _server(fed: Federation, unbiased: bool) -> Server:
     all_weight = fed.exchange.facts.total_weight
     total = all_weight if unbiased else float(weights.sum())
     scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
-    return Server(fed.optimizer, fed.model.num_shared, fed.auxiliaries, scale, float(sent.sum()) / all_weight)
+    optimizer = fed.optimizer
+    if (at := getattr(optimizer, "at", None)) is not None:
+        optimizer = at(number, fed.rounds, float(heard.sum()) / len(fed.ids))
+    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, float(sent.sum()) / all_weight)
 
 
 def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str) -> None:
