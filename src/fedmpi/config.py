@@ -152,7 +152,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
 
     Raises ConfigError in one line.
     """
-    values, origins = _read(Path(path))
+    values, origins = read(Path(path))
     values.pop(ABOUT, None)
     if "out" not in values:
         values["out"] = f"runs/{Path(path).stem}"
@@ -164,14 +164,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
             raise ConfigError(f"{key}: cannot read {text!r} as a value") from None
-        _put(values, key, value)
+        put(values, key, value)
         for known in [k for k in origins if k == key or k.startswith(f"{key}.")]:
             del origins[known]
         origins[key] = "command line"
     return build(Config, values), origins
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a YAML file says, and on which line each dotted key stands. Raises ConfigError in one line."""
     try:
         text = path.read_text()
         node = yaml.compose(text, Loader=_Loader)
@@ -198,7 +199,7 @@ def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield from _lines(value, f"{name}.")
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
+def put(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key; a component given by its name alone becomes a mapping first."""
     *parents, last = key.split(".")
     for part in parents:
