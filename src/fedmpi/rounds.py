@@ -219,10 +219,10 @@ def _server(fed: Federation, number: int, unbiased: bool) -> Server:
     all_weight = fed.exchange.facts.total_weight
     total = all_weight if unbiased else float(weights.sum())
     scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
-    optimizer = fed.optimizer
-    if (at := getattr(optimizer, "at", None)) is not None:
-        optimizer = at(number, fed.rounds, float(heard.sum()) / len(fed.ids))
-    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, float(sent.sum()) / all_weight)
+    share = float(sent.sum()) / all_weight
+    at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
+    optimizer = fed.optimizer if at is None else at(number, fed.rounds, share)
+    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share)
 
 
 def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str) -> None:

@@ -10,8 +10,7 @@ new parameters and the memory of `state` for the new state, and allocates one bl
 Every operation here is one of + - * / and the square root, each correctly rounded, so ranks on different processors
 that take the same step hold the same bits.
 
-An optimizer may have `at(number, rounds, fraction)`: itself as it is in one round, such as with that round's learning
-rate. `Average` is no optimizer: it follows the parameters, and what it finds is evaluated.
+`Average` is no optimizer: it follows the parameters from round to round, and what it finds is evaluated.
 """
 
 from __future__ import annotations
@@ -60,10 +59,8 @@ class Moments(NamedTuple):
 class ServerOptimizer(Protocol):
     """What the round asks of a server optimizer; states are NamedTuples of tensors as long as the parameters.
 
-    What it may have besides:
-
-        at(number, rounds, fraction)  the optimizer of round `number` of 1 to `rounds`, in which `fraction` of all silos
-                                      were heard; the same call on every rank. Its `step` has no other way to know.
+    One that must know of the round has `at(number, rounds, fraction) -> ServerOptimizer` besides, which gives what
+    takes this round's step: round `number` of 1 to `rounds`, in which `fraction` of all silos' weight was heard.
     """
 
     def init(self, params_P: Tensor) -> Any:
