@@ -162,7 +162,10 @@ def test_fedgm_is_quasi_hyperbolic_momentum():
     np.testing.assert_allclose(got_P.numpy(), w, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name, cls in OPTIMIZERS.members.items() if issubclass(cls, server.Scheduled)])
+SCHEDULED = [name for name, cls in OPTIMIZERS.members.items() if issubclass(cls, server.Scheduled)]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
 def test_at_is_the_optimizer_of_one_round(name):
     plain = OPTIMIZERS.build({"name": name, "lr": 0.5}, "")
     assert plain.at(7, 10, 0.3) is plain

@@ -101,6 +101,29 @@ class Server:
 
 
 @component
+class Average:
+    """The mean of the parameters over rounds, recent ones more: an exponential moving average without its start's bias.
+
+    a + (w - a) (1 - decay) / (1 - decay**t) after round t: sum_i decay**(t - i) w_i over the rounds i up to t, divided
+    by what these weights add up to (as Adam corrects its means). With decay 1 every round counts the same (Polyak &
+    Juditsky 1992). Training goes on from the parameters themselves.
+
+    >>> w = torch.tensor([4.0])
+    >>> Average(decay=1.0).follow(torch.tensor([1.0]), w, number=3)
+    tensor([2.])
+    """
+
+    decay: Fraction = 0.99  # what a round weighs less than the next; 0: the last round's parameters
+
+    def follow(self, average_P: Tensor, params_P: Tensor, number: int) -> Tensor:
+        """The average after round `number`, in the memory of the one before."""
+        gain = 1 / number if self.decay == 1 else (1 - self.decay) / (1 - self.decay**number)
+        for a, w, scratch in _blocks(average_P, params_P):
+            a.add_(torch.sub(w, a, out=scratch).mul_(gain))
+        return average_P
+
+
+@component
 class Scheduled:
     """The field that every optimizer has besides its own: how `lr` goes over rounds."""
 
@@ -282,29 +305,6 @@ class FedYogi(Scheduled):
             v.sub_(square.mul_(1 - self.beta2).mul_(sign))
 
         return _algorithm_2(self, params_P, mean_P, state, approach)
-
-
-@component
-class Average:
-    """The mean of the parameters over rounds, recent ones more: an exponential moving average without its start's bias.
-
-    a + (w - a) (1 - decay) / (1 - decay**t) after round t: sum_i decay**(t - i) w_i over the rounds i up to t, divided
-    by what these weights add up to (as Adam corrects its means). With decay 1 every round counts the same (Polyak &
-    Juditsky 1992). Training goes on from the parameters themselves.
-
-    >>> w = torch.tensor([4.0])
-    >>> Average(decay=1.0).follow(torch.tensor([1.0]), w, number=3)
-    tensor([2.])
-    """
-
-    decay: Fraction = 0.99  # what a round weighs less than the next; 0: the last round's parameters
-
-    def follow(self, average_P: Tensor, params_P: Tensor, number: int) -> Tensor:
-        """The average after round `number`, in the memory of the one before."""
-        gain = 1 / number if self.decay == 1 else (1 - self.decay) / (1 - self.decay**number)
-        for a, w, scratch in _blocks(average_P, params_P):
-            a.add_(torch.sub(w, a, out=scratch).mul_(gain))
-        return average_P
 
 
 def _moments(params_P: Tensor, v0: float | None, tau: float) -> Moments:
