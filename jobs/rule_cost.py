@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import yaml
 
 import fedmpi
 from fedmpi.comm import connect
@@ -28,6 +29,7 @@ from fedmpi.config import put
 from fedmpi.data.fashion_mnist import FashionMnist
 from fedmpi.errors import ConfigError
 from fedmpi.local import RULES
+from fedmpi.server import OPTIMIZERS
 from fedmpi.types import Source
 
 
@@ -47,9 +49,12 @@ def _opened(silos: int, seed: int) -> Source:
     return replace(source, open=functools.cache(source.open))
 
 
-def configs(names: list[str], rounds: int, steps: int, overrides: list[str], out: str) -> dict[str, fedmpi.Config]:
-    """A configuration a rule; those that need more than a rate and steps are told on rank 0's stderr."""
-    found = {}
+def configs(
+    names: list[str], rounds: int, steps: int, overrides: list[str], out: str
+) -> dict[str, fedmpi.Config | str]:
+    """A configuration a rule, or why a rate and steps are not enough for it. One that has a part on the server is
+    there under the same name."""
+    found: dict[str, Any] = {}
     for name in names:
         values: dict[str, Any] = {
             "rounds": rounds,
@@ -62,11 +67,13 @@ def configs(names: list[str], rounds: int, steps: int, overrides: list[str], out
             "records": {"trace": False},
         }
         for key, _, value in (override.partition("=") for override in overrides):
-            put(values, key, json.loads(value) if value[:1] in "0123456789{[" else value)
+            put(values, key, yaml.safe_load(value))
+        if name in OPTIMIZERS.members:
+            values["server"] = {"optimizer": name}
         try:
             found[name] = build(fedmpi.Config, values)
         except ConfigError as error:
-            print(f"rule_cost: left out: {error}", file=sys.stderr, flush=True)
+            found[name] = str(error)
     return found
 
 
@@ -81,7 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
     names = ["sgd", *(name for name in given.only if name != "sgd")]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         found = configs(names, given.turns + 1, given.steps, given.overrides, comm.say(folder, 0))
-        runs = {name: iter(stack.enter_context(fedmpi.Run(c, comm_=comm))) for name, c in found.items()}
+        for name, why in found.items():
+            if isinstance(why, str) and comm.rank == 0:
+                print(f"rule_cost: {name} is left out: {why}", file=sys.stderr, flush=True)
+        ready = {name: config for name, config in found.items() if not isinstance(config, str)}
+        runs = {name: iter(stack.enter_context(fedmpi.Run(config, comm_=comm))) for name, config in ready.items()}
         whole: dict[str, list[float]] = {name: [] for name in runs}
         training: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(given.turns + 1):

@@ -1,8 +1,10 @@
 """The jobs: those that install in a copy of the checkout whose .venv holds scripts that note how they were called, and
 without a network; those that train on very little, in this process."""
 
+import copy
 import csv
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -11,12 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from mpi import absent
 
 import fedmpi
 from fedmpi import results
 from fedmpi.comm import Solo
 from fedmpi.config import load
+from fedmpi.data.digits import Digits
 
 TOP = Path(__file__).parents[1]
 PATH = f"{os.environ['PATH']}:/usr/bin:/bin"
@@ -297,3 +302,74 @@ def test_the_grids_that_come_along_can_be_built(job, name):
             assert (cell.config.rounds, local.epochs, local.batch_size, data.silos) == (50, 10, 64, 10)
             assert (local.lr, dict(local.optimizer.arguments)) == (0.01, {"momentum": 0.9, "weight_decay": 1e-5})
             assert cell.config.evaluate.every == 1 and cell.config.select == fedmpi.Config().select
+
+
+def test_the_servers_adamw_of_deltas_is_torchs_of_gradients(job):
+    arguments = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    optimizer = job("diloco").AdamW(**arguments)
+    draw = torch.Generator().manual_seed(0)
+    params_P = torch.randn(50, dtype=torch.float64, generator=draw)
+    state, weight = optimizer.init(params_P), torch.nn.Parameter(params_P.clone())
+    wanted = torch.optim.AdamW([weight], **arguments)
+    for number in range(1, 6):
+        weight.grad = torch.randn(50, dtype=torch.float64, generator=draw)
+        wanted.step()
+        params_P, state = optimizer.at(number, 5, 1.0).step(params_P, -weight.grad, state)
+    torch.testing.assert_close(params_P, weight.detach(), rtol=1e-12, atol=1e-12)
+
+
+def text_at_hand():
+    if not (Path(os.environ.get("FEDMPI_DATA", TOP.parent / "shared" / "data")) / "tinyshakespeare").exists():
+        absent("data", "no tinyshakespeare/ in FEDMPI_DATA nor in ../shared/data")
+
+
+SMALL = ["data.silos=2", "data.length=16", "data.stride=64", "model.layers=1", "model.width=16", "device.name=cpu"]
+
+
+def test_diloco_and_synchronous_adamw_visit_the_same_tokens(job, capsys):
+    text_at_hand()
+    diloco = job("diloco")
+    one, other = diloco.both(2, 3, SMALL, "out")
+    assert (one.local.steps, other.local.steps, one.rounds, other.rounds) == (3, 1, 2, 6)
+    assert one.local.keep_optimizer and one.server.optimizer.nesterov
+    assert (other.server.optimizer.lr, other.server.optimizer.weight_decay) == (one.local.lr, 0.1)
+    diloco.main(["--rounds", "2", "--steps", "3", *SMALL])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["samples"][0] == figures["samples"][1] == 2 * 2 * 3 * 16 and figures["exchanges"] == [2, 6]
+    assert 0.5 < figures["ratio"] < 2 and figures["diloco_loss"] < 5
+
+
+def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path):
+    text_at_hand()
+    _, config = job("diloco").both(1, 4, [*SMALL, "local.sampler=in_order", "local.batch_size=5"], str(tmp_path))
+    with fedmpi.Run(config, comm_=Solo()) as run:
+        weight = torch.nn.Parameter(run.params_P.clone())
+        model = copy.deepcopy(run.model)
+        list(run)
+    optimizer = torch.optim.AdamW([weight], lr=3e-3, weight_decay=0.1)
+    source = config.data.source(config.seed)
+    data = [source.open(silo.id) for silo in source.silos]
+    for at in range(0, 20, 5):
+        x, y = (torch.cat([getattr(d, part)[at : at + 5] for d in data]) for part in ("x_train", "y_train"))
+        torch.nn.utils.vector_to_parameters(weight.detach().clone(), model.parameters())
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        weight.grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+        optimizer.step()
+    torch.testing.assert_close(run.params_P, weight.detach(), rtol=0, atol=1e-4)
+
+
+def test_the_cost_of_a_rule_is_told_beside_sgds(job, capsys, monkeypatch):
+    cost = job("rule_cost")
+    monkeypatch.setattr(cost, "Fashion", lambda silos: Digits(silos=silos))  # which is always there
+    arguments = ["--steps", "1", "--turns", "2", "--only", "scaffold", "fedprox"]
+    cost.main([*arguments, "model=logistic", "device.name=cpu"])
+    said = capsys.readouterr()
+    rows = {row["rule"]: row for row in map(json.loads, said.out.splitlines())}
+    assert set(rows) == {"sgd", "scaffold", "fedprox"} and rows["sgd"]["ratio"] == rows["sgd"]["ratio_train"] == 1.0
+    assert all(row["ratio"] > 0 and row["turns"] == 2 for row in rows.values()) and not said.err
+
+
+def test_a_rule_that_needs_more_than_a_rate_and_steps_is_named(job):
+    found = job("rule_cost").configs(["sgd", "fedprox"], 2, 1, ["local.bogus=1"], "out")
+    assert all(isinstance(why, str) and "bogus" in why for why in found.values())
