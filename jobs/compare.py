@@ -1,6 +1,6 @@
 """A grid of runs, partition x algorithm x seed: one table, one figure.
 
-    mpirun -n 2 python jobs/compare.py configs/compare_heart.yaml [--out DIR] [--only NAME ...]
+    mpirun -n 2 python jobs/compare.py configs/compare_heart.yaml [--out DIR] [--only NAME,NAME]
 
     base: heart.yaml                            # a configuration beside this file, or its keys
     algorithms:                                 # what each changes, as on the command line of `fedmpi train`
@@ -306,12 +306,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("--out", help="where the runs lie, the table and the figure")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="algorithms, partitions or seeds")
+    parser.add_argument("--only", default="", metavar="NAME,NAME", help="algorithms, partitions or seeds")
     given = parser.parse_args(arguments)
     comm = None
     try:
         comm = connect()
-        compare(given.config, given.out, given.only, comm)
+        compare(given.config, given.out, [name for name in given.only.split(",") if name], comm)
         comm.finish()
     except FedmpiError as error:  # raised on every rank alike
         if comm.rank == 0 if comm is not None else is_first():

@@ -275,6 +275,12 @@ def test_a_wrong_grid_is_one_line_before_anything_runs(job, tmp_path, capsys, ch
     assert not (tmp_path / "out").exists()
 
 
+def test_only_names_what_is_in_the_grid(job, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        job("compare").main([*grid(tmp_path / "grid.yaml"), "--only", "fedprox,skewd"])
+    assert capsys.readouterr().err == "compare: --only: no 'skewd' in the grid; did you mean 'skewed'?\n"
+
+
 def test_a_run_of_another_grid_is_not_taken_for_one_of_this(job, tmp_path, capsys):
     compare = job("compare")
     one = {"partitions": {"iid": {}}, "seeds": [0], "algorithms": {"fedavg": {}}}
@@ -362,7 +368,7 @@ def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path):
 def test_the_cost_of_a_rule_is_told_beside_sgds(job, capsys, monkeypatch):
     cost = job("rule_cost")
     monkeypatch.setattr(cost, "Fashion", lambda silos: Digits(silos=silos))  # which is always there
-    arguments = ["--steps", "1", "--turns", "2", "--only", "scaffold", "fedprox"]
+    arguments = ["--steps", "1", "--turns", "2", "--only", "scaffold,fedprox"]
     cost.main([*arguments, "model=logistic", "device.name=cpu"])
     said = capsys.readouterr()
     rows = {row["rule"]: row for row in map(json.loads, said.out.splitlines())}

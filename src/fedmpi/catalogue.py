@@ -50,7 +50,8 @@ def lines(family: str | None = None) -> list[str]:
         text.append(f"{name} ({key}: {{name: ...}})")
         for member, cls in members.members.items():
             known = dataclasses.is_dataclass(cls)
-            first = _doc(cls) if known else f"torch.optim.{cls.__name__}"
+            ours = known or not cls.__module__.startswith("torch.")
+            first = _doc(cls) if ours else f"torch.optim.{cls.__name__}"
             text.append(f"  {member}: {first}")
             text += [f"  {line}" for line in (_fields(cls) if known and family is not None else [])]
         text.append("")
