@@ -80,7 +80,7 @@ class Curve(NamedTuple):
 
     rounds: list[int]
     values: list[float]
-    bytes: list[int]
+    megabytes: list[float]
     seconds: list[float]
     ended: str  # empty, or why it ended early
 
@@ -141,7 +141,8 @@ def to_run(all_cells: list[Cell], only: list[str], num_ranks: int) -> list[int]:
         if name not in names:
             raise ConfigError(f"--only: no '{name}' in the grid{nearest(name, names)}")
     wanted = [n for n, cell in enumerate(all_cells) if not only or any(str(part) in only for part in cell[:3])]
-    waiting = [n for n in wanted if not is_done(all_cells[n])]
+    done = [is_done(cell) for cell in all_cells]
+    waiting = [n for n in wanted if not done[n]]
     looked_at = set()
     for cell in (all_cells[n] for n in waiting):
         if cell[:2] not in looked_at:
@@ -180,7 +181,7 @@ def curve(cell: Cell, grid: Grid) -> Curve:
             each = [row[metric] for row in record["silos"].values() if row.get(metric) is not None]
             value = statistics.mean(each) if each else None
         if value is not None:
-            for column, entry in zip(found, (record["round"], value, sent, spent_s), strict=False):
+            for column, entry in zip(found, (record["round"], value, sent / 1e6, spent_s), strict=False):
                 column.append(entry)
     return found
 
@@ -206,7 +207,7 @@ def row(partition: str, algorithm: str, curves: list[Curve], grid: Grid, maximiz
             reached += [n for n in itertools.islice(there, 1)]
         told["rounds_to_target"] = statistics.mean(reached) if reached else None
         told["reached"] = len(reached)
-    told["megabytes"] = statistics.mean(c.bytes[-1] for c in scored) / 1e6 if scored else None
+    told["megabytes"] = statistics.mean(c.megabytes[-1] for c in scored) if scored else None
     told["seconds"] = statistics.mean(c.seconds[-1] for c in scored) if scored else None
     told["diverged"] = sum(bool(c.ended) for c in curves)
     return told
@@ -247,7 +248,7 @@ def draw(done: dict[tuple[str, str], list[Curve]], metric: str, root: Path) -> N
     axes = figure.subplots(len(partitions), 3, squeeze=False, sharey="row")
     colors = {name: f"C{n % 10}" for n, name in enumerate(dict.fromkeys(name for _, name in done))}
     for (partition, algorithm), curves in done.items():
-        columns = zip(axes[partitions.index(partition)], ("rounds", "bytes", "seconds"), strict=True)
+        columns = zip(axes[partitions.index(partition)], ("rounds", "megabytes", "seconds"), strict=True)
         most = max(curves, key=lambda c: len(c.values))
         for axis, what in columns:
             by_point = [[c for c in curves if n < len(c.values)] for n in range(len(most.values))]
