@@ -53,9 +53,14 @@ def fedavg(w, delta, m, v, lr=1.0):
     return w + lr * delta, m, v
 
 
-def fedavgm(w, delta, m, v, lr=1.0, beta=0.9):
+def fedavgm(w, delta, m, v, lr=1.0, beta=0.9, nesterov=False):
     v = beta * v + delta
-    return w + lr * v, m, v
+    return w + lr * (delta + beta * v if nesterov else v), m, v
+
+
+def fedgm(w, delta, m, v, lr=1.0, beta=0.9, gamma=1.0):
+    m = beta * m + (1 - beta) * delta
+    return w + lr * (delta + gamma * m), m, v
 
 
 def fedadagrad(w, delta, m, v, lr, beta1, tau):
@@ -84,6 +89,7 @@ def feddyn(w, delta, m, v, alpha, fraction=1.0):
 SERVERS = {
     "fedavg": fedavg,
     "fedavgm": fedavgm,
+    "fedgm": fedgm,
     "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedyogi": fedyogi,

@@ -6,6 +6,7 @@ import textwrap
 import pytest
 import yaml
 
+from fedmpi import catalogue
 from fedmpi.catalogue import FAMILIES
 from fedmpi.components import Deferred, build, hints, to_dict
 from fedmpi.config import Config, differences, digest, flatten, load, origin_of
@@ -47,6 +48,16 @@ REFUSED = [
     ("server: {optimizer: {name: fedadam, bet1: 0}}", "server.optimizer: server optimizer 'fedadam' has no 'bet1'"),
     ("checkpoint: {zzz: 1}", "checkpoint: 'checkpoint' has no 'zzz'; there is: every, keep"),
     ("1: 2", "configuration has no '1'"),
+    ("server: {average: {dekay: 0.9}}", "server.average.dekay: unexpected keyword argument"),
+    ("server: {average: {decay: 1.5}}", "server.average.decay: input should be less than or equal to 1, got 1.5"),
+    (
+        "{server: {average: {}}, exchange: {overlap: true}}",
+        "server.average: with exchange.overlap the parameters of a round arrive a round late",
+    ),
+    (
+        "{server: {average: {}}, exchange: {plan: sharded, regions: {every: 2}}}",
+        "server.average: with exchange.regions.every the parameters of regions differ in between",
+    ),
     # unknown component
     ("model: {name: reznet18}", "model: no model 'reznet18'; did you mean 'resnet18'?"),
     ("select: unifrom", "select: no selector 'unifrom'; did you mean 'uniform'?"),
@@ -312,3 +323,31 @@ def test_a_users_own_model_factory_is_called_with_the_values_of_the_configuratio
     said = refusal(load, file(text), ["model.widht=2"])
     assert said == "model: 'factory' has no 'widht'; did you mean 'width'?"
     assert refusal(load, file("model: 'own_components:factory'")).startswith("model: 'factory': missing a required")
+
+
+MADE = [(family, name, cls) for family, (members, _) in FAMILIES.items() for name, cls in members.members.items()]
+
+
+@pytest.mark.parametrize(("family", "name", "cls"), MADE, ids=[f"{family}-{name}" for family, name, _ in MADE])
+def test_the_list_says_a_sentence_of_every_member_and_explains_every_field(family, name, cls):
+    text = catalogue.lines(family)
+    at = next(n for n, line in enumerate(text) if line.startswith(f"  {name}: "))
+    assert text[at] in catalogue.lines()
+    if not dataclasses.is_dataclass(cls):
+        return
+    assert text[at].endswith(".") and text[at].count("(") == text[at].count(")")
+    fields = text[at + 1 : at + 1 + len(dataclasses.fields(cls))]
+    assert [line.split()[0] for line in fields] == list(hints(cls)) and all("  # " in line for line in fields)
+
+
+def test_the_list_has_the_paper_and_what_stands_above_a_field():
+    told = "\n".join(catalogue.lines("aggregators") + catalogue.lines("rules") + catalogue.lines("servers"))
+    for paper in (
+        "Wang et al. 2020",
+        "Karimireddy et al. 2020",
+        "Li et al. 2020",
+        "Sun et al. 2024",
+        "Hsu et al. 2019",
+    ):
+        assert paper in told
+    assert "weights = samples  # n_k; every silo the same" in told and "optimizer = SGD  # of torch.optim" in told

@@ -1,5 +1,10 @@
-"""The jobs without a network: in a copy of the checkout whose .venv holds scripts that note how they were called."""
+"""The jobs: those that install in a copy of the checkout whose .venv holds scripts that note how they were called, and
+without a network; those that train on very little, in this process."""
 
+import copy
+import csv
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -8,6 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from mpi import absent
+
+import fedmpi
+from fedmpi import results
+from fedmpi.comm import Solo
+from fedmpi.config import load
+from fedmpi.data.digits import Digits
 
 TOP = Path(__file__).parents[1]
 PATH = f"{os.environ['PATH']}:/usr/bin:/bin"
@@ -160,3 +174,229 @@ def test_reproduce_heart_prints_published_beside_ours(checkout: Checkout) -> Non
     ]
     assert re.search(r"^FedAvg100  ( +0.5000  0.5000){3} +0.5000  0.2500 +3.0e-07$", done.stdout, re.MULTILINE), done
     assert "3 runs; largest difference of a mean accuracy: 2.5e-01" in done.stdout
+
+
+# ---------------------------------------------------------------- jobs that train
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path):
+    """The module of a job, by its name; no launcher, and where it writes is a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+
+    def opened(name):
+        spec = importlib.util.spec_from_file_location(f"jobs_{name}", TOP / "jobs" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(module, "connect", Solo)
+        return module
+
+    return opened
+
+
+GRID = {
+    "base": {
+        "rounds": 3,
+        "data": {"name": "digits", "silos": 3},
+        "local": {"name": "sgd", "lr": 0.1, "epochs": 1},
+        "checkpoint": {"every": 1},
+        "device": {"name": "cpu"},
+    },
+    "algorithms": {"fedavg": {}, "fedprox": {"local.name": "fedprox", "local.mu": 0.1}},
+    "partitions": {"iid": {"data.partition": "iid"}, "skewed": {"data.partition": {"name": "labels", "labels": 4}}},
+    "seeds": [0, 1],
+    "target": 0.5,
+    "published": {"iid": {"fedavg": 0.95}},
+}
+
+
+def grid(path, **changes):
+    path.write_text(yaml.safe_dump(GRID | changes))
+    return [str(path), "--out", str(path.parent / "out")]
+
+
+def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(job, tmp_path, capsys):
+    compare, arguments = job("compare"), grid(tmp_path / "grid.yaml", seeds=[0])
+    _, _, cells = compare.cells(tmp_path / "grid.yaml", str(tmp_path / "out"))
+    with fedmpi.Run(cells[0].config, comm_=Solo()) as run:  # one is broken off after a round, another one is done
+        next(iter(run))
+    compare.main([*arguments, "--only", "skewed"])
+    first = capsys.readouterr()
+    assert "2 of 2: skewed/fedprox/0" in first.err and "iid" not in first.out
+    untouched = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "skewed").rglob("*") if path.is_file()}
+
+    compare.main(arguments)
+    said = capsys.readouterr()
+    assert [line for line in said.err.splitlines() if " of " in line] == [
+        "compare: 1 of 2: iid/fedavg/0", "compare: 2 of 2: iid/fedprox/0",
+    ]  # fmt: skip
+    assert all(path.stat().st_mtime_ns == when for path, when in untouched.items())
+    assert [r["round"] for r in results.read_metrics(cells[0].root)] == [1, 2, 3]
+    alone, _ = load(cells[0].root / "config.yaml", [f"out={tmp_path}/alone"])
+    with fedmpi.Run(alone, comm_=Solo()) as run:
+        records = list(run)
+    assert results.inspect(cells[0].root)["params_sha256"] == results.inspect(tmp_path / "alone")["params_sha256"]
+    with open(tmp_path / "out" / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["partition"], r["algorithm"]) for r in rows] == [
+        ("iid", "fedavg"), ("iid", "fedprox"), ("skewed", "fedavg"), ("skewed", "fedprox"),
+    ]  # fmt: skip
+    assert float(rows[0]["final"]) == records[-1]["accuracy"] and rows[0]["published"] == "0.95"
+    assert float(rows[0]["best"]) == max(r["accuracy"] for r in records)
+    reached = next(r["round"] for r in records if r["accuracy"] >= 0.5)
+    assert float(rows[0]["rounds_to_target"]) == reached and rows[0]["reached"] == "1"
+    assert len(said.out.splitlines()) == 7 and "rounds to 0.5" in said.out.splitlines()[0]
+
+    compare.main(grid(tmp_path / "grid.yaml"))  # and one more seed
+    said = capsys.readouterr()
+    assert "4 of 4: skewed/fedprox/1" in said.err and " to " in said.out.splitlines()[2]
+
+
+def test_a_run_that_diverges_is_a_row_that_says_so(job, tmp_path, capsys):
+    compare = job("compare")
+    arguments = grid(
+        tmp_path / "grid.yaml",
+        partitions={"iid": {}},
+        seeds=[0],
+        published=None,
+        algorithms={"steep": {"local.lr": 1e30, "local.schedule": {"name": "constant", "warmup": 1}}, "plain": {}},
+    )
+    compare.main(arguments)
+    said = capsys.readouterr()
+    assert "1 diverged" in next(line for line in said.out.splitlines() if "steep" in line)
+    assert "diverged" not in next(line for line in said.out.splitlines() if "plain" in line)
+    compare.main(arguments)
+    assert "1 of" not in capsys.readouterr().err  # it is not tried again
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"algoritms": {}}, "grid has no 'algoritms'; did you mean 'algorithms'?"),
+        ({"algorithms": {"a b": {}}}, "'a b' is to be the name of a folder: letters, digits and . _ + - only"),
+        ({"seeds": []}, "nothing to compare: give algorithms, and at least one seed"),
+        ({"seeds": ["x"]}, "seeds.0: input should be a valid integer"),
+        ({"published": {"iidd": {}}}, "published: no partition 'iidd'; did you mean 'iid'?"),
+        ({"published": {"iid": {"fedavgg": 1}}}, "published.iid: no algorithm 'fedavgg'; did you mean 'fedavg'?"),
+        (
+            {"algorithms": {"fedavg": {}, "prox": {"local.name": "fedprox", "local.muu": 1}}},
+            "iid, prox: local: local rule 'fedprox' has no 'muu'; did you mean 'mu'?",
+        ),
+        ({"algorithms": {"fedavg": {"model": "cnn"}}}, "iid, fedavg: model.padding is 0: images of 8x8 are too small"),
+        ({"base": "nowhere.yaml"}, "cannot read "),
+    ],
+)
+def test_a_wrong_grid_is_one_line_before_anything_runs(job, tmp_path, capsys, changes, said):
+    compare = job("compare")
+    with pytest.raises(SystemExit) as ended:
+        compare.main(grid(tmp_path / "grid.yaml", **changes))
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.err.startswith(f"compare: {said}") and told.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_names_what_is_in_the_grid(job, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        job("compare").main([*grid(tmp_path / "grid.yaml"), "--only", "fedprox,skewd"])
+    assert capsys.readouterr().err == "compare: --only: no 'skewd' in the grid; did you mean 'skewed'?\n"
+
+
+def test_a_run_of_another_grid_is_not_taken_for_one_of_this(job, tmp_path, capsys):
+    compare = job("compare")
+    one = {"partitions": {"iid": {}}, "seeds": [0], "algorithms": {"fedavg": {}}}
+    compare.main(grid(tmp_path / "grid.yaml", **one))
+    with pytest.raises(SystemExit):
+        compare.main(grid(tmp_path / "grid.yaml", **one | {"algorithms": {"fedavg": {"local.lr": 0.2}}}))
+    assert "holds another run: local.lr is 0.1 there and 0.2 here; choose another --out" in capsys.readouterr().err
+
+
+def test_a_grid_is_drawn(job, tmp_path):
+    pytest.importorskip("matplotlib")
+    job("compare").main(grid(tmp_path / "grid.yaml"))
+    assert (tmp_path / "out" / "figure.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "figure.svg").exists()
+
+
+@pytest.mark.parametrize("name", ["heart", "fashion", "epochs"])
+def test_the_grids_that_come_along_can_be_built(job, name):
+    grid, root, cells = job("compare").cells(TOP / "configs" / f"compare_{name}.yaml", None)
+    assert root == Path(f"runs/compare_{name}") and len({cell.name for cell in cells}) == len(cells)
+    assert {name for known in (grid.published or {}).values() for name in known} <= set(grid.algorithms)
+    if name == "fashion":
+        for cell in cells:
+            local, data = cell.config.local, cell.config.data
+            assert (cell.config.rounds, local.epochs, local.batch_size, data.silos) == (50, 10, 64, 10)
+            assert (local.lr, dict(local.optimizer.arguments)) == (0.01, {"momentum": 0.9, "weight_decay": 1e-5})
+            assert cell.config.evaluate.every == 1 and cell.config.select == fedmpi.Config().select
+
+
+def test_the_servers_adamw_of_deltas_is_torchs_of_gradients(job):
+    arguments = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    optimizer = job("diloco").AdamW(**arguments)
+    draw = torch.Generator().manual_seed(0)
+    params_P = torch.randn(50, dtype=torch.float64, generator=draw)
+    state, weight = optimizer.init(params_P), torch.nn.Parameter(params_P.clone())
+    wanted = torch.optim.AdamW([weight], **arguments)
+    for number in range(1, 6):
+        weight.grad = torch.randn(50, dtype=torch.float64, generator=draw)
+        wanted.step()
+        params_P, state = optimizer.at(number, 5, 1.0).step(params_P, -weight.grad, state)
+    torch.testing.assert_close(params_P, weight.detach(), rtol=1e-12, atol=1e-12)
+
+
+def text_at_hand():
+    if not (Path(os.environ.get("FEDMPI_DATA", TOP.parent / "shared" / "data")) / "tinyshakespeare").exists():
+        absent("data", "no tinyshakespeare/ in FEDMPI_DATA nor in ../shared/data")
+
+
+SMALL = ["data.silos=2", "data.length=16", "data.stride=64", "model.layers=1", "model.width=16", "device.name=cpu"]
+
+
+def test_diloco_and_synchronous_adamw_visit_the_same_tokens(job, capsys):
+    text_at_hand()
+    diloco = job("diloco")
+    one, other = diloco.both(2, 3, SMALL, "out")
+    assert (one.local.steps, other.local.steps, one.rounds, other.rounds) == (3, 1, 2, 6)
+    assert one.local.keep_optimizer and one.server.optimizer.nesterov
+    assert (other.server.optimizer.lr, other.server.optimizer.weight_decay) == (one.local.lr, 0.1)
+    diloco.main(["--rounds", "2", "--steps", "3", *SMALL])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["samples"][0] == figures["samples"][1] == 2 * 2 * 3 * 16 and figures["exchanges"] == [2, 6]
+    assert 0.5 < figures["ratio"] < 2 and figures["diloco_loss"] < 5
+
+
+def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path):
+    text_at_hand()
+    _, config = job("diloco").both(1, 4, [*SMALL, "local.sampler=in_order", "local.batch_size=5"], str(tmp_path))
+    with fedmpi.Run(config, comm_=Solo()) as run:
+        weight = torch.nn.Parameter(run.params_P.clone())
+        model = copy.deepcopy(run.model)
+        list(run)
+    optimizer = torch.optim.AdamW([weight], lr=3e-3, weight_decay=0.1)
+    source = config.data.source(config.seed)
+    data = [source.open(silo.id) for silo in source.silos]
+    for at in range(0, 20, 5):
+        x, y = (torch.cat([getattr(d, part)[at : at + 5] for d in data]) for part in ("x_train", "y_train"))
+        torch.nn.utils.vector_to_parameters(weight.detach().clone(), model.parameters())
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        weight.grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+        optimizer.step()
+    torch.testing.assert_close(run.params_P, weight.detach(), rtol=0, atol=1e-4)
+
+
+def test_the_cost_of_a_rule_is_told_beside_sgds(job, capsys, monkeypatch):
+    cost = job("rule_cost")
+    monkeypatch.setattr(cost, "Fashion", lambda silos: Digits(silos=silos))  # which is always there
+    arguments = ["--steps", "1", "--turns", "2", "--only", "scaffold,fedprox"]
+    cost.main([*arguments, "model=logistic", "device.name=cpu"])
+    said = capsys.readouterr()
+    rows = {row["rule"]: row for row in map(json.loads, said.out.splitlines())}
+    assert set(rows) == {"sgd", "scaffold", "fedprox"} and rows["sgd"]["ratio"] == rows["sgd"]["ratio_train"] == 1.0
+    assert all(row["ratio"] > 0 and row["turns"] == 2 for row in rows.values()) and not said.err
+
+
+def test_a_rule_that_needs_more_than_a_rate_and_steps_is_named(job):
+    found = job("rule_cost").configs(["sgd", "fedprox"], 2, 1, ["local.bogus=1"], "out")
+    assert all(isinstance(why, str) and "bogus" in why for why in found.values())

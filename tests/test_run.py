@@ -212,6 +212,27 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path):
     assert cohorts[0] == cohorts[1] != cohorts[2] and len(set(cohorts[0])) > 1
 
 
+def test_an_average_over_rounds_is_evaluated_and_saved_and_training_goes_on_from_the_parameters(tmp_path):
+    plain, raw = run(config(tmp_path / "a"))
+    points_P, average_P = [], None
+    with fedmpi.Run(config(tmp_path / "b", server={"average": {"decay": 0.5}}), comm_=Solo()) as averaged:
+        records = []
+        for record in averaged:
+            records.append(record)
+            points_P.append(averaged.params_P.clone())
+            average_P = averaged.served_P.clone()
+    assert sha256(averaged.params_P) == sha256(raw.params_P) and raw.served_P is not averaged.served_P
+    weights = torch.tensor([1.0, 2, 4, 8]) / 15
+    torch.testing.assert_close(average_P, weights @ torch.stack(points_P))
+    assert records[0]["loss"] == plain[0]["loss"] and records[3]["loss"] != plain[3]["loss"]
+    assert results.evaluate(tmp_path / "b")["loss"] == pytest.approx(records[3]["loss"], rel=1e-6)
+    saved = load_file(tmp_path / "b" / "model.safetensors")
+    assert torch.equal(torch.cat([saved["linear.weight"].flatten(), saved["linear.bias"]]), average_P)
+    results.export(tmp_path / "b", tmp_path / "b.safetensors")
+    assert all(torch.equal(t, saved[n]) for n, t in load_file(tmp_path / "b.safetensors").items())
+    assert results.inspect(tmp_path / "b")["params_sha256"] == results.inspect(tmp_path / "a")["params_sha256"]
+
+
 # ---------------------------------------------------------------- resuming
 
 NORMED = {"model": {"name": OWN + "Normed"}}
@@ -230,6 +251,12 @@ RESUMED = {
     "trainable only, reproducible": {
         **NORMED, "exchange": {"parameters": "trainable", "reduction": "reproducible"},
         "server": {"optimizer": "fedadam"}, "data": {"sizes": [8, 31, 20]},
+    },
+    "an average over rounds, a falling rate of the server": {
+        **NORMED, **PERSONAL, "select": {"name": "uniform", "fraction": 0.5},
+        "server": {
+            "optimizer": {"name": "fedavgm", "nesterov": True, "schedule": "cosine"}, "average": {"decay": 0.7},
+        },
     },
 }  # fmt: skip
 

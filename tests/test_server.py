@@ -53,7 +53,7 @@ def test_mapping_round_trip(name):
 
 
 def test_every_field_is_explained(name):
-    source = inspect.getsource(OPTIMIZERS.members[name])
+    source = "".join(inspect.getsource(part) for part in OPTIMIZERS.members[name].__mro__[:-1])
     for field in dataclasses.fields(OPTIMIZERS.members[name]):
         assert any(line.strip().startswith(f"{field.name}:") and "  # " in line for line in source.splitlines())
 
@@ -110,6 +110,10 @@ EQUATIONS = [
     ("fedavg", {"lr": 0.3}, {}, 0.0),
     ("fedavgm", {}, {"lr": 1.0, "beta": 0.9}, 0.0),
     ("fedavgm", {"lr": 0.3, "beta": 0.5}, {}, 0.0),
+    ("fedavgm", {"lr": 0.7, "beta": 0.9, "nesterov": True}, {}, 0.0),
+    ("fedgm", {}, {"lr": 1.0, "beta": 0.9, "gamma": 1.0}, 0.0),
+    ("fedgm", {"lr": 0.3, "beta": 0.5, "gamma": 2.5}, {}, 0.0),
+    ("fedgm", {"gamma": 0.0}, {"lr": 1.0, "beta": 0.9}, 0.0),
     ("fedadagrad", {}, {"lr": 1e-2, "beta1": 0.0, "tau": 1e-3}, 1e-6),
     ("fedadagrad", {"lr": 0.316228, "beta1": 0.9, "tau": 1e-8, "v0": 0.0}, {}, 0.0),
     ("fedadam", {}, {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}, 1e-6),
@@ -146,6 +150,55 @@ def test_feddyn_in_a_round_where_a_part_was_heard():
 
 def test_every_member_has_equations():
     assert {name for name, *_ in EQUATIONS} == set(NAMES) == set(reference.SERVERS)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_fedavgm_is_torchs_sgd_on_the_pseudo_gradient(nesterov):
+    params_P, means_P = vectors(num_rounds=6)
+    got_P, _ = run(server.FedAvgM(lr=0.7, beta=0.9, nesterov=nesterov), params_P, means_P)
+    w = torch.nn.Parameter(params_P.clone())
+    outer = torch.optim.SGD([w], lr=0.7, momentum=0.9, nesterov=nesterov)
+    for mean_P in means_P:
+        w.grad = -mean_P
+        outer.step()
+    torch.testing.assert_close(got_P, w.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_fedgm_is_quasi_hyperbolic_momentum():
+    params_P, means_P = vectors(num_rounds=6)
+    eta, nu, beta = 1.3, 0.7, 0.9
+    got_P, _ = run(server.FedGM(lr=eta * (1 - nu), beta=beta, gamma=nu / (1 - nu)), params_P, means_P)
+    w, m = params_P.numpy().copy(), np.zeros(P)
+    for mean_P in means_P:
+        m = beta * m + (1 - beta) * mean_P.numpy()
+        w = w + eta * ((1 - nu) * mean_P.numpy() + nu * m)
+    np.testing.assert_allclose(got_P.numpy(), w, rtol=1e-12, atol=1e-12)
+
+
+SCHEDULED = [name for name, cls in OPTIMIZERS.members.items() if issubclass(cls, server.Scheduled)]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_at_is_the_optimizer_of_one_round(name):
+    plain = OPTIMIZERS.build({"name": name, "lr": 0.5}, "")
+    assert plain.at(7, 10, 0.3) is plain
+    falling = OPTIMIZERS.build({"name": name, "lr": 0.5, "schedule": {"name": "cosine", "warmup": 4}}, "")
+    assert [falling.at(t, 10, 1.0).lr for t in (2, 5, 10)] == pytest.approx([0.25, 0.25, 0.0])
+    assert falling.lr == 0.5 and type(falling.at(2, 10, 1.0)) is type(falling)
+    params_P, means_P = vectors(num_rounds=1)
+    still_P, _ = run(falling.at(10, 10, 1.0), params_P, means_P)
+    assert torch.equal(still_P, params_P)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.99, 1.0])
+def test_average_weighs_rounds_by_the_powers_of_decay(decay, block):
+    _, points_P = vectors(num_rounds=7)
+    average_P = torch.full((P,), 1e9, dtype=torch.float64)  # where it starts is forgotten
+    for number, point_P in enumerate(points_P, start=1):
+        average_P = server.Average(decay=decay).follow(average_P, point_P, number)
+        weights = np.array([decay ** (number - i) for i in range(1, number + 1)])
+        wanted = sum(w * p.numpy() for w, p in zip(weights / weights.sum(), points_P, strict=False))
+        np.testing.assert_allclose(average_P.numpy(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_reference_is_gradient_descent_when_batches_are_whole_and_alone():

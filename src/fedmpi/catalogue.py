@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
+import textwrap
 
 from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
@@ -49,7 +51,7 @@ def lines(family: str | None = None) -> list[str]:
         for member, cls in members.members.items():
             known = dataclasses.is_dataclass(cls)
             ours = known or not cls.__module__.startswith("torch.")
-            first = (inspect.getdoc(cls) or "").partition("\n")[0] if ours else f"torch.optim.{cls.__name__}"
+            first = _doc(cls) if ours else f"torch.optim.{cls.__name__}"
             text.append(f"  {member}: {first}")
             text += [f"  {line}" for line in (_fields(cls) if known and family is not None else [])]
         text.append("")
@@ -84,17 +86,30 @@ def _short(value: object) -> str:
 
 
 def _doc(annotation: object) -> str:
-    return (inspect.getdoc(annotation) or "").partition("\n")[0] if inspect.isclass(annotation) else ""
+    """The first sentence of a class's docstring, which has the paper."""
+    if not inspect.isclass(annotation):
+        return ""
+    paragraph = (inspect.getdoc(annotation) or "").partition("\n\n")[0]
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(paragraph.split()))[0]
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field, in the class or those it is made from."""
+    """The comment behind each field, or right above it, in the class or those it is made from."""
     found: dict[str, str] = {}
     for part in reversed(cls.__mro__[:-1]):
         try:
-            source = inspect.getsource(part)
+            source = textwrap.dedent(inspect.getsource(part))
         except (OSError, TypeError):
             continue
-        for match in re.finditer(r"^ {4}(\w+):.*?  # (.+)$", source, re.MULTILINE):
-            found[match[1]] = match[2]
+        lines = source.splitlines()
+        for statement in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
+                above = first
+                while lines[above - 1].strip().startswith("# "):
+                    above -= 1
+                behind = [line.partition("  # ")[2] for line in lines[first:last] if "  # " in line]
+                said = behind or [line.strip().removeprefix("# ") for line in lines[above:first]]
+                if said:
+                    found[statement.target.id] = " ".join(said)
     return found

@@ -32,6 +32,7 @@ log = logging.getLogger("fedmpi")
 
 MANIFEST = "manifest.json"
 SERVER = "server.h5"
+AVERAGE = "average"  # of the parameters over rounds, in server.h5
 DIGEST_BYTES = 32 + 8  # SHA-256 and the file's size
 _SLICE = 1 << 20  # elements written at a time: the interpreter is free in between
 

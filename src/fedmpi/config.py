@@ -30,7 +30,7 @@ from fedmpi.local.control import FedDyn as FedDynRule
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.selection import SELECTORS, All, Selector
-from fedmpi.server import OPTIMIZERS, FedAvg, FedDyn, ServerOptimizer
+from fedmpi.server import OPTIMIZERS, Average, FedAvg, FedDyn, ServerOptimizer
 from fedmpi.types import Dataset
 
 
@@ -39,6 +39,7 @@ class ServerSection:
     """What rank 0 does besides hosting silos."""
 
     optimizer: Annotated[ServerOptimizer, OPTIMIZERS] = FedAvg()  # how the aggregate moves the parameters
+    average: Average | None = None  # over rounds, of the parameters: evaluated and saved in their place
     dedicated: bool = False  # rank 0 hosts no silo
 
 
@@ -111,6 +112,10 @@ class Config:
                 raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
         self._feddyn()
         regions = self.exchange.regions
+        if self.server.average is not None and self.exchange.overlap:
+            raise ValueError("server.average: with exchange.overlap the parameters of a round arrive a round late")
+        if self.server.average is not None and regions is not None and regions.every > 1:
+            raise ValueError("server.average: with exchange.regions.every the parameters of regions differ in between")
         if regions is not None and self.rounds % regions.every:
             raise ValueError(
                 f"rounds: after {self.rounds} the regions differ; take a multiple of exchange.regions.every, "
@@ -163,7 +168,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
 
     Raises ConfigError in one line.
     """
-    values, origins = _read(Path(path))
+    values, origins = read(Path(path))
     values.pop(ABOUT, None)
     if "out" not in values:
         values["out"] = f"runs/{Path(path).stem}"
@@ -175,14 +180,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
             raise ConfigError(f"{key}: cannot read {text!r} as a value") from None
-        _put(values, key, value)
+        put(values, key, value)
         for known in [k for k in origins if k == key or k.startswith(f"{key}.")]:
             del origins[known]
         origins[key] = "command line"
     return build(Config, values), origins
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a YAML file says, and on which line each dotted key stands. Raises ConfigError in one line."""
     try:
         text = path.read_text()
         node = yaml.compose(text, Loader=_Loader)
@@ -209,7 +215,7 @@ def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield from _lines(value, f"{name}.")
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
+def put(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key; a component given by its name alone becomes a mapping first."""
     *parents, last = key.split(".")
     for part in parents:

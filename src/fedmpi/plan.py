@@ -50,6 +50,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     vectors = num_vectors(section, hosted)
     on_wire = traffic(section, shared, word, num_ranks, vectors, len(owners))
     server_copies = _server_copies(config)
+    averaged = num_params * word if config.server.average is not None else 0
     sample_bytes = 4 * int(torch.Size(source.shape).numel())
     ranks = []
     for rank in range(num_ranks):
@@ -64,10 +65,12 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
             * word
             * (1 + _local_copies(config))  # gradient, optimizer
             + shared * word  # the global parameters
+            + averaged  # on every rank
             + (shared * word * (2 + 2 * len(mine)) if section.overlap else 0)  # twice, a start, each silo's deltas
             + memory(section, shared, word, num_ranks, len(mine), max(vectors))
             + round(shared * word * server_copies * steps)
-            + (shared * word * (1 + section.overlap + server_copies) if rank == 0 else 0)  # the checkpoint's copy
+            # the checkpoint's copy
+            + (shared * word * (1 + section.overlap + server_copies) + averaged if rank == 0 else 0)
             + kept_bytes * (1 + len(mine))
         )
         ranks.append(
@@ -97,6 +100,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "plan_asked": config.exchange.plan,
         "collectives": on_wire.collectives if flat else f"in regions, then across: {on_wire.collectives}",
         "checkpoint_bytes": shared * word * (1 + server_copies + section.down.feedback)
+        + averaged
         + (shared * word * (1 + len(owners)) if section.overlap else 0)
         + (shared * word * sum(vectors) if section.up.feedback else 0)
         + len(owners) * (kept_bytes + 8)

@@ -90,7 +90,7 @@ def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
     model, config, source = _model(root)
     round = choose(root, which)
     objective = resolve(config.objective, source.task)
-    model.load(checkpoint.read_server(root, round)["params"])
+    model.load(_served(root, round))
     kept = checkpoint.read_silos(root, round, [silo.id for silo in source.silos])
     rows: dict[str, dict[str, Any]] = {}
     for silo in source.silos:
@@ -116,7 +116,7 @@ def export(root: Path, target: Path, which: RoundChoice = "newest") -> int:
         raise ConfigError(f"--to {target}: end the name with .safetensors or .pt")
     model, _, _ = _model(root)
     round = choose(root, which)
-    model.load(checkpoint.read_server(root, round)["params"])
+    model.load(_served(root, round))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()  # torch's own error is none of the system's
@@ -127,6 +127,12 @@ def export(root: Path, target: Path, which: RoundChoice = "newest") -> int:
     except OSError as error:
         raise ConfigError(f"--to {target}: cannot write there: {error.strerror or error}") from None
     return round
+
+
+def _served(root: Path, round: int) -> torch.Tensor:
+    """The parameters that the round's record is about, and behind them what else travels."""
+    tensors = checkpoint.read_server(root, round)
+    return tensors.get(checkpoint.AVERAGE, tensors["params"])
 
 
 def _model(root: Path) -> tuple[FlatModel, Config, Source]:

@@ -37,7 +37,7 @@ from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.objectives import Resolved
 from fedmpi.records import PHASES, Board, Record, Timer, peak_rss_bytes
 from fedmpi.selection import Selection, Selector
-from fedmpi.server import Server, ServerOptimizer
+from fedmpi.server import Average, Server, ServerOptimizer
 from fedmpi.stopping import FAILED, STOP, BrokenOff, Watch
 from fedmpi.types import Auxiliary, Contribution
 
@@ -59,6 +59,7 @@ class State:
     optimizer: Any  # the server optimizer's state
     selector: dict[str, np.ndarray]
     record: Record | None = None  # of the last round
+    average_P: torch.Tensor | None = None  # of the parameters over rounds, alike on every rank, if one is kept
     written: int = -1  # newest round whose checkpoint files are safe on every rank
 
 
@@ -83,6 +84,7 @@ class Federation:
     rounds: int
     evaluate_every: int
     evaluate_batch: int
+    average: Average | None = None  # what is evaluated; None: the parameters themselves
     timer: Timer = field(default_factory=Timer)
 
     def __post_init__(self) -> None:
@@ -114,7 +116,11 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     server = _server(fed, number, unbiased=factors is not None)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
     fed.silos.update(trained)
-    error = _evaluate(fed, number, params_Q[: fed.model.num_shared], written)
+    params_P = params_Q[: fed.model.num_shared]
+    average_P = state.average_P
+    if fed.average is not None and average_P is not None:
+        params_P = average_P = fed.average.follow(average_P, params_P, number)
+    error = _evaluate(fed, number, params_P, written)
     timer.lap("evaluate")
     up, down, control = comm.counted()
     now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # with the one that follows
@@ -132,7 +138,7 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     _raise_failure(fed, fed.done.rank("status"), error)
     record = _record(fed, number, cohort)
     safe = int(fed.done.rank("written").min())
-    return State(number, params_Q, optimizer, selector, record, safe), record
+    return State(number, params_Q, optimizer, selector, record, average_P, safe), record
 
 
 def _train(

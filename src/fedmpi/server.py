@@ -9,18 +9,22 @@ new parameters and the memory of `state` for the new state, and allocates one bl
 
 Every operation here is one of + - * / and the square root, each correctly rounded, so ranks on different processors
 that take the same step hold the same bits.
+
+`Average` is no optimizer: it follows the parameters from round to round, and what it finds is evaluated.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 
-from fedmpi.components import Decay, Family, NonNegativeFloat, PositiveFloat, component
+from fedmpi.components import Decay, Family, Fraction, NonNegativeFloat, PositiveFloat, component
+from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.types import Auxiliary
 
 Tensor = torch.Tensor
@@ -37,6 +41,12 @@ class Momentum(NamedTuple):
     """The running sum of deltas."""
 
     v_P: Tensor
+
+
+class MeanDelta(NamedTuple):
+    """The running mean of deltas."""
+
+    m_P: Tensor
 
 
 class Moments(NamedTuple):
@@ -97,7 +107,49 @@ class Server:
 
 
 @component
-class FedAvg:
+class Average:
+    """The mean of the parameters over rounds, recent ones more: an exponential moving average without its start's bias.
+
+    a + (w - a) (1 - decay) / (1 - decay**t) after round t: sum_i decay**(t - i) w_i over the rounds i up to t, divided
+    by what these weights add up to (as Adam corrects its means). With decay 1 every round counts the same (Polyak &
+    Juditsky 1992). Training goes on from the parameters themselves.
+
+    >>> w = torch.tensor([4.0])
+    >>> Average(decay=1.0).follow(torch.tensor([1.0]), w, number=3)
+    tensor([2.])
+    """
+
+    decay: Fraction = 0.99  # what a round weighs less than the next; 0: the last round's parameters
+
+    def follow(self, average_P: Tensor, params_P: Tensor, number: int) -> Tensor:
+        """The average after round `number`, in the memory of the one before."""
+        gain = 1 / number if self.decay == 1 else (1 - self.decay) / (1 - self.decay**number)
+        for a, w, scratch in _blocks(average_P, params_P):
+            a.add_(torch.sub(w, a, out=scratch).mul_(gain))
+        return average_P
+
+
+@component
+class Scheduled:
+    """The field that every optimizer has besides its own: how `lr` goes over rounds."""
+
+    schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over rounds
+
+    def at(self, number: int, rounds: int, fraction: float) -> Self:
+        """The optimizer of one round, with the round's learning rate."""
+        before = self.lr  # type: ignore[attr-defined]
+        rate = self.schedule.lr(before, number, rounds)
+        if rate == before:
+            return self
+        there = copy.copy(self)
+        # Twelve digits: a cosine's last bit depends on the processor, and all ranks are to take the same step. Not
+        # checked: the last round of a cosine stands still, at 0.
+        object.__setattr__(there, "lr", float(f"{rate:.12g}"))
+        return there
+
+
+@component
+class FedAvg(Scheduled):
     """w + lr mean: the server as SGD (McMahan et al. 2017, Algorithm 1; with lr, Reddi et al. 2021, Algorithm 1).
 
     >>> w, delta = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5])
@@ -119,11 +171,12 @@ class FedAvg:
 
 
 @component
-class FedAvgM:
+class FedAvgM(Scheduled):
     """v = beta v + delta, w + lr v: momentum on the server (Hsu et al. 2019, FedAvgM; it has no algorithm number).
 
-    Reddi et al. 2021, Algorithm 1 with SGD of momentum as ServerOpt is the same. Not Nesterov, and not damped by
-    1 - beta. The paper has no lr; 1 is the paper.
+    Reddi et al. 2021, Algorithm 1 with SGD of momentum as ServerOpt is the same. Not damped by 1 - beta: that is fedgm.
+    The paper has no lr; 1 is the paper. With `nesterov` w + lr (delta + beta v), as torch.optim.SGD has it: the outer
+    optimizer of DiLoCo (Douillard et al. 2023, Algorithm 1, lr 0.7, beta 0.9).
 
     >>> w, optimizer = torch.zeros(1), FedAvgM(beta=0.5)
     >>> w, state = optimizer.step(w, torch.ones(1), optimizer.init(w))
@@ -133,6 +186,7 @@ class FedAvgM:
 
     lr: PositiveFloat = 1.0  # step size
     beta: Decay = 0.9  # decay of the sum of the deltas
+    nesterov: bool = False  # look ahead: step by delta + beta v in place of v
 
     def init(self, params_P: Tensor) -> Momentum:
         """v = 0."""
@@ -140,14 +194,45 @@ class FedAvgM:
 
     def step(self, params_P: Tensor, mean_P: Tensor, state: Momentum) -> tuple[Tensor, Momentum]:
         """New parameters in the memory of `mean_P`, new state in that of `state`."""
-        for w, delta, v, _ in _blocks(params_P, mean_P, state.v_P):
+        for w, delta, v, scratch in _blocks(params_P, mean_P, state.v_P):
             v.mul_(self.beta).add_(delta)
-            torch.mul(v, self.lr, out=delta).add_(w)
+            step = delta.add_(torch.mul(v, self.beta, out=scratch)) if self.nesterov else v
+            torch.mul(step, self.lr, out=delta).add_(w)
         return mean_P, state
 
 
 @component
-class FedAdagrad:
+class FedGM(Scheduled):
+    """m = beta m + (1 - beta) delta, w + lr (delta + gamma m): the delta, and damped momentum on top of it (Sun et al.
+    2024, On the Role of Server Momentum in Federated Learning, FedGM; quasi-hyperbolic momentum of Ma & Yarats 2019).
+
+    The papers write eta ((1 - nu) delta + nu m): that is lr = eta (1 - nu) and gamma = nu / (1 - nu). The same step
+    every round, for ever, is lr (1 + gamma) times as long as the delta, whatever beta is; of fedavgm lr / (1 - beta).
+
+    >>> w, optimizer = torch.zeros(1), FedGM(beta=0.5)
+    >>> w, state = optimizer.step(w, torch.ones(1), optimizer.init(w))
+    >>> optimizer.step(w, torch.ones(1), state)[0]
+    tensor([3.2500])
+    """
+
+    lr: PositiveFloat = 1.0  # step size
+    beta: Decay = 0.9  # decay of the mean of the deltas
+    gamma: NonNegativeFloat = 1.0  # of that mean, besides the delta; 0 is fedavg
+
+    def init(self, params_P: Tensor) -> MeanDelta:
+        """m = 0."""
+        return MeanDelta(torch.zeros_like(params_P))
+
+    def step(self, params_P: Tensor, mean_P: Tensor, state: MeanDelta) -> tuple[Tensor, MeanDelta]:
+        """New parameters in the memory of `mean_P`, new state in that of `state`."""
+        for w, delta, m, scratch in _blocks(params_P, mean_P, state.m_P):
+            m.mul_(self.beta).add_(torch.mul(delta, 1 - self.beta, out=scratch))
+            delta.add_(torch.mul(m, self.gamma, out=scratch)).mul_(self.lr).add_(w)
+        return mean_P, state
+
+
+@component
+class FedAdagrad(Scheduled):
     """Adagrad on the server (Reddi et al. 2021, Algorithm 2): v = v + delta**2; v starts at tau**2 unless v0 is given.
 
     beta1 is 0 by default, as in the paper's experiments; Algorithm 2 has it for every variant.
@@ -172,7 +257,7 @@ class FedAdagrad:
 
 
 @component
-class FedAdam:
+class FedAdam(Scheduled):
     """Adam on the server (Reddi et al. 2021, Algorithm 2): v starts at tau**2 unless v0 is given, no bias correction.
 
     v = beta2 v + (1 - beta2) delta**2
@@ -202,7 +287,7 @@ class FedAdam:
 
 
 @component
-class FedYogi:
+class FedYogi(Scheduled):
     """Yogi on the server (Reddi et al. 2021, Algorithm 2): v starts at tau**2 unless v0 is given, no bias correction.
 
     v = v - (1 - beta2) delta**2 sign(v - delta**2)
@@ -313,6 +398,7 @@ OPTIMIZERS = Family(
     {
         "fedavg": FedAvg,
         "fedavgm": FedAvgM,
+        "fedgm": FedGM,
         "fedadagrad": FedAdagrad,
         "fedadam": FedAdam,
         "fedyogi": FedYogi,

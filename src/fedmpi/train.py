@@ -218,9 +218,11 @@ class Run:
             rounds=config.rounds,
             evaluate_every=config.evaluate.every,
             evaluate_batch=config.evaluate.batch_size,
+            average=config.server.average,
         )
+        average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
         params_Q, optimizer = exchange.home(params_Q, config.server.optimizer.init(exchange.mine(params_Q)))
-        self.state = State(0, params_Q, optimizer, config.select.init(num_train))
+        self.state = State(0, params_Q, optimizer, config.select.init(num_train), average_P=average_P)
 
     def _choose_plan(self, zeros_Q: torch.Tensor, facts: Facts) -> ExchangeSection:
         """The exchange with its plan named. `auto` measures, once in a run's life: a resumed run keeps what it had."""
@@ -276,12 +278,17 @@ class Run:
         kept_P = {f"optimizer/{n}": t for n, t in zip(state.optimizer._fields, state.optimizer, strict=True)}
         kept_P |= exchange.server_tensors()
         whole = {n: (t.dtype, exchange.num_params) for n, t in kept_P.items()}
-        whole |= {n: (t.dtype, len(t)) for n, t in exchange.vectors(state.params_Q).items()}
+        alike = exchange.vectors(state.params_Q)
+        alike |= {checkpoint.AVERAGE: state.average_P} if state.average_P is not None else {}
+        whole |= {n: (t.dtype, len(t)) for n, t in alike.items()}
         selector = {f"selector/{n}": torch.from_numpy(a.copy()) for n, a in sorted(state.selector.items())}
         whole |= {n: (t.dtype, len(t)) for n, t in selector.items()}
         self.comm.together(lambda: _expect(stored, whole) if loads else None)
         from_0 = {n: stored[n] if loads else torch.empty(size, dtype=dtype) for n, (dtype, size) in whole.items()}
         exchange.take_vectors(state.params_Q, from_0, self.resumed)
+        if state.average_P is not None:
+            self.comm.bcast(from_0[checkpoint.AVERAGE])
+            state.average_P.copy_(from_0[checkpoint.AVERAGE])
         for name, part in kept_P.items():
             exchange.load(part, from_0[name])
         for name in selector:
@@ -290,7 +297,7 @@ class Run:
         exchange.take(self.resumed, state.params_Q, {silo: tensors for silo, tensors in filed.items() if tensors})
         about = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed) if loads else {})
         record = json.loads(self.comm.say(json.dumps(about.get("record")), 0))
-        self.state = State(self.resumed, self.state.params_Q, self.state.optimizer, new_selector, record, self.resumed)
+        self.state = replace(self.state, round=self.resumed, selector=new_selector, record=record, written=self.resumed)
 
     def _check_stored(self) -> None:
         """Refuse a run directory that another configuration, model or dataset has begun."""
@@ -401,6 +408,12 @@ class Run:
         return self.state.params_Q[: self._federation.model.num_shared]
 
     @property
+    def served_P(self) -> torch.Tensor:
+        """The parameters that records evaluate and model.safetensors holds, [P]: their average over rounds if
+        `server.average` keeps one."""
+        return self.params_P if self.state.average_P is None else self.state.average_P
+
+    @property
     def record(self) -> Record | None:
         """The last round's record."""
         return self.state.record
@@ -497,7 +510,7 @@ class Run:
             self._release()
             return
         self._finish_checkpoint()
-        self._federation.model.load(self.params_P)
+        self._federation.model.load(self.served_P)
         self._federation.model.load_personal({})  # no silo's own leaves it
 
         def write() -> None:
@@ -663,6 +676,7 @@ def _fits(model: FlatModel, objective: Any, data: SiloData | None) -> None:
 def _server_tensors(state: State, exchange: Exchange) -> dict[str, torch.Tensor]:
     """What server.h5 holds, whole on rank 0: the state's own tensors and the exchange's. A call of all ranks."""
     tensors = exchange.vectors(state.params_Q)
+    tensors |= {checkpoint.AVERAGE: state.average_P} if state.average_P is not None else {}
     for name, part in zip(state.optimizer._fields, state.optimizer, strict=True):
         tensors[f"optimizer/{name}"] = exchange.whole(part)
     tensors |= {name: exchange.whole(part) for name, part in exchange.server_tensors().items()}

@@ -130,6 +130,7 @@ class Case:
     config: dict[str, Any]
     wanted: Callable[[Problem], list[np.ndarray]]
     tolerance: float = 1e-10
+    read: str = "params_P"  # which attribute of the run
 
 
 HALF = {"name": "uniform", "fraction": 0.6}  # three of five
@@ -153,7 +154,7 @@ def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], Problem]
     with fedmpi.Run(build(fedmpi.Config, values), comm_=comm) as run:
         start_P = run.params_P.numpy().copy()
         for record in run:
-            after.append(run.params_P.numpy().copy())
+            after.append(getattr(run, case.read).numpy().copy())
             records.append(record)
     cohorts = [[IDS.index(silo) for silo in record["cohort"]] for record in records]
     return after, Problem(start_P, cohorts, records)

@@ -6,11 +6,12 @@ import sys
 from equations import check
 from equations.control import CASES as CONTROL
 from equations.rules import CASES as RULES
+from equations.server import CASES as SERVER
 from programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL, **RULES}
+CASES = {**CONTROL, **RULES, **SERVER}
 
 if __name__ == "__main__":
     comm = connect()

@@ -59,6 +59,12 @@ RUNS = {
         "server": {"optimizer": {"name": "fedadam", "lr": 0.01}},
     },
     "median": {"exchange": {"plan": "sharded", "scope": "silo"}, "aggregate": {"name": "median"}},
+    "average": {
+        "server": {
+            "optimizer": {"name": "fedavgm", "lr": 0.7, "nesterov": True, "schedule": "cosine"},
+            "average": {"decay": 0.6},
+        },
+    },
 }
 
 
@@ -78,14 +84,14 @@ def configured(folder, name, *changes, **more):
 
 
 def trained(comm, config, until=None):
-    """SHA-256 of the parameters after training, and the records."""
+    """SHA-256 of the parameters that are left after training, and the records."""
     records = []
     with fedmpi.Run(config, comm_=comm) as started:
         for record in started:
             records.append(record)
             if record["round"] == until:
                 break
-    return sha256(started.params_P), records
+    return sha256(started.served_P), records
 
 
 def reproducible(name):
@@ -361,12 +367,12 @@ def resumed(name):
         with fedmpi.Run(config(sys.argv[2]), comm_=comm) as started:
             require_equal(f"resumed from {sys.argv[2]} ranks after round", started.resumed, 2)
             require_equal("rounds that were left", [r["round"] for r in started], [3, 4])
-        return sha256(started.params_P)
+        return sha256(started.served_P)
 
     return work
 
 
-for run_name in ("personal_bias", "fedadam", "codecs"):
+for run_name in ("personal_bias", "fedadam", "codecs", "average"):
     CASES[f"resumes_on_other_ranks_{run_name}"] = resumed(run_name)
 
 

@@ -1,0 +1,116 @@
+"""DiLoCo against synchronous AdamW on the same tokens: losses, their ratio, and the bytes that were sent.
+
+    mpirun -n 2 python jobs/diloco.py [--rounds 10] [--steps 50] [KEY=VALUE ...]
+
+DiLoCo is configs/diloco_shakespeare.yaml. Synchronous AdamW is made from it: the same silos visit the same batches in
+the same order, but exchange after every one; the mean of their gradients is one step of one AdamW with the inner
+optimizer's lr and arguments, which is training on the pooled batches. Both begin with the same parameters.
+
+The last line is JSON: `ratio` is DiLoCo's test loss over the other's, pooled over the silos, after the same tokens;
+bytes are counted, up and down, all ranks. KEY=VALUE are overrides of the configuration, such as model.width=128.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedmpi
+from fedmpi.comm import connect
+from fedmpi.components import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, build, component, to_dict
+from fedmpi.server import Moments
+
+CONFIG = Path(__file__).parents[1] / "configs" / "diloco_shakespeare.yaml"
+
+
+@component
+class AdamW:
+    """AdamW on the server (Loshchilov & Hutter 2019, Algorithm 2), of gradients that arrive as deltas of one SGD step
+    with lr 1; with bias correction, as torch.optim.AdamW."""
+
+    lr: PositiveFloat = 1e-3  # step size
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay of the mean of gradients, and of their squares
+    eps: PositiveFloat = 1e-8  # added to the square root
+    weight_decay: NonNegativeFloat = 1e-2  # of the parameters, times lr
+    number: NonNegativeInt = 0  # of the round; `at` sets it
+
+    def init(self, params_P: torch.Tensor) -> Moments:
+        return Moments(torch.zeros_like(params_P), torch.zeros_like(params_P))
+
+    def at(self, number: int, rounds: int, fraction: float) -> "AdamW":
+        return dataclasses.replace(self, number=number)
+
+    def step(self, params_P: torch.Tensor, mean_P: torch.Tensor, state: Moments) -> tuple[torch.Tensor, Moments]:
+        (beta1, beta2), gradient_P = self.betas, -mean_P
+        state.m_P.mul_(beta1).add_(gradient_P, alpha=1 - beta1)
+        state.v_P.mul_(beta2).addcmul_(gradient_P, gradient_P, value=1 - beta2)
+        m_P = state.m_P / (1 - beta1**self.number)
+        v_P = state.v_P / (1 - beta2**self.number)
+        decayed_P = params_P * (1 - self.lr * self.weight_decay)
+        return decayed_P - self.lr * m_P / (v_P.sqrt() + self.eps), state
+
+
+def both(rounds: int, steps: int, overrides: list[str], out: str) -> tuple[fedmpi.Config, fedmpi.Config]:
+    """DiLoCo's configuration, and that of synchronous AdamW on the same tokens."""
+    quiet = [f"checkpoint.every={rounds * steps}", "checkpoint.keep=1", "records.trace=false"]
+    given = [f"rounds={rounds}", f"local.steps={steps}", *quiet, *overrides, f"out={out}/diloco"]
+    diloco, _ = fedmpi.load(CONFIG, given)
+    values: dict[str, Any] = to_dict(diloco)
+    inner = diloco.local.optimizer.arguments
+    values["local"] |= {"lr": 1.0, "steps": 1, "optimizer": "SGD", "keep_optimizer": False}
+    values |= {"rounds": rounds * steps, "evaluate": {"every": steps}, "out": f"{out}/synchronous"}
+    synchronous = build(fedmpi.Config, values)
+    server = dataclasses.replace(synchronous.server, optimizer=AdamW(lr=diloco.local.lr, **inner))
+    return diloco, dataclasses.replace(synchronous, server=server)
+
+
+def trained(config: fedmpi.Config, comm: Any) -> dict[str, Any]:
+    """Test losses as training went on, samples visited, bytes sent."""
+    found: dict[str, Any] = {"losses": [], "bytes": 0, "exchanges": 0, "samples": 0}
+    with fedmpi.Run(config, comm_=comm) as run:
+        for record in run:
+            found["bytes"] += record["bytes_up"] + record["bytes_down"]
+            found["exchanges"] += 1
+            found["samples"] += sum(row.get("num_samples", 0) for row in record["silos"].values())
+            if record.get("loss") is not None:
+                found["losses"].append(round(record["loss"], 4))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="exchanges of DiLoCo")
+    parser.add_argument("--steps", type=int, default=50, help="inner steps between two of them")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    given = parser.parse_args(arguments)
+    comm = connect()
+    with tempfile.TemporaryDirectory() as folder:
+        configs = both(given.rounds, given.steps, given.overrides, comm.say(folder, 0))
+        diloco, synchronous = (trained(config, comm) for config in configs)
+        comm.meet()
+    if comm.rank == 0:
+        for name, found in (("DiLoCo", diloco), ("synchronous AdamW", synchronous)):
+            print(f"{name:18} test loss every {given.steps} steps: {found['losses']}", file=sys.stderr, flush=True)
+        sent, without = synchronous["bytes"], diloco["bytes"]
+        figures = {
+            "ratio": round(diloco["losses"][-1] / synchronous["losses"][-1], 4),
+            "diloco_loss": diloco["losses"][-1],
+            "synchronous_loss": synchronous["losses"][-1],
+            "bytes_ratio": round(without / sent, 5) if sent else None,
+            "diloco_bytes": without,
+            "synchronous_bytes": sent,
+            "samples": [diloco["samples"], synchronous["samples"]],
+            "exchanges": [diloco["exchanges"], synchronous["exchanges"]],
+            "ranks": comm.size,
+        }
+        print(json.dumps(figures), flush=True)
+    comm.finish()
+
+
+if __name__ == "__main__":
+    main()
