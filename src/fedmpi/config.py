@@ -108,7 +108,15 @@ class Config:
                 raise ValueError(f"exchange.overlap: the {names} of {rule} must not arrive a round late")
             if self.exchange.regions is not None and self.exchange.regions.every > 1:
                 raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
-        regions = self.exchange.regions
+        aggregator, regions = AGGREGATORS.name_of(self.aggregate), self.exchange.regions
+        if getattr(self.select, "unbiased", False):
+            weighs = f"{SELECTORS.name_of(self.select)} counts silos by 1/probability"
+            if why := getattr(self.aggregate, "refuses_factors", ""):
+                raise ValueError(f"select: {weighs}, which makes no sense of aggregate {aggregator}: {why}")
+            if regions is not None and regions.every > 1:
+                raise ValueError(f"select: {weighs} of a round, and exchange.regions.every is {regions.every} rounds")
+        if getattr(self.aggregate, "scaled", False) and regions is not None and regions.every > 1:
+            raise ValueError(f"aggregate: {aggregator} looks at one round, exchange.regions.every is {regions.every}")
         if regions is not None and self.rounds % regions.every:
             raise ValueError(
                 f"rounds: after {self.rounds} the regions differ; take a multiple of exchange.regions.every, "

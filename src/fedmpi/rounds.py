@@ -1,6 +1,6 @@
 """One federated round, the same lines on every rank in the same order.
 
-    cohort        selected by every rank alike: no message
+    cohort        selected by every rank alike: no message, or one small collective for fresh losses of candidates
     contributions local training of my silos in the cohort, folded as they come
     ready         one small collective: who is ready, who stopped or failed, losses, weights
     exchange      the vectors, and the server's step
@@ -42,6 +42,7 @@ from fedmpi.types import Auxiliary, Contribution
 
 READY_RANK = ("status", "fingerprint")
 READY_SILO = ("taken", "rejected", "loss", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss")
+PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
 DONE_SILO = ("loss", "metric", "tests")
 
@@ -100,8 +101,7 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     comm, timer, number = fed.comm, fed.timer, state.round + 1
     sent = comm.counted()
     timer.lap("checkpoint")  # all that lies between rounds
-    draw = rng.generator(fed.seed, purpose="select", round=number)
-    cohort, selector, factors = Selection(*fed.selector.select(fed.ids, state.selector, state.record, draw))
+    cohort, selector, factors, among = _select(state, fed, number)
     timer.lap("select")
 
     trained, error = _train(state, fed, number, cohort, factors)
@@ -110,7 +110,7 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     timer.lap("wait")
     _agree_ready(fed, number, cohort, error)
 
-    server = _server(fed, unbiased=factors is not None)
+    server = _server(fed, None if factors is None else among or fed.ids)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
     fed.silos.update(trained)
     error = _evaluate(fed, number, params_Q[: fed.model.num_shared], written)
@@ -132,6 +132,56 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     record = _record(fed, number, cohort)
     safe = int(fed.done.rank("written").min())
     return State(number, params_Q, optimizer, selector, record, safe), record
+
+
+def _select(state: State, fed: Federation, number: int) -> Selection:
+    """The round's cohort; where its selector wants to know losses of the global parameters, after a small collective.
+
+    Whoever stops or fails while it evaluates says so in that collective, which every rank enters.
+    """
+    selector, draw = fed.selector, rng.generator(fed.seed, purpose="select", round=number)
+    own, observe, asks = state.selector, getattr(fed.selector, "observe", None), getattr(selector, "candidates", None)
+    if observe is not None:
+        own = observe(fed.ids, own, state.record)
+    candidates = asks(fed.ids, own, state.record, draw) if asks is not None else []
+    if not candidates:
+        return Selection(*selector.select(fed.ids, own, state.record, draw))
+    probe, error = _probe(state, fed, number, candidates)
+    status = probe.rank("status")
+    _raise_failure(fed, status, error)
+    if status.max() >= STOP:
+        raise Stopped(f"stopped in round {number}: {_reason(fed, status)}")
+    losses = dict(zip(fed.ids, probe.silo("loss").tolist(), strict=True))
+    of_candidates = {silo: losses[silo] for silo in candidates}
+    return Selection(*selector.select(fed.ids, own, state.record, draw, of_candidates))  # type: ignore[call-arg]
+
+
+def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]) -> tuple[Board, str]:
+    """Losses of the global parameters on the training samples of the candidates: mine, then everybody's."""
+    probe = Board(fed.comm.size, PROBE_RANK, len(fed.ids), PROBE_SILO)
+    status, error, name = 0, "", ""
+    try:
+        fed.watch.check()
+        fed.model.load(state.params_Q[: fed.model.num_shared])
+        for name in (silo for silo in candidates if silo in fed.silos):
+            silo, num = fed.silos[name], getattr(fed.selector, "samples", None)
+            x, y = silo.data.x_train, silo.data.y_train
+            if num is not None and num < len(x):
+                drawn = rng.generator(fed.seed, purpose="probe", round=number, silo=name)
+                rows = torch.from_numpy(np.sort(drawn.choice(len(x), size=num, replace=False))).to(x.device)
+                x, y = x[rows], y[rows]
+            fed.model.load_personal(silo.kept)
+            args = (fed.evaluate_batch, fed.model.device, fed.watch.check)
+            probe.set_silo(fed.index[name], loss=fed.objective.evaluate(fed.model.module, x, y, *args)[0])
+    except BrokenOff as broken:
+        status = broken.status
+    except (Exception, SystemExit):
+        status = FAILED
+        error = f"rank {fed.comm.rank}, silo '{name}', before round {number}:\n{traceback.format_exc()}"
+        fed.watch.tell(FAILED, "")
+    probe.set_rank(fed.comm.rank, status=status)
+    probe.share(lambda values: fed.comm.share(values, fed.watch.look))
+    return probe, error
 
 
 def _train(
@@ -159,7 +209,8 @@ def _train(
             )
             norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
             besides = float(torch.linalg.vector_norm(contribution.delta_P[fed.model.num_shared :]))
-            if max(norm, besides) < LARGEST_NORM and not math.isnan(besides):  # not so for nan
+            usable = not math.isnan(besides) and math.isfinite(contribution.weight)
+            if max(norm, besides) < LARGEST_NORM and usable:  # not so for nan
                 fed.exchange.add(contribution)
                 trained[name] = silo
                 fed.ready.set_silo(
@@ -204,14 +255,17 @@ def _contribution(state: State, fed: Federation, number: int, silo: LocalSilo, f
     return contribution
 
 
-def _server(fed: Federation, unbiased: bool) -> Server:
-    """The server's step of this round, from what all ranks know of those that were heard."""
+def _server(fed: Federation, among: Sequence[str] | None) -> Server:
+    """The server's step of this round, from what all ranks know of those that were heard. `among`: the silos by whose
+    weight the sum is divided, None: those that were heard."""
     heard = fed.ready.silo("taken") > 0
     weights, sent, normalizers, losses, norms = (
         fed.ready.silo(name)[heard] for name in ("weight", "sent", "normalizer", "start_loss", "norm")
     )
     all_weight = fed.exchange.facts.total_weight
-    total = all_weight if unbiased else float(weights.sum())
+    total = all_weight if among is fed.ids else float(weights.sum())
+    if among is not None and among is not fed.ids:
+        total = sum(fed.aggregator.base(silo, fed.num_train[fed.index[silo]]) for silo in among)
     scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
     return Server(fed.optimizer, fed.model.num_shared, fed.auxiliaries, scale, float(sent.sum()) / all_weight)
 
