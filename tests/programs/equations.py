@@ -5,11 +5,12 @@ import sys
 
 from equations import check
 from equations.control import CASES as CONTROL
+from equations.selection import CASES as SELECTION
 from programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL}
+CASES = {**CONTROL, **SELECTION}
 
 if __name__ == "__main__":
     comm = connect()
