@@ -101,6 +101,12 @@ REFUSED = [
         "{aggregate: {name: qffl, lr: 0.1}, rounds: 4, exchange: {regions: {every: 2}}}",
         "aggregate: qffl looks at one round, exchange.regions.every is 2",
     ),
+    ("records: {gram: true}", "records.gram: deltas meet one by one under exchange.scope: silo and plan sharded alone"),
+    (
+        "{records: {gram: true}, exchange: {plan: sharded, scope: silo, overlap: true}}",
+        "records.gram: with exchange.overlap deltas meet after their round's record",
+    ),
+    ("stop: {loss_factor: 1}", "stop.loss_factor: input should be greater than 1, got 1"),
     ("select: {name: available, traces: {a: [[3, 3]]}}", "select.traces: silo 'a': [3, 3) is no interval of rounds"),
     ("select: {name: available, traces: none.csv}", "select.traces: cannot read none.csv: No such file"),
     ("select: {name: available, traces: {}, inner: available}", "select.inner: no selector 'available'"),

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.objectives import Resolved
-from fedmpi.records import PHASES, Board, Record, Timer, peak_rss_bytes
+from fedmpi.records import PHASES, Board, Record, Timer, likeness, peak_rss_bytes, spread
 from fedmpi.selection import Selection, Selector
 from fedmpi.server import Server, ServerOptimizer
 from fedmpi.stopping import FAILED, STOP, BrokenOff, Watch
@@ -45,6 +45,8 @@ READY_SILO = ("taken", "rejected", "loss", "samples", "steps", "norm", "weight",
 PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
 DONE_SILO = ("loss", "metric", "tests")
+
+Judge = Callable[[int, float | None, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Federation:
     rounds: int
     evaluate_every: int
     evaluate_batch: int
+    gram: bool | Literal["matrix"] = False  # of the deltas: into the record? All of it?
     timer: Timer = field(default_factory=Timer)
 
     def __post_init__(self) -> None:
@@ -92,11 +95,15 @@ class Federation:
         self.done = Board(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), DONE_SILO)
 
 
-def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple[State, Record]:
+def run_round(
+    state: State, fed: Federation, written: Any = lambda: -1, judge: Judge = lambda number, loss, norm: None
+) -> tuple[State, Record]:
     """The state after one more round, and its record, which is the same on every rank.
 
-    `written` tells the newest checkpoint of this rank. Raises alike on every rank: Stopped, Diverged or SiloError out
-    of training, and the state that was given is still whole; SiloError out of evaluation: its parameters are spent.
+    `written` tells the newest checkpoint of this rank; `judge` hears the round's training loss and mean norm of deltas
+    before vectors travel, while the state is whole, and may raise. Raises alike on every rank: Stopped, Diverged or
+    SiloError out of training, and the state that was given is still whole; SiloError out of evaluation: its parameters
+    are spent.
     """
     comm, timer, number = fed.comm, fed.timer, state.round + 1
     sent = comm.counted()
@@ -109,6 +116,8 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     fed.ready.share(lambda values: comm.share(values, fed.watch.look))
     timer.lap("wait")
     _agree_ready(fed, number, cohort, error)
+    loss, norm = _trained(fed)
+    judge(number, loss, norm)
 
     server = _server(fed, None if factors is None else among or fed.ids)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
@@ -129,7 +138,7 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     fed.done.share(comm.share)
     timer.lap("agree")
     _raise_failure(fed, fed.done.rank("status"), error)
-    record = _record(fed, number, cohort)
+    record = _record(fed, number, cohort, loss, norm)
     safe = int(fed.done.rank("written").min())
     return State(number, params_Q, optimizer, selector, record, safe), record
 
@@ -328,10 +337,18 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
     return error
 
 
-def _record(fed: Federation, number: int, cohort: Sequence[str]) -> Record:
+def _trained(fed: Federation) -> tuple[float | None, float | None]:
+    """Training loss and mean norm of deltas of those that were heard; None where that is not finite."""
+    taken, samples = fed.ready.silo("taken"), fed.ready.silo("samples")
+    loss = pooled(fed.ready.silo("loss"), samples * taken)
+    norm = pooled(fed.ready.silo("norm"), taken)
+    return _plain(loss), _plain(norm)
+
+
+def _record(fed: Federation, number: int, cohort: Sequence[str], loss: float | None, norm: float | None) -> Record:
     """What the round says of itself, from figures that every rank has."""
     ready, done, metric = fed.ready, fed.done, fed.objective.metric_name
-    taken, samples, tests = ready.silo("taken"), ready.silo("samples"), done.silo("tests")
+    tests = done.silo("tests")
     rejected = [silo for silo, no in zip(fed.ids, ready.silo("rejected"), strict=True) if no]
     in_cohort = set(cohort)
     of_ready = {name: ready.silo(name).tolist() for name in READY_SILO}  # ten thousand silos: no numpy per number
@@ -350,11 +367,12 @@ def _record(fed: Federation, number: int, cohort: Sequence[str]) -> Record:
             row[metric] = of_done["metric"][i]
         silos[silo] = row
     record: Record = {"round": number, "cohort": list(cohort), "rejected": rejected}
-    record["train_loss"] = pooled(ready.silo("loss"), samples * taken)
+    record |= {"train_loss": loss, "delta_norm": norm, **_likeness(fed)}
     if tests.any():
         record["loss"] = pooled(done.silo("loss"), tests)
         record[metric] = pooled(done.silo("metric"), tests)
         record["worst"] = worst_silo(silos, metric, fed.objective.maximize)
+        record["spread"] = spread(done.silo("metric")[tests > 0], fed.objective.maximize)
     seconds = {name: float(done.rank(name).max()) for name in PHASES}
     record["seconds"] = {"round": float(sum(done.rank(name) for name in PHASES).max()), **seconds}  # type: ignore[union-attr]
     record["seconds"] |= {name: float(done.rank(name).max()) for name in fed.exchange.figures()}
@@ -363,6 +381,15 @@ def _record(fed: Federation, number: int, cohort: Sequence[str]) -> Record:
     record["peak_rss_bytes"] = [int(v) for v in done.rank("rss")]
     record["silos"] = silos
     return {name: _plain(value) for name, value in record.items()}
+
+
+def _likeness(fed: Federation) -> dict[str, Any]:
+    """What the deltas' inner products say, where they were asked for."""
+    gram_KK = fed.exchange.gram
+    if gram_KK is None:
+        return {}
+    heard = [silo for silo, sent in zip(fed.ids, fed.ready.silo("sent"), strict=True) if sent]
+    return likeness(gram_KK, heard if fed.gram == "matrix" else None)
 
 
 def _plain(value: Any) -> Any:

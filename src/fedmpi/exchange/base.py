@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fedmpi.comm import Solo
@@ -44,6 +45,7 @@ class Facts(NamedTuple):
     seed: int = 0
     each: Each | None = None  # what becomes of deltas that an aggregator reads one by one; None: their weighted mean
     rounds: int = 0  # of the whole run
+    gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
 
 
 class Exchange:
@@ -60,6 +62,7 @@ class Exchange:
         self.sum_dtype = torch.int64 if self.ring else self.dtype
         self.on_device = self.device.type != "cpu"
         self.round = 0
+        self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
         self._facts_text = repr((to_dict(section), self.num_params, str(self.dtype)))
         if self.ring:
             self.float_B = torch.zeros(BLOCK, dtype=torch.float64, device=self.device)

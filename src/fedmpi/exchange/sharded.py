@@ -34,6 +34,7 @@ from fedmpi.exchange.section import ExchangeSection
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
+PART = 1 << 13  # elements of every slot that are made float64 at a time, so that they stay in cache
 AHEAD = 3  # rows on their way up while one is added up
 
 
@@ -244,6 +245,7 @@ class Sharded(Exchange):
         if weight == 0.0:
             raise ExchangeError("no weight arrived: nothing to divide by")
         waves = max((slot.wave for slot in slots), default=-1) + 1
+        self.gram = np.zeros((len(slots), len(slots))) if self.facts.gram else None
         sent = self._agree_sizes(slots, waves)
         if self._up:
             self._up.start(self.round)
@@ -267,6 +269,8 @@ class Sharded(Exchange):
             self._land(*down.popleft(), params_P)
         if self._up or self._down:
             self.comm.together(self._raise_failed)
+        if self.gram is not None:
+            self.gram = self.comm.share(self.gram.reshape(-1)).reshape(self.gram.shape)
         for silo, residual_P in self._next.items():
             if silo in self._of_silos:
                 self._spare.append(self._of_silos[silo])
@@ -386,6 +390,9 @@ class Sharded(Exchange):
             self._sum_up(came, weight, piece, mean)
         else:
             mean.copy_(self.facts.each(self._rows(came, piece, size), torch.tensor([slot.share for slot in slots])))
+        if self.gram is not None and part.start < self.facts.gram:
+            rows_KS = self._rows(came, piece, size)[:, : self.facts.gram - part.start]
+            self.gram += products(rows_KS)
         kept = self.grid.kept(piece)
         new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[kept] for tensor in state)), part.start)
         if not self._down:
@@ -465,6 +472,15 @@ class Sharded(Exchange):
                 self._add(self._down, came, params_P[part], piece, 1.0)
             elif self.on_device:
                 params_P[part].copy_(self._new_P[part])
+
+
+def products(rows_KS: torch.Tensor) -> np.ndarray:
+    """Inner products of rows in float64, a part of them at a time, [K, K]."""
+    found = torch.zeros(len(rows_KS), len(rows_KS), dtype=torch.float64, device=rows_KS.device)
+    for start in range(0, rows_KS.shape[1], PART):
+        exact_KB = rows_KS[:, start : start + PART].double()
+        found.addmm_(exact_KB, exact_KB.T)
+    return found.cpu().numpy()
 
 
 _NONE = np.zeros(0, dtype=np.int64)

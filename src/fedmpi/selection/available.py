@@ -63,6 +63,11 @@ class Available:
         return bool(getattr(self.inner, "unbiased", False))
 
     @property
+    def asks(self) -> bool:
+        """Does the inner selector ask for fresh losses?"""
+        return bool(getattr(self.inner, "asks", False))
+
+    @property
     def samples(self) -> int | None:
         """The inner selector's."""
         return getattr(self.inner, "samples", None)

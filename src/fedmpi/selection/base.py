@@ -32,12 +32,13 @@ class Selection(NamedTuple):
 class Selector(Protocol):
     """Which silos take part. Besides `select` one may have:
 
-    unbiased                          True: `select` gives factors
-    observe(ids, state, record)       the state once it has seen the last round's record, None before the first;
-                                      called before all else
-    candidates(ids, state, record, rng)  silos whose loss under the global parameters is to be found out: training
-                                      samples, `samples` of them (null: all). `select` is then given what was found,
-                                      {silo: loss}, as one more argument
+    unbiased                     True: `select` gives factors
+    observe(ids, state, record)  the state once it has seen the last round's record, None before the first; called
+                                 before all else
+    candidates(ids, state, record, rng)
+                                 silos whose loss under the global parameters is to be found out, on `samples` of their
+                                 training samples (None: all). `select` is then given what was found, {silo: loss}, as
+                                 one more argument. `asks` is True where there are any
     """
 
     def init(self, num_train: Sequence[int]) -> State:

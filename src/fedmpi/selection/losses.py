@@ -29,6 +29,11 @@ class PowerOfChoice(Part):
     losses: Literal["fresh", "last"] = "fresh"  # evaluated for this round; or as they were when last heard
     samples: PositiveInt | None = None  # with fresh losses: samples of each candidate; null: all
 
+    @property
+    def asks(self) -> bool:
+        """Is there a collective for fresh losses?"""
+        return self.losses == "fresh"
+
     def init(self, num_train: Sequence[int]) -> State:
         return {"num_train": np.asarray(num_train, dtype=np.float64), "loss": np.full(len(num_train), np.nan)}
 
