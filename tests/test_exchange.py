@@ -41,6 +41,10 @@ class Library:
     def Allreduce(self, send, recv, op):
         recv[:] = sum(self._all(send.copy()))
 
+    def Iallreduce(self, send, recv, op):
+        self.Allreduce(send, recv, op)
+        return self
+
     def Reduce(self, send, recv, op, root):
         total = sum(self._all(send.copy()))
         assert (recv is not None) == (self.rank == root)

@@ -9,12 +9,7 @@ from fedmpi import codecs
 from fedmpi.codecs import CODECS
 from fedmpi.kernels import cpu, cuda, plain
 
-
-def as_array(argument):
-    return argument.numpy() if isinstance(argument, torch.Tensor) else argument
-
-
-ROOMS = {"cpu": codecs._kernels("cpu"), "plain": (plain, as_array), "cuda": (cuda, lambda argument: argument)}
+ROOMS = {"cpu": (cpu, codecs._array), "plain": (plain, codecs._array), "cuda": (cuda, codecs._tensor)}
 
 
 def special(num):

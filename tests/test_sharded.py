@@ -151,6 +151,15 @@ def test_feedback_loses_nothing_over_rounds(name, num_ranks, scope):
     assert kept_P.abs().max() > 1e-5, "a codec that keeps nothing back proves nothing"
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_traffic_of_a_linear_codec_under_plan_replicated_is_what_was_counted(num_ranks):
+    start_P, deltas_RKP = drawn(1)
+    how = build(ExchangeSection, {"plan": "replicated", "up": {"codec": "randk"}})
+    done = run(how, start_P, deltas_RKP, num_ranks)
+    said = traffic(how, P, 4, num_ranks)
+    assert tuple(sum(rank[1][i] for rank in done) for i in range(3)) == (said.up, said.down, said.control)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
 @pytest.mark.parametrize("scope", ["rank", "silo"])
 @pytest.mark.parametrize("name", ["identity", "int8", "topk", "uniform", "threshold", "randk"])
@@ -205,6 +214,26 @@ def test_what_a_format_cannot_hold_on_one_rank_is_an_error_on_all(way, scope, nu
         run(how, start_P, deltas_RKP, num_ranks)
 
 
+@pytest.mark.parametrize("plan", ["replicated", "sharded"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_what_a_linear_codec_refuses_on_one_rank_is_an_error_on_all(plan, num_ranks):
+    start_P, deltas_RKP = drawn(1)
+    deltas_RKP[0, 0, 9000] = float("inf")
+    how = build(ExchangeSection, {"plan": plan, "up": {"codec": "randk"}})
+
+    def refused(comm):
+        exchange, optimizer = make(how, comm, start_P.clone(), Facts(2.0)), OPTIMIZERS.build("fedavg", "")
+        exchange.begin(1, 1)
+        if comm.rank < 2:
+            exchange.add(Contribution("a", 1, 1.0, deltas_RKP[0, 1 - comm.rank], 0.0, 1, 1))
+        with pytest.raises(FedmpiError) as caught:
+            exchange.finish(start_P.clone(), Server(optimizer), optimizer.init(start_P))
+        return str(caught.value)
+
+    (said,) = set(on_ranks(num_ranks, refused))
+    assert said.startswith("rank 1: exchange.up: values 8192 to 12288: codec 'randk'")
+
+
 def test_a_round_that_is_broken_off_leaves_the_residuals_as_they_were():
     start_P, deltas_RKP = drawn(2)
     from fedmpi.comm import Solo
@@ -241,8 +270,9 @@ def test_what_does_not_go_together_is_refused_with_the_reason(given, reason):
 def test_codecs_refuse_parameters_of_other_types():
     from fedmpi.comm import Solo
 
-    with pytest.raises(ConfigError, match="codecs take float32"):
-        make(section({"codec": "int8"}), Solo(), torch.zeros(3, dtype=torch.float64), Facts(1.0))
+    for how in (section({"codec": "int8"}), build(ExchangeSection, {"up": {"codec": "randk"}})):
+        with pytest.raises(ConfigError, match="codecs take float32"):
+            make(how, Solo(), torch.zeros(3, dtype=torch.float64), Facts(1.0))
 
 
 @pytest.mark.parametrize("up", [{}, {"codec": "bf16"}])

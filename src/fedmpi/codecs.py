@@ -8,7 +8,8 @@ N values, any slice of a vector; B bytes of payload. Codecs keep nothing: vector
 bits come from the key and an element's place in the vector, so the same key gives the same bytes on any machine. Two
 slices of one vector want two keys. Sums are float32, element by element, in the order in which payloads are added.
 
-A payload says neither its codec nor N: both sides know them. Payloads start at a multiple of 4 bytes.
+A payload says neither its codec nor N: both sides know them. Payloads start at a multiple of 4 bytes. Vectors are
+checked. Where they are many and short, as in the exchange, they may be what `bare` makes of them, which is not.
 
 Feedback. With a residual the payload decodes to damping * C(v), v = scale * x + e: `damping(n)` is 1 where C loses less
 than all of v (rounding, selection) and 1 / (1 + omega) where C is unbiased with E|C(v) - v|^2 <= omega |v|^2, which
@@ -18,6 +19,7 @@ it. What was rounded to nearest or selected satisfies residual + decoded = v exa
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Annotated, Any, Literal
 
@@ -29,6 +31,7 @@ from fedmpi.components import Family, PositiveFloat, PositiveFraction, component
 from fedmpi.errors import ExchangeError
 
 Tensor = torch.Tensor
+Bare = Any  # an array, of a CPU tensor's memory; elsewhere the tensor itself
 Rounding = Literal["nearest", "stochastic"]
 
 BLOCK = 256  # values that share a scale
@@ -65,42 +68,49 @@ class Codec:
 
     def encode(
         self,
-        x_N: Tensor,
-        payload_B: Tensor,
+        x_N: Tensor | Bare,
+        payload_B: Tensor | Bare,
         key: int,
         scale: float = 1.0,
-        residual_N: Tensor | None = None,
-        into_N: Tensor | None = None,
+        residual_N: Tensor | Bare | None = None,
+        into_N: Tensor | Bare | None = None,
     ) -> int:
         """Bytes written. `into_N` takes the new residual: in place of the old one if it is left out.
 
         A residual left out with an `into_N` given counts as zero. ExchangeError for NaN, infinity or what the format
         cannot hold, and for buffers that do not fit; what then stands in payload and `into_N` is of no use.
         """
-        none_N = x_N[:0]
         into_N = residual_N if into_N is None else into_N
+        if isinstance(x_N, Tensor):
+            self._check(payload_B, x_N, *(v for v in (residual_N, into_N) if v is not None))
+            if x_N.device.type == "cpu":
+                x_N, payload_B = bare(x_N), bare(payload_B)
+                residual_N, into_N = (None if v is None else bare(v) for v in (residual_N, into_N))
+        none_N = x_N[:0]
+        if not len(x_N):
+            return 0
         residual_N = none_N if residual_N is None else residual_N
         into_N = none_N if into_N is None else into_N
-        self._check(payload_B, x_N, *(v for v in (residual_N, into_N) if v is not none_N))
-        if not x_N.numel():
-            return 0
         word = np.uint64(key & 0xFFFFFFFFFFFFFFFF)
         num_bytes = self._encode(x_N, payload_B, word, float(np.float32(scale)), residual_N, into_N)
         if num_bytes < 0:
             raise ExchangeError(f"codec {_name(self)}: a value is NaN, infinite or beyond what the format holds")
         return num_bytes
 
-    def decode(self, payload_B: Tensor, out_N: Tensor, key: int = 0) -> None:
+    def decode(self, payload_B: Tensor | Bare, out_N: Tensor | Bare, key: int = 0) -> None:
         """Writes every element of `out_N`. Only codecs without indices or signs in the payload read the key."""
         self._open(payload_B, out_N, 1.0, False, key)
 
-    def add(self, payload_B: Tensor, sum_N: Tensor, key: int = 0, weight: float = 1.0) -> None:
+    def add(self, payload_B: Tensor | Bare, sum_N: Tensor | Bare, key: int = 0, weight: float = 1.0) -> None:
         """Adds weight times what decodes to `sum_N`; the product and the sum are each rounded to float32."""
         self._open(payload_B, sum_N, weight, True, key)
 
-    def _open(self, payload_B: Tensor, out_N: Tensor, weight: float, accumulate: bool, key: int) -> None:
-        self._check(payload_B, out_N, whole=self.fixed)
-        if out_N.numel():
+    def _open(self, payload_B: Bare, out_N: Bare, weight: float, accumulate: bool, key: int) -> None:
+        if isinstance(out_N, Tensor):
+            self._check(payload_B, out_N, whole=self.fixed)
+            if out_N.device.type == "cpu":
+                payload_B, out_N = bare(payload_B), bare(out_N)
+        if len(out_N):
             word = np.uint64(key & 0xFFFFFFFFFFFFFFFF)
             read = self._decode(payload_B, out_N, float(np.float32(weight)), accumulate, word)
             if read is not None and read < 0:
@@ -120,10 +130,10 @@ class Codec:
                 f"codec {_name(self)}: {payload_B.numel()} bytes for a payload of up to {self.max_bytes(n)}"
             )
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         raise NotImplementedError
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> int | None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> int | None:
         raise NotImplementedError
 
 
@@ -140,27 +150,42 @@ def _name(codec: Codec) -> str:
     return f"'{CODECS.name_of(codec)}'"
 
 
+def bare(vector: Tensor) -> Bare:
+    """What kernels work on. Slices of an array cost a tenth of a tensor's, and pieces are many."""
+    return vector.detach().numpy() if vector.device.type == "cpu" else vector
+
+
+@functools.cache
 def _kernels(device: str) -> tuple[Any, Any]:
-    """The kernels for a kind of device, and what turns an argument into what they take."""
+    """The kernels for a kind of device, and what turns a vector into what they take."""
     if device == "cpu":
         from fedmpi.kernels import cpu  # here, as numba takes a second to load
 
-        return cpu, _as_array
+        return cpu, _array
     from fedmpi.kernels import cuda
 
-    return cuda, lambda argument: argument
+    return cuda, _tensor
 
 
-def _as_array(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.detach().numpy()
-    return np.float32(argument) if isinstance(argument, float) else argument
+_VECTORS = (Tensor, np.ndarray)
+
+
+def _array(vector: Bare) -> Any:
+    return bare(vector) if isinstance(vector, Tensor) else vector
+
+
+def _tensor(vector: Bare) -> Tensor:
+    return vector if isinstance(vector, Tensor) else torch.from_numpy(vector)
 
 
 def _run(name: str, *arguments: Any) -> Any:
-    """The kernel of that name, where the tensors among its arguments live."""
-    kernels, taken = _kernels(next(a.device.type for a in arguments if isinstance(a, Tensor)))
-    return getattr(kernels, name)(*(taken(argument) for argument in arguments))
+    """The kernel of that name, where the vectors among its arguments live."""
+    on = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
+    kernels, taken = _kernels(on)
+    given = [taken(argument) if isinstance(argument, _VECTORS) else argument for argument in arguments]
+    if on == "cpu":
+        given = [np.float32(argument) if isinstance(argument, float) else argument for argument in given]
+    return getattr(kernels, name)(*given)
 
 
 def _floats(payload: Tensor, num: int) -> Tensor:
@@ -206,12 +231,14 @@ class Identity(Codec):
     def max_bytes(self, num_values: int) -> int:
         return 4 * num_values
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
+        x, payload, residual, into = (_tensor(vector) for vector in (x, payload, residual, into))
         finite = _combine(x, scale, residual, _floats(payload, x.numel()))
         into.zero_()
         return 4 * x.numel() if finite else -1
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
+        payload, out = _tensor(payload), _tensor(out)
         values = _floats(payload, out.numel())
         if not accumulate:
             out.copy_(values)
@@ -230,10 +257,10 @@ class BFloat16(Codec):
     def max_bytes(self, num_values: int) -> int:
         return 2 * num_values
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         return int(_run("encode_half", x, scale, residual, into, payload, True))
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
         _run("decode_half", payload, out, weight, accumulate, True)
 
 
@@ -244,10 +271,10 @@ class Float16(Codec):
     def max_bytes(self, num_values: int) -> int:
         return 2 * num_values
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         return int(_run("encode_half", x, scale, residual, into, payload, False))
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
         _run("decode_half", payload, out, weight, accumulate, False)
 
 
@@ -271,12 +298,12 @@ class Int8(Codec):
     def max_bytes(self, num_values: int) -> int:
         return _blocks(num_values, BLOCK, 8)
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         by_chance = self.rounding == "stochastic"
         facts = (key, BLOCK, 8, 127, _LARGEST, by_chance, 1.0)
         return int(_run("encode_blocks", x, scale, residual, into, payload, *facts))
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
         _run("decode_blocks", payload, out, weight, accumulate, BLOCK, 8)
 
 
@@ -296,12 +323,12 @@ class Int4(Codec):
     def max_bytes(self, num_values: int) -> int:
         return _blocks(num_values, BLOCK, 4)
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         by_chance = self.rounding == "stochastic"
         facts = (key, BLOCK, 4, 7, _LARGEST, by_chance, 1.0)
         return int(_run("encode_blocks", x, scale, residual, into, payload, *facts))
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
         _run("decode_blocks", payload, out, weight, accumulate, BLOCK, 4)
 
 
@@ -331,12 +358,12 @@ class QSGD(Codec):
     def max_bytes(self, num_values: int) -> int:
         return _blocks(num_values, BLOCK, self._bits)
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
-        damping = self.damping(x.numel()) if into.numel() else 1.0
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
+        damping = self.damping(len(x)) if len(into) else 1.0
         facts = (key, BLOCK, self._bits, self.levels, _NORM, True, damping)
         return int(_run("encode_blocks", x, scale, residual, into, payload, *facts))
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
         _run("decode_blocks", payload, out, weight, accumulate, BLOCK, self._bits)
 
 
@@ -347,11 +374,11 @@ class Sign(Codec):
     def max_bytes(self, num_values: int) -> int:
         return _blocks(num_values, CHUNK, 1)
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         facts = (key, CHUNK, 1, 1, _MEAN, False, 1.0)
         return int(_run("encode_blocks", x, scale, residual, into, payload, *facts))
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
         _run("decode_blocks", payload, out, weight, accumulate, CHUNK, 1)
 
 
@@ -374,10 +401,10 @@ class Uniform(Codec):
     def max_bytes(self, num_values: int) -> int:
         return -(-num_values // BLOCK) + -(-num_values * self.max_bits // 8)
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         return int(_run("encode_uniform", x, scale, residual, into, payload, self.step, self.max_bits))
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> int:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> int:
         return int(_run("decode_uniform", payload, out, weight, accumulate, self.step))
 
 
@@ -446,6 +473,7 @@ def _read_chosen(
     accumulate: bool,
     key: Any,
 ) -> int:
+    payload, out = _tensor(payload), _tensor(out)
     n = out.numel()
     at = _index_bytes(num_chosen, n, packed)
     index_K = torch.empty(num_chosen, dtype=torch.int64, device=out.device)
@@ -483,6 +511,11 @@ class TopK(Codec):
     values: Values = Identity()  # how the chosen values travel: identity, bf16, int8, ...
 
     @property
+    def _plain(self) -> bool:
+        """What has kernels of its own."""
+        return self.indices == "packed" and type(self.values) is Identity
+
+    @property
     def fixed(self) -> bool:
         return self.values.fixed
 
@@ -493,15 +526,20 @@ class TopK(Codec):
         k = _count(self.ratio, num_values)
         return _index_bytes(k, num_values, self.indices == "packed") + self.values.max_bytes(k)
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
-        k = _count(self.ratio, x.numel())
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
+        k = _count(self.ratio, len(x))
+        if self._plain:
+            return int(_run("encode_top", x, scale, residual, into, payload, k))
+        x, payload, residual, into = (_tensor(vector) for vector in (x, payload, residual, into))
         index_K = torch.empty(k, dtype=torch.int64, device=x.device)
         if _run("select", x, scale, residual, into, k, 0, index_K) < 0:
             return -1
         return _write_chosen(index_K, self.indices == "packed", self.values, x, scale, into, payload, key)
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> int:
-        k = _count(self.ratio, out.numel())
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> int:
+        k = _count(self.ratio, len(out))
+        if self._plain:
+            return int(_run("decode_top", payload, out, weight, accumulate, k))
         return _read_chosen(k, self.indices == "packed", self.values, payload, out, weight, accumulate, key)
 
 
@@ -527,7 +565,8 @@ class Threshold(Codec):
         k = _count(self.max_ratio, num_values)
         return 4 + _index_bytes(k, num_values, True) + 8 + self.values.max_bytes(k)  # 8: fewer may pack worse
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
+        x, payload, residual, into = (_tensor(vector) for vector in (x, payload, residual, into))
         k = _count(self.max_ratio, x.numel())
         floor = int(np.float32(self.threshold).view(np.int32))
         index_K = torch.empty(k, dtype=torch.int64, device=x.device)
@@ -537,7 +576,8 @@ class Threshold(Codec):
         payload[:4].view(torch.int32).fill_(found)
         return 4 + _write_chosen(index_K[:found], True, self.values, x, scale, into, payload[4:], key)
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> int:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> int:
+        payload, out = _tensor(payload), _tensor(out)
         k = int(payload[:4].view(torch.int32)) if payload.numel() >= 4 else -1
         if not 0 <= k <= _count(self.max_ratio, out.numel()):
             return -1
@@ -561,10 +601,10 @@ class ChunkTopK(Codec):
         width = 12 + self.bits
         return whole * (8 + -(-self.keep * width // 8)) + (8 + -(-chosen * width // 8) if rest else 0)
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         return int(_run("encode_chunks", x, scale, residual, into, payload, self.keep, self.bits))
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
         _run("decode_chunks", payload, out, weight, accumulate, self.keep, self.bits)
 
 
@@ -598,7 +638,8 @@ class RandK(Codec):
         _run("draw", key, n, index_K)
         return index_K
 
-    def _encode(self, x: Tensor, payload: Tensor, key: Any, scale: float, residual: Tensor, into: Tensor) -> int:
+    def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
+        x, payload, residual, into = (_tensor(vector) for vector in (x, payload, residual, into))
         n, index_K = x.numel(), self._places(x.numel(), key, x)
         k = index_K.numel()
         if not _combine(x, scale, residual, into):
@@ -614,7 +655,8 @@ class RandK(Codec):
                 return -1
         return 4 * k
 
-    def _decode(self, payload: Tensor, out: Tensor, weight: float, accumulate: bool, key: Any) -> None:
+    def _decode(self, payload: Bare, out: Bare, weight: float, accumulate: bool, key: Any) -> None:
+        payload, out = _tensor(payload), _tensor(out)
         index_K = self._places(out.numel(), key, out)
         _place(index_K, _floats(payload, index_K.numel()).clone(), out, weight, accumulate)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import hashlib
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -72,6 +74,7 @@ class Solo:
     local_rank = 0
     local_size = 1
     patient = False  # does it sleep where it waits? A twin does, so that core and interpreter are free for training
+    crowded = False  # do more ranks run on these cores than there are? One that waits then sleeps soon
 
     def __init__(self) -> None:
         self.hosts: tuple[str, ...] = (socket.gethostname(),)
@@ -169,6 +172,10 @@ class Solo:
         everybody's entries. `meanwhile` is called while others are waited for."""
         return values.copy()
 
+    def sharing(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
+        """Begin a `share`; what it gives stands in the array once it is over."""
+        return _Over(), values.copy()
+
     def gather(self, row: bytes) -> list[bytes]:
         """The rows of all ranks, in rank order, on every rank; rows have one length everywhere."""
         return [row]
@@ -237,7 +244,9 @@ class Comm(Solo):
         self.rank = self._world.rank
         self.size = self._world.size
         name = socket.gethostname().encode()[:256]
-        self.hosts = tuple(row.rstrip(b"\0").decode() for row in self.gather(name.ljust(256, b"\0")))
+        rows = self.gather(name.ljust(256, b"\0") + (cores := _cores())[0])
+        self.hosts = tuple(row[:256].rstrip(b"\0").decode() for row in rows)
+        self.crowded = sum(row[256:] == cores[0] for row in rows) > cores[1]
         peers = [r for r, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
         self.local_rank, self.local_size = peers.index(self.rank), len(peers)
         self._worst = 0
@@ -251,6 +260,7 @@ class Comm(Solo):
         if color < 0:
             return None
         group = Comm(self._mpi, world)
+        group.crowded = group.crowded or self.crowded
         self._groups.append(group)
         return group
 
@@ -313,7 +323,7 @@ class Comm(Solo):
     def meet(self) -> None:
         for window in self._windows:
             window.Sync()
-        self._world.Barrier()
+        self.wait(self._world.Ibarrier())
         for window in self._windows:
             window.Sync()
 
@@ -367,10 +377,10 @@ class Comm(Solo):
         return request
 
     def wait(self, pending: Pending) -> None:
-        spins = 0
+        spins, most = 0, 20 if self.crowded else 1000
         while not pending.Test():
             spins += 1
-            if self.patient or spins > 1000:  # the core may be another rank's too
+            if self.patient or spins > most:  # the core may be another rank's too
                 time.sleep(5e-5)
             elif spins > 100:
                 os.sched_yield()
@@ -395,6 +405,12 @@ class Comm(Solo):
         self._control.Allreduce(values, total, op=self._mpi.SUM)
         self.bytes_control += values.nbytes + total.nbytes if self.size > 1 else 0
         return total
+
+    def sharing(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
+        values = np.ascontiguousarray(values, dtype=np.float64)
+        total = np.empty_like(values)
+        self.bytes_control += values.nbytes + total.nbytes if self.size > 1 else 0
+        return self._control.Iallreduce(values, total, op=self._mpi.SUM), total
 
     def gather(self, row: bytes) -> list[bytes]:
         rows = bytearray(len(row) * self.size)
@@ -543,6 +559,16 @@ def _abort_if_open(comm: Solo) -> None:
     if comm.open_runs and comm.size > 1:
         print(f"fedmpi: rank {comm.rank} exits in the middle of a run", file=sys.stderr, flush=True)
         comm.abort(1)
+
+
+def _cores() -> tuple[bytes, int]:
+    """What ranks on the same cores have in common, and how many cores these are."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+    try:  # containers with names of their own run on one machine
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        machine = socket.gethostname()
+    return hashlib.sha256(f"{machine} {cores}".encode()).digest(), len(cores)
 
 
 def _array(vector: torch.Tensor) -> np.ndarray:

@@ -527,11 +527,15 @@ class Run:
                 (self.out / stopping.STOP_FILE).unlink(missing_ok=True)
 
         self.comm.together(write)
-        # Shared memory goes with the run; its parameters stay readable.
-        self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
         self._federation.exchange.close()
         self._release()
         self.comm.finish()
+
+    def _keep_readable(self) -> None:
+        """Shared memory goes with the run, or with the next: what is looked at afterwards gets memory of its own."""
+        self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            tensor.data = tensor.data.clone()
 
     def _release(self) -> None:
         """Close this rank's files and give the run directory free. Only what all have begun is waited for."""
@@ -540,6 +544,8 @@ class Run:
             self.comm.open_runs -= 1
             if self._exchange is not None:
                 self._exchange.leave()
+            if "state" in vars(self):
+                self._keep_readable()
             if self.comm.rank == 0:
                 for file in self._files:
                     file.close()

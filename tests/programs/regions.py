@@ -1,5 +1,6 @@
 """Runs whose ranks aggregate in regions first: see cases.py. Argument: FOLDER."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import numpy as np
 import reference
 import torch
 from programs.cases import require_equal, run
+from programs.overlap import TROUBLED, troubling
 from programs.training import configured, logistic, opened, trained
 
 import fedmpi
 from fedmpi import comm as ranks
-from fedmpi.components import build
-from fedmpi.errors import ConfigError
+from fedmpi.codecs import BFloat16
+from fedmpi.components import build, component
+from fedmpi.errors import ConfigError, FedmpiError, Stopped
 from fedmpi.flat import sha256
 from fedmpi.placement import place
 
@@ -26,14 +29,19 @@ def case(work):
     return work
 
 
-def halves(comm, config):
-    """Two regions of silos, those of even and those of odd ranks; one where there is but one rank."""
+def regions(comm, config, number):
+    """So many regions of silos: ranks take turns."""
     silos = config.data.source(config.seed).silos
     owners = place(silos, comm.hosts)
     found = {}
     for silo, owner in zip(silos, owners, strict=True):
-        found.setdefault("odd" if owner % 2 else "even", []).append(silo.id)
+        found.setdefault(f"region {owner % number}", []).append(silo.id)
     return found
+
+
+def halves(comm, config):
+    """Those of even and those of odd ranks; one where there is but one rank."""
+    return regions(comm, config, 2)
 
 
 def in_regions(comm, folder, name, every=1, levels=None, **more):
@@ -45,7 +53,9 @@ def in_regions(comm, folder, name, every=1, levels=None, **more):
 
 @case
 def one_exchange_across_a_round_is_the_flat_mean(comm, folder):
-    by_two = halves(comm, in_regions(comm, folder, "unused"))
+    unused = in_regions(comm, folder, "unused")
+    by_two, by_rank = halves(comm, unused), regions(comm, unused, comm.size)
+    everybody = [silo for some in by_two.values() for silo in some]
     flat = build(fedmpi.Config, {**vars(in_regions(comm, folder, f"flat-{comm.size}")), "exchange": {}})
     with fedmpi.Run(flat, comm_=comm) as started:
         list(started)
@@ -54,8 +64,9 @@ def one_exchange_across_a_round_is_the_flat_mean(comm, folder):
         (
             [{"by": "node"}],
             [{"by": by_two}],
-            [{"by": by_two}, {"by": {"all": [silo for some in by_two.values() for silo in some]}}],
+            [{"by": by_two}, {"by": {"all": everybody}}],
             [{"by": by_two, "up": {"codec": "bf16"}, "down": {"codec": "bf16"}}],
+            [{"by": by_rank}, {"by": by_two}, {"by": {"all": everybody}}],
         )
     ):
         for plan in ("sharded", "replicated", "root"):
@@ -112,6 +123,59 @@ def left_between_two_exchanges_and_gone_on_with(comm, folder):
         again, records = trained(comm, in_regions(comm, folder, name, **more))
         require_equal("rounds gone on with", records[0]["round"], until + 1)
         require_equal(f"sha after leaving at {until}", again, whole)
+
+
+@case
+def stopped_between_two_exchanges_and_gone_on_with(comm, folder):
+    """In a round that would have ended with an exchange across, and in one that would not have."""
+
+    def config(name):
+        return build(fedmpi.Config, {**vars(in_regions(comm, folder, name, every=2)), "local": TROUBLED})
+
+    whole, _ = trained(comm, config(f"unstopped-{comm.size}"))
+    for number in (2, 3):
+        started = fedmpi.Run(config(f"stopped-{number}-{comm.size}"), comm_=comm)
+        os.environ["OUT"] = str(started.out)
+        try:
+            with troubling(f"stop {number}"):
+                list(started)
+        except Stopped:
+            started.close()
+        else:
+            raise AssertionError("nobody was stopped")
+        again, records = trained(comm, config(f"stopped-{number}-{comm.size}"))
+        require_equal("rounds gone on with", records[0]["round"], number)
+        require_equal(f"sha after a stop in round {number}", again, whole)
+
+
+@component
+class Narrow(BFloat16):
+    """Refuses values beyond 1000."""
+
+    def _encode(self, x, payload, key, scale, residual, into):
+        return -1 if bool((x * scale).abs().max() > 1e3) else super()._encode(x, payload, key, scale, residual, into)
+
+
+@case
+def what_a_codec_refuses_in_one_region_is_an_error_on_all_ranks(comm, folder):
+    narrow = {"codec": {"name": "programs.regions:Narrow"}}
+    unused = in_regions(comm, folder, "unused")
+    last = comm.size - 1
+    silos = unused.data.source(unused.seed).silos
+    silo = next(s.id for s, owner in zip(silos, place(silos, comm.hosts), strict=True) if owner == last)
+    for what, level, across in (("inside", {"up": narrow}, {}), ("across", {}, {"up": narrow})):
+        levels = [{"by": halves(comm, unused), **level}]
+        config = in_regions(comm, folder, f"refused-{what}-{comm.size}", levels=levels, **across)
+        said = "it went through"
+        try:
+            with troubling(f"overflow 2 {silo}"):
+                trained(comm, build(fedmpi.Config, {**vars(config), "local": TROUBLED}))
+        except FedmpiError as error:
+            said = str(error)
+        assert "exchange.up: values 0 to" in said and (comm.size == 1 or said.startswith("rank ")), said
+        if what == "inside" and comm.size > 1:
+            assert said.startswith(f"rank {last}: exchange"), said
+        require_equal(f"{what}: texts", len({row for row in comm.gather(said.encode().ljust(4000))}), 1)
 
 
 @case

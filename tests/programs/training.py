@@ -3,6 +3,7 @@
 Arguments: FOLDER, shared by all launches, and the number of ranks of the launch before, unless this is the first.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -121,6 +122,26 @@ def fast_repeats_and_plans_agree(comm, folder):
     assert torch.allclose(found["root"], found["replicated"], atol=1e-6), (
         (found["root"] - found["replicated"]).abs().max()
     )
+
+
+@case
+def what_a_run_leaves_behind_is_readable(comm, folder):
+    """Parameters and model, once others follow, wherever they were while it trained; of a run that failed too."""
+    for plan in PLANS:
+        left = []
+        for number, last in enumerate((ROUNDS, 2, ROUNDS)):
+            config = configured(folder, f"left-{plan}-{number}-{comm.size}", exchange={"plan": plan})
+            started = fedmpi.Run(config, comm_=comm)
+            with contextlib.suppress(LookupError), started:
+                for record in started:
+                    if record["round"] == last < ROUNDS:
+                        raise LookupError
+            left.append((started, sha256(started.params_P)))
+        for started, sha in left:
+            require_equal(f"plan {plan}", sha256(started.params_P), sha)
+            assert all(tensor.isfinite().all() for tensor in started.model.parameters())
+        parts = [tensor.reshape(-1) for tensor in started.model.state_dict().values()]
+        require_equal(f"model, plan {plan}", sha256(torch.cat(parts)), sha)
 
 
 def logistic(folder, name, **local):

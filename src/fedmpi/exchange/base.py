@@ -22,6 +22,7 @@ import torch
 
 from fedmpi.comm import Solo
 from fedmpi.components import to_dict
+from fedmpi.errors import ConfigError, ExchangeError
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.server import Server
@@ -57,12 +58,16 @@ class Exchange:
         self.facts = facts
         self.num_params = len(params_P)
         self.dtype, self.device = params_P.dtype, params_P.device
+        if self.dtype != torch.float32 and not (section.up.plain and section.down.plain):
+            raise ConfigError(f"codecs take float32, and the shared parameters are {self.dtype}")
         # Silos' own vectors are added in the silos' order, which is as good as a ring.
         self.ring = section.reduction == "reproducible" and section.scope == "rank"
         self.sum_dtype = torch.int64 if self.ring else self.dtype
         self.on_device = self.device.type != "cpu"
         self.round = 0
         self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
+        self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
+        self._failed: ExchangeError | None = None
         self._facts_text = repr((to_dict(section), self.num_params, str(self.dtype)))
         if self.ring:
             self.float_B = torch.zeros(BLOCK, dtype=torch.float64, device=self.device)
@@ -154,6 +159,17 @@ class Exchange:
     ) -> tuple[torch.Tensor, Any]:
         """All ranks together: sum, mean, server step. params_P is overwritten with the new parameters on every rank."""
         raise NotImplementedError
+
+    def raise_failed(self) -> None:
+        """What a codec could not encode or decode on this rank in the last `finish`. The others wait for something, so
+        all has travelled when anybody raises it."""
+        if self._failed is not None:
+            raise self._failed
+
+    def ask(self) -> None:
+        """Everybody raises what one rank's codec refused."""
+        if self.asks:
+            self.comm.together(self.raise_failed)
 
     def verify(self, params_P: torch.Tensor) -> None:
         """If asked to: ExchangeError unless all ranks hold the same bits."""

@@ -8,7 +8,9 @@ vector's payload is does not depend on how many ranks there are, nor on how piec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
 from fedmpi import codecs, rng
@@ -20,6 +22,7 @@ LONGEST = 1 << 18  # elements: 1 MiB of float32
 _GRAIN = 4096  # elements: codecs' blocks and chunks divide it
 SHORTEST = 1 << 16  # elements: below that calls cost more than what they do, and `topk` has less to choose from
 _AT_LEAST = 32  # pieces, where they can be had: enough to keep several under way and to share among ranks
+MESSAGE_BYTES = 1 << 17  # shorter ones cost latency, and far shorter ones more than what is in them
 _ALL = 0xFFFFFFFFFFFFFFFF
 
 
@@ -63,12 +66,30 @@ class Grid:
         return sum(self.size(piece) for piece in self.owned(rank))
 
 
+def rows_together(grid: Grid, up: Channel, down: Channel) -> int:
+    """Rows whose pieces travel in one message to each owner: as many as make it worth sending, where they are short.
+
+    Payloads of one message lie side by side, so they have to be of one size, and a multiple of 4 bytes; values that
+    travel as they are lie where they are.
+    """
+    if up.plain or down.plain:
+        return 1
+    sizes = [way.codec.max_bytes(grid.length) for way in (up, down)]
+    fixed = up.codec.fixed and down.codec.fixed and not any(size % 4 for size in sizes)
+    return max(1, min(MESSAGE_BYTES // max(sizes), grid.steps)) if fixed else 1
+
+
 class Coder:
-    """A channel's codec over the pieces of a vector. Payloads of all pieces lie `stride` bytes apart."""
+    """A channel's codec over the pieces of a vector. Payloads of all pieces lie `stride` bytes apart.
+
+    Vectors and payloads are tensors, or `codecs.bare` of them.
+    """
 
     def __init__(self, channel: Channel, grid: Grid, seed: int, device: torch.device, way: str) -> None:
         self.channel, self.codec, self.grid, self._seed, self._way = channel, channel.codec, grid, seed, way
         self.stride = -(-self.codec.max_bytes(grid.length) // 4) * 4
+        sizes = (0, grid.length, grid.size(grid.num_pieces - 1))
+        self._num_bytes = {size: self.codec.max_bytes(size) for size in sizes}
         self._key = 0
         codecs.warm(self.codec, device)
 
@@ -85,31 +106,29 @@ class Coder:
         z = ((z ^ (z >> 33)) * 0xC4CEB9FE1A85EC53) & _ALL
         return z ^ (z >> 33)
 
-    def slot(self, payloads: torch.Tensor, piece: int) -> torch.Tensor:
-        """Where a piece's payload lies among those of all."""
-        return payloads[piece * self.stride : (piece + 1) * self.stride]
+    def slot(self, payloads: Any, place: int) -> Any:
+        """The room of the payload that lies at this place among those of all."""
+        return payloads[place * self.stride : (place + 1) * self.stride]
 
     def num_bytes(self, piece: int) -> int:
         """The longest payload of a piece; of codecs of fixed size every payload of it."""
-        return self.codec.max_bytes(self.grid.size(piece))
+        return self._num_bytes[self.grid.size(piece)]
 
-    def encode(
-        self, x_N: torch.Tensor, payload_B: torch.Tensor, piece: int, scale: float, residual_N: torch.Tensor | None
-    ) -> int:
-        """Bytes written; the residual becomes what is lost, once its decay is taken off."""
+    def encode(self, x_N: Any, payload_B: Any, piece: int, scale: float, residual_N: Any) -> int:
+        """Bytes written; the residual, if there is one, becomes what is lost, once its decay is taken off."""
         if residual_N is not None and self.channel.decay != 1.0:
-            residual_N.mul_(self.channel.decay)
+            residual_N *= np.float32(self.channel.decay)
         try:
             return self.codec.encode(x_N, payload_B, self._of(piece), scale, residual_N)
         except ExchangeError as error:
             part = self.grid.part(piece)
             raise ExchangeError(f"exchange.{self._way}: values {part.start} to {part.stop}: {error}") from None
 
-    def decode(self, payload_B: torch.Tensor, out_N: torch.Tensor, piece: int) -> None:
+    def decode(self, payload_B: Any, out_N: Any, piece: int) -> None:
         """What a payload of this round says of the piece."""
         self.codec.decode(payload_B, out_N, self._of(piece))
 
-    def add(self, payload_B: torch.Tensor, sum_N: torch.Tensor, piece: int, weight: float) -> None:
+    def add(self, payload_B: Any, sum_N: Any, piece: int, weight: float) -> None:
         """The same, times weight, added."""
         self.codec.add(payload_B, sum_N, self._of(piece), weight)
 
@@ -122,9 +141,11 @@ class RankResidual:
         self._silo = facts.hosted[0] if facts.hosted else None
         used = channel.feedback and self._silo is not None
         self.residual_P = torch.zeros_like(params_P) if used else None
+        self._bare_P = None if self.residual_P is None else codecs.bare(self.residual_P)
 
-    def part(self, part: slice) -> torch.Tensor | None:
-        return None if self.residual_P is None else self.residual_P[part]
+    def part(self, part: slice) -> Any:
+        """As codecs take it; None without feedback."""
+        return None if self._bare_P is None else self._bare_P[part]
 
     def kept(self) -> Kept:
         return {} if self.residual_P is None or self._silo is None else {self._silo: {"feedback": self.residual_P}}

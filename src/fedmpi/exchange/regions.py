@@ -62,15 +62,21 @@ class Regional(Exchange):
             there = there.split(0 if group.rank == 0 else -1, idle)
         self._depth = len(section.regions.levels)
         self._across: Exchange | None = None
-        self._delta_P = self._start_P = self._global_P = params_P[:0]
+        self._delta_P = self._start_P = self._mean_P = self._global_P = params_P[:0]
         if there is not None:
-            outer = replace(section, regions=None)
+            outer = replace(section, regions=None, verify=False)  # what it gives is compared where all have it
             self._across = ACROSS[section.plan](outer, there, params_P, facts)
             self._global_P = params_P.clone()
         if self._across is not None or len(self._inside) > 1:
             self._delta_P = torch.zeros_like(params_P)
         if len(self._inside) > 1:
-            self._start_P = params_P.clone()
+            self._start_P = params_P.clone()  # of the round: where all of this rank's outermost region have begun
+            self._mean_P = self._start_P if len(self._inside) == 2 else params_P.clone()
+        ways: list[Level | ExchangeSection] = [*section.regions.levels, section]
+        self._lossy = not all(way.up.plain and way.down.plain for way in ways)
+        for exchange in self._exchanges():
+            exchange.asks = False  # a few ranks' error would leave the others waiting for them
+        self._done = 0  # the last round that was exchanged; the one that has begun may yet be broken off
         self._weight = 0.0  # of this rank's silos this round
         self._since = 0.0  # of this rank's region since it was last heard across
 
@@ -117,19 +123,23 @@ class Regional(Exchange):
         """Those that this rank takes part in, from the inside out."""
         return self._inside if self._across is None else [*self._inside, self._across]
 
+    def raise_failed(self) -> None:
+        for exchange in self._exchanges():
+            exchange.raise_failed()
+
     def kept(self, params_P: torch.Tensor) -> Kept:
         """Residuals of each level; and between two exchanges across, where this region stands."""
         found: Kept = {}
         for number, exchange in enumerate(self._exchanges()):
             for silo, tensors in exchange.kept(params_P).items():
                 found.setdefault(silo, {}).update({f"{name}_{number}": t for name, t in tensors.items()})
-        if self.round % self.every and self._region.rank == 0 and self.facts.hosted:
+        if self._done % self.every and self._region.rank == 0 and self.facts.hosted:
             mid = {"region": params_P, "region_weight": torch.tensor([self._since], dtype=torch.float64)}
             found.setdefault(self.facts.hosted[0], {}).update(mid)
         return found
 
     def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
-        self.round = round
+        self._done = round
         for number, exchange in enumerate(self._exchanges()):
             ending = f"_{number}"
             own = {
@@ -174,7 +184,7 @@ class Regional(Exchange):
                 if weight > 0:
                     torch.sub(result_P, self._start_P, out=self._delta_P)
                     exchange.add(self._as_one(weight, self._delta_P))
-                result_P = self._start_P
+                result_P = self._mean_P.copy_(self._start_P)
             weight = _total(exchange.comm, weight)
             if weight > 0:
                 exchange.finish(result_P, Server(FedAvg()), NoState())
@@ -197,8 +207,11 @@ class Regional(Exchange):
                 result_P = inner
         if len(self._start_P):
             self._start_P.copy_(params_P)
+        if self._lossy:
+            self.ask()
         if crosses:
             self.verify(params_P)
+        self._done = self.round
         lap("exchange")
         return params_P, state
 

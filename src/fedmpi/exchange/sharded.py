@@ -4,7 +4,8 @@
     there   the owner decodes and adds in float32, in the order of slots, divides, and takes the server's step
     down    all-gather: the row's n new pieces go to all, encoded; every rank, the owner too, decodes the same bytes
 
-Several rows are under way at once, so that encoding, transfer and decoding overlap. Every value is quantized once on
+Several rows are under way at once, so that encoding, transfer and decoding overlap; where payloads are short a message
+holds those of several rows, which is then a turn. Every value is quantized once on
 each way, whatever the number of ranks. Without codecs the deltas travel out of the memory they were trained in, and new
 parameters arrive in the memory they are read from. With a codec on the way down it is the step (new minus old
 parameters) that travels, and all ranks add what decodes; the server's state is the owners' and is exact.
@@ -26,16 +27,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fedmpi.codecs import Bare, bare
 from fedmpi.comm import Pending, Solo
-from fedmpi.errors import ConfigError, ExchangeError
+from fedmpi.errors import ExchangeError
 from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
-from fedmpi.exchange.pieces import Coder, Grid, RankResidual
+from fedmpi.exchange.pieces import Coder, Grid, RankResidual, rows_together
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
 PART = 1 << 13  # elements of every slot that are made float64 at a time, so that they stay in cache
-AHEAD = 3  # rows on their way up while one is added up
+AHEAD = 3  # turns on their way up while one is added up
 
 
 class Slot(NamedTuple):
@@ -53,9 +55,9 @@ class Outgoing(NamedTuple):
     slot: int
     share: float
     factor: float
-    vector_P: torch.Tensor | None  # to be encoded, or sent as it is; None: encoded already
+    vector_P: Bare | None  # to be encoded, or a tensor to be sent as it is; None: encoded already
     scale: float  # what it is multiplied with when it is encoded
-    payloads: torch.Tensor | None  # of all pieces
+    payloads: torch.Tensor | None  # of all pieces, each where `_place` says
     sizes: np.ndarray  # of the payloads, in bytes [pieces]
 
 
@@ -70,8 +72,9 @@ class Sharded(Exchange):
         self._by_silo = section.scope == "silo"
         self._up = None if section.up.plain else Coder(section.up, grid, facts.seed, self.device, "up")
         self._down = None if section.down.plain else Coder(section.down, grid, facts.seed, self.device, "down")
-        if (self._up or self._down) and self.dtype != torch.float32:
-            raise ConfigError(f"codecs take float32, and the shared parameters are {self.dtype}")
+        self._depth = rows_together(grid, section.up, section.down)
+        self._turns = -(-grid.steps // self._depth)
+        self._places = self._turns * self._depth * comm.size
         own = grid.num_owned(comm.rank)
         self._residual = RankResidual(section.up, params_P, facts)
         self._of_silos: dict[str, torch.Tensor] = {}  # what feedback keeps of each
@@ -79,6 +82,7 @@ class Sharded(Exchange):
         self._spare: list[torch.Tensor] = []
         fed_back = section.down.feedback
         self._down_residual = torch.zeros(own, device=self.device) if fed_back else None
+        self._lost_S = bare(self._down_residual) if self._down_residual is not None else None
         self._sum: torch.Tensor | None = None  # of several silos
         self._raw = torch.uint8 if self._up else self.sum_dtype
         self._stride = self._up.stride if self._up else grid.length
@@ -86,11 +90,12 @@ class Sharded(Exchange):
         self._decoded = torch.zeros(0, dtype=self.dtype, device=self.device)  # rows that an aggregator reads
         self._mean = torch.zeros(grid.length, dtype=self.dtype, device=self.device)
         self._nothing = torch.zeros(0, dtype=self._raw)
-        self._arrived: list[torch.Tensor] = []  # for each row under way: [waves, ranks, stride]
+        self._arrived: list[torch.Tensor] = []  # for each turn under way: [waves, ranks, rows, stride]
         self._payloads: list[torch.Tensor] = []  # of this rank's vectors, reused
         self._host_P = comm.allocate(self.num_params, self.sum_dtype, pinned=True) if self.on_device else None
         if self._down:
-            self._sent_down = comm.allocate(grid.num_pieces * self._down.stride, torch.uint8, pinned=self.on_device)
+            self._sent_down = comm.allocate(self._places * self._down.stride, torch.uint8, pinned=self.on_device)
+            self._down_B = bare(self._sent_down)
         elif self.on_device:
             self._new_P = comm.allocate(self.num_params, self.dtype, pinned=True)
         self._encoded = torch.zeros(
@@ -99,7 +104,6 @@ class Sharded(Exchange):
             device=self.device,
         )
         self._outgoing: list[Outgoing] = []
-        self._failed: ExchangeError | None = None
 
     # ------------------------------------------------------------ where things are kept
 
@@ -169,13 +173,13 @@ class Sharded(Exchange):
 
     def _to_encode(self, slot: int, share: float, vector_P: torch.Tensor, scale: float) -> Outgoing:
         assert self._up is not None
-        return Outgoing(slot, share, 1.0, vector_P, scale, self._memory(), self._sizes(self._up))
+        return Outgoing(slot, share, 1.0, bare(vector_P), scale, self._memory(), self._sizes(self._up))
 
     def _memory(self) -> torch.Tensor:
         """For the payloads of one vector; as many as the round has needed are kept."""
         wave = len(self._outgoing)
         if wave == len(self._payloads):
-            num = self.grid.num_pieces * self._stride if self._up else self.num_params
+            num = self._places * self._stride if self._up else self.num_params
             self._payloads.append(self.comm.allocate(num, self._raw, pinned=self.on_device))
         return self._payloads[wave]
 
@@ -197,42 +201,50 @@ class Sharded(Exchange):
         sizes = self._sizes(self._up)
         self._up.start(self.round, silo)
         self._failed = None
+        vector_P, kept_P = bare(delta_P), None if residual_P is None else bare(residual_P)
         for piece, part in enumerate(self.grid):
-            residual_N = None if residual_P is None else residual_P[part]
-            sizes[piece] = self._encode_up(delta_P[part], memory, piece, 1.0, residual_N)
-        self._raise_failed()  # nothing has travelled yet
+            residual_N = None if kept_P is None else kept_P[part]
+            sizes[piece] = self._encode_up(vector_P[part], bare(memory), piece, 1.0, residual_N)
+        self.raise_failed()  # nothing has travelled yet
         return Outgoing(slot, share, share, None, 1.0, memory, sizes)
 
-    def _encode_up(
-        self, x_N: torch.Tensor, payloads: torch.Tensor, piece: int, scale: float, residual_N: torch.Tensor | None
-    ) -> int:
+    def _encode_up(self, x_N: Bare, payloads: Bare, piece: int, scale: float, residual_N: Bare | None) -> int:
         assert self._up is not None
-        return self._encode(self._up, x_N, self._up.slot(payloads, piece), piece, scale, residual_N)
+        return self._encode(self._up, x_N, self._up.slot(payloads, self._place(piece)), piece, scale, residual_N)
 
-    def _encode(
-        self, coder: Coder, x_N: torch.Tensor, slot_B: torch.Tensor, piece: int, scale: float, residual_N: Any
-    ) -> int:
+    def _encode(self, coder: Coder, x_N: Bare, slot_B: Bare, piece: int, scale: float, residual_N: Bare | None) -> int:
         """Into host memory, from wherever the values live."""
         try:
             if not self.on_device:
                 return coder.encode(x_N, slot_B, piece, scale, residual_N)
             num_bytes = coder.encode(x_N, self._encoded[: coder.stride], piece, scale, residual_N)
-            slot_B[:num_bytes].copy_(self._encoded[:num_bytes])
+            torch.from_numpy(slot_B[:num_bytes]).copy_(self._encoded[:num_bytes])
             return num_bytes
         except ExchangeError as error:
-            # The others wait for something; when all has travelled everybody raises this.
             self._failed = self._failed or error
-            slot_B.zero_()
+            slot_B[:] = 0
             return coder.num_bytes(piece) if coder.codec.fixed else 0
 
-    def _add(self, coder: Coder, came_B: torch.Tensor, sum_N: torch.Tensor, piece: int, weight: float) -> None:
+    def _add(self, coder: Coder, came_B: Bare, sum_N: Bare, piece: int, weight: float) -> None:
         """Out of host memory, to wherever the sum lives."""
         try:
             if self.on_device:
-                came_B = self._encoded[: len(came_B)].copy_(came_B)
+                came_B = self._encoded[: len(came_B)].copy_(torch.from_numpy(came_B))
             coder.add(came_B, sum_N, piece, weight)
         except ExchangeError as error:
             self._failed = self._failed or error
+
+    def _place(self, piece: int) -> int:
+        """Where a piece's payload lies among those of all: by turns, in these by owners, with these by rows."""
+        row, owner = divmod(piece, self.comm.size)
+        turn, row = divmod(row, self._depth)
+        return (turn * self.comm.size + owner) * self._depth + row
+
+    def _pieces(self, turn: int, owner: int | None = None) -> range:
+        """Those of a turn, or of these an owner's."""
+        width = self._depth * self.comm.size
+        stop = min((turn + 1) * width, self.grid.num_pieces)
+        return range(turn * width, stop) if owner is None else range(turn * width + owner, stop, self.comm.size)
 
     # ------------------------------------------------------------ the exchange
 
@@ -240,35 +252,45 @@ class Sharded(Exchange):
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         self._failed = None
-        slots = self._agree()
+        if self._up:
+            self._up.start(self.round)
+        if self._down:
+            self._down.start(self.round)
+        agreed, table = self.comm.sharing(self._table())
+        if self._lazily and any(out.share for out in self._outgoing):
+            self._prepare_turn(0)  # while others are waited for
+        self.comm.wait(agreed)
+        slots = self._slots(table)
         weight = sum(slot.share for slot in slots)
         if weight == 0.0:
             raise ExchangeError("no weight arrived: nothing to divide by")
         waves = max((slot.wave for slot in slots), default=-1) + 1
         self.gram = np.zeros((len(slots), len(slots))) if self.facts.gram else None
         sent = self._agree_sizes(slots, waves)
-        if self._up:
-            self._up.start(self.round)
-        if self._down:
-            self._down.start(self.round)
         ahead: deque[tuple[int, list[Pending]]] = deque()
         down: deque[tuple[int, Pending]] = deque()
         one_by_one = self._down is not None and not self._down.codec.fixed
-        for row in range(self.grid.steps + AHEAD):
-            if row < self.grid.steps:
-                ahead.append((row, self._send_row(row, waves, sent)))
-            if row >= AHEAD and ahead:
+        for turn in range(self._turns + AHEAD):
+            if turn < self._turns:
+                if turn and self._lazily:
+                    self._prepare_turn(turn)
+                ahead.append((turn, self._send(turn, waves, sent)))
+            if turn >= AHEAD and ahead:
                 done, requests = ahead.popleft()
                 for request in requests:
                     self.comm.wait(request)
-                size = self._own_row(done, slots, weight, params_P, server, state, sent)
-                down.append((done, self._return_row(done, size, params_P)))
+                sizes = [
+                    self._own(piece, done, slots, weight, params_P, server, state, sent)
+                    for piece in self._pieces(done, self.comm.rank)
+                ]
+                down.append((done, self._return(done, sizes, params_P)))
                 while down and (one_by_one or down[0][1].Test()):
                     self._land(*down.popleft(), params_P)
+        told = self._tell() if self.asks and (self._up or self._down) else None
         while down:
             self._land(*down.popleft(), params_P)
-        if self._up or self._down:
-            self.comm.together(self._raise_failed)
+        if told is not None:
+            self._hear(*told)
         if self.gram is not None:
             self.gram = self.comm.share(self.gram.reshape(-1)).reshape(self.gram.shape)
         for silo, residual_P in self._next.items():
@@ -281,17 +303,28 @@ class Sharded(Exchange):
         lap("exchange")
         return params_P, state
 
-    def _raise_failed(self) -> None:
-        if self._failed is not None:
-            raise self._failed
+    def _tell(self) -> tuple[Pending, np.ndarray]:
+        """Begin to say whether this rank has failed so far: it has encoded all, and what is left all decode alike."""
+        codes = np.zeros(self.comm.size)
+        codes[self.comm.rank] = self._failed is not None
+        return self.comm.sharing(codes)
 
-    def _agree(self) -> list[Slot]:
-        """The round's vectors in the order of slots, the same on every rank."""
-        num_slots = len(self.facts.ids) if self._by_silo else self.comm.size
-        table = np.zeros((num_slots, 4))
+    def _hear(self, told: Pending, codes: np.ndarray) -> None:
+        """Every rank raises what one has failed of."""
+        self.comm.wait(told)
+        if codes.any():
+            self.ask()
+        self.raise_failed()
+
+    def _table(self) -> np.ndarray:
+        """This rank's vectors, by slots."""
+        table = np.zeros((len(self.facts.ids) if self._by_silo else self.comm.size, 4))
         for wave, out in enumerate(self._outgoing):
             table[out.slot] = (self.comm.rank, wave, out.share, out.factor)
-        table = self.comm.share(table.reshape(-1)).reshape(table.shape)
+        return table
+
+    def _slots(self, table: np.ndarray) -> list[Slot]:
+        """The round's vectors in the order of slots, the same on every rank."""
         return [Slot(int(rank), int(wave), share, factor) for rank, wave, share, factor in table.tolist() if share]
 
     def _agree_sizes(self, slots: list[Slot], waves: int) -> np.ndarray:
@@ -322,36 +355,44 @@ class Sharded(Exchange):
             if piece == 0:
                 self._up.start(self.round, f"rank {self.comm.rank}")
             out.sizes[piece] = self._encode_up(
-                out.vector_P[part], out.payloads, piece, out.scale, self._residual.part(part)
+                out.vector_P[part], bare(out.payloads), piece, out.scale, self._residual.part(part)
             )
         elif self._host_P is not None and out.vector_P.device.type != "cpu":
             self._host_P[part].copy_(out.vector_P[part])
 
-    def _send_row(self, row: int, waves: int, sent: np.ndarray) -> list[Pending]:
-        """Everybody's pieces of a row on their way to the owners."""
-        grid, me, ranks = self.grid, self.comm.rank, self.comm.size
-        first = row * ranks
-        pieces = range(first, min(first + ranks, grid.num_pieces))
-        arrived = self._room(row, waves)
+    def _prepare_turn(self, turn: int) -> None:
+        for out in self._outgoing:
+            for piece in self._pieces(turn):
+                self._prepare(out, piece)
+                self.comm.progress()
+
+    def _send(self, turn: int, waves: int, sent: np.ndarray) -> list[Pending]:
+        """Everybody's pieces of a turn on their way to the owners."""
+        me, ranks = self.comm.rank, range(self.comm.size)
+        room = self._depth * self._stride
+        arrived = self._room(turn, waves)
+        mine = self._pieces(turn, me)
         requests = []
         for wave in range(waves):
-            send, to = self._nothing, [(0, 0)] * ranks
+            send, to = self._nothing, [(0, 0)] * len(ranks)
             if wave < len(self._outgoing):
-                out = self._outgoing[wave]
-                for piece in pieces if self._lazily else ():
-                    self._prepare(out, piece)
-                    self.comm.progress()
-                send = self._travels(out)[first * self._stride :]
-                to = [(i * self._stride, int(sent[me, wave, first + i])) for i in range(len(pieces))]
-                to += [(0, 0)] * (ranks - len(to))
+                send = self._travels(self._outgoing[wave])[turn * len(ranks) * room :]
+                to = [
+                    (rank * room, self._length(self._pieces(turn, rank), sent[me, wave], self._stride))
+                    for rank in ranks
+                ]
                 to[me] = (0, 0)  # what is mine is read where it is
-            mine = first + me
             come = [
-                (rank * self._stride, int(sent[rank, wave, mine]) if mine < grid.num_pieces and rank != me else 0)
-                for rank in range(ranks)
+                (rank * room, self._length(mine, sent[rank, wave], self._stride) if rank != me else 0) for rank in ranks
             ]
             requests.append(self.comm.alltoall(send, to, arrived[wave], come))
         return requests
+
+    @staticmethod
+    def _length(pieces: range, sizes: Any, stride: int) -> int:
+        """Of the payloads of these pieces, one beside the other; of none where nothing is sent."""
+        last = int(sizes[pieces[-1]]) if pieces else 0
+        return (len(pieces) - 1) * stride + last if last else 0
 
     def _travels(self, out: Outgoing) -> torch.Tensor:
         """The memory that MPI reads."""
@@ -360,18 +401,19 @@ class Sharded(Exchange):
         assert out.vector_P is not None
         return out.vector_P if out.vector_P.device.type == "cpu" else self._host_P  # type: ignore[return-value]
 
-    def _room(self, row: int, waves: int) -> torch.Tensor:
-        """Where a row's pieces arrive: [waves, ranks * stride]."""
-        place, needed = row % (AHEAD + 1), waves * self.comm.size * self._stride
+    def _room(self, turn: int, waves: int) -> torch.Tensor:
+        """Where a turn's pieces arrive: [waves, ranks * rows * stride]."""
+        place, needed = turn % (AHEAD + 1), waves * self.comm.size * self._depth * self._stride
         while len(self._arrived) <= place:
             self._arrived.append(torch.zeros(0, dtype=self._raw))
         if len(self._arrived[place]) < needed:
             self._arrived[place] = self.comm.allocate(needed, self._raw, pinned=self.on_device)
         return self._arrived[place][:needed].view(waves, -1)
 
-    def _own_row(
+    def _own(
         self,
-        row: int,
+        piece: int,
+        turn: int,
         slots: list[Slot],
         weight: float,
         params_P: torch.Tensor,
@@ -379,13 +421,10 @@ class Sharded(Exchange):
         state: Any,
         sent: np.ndarray,
     ) -> int:
-        """My piece of a row: added up in the order of slots, divided, stepped, and ready to travel. Bytes of it."""
-        piece = row * self.comm.size + self.comm.rank
-        if piece >= self.grid.num_pieces:
-            return 0
+        """A piece of mine: added up in the order of slots, divided, stepped, and ready to travel. Bytes of it."""
         part, size = self.grid.part(piece), self.grid.size(piece)
         mean = self._mean[:size]
-        came = [(slot, self._came(row, piece, slot, int(sent[slot.rank, slot.wave, piece]))) for slot in slots]
+        came = [(slot, self._came(turn, piece, slot, int(sent[slot.rank, slot.wave, piece]))) for slot in slots]
         if self.facts.each is None:
             self._sum_up(came, weight, piece, mean)
         else:
@@ -401,16 +440,17 @@ class Sharded(Exchange):
                 self._new_P[part].copy_(new_S)
             return size
         step_S = new_S.sub_(params_P[part])
-        residual_S = None if self._down_residual is None else self._down_residual[kept]
-        slot_B = self._down.slot(self._sent_down, piece)
-        return self._encode(self._down, step_S, slot_B, piece, 1.0, residual_S)
+        lost_S = None if self._lost_S is None else self._lost_S[kept]
+        slot_B = self._down.slot(self._down_B, self._place(piece))
+        return self._encode(self._down, bare(step_S), slot_B, piece, 1.0, lost_S)
 
-    def _came(self, row: int, piece: int, slot: Slot, length: int) -> torch.Tensor:
+    def _came(self, turn: int, piece: int, slot: Slot, length: int) -> torch.Tensor:
         """What a slot sent of my piece, where it lies."""
         if slot.rank == self.comm.rank:
-            return self._travels(self._outgoing[slot.wave])[piece * self._stride :][:length]
-        start = (slot.wave * self.comm.size + slot.rank) * self._stride
-        return self._arrived[row % (AHEAD + 1)][start : start + length]
+            return self._travels(self._outgoing[slot.wave])[self._place(piece) * self._stride :][:length]
+        sender = slot.wave * self.comm.size + slot.rank
+        start = (sender * self._depth + self._place(piece) % self._depth) * self._stride
+        return self._arrived[turn % (AHEAD + 1)][start : start + length]
 
     def _sum_up(self, came: list[tuple[Slot, torch.Tensor]], weight: float, piece: int, mean: torch.Tensor) -> None:
         """The weighted mean, one slot after the other."""
@@ -420,9 +460,9 @@ class Sharded(Exchange):
                 total.add_(ring.to(self.device))
             self.divide(total, weight, mean)
         elif self._up:
-            mean.zero_()
+            sum_N = bare(mean.zero_())
             for slot, payload in came:
-                self._add(self._up, payload, mean, piece, slot.factor / weight)
+                self._add(self._up, bare(payload), sum_N, piece, slot.factor / weight)
         else:
             torch.mul(came[0][1].to(self.device), came[0][0].factor / weight, out=mean)
             for slot, values in came[1:]:
@@ -436,41 +476,43 @@ class Sharded(Exchange):
         rows_KS = self._decoded[:needed].view(len(came), size)
         for row_S, (_, values) in zip(rows_KS, came, strict=True):
             if self._up:
-                self._add(self._up, values, row_S.zero_(), piece, 1.0)
+                self._add(self._up, bare(values), bare(row_S.zero_()), piece, 1.0)
             else:
                 row_S.copy_(values)
         return rows_KS
 
-    def _return_row(self, row: int, size: int, params_P: torch.Tensor) -> Pending:
-        """My piece of a row on its way to all, and theirs to me."""
-        ranks, grid = self.comm.size, self.grid
-        first = row * ranks
+    def _return(self, turn: int, sizes: list[int], params_P: torch.Tensor) -> Pending:
+        """My pieces of a turn, of these sizes, on their way to all, and theirs to me."""
+        ranks, grid = range(self.comm.size), self.grid
         if self._down:
             stride, vector = self._down.stride, self._sent_down
-            if self._down.codec.fixed:
-                sizes = [self._down.num_bytes(first + r) for r in range(ranks)]
+            if not self._down.codec.fixed:
+                mine = np.zeros(len(ranks))
+                mine[self.comm.rank] = sum(sizes)  # of one piece
+                self._came_down = self.comm.share(mine).astype(int).tolist()
+                lengths = self._came_down
             else:
-                mine = np.zeros(ranks)
-                mine[self.comm.rank] = size
-                sizes = self.comm.share(mine).astype(int).tolist()
-            self._came_down = sizes
+                each = [self._down.num_bytes(piece) for piece in range(grid.num_pieces)]
+                lengths = [self._length(self._pieces(turn, rank), each, stride) for rank in ranks]
         else:
             stride, vector = grid.length, self._new_P if self.on_device else params_P
-            sizes = [grid.size(first + r) for r in range(ranks)]
-        return self.comm.allgather(vector[first * stride :], [(rank * stride, size) for rank, size in enumerate(sizes)])
+            lengths = [sum(grid.size(piece) for piece in self._pieces(turn, rank)) for rank in ranks]
+        room = self._depth * stride
+        first = turn * len(ranks) * room
+        return self.comm.allgather(vector[first:], [(rank * room, length) for rank, length in enumerate(lengths)])
 
-    def _land(self, row: int, request: Pending, params_P: torch.Tensor) -> None:
-        """A row has come back: decode it where parameters are read."""
+    def _land(self, turn: int, request: Pending, params_P: torch.Tensor) -> None:
+        """A turn has come back: decode it where parameters are read."""
         self.comm.wait(request)
-        first = row * self.comm.size
-        for rank, piece in enumerate(range(first, min(first + self.comm.size, self.grid.num_pieces))):
-            part = self.grid.part(piece)
-            if self._down:
-                fixed = self._down.codec.fixed
-                length = self._down.num_bytes(piece) if fixed else self._came_down[rank]
-                came = self._down.slot(self._sent_down, piece)[:length]
-                self._add(self._down, came, params_P[part], piece, 1.0)
-            elif self.on_device:
+        pieces = self._pieces(turn)
+        if self._down:
+            fixed, payloads_B, new_P = self._down.codec.fixed, self._down_B, bare(params_P)
+            for piece in pieces:
+                length = self._down.num_bytes(piece) if fixed else self._came_down[piece - pieces.start]
+                came = self._down.slot(payloads_B, self._place(piece))[:length]
+                self._add(self._down, came, new_P[self.grid.part(piece)], piece, 1.0)
+        elif self.on_device:
+            for part in map(self.grid.part, pieces):
                 params_P[part].copy_(self._new_P[part])
 
 

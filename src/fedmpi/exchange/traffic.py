@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedmpi.exchange.pieces import Grid
+from fedmpi.exchange.pieces import Grid, rows_together
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.exchange.sharded import AHEAD
 
@@ -62,7 +62,8 @@ def traffic(
     if not section.up.plain:
         grid = Grid(num_params, num_ranks)
         sums = grid.num_pieces * _stride(section.up.codec, grid) + word
-    return Traffic(num_ranks * sums, num_ranks * sums, 0, "Allreduce")
+    control = 0 if section.up.plain else 2 * 8 * num_ranks * num_ranks
+    return Traffic(num_ranks * sums, num_ranks * sums, control, "Allreduce")
 
 
 def num_vectors(section: ExchangeSection, silos: Sequence[int]) -> list[int]:
@@ -89,18 +90,20 @@ def memory(
         return (num_params + 1) * word
     if section.regions is not None:  # of a rank that leads a region
         across = memory(replace(section, regions=None), num_params, param_bytes, num_ranks, 1)
-        return across + (1 + 3) * num_params * param_bytes
+        return across + (1 + 3 + (len(section.regions.levels) > 2)) * num_params * param_bytes
     grid = Grid(num_params, num_ranks)
     vector = num_params * param_bytes
     if section.plan == "sharded":
         stride = grid.length * word if section.up.plain else _stride(section.up.codec, grid)
         folds = section.scope == "rank" and (num_silos > 1 or word != param_bytes)
         own = num_silos if section.scope == "silo" else min(1, num_silos)
-        payloads = 0 if section.up.plain and section.scope == "rank" else own * grid.num_pieces * stride
-        down = 0 if section.down.plain else grid.num_pieces * _stride(section.down.codec, grid)
+        rows = rows_together(grid, section.up, section.down)
+        places = -(-grid.steps // rows) * rows * num_ranks
+        payloads = 0 if section.up.plain and section.scope == "rank" else own * places * stride
+        down = 0 if section.down.plain else places * _stride(section.down.codec, grid)
         residuals = (own * (1 + (section.scope == "silo")) if section.up.feedback else 0) * vector
         residuals += vector // num_ranks if section.down.feedback else 0
-        arrived = (AHEAD + 1) * most_vectors * num_ranks * stride
+        arrived = (AHEAD + 1) * most_vectors * num_ranks * rows * stride
         return folds * num_params * word + payloads + down + residuals + arrived
     if not section.up.plain:
         payload = grid.num_pieces * _stride(section.up.codec, grid)

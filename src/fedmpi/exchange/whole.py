@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fedmpi.codecs import bare
 from fedmpi.comm import Solo
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
@@ -71,7 +72,10 @@ class Whole(Exchange):
             self._coder.start(self.round)  # one key for all ranks
             for piece, part in enumerate(self._coder.grid if not self._empty else ()):
                 payload = self._coder.slot(self._send[:-1].view(torch.uint8), piece)
-                self._coder.encode(self._sum[part], payload, piece, 1.0, self._residual.part(part))
+                try:
+                    self._coder.encode(bare(self._sum)[part], payload, piece, 1.0, self._residual.part(part))
+                except ExchangeError as error:
+                    self._failed = self._failed or error
             self._send[-1] = self._sum[-1]
         elif self.on_device:
             self._send.copy_(self._sum)
@@ -99,7 +103,10 @@ class Replicated(Whole):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
+        self._failed = None
         self.comm.allreduce(self._sent(), self._recv)
+        if self._coder is not None:
+            self.ask()
         lap("exchange")
         new_P, state = server.step(params_P, self._mean(), state)
         params_P.copy_(new_P)

@@ -25,6 +25,7 @@ ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds 
 ONE = np.uint64(1)
 SMALL = 1024  # elements at a time where two scratch blocks are needed
 NUM_SAMPLES = 16384  # that `select` guesses from
+SIDE = 4  # of them lie side by side
 BLOCK = 4096  # elements that are worked on at a time
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -209,7 +210,12 @@ def encode_blocks(
         else:
             for j in range(m):
                 q[j] = np.int8(np.int32((v[j] / s + ROUND) - ROUND))
-        if parts > 1:
+        if bits == 4:
+            q[m:] = 0
+            upper = q[span : 2 * span]
+            for j in range(span):
+                packed[j] = np.uint8((q[j] & np.int8(15)) | np.int8(upper[j] << np.int8(4)))
+        elif parts > 1:
             q[m:] = 0
             for j in range(span):
                 packed[j] = np.uint8(q[j] & mask)
@@ -240,6 +246,12 @@ def decode_blocks(payload: Array, out: Array, weight: Any, accumulate: bool, blo
             signed = codes8.view(np.int8)
             for j in range(m):
                 d[j] = np.float32(signed[j]) * s
+        elif bits == 4:
+            upper = d[span:m]
+            for j in range(span):
+                d[j] = np.float32(np.int8(codes8[j] << np.uint8(4)) >> np.int8(4)) * s
+            for j in range(upper.size):
+                upper[j] = np.float32(np.int8(codes8[j]) >> np.int8(4)) * s
         else:
             for p in range(parts):
                 row = d[p * span : min(m, (p + 1) * span)]
@@ -488,41 +500,43 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
     """
     n = x.size
     num_samples = min(max(n >> 6, 2048), NUM_SAMPLES)
-    stride = (n + num_samples - 1) // num_samples
-    sample = np.zeros((n + stride - 1) // stride, np.int32)
-    v, counts = np.zeros(BLOCK, np.float32), np.zeros(2048, np.int64)
+    stride = SIDE * ((n + num_samples - 1) // num_samples)
+    sample = np.zeros(SIDE * ((n + stride - 1) // stride), np.int32)
+    v, counts = np.zeros(SMALL, np.float32), np.zeros(2048, np.int64)
     bits = v.view(np.int32)
-    for i in range(sample.size):
-        j = i * stride
-        v[0] = x[j] * scale + (residual[j] if residual.size else np.float32(0))
-        sample[i] = bits[0] & SIGN_OFF
-    rank = min(sample.size, int(1.25 * k * sample.size / n) + 16)
-    room = min(n, 2 * stride * rank + BLOCK)
-    low = max(_kth(sample, rank, counts)[0], floor)
-    near, patterns = np.zeros(room, np.int64), np.zeros(room, np.int32)
+    taken = 0
+    for start in range(0, n, stride):  # a few side by side, as memory comes by the line
+        for j in range(start, min(n, start + SIDE)):
+            v[0] = x[j] * scale + (residual[j] if residual.size else np.float32(0))
+            sample[taken] = bits[0] & SIGN_OFF
+            taken += 1
+    rank = min(taken, int(1.25 * k * taken / n) + 16)
+    room = min(n, 2 * (n // taken + 1) * rank + SMALL)
+    low = np.int32(max(_kth(sample[:taken], rank, counts)[0], floor))
+    near, patterns = np.empty(room + 1, np.int64), np.empty(room + 1, np.int32)
+    reached = np.zeros(SMALL, np.int8)
+    words = reached.view(np.uint64)
     found, full = 0, False
-    for start in range(0, n, BLOCK):
-        stop = min(n, start + BLOCK)
-        largest = _load(x[start:stop], scale, _part(residual, start, stop), v)
+    for start in range(0, n, SMALL):
+        m = min(n - start, SMALL)
+        largest = _load(x[start : start + m], scale, _part(residual, start, start + m), v)
         if largest >= NOT_FINITE:
             return -1
         if into.size:
-            target = into[start:stop]
-            for j in range(stop - start):
+            target = into[start : start + m]
+            for j in range(m):
                 target[j] = v[j]
-        full = full or found + stop - start > room
+        full = full or found + m > room
         if largest < low or full:
             continue
-        for i in range(0, stop - start, 32):
-            row = bits[i : min(i + 32, stop - start)]
-            peak = np.int32(0)
-            for j in range(row.size):
-                peak = np.int32(max(peak, np.int32(row[j] & SIGN_OFF)))
-            if peak >= low:
-                for j in range(row.size):
-                    if row[j] & SIGN_OFF >= low:
-                        near[found], patterns[found] = start + i + j, row[j] & SIGN_OFF
-                        found += 1
+        for j in range(m):
+            reached[j] = np.int32(bits[j] & SIGN_OFF) >= low
+        reached[m:] = 0
+        for w in range((m + 7) // 8):
+            if words[w]:
+                for j in range(8 * w, 8 * w + 8):
+                    near[found], patterns[found] = start + j, bits[j] & SIGN_OFF
+                    found += reached[j]
     if full or (found < k and low > floor):
         if into.size:
             x, scale = into, np.float32(1)
@@ -533,10 +547,12 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
     least, equal = _kth(patterns[:found].copy(), k, counts)
     chosen = 0
     for i in range(found):
-        if patterns[i] > least or (patterns[i] == least and equal > 0):
-            equal -= patterns[i] == least
-            indices[chosen] = near[i]
-            chosen += 1
+        if chosen == k:
+            break
+        tie = patterns[i] == least and equal > 0
+        indices[chosen] = near[i]
+        chosen += patterns[i] > least or tie
+        equal -= tie
     return chosen
 
 
@@ -610,11 +626,57 @@ def unpack_sorted(payload: Array, n: int, indices: Array) -> Any:
         _unpack(payload, low, indices)
     else:
         indices[:] = 0
+    upper = np.empty(k + 8, np.int64)
     found = 0
-    for at in range(8 * (end - middle)):
-        if payload[middle + (at >> 3)] >> (at & 7) & 1 and found < k:
-            indices[found] |= (at - found) << low
-            if indices[found] >= n:
-                return -1
-            found += 1
-    return end if found == k else -1
+    for at in range(end - middle):
+        ones = np.int64(payload[middle + at])
+        for j in range(8):  # no branch: what is written beside a zero is written over
+            upper[found] = 8 * at + j - found
+            found += int((ones >> j) & 1)
+        if found > k:
+            break
+    if found < k:
+        return -1
+    for i in range(k):
+        indices[i] |= upper[i] << low
+        if indices[i] >= n:
+            return -1
+    return end
+
+
+@jit
+def encode_top(x: Array, scale: Any, residual: Array, into: Array, payload: Array, k: int) -> Any:
+    """Packed indices of the k largest magnitudes, to a multiple of 4 bytes, and the values; `into` takes the others."""
+    indices = np.empty(k, np.int64)
+    if select(x, scale, residual, into, k, 0, indices) < 0:
+        return -1
+    end = pack_sorted(indices, x.size, payload)
+    at = (end + 3) // 4 * 4
+    payload[end:at] = 0
+    values = payload[at : at + 4 * k].view(np.float32)
+    if into.size:
+        for i in range(k):
+            values[i] = into[indices[i]]
+            into[indices[i]] = 0
+    else:
+        for i in range(k):
+            values[i] = x[indices[i]] * scale
+    return at + 4 * k
+
+
+@jit
+def decode_top(payload: Array, out: Array, weight: Any, accumulate: bool, k: int) -> Any:
+    indices = np.empty(k, np.int64)
+    end = unpack_sorted(payload, out.size, indices)
+    if end < 0:
+        return -1
+    at = (end + 3) // 4 * 4
+    values = payload[at : at + 4 * k].view(np.float32)
+    if accumulate:
+        for i in range(k):
+            out[indices[i]] += weight * values[i]
+    else:
+        out[:] = 0
+        for i in range(k):
+            out[indices[i]] = values[i]
+    return at + 4 * k

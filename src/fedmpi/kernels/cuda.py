@@ -371,3 +371,31 @@ def unpack_sorted(payload: Tensor, n: int, indices: Tensor) -> int:
         return -1
     indices.copy_(unpack(payload[:middle], low, k) | ((places[:k] - _range(k, indices)) << low))
     return end if int(indices.max()) < n else -1
+
+
+def encode_top(x: Tensor, scale: float, residual: Tensor, into: Tensor, payload: Tensor, k: int) -> int:
+    v, finite = _load(x, scale, residual)
+    if not finite:
+        return -1
+    chosen = _largest(_magnitude(v), k, 0)
+    end = pack_sorted(chosen, x.numel(), payload)
+    at = -(-end // 4) * 4
+    payload[end:at] = 0
+    payload[at : at + 4 * k].view(torch.float32).copy_(v.index_select(0, chosen))
+    if into.numel():
+        into.copy_(v.index_fill_(0, chosen, 0.0))
+    return at + 4 * k
+
+
+def decode_top(payload: Tensor, out: Tensor, weight: float, accumulate: bool, k: int) -> int:
+    chosen = torch.empty(k, dtype=torch.int64, device=out.device)
+    end = unpack_sorted(payload, out.numel(), chosen)
+    if end < 0:
+        return -1
+    at = -(-end // 4) * 4
+    values = payload[at : at + 4 * k].view(torch.float32)
+    if accumulate:
+        out.index_add_(0, chosen, values * _f32(weight))
+    else:
+        out.zero_().index_copy_(0, chosen, values)
+    return at + 4 * k

@@ -297,3 +297,29 @@ def unpack_sorted(payload: Array, n: int, indices: Array) -> int:
         return -1
     indices[:] = unpack(payload[:middle], low, k) | (places[:k] - np.arange(k)) << low
     return end if k == 0 or indices.max() < n else -1
+
+
+def encode_top(x: Array, scale: float, residual: Array, into: Array, payload: Array, k: int) -> int:
+    v, finite = _load(x, scale, residual)
+    if not finite:
+        return -1
+    chosen = _largest(v, k)
+    at = -(-pack_sorted(chosen, len(x), payload) // 4) * 4
+    payload[_shape(k, len(x))[2] : at] = 0
+    payload[at : at + 4 * k] = v[chosen].view(np.uint8)
+    v[chosen] = 0
+    _rest(v, f32(0), into)
+    return at + 4 * k
+
+
+def decode_top(payload: Array, out: Array, weight: float, accumulate: bool, k: int) -> int:
+    chosen = np.zeros(k, np.int64)
+    end = unpack_sorted(payload, len(out), chosen)
+    if end < 0:
+        return -1
+    at = -(-end // 4) * 4
+    values = payload[at : at + 4 * k].view(f32)
+    if not accumulate:
+        out[:] = 0
+    out[chosen] = out[chosen] + f32(weight) * values if accumulate else values
+    return at + 4 * k
