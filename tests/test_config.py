@@ -93,6 +93,35 @@ REFUSED = [
     ("local: {name: sgd, epochs: 1}", "local.lr: local rule 'sgd' needs it"),
     ("local: {name: sgd, lr: 1}", "local: give either 'epochs' or 'steps'"),
     (SGD + ", steps: 3}", "local: give either 'epochs' or 'steps'"),
+    (
+        "{select: norm, aggregate: {name: mean, weights: steps}}",
+        "select: norm counts silos by 1/probability, which makes no sense of aggregate mean: weights: steps divides by",
+    ),
+    (
+        "{select: {name: uniform, weights: inverse}, aggregate: median, exchange: {plan: sharded, scope: silo}}",
+        "select: uniform counts silos by 1/probability, which makes no sense of aggregate median: every silo has one",
+    ),
+    (
+        "{select: {name: available, traces: {}, inner: optimal}, aggregate: fednova}",
+        "select: available counts silos by 1/probability, which makes no sense of aggregate fednova: it multiplies",
+    ),
+    (
+        "{select: proportional, rounds: 4, exchange: {regions: {every: 2}}}",
+        "select: proportional counts silos by 1/probability of a round, and exchange.regions.every is 2 rounds",
+    ),
+    (
+        "{aggregate: {name: qffl, lr: 0.1}, rounds: 4, exchange: {regions: {every: 2}}}",
+        "aggregate: qffl looks at one round, exchange.regions.every is 2",
+    ),
+    ("records: {gram: true}", "records.gram: deltas meet one by one under exchange.scope: silo and plan sharded alone"),
+    (
+        "{records: {gram: true}, exchange: {plan: sharded, scope: silo, overlap: true}}",
+        "records.gram: with exchange.overlap deltas meet after their round's record",
+    ),
+    ("stop: {loss_factor: 1}", "stop.loss_factor: input should be greater than 1, got 1"),
+    ("select: {name: available, traces: {a: [[3, 3]]}}", "select.traces: silo 'a': [3, 3) is no interval of rounds"),
+    ("select: {name: available, traces: none.csv}", "select.traces: cannot read none.csv: No such file"),
+    ("select: {name: available, traces: {}, inner: available}", "select.inner: no selector 'available'"),
     ("exchange: {parameters: trainble}", "exchange: exchange.parameters is all, trainable or a list of patterns, got"),
     # torch optimizers
     (SGD + ", optimizer: {name: SGD, momentm: 0.9}}", "'SGD' has no 'momentm'; did you mean 'momentum'?"),
@@ -216,6 +245,7 @@ NEEDS = {"sgd": {"lr": 0.1, "steps": 3}, "files": {"silos": [{"id": "a", "path":
 NEEDS["files"]["shape"] = [3]
 NEEDS["fedsgd"] = {"lr": 0.1}
 FEDDYN_BOTH = {"local": {"name": "feddyn", "lr": 0.1, "steps": 3}, "server": {"optimizer": "feddyn"}}
+NEEDS |= {"available": {"traces": {"a": [[2, 9]]}}, "qffl": {"lr": 0.1}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
 
@@ -272,6 +302,7 @@ def test_what_may_change_is_no_difference_and_everything_else_is():
         "seed is 0 there and 1 here",
         "select.fraction is not set there and 1.0 here",
         "select.name is all there and uniform here",
+        "select.weights is not set there and renormalised here",
     ]
 
 

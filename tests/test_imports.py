@@ -13,7 +13,7 @@ ROOT = Path(fedmpi.__file__).parent
 ORDER = [
     *("errors", "rng", "types", "components", "stopping", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "objectives", "models", "data"),
-    *("local", "checkpoint", "records", "placement", "device"),
+    *("local", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]

@@ -75,6 +75,16 @@ class Cliff:
 
 
 @component
+class Slope:
+    """A learning rate that is much too large from round `at` on."""
+
+    at: int = 4
+
+    def lr(self, eta0, round, rounds):
+        return 1e4 * eta0 if round >= self.at else eta0
+
+
+@component
 class Eventful:
     """In order; in one epoch of silo s1 (none if it is not in the environment) something happens."""
 
@@ -93,6 +103,18 @@ class Eventful:
 
 def squared_loss(outputs, targets):
     return (outputs.softmax(-1)[:, 1] - targets).square().mean()
+
+
+def endless(outputs, targets):
+    """Its gradient is finite, it is not."""
+    return squared_loss(outputs, targets) + torch.inf
+
+
+def refuses_to_look(outputs, targets):
+    """A loss that cannot be evaluated: an error before training."""
+    if not torch.is_grad_enabled() and len(outputs) == 30:
+        raise OSError("no look at s1")
+    return squared_loss(outputs, targets)
 
 
 def rank_distance(outputs, targets):
@@ -258,6 +280,16 @@ RESUMED = {
             "optimizer": {"name": "fedavgm", "nesterov": True, "schedule": "cosine"}, "average": {"decay": 0.7},
         },
     },
+    "by norms of who is there, 1/probability": {
+        "select": {"name": "available", "traces": {"s1": [[1, 3], [4, 9]]}, "inner": {"name": "optimal"}},
+        "local": {"epochs": None, "steps": 5},
+    },
+    "fresh losses": {**NORMED, "select": {"name": "power_of_choice", "fraction": 0.34, "samples": 7}},
+    "bandit": {"select": {"name": "ucb", "fraction": 0.34}, "aggregate": {"name": "qffl", "lr": 0.1}},
+    "turns, gram": {
+        "select": {"name": "round_robin", "count": 2}, "records": {"gram": "matrix"},
+        "exchange": {"plan": "sharded", "scope": "silo"},
+    },
 }  # fmt: skip
 
 
@@ -377,6 +409,67 @@ def test_a_run_that_diverges_says_so_and_leaves_its_last_whole_round(tmp_path):
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
     last.close()
     assert Diverged.exit_code == 1 and not (tmp_path / "a" / "model.safetensors").exists()
+
+
+SLOPE = {"local": {"schedule": OWN + "Slope"}, "rounds": 8}
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_a_run_whose_norms_explode_is_given_up_with_its_last_good_round_on_disk(tmp_path, patience):
+    how = config(tmp_path / "a", stop={"patience": patience}, **SLOPE)
+    with pytest.raises(Diverged, match=rf"^round {3 + patience}: the run has diverged: .*the mean norm of its deltas"):
+        run(how)
+    run(config(tmp_path / "b", 3, local=SLOPE["local"]))
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    assert len(run(config(tmp_path / "a", stop={"norm_factor": None, "loss_factor": None}, **SLOPE))[0]) == 5
+
+
+def test_doubts_go_on_where_a_run_is_taken_up(tmp_path):
+    def told(how):
+        with pytest.raises(Diverged) as caught:
+            run(how)
+        return str(caught.value)
+
+    undisturbed = told(config(tmp_path / "a", **SLOPE))
+    run(config(tmp_path / "b", **SLOPE), 5)
+    assert results.newest(tmp_path / "b") == 5 and told(config(tmp_path / "b", **SLOPE)) == undisturbed
+
+
+def test_a_training_loss_that_is_not_finite_ends_the_run(tmp_path):
+    objective = {"loss": OWN + "endless"}
+    with pytest.raises(Diverged, match=r"^round 1: the run has diverged: its training loss is not finite"):
+        run(config(tmp_path / "a", 2, objective=objective))
+    assert everything(tmp_path / "a")[0] == 0
+    records, _ = run(config(tmp_path / "a", 2, objective=objective, stop={"not_finite": False}))
+    assert [r["train_loss"] for r in records] == [None, None]
+
+
+def test_a_silo_that_fails_while_losses_are_looked_up_is_named(tmp_path):
+    how = config(tmp_path, objective={"loss": OWN + "refuses_to_look"}, select="power_of_choice")
+    with pytest.raises(SiloError, match=r"^rank 0, silo 's1', before round 1:\nTraceback .*\n(.*\n)*OSError: no look"):
+        run(how)
+
+
+def test_a_stop_while_losses_are_looked_up_leaves_the_round_before(tmp_path):
+    how = config(tmp_path, select="power_of_choice", checkpoint={"every": 9})
+    with fedmpi.Run(how, comm_=Solo()) as started:
+        next(rounds := iter(started))
+        started._federation.watch.tell(stopping.STOP, "somebody")
+        with pytest.raises(Stopped, match=r"^stopped in round 2: somebody \(rank 0\)$"):
+            next(rounds)
+    assert results.newest(tmp_path) == 1
+
+
+def test_records_tell_norms_spread_and_likeness(tmp_path):
+    silo = {"plan": "sharded", "scope": "silo"}
+    (record, *_), _ = run(config(tmp_path / "a", 1, exchange=silo, records={"gram": True}))
+    (plain, *_), _ = run(config(tmp_path / "b", 1, exchange=silo))
+    norms = [row["delta_norm"] for row in record["silos"].values()]
+    assert record["delta_norm"] == pytest.approx(np.mean(norms)) and "cosines" not in record
+    assert record["diversity"] >= 1 / 3 and -1 <= record["cosine"]["min"] <= record["cosine"]["mean"] <= 1
+    assert record["spread"]["std"] == pytest.approx(np.std([row["accuracy"] for row in record["silos"].values()]))
+    told = {k: v for k, v in figures(record).items() if k not in ("diversity", "cosine")}
+    assert told == figures(plain)
 
 
 EVENTFUL = {"local": {"sampler": OWN + "Eventful"}}

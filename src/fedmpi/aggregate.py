@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 import torch
 
-from fedmpi.components import Family, PositiveFloat, component
+from fedmpi.components import Family, NonNegativeFloat, PositiveFloat, component
 from fedmpi.errors import ConfigError
 from fedmpi.types import Contribution
 
@@ -37,6 +37,9 @@ class Aggregator(Protocol):
     times `scale` of all that were heard. An aggregator that reads each delta has a method
     `combine(rows_KS, weights_K) -> row_S` besides, over any slice S of the coordinates; one with `start_loss` set finds
     the loss of the global parameters on the silo's training samples in the contribution.
+
+    `refuses_factors` says why a selector's factors (1/probability) would not make it unbiased; `scaled` is set where
+    `scale` is more than their sum's share: of one round's silos, so that it does not go over several rounds.
     """
 
     def base(self, silo: str, num_samples: int) -> float:
@@ -66,6 +69,11 @@ class Mean:
     # n_k; every silo the same; the steps that it took in the round; or your own, by silo id
     weights: Literal["samples", "uniform", "steps"] | dict[str, PositiveFloat] = "samples"
 
+    @property
+    def refuses_factors(self) -> str:
+        """Steps are known only of the silos that were heard."""
+        return "weights: steps divides by the steps of the cohort" if self.weights == "steps" else ""
+
     def base(self, silo: str, num_samples: int) -> float:
         """n_k, 1, or the user's number. ConfigError for a silo that the user has left out."""
         if isinstance(self.weights, dict):
@@ -92,6 +100,9 @@ class FedNova:
     term make of them. A silo that takes more steps counts for no more; with equal steps it is the mean.
     """
 
+    refuses_factors = "it multiplies two sums over the cohort, and the product of two estimates is biased"
+    scaled = True
+
     weights: Literal["samples", "uniform"] = "samples"  # p_k by n_k, or every silo the same
 
     def base(self, silo: str, num_samples: int) -> float:
@@ -109,6 +120,48 @@ class FedNova:
 
 
 @component
+class Qffl:
+    """q-FedAvg (Li et al. 2020, Fair Resource Allocation in Federated Learning, Algorithm 2): the higher a silo's loss
+    F_k of the global parameters, the more it counts, w + sum_k F_k^q L delta_k / sum_k h_k with
+    h_k = q F_k^(q-1) |L delta_k|^2 + L F_k^q and L = 1/lr.
+
+    q = 0 is the mean over silos, each alike; a large q leads to minimax fairness. F_k is evaluated on all training
+    samples of the silo before it trains. As in the authors' code 1e-10 is added to F_k. Algorithm 2 draws silos in
+    proportion to n_k; that is up to the selector.
+
+    >>> Qffl(lr=0.1).weight(Contribution("a", 1, 1.0, torch.ones(1), 0.0, 1, 1, start_loss=2.0))
+    2.0000000001
+    """
+
+    start_loss = True
+    scaled = True
+    refuses_factors = "it divides by a sum over the cohort, which is not known of all silos"
+
+    q: NonNegativeFloat = 1.0  # how much fairness counts
+    lr: PositiveFloat  # 1/L: the silos' learning rate
+
+    def base(self, silo: str, num_samples: int) -> float:
+        """Every silo alike."""
+        return 1.0
+
+    def weight(self, contribution: Contribution) -> float:
+        """F_k^q; not finite where the loss is not, and the update is then rejected."""
+        return float(self._powers(np.array([contribution.start_loss]), self.q)[0])
+
+    def scale(self, heard: Heard) -> float:
+        """L / sum_k h_k, and what turns the mean under the sent weights into their sum."""
+        steepness = 1 / self.lr
+        squares = (steepness * heard.norms) ** 2
+        h = self.q * self._powers(heard.start_losses, self.q - 1) * squares + steepness * heard.sent
+        return steepness * float(heard.sent.sum()) / float(h.sum())
+
+    @staticmethod
+    def _powers(losses: np.ndarray, q: float) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.float_power(losses + 1e-10, q)
+
+
+@component
 class Median:
     """The coordinate-wise median; of an even number the middle two's mean (Yin et al. 2018, Algorithm 1, Option I).
 
@@ -117,6 +170,8 @@ class Median:
     >>> Median().combine(torch.tensor([[1.0], [9.0], [2.0]]), torch.ones(3))
     tensor([2.])
     """
+
+    refuses_factors = "every silo has one vote"
 
     def base(self, silo: str, num_samples: int) -> float:
         """One vote."""
@@ -147,6 +202,8 @@ class TrimmedMean:
     tensor([3.])
     """
 
+    refuses_factors = "every silo has one vote"
+
     fraction: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.1  # beta: of the silos, left out at each end
 
     def base(self, silo: str, num_samples: int) -> float:
@@ -167,4 +224,7 @@ class TrimmedMean:
         return rows_KS.sort(dim=0).values[out : len(rows_KS) - out].mean(dim=0)
 
 
-AGGREGATORS = Family("aggregator", {"mean": Mean, "fednova": FedNova, "median": Median, "trimmed_mean": TrimmedMean})
+AGGREGATORS = Family(
+    "aggregator",
+    {"mean": Mean, "fednova": FedNova, "qffl": Qffl, "median": Median, "trimmed_mean": TrimmedMean},
+)

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -25,6 +25,7 @@ from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.section import ExchangeSection
+from fedmpi.health import StopSection
 from fedmpi.local import RULES, LocalRule, Sgd
 from fedmpi.local.control import FedDyn as FedDynRule
 from fedmpi.models import MODELS, Logistic
@@ -69,10 +70,11 @@ class DeviceSection:
 
 @component
 class RecordsSection:
-    """What is written besides metrics.jsonl and trace.json."""
+    """What is written besides metrics.jsonl and trace.json, and what records have besides the rest."""
 
     trace: bool = True  # trace.json; off for a thousand ranks
     tensorboard: bool = False  # events under OUT/tensorboard; needs the extra `report`
+    gram: bool | Literal["matrix"] = False  # deltas' diversity and cosines; matrix: all cosines; needs scope: silo
 
 
 @component
@@ -93,6 +95,7 @@ class Config:
     exchange: ExchangeSection = ExchangeSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    stop: StopSection = StopSection()
     records: RecordsSection = RecordsSection()
     device: DeviceSection = DeviceSection()
 
@@ -102,6 +105,13 @@ class Config:
         if each and (self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto")):
             name = AGGREGATORS.name_of(self.aggregate)
             raise ValueError(f"aggregate: {name} reads each delta; it needs exchange.scope: silo and plan sharded")
+        if self.records.gram:
+            if self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto"):
+                raise ValueError(
+                    "records.gram: deltas meet one by one under exchange.scope: silo and plan sharded alone"
+                )
+            if self.exchange.overlap:
+                raise ValueError("records.gram: with exchange.overlap deltas meet after their round's record")
         if auxiliaries := getattr(self.local, "auxiliaries", ()):
             rule, names = RULES.name_of(self.local), ", ".join(a.name for a in auxiliaries)
             if each:
@@ -111,11 +121,19 @@ class Config:
             if self.exchange.regions is not None and self.exchange.regions.every > 1:
                 raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
         self._feddyn()
-        regions = self.exchange.regions
+        aggregator, regions = AGGREGATORS.name_of(self.aggregate), self.exchange.regions
         if self.server.average is not None and self.exchange.overlap:
             raise ValueError("server.average: with exchange.overlap the parameters of a round arrive a round late")
         if self.server.average is not None and regions is not None and regions.every > 1:
             raise ValueError("server.average: with exchange.regions.every the parameters of regions differ in between")
+        if getattr(self.select, "unbiased", False):
+            weighs = f"{SELECTORS.name_of(self.select)} counts silos by 1/probability"
+            if why := getattr(self.aggregate, "refuses_factors", ""):
+                raise ValueError(f"select: {weighs}, which makes no sense of aggregate {aggregator}: {why}")
+            if regions is not None and regions.every > 1:
+                raise ValueError(f"select: {weighs} of a round, and exchange.regions.every is {regions.every} rounds")
+        if getattr(self.aggregate, "scaled", False) and regions is not None and regions.every > 1:
+            raise ValueError(f"aggregate: {aggregator} looks at one round, exchange.regions.every is {regions.every}")
         if regions is not None and self.rounds % regions.every:
             raise ValueError(
                 f"rounds: after {self.rounds} the regions differ; take a multiple of exchange.regions.every, "
@@ -139,10 +157,10 @@ class Config:
 
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.
-MAY_CHANGE = ("rounds", "checkpoint", "device", "out", "records", "data.root", "init")
+MAY_CHANGE = ("rounds", "checkpoint", "device", "out", "records", "stop", "data.root", "init")
 
 # What may differ between the ranks of one run: where a site keeps its files. Of `init` and data the contents count.
-OF_A_SITE = ("out", "data.root", "device", "records", "init")
+OF_A_SITE = ("out", "data.root", "device", "records.trace", "records.tensorboard", "init")
 
 ABOUT = "about"  # what a run's own config.yaml says besides the configuration; ignored when it is read as one
 

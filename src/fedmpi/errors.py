@@ -4,7 +4,7 @@ FedmpiError                 exit 1
 ├── ConfigError             exit 2   the user's configuration, data or machine does not fit; nothing was lost
 │   └── DataMissing         exit 2   a dataset's files are not there; the message says which to put where
 ├── SiloError               exit 1   a silo raised; carries rank, silo and traceback
-├── Diverged                exit 1   every update of a round was rejected
+├── Diverged                exit 1   every update of a round was rejected, or loss or norms explode
 ├── ExchangeError           exit 1   ranks disagree about what they exchange
 ├── CheckpointError         exit 1   a checkpoint could not be written or read
 └── Stopped                 exit 3   a signal or `fedmpi stop`; the last whole round is on disk
@@ -34,7 +34,7 @@ class SiloError(FedmpiError):
 
 
 class Diverged(FedmpiError):
-    """No update of a round was usable."""
+    """No update of a round was usable, or the run no longer learns (health.py)."""
 
 
 class ExchangeError(FedmpiError):

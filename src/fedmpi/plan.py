@@ -85,6 +85,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         )
     small = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + len(owners) * (len(READY_SILO) + len(DONE_SILO))
     small += 2 * num_ranks * section.overlap  # are deltas folded everywhere? How long did the exchange take?
+    small += (num_ranks + len(owners)) * bool(getattr(config.select, "asks", False))  # losses of candidates
+    small += len(owners) ** 2 * bool(config.records.gram)
     values = flatten(to_dict(config))
     return {
         "ranks": ranks,

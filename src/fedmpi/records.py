@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -93,6 +94,46 @@ class Board:
 
     def share(self, over: Callable[[np.ndarray], np.ndarray]) -> None:
         self._values = over(self._values)
+
+
+# ---------------------------------------------------------------- figures over silos
+
+
+def spread(values_K: np.ndarray, maximize: bool) -> dict[str, float] | None:
+    """How unequal a metric is over silos, each alike: its standard deviation and the tenth percentile from the worse
+    end (`p10` of what is to be high, `p90` of what is to be low). None without a finite figure.
+
+    >>> spread(np.array([0.5, 0.5, 1.0, 1.0]), True)
+    {'std': 0.25, 'p10': 0.5}
+    """
+    finite = values_K[np.isfinite(values_K)]
+    if not finite.size:
+        return None
+    percent = 10 if maximize else 90
+    return {"std": float(finite.std()), f"p{percent}": float(np.percentile(finite, percent))}
+
+
+def likeness(gram_KK: np.ndarray, silos: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the inner products of K deltas say: gradient diversity, sum_k |delta_k|^2 / |sum_k delta_k|^2 (Yin et al.
+    2018, Gradient Diversity, Definition 1): 1/K where all are alike, 1 where they are orthogonal; mean and least cosine
+    of two of them; and with `silos` all cosines, in their order. None where a delta or the sum is 0.
+
+    >>> likeness(np.array([[1.0, 0.0], [0.0, 4.0]]))
+    {'diversity': 1.0, 'cosine': {'mean': 0.0, 'min': 0.0}}
+    """
+    norms_K = np.sqrt(np.diag(gram_KK))
+    moves = norms_K > 0
+    outer = np.outer(norms_K, norms_K)
+    cosines_KK = np.divide(gram_KK, outer, out=np.full_like(gram_KK, np.nan), where=outer > 0).clip(-1, 1)
+    pairs = cosines_KK[np.triu_indices(len(gram_KK), 1)]
+    pairs = pairs[~np.isnan(pairs)]
+    whole = float(gram_KK.sum())
+    found: dict[str, Any] = {"diversity": float(np.trace(gram_KK)) / whole if moves.any() and whole > 0 else None}
+    found["cosine"] = {"mean": float(pairs.mean()), "min": float(pairs.min())} if pairs.size else None
+    if silos is not None:
+        rows = [[None if math.isnan(value) else value for value in row] for row in cosines_KK.tolist()]
+        found["cosines"] = {"silos": list(silos), "rows": rows}
+    return found
 
 
 # ---------------------------------------------------------------- files

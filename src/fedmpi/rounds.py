@@ -1,6 +1,6 @@
 """One federated round, the same lines on every rank in the same order.
 
-    cohort        selected by every rank alike: no message
+    cohort        selected by every rank alike: no message, or one small collective for fresh losses of candidates
     contributions local training of my silos in the cohort, folded as they come
     ready         one small collective: who is ready, who stopped or failed, losses, weights
     exchange      the vectors, and the server's step
@@ -18,10 +18,10 @@ from __future__ import annotations
 import json
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.objectives import Resolved
-from fedmpi.records import PHASES, Board, Record, Timer, peak_rss_bytes
+from fedmpi.records import PHASES, Board, Record, Timer, likeness, peak_rss_bytes, spread
 from fedmpi.selection import Selection, Selector
 from fedmpi.server import Average, Server, ServerOptimizer
 from fedmpi.stopping import FAILED, STOP, BrokenOff, Watch
@@ -43,8 +43,11 @@ from fedmpi.types import Auxiliary, Contribution
 
 READY_RANK = ("status", "fingerprint")
 READY_SILO = ("taken", "rejected", "loss", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss")
+PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
 DONE_SILO = ("loss", "metric", "tests")
+
+Judge = Callable[[int, float | None, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Federation:
     evaluate_every: int
     evaluate_batch: int
     average: Average | None = None  # what is evaluated; None: the parameters themselves
+    gram: bool | Literal["matrix"] = False  # of the deltas: into the record? All of it?
     timer: Timer = field(default_factory=Timer)
 
     def __post_init__(self) -> None:
@@ -94,17 +98,20 @@ class Federation:
         self.done = Board(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), DONE_SILO)
 
 
-def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple[State, Record]:
+def run_round(
+    state: State, fed: Federation, written: Any = lambda: -1, judge: Judge = lambda number, loss, norm: None
+) -> tuple[State, Record]:
     """The state after one more round, and its record, which is the same on every rank.
 
-    `written` tells the newest checkpoint of this rank. Raises alike on every rank: Stopped, Diverged or SiloError out
-    of training, and the state that was given is still whole; SiloError out of evaluation: its parameters are spent.
+    `written` tells the newest checkpoint of this rank; `judge` hears the round's training loss and mean norm of deltas
+    before vectors travel, while the state is whole, and may raise. Raises alike on every rank: Stopped, Diverged or
+    SiloError out of training, and the state that was given is still whole; SiloError out of evaluation: its parameters
+    are spent.
     """
     comm, timer, number = fed.comm, fed.timer, state.round + 1
     sent = comm.counted()
     timer.lap("checkpoint")  # all that lies between rounds
-    draw = rng.generator(fed.seed, purpose="select", round=number)
-    cohort, selector, factors = Selection(*fed.selector.select(fed.ids, state.selector, state.record, draw))
+    cohort, selector, factors, among = _select(state, fed, number)
     timer.lap("select")
 
     trained, error = _train(state, fed, number, cohort, factors)
@@ -112,8 +119,10 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     fed.ready.share(lambda values: comm.share(values, fed.watch.look))
     timer.lap("wait")
     _agree_ready(fed, number, cohort, error)
+    loss, norm = _trained(fed)
+    judge(number, loss, norm)
 
-    server = _server(fed, number, unbiased=factors is not None)
+    server = _server(fed, number, None if factors is None else among or fed.ids)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
     fed.silos.update(trained)
     params_P = params_Q[: fed.model.num_shared]
@@ -136,9 +145,59 @@ def run_round(state: State, fed: Federation, written: Any = lambda: -1) -> tuple
     fed.done.share(comm.share)
     timer.lap("agree")
     _raise_failure(fed, fed.done.rank("status"), error)
-    record = _record(fed, number, cohort)
+    record = _record(fed, number, cohort, loss, norm)
     safe = int(fed.done.rank("written").min())
     return State(number, params_Q, optimizer, selector, record, average_P, safe), record
+
+
+def _select(state: State, fed: Federation, number: int) -> Selection:
+    """The round's cohort; where its selector wants to know losses of the global parameters, after a small collective.
+
+    Whoever stops or fails while it evaluates says so in that collective, which every rank enters.
+    """
+    selector, draw = fed.selector, rng.generator(fed.seed, purpose="select", round=number)
+    own, observe, asks = state.selector, getattr(fed.selector, "observe", None), getattr(selector, "candidates", None)
+    if observe is not None:
+        own = observe(fed.ids, own, state.record)
+    candidates = asks(fed.ids, own, state.record, draw) if asks is not None else []
+    if not candidates:
+        return Selection(*selector.select(fed.ids, own, state.record, draw))
+    probe, error = _probe(state, fed, number, candidates)
+    status = probe.rank("status")
+    _raise_failure(fed, status, error)
+    if status.max() >= STOP:
+        raise Stopped(f"stopped in round {number}: {_reason(fed, status)}")
+    losses = dict(zip(fed.ids, probe.silo("loss").tolist(), strict=True))
+    of_candidates = {silo: losses[silo] for silo in candidates}
+    return Selection(*selector.select(fed.ids, own, state.record, draw, of_candidates))  # type: ignore[call-arg]
+
+
+def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]) -> tuple[Board, str]:
+    """Losses of the global parameters on the training samples of the candidates: mine, then everybody's."""
+    probe = Board(fed.comm.size, PROBE_RANK, len(fed.ids), PROBE_SILO)
+    status, error, name = 0, "", ""
+    try:
+        fed.watch.check()
+        fed.model.load(state.params_Q[: fed.model.num_shared])
+        for name in (silo for silo in candidates if silo in fed.silos):
+            silo, num = fed.silos[name], getattr(fed.selector, "samples", None)
+            x, y = silo.data.x_train, silo.data.y_train
+            if num is not None and num < len(x):
+                drawn = rng.generator(fed.seed, purpose="probe", round=number, silo=name)
+                rows = torch.from_numpy(np.sort(drawn.choice(len(x), size=num, replace=False))).to(x.device)
+                x, y = x[rows], y[rows]
+            fed.model.load_personal(silo.kept)
+            args = (fed.evaluate_batch, fed.model.device, fed.watch.check)
+            probe.set_silo(fed.index[name], loss=fed.objective.evaluate(fed.model.module, x, y, *args)[0])
+    except BrokenOff as broken:
+        status = broken.status
+    except (Exception, SystemExit):
+        status = FAILED
+        error = f"rank {fed.comm.rank}, silo '{name}', before round {number}:\n{traceback.format_exc()}"
+        fed.watch.tell(FAILED, "")
+    probe.set_rank(fed.comm.rank, status=status)
+    probe.share(lambda values: fed.comm.share(values, fed.watch.look))
+    return probe, error
 
 
 def _train(
@@ -166,7 +225,8 @@ def _train(
             )
             norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
             besides = float(torch.linalg.vector_norm(contribution.delta_P[fed.model.num_shared :]))
-            if max(norm, besides) < LARGEST_NORM and not math.isnan(besides):  # not so for nan
+            usable = not math.isnan(besides) and math.isfinite(contribution.weight)
+            if max(norm, besides) < LARGEST_NORM and usable:  # not so for nan
                 fed.exchange.add(contribution)
                 trained[name] = silo
                 fed.ready.set_silo(
@@ -211,14 +271,17 @@ def _contribution(state: State, fed: Federation, number: int, silo: LocalSilo, f
     return contribution
 
 
-def _server(fed: Federation, number: int, unbiased: bool) -> Server:
-    """The server's step of this round, from what all ranks know of those that were heard."""
+def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server:
+    """The server's step of this round, from what all ranks know of those that were heard. `among`: the silos by whose
+    weight the sum is divided, None: those that were heard."""
     heard = fed.ready.silo("taken") > 0
     weights, sent, normalizers, losses, norms = (
         fed.ready.silo(name)[heard] for name in ("weight", "sent", "normalizer", "start_loss", "norm")
     )
     all_weight = fed.exchange.facts.total_weight
-    total = all_weight if unbiased else float(weights.sum())
+    total = all_weight if among is fed.ids else float(weights.sum())
+    if among is not None and among is not fed.ids:
+        total = sum(fed.aggregator.base(silo, fed.num_train[fed.index[silo]]) for silo in among)
     scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
     share = float(sent.sum()) / all_weight
     at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
@@ -293,10 +356,18 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
     return error
 
 
-def _record(fed: Federation, number: int, cohort: Sequence[str]) -> Record:
+def _trained(fed: Federation) -> tuple[float | None, float | None]:
+    """Training loss and mean norm of deltas of those that were heard; None where that is not finite."""
+    taken, samples = fed.ready.silo("taken"), fed.ready.silo("samples")
+    loss = pooled(fed.ready.silo("loss"), samples * taken)
+    norm = pooled(fed.ready.silo("norm"), taken)
+    return _plain(loss), _plain(norm)
+
+
+def _record(fed: Federation, number: int, cohort: Sequence[str], loss: float | None, norm: float | None) -> Record:
     """What the round says of itself, from figures that every rank has."""
     ready, done, metric = fed.ready, fed.done, fed.objective.metric_name
-    taken, samples, tests = ready.silo("taken"), ready.silo("samples"), done.silo("tests")
+    tests = done.silo("tests")
     rejected = [silo for silo, no in zip(fed.ids, ready.silo("rejected"), strict=True) if no]
     in_cohort = set(cohort)
     of_ready = {name: ready.silo(name).tolist() for name in READY_SILO}  # ten thousand silos: no numpy per number
@@ -315,11 +386,12 @@ def _record(fed: Federation, number: int, cohort: Sequence[str]) -> Record:
             row[metric] = of_done["metric"][i]
         silos[silo] = row
     record: Record = {"round": number, "cohort": list(cohort), "rejected": rejected}
-    record["train_loss"] = pooled(ready.silo("loss"), samples * taken)
+    record |= {"train_loss": loss, "delta_norm": norm, **_likeness(fed)}
     if tests.any():
         record["loss"] = pooled(done.silo("loss"), tests)
         record[metric] = pooled(done.silo("metric"), tests)
         record["worst"] = worst_silo(silos, metric, fed.objective.maximize)
+        record["spread"] = spread(done.silo("metric")[tests > 0], fed.objective.maximize)
     seconds = {name: float(done.rank(name).max()) for name in PHASES}
     record["seconds"] = {"round": float(sum(done.rank(name) for name in PHASES).max()), **seconds}  # type: ignore[union-attr]
     record["seconds"] |= {name: float(done.rank(name).max()) for name in fed.exchange.figures()}
@@ -328,6 +400,15 @@ def _record(fed: Federation, number: int, cohort: Sequence[str]) -> Record:
     record["peak_rss_bytes"] = [int(v) for v in done.rank("rss")]
     record["silos"] = silos
     return {name: _plain(value) for name, value in record.items()}
+
+
+def _likeness(fed: Federation) -> dict[str, Any]:
+    """What the deltas' inner products say, where they were asked for."""
+    gram_KK = fed.exchange.gram
+    if gram_KK is None:
+        return {}
+    heard = [silo for silo, sent in zip(fed.ids, fed.ready.silo("sent"), strict=True) if sent]
+    return likeness(gram_KK, heard if fed.gram == "matrix" else None)
 
 
 def _plain(value: Any) -> Any:

@@ -39,6 +39,7 @@ from fedmpi.exchange import choice
 from fedmpi.exchange.base import Exchange, Facts, Kept
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import Allocate, Entry, FlatModel, entries, master_dtype, num_shared, one_vector, signature
+from fedmpi.health import Health
 from fedmpi.local import LocalSilo
 from fedmpi.models import make
 from fedmpi.objectives import resolve
@@ -104,6 +105,7 @@ class Run:
         self.config = self.comm.together(lambda: _loaded(config, overrides))
         self.comm.same("the configuration", digest(self.config), ConfigError)
         self._closed = False
+        self._lost = False  # did the last rounds diverge, so that their state is no checkpoint?
         self._spoiled = False  # has a round failed after its parameters were overwritten?
         self._lock: int | None = None
         self.comm.open_runs += 1
@@ -177,7 +179,8 @@ class Run:
             if not 0 < weight < float("inf"):
                 raise ConfigError(f"aggregate: silo '{name}' weighs {weight}; weights are positive numbers")
         combine = getattr(config.aggregate, "combine", None)
-        about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds)
+        gram = num_shared(found) if config.records.gram else 0
+        about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds, gram)
         auxiliaries = len(getattr(config.local, "auxiliaries", ()))
         zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=self.device)
         section = self._choose_plan(zeros_Q, about)
@@ -219,6 +222,7 @@ class Run:
             evaluate_every=config.evaluate.every,
             evaluate_batch=config.evaluate.batch_size,
             average=config.server.average,
+            gram=config.records.gram,
         )
         average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
         params_Q, optimizer = exchange.home(params_Q, config.server.optimizer.init(exchange.mine(params_Q)))
@@ -260,6 +264,7 @@ class Run:
         self.resumed = max(0, self._sealed)
         if self._sealed >= 0:
             self._load()
+        self._recall()
         # Not before everything was read: until here nothing on disk has changed.
         self.comm.together(lambda: checkpoint.remove_after(self.out, self._sealed) if self._leads else None)
 
@@ -298,6 +303,25 @@ class Run:
         about = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed) if loads else {})
         record = json.loads(self.comm.say(json.dumps(about.get("record")), 0))
         self.state = replace(self.state, round=self.resumed, selector=new_selector, record=record, written=self.resumed)
+
+    def _recall(self) -> None:
+        """How the rounds before went, as rank 0's metrics.jsonl tells it."""
+        self._health = Health(self.config.stop)
+        found = []
+        if self.comm.rank == 0:
+            before = (r for r in records.read_metrics(self.out) if r["round"] <= self.resumed)
+            found = [(r["round"], r.get("train_loss"), r.get("delta_norm")) for r in before]
+        for number, loss, norm in json.loads(self.comm.say(json.dumps(found), 0)):
+            self._health.look(number, loss, norm)
+
+    def _judge(self, number: int, loss: float | None, norm: float | None) -> None:
+        """Give up where a round shows that the run diverges; what was last good is on disk from the first doubt on."""
+        before = self._health.doubts
+        why = self._health.look(number, loss, norm)
+        if self._health.doubts and not before and self.state.round not in (self._sealed, self._pending):
+            self._checkpoint()
+        if why:
+            raise Diverged(why)
 
     def _check_stored(self) -> None:
         """Refuse a run directory that another configuration, model or dataset has begun."""
@@ -424,17 +448,18 @@ class Run:
         fed.timer.reset()
         try:
             while self.state.round < self.config.rounds:
-                self.state, record = run_round(self.state, fed, lambda: self._writer.written)
+                self.state, record = run_round(self.state, fed, lambda: self._writer.written, self._judge)
                 if self.comm.rank == 0:
                     phases = {name: fed.done.rank(name) for name in records.PHASES}
                     for file in self._files:
                         file.write(record, fed.done.rank("started_s"), phases)
                 if self._pending is not None and self.state.written >= self._pending:
                     self._seal()
-                if self.state.round % self.config.checkpoint.every == 0:
+                if self.state.round % self.config.checkpoint.every == 0 and not self._health.doubts:
                     self._checkpoint()
                 yield record
-        except (Stopped, Diverged):
+        except (Stopped, Diverged) as error:
+            self._lost = isinstance(error, Diverged) and self._health.doubts > 0
             self._finish_checkpoint()
             raise
         except Exception as error:
@@ -493,8 +518,8 @@ class Run:
         self._pending, self._sealed = None, round
 
     def _finish_checkpoint(self) -> None:
-        """The last whole round is on disk, sealed."""
-        if self.state.round not in (self._sealed, self._pending):
+        """The last whole round is on disk, sealed; where the last ones have diverged, the last before them."""
+        if not self._lost and self.state.round not in (self._sealed, self._pending):
             self._checkpoint()
         if self._pending is not None:
             self._seal()

@@ -6,12 +6,13 @@ import sys
 from equations import check
 from equations.control import CASES as CONTROL
 from equations.rules import CASES as RULES
+from equations.selection import CASES as SELECTION
 from equations.server import CASES as SERVER
 from programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL, **RULES, **SERVER}
+CASES = {**CONTROL, **RULES, **SERVER, **SELECTION}
 
 if __name__ == "__main__":
     comm = connect()

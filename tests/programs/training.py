@@ -17,7 +17,7 @@ import fedmpi
 from fedmpi import comm as ranks
 from fedmpi.aggregate import Mean
 from fedmpi.components import build, component
-from fedmpi.errors import ConfigError, Diverged, ExchangeError
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, SiloError
 from fedmpi.exchange.section import PLANS
 from fedmpi.flat import sha256
 from fedmpi.plan import plan as promise
@@ -58,6 +58,7 @@ RUNS = {
         "select": {"name": "uniform", "fraction": 0.5},
         "server": {"optimizer": {"name": "fedadam", "lr": 0.01}},
     },
+    "fresh_losses": {"select": {"name": "power_of_choice", "fraction": 0.5, "num_candidates": 3, "samples": 50}},
     "median": {"exchange": {"plan": "sharded", "scope": "silo"}, "aggregate": {"name": "median"}},
     "average": {
         "server": {
@@ -338,6 +339,40 @@ def bytes_are_those_that_plan_says(comm, folder):
                     require_equal(f"{name}, round {record['round']}, {key}", record[key], promised[key])
             hosted = [[s for s, row in record["silos"].items() if row["rank"] == r] for r in range(comm.size)]
             require_equal("silos by rank", hosted, [row["silos"] for row in promised["ranks"]])
+
+
+@case
+def losses_of_candidates_and_inner_products_are_as_many_bytes_as_plan_says(comm, folder):
+    more = {"exchange": {"plan": "sharded", "scope": "silo"}, "records": {"gram": True}, "select": "power_of_choice"}
+    config = configured(folder, f"bytes-probe-{comm.size}", more, rounds=2)
+    promised = promise(config, {}, comm.size)
+    for record in trained(comm, config)[1]:
+        require_equal("control", record["bytes_control"], promised["bytes_control"])
+        assert record["cosine"]["min"] <= record["cosine"]["mean"] <= 1, record["cosine"]
+
+
+on_last_rank = False
+
+
+def refuses_to_look(outputs, targets):
+    """On the last rank this cannot be evaluated, only trained."""
+    if on_last_rank and not torch.is_grad_enabled():
+        raise OSError("no look")
+    return torch.nn.functional.cross_entropy(outputs, targets)
+
+
+@case
+def a_silo_that_fails_while_losses_are_looked_up_is_an_error_on_every_rank(comm, folder):
+    global on_last_rank
+    on_last_rank = comm.rank == comm.size - 1
+    objective = {"loss": f"{__name__}:refuses_to_look"}
+    config = configured(folder, f"look-{comm.size}", objective=objective, select="power_of_choice")
+    try:
+        trained(comm, config)
+    except SiloError as error:
+        assert f"rank {comm.size - 1}, silo " in str(error) and "before round 1" in str(error), error
+    else:
+        raise AssertionError("a loss that raises went through")
 
 
 @case

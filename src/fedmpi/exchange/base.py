@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fedmpi.comm import Solo
@@ -45,6 +46,7 @@ class Facts(NamedTuple):
     seed: int = 0
     each: Each | None = None  # what becomes of deltas that an aggregator reads one by one; None: their weighted mean
     rounds: int = 0  # of the whole run
+    gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
 
 
 class Exchange:
@@ -63,6 +65,7 @@ class Exchange:
         self.sum_dtype = torch.int64 if self.ring else self.dtype
         self.on_device = self.device.type != "cpu"
         self.round = 0
+        self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
         self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
         self._failed: ExchangeError | None = None
         self._declared = {**to_dict(section), "length": self.num_params, "dtype": str(self.dtype)}

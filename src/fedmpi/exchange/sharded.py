@@ -36,6 +36,7 @@ from fedmpi.exchange.section import ExchangeSection
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
+PART = 1 << 13  # elements of every slot that are made float64 at a time, so that they stay in cache
 AHEAD = 3  # turns on their way up while one is added up
 
 
@@ -264,6 +265,7 @@ class Sharded(Exchange):
         if weight == 0.0:
             raise ExchangeError("no weight arrived: nothing to divide by")
         waves = max((slot.wave for slot in slots), default=-1) + 1
+        self.gram = np.zeros((len(slots), len(slots))) if self.facts.gram else None
         sent = self._agree_sizes(slots, waves)
         ahead: deque[tuple[int, list[Pending]]] = deque()
         down: deque[tuple[int, Pending]] = deque()
@@ -289,6 +291,8 @@ class Sharded(Exchange):
             self._land(*down.popleft(), params_P)
         if told is not None:
             self._hear(*told)
+        if self.gram is not None:
+            self.gram = self.comm.share(self.gram.reshape(-1)).reshape(self.gram.shape)
         for silo, residual_P in self._next.items():
             if silo in self._of_silos:
                 self._spare.append(self._of_silos[silo])
@@ -425,6 +429,9 @@ class Sharded(Exchange):
             self._sum_up(came, weight, piece, mean)
         else:
             mean.copy_(self.facts.each(self._rows(came, piece, size), torch.tensor([slot.share for slot in slots])))
+        if self.gram is not None and part.start < self.facts.gram:
+            rows_KS = self._rows(came, piece, size)[:, : self.facts.gram - part.start]
+            self.gram += products(rows_KS)
         kept = self.grid.kept(piece)
         new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[kept] for tensor in state)), part.start)
         if not self._down:
@@ -507,6 +514,15 @@ class Sharded(Exchange):
         elif self.on_device:
             for part in map(self.grid.part, pieces):
                 params_P[part].copy_(self._new_P[part])
+
+
+def products(rows_KS: torch.Tensor) -> np.ndarray:
+    """Inner products of rows in float64, a part of them at a time, [K, K]."""
+    found = torch.zeros(len(rows_KS), len(rows_KS), dtype=torch.float64, device=rows_KS.device)
+    for start in range(0, rows_KS.shape[1], PART):
+        exact_KB = rows_KS[:, start : start + PART].double()
+        found.addmm_(exact_KB, exact_KB.T)
+    return found.cpu().numpy()
 
 
 _NONE = np.zeros(0, dtype=np.int64)

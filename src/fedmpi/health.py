@@ -1,0 +1,74 @@
+"""Does the run still learn? A round's training loss and the norms of its deltas, against those of the rounds before.
+
+The figures are those that every rank has before a round's vectors travel, so all ranks come to the same verdict while
+the state is still that of the round before. Of earlier rounds they are in metrics.jsonl, from where a resumed run
+learns them: it gives up in the round in which it would have without having been stopped.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from typing import Annotated
+
+import pydantic
+
+from fedmpi.components import PositiveInt, component
+
+ENOUGH = 3  # earlier rounds, before a norm is compared with theirs
+
+Factor = Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)]
+
+
+@component
+class StopSection:
+    """When a run gives up because it diverges: it ends with exit code 1, the last good round on disk. null: never."""
+
+    not_finite: bool = True  # at once, when the training loss is not finite
+    loss_factor: Factor | None = 100.0  # when the training loss is so many times the best and above the first
+    norm_factor: Factor | None = 100.0  # when the mean norm of deltas is so many times its median
+    patience: PositiveInt = 3  # rounds, one after the other, of which one of the two holds
+
+
+class Health:
+    """The figures of all rounds so far that were good, and for how many rounds they have not been."""
+
+    def __init__(self, section: StopSection) -> None:
+        self.section = section
+        self.doubts = 0  # rounds, up to now, that looked bad
+        self._best = self._first = math.inf
+        self._norms: list[float] = []  # sorted
+
+    def look(self, number: int, loss: float | None, norm: float | None) -> str:
+        """Take in a round; why the run should be given up, or nothing. None: not finite."""
+        section = self.section
+        if loss is None and section.not_finite:
+            self.doubts += 1
+            return f"round {number}: the run has diverged: its training loss is not finite (stop.not_finite)"
+        why = []
+        best = math.inf if section.loss_factor is None else section.loss_factor * self._best
+        # Cohorts differ: a round of silos with an easy task may be far below all others, but no start is below it.
+        if loss is not None and loss > max(best, self._first) > 0 and best > 0:
+            why.append(
+                f"its training loss {loss:.4g} is more than stop.loss_factor = {section.loss_factor:g} times the best, "
+                f"{self._best:.4g}"
+            )
+        median = self._norms[len(self._norms) // 2] if len(self._norms) >= ENOUGH else math.inf
+        if norm is not None and section.norm_factor is not None and norm > section.norm_factor * median > 0:
+            why.append(
+                f"the mean norm of its deltas {norm:.4g} is more than stop.norm_factor = {section.norm_factor:g} times "
+                f"the median, {median:.4g}"
+            )
+        if why:
+            self.doubts += 1
+            if self.doubts >= section.patience:
+                rounds = f" in round {self.doubts} of such" if self.doubts > 1 else ""
+                return f"round {number}: the run has diverged: {' and '.join(why)}{rounds}"
+            return ""
+        self.doubts = 0
+        if loss is not None:
+            self._first = loss if math.isinf(self._first) else self._first
+            self._best = min(self._best, loss)
+        if norm is not None:
+            bisect.insort(self._norms, norm)
+        return ""

@@ -1,0 +1,148 @@
+"""Silos that are not always there: traces of availability around another selector."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+
+from fedmpi.components import Family, component
+from fedmpi.errors import ConfigError
+from fedmpi.selection.base import Selection, Selector, State
+from fedmpi.selection.draws import DRAWS, All
+from fedmpi.selection.losses import LOSSES
+from fedmpi.selection.norms import NORMS
+
+INNER = Family("selector", {**DRAWS, **NORMS, **LOSSES})
+
+Traces = dict[str, list[tuple[int, int]]]
+
+
+@component
+class Available:
+    """Another selector, over the silos that are there in the round: in one of their intervals [from, to) of rounds.
+
+    A file is read when the configuration is, and what it says is then part of the configuration: all ranks hold the
+    same, config.yaml has it, and a run that is taken up with another file is refused. It is JSON, {silo: [[from, to],
+    ...]}, or CSV with the columns silo, from, to. A silo that is not named is always there; one that is named with no
+    interval is never. A fraction is of those that are there, and where nobody is the run ends with an error.
+
+    Where the inner selector gives factors the aggregate is UNBIASED for that over the silos that are there; towards
+    those that are seldom there it is BIASED, as all that trains on whoever is there.
+
+    >>> away = Available(traces={"a": [(2, 9)]})
+    >>> away.select(["a", "b"], away.init([5, 5]), None, np.random.default_rng(0)).cohort
+    ['b']
+    """
+
+    traces: Traces  # silo: [[from, to), ...] in rounds from 1 on, or a JSON or CSV file of them
+    inner: Annotated[Selector, INNER] = All()  # who takes part of those that are there
+
+    @pydantic.field_validator("traces", mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        return _read(Path(value)) if isinstance(value, (str, Path)) else value
+
+    @pydantic.field_validator("traces")
+    @classmethod
+    def _in_order(cls, traces: Traces) -> Traces:
+        for silo, intervals in traces.items():
+            for start, stop in intervals:
+                if not 1 <= start < stop:
+                    raise ValueError(f"silo '{silo}': [{start}, {stop}) is no interval of rounds, which begin with 1")
+        return traces
+
+    @property
+    def unbiased(self) -> bool:
+        """Does the inner selector give factors?"""
+        return bool(getattr(self.inner, "unbiased", False))
+
+    @property
+    def asks(self) -> bool:
+        """Does the inner selector ask for fresh losses?"""
+        return bool(getattr(self.inner, "asks", False))
+
+    @property
+    def samples(self) -> int | None:
+        """The inner selector's."""
+        return getattr(self.inner, "samples", None)
+
+    def init(self, num_train: Sequence[int]) -> State:
+        return self.inner.init(num_train)
+
+    def observe(self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None) -> State:
+        """The inner selector's, of all silos."""
+        observe = getattr(self.inner, "observe", None)
+        return state if observe is None else observe(ids, state, record)  # type: ignore[no-any-return]
+
+    def candidates(
+        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+    ) -> list[str]:
+        """The inner selector's, of the silos that are there."""
+        candidates = getattr(self.inner, "candidates", None)
+        there = self._there(ids, record)
+        return [] if candidates is None else candidates(*_part(ids, state, there), record, rng)  # type: ignore[no-any-return]
+
+    def select(
+        self,
+        ids: Sequence[str],
+        state: State,
+        record: Mapping[str, Any] | None,
+        rng: np.random.Generator,
+        *losses: Mapping[str, float],
+    ) -> Selection:
+        there = self._there(ids, record)
+        some, part = _part(ids, state, there)
+        found = Selection(*self.inner.select(some, part, record, rng, *losses))
+        state = {name: _put(array, there, found.state[name], len(ids)) for name, array in state.items()}
+        return found._replace(state=state, among=found.among or some)
+
+    def _there(self, ids: Sequence[str], record: Mapping[str, Any] | None) -> np.ndarray:
+        """Numbers of the silos that are there in the round after the record's."""
+        if unknown := self.traces.keys() - set(ids):
+            raise ConfigError(f"select.traces: '{min(unknown)}' is no silo of this run")
+        number = record["round"] + 1 if record is not None else 1
+        always = [(number, number + 1)]
+        there = [i for i, silo in enumerate(ids) if any(a <= number < b for a, b in self.traces.get(silo, always))]
+        if not there:
+            raise ConfigError(f"round {number}: no silo is there (select.traces)")
+        return np.array(there)
+
+
+def _part(ids: Sequence[str], state: State, there: np.ndarray) -> tuple[list[str], State]:
+    """The silos that are there and what the state says of them."""
+    part = {name: array[there] if len(array) == len(ids) else array for name, array in state.items()}
+    return [ids[i] for i in there], part
+
+
+def _put(array: np.ndarray, there: np.ndarray, new: np.ndarray, num_silos: int) -> np.ndarray:
+    if len(array) != num_silos:
+        return new
+    array = array.copy()
+    array[there] = new
+    return array
+
+
+def _read(path: Path) -> Traces:
+    """A file of traces. ValueError in one line."""
+    try:
+        text = path.read_text()
+        if path.suffix != ".csv":
+            found: Traces = json.loads(text)
+            return found
+        traces: Traces = {}
+        reader = csv.DictReader(text.splitlines())
+        if {"silo", "from", "to"} - set(reader.fieldnames or ()):
+            raise ValueError
+        for row in reader:
+            traces.setdefault(row["silo"].strip(), []).append((int(row["from"]), int(row["to"])))
+        return traces
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{path} is no JSON of {{silo: [[from, to], ...]}} and no CSV of silo,from,to") from None

@@ -1,0 +1,107 @@
+"""What selectors share: the selection, the protocol, what a record tells of silos, draws with known probabilities.
+
+Arrays in a selector's state that are as long as the federation have one entry per silo, in the federation's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fedmpi.components import PositiveFraction, component
+
+State = dict[str, np.ndarray]
+
+
+class Selection(NamedTuple):
+    """A round's cohort in the federation's order, and the selector's new state.
+
+    `factors` are given where the aggregate is to be an unbiased estimate of that over all silos: what each of the
+    cohort counts besides its weight, 1/probability. The sum is then divided by the weight of all silos and not by that
+    of the cohort.
+    """
+
+    cohort: list[str]
+    state: State
+    factors: list[float] | None = None
+    among: list[str] | None = None  # the silos whose aggregate the factors estimate; None: all
+
+
+class Selector(Protocol):
+    """Which silos take part. Besides `select` one may have:
+
+    unbiased                     True: `select` gives factors
+    observe(ids, state, record)  the state once it has seen the last round's record, None before the first; called
+                                 before all else
+    candidates(ids, state, record, rng)
+                                 silos whose loss under the global parameters is to be found out, on `samples` of their
+                                 training samples (None: all). `select` is then given what was found, {silo: loss}, as
+                                 one more argument. `asks` is True where there are any
+    """
+
+    def init(self, num_train: Sequence[int]) -> State:
+        """The state before the first round, given every silo's number of training samples."""
+        ...
+
+    def select(
+        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+    ) -> Selection | tuple[list[str], State]:
+        """The cohort, in the federation's order, and the new state. `record` is the last round's."""
+        ...
+
+
+@component
+class Part:
+    """The field of selectors that take a part of the silos."""
+
+    fraction: PositiveFraction = 1.0  # C, of the federation's silos
+
+    def size(self, num_silos: int) -> int:
+        """S = max(1, round(C K))."""
+        return max(1, round(self.fraction * num_silos))
+
+
+def cohort_of(ids: Sequence[str], indices: np.ndarray) -> list[str]:
+    """Silos by number, in the federation's order."""
+    return [ids[i] for i in np.sort(indices)]
+
+
+def said(ids: Sequence[str], record: Mapping[str, Any] | None, name: str) -> np.ndarray:
+    """A figure of the record by silo, [K]; nan where it has none."""
+    rows = record["silos"] if record is not None else {}
+    values = [rows.get(silo, {}).get(name) for silo in ids]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def newest(known_K: np.ndarray, said_K: np.ndarray) -> np.ndarray:
+    """What was said, or else what is known."""
+    return np.where(np.isnan(said_K), known_K, said_K)
+
+
+def highest(scores_K: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """The numbers of the largest scores; which of equal ones is drawn. nan counts as infinite."""
+    order = rng.permutation(len(scores_K))
+    scores = np.where(np.isnan(scores_K), np.inf, scores_K)[order]
+    return order[np.argsort(-scores, kind="stable")[:size]]
+
+
+def mixed(scores_K: np.ndarray, floor: float) -> np.ndarray:
+    """Probabilities proportional to the scores, a part `floor` of them alike for all; they add up to 1.
+
+    >>> mixed(np.array([3.0, 1.0]), 0.2)
+    array([0.7, 0.3])
+    """
+    total = scores_K.sum()
+    even = np.full(len(scores_K), 1 / len(scores_K))
+    return floor * even + (1 - floor) * (scores_K / total) if total > 0 else even
+
+
+def with_replacement(
+    ids: Sequence[str], state: State, p_K: np.ndarray, size: int, rng: np.random.Generator
+) -> Selection:
+    """`size` draws; a silo drawn m times counts m / (size p)."""
+    times_K = rng.multinomial(size, p_K)
+    chosen = np.flatnonzero(times_K)
+    return Selection(cohort_of(ids, chosen), state, (times_K[chosen] / (size * p_K[chosen])).tolist())

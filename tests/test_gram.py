@@ -1,0 +1,90 @@
+"""Inner products of silos' deltas: piece by piece over ranks that are threads, and what records say of them."""
+
+import numpy as np
+import pytest
+import torch
+from test_exchange import on_ranks
+
+from fedmpi.components import build
+from fedmpi.exchange import pieces, sharded
+from fedmpi.exchange.base import Facts
+from fedmpi.exchange.choice import make
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.records import likeness, spread
+from fedmpi.server import OPTIMIZERS, Server
+from fedmpi.types import Contribution
+
+P, OWN = 17_000, 12_345  # behind OWN lies what is no delta
+OWNERS = {1: (0, 0, 0, 0, 0), 2: (0, 1, 0, 1, 1), 3: (2, 0, 2, 1, 0)}
+WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
+
+
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "SHORTEST", 4096)
+    monkeypatch.setattr(sharded, "PART", 1000)
+
+
+def run(num_ranks, deltas_KP, cohort, gram, up):
+    """Gram matrix and parameters of every rank."""
+
+    def work(comm):
+        how = build(ExchangeSection, {"plan": "sharded", "scope": "silo", "up": up})
+        ids, params_P = list("abcde"), torch.zeros(P)
+        hosted = [silo for silo, owner in zip(ids, OWNERS[num_ranks], strict=True) if owner == comm.rank]
+        exchange = make(how, comm, params_P, Facts(sum(WEIGHTS), ids, hosted, 7, gram=gram))
+        optimizer = OPTIMIZERS.build("fedavg", "")
+        mine = [k for k in cohort if ids[k] in hosted]
+        exchange.begin(1, len(mine))
+        for k in mine:
+            exchange.add(Contribution(ids[k], 1, WEIGHTS[k], deltas_KP[k].clone(), 0.0, 1, 1))
+        params_P, _ = exchange.finish(params_P, Server(optimizer), optimizer.init(params_P))
+        return exchange.gram, params_P
+
+    return on_ranks(num_ranks, work)
+
+
+@pytest.mark.parametrize("num_ranks", OWNERS)
+@pytest.mark.parametrize(("codec", "tolerance"), [("identity", 1e-12), ("bf16", 1e-2)])
+def test_the_gram_matrix_is_that_of_what_arrived_and_moves_no_parameter(num_ranks, codec, tolerance):
+    deltas_KP = torch.randn(5, P, generator=torch.Generator().manual_seed(1))
+    cohort = [4, 1, 2]
+    done = run(num_ranks, deltas_KP, cohort, OWN, {"codec": codec})
+    exact = deltas_KP[sorted(cohort), :OWN].double()
+    wanted = (exact @ exact.T).numpy()
+    for gram_KK, _ in done:
+        np.testing.assert_array_equal(gram_KK, done[0][0])
+        assert np.abs(gram_KK - wanted).max() < tolerance * wanted.max()
+    without = run(num_ranks, deltas_KP, cohort, 0, {"codec": codec})
+    assert all(gram_KK is None for gram_KK, _ in without)
+    assert all(torch.equal(params_P, without[0][1]) for _, params_P in (*done, *without))
+
+
+def test_diversity_and_cosines_are_those_of_the_definitions():
+    deltas_KP = np.random.default_rng(0).normal(size=(4, 9)) + 0.5
+    said = likeness(deltas_KP @ deltas_KP.T, list("abcd"))
+    assert said["diversity"] == pytest.approx((deltas_KP**2).sum() / (deltas_KP.sum(0) ** 2).sum())
+    unit = deltas_KP / np.linalg.norm(deltas_KP, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    pairs = cosines[np.triu_indices(4, 1)]
+    assert said["cosine"] == {"mean": pytest.approx(pairs.mean()), "min": pytest.approx(pairs.min())}
+    assert said["cosines"]["silos"] == list("abcd")
+    np.testing.assert_allclose(said["cosines"]["rows"], cosines)
+    alike = np.ones((3, 3))
+    assert likeness(alike)["diversity"] == pytest.approx(1 / 3) and likeness(alike)["cosine"]["min"] == 1
+
+
+def test_what_does_not_move_has_no_cosine():
+    one = np.array([[4.0, 0.0], [0.0, 0.0]])
+    assert likeness(one, ["a", "b"]) == {
+        "diversity": 1.0, "cosine": None, "cosines": {"silos": ["a", "b"], "rows": [[1.0, None], [None, None]]},
+    }  # fmt: skip
+    assert likeness(np.zeros((2, 2))) == {"diversity": None, "cosine": None}
+    assert likeness(np.array([[1.0, -1.0], [-1.0, 1.0]])) == {"diversity": None, "cosine": {"mean": -1.0, "min": -1.0}}
+    assert likeness(np.ones((1, 1)))["cosine"] is None
+
+
+def test_spread_is_seen_from_the_worse_end():
+    values = np.append(np.arange(11.0), np.nan)
+    assert spread(values, True) == {"std": pytest.approx(np.std(np.arange(11))), "p10": 1.0}
+    assert spread(values, False)["p90"] == 9.0 and spread(np.array([np.nan]), True) is None
