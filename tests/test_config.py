@@ -81,7 +81,7 @@ REFUSED = [
     ("local: {name: sgd, epochs: 1}", "local.lr: local rule 'sgd' needs it"),
     ("local: {name: sgd, lr: 1}", "local: give either 'epochs' or 'steps'"),
     (SGD + ", steps: 3}", "local: give either 'epochs' or 'steps'"),
-    ("exchange: {parameters: trainble}", "exchange: exchange.parameters is all, trainable or a list of patterns, got"),
+    ("exchange: {parameters: trainble}", "exchange: exchange.parameters is all, trainable, all_but_batch_norm or a"),
     # torch optimizers
     (SGD + ", optimizer: {name: SGD, momentm: 0.9}}", "'SGD' has no 'momentm'; did you mean 'momentum'?"),
     (SGD + ", optimizer: {name: SGD, lr: 0.9}}", "local.optimizer.lr: the learning rate is local.lr"),
@@ -193,6 +193,8 @@ def test_out_is_called_after_the_file_and_about_is_not_read(file):
 
 NEEDS = {"sgd": {"lr": 0.1, "steps": 3}, "files": {"silos": [{"id": "a", "path": "a.h5"}], "task": "binary"}}
 NEEDS["files"]["shape"] = [3]
+NEEDS |= {"fedrep": NEEDS["sgd"] | {"head_steps": 2}, "per_fedavg": NEEDS["sgd"] | {"inner_lr": 0.1}}
+NEEDS |= {"by_silo": {"silos": {"a": 3}}, "by_loss": {"target": 0.5}, "seconds": {"seconds": 1.5}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
+import torch
 import yaml
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator, Mean
@@ -25,6 +26,7 @@ from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.section import ExchangeSection
+from fedmpi.flat import Entry, entries
 from fedmpi.local import RULES, LocalRule, Sgd
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
@@ -55,6 +57,7 @@ class EvaluateSection:
 
     every: PositiveInt = 1  # rounds between evaluations; the last round is always evaluated
     batch_size: PositiveInt = 1024  # samples at a time
+    finetune: Annotated[LocalRule, RULES] | None = None  # how silos train the last model on for personal figures
 
 
 @component
@@ -108,6 +111,11 @@ class Config:
                 raise ValueError(f"exchange.overlap: the {names} of {rule} must not arrive a round late")
             if self.exchange.regions is not None and self.exchange.regions.every > 1:
                 raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
+        if getattr(self.evaluate.finetune, "auxiliaries", ()):
+            rule = RULES.name_of(self.evaluate.finetune)
+            raise ValueError(f"evaluate.finetune: {rule} trains with what other silos send; take one that trains alone")
+        if self.exchange.reduction == "reproducible" and hasattr(getattr(self.local, "amount", None), "seconds"):
+            raise ValueError("exchange.reduction: reproducible, but local.amount: seconds is what no clock repeats")
         regions = self.exchange.regions
         if regions is not None and self.rounds % regions.every:
             raise ValueError(
@@ -115,6 +123,14 @@ class Config:
                 f"{regions.every}"
             )
         return self
+
+    def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
+        """What of the model is shared. ConfigError where a rule cannot do with that, or with these silos."""
+        found = entries(module, self.exchange.parameters)
+        for rule in (self.local, self.evaluate.finetune):
+            if (suits := getattr(rule, "suits", None)) is not None:
+                suits(found, ids)
+        return found
 
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.

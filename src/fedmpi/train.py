@@ -38,7 +38,7 @@ from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, S
 from fedmpi.exchange import choice
 from fedmpi.exchange.base import Exchange, Facts, Kept
 from fedmpi.exchange.section import ExchangeSection
-from fedmpi.flat import Allocate, Entry, FlatModel, entries, master_dtype, num_shared, one_vector, signature
+from fedmpi.flat import Allocate, Entry, FlatModel, master_dtype, num_shared, one_vector, signature
 from fedmpi.local import LocalSilo
 from fedmpi.models import make
 from fedmpi.objectives import resolve
@@ -167,9 +167,9 @@ class Run:
         module = self.comm.together(lambda: build_module(config, source))
         # A start of their own would make ranks train different models: other files in `init`, other torch versions.
         self.comm.same("the model's first parameters", _digest(module.state_dict()), ConfigError)
-        found = self.comm.together(lambda: entries(module, config.exchange.parameters))
-        self.unshared = _unshared(module, found)
         ids = [s.id for s in source.silos]
+        found = self.comm.together(lambda: config.entries(module, ids))
+        self.unshared = _unshared(module, found)
         weights = [config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)]
         combine = getattr(config.aggregate, "combine", None)
         about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds)
@@ -213,6 +213,7 @@ class Run:
             rounds=config.rounds,
             evaluate_every=config.evaluate.every,
             evaluate_batch=config.evaluate.batch_size,
+            finetune=config.evaluate.finetune,
         )
         params_Q, optimizer = exchange.home(params_Q, config.server.optimizer.init(exchange.mine(params_Q)))
         self.state = State(0, params_Q, optimizer, config.select.init(num_train))
@@ -238,8 +239,9 @@ class Run:
 
     def _check_machine(self) -> None:
         """What configuration alone cannot tell."""
-        if getattr(self.config.local, "precision", "") == "bf16" and self.device.type != "cuda":
-            raise ConfigError("local.precision: bf16 needs a GPU; this rank trains on the CPU")
+        for key, rule in (("local", self.config.local), ("evaluate.finetune", self.config.evaluate.finetune)):
+            if getattr(rule, "precision", "") == "bf16" and self.device.type != "cuda":
+                raise ConfigError(f"{key}.precision: bf16 needs a GPU; this rank trains on the CPU")
         if self.config.records.tensorboard:
             try:
                 import tensorboard  # noqa: F401

@@ -4,12 +4,14 @@ import functools
 import sys
 
 from equations import check
+from equations.adaptive import CASES as ADAPTIVE
 from equations.control import CASES as CONTROL
+from equations.personal import CASES as PERSONAL
 from programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL}
+CASES = {**CONTROL, **PERSONAL, **ADAPTIVE}
 
 if __name__ == "__main__":
     comm = connect()
