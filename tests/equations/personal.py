@@ -99,7 +99,7 @@ def fedrep(problem: Problem) -> Rounds:
 
 
 def per_fedavg(problem: Problem) -> list[np.ndarray]:
-    """Fallah et al. 2020, Algorithm 1 without the Hessian; D and D' are the halves of a batch."""
+    """Fallah et al. 2020, Algorithm 1 without the Hessian; D and D' are the halves of a batch, if it has four."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         ends = []
@@ -107,8 +107,9 @@ def per_fedavg(problem: Problem) -> list[np.ndarray]:
             y = w
             for x, target in problem.epochs(k, 1):
                 half = -(-len(x) // 2)
-                first = (x[:half], target[:half])
-                second = (x[half:], target[half:]) if len(x) > 1 else first
+                first, second = (x[:half], target[:half]), (x[half:], target[half:])
+                if len(x) < 4:
+                    first = second = (x, target)
                 y = y - LR * problem.gradient(y - 0.1 * problem.gradient(y, first), second)
             ends.append(y)
         w = mean(problem, cohort, ends)

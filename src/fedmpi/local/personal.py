@@ -210,8 +210,8 @@ class PerFedAvg(Work):
     approximation (i), which leaves the Hessian out).
 
     What a silo then uses is its own step away: `evaluate.finetune: {name: sgd, lr: INNER_LR, steps: 1}` scores it.
-    Deviations: D and D' are the halves of one batch, which of one sample are the same; any optimizer of torch.optim;
-    deltas are weighted by samples. Two gradients a step, of half a batch each.
+    Deviations: D and D' are the halves of one batch, of fewer than four samples both all of it; any optimizer of
+    torch.optim; deltas are weighted by samples. Two gradients a step, of half a batch each.
     """
 
     inner_lr: PositiveFloat  # alpha, of the step that a silo will take for itself
@@ -222,7 +222,7 @@ class PerFedAvg(Work):
 
         def after_a_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             half = (len(x) + 1) // 2
-            first, second = (slice(half), slice(half, None)) if len(x) > 1 else (slice(1), slice(1))
+            first, second = (slice(half), slice(half, None)) if len(x) > 3 else (slice(None), slice(None))
             loss = round.loss(module(x[first]), y[first])
             grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             moved = {  # the gradients count as constants, so that what is left of the chain rule is first order
