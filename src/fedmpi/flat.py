@@ -23,7 +23,7 @@ from fedmpi.components import nearest
 from fedmpi.errors import ConfigError
 
 HALF = (torch.bfloat16, torch.float16)
-NORMS = torch.nn.modules.batchnorm._NormBase  # what keeps statistics of the samples it has seen, whatever its name
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # of one, two and three dimensions, over ranks, your own
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ def entries(module: torch.nn.Module, shared: str | Sequence[str] = "all") -> lis
 
 
 def _in_batch_norm(module: torch.nn.Module) -> set[int]:
-    """The ids of what batch (and instance) normalization trains and counts. ConfigError if there is none."""
-    found = {id(t) for m in module.modules() if isinstance(m, NORMS) for t in m.state_dict(keep_vars=True).values()}
+    """The ids of what batch normalization trains and counts. ConfigError if there is none."""
+    found = {
+        id(t) for m in module.modules() if isinstance(m, BATCH_NORM) for t in m.state_dict(keep_vars=True).values()
+    }
     if not found:
         raise ConfigError("exchange.parameters: all_but_batch_norm, but the model has no batch normalization")
     return found

@@ -102,6 +102,7 @@ def secret(rule, plan):
                 assert (own == SECRET).all() and silo.cursor > 0, own
         assert personal or "personal_accuracy" in records[-1]
         found = [(chunk.count(pattern(SECRET)), chunk.count(pattern(BEACON))) for chunk in Spy.seen]
+        assert not any(a for a, _ in found), "a silo's own was handed to MPI"
         return {"buffers": len(found), "secret": sum(a for a, _ in found), "shared": sum(b for _, b in found)}
 
     return case

@@ -106,6 +106,7 @@ class Apfl(Work):
         in_module = module.state_dict(keep_vars=True)
         leaves = {e.name: tensors[e.name].requires_grad_() for e in model.entries if e.trainable and e.name in tensors}
         mixed = {e.name for e in model.entries if e.kind == "shared" and e.trainable}
+        statistics = tensors.keys() - leaves.keys()
         dtypes = {e.name: e.dtype for e in model.entries}
         rate = self.rate(round)
         optimizer = self.optimizer.target(leaves.values(), lr=rate, **self.optimizer.arguments)
@@ -118,8 +119,12 @@ class Apfl(Work):
             return {name: tensor.to(dtypes[name]) for name, tensor in found.items()}
 
         def personal_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            found = mixture()
             optimizer.zero_grad()
-            round.loss(functional_call(module, mixture(), (x,)), y).backward()  # type: ignore[no-untyped-call]
+            round.loss(functional_call(module, found, (x,)), y).backward()  # type: ignore[no-untyped-call]
+            for name in statistics:
+                if found[name] is not tensors[name]:  # of half precision, so a copy
+                    tensors[name].copy_(found[name])
             if self.clip is not None:
                 torch.nn.utils.clip_grad_norm_(leaves.values(), self.clip)
             with torch.no_grad():
