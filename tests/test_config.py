@@ -122,7 +122,7 @@ REFUSED = [
     ("select: {name: available, traces: {a: [[3, 3]]}}", "select.traces: silo 'a': [3, 3) is no interval of rounds"),
     ("select: {name: available, traces: none.csv}", "select.traces: cannot read none.csv: No such file"),
     ("select: {name: available, traces: {}, inner: available}", "select.inner: no selector 'available'"),
-    ("exchange: {parameters: trainble}", "exchange: exchange.parameters is all, trainable or a list of patterns, got"),
+    ("exchange: {parameters: trainble}", "exchange: exchange.parameters is all, trainable, all_but_batch_norm or a"),
     # torch optimizers
     (SGD + ", optimizer: {name: SGD, momentm: 0.9}}", "'SGD' has no 'momentm'; did you mean 'momentum'?"),
     (SGD + ", optimizer: {name: SGD, lr: 0.9}}", "local.optimizer.lr: the learning rate is local.lr"),
@@ -246,6 +246,8 @@ NEEDS["files"]["shape"] = [3]
 NEEDS["fedsgd"] = {"lr": 0.1}
 FEDDYN_BOTH = {"local": {"name": "feddyn", "lr": 0.1, "steps": 3}, "server": {"optimizer": "feddyn"}}
 NEEDS |= {"available": {"traces": {"a": [[2, 9]]}}, "qffl": {"lr": 0.1}}
+NEEDS |= {"fedrep": NEEDS["sgd"] | {"head_steps": 2}, "per_fedavg": NEEDS["sgd"] | {"inner_lr": 0.1}}
+NEEDS |= {"by_silo": {"silos": {"a": 3}}, "by_loss": {"target": 0.5}, "seconds": {"seconds": 1.5}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
 

@@ -235,9 +235,28 @@ def test_the_final_table_has_a_row_for_every_silo_and_one_for_all():
 
     console = Console(file=io.StringIO(), width=100)
     console.print(silo_table(RECORD, "accuracy"))
-    rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row] for row in rows] == [
+    assert cells(console) == [
         ["a", "0", "9", "4", "0.2500", "0.7500"],
         ["b", "1", "5", "-", "-", "-"],
         ["all", "", "14", "4", "0.2500", "0.7500"],
     ]
+
+
+def cells(console):
+    rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_figures_of_own_models_stand_beside_the_global_ones(tmp_path, monkeypatch):
+    from rich.console import Console
+
+    own = {"personal_loss": 0.1, "personal_accuracy": 0.9}
+    record = {**RECORD, **own, "silos": {**RECORD["silos"], "a": {**RECORD["silos"]["a"], **own}}}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(silo_table(record, "accuracy"))
+    assert "personal accuracy" in console.file.getvalue()
+    assert [row[-2:] for row in cells(console)] == [["0.7500", "0.9000"], ["-", "-"], ["0.7500", "0.9000"]]
+    with open(tmp_path / "log", "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        Progress(10, 6, "accuracy").write(record)
+    assert "accuracy 0.7500  personal 0.9000  rejected b" in (tmp_path / "log").read_text()

@@ -15,6 +15,7 @@ from fedmpi.config import Config
 from fedmpi.data import DATASETS, PARTITIONS
 from fedmpi.errors import ConfigError
 from fedmpi.local import RULES
+from fedmpi.local.amounts import AMOUNTS
 from fedmpi.local.base import SAMPLERS, TORCH_OPTIMIZERS
 from fedmpi.models import MODELS
 from fedmpi.schedules import SCHEDULES
@@ -30,6 +31,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "optimizers": (TORCH_OPTIMIZERS, "local.optimizer"),
     "schedules": (SCHEDULES, "local.schedule"),
     "samplers": (SAMPLERS, "local.sampler"),
+    "amounts": (AMOUNTS, "local.amount"),
     "selectors": (SELECTORS, "select"),
     "aggregators": (AGGREGATORS, "aggregate"),
     "servers": (OPTIMIZERS, "server.optimizer"),

@@ -136,7 +136,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
     for name, value in values.items():
         here = f"{path}.{name}" if path else str(name)
         family, section = family_of(known[name]), section_of(known[name])
-        if family is not None:
+        if family is not None and not (value is None and type(None) in typing.get_args(known[name])):
             value = family.build(value, here)
         elif section is not None and isinstance(value, Mapping):
             value = build(section, value, here, f"'{name}'")

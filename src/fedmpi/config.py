@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+import torch
 import yaml
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator, Mean
@@ -25,6 +26,7 @@ from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.section import ExchangeSection
+from fedmpi.flat import Entry, entries
 from fedmpi.health import StopSection
 from fedmpi.local import RULES, LocalRule, Sgd
 from fedmpi.local.control import FedDyn as FedDynRule
@@ -58,6 +60,7 @@ class EvaluateSection:
 
     every: PositiveInt = 1  # rounds between evaluations; the last round is always evaluated
     batch_size: PositiveInt = 1024  # samples at a time
+    finetune: Annotated[LocalRule, RULES] | None = None  # how silos train the last model on for personal figures
 
 
 @component
@@ -134,6 +137,11 @@ class Config:
                 raise ValueError(f"select: {weighs} of a round, and exchange.regions.every is {regions.every} rounds")
         if getattr(self.aggregate, "scaled", False) and regions is not None and regions.every > 1:
             raise ValueError(f"aggregate: {aggregator} looks at one round, exchange.regions.every is {regions.every}")
+        if getattr(self.evaluate.finetune, "auxiliaries", ()):
+            rule = RULES.name_of(self.evaluate.finetune)
+            raise ValueError(f"evaluate.finetune: {rule} trains with what other silos send; take one that trains alone")
+        if self.exchange.reduction == "reproducible" and hasattr(getattr(self.local, "amount", None), "seconds"):
+            raise ValueError("exchange.reduction: reproducible, but local.amount: seconds is what no clock repeats")
         if regions is not None and self.rounds % regions.every:
             raise ValueError(
                 f"rounds: after {self.rounds} the regions differ; take a multiple of exchange.regions.every, "
@@ -154,6 +162,14 @@ class Config:
                 raise ValueError("exchange: feddyn's server must hear of every round; no overlap, regions.every: 1")
         elif isinstance(optimizer, FedDyn):
             raise ValueError(f"local: the server's feddyn needs local: {{name: feddyn, alpha: {optimizer.alpha}, ...}}")
+
+    def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
+        """What of the model is shared. ConfigError where a rule cannot do with that, or with these silos."""
+        found = entries(module, self.exchange.parameters)
+        for rule in (self.local, self.evaluate.finetune):
+            if (suits := getattr(rule, "suits", None)) is not None:
+                suits(found, ids)
+        return found
 
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.

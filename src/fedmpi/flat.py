@@ -23,6 +23,7 @@ from fedmpi.components import nearest
 from fedmpi.errors import ConfigError
 
 HALF = (torch.bfloat16, torch.float16)
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # of one, two and three dimensions, over ranks, your own
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,13 @@ class Entry:
 def entries(module: torch.nn.Module, shared: str | Sequence[str] = "all") -> list[Entry]:
     """What the model saves, each tensor once (tied weights under their first name), and whether it is shared.
 
-    `shared` is "all" (parameters and floating buffers), "trainable" (parameters that require a gradient), or patterns
-    of names of which the last match decides and "!" excludes: ["*", "!head.*"], ["*lora_*"]. Raises ConfigError for
-    a pattern that matches nothing, and when nothing is shared.
+    `shared` is "all" (parameters and floating buffers), "trainable" (parameters that require a gradient),
+    "all_but_batch_norm" (all but the parameters and statistics of batch normalization: FedBN, Li et al. 2021, Algorithm
+    1), or patterns of names of which the last match decides and "!" excludes: ["*", "!head.*"], ["*lora_*"]. Raises
+    ConfigError for a pattern that matches nothing, where there is no batch normalization to leave out, and when
+    nothing is shared.
     """
+    norms = _in_batch_norm(module) if shared == "all_but_batch_norm" else set()
     found: list[Entry] = []
     seen: set[int] = set()
     patterns = [] if isinstance(shared, str) else list(shared)
@@ -56,7 +60,7 @@ def entries(module: torch.nn.Module, shared: str | Sequence[str] = "all") -> lis
             continue
         seen.add(id(tensor))
         trainable = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
-        chosen = trainable if shared == "trainable" else shared == "all"
+        chosen = trainable if shared == "trainable" else isinstance(shared, str) and id(tensor) not in norms
         for pattern in patterns:
             if fnmatchcase(name, pattern.removeprefix("!")):
                 chosen = not pattern.startswith("!")
@@ -78,6 +82,16 @@ def entries(module: torch.nn.Module, shared: str | Sequence[str] = "all") -> lis
         raise ConfigError(f"exchange.parameters: '{pattern}' matches no parameter{hint}")
     if not any(entry.kind == "shared" and entry.num_elements for entry in found):
         raise ConfigError("exchange.parameters: nothing of the model is shared")
+    return found
+
+
+def _in_batch_norm(module: torch.nn.Module) -> set[int]:
+    """The ids of what batch normalization trains and counts. ConfigError if there is none."""
+    found = {
+        id(t) for m in module.modules() if isinstance(m, BATCH_NORM) for t in m.state_dict(keep_vars=True).values()
+    }
+    if not found:
+        raise ConfigError("exchange.parameters: all_but_batch_norm, but the model has no batch normalization")
     return found
 
 
@@ -189,7 +203,7 @@ class FlatModel:
         tensors = self.module.state_dict(keep_vars=True)
         return [(tensors[entry.name], part) for entry, part in self._parts(vector_P) if entry.trainable]
 
-    def named(self, vector_P: torch.Tensor) -> dict[str, torch.Tensor]:
+    def shared(self, vector_P: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the module's shared parameters and buffers would be with this vector, by name: views where dtypes are
         the same. For torch.func.functional_call."""
         return {entry.name: part.to(entry.dtype) for entry, part in self._parts(vector_P)}
@@ -202,6 +216,20 @@ class FlatModel:
                 if entry.kind == "shared" and entry.dtype == dtype:
                     found.append((entry, vector_P[start : start + entry.num_elements].view(entry.shape)))
                     start += entry.num_elements
+        return found
+
+    def named(self, vector_P: torch.Tensor, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All that is shared, personal or an integer, by name and in its shape: views of a vector and of what
+        `personal` gave."""
+        found: dict[str, torch.Tensor] = {}
+        starts = {"shared": 0, "integers": 0}
+        for i, dtype in enumerate(dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal"))):
+            starts["personal"] = 0
+            for entry in (e for e in self.entries if e.kind in ("shared", "personal") and e.dtype == dtype):
+                whole = vector_P if entry.kind == "shared" else kept[f"personal_{i}"]
+                found[entry.name] = _next(whole, entry, starts)
+        for entry in (e for e in self.entries if e.kind == "integers"):
+            found[entry.name] = _next(kept["integers"], entry, starts)
         return found
 
     def personal(self) -> dict[str, torch.Tensor]:
@@ -227,6 +255,13 @@ class FlatModel:
                 whole = kept["integers"] if "integers" in kept else self.first_personal["integers"]
                 tensor.copy_(whole[start : start + tensor.numel()].view(tensor.shape))
                 start += tensor.numel()
+
+
+def _next(whole: torch.Tensor, entry: Entry, starts: dict[str, int]) -> torch.Tensor:
+    """The part of a vector where the entry of its kind begins; the start moves on."""
+    start = starts[entry.kind]
+    starts[entry.kind] += entry.num_elements
+    return whole[start : start + entry.num_elements].view(entry.shape)
 
 
 def sha256(params_P: torch.Tensor) -> str:

@@ -13,7 +13,7 @@ from fedmpi import records
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.exchange.traffic import memory, num_vectors, traffic
-from fedmpi.flat import entries, master_dtype, num_shared
+from fedmpi.flat import master_dtype, num_shared
 from fedmpi.local import plain_step
 from fedmpi.models import make
 from fedmpi.objectives import resolve
@@ -32,12 +32,13 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     resolve(config.objective, source.task)
     with torch.device("meta"):
         module = make(config.model, source)
-    found = entries(module, config.exchange.parameters)
+    found = config.entries(module, [silo.id for silo in source.silos])
     num_params = num_shared(found)
     shared = num_params * (1 + len(getattr(config.local, "auxiliaries", ())))  # all that travels
     total = sum(e.num_elements for e in found)
     kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
     word = master_dtype(found).itemsize
+    kept_bytes += getattr(config.local, "kept_vectors", 0) * num_params * word
     section = config.exchange
     if section.plan == "auto":  # what will be measured is not known here
         likely = "sharded" if "replicated" not in section.candidates else "replicated"

@@ -285,6 +285,8 @@ class Progress:
         parts = [f"train {_figure(record['train_loss'])}"]
         if "loss" in record:
             parts += [f"loss {_figure(record['loss'])}", f"{self._metric} {_figure(record.get(self._metric))}"]
+        if (personal := f"personal_{self._metric}") in record:
+            parts.append(f"personal {_figure(record[personal])}")
         if record["rejected"]:
             parts.append(f"rejected {', '.join(record['rejected'])}")
         return "  ".join([*parts, f"{record['seconds']['round']:.2f} s"])
@@ -303,18 +305,19 @@ def silo_table(record: Record, metric: str) -> Any:
     from rich.table import Table
 
     table = Table(title=f"after round {record['round']}")
-    for name in ("silo", "rank", "train samples", "test samples", "loss", metric):
-        table.add_column(name, justify="left" if name == "silo" else "right")
+    figures = ("loss", metric, *([f"personal_{metric}"] if f"personal_{metric}" in record else []))
+    for name in ("silo", "rank", "train samples", "test samples", *figures):
+        table.add_column(name.replace("_", " "), justify="left" if name == "silo" else "right")
     for silo, row in record["silos"].items():
         table.add_row(
             silo, str(row["rank"]), str(row["num_train"]), str(row.get("num_test", "-")),
-            _figure(row.get("loss")), _figure(row.get(metric)),
+            *(_figure(row.get(name)) for name in figures),
         )  # fmt: skip
     if metric in record:
         tests = sum(row.get("num_test", 0) for row in record["silos"].values())
         trains = sum(row["num_train"] for row in record["silos"].values())
         table.add_section()
-        table.add_row("all", "", str(trains), str(tests), _figure(record["loss"]), _figure(record[metric]))
+        table.add_row("all", "", str(trains), str(tests), *(_figure(record[name]) for name in figures))
     return table
 
 

@@ -15,7 +15,7 @@ from fedmpi import checkpoint
 from fedmpi.components import build
 from fedmpi.config import ABOUT, Config
 from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.evaluate import evaluate_silo, pooled, worst_silo
+from fedmpi.evaluate import evaluate_silo, personal_model, pooled, worst_silo
 from fedmpi.flat import FlatModel, sha256
 from fedmpi.local import LocalSilo
 from fedmpi.objectives import resolve
@@ -86,27 +86,34 @@ def choose(root: Path, which: RoundChoice) -> int:
 
 
 def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
-    """Loss and metric of a checkpoint on every silo's test data and pooled; this process opens all silos' data."""
+    """Loss and metric of a checkpoint on every silo's test data and pooled, of the silos' own models too where they
+    have any (`evaluate.finetune` is not done again); this process opens all silos' data."""
     model, config, source = _model(root)
     round = choose(root, which)
     objective = resolve(config.objective, source.task)
-    model.load(_served(root, round))
+    params_P = _served(root, round)[: model.num_shared]
     kept = checkpoint.read_silos(root, round, [silo.id for silo in source.silos])
     rows: dict[str, dict[str, Any]] = {}
     for silo in source.silos:
         mine = {name: tensor for name, tensor in kept[silo.id].items() if name != "cursor"}
         local = LocalSilo(silo.id, source.open(silo.id), 0.0, kept=mine)
-        figures = evaluate_silo(model, objective, local, config.evaluate.batch_size)
-        rows[silo.id] = {"num_test": int(figures["tests"])}
-        if figures["tests"]:
-            rows[silo.id] |= {"loss": figures["loss"], objective.metric_name: figures["metric"]}
-    tests = np.array([row["num_test"] for row in rows.values()])
-    pool = {
-        name: pooled(np.array([row.get(name, 0.0) for row in rows.values()]), tests)
-        for name in ("loss", objective.metric_name)
-    }
-    worst = worst_silo(rows, objective.metric_name, objective.maximize)
-    return {"round": round, **pool, "worst": worst, "silos": rows}
+        row: dict[str, Any] = {"num_test": len(local.data.x_test)}
+        own = personal_model(config.local, local, params_P)
+        for prefix, found in (("", (params_P, local)), ("personal_", own)):
+            if row["num_test"] and found is not None:
+                model.load(found[0])
+                figures = evaluate_silo(model, objective, found[1], config.evaluate.batch_size)
+                row |= {f"{prefix}loss": figures["loss"], f"{prefix}{objective.metric_name}": figures["metric"]}
+        rows[silo.id] = row
+    record: Record = {"round": round}
+    for prefix in ("", "personal_"):
+        metric = f"{prefix}{objective.metric_name}"
+        if not prefix or any(metric in row for row in rows.values()):
+            tests = np.array([row["num_test"] * (metric in row) for row in rows.values()])
+            for name in (f"{prefix}loss", metric):
+                record[name] = pooled(np.array([row.get(name, 0.0) for row in rows.values()]), tests)
+            record[f"{prefix}worst"] = worst_silo(rows, metric, objective.maximize)
+    return {**record, "silos": rows}
 
 
 def export(root: Path, target: Path, which: RoundChoice = "newest") -> int:

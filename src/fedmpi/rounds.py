@@ -30,7 +30,7 @@ from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, SiloError, Stopped
-from fedmpi.evaluate import evaluate_silo, pooled, worst_silo
+from fedmpi.evaluate import evaluate_silo, fine_tuned, personal_model, pooled, worst_silo
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
@@ -45,7 +45,8 @@ READY_RANK = ("status", "fingerprint")
 READY_SILO = ("taken", "rejected", "loss", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss")
 PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
-DONE_SILO = ("loss", "metric", "tests")
+PERSONAL = ("personal_loss", "personal_metric", "personal_tests")  # of the silos' own models, where they have one
+DONE_SILO = ("loss", "metric", "tests", *PERSONAL)
 
 Judge = Callable[[int, float | None, float | None], None]
 
@@ -89,6 +90,7 @@ class Federation:
     evaluate_batch: int
     average: Average | None = None  # what is evaluated; None: the parameters themselves
     gram: bool | Literal["matrix"] = False  # of the deltas: into the record? All of it?
+    finetune: LocalRule | None = None  # for personal figures after the last round
     timer: Timer = field(default_factory=Timer)
 
     def __post_init__(self) -> None:
@@ -336,7 +338,8 @@ def _reason(fed: Federation, status: np.ndarray) -> str:
 
 
 def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any) -> str:
-    """Evaluate the new parameters on my silos' test data, if it is due; what happened is in `done`."""
+    """Evaluate the new parameters on my silos' test data, if it is due, and the silos' own models where they have any;
+    what happened is in `done`."""
     fed.done.clear()
     error, name = "", ""
     try:
@@ -347,6 +350,9 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
                 # Between batches news is passed on, so that a stop is agreed in time; the round still commits.
                 figures = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
                 fed.done.set_silo(fed.index[name], **figures)
+            for name, silo in fed.silos.items():
+                figures = _evaluate_personal(fed, number, silo, params_P)
+                fed.done.set_silo(fed.index[name], **{f"personal_{k}": v for k, v in figures.items()})
     except FedmpiError as failed:
         error = f"rank {fed.comm.rank}: {failed}"
         fed.done.set_rank(fed.comm.rank, status=FAILED)
@@ -362,6 +368,26 @@ def _trained(fed: Federation) -> tuple[float | None, float | None]:
     loss = pooled(fed.ready.silo("loss"), samples * taken)
     norm = pooled(fed.ready.silo("norm"), taken)
     return _plain(loss), _plain(norm)
+
+
+def _evaluate_personal(fed: Federation, number: int, silo: LocalSilo, params_P: torch.Tensor) -> dict[str, float]:
+    """Figures of the model that the silo would use for itself; none where that is the global one."""
+    if not len(silo.data.x_test):
+        return {}
+    look = fed.watch.look
+
+    def check() -> None:  # a stop is passed on, and waits for the round
+        look()
+
+    if fed.finetune is not None and number == fed.rounds:
+        round = Round(number, fed.rounds, fed.seed, fed.objective.loss, check)
+        own_P, own = fine_tuned(fed.finetune, fed.model, silo, params_P, round)
+    elif (found := personal_model(fed.rule, silo, params_P)) is not None:
+        own_P, own = found
+    else:
+        return {}
+    fed.model.load(own_P)
+    return evaluate_silo(fed.model, fed.objective, own, fed.evaluate_batch, look)
 
 
 def _record(fed: Federation, number: int, cohort: Sequence[str], loss: float | None, norm: float | None) -> Record:
@@ -384,6 +410,9 @@ def _record(fed: Federation, number: int, cohort: Sequence[str], loss: float | N
             row["num_test"] = int(of_done["tests"][i])
             row["loss"] = of_done["loss"][i]
             row[metric] = of_done["metric"][i]
+        if of_done["personal_tests"][i]:
+            row["personal_loss"] = of_done["personal_loss"][i]
+            row[f"personal_{metric}"] = of_done["personal_metric"][i]
         silos[silo] = row
     record: Record = {"round": number, "cohort": list(cohort), "rejected": rejected}
     record |= {"train_loss": loss, "delta_norm": norm, **_likeness(fed)}
@@ -392,6 +421,10 @@ def _record(fed: Federation, number: int, cohort: Sequence[str], loss: float | N
         record[metric] = pooled(done.silo("metric"), tests)
         record["worst"] = worst_silo(silos, metric, fed.objective.maximize)
         record["spread"] = spread(done.silo("metric")[tests > 0], fed.objective.maximize)
+    if (own := done.silo("personal_tests")).any():
+        record["personal_loss"] = pooled(done.silo("personal_loss"), own)
+        record[f"personal_{metric}"] = pooled(done.silo("personal_metric"), own)
+        record["personal_worst"] = worst_silo(silos, f"personal_{metric}", fed.objective.maximize)
     seconds = {name: float(done.rank(name).max()) for name in PHASES}
     record["seconds"] = {"round": float(sum(done.rank(name) for name in PHASES).max()), **seconds}  # type: ignore[union-attr]
     record["seconds"] |= {name: float(done.rank(name).max()) for name in fed.exchange.figures()}

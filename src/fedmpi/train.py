@@ -38,7 +38,7 @@ from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, S
 from fedmpi.exchange import choice
 from fedmpi.exchange.base import Exchange, Facts, Kept
 from fedmpi.exchange.section import ExchangeSection
-from fedmpi.flat import Allocate, Entry, FlatModel, entries, master_dtype, num_shared, one_vector, signature
+from fedmpi.flat import Allocate, Entry, FlatModel, master_dtype, num_shared, one_vector, signature
 from fedmpi.health import Health
 from fedmpi.local import LocalSilo
 from fedmpi.models import make
@@ -171,9 +171,9 @@ class Run:
         self.comm.same("the model's first parameters", _digest(module.state_dict()), ConfigError)
         if (fits := getattr(config.local, "fits", None)) is not None:
             self.comm.together(lambda: fits(module))
-        found = self.comm.together(lambda: entries(module, config.exchange.parameters))
-        self.unshared = _unshared(module, found)
         ids = [s.id for s in source.silos]
+        found = self.comm.together(lambda: config.entries(module, ids))
+        self.unshared = _unshared(module, found)
         weights = [config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)]
         for name, weight in zip(ids, weights, strict=True):
             if not 0 < weight < float("inf"):
@@ -223,6 +223,7 @@ class Run:
             evaluate_batch=config.evaluate.batch_size,
             average=config.server.average,
             gram=config.records.gram,
+            finetune=config.evaluate.finetune,
         )
         average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
         params_Q, optimizer = exchange.home(params_Q, config.server.optimizer.init(exchange.mine(params_Q)))
@@ -249,8 +250,9 @@ class Run:
 
     def _check_machine(self) -> None:
         """What configuration alone cannot tell."""
-        if getattr(self.config.local, "precision", "") == "bf16" and self.device.type != "cuda":
-            raise ConfigError("local.precision: bf16 needs a GPU; this rank trains on the CPU")
+        for key, rule in (("local", self.config.local), ("evaluate.finetune", self.config.evaluate.finetune)):
+            if getattr(rule, "precision", "") == "bf16" and self.device.type != "cuda":
+                raise ConfigError(f"{key}.precision: bf16 needs a GPU; this rank trains on the CPU")
         if self.config.records.tensorboard:
             try:
                 import tensorboard  # noqa: F401

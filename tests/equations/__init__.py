@@ -14,7 +14,7 @@ import torch
 
 import fedmpi
 from fedmpi.components import build, hints
-from fedmpi.local import RULES
+from fedmpi.local import RULES, LocalSilo
 from fedmpi.types import Silo, SiloData, Source
 
 SIZES = (12, 30, 18, 7, 25)  # training samples
@@ -73,6 +73,7 @@ class Problem:
     start_P: np.ndarray
     cohorts: Sequence[Sequence[int]]  # of every round
     records: Sequence[dict[str, Any]]
+    start_own: np.ndarray = field(default_factory=lambda: np.zeros(0))  # what of the model is not shared
     n: np.ndarray = field(default_factory=lambda: np.array(SIZES, float))
 
     def __post_init__(self) -> None:
@@ -125,19 +126,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration, and what it must do: a function from the problem to the parameters after every round."""
+    """A configuration, and what it must do: a function from the problem to the parameters after every round.
+
+    With `own`, which finds a silo's own model or layers (None: it has none yet), the function gives (parameters, own)
+    for every round, `own` by the number of the silo.
+    """
 
     config: dict[str, Any]
-    wanted: Callable[[Problem], list[np.ndarray]]
+    wanted: Callable[[Problem], list[Any]]
     tolerance: float = 1e-10
     read: str = "params_P"  # which attribute of the run
+    own: Callable[[Any, LocalSilo, torch.Tensor], torch.Tensor | None] | None = None
+
+
+def own_model(rule: Any, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
+    """The parameters that the rule says the silo would use."""
+    return rule.personal(silo, params_P)
+
+
+def own_layers(rule: Any, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
+    """What of the model is not shared."""
+    return silo.kept.get("personal_0")
 
 
 HALF = {"name": "uniform", "fraction": 0.6}  # three of five
 
 
-def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], Problem]:
-    """The parameters after every round, and the problem as the transcription needs it."""
+def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], list[dict[int, np.ndarray]], Problem]:
+    """The parameters after every round, what this rank's silos have of their own, and the problem as the transcription
+    needs it."""
     values = {
         "rounds": ROUNDS,
         "out": out,
@@ -150,20 +167,31 @@ def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], Problem]
     usual = {"lr": 0.05, "batch_size": BATCH, "sampler": "in_order"}
     takes = hints(RULES.members[values["local"]["name"]])
     values["local"] = {**{name: value for name, value in usual.items() if name in takes}, **values["local"]}
-    after, records = [], []
+    after, owned, records = [], [], []
     with fedmpi.Run(build(fedmpi.Config, values), comm_=comm) as run:
-        start_P = run.params_P.numpy().copy()
+        start_P, fed = run.params_P.numpy().copy(), run._federation
+        start_own = fed.model.first_personal.get("personal_0", torch.zeros(0)).numpy().copy()
         for record in run:
             after.append(getattr(run, case.read).numpy().copy())
+            found = {k: case.own(fed.rule, silo, run.params_P) for k, silo in fed.silos.items()} if case.own else {}
+            owned.append({IDS.index(k): own.numpy().copy() for k, own in found.items() if own is not None})
             records.append(record)
     cohorts = [[IDS.index(silo) for silo in record["cohort"]] for record in records]
-    return after, Problem(start_P, cohorts, records)
+    return after, owned, Problem(start_P, cohorts, records, start_own)
 
 
 def check(case: Case, out: str, comm: Any) -> list[list[float]]:
     """AssertionError unless the run is the transcription; the parameters come back."""
-    found, problem = trained(case, out, comm)
+    found, owned, problem = trained(case, out, comm)
     wanted = case.wanted(problem)
+    if case.own is not None:
+        wanted, wanted_own = zip(*wanted, strict=True)
+        assert comm.size > 1 or owned[-1], "nobody has anything of its own"
+        for number, (ours, theirs) in enumerate(zip(owned, wanted_own, strict=True), start=1):
+            assert ours.keys() <= theirs.keys() and (comm.size > 1 or len(ours) == len(theirs))
+            for k, own in ours.items():
+                worst = float(np.abs(own - theirs[k]).max())
+                assert worst < case.tolerance, f"round {number}, own model of silo {IDS[k]}: {worst}"
     assert len(found) == len(wanted) == ROUNDS
     assert np.abs(wanted[-1] - problem.start_P).max() > 1e-3, "nothing has moved"
     for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True), start=1):

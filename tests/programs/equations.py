@@ -4,7 +4,9 @@ import functools
 import sys
 
 from equations import check
+from equations.adaptive import CASES as ADAPTIVE
 from equations.control import CASES as CONTROL
+from equations.personal import CASES as PERSONAL
 from equations.rules import CASES as RULES
 from equations.selection import CASES as SELECTION
 from equations.server import CASES as SERVER
@@ -12,7 +14,7 @@ from programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL, **RULES, **SERVER, **SELECTION}
+CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE}
 
 if __name__ == "__main__":
     comm = connect()

@@ -79,7 +79,7 @@ class ExchangeSection:
     )
     reduction: Literal["fast", "reproducible"] = "fast"  # reproducible: same bits for any number of ranks
     parameters: Annotated[str | list[str], pydantic.Field(union_mode="left_to_right")] = (
-        "all"  # all, trainable or patterns
+        "all"  # all, trainable, all_but_batch_norm or patterns
     )
     scope: Literal["rank", "silo"] = "rank"  # rank: a rank's silos are folded into one sum; silo: each by itself
     up: Channel = Channel()  # deltas, to where they are added up
@@ -101,8 +101,9 @@ class ExchangeSection:
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ExchangeSection:
-        if isinstance(self.parameters, str) and self.parameters not in ("all", "trainable"):
-            raise ValueError(f"exchange.parameters is all, trainable or a list of patterns, got '{self.parameters}'")
+        if isinstance(self.parameters, str) and self.parameters not in ("all", "trainable", "all_but_batch_norm"):
+            words = "all, trainable, all_but_batch_norm or a list of patterns"
+            raise ValueError(f"exchange.parameters is {words}, got '{self.parameters}'")
         if self.overlap and self.regions is not None:
             raise ValueError("overlap does not go with regions yet: what runs behind training is one exchange")
         if self.overlap and self.plan == "window":

@@ -5,6 +5,9 @@
     gradient    steps from the global parameters: FedAvg's own, FedSGD, FedProx
     control     steps corrected by vectors that silos keep or that travel with the delta: SCAFFOLD, FedDyn, Mime
     contrast    steps that compare what models make of a batch: MOON
+    personal    a model of its own for every silo: Ditto, APFL, FedRep, Per-FedAvg
+    adaptive    steps whose length a silo finds for itself: AdaGrad-norm
+    amounts     how much of its work a silo does in a round, whatever its rule
 
 A rule is one class in one of these files and one line in the dict at its bottom.
 """
@@ -12,10 +15,13 @@ A rule is one class in one of these files and one line in the dict at its bottom
 from __future__ import annotations
 
 from fedmpi.components import Family
-from fedmpi.local import contrast, control, gradient
+from fedmpi.local import adaptive, contrast, control, gradient, personal
 from fedmpi.local.base import LocalRule, LocalSilo, Round, Sampler, Work, descend, plain_step
 from fedmpi.local.gradient import Sgd
 
-RULES = Family("local rule", {**gradient.RULES, **control.RULES, **contrast.RULES})
+RULES = Family(
+    "local rule",
+    {**gradient.RULES, **control.RULES, **contrast.RULES, **personal.RULES, **adaptive.RULES},
+)
 
 __all__ = ["RULES", "LocalRule", "LocalSilo", "Round", "Sampler", "Sgd", "Work", "descend", "plain_step"]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
@@ -20,7 +22,8 @@ import torch
 from fedmpi import rng
 from fedmpi.components import Deferred, Family, PositiveFloat, PositiveInt, component, nearest
 from fedmpi.errors import ConfigError
-from fedmpi.flat import FlatModel
+from fedmpi.flat import Entry, FlatModel
+from fedmpi.local.amounts import AMOUNTS, LOSS, Amount, BySilo, Whole
 from fedmpi.local.optimizers import KEPT, EmaSGD, num_gradients, put_back, state_to_keep
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.types import Contribution, SiloData
@@ -141,7 +144,10 @@ class LocalRule(Protocol):
         auxiliaries   a tuple of `Auxiliary`: vectors that travel with the delta. `train` finds what they are now in
                       `round.auxiliary` and writes what the silo sends into `model.auxiliary(i)` after `take_delta`.
         personal(silo, params_P)  the parameters [P] that the silo would use for itself, or None before it has any;
-                      records then give personal figures beside the global ones.
+                      records then give personal figures beside the global ones. What of the personal model is not
+                      shared is kept under `own_` and its name (personal.py).
+        suits(entries, ids)  ConfigError where the rule cannot do with what the model shares, or with these silos.
+        kept_vectors  how many vectors as long as the parameters a silo keeps, for `fedmpi plan`.
     """
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
@@ -168,6 +174,7 @@ class Work:
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast on CUDA
     sampler: Annotated[Sampler, SAMPLERS] = Shuffle()  # the order of a silo's samples
     keep_optimizer: bool = False  # a silo's optimizer goes on where its last round left it, in place of a new one
+    amount: Annotated[Amount, AMOUNTS] = Whole()  # how much of `epochs` or `steps` a silo does in a round
 
     @pydantic.model_validator(mode="after")
     def _one_amount(self) -> Work:
@@ -179,13 +186,22 @@ class Work:
         """The learning rate of a round."""
         return self.schedule.lr(self.lr, round.number, round.rounds)
 
-    def batches(self, silo: LocalSilo, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This round's batches from the silo's cursor on; the cursor moves as they are taken."""
+    def suits(self, entries: Sequence[Entry], ids: Sequence[str]) -> None:
+        """ConfigError for an amount of a silo that is none."""
+        if isinstance(self.amount, BySilo) and (others := sorted(self.amount.silos.keys() - set(ids))):
+            raise ConfigError(f"local.amount.silos: no silo '{others[0]}'{nearest(others[0], ids)}")
+
+    def batches(
+        self, silo: LocalSilo, seed: int, amount: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This round's batches from the silo's cursor on, `amount` epochs or steps of them (None: all that the rule is
+        given); the cursor moves as they are taken."""
         x, y = silo.data.x_train, silo.data.y_train
         n = len(x)
         size = min(self.batch_size or n, n)
-        steps_left = self.steps if self.steps is not None else -1
-        end = silo.cursor + (self.epochs or 0) * n
+        steps_left = -1 if self.steps is None else amount or self.steps
+        end = silo.cursor + (amount or self.epochs or 0) * n
+        until_s = time.monotonic() + getattr(self.amount, "seconds", math.inf)
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while steps_left > 0 or (steps_left < 0 and silo.cursor < end):
             start = silo.cursor % n
@@ -199,6 +215,8 @@ class Work:
             silo.cursor += len(rows)
             steps_left -= steps_left > 0
             yield x[rows], y[rows]
+            if time.monotonic() >= until_s:
+                return
 
 
 def enter(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> list[torch.nn.Parameter]:
@@ -281,7 +299,8 @@ def descend(
     step = plain_step(optimizer)
     losses = torch.zeros((), dtype=torch.float64, device=device)
     num_samples = num_steps = 0
-    for x, y in work.batches(silo, round.seed):
+    amount = work.amount.of(work.epochs or work.steps or 1, silo, round)
+    for x, y in work.batches(silo, round.seed, amount):
         round.check()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=work.precision == "bf16"):
@@ -303,6 +322,8 @@ def descend(
         silo.kept = {n: t for n, t in silo.kept.items() if not n.startswith(KEPT)} | state_to_keep(optimizer)
     loss_mean, held = float(losses) / num_samples, num_gradients(work.optimizer, num_steps)
     delta_P = model.take_delta(params_P)
+    if getattr(work.amount, "reads_loss", False):
+        silo.kept[LOSS] = torch.tensor(loss_mean, dtype=torch.float64)
     return Contribution(silo.id, round.number, silo.weight, delta_P, loss_mean, num_samples, num_steps, held)
 
 

@@ -63,7 +63,7 @@ class Moon(Work):
             if previous_P is None or not self.mu:
                 contribution = descend(self, silo, model, params_P, round)
             else:
-                fixed = [model.named(params_P), model.named(previous_P)]
+                fixed = [model.shared(params_P), model.shared(previous_P)]
                 contribution = descend(self, silo, model, params_P, round, batch_loss=loss)
         finally:
             handle.remove()

@@ -1,0 +1,53 @@
+"""Steps whose length a silo finds for itself."""
+
+from __future__ import annotations
+
+import pydantic
+import torch
+
+from fedmpi.components import PositiveFloat, component
+from fedmpi.flat import FlatModel
+from fedmpi.local.base import LocalSilo, Round, Work, descend
+from fedmpi.types import Contribution
+
+SUM = "squared_norms"  # what a silo keeps b^2 under
+
+
+@component
+class AdaGradNorm(Work):
+    """Steps of lr / b along g, b^2 being eps and the squared norms of all gradients so far, this one's too (Ward et al.
+    2019, AdaGrad Stepsizes, Algorithm 1): lr need not fit the problem.
+
+    The sum is the silo's own and runs on over all rounds that it trains in. Deviations: any optimizer of torch.optim,
+    which then finds g / b for g; the silo's rate falls with the rounds that it took part in, so that silos which train
+    more often move less: what FedNova divides by is the sum of 1 / b. No clipping, since g / b is never longer than 1.
+    """
+
+    eps: PositiveFloat = 1e-2  # b^2 before the first gradient
+
+    @pydantic.model_validator(mode="after")
+    def _not_clipped(self) -> AdaGradNorm:
+        if self.clip is not None:
+            raise ValueError("clip: adagrad_norm divides by the gradients' norms, nothing is left to be clipped")
+        return self
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        before = silo.kept.get(SUM, torch.tensor(self.eps, dtype=torch.float64))
+        total = before.to(model.device, torch.float64, copy=True)  # b^2
+        lengths = torch.zeros_like(total)
+        trained = [p for p in model.module.parameters() if p.requires_grad]
+
+        def scale() -> None:
+            grads = [p.grad for p in trained if p.grad is not None]
+            total.add_(torch.stack(torch._foreach_norm(grads)).double().square_().sum())
+            factor = total.rsqrt()
+            torch._foreach_mul_(grads, factor)
+            lengths.add_(factor)
+
+        contribution = descend(self, silo, model, params_P, round, scale)
+        silo.kept[SUM] = total
+        contribution.normalizer = float(lengths)
+        return contribution
+
+
+RULES = {"adagrad_norm": AdaGradNorm}

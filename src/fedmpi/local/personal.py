@@ -1,0 +1,242 @@
+"""Rules that leave a silo with a model of its own.
+
+    personal layers      FedPer and FedBN need no rule: `exchange.parameters` says what stays (README); FedRep is one
+    a whole own model    Ditto, APFL: kept beside what is shared, never sent
+    a good start         Per-FedAvg: a model that a silo's own few steps make good; Reptile is `sgd` and a server.lr
+
+A whole model of its own is kept under `own_params` [P]; whatever else training it keeps (layers that are not shared,
+statistics, optimizers) under `own_` and its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import pydantic
+import torch
+from torch.func import functional_call
+
+from fedmpi.components import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, component
+from fedmpi.errors import ConfigError
+from fedmpi.flat import Entry, FlatModel
+from fedmpi.local.base import LocalSilo, Round, Work, descend, plain_step
+from fedmpi.types import Contribution
+
+OWN = "own_"
+
+
+def beside(silo: LocalSilo, prefix: str = OWN) -> LocalSilo:
+    """The silo as it trains another model than the federation's: with what is kept under the prefix."""
+    return replace(silo, kept={n.removeprefix(prefix): t for n, t in silo.kept.items() if n.startswith(prefix)})
+
+
+def filed(kept: Mapping[str, torch.Tensor], prefix: str = OWN) -> dict[str, torch.Tensor]:
+    """What `beside` finds again."""
+    return {prefix + name: tensor for name, tensor in kept.items()}
+
+
+@component
+class Ditto(Work):
+    """A personal model v_k beside the global one: v_k steps along g(v_k) + lam (v_k - w_t), w as in FedAvg (Li et al.
+    2021, Ditto, Algorithm 1). lam 0 is training alone; the larger, the closer to the global model.
+
+    Deviations: v_k starts from the w_t of the first round that the silo trains in, in place of w_0; both models see the
+    same batches; any optimizer of torch.optim. Two gradients a step: twice the time of `sgd`.
+    """
+
+    kept_vectors: ClassVar[int] = 1
+    lam: NonNegativeFloat = 0.1  # lambda: how strongly v_k is drawn to the global model
+    personal_lr: PositiveFloat | None = None  # of v_k's steps; null: as lr
+    personal_steps: PositiveInt | None = None  # s, of v_k per round; null: as many as the global model's
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        own = beside(silo)
+        v_P = own.kept.pop("params", params_P).to(model.device)
+        pairs = model.pairs(params_P)
+
+        def pull() -> None:
+            for param, start in pairs:
+                if param.grad is not None:
+                    param.grad.add_(param, alpha=self.lam).sub_(start, alpha=self.lam)
+
+        moved_P = descend(self._personal_work(), own, model, v_P, round, pull).delta_P[: model.num_shared]
+        own.kept["params"] = v_P + moved_P
+        contribution = descend(self, silo, model, params_P, round)
+        silo.kept |= filed(own.kept)
+        return contribution
+
+    def _personal_work(self) -> Work:
+        amount = {} if self.personal_steps is None else {"steps": self.personal_steps, "epochs": None}
+        return replace(self, lr=self.personal_lr or self.lr, **amount)  # type: ignore[arg-type]
+
+    def personal(self, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
+        """v_k."""
+        return silo.kept.get("own_params")
+
+
+@component
+class Apfl(Work):
+    """A personal model alpha v_k + (1 - alpha) w, of which v_k is the silo's own; w as in FedAvg (Deng et al. 2020,
+    Adaptive Personalized Federated Learning, Algorithm 1).
+
+    In every step, all from where the last one ended, w follows g(w), v_k the gradient of the mixture's loss by v_k,
+    which is alpha g(mixture), and alpha that by alpha, <v_k - w, g(mixture)>, within 0 to 1, at the rate lr. With
+    `adapt: false` alpha stays: the interpolation of Mansour et al. 2020 (MAPPER), who take alpha from a grid and let w
+    follow the mixture's gradient.
+
+    Deviations: v_k starts from the w_t of the first round that the silo trains in; w is weighted by samples; any
+    optimizer of torch.optim, v_k's new every round; statistics (batch normalization) are v_k's own in training and
+    mixed like everything else in use. Two gradients a step: twice the time of `sgd`.
+    """
+
+    kept_vectors: ClassVar[int] = 1
+    alpha: Fraction = 0.5  # share of v_k; at the start, where it adapts
+    adapt: bool = True  # does alpha follow its gradient, a number of its own for every silo?
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        module, device = model.module, model.device
+        own = beside(silo)
+        fresh = {"params": params_P, "alpha": torch.tensor(self.alpha, dtype=torch.float64), **model.first_personal}
+        kept = {name: own.kept.get(name, first).to(device, copy=True) for name, first in fresh.items()}
+        alpha = kept["alpha"].requires_grad_(self.adapt)
+        tensors = model.named(kept["params"], kept)
+        in_module = module.state_dict(keep_vars=True)
+        leaves = {e.name: tensors[e.name].requires_grad_() for e in model.entries if e.trainable and e.name in tensors}
+        mixed = {e.name for e in model.entries if e.kind == "shared" and e.trainable}
+        statistics = tensors.keys() - leaves.keys()
+        dtypes = {e.name: e.dtype for e in model.entries}
+        rate = self.rate(round)
+        optimizer = self.optimizer.target(leaves.values(), lr=rate, **self.optimizer.arguments)
+        step = plain_step(optimizer)
+
+        def mixture() -> dict[str, torch.Tensor]:
+            found = dict(tensors)
+            for name in mixed:
+                found[name] = alpha * leaves[name] + (1 - alpha) * in_module[name].detach()
+            return {name: tensor.to(dtypes[name]) for name, tensor in found.items()}
+
+        def personal_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            found = mixture()
+            optimizer.zero_grad()
+            round.loss(functional_call(module, found, (x,)), y).backward()  # type: ignore[no-untyped-call]
+            for name in statistics:
+                if found[name] is not tensors[name]:  # of half precision, so a copy
+                    tensors[name].copy_(found[name])
+            if self.clip is not None:
+                torch.nn.utils.clip_grad_norm_(leaves.values(), self.clip)
+            with torch.no_grad():
+                step()
+                if alpha.grad is not None:
+                    alpha.sub_(alpha.grad, alpha=rate).clamp_(0, 1)
+                    alpha.grad = None
+            return round.loss(module(x), y)
+
+        contribution = descend(self, silo, model, params_P, round, batch_loss=personal_step)
+        silo.kept |= filed({name: tensor.detach() for name, tensor in kept.items()})
+        return contribution
+
+    def personal(self, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
+        """alpha v_k + (1 - alpha) w."""
+        if "own_params" not in silo.kept:
+            return None
+        return torch.lerp(params_P, silo.kept["own_params"].to(params_P.device), float(silo.kept["own_alpha"]))
+
+
+@component
+class FedRep(Work):
+    """First the head, the body standing still, then the body, the head standing still: what `exchange.parameters` keeps
+    personal is the head, and the body's delta is what is sent (Collins et al. 2021, Algorithm 1).
+
+    `epochs` or `steps` are the body's, of which the paper takes one. Deviations: any optimizer of torch.optim; deltas
+    are weighted by samples. Batches run on from the head's to the body's. A step is one gradient of one part.
+    """
+
+    head_epochs: PositiveInt | None = None  # passes over the silo's samples for the head; or give `head_steps`
+    head_steps: PositiveInt | None = None  # batches for the head
+    head_lr: PositiveFloat | None = None  # of the head's steps; null: as lr
+
+    @pydantic.model_validator(mode="after")
+    def _one_head(self) -> FedRep:
+        if (self.head_epochs is None) == (self.head_steps is None):
+            raise ValueError("give either 'head_epochs' or 'head_steps'")
+        return self
+
+    def suits(self, entries: Sequence[Entry], ids: Sequence[str]) -> None:
+        """ConfigError where there is no head, or no body."""
+        super().suits(entries, ids)
+        kinds = {entry.kind for entry in entries if entry.trainable}
+        if "personal" not in kinds:
+            raise ConfigError(
+                "local: fedrep trains a head that stays with its silo, but all that is trained is shared; leave one "
+                "out with exchange.parameters, such as ['*', '!head.*']"
+            )
+        if "shared" not in kinds:
+            raise ConfigError("local: fedrep trains a body that is shared, but nothing that is shared is trained")
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        at_head = beside(silo, "head_")
+        at_head.kept |= {name: silo.kept[name] for name in model.first_personal if name in silo.kept}
+        work = replace(self, lr=self.head_lr or self.lr, epochs=self.head_epochs, steps=self.head_steps)
+        with _only(model, "personal"):
+            head = descend(work, at_head, model, params_P, round)
+        silo.cursor = at_head.cursor
+        silo.kept |= {name: tensor for name, tensor in at_head.kept.items() if name in model.first_personal}
+        with _only(model, "shared"):
+            body = descend(self, silo, model, params_P, round)
+        silo.kept |= filed({n: t for n, t in at_head.kept.items() if n not in model.first_personal}, "head_")
+        num_samples = head.num_samples + body.num_samples
+        body.loss = (head.loss * head.num_samples + body.loss * body.num_samples) / num_samples
+        body.normalizer = body.num_steps
+        body.num_samples, body.num_steps = num_samples, head.num_steps + body.num_steps
+        return body
+
+
+@contextlib.contextmanager
+def _only(model: FlatModel, kind: str) -> Iterator[None]:
+    """Only what is of this kind is trained."""
+    tensors = model.module.state_dict(keep_vars=True)
+    still = [tensors[e.name] for e in model.entries if e.trainable and e.kind != kind]
+    for tensor in still:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in still:
+            tensor.requires_grad_(True)
+
+
+@component
+class PerFedAvg(Work):
+    """A model that one gradient step of a silo's own makes good: steps of lr along g(w - inner_lr g(w, D), D') (Fallah
+    et al. 2020, Personalized Federated Learning: A Meta-Learning Approach, Algorithm 1, first order: the paper's
+    approximation (i), which leaves the Hessian out).
+
+    What a silo then uses is its own step away: `evaluate.finetune: {name: sgd, lr: INNER_LR, steps: 1}` scores it.
+    Deviations: D and D' are the halves of one batch, of fewer than four samples both all of it; any optimizer of
+    torch.optim; deltas are weighted by samples. Two gradients a step, of half a batch each.
+    """
+
+    inner_lr: PositiveFloat  # alpha, of the step that a silo will take for itself
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        module = model.module
+        trained = {name: param for name, param in module.named_parameters() if param.requires_grad}
+
+        def after_a_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            half = (len(x) + 1) // 2
+            first, second = (slice(half), slice(half, None)) if len(x) > 3 else (slice(None), slice(None))
+            loss = round.loss(module(x[first]), y[first])
+            grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            moved = {  # the gradients count as constants, so that what is left of the chain rule is first order
+                name: param if grad is None else param - self.inner_lr * grad
+                for (name, param), grad in zip(trained.items(), grads, strict=True)
+            }
+            return round.loss(functional_call(module, moved, (x[second],)), y[second])
+
+        return descend(self, silo, model, params_P, round, batch_loss=after_a_step)
+
+
+RULES = {"ditto": Ditto, "apfl": Apfl, "fedrep": FedRep, "per_fedavg": PerFedAvg}
