@@ -118,9 +118,10 @@ class FedDyn(Work):
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         h_P = recall(silo, "dynamic", params_P)
-        by_P = None if h_P is None else -h_P
-        correct = pulled(model, params_P, self.alpha, by_P)
-        contribution = descend(self, silo, model, params_P, round, correct)
+        by_P = params_P * -self.alpha
+        if h_P is not None:
+            by_P.sub_(h_P)
+        contribution = descend(self, silo, model, params_P, round, pulled(model, self.alpha, by_P))
         moved_P = contribution.delta_P[: model.num_shared] * -self.alpha
         silo.kept["dynamic"] = moved_P if h_P is None else moved_P.add_(h_P)
         pull = self.rate(round) * self.alpha

@@ -100,6 +100,8 @@ def put_back(optimizer: torch.optim.Optimizer, kept: Mapping[str, torch.Tensor])
         if name.startswith(KEPT):
             number, _, key = name.removeprefix(KEPT).partition("_")
             param = params[int(number)]
-            device = "cpu" if value.dim() == 0 else param.device  # where torch has its counts of steps
+            group = next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))
+            on_device = group.get("capturable") or group.get("fused") or key != "step"  # as torch loads a state
+            device = param.device if on_device else "cpu"
             dtype = param.dtype if value.dtype == torch.float32 and param.dtype in HALF and value.dim() else value.dtype
             optimizer.state[param][key] = value.to(device, dtype, copy=True)
