@@ -43,13 +43,13 @@ def _mean_gradient(rule: Work, contribution: Contribution, round: Round, num_par
 
 @component
 class Scaffold(Work):
-    """Steps along g - c_k + c, c_k being the silo's control variate and c their mean over all silos (Karimireddy et
-    al. 2020, Algorithm 1, Options I and II).
+    """Steps along g - c_k + c (Karimireddy et al. 2020, SCAFFOLD, Algorithm 1, Options I and II).
 
-    c_k becomes the gradient at w_t over all of the silo's samples (I, one more pass over them) or c_k - c + (w_t - w_k)
-    / (lr |a|_1) (II); c moves by 1/K of the sum of what the c_k changed. |a|_1 is the number of steps for plain SGD, as
-    in the paper. Deviations: under momentum |a|_1 is what momentum makes of the steps (local/optimizers.py), without
-    which Option II diverges; deltas are weighted by samples unless the aggregator's weights are uniform.
+    c_k is the silo's control variate and c their mean over all silos. c_k becomes the gradient at w_t over all of the
+    silo's samples (I, one more pass over them) or c_k - c + (w_t - w_k) / (lr |a|_1) (II); c moves by 1/K of the sum of
+    what the c_k changed. |a|_1 is the number of steps for plain SGD, as in the paper. Deviations: under momentum |a|_1
+    is what momentum makes of the steps (local/optimizers.py), without which Option II diverges; deltas are weighted by
+    samples unless the aggregator's weights are uniform.
 
     `variant: benchmark` is what FLamby's benchmark runs under this name (Ogier du Terrail et al. 2022), for its
     numbers: before a round c_k grows by (w_t - the silo's last w_k) / (server_lr lr |a|_1), steps go along g - c_k, and
@@ -107,8 +107,10 @@ class Scaffold(Work):
 
 @component
 class FedDyn(Work):
-    """Steps on the loss, minus <h_k, w>, plus alpha/2 |w - w_t|^2; then h_k falls by alpha (w_k - w_t) (Acar et al.
-    2021, Algorithm 1, whose grad L_k(theta_k^{t-1}) is h_k). It needs the server `feddyn` with the same alpha.
+    """Steps on the loss, minus <h_k, w>, plus alpha/2 |w - w_t|^2 (Acar et al. 2021, FedDyn, Algorithm 1).
+
+    After the round h_k, the paper's grad L_k(theta_k^{t-1}), falls by alpha (w_k - w_t). The rule needs the server
+    `feddyn` with the same alpha.
 
     Deviations: the subproblem is solved for a set amount of work in place of exactly; where the aggregator's weights
     are not uniform, silos count by them and not alike, in the mean and in the server's h.
@@ -131,8 +133,7 @@ class FedDyn(Work):
 
 @component
 class GradientCorrection(Work):
-    """Steps along g + alpha (g' - g_k'), g' being last round's mean gradient of the cohort, and g_k' the silo's own of
-    the last round that it took part in.
+    """Steps along g + alpha (g' - g_k'), the cohort's mean gradient of the last round and the silo's own last one.
 
     SCAFFOLD's correction (Karimireddy et al. 2020, Algorithm 1, Option II) with the last round's gradients in place of
     control variates that remember: with alpha 1, everybody in every round and uniform weights the two are the same. A
@@ -162,11 +163,11 @@ class GradientCorrection(Work):
 
 @component
 class MimeLite(Work):
-    """Steps along (1 - beta) g + beta m, m being the server's momentum, which stands still during the round and then
-    becomes (1 - beta) of the mean of the silos' whole gradients at w_t, plus beta m (Karimireddy et al. 2021, Breaking
-    the centralized barrier for cross-device federated learning, Algorithm 1, MimeLite with SGDm).
+    """Steps along (1 - beta) g + beta m (Karimireddy et al. 2021, Mime, Algorithm 1: MimeLite with SGDm).
 
-    One more pass over the silo's samples. Deviation: the mean is weighted as the deltas are, by samples unless the
+    Breaking the centralized barrier for cross-device federated learning. m is the server's momentum: it stands still
+    during the round and then becomes beta m plus 1 - beta of the mean of the silos' whole gradients at w_t. It takes
+    one more pass over the silo's samples. Deviation: the mean is weighted as the deltas are, by samples unless the
     aggregator's weights are uniform.
     """
 

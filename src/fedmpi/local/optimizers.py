@@ -47,7 +47,7 @@ class EmaSGD(torch.optim.Optimizer):
 
 def num_gradients(optimizer: Deferred, num_steps: int, pull: float = 0.0) -> float | None:
     """|a|_1: how many gradients lie in what so many steps of an optimizer moved, in units of lr (Wang et al. 2020,
-    Tackling the Objective Inconsistency Problem, section 4.2). None where a step is not linear in the gradients.
+    Tackling the Objective Inconsistency Problem, section 4). None where a step is not linear in the gradients.
 
     Of SGD the steps; with momentum rho (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho); with a proximal term, of
     which `pull` is lr mu, (1 - (1 - pull)^tau) / pull. All of these, Nesterov's form, dampening and EmaSGD come out of
