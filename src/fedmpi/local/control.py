@@ -32,13 +32,20 @@ def _reads_gradients(rule: Work) -> None:
         raise ValueError("keep_optimizer: earlier rounds' gradients would be taken for this one's")
 
 
-def _mean_gradient(rule: Work, contribution: Contribution, round: Round, num_params: int) -> torch.Tensor:
-    """What was descended along on average, a new vector [P]: (w_t - w_k) / (lr |a|_1), the steps' gradients weighted
+def _mean_gradient(
+    rule: Work, contribution: Contribution, round: Round, by_P: torch.Tensor | None, before_P: torch.Tensor | None
+) -> torch.Tensor:
+    """The mean of the silo's gradients in the round without the correction `by`; what it was `before` if lr is 0.
+
+    What was descended along on average, a new vector [P]: (w_t - w_k) / (lr |a|_1), the steps' gradients weighted
     as the optimizer weights them. With plain SGD |a|_1 is the number of steps; momentum moves further with the same
     gradients, and by dividing by the steps alone a control variate would be taken 1 / (1 - rho) times too large.
     """
-    held = contribution.normalizer or contribution.num_steps
-    return contribution.delta_P[:num_params] * (-1 / (held * rule.rate(round)))
+    num_params = contribution.delta_P.numel() // 2  # the delta, and one auxiliary vector behind it
+    if not (rate := rule.rate(round)):  # the end of a schedule: nothing has moved
+        return contribution.delta_P[:num_params].clone() if before_P is None else before_P.clone()
+    mean_P = contribution.delta_P[:num_params] * (-1 / ((contribution.normalizer or contribution.num_steps) * rate))
+    return mean_P if by_P is None else mean_P.sub_(by_P)
 
 
 @component
@@ -75,7 +82,7 @@ class Scaffold(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         if self.variant == "benchmark":
             return self._benchmark(silo, model, params_P, round)
-        c_P, before_P, num = round.auxiliary["control"], recall(silo, "control", params_P), model.num_shared
+        c_P, before_P = round.auxiliary["control"], recall(silo, "control", params_P)
         by_P = c_P.clone() if before_P is None else c_P - before_P
         after_P = None
         if self.option == "I":
@@ -83,7 +90,7 @@ class Scaffold(Work):
             after_P = gradient_vector(model, params_P)
         contribution = descend(self, silo, model, params_P, round, corrected(model, by_P))
         if after_P is None:
-            after_P = _mean_gradient(self, contribution, round, num).sub_(by_P)
+            after_P = _mean_gradient(self, contribution, round, by_P, before_P)
         change_P = model.auxiliary(0)
         change_P.copy_(after_P)
         if before_P is not None:
@@ -93,7 +100,7 @@ class Scaffold(Work):
 
     def _benchmark(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         c_P, end_P = recall(silo, "control", params_P), recall(silo, "end", params_P)
-        if end_P is not None:
+        if end_P is not None and silo.kept["moved"] > 0:
             c_P = (params_P - end_P).div_(silo.kept["moved"].item()).add_(0.0 if c_P is None else c_P)
         correct = None if c_P is None else corrected(model, -c_P)
         contribution = descend(self, silo, model, params_P, round, correct)
@@ -153,9 +160,7 @@ class GradientCorrection(Work):
         by_P = None if own_P is None else (round.auxiliary["gradient"] - own_P).mul_(self.alpha)
         correct = None if by_P is None else corrected(model, by_P)
         contribution = descend(self, silo, model, params_P, round, correct)
-        new_P = _mean_gradient(self, contribution, round, model.num_shared)
-        if by_P is not None:
-            new_P.sub_(by_P)
+        new_P = _mean_gradient(self, contribution, round, by_P, own_P)
         model.auxiliary(0).copy_(new_P)
         silo.kept["gradient"] = new_P
         return contribution
