@@ -301,6 +301,12 @@ def test_scaffold_with_momentum_converges_where_division_by_steps_diverges(tmp_p
     assert np.abs(found - best).max() < 1e-5
 
 
+@pytest.mark.parametrize("more", [{}, {"variant": "benchmark"}, {"name": "gradient_correction"}])
+def test_a_last_round_in_which_nothing_moves(more: dict, tmp_path: Path) -> None:
+    local = {"name": "scaffold", "lr": 0.05, "steps": 4, "schedule": "cosine"}  # whose last rate is 0
+    assert np.isfinite(run({**local, **more}, tmp_path, 3)).all()
+
+
 def test_gradient_correction_of_everybody_alike_is_scaffold(tmp_path: Path) -> None:
     alike = {"aggregate": {"name": "mean", "weights": "uniform"}}
     work = {"lr": 0.05, "steps": 4, "batch_size": 5, "optimizer": {"name": "SGD", "momentum": 0.5}}

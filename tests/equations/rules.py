@@ -37,7 +37,7 @@ def fedsgd_clipped(problem: Problem) -> list[np.ndarray]:
 
 
 def fedprox_adaptive(problem: Problem) -> list[np.ndarray]:
-    """Li et al. 2020, Algorithm 2 and section 5.3.2: each silo's mu follows its own loss."""
+    """Li et al. 2020, Algorithm 2 and section 5.3: each silo's mu follows its own loss."""
     mu, last, falls = [0.25] * problem.num_silos, [None] * problem.num_silos, [0] * problem.num_silos
     changed = set()
 
@@ -85,7 +85,7 @@ def scaffold_1(problem: Problem) -> list[np.ndarray]:
 
 
 def sum_of_a(rho: float, tau: int) -> float:
-    """|a|_1 of momentum, Wang et al. 2020, section 4.2: a_i = (1 - rho^(tau - i)) / (1 - rho)."""
+    """|a|_1 of momentum, Wang et al. 2020, section 4: a_i = (1 - rho^(tau - i)) / (1 - rho)."""
     return sum((1 - rho ** (tau - i)) / (1 - rho) for i in range(tau))
 
 

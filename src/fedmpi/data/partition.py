@@ -210,9 +210,10 @@ PARTITIONS = Family("partition", {"iid": Iid, "dirichlet": Dirichlet, "labels": 
 
 @component
 class Shared:
-    """Another partition, and to every silo's training samples some that all share (Zhao et al. 2018, Federated
-    learning with non-IID data, section 4): a set G of `share` of all, as many of every class, of which each silo gets a
-    random `portion` besides its own.
+    """Another partition, and more to train on that all silos share (Zhao et al. 2018, section 4: data sharing).
+
+    Federated learning with non-IID data. What is shared is a set G of `share` of all training samples, as many of every
+    class, of which each silo gets a random `portion` besides its own.
 
     Deviations: the paper sets G apart; here its samples come from all silos' own, where they stay. A silo's weight
     n_k counts what it was given too. The parts are those of the other partition with the same seed.

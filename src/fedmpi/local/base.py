@@ -340,16 +340,14 @@ def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Corre
     return correct
 
 
-def pulled(model: FlatModel, to_P: torch.Tensor, mu: float, by_P: torch.Tensor | None = None) -> Correct:
-    """A `correct` for `descend`: g becomes g + mu (w - to), plus `by` if given."""
-    pairs, more = model.pairs(to_P), [] if by_P is None else model.pairs(by_P)
+def pulled(model: FlatModel, mu: float, by_P: torch.Tensor) -> Correct:
+    """A `correct` for `descend`: g becomes g + mu w + by; towards a point if `by` is -mu times it."""
+    pairs = model.pairs(by_P)
 
     def correct() -> None:
-        grads, starts = _graded(pairs)
+        grads, parts = _graded(pairs)
         torch._foreach_add_(grads, [param for param, _ in pairs if param.grad is not None], alpha=mu)
-        torch._foreach_sub_(grads, starts, alpha=mu)
-        if more:
-            torch._foreach_add_(grads, _graded(more)[1])
+        torch._foreach_add_(grads, parts)
 
     return correct
 

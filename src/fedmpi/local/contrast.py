@@ -14,10 +14,11 @@ from fedmpi.types import Contribution
 
 @component
 class Moon(Work):
-    """Steps on the loss and mu times the mean over the batch of -log(e^(sim(z, z_glob)/tau) / (e^(sim(z, z_glob)/tau) +
-    e^(sim(z, z_prev)/tau))), sim being the cosine of the angle between representations of the model as it is, as the
-    server sent it, and as the silo last sent it (Li, He and Song 2021, Model-contrastive federated learning,
-    Algorithm 1).
+    """Steps on the loss and mu times a model-contrastive one (Li, He and Song 2021, MOON, Algorithm 1).
+
+    The latter is the batch's mean of -log(e^(sim(z, z_glob)/tau) / (e^(sim(z, z_glob)/tau) + e^(sim(z, z_prev)/tau))),
+    sim being the cosine of the angle between representations of the model as it is, as the server sent it, and as the
+    silo last sent it.
 
     A representation is what enters the model's last Linear layer, or what the module called `features` returns; the
     paper has a projection head there, which is the model's to bring. Deviations: in a silo's first round there is

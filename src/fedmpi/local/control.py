@@ -32,24 +32,31 @@ def _reads_gradients(rule: Work) -> None:
         raise ValueError("keep_optimizer: earlier rounds' gradients would be taken for this one's")
 
 
-def _mean_gradient(rule: Work, contribution: Contribution, round: Round, num_params: int) -> torch.Tensor:
-    """What was descended along on average, a new vector [P]: (w_t - w_k) / (lr |a|_1), the steps' gradients weighted
+def _mean_gradient(
+    rule: Work, contribution: Contribution, round: Round, by_P: torch.Tensor | None, before_P: torch.Tensor | None
+) -> torch.Tensor:
+    """The mean of the silo's gradients in the round without the correction `by`; what it was `before` if lr is 0.
+
+    What was descended along on average, a new vector [P]: (w_t - w_k) / (lr |a|_1), the steps' gradients weighted
     as the optimizer weights them. With plain SGD |a|_1 is the number of steps; momentum moves further with the same
     gradients, and by dividing by the steps alone a control variate would be taken 1 / (1 - rho) times too large.
     """
-    held = contribution.normalizer or contribution.num_steps
-    return contribution.delta_P[:num_params] * (-1 / (held * rule.rate(round)))
+    num_params = contribution.delta_P.numel() // 2  # the delta, and one auxiliary vector behind it
+    if not (rate := rule.rate(round)):  # the end of a schedule: nothing has moved
+        return contribution.delta_P[:num_params].clone() if before_P is None else before_P.clone()
+    mean_P = contribution.delta_P[:num_params] * (-1 / ((contribution.normalizer or contribution.num_steps) * rate))
+    return mean_P if by_P is None else mean_P.sub_(by_P)
 
 
 @component
 class Scaffold(Work):
-    """Steps along g - c_k + c, c_k being the silo's control variate and c their mean over all silos (Karimireddy et
-    al. 2020, Algorithm 1, Options I and II).
+    """Steps along g - c_k + c (Karimireddy et al. 2020, SCAFFOLD, Algorithm 1, Options I and II).
 
-    c_k becomes the gradient at w_t over all of the silo's samples (I, one more pass over them) or c_k - c + (w_t - w_k)
-    / (lr |a|_1) (II); c moves by 1/K of the sum of what the c_k changed. |a|_1 is the number of steps for plain SGD, as
-    in the paper. Deviations: under momentum |a|_1 is what momentum makes of the steps (local/optimizers.py), without
-    which Option II diverges; deltas are weighted by samples unless the aggregator's weights are uniform.
+    c_k is the silo's control variate and c their mean over all silos. c_k becomes the gradient at w_t over all of the
+    silo's samples (I, one more pass over them) or c_k - c + (w_t - w_k) / (lr |a|_1) (II); c moves by 1/K of the sum of
+    what the c_k changed. |a|_1 is the number of steps for plain SGD, as in the paper. Deviations: under momentum |a|_1
+    is what momentum makes of the steps (local/optimizers.py), without which Option II diverges; deltas are weighted by
+    samples unless the aggregator's weights are uniform.
 
     `variant: benchmark` is what FLamby's benchmark runs under this name (Ogier du Terrail et al. 2022), for its
     numbers: before a round c_k grows by (w_t - the silo's last w_k) / (server_lr lr |a|_1), steps go along g - c_k, and
@@ -75,7 +82,7 @@ class Scaffold(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         if self.variant == "benchmark":
             return self._benchmark(silo, model, params_P, round)
-        c_P, before_P, num = round.auxiliary["control"], recall(silo, "control", params_P), model.num_shared
+        c_P, before_P = round.auxiliary["control"], recall(silo, "control", params_P)
         by_P = c_P.clone() if before_P is None else c_P - before_P
         after_P = None
         if self.option == "I":
@@ -83,7 +90,7 @@ class Scaffold(Work):
             after_P = gradient_vector(model, params_P)
         contribution = descend(self, silo, model, params_P, round, corrected(model, by_P))
         if after_P is None:
-            after_P = _mean_gradient(self, contribution, round, num).sub_(by_P)
+            after_P = _mean_gradient(self, contribution, round, by_P, before_P)
         change_P = model.auxiliary(0)
         change_P.copy_(after_P)
         if before_P is not None:
@@ -93,7 +100,7 @@ class Scaffold(Work):
 
     def _benchmark(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         c_P, end_P = recall(silo, "control", params_P), recall(silo, "end", params_P)
-        if end_P is not None:
+        if end_P is not None and silo.kept["moved"] > 0:
             c_P = (params_P - end_P).div_(silo.kept["moved"].item()).add_(0.0 if c_P is None else c_P)
         correct = None if c_P is None else corrected(model, -c_P)
         contribution = descend(self, silo, model, params_P, round, correct)
@@ -107,8 +114,10 @@ class Scaffold(Work):
 
 @component
 class FedDyn(Work):
-    """Steps on the loss, minus <h_k, w>, plus alpha/2 |w - w_t|^2; then h_k falls by alpha (w_k - w_t) (Acar et al.
-    2021, Algorithm 1, whose grad L_k(theta_k^{t-1}) is h_k). It needs the server `feddyn` with the same alpha.
+    """Steps on the loss, minus <h_k, w>, plus alpha/2 |w - w_t|^2 (Acar et al. 2021, FedDyn, Algorithm 1).
+
+    After the round h_k, the paper's grad L_k(theta_k^{t-1}), falls by alpha (w_k - w_t). The rule needs the server
+    `feddyn` with the same alpha.
 
     Deviations: the subproblem is solved for a set amount of work in place of exactly; where the aggregator's weights
     are not uniform, silos count by them and not alike, in the mean and in the server's h.
@@ -118,9 +127,10 @@ class FedDyn(Work):
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         h_P = recall(silo, "dynamic", params_P)
-        by_P = None if h_P is None else -h_P
-        correct = pulled(model, params_P, self.alpha, by_P)
-        contribution = descend(self, silo, model, params_P, round, correct)
+        by_P = params_P * -self.alpha
+        if h_P is not None:
+            by_P.sub_(h_P)
+        contribution = descend(self, silo, model, params_P, round, pulled(model, self.alpha, by_P))
         moved_P = contribution.delta_P[: model.num_shared] * -self.alpha
         silo.kept["dynamic"] = moved_P if h_P is None else moved_P.add_(h_P)
         pull = self.rate(round) * self.alpha
@@ -130,8 +140,7 @@ class FedDyn(Work):
 
 @component
 class GradientCorrection(Work):
-    """Steps along g + alpha (g' - g_k'), g' being last round's mean gradient of the cohort, and g_k' the silo's own of
-    the last round that it took part in.
+    """Steps along g + alpha (g' - g_k'), the cohort's mean gradient of the last round and the silo's own last one.
 
     SCAFFOLD's correction (Karimireddy et al. 2020, Algorithm 1, Option II) with the last round's gradients in place of
     control variates that remember: with alpha 1, everybody in every round and uniform weights the two are the same. A
@@ -151,9 +160,7 @@ class GradientCorrection(Work):
         by_P = None if own_P is None else (round.auxiliary["gradient"] - own_P).mul_(self.alpha)
         correct = None if by_P is None else corrected(model, by_P)
         contribution = descend(self, silo, model, params_P, round, correct)
-        new_P = _mean_gradient(self, contribution, round, model.num_shared)
-        if by_P is not None:
-            new_P.sub_(by_P)
+        new_P = _mean_gradient(self, contribution, round, by_P, own_P)
         model.auxiliary(0).copy_(new_P)
         silo.kept["gradient"] = new_P
         return contribution
@@ -161,11 +168,11 @@ class GradientCorrection(Work):
 
 @component
 class MimeLite(Work):
-    """Steps along (1 - beta) g + beta m, m being the server's momentum, which stands still during the round and then
-    becomes (1 - beta) of the mean of the silos' whole gradients at w_t, plus beta m (Karimireddy et al. 2021, Breaking
-    the centralized barrier for cross-device federated learning, Algorithm 1, MimeLite with SGDm).
+    """Steps along (1 - beta) g + beta m (Karimireddy et al. 2021, Mime, Algorithm 1: MimeLite with SGDm).
 
-    One more pass over the silo's samples. Deviation: the mean is weighted as the deltas are, by samples unless the
+    Breaking the centralized barrier for cross-device federated learning. m is the server's momentum: it stands still
+    during the round and then becomes beta m plus 1 - beta of the mean of the silos' whole gradients at w_t. It takes
+    one more pass over the silo's samples. Deviation: the mean is weighted as the deltas are, by samples unless the
     aggregator's weights are uniform.
     """
 

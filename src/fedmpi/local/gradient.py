@@ -33,8 +33,9 @@ class Sgd(Work):
 
 @component
 class FedSgd:
-    """One step along the gradient of all of the silo's samples: FedSGD (McMahan et al. 2017, section 2: C the
-    selector's fraction, E = 1, B infinite), in its form that averages parameters.
+    """FedSGD: one step along the gradient of all of the silo's samples (McMahan et al. 2017, section 2).
+
+    In the form that averages parameters; C is the selector's fraction, E = 1, B infinite.
 
     Deviations: gradient clipping; the gradient may be added up from so many samples at a time.
     """
@@ -63,9 +64,10 @@ class FedSgd:
 
 @component
 class FedProx(Work):
-    """Steps on the loss and mu/2 |w - w_t|^2 (Li et al. 2020, Federated Optimization in Heterogeneous Networks,
-    Algorithm 2), mu set or adaptive (the same paper, section 5.3.2: mu rises by 0.1 when the loss does, and falls by
-    0.1 when the loss has fallen five times in a row).
+    """Steps on the loss and mu/2 |w - w_t|^2, mu set or adaptive (Li et al. 2020, Algorithm 2; section 5.3).
+
+    Federated Optimization in Heterogeneous Networks. An adaptive mu rises by 0.1 when the loss does, and falls by 0.1
+    when the loss has fallen five times in a row.
 
     Deviations: silos are weighted by their samples, and taken with equal probability, as in FedAvg; the subproblem is
     solved for a set amount of work in place of gamma-inexactly. An adaptive mu is the silo's own: it follows the mean
@@ -80,7 +82,7 @@ class FedProx(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         kept = silo.kept.get("proximal") if self.adaptive else None  # mu, the last loss, how often in a row it fell
         mu, last, falls = (self.mu, None, 0) if kept is None else (kept[0].item(), kept[1].item(), int(kept[2]))
-        contribution = descend(self, silo, model, params_P, round, pulled(model, params_P, mu) if mu else None)
+        contribution = descend(self, silo, model, params_P, round, pulled(model, mu, params_P * -mu) if mu else None)
         contribution.normalizer = num_gradients(self.optimizer, contribution.num_steps, self.rate(round) * mu)
         if self.adaptive:
             if last is not None and contribution.loss > last:

@@ -47,7 +47,7 @@ class EmaSGD(torch.optim.Optimizer):
 
 def num_gradients(optimizer: Deferred, num_steps: int, pull: float = 0.0) -> float | None:
     """|a|_1: how many gradients lie in what so many steps of an optimizer moved, in units of lr (Wang et al. 2020,
-    Tackling the Objective Inconsistency Problem, section 4.2). None where a step is not linear in the gradients.
+    Tackling the Objective Inconsistency Problem, section 4). None where a step is not linear in the gradients.
 
     Of SGD the steps; with momentum rho (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho); with a proximal term, of
     which `pull` is lr mu, (1 - (1 - pull)^tau) / pull. All of these, Nesterov's form, dampening and EmaSGD come out of
@@ -100,6 +100,8 @@ def put_back(optimizer: torch.optim.Optimizer, kept: Mapping[str, torch.Tensor])
         if name.startswith(KEPT):
             number, _, key = name.removeprefix(KEPT).partition("_")
             param = params[int(number)]
-            device = "cpu" if value.dim() == 0 else param.device  # where torch has its counts of steps
+            group = next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))
+            on_device = group.get("capturable") or group.get("fused") or key != "step"  # as torch loads a state
+            device = param.device if on_device else "cpu"
             dtype = param.dtype if value.dtype == torch.float32 and param.dtype in HALF and value.dim() else value.dtype
             optimizer.state[param][key] = value.to(device, dtype, copy=True)
