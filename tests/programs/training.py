@@ -296,8 +296,8 @@ on_last_rank = False
 
 
 def refuses_to_look(outputs, targets):
-    """On the last rank this cannot be evaluated, only trained."""
-    if on_last_rank and not torch.is_grad_enabled():
+    """On the last rank this cannot be evaluated, only trained and tried on two samples."""
+    if on_last_rank and not torch.is_grad_enabled() and len(outputs) > 2:
         raise OSError("no look")
     return torch.nn.functional.cross_entropy(outputs, targets)
 
