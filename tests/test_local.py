@@ -21,8 +21,12 @@ from fedmpi.local.base import TORCH_OPTIMIZERS, plain_step
 from fedmpi.local.optimizers import EmaSGD, num_gradients, put_back, state_to_keep
 from fedmpi.types import SiloData
 
-NEEDS = {"fedsgd": {"lr": 0.1, "batch_size": 6}}  # the others: this much work
-USUAL = {"lr": 0.1, "steps": 3, "batch_size": 6}
+USUAL = {"lr": 0.1, "steps": 3, "batch_size": 6}  # what most rules need
+NEEDS = {
+    "fedsgd": {"lr": 0.1, "batch_size": 6},
+    "fedrep": USUAL | {"head_steps": 2},
+    "per_fedavg": USUAL | {"inner_lr": 0.05},
+}
 MORE = {
     "scaffold, I": {"name": "scaffold", "option": "I"},
     "scaffold, benchmark": {"name": "scaffold", "variant": "benchmark"},

@@ -6,6 +6,7 @@ Arguments: FOLDER, shared by all launches, and the number of ranks of the launch
 import contextlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedmpi.errors import ConfigError, Diverged, ExchangeError, SiloError
 from fedmpi.exchange.section import PLANS
 from fedmpi.flat import sha256
 from fedmpi.plan import plan as promise
+from fedmpi.results import newest
 from fedmpi.selection import All
 
 CASES = {}
@@ -355,8 +357,8 @@ on_last_rank = False
 
 
 def refuses_to_look(outputs, targets):
-    """On the last rank this cannot be evaluated, only trained."""
-    if on_last_rank and not torch.is_grad_enabled():
+    """On the last rank this cannot be evaluated, only trained and tried on two samples."""
+    if on_last_rank and not torch.is_grad_enabled() and len(outputs) > 2:
         raise OSError("no look")
     return torch.nn.functional.cross_entropy(outputs, targets)
 
@@ -373,6 +375,29 @@ def a_silo_that_fails_while_losses_are_looked_up_is_an_error_on_every_rank(comm,
         assert f"rank {comm.size - 1}, silo " in str(error) and "before round 1" in str(error), error
     else:
         raise AssertionError("a loss that raises went through")
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A learning rate that is much too large from round 4 on."""
+
+    def lr(self, eta0, round, rounds):
+        return 1e3 * eta0 if round >= 4 else eta0
+
+
+@case
+def norms_that_explode_end_the_run_alike_on_every_rank(comm, folder):
+    local = {"name": "sgd", "lr": 0.1, "epochs": 1, "schedule": f"{__name__}:Slope"}
+    config = configured(folder, f"exploded-{comm.size}", local=local, rounds=8, stop={"patience": 2, "norm_factor": 20})
+    try:
+        trained(comm, config)
+    except Diverged as error:
+        said = comm.gather(str(error).encode().ljust(400))
+        require_equal("what ranks say", len(set(said)), 1)
+        assert str(error).startswith("round 5: the run has diverged: "), error
+    else:
+        raise AssertionError("nobody has seen it")
+    require_equal("newest checkpoint", newest(Path(config.out)), 3)
 
 
 @case
