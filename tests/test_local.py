@@ -19,6 +19,7 @@ from fedmpi.flat import FlatModel
 from fedmpi.local import RULES, LocalSilo, Round
 from fedmpi.local.base import TORCH_OPTIMIZERS, plain_step
 from fedmpi.local.optimizers import EmaSGD, num_gradients, put_back, state_to_keep
+from fedmpi.local.personal import FedRep
 from fedmpi.types import SiloData
 
 USUAL = {"lr": 0.1, "steps": 3, "batch_size": 6}  # what most rules need
@@ -51,7 +52,8 @@ class Bench:
         torch.manual_seed(3)
         layers = [torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(5, 2)]
         self.rule, self.auxiliaries = rule, getattr(rule, "auxiliaries", ())
-        self.model = FlatModel(torch.nn.Sequential(*layers), num_auxiliaries=len(self.auxiliaries))
+        shared = ["*", "!3.*"] if isinstance(rule, FedRep) else "all"
+        self.model = FlatModel(torch.nn.Sequential(*layers), shared, num_auxiliaries=len(self.auxiliaries))
         self.params_P = self.model.params()
         x, y = torch.randn(20, 3), torch.arange(20) % 2
         self.silo = LocalSilo("a", SiloData(x, y, x[:4], y[:4]), 20.0)
@@ -154,6 +156,8 @@ def config(case, out, rounds):
     values |= {"device": {"name": "cpu"}, "checkpoint": {"every": 2}}
     if local["name"] == "feddyn":
         values["server"] = {"optimizer": "feddyn"}
+    if local["name"] == "fedrep":
+        values["exchange"] = {"parameters": ["*", "!2.*"]}
     return build(fedmpi.Config, values)
 
 
