@@ -95,6 +95,14 @@ REFUSED = [
     ("model: {name: 'nowhere_at_all:factory'}", "model: cannot import 'nowhere_at_all:factory': No module named"),
     ("model: {name: 'fedmpi.models:nothing'}", "model: cannot import 'fedmpi.models:nothing': module"),
     ("select: {name: 'collections:Counter'}", "select: 'collections:Counter' is no dataclass, so it cannot be"),
+    # sections in sections
+    ("device: cuda", "device: expected keys and values, got 'cuda'; there is: name, share"),
+    ("exchange: {up: int8}", "exchange.up: expected keys and values, got 'int8'; there is: codec, feedback, decay"),
+    ("exchange: {regions: {evry: 2}}", "exchange.regions: 'regions' has no 'evry'; did you mean 'every'?"),
+    ("exchange: {regions: {levels: [node]}}", "exchange.regions.levels.0: expected keys and values, got 'node'; "),
+    ("exchange: {regions: {levels: [{up: {codec: int9}}]}}", "exchange.regions.levels.0.up.codec: no codec 'int9'; "),
+    ("exchange: {regions: {levels: [{by: rack}]}}", "exchange.regions.levels.0.by: node, or regions such as"),
+    ("exchange: {regions: {levels: [{by: {a: vm}}]}}", "exchange.regions.levels.0.by: node, or regions such as"),
     # no YAML
     ("rounds: 3\nseed: [1\nout: a", "a.yaml:3: not YAML: "),
     ("rounds: 3\n\tseed: 1", "a.yaml:2: not YAML: found character"),
