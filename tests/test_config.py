@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import yaml
 
-from fedmpi.catalogue import FAMILIES
+from fedmpi.catalogue import FAMILIES, lines
 from fedmpi.components import Deferred, build, hints, to_dict
 from fedmpi.config import Config, differences, digest, flatten, load, origin_of
 from fedmpi.errors import ConfigError
@@ -308,3 +308,12 @@ def test_a_users_own_model_factory_is_called_with_the_values_of_the_configuratio
     said = refusal(load, file(text), ["model.widht=2"])
     assert said == "model: 'factory' has no 'widht'; did you mean 'width'?"
     assert refusal(load, file("model: 'own_components:factory'")).startswith("model: 'factory': missing a required")
+
+
+def test_list_shows_the_fields_of_sections():
+    shown = lines("exchange")
+    assert any(line.startswith("  plan = replicated  # root: rank 0 steps; ") for line in shown)
+    assert any(line.startswith("    every = 1  # rounds from one exchange") for line in shown)
+    assert all("  # " in line for line in shown[1:-1])
+    assert "  device = {name: auto, share: false}  # Where a rank trains." in lines()
+    assert refusal(lines, "exchang").endswith("did you mean 'exchange'?")

@@ -290,7 +290,9 @@ def export(
 
 
 @app.command("list")
-def catalogue(family: Annotated[str | None, typer.Argument(help="one family only")] = None) -> None:
+def catalogue(
+    family: Annotated[str | None, typer.Argument(help="one family, or a section such as exchange")] = None,
+) -> None:
     """Everything a configuration can name: families, their members, fields, defaults."""
 
     def work() -> None:

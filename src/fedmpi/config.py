@@ -35,7 +35,7 @@ from fedmpi.types import Dataset
 
 @component
 class ServerSection:
-    """What rank 0 does besides hosting silos."""
+    """The step that the aggregate is for, and whether rank 0 is kept free for it."""
 
     optimizer: Annotated[ServerOptimizer, OPTIMIZERS] = FedAvg()  # how the aggregate moves the parameters
     dedicated: bool = False  # rank 0 hosts no silo
