@@ -169,6 +169,10 @@ def _print_plan(result: dict[str, Any]) -> None:
     console.print(table)
     if result["central"]:
         console.print("data: one central set; every rank reads all of it and keeps its silos' parts")
+    if result["undeclared"]:
+        ids = result["undeclared"]
+        silos = ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+        console.print(f"num_samples is not declared, so their data are not in the figures above: {silos}")
     for silo, host in result["pinned"].items():
         console.print(f"silo {silo}: only on host {host} (placed above as if it were free)")
     console.print(f"parameters: {result['parameters']:,}, of which shared {result['shared_parameters']:,}")
