@@ -25,6 +25,7 @@ app = typer.Typer(
     name="fedmpi",
     help="Federated training under mpirun or srun: one model over data that stay where they are. " + EXIT_CODES,
     add_completion=False,
+    rich_markup_mode="markdown",  # which fills paragraphs; else their lines end where those of the source do
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # the entry point must see errors, to end the other ranks
 )
