@@ -1,4 +1,4 @@
-"""What `fedmpi list` prints: every family, its members, their fields with defaults and one line each."""
+"""What `fedmpi list` prints: every family, its members, their fields with defaults and one line each; and sections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import textwrap
 
 from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
-from fedmpi.components import Family, hints, nearest, to_dict
+from fedmpi.components import Family, hints, nearest, section_of, to_dict
 from fedmpi.config import Config
 from fedmpi.data import DATASETS, PARTITIONS
 from fedmpi.errors import ConfigError
@@ -38,11 +38,16 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "codecs": (CODECS, "exchange.up.codec"),
 }
 
+# what has no name to choose by, only fields
+SECTIONS: dict[str, type] = {key: cls for key, hint in hints(Config).items() if (cls := section_of(hint)) is not None}
+
 
 def lines(family: str | None = None) -> list[str]:
-    """The text, for all families or one. Raises ConfigError for a family that is none."""
+    """The text, for all families, or for one family or section. Raises ConfigError for what is neither."""
+    if family in SECTIONS:
+        return [family, *_nested(SECTIONS[family]), ""]
     if family is not None and family not in FAMILIES:
-        raise ConfigError(f"no family '{family}'{nearest(family, FAMILIES)}")
+        raise ConfigError(f"no family '{family}'{nearest(family, [*FAMILIES, *SECTIONS])}")
     text: list[str] = []
     if family is None:
         text += ["configuration", *_fields(Config), ""]
@@ -58,7 +63,17 @@ def lines(family: str | None = None) -> list[str]:
             text += [f"  {line}" for line in (_fields(cls) if known and family is not None else [])]
         text.append("")
     if family is None:
-        text.append("`fedmpi list FAMILY` shows the fields of its members.")
+        text.append("`fedmpi list FAMILY` shows the fields of its members, `fedmpi list exchange` those of a section.")
+    return text
+
+
+def _nested(cls: type) -> list[str]:
+    """The fields of a section, those of sections in it below them."""
+    text = []
+    for line, hint in zip(_fields(cls), hints(cls).values(), strict=True):
+        text.append(line)
+        if (inner := section_of(hint)) is not None:
+            text += [f"  {one}" for one in _nested(inner)]
     return text
 
 
@@ -67,11 +82,11 @@ def _fields(cls: type) -> list[str]:
     comments = _comments(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         known = hints(cls)[field.name]
-        if field.default is not dataclasses.MISSING:
-            value = to_dict(field.default, known)
-            default = f" = {_short(value)}"
-        elif field.default_factory is not dataclasses.MISSING:
-            default = f" = {_short(to_dict(field.default_factory(), known))}"
+        factory = getattr(field.default, "default_factory", None) or field.default_factory  # pydantic's or its own
+        if factory is not dataclasses.MISSING:
+            default = f" = {_short(to_dict(factory(), known))}"
+        elif field.default is not dataclasses.MISSING:
+            default = f" = {_short(to_dict(field.default, known), section_of(known) is not None)}"
         else:
             default = " (required)"
         comment = comments.get(field.name) or _doc(known)
@@ -79,11 +94,15 @@ def _fields(cls: type) -> list[str]:
     return text
 
 
-def _short(value: object) -> str:
+def _short(value: object, whole: bool = False) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_short, value)) + "]"
     if isinstance(value, dict):
-        if "name" in value:
+        if "name" in value and not (whole and len(value) > 1):
             return str(value["name"])
         return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else str(value)
 
 

@@ -25,6 +25,7 @@ app = typer.Typer(
     name="fedmpi",
     help="Federated training under mpirun or srun: one model over data that stay where they are. " + EXIT_CODES,
     add_completion=False,
+    rich_markup_mode="markdown",  # which fills paragraphs; else their lines end where those of the source do
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # the entry point must see errors, to end the other ranks
 )
@@ -175,6 +176,10 @@ def _print_plan(result: dict[str, Any]) -> None:
     console.print(table)
     if result["central"]:
         console.print("data: one central set; every rank reads all of it and keeps its silos' parts")
+    if result["undeclared"]:
+        ids = result["undeclared"]
+        silos = ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+        console.print(f"num_samples is not declared, so their data are not in the figures above: {silos}")
     for silo, host in result["pinned"].items():
         console.print(f"silo {silo}: only on host {host} (placed above as if it were free)")
     console.print(f"parameters: {result['parameters']:,}, of which shared {result['shared_parameters']:,}")
@@ -296,7 +301,9 @@ def export(
 
 
 @app.command("list")
-def catalogue(family: Annotated[str | None, typer.Argument(help="one family only")] = None) -> None:
+def catalogue(
+    family: Annotated[str | None, typer.Argument(help="one family, or a section such as exchange")] = None,
+) -> None:
     """Everything a configuration can name: families, their members, fields, defaults."""
 
     def work() -> None:

@@ -113,8 +113,13 @@ def family_of(annotation: Any) -> Family | None:
 
 
 def section_of(annotation: Any) -> type | None:
-    """The component class that an annotation names directly, if any."""
-    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+    """The component class that an annotation names: by itself, or with None, or as what a list holds."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return annotation
+    for part in typing.get_args(annotation):
+        if (found := section_of(part)) is not None:
+            return found
+    return None
 
 
 def hints(cls: type) -> dict[str, Any]:
@@ -138,8 +143,8 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
         family, section = family_of(known[name]), section_of(known[name])
         if family is not None and not (value is None and type(None) in typing.get_args(known[name])):
             value = family.build(value, here)
-        elif section is not None and isinstance(value, Mapping):
-            value = build(section, value, here, f"'{name}'")
+        elif section is not None:
+            value = _in_section(section, value, here, name)
         ready[name] = value
     try:
         return pydantic.TypeAdapter(cls).validate_python(ready)
@@ -152,6 +157,17 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
         got = "" if first["type"] in ("value_error", "assertion_error") else f", got {first['input']!r}"
         where = f"{at}: " if at else ""
         raise ConfigError(f"{where}{message[:1].lower()}{message[1:]}{got}") from None
+
+
+def _in_section(section: type, value: Any, path: str, name: str) -> Any:
+    """The value with a component in place of each mapping; what is none says what could be there."""
+    if isinstance(value, Mapping):
+        return build(section, value, path, f"'{name}'")
+    if isinstance(value, list):
+        return [_in_section(section, one, f"{path}.{i}", name) for i, one in enumerate(value)]
+    if isinstance(value, (str, bool, int, float)):
+        raise ConfigError(f"{path}: expected keys and values, got {value!r}; there is: {', '.join(hints(section))}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ from fedmpi.types import Dataset
 
 @component
 class ServerSection:
-    """What rank 0 does besides hosting silos."""
+    """The step that the aggregate is for, and whether rank 0 is kept free for it."""
 
     optimizer: Annotated[ServerOptimizer, OPTIMIZERS] = FedAvg()  # how the aggregate moves the parameters
     average: Average | None = None  # over rounds, of the parameters: evaluated and saved in their place

@@ -56,8 +56,8 @@ def make(model: Any, source: Source) -> nn.Module:
 class Logistic:
     """Logistic regression, or linear regression: one linear layer, logits out; parameters are weights, then bias."""
 
-    inputs: PositiveInt | None = None  # values of a sample; None: as the data
-    classes: PositiveInt | None = None  # classes, or targets of a regression; None: as the data
+    inputs: PositiveInt | None = None  # values of a sample; null: as the data
+    classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
 
     def build(self, source: Source) -> nn.Module:
         """Flatten, linear."""
@@ -71,8 +71,8 @@ class MLP:
 
     hidden: tuple[PositiveInt, ...] = (200, 200)  # widths of the hidden layers
     activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"  # after every hidden layer
-    inputs: PositiveInt | None = None  # values of a sample; None: as the data
-    classes: PositiveInt | None = None  # classes, or targets of a regression; None: as the data
+    inputs: PositiveInt | None = None  # values of a sample; null: as the data
+    classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
 
     def build(self, source: Source) -> nn.Module:
         """Flatten, hidden layers, linear."""
@@ -94,8 +94,8 @@ class CNN:
 
     kernel: PositiveInt = 5  # side of both convolutions, pixels
     padding: NonNegativeInt = 0  # zeros around both convolutions' inputs, pixels; 8x8 images need 2
-    inputs: PositiveInt | None = None  # channels of an image; None: as the data
-    classes: PositiveInt | None = None  # classes, or targets of a regression; None: as the data
+    inputs: PositiveInt | None = None  # channels of an image; null: as the data
+    classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
 
     def build(self, source: Source) -> nn.Module:
         """Two convolutions, each with ReLU and 2x2 max pooling; three linear layers."""
@@ -141,8 +141,8 @@ class ResNet18:
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layers: 3x3, or 7x7 of stride 2 and pooling
     groups: PositiveInt = 2  # of channels that are normalized together; divides `width`
     width: PositiveInt = 64  # channels of the first stage; doubled three times
-    inputs: PositiveInt | None = None  # channels of an image; None: as the data
-    classes: PositiveInt | None = None  # classes, or targets of a regression; None: as the data
+    inputs: PositiveInt | None = None  # channels of an image; null: as the data
+    classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
 
     def __post_init__(self) -> None:
         if self.width % self.groups:
@@ -179,9 +179,9 @@ class Transformer:
     layers: PositiveInt = 4  # blocks
     heads: PositiveInt = 4  # attention heads of a block; divides `width`
     width: PositiveInt = 128  # numbers that stand for a symbol
-    context: PositiveInt | None = None  # symbols that can be looked at; None: as long as the samples
+    context: PositiveInt | None = None  # symbols that can be looked at; null: as long as the samples
     tied: bool = True  # does the embedding serve as output layer too (Press & Wolf 2017)?
-    classes: PositiveInt | None = None  # symbols of the vocabulary; None: as the data
+    classes: PositiveInt | None = None  # symbols of the vocabulary; null: as the data
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -38,9 +38,9 @@ Tensor = torch.Tensor
 class Objective:
     """Loss and metric by name; None takes the task's own (table in this module's docstring)."""
 
-    loss: str | None = None  # minimised in training: a name or "package.module:function"; None: by task
-    metric: str | None = None  # measured on test sets: a name or "package.module:function"; None: by task
-    maximize: bool | None = None  # is higher better? None: known of names; for your own, not in regression
+    loss: str | None = None  # minimised in training: a name or "package.module:function"; null: by task
+    metric: str | None = None  # measured on test sets: a name or "package.module:function"; null: by task
+    maximize: bool | None = None  # is higher better? null: known of names; for your own, not in regression
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -92,6 +92,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     return {
         "ranks": ranks,
         "silos": len(source.silos),
+        "undeclared": [silo.id for silo in source.silos if silo.num_samples is None],
         "pinned": {silo.id: silo.host for silo in source.silos if silo.host is not None},
         "central": source.central,
         "parameters": total,

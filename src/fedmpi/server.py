@@ -241,7 +241,7 @@ class FedAdagrad(Scheduled):
     lr: PositiveFloat = 1e-2  # step size
     beta1: Decay = 0.0  # decay of the mean of the deltas
     tau: PositiveFloat = 1e-3  # added to the square root: smaller is more adaptive
-    v0: NonNegativeFloat | None = None  # where v starts; None: tau**2
+    v0: NonNegativeFloat | None = None  # where v starts; null: tau**2
 
     def init(self, params_P: Tensor) -> Moments:
         """m = 0, v = v0."""
@@ -271,7 +271,7 @@ class FedAdam(Scheduled):
     beta1: Decay = 0.9  # decay of the mean of the deltas
     beta2: Decay = 0.99  # decay of the mean of their squares
     tau: PositiveFloat = 1e-3  # added to the square root: smaller is more adaptive
-    v0: NonNegativeFloat | None = None  # where v starts; None: tau**2
+    v0: NonNegativeFloat | None = None  # where v starts; null: tau**2
 
     def init(self, params_P: Tensor) -> Moments:
         """m = 0, v = v0."""
@@ -297,7 +297,7 @@ class FedYogi(Scheduled):
     beta1: Decay = 0.9  # decay of the mean of the deltas
     beta2: Decay = 0.99  # how slowly v follows their squares
     tau: PositiveFloat = 1e-3  # added to the square root: smaller is more adaptive
-    v0: NonNegativeFloat | None = None  # where v starts; None: tau**2
+    v0: NonNegativeFloat | None = None  # where v starts; null: tau**2
 
     def init(self, params_P: Tensor) -> Moments:
         """m = 0, v = v0."""

@@ -80,7 +80,9 @@ def _start_from(module: torch.nn.Module, path: Path) -> None:
     try:
         given = load_file(path)
         module.load_state_dict(given)
-    except (OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"init: {path}: {str(error).removesuffix(f': {path}')}") from None
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(f"init: {path}: {' '.join(str(error).split())}") from None
     except Exception as error:  # safetensors has an error type of its own for files that are none
         raise ConfigError(f"init: {path} is no safetensors file: {error}") from None

@@ -280,7 +280,10 @@ def _of_rank(by: Mapping[str, Sequence[str]], comm: Solo, facts: Facts) -> int:
     names = {host, host.partition(".")[0], *facts.hosted}
     known = {member for members in by.values() for member in members}
     if unknown := known - set(facts.ids) - {h for full in comm.hosts for h in (full, full.partition(".")[0])}:
-        raise ConfigError(f"exchange.regions: '{min(unknown)}' is no silo and no host of this run")
+        hosts = ", ".join(sorted(set(comm.hosts)))
+        raise ConfigError(
+            f"exchange.regions: '{min(unknown)}' is no silo and no host of this run: ranks are on {hosts}"
+        )
     found = [number for number, members in enumerate(by.values()) if names.intersection(members)]
     if len(found) > 1:
         regions = " and ".join(list(by)[n] for n in found)

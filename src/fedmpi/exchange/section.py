@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -48,6 +49,13 @@ class Level:
     by: Literal["node"] | dict[str, list[str]] = "node"  # ranks that share memory, or region: [hosts or silos]
     up: Channel = Channel()  # inside of a region
     down: Channel = Channel()  # inside of a region
+
+    @pydantic.field_validator("by", mode="before")
+    @classmethod
+    def _named(cls, by: Any) -> Any:
+        if by != "node" and not (isinstance(by, Mapping) and all(isinstance(some, list) for some in by.values())):
+            raise ValueError(f"node, or regions such as {{north: [host1, host2], south: [host3]}}, not {by!r}")
+        return by
 
     @pydantic.model_validator(mode="after")
     def _once(self) -> Level:
