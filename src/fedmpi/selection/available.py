@@ -25,7 +25,7 @@ Traces = dict[str, list[tuple[int, int]]]
 
 @component
 class Available:
-    """Another selector, over the silos that are there in the round: in one of their intervals of rounds, `to` left out.
+    """Another selector, over the silos that are there: in one of their intervals, its first round to before its second.
 
     A file is read when the configuration is, and what it says is then part of the configuration: all ranks hold the
     same, config.yaml has it, and a run that is taken up with another file is refused. It is JSON, {silo: [[from, to],
