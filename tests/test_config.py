@@ -148,6 +148,7 @@ REFUSED = [
     ("device: cuda", "device: expected keys and values, got 'cuda'; there is: name, share"),
     ("exchange: {up: int8}", "exchange.up: expected keys and values, got 'int8'; there is: codec, feedback, decay"),
     ("exchange: {regions: {evry: 2}}", "exchange.regions: 'regions' has no 'evry'; did you mean 'every'?"),
+    ("exchange: {regions: {levels: {by: node}}}", "exchange.regions.levels: expected a list of keys and values, got"),
     ("exchange: {regions: {levels: [node]}}", "exchange.regions.levels.0: expected keys and values, got 'node'; "),
     ("exchange: {regions: {levels: [{up: {codec: int9}}]}}", "exchange.regions.levels.0.up.codec: no codec 'int9'; "),
     ("exchange: {regions: {levels: [{by: rack}]}}", "exchange.regions.levels.0.by: node, or regions such as"),

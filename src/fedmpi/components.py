@@ -144,7 +144,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
         if family is not None and not (value is None and type(None) in typing.get_args(known[name])):
             value = family.build(value, here)
         elif section is not None:
-            value = _in_section(section, value, here, name)
+            value = _in_section(section, _is_list(known[name]), value, here, name)
         ready[name] = value
     try:
         return pydantic.TypeAdapter(cls).validate_python(ready)
@@ -159,15 +159,20 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
         raise ConfigError(f"{where}{message[:1].lower()}{message[1:]}{got}") from None
 
 
-def _in_section(section: type, value: Any, path: str, name: str) -> Any:
-    """The value with a component in place of each mapping; what is none says what could be there."""
-    if isinstance(value, Mapping):
+def _in_section(section: type, many: bool, value: Any, path: str, name: str) -> Any:
+    """The value with a component in place of each mapping; what cannot become one says what could be there."""
+    if many and isinstance(value, (list, tuple)):
+        return [_in_section(section, False, one, f"{path}.{i}", name) for i, one in enumerate(value)]
+    if not many and isinstance(value, Mapping):
         return build(section, value, path, f"'{name}'")
-    if isinstance(value, list):
-        return [_in_section(section, one, f"{path}.{i}", name) for i, one in enumerate(value)]
-    if isinstance(value, (str, bool, int, float)):
-        raise ConfigError(f"{path}: expected keys and values, got {value!r}; there is: {', '.join(hints(section))}")
-    return value
+    if value is None or dataclasses.is_dataclass(value):
+        return value
+    what = "a list of " if many else ""
+    raise ConfigError(f"{path}: expected {what}keys and values, got {value!r}; there is: {', '.join(hints(section))}")
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (list, tuple) or any(map(_is_list, typing.get_args(annotation)))
 
 
 @dataclasses.dataclass(frozen=True)
