@@ -270,10 +270,10 @@ def test_a_round_that_is_broken_off_leaves_the_residuals_as_they_were():
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"plan": "root", "up": {"codec": "int8"}}, "this codec goes with plan sharded, not root"),
+        ({"plan": "root", "up": {"codec": "int8"}}, "up.codec int8 goes with plan sharded, not root"),
         ({"plan": "window", "scope": "silo"}, "scope: silo goes with plan sharded, not window"),
-        ({"plan": "root", "up": {"codec": "randk"}}, "this codec goes with plan replicated or sharded, not root"),
-        ({"plan": "replicated", "down": {"codec": "bf16"}}, "goes with plan sharded"),
+        ({"plan": "root", "up": {"codec": "randk"}}, "up.codec randk goes with plan replicated or sharded, not root"),
+        ({"plan": "replicated", "down": {"codec": "bf16"}}, "down.codec bf16 goes with plan sharded"),
         ({"plan": "sharded", "up": {"feedback": True}}, "feedback needs a codec that loses something"),
         ({"plan": "sharded", "up": {"codec": "int8", "decay": 0.9}}, "decay is that of feedback"),
         ({"plan": "sharded", "reduction": "reproducible", "up": {"codec": "int8"}}, "needs scope: silo"),

@@ -59,7 +59,8 @@ class Codec:
         return False
 
     def damping(self, num_values: int) -> float:
-        """What feedback multiplies the decoded vector with. ConfigError with the reason where feedback diverges."""
+        """What feedback multiplies the decoded vector with. ConfigError with the reason where feedback diverges,
+        which one of your own may have to say; all that come along converge."""
         return 1.0
 
     def max_bytes(self, num_values: int) -> int:

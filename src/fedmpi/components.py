@@ -205,7 +205,7 @@ def _fitting(target: Callable[..., Any], values: Mapping[str, Any], path: str) -
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the list of what there is when nothing is near."""
     names = [str(n) for n in known]
-    close = difflib.get_close_matches(name, names, n=1)
+    close = [n for n in names if n.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; there is: {', '.join(names) or 'nothing'}"
 
 

@@ -117,7 +117,9 @@ class ExchangeSection:
         if self.overlap and self.plan == "window":
             raise ValueError("overlap does not go with plan window, which writes the parameters that silos are reading")
         if self.plan not in ("auto", *self.candidates):
-            what = "scope: silo" if self.scope == "silo" else "regions" if self.regions is not None else "this codec"
+            way = "up" if not self.up.plain and (self.down.plain or not self.up.codec.linear) else "down"
+            codec = f"{way}.codec {CODECS.name_of(getattr(self, way).codec)}"
+            what = "scope: silo" if self.scope == "silo" else "regions" if self.regions is not None else codec
             raise ValueError(f"{what} goes with plan {' or '.join(self.candidates)}, not {self.plan}")
         if self.regions is not None and (self.scope == "silo" or self.reduction == "reproducible"):
             raise ValueError("regions fold what they hold: they go with scope: rank and reduction: fast")
