@@ -13,17 +13,21 @@ PROGRAM = str(Path(__file__).parent / "programs" / "heart.py")
 @functools.cache
 def runs(n: int, root: Path) -> dict:
     plan = {1: "replicated", 2: "root", 4: "window"}[n]
-    done = mpirun(n, PYTHON, PROGRAM, str(root), plan, timeout_s=600)
+    done = mpirun(n, PYTHON, PROGRAM, str(root), plan, *METHODS[n], timeout_s=600)
     assert done.rc == 0, done.tails
     rows = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
     return {(row["method"], row["seed"]): row for row in rows}
 
 
-METHODS = ("FedAvg100", "FedProx100", "Scaffold100", "FedAdam100", "FedYogi100", "FedAdagrad100")
+# All of them on one rank; on several a rule that keeps state and servers that do.
+METHODS = {
+    1: ("FedAvg100", "FedProx100", "Scaffold100", "FedAdam100", "FedYogi100", "FedAdagrad100"),
+    2: ("FedAdam100", "Scaffold100"),
+    4: ("FedYogi100", "Scaffold100"),
+}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize(("n", "method"), [(n, method) for n, some in METHODS.items() for method in some])
 def test_published_accuracies_and_weights_are_met(method: str, n: int, root: Path) -> None:
     found = {seed: runs(n, root)[method, seed] for seed in (42, 43, 44, 45, 46)}
     for seed, row in found.items():

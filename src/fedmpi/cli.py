@@ -86,10 +86,13 @@ def _on_ranks(work: Callable[[Solo], None]) -> None:
 def _leave(comm: Solo, error: FedmpiError) -> None:
     """Meet the other ranks and let MPI end; should one not come, end it, and say why: rank 0 has not."""
 
+    # The error has frames with tensors: the timer's thread must not be the last to let go of them as Python ends.
+    text, code = str(error), error.exit_code
+
     def give_up() -> None:
         if comm.rank:
-            print(f"fedmpi: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
-        comm.abort(error.exit_code)
+            print(f"fedmpi: rank {comm.rank}: {text}", file=sys.stderr, flush=True)
+        comm.abort(code)
 
     late = threading.Timer(10.0, give_up)
     late.daemon = True

@@ -53,6 +53,7 @@ log = logging.getLogger("fedmpi")
 FILED = "exchange_"  # what begins the names of that which the exchange files under a silo
 CONFIG_FILE = "config.yaml"
 UNSHARED_FILE = "unshared.safetensors"
+WRITER_S = 30.0  # how long a run that failed waits for the checkpoint that it was writing
 WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
 
 
@@ -566,6 +567,8 @@ class Run:
             self.comm.open_runs -= 1
             if self._exchange is not None:
                 self._exchange.leave()
+            if "_writer" in vars(self):
+                self._writer.wait(WRITER_S)  # a thread with tensors must not outlive Python
             if "state" in vars(self):
                 self._keep_readable()
             if self.comm.rank == 0:

@@ -153,7 +153,7 @@ class Narrow(BFloat16):
     """Refuses values beyond 1000."""
 
     def _encode(self, x, payload, key, scale, residual, into):
-        return -1 if bool((x * scale).abs().max() > 1e3) else super()._encode(x, payload, key, scale, residual, into)
+        return -1 if abs(x * scale).max() > 1e3 else super()._encode(x, payload, key, scale, residual, into)
 
 
 @case

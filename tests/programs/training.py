@@ -257,7 +257,7 @@ def auto_says_what_it_measured_and_is_kept(comm, folder):
 class Unheard(Mean):
     """Silos of an odd number of samples do not count."""
 
-    def weight(self, num_samples):
+    def base(self, silo, num_samples):
         return float(num_samples % 2 == 0)
 
 
