@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 
@@ -29,6 +31,7 @@ class Moon(Work):
     mu: NonNegativeFloat = 1.0  # of the contrastive term; 0 is FedAvg
     temperature: PositiveFloat = 0.5  # tau
     features: str | None = None  # the module whose output is the representation; null: what enters the last Linear
+    kept_vectors: ClassVar[int] = 1
 
     def fits(self, module: torch.nn.Module) -> None:
         """ConfigError for a model that has no representation."""

@@ -71,6 +71,10 @@ class Scaffold(Work):
     def auxiliaries(self) -> tuple[Auxiliary, ...]:
         return () if self.variant == "benchmark" else (Auxiliary("control", "population"),)
 
+    @property
+    def kept_vectors(self) -> int:
+        return 2 if self.variant == "benchmark" else 1
+
     @pydantic.model_validator(mode="after")
     def _has_gradients(self) -> Scaffold:
         if self.option == "II":
@@ -124,6 +128,7 @@ class FedDyn(Work):
     """
 
     alpha: PositiveFloat = 0.01  # of the dynamic regulariser; the server's too
+    kept_vectors: ClassVar[int] = 1
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         h_P = recall(silo, "dynamic", params_P)
@@ -149,6 +154,7 @@ class GradientCorrection(Work):
 
     alpha: NonNegativeFloat = 1.0  # of the correction; 0 is FedAvg
     auxiliaries: ClassVar[tuple[Auxiliary, ...]] = (Auxiliary("gradient", "cohort", decay=0.0, gain=1.0),)
+    kept_vectors: ClassVar[int] = 1
 
     @pydantic.model_validator(mode="after")
     def _has_gradients(self) -> GradientCorrection:
