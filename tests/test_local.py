@@ -373,7 +373,7 @@ def test_moon_leaves_running_statistics_to_the_model_that_trains() -> None:
 def test_moon_says_which_model_it_cannot_compare() -> None:
     module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten())
     with pytest.raises(ConfigError, match=r"local.features: the model has no Linear layer; name the module"):
-        RULES.build({"name": "moon", **USUAL}, "local").fits(module)
+        RULES.build({"name": "moon", **USUAL}, "local").suits(module, [], [])
     with pytest.raises(ConfigError, match=r"local.features: the model has no module '2'; there is: , 0, 1"):
-        RULES.build({"name": "moon", "features": "2", **USUAL}, "local").fits(module)
-    RULES.build({"name": "moon", "features": "1", **USUAL}, "local").fits(module)
+        RULES.build({"name": "moon", "features": "2", **USUAL}, "local").suits(module, [], [])
+    RULES.build({"name": "moon", "features": "1", **USUAL}, "local").suits(module, [], [])

@@ -161,15 +161,8 @@ class Qffl:
             return np.float_power(losses + 1e-10, q)
 
 
-@component
-class Median:
-    """The coordinate-wise median; of an even number the middle two's mean (Yin et al. 2018, Algorithm 1, Option I).
-
-    Holds against less than half of the silos sending anything at all.
-
-    >>> Median().combine(torch.tensor([[1.0], [9.0], [2.0]]), torch.ones(3))
-    tensor([2.])
-    """
+class _Votes:
+    """One vote for every silo."""
 
     refuses_factors = "every silo has one vote"
 
@@ -184,6 +177,17 @@ class Median:
     def scale(self, heard: Heard) -> float:
         """As it is."""
         return 1.0
+
+
+@component
+class Median(_Votes):
+    """The coordinate-wise median; of an even number the middle two's mean (Yin et al. 2018, Algorithm 1, Option I).
+
+    Holds against less than half of the silos sending anything at all.
+
+    >>> Median().combine(torch.tensor([[1.0], [9.0], [2.0]]), torch.ones(3))
+    tensor([2.])
+    """
 
     def combine(self, rows_KS: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
         """Of K rows one."""
@@ -193,7 +197,7 @@ class Median:
 
 
 @component
-class TrimmedMean:
+class TrimmedMean(_Votes):
     """The coordinate-wise mean without the largest and the smallest (Yin et al. 2018, Algorithm 1, Option II).
 
     Holds against up to `fraction` of the silos sending anything at all; floor(fraction K) are left out at each end.
@@ -202,21 +206,7 @@ class TrimmedMean:
     tensor([3.])
     """
 
-    refuses_factors = "every silo has one vote"
-
     fraction: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.1  # beta: of the silos, left out at each end
-
-    def base(self, silo: str, num_samples: int) -> float:
-        """One vote."""
-        return 1.0
-
-    def weight(self, contribution: Contribution) -> float:
-        """One vote."""
-        return 1.0
-
-    def scale(self, heard: Heard) -> float:
-        """As it is."""
-        return 1.0
 
     def combine(self, rows_KS: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
         """Of K rows one."""

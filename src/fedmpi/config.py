@@ -164,11 +164,11 @@ class Config:
             raise ValueError(f"local: the server's feddyn needs local: {{name: feddyn, alpha: {optimizer.alpha}, ...}}")
 
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
-        """What of the model is shared. ConfigError where a rule cannot do with that, or with these silos."""
+        """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""
         found = entries(module, self.exchange.parameters)
         for rule in (self.local, self.evaluate.finetune):
             if (suits := getattr(rule, "suits", None)) is not None:
-                suits(found, ids)
+                suits(module, found, ids)
         return found
 
 

@@ -56,10 +56,9 @@ class State:
     """What a round changes."""
 
     round: int  # rounds done
-    params_Q: (
-        torch.Tensor
-    )  # the global shared parameters [P], on the rank's device; with overlap, the newest to arrive;
-    # and behind them the local rule's auxiliary vectors, each [P]
+    # The global shared parameters [P], on the rank's device; with overlap, the newest to arrive. And behind them the
+    # local rule's auxiliary vectors, each [P].
+    params_Q: torch.Tensor
     optimizer: Any  # the server optimizer's state
     selector: dict[str, np.ndarray]
     record: Record | None = None  # of the last round
@@ -188,9 +187,7 @@ def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]
                 drawn = rng.generator(fed.seed, purpose="probe", round=number, silo=name)
                 rows = torch.from_numpy(np.sort(drawn.choice(len(x), size=num, replace=False))).to(x.device)
                 x, y = x[rows], y[rows]
-            fed.model.load_personal(silo.kept)
-            args = (fed.evaluate_batch, fed.model.device, fed.watch.check)
-            probe.set_silo(fed.index[name], loss=fed.objective.evaluate(fed.model.module, x, y, *args)[0])
+            probe.set_silo(fed.index[name], loss=_loss(fed, silo, x, y))
     except BrokenOff as broken:
         status = broken.status
     except (Exception, SystemExit):
@@ -200,6 +197,12 @@ def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]
     probe.set_rank(fed.comm.rank, status=status)
     probe.share(lambda values: fed.comm.share(values, fed.watch.look))
     return probe, error
+
+
+def _loss(fed: Federation, silo: LocalSilo, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of what the model shares by now, with the silo's own rest."""
+    fed.model.load_personal(silo.kept)
+    return fed.objective.evaluate(fed.model.module, x, y, fed.evaluate_batch, fed.model.device, fed.watch.check)[0]
 
 
 def _train(
@@ -214,8 +217,8 @@ def _train(
     try:
         fed.watch.check()
         for name, factor in mine:
-            silo = replace(fed.silos[name])  # the round may yet be broken off: the silo's own state waits for agree
-            silo.kept = dict(silo.kept)
+            before = fed.silos[name]
+            silo = replace(before, kept=dict(before.kept))  # the round may yet be broken off: state waits for agree
             contribution = _contribution(state, fed, number, silo, factor)
             fed.ready.set_silo(
                 fed.index[name],
@@ -256,11 +259,7 @@ def _contribution(state: State, fed: Federation, number: int, silo: LocalSilo, f
     start_loss = 0.0
     if getattr(fed.aggregator, "start_loss", False):
         fed.model.load(params_P)
-        fed.model.load_personal(silo.kept)
-        data, device = silo.data, fed.model.device
-        start_loss = fed.objective.evaluate(
-            fed.model.module, data.x_train, data.y_train, fed.evaluate_batch, device, fed.watch.check
-        )[0]
+        start_loss = _loss(fed, silo, silo.data.x_train, silo.data.y_train)
     round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check, auxiliary)
     contribution = fed.rule.train(silo, fed.model, params_P, round)
     contribution.start_loss = start_loss
@@ -281,8 +280,8 @@ def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server
         fed.ready.silo(name)[heard] for name in ("weight", "sent", "normalizer", "start_loss", "norm")
     )
     all_weight = fed.exchange.facts.total_weight
-    total = all_weight if among is fed.ids else float(weights.sum())
-    if among is not None and among is not fed.ids:
+    total = float(weights.sum())
+    if among is not None:
         total = sum(fed.aggregator.base(silo, fed.num_train[fed.index[silo]]) for silo in among)
     scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
     share = float(sent.sum()) / all_weight

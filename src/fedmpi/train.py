@@ -172,8 +172,6 @@ class Run:
         module = self.comm.together(lambda: build_module(config, source))
         # A start of their own would make ranks train different models: other files in `init`, other torch versions.
         self.comm.same("the model's first parameters", _digest(module.state_dict()), ConfigError)
-        if (fits := getattr(config.local, "fits", None)) is not None:
-            self.comm.together(lambda: fits(module))
         ids = [s.id for s in source.silos]
         found = self.comm.together(lambda: config.entries(module, ids))
         self.unshared = _unshared(module, found)

@@ -146,7 +146,7 @@ class LocalRule(Protocol):
         personal(silo, params_P)  the parameters [P] that the silo would use for itself, or None before it has any;
                       records then give personal figures beside the global ones. What of the personal model is not
                       shared is kept under `own_` and its name (personal.py).
-        suits(entries, ids)  ConfigError where the rule cannot do with what the model shares, or with these silos.
+        suits(module, entries, ids)  ConfigError where the rule cannot do with the model, what it shares or these silos.
         kept_vectors  how many vectors as long as the parameters a silo keeps, for `fedmpi plan`.
     """
 
@@ -186,7 +186,7 @@ class Work:
         """The learning rate of a round."""
         return self.schedule.lr(self.lr, round.number, round.rounds)
 
-    def suits(self, entries: Sequence[Entry], ids: Sequence[str]) -> None:
+    def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
         """ConfigError for an amount of a silo that is none."""
         if isinstance(self.amount, BySilo) and (others := sorted(self.amount.silos.keys() - set(ids))):
             raise ConfigError(f"local.amount.silos: no silo '{others[0]}'{nearest(others[0], ids)}")

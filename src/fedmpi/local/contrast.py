@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from fedmpi.components import NonNegativeFloat, PositiveFloat, component, nearest
 from fedmpi.errors import ConfigError
-from fedmpi.flat import FlatModel
+from fedmpi.flat import Entry, FlatModel
 from fedmpi.local.base import LocalSilo, Round, Work, descend, recall
 from fedmpi.types import Contribution
 
@@ -33,8 +34,9 @@ class Moon(Work):
     features: str | None = None  # the module whose output is the representation; null: what enters the last Linear
     kept_vectors: ClassVar[int] = 1
 
-    def fits(self, module: torch.nn.Module) -> None:
+    def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
         """ConfigError for a model that has no representation."""
+        super().suits(module, entries, ids)
         if self.features is not None:
             known = dict(module.named_modules())
             if self.features not in known:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from fedmpi.components import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry, FlatModel
-from fedmpi.local.base import LocalSilo, Round, Work, descend, plain_step
+from fedmpi.local.base import LocalSilo, Round, Work, descend, plain_step, pulled
 from fedmpi.types import Contribution
 
 OWN = "own_"
@@ -55,13 +55,7 @@ class Ditto(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         own = beside(silo)
         v_P = own.kept.pop("params", params_P).to(model.device)
-        pairs = model.pairs(params_P)
-
-        def pull() -> None:
-            for param, start in pairs:
-                if param.grad is not None:
-                    param.grad.add_(param, alpha=self.lam).sub_(start, alpha=self.lam)
-
+        pull = pulled(model, self.lam, params_P * -self.lam)
         moved_P = descend(self._personal_work(), own, model, v_P, round, pull).delta_P[: model.num_shared]
         own.kept["params"] = v_P + moved_P
         contribution = descend(self, silo, model, params_P, round)
@@ -164,9 +158,9 @@ class FedRep(Work):
             raise ValueError("give either 'head_epochs' or 'head_steps'")
         return self
 
-    def suits(self, entries: Sequence[Entry], ids: Sequence[str]) -> None:
+    def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
         """ConfigError where there is no head, or no body."""
-        super().suits(entries, ids)
+        super().suits(module, entries, ids)
         kinds = {entry.kind for entry in entries if entry.trainable}
         if "personal" not in kinds:
             raise ConfigError(
