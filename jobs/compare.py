@@ -12,8 +12,9 @@
     published: {iid: {fedavg: 0.85}}            # printed beside what was found
 
 Every run has its directory, OUT/PARTITION/ALGORITHM/SEED. One that is done is not run again, one that was broken off
-goes on where it was: start the grid again after a stop. `--only` runs the cells of those algorithms, partitions or
-seeds; the table is of all that are done. A run that diverges is a row that says so, and the grid goes on.
+goes on where it was: start the grid again after a stop. `--only` runs the cells of those algorithms, partitions and
+seeds (`--only iid,fedavg`: that one cell, of each seed); the table is of all that are done. A run that diverges is a
+row that says so, and the grid goes on.
 
 Figures of a row are means over seeds, with the least and the most. OUT/table.csv has them all, OUT/figure.png (and
 .svg) the metric by round, by bytes and by seconds; it needs matplotlib (`pip install fedmpi[report]`).
@@ -140,7 +141,9 @@ def to_run(all_cells: list[Cell], only: list[str], num_ranks: int) -> list[int]:
     for name in only:
         if name not in names:
             raise ConfigError(f"--only: no '{name}' in the grid{nearest(name, names)}")
-    wanted = [n for n, cell in enumerate(all_cells) if not only or any(str(part) in only for part in cell[:3])]
+    kinds = [{str(cell[kind]) for cell in all_cells} & set(only) for kind in range(3)]
+    fits = [all(not kind or str(part) in kind for part, kind in zip(cell, kinds, strict=False)) for cell in all_cells]
+    wanted = [n for n, fit in enumerate(fits) if fit]
     done = [is_done(cell) for cell in all_cells]
     waiting = [n for n in wanted if not done[n]]
     looked_at = set()

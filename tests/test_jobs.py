@@ -296,6 +296,21 @@ def test_a_wrong_grid_is_one_line_before_anything_runs(job, tmp_path, capsys, ch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("only", "runs"),
+    [
+        ("iid,fedprox", ["iid/fedprox/0", "iid/fedprox/1"]),
+        ("iid,skewed,fedavg,1", ["iid/fedavg/1", "skewed/fedavg/1"]),
+        ("0", ["iid/fedavg/0", "iid/fedprox/0", "skewed/fedavg/0", "skewed/fedprox/0"]),
+    ],
+)
+def test_only_of_several_kinds_is_what_they_share(job, tmp_path, only, runs):
+    compare = job("compare")
+    grid(tmp_path / "grid.yaml")
+    _, _, cells = compare.cells(tmp_path / "grid.yaml", str(tmp_path / "out"))
+    assert [cells[n].name for n in compare.to_run(cells, only.split(","), 1)] == runs
+
+
 def test_only_names_what_is_in_the_grid(job, tmp_path, capsys):
     with pytest.raises(SystemExit):
         job("compare").main([*grid(tmp_path / "grid.yaml"), "--only", "fedprox,skewd"])
