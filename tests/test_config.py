@@ -136,6 +136,22 @@ REFUSED = [
     (FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.2}}", "server.optimizer: the rule feddyn"),
     (FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.1}}\naggregate: fednova", "aggregate: feddyn needs mean"),
     ("server: {optimizer: {name: feddyn, alpha: 0.2}}", "local: the server's feddyn needs local: {name: feddyn"),
+    (
+        FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.1}}\nselect: {name: uniform, weights: inverse}",
+        "select: uniform counts silos by 1/probability, and feddyn's server",
+    ),
+    (
+        "local: {name: scaffold, variant: benchmark, lr: 1, steps: 1, server_lr: 0.5}",
+        "server.optimizer: scaffold's variant benchmark needs fedavg with lr 0.5, its local.server_lr",
+    ),
+    (
+        "local: {name: scaffold, lr: 1, steps: 1}\nexchange: {plan: sharded, down: {codec: topk}}",
+        "exchange.down: topk would choose between the delta and the control of scaffold, whose units differ",
+    ),
+    (
+        SGD + ", keep_optimizer: true, optimizer: {name: SGD, momentum: 0.9}}\naggregate: fednova",
+        "aggregate: fednova divides by the gradients that a round's delta holds, and with local.keep_optimizer",
+    ),
     # nothing, where something must be
     ("data: null", "data"), ("model: null", "model"), ("local: null", "local"), ("select: null", "select"),
     ("aggregate: null", "aggregate"), ("server: {optimizer: null}", "server.optimizer"),

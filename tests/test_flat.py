@@ -295,3 +295,18 @@ def test_sha256_is_of_the_little_endian_bytes():
     expected = hashlib.sha256(struct.pack("<3f", 0.0, 1.0, -2.5)).hexdigest()
     assert sha256(vector) == sha256(torch.tensor([[0.0, 9], [1, 9], [-2.5, 9]])[:, 0]) == expected
     assert sha256(vector.double()) != expected != sha256(vector.nextafter(vector + 1))
+
+
+def test_where_what_is_not_trained_lies():
+    module = MODULES["batch norm"]()
+    for shared in ("all", ["*", "!0.*"]):
+        model = FlatModel(module, shared)
+        marked_P = torch.zeros(model.num_shared, dtype=model.dtype)
+        for part in model.not_trained():
+            marked_P[part] = 1.0
+        buffers = ("1.running_mean", "1.running_var")
+        assert all(bool(v.all() if name in buffers else not v.any()) for name, v in model.shared(marked_P).items())
+        assert len(model.not_trained()) == 1  # they lie side by side
+    module = MODULES["batch norm"]()
+    module[0].weight.requires_grad_(False)
+    assert FlatModel(module).not_trained()[0] == slice(0, module[0].weight.numel())

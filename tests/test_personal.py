@@ -221,6 +221,20 @@ def test_fedbn_leaves_every_silo_its_own_normalization(tmp_path):
     assert records[-1]["silos"]["a"]["loss"] > 0
 
 
+def test_variances_stay_positive_under_a_server_with_momentum(tmp_path):
+    chosen = config(
+        tmp_path,
+        {"name": "sgd", "epochs": 2, "lr": 0.005},
+        model="test_personal:Normed",
+        rounds=12,
+        server={"optimizer": {"name": "fedavgm", "beta": 0.9}},
+    )
+    records, run = done(chosen)
+    model = run._federation.model
+    assert model.shared(run.params_P)["norm.running_var"].min() > 0
+    assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
+
+
 def test_fedrep_needs_a_head_that_stays_and_a_body_that_does_not(tmp_path):
     local = {"name": "fedrep", "steps": 1, "head_steps": 1}
     with pytest.raises(ConfigError, match=r"local: fedrep trains a head that stays with its silo, but all that is"):
@@ -305,6 +319,29 @@ def test_broken_off_in_the_head_everything_is_trained_again():
     with pytest.raises(InterruptedError):
         rule.train(silo, model, model.params(), Round(1, 1, 0, nn.functional.cross_entropy, stop))
     assert all(p.requires_grad for p in model.module.parameters()) and silo.cursor == 0 and not silo.kept
+
+
+def trained_once(values):
+    """A round of a rule on a model with a head of its own: the contribution, and how many batches were begun."""
+    rule = RULES.build({"lr": 0.1, "batch_size": 4, **values}, "local")
+    model, x, begun = FlatModel(Everything(), ["*", "!head.*"]), torch.randn(8, 4), []
+    silo = LocalSilo("a", SiloData(x, torch.arange(8) % 2, x, torch.arange(8) % 2), 8.0)
+    about = Round(1, 1, 0, nn.functional.cross_entropy, lambda: begun.append(1))
+    return rule.train(silo, model, model.params(), about), len(begun)
+
+
+def test_what_fednova_divides_by_is_the_bodys_gradients_with_their_momentum():
+    momentum = {"name": "SGD", "momentum": 0.9}
+    found, _ = trained_once({"name": "fedrep", "head_steps": 2, "steps": 3, "optimizer": momentum})
+    assert found.normalizer == pytest.approx(1 + 1.9 + 2.71)
+
+
+@pytest.mark.parametrize(
+    "values", [{"name": "ditto", "steps": 3, "personal_steps": 7}, {"name": "fedrep", "steps": 3, "head_steps": 7}]
+)
+def test_an_amount_is_of_the_shared_model_where_the_own_one_has_a_number(values):
+    _, begun = trained_once({**values, "amount": {"name": "by_silo", "silos": {"a": 2}}})
+    assert begun == 7 + 2
 
 
 # ---------------------------------------------------------------- nothing leaves

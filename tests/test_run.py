@@ -637,3 +637,26 @@ def test_silos_with_other_columns_are_refused(tmp_path):
     values = {"rounds": 1, "out": str(tmp_path / "run"), "data": data}
     with pytest.raises(ConfigError, match="silos 'north' and 'south' have other columns"):
         fedmpi.Run(build(Config, values), comm_=Solo())
+
+
+@component
+class Unequal:
+    """Three silos of sixty thousand samples and one of one, whose optimum lies far away."""
+
+    def source(self, seed):
+        ids = {"s0": 60_000, "s1": 60_000, "s2": 60_000, "s3": 1}
+        return Source("regression", (2,), 1, tuple(Silo(name, n) for name, n in ids.items()), self.opened)
+
+    def opened(self, name):
+        n = 1 if name == "s3" else 60_000
+        rng = np.random.default_rng(int(name[1]))
+        x = torch.from_numpy(rng.normal(size=(n, 2)).astype(np.float32))
+        y = x.sum(1) + (30.0 if n == 1 else 0.0)
+        return SiloData(x, y, x, y)
+
+
+def test_the_control_of_a_tiny_silo_is_weighed_up_and_not_taken_for_one_that_explodes(tmp_path):
+    local = {"name": "scaffold", "lr": 0.1, "steps": 2, "batch_size": 64, "epochs": None}
+    how = config(tmp_path, 2, {"name": OWN + "Unequal"}, local=local)
+    with fedmpi.Run(how, comm_=Solo()) as run:
+        assert [record["rejected"] for record in run] == [[], []]

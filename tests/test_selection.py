@@ -10,6 +10,7 @@ from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.selection import SELECTORS, Selection
+from fedmpi.selection import losses as losses_
 from fedmpi.selection.draws import inclusion, systematic
 from fedmpi.selection.norms import least_variance
 
@@ -247,6 +248,59 @@ def test_a_bandit_finds_the_silos_whose_loss_still_falls(name):
         silos = {silo: {"train_loss": loss[silo]} if silo in chosen.cohort else {} for silo in IDS}
         state, last = chosen.state, {"round": number, "cohort": chosen.cohort, "silos": silos}
     assert min(taken["b"], taken["f"]) > max(taken[silo] for silo in "acde") and min(taken.values()) > 0
+
+
+def test_candidates_are_drawn_by_samples_without_replacement():
+    selector = make("power_of_choice", {"fraction": 0.1, "num_candidates": 2})
+    state, rng, draws = selector.init(N), np.random.default_rng(0), 4000
+    first = np.zeros(K)
+    for _ in range(draws):
+        for silo in selector.candidates(IDS, state, None, rng):
+            first[IDS.index(silo)] += 1
+    p_K = np.array(N) / sum(N)
+    wanted_K = p_K + np.array([sum(p_K[j] * p_K[i] / (1 - p_K[j]) for j in range(K) if j != i) for i in range(K)])
+    assert np.abs(first / draws - wanted_K).max() < 4 * np.sqrt(0.25 / draws) < np.abs(wanted_K - 2 / K).max()
+
+
+EARNED = {"plays": [4.0, 2.0, 1.0, 9.0, 4.0, 0.0], "earned": [2.0, -1.0, 0.5, 4.0, 1.0, 0.0], "largest": [2.0] * 6}
+
+
+def test_upper_confidence_bounds_are_the_papers():
+    """Auer et al. 2002, UCB1, by hand: rewards halved by the largest, 20 plays, c 0.5."""
+    state = {name: np.array(value) for name, value in EARNED.items()} | {"loss": np.full(6, np.nan)}
+    bounds = {
+        silo: earned / 2 / plays + 0.5 * np.sqrt(2 * np.log(20) / plays)
+        for silo, plays, earned in zip(IDS, EARNED["plays"], EARNED["earned"], strict=True)
+        if plays
+    }
+    order = ["f", *sorted(bounds, key=bounds.get, reverse=True)]  # who never played comes first
+    for size in range(1, K + 1):
+        selector = make("ucb", {"fraction": size / K, "exploration": 0.5})
+        assert selector.select(IDS, state, None, np.random.default_rng(0)).cohort == sorted(order[:size])
+
+
+def test_what_a_bandit_remembers_fades_round_by_round():
+    selector = make("ucb", {"fraction": 0.3, "discount": 0.5})
+    state = selector.init(N)
+    for number, losses in enumerate(({"a": 3.0, "b": 2.0}, {"a": 1.0, "c": 5.0}, {"a": 1.5, "b": 1.0}), start=1):
+        told = {"round": number, "cohort": list(losses), "silos": {k: {"train_loss": v} for k, v in losses.items()}}
+        state = selector.observe(IDS, state, told)
+    assert state["plays"].tolist() == [1.75, 1.25, 0.5, 0.0, 0.0, 0.0]
+    assert state["earned"].tolist() == [2.0 / 2 - 0.5, 1.0, 0.0, 0.0, 0.0, 0.0] and state["largest"].max() == 2.0
+
+
+def test_thompson_draws_from_the_papers_posterior(monkeypatch):
+    """Agrawal and Goyal 2013, Algorithm 2: N(earned / (t + 1), 1 / (t + 1)), rewards halved by the largest."""
+    scores = []
+    monkeypatch.setattr(losses_, "highest", lambda drawn_K, size, rng: scores.append(drawn_K) or np.arange(size))
+    state = {name: np.array(value) for name, value in EARNED.items()} | {"loss": np.full(6, np.nan)}
+    selector, rng, draws = make("thompson", {"fraction": 0.3, "deviation": 2.0}), np.random.default_rng(0), 20_000
+    for _ in range(draws):
+        selector.select(IDS, state, None, rng)
+    known_K = np.array(EARNED["plays"]) + 1
+    mean_K, std_K = np.array(EARNED["earned"]) / 2 / known_K, 2.0 / np.sqrt(known_K)
+    assert np.abs((np.mean(scores, axis=0) - mean_K) / std_K).max() < 4 / np.sqrt(draws)
+    assert np.abs(np.std(scores, axis=0) / std_K - 1).max() < 4 / np.sqrt(2 * draws)
 
 
 def test_round_robin_gives_everybody_a_turn():

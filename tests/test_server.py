@@ -12,7 +12,7 @@ import torch
 from fedmpi import server
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError
-from fedmpi.server import OPTIMIZERS, FedDyn
+from fedmpi.server import OPTIMIZERS, FedAvgM, FedDyn, Server
 
 NAMES = list(OPTIMIZERS.members)
 P = 1000
@@ -242,3 +242,19 @@ def test_wrong_configuration_is_one_line(value, message):
     with pytest.raises(ConfigError) as caught:
         OPTIMIZERS.build(value, "server.optimizer")
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_statistics_become_the_mean_of_the_silos_whatever_the_optimizer_makes_of_parameters():
+    generator = torch.Generator().manual_seed(0)
+    params_P, mean_P = torch.rand(12, generator=generator), torch.randn(12, generator=generator)
+    averaged = (slice(2, 4), slice(9, 12))
+    there = torch.tensor([i in (2, 3, 9, 10, 11) for i in range(12)])
+    optimizer = FedAvgM(lr=2.0, beta=0.9)
+    server = Server(optimizer, 12, scale=3.0, averaged=averaged)
+    plain_P, _ = optimizer.step(params_P, 3 * mean_P, optimizer.init(params_P))
+    whole_P, _ = server.step(params_P, mean_P.clone(), optimizer.init(params_P))
+    assert torch.equal(whole_P, torch.where(there, params_P + mean_P, plain_P))
+    for start in range(0, 12, 5):  # any slice gives what the whole gives
+        part = slice(start, start + 5)
+        some_S, _ = server.step(params_P[part], mean_P[part].clone(), optimizer.init(params_P[part]), start)
+        assert torch.equal(some_S, whole_P[part])

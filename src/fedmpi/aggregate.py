@@ -126,8 +126,9 @@ class Qffl:
     h_k = q F_k^(q-1) |L delta_k|^2 + L F_k^q and L = 1/lr.
 
     q = 0 is the mean over silos, each alike; a large q leads to minimax fairness. F_k is evaluated on all training
-    samples of the silo before it trains. As in the authors' code 1e-10 is added to F_k. Algorithm 2 draws silos in
-    proportion to n_k; that is up to the selector.
+    samples of the silo before it trains. As in the authors' code 1e-10 is added to F_k. Deviation: Algorithm 2 draws
+    silos in proportion to n_k, here they are all, or drawn alike: a selector that counts them by 1/probability is not
+    for a sum that is divided by the cohort's.
 
     >>> Qffl(lr=0.1).weight(Contribution("a", 1, 1.0, torch.ones(1), 0.0, 1, 1, start_loss=2.0))
     2.0000000001

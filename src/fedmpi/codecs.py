@@ -54,6 +54,11 @@ class Codec:
         return False
 
     @property
+    def chooses(self) -> bool:
+        """Do all values of a piece compete for room in the payload? They then have to be of one unit."""
+        return False
+
+    @property
     def unbiased(self) -> bool:
         """Is what decodes x on average over keys (without feedback)?"""
         return False
@@ -516,6 +521,8 @@ class TopK(Codec):
         """What has kernels of its own."""
         return self.indices == "packed" and type(self.values) is Identity
 
+    chooses = True
+
     @property
     def fixed(self) -> bool:
         return self.values.fixed
@@ -554,6 +561,8 @@ class Threshold(Codec):
     threshold: PositiveFloat = 1e-3  # in units of what is encoded: of weighted deltas, where weights are folded in
     max_ratio: PositiveFraction = 0.01  # of the values that may travel, at least one
     values: Values = Identity()  # how the chosen values travel: identity, bf16, int8, ...
+
+    chooses = True
 
     @property
     def fixed(self) -> bool:

@@ -484,6 +484,7 @@ class Comm(Solo):
     def abort(self, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(0.1)  # a launcher hears of the abort by another way than of what was said last, and is to print both
         self._mpi.COMM_WORLD.Abort(code)
 
 

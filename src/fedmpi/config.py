@@ -20,7 +20,8 @@ import pydantic
 import torch
 import yaml
 
-from fedmpi.aggregate import AGGREGATORS, Aggregator, Mean
+from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean
+from fedmpi.codecs import CODECS
 from fedmpi.components import NonNegativeInt, PositiveInt, build, component, to_dict
 from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
@@ -29,7 +30,10 @@ from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import Entry, entries
 from fedmpi.health import StopSection
 from fedmpi.local import RULES, LocalRule, Sgd
+from fedmpi.local.base import Work
 from fedmpi.local.control import FedDyn as FedDynRule
+from fedmpi.local.control import Scaffold
+from fedmpi.local.optimizers import num_gradients
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.selection import SELECTORS, All, Selector
@@ -123,7 +127,15 @@ class Config:
                 raise ValueError(f"exchange.overlap: the {names} of {rule} must not arrive a round late")
             if self.exchange.regions is not None and self.exchange.regions.every > 1:
                 raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
+            for way in ("up", "down"):
+                codec = getattr(self.exchange, way).codec
+                if getattr(codec, "chooses", False):
+                    raise ValueError(
+                        f"exchange.{way}: {CODECS.name_of(codec)} would choose between the delta and the {names} of "
+                        f"{rule}, whose units differ; take a codec that sends all values, or chunk_topk or randk"
+                    )
         self._feddyn()
+        self._gradients_held()
         aggregator, regions = AGGREGATORS.name_of(self.aggregate), self.exchange.regions
         if self.server.average is not None and self.exchange.overlap:
             raise ValueError("server.average: with exchange.overlap the parameters of a round arrive a round late")
@@ -158,10 +170,32 @@ class Config:
                 raise ValueError(f"server.optimizer: the rule feddyn needs server: {needed}")
             if not isinstance(self.aggregate, Mean) or self.aggregate.weights == "steps":
                 raise ValueError("aggregate: feddyn needs mean, with weights uniform (the paper's) or samples")
+            if getattr(self.select, "unbiased", False):
+                raise ValueError(
+                    f"select: {SELECTORS.name_of(self.select)} counts silos by 1/probability, and feddyn's server adds "
+                    "up what the cohort's own h moved by; take a selector that draws silos alike"
+                )
             if self.exchange.overlap or (self.exchange.regions is not None and self.exchange.regions.every > 1):
                 raise ValueError("exchange: feddyn's server must hear of every round; no overlap, regions.every: 1")
         elif isinstance(optimizer, FedDyn):
             raise ValueError(f"local: the server's feddyn needs local: {{name: feddyn, alpha: {optimizer.alpha}, ...}}")
+
+    def _gradients_held(self) -> None:
+        """What a rule is told of another one's numbers must be so."""
+        rule, optimizer = self.local, self.server.optimizer
+        if isinstance(self.aggregate, FedNova) and isinstance(rule, Work) and rule.keep_optimizer:
+            one, two = (num_gradients(rule.optimizer, steps) for steps in (1, 2))
+            if one is not None and two != 2 * one:  # as it is with momentum
+                raise ValueError(
+                    "aggregate: fednova divides by the gradients that a round's delta holds, and with "
+                    "local.keep_optimizer momentum carries earlier rounds' into it"
+                )
+        follows = isinstance(optimizer, FedAvg) and optimizer.lr == getattr(rule, "server_lr", 1.0)
+        if isinstance(rule, Scaffold) and rule.variant == "benchmark" and not follows:
+            raise ValueError(
+                f"server.optimizer: scaffold's variant benchmark needs fedavg with lr {rule.server_lr}, its "
+                "local.server_lr"
+            )
 
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
         """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""

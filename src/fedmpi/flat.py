@@ -208,6 +208,18 @@ class FlatModel:
         the same. For torch.func.functional_call."""
         return {entry.name: part.to(entry.dtype) for entry, part in self._parts(vector_P)}
 
+    def not_trained(self) -> list[slice]:
+        """Where buffers and frozen parameters lie among the shared ones."""
+        found: list[slice] = []
+        start = 0
+        for entry, part in self._parts(torch.empty(self.num_shared, device="meta")):
+            stop = start + part.numel()
+            if not entry.trainable:
+                adjoins = found and found[-1].stop == start
+                found.append(slice(found.pop().start if adjoins else start, stop))
+            start = stop
+        return found
+
     def _parts(self, vector_P: torch.Tensor) -> list[tuple[Entry, torch.Tensor]]:
         """Each shared entry and its part of a vector, in its shape."""
         found, start = [], 0

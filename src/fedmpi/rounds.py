@@ -95,6 +95,7 @@ class Federation:
     def __post_init__(self) -> None:
         self.index = {silo: i for i, silo in enumerate(self.ids)}
         self.auxiliaries: Sequence[Auxiliary] = getattr(self.rule, "auxiliaries", ())
+        self.not_trained = self.model.not_trained()
         self.ready = Board(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
         self.done = Board(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), DONE_SILO)
 
@@ -219,7 +220,7 @@ def _train(
         for name, factor in mine:
             before = fed.silos[name]
             silo = replace(before, kept=dict(before.kept))  # the round may yet be broken off: state waits for agree
-            contribution = _contribution(state, fed, number, silo, factor)
+            contribution, besides = _contribution(state, fed, number, silo, factor)
             fed.ready.set_silo(
                 fed.index[name],
                 samples=contribution.num_samples,
@@ -229,7 +230,6 @@ def _train(
                 weight=silo.weight * factor,
             )
             norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
-            besides = float(torch.linalg.vector_norm(contribution.delta_P[fed.model.num_shared :]))
             usable = not math.isnan(besides) and math.isfinite(contribution.weight)
             if max(norm, besides) < LARGEST_NORM and usable:  # not so for nan
                 fed.exchange.add(contribution)
@@ -250,8 +250,11 @@ def _train(
     return trained, error
 
 
-def _contribution(state: State, fed: Federation, number: int, silo: LocalSilo, factor: float) -> Contribution:
-    """What a silo sends: the rule's delta with the aggregator's weight, auxiliary vectors in units of the deltas'."""
+def _contribution(
+    state: State, fed: Federation, number: int, silo: LocalSilo, factor: float
+) -> tuple[Contribution, float]:
+    """What a silo sends: the rule's delta with the aggregator's weight, and auxiliary vectors so that this weight makes
+    of them what is theirs; the norm of these before that."""
     num = fed.model.num_shared
     start_Q = fed.exchange.start(silo.id, state.params_Q)
     params_P, *rest = start_Q.view(-1, num)
@@ -263,13 +266,15 @@ def _contribution(state: State, fed: Federation, number: int, silo: LocalSilo, f
     round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check, auxiliary)
     contribution = fed.rule.train(silo, fed.model, params_P, round)
     contribution.start_loss = start_loss
-    contribution.weight = silo.weight * factor
-    contribution.weight = fed.aggregator.weight(contribution)
+    besides = float(torch.linalg.vector_norm(contribution.delta_P[fed.model.num_shared :]))
+    contribution.weight = stands_for = silo.weight * factor
+    contribution.weight = weight = fed.aggregator.weight(contribution)
     for i, auxiliary_ in enumerate(fed.auxiliaries):
         if auxiliary_.normaliser == "population":
-            share = contribution.weight / fed.exchange.facts.total_weight
-            fed.model.auxiliary(i).mul_(1 / (share * len(fed.ids)))
-    return contribution
+            fed.model.auxiliary(i).mul_(fed.exchange.facts.total_weight / (weight * len(fed.ids)))
+        elif weight != stands_for:
+            fed.model.auxiliary(i).mul_(stands_for / weight)
+    return contribution, besides
 
 
 def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server:
@@ -287,7 +292,8 @@ def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server
     share = float(sent.sum()) / all_weight
     at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
     optimizer = fed.optimizer if at is None else at(number, fed.rounds, share)
-    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share)
+    counts = float(sent.sum() / weights.sum()) if len(sent) else 1.0
+    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share, counts, fed.not_trained)
 
 
 def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str) -> None:

@@ -57,7 +57,7 @@ class Moments(NamedTuple):
 
 
 class Dynamic(NamedTuple):
-    """Minus the mean over all silos of their h_k (local/control.py)."""
+    """The mean over all silos of their h_k (local/control.py)."""
 
     h_P: Tensor
 
@@ -81,29 +81,46 @@ class ServerOptimizer(Protocol):
 @dataclass(frozen=True)
 class Server:
     """The server's step of one round, over any slice of the exchanged vector: the parameters, which the optimizer
-    moves, and behind them auxiliary vectors, which follow their own rule (types.Auxiliary)."""
+    moves, and behind them auxiliary vectors, which follow their own rule (types.Auxiliary).
+
+    What is not trained (statistics of batch normalization) becomes the mean of the silos' values, whatever the
+    optimizer and `scale`: momentum or a long step would make variances negative.
+    """
 
     optimizer: ServerOptimizer
     num_params: int | None = None  # P; None: the whole vector
     auxiliaries: Sequence[Auxiliary] = ()
     scale: float = 1.0  # of the mean delta, before the optimizer sees it
     share: float = 1.0  # of all weight, that the mean is taken over
+    sent: float = 1.0  # what the mean was taken over, in units of what the silos that were heard stand for
+    averaged: Sequence[slice] = ()  # where what is not trained lies among the parameters
 
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
         """New values of S elements from `start` on and new state, in the memory of `mean_S` and of `state`."""
         stop, border = start + len(mean_S), start + len(mean_S) if self.num_params is None else self.num_params
         if start < border:
             part = slice(0, min(stop, border) - start)
-            mean = mean_S[part] if self.scale == 1.0 else mean_S[part].mul_(self.scale)
+            mean = mean_S[part]
+            means = [(there, params_S[there] + mean[there]) for there in self._averaged(start, part.stop)]
+            if self.scale != 1.0:
+                mean.mul_(self.scale)
             new, _ = self.optimizer.step(params_S[part], mean, type(state)(*(t[part] for t in state)))
             if new.data_ptr() != mean.data_ptr():
                 mean.copy_(new)
+            for there, values in means:
+                mean[there] = values
         for number, auxiliary in enumerate(self.auxiliaries, start=1):
             part = slice(max(0, number * border - start), max(0, min(stop, (number + 1) * border) - start))
-            gain = auxiliary.gain * (self.share if auxiliary.normaliser == "population" else 1.0)
+            gain = auxiliary.gain * (self.share if auxiliary.normaliser == "population" else self.sent)
             if part.start < part.stop:
                 mean_S[part].mul_(gain).add_(params_S[part], alpha=auxiliary.decay)
         return mean_S, state
+
+    def _averaged(self, start: int, num: int) -> Iterator[slice]:
+        for whole in self.averaged:
+            there = slice(max(0, whole.start - start), min(num, whole.stop - start))
+            if there.start < there.stop:
+                yield there
 
 
 @component

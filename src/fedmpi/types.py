@@ -59,8 +59,9 @@ class Auxiliary:
     """A vector as long as the parameters that travels with the delta, in the same exchange (a control variate, ...).
 
     The server keeps it and every silo reads it; after a round it is `decay * old + gain * m`, where m is the mean of
-    what the silos sent: with the deltas' weights over those that were heard (`cohort`), or 1/K of their sum, K being
-    all silos of the federation (`population`). It starts at 0.
+    what the silos sent: over those that were heard, by what each stands for (`cohort`), or 1/K of their sum, K being
+    all silos of the federation (`population`). Whatever an aggregator makes of the deltas' weights, these stay. It
+    starts at 0.
     """
 
     name: str

@@ -72,20 +72,22 @@ def by_silo(problem: Problem) -> list[np.ndarray]:
     return after
 
 
-def adagrad_norm(with_nova: bool):
-    """Ward et al. 2019, Algorithm 1, b_0^2 = 0.04, eta 0.3; FedNova's |a_k|_1 is the sum of the 1/b."""
+def adagrad_norm(with_nova: bool, rho: float = 0.0):
+    """Ward et al. 2019, Algorithm 1, b_0^2 = 0.04, eta 0.3; FedNova's |a_k|_1 is the sum of the 1/b, each times how far
+    momentum rho carries it to the round's end."""
 
     def wanted(problem: Problem) -> list[np.ndarray]:
         w, squares, after = problem.start_P, [0.04] * len(SIZES), []
         for cohort in problem.cohorts:
             ends, lengths = [], []
             for k in cohort:
-                y, length = w, 0.0
-                for batch in problem.epochs(k, 1):
+                y, length, buffer, batches = w, 0.0, 0.0, problem.epochs(k, 1)
+                for left, batch in zip(range(len(batches), 0, -1), batches, strict=True):
                     g = problem.gradient(y, batch)
                     squares[k] += g @ g
-                    y = y - 0.3 / np.sqrt(squares[k]) * g
-                    length += 1 / np.sqrt(squares[k])
+                    buffer = rho * buffer + g / np.sqrt(squares[k])
+                    y = y - 0.3 * buffer
+                    length += sum(rho**i for i in range(left)) / np.sqrt(squares[k])
                 ends.append(y)
                 lengths.append(length)
             if with_nova:
@@ -117,4 +119,12 @@ CASES = {
     ),
     "adagrad_norm": Case({"local": ADAGRAD, "select": HALF}, adagrad_norm(False)),
     "adagrad_norm_nova": Case({"local": ADAGRAD, "select": HALF, "aggregate": "fednova"}, adagrad_norm(True)),
+    "adagrad_norm_momentum": Case(
+        {
+            "local": {**ADAGRAD, "optimizer": {"name": "SGD", "momentum": 0.6}},
+            "select": HALF,
+            "aggregate": "fednova",
+        },
+        adagrad_norm(True, 0.6),
+    ),
 }

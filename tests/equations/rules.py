@@ -1,6 +1,6 @@
 """Local rules besides FedAvg, FedProx and SCAFFOLD's Option II, what optimizers make of them, and FedNova's |a|_1."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ STEPS = 4
 RHO = 0.8
 
 
-def averaged(problem: Problem, local: Callable[[int, np.ndarray], np.ndarray]) -> list[np.ndarray]:
-    """Rounds of the mean by samples over what `local` makes of a silo's number and the parameters."""
+def averaged(problem: Problem, local: Callable[[int, np.ndarray], np.ndarray], lr: float = 1.0) -> list[np.ndarray]:
+    """Rounds of the mean by samples over what `local` makes of a silo's number and the parameters, gone to by `lr`."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         ends = [local(k, w) for k in cohort]
-        w = sum(p * y for p, y in zip(problem.shares(cohort), ends, strict=True))
+        w = (1 - lr) * w + lr * sum(p * y for p, y in zip(problem.shares(cohort), ends, strict=True))
         after.append(w)
     return after
 
@@ -111,20 +111,21 @@ def scaffold_momentum(problem: Problem) -> list[np.ndarray]:
     return after
 
 
-def scaffold_benchmark(problem: Problem) -> list[np.ndarray]:
-    """FLamby's: c_k grows before the round by how far the silo's last end lies from the server."""
-    own, end = {}, {}
+def scaffold_benchmark(problem: Problem, server_lr: float) -> list[np.ndarray]:
+    """FLamby's: c_k grows before the round by how far the silo's last state lies from the server, the state being
+    server_lr of the way to where the silo ended."""
+    own, state = {}, {}
 
     def local(k: int, w: np.ndarray) -> np.ndarray:
-        if k in end:
-            own[k] = own.get(k, 0.0) + (w - end[k]) / (LR * STEPS)
+        if k in state:
+            own[k] = own.get(k, 0.0) + (w - state[k]) / (server_lr * LR * STEPS)
         y = w
         for batch in problem.steps(k, STEPS):
             y = y - LR * (problem.gradient(y, batch) - own.get(k, 0.0))
-        end[k] = y
+        state[k] = server_lr * y + (1 - server_lr) * w
         return y
 
-    return averaged(problem, local)
+    return averaged(problem, local, server_lr)
 
 
 def feddyn(problem: Problem, uniform: bool) -> list[np.ndarray]:
@@ -184,16 +185,15 @@ def mime_lite(problem: Problem) -> list[np.ndarray]:
     return after
 
 
-def normalised(problem: Problem, local: Callable[[int, np.ndarray], tuple[np.ndarray, float]]) -> list[np.ndarray]:
+def normalised(problem: Problem, local: Callable[[int, np.ndarray], tuple[np.ndarray, float]]) -> Iterator[np.ndarray]:
     """Wang et al. 2020, Algorithm 1; `local` gives where a silo ends and its |a_k|_1."""
-    w, after = problem.start_P, []
+    w = problem.start_P
     for cohort in problem.cohorts:
         p = problem.shares(cohort)
         ends, sums = zip(*(local(k, w) for k in cohort), strict=True)
         tau_eff = sum(p * sums)
         w = w - tau_eff * sum(share * (w - y) / a for share, y, a in zip(p, ends, sums, strict=True))
-        after.append(w)
-    return after
+        yield w
 
 
 def fednova_momentum(problem: Problem, nesterov: bool = False) -> list[np.ndarray]:
@@ -209,7 +209,7 @@ def fednova_momentum(problem: Problem, nesterov: bool = False) -> list[np.ndarra
         a = (tau - RHO * (1 - RHO**tau) / (1 - RHO)) / (1 - RHO)
         return y, tau + RHO * a if nesterov else a
 
-    return normalised(problem, local)
+    return list(normalised(problem, local))
 
 
 def fednova_prox(problem: Problem) -> list[np.ndarray]:
@@ -222,7 +222,46 @@ def fednova_prox(problem: Problem) -> list[np.ndarray]:
         alpha = LR * 2.0
         return y, (1 - (1 - alpha) ** len(batches)) / alpha
 
-    return normalised(problem, local)
+    return list(normalised(problem, local))
+
+
+def fednova_mime_lite(problem: Problem) -> list[np.ndarray]:
+    """MimeLite's silos under FedNova: the momentum is of gradients by samples, however many steps a silo took."""
+    m, found, after = np.zeros_like(problem.start_P), {}, []
+
+    def local(k: int, w: np.ndarray) -> tuple[np.ndarray, float]:
+        y, batches = w, problem.epochs(k, 1)
+        for batch in batches:
+            y = y - LR * (0.3 * problem.gradient(y, batch) + 0.7 * m)
+        found[k] = problem.gradient(w, problem.whole(k))
+        return y, len(batches)
+
+    for w in normalised(problem, local):
+        cohort = list(found)
+        m = 0.3 * sum(p * found[k] for p, k in zip(problem.shares(cohort), cohort, strict=True)) + 0.7 * m
+        found.clear()
+        after.append(w)
+    return after
+
+
+def fednova_corrected(problem: Problem) -> list[np.ndarray]:
+    """Gradient correction's silos under FedNova: g' is the mean by samples."""
+    everybodys, own, means, after = np.zeros_like(problem.start_P), {}, {}, []
+
+    def local(k: int, w: np.ndarray) -> tuple[np.ndarray, float]:
+        y, batches, seen = w, problem.epochs(k, 1), []
+        for batch in batches:
+            seen.append(problem.gradient(y, batch))
+            y = y - LR * (seen[-1] + (0.5 * (everybodys - own[k]) if k in own else 0.0))
+        own[k] = means[k] = np.mean(seen, axis=0)
+        return y, len(batches)
+
+    for w in normalised(problem, local):
+        cohort = list(means)
+        everybodys = sum(p * means[k] for p, k in zip(problem.shares(cohort), cohort, strict=True))
+        means.clear()
+        after.append(w)
+    return after
 
 
 def ema(problem: Problem) -> list[np.ndarray]:
@@ -326,7 +365,14 @@ CASES = {
     "fedprox_adaptive": Case(steps("fedprox", mu=0.25, adaptive=True), fedprox_adaptive),
     "scaffold_1": Case(steps("scaffold", option="I"), scaffold_1),
     "scaffold_momentum": Case(steps("scaffold", optimizer=MOMENTUM), scaffold_momentum),
-    "scaffold_benchmark": Case(steps("scaffold", variant="benchmark"), scaffold_benchmark),
+    "scaffold_benchmark": Case(steps("scaffold", variant="benchmark"), lambda p: scaffold_benchmark(p, 1.0)),
+    "scaffold_benchmark_slowly": Case(
+        {
+            **steps("scaffold", variant="benchmark", server_lr=0.5),
+            "server": {"optimizer": {"name": "fedavg", "lr": 0.5}},
+        },
+        lambda p: scaffold_benchmark(p, 0.5),
+    ),
     "feddyn": Case({**FEDDYN, "aggregate": {"name": "mean", "weights": "uniform"}}, lambda p: feddyn(p, True)),
     "feddyn_samples": Case({**FEDDYN, **SHARDED}, lambda p: feddyn(p, False)),
     "feddyn_root": Case({**FEDDYN, "exchange": {"plan": "root"}}, lambda p: feddyn(p, False)),
@@ -335,6 +381,8 @@ CASES = {
     "mime_lite_sharded": Case({**steps("mime_lite", beta=0.7), **SHARDED}, mime_lite),
     "fednova_momentum": Case(epoch("sgd", optimizer=MOMENTUM), fednova_momentum),
     "fednova_nesterov": Case(epoch("sgd", optimizer=NESTEROV), lambda p: fednova_momentum(p, nesterov=True)),
+    "fednova_mime_lite": Case(epoch("mime_lite", beta=0.7), fednova_mime_lite),
+    "fednova_corrected": Case(epoch("gradient_correction", alpha=0.5), fednova_corrected),
     "fednova_prox": Case(epoch("fedprox", mu=2.0), fednova_prox),
     "ema": Case(steps("sgd", optimizer={"name": "EmaSGD", "beta": RHO}), ema),
     "kept_momentum": Case(steps("sgd", optimizer=MOMENTUM, keep_optimizer=True), kept_momentum),

@@ -8,6 +8,7 @@ import torch
 from fedmpi.components import PositiveFloat, component
 from fedmpi.flat import FlatModel
 from fedmpi.local.base import LocalSilo, Round, Work, descend
+from fedmpi.local.optimizers import num_gradients
 from fedmpi.types import Contribution
 
 SUM = "squared_norms"  # what a silo keeps b^2 under
@@ -20,7 +21,8 @@ class AdaGradNorm(Work):
 
     The sum is the silo's own and runs on over all rounds that it trains in. Deviations: any optimizer of torch.optim,
     which then finds g / b for g; the silo's rate falls with the rounds that it took part in, so that silos which train
-    more often move less: what FedNova divides by is the sum of 1 / b. No clipping, since g / b is never longer than 1.
+    more often move less: what FedNova divides by is the sum of 1 / b, as momentum weights it. No clipping, since g / b
+    is never longer than 1.
     """
 
     eps: PositiveFloat = 1e-2  # b^2 before the first gradient
@@ -34,7 +36,7 @@ class AdaGradNorm(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         before = silo.kept.get(SUM, torch.tensor(self.eps, dtype=torch.float64))
         total = before.to(model.device, torch.float64, copy=True)  # b^2
-        lengths = torch.zeros_like(total)
+        lengths: list[torch.Tensor] = []
         trained = [p for p in model.module.parameters() if p.requires_grad]
 
         def scale() -> None:
@@ -42,11 +44,13 @@ class AdaGradNorm(Work):
             total.add_(torch.stack(torch._foreach_norm(grads)).double().square_().sum())
             factor = total.rsqrt()
             torch._foreach_mul_(grads, factor)
-            lengths.add_(factor)
+            lengths.append(factor)
 
         contribution = descend(self, silo, model, params_P, round, scale)
         silo.kept[SUM] = total
-        contribution.normalizer = float(lengths)
+        found = torch.stack(lengths).tolist()
+        held = num_gradients(self.optimizer, len(found), lengths=found)
+        contribution.normalizer = sum(found) if held is None else held
         return contribution
 
 

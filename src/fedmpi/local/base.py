@@ -170,7 +170,7 @@ class Work:
         "SGD", torch.optim.SGD, {}
     )  # of torch.optim, new every round
     schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over rounds
-    clip: PositiveFloat | None = None  # largest norm of a batch's gradient; null: as it is
+    clip: PositiveFloat | None = None  # largest norm of what a step goes along, a rule's corrections in it; null: any
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast on CUDA
     sampler: Annotated[Sampler, SAMPLERS] = Shuffle()  # the order of a silo's samples
     keep_optimizer: bool = False  # a silo's optimizer goes on where its last round left it, in place of a new one

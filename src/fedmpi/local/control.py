@@ -59,13 +59,13 @@ class Scaffold(Work):
     samples unless the aggregator's weights are uniform.
 
     `variant: benchmark` is what FLamby's benchmark runs under this name (Ogier du Terrail et al. 2022), for its
-    numbers: before a round c_k grows by (w_t - the silo's last w_k) / (server_lr lr |a|_1), steps go along g - c_k, and
-    nothing but deltas travels.
+    numbers: before a round c_k grows by (w_t - e_k) / (server_lr lr |a|_1), where e_k is the last round's w_t plus
+    server_lr times how far the silo went from it; steps go along g - c_k, and nothing but deltas travels.
     """
 
     option: Literal["I", "II"] = "II"  # how c_k is renewed
     variant: Literal["paper", "benchmark"] = "paper"  # benchmark: FLamby's
-    server_lr: PositiveFloat = 1.0  # of the benchmark's variant alone: the server's step size
+    server_lr: PositiveFloat = 1.0  # of the benchmark's variant alone: as server.optimizer's lr
 
     @property
     def auxiliaries(self) -> tuple[Auxiliary, ...]:
@@ -109,7 +109,7 @@ class Scaffold(Work):
         correct = None if c_P is None else corrected(model, -c_P)
         contribution = descend(self, silo, model, params_P, round, correct)
         held = contribution.normalizer or contribution.num_steps
-        silo.kept["end"] = params_P + contribution.delta_P[: model.num_shared]
+        silo.kept["end"] = torch.add(params_P, contribution.delta_P[: model.num_shared], alpha=self.server_lr)
         silo.kept["moved"] = torch.tensor(self.server_lr * self.rate(round) * held, dtype=torch.float64)
         if c_P is not None:
             silo.kept["control"] = c_P
@@ -178,8 +178,8 @@ class MimeLite(Work):
 
     Breaking the centralized barrier for cross-device federated learning. m is the server's momentum: it stands still
     during the round and then becomes beta m plus 1 - beta of the mean of the silos' whole gradients at w_t. It takes
-    one more pass over the silo's samples. Deviation: the mean is weighted as the deltas are, by samples unless the
-    aggregator's weights are uniform.
+    one more pass over the silo's samples. Deviation: the mean is weighted by samples, unless the aggregator's weights
+    are otherwise.
     """
 
     beta: Decay = 0.9  # decay of m

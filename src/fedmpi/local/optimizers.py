@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,14 +46,17 @@ class EmaSGD(torch.optim.Optimizer):
                 param.add_(mean, alpha=-group["lr"])
 
 
-def num_gradients(optimizer: Deferred, num_steps: int, pull: float = 0.0) -> float | None:
+def num_gradients(
+    optimizer: Deferred, num_steps: int, pull: float = 0.0, lengths: Sequence[float] | None = None
+) -> float | None:
     """|a|_1: how many gradients lie in what so many steps of an optimizer moved, in units of lr (Wang et al. 2020,
     Tackling the Objective Inconsistency Problem, section 4). None where a step is not linear in the gradients.
 
     Of SGD the steps; with momentum rho (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho); with a proximal term, of
     which `pull` is lr mu, (1 - (1 - pull)^tau) / pull. All of these, Nesterov's form, dampening and EmaSGD come out of
     one recursion: h(j), how far a gradient has moved the parameters j steps after its own. Weight decay belongs to the
-    loss. Gradients of earlier rounds that a kept buffer holds are not counted.
+    loss. `lengths`, [num_steps], is what each gradient was multiplied with before the optimizer found it. Gradients of
+    earlier rounds that a kept buffer holds are not counted.
 
     >>> sgd = torch.optim.SGD
     >>> num_gradients(Deferred("SGD", sgd, {}), 3), num_gradients(Deferred("SGD", sgd, {"momentum": 0.5}), 3)
@@ -71,13 +75,14 @@ def num_gradients(optimizer: Deferred, num_steps: int, pull: float = 0.0) -> flo
     else:
         return None
     if not rho and not pull:
-        return float(num_steps) * first
+        return first * (float(num_steps) if lengths is None else math.fsum(lengths))
     total = moved = buffer = 0.0
     for j in range(num_steps):
         gradient = 1.0 if j == 0 else -pull * moved
         buffer = rho * buffer + (gradient if j == 0 else enters * gradient)
         moved += gradient + rho * buffer if nesterov else buffer
-        total += abs(moved) * (first if j == num_steps - 1 else enters)  # the last h is that of the first gradient
+        length = 1.0 if lengths is None else lengths[num_steps - 1 - j]
+        total += abs(moved) * length * (first if j == num_steps - 1 else enters)  # the last h is the first gradient's
     return total
 
 

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from fedmpi.components import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry, FlatModel
+from fedmpi.local.amounts import Whole
 from fedmpi.local.base import LocalSilo, Round, Work, descend, plain_step, pulled
 from fedmpi.types import Contribution
 
@@ -50,7 +51,7 @@ class Ditto(Work):
     kept_vectors: ClassVar[int] = 1
     lam: NonNegativeFloat = 0.1  # lambda: how strongly v_k is drawn to the global model
     personal_lr: PositiveFloat | None = None  # of v_k's steps; null: as lr
-    personal_steps: PositiveInt | None = None  # s, of v_k per round; null: as many as the global model's
+    personal_steps: PositiveInt | None = None  # s, of v_k per round, whatever `amount`; null: as the global model's
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         own = beside(silo)
@@ -63,8 +64,10 @@ class Ditto(Work):
         return contribution
 
     def _personal_work(self) -> Work:
-        amount = {} if self.personal_steps is None else {"steps": self.personal_steps, "epochs": None}
-        return replace(self, lr=self.personal_lr or self.lr, **amount)  # type: ignore[arg-type]
+        lr = self.personal_lr or self.lr
+        if self.personal_steps is None:
+            return replace(self, lr=lr)
+        return replace(self, lr=lr, steps=self.personal_steps, epochs=None, amount=Whole())
 
     def personal(self, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
         """v_k."""
@@ -148,7 +151,8 @@ class FedRep(Work):
     are weighted by samples. Batches run on from the head's to the body's. A step is one gradient of one part.
     """
 
-    head_epochs: PositiveInt | None = None  # passes over the silo's samples for the head; or give `head_steps`
+    # passes over the silo's samples for the head, whatever `amount` leaves to the body; or give `head_steps`
+    head_epochs: PositiveInt | None = None
     head_steps: PositiveInt | None = None  # batches for the head
     head_lr: PositiveFloat | None = None  # of the head's steps; null: as lr
 
@@ -173,7 +177,8 @@ class FedRep(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         at_head = beside(silo, "head_")
         at_head.kept |= {name: silo.kept[name] for name in model.first_personal if name in silo.kept}
-        work = replace(self, lr=self.head_lr or self.lr, epochs=self.head_epochs, steps=self.head_steps)
+        much = {"epochs": self.head_epochs, "steps": self.head_steps, "amount": Whole()}
+        work = replace(self, lr=self.head_lr or self.lr, **much)  # type: ignore[arg-type]
         with _only(model, "personal"):
             head = descend(work, at_head, model, params_P, round)
         silo.cursor = at_head.cursor
@@ -183,7 +188,7 @@ class FedRep(Work):
         silo.kept |= filed({n: t for n, t in at_head.kept.items() if n not in model.first_personal}, "head_")
         num_samples = head.num_samples + body.num_samples
         body.loss = (head.loss * head.num_samples + body.loss * body.num_samples) / num_samples
-        body.normalizer = body.num_steps
+        body.normalizer = body.normalizer or body.num_steps
         body.num_samples, body.num_steps = num_samples, head.num_steps + body.num_steps
         return body
 

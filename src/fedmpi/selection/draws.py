@@ -60,8 +60,8 @@ class Uniform(Part):
 @component
 class Proportional(Part):
     """Silos drawn in proportion to their training samples, S times (Li et al. 2020, On the Convergence of FedAvg on
-    Non-IID Data, Scheme I): with replacement, the aggregate is the plain mean over the draws. UNBIASED: a silo drawn m
-    times counts m / (S p_k), p_k = n_k/n.
+    Non-IID Data, Scheme I): with replacement, the aggregate is the plain mean over the draws, if the aggregator's
+    weights are samples. UNBIASED: a silo drawn m times counts m / (S p_k), p_k = n_k/n.
 
     `replace: false` draws S different silos, with probabilities of being in the cohort that are min(1, c n_k) exactly:
     systematic sampling (Madow 1949) after a random order. UNBIASED by their inverse.

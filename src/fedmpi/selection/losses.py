@@ -22,7 +22,8 @@ class PowerOfChoice(Part):
     collective tells all; with `samples` it is cpow-d, on so many drawn anew each round. `losses: last` is rpow-d: the
     mean training loss of a silo's last participation, infinite before its first, and no message.
 
-    BIASED towards high losses: that is what makes it fast.
+    BIASED towards high losses: that is what makes it fast. The paper's is the plain mean of the chosen: `aggregate:
+    {name: mean, weights: uniform}`; weights by samples count n_k once more than its draw does.
     """
 
     num_candidates: PositiveInt | None = None  # d, at least m and at most K; null: 2 m

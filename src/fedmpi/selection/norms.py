@@ -2,7 +2,8 @@
 
 What is known of a silo is the norm of its delta when it last took part (`delta_norm` in the record); a silo that was
 never heard counts as the largest. No vector and no message is needed, and the aggregate is unbiased whatever the norms
-were: probabilities are those that were drawn with. Old norms cost variance only.
+were: probabilities are those that were drawn with. Old norms cost variance only, and so do `aggregate.weights` other
+than samples: silos are taken to count by n_k.
 """
 
 from __future__ import annotations
