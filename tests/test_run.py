@@ -19,8 +19,9 @@ from fedmpi import checkpoint, results, stopping
 from fedmpi.comm import Solo
 from fedmpi.components import build, component
 from fedmpi.config import Config
-from fedmpi.errors import ConfigError, Diverged, FedmpiError, SiloError, Stopped
+from fedmpi.errors import ConfigError, Diverged, FedmpiError, NobodyThere, SiloError, Stopped
 from fedmpi.flat import FlatModel, sha256
+from fedmpi.local import Sgd
 from fedmpi.types import Silo, SiloData, Source
 
 OWN = "test_run:"  # what configurations call this module's own components
@@ -115,6 +116,11 @@ def refuses_to_look(outputs, targets):
     if not torch.is_grad_enabled() and len(outputs) == 30:
         raise OSError("no look at s1")
     return squared_loss(outputs, targets)
+
+
+def steep(outputs, targets):
+    """Its gradient moves the outputs' mean by about one a step of lr 1."""
+    return -outputs.mean()
 
 
 def rank_distance(outputs, targets):
@@ -411,6 +417,65 @@ def test_a_run_that_diverges_says_so_and_leaves_its_last_whole_round(tmp_path):
     assert Diverged.exit_code == 1 and not (tmp_path / "a" / "model.safetensors").exists()
 
 
+def test_a_round_without_anybody_leaves_the_rounds_before_it_on_disk(tmp_path):
+    nobody = {"name": "available", "traces": {f"s{i}": [[1, 3]] for i in range(3)}}
+    with pytest.raises(NobodyThere, match=r"^round 3: no silo is there \(select.traces\)$"):
+        run(config(tmp_path / "a", select=nobody))
+    run(config(tmp_path / "b", 2))
+    shas = [results.inspect(tmp_path / name)["params_sha256"] for name in "ab"]
+    assert shas[0] == shas[1] and NobodyThere.exit_code == 1
+
+
+@component
+class Counting:
+    """State of every kind: what there is only later, in more dimensions than one, in none."""
+
+    def init(self, num_train):
+        return {"seen": np.zeros((len(num_train), 2)), "none": np.zeros(())}
+
+    def select(self, ids, state, record, rng):
+        late = state.get("late", np.zeros(3, dtype=np.int32)) + 1
+        size = 1 + int(late[0] + state["none"] + state["seen"][1, 1]) % len(ids)
+        return ids[:size], {"seen": state["seen"] + 1, "none": state["none"] + 1, "late": late}
+
+
+@component
+class PerSample:
+    """A rule that keeps a number for every sample, so tensors of another length for every silo."""
+
+    lr: float = 0.1
+    epochs: int = 1
+    batch_size: int = 8
+
+    def train(self, silo, model, params_P, round):
+        seen = silo.kept.get("seen", torch.zeros(len(silo.data.x_train)))
+        rule = Sgd(lr=self.lr * (1 + float(seen.mean())), epochs=self.epochs, batch_size=self.batch_size)
+        done = rule.train(silo, model, params_P, round)
+        silo.kept["seen"] = seen + 1
+        return done
+
+
+@pytest.mark.parametrize("other", [{"select": OWN + "Counting"}, {"local": {"name": OWN + "PerSample"}}])
+def test_state_of_ones_own_comes_back_whatever_its_shape(tmp_path, other):
+    run(config(tmp_path / "whole", 4, **other))
+    run(config(tmp_path / "a", 4, **other), rounds=2)
+    run(config(tmp_path / "a", 4, **other))
+    assert everything(tmp_path / "a") == everything(tmp_path / "whole")
+
+
+def test_rounds_in_doubt_are_no_checkpoint_when_a_run_is_stopped(tmp_path):
+    how = config(tmp_path / "a", stop={"patience": 3}, checkpoint={"every": 1, "keep": 1}, **SLOPE)
+    with pytest.raises(SystemExit), fedmpi.Run(how, comm_=Solo()) as halted:
+        for record in halted:
+            if record["round"] == 5:  # the second that is doubted
+                os.kill(os.getpid(), signal.SIGUSR1)
+    assert results.newest(tmp_path / "a") == 3
+    stopping._received.clear()
+    with pytest.raises(Diverged, match=r"^round 6: the run has diverged"):
+        run(how)
+    assert results.newest(tmp_path / "a") == 3
+
+
 SLOPE = {"local": {"schedule": OWN + "Slope"}, "rounds": 8}
 
 
@@ -424,7 +489,7 @@ def test_a_run_whose_norms_explode_is_given_up_with_its_last_good_round_on_disk(
     assert len(run(config(tmp_path / "a", stop={"norm_factor": None, "loss_factor": None}, **SLOPE))[0]) == 5
 
 
-def test_doubts_go_on_where_a_run_is_taken_up(tmp_path):
+def test_a_run_that_was_left_in_doubt_is_taken_up_where_it_was_good_and_ends_the_same(tmp_path):
     def told(how):
         with pytest.raises(Diverged) as caught:
             run(how)
@@ -432,7 +497,7 @@ def test_doubts_go_on_where_a_run_is_taken_up(tmp_path):
 
     undisturbed = told(config(tmp_path / "a", **SLOPE))
     run(config(tmp_path / "b", **SLOPE), 5)
-    assert results.newest(tmp_path / "b") == 5 and told(config(tmp_path / "b", **SLOPE)) == undisturbed
+    assert results.newest(tmp_path / "b") == 3 and told(config(tmp_path / "b", **SLOPE)) == undisturbed
 
 
 def test_a_training_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -660,3 +725,19 @@ def test_the_control_of_a_tiny_silo_is_weighed_up_and_not_taken_for_one_that_exp
     how = config(tmp_path, 2, {"name": OWN + "Unequal"}, local=local)
     with fedmpi.Run(how, comm_=Solo()) as run:
         assert [record["rejected"] for record in run] == [[], []]
+
+
+def test_weights_that_are_counts_of_steps_do_not_run_over_the_ring(tmp_path):
+    """Shares of a thousand steps: sums are right, or the update is rejected by name; never wrapped round."""
+    how = {"local": {"steps": 1000, "epochs": None, "lr": 1e-5}, "aggregate": {"name": "mean", "weights": "steps"}}
+    ends = []
+    for reduction in ("fast", "reproducible"):
+        chosen = config(tmp_path / reduction, 2, exchange={"reduction": reduction}, **how)
+        with fedmpi.Run(chosen, comm_=Solo()) as run:
+            assert [record["rejected"] for record in run] == [[], []]
+            ends.append(run.params_P.clone())
+    assert (ends[0] - ends[1]).abs().max() < 1e-5
+    far = {"local": {**how["local"], "lr": 1.0}, "objective": {"loss": OWN + "steep"}}
+    chosen = config(tmp_path / "far", 1, exchange={"reduction": "reproducible"}, **(how | far))
+    with pytest.raises(Diverged, match=r"^round 1: every update was rejected"), fedmpi.Run(chosen, comm_=Solo()) as run:
+        list(run)

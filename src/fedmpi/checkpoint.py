@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 SERVER = "server.h5"
 AVERAGE = "average"  # of the parameters over rounds, in server.h5
 DIGEST_BYTES = 32 + 8  # SHA-256 and the file's size
+_OTHER = "#"  # what follows it numbers the groups of one name; the first has none
 _SLICE = 1 << 20  # elements written at a time: the interpreter is free in between
 
 
@@ -75,8 +76,14 @@ class Writer:
             rows: dict[str, torch.Tensor] = {}
             ids: dict[str, list[str]] = {}
             for name in sorted({name for kept in silos.values() for name in kept}):
-                ids[name] = [silo for silo, kept in silos.items() if name in kept]
-                rows[f"{name}/rows"] = torch.stack([silos[silo][name].detach().cpu() for silo in ids[name]])
+                alike: dict[Any, list[str]] = {}  # silos may keep tensors of different shapes under one name
+                for silo, kept in silos.items():
+                    if name in kept:
+                        alike.setdefault((kept[name].shape, kept[name].dtype), []).append(silo)
+                for number, some in enumerate(alike.values()):
+                    group = f"{name}{_OTHER}{number}" if number else name
+                    ids[group] = some
+                    rows[f"{group}/rows"] = torch.stack([silos[silo][name].detach().cpu() for silo in some])
             jobs.append((folder / rank_file(self.rank), rows, ids))
         self._thread = threading.Thread(target=self._write, args=(round, jobs), name="checkpoint", daemon=True)
         self._thread.start()
@@ -293,15 +300,16 @@ def read_silos(root: Path, round: int, ids: Iterable[str]) -> dict[str, dict[str
     if not wanted:
         return {}
     kept: dict[str, dict[str, torch.Tensor]] = {}
-    for name, entry in manifest(root, round)["files"].items():
+    for file_name, entry in manifest(root, round)["files"].items():
         here = wanted.intersection(entry.get("silos", ()))
         if not here:
             continue
-        with h5py.File(folder_of(root, round) / name, "r") as file:
+        with h5py.File(folder_of(root, round) / file_name, "r") as file:
             for what, group in file.items():
+                name = what.partition(_OTHER)[0]
                 for row, silo in enumerate(group["ids"].asstr()[...]):
                     if silo in here:
-                        kept.setdefault(silo, {})[what] = torch.from_numpy(np.asarray(group["rows"][row]).copy())
+                        kept.setdefault(silo, {})[name] = torch.from_numpy(np.asarray(group["rows"][row]).copy())
     missing = sorted(wanted - set(kept))
     if missing:
         raise CheckpointError(f"{folder_of(root, round)}: no state of silo {', '.join(missing[:4])}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import pydantic
@@ -25,7 +26,7 @@ class StopSection:
     """When a run gives up because it diverges: it ends with exit code 1, the last good round on disk. null: never."""
 
     not_finite: bool = True  # at once, when the training loss is not finite
-    loss_factor: Factor | None = 100.0  # when the training loss is so many times the best and above the first
+    loss_factor: Factor | None = 100.0  # when the training loss is so many times its median and above the first
     norm_factor: Factor | None = 100.0  # when the mean norm of deltas is so many times its median
     patience: PositiveInt = 3  # rounds, one after the other, of which one of the two holds
 
@@ -36,7 +37,8 @@ class Health:
     def __init__(self, section: StopSection) -> None:
         self.section = section
         self.doubts = 0  # rounds, up to now, that looked bad
-        self._best = self._first = math.inf
+        self._first = math.inf
+        self._losses: list[float] = []  # sorted
         self._norms: list[float] = []  # sorted
 
     def look(self, number: int, loss: float | None, norm: float | None) -> str:
@@ -46,14 +48,15 @@ class Health:
             self.doubts += 1
             return f"round {number}: the run has diverged: its training loss is not finite (stop.not_finite)"
         why = []
-        best = math.inf if section.loss_factor is None else section.loss_factor * self._best
-        # Cohorts differ: a round of silos with an easy task may be far below all others, but no start is below it.
-        if loss is not None and loss > max(best, self._first) > 0 and best > 0:
+        # Cohorts differ: rounds of silos with an easy task may be far below all others, so it is not the best of them
+        # that counts, and what an untrained model has is no divergence.
+        usual = _median(self._losses, 1) * (section.loss_factor or math.inf)
+        if loss is not None and loss > max(usual, self._first) and usual > 0:
             why.append(
-                f"its training loss {loss:.4g} is more than stop.loss_factor = {section.loss_factor:g} times the best, "
-                f"{self._best:.4g}"
+                f"its training loss {loss:.4g} is more than stop.loss_factor = {section.loss_factor:g} times the "
+                f"median, {_median(self._losses, 1):.4g}"
             )
-        median = self._norms[len(self._norms) // 2] if len(self._norms) >= ENOUGH else math.inf
+        median = _median(self._norms, ENOUGH)
         if norm is not None and section.norm_factor is not None and norm > section.norm_factor * median > 0:
             why.append(
                 f"the mean norm of its deltas {norm:.4g} is more than stop.norm_factor = {section.norm_factor:g} times "
@@ -68,7 +71,12 @@ class Health:
         self.doubts = 0
         if loss is not None:
             self._first = loss if math.isinf(self._first) else self._first
-            self._best = min(self._best, loss)
+            bisect.insort(self._losses, loss)
         if norm is not None:
             bisect.insort(self._norms, norm)
         return ""
+
+
+def _median(values: Sequence[float], enough: int) -> float:
+    """Of values in order; infinite where there are too few."""
+    return values[len(values) // 2] if len(values) >= enough else math.inf

@@ -29,7 +29,7 @@ import torch
 from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
-from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, SiloError, Stopped
+from fedmpi.errors import Diverged, ExchangeError, FedmpiError, NobodyThere, SiloError, Stopped
 from fedmpi.evaluate import evaluate_silo, fine_tuned, personal_model, pooled, worst_silo
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
@@ -231,7 +231,7 @@ def _train(
             )
             norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
             usable = not math.isnan(besides) and math.isfinite(contribution.weight)
-            if max(norm, besides) < LARGEST_NORM and usable:  # not so for nan
+            if max(norm, besides) * _room(fed, contribution.weight) < LARGEST_NORM and usable:  # not so for nan
                 fed.exchange.add(contribution)
                 trained[name] = silo
                 fed.ready.set_silo(
@@ -250,6 +250,15 @@ def _train(
     return trained, error
 
 
+def _room(fed: Federation, weight: float) -> float:
+    """How much larger than the delta that is which takes up room in a ring of integers, where sums are in one.
+
+    Shares add up to 1 by themselves, but not where steps or a selector's factors are counted.
+    """
+    share = weight / fed.exchange.facts.total_weight
+    return max(1.0, share * len(fed.ids)) if fed.exchange.ring else 1.0
+
+
 def _contribution(
     state: State, fed: Federation, number: int, silo: LocalSilo, factor: float
 ) -> tuple[Contribution, float]:
@@ -266,7 +275,8 @@ def _contribution(
     round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check, auxiliary)
     contribution = fed.rule.train(silo, fed.model, params_P, round)
     contribution.start_loss = start_loss
-    besides = float(torch.linalg.vector_norm(contribution.delta_P[fed.model.num_shared :]))
+    others_A = contribution.delta_P[fed.model.num_shared :]
+    besides = float(torch.linalg.vector_norm(others_A))
     contribution.weight = stands_for = silo.weight * factor
     contribution.weight = weight = fed.aggregator.weight(contribution)
     for i, auxiliary_ in enumerate(fed.auxiliaries):
@@ -274,7 +284,7 @@ def _contribution(
             fed.model.auxiliary(i).mul_(fed.exchange.facts.total_weight / (weight * len(fed.ids)))
         elif weight != stands_for:
             fed.model.auxiliary(i).mul_(stands_for / weight)
-    return contribution, besides
+    return contribution, besides if bool(torch.isfinite(torch.linalg.vector_norm(others_A))) else math.inf
 
 
 def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server:
@@ -306,7 +316,7 @@ def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str
     if (others := np.flatnonzero(fingerprint != fingerprint[0])).size:
         raise ExchangeError(_difference(fed, cohort, others.tolist()))
     if not cohort:
-        raise ConfigError(f"round {number}: the selector chose no silo")
+        raise NobodyThere(f"round {number}: the selector chose no silo")
     if not fed.ready.silo("taken").any():
         rejected = [silo for silo, no in zip(fed.ids, fed.ready.silo("rejected"), strict=True) if no]
         raise Diverged(

@@ -34,7 +34,7 @@ import fedmpi
 from fedmpi import checkpoint, comm, device, records, rng, stopping
 from fedmpi.components import to_dict
 from fedmpi.config import ABOUT, Config, differences, digest, load
-from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, Stopped
+from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NobodyThere, Stopped
 from fedmpi.exchange import choice
 from fedmpi.exchange.base import Exchange, Facts, Kept
 from fedmpi.exchange.section import ExchangeSection
@@ -50,6 +50,7 @@ from fedmpi.types import Silo, SiloData, Source
 
 log = logging.getLogger("fedmpi")
 
+SELECTORS_OWN = "selector/"  # what begins the names of a selector's state
 FILED = "exchange_"  # what begins the names of that which the exchange files under a silo
 CONFIG_FILE = "config.yaml"
 UNSHARED_FILE = "unshared.safetensors"
@@ -108,7 +109,7 @@ class Run:
         self.config = self.comm.together(lambda: _loaded(config, overrides))
         self.comm.same("the configuration", digest(self.config), ConfigError)
         self._closed = False
-        self._lost = False  # did the last rounds diverge, so that their state is no checkpoint?
+        self._lost = False  # was the run given up?
         self._spoiled = False  # has a round failed after its parameters were overwritten?
         self._lock: int | None = None
         self.comm.open_runs += 1
@@ -289,10 +290,13 @@ class Run:
         alike = exchange.vectors(state.params_Q)
         alike |= {checkpoint.AVERAGE: state.average_P} if state.average_P is not None else {}
         whole |= {n: (t.dtype, len(t)) for n, t in alike.items()}
-        selector = {f"selector/{n}": torch.from_numpy(a.copy()) for n, a in sorted(state.selector.items())}
-        whole |= {n: (t.dtype, len(t)) for n, t in selector.items()}
         self.comm.together(lambda: _expect(stored, whole) if loads else None)
-        from_0 = {n: stored[n] if loads else torch.empty(size, dtype=dtype) for n, (dtype, size) in whole.items()}
+        # A selector's state is what its last round made of it, whatever it began with.
+        of_selector = {n: t for n, t in stored.items() if n.startswith(SELECTORS_OWN)}
+        told = [(n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in of_selector.items()]
+        selector = {n: (getattr(torch, t), shape) for n, t, shape in json.loads(self.comm.say(json.dumps(told), 0))}
+        sizes = (whole | selector).items()
+        from_0 = {n: stored[n] if loads else torch.empty(size, dtype=dtype) for n, (dtype, size) in sizes}
         exchange.take_vectors(state.params_Q, from_0, self.resumed)
         if state.average_P is not None:
             self.comm.bcast(from_0[checkpoint.AVERAGE])
@@ -301,7 +305,7 @@ class Run:
             exchange.load(part, from_0[name])
         for name in selector:
             self.comm.bcast(from_0[name].reshape(-1).view(torch.uint8))
-        new_selector = {n.removeprefix("selector/"): from_0[n].numpy() for n in selector}
+        new_selector = {n.removeprefix(SELECTORS_OWN): from_0[n].numpy() for n in selector}
         exchange.take(self.resumed, state.params_Q, {silo: tensors for silo, tensors in filed.items() if tensors})
         about = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed) if loads else {})
         record = json.loads(self.comm.say(json.dumps(about.get("record")), 0))
@@ -461,8 +465,8 @@ class Run:
                 if self.state.round % self.config.checkpoint.every == 0 and not self._health.doubts:
                     self._checkpoint()
                 yield record
-        except (Stopped, Diverged) as error:
-            self._lost = isinstance(error, Diverged) and self._health.doubts > 0
+        except (Stopped, Diverged, NobodyThere) as error:
+            self._lost = isinstance(error, Diverged)
             self._finish_checkpoint()
             raise
         except Exception as error:
@@ -521,8 +525,10 @@ class Run:
         self._pending, self._sealed = None, round
 
     def _finish_checkpoint(self) -> None:
-        """The last whole round is on disk, sealed; where the last ones have diverged, the last before them."""
-        if not self._lost and self.state.round not in (self._sealed, self._pending):
+        """The last whole round is on disk, sealed; where the last ones are in doubt, the last before them, unless the
+        run is through with them."""
+        doubted = self._health.doubts > 0 and (self._lost or self.state.round < self.config.rounds)
+        if not doubted and self.state.round not in (self._sealed, self._pending):
             self._checkpoint()
         if self._pending is not None:
             self._seal()
@@ -710,7 +716,8 @@ def _server_tensors(state: State, exchange: Exchange) -> dict[str, torch.Tensor]
     for name, part in zip(state.optimizer._fields, state.optimizer, strict=True):
         tensors[f"optimizer/{name}"] = exchange.whole(part)
     tensors |= {name: exchange.whole(part) for name, part in exchange.server_tensors().items()}
-    return tensors | {f"selector/{name}": torch.from_numpy(array) for name, array in sorted(state.selector.items())}
+    of_selector = {name: torch.from_numpy(np.asarray(array)) for name, array in sorted(state.selector.items())}
+    return tensors | {f"{SELECTORS_OWN}{name}": tensor for name, tensor in of_selector.items()}
 
 
 def _expect(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[torch.dtype, int]]) -> None:
