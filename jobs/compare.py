@@ -53,7 +53,9 @@ class Grid:
     partitions: Changes | None = None  # name: {key: value}; null: one, as the base has it
     seeds: list[NonNegativeInt] | None = None  # null: the base's
     out: str | None = None  # null: runs/ and the name of the grid's file
-    figure: str | None = None  # of a record, to be compared; null: the run's metric
+    # of a record, to be compared; null: the run's metric; personal_accuracy: of what silos would use, which is the
+    # global model where they have none of their own
+    figure: str | None = None
     over: Literal["samples", "silos"] = "samples"  # pooled over all test samples, or the mean of the silos' figures
     target: float | None = None  # of that figure
     published: dict[str, dict[str, float]] | None = None  # partition: {algorithm: figure}
@@ -179,14 +181,19 @@ def curve(cell: Cell, grid: Grid) -> Curve:
     for record in read_metrics(cell.root)[: cell.config.rounds]:
         sent += record["bytes_up"] + record["bytes_down"]
         spent_s += record["seconds"]["round"]
-        value = record.get(metric)
+        value = _figure(record, metric)
         if grid.over == "silos":
-            each = [row[metric] for row in record["silos"].values() if row.get(metric) is not None]
+            each = [v for row in record["silos"].values() if (v := _figure(row, metric)) is not None]
             value = statistics.mean(each) if each else None
         if value is not None:
             for column, entry in zip(found, (record["round"], value, sent / 1e6, spent_s), strict=False):
                 column.append(entry)
     return found
+
+
+def _figure(told: dict[str, Any], name: str) -> float | None:
+    """Of a record, or of a silo's row in it."""
+    return told[name] if told.get(name) is not None else told.get(name.removeprefix("personal_"))
 
 
 def _text(path: Path) -> str:

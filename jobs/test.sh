@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a change has to pass: style, types, tests. Arguments go to pytest:
 #
-#   jobs/test.sh [-k slurm ...]
+#   jobs/test.sh [-k slurm ...]     (-n 0: one after the other, to be seen and debugged)
 #
 #   FEDMPI_REQUIRE=slurm,data   tests that may not be skipped; else mpi, and what can run of slurm, strace, netns, mpich and data
 #   FEDMPI_DATA=DIR             where the data sets are; else ../shared/data, if that is there
@@ -86,5 +86,6 @@ step() { # seconds, command: the first code that is not 0 is the job's
 step 60 ruff check
 step 60 ruff format --check
 step 300 mypy
-step 2400 pytest -q "$@"
+# Two at a time; tests/conftest.py says which.
+step 2400 pytest -q -n 2 --dist loadgroup --no-loadscope-reorder "$@"
 exit $status

@@ -11,6 +11,18 @@ from programs.place import Place
 collect_ignore_glob = ["programs/*"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two workers one launches ranks, from the start: two launches at once would only be in each other's way. The
+    other one does the rest, file by file, for launches within a file are shared."""
+
+    def launches(item: pytest.Item) -> bool:
+        return item.path.name.startswith(("test_mpi_", "test_slurm"))
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ranks" if launches(item) else str(item.path)))
+    items.sort(key=lambda item: not launches(item))
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A folder in which `mpirun fedmpi train config.yaml` works."""

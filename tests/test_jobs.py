@@ -145,7 +145,7 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     assert "tests that need netns may be skipped" in done.stderr
     assert re.search("requires mpi,(slurm,)?strace,mpich,data$", done.stdout, re.MULTILINE), done.stdout
     calls = (checkout.top / "calls").read_text()
-    assert "pytest -q -k x" in calls and "apt-get" not in calls
+    assert "pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -k x" in calls and "apt-get" not in calls
 
 
 def test_constraints_pin_what_setup_cfg_asks_for() -> None:
@@ -170,7 +170,7 @@ def test_reproduce_heart_prints_published_beside_ours(checkout: Checkout) -> Non
     done = checkout.run("jobs/reproduce_heart.sh FedAvg100 FedProx100", FEDMPI_DATA=str(folder.parent))
     assert done.returncode == 0, done.stderr
     assert checkout.calls("mpirun") == [
-        f"-n 2 python tests/programs/heart.py {folder.parent} replicated FedAvg100 FedProx100"
+        f"-n 2 python tests/programs/heart.py {folder.parent} replicated all FedAvg100 FedProx100"
     ]
     assert re.search(r"^FedAvg100  ( +0.5000  0.5000){3} +0.5000  0.2500 +3.0e-07$", done.stdout, re.MULTILINE), done
     assert "3 runs; largest difference of a mean accuracy: 2.5e-01" in done.stdout
@@ -333,7 +333,7 @@ def test_a_grid_is_drawn(job, tmp_path):
     assert (tmp_path / "out" / "figure.svg").exists()
 
 
-@pytest.mark.parametrize("name", ["heart", "fashion", "epochs"])
+@pytest.mark.parametrize("name", ["heart", "fashion", "epochs", "personal", "codecs"])
 def test_the_grids_that_come_along_can_be_built(job, name):
     grid, root, cells = job("compare").cells(TOP / "configs" / f"compare_{name}.yaml", None)
     assert root == Path(f"runs/compare_{name}") and len({cell.name for cell in cells}) == len(cells)

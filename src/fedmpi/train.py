@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -58,6 +59,7 @@ WRITER_S = 30.0  # how long a run that failed waits for the checkpoint that it w
 WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """What a run's figures were made with."""
     from importlib.metadata import version

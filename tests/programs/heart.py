@@ -1,7 +1,8 @@
-"""Fed-Heart-Disease from the published initial weights and batch orders: every seed and method in one launch.
+"""Fed-Heart-Disease from the published initial weights and batch orders: seeds and methods in one launch.
 
-Arguments: FOLDER PLAN [METHOD ...], all methods by default. Rank 0 prints one JSON line per run: the largest distance
-from the published final weights, and the accuracy of every hospital beside the published one.
+Arguments: FOLDER PLAN SEEDS [METHOD ...]; seeds with commas between, or all; all methods by default. Rank 0 prints one
+JSON line per run: the largest distance from the published final weights, and the accuracy of every hospital beside the
+published one.
 """
 
 import csv
@@ -71,12 +72,13 @@ def published_accuracies(folder: Path, seed: int, method: str) -> list[float]:
 def main() -> None:
     root = Path(sys.argv[1])
     plan = sys.argv[2]
-    methods = {name: METHODS[name] for name in sys.argv[3:] or METHODS}
+    seeds = SEEDS if sys.argv[3] == "all" else tuple(int(seed) for seed in sys.argv[3].split(","))
+    methods = {name: METHODS[name] for name in sys.argv[4:] or METHODS}
     folder = root / "flamby_heart"
     traces = str(folder / "heart_traces.npz")
     comm = connect()
     scratch = Path(comm.say(tempfile.mkdtemp() if comm.rank == 0 else "", 0))
-    for seed in SEEDS:
+    for seed in seeds:
         init = _stored(traces)[f"{seed}|init"]
         weight, bias = torch.from_numpy(init[None, :13].copy()), torch.from_numpy(init[13:].copy())
         start = scratch / f"{seed}-{comm.rank}.safetensors"
