@@ -227,7 +227,7 @@ def enter(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Roun
     # Dropout and the like draw from torch's own generator: key it, so that a silo draws the same on every rank.
     key = rng.key(round.seed, purpose="train", round=round.number, silo=silo.id) >> 1
     torch.default_generator.manual_seed(key)  # torch.manual_seed takes milliseconds where there is no GPU
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(key)
     return [p for p in model.module.parameters() if p.requires_grad]
 
