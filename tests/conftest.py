@@ -11,6 +11,7 @@ from programs.place import Place
 collect_ignore_glob = ["programs/*"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two workers one launches ranks, from the start: two launches at once would only be in each other's way. The
     other one does the rest, file by file, for launches within a file are shared."""
