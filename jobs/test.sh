@@ -87,5 +87,5 @@ step 60 ruff check
 step 60 ruff format --check
 step 300 mypy
 # Two at a time; tests/conftest.py says which.
-step 2400 pytest -q -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+step 2400 pytest -q -n 2 --dist loadscope --no-loadscope-reorder "$@"
 exit $status

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mpi import absent
@@ -11,17 +12,27 @@ from programs.place import Place
 collect_ignore_glob = ["programs/*"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def _launches(file: str) -> bool:
+    return file.rpartition("/")[2].startswith(("test_mpi_", "test_slurm"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two workers one launches ranks, from the start: two launches at once would only be in each other's way. The
-    other one does the rest, file by file, for launches within a file are shared."""
+    """What takes longest comes first."""
+    items.sort(key=lambda item: not _launches(str(item.path)))
 
-    def launches(item: pytest.Item) -> bool:
-        return item.path.name.startswith(("test_mpi_", "test_slurm"))
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ranks" if launches(item) else str(item.path)))
-    items.sort(key=lambda item: not launches(item))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of two workers one launches ranks: two launches at once would only be in each other's way. The other one does the
+    rest, file by file, for launches within a file are shared."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ranks" if _launches(file) else file
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")
