@@ -64,7 +64,7 @@ REFUSED = [
     (SGD + ", optimizer: {name: Adan}}", "local.optimizer: no optimizer 'Adan'; did you mean 'Adam'?"),
     (SGD + ", schedule: cosin}", "local.schedule: no schedule 'cosin'; did you mean 'cosine'?"),
     ("aggregate: qqq", "aggregate: no aggregator 'qqq'; there is: mean"),
-    ("data: {silos: 3}", "data: needs a 'name', one of: digits, "),
+    ("data: {silos: 3}", "data: needs a 'name' beside silos, one of: digits, "),
     ("model: 3", "model: 3 is no model; one of: logistic, "),
     ("select: [all]", "select: ['all'] is no selector; one of: all, uniform"),
     # wrong type
@@ -136,6 +136,8 @@ REFUSED = [
     (FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.2}}", "server.optimizer: the rule feddyn"),
     (FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.1}}\naggregate: fednova", "aggregate: feddyn needs mean"),
     ("server: {optimizer: {name: feddyn, alpha: 0.2}}", "local: the server's feddyn needs local: {name: feddyn"),
+    ("local: {name: ditto, lr: 1, steps: 1}\nevaluate: {finetune: {name: sgd, lr: 1, steps: 1}}", "evaluate.finetune:"),
+    ("local: 'no:Rule'", "local: cannot import 'no:Rule': No module named 'no'; modules are looked for in the current"),
     (
         FEDDYN + "\nserver: {optimizer: {name: feddyn, alpha: 0.1}}\nselect: {name: uniform, weights: inverse}",
         "select: uniform counts silos by 1/probability, and feddyn's server",

@@ -377,3 +377,5 @@ def test_moon_says_which_model_it_cannot_compare() -> None:
     with pytest.raises(ConfigError, match=r"local.features: the model has no module '2'; there is: , 0, 1"):
         RULES.build({"name": "moon", "features": "2", **USUAL}, "local").suits(module, [], [])
     RULES.build({"name": "moon", "features": "1", **USUAL}, "local").suits(module, [], [])
+    with pytest.raises(ConfigError, match=r"local: moon compares what a model makes of samples, and this one is"):
+        RULES.build({"name": "moon", **USUAL}, "local").suits(torch.nn.Sequential(torch.nn.Linear(3, 1)), [], [])

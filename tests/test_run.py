@@ -19,7 +19,7 @@ from fedmpi import checkpoint, results, stopping
 from fedmpi.comm import Solo
 from fedmpi.components import build, component
 from fedmpi.config import Config
-from fedmpi.errors import ConfigError, Diverged, FedmpiError, NobodyThere, SiloError, Stopped
+from fedmpi.errors import ConfigError, Diverged, FedmpiError, NoCohort, SiloError, Stopped
 from fedmpi.flat import FlatModel, sha256
 from fedmpi.local import Sgd
 from fedmpi.types import Silo, SiloData, Source
@@ -419,11 +419,11 @@ def test_a_run_that_diverges_says_so_and_leaves_its_last_whole_round(tmp_path):
 
 def test_a_round_without_anybody_leaves_the_rounds_before_it_on_disk(tmp_path):
     nobody = {"name": "available", "traces": {f"s{i}": [[1, 3]] for i in range(3)}}
-    with pytest.raises(NobodyThere, match=r"^round 3: no silo is there \(select.traces\)$"):
+    with pytest.raises(NoCohort, match=r"^round 3: no silo is there \(select.traces\)$"):
         run(config(tmp_path / "a", select=nobody))
     run(config(tmp_path / "b", 2))
     shas = [results.inspect(tmp_path / name)["params_sha256"] for name in "ab"]
-    assert shas[0] == shas[1] and NobodyThere.exit_code == 1
+    assert shas[0] == shas[1] and NoCohort.exit_code == 1
 
 
 @component
@@ -461,6 +461,67 @@ def test_state_of_ones_own_comes_back_whatever_its_shape(tmp_path, other):
     run(config(tmp_path / "a", 4, **other), rounds=2)
     run(config(tmp_path / "a", 4, **other))
     assert everything(tmp_path / "a") == everything(tmp_path / "whole")
+
+
+@component
+class Choosing:
+    """Gives what it is told to."""
+
+    gives: Any = None
+
+    def init(self, num_train):
+        return {}
+
+    def select(self, ids, state, record, rng):
+        return list(ids) if self.gives == "no state" else (self.gives, state)
+
+
+@pytest.mark.parametrize(
+    ("gives", "why"),
+    [
+        ("no state", r"is to return a cohort and its new state \(a dict of arrays\), and gave \['s0', 's1', 's2'\]"),
+        (["s0", "nobody"], r"chose \['s0', 'nobody'\]: 'nobody' is no silo"),
+        (["s0", "s0"], r"chose \['s0', 's0'\]: a silo twice"),
+        (["s1", "s0"], r"chose \['s1', 's0'\]: a silo twice, or not in the federation's order"),
+    ],
+)
+def test_what_a_selector_gives_is_looked_at(tmp_path, gives, why):
+    with pytest.raises(NoCohort, match=f"^round 1: the selector Choosing {why}"):
+        run(config(tmp_path, select={"name": OWN + "Choosing", "gives": gives}))
+
+
+@component
+class Sloppy:
+    """A rule whose work is not what it should be."""
+
+    what: str
+    lr: float = 0.1
+    epochs: int = 1
+    batch_size: int = 8
+
+    def train(self, silo, model, params_P, round):
+        done = Sgd(lr=0.1, epochs=1).train(silo, model, params_P, round)
+        if self.what == "short":
+            done.delta_P = done.delta_P[:-1]
+        if self.what == "double":
+            done.delta_P = done.delta_P.double()
+        if self.what == "number":
+            silo.kept["number"] = 3.0
+        return None if self.what == "nothing" else done
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("short", r"gave a delta that is torch.float32 of \[9\] in place of torch.float32 of \[10\]"),
+        ("double", r"gave a delta that is torch.float64 of \[10\] in place of"),
+        ("nothing", "returned NoneType in place of a Contribution"),
+        ("number", "keeps 'number' as float; silos keep tensors"),
+    ],
+)
+def test_what_a_rule_gives_is_looked_at(tmp_path, what, why):
+    with pytest.raises(SiloError, match=f"^rank 0, silo 's0', round 1:\n(.*\n)*TypeError: the rule Sloppy {why}"):
+        run(config(tmp_path, local={"name": OWN + "Sloppy", "what": what}))
 
 
 def test_rounds_in_doubt_are_no_checkpoint_when_a_run_is_stopped(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from fedmpi.components import build
 from fedmpi.config import Config
-from fedmpi.errors import ConfigError, NobodyThere
+from fedmpi.errors import ConfigError, NoCohort
 from fedmpi.selection import SELECTORS, Selection
 from fedmpi.selection import losses as losses_
 from fedmpi.selection.draws import inclusion, systematic
@@ -323,7 +323,7 @@ def test_a_round_without_anybody_and_a_silo_that_is_none_are_errors_in_one_line(
     everybody = {silo: [[1, 3]] for silo in IDS}
     selector = make("available", {"traces": everybody})
     rounds(selector, 2)
-    with pytest.raises(NobodyThere, match=r"^round 3: no silo is there \(select.traces\)$"):
+    with pytest.raises(NoCohort, match=r"^round 3: no silo is there \(select.traces\)$"):
         rounds(selector, 3)
     with pytest.raises(ConfigError, match=r"^select.traces: 'z' is no silo of this run$"):
         rounds(make("available", {"traces": {"z": [[1, 2]]}}), 1)

@@ -342,3 +342,11 @@ def test_decay_takes_off_what_is_kept():
     decoded_N = torch.zeros(300)
     coder.decode(payload_B[: coder.encode(torch.zeros(300), payload_B, 0, 1.0, residual_N)], decoded_N, 0)
     torch.testing.assert_close(decoded_N + residual_N, torch.full((300,), 0.125))
+
+
+def test_a_trimmed_mean_that_leaves_nobody_out_is_refused():
+    trimmed = AGGREGATORS.build({"name": "trimmed_mean"}, "")
+    with pytest.raises(ConfigError, match=r"^aggregate.fraction: 0.1 of 4 silos is less than .* take 0.25 or"):
+        trimmed.suits(4)
+    trimmed.suits(10)
+    AGGREGATORS.build({"name": "trimmed_mean", "fraction": 0.0}, "").suits(4)

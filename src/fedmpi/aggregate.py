@@ -97,7 +97,8 @@ class FedNova:
     w + tau_eff sum_k p_k delta_k / |a_k|_1, tau_eff = sum_k p_k |a_k|_1, p_k the silo's share of the cohort's weight.
 
     |a_k|_1 is what the local rule says its delta holds of gradients: the steps taken, or what momentum and a proximal
-    term make of them. A silo that takes more steps counts for no more; with equal steps it is the mean.
+    term make of them; of optimizers that are not linear in the gradients (Adam) it is the steps. A silo that takes more
+    steps counts for no more; with equal steps it is the mean.
     """
 
     refuses_factors = "it multiplies two sums over the cohort, and the product of two estimates is biased"
@@ -207,12 +208,24 @@ class TrimmedMean(_Votes):
     tensor([3.])
     """
 
-    fraction: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.1  # beta: of the silos, left out at each end
+    # beta: of the silos, left out at each end, rounded down
+    fraction: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.1
 
     def combine(self, rows_KS: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
         """Of K rows one."""
-        out = math.floor(self.fraction * len(rows_KS))
+        out = self._out(len(rows_KS))
         return rows_KS.sort(dim=0).values[out : len(rows_KS) - out].mean(dim=0)
+
+    def suits(self, num_silos: int) -> None:
+        """ConfigError where so many silos are too few for anything to be left out."""
+        if self.fraction and not self._out(num_silos):
+            raise ConfigError(
+                f"aggregate.fraction: {self.fraction:g} of {num_silos} silos is less than one silo: none is left out; "
+                f"take {math.ceil(1000 / num_silos) / 1000:g} or more, or 0 for the plain mean"
+            )
+
+    def _out(self, num_silos: int) -> int:
+        return math.floor(self.fraction * num_silos + 1e-9)
 
 
 AGGREGATORS = Family(

@@ -229,7 +229,7 @@ def inspect(directory: RunDir, as_json: Json = False) -> None:
         print(f"params_sha256  {found['params_sha256']}")
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "round":
-                print(f"{name:<15}{value:.6g}" if isinstance(value, float) else f"{name:<15}{value}")
+                print(f"{name:<18}{value:.6g}" if isinstance(value, float) else f"{name:<18}{value}")
         if best:
             print("best           " + ", ".join(f"{k} {v:.6g}" for k, v in best.items()))
         print("versions       " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))

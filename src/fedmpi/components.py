@@ -80,7 +80,8 @@ class Family:
         rest = dict(value)
         name = rest.pop("name", None)
         if not isinstance(name, str):
-            raise ConfigError(f"{path}: needs a 'name', one of: {', '.join(self.members)}")
+            beside = f" beside {', '.join(map(str, rest))}" if rest else ""
+            raise ConfigError(f"{path}: needs a 'name'{beside}, one of: {', '.join(self.members)}")
         found = self.find(name, path)
         if dataclasses.is_dataclass(found):
             return build(found, rest, path, f"{self.what} '{name}'")
@@ -220,7 +221,9 @@ def import_object(name: str, path: str = "") -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{where}cannot import '{name}': {error}") from None
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
+        looked = "; modules are looked for in the current folder and on PYTHONPATH" if missing else ""
+        raise ConfigError(f"{where}cannot import '{name}': {error}{looked}") from None
     return found
 
 

@@ -20,7 +20,7 @@ import pydantic
 import torch
 import yaml
 
-from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean
+from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean, TrimmedMean
 from fedmpi.codecs import CODECS
 from fedmpi.components import NonNegativeInt, PositiveInt, build, component, to_dict
 from fedmpi.data import DATASETS
@@ -37,6 +37,7 @@ from fedmpi.local.optimizers import num_gradients
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.selection import SELECTORS, All, Selector
+from fedmpi.selection.base import Part
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, FedDyn, ServerOptimizer
 from fedmpi.types import Dataset
 
@@ -152,6 +153,9 @@ class Config:
         if getattr(self.evaluate.finetune, "auxiliaries", ()):
             rule = RULES.name_of(self.evaluate.finetune)
             raise ValueError(f"evaluate.finetune: {rule} trains with what other silos send; take one that trains alone")
+        if self.evaluate.finetune is not None and hasattr(self.local, "personal"):
+            rule = RULES.name_of(self.local)
+            raise ValueError(f"evaluate.finetune: the personal figures are those of the models that {rule} makes")
         if self.exchange.reduction == "reproducible" and hasattr(getattr(self.local, "amount", None), "seconds"):
             raise ValueError("exchange.reduction: reproducible, but local.amount: seconds is what no clock repeats")
         if regions is not None and self.rounds % regions.every:
@@ -200,6 +204,8 @@ class Config:
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
         """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""
         found = entries(module, self.exchange.parameters)
+        if isinstance(self.aggregate, TrimmedMean):
+            self.aggregate.suits(self.select.size(len(ids)) if isinstance(self.select, Part) else len(ids))
         for rule in (self.local, self.evaluate.finetune):
             if (suits := getattr(rule, "suits", None)) is not None:
                 suits(module, found, ids)

@@ -5,7 +5,7 @@ FedmpiError                 exit 1
 │   └── DataMissing         exit 2   a dataset's files are not there; the message says which to put where
 ├── SiloError               exit 1   a silo raised; carries rank, silo and traceback
 ├── Diverged                exit 1   every update of a round was rejected, or loss or norms explode
-├── NobodyThere             exit 1   no silo can take part in a round; the rounds before are on disk
+├── NoCohort                exit 1   a round has no silo to train; the rounds before are on disk
 ├── ExchangeError           exit 1   ranks disagree about what they exchange
 ├── CheckpointError         exit 1   a checkpoint could not be written or read
 └── Stopped                 exit 3   a signal or `fedmpi stop`; the last whole round is on disk
@@ -38,8 +38,8 @@ class Diverged(FedmpiError):
     """No update of a round was usable, or the run no longer learns (health.py)."""
 
 
-class NobodyThere(FedmpiError):
-    """A round has no silo to train; the state is that of the round before."""
+class NoCohort(FedmpiError):
+    """A round has no silo to train, or its selector chose what is none; the state is that of the round before."""
 
 
 class ExchangeError(FedmpiError):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, Literal
@@ -29,7 +29,7 @@ import torch
 from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
-from fedmpi.errors import Diverged, ExchangeError, FedmpiError, NobodyThere, SiloError, Stopped
+from fedmpi.errors import Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped
 from fedmpi.evaluate import evaluate_silo, fine_tuned, personal_model, pooled, worst_silo
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
@@ -163,7 +163,7 @@ def _select(state: State, fed: Federation, number: int) -> Selection:
         own = observe(fed.ids, own, state.record)
     candidates = asks(fed.ids, own, state.record, draw) if asks is not None else []
     if not candidates:
-        return Selection(*selector.select(fed.ids, own, state.record, draw))
+        return _chosen(selector.select(fed.ids, own, state.record, draw), fed, number)
     probe, error = _probe(state, fed, number, candidates)
     status = probe.rank("status")
     _raise_failure(fed, status, error)
@@ -171,7 +171,21 @@ def _select(state: State, fed: Federation, number: int) -> Selection:
         raise Stopped(f"stopped in round {number}: {_reason(fed, status)}")
     losses = dict(zip(fed.ids, probe.silo("loss").tolist(), strict=True))
     of_candidates = {silo: losses[silo] for silo in candidates}
-    return Selection(*selector.select(fed.ids, own, state.record, draw, of_candidates))  # type: ignore[call-arg]
+    found = selector.select(fed.ids, own, state.record, draw, of_candidates)  # type: ignore[call-arg]
+    return _chosen(found, fed, number)
+
+
+def _chosen(found: Any, fed: Federation, number: int) -> Selection:
+    """What a selector gave, if it is a cohort and a state."""
+    who = f"round {number}: the selector {type(fed.selector).__name__}"
+    if not isinstance(found, tuple) or len(found) < 2 or not isinstance(found[1], Mapping):
+        raise NoCohort(f"{who} is to return a cohort and its new state (a dict of arrays), and gave {found!r:.80}")
+    cohort = [found[0]] if isinstance(found[0], str) else list(found[0])
+    if cohort != [silo for silo in fed.ids if silo in cohort]:
+        others = [silo for silo in cohort if silo not in fed.index]
+        why = f"'{others[0]}' is no silo" if others else "a silo twice, or not in the federation's order"
+        raise NoCohort(f"{who} chose {cohort!r:.80}: {why}")
+    return Selection(cohort, *found[1:])
 
 
 def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]) -> tuple[Board, str]:
@@ -274,6 +288,7 @@ def _contribution(
         start_loss = _loss(fed, silo, silo.data.x_train, silo.data.y_train)
     round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check, auxiliary)
     contribution = fed.rule.train(silo, fed.model, params_P, round)
+    _check(contribution, silo, fed)
     contribution.start_loss = start_loss
     others_A = contribution.delta_P[fed.model.num_shared :]
     besides = float(torch.linalg.vector_norm(others_A))
@@ -285,6 +300,22 @@ def _contribution(
         elif weight != stands_for:
             fed.model.auxiliary(i).mul_(stands_for / weight)
     return contribution, besides if bool(torch.isfinite(torch.linalg.vector_norm(others_A))) else math.inf
+
+
+def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
+    """TypeError for what a rule gave that cannot be added up or kept."""
+    rule, length = type(fed.rule).__name__, fed.model.num_shared * (1 + len(fed.auxiliaries))
+    if not isinstance(contribution, Contribution):
+        raise TypeError(f"the rule {rule} returned {type(contribution).__name__} in place of a Contribution")
+    delta = contribution.delta_P
+    if delta.shape != (length,) or delta.dtype != fed.model.dtype:
+        wanted = f"{fed.model.dtype} of [{length}]"
+        raise TypeError(
+            f"the rule {rule} gave a delta that is {delta.dtype} of {list(delta.shape)} in place of {wanted}"
+        )
+    for name, kept in silo.kept.items():
+        if not isinstance(kept, torch.Tensor):
+            raise TypeError(f"the rule {rule} keeps '{name}' as {type(kept).__name__}; silos keep tensors")
 
 
 def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server:
@@ -316,7 +347,7 @@ def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str
     if (others := np.flatnonzero(fingerprint != fingerprint[0])).size:
         raise ExchangeError(_difference(fed, cohort, others.tolist()))
     if not cohort:
-        raise NobodyThere(f"round {number}: the selector chose no silo")
+        raise NoCohort(f"round {number}: the selector chose no silo")
     if not fed.ready.silo("taken").any():
         rejected = [silo for silo, no in zip(fed.ids, fed.ready.silo("rejected"), strict=True) if no]
         raise Diverged(

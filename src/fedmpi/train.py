@@ -35,7 +35,7 @@ import fedmpi
 from fedmpi import checkpoint, comm, device, records, rng, stopping
 from fedmpi.components import to_dict
 from fedmpi.config import ABOUT, Config, differences, digest, load
-from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NobodyThere, Stopped
+from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped
 from fedmpi.exchange import choice
 from fedmpi.exchange.base import Exchange, Facts, Kept
 from fedmpi.exchange.section import ExchangeSection
@@ -467,7 +467,7 @@ class Run:
                 if self.state.round % self.config.checkpoint.every == 0 and not self._health.doubts:
                     self._checkpoint()
                 yield record
-        except (Stopped, Diverged, NobodyThere) as error:
+        except (Stopped, Diverged, NoCohort) as error:
             self._lost = isinstance(error, Diverged)
             self._finish_checkpoint()
             raise

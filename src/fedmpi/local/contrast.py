@@ -43,8 +43,12 @@ class Moon(Work):
                 raise ConfigError(
                     f"local.features: the model has no module '{self.features}'{nearest(self.features, known)}"
                 )
-        elif _last_linear(module) is None:
+            return
+        last = _last_linear(module)
+        if last is None:
             raise ConfigError("local.features: the model has no Linear layer; name the module whose output to compare")
+        if {id(p) for p in module.parameters()} <= {id(p) for p in last.parameters()}:
+            raise ConfigError("local: moon compares what a model makes of samples, and this one is a single layer")
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         previous_P, module = recall(silo, "previous", params_P), model.module

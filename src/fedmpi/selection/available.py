@@ -12,7 +12,7 @@ import numpy as np
 import pydantic
 
 from fedmpi.components import Family, component
-from fedmpi.errors import ConfigError, NobodyThere
+from fedmpi.errors import ConfigError, NoCohort
 from fedmpi.selection.base import Selection, Selector, State
 from fedmpi.selection.draws import DRAWS, All
 from fedmpi.selection.losses import LOSSES
@@ -110,7 +110,7 @@ class Available:
         always = [(number, number + 1)]
         there = [i for i, silo in enumerate(ids) if any(a <= number < b for a, b in self.traces.get(silo, always))]
         if not there:
-            raise NobodyThere(f"round {number}: no silo is there (select.traces)")
+            raise NoCohort(f"round {number}: no silo is there (select.traces)")
         return np.array(there)
 
 
