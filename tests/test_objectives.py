@@ -172,7 +172,12 @@ def test_your_own_functions_see_the_whole_test_set(tmp_path, monkeypatch):
             "objective.loss: 'cross_entropy' is for classification and next_token, the data's task is regression",
         ),
         ({"metric": "mae"}, "next_token", "objective.metric: 'mae' is for regression, the data's task is next_token"),
-        ({"loss": "nowhere:f"}, "binary", "objective.loss: cannot import 'nowhere:f': No module named 'nowhere'"),
+        (
+            {"loss": "nowhere:f"},
+            "binary",
+            "objective.loss: cannot import 'nowhere:f': No module named 'nowhere'; modules are looked for in the "
+            "current folder and on PYTHONPATH",
+        ),
     ],
 )
 def test_refusals_are_one_line(fields, of, message):

@@ -39,7 +39,8 @@ class Aggregator(Protocol):
     the loss of the global parameters on the silo's training samples in the contribution.
 
     `refuses_factors` says why a selector's factors (1/probability) would not make it unbiased; `scaled` is set where
-    `scale` is more than their sum's share: of one round's silos, so that it does not go over several rounds.
+    `scale` is more than their sum's share: of one round's silos, so that it does not go over several rounds;
+    `suits(num_silos)` raises ConfigError where cohorts of so many silos are too small for it.
     """
 
     def base(self, silo: str, num_samples: int) -> float:
@@ -112,7 +113,7 @@ class FedNova:
 
     def weight(self, contribution: Contribution) -> float:
         """p_k / |a_k|_1."""
-        return contribution.weight / (contribution.normalizer or contribution.num_steps)
+        return contribution.weight / contribution.held
 
     def scale(self, heard: Heard) -> float:
         """tau_eff, and what turns the mean under the sent weights into their sum."""

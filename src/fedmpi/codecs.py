@@ -43,6 +43,8 @@ _LARGEST, _NORM, _MEAN = 0, 1, 2  # what a block's scale is made of
 class Codec:
     """What the exchange asks of a codec; members write `max_bytes`, `_encode` and `_decode`."""
 
+    chooses = False  # do all values of a piece compete for room in the payload? They then have to be of one unit
+
     @property
     def fixed(self) -> bool:
         """Is every payload `max_bytes` long? Else it is at most that, and lengths have to travel."""
@@ -51,11 +53,6 @@ class Codec:
     @property
     def linear(self) -> bool:
         """Are payloads float32 vectors whose sum decodes to the sum, if all have one key?"""
-        return False
-
-    @property
-    def chooses(self) -> bool:
-        """Do all values of a piece compete for room in the payload? They then have to be of one unit."""
         return False
 
     @property
@@ -512,6 +509,8 @@ class TopK(Codec):
     Packed indices take about 2 + log2(1 / ratio) bits each (Elias 1974; Fano 1971).
     """
 
+    chooses = True
+
     ratio: PositiveFraction = 0.01  # of the values that travel, at least one
     indices: Literal["packed", "int32"] = "packed"  # int32: 4 bytes each
     values: Values = Identity()  # how the chosen values travel: identity, bf16, int8, ...
@@ -520,8 +519,6 @@ class TopK(Codec):
     def _plain(self) -> bool:
         """What has kernels of its own."""
         return self.indices == "packed" and type(self.values) is Identity
-
-    chooses = True
 
     @property
     def fixed(self) -> bool:
@@ -558,11 +555,11 @@ class Threshold(Codec):
     The values travel, not Strom's fixed +-threshold. The size is bounded by `max_ratio`, beyond which it is `topk`.
     """
 
+    chooses = True
+
     threshold: PositiveFloat = 1e-3  # in units of what is encoded: of weighted deltas, where weights are folded in
     max_ratio: PositiveFraction = 0.01  # of the values that may travel, at least one
     values: Values = Identity()  # how the chosen values travel: identity, bf16, int8, ...
-
-    chooses = True
 
     @property
     def fixed(self) -> bool:

@@ -20,7 +20,7 @@ import pydantic
 import torch
 import yaml
 
-from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean, TrimmedMean
+from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean
 from fedmpi.codecs import CODECS
 from fedmpi.components import NonNegativeInt, PositiveInt, build, component, to_dict
 from fedmpi.data import DATASETS
@@ -130,13 +130,14 @@ class Config:
                 raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
             for way in ("up", "down"):
                 codec = getattr(self.exchange, way).codec
-                if getattr(codec, "chooses", False):
+                if codec.chooses:
                     raise ValueError(
                         f"exchange.{way}: {CODECS.name_of(codec)} would choose between the delta and the {names} of "
                         f"{rule}, whose units differ; take a codec that sends all values, or chunk_topk or randk"
                     )
         self._feddyn()
-        self._gradients_held()
+        self._benchmark()
+        self._fednova()
         aggregator, regions = AGGREGATORS.name_of(self.aggregate), self.exchange.regions
         if self.server.average is not None and self.exchange.overlap:
             raise ValueError("server.average: with exchange.overlap the parameters of a round arrive a round late")
@@ -184,28 +185,34 @@ class Config:
         elif isinstance(optimizer, FedDyn):
             raise ValueError(f"local: the server's feddyn needs local: {{name: feddyn, alpha: {optimizer.alpha}, ...}}")
 
-    def _gradients_held(self) -> None:
-        """What a rule is told of another one's numbers must be so."""
+    def _benchmark(self) -> None:
+        """The benchmark's SCAFFOLD is told the server's step size, which has to be so."""
         rule, optimizer = self.local, self.server.optimizer
-        if isinstance(self.aggregate, FedNova) and isinstance(rule, Work) and rule.keep_optimizer:
-            one, two = (num_gradients(rule.optimizer, steps) for steps in (1, 2))
-            if one is not None and two != 2 * one:  # as it is with momentum
-                raise ValueError(
-                    "aggregate: fednova divides by the gradients that a round's delta holds, and with "
-                    "local.keep_optimizer momentum carries earlier rounds' into it"
-                )
-        follows = isinstance(optimizer, FedAvg) and optimizer.lr == getattr(rule, "server_lr", 1.0)
-        if isinstance(rule, Scaffold) and rule.variant == "benchmark" and not follows:
+        if not isinstance(rule, Scaffold) or rule.variant != "benchmark":
+            return
+        if not isinstance(optimizer, FedAvg) or optimizer.lr != rule.server_lr:
             raise ValueError(
                 f"server.optimizer: scaffold's variant benchmark needs fedavg with lr {rule.server_lr}, its "
                 "local.server_lr"
             )
 
+    def _fednova(self) -> None:
+        """FedNova has to know how many gradients a delta holds."""
+        rule = self.local
+        if not isinstance(self.aggregate, FedNova) or not isinstance(rule, Work) or not rule.keep_optimizer:
+            return
+        one, two = (num_gradients(rule.optimizer, steps) for steps in (1, 2))
+        if one is not None and two != 2 * one:  # as it is with momentum
+            raise ValueError(
+                "aggregate: fednova divides by the gradients that a round's delta holds, and with "
+                "local.keep_optimizer momentum carries earlier rounds' into it"
+            )
+
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
         """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""
         found = entries(module, self.exchange.parameters)
-        if isinstance(self.aggregate, TrimmedMean):
-            self.aggregate.suits(self.select.size(len(ids)) if isinstance(self.select, Part) else len(ids))
+        if (enough := getattr(self.aggregate, "suits", None)) is not None:
+            enough(self.select.size(len(ids)) if isinstance(self.select, Part) else len(ids))
         for rule in (self.local, self.evaluate.finetune):
             if (suits := getattr(rule, "suits", None)) is not None:
                 suits(module, found, ids)

@@ -50,11 +50,11 @@ class Health:
         why = []
         # Cohorts differ: rounds of silos with an easy task may be far below all others, so it is not the best of them
         # that counts, and what an untrained model has is no divergence.
-        usual = _median(self._losses, 1) * (section.loss_factor or math.inf)
-        if loss is not None and loss > max(usual, self._first) and usual > 0:
+        median, factor = _median(self._losses, 1), section.loss_factor
+        if loss is not None and factor is not None and loss > max(factor * median, self._first) and median > 0:
             why.append(
-                f"its training loss {loss:.4g} is more than stop.loss_factor = {section.loss_factor:g} times the "
-                f"median, {_median(self._losses, 1):.4g}"
+                f"its training loss {loss:.4g} is more than stop.loss_factor = {factor:g} times the median, "
+                f"{median:.4g}"
             )
         median = _median(self._norms, ENOUGH)
         if norm is not None and section.norm_factor is not None and norm > section.norm_factor * median > 0:

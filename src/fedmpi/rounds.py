@@ -181,7 +181,8 @@ def _chosen(found: Any, fed: Federation, number: int) -> Selection:
     if not isinstance(found, tuple) or len(found) < 2 or not isinstance(found[1], Mapping):
         raise NoCohort(f"{who} is to return a cohort and its new state (a dict of arrays), and gave {found!r:.80}")
     cohort = [found[0]] if isinstance(found[0], str) else list(found[0])
-    if cohort != [silo for silo in fed.ids if silo in cohort]:
+    chosen = set(cohort)
+    if cohort != [silo for silo in fed.ids if silo in chosen]:
         others = [silo for silo in cohort if silo not in fed.index]
         why = f"'{others[0]}' is no silo" if others else "a silo twice, or not in the federation's order"
         raise NoCohort(f"{who} chose {cohort!r:.80}: {why}")
@@ -239,7 +240,7 @@ def _train(
                 fed.index[name],
                 samples=contribution.num_samples,
                 steps=contribution.num_steps,
-                normalizer=contribution.normalizer or contribution.num_steps,
+                normalizer=contribution.held,
                 start_loss=contribution.start_loss,
                 weight=silo.weight * factor,
             )

@@ -111,7 +111,6 @@ class Run:
         self.config = self.comm.together(lambda: _loaded(config, overrides))
         self.comm.same("the configuration", digest(self.config), ConfigError)
         self._closed = False
-        self._lost = False  # was the run given up?
         self._spoiled = False  # has a round failed after its parameters were overwritten?
         self._lock: int | None = None
         self.comm.open_runs += 1
@@ -467,8 +466,7 @@ class Run:
                 if self.state.round % self.config.checkpoint.every == 0 and not self._health.doubts:
                     self._checkpoint()
                 yield record
-        except (Stopped, Diverged, NoCohort) as error:
-            self._lost = isinstance(error, Diverged)
+        except (Stopped, Diverged, NoCohort):
             self._finish_checkpoint()
             raise
         except Exception as error:
@@ -529,8 +527,8 @@ class Run:
     def _finish_checkpoint(self) -> None:
         """The last whole round is on disk, sealed; where the last ones are in doubt, the last before them, unless the
         run is through with them."""
-        doubted = self._health.doubts > 0 and (self._lost or self.state.round < self.config.rounds)
-        if not doubted and self.state.round not in (self._sealed, self._pending):
+        in_doubt = self._health.doubts > 0 and self.state.round < self.config.rounds
+        if not in_doubt and self.state.round not in (self._sealed, self._pending):
             self._checkpoint()
         if self._pending is not None:
             self._seal()

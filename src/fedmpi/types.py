@@ -83,3 +83,8 @@ class Contribution:
     num_steps: int
     normalizer: float | None = None  # how many gradients the delta holds, |a_k|_1 of FedNova; None: num_steps
     start_loss: float = 0.0  # of the global parameters on the training samples, where the aggregator asks for it
+
+    @property
+    def held(self) -> float:
+        """How many gradients the delta holds: the normaliser, or the steps taken."""
+        return self.normalizer or self.num_steps

@@ -140,7 +140,6 @@ class LocalRule(Protocol):
 
     What a rule may have besides:
 
-        fits(module)  raises ConfigError for a model that it cannot train, before anything is trained.
         auxiliaries   a tuple of `Auxiliary`: vectors that travel with the delta. `train` finds what they are now in
                       `round.auxiliary` and writes what the silo sends into `model.auxiliary(i)` after `take_delta`.
         personal(silo, params_P)  the parameters [P] that the silo would use for itself, or None before it has any;

@@ -44,7 +44,7 @@ def _mean_gradient(
     num_params = contribution.delta_P.numel() // 2  # the delta, and one auxiliary vector behind it
     if not (rate := rule.rate(round)):  # the end of a schedule: nothing has moved
         return contribution.delta_P[:num_params].clone() if before_P is None else before_P.clone()
-    mean_P = contribution.delta_P[:num_params] * (-1 / ((contribution.normalizer or contribution.num_steps) * rate))
+    mean_P = contribution.delta_P[:num_params] * (-1 / (contribution.held * rate))
     return mean_P if by_P is None else mean_P.sub_(by_P)
 
 
@@ -108,9 +108,8 @@ class Scaffold(Work):
             c_P = (params_P - end_P).div_(silo.kept["moved"].item()).add_(0.0 if c_P is None else c_P)
         correct = None if c_P is None else corrected(model, -c_P)
         contribution = descend(self, silo, model, params_P, round, correct)
-        held = contribution.normalizer or contribution.num_steps
         silo.kept["end"] = torch.add(params_P, contribution.delta_P[: model.num_shared], alpha=self.server_lr)
-        silo.kept["moved"] = torch.tensor(self.server_lr * self.rate(round) * held, dtype=torch.float64)
+        silo.kept["moved"] = torch.tensor(self.server_lr * self.rate(round) * contribution.held, dtype=torch.float64)
         if c_P is not None:
             silo.kept["control"] = c_P
         return contribution

@@ -177,8 +177,8 @@ class FedRep(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         at_head = beside(silo, "head_")
         at_head.kept |= {name: silo.kept[name] for name in model.first_personal if name in silo.kept}
-        much = {"epochs": self.head_epochs, "steps": self.head_steps, "amount": Whole()}
-        work = replace(self, lr=self.head_lr or self.lr, **much)  # type: ignore[arg-type]
+        lr, epochs, steps = self.head_lr or self.lr, self.head_epochs, self.head_steps
+        work = replace(self, lr=lr, epochs=epochs, steps=steps, amount=Whole())
         with _only(model, "personal"):
             head = descend(work, at_head, model, params_P, round)
         silo.cursor = at_head.cursor
@@ -188,7 +188,7 @@ class FedRep(Work):
         silo.kept |= filed({n: t for n, t in at_head.kept.items() if n not in model.first_personal}, "head_")
         num_samples = head.num_samples + body.num_samples
         body.loss = (head.loss * head.num_samples + body.loss * body.num_samples) / num_samples
-        body.normalizer = body.normalizer or body.num_steps
+        body.normalizer = body.held
         body.num_samples, body.num_steps = num_samples, head.num_steps + body.num_steps
         return body
 
