@@ -99,7 +99,7 @@ class CNN:
     classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
 
     def build(self, source: Source) -> nn.Module:
-        """Two convolutions, each with ReLU and 2x2 max pooling; three linear layers."""
+        """Two convolutions, each with 2x2 max pooling and ReLU; three linear layers."""
         channels, height, width = _image(self.inputs, source)
         height_out, width_out = self._side(height, self.padding), self._side(width, self.padding)
         if min(height_out, width_out) < 1:
@@ -111,11 +111,11 @@ class CNN:
         return _stack(
             layout=_ChannelsLast(),
             conv1=nn.Conv2d(channels, 6, self.kernel, padding=self.padding),
+            pool1=nn.MaxPool2d(2),  # before ReLU, which then has a quarter of the work and gives the same
             relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
             conv2=nn.Conv2d(6, 16, self.kernel, padding=self.padding),
-            relu2=nn.ReLU(),
             pool2=nn.MaxPool2d(2),
+            relu2=nn.ReLU(),
             flatten=nn.Flatten(),
             fc1=nn.Linear(16 * height_out * width_out, 120),
             relu3=nn.ReLU(),
