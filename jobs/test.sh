@@ -72,6 +72,7 @@ if [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require data "no data in FEDMPI_DATA or ../shared/data" test -d "${FEDMPI_DATA-}"
 fi
 export FEDMPI_REQUIRE
+export OMP_NUM_THREADS=1 # tests share the cores: threads that wait for each other would take longest
 say "skips count as failures for: ${FEDMPI_REQUIRE:-nothing}"
 
 status=0

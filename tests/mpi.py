@@ -34,7 +34,7 @@ OTHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FEDMPI_RANKS")  # what a
 
 # More ranks than cores are what these tests are about; a container's root is as good a user as any.
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for each other give their core away: other tests may use it
+    "OMP_NUM_THREADS": "1",  # ranks of other tests are on the same cores
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
     "OMPI_ALLOW_RUN_AS_ROOT": "1",

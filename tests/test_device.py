@@ -23,7 +23,8 @@ class Two(Solo):
 
 
 @pytest.fixture(autouse=True)
-def threads() -> object:
+def threads(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -37,3 +38,10 @@ def test_hosts_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -
     assert device.set_threads(Two(first, "h2"), reproducible=True) == 1
     monkeypatch.setattr(Path, "read_text", lambda path: "another machine")
     assert device.set_threads(Two(first, "h2"), reproducible=False) == 4
+
+
+@pytest.mark.parametrize(("given", "found"), [("1", 1), ("3,2", 3), ("8", 4), ("0", 1), ("many", 4), ("", 4)])
+def test_no_more_threads_than_the_user_says(monkeypatch: pytest.MonkeyPatch, given: str, found: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert device.set_threads(Two(None, "h1"), reproducible=False) == found

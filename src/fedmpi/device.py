@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -48,13 +49,17 @@ def _mine(name: str, local_rank: int, local_size: int) -> torch.device:
 
 
 def set_threads(comm: Solo, reproducible: bool) -> int:
-    """Threads for this rank: the cores it may run on, shared with the ranks that may run on the same ones.
+    """Threads for this rank: the cores it may run on, shared with the ranks that may run on the same ones, and no more
+    than OMP_NUM_THREADS, where that is set: it is 1 that is fastest for a tiny model on a machine that is busy, where
+    threads wait for each other in every step.
 
     One thread and deterministic kernels when sums must not depend on how ranks are placed. A call of all ranks.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [os.cpu_count() or 1]
     rows = comm.gather(hashlib.sha256(f"{_machine(comm)} {cores}".encode()).digest())
-    threads = 1 if reproducible else max(1, len(cores) // rows.count(rows[comm.rank]))
+    most = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))  # a list has one number for each level
+    allowed = [len(cores) // rows.count(rows[comm.rank]), *([int(most[1])] if most else [])]
+    threads = 1 if reproducible else max(1, min(allowed))
     torch.set_num_threads(threads)
     if reproducible:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
