@@ -13,12 +13,18 @@ collect_ignore_glob = ["programs/*"]
 
 
 def _launches(file: str) -> bool:
-    return file.rpartition("/")[2].startswith(("test_mpi_", "test_slurm"))
+    """Does it keep the cores busy with ranks? Of test_mpi_stop they mostly sleep."""
+    name = file.rpartition("/")[2]
+    return name.startswith(("test_mpi_", "test_slurm")) and not _sleeps(file)
+
+
+def _sleeps(file: str) -> bool:
+    return file.endswith("test_mpi_stop.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first."""
-    items.sort(key=lambda item: not _launches(str(item.path)))
+    """What takes longest comes first, what goes beside everything else comes last."""
+    items.sort(key=lambda item: (_sleeps(str(item.path)), not _launches(str(item.path))))
 
 
 @pytest.hookimpl(optionalhook=True)
