@@ -1,6 +1,6 @@
 """DiLoCo against synchronous AdamW on the same tokens: losses, their ratio, and the bytes that were sent.
 
-    mpirun -n 2 python jobs/diloco.py [--rounds 10] [--steps 50] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/diloco.py [--rounds 60] [--steps 50] [KEY=VALUE ...]
 
 DiLoCo is configs/diloco_shakespeare.yaml. Synchronous AdamW is made from it: the same silos visit the same batches in
 the same order, but exchange after every one; the mean of their gradients is one step of one AdamW with the inner
@@ -84,7 +84,7 @@ def trained(config: fedmpi.Config, comm: Any) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="exchanges of DiLoCo")
+    parser.add_argument("--rounds", type=int, default=60, help="exchanges of DiLoCo")
     parser.add_argument("--steps", type=int, default=50, help="inner steps between two of them")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args(arguments)
