@@ -4,7 +4,7 @@
 
 DiLoCo is configs/diloco_shakespeare.yaml. Synchronous AdamW is made from it: the same silos visit the same batches in
 the same order, but exchange after every one; the mean of their gradients is one step of one AdamW with the inner
-optimizer's lr and arguments, which is training on the pooled batches. Both begin with the same parameters.
+optimizer's arguments and rates, which is training on the pooled batches. Both begin with the same parameters.
 
 The last line is JSON: `ratio` is DiLoCo's test loss over the other's, pooled over the silos, after the same tokens;
 bytes are counted, up and down, all ranks. KEY=VALUE are overrides of the configuration, such as model.width=128.
@@ -16,13 +16,23 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 import fedmpi
 from fedmpi.comm import connect
-from fedmpi.components import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, build, component, to_dict
+from fedmpi.components import (
+    Decay,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    build,
+    component,
+    to_dict,
+)
+from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.server import Moments
 
 CONFIG = Path(__file__).parents[1] / "configs" / "diloco_shakespeare.yaml"
@@ -33,7 +43,9 @@ class AdamW:
     """AdamW on the server (Loshchilov & Hutter 2019, Algorithm 2), of gradients that arrive as deltas of one SGD step
     with lr 1; with bias correction, as torch.optim.AdamW."""
 
-    lr: PositiveFloat = 1e-3  # step size
+    lr: NonNegativeFloat = 1e-3  # step size
+    schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over DiLoCo's rounds
+    steps: PositiveInt = 1  # in each of them
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay of the mean of gradients, and of their squares
     eps: PositiveFloat = 1e-8  # added to the square root
     weight_decay: NonNegativeFloat = 1e-2  # of the parameters, times lr
@@ -43,7 +55,8 @@ class AdamW:
         return Moments(torch.zeros_like(params_P), torch.zeros_like(params_P))
 
     def at(self, number: int, rounds: int, fraction: float) -> "AdamW":
-        return dataclasses.replace(self, number=number)
+        rate = self.schedule.lr(self.lr, -(-number // self.steps), rounds // self.steps)
+        return dataclasses.replace(self, number=number, lr=rate)
 
     def step(self, params_P: torch.Tensor, mean_P: torch.Tensor, state: Moments) -> tuple[torch.Tensor, Moments]:
         (beta1, beta2), gradient_P = self.betas, -mean_P
@@ -62,11 +75,11 @@ def both(rounds: int, steps: int, overrides: list[str], out: str) -> tuple[fedmp
     diloco, _ = fedmpi.load(CONFIG, given)
     values: dict[str, Any] = to_dict(diloco)
     inner = diloco.local.optimizer.arguments
-    values["local"] |= {"lr": 1.0, "steps": 1, "optimizer": "SGD", "keep_optimizer": False}
+    values["local"] |= {"lr": 1.0, "steps": 1, "optimizer": "SGD", "schedule": "constant", "keep_optimizer": False}
     values |= {"rounds": rounds * steps, "evaluate": {"every": steps}, "out": f"{out}/synchronous"}
     synchronous = build(fedmpi.Config, values)
-    server = dataclasses.replace(synchronous.server, optimizer=AdamW(lr=diloco.local.lr, **inner))
-    return diloco, dataclasses.replace(synchronous, server=server)
+    adamw = AdamW(lr=diloco.local.lr, schedule=diloco.local.schedule, steps=steps, **inner)
+    return diloco, dataclasses.replace(synchronous, server=dataclasses.replace(synchronous.server, optimizer=adamw))
 
 
 def trained(config: fedmpi.Config, comm: Any) -> dict[str, Any]:
