@@ -14,7 +14,7 @@ ORDER = [
     *("errors", "rng", "types", "components", "stopping", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "objectives", "models", "data"),
     *("local", "checkpoint", "records", "placement", "device", "health"),
-    *("evaluate", "exchange", "rounds", "config", "train"),
+    *("evaluate", "exchange", "rounds", "config", "directory", "assembly", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}

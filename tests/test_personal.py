@@ -11,6 +11,7 @@ from torch import nn
 
 import fedmpi
 from fedmpi import results
+from fedmpi.assembly import build_module
 from fedmpi.comm import Solo
 from fedmpi.components import build
 from fedmpi.config import Config
@@ -200,7 +201,7 @@ def test_fedbn_leaves_every_silo_its_own_normalization(tmp_path):
             module = Normed()
             with torch.no_grad():
                 for name, tensor in module.state_dict().items():
-                    tensor.copy_(fedmpi.train.build_module(chosen, None).state_dict()[name])
+                    tensor.copy_(build_module(chosen, None).state_dict()[name])
                     tensor.copy_((own.get(silo, {}) | (ends or {})).get(name, tensor))
             data, optimizer = samples(silo), torch.optim.SGD(module.parameters(), lr=0.05)
             for start in range(0, len(data.x_train), BATCH):

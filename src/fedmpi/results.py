@@ -12,15 +12,16 @@ import yaml
 from safetensors.torch import load_file
 
 from fedmpi import checkpoint
+from fedmpi.assembly import build_module
 from fedmpi.components import build
 from fedmpi.config import ABOUT, Config
+from fedmpi.directory import CONFIG_FILE, UNSHARED_FILE, save_tensors
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.evaluate import evaluate_silo, personal_model, pooled, worst_silo
 from fedmpi.flat import FlatModel, sha256
 from fedmpi.local import LocalSilo
 from fedmpi.objectives import resolve
 from fedmpi.records import Record, best_record, read_metrics
-from fedmpi.train import CONFIG_FILE, UNSHARED_FILE, build_module, save_tensors
 from fedmpi.types import Source
 
 log = logging.getLogger("fedmpi")

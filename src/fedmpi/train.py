@@ -1,4 +1,4 @@
-"""The run: set up, resume, round after round, checkpoint, stop.
+"""The run: put together, resumed, round after round, checkpoint, stop.
 
     with fedmpi.Run("configs/digits.yaml", "rounds=5") as run:
         for record in run:
@@ -10,18 +10,14 @@ Every rank executes the same lines. What can fail on one rank only goes through 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import hashlib
 import json
 import logging
 import os
 import platform
 import sys
 import threading
-import uuid
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -32,29 +28,22 @@ import torch
 import yaml
 
 import fedmpi
-from fedmpi import checkpoint, comm, device, records, rng, stopping
+from fedmpi import checkpoint, comm, records, stopping
+from fedmpi.assembly import assemble, digest_of
 from fedmpi.components import to_dict
 from fedmpi.config import ABOUT, Config, differences, digest, load
+from fedmpi.directory import CONFIG_FILE, UNSHARED_FILE, RunDirectory, save_tensors
 from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped
-from fedmpi.exchange import choice
-from fedmpi.exchange.base import Exchange, Facts, Kept
-from fedmpi.exchange.section import ExchangeSection
-from fedmpi.flat import Allocate, Entry, FlatModel, master_dtype, num_shared, one_vector, signature
+from fedmpi.exchange.base import Exchange, Kept
+from fedmpi.flat import signature
 from fedmpi.health import Health
-from fedmpi.local import LocalSilo
-from fedmpi.models import make
-from fedmpi.objectives import resolve
-from fedmpi.placement import place
 from fedmpi.records import Record
-from fedmpi.rounds import Federation, State, run_round
-from fedmpi.types import Silo, SiloData, Source
+from fedmpi.rounds import State, run_round
 
 log = logging.getLogger("fedmpi")
 
 SELECTORS_OWN = "selector/"  # what begins the names of a selector's state
 FILED = "exchange_"  # what begins the names of that which the exchange files under a silo
-CONFIG_FILE = "config.yaml"
-UNSHARED_FILE = "unshared.safetensors"
 WRITER_S = 30.0  # how long a run that failed waits for the checkpoint that it was writing
 WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
 
@@ -66,30 +55,6 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "numpy", "mpi4py", "h5py")
     return {"fedmpi": fedmpi.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
-
-
-def build_module(config: Config, source: Source) -> torch.nn.Module:
-    """The model with its first parameters, which depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.key(config.seed, purpose="init") >> 1)
-        module = make(config.model, source)
-    if config.init is not None:
-        _start_from(module, Path(config.init))
-    return module
-
-
-def _start_from(module: torch.nn.Module, path: Path) -> None:
-    from safetensors.torch import load_file
-
-    try:
-        given = load_file(path)
-        module.load_state_dict(given)
-    except OSError as error:
-        raise ConfigError(f"init: {path}: {str(error).removesuffix(f': {path}')}") from None
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"init: {path}: {' '.join(str(error).split())}") from None
-    except Exception as error:  # safetensors has an error type of its own for files that are none
-        raise ConfigError(f"init: {path} is no safetensors file: {error}") from None
 
 
 class Run:
@@ -112,14 +77,11 @@ class Run:
         self.comm.same("the configuration", digest(self.config), ConfigError)
         self._closed = False
         self._spoiled = False  # has a round failed after its parameters were overwritten?
-        self._lock: int | None = None
         self.comm.open_runs += 1
         self._files: list[Any] = []
-        self._exchange: Exchange | None = None
         self._pending: int | None = None  # the round whose checkpoint is being written
         try:
-            self._open_directory()
-            self._build()
+            self._assemble()
             self._resume()
             self._describe()
         except Exception:
@@ -128,139 +90,16 @@ class Run:
 
     # ------------------------------------------------------------ set-up
 
-    def _open_directory(self) -> None:
-        """Make and lock the run directory; find out which ranks see rank 0's, and who writes manifests elsewhere."""
-        self.out = Path(self.config.out)
-        self._ticket = self.comm.say(uuid.uuid4().hex, 0)
-        self._lock = self.comm.together(lambda: _lock(self.out, self._ticket) if self.comm.rank == 0 else None)
-        sees = self.comm.together(lambda: self.comm.rank == 0 or _sees(self.out, self._ticket))
-        blind = np.zeros(self.comm.size)
-        blind[self.comm.rank] = not sees
-        blind = self.comm.share(blind)
-        my_host = self.comm.hosts[self.comm.rank]
-        first_blind = [r for r in np.flatnonzero(blind) if self.comm.hosts[r] == my_host][:1]
-        self._leads = self.comm.rank == 0 or self.comm.rank in first_blind
-        self.comm.together(lambda: _writable(self.out) if self._leads else None)
-
-    def _build(self) -> None:
-        """Data, model, rules: everything that a resumed run builds again."""
-        config = self.config
-        reproducible = config.exchange.reduction == "reproducible"
-        self.threads = device.set_threads(self.comm, reproducible)
-        self.device = device.choose(config.device.name, config.device.share, self.comm)
-        self.comm.together(self._check_machine)
-        source = self.comm.together(lambda: config.data.source(config.seed))
-        self.central = source.central
-        facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
-        self.comm.same("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
-        owners = place(source.silos, self.comm.hosts, config.server.dedicated)
-        mine = [s for s, owner in zip(source.silos, owners, strict=True) if owner == self.comm.rank]
-        opened = self.comm.together(lambda: {s.id: _opened(s, source) for s in mine})
-        facts = np.zeros((len(source.silos), 5))
-        for i, silo in enumerate(source.silos):
-            if silo.id in opened:
-                facts[i] = _facts(opened[silo.id], source.columns.get(silo.id, ()))
-        facts = self.comm.share(facts.reshape(-1)).reshape(facts.shape)
-        self.fingerprint = f"{zlib.crc32(facts.tobytes()):08x}"
-        num_train = [int(n) for n in facts[:, 0]]
-        named = np.flatnonzero(facts[:, 4])  # the silos whose files name their columns
-        if (others := named[facts[named, 4] != facts[named[:1], 4]]).size:
-            # As many columns, and yet others: the mean of what does not belong together would look like a model.
-            one, other = source.silos[int(named[0])].id, source.silos[int(others[0])].id
-            raise ConfigError(f"silos '{one}' and '{other}' have other columns; name them, in order, in data.features")
-
-        objective = self.comm.together(lambda: resolve(config.objective, source.task))
-        self.metric, self.maximize = objective.metric_name, objective.maximize
-        module = self.comm.together(lambda: build_module(config, source))
-        # A start of their own would make ranks train different models: other files in `init`, other torch versions.
-        self.comm.same("the model's first parameters", _digest(module.state_dict()), ConfigError)
-        ids = [s.id for s in source.silos]
-        found = self.comm.together(lambda: config.entries(module, ids))
-        self.unshared = _unshared(module, found)
-        weights = [config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)]
-        for name, weight in zip(ids, weights, strict=True):
-            if not 0 < weight < float("inf"):
-                raise ConfigError(f"aggregate: silo '{name}' weighs {weight}; weights are positive numbers")
-        combine = getattr(config.aggregate, "combine", None)
-        gram = num_shared(found) if config.records.gram else 0
-        about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds, gram)
-        auxiliaries = len(getattr(config.local, "auxiliaries", ()))
-        zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=self.device)
-        section = self._choose_plan(zeros_Q, about)
-        exchange = self.comm.together(lambda: choice.make(section, self.comm, zeros_Q, about))
-        self._exchange = exchange
-        allocate: Allocate = self.comm.allocate
-        if self.device.type == "cpu" and one_vector(found):
-            own = exchange.delta()
-            allocate = lambda n, dtype: own[:n]  # noqa: E731
-        shared = config.exchange.parameters
-        model = self.comm.together(lambda: FlatModel(module, shared, self.device, allocate, auxiliaries))
-        self.model = model.module
-        self.comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
-        silos = {}
-        for silo, weight in zip(source.silos, weights, strict=True):
-            if silo.id in opened:
-                x, y, x_test, y_test = device.keep_on(self.device, list(opened.pop(silo.id)))
-                data = SiloData(x, y, x_test, y_test)
-                silos[silo.id] = LocalSilo(silo.id, data, weight)
-        params_Q = zeros_Q
-        params_Q[: model.num_shared] = model.params()
-        watch = stopping.Watch(self.comm, self.out)
-        self._federation = Federation(
-            ids=ids,
-            owners=owners,
-            num_train=num_train,
-            silos=silos,
-            comm=self.comm,
-            watch=watch,
-            model=model,
-            objective=objective,
-            rule=config.local,
-            selector=config.select,
-            aggregator=config.aggregate,
-            optimizer=config.server.optimizer,
-            exchange=exchange,
-            seed=config.seed,
-            rounds=config.rounds,
-            evaluate_every=config.evaluate.every,
-            evaluate_batch=config.evaluate.batch_size,
-            average=config.server.average,
-            gram=config.records.gram,
-            finetune=config.evaluate.finetune,
-        )
-        average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
-        params_Q, optimizer = exchange.home(params_Q, config.server.optimizer.init(exchange.mine(params_Q)))
-        self.state = State(0, params_Q, optimizer, config.select.init(num_train), average_P=average_P)
-
-    def _choose_plan(self, zeros_Q: torch.Tensor, facts: Facts) -> ExchangeSection:
-        """The exchange with its plan named. `auto` measures, once in a run's life: a resumed run keeps what it had."""
-        section = self.config.exchange
-        self.plan_seconds: dict[str, float] = {}
-        able = choice.candidates(section, self.comm, self.device)
-        if section.plan == "auto" and section.regions is not None:
-            return replace(section, plan=able[0])
-        if section.plan == "auto":
-            before = self.comm.say(_plan_before(self.out) if self.comm.rank == 0 else "", 0)
-            if before in able:
-                return replace(section, plan=before)  # type: ignore[arg-type]
-            if len(able) > 1:
-                self.plan_seconds.update(choice.measure(section, self.comm, zeros_Q, facts))
-            return replace(section, plan=min(able, key=lambda plan: self.plan_seconds.get(plan, 0.0)))
-        if section.plan not in able:
-            why = "works in host memory" if self.device.type != "cpu" else "needs all ranks on one node"
-            raise ConfigError(f"exchange.plan: {section.plan} {why}; take {', '.join(able)} or auto")
-        return section
-
-    def _check_machine(self) -> None:
-        """What configuration alone cannot tell."""
-        for key, rule in (("local", self.config.local), ("evaluate.finetune", self.config.evaluate.finetune)):
-            if getattr(rule, "precision", "") == "bf16" and self.device.type != "cuda":
-                raise ConfigError(f"{key}.precision: bf16 needs a GPU; this rank trains on the CPU")
-        if self.config.records.tensorboard:
-            try:
-                import tensorboard  # noqa: F401
-            except ImportError:
-                raise ConfigError("records.tensorboard: needs the package tensorboard (fedmpi[report])") from None
+    def _assemble(self) -> None:
+        """A directory that is ours, and what the run is made of."""
+        self._directory = RunDirectory(Path(self.config.out), self.comm)
+        self.out = self._directory.path
+        parts = assemble(self.config, self.comm, self.out, self._directory.plan_before)
+        fed = self._federation = parts.federation
+        self.device, self.threads, self.central = parts.device, parts.threads, parts.central
+        self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
+        self.fingerprint, self.unshared, self.plan_seconds = parts.fingerprint, parts.unshared, parts.plan_seconds
+        self.model, self.state = fed.model.module, parts.state
 
     def _resume(self) -> None:
         """Go on from the newest round that is whole on all ranks, if there is one."""
@@ -271,7 +110,7 @@ class Run:
             self._load()
         self._recall()
         # Not before everything was read: until here nothing on disk has changed.
-        self.comm.together(lambda: checkpoint.remove_after(self.out, self._sealed) if self._leads else None)
+        self.comm.together(lambda: checkpoint.remove_after(self.out, self._sealed) if self._directory.leads else None)
 
     def _load(self) -> None:
         """The state of the checkpoint that the run goes on from."""
@@ -349,7 +188,7 @@ class Run:
         ]
         if not changed and about.get("data") != self.fingerprint:
             changed = ["the silos' data are not the same"]
-        if not changed and about.get("unshared") != _digest(self.unshared).hex():
+        if not changed and about.get("unshared") != digest_of(self.unshared).hex():
             changed = ["what the model does not share starts otherwise (was `init` given then?)"]
         if changed:
             more = f" (and {len(changed) - 2} more)" if len(changed) > 2 else ""
@@ -402,7 +241,7 @@ class Run:
         about = {
             "versions": versions(),
             "data": self.fingerprint,
-            "unshared": _digest(self.unshared).hex(),
+            "unshared": digest_of(self.unshared).hex(),
             "metric": self.metric,
             "maximize": self.maximize,
             "params": fed.model.num_shared,
@@ -427,7 +266,7 @@ class Run:
                 self._files.append(records.TensorBoard(self.out))
 
         self.comm.together(write if self.comm.rank == 0 else lambda: None)
-        if self._leads:
+        if self._directory.leads:
             for round in checkpoint.sealed_rounds(self.out):
                 self._scores[round] = checkpoint.score(self.out, round)
         self._writer = checkpoint.Writer(self.out, self.comm.rank)
@@ -514,10 +353,10 @@ class Run:
 
         def write() -> None:
             if self.comm.rank == 0:
-                if not _sees(self.out, self._ticket):  # on a file system without locks nothing else would tell
+                if not self._directory.is_ours():  # on a file system without locks nothing else would tell
                     raise CheckpointError(f"another job has begun to train in {self.out}")
                 self._metrics.sync()
-            if self._leads:
+            if self._directory.leads:
                 checkpoint.seal(self.out, round, rows, hosted, about)
                 checkpoint.prune(self.out, self.config.checkpoint.keep, self._scores)
 
@@ -569,8 +408,8 @@ class Run:
         if not self._closed:
             self._closed = True
             self.comm.open_runs -= 1
-            if self._exchange is not None:
-                self._exchange.leave()
+            if "_federation" in vars(self):
+                self._federation.exchange.leave()
             if "_writer" in vars(self):
                 self._writer.wait(WRITER_S)  # a thread with tensors must not outlive Python
             if "state" in vars(self):
@@ -578,8 +417,8 @@ class Run:
             if self.comm.rank == 0:
                 for file in self._files:
                     file.close()
-            if self._lock is not None:
-                os.close(self._lock)
+            if "_directory" in vars(self):
+                self._directory.release()
 
     def __enter__(self) -> Run:
         return self
@@ -599,114 +438,12 @@ class Run:
             raise SystemExit(Stopped.exit_code) from None
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Tensors as safetensors, tied ones once more under each of their names; the file is there whole or not at all."""
-    from safetensors.torch import save_file
-
-    part = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part)
-    os.replace(part, path)
-
-
-def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torch.Tensor]:
-    """A copy of what the model starts with and no checkpoint has: frozen parameters that are not shared, and the
-    values from which silos start their personal ones."""
-    state = module.state_dict()
-    return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
-
-
 def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> Config:
     if isinstance(config, Config):
         if overrides:
             raise ConfigError("overrides go with a configuration file; a Config is built with its values")
         return config
     return load(config, overrides)[0]
-
-
-def _lock(out: Path, ticket: str) -> int:
-    """Make the run directory ours; the lock goes with the process. Raises ConfigError when another job has it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(f"out: cannot write into {out}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"out: another job is training in {out}") from None
-    except OSError as error:
-        log.warning("%s cannot be locked (%s): make sure that no other job trains in it", out, error.strerror)
-    (out / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, ticket.encode(), 0)
-    os.fsync(descriptor)
-    return descriptor
-
-
-def _sees(out: Path, ticket: str) -> bool:
-    try:
-        return (out / ".lock").read_text() == ticket
-    except OSError:
-        return False
-
-
-def _writable(out: Path) -> None:
-    try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        checkpoint.replace_text(out / ".writable", "")
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(f"out: cannot write into {out}: {error.strerror}") from None
-
-
-def _opened(silo: Silo, source: Source) -> SiloData:
-    data = source.open(silo.id)
-    if len(data.x_train) == 0:
-        raise ConfigError(f"silo '{silo.id}' has no training samples")
-    if silo.num_samples is not None and silo.num_samples != len(data.x_train):
-        raise ConfigError(f"silo '{silo.id}' declares {silo.num_samples} training samples but has {len(data.x_train)}")
-    for what, x in (("training", data.x_train), ("test", data.x_test)):
-        if len(x) and tuple(x.shape[1:]) != tuple(source.shape):
-            raise ConfigError(
-                f"silo '{silo.id}': {what} samples have shape {tuple(x.shape[1:])}, the dataset's is {source.shape}"
-            )
-    return data
-
-
-def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
-    """Training samples, test samples, and checksums of inputs, targets and column names."""
-    x, y = 0, 0
-    for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
-        x = zlib.crc32(samples.contiguous().numpy().view(np.uint8).data, x)
-        y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
-    names = float(zlib.crc32(repr(columns).encode())) if columns else 0.0
-    return [len(data.x_train), len(data.x_test), float(x), float(y), names]
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """SHA-256 of tensors and their names."""
-    whole = hashlib.sha256()
-    for name, tensor in tensors.items():
-        whole.update(name.encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.digest()
-
-
-def _fits(model: FlatModel, objective: Any, data: SiloData | None) -> None:
-    """Two samples through the model and the loss, before anything is trained."""
-    if data is None:
-        return
-    module = model.module.eval()
-    x, y = data.x_train[:2].to(model.device), data.y_train[:2].to(model.device)
-    try:
-        with torch.no_grad():
-            loss = objective.loss(module(x), y)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"model and data disagree: {text[:300]}") from None
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise ConfigError(f"objective.loss: '{objective.loss_name}' does not return one number")
-    module.train()
 
 
 def _server_tensors(state: State, exchange: Exchange) -> dict[str, torch.Tensor]:
@@ -725,12 +462,3 @@ def _expect(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[torch
         there = f"{stored[name].dtype} of {stored[name].numel()}" if name in stored else "absent"
         if there != (here := f"{dtype} of {size}"):
             raise ConfigError(f"the checkpoint's {name} is {there}, this run's {here}")
-
-
-def _plan_before(out: Path) -> str:
-    """The plan that the run in this directory was begun with; empty if there is none."""
-    try:
-        about = yaml.safe_load((out / CONFIG_FILE).read_text())[ABOUT]
-        return str(about["plan"]) if checkpoint.sealed_rounds(out) else ""
-    except (OSError, KeyError, TypeError):
-        return ""

@@ -1,0 +1,249 @@
+"""What a run is made of: data, model and rules, put together from the configuration and looked at before anything is
+trained. A resumed run puts the same together again."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedmpi import device, rng, stopping
+from fedmpi.comm import Solo
+from fedmpi.config import Config
+from fedmpi.errors import ConfigError
+from fedmpi.exchange import choice
+from fedmpi.exchange.base import Facts
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.flat import Allocate, Entry, FlatModel, master_dtype, num_shared, one_vector
+from fedmpi.local import LocalSilo
+from fedmpi.models import make
+from fedmpi.objectives import Resolved, resolve
+from fedmpi.placement import place
+from fedmpi.rounds import Federation, State
+from fedmpi.types import Silo, SiloData, Source
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A federation with the state that it begins in, and what a run says of them."""
+
+    federation: Federation
+    state: State
+    device: torch.device
+    threads: int
+    central: bool  # does every rank read the whole data set?
+    fingerprint: str  # of all silos' data
+    unshared: dict[str, torch.Tensor]  # what the model starts with and no checkpoint has
+    plan_seconds: dict[str, float]  # what `plan: auto` measured
+
+
+def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], str]) -> Assembly:
+    """Everything that a run needs, checked. A call of all ranks; raises ConfigError alike on every one.
+
+    `plan_before` is rank 0's: the plan that `plan: auto` chose when the run was begun, or nothing.
+    """
+    threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
+    chosen = device.choose(config.device.name, config.device.share, comm)
+    comm.together(lambda: _check_machine(config, chosen))
+    source = comm.together(lambda: config.data.source(config.seed))
+    facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
+    comm.same("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
+    owners = place(source.silos, comm.hosts, config.server.dedicated)
+    mine = [s for s, owner in zip(source.silos, owners, strict=True) if owner == comm.rank]
+    opened = comm.together(lambda: {s.id: _opened(s, source) for s in mine})
+    num_train, fingerprint = _told(source, opened, comm)
+
+    objective = comm.together(lambda: resolve(config.objective, source.task))
+    module = comm.together(lambda: build_module(config, source))
+    # A start of their own would make ranks train different models: other files in `init`, other torch versions.
+    comm.same("the model's first parameters", digest_of(module.state_dict()), ConfigError)
+    ids = [s.id for s in source.silos]
+    found = comm.together(lambda: config.entries(module, ids))
+    unshared = _unshared(module, found)
+    weights = [config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)]
+    for name, weight in zip(ids, weights, strict=True):
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"aggregate: silo '{name}' weighs {weight}; weights are positive numbers")
+    combine = getattr(config.aggregate, "combine", None)
+    gram = num_shared(found) if config.records.gram else 0
+    about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds, gram)
+    auxiliaries = len(getattr(config.local, "auxiliaries", ()))
+    zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=chosen)
+    section, plan_seconds = _choose_plan(config.exchange, comm, zeros_Q, about, plan_before)
+    exchange = comm.together(lambda: choice.make(section, comm, zeros_Q, about))
+    try:
+        allocate: Allocate = comm.allocate
+        if chosen.type == "cpu" and one_vector(found):
+            own = exchange.delta()
+            allocate = lambda n, dtype: own[:n]  # noqa: E731
+        model = comm.together(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
+        comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
+        silos = {}
+        for silo, weight in zip(source.silos, weights, strict=True):
+            if silo.id in opened:
+                data = SiloData(*device.keep_on(chosen, list(opened.pop(silo.id))))
+                silos[silo.id] = LocalSilo(silo.id, data, weight)
+        params_Q = zeros_Q
+        params_Q[: model.num_shared] = model.params()
+        federation = Federation(
+            ids=ids,
+            owners=owners,
+            num_train=num_train,
+            silos=silos,
+            comm=comm,
+            watch=stopping.Watch(comm, out),
+            model=model,
+            objective=objective,
+            rule=config.local,
+            selector=config.select,
+            aggregator=config.aggregate,
+            optimizer=config.server.optimizer,
+            exchange=exchange,
+            seed=config.seed,
+            rounds=config.rounds,
+            evaluate_every=config.evaluate.every,
+            evaluate_batch=config.evaluate.batch_size,
+            average=config.server.average,
+            gram=config.records.gram,
+            finetune=config.evaluate.finetune,
+        )
+        average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
+        params_Q, optimizer = exchange.home(params_Q, config.server.optimizer.init(exchange.mine(params_Q)))
+        state = State(0, params_Q, optimizer, config.select.init(num_train), average_P=average_P)
+    except Exception:
+        exchange.leave()
+        raise
+    return Assembly(federation, state, chosen, threads, source.central, fingerprint, unshared, plan_seconds)
+
+
+def build_module(config: Config, source: Source) -> torch.nn.Module:
+    """The model with its first parameters, which depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.key(config.seed, purpose="init") >> 1)
+        module = make(config.model, source)
+    if config.init is not None:
+        _start_from(module, Path(config.init))
+    return module
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """SHA-256 of tensors and their names."""
+    whole = hashlib.sha256()
+    for name, tensor in tensors.items():
+        whole.update(name.encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.digest()
+
+
+def _check_machine(config: Config, chosen: torch.device) -> None:
+    """What configuration alone cannot tell."""
+    for key, rule in (("local", config.local), ("evaluate.finetune", config.evaluate.finetune)):
+        if getattr(rule, "precision", "") == "bf16" and chosen.type != "cuda":
+            raise ConfigError(f"{key}.precision: bf16 needs a GPU; this rank trains on the CPU")
+    if config.records.tensorboard:
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            raise ConfigError("records.tensorboard: needs the package tensorboard (fedmpi[report])") from None
+
+
+def _start_from(module: torch.nn.Module, path: Path) -> None:
+    from safetensors.torch import load_file
+
+    try:
+        given = load_file(path)
+        module.load_state_dict(given)
+    except OSError as error:
+        raise ConfigError(f"init: {path}: {str(error).removesuffix(f': {path}')}") from None
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"init: {path}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # safetensors has an error type of its own for files that are none
+        raise ConfigError(f"init: {path} is no safetensors file: {error}") from None
+
+
+def _opened(silo: Silo, source: Source) -> SiloData:
+    data = source.open(silo.id)
+    if len(data.x_train) == 0:
+        raise ConfigError(f"silo '{silo.id}' has no training samples")
+    if silo.num_samples is not None and silo.num_samples != len(data.x_train):
+        raise ConfigError(f"silo '{silo.id}' declares {silo.num_samples} training samples but has {len(data.x_train)}")
+    for what, x in (("training", data.x_train), ("test", data.x_test)):
+        if len(x) and tuple(x.shape[1:]) != tuple(source.shape):
+            raise ConfigError(
+                f"silo '{silo.id}': {what} samples have shape {tuple(x.shape[1:])}, the dataset's is {source.shape}"
+            )
+    return data
+
+
+def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
+    """Training samples, test samples, and checksums of inputs, targets and column names."""
+    x, y = 0, 0
+    for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        x = zlib.crc32(samples.contiguous().numpy().view(np.uint8).data, x)
+        y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
+    names = float(zlib.crc32(repr(columns).encode())) if columns else 0.0
+    return [len(data.x_train), len(data.x_test), float(x), float(y), names]
+
+
+def _told(source: Source, opened: Mapping[str, SiloData], comm: Solo) -> tuple[list[int], str]:
+    """All silos' numbers of training samples, and a fingerprint of their data, of what ranks tell of their own."""
+    facts = np.zeros((len(source.silos), 5))
+    for i, silo in enumerate(source.silos):
+        if silo.id in opened:
+            facts[i] = _facts(opened[silo.id], source.columns.get(silo.id, ()))
+    facts = comm.share(facts.reshape(-1)).reshape(facts.shape)
+    named = np.flatnonzero(facts[:, 4])  # the silos whose files name their columns
+    if (others := named[facts[named, 4] != facts[named[:1], 4]]).size:
+        # As many columns, and yet others: the mean of what does not belong together would look like a model.
+        one, other = source.silos[int(named[0])].id, source.silos[int(others[0])].id
+        raise ConfigError(f"silos '{one}' and '{other}' have other columns; name them, in order, in data.features")
+    return [int(n) for n in facts[:, 0]], f"{zlib.crc32(facts.tobytes()):08x}"
+
+
+def _choose_plan(
+    section: ExchangeSection, comm: Solo, zeros_Q: torch.Tensor, facts: Facts, plan_before: Callable[[], str]
+) -> tuple[ExchangeSection, dict[str, float]]:
+    """The exchange with its plan named, and seconds by plan where they were measured. `auto` measures once in a run's
+    life: a resumed run keeps what it had."""
+    able = choice.candidates(section, comm, zeros_Q.device)
+    if section.plan == "auto" and section.regions is not None:
+        return replace(section, plan=able[0]), {}
+    if section.plan == "auto":
+        before = comm.say(plan_before() if comm.rank == 0 else "", 0)
+        if before in able:
+            return replace(section, plan=before), {}  # type: ignore[arg-type]
+        seconds = choice.measure(section, comm, zeros_Q, facts) if len(able) > 1 else {}
+        return replace(section, plan=min(able, key=lambda plan: seconds.get(plan, 0.0))), seconds
+    if section.plan not in able:
+        why = "works in host memory" if zeros_Q.device.type != "cpu" else "needs all ranks on one node"
+        raise ConfigError(f"exchange.plan: {section.plan} {why}; take {', '.join(able)} or auto")
+    return section, {}
+
+
+def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torch.Tensor]:
+    """A copy of what the model starts with and no checkpoint has: frozen parameters that are not shared, and the
+    values from which silos start their personal ones."""
+    state = module.state_dict()
+    return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
+
+
+def _fits(model: FlatModel, objective: Resolved, data: SiloData | None) -> None:
+    """Two samples through the model and the loss, before anything is trained."""
+    if data is None:
+        return
+    module = model.module.eval()
+    x, y = data.x_train[:2].to(model.device), data.y_train[:2].to(model.device)
+    try:
+        with torch.no_grad():
+            loss = objective.loss(module(x), y)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"model and data disagree: {text[:300]}") from None
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ConfigError(f"objective.loss: '{objective.loss_name}' does not return one number")
+    module.train()
