@@ -162,6 +162,10 @@ REFUSED = [
     ("model: {name: 'nowhere_at_all:factory'}", "model: cannot import 'nowhere_at_all:factory': No module named"),
     ("model: {name: 'fedmpi.models:nothing'}", "model: cannot import 'fedmpi.models:nothing': module"),
     ("select: {name: 'collections:Counter'}", "select: 'collections:Counter' is no dataclass, so it cannot be"),
+    (
+        "select: {name: 'fedmpi.local:Sgd', lr: 0.1, epochs: 1}",
+        "select: 'fedmpi.local:Sgd' has no init, select, so it cannot be a selector",
+    ),
     # sections in sections
     ("device: cuda", "device: expected keys and values, got 'cuda'; there is: name, share"),
     ("exchange: {up: int8}", "exchange.up: expected keys and values, got 'int8'; there is: codec, feedback, decay"),

@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import fedmpi
+from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
@@ -87,3 +89,8 @@ for args in (["inspect", "runs/c"], ["inspect", "runs/c", "--json"], ["stop", "r
 app(["export", "runs/c", "--to", "m.safetensors"], standalone_mode=False)
 """
     assert loaded_after(f"import os; os.chdir({str(tmp_path)!r})" + code, "mpi4py", "mpi4py.MPI", "sklearn") == []
+
+
+def test_the_command_says_its_version(capsys):
+    app(["--version"], standalone_mode=False)
+    assert capsys.readouterr().out == f"fedmpi {version('fedmpi')}\n"

@@ -232,4 +232,5 @@ class TrimmedMean(_Votes):
 AGGREGATORS = Family(
     "aggregator",
     {"mean": Mean, "fednova": FedNova, "qffl": Qffl, "median": Median, "trimmed_mean": TrimmedMean},
+    Aggregator,
 )

@@ -38,6 +38,24 @@ RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="a run directory (a 
 Json = Annotated[bool, typer.Option("--json", help="one line of JSON instead of text")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        import fedmpi
+
+        typer.echo(f"fedmpi {fedmpi.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="say which this is, and exit")
+]
+
+
+@app.callback()
+def _command(version: Version = False) -> None:
+    pass
+
+
 def _answer(work: Callable[[], None]) -> None:
     """Run it; what fedmpi says no to is one line and an exit code."""
     try:

@@ -671,4 +671,5 @@ class RandK(Codec):
 CODECS = Family(
     "codec",
     DENSE | {"topk": TopK, "chunk_topk": ChunkTopK, "randk": RandK, "threshold": Threshold},
+    Codec,
 )

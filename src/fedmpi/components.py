@@ -16,6 +16,7 @@ import difflib
 import importlib
 import inspect
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, dataclass_transform
@@ -48,9 +49,17 @@ def component(cls: type[T]) -> type[T]:
 class Family:
     """The members of one kind of component, by name."""
 
-    def __init__(self, what: str, members: Mapping[str, type], outside: bool = True, deferred: bool = False) -> None:
+    def __init__(
+        self,
+        what: str,
+        members: Mapping[str, type],
+        protocol: type | None = None,
+        outside: bool = True,
+        deferred: bool = False,
+    ) -> None:
         self.what = what
         self.members = dict(members)
+        self.protocol = protocol  # whose methods every member has
         self.outside = outside  # may a user bring their own as "package.module:Class"?
         self.deferred = deferred  # may it be any callable, called when it is needed?
 
@@ -84,10 +93,16 @@ class Family:
             raise ConfigError(f"{path}: needs a 'name'{beside}, one of: {', '.join(self.members)}")
         found = self.find(name, path)
         if dataclasses.is_dataclass(found):
+            if missing := [m for m in self._methods() if not hasattr(found, m)]:
+                raise ConfigError(f"{path}: '{name}' has no {', '.join(missing)}, so it cannot be a {self.what}")
             return build(found, rest, path, f"{self.what} '{name}'")
         if self.deferred and callable(found):
             return Deferred(name, found, _fitting(found, rest, path))
         raise ConfigError(f"{path}: '{name}' is no dataclass, so it cannot be a {self.what}")
+
+    def _methods(self) -> list[str]:
+        kinds = (types.FunctionType, property)
+        return [n for n, m in vars(self.protocol or object).items() if isinstance(m, kinds) and not n.startswith("_")]
 
     def _no(self, value: Any, path: str) -> Any:
         raise ConfigError(f"{path}: {value!r} is no {self.what}; one of: {', '.join(self.members)}")

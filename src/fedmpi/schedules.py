@@ -79,4 +79,4 @@ def _rising(eta0: float, round: int, warmup: int) -> float:
     return eta0 * round / warmup
 
 
-SCHEDULES = Family("schedule", {"constant": Constant, "linear": Linear, "cosine": Cosine})
+SCHEDULES = Family("schedule", {"constant": Constant, "linear": Linear, "cosine": Cosine}, Schedule)

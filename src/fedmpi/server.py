@@ -421,4 +421,5 @@ OPTIMIZERS = Family(
         "fedyogi": FedYogi,
         "feddyn": FedDyn,
     },
+    ServerOptimizer,
 )

@@ -65,4 +65,5 @@ DATASETS = Family(
         "shakespeare": Shakespeare,
         "files": Files,
     },
+    Dataset,
 )

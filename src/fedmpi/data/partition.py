@@ -205,7 +205,9 @@ def _by_class(shares_CK: FloatArray, y_train_N: Ints, y_test_M: Ints, rng: Rng) 
     return [Part(train, test) for train, test in zip(dealt(y_train_N), dealt(y_test_M), strict=True)]
 
 
-PARTITIONS = Family("partition", {"iid": Iid, "dirichlet": Dirichlet, "labels": Labels, "quantity": Quantity})
+PARTITIONS = Family(
+    "partition", {"iid": Iid, "dirichlet": Dirichlet, "labels": Labels, "quantity": Quantity}, Partition
+)
 
 
 @component

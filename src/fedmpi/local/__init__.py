@@ -22,6 +22,7 @@ from fedmpi.local.gradient import Sgd
 RULES = Family(
     "local rule",
     {**gradient.RULES, **control.RULES, **contrast.RULES, **personal.RULES, **adaptive.RULES},
+    LocalRule,
 )
 
 __all__ = ["RULES", "LocalRule", "LocalSilo", "Round", "Sampler", "Sgd", "Work", "descend", "plain_step"]

@@ -102,4 +102,6 @@ class Seconds:
         return most
 
 
-AMOUNTS = Family("amount", {"whole": Whole, "drawn": Drawn, "by_silo": BySilo, "by_loss": ByLoss, "seconds": Seconds})
+AMOUNTS = Family(
+    "amount", {"whole": Whole, "drawn": Drawn, "by_silo": BySilo, "by_loss": ByLoss, "seconds": Seconds}, Amount
+)

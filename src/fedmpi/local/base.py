@@ -80,7 +80,7 @@ class InOrder:
         return np.arange(num_samples)
 
 
-SAMPLERS = Family("sampler", {"shuffle": Shuffle, "in_order": InOrder})
+SAMPLERS = Family("sampler", {"shuffle": Shuffle, "in_order": InOrder}, Sampler)
 
 
 def _spare_compiler() -> None:
@@ -108,7 +108,7 @@ class _TorchOptimizers(Family):
         closed = ("Optimizer", "LBFGS", "SparseAdam")
         found = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and n not in closed}
         found = {n: c for n, c in found.items() if issubclass(c, torch.optim.Optimizer)}
-        super().__init__("optimizer", found | {"EmaSGD": EmaSGD}, False)
+        super().__init__("optimizer", found | {"EmaSGD": EmaSGD}, outside=False)
 
     def build(self, value: Any, path: str) -> Deferred:
         if isinstance(value, Deferred):

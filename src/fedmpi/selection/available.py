@@ -18,7 +18,7 @@ from fedmpi.selection.draws import DRAWS, All
 from fedmpi.selection.losses import LOSSES
 from fedmpi.selection.norms import NORMS
 
-INNER = Family("selector", {**DRAWS, **NORMS, **LOSSES})
+INNER = Family("selector", {**DRAWS, **NORMS, **LOSSES}, Selector)
 
 Traces = dict[str, list[tuple[int, int]]]
 
