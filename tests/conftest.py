@@ -29,8 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of two workers one launches ranks: two launches at once would only be in each other's way. The other one does the
-    rest, file by file, for launches within a file are shared."""
+    """Of two workers one launches what keeps the cores busy: two of these at once would only be in each other's way.
+    The other one does the rest, file by file, for launches within a file are shared."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):

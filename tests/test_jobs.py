@@ -383,7 +383,8 @@ def test_diloco_and_synchronous_adamw_visit_the_same_tokens(job, capsys):
 
 def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path):
     text_at_hand()
-    given = [*SMALL, "local.sampler=in_order", "local.batch_size=5", "local.schedule={name: linear, floor: 0.25}"]
+    given = [*SMALL, "local.sampler=in_order", "local.batch_size=5", "local.lr=1e-2"]
+    given.append("local.schedule={name: linear, floor: 0.25}")
     _, config = job("diloco").both(2, 2, given, str(tmp_path))
     with fedmpi.Run(config, comm_=Solo()) as run:
         weight = torch.nn.Parameter(run.params_P.clone())
@@ -393,7 +394,7 @@ def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path):
     source = config.data.source(config.seed)
     data = [source.open(silo.id) for silo in source.silos]
     for at in range(0, 20, 5):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (0.5 if at < 10 else 0.25)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (0.5 if at < 10 else 0.25)
         x, y = (torch.cat([getattr(d, part)[at : at + 5] for d in data]) for part in ("x_train", "y_train"))
         torch.nn.utils.vector_to_parameters(weight.detach().clone(), model.parameters())
         model.zero_grad()

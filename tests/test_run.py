@@ -1,5 +1,7 @@
 """Whole runs in this process, on one rank: against the plain reference, broken off, resumed, refused, told of."""
 
+import errno
+import os
 import shutil
 
 import numpy as np
@@ -156,6 +158,17 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, kind):
         assert [figures(r) for r in results.read_metrics(tmp_path / out)] == [figures(r) for r in records]
 
 
+def test_resuming_gives_the_same_bits_on_several_threads_too(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    wide = {"model": {"name": "mlp", "hidden": [400, 400]}, "local": {"batch_size": 200}, "data": {"sizes": (400, 600)}}
+    run(config(tmp_path / "a", 4, **wide))
+    run(config(tmp_path / "b", 4, **wide), 2)
+    assert run(config(tmp_path / "b", 4, **wide))[1].threads == torch.get_num_threads() == 2
+    shas = {results.inspect(tmp_path / name)["params_sha256"] for name in "ab"}
+    assert len(shas) == 1
+
+
 def test_a_run_that_is_done_can_be_given_more_rounds(tmp_path):
     run(config(tmp_path / "a", 4))
     assert run(config(tmp_path / "b", 2))[0] and run(config(tmp_path / "b", 2))[0] == []
@@ -236,6 +249,25 @@ def test_a_directory_that_cannot_be_written_or_is_in_use_is_refused(tmp_path):
     with fedmpi.Run(config(tmp_path / "run", 1), comm_=Solo()) as run:
         assert refused(config(tmp_path / "run", 1)) == f"out: another job is training in {tmp_path}/run"
         assert len(list(run)) == 1
+
+
+def test_a_full_disk_is_refused_and_leaves_the_directory_free(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert refused(config(tmp_path, 1)) == f"out: cannot write into {tmp_path}: No space left on device"
+    assert len(run(config(tmp_path, 1))[0]) == 1
+
+
+@pytest.mark.parametrize("text", ["a: [b", "", "\xff"])
+def test_a_damaged_configuration_file_is_named_and_leaves_the_checkpoints(tmp_path, text):
+    auto = {"exchange": {"plan": "auto"}}
+    run(config(tmp_path, 1, **auto))
+    (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
+    assert refused(config(tmp_path, 2, **auto)).startswith(f"{tmp_path}/config.yaml is damaged; put it back")
+    assert results.newest(tmp_path) == 1
 
 
 def test_a_refusal_leaves_the_directory_free(tmp_path):

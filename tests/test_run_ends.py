@@ -1,4 +1,4 @@
-"""How runs end that do not come to their end: diverged, stopped, failed; and what they leave."""
+"""What whole runs stand up to: divergence, stops, failures, what components of one's own give, weights that go far."""
 
 import os
 import signal

@@ -83,11 +83,8 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
             allocate = lambda n, dtype: own[:n]  # noqa: E731
         model = comm.together(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
         comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
-        silos = {}
-        for silo, weight in zip(source.silos, weights, strict=True):
-            if silo.id in opened:
-                data = SiloData(*device.keep_on(chosen, list(opened.pop(silo.id))))
-                silos[silo.id] = LocalSilo(silo.id, data, weight)
+        by_silo = dict(zip(ids, weights, strict=True))
+        silos = comm.together(lambda: {silo: _kept(silo, opened, by_silo[silo], chosen) for silo in list(opened)})
         params_Q = zeros_Q
         params_Q[: model.num_shared] = model.params()
         federation = Federation(
@@ -180,6 +177,11 @@ def _opened(silo: Silo, source: Source) -> SiloData:
     return data
 
 
+def _kept(silo: str, opened: dict[str, SiloData], weight: float, chosen: torch.device) -> LocalSilo:
+    """The silo, its samples where they are trained on; of those that were opened it is one no longer."""
+    return LocalSilo(silo, SiloData(*device.keep_on(chosen, list(opened.pop(silo)))), weight)
+
+
 def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
     """Training samples, test samples, and checksums of inputs, targets and column names."""
     x, y = 0, 0
@@ -192,10 +194,10 @@ def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
 
 def _told(source: Source, opened: Mapping[str, SiloData], comm: Solo) -> tuple[list[int], str]:
     """All silos' numbers of training samples, and a fingerprint of their data, of what ranks tell of their own."""
+    mine = comm.together(lambda: {s: _facts(data, source.columns.get(s, ())) for s, data in opened.items()})
     facts = np.zeros((len(source.silos), 5))
     for i, silo in enumerate(source.silos):
-        if silo.id in opened:
-            facts[i] = _facts(opened[silo.id], source.columns.get(silo.id, ()))
+        facts[i] = mine.get(silo.id, 0.0)
     facts = comm.share(facts.reshape(-1)).reshape(facts.shape)
     named = np.flatnonzero(facts[:, 4])  # the silos whose files name their columns
     if (others := named[facts[named, 4] != facts[named[:1], 4]]).size:
@@ -214,7 +216,7 @@ def _choose_plan(
     if section.plan == "auto" and section.regions is not None:
         return replace(section, plan=able[0]), {}
     if section.plan == "auto":
-        before = comm.say(plan_before() if comm.rank == 0 else "", 0)
+        before = comm.say(comm.together(lambda: plan_before() if comm.rank == 0 else ""), 0)
         if before in able:
             return replace(section, plan=before), {}  # type: ignore[arg-type]
         seconds = choice.measure(section, comm, zeros_Q, facts) if len(able) > 1 else {}

@@ -43,8 +43,6 @@ _LARGEST, _NORM, _MEAN = 0, 1, 2  # what a block's scale is made of
 class Codec:
     """What the exchange asks of a codec; members write `max_bytes`, `_encode` and `_decode`."""
 
-    chooses = False  # do all values of a piece compete for room in the payload? They then have to be of one unit
-
     @property
     def fixed(self) -> bool:
         """Is every payload `max_bytes` long? Else it is at most that, and lengths have to travel."""
@@ -53,6 +51,11 @@ class Codec:
     @property
     def linear(self) -> bool:
         """Are payloads float32 vectors whose sum decodes to the sum, if all have one key?"""
+        return False
+
+    @property
+    def chooses(self) -> bool:
+        """Do all values of a piece compete for room in the payload? They then have to be of one unit."""
         return False
 
     @property

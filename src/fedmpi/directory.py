@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -51,24 +52,29 @@ class RunDirectory:
 
     def _lock(self) -> int:
         """Make the directory ours; the lock goes with the process."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ConfigError(f"out: cannot write into {self.path}: {error.strerror}") from None
+        with contextlib.ExitStack() as opened:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+                opened.callback(os.close, descriptor)
+                self._take(descriptor)
+                (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, self._ticket.encode(), 0)
+                os.fsync(descriptor)
+            except OSError as error:
+                raise ConfigError(f"out: cannot write into {self.path}: {error.strerror}") from None
+            opened.pop_all()
+        return descriptor
+
+    def _take(self, descriptor: int) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
             raise ConfigError(f"out: another job is training in {self.path}") from None
         except OSError as error:
             why = error.strerror
             log.warning("%s cannot be locked (%s): make sure that no other job trains in it", self.path, why)
-        (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, self._ticket.encode(), 0)
-        os.fsync(descriptor)
-        return descriptor
 
     def _writable(self) -> None:
         try:
@@ -90,7 +96,7 @@ class RunDirectory:
         try:
             about = yaml.safe_load((self.path / CONFIG_FILE).read_text())[ABOUT]
             return str(about["plan"]) if checkpoint.sealed_rounds(self.path) else ""
-        except (OSError, KeyError, TypeError):
+        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):  # what is wrong there is said later
             return ""
 
     def release(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import os
 import platform
 import sys
@@ -39,8 +38,6 @@ from fedmpi.flat import signature
 from fedmpi.health import Health
 from fedmpi.records import Record
 from fedmpi.rounds import State, run_round
-
-log = logging.getLogger("fedmpi")
 
 SELECTORS_OWN = "selector/"  # what begins the names of a selector's state
 FILED = "exchange_"  # what begins the names of that which the exchange files under a silo
@@ -176,8 +173,12 @@ class Run:
             stored = yaml.safe_load((self.out / CONFIG_FILE).read_text())
         except FileNotFoundError:
             return
+        except (ValueError, yaml.YAMLError):
+            stored = None
         if not checkpoint.sealed_rounds(self.out):
             return
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{self.out / CONFIG_FILE} is damaged; put it back, or choose another out=")
         about = stored.get(ABOUT, {})
         changed = differences(stored, self.config)
         old, new = about.get("model", {}), signature(self._federation.model.entries)

@@ -35,7 +35,7 @@ BASE = {
     "checkpoint": {"every": 100},
     "device": {"name": "cpu"},
 }
-# Every one of these must end with the same bits on 1, 3 and 4 ranks, and under every plan that can carry it out.
+# Every one of these must end with the same bits on 1, 2 and 4 ranks, and under every plan that can carry it out.
 RUNS = {
     "digits": {},
     "nine_silos_a_third": {"data": {"name": "digits", "silos": 9}, "select": {"name": "uniform", "fraction": 0.34}},
