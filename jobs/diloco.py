@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
@@ -32,20 +32,18 @@ from fedmpi.components import (
     component,
     to_dict,
 )
-from fedmpi.schedules import SCHEDULES, Constant, Schedule
-from fedmpi.server import Moments
+from fedmpi.server import Moments, Scheduled
 
 CONFIG = Path(__file__).parents[1] / "configs" / "diloco_shakespeare.yaml"
 
 
 @component
-class AdamW:
+class AdamW(Scheduled):
     """AdamW on the server (Loshchilov & Hutter 2019, Algorithm 2), of gradients that arrive as deltas of one SGD step
     with lr 1; with bias correction, as torch.optim.AdamW."""
 
     lr: NonNegativeFloat = 1e-3  # step size
-    schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over DiLoCo's rounds
-    steps: PositiveInt = 1  # in each of them
+    steps: PositiveInt = 1  # to a round of the schedule
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay of the mean of gradients, and of their squares
     eps: PositiveFloat = 1e-8  # added to the square root
     weight_decay: NonNegativeFloat = 1e-2  # of the parameters, times lr
@@ -55,8 +53,8 @@ class AdamW:
         return Moments(torch.zeros_like(params_P), torch.zeros_like(params_P))
 
     def at(self, number: int, rounds: int, fraction: float) -> "AdamW":
-        rate = self.schedule.lr(self.lr, -(-number // self.steps), rounds // self.steps)
-        return dataclasses.replace(self, number=number, lr=rate)
+        there = super().at(-(-number // self.steps), rounds // self.steps, fraction)
+        return dataclasses.replace(there, number=number)
 
     def step(self, params_P: torch.Tensor, mean_P: torch.Tensor, state: Moments) -> tuple[torch.Tensor, Moments]:
         (beta1, beta2), gradient_P = self.betas, -mean_P

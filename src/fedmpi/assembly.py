@@ -65,13 +65,13 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     ids = [s.id for s in source.silos]
     found = comm.together(lambda: config.entries(module, ids))
     unshared = _unshared(module, found)
-    weights = [config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)]
-    for name, weight in zip(ids, weights, strict=True):
+    weights = {silo: config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)}
+    for name, weight in weights.items():
         if not 0 < weight < float("inf"):
             raise ConfigError(f"aggregate: silo '{name}' weighs {weight}; weights are positive numbers")
     combine = getattr(config.aggregate, "combine", None)
     gram = num_shared(found) if config.records.gram else 0
-    about = Facts(sum(weights), ids, list(opened), config.seed, combine, config.rounds, gram)
+    about = Facts(sum(weights.values()), ids, list(opened), config.seed, combine, config.rounds, gram)
     auxiliaries = len(getattr(config.local, "auxiliaries", ()))
     zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=chosen)
     section, plan_seconds = _choose_plan(config.exchange, comm, zeros_Q, about, plan_before)
@@ -83,8 +83,7 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
             allocate = lambda n, dtype: own[:n]  # noqa: E731
         model = comm.together(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
         comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
-        by_silo = dict(zip(ids, weights, strict=True))
-        silos = comm.together(lambda: {silo: _kept(silo, opened, by_silo[silo], chosen) for silo in list(opened)})
+        silos = comm.together(lambda: {silo: _kept(silo, opened, weights[silo], chosen) for silo in list(opened)})
         params_Q = zeros_Q
         params_Q[: model.num_shared] = model.params()
         federation = Federation(
