@@ -23,6 +23,9 @@ NOT_FINITE = np.int32(0x7F800000)  # infinity's bits; NaN's are above
 SMALLEST = np.float32(2.0**-126)  # normal number; smaller steps decode to zero
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer, ties to even
 ONE = np.uint64(1)
+EACH_BYTE = np.uint64(0x0101010101010101)
+ROW = 256  # elements of a block with a scale. A loop that the compiler knows to be as long costs half as much
+SCAN = 512  # elements at a time of which few are wanted
 SMALL = 1024  # elements at a time where two scratch blocks are needed
 NUM_SAMPLES = 16384  # that `select` guesses from
 SIDE = 16  # of them lie side by side
@@ -34,6 +37,7 @@ STEP = np.uint32(0x9E3779B9)
 FMIX1 = np.uint32(0x85EBCA6B)
 FMIX2 = np.uint32(0xC2B2AE35)
 UNIT = np.float32(2.0**-24)
+LOW4 = np.uint32(15)
 
 
 def jit(function: F) -> F:
@@ -62,15 +66,24 @@ def _uniforms(key: Any, block: int, u: Array) -> None:
 @jit
 def _load(x: Array, scale: Any, residual: Array, v: Array) -> Any:
     """v = x * scale + residual; returns the bits of the largest magnitude: integers order them, NaN comes last."""
-    if residual.size:
-        for j in range(x.size):
-            v[j] = x[j] * scale + residual[j]
-    else:
-        for j in range(x.size):
-            v[j] = x[j] * scale
     bits = v.view(np.int32)
     largest = np.int32(0)
-    for j in range(x.size):
+    whole = x.size - x.size % ROW
+    for start in range(0, whole, ROW):
+        row, row_v, row_bits = x[start : start + ROW], v[start : start + ROW], bits[start : start + ROW]
+        if residual.size:
+            rest = residual[start : start + ROW]
+            for j in range(ROW):
+                row_v[j] = row[j] * scale + rest[j]
+                largest = np.int32(max(largest, np.int32(row_bits[j] & SIGN_OFF)))
+        else:
+            for j in range(ROW):
+                row_v[j] = row[j] * scale
+                largest = np.int32(max(largest, np.int32(row_bits[j] & SIGN_OFF)))
+    for j in range(whole, x.size):
+        v[j] = x[j] * scale
+        if residual.size:
+            v[j] += residual[j]
         largest = np.int32(max(largest, np.int32(bits[j] & SIGN_OFF)))
     return largest
 
@@ -145,6 +158,86 @@ def _step(v: Array, magnitude: Any, m: int, rule: int, levels: Any, spare: Array
 
 
 @jit
+def _spread(tail: Array, parts: int, row: Array) -> None:
+    """The parts of a short block where a whole one has them, and zeros."""
+    span, width = (tail.size + parts - 1) // parts, ROW // parts
+    row[:] = 0
+    for j in range(tail.size):
+        row[j // span * width + j % span] = tail[j]
+
+
+@jit
+def _collect(row: Array, parts: int, tail: Array) -> None:
+    """Back again."""
+    span, width = (tail.size + parts - 1) // parts, ROW // parts
+    for j in range(tail.size):
+        tail[j] = row[j // span * width + j % span]
+
+
+@jit
+def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array, bits: int, levels: Any) -> Any:
+    """Blocks of 8 or 4 bits that each have the largest magnitude's scale. All that is done to a whole one stands in
+    this loop: to hand arrays to another function costs as much as a hundred additions."""
+    num_whole, rest = x.size // ROW, x.size % ROW
+    scales = payload[: 4 * (num_whole + (rest > 0))].view(np.float32)
+    width = ROW * bits // 8
+    codes = payload[scales.nbytes : scales.nbytes + num_whole * width]
+    v, t = np.empty(ROW, np.float32), np.empty(ROW, np.float32)
+    patterns, levels_as_bits = v.view(np.int32), t.view(np.uint32)
+    magnitude = np.zeros(1, np.int32)
+    largest = magnitude.view(np.float32)
+    for b in range(num_whole):
+        x_row, q_row = x[b * ROW : b * ROW + ROW], codes[b * width : b * width + width]
+        if residual.size:
+            residual_row = residual[b * ROW : b * ROW + ROW]
+            for j in range(ROW):
+                v[j] = x_row[j] * scale + residual_row[j]
+        else:
+            for j in range(ROW):
+                v[j] = x_row[j] * scale
+        highest = np.int32(0)
+        for j in range(ROW):
+            highest = np.int32(max(highest, np.int32(patterns[j] & SIGN_OFF)))
+        if highest >= NOT_FINITE:
+            return -1
+        magnitude[0] = highest
+        s = largest[0] / levels
+        if s < SMALLEST:
+            s = np.float32(0)
+            for j in range(ROW):
+                t[j] = ROUND
+        else:
+            for j in range(ROW):
+                t[j] = v[j] / s + ROUND  # the integer's bits are its lowest ones
+        scales[b] = s
+        if into.size:
+            into_row = into[b * ROW : b * ROW + ROW]
+            for j in range(ROW):
+                into_row[j] = v[j] - (t[j] - ROUND) * s
+        if bits == 8:
+            for j in range(ROW):
+                q_row[j] = np.uint8(levels_as_bits[j])
+        else:
+            for j in range(ROW // 2):
+                upper = (levels_as_bits[j + ROW // 2] & LOW4) << np.uint32(4)
+                q_row[j] = np.uint8((levels_as_bits[j] & LOW4) | upper)
+    if rest:
+        parts, start = 8 // bits, num_whole * ROW
+        last = np.empty(ROW, np.float32), np.empty(ROW, np.float32), np.empty(4 + width, np.uint8)
+        _spread(x[start:], parts, last[0])
+        _spread(_part(residual, start, x.size), parts, last[1])
+        if _nearest(last[0], scale, last[1], last[1], last[2], bits, levels) < 0:
+            return -1
+        scales[num_whole] = last[2][:4].view(np.float32)[0]
+        codes = payload[scales.nbytes + num_whole * width :][: (rest + parts - 1) // parts]
+        for j in range(codes.size):
+            codes[j] = last[2][4 + j]
+        if into.size:
+            _collect(last[1], parts, into[start:])
+    return scales.nbytes + (x.size * bits + 7) // 8
+
+
+@jit
 def encode_blocks(
     x: Array,
     scale: Any,
@@ -160,12 +253,14 @@ def encode_blocks(
     damping: Any,
 ) -> Any:
     n = x.size
+    high = np.float32(levels)
+    if rule == 0 and not stochastic:
+        return _nearest(x, scale, residual, into, payload, bits, high)
     num_blocks = (n + block - 1) // block
     scales = payload[: 4 * num_blocks].view(np.float32)
     v, spare, u = np.zeros(block, np.float32), np.zeros(block // 2, np.float64), np.zeros(256, np.float32)
     magnitude, codes = np.zeros(1, np.int32), np.zeros(block, np.int8)
     unwanted = np.zeros(block, np.float32)
-    high = np.float32(levels)
     parts = 8 // bits
     mask = (1 << bits) - 1
     at = 4 * num_blocks
@@ -193,7 +288,7 @@ def encode_blocks(
                 q[j] = np.int8(v[j] >= 0)
             for j in range(m):
                 rest[j] = v[j] - s if v[j] >= 0 else v[j] + s
-        elif stochastic:
+        else:
             for i in range(0, m, 256):
                 _uniforms(key, (start + i) // 256, u)
                 row = v[i : min(m, i + 256)]
@@ -202,14 +297,6 @@ def encode_blocks(
                     r = min(max(np.floor(row[j] / s + u[j]), -high), high)
                     rest_row[j] = row[j] - r * scales[b]
                     q_row[j] = np.int8(np.int32(r))
-        elif into.size:
-            for j in range(m):
-                r = (v[j] / s + ROUND) - ROUND
-                rest[j] = v[j] - r * s
-                q[j] = np.int8(np.int32(r))
-        else:
-            for j in range(m):
-                q[j] = np.int8(np.int32((v[j] / s + ROUND) - ROUND))
         if bits == 4:
             q[m:] = 0
             upper = q[span : 2 * span]
@@ -242,24 +329,33 @@ def decode_blocks(payload: Array, out: Array, weight: Any, accumulate: bool, blo
         s = scales[b]
         span = (m + parts - 1) // parts
         codes8 = payload[at : at + span]
-        if parts == 1:
-            signed = codes8.view(np.int8)
-            for j in range(m):
-                d[j] = np.float32(signed[j]) * s
-        elif bits == 4:
-            upper = d[span:m]
-            for j in range(span):
-                d[j] = np.float32(np.int8(codes8[j] << np.uint8(4)) >> np.int8(4)) * s
-            for j in range(upper.size):
-                upper[j] = np.float32(np.int8(codes8[j]) >> np.int8(4)) * s
-        else:
-            for p in range(parts):
-                row = d[p * span : min(m, (p + 1) * span)]
-                for j in range(row.size):
-                    c = (codes8[j] >> (bits * p)) & mask
-                    row[j] = np.float32(2 * c - 1 if bits == 1 else (c ^ top) - top) * s
-        _give(d, out[start:stop], weight, accumulate)
         at += span
+        if m == ROW and bits >= 4:
+            _give_row(codes8, bits, s, out[start:stop], weight, accumulate)
+            continue
+        for p in range(parts):
+            row = d[p * span : min(m, (p + 1) * span)]
+            for j in range(row.size):
+                c = (codes8[j] >> (bits * p)) & mask
+                row[j] = np.float32(2 * c - 1 if bits == 1 else (c ^ top) - top) * s
+        _give(d, out[start:stop], weight, accumulate)
+
+
+@jit
+def _give_row(codes: Array, bits: int, s: Any, out: Array, weight: Any, accumulate: bool) -> None:
+    """`_give` of a whole row of 8 or 4 bits."""
+    if bits == 8:
+        for j in range(ROW):
+            d = np.float32(np.int8(codes[j])) * s
+            out[j] = out[j] + weight * d if accumulate else d
+        return
+    upper = out[ROW // 2 :]
+    for j in range(ROW // 2):
+        d = np.float32(np.int32(np.uint32(codes[j]) << np.uint32(28)) >> np.int32(28)) * s
+        out[j] = out[j] + weight * d if accumulate else d
+    for j in range(ROW // 2):
+        d = np.float32(np.int8(codes[j]) >> np.int8(4)) * s
+        upper[j] = upper[j] + weight * d if accumulate else d
 
 
 @jit
@@ -493,7 +589,18 @@ def draw(key: Any, n: int, indices: Array) -> None:
 
 @jit
 def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: int, indices: Array) -> int:
-    """Indices of the k largest magnitudes not below `floor` (as bits), ascending; of equals the first. `into` takes v.
+    """Indices of the k largest magnitudes not below `floor` (as bits), ascending; of equals the first.
+
+    `into` takes v.
+    """
+    return _select(x, scale, residual, into, k, floor, indices, np.empty(0, np.int32))
+
+
+@jit
+def _select(
+    x: Array, scale: Any, residual: Array, into: Array, k: int, floor: int, indices: Array, chosen: Array
+) -> int:
+    """`select`; `chosen` takes the bits of what is chosen of v, unless it is empty.
 
     A sample guesses a magnitude that a few more than k reach; one pass collects them, the k-th is among these.
     Where the guess was wrong (runs of equals, say) histograms of the whole find the k-th.
@@ -502,7 +609,7 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
     num_samples = min(max(n >> 6, 2048), NUM_SAMPLES)
     stride = SIDE * ((n + num_samples - 1) // num_samples)
     sample = np.zeros(SIDE * ((n + stride - 1) // stride), np.int32)
-    v, counts = np.zeros(SMALL, np.float32), np.zeros(2048, np.int64)
+    v, counts = np.zeros(SCAN, np.float32), np.zeros(2048, np.int64)
     bits = v.view(np.int32)
     taken = 0
     for start in range(0, n, stride):  # a few side by side, as memory comes by the line
@@ -511,49 +618,71 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
             sample[taken] = bits[0] & SIGN_OFF
             taken += 1
     rank = min(taken, int(1.25 * k * taken / n) + 16)
-    room = min(n, 2 * (n // taken + 1) * rank + SMALL)
+    room = min(n, 2 * (n // taken + 1) * rank + SCAN)
     low = np.int32(max(_kth(sample[:taken], rank, counts)[0], floor, 1))  # zeros come in runs
     near, patterns = np.empty(room + 1, np.int64), np.empty(room + 1, np.int32)
-    reached = np.zeros(SMALL, np.int8)
+    reached = np.zeros(SCAN, np.int8)
     words = reached.view(np.uint64)
-    found, full = 0, False
-    for start in range(0, n, SMALL):
-        m = min(n - start, SMALL)
-        largest = _load(x[start : start + m], scale, _part(residual, start, start + m), v)
+    found = 0
+    for start in range(0, n, SCAN):
+        m = min(n - start, SCAN)
+        row = x[start : start + m]
+        largest = np.int32(0)
+        if m == SCAN and residual.size:
+            rest = residual[start : start + SCAN]
+            for j in range(SCAN):
+                v[j] = row[j] * scale + rest[j]
+        elif m == SCAN:
+            for j in range(SCAN):
+                v[j] = row[j] * scale
+        else:
+            _load(row, scale, _part(residual, start, start + m), v)
+            v[m:] = 0
+        if into.size and m == SCAN:
+            target = into[start : start + SCAN]
+            for j in range(SCAN):
+                target[j] = v[j]
+        elif into.size:
+            for j in range(m):
+                into[start + j] = v[j]
+        for j in range(SCAN):
+            magnitude = np.int32(bits[j] & SIGN_OFF)
+            largest = np.int32(max(largest, magnitude))
+            reached[j] = magnitude >= low
         if largest >= NOT_FINITE:
             return -1
-        if into.size:
-            target = into[start : start + m]
-            for j in range(m):
-                target[j] = v[j]
-        full = full or found + m > room
-        if largest < low or full:
+        if found + m > room:
+            found = room + 1
             continue
-        for j in range(m):
-            reached[j] = np.int32(bits[j] & SIGN_OFF) >= low
-        reached[m:] = 0
-        for w in range((m + 7) // 8):
-            if words[w]:
-                for j in range(8 * w, 8 * w + 8):
-                    near[found], patterns[found] = start + j, bits[j] & SIGN_OFF
-                    found += reached[j]
-    if full or (found < k and low > floor):
+        for w in range(SCAN // 8):
+            word = words[w]
+            while word:
+                first = word & (~word + ONE)
+                at = 8 * w + np.int64((((first - ONE) & EACH_BYTE) * EACH_BYTE) >> np.uint64(56))  # bytes before it
+                near[found], patterns[found] = start + at, bits[at]
+                found += 1
+                word ^= first
+    if found > room or (found < k and low > floor):
         if into.size:
             x, scale = into, np.float32(1)
-        return _select_exactly(x, scale, k, floor, indices, counts)
-    if found <= k:
-        indices[:found] = near[:found]
+        found = _select_exactly(x, scale, k, floor, indices, counts)
+        if chosen.size:
+            values = chosen.view(np.float32)
+            for i in range(found):
+                values[i] = x[indices[i]] * scale
         return found
-    least, equal = _kth(patterns[:found].copy(), k, counts)
-    chosen = 0
+    magnitudes = patterns[:found] & SIGN_OFF
+    least, equal = _kth(magnitudes.copy(), k, counts) if found > k else (0, found)
+    taken = 0
     for i in range(found):
-        if chosen == k:
-            break
-        tie = patterns[i] == least and equal > 0
-        indices[chosen] = near[i]
-        chosen += patterns[i] > least or tie
+        tie = magnitudes[i] == least and equal > 0
         equal -= tie
-    return chosen
+        if tie or magnitudes[i] > least:
+            indices[taken] = near[i]
+            if chosen.size:
+                chosen[taken] = patterns[i]
+            taken += 1
+    return taken
 
 
 @jit
@@ -647,20 +776,16 @@ def unpack_sorted(payload: Array, n: int, indices: Array) -> Any:
 @jit
 def encode_top(x: Array, scale: Any, residual: Array, into: Array, payload: Array, k: int) -> Any:
     """Packed indices of the k largest magnitudes, to a multiple of 4 bytes, and the values; `into` takes the others."""
-    indices = np.empty(k, np.int64)
-    if select(x, scale, residual, into, k, 0, indices) < 0:
+    indices, chosen = np.empty(k, np.int64), np.empty(k, np.int32)
+    if _select(x, scale, residual, into, k, 0, indices, chosen) < 0:
         return -1
     end = pack_sorted(indices, x.size, payload)
     at = (end + 3) // 4 * 4
     payload[end:at] = 0
-    values = payload[at : at + 4 * k].view(np.float32)
+    payload[at : at + 4 * k].view(np.int32)[:] = chosen
     if into.size:
         for i in range(k):
-            values[i] = into[indices[i]]
             into[indices[i]] = 0
-    else:
-        for i in range(k):
-            values[i] = x[indices[i]] * scale
     return at + 4 * k
 
 
