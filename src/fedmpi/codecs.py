@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -162,8 +163,8 @@ def bare(vector: Tensor) -> Bare:
 
 
 @functools.cache
-def _kernels(device: str) -> tuple[Any, Any]:
-    """The kernels for a kind of device, and what turns a vector into what they take."""
+def _kernels(device: str) -> tuple[Any, Callable[[Any], Any]]:
+    """The kernels for a kind of device, and what turns an argument into what they take."""
     if device == "cpu":
         from fedmpi.kernels import cpu  # here, as numba takes a second to load
 
@@ -173,25 +174,24 @@ def _kernels(device: str) -> tuple[Any, Any]:
     return cuda, _tensor
 
 
-_VECTORS = (Tensor, np.ndarray)
+def _array(argument: Any) -> Any:
+    if type(argument) is np.ndarray:
+        return argument
+    if type(argument) is float:
+        return np.float32(argument)
+    return bare(argument) if isinstance(argument, Tensor) else argument
 
 
-def _array(vector: Bare) -> Any:
-    return bare(vector) if isinstance(vector, Tensor) else vector
-
-
-def _tensor(vector: Bare) -> Tensor:
-    return vector if isinstance(vector, Tensor) else torch.from_numpy(vector)
+def _tensor(argument: Any) -> Any:
+    return torch.from_numpy(argument) if type(argument) is np.ndarray else argument
 
 
 def _run(name: str, *arguments: Any) -> Any:
     """The kernel of that name, where the vectors among its arguments live."""
-    on = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
+    tensors = Tensor in map(type, arguments)  # pieces are many, and most come as arrays
+    on = next(a.device.type for a in arguments if isinstance(a, Tensor)) if tensors else "cpu"
     kernels, taken = _kernels(on)
-    given = [taken(argument) if isinstance(argument, _VECTORS) else argument for argument in arguments]
-    if on == "cpu":
-        given = [np.float32(argument) if isinstance(argument, float) else argument for argument in given]
-    return getattr(kernels, name)(*given)
+    return getattr(kernels, name)(*map(taken, arguments))
 
 
 def _floats(payload: Tensor, num: int) -> Tensor:

@@ -98,6 +98,9 @@ class Server:
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
         """New values of S elements from `start` on and new state, in the memory of `mean_S` and of `state`."""
         stop, border = start + len(mean_S), start + len(mean_S) if self.num_params is None else self.num_params
+        if stop <= border and self.scale == 1.0 and not self.averaged:  # as most pieces are, which are many
+            new, _ = self.optimizer.step(params_S, mean_S, state)
+            return (new if new.data_ptr() == mean_S.data_ptr() else mean_S.copy_(new)), state
         if start < border:
             part = slice(0, min(stop, border) - start)
             mean = mean_S[part]
@@ -397,6 +400,9 @@ def _blocks(*vectors_P: Tensor) -> Iterator[tuple[Tensor, ...]]:
     num_params = vectors_P[0].numel()
     block = min(num_params, BLOCK_CPU if vectors_P[0].device.type == "cpu" else BLOCK_DEVICE)
     scratch = torch.empty_like(vectors_P[0][:block])
+    if num_params == block:  # pieces of the exchange are, and many
+        yield *vectors_P, scratch
+        return
     for start in range(0, num_params, max(block, 1)):
         parts = [vector[start : start + block] for vector in vectors_P]
         yield *parts, scratch[: parts[0].numel()]

@@ -58,6 +58,7 @@ class Outgoing(NamedTuple):
     vector_P: Bare | None  # to be encoded, or a tensor to be sent as it is; None: encoded already
     scale: float  # what it is multiplied with when it is encoded
     payloads: torch.Tensor | None  # of all pieces, each where `_place` says
+    payloads_B: Bare  # the same, for codecs
     sizes: np.ndarray  # of the payloads, in bytes [pieces]
 
 
@@ -92,6 +93,8 @@ class Sharded(Exchange):
         self._nothing = torch.zeros(0, dtype=self._raw)
         self._arrived: list[torch.Tensor] = []  # for each turn under way: [waves, ranks, rows, stride]
         self._payloads: list[torch.Tensor] = []  # of this rank's vectors, reused
+        self._arrived_B: list[Bare] = []  # the same memory, for codecs
+        self._payloads_B: list[Bare] = []
         self._host_P = comm.allocate(self.num_params, self.sum_dtype, pinned=True) if self.on_device else None
         if self._down:
             self._sent_down = comm.allocate(self._places * self._down.stride, torch.uint8, pinned=self.on_device)
@@ -160,7 +163,7 @@ class Sharded(Exchange):
             if self._up:
                 self._outgoing.append(self._to_encode(rank, share, delta_P, share))
             else:
-                self._outgoing.append(Outgoing(rank, share, share, delta_P, 1.0, None, _NONE))
+                self._outgoing.append(Outgoing(rank, share, share, delta_P, 1.0, None, None, _NONE))
             return
         if self._sum is None:
             self._sum = torch.zeros(self.num_params, dtype=self.sum_dtype, device=self.device)
@@ -169,29 +172,30 @@ class Sharded(Exchange):
         if self._up:
             self._outgoing.append(self._to_encode(rank, weight, self._sum, 1.0))
         else:
-            self._outgoing.append(Outgoing(rank, weight, 1.0, self._sum, 1.0, None, _NONE))
+            self._outgoing.append(Outgoing(rank, weight, 1.0, self._sum, 1.0, None, None, _NONE))
 
     def _to_encode(self, slot: int, share: float, vector_P: torch.Tensor, scale: float) -> Outgoing:
         assert self._up is not None
-        return Outgoing(slot, share, 1.0, bare(vector_P), scale, self._memory(), self._sizes(self._up))
+        return Outgoing(slot, share, 1.0, bare(vector_P), scale, *self._memory(), self._sizes(self._up))
 
-    def _memory(self) -> torch.Tensor:
-        """For the payloads of one vector; as many as the round has needed are kept."""
+    def _memory(self) -> tuple[torch.Tensor, Bare]:
+        """For the payloads of one vector, twice the same; as many as the round has needed are kept."""
         wave = len(self._outgoing)
         if wave == len(self._payloads):
             num = self._places * self._stride if self._up else self.num_params
             self._payloads.append(self.comm.allocate(num, self._raw, pinned=self.on_device))
-        return self._payloads[wave]
+            self._payloads_B.append(bare(self._payloads[wave]))
+        return self._payloads[wave], self._payloads_B[wave]
 
     def _sizes(self, coder: Coder) -> np.ndarray:
         return np.array([coder.num_bytes(piece) for piece in range(self.grid.num_pieces)], dtype=np.int64)
 
     def _of_silo(self, silo: str, share: float, delta_P: torch.Tensor) -> Outgoing:
         """A silo's delta as it will be sent, out of the model's memory."""
-        memory, slot = self._memory(), self._index[silo]
+        (memory, memory_B), slot = self._memory(), self._index[silo]
         if not self._up:
             memory.copy_(delta_P)
-            return Outgoing(slot, share, share, memory, 1.0, None, _NONE)
+            return Outgoing(slot, share, share, memory, 1.0, None, None, _NONE)
         residual_P = None
         if self._up.channel.feedback:
             residual_P = self._spare.pop() if self._spare else torch.zeros_like(delta_P)
@@ -204,9 +208,9 @@ class Sharded(Exchange):
         vector_P, kept_P = bare(delta_P), None if residual_P is None else bare(residual_P)
         for piece, part in enumerate(self.grid):
             residual_N = None if kept_P is None else kept_P[part]
-            sizes[piece] = self._encode_up(vector_P[part], bare(memory), piece, 1.0, residual_N)
+            sizes[piece] = self._encode_up(vector_P[part], memory_B, piece, 1.0, residual_N)
         self.raise_failed()  # nothing has travelled yet
-        return Outgoing(slot, share, share, None, 1.0, memory, sizes)
+        return Outgoing(slot, share, share, None, 1.0, memory, memory_B, sizes)
 
     def _encode_up(self, x_N: Bare, payloads: Bare, piece: int, scale: float, residual_N: Bare | None) -> int:
         assert self._up is not None
@@ -351,11 +355,10 @@ class Sharded(Exchange):
             return
         part = self.grid.part(piece)
         if self._up:
-            assert out.payloads is not None
             if piece == 0:
                 self._up.start(self.round, f"rank {self.comm.rank}")
             out.sizes[piece] = self._encode_up(
-                out.vector_P[part], bare(out.payloads), piece, out.scale, self._residual.part(part)
+                out.vector_P[part], out.payloads_B, piece, out.scale, self._residual.part(part)
             )
         elif self._host_P is not None and out.vector_P.device.type != "cpu":
             self._host_P[part].copy_(out.vector_P[part])
@@ -406,8 +409,10 @@ class Sharded(Exchange):
         place, needed = turn % (AHEAD + 1), waves * self.comm.size * self._depth * self._stride
         while len(self._arrived) <= place:
             self._arrived.append(torch.zeros(0, dtype=self._raw))
+            self._arrived_B.append(None)
         if len(self._arrived[place]) < needed:
             self._arrived[place] = self.comm.allocate(needed, self._raw, pinned=self.on_device)
+            self._arrived_B[place] = bare(self._arrived[place])
         return self._arrived[place][:needed].view(waves, -1)
 
     def _own(
@@ -444,15 +449,16 @@ class Sharded(Exchange):
         slot_B = self._down.slot(self._down_B, self._place(piece))
         return self._encode(self._down, bare(step_S), slot_B, piece, 1.0, lost_S)
 
-    def _came(self, turn: int, piece: int, slot: Slot, length: int) -> torch.Tensor:
-        """What a slot sent of my piece, where it lies."""
+    def _came(self, turn: int, piece: int, slot: Slot, length: int) -> Any:
+        """What a slot sent of my piece, where it lies: bare if it is a payload."""
         if slot.rank == self.comm.rank:
-            return self._travels(self._outgoing[slot.wave])[self._place(piece) * self._stride :][:length]
+            out, start = self._outgoing[slot.wave], self._place(piece) * self._stride
+            return (out.payloads_B if self._up else self._travels(out))[start : start + length]
         sender = slot.wave * self.comm.size + slot.rank
         start = (sender * self._depth + self._place(piece) % self._depth) * self._stride
-        return self._arrived[turn % (AHEAD + 1)][start : start + length]
+        return (self._arrived_B if self._up else self._arrived)[turn % (AHEAD + 1)][start : start + length]
 
-    def _sum_up(self, came: list[tuple[Slot, torch.Tensor]], weight: float, piece: int, mean: torch.Tensor) -> None:
+    def _sum_up(self, came: list[tuple[Slot, Any]], weight: float, piece: int, mean: torch.Tensor) -> None:
         """The weighted mean, one slot after the other."""
         if self._total is not None:
             total = self._total[: len(mean)].zero_()
@@ -462,13 +468,13 @@ class Sharded(Exchange):
         elif self._up:
             sum_N = bare(mean.zero_())
             for slot, payload in came:
-                self._add(self._up, bare(payload), sum_N, piece, slot.factor / weight)
+                self._add(self._up, payload, sum_N, piece, slot.factor / weight)
         else:
             torch.mul(came[0][1].to(self.device), came[0][0].factor / weight, out=mean)
             for slot, values in came[1:]:
                 mean.add_(values.to(self.device), alpha=slot.factor / weight)
 
-    def _rows(self, came: list[tuple[Slot, torch.Tensor]], piece: int, size: int) -> torch.Tensor:
+    def _rows(self, came: list[tuple[Slot, Any]], piece: int, size: int) -> torch.Tensor:
         """Every slot's values of my piece, decoded, [slots, size]."""
         needed = len(came) * size
         if len(self._decoded) < needed:
@@ -476,7 +482,7 @@ class Sharded(Exchange):
         rows_KS = self._decoded[:needed].view(len(came), size)
         for row_S, (_, values) in zip(rows_KS, came, strict=True):
             if self._up:
-                self._add(self._up, bare(values), bare(row_S.zero_()), piece, 1.0)
+                self._add(self._up, values, bare(row_S.zero_()), piece, 1.0)
             else:
                 row_S.copy_(values)
         return rows_KS
