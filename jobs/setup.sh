@@ -50,8 +50,10 @@ install() { # extras: pip, but only where the stamp says otherwise
   grep -qF "$venv" "$venv/bin/activate" || die "$venv was made for another place: remove it and run this again"
   [ -w "$venv" ] || die "$venv is not yours to write and lacks fedmpi${extras:+[$extras]}: use a checkout of your own"
   say "installing fedmpi${extras:+[$extras]} into .venv with pip, over the network: minutes the first time"
-  "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check \
+  "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check --no-compile \
     -c "$top/jobs/constraints.txt" -e "$top${extras:+[$extras]}" || die "pip failed, see above"
+  # On all cores; what does not compile is some package's own test of that.
+  "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || :
   printf '%s\n' "$key" "with $extras" >"$stamp"
 }
 

@@ -1,6 +1,9 @@
 """Every algorithm is its paper's, in float64: on one rank in this process, on two and four with the same numbers."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +19,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("equations")
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """What a case gives in this process, run once however many tests look at it."""
+    return functools.cache(lambda case: check(CASES[case], str(tmp_path_factory.mktemp("alone")), Solo()))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_is_the_papers(case: str, tmp_path: Path) -> None:
-    check(CASES[case], str(tmp_path), Solo())
+def test_is_the_papers(case: str, alone: Callable[[str], Any]) -> None:
+    alone(case)
 
 
 @pytest.mark.parametrize("n", (2, 4))
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_numbers_on_several_ranks(case: str, n: int, folder: Path, tmp_path: Path) -> None:
+def test_the_same_numbers_on_several_ranks(case: str, n: int, folder: Path, alone: Callable[[str], Any]) -> None:
     found = np.array(launch("equations", n, str(folder)).check(case))
-    alone = np.array(check(CASES[case], str(tmp_path), Solo()))
-    assert np.abs(found - alone).max() < 1e-12
+    assert np.abs(found - np.array(alone(case))).max() < 1e-12

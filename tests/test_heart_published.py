@@ -20,14 +20,14 @@ def runs(n: int, root: Path) -> dict:
     return {(row["method"], row["seed"]): row for row in rows}
 
 
-# All of them on one rank; on several, for two seeds, a rule that keeps state and servers that do.
+# All of them on one rank; on several a rule that keeps state and servers that do. All seeds: jobs/reproduce_heart.sh.
 METHODS = {
     1: ("FedAvg100", "FedProx100", "Scaffold100", "FedAdam100", "FedYogi100", "FedAdagrad100"),
     2: ("FedAdam100", "Scaffold100"),
     4: ("FedYogi100", "Scaffold100"),
 }
 
-SEEDS = {1: (42, 43, 44, 45, 46), 2: (42, 45), 4: (43, 46)}
+SEEDS = {1: (42, 44, 46), 2: (43, 45), 4: (43, 46)}
 
 
 @pytest.mark.parametrize(("n", "method"), [(n, method) for n, some in METHODS.items() for method in some])

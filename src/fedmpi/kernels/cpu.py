@@ -226,7 +226,8 @@ def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array,
         last = np.empty(ROW, np.float32), np.empty(ROW, np.float32), np.empty(4 + width, np.uint8)
         _spread(x[start:], parts, last[0])
         _spread(_part(residual, start, x.size), parts, last[1])
-        if _nearest(last[0], scale, last[1], last[1], last[2], bits, levels) < 0:
+        before = _part(last[1], 0, ROW if residual.size else 0)  # nothing is not zero: -0 stays what it is
+        if _nearest(last[0], scale, before, last[1], last[2], bits, levels) < 0:
             return -1
         scales[num_whole] = last[2][:4].view(np.float32)[0]
         codes = payload[scales.nbytes + num_whole * width :][: (rest + parts - 1) // parts]
