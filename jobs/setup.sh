@@ -53,7 +53,7 @@ install() { # extras: pip, but only where the stamp says otherwise
   "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check --no-compile \
     -c "$top/jobs/constraints.txt" -e "$top${extras:+[$extras]}" || die "pip failed, see above"
   # On all cores; what does not compile is some package's own test of that.
-  "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || :
+  "$venv/bin/python" -m compileall -qq -j "$(nproc)" "$venv/lib" || :
   printf '%s\n' "$key" "with $extras" >"$stamp"
 }
 

@@ -17,11 +17,11 @@ LAUNCHES = ("command", "overlap", "training", "regions")
 
 def _launches(file: str) -> bool:
     """Does it keep the cores busy with ranks for minutes?"""
-    return file.rpartition("/")[2] in ("test_slurm.py", *(f"test_mpi_{name}.py" for name in LAUNCHES))
+    return file.rpartition("/")[2] in [f"test_mpi_{name}.py" for name in LAUNCHES]
 
 
 def _sleeps(file: str) -> bool:
-    return file.endswith("test_mpi_stop.py")
+    return file.endswith(("test_slurm.py", "test_mpi_stop.py"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,13 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of two workers one launches what keeps the cores busy: two of these at once would only be in each other's way.
-    The other one does the rest, file by file, for launches within a file are shared."""
+    """Of two workers one has the files that launch ranks for minutes: two of these at once would only be in each
+    other's way. The other one does the rest, file by file, for launches within a file are shared. At the end both take
+    what is left, of test_mpi_stop one by one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
+            if file.endswith("test_mpi_stop.py"):
+                return nodeid
             return "ranks" if _launches(file) else file
 
     return Files(config, log)

@@ -132,7 +132,7 @@ def test_quickstart_starts_anew(checkout: Checkout) -> None:
 
 
 def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkout) -> None:
-    for name in ("mpirun", "ruff", "apt-get", "slurmctld", "slurmd", "srun", "munged", "strace"):
+    for name in ("mpirun", "ruff", "fedmpi", "apt-get", "slurmctld", "slurmd", "srun", "munged", "strace"):
         checkout.fake(name)
     checkout.fake("id", "echo 1000")
     checkout.fake("unshare", "exit 1")
@@ -141,11 +141,14 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     checkout.fake("../mpich/bin/mpiexec")
     (checkout.top / "data").mkdir()
     done = checkout.run("jobs/test.sh -k x", FEDMPI_DATA=str(checkout.top / "data"))
-    assert done.returncode == 4
+    assert done.returncode == 5  # mypy runs beside the tests, and is asked last
     assert "tests that need netns may be skipped" in done.stderr
     assert re.search("requires mpi,(slurm,)?strace,mpich,data$", done.stdout, re.MULTILINE), done.stdout
     calls = (checkout.top / "calls").read_text()
     assert "pytest -q -n 2 --dist loadscope --no-loadscope-reorder -k x" in calls and "apt-get" not in calls
+    checkout.fake("pytest", "exit 0")
+    done = checkout.run("jobs/test.sh", FEDMPI_REQUIRE="")
+    assert done.returncode == 4, done.stderr
 
 
 def test_constraints_pin_what_setup_cfg_asks_for() -> None:

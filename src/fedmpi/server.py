@@ -98,9 +98,11 @@ class Server:
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
         """New values of S elements from `start` on and new state, in the memory of `mean_S` and of `state`."""
         stop, border = start + len(mean_S), start + len(mean_S) if self.num_params is None else self.num_params
-        if stop <= border and self.scale == 1.0 and not self.averaged:  # as most pieces are, which are many
+        if start < stop <= border and self.scale == 1.0 and not self.averaged:  # most pieces; to slice costs more
             new, _ = self.optimizer.step(params_S, mean_S, state)
-            return (new if new.data_ptr() == mean_S.data_ptr() else mean_S.copy_(new)), state
+            if new.data_ptr() != mean_S.data_ptr():
+                mean_S.copy_(new)
+            return mean_S, state
         if start < border:
             part = slice(0, min(stop, border) - start)
             mean = mean_S[part]

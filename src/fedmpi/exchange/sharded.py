@@ -179,7 +179,7 @@ class Sharded(Exchange):
         return Outgoing(slot, share, 1.0, bare(vector_P), scale, *self._memory(), self._sizes(self._up))
 
     def _memory(self) -> tuple[torch.Tensor, Bare]:
-        """For the payloads of one vector, twice the same; as many as the round has needed are kept."""
+        """For the payloads of one vector, as MPI takes it and bare; as many as the round has needed are kept."""
         wave = len(self._outgoing)
         if wave == len(self._payloads):
             num = self._places * self._stride if self._up else self.num_params

@@ -24,7 +24,7 @@ SMALLEST = np.float32(2.0**-126)  # normal number; smaller steps decode to zero
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer, ties to even
 ONE = np.uint64(1)
 EACH_BYTE = np.uint64(0x0101010101010101)
-ROW = 256  # elements of a block with a scale. A loop that the compiler knows to be as long costs half as much
+ROW = 256  # elements of a block of 8 or 4 bits. Loops of a length that the compiler knows cost half as much
 SCAN = 512  # elements at a time of which few are wanted
 SMALL = 1024  # elements at a time where two scratch blocks are needed
 NUM_SAMPLES = 16384  # that `select` guesses from
@@ -175,19 +175,18 @@ def _collect(row: Array, parts: int, tail: Array) -> None:
 
 
 @jit
-def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array, bits: int, levels: Any) -> Any:
-    """Blocks of 8 or 4 bits that each have the largest magnitude's scale. All that is done to a whole one stands in
-    this loop: to hand arrays to another function costs as much as a hundred additions."""
-    num_whole, rest = x.size // ROW, x.size % ROW
-    scales = payload[: 4 * (num_whole + (rest > 0))].view(np.float32)
+def _nearest_rows(
+    x: Array, scale: Any, residual: Array, into: Array, scales: Array, codes: Array, bits: int, levels: Any
+) -> bool:
+    """Whole rows. All that is done to one stands in this loop: to hand arrays to another function costs as much as a
+    hundred additions."""
     width = ROW * bits // 8
-    codes = payload[scales.nbytes : scales.nbytes + num_whole * width]
-    v, t = np.empty(ROW, np.float32), np.empty(ROW, np.float32)
-    patterns, levels_as_bits = v.view(np.int32), t.view(np.uint32)
+    v, t = np.empty(ROW, np.float32), np.empty(ROW, np.float32)  # t: a level plus ROUND, in whose lowest bits it stands
+    patterns, low_bits = v.view(np.int32), t.view(np.uint32)
     magnitude = np.zeros(1, np.int32)
     largest = magnitude.view(np.float32)
-    for b in range(num_whole):
-        x_row, q_row = x[b * ROW : b * ROW + ROW], codes[b * width : b * width + width]
+    for b in range(scales.size):
+        x_row, codes_row = x[b * ROW : b * ROW + ROW], codes[b * width : b * width + width]
         if residual.size:
             residual_row = residual[b * ROW : b * ROW + ROW]
             for j in range(ROW):
@@ -199,7 +198,7 @@ def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array,
         for j in range(ROW):
             highest = np.int32(max(highest, np.int32(patterns[j] & SIGN_OFF)))
         if highest >= NOT_FINITE:
-            return -1
+            return False
         magnitude[0] = highest
         s = largest[0] / levels
         if s < SMALLEST:
@@ -208,7 +207,7 @@ def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array,
                 t[j] = ROUND
         else:
             for j in range(ROW):
-                t[j] = v[j] / s + ROUND  # the integer's bits are its lowest ones
+                t[j] = v[j] / s + ROUND
         scales[b] = s
         if into.size:
             into_row = into[b * ROW : b * ROW + ROW]
@@ -216,25 +215,35 @@ def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array,
                 into_row[j] = v[j] - (t[j] - ROUND) * s
         if bits == 8:
             for j in range(ROW):
-                q_row[j] = np.uint8(levels_as_bits[j])
+                codes_row[j] = np.uint8(low_bits[j])
         else:
             for j in range(ROW // 2):
-                upper = (levels_as_bits[j + ROW // 2] & LOW4) << np.uint32(4)
-                q_row[j] = np.uint8((levels_as_bits[j] & LOW4) | upper)
-    if rest:
-        parts, start = 8 // bits, num_whole * ROW
-        last = np.empty(ROW, np.float32), np.empty(ROW, np.float32), np.empty(4 + width, np.uint8)
-        _spread(x[start:], parts, last[0])
-        _spread(_part(residual, start, x.size), parts, last[1])
-        before = _part(last[1], 0, ROW if residual.size else 0)  # nothing is not zero: -0 stays what it is
-        if _nearest(last[0], scale, before, last[1], last[2], bits, levels) < 0:
+                upper = (low_bits[j + ROW // 2] & LOW4) << np.uint32(4)
+                codes_row[j] = np.uint8((low_bits[j] & LOW4) | upper)
+    return True
+
+
+@jit
+def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array, bits: int, levels: Any) -> Any:
+    """Blocks of a row, in 8 or 4 bits: the largest magnitude is `levels` steps. No damping."""
+    num_whole, num_left = x.size // ROW, x.size % ROW
+    start, width = num_whole * ROW, ROW * bits // 8
+    scales = payload[: 4 * (num_whole + (num_left > 0))].view(np.float32)
+    codes = payload[scales.nbytes :]
+    if not _nearest_rows(x, scale, residual, into, scales[:num_whole], codes, bits, levels):
+        return -1
+    if num_left:
+        parts = 8 // bits
+        last_x, last_lost, last_codes = np.empty(ROW, np.float32), np.empty(ROW, np.float32), np.empty(width, np.uint8)
+        _spread(x[start:], parts, last_x)
+        _spread(_part(residual, start, x.size), parts, last_lost)
+        before = _part(last_lost, 0, ROW if residual.size else 0)  # nothing is not zero: -0 stays what it is
+        if not _nearest_rows(last_x, scale, before, last_lost, scales[num_whole:], last_codes, bits, levels):
             return -1
-        scales[num_whole] = last[2][:4].view(np.float32)[0]
-        codes = payload[scales.nbytes + num_whole * width :][: (rest + parts - 1) // parts]
-        for j in range(codes.size):
-            codes[j] = last[2][4 + j]
+        for j in range((num_left + parts - 1) // parts):
+            codes[num_whole * width + j] = last_codes[j]
         if into.size:
-            _collect(last[1], parts, into[start:])
+            _collect(last_lost, parts, into[start:])
     return scales.nbytes + (x.size * bits + 7) // 8
 
 
@@ -255,7 +264,7 @@ def encode_blocks(
 ) -> Any:
     n = x.size
     high = np.float32(levels)
-    if rule == 0 and not stochastic:
+    if rule == 0 and not stochastic and block == ROW and bits >= 4:
         return _nearest(x, scale, residual, into, payload, bits, high)
     num_blocks = (n + block - 1) // block
     scales = payload[: 4 * num_blocks].view(np.float32)
@@ -289,6 +298,8 @@ def encode_blocks(
                 q[j] = np.int8(v[j] >= 0)
             for j in range(m):
                 rest[j] = v[j] - s if v[j] >= 0 else v[j] + s
+        elif not stochastic:
+            raise NotImplementedError  # no codec rounds to nearest but int8 and int4
         else:
             for i in range(0, m, 256):
                 _uniforms(key, (start + i) // 256, u)
@@ -601,7 +612,7 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
 def _select(
     x: Array, scale: Any, residual: Array, into: Array, k: int, floor: int, indices: Array, chosen: Array
 ) -> int:
-    """`select`; `chosen` takes the bits of what is chosen of v, unless it is empty.
+    """`select`; `chosen` takes the bits of what is chosen of v, unless it is empty. With a residual goes an `into`.
 
     A sample guesses a magnitude that a few more than k reach; one pass collects them, the k-th is among these.
     Where the guess was wrong (runs of equals, say) histograms of the whole find the k-th.
@@ -621,7 +632,7 @@ def _select(
     rank = min(taken, int(1.25 * k * taken / n) + 16)
     room = min(n, 2 * (n // taken + 1) * rank + SCAN)
     low = np.int32(max(_kth(sample[:taken], rank, counts)[0], floor, 1))  # zeros come in runs
-    near, patterns = np.empty(room + 1, np.int64), np.empty(room + 1, np.int32)
+    near, patterns = np.empty(room + 1, np.int64), np.empty(room + 1, np.int32)  # where, and the value's bits
     reached = np.zeros(SCAN, np.int8)
     words = reached.view(np.uint64)
     found = 0
