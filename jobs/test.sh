@@ -93,8 +93,8 @@ step 60 ruff format --check
 ) &
 types=$!
 step 300 fedmpi bench codecs --params 1e4 >&2 # compiles kernels once: ranks that start together would each do it
-# Two at a time; tests/conftest.py says which.
-step 2400 pytest -q -n 2 --dist loadscope --no-loadscope-reorder "$@"
+# Three at a time, on two cores: many wait. tests/conftest.py says which.
+step 2400 pytest -q -n 3 --dist loadscope --no-loadscope-reorder "$@"
 code=0
 wait "$types" || code=$?
 [ $status != 0 ] || status=$code

@@ -25,15 +25,14 @@ def _sleeps(file: str) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, what goes beside everything else comes last."""
-    items.sort(key=lambda item: (_sleeps(str(item.path)), not _launches(str(item.path))))
+    """What takes longest comes first, then what leaves the cores to it."""
+    items.sort(key=lambda item: (not _launches(str(item.path)), not _sleeps(str(item.path))))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of two workers one has the files that launch ranks for minutes: two of these at once would only be in each
-    other's way. The other one does the rest, file by file, for launches within a file are shared. At the end both take
-    what is left, of test_mpi_stop one by one."""
+    """One worker has the files that launch ranks for minutes: two of these at once would only be in each other's way.
+    The others do the rest, file by file, for launches within a file are shared; of test_mpi_stop one by one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):

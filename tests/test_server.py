@@ -258,3 +258,18 @@ def test_statistics_become_the_mean_of_the_silos_whatever_the_optimizer_makes_of
         part = slice(start, start + 5)
         some_S, _ = server.step(params_P[part], mean_P[part].clone(), optimizer.init(params_P[part]), start)
         assert torch.equal(some_S, whole_P[part])
+
+
+@pytest.mark.parametrize("num_params", [None, 4, 2])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_optimizer_of_ones_own_may_return_other_tensors(num_params, scale, fresh):
+    class Own(FedAvgM):
+        def step(self, params_P, mean_P, state):
+            return params_P + mean_P if fresh else mean_P.add_(params_P)[None], state
+
+    params_P, mean_P = torch.arange(4.0), torch.ones(4)
+    server = Server(Own(), num_params, scale=scale)
+    new_P, _ = server.step(params_P, mean_P, Own().init(params_P))
+    assert new_P.data_ptr() == mean_P.data_ptr() and new_P.shape == (4,)
+    assert new_P[:num_params].tolist() == (torch.arange(4.0) + scale)[:num_params].tolist()
