@@ -37,6 +37,7 @@ T = TypeVar("T")
 BLOCK_BYTES = 4 << 20
 _NOTICE, _LAST = 71, 72  # tags on the control communicator
 _AHEAD = 4  # blocks under way where waiting is sleeping
+_TELL, _TOLD = 8, 2000  # at most so many different texts of ranks make one message, of so many characters each
 
 
 def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
@@ -201,7 +202,8 @@ class Solo:
     def together(self, work: Callable[[], T]) -> T:
         """This rank's `work()`, once every rank's has come through; otherwise every rank raises the same error.
 
-        The set-up of a run goes through here: a file that is missing on one rank is one clear line, not a hang.
+        The set-up of a run goes through here: a file that is missing on one rank is one clear line, not a hang. Where
+        several ranks raise ConfigError, the line has what each of them says.
         """
         result: T | None = None
         error: BaseException | None = None
@@ -213,16 +215,31 @@ class Solo:
         if error is not None:
             codes[self.rank] = error.exit_code if isinstance(error, FedmpiError) else 1
         codes = self.share(codes)
-        failed = np.flatnonzero(codes)
-        if len(failed):
-            first = int(failed[0])
-            message = ""
-            if error is not None:
-                text = str(error) if isinstance(error, FedmpiError) else "".join(traceback.format_exception(error))
-                message = f"rank {self.rank}: {text}" if self.size > 1 and len(failed) < self.size else text
-            message = self.say(message, first)
-            raise (ConfigError if codes[first] == ConfigError.exit_code else FedmpiError)(message)
+        if len(failed := np.flatnonzero(codes)):
+            text = "" if error is None else str(error)
+            if error is not None and not isinstance(error, FedmpiError):
+                text = "".join(traceback.format_exception(error))
+            # A bug is told once. What is wrong with the input is told by every rank: who mends it mends all of it.
+            is_input = codes[failed[0]] == ConfigError.exit_code
+            if not is_input:
+                speaks = f"rank {failed[0]}: " if len(failed) < self.size else ""
+                raise FedmpiError(speaks + self.say(text, int(failed[0])))
+            raise ConfigError(self._told(text, [int(r) for r in failed if codes[r] == ConfigError.exit_code]))
         return result  # type: ignore[return-value]
+
+    def _told(self, text: str, ranks: list[int]) -> str:
+        """What `ranks` say, in one line: each text once, with those who say it; without where all say the same."""
+        rows = self.gather(hashlib.sha256(text.encode()).digest())
+        speakers: dict[bytes, list[int]] = {}
+        for rank in ranks:
+            speakers.setdefault(rows[rank], []).append(rank)
+        told = []
+        for some in list(speakers.values())[:_TELL]:
+            said = self.say(text[:_TOLD], some[0])
+            told.append(said if len(some) == self.size else f"{ranks_text(some)}: {said}")
+        if silent := [rank for some in list(speakers.values())[_TELL:] for rank in some]:
+            told.append(f"and something else on {ranks_text(silent)}")
+        return "; ".join(told)
 
     def same(self, what: str, digest: bytes, error: type[FedmpiError] = ExchangeError) -> None:
         """Raise `error` on every rank, naming ranks, unless all hold the same digest."""

@@ -7,7 +7,7 @@ import torch
 from programs.cases import Skip, require_equal, run
 
 from fedmpi import comm as ranks
-from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
+from fedmpi.errors import ConfigError, DataMissing, ExchangeError, FedmpiError
 
 CASES = {}
 TYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
@@ -184,6 +184,22 @@ def together_first_rank_decides_the_class(comm):
     errors = {0: ConfigError("mine"), comm.size - 1: ValueError("yours")} if comm.size > 1 else {0: ConfigError("mine")}
     text = raised(lambda: comm.together(failing(comm, errors)), ConfigError)
     assert text.endswith("mine"), text
+
+
+@case
+def together_lists_what_is_wrong_with_each_ranks_input(comm):
+    errors = {r: ConfigError(f"silo {r // 2} é") for r in range(comm.size) if r != 1}
+    text = raised(lambda: comm.together(failing(comm, errors)), ConfigError)
+    wanted = {
+        1: "silo 0 é",
+        2: "rank 0: silo 0 é",
+        3: "rank 0: silo 0 é; rank 2: silo 1 é",
+        4: "rank 0: silo 0 é; ranks 2, 3: silo 1 é",
+    }
+    require_equal("message", text, wanted[comm.size])
+    errors = {r: DataMissing("x" * 10_000) if r == 0 else ConfigError(f"{r}") for r in range(comm.size)}
+    text = raised(lambda: comm.together(failing(comm, errors)), ConfigError)
+    assert len(text) < 2_500 and text.endswith(f"rank {comm.size - 1}: {comm.size - 1}") == (comm.size > 1), text
 
 
 @case
