@@ -169,13 +169,67 @@ def test_delta_is_local_minus_global_and_the_global_vector_is_not_written(module
     assert params_P.dtype == model.dtype == master_dtype(model.entries) and len(params_P) == model.num_shared
     train(module, optimizer=torch.optim.SGD, momentum=0.9)
     tensors = module.state_dict()
-    # By hand: one vector per dtype, names in the order of the state_dict.
-    shared = [e for e in model.entries if e.kind == "shared"]
-    dtypes = list(dict.fromkeys(e.dtype for e in shared))
-    by_hand = [tensors[e.name].reshape(-1).to(model.dtype) for d in dtypes for e in shared if e.dtype == d]
-    expected_P = torch.cat(by_hand) - before_P
+    expected_P = by_hand(model, tensors) - before_P
     assert torch.equal(model.take_delta(params_P), expected_P)
     assert torch.equal(params_P, before_P) and expected_P.abs().max() > 0
+
+
+def by_hand(model, tensors):
+    """One vector per dtype, names in the order of the state_dict."""
+    shared = [e for e in model.entries if e.kind == "shared"]
+    dtypes = list(dict.fromkeys(e.dtype for e in shared))
+    return torch.cat([tensors[e.name].reshape(-1).to(model.dtype) for d in dtypes for e in shared if e.dtype == d])
+
+
+MIXED = {
+    **MODULES,
+    "fp16": lambda: mixed(torch.float16, torch.float16),
+    "bf16 and float64": lambda: mixed(torch.bfloat16, torch.float64),
+}
+
+
+@pytest.mark.parametrize("shared", ["all", "trainable", ["*", "!*bias"]])
+@pytest.mark.parametrize("name", MIXED)
+def test_a_delta_is_what_was_trained_minus_what_was_loaded_in_every_round(name, shared):
+    torch.manual_seed(1)
+    model = FlatModel(MIXED[name](), shared, num_auxiliaries=1)
+    params_P = model.params()
+    for number in range(3):
+        params_P += 1e-4 * torch.randn(params_P.shape, dtype=params_P.dtype)  # which halves do not resolve
+        before_P = params_P.clone()
+        model.load(params_P)
+        loaded_P = by_hand(model, model.module.state_dict())
+        assert torch.equal(model.held(params_P), loaded_P)
+        assert not model.take_delta(params_P)[: model.num_shared].any(), "a step of nothing is a delta of nothing"
+        model.load(params_P)
+        train(model.module, steps=1 + number)
+        moved_P = by_hand(model, model.module.state_dict()) - loaded_P
+        delta_P = model.take_delta(params_P)
+        assert moved_P.any() and torch.equal(delta_P[: model.num_shared], moved_P)
+        model.auxiliary(0).fill_(number)
+        assert (delta_P[model.num_shared :] == number).all()
+        assert torch.equal(params_P, before_P)
+        params_P += moved_P
+
+
+def test_integer_buffers_keep_their_dtype_with_a_silo():
+    module = nn.Linear(2, 2)
+    module.register_buffer("table", torch.arange(1000).to(torch.uint8))
+    module.register_buffer("calls", torch.tensor([1 << 40]))
+    module.register_buffer("seen", torch.tensor([True, False, True]))
+    model = FlatModel(module)
+    kept = model.personal()
+    assert sum(t.nbytes for t in kept.values()) == 1000 + 8 + 3
+    assert {name: t.dtype for name, t in model.named(model.params(), kept).items() if not t.is_floating_point()} == {
+        "table": torch.uint8,
+        "calls": torch.int64,
+        "seen": torch.bool,
+    }
+    for tensor in (module.table, module.calls, module.seen):
+        tensor.zero_()
+    model.load_personal(kept)
+    assert module.table.tolist() == [i % 256 for i in range(1000)]
+    assert module.calls.tolist() == [1 << 40] and module.seen.tolist() == [True, False, True]
 
 
 def test_load_then_params_is_the_identity_and_params_is_a_copy(module):

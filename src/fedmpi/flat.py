@@ -13,6 +13,7 @@ resolves.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -135,7 +136,8 @@ class FlatModel:
         self.dtype = master_dtype(self.entries)
         self.num_shared = num_shared(self.entries)
         self._behind = num_auxiliaries * self.num_shared  # elements behind the delta, where auxiliary vectors lie
-        self._travels: torch.Tensor | None = None  # the delta and they, [P + A P]
+        # Is the model trained in the memory that its delta and they travel out of, [P + A P]?
+        self._in_place = one_vector(self.entries)
         if allocate is None or self.device.type != "cpu":
             allocate = lambda n, dtype: torch.zeros(n, dtype=dtype, device=self.device)  # noqa: E731
         tensors = module.state_dict(keep_vars=True)
@@ -147,7 +149,7 @@ class FlatModel:
             ]
             sizes = [sum(e.num_elements for e in some) for some in kinds]
             # What is personal lies in memory of this process alone, wherever the shared slice may lie.
-            all_here = sizes[0] > 0 and one_vector(self.entries)
+            all_here = sizes[0] > 0 and self._in_place
             whole = allocate(sizes[0] + all_here * self._behind, dtype)
             if all_here:
                 self._travels = whole
@@ -161,6 +163,8 @@ class FlatModel:
                     start += entry.num_elements
             self._shared.append(vectors[0])
             self._personal.append(vectors[1])
+        if not self._in_place:
+            self._travels = torch.zeros(self.num_shared + self._behind, dtype=self.dtype, device=self.device)
         self._integers = [tensors[e.name] for e in self.entries if e.kind == "integers"]
         self.first_personal = self.personal()  # what a silo starts from at its first participation
 
@@ -177,25 +181,35 @@ class FlatModel:
                 start += len(part)
 
     def take_delta(self, params_P: torch.Tensor) -> torch.Tensor:
-        """Local minus global, [P], and behind it what is to be written into `auxiliary`; in memory that the next
-        `load` or `take_delta` reuses: the model is spent."""
+        """What was trained minus what `load(params_P)` had put there, [P], and behind it what is to be written into
+        `auxiliary`; in memory that the next `load` or `take_delta` reuses: the model is spent.
+
+        Where the model is of half precision that is params_P rounded, so that a step of nothing is a delta of 0.
+        """
         with torch.no_grad():
-            if self._travels is not None and len(self._shared) == 1:
-                self._shared[0].sub_(params_P)
-                return self._travels
-            if self._travels is None:
-                size = self.num_shared + self._behind
-                self._travels = torch.zeros(size, dtype=self.dtype, device=self.device)
-            start = 0
-            for part in self._shared:
-                self._travels[start : start + len(part)].copy_(part)
-                start += len(part)
-            self._travels[: self.num_shared].sub_(params_P)
+            if not self._in_place:
+                start = 0
+                for part in self._shared:
+                    self._travels[start : start + len(part)].copy_(part)
+                    start += len(part)
+            self._travels[: self.num_shared].sub_(self.held(params_P))
             return self._travels
+
+    def held(self, params_P: torch.Tensor) -> torch.Tensor:
+        """params_P as the model holds them once they are loaded, [P]: rounded where it is of half precision. Read
+        only: they may be the same tensor."""
+        if self._in_place or all(part.dtype == self.dtype for part in self._shared if len(part)):
+            return params_P
+        starts = [0, *itertools.accumulate(len(part) for part in self._shared)]
+        return torch.cat(
+            [
+                params_P[start : start + len(part)].to(part.dtype).to(self.dtype)
+                for start, part in zip(starts, self._shared, strict=False)
+            ]
+        )
 
     def auxiliary(self, number: int) -> torch.Tensor:
         """Where an auxiliary vector travels, [P]; valid after `take_delta`."""
-        assert self._travels is not None
         return self._travels[(number + 1) * self.num_shared :][: self.num_shared]
 
     def pairs(self, vector_P: torch.Tensor) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
@@ -234,14 +248,15 @@ class FlatModel:
         """All that is shared, personal or an integer, by name and in its shape: views of a vector and of what
         `personal` gave."""
         found: dict[str, torch.Tensor] = {}
-        starts = {"shared": 0, "integers": 0}
+        starts = {"shared": 0}
         for i, dtype in enumerate(dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal"))):
             starts["personal"] = 0
             for entry in (e for e in self.entries if e.kind in ("shared", "personal") and e.dtype == dtype):
                 whole = vector_P if entry.kind == "shared" else kept[f"personal_{i}"]
-                found[entry.name] = _next(whole, entry, starts)
+                found[entry.name] = _next(whole, entry, entry.kind, starts)
         for entry in (e for e in self.entries if e.kind == "integers"):
-            found[entry.name] = _next(kept["integers"], entry, starts)
+            name = _integers(entry.dtype)
+            found[entry.name] = _next(kept[name], entry, name, starts)
         return found
 
     def personal(self) -> dict[str, torch.Tensor]:
@@ -251,8 +266,9 @@ class FlatModel:
             for i, part in enumerate(self._personal)
             if len(part)
         }
-        if self._integers:
-            kept["integers"] = torch.cat([t.detach().reshape(-1).to(torch.int64) for t in self._integers])
+        for dtype in dict.fromkeys(t.dtype for t in self._integers):
+            parts = [t.detach().reshape(-1) for t in self._integers if t.dtype == dtype]
+            kept[_integers(dtype)] = torch.cat(parts)
         return kept
 
     def load_personal(self, kept: Mapping[str, torch.Tensor]) -> None:
@@ -262,17 +278,23 @@ class FlatModel:
                 if len(part):
                     name = f"personal_{i}"
                     part.copy_(kept[name] if name in kept else self.first_personal[name])
-            start = 0
+            starts: dict[str, int] = {}
             for tensor in self._integers:
-                whole = kept["integers"] if "integers" in kept else self.first_personal["integers"]
+                name = _integers(tensor.dtype)
+                whole, start = kept[name] if name in kept else self.first_personal[name], starts.get(name, 0)
                 tensor.copy_(whole[start : start + tensor.numel()].view(tensor.shape))
-                start += tensor.numel()
+                starts[name] = start + tensor.numel()
 
 
-def _next(whole: torch.Tensor, entry: Entry, starts: dict[str, int]) -> torch.Tensor:
-    """The part of a vector where the entry of its kind begins; the start moves on."""
-    start = starts[entry.kind]
-    starts[entry.kind] += entry.num_elements
+def _integers(dtype: torch.dtype) -> str:
+    """What a silo keeps its integer buffers of a dtype under."""
+    return "integers" if dtype == torch.int64 else f"integers_{str(dtype).removeprefix('torch.')}"
+
+
+def _next(whole: torch.Tensor, entry: Entry, name: str, starts: dict[str, int]) -> torch.Tensor:
+    """The part of a vector where the next entry begins; the start that goes by the name moves on."""
+    start = starts.get(name, 0)
+    starts[name] = start + entry.num_elements
     return whole[start : start + entry.num_elements].view(entry.shape)
 
 

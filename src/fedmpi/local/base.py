@@ -346,10 +346,17 @@ def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Corre
 def pulled(model: FlatModel, mu: float, by_P: torch.Tensor) -> Correct:
     """A `correct` for `descend`: g becomes g + mu w + by; towards a point if `by` is -mu times it."""
     pairs = model.pairs(by_P)
+    whole = [(param, part) for param, part in pairs if param.dtype == part.dtype]
+    halves = [(param, part) for param, part in pairs if param.dtype != part.dtype]
 
     def correct() -> None:
-        grads, parts = _graded(pairs)
-        torch._foreach_add_(grads, [param for param, _ in pairs if param.grad is not None], alpha=mu)
+        for param, part in halves:  # in single precision: what is drawn by nothing must not move
+            if param.grad is not None:
+                param.grad.add_(torch.add(part, param.to(part.dtype), alpha=mu))
+        if not whole:
+            return
+        grads, parts = _graded(whole)
+        torch._foreach_add_(grads, [param for param, _ in whole if param.grad is not None], alpha=mu)
         torch._foreach_add_(grads, parts)
 
     return correct

@@ -131,7 +131,7 @@ class FedDyn(Work):
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         h_P = recall(silo, "dynamic", params_P)
-        by_P = params_P * -self.alpha
+        by_P = model.held(params_P) * -self.alpha
         if h_P is not None:
             by_P.sub_(h_P)
         contribution = descend(self, silo, model, params_P, round, pulled(model, self.alpha, by_P))

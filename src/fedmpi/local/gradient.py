@@ -82,7 +82,9 @@ class FedProx(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         kept = silo.kept.get("proximal") if self.adaptive else None  # mu, the last loss, how often in a row it fell
         mu, last, falls = (self.mu, None, 0) if kept is None else (kept[0].item(), kept[1].item(), int(kept[2]))
-        contribution = descend(self, silo, model, params_P, round, pulled(model, mu, params_P * -mu) if mu else None)
+        contribution = descend(
+            self, silo, model, params_P, round, pulled(model, mu, model.held(params_P) * -mu) if mu else None
+        )
         contribution.normalizer = num_gradients(self.optimizer, contribution.num_steps, self.rate(round) * mu)
         if self.adaptive:
             if last is not None and contribution.loss > last:

@@ -56,7 +56,7 @@ class Ditto(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         own = beside(silo)
         v_P = own.kept.pop("params", params_P).to(model.device)
-        pull = pulled(model, self.lam, params_P * -self.lam)
+        pull = pulled(model, self.lam, model.held(params_P) * -self.lam)
         moved_P = descend(self._personal_work(), own, model, v_P, round, pull).delta_P[: model.num_shared]
         own.kept["params"] = v_P + moved_P
         contribution = descend(self, silo, model, params_P, round)
