@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from fedmpi.components import Decay, PositiveInt, component
 from fedmpi.data import formats
 from fedmpi.data.official import root_of
+from fedmpi.data.table import SEPARATORS, Columns, codes, plain
 from fedmpi.errors import ConfigError, DataMissing
 from fedmpi.rng import generator
 from fedmpi.types import Silo, SiloData, Source, Task
@@ -34,7 +36,8 @@ class FileSilo:
 class Files:
     """One HDF5, npz or CSV file per silo.
 
-    HDF5 and npz hold x_train, y_train, x_test, y_test, or x, y. CSV has a header line; its columns are read by name.
+    HDF5 and npz hold x_train, y_train, x_test, y_test, or x, y. CSV (UTF-8) has a header line; its columns are read by
+    name. Labels are 0, 1, ... or those of `classes`. What is missing is not filled in: every number is finite.
     Without a test part `test_fraction` of the rows becomes one, chosen by the silo's id, whatever the run's seed.
     Shape, classes and levels are said here, for all silos alike: nothing is learned from another silo's data.
     """
@@ -43,11 +46,12 @@ class Files:
     task: Task  # classification, binary, regression or next_token
     shape: tuple[PositiveInt, ...]  # of one sample, without the batch axis
     num_classes: PositiveInt | None = None  # classes, symbols, or regression targets; null: from classes, else 1
-    classes: tuple[Value, ...] | None = None  # labels as the files write them, number 0 first
+    classes: tuple[Value, ...] | None = None  # labels as the files write them, number 0 first, such as [1, 2, 3]
     test_fraction: Decay = 0.2  # of a file's rows, where it has no test part (0 to 1)
     target: str = "target"  # CSV: column of the label
     features: tuple[str, ...] | None = None  # CSV: numeric columns; null: all others, in the order of their names
     levels: dict[str, tuple[Value, ...]] = field(default_factory=dict)  # CSV: columns to one-hot, with their values
+    separator: str = ","  # CSV: what stands between columns: "," ";" "|" or a tab
     root: Path | None = None  # folder of relative paths; null: $FEDMPI_DATA, else ./data
 
     def __post_init__(self) -> None:
@@ -57,10 +61,12 @@ class Files:
             raise ValueError("files: needs at least one silo")
         seen: set[str] = set()
         for silo in self.silos:
+            if not silo.id.strip():
+                raise ValueError(f"files: the silo of {silo.path} has an empty id")
             if silo.id in seen:
                 raise ValueError(f"files: two silos are called '{silo.id}'")
             seen.add(silo.id)
-            if silo.path.suffix not in formats.ENDINGS:
+            if silo.path.suffix.lower() not in formats.ENDINGS:
                 raise ValueError(f"silo '{silo.id}': {silo.path} ends in none of {', '.join(formats.ENDINGS)}")
         if self.task in ("classification", "next_token") and not (self.num_classes or self.classes):
             raise ValueError(f"files: task {self.task} needs num_classes or classes")
@@ -68,8 +74,30 @@ class Files:
             raise ValueError("files: num_classes of a binary task is 1 (one output for two labels)")
         if self.task == "binary" and len(self.classes or (0, 1)) != 2:
             raise ValueError(f"files: a binary task has two classes, not {len(self.classes or ())}")
-        if self.classes and self.task == "classification" and self.num_classes not in (None, len(self.classes)):
+        if self.classes and self.task == "regression":
+            raise ValueError("files: a regression has numbers for targets and no classes")
+        if self.classes and self.task != "binary" and self.num_classes not in (None, len(self.classes)):
             raise ValueError(f"files: num_classes is {self.num_classes}, but classes has {len(self.classes)}")
+        for name, values in {"classes": self.classes or (), **self.levels}.items():
+            if (twice := _twice([plain(value) for value in values])) is not None:
+                raise ValueError(f"files: {name} has {twice} twice (1, '1' and 1.0 are the same)")
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        """ValueError where what is said of CSV columns cannot be."""
+        of_csv = [silo.path.suffix.lower() == ".csv" for silo in self.silos]
+        if self.separator not in SEPARATORS:
+            raise ValueError(f"files: separator is {self.separator!r}; one of {', '.join(SEPARATORS.values())}")
+        if not any(of_csv) and (self.features is not None or self.levels):
+            raise ValueError("files: features and levels are for CSV files, and there is none")
+        if (twice := _twice([*(self.features or ()), *self.levels])) is not None:
+            raise ValueError(f"files: column '{twice}' is named twice in features and levels")
+        if self.target in (*(self.features or ()), *self.levels):
+            raise ValueError(f"files: '{self.target}' is the target; it cannot be a feature too")
+        if all(of_csv) and self.features is not None:
+            num = len(self.features) + sum(map(len, self.levels.values()))
+            if self.shape != (num,):
+                raise ValueError(f"files: shape is {list(self.shape)}, but features and levels make {num} columns")
 
     def source(self, seed: int) -> Source:
         """The silos as declared; looks at no file."""
@@ -80,19 +108,30 @@ class Files:
         )
 
     def _outputs(self) -> int:
-        return self.num_classes or (len(self.classes) if self.classes and self.task == "classification" else 1)
+        return self.num_classes or (len(self.classes) if self.classes and self.task != "binary" else 1)
 
     def _open(self, silo: str, columns: dict[str, tuple[str, ...]]) -> SiloData:
         declared = next(s for s in self.silos if s.id == silo)
         path = root_of(self.root) / declared.path
-        if not path.is_file():
-            raise DataMissing(f"silo '{silo}': no file {path.absolute()}; put it there or correct its path")
+        try:
+            if path.is_dir():
+                raise DataMissing(f"silo '{silo}': {path.absolute()} is a folder; correct its path to one file in it")
+            if not path.is_file():
+                raise DataMissing(f"silo '{silo}': no file {path.absolute()}; put it there or correct its path")
+        except OSError as error:
+            raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None
         where = f"silo '{silo}': {path}"
-        arrays = formats.read(path, where, self.target, self.features, self.levels)
-        columns[silo] = tuple(str(name) for name in arrays.get("columns", ()))
-        if "x" in arrays:
-            arrays = parted(arrays["x"], arrays["y"], self.test_fraction, silo, where)
-        data = SiloData(*self._part(arrays, "train", where), *self._part(arrays, "test", where))
+        content = formats.read(path, where, Columns(self.target, self.features, self.levels, self.separator))
+        columns[silo] = content.columns
+        if "x" in content.arrays:
+            x, y = self._checked(content, "x", "y", where)
+            parts = parted(x, y, self.test_fraction, silo)
+        else:
+            parts = (
+                *self._checked(content, "x_train", "y_train", where),
+                *self._checked(content, "x_test", "y_test", where),
+            )
+        data = SiloData(*map(torch.from_numpy, parts))
         num = len(data.x_train)
         if num == 0:
             raise ConfigError(f"silo '{silo}' has no samples for training in {path}")
@@ -100,68 +139,131 @@ class Files:
             raise ConfigError(f"silo '{silo}' declares {declared.num_samples} training samples, {path} has {num}")
         return data
 
-    def _part(self, arrays: formats.Arrays, part: str, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    def _checked(
+        self, content: formats.Content, x_key: str, y_key: str, where: str
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Samples and targets as they are trained on."""
+        x, y = content.arrays[x_key], content.arrays[y_key]
+        of_x, of_y = _Rows(content, x_key, where), _Rows(content, y_key, where)
+        for values, rows in ((x, of_x), (y, of_y)):
+            if values.dtype.kind not in "biufSUO":
+                raise ConfigError(f"{rows.name} holds {values.dtype}; plain numbers are needed")
         if x.ndim == 0 or x.shape[1:] != self.shape:
-            raise ConfigError(f"{where}: samples of x ({part}) have shape {list(x.shape[1:])}, not {list(self.shape)}")
+            named = f" ({', '.join(content.columns)})" if 0 < len(content.columns) <= 40 else ""
+            raise ConfigError(
+                f"{where}: samples of {x_key} have shape {list(x.shape[1:])}{named}, data.shape is {list(self.shape)}"
+            )
         if y.ndim == 0 or len(y) != len(x):
-            raise ConfigError(f"{where}: {len(x)} samples, but y ({part}) has shape {list(y.shape)}")
+            raise ConfigError(f"{where}: {x_key} has {len(x)} samples, but {y_key} has shape {list(y.shape)}")
         if self.task == "next_token":
-            symbols = self._numbers(x, self.shape, f"{where}: x ({part})")
-            return symbols, self._numbers(y, self.shape, f"{where}: y ({part})")
-        if not np.isfinite(x := _floats(x, f"{where}: x ({part})")).all():
-            raise ConfigError(f"{where}: x ({part}) has NaN or infinite values in {_bad_rows(x)} of {len(x)} samples")
-        return torch.from_numpy(x), self._targets(y, f"{where}: y ({part})")
+            return self._symbols(x, self.shape, of_x), self._symbols(y, self.shape, of_y)
+        if self.task == "regression":
+            num = self._outputs()
+            return _finite(x, of_x), _finite(_shaped(y, (num,) if num > 1 else (), of_y), of_y)
+        labels = self._symbols(y, (), of_y)
+        return _finite(x, of_x), labels.astype(np.float32) if self.task == "binary" else labels
 
-    def _targets(self, y: npt.NDArray[Any], where: str) -> torch.Tensor:
-        """int64 [N] for classification, float32 [N] for binary, float32 [N] or [N, targets] for regression."""
-        num = self._outputs() if self.task == "regression" else 1
-        shape = (num,) if num > 1 else ()
-        if y.ndim == 2 and y.shape[1] == 1 and num == 1:
-            y = y[:, 0]
-        if self.task == "classification":
-            return self._numbers(y, shape, where)
-        if self.task == "binary":
-            return self._numbers(y, shape, where).float()
-        _same_shape(y, shape, where)
-        if not np.isfinite(y := _floats(y, where)).all():
-            raise ConfigError(f"{where} has NaN or infinite values in {_bad_rows(y)} of {len(y)} samples")
-        return torch.from_numpy(y)
-
-    def _numbers(self, values: npt.NDArray[Any], shape: tuple[int, ...], where: str) -> torch.Tensor:
+    def _symbols(self, values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> npt.NDArray[np.int64]:
         """Labels or symbols as int64; each in 0 to its limit."""
-        _same_shape(values, shape, where)
+        what = "symbol" if self.task == "next_token" else "label"
         limit = 2 if self.task == "binary" else self._outputs()
+        if self.task == "classification" and values.ndim == 2 and values.shape[1] == limit > 1:
+            raise ConfigError(f"{rows.name} has {limit} numbers a sample; a label is one number: its class (argmax)")
+        values = _shaped(values, shape, rows)
         if self.classes:
-            values = formats.codes(values, self.classes, where)
-        values = _floats(values, where, np.float64)
-        if values.size and not ((values >= 0) & (values < limit) & (values % 1 == 0)).all():
-            bad = values[~((values >= 0) & (values < limit) & (values % 1 == 0))][0]
-            raise ConfigError(f"{where}: label {bad:g} is not a whole number from 0 to {limit - 1}")
-        return torch.from_numpy(values.astype(np.int64))
+            return codes(values, self.classes, rows.name, rows.place)
+        try:
+            numbers = _floats(values, rows, np.float64)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_classes_for(values, limit)}") from None
+        with np.errstate(invalid="ignore"):
+            bad = ~((numbers >= 0) & (numbers < limit) & (numbers % 1 == 0))
+        if bad.any():
+            row = int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
+            raise ConfigError(
+                f"{rows.name}: {what} {numbers[bad].flat[0]:g} is not a whole number from 0 to {limit - 1} "
+                f"({rows.place(row)}){_classes_for(numbers, limit)}"
+            )
+        return numbers.astype(np.int64)
 
 
-def parted(x: npt.NDArray[Any], y: npt.NDArray[Any], fraction: float, silo: str, where: str) -> formats.Arrays:
-    """x and y in two, in file order; which rows are for testing depends on the silo's id and their number alone."""
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
-        raise ConfigError(f"{where}: x has shape {list(x.shape)}, y {list(y.shape)}; they need as many rows")
+class _Rows:
+    """How messages name an array of a file and its rows."""
+
+    def __init__(self, content: formats.Content, key: str, where: str) -> None:
+        self._content, self._key = content, key
+        self.name = f"{where}: {content.name(key)}"
+
+    def place(self, row: int) -> str:
+        return self._content.place(self._key, row)
+
+
+def parted(
+    x: npt.NDArray[Any], y: npt.NDArray[Any], fraction: float, silo: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """x and y for training and for testing, in file order; which rows are for testing depends on the silo's id and on
+    their number alone."""
     order = generator(0, purpose="test part", silo=silo).permutation(len(x))
     num_test = min(round(fraction * len(x)), len(x) - 1) if len(x) else 0
     test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
-    return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
+    return x[train], y[train], x[test], y[test]
 
 
-def _same_shape(values: npt.NDArray[Any], shape: tuple[int, ...], where: str) -> None:
+def _twice(values: Sequence[Any]) -> Any:
+    """A value that is there more than once, or None."""
+    return next((value for i, value in enumerate(values) if value in values[:i]), None)
+
+
+def _classes_for(labels: npt.NDArray[Any], limit: int) -> str:
+    """What `classes` these labels would need, where that can be told."""
+    if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels % 1 == 0).all()):
+        return ""
+    found = sorted({plain(label) for label in labels.ravel()[:100_000].tolist()}, key=lambda v: (isinstance(v, str), v))
+    texts = [label for label in found if isinstance(label, str)]
+    numbers = [label for label in found if not isinstance(label, str)]
+    if not texts and min(numbers) >= 1 and max(numbers) <= limit:
+        return f"; labels counted from 1 need data.classes: [{', '.join(map(str, range(1, limit + 1)))}]"
+    if len(found) == limit and "" not in texts:
+        return f"; name them in their order: data.classes: [{', '.join(str(_whole(label)) for label in found)}]"
+    return "; labels of text need data.classes" if texts else ""
+
+
+def _whole(label: float | str) -> int | float | str:
+    return label if isinstance(label, str) or label != int(label) else int(label)
+
+
+def _shaped(values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> npt.NDArray[Any]:
+    """The values, of this shape per sample; [N, 1] is as good as [N]."""
+    if values.ndim == 2 and values.shape[1] == 1 and shape == ():
+        return values[:, 0]
     if values.shape[1:] != shape:
-        raise ConfigError(f"{where} has shape {list(values.shape[1:])} per sample, not {list(shape)}")
+        raise ConfigError(f"{rows.name} has shape {list(values.shape[1:])} per sample, not {list(shape)}")
+    return values
 
 
-def _floats(values: npt.NDArray[Any], where: str, dtype: Any = np.float32) -> npt.NDArray[Any]:
+def _finite(values: npt.NDArray[Any], rows: _Rows) -> npt.NDArray[np.float32]:
+    """The values as float32, all of which are finite."""
+    numbers = _floats(values, rows, np.float32)
+    if np.isfinite(numbers).all():
+        return numbers
+    bad = np.flatnonzero(~np.isfinite(numbers.reshape(len(numbers), -1)).all(axis=1))
+    beyond = values.dtype.kind in "iuf" and np.isfinite(values[bad[0]]).all()
+    what = "values beyond float32 (3.4e38)" if beyond else "NaN or infinite values"
+    raise ConfigError(
+        f"{rows.name} has {what} in {bad.size} of {len(numbers)} samples, first in {rows.place(int(bad[0]))}"
+    )
+
+
+def _floats(values: npt.NDArray[Any], rows: _Rows, dtype: Any) -> npt.NDArray[Any]:
+    """The values as numbers of this type; text that is a number is one."""
     try:
-        return np.ascontiguousarray(values, dtype)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: {error}; text labels need `classes`") from None
-
-
-def _bad_rows(values: npt.NDArray[Any]) -> int:
-    return int((~np.isfinite(values.reshape(len(values), -1))).any(axis=1).sum())
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(values, dtype)
+    except (ValueError, TypeError):
+        pass
+    numbers = [plain(value) for value in values.ravel()]
+    bad = next((i for i, number in enumerate(numbers) if isinstance(number, str)), None)
+    if bad is None:  # True and False, blanks around them
+        return np.array(numbers, dtype).reshape(values.shape)
+    shown = repr(numbers[bad]) if numbers[bad] else "empty"
+    raise ConfigError(f"{rows.name}: {rows.place(bad // (len(numbers) // len(values)))} is {shown}, which is no number")

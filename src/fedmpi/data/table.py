@@ -1,0 +1,237 @@
+"""One silo's CSV file: a header line, and columns that are read by their names. Nothing is guessed and nothing is
+filled in: what is no number, or missing, is said with its column and its line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmpi.components import nearest
+from fedmpi.errors import ConfigError
+
+SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", ".")
+_SHOWN = 12  # names in a message, at most
+
+Cells = npt.NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns make x and y; as `Files` says."""
+
+    target: str
+    features: Sequence[str] | None
+    levels: Mapping[str, Sequence[Any]]
+    separator: str
+
+    def numeric(self, names: Sequence[str]) -> list[str]:
+        """The columns that are numbers in x, in its order: those that are named, else all others by name."""
+        if self.features is not None:
+            return list(self.features)
+        return sorted(set(names) - {self.target, *self.levels})
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a CSV file holds."""
+
+    x_NX: npt.NDArray[np.float32]  # numeric columns first, then a column per level of each column in `levels`
+    y_N: Cells  # as the file writes them
+    columns: tuple[str, ...]  # the columns that x is made of
+    lines: tuple[int, ...]  # of the file, for every row
+
+
+def read_csv(path: Path, where: str, columns: Columns) -> Table:
+    """The columns that make x and y.
+
+    Without `features` the numeric columns are all others, in the order of their NAMES: hospitals that write the same
+    columns in another order agree.
+    """
+    names, rows, lines = _rows(_text(path, where), where, columns.separator)
+    numeric = columns.numeric(names)
+    _check_names(names, [columns.target, *numeric, *columns.levels], where, columns)
+    cells = {
+        n: np.array([row[names.index(n)] for row in rows], str) for n in {columns.target, *numeric, *columns.levels}
+    }
+    x = _numbers({name: cells[name] for name in numeric}, where, lines)
+    for name, values in columns.levels.items():
+        code = codes(cells[name], values, f"{where}: column '{name}'", lambda row: f"line {lines[row]}")
+        x += [(code == i).astype(np.float32) for i in range(len(values))]
+    x_NX = np.stack(x, axis=1) if x else np.empty((len(rows), 0), np.float32)
+    return Table(x_NX, cells[columns.target], (*numeric, *columns.levels), tuple(lines))
+
+
+def _text(path: Path, where: str) -> str:
+    content = path.read_bytes()
+    if not content.strip():
+        raise ConfigError(f"{where} is empty")
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{where} is UTF-16; save it as UTF-8")
+    if b"\0" in content or content.startswith((b"PK\x03\x04", b"\x1f\x8b")):
+        raise ConfigError(f"{where} is no text; a spreadsheet or an archive must be saved as CSV first")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{where} is not UTF-8 in line {line} (byte {content[error.start]:#x}); save it as UTF-8"
+        ) from None
+
+
+def _rows(text: str, where: str, separator: str) -> tuple[list[str], list[list[str]], list[int]]:
+    """The header's names, the rows below it, and the line on which each row ends."""
+    # Strict: a quote that is never closed would swallow the rest of the file as one cell.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    names: list[str] | None = None
+    rows, lines = [], []
+    try:
+        for row in reader:
+            if names is None:
+                names = [name.strip() for name in row]
+            elif len(row) == len(names) > 1 and not "".join(row).strip():
+                raise ConfigError(f"{where} has only empty cells in line {reader.line_num}; leave the line out")
+            elif len(row) == len(names):
+                rows.append(row)
+                lines.append(reader.line_num)
+            elif "".join(row).strip():
+                raise ConfigError(f"{where} has {len(row)} cells in line {reader.line_num}, its header {len(names)}")
+    except csv.Error as error:
+        raise ConfigError(f"{where} cannot be read as CSV at line {reader.line_num}: {error}") from None
+    names = names or []
+    others = [s for s in SEPARATORS if s != separator and len(names) == 1 and s in names[0]]
+    if others:
+        used, asked = SEPARATORS[others[0]], SEPARATORS.get(separator, repr(separator))
+        told = repr(others[0]).replace("'", '"')
+        raise ConfigError(f"{where} has {used} between its columns, not {asked}; set data.separator: {told}")
+    if names and all(_number(name) is not None for name in names):
+        raise ConfigError(f"{where} begins with numbers; its first line must name the columns")
+    if not rows:
+        raise ConfigError(f"{where} has a header line and no rows")
+    return names, rows, lines
+
+
+def _check_names(names: list[str], wanted: list[str], where: str, columns: Columns) -> None:
+    """Every column that is wanted is there, once."""
+    if missing := [name for name in wanted if name not in names]:
+        asked = {columns.target, *(columns.features or ()), *columns.levels}
+        others = [name for name in names if name and name not in asked]
+        close = {name: hint for name in missing if "did you mean" in (hint := nearest(name, others))}
+        of_target = {columns.target: " (data.target)"}
+        told = ", ".join(f"'{name}'{of_target.get(name, '')}{close.get(name, '')}" for name in missing[:_SHOWN])
+        left = "" if not others or (len(close) == len(missing) and columns.target in names) else listed(others)
+        left = left and f"; its others are: {left}"
+        raise ConfigError(f"{where} has no column{'s' if len(missing) > 1 else ''} {told}{left}")
+    for name in wanted:
+        if names.count(name) > 1:
+            at = ", ".join(str(i + 1) for i, other in enumerate(names) if other == name)
+            raise ConfigError(f"{where}: columns {at} are all called '{name}'; rename or remove all but one")
+    if columns.features is None and "" in names:
+        raise ConfigError(
+            f"{where} has no name for its column {names.index('') + 1} (an index, as pandas writes it? index=False "
+            "leaves it out); name it, remove it, or name those to use in data.features"
+        )
+
+
+def _number(cell: str) -> np.float32 | None:
+    """The number that a cell is, or None; what float32 cannot hold is none."""
+    try:
+        with np.errstate(over="ignore"):
+            value = np.float32(cell)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
+
+
+def _numbers(columns: Mapping[str, Cells], where: str, lines: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+    """The columns as numbers; ConfigError names columns and lines of what is none."""
+    found, wrong = [], []
+    for name, cells in columns.items():
+        try:
+            with np.errstate(over="ignore"):
+                values = cells.astype(np.float32)
+        except ValueError:
+            values = np.array([np.nan], np.float32)
+        if np.isfinite(values).all():
+            found.append(values)
+        else:
+            wrong.append(_what_is_wrong(name, cells, lines))
+    if wrong:
+        remedies = [remedy for _, remedy in wrong]
+        told = [what if remedy in remedies[i + 1 : 3] else what + remedy for i, (what, remedy) in enumerate(wrong[:3])]
+        more = f"; and {len(wrong) - 3} more columns" if len(wrong) > 3 else ""
+        raise ConfigError(f"{where}: {'; '.join(told)}{more}")
+    return found
+
+
+def _what_is_wrong(name: str, cells: Cells, lines: Sequence[int]) -> tuple[str, str]:
+    """Which cells of a column are no numbers, and what to do."""
+    bad = [i for i, cell in enumerate(cells) if _number(cell) is None]
+    first = [f"line {lines[i]} is {_shown(cells[i])}" for i in bad[:3]]
+    more = f" ({len(bad)} cells of {len(cells)})" if len(bad) > 3 else ""
+    told = f"column '{name}': {', '.join(first)}{more}"
+    kinds = {str(cells[i]).strip() for i in bad}
+    if all(kind.lower() in MISSING for kind in kinds):
+        return told, "; nothing is filled in for what is missing: give a number, or leave line or column out"
+    if all(re.fullmatch(r"[-+]?\d+,\d+", kind) for kind in kinds):
+        return told, "; write a decimal point"
+    if all(isinstance(plain(kind), str) for kind in kinds) and len(bad) == len(cells):
+        return told, "; a column of text goes into data.levels, with all its values"
+    return told, "; every cell must be a finite number"
+
+
+def _shown(cell: str) -> str:
+    text = str(cell)
+    return "empty" if not text.strip() else repr(text if len(text) < 40 else f"{text[:37]}...")
+
+
+def codes(
+    cells: npt.NDArray[Any], values: Sequence[Any], where: str, place: Callable[[int], str] = str
+) -> npt.NDArray[np.int64]:
+    """The position in `values` of every cell; "1", 1 and "1.0" are the same value. `place` names a row.
+
+    >>> codes(np.array(["b", "2.0", "b"]), [2, "b"], "").tolist()
+    [1, 0, 1]
+    """
+    position = {plain(value): i for i, value in enumerate(values)}
+    flat = np.asarray(cells).ravel()
+    found, first, inverse = np.unique(flat, return_index=True, return_inverse=True)
+    for cell, index in sorted(zip(found, first, strict=True), key=lambda pair: int(pair[1])):
+        if plain(cell) not in position:
+            row = int(index) // (len(flat) // len(cells))
+            text = cell.decode(errors="backslashreplace") if isinstance(cell, bytes) else str(cell)
+            raise ConfigError(f"{where}: {place(row)} is {_shown(text)}, which is not one of {listed(values)}")
+    return np.array([position[plain(cell)] for cell in found], np.int64)[inverse].reshape(np.shape(cells))
+
+
+def listed(values: Sequence[Any]) -> str:
+    """Names or values in a message."""
+    return ", ".join(map(str, values[:_SHOWN])) + (f", ... ({len(values)} in all)" if len(values) > _SHOWN else "")
+
+
+def plain(value: Any) -> int | float | str:
+    """What is the same value however it is written: a number, or text without the blanks around it.
+
+    >>> plain("1.0") == plain(1) == plain(True) == plain(b" 1") == plain("true")
+    True
+    """
+    text = (value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)).strip()
+    if text.lower() in ("true", "false"):
+        return int(text.lower() == "true")
+    try:
+        return int(text)  # float64 holds no identifiers of more than 53 bits
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if np.isfinite(number) else text
