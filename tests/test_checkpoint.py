@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and back again bit for bit."""
 
+import _thread
 import json
 import logging
 import os
@@ -88,6 +89,18 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     writer.start(2, server, {"a": silo})  # the copies of the round before are used again
     writer.join()
     assert read_server(tmp_path, 2)["params"].tolist() == [1] * 9
+
+
+def test_no_thread_is_started_once_the_run_is_under_way(tmp_path, monkeypatch):
+    """A thread that is started where no memory is left hangs its starter."""
+    writer = Writer(tmp_path, 0)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread was started"))
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *args: pytest.fail("a thread was started"))
+    for round in (1, 2):
+        writer.start(round, {"params": torch.zeros(9)}, {"a": {"kept": torch.zeros(3)}})
+        writer.join()
+        assert writer.written == round
+    writer.close(20)
 
 
 def path_of(root, name):

@@ -13,7 +13,7 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "rng", "types", "components", "stopping", "kernels"),
+    *("errors", "rng", "types", "components", "stopping", "worker", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "objectives", "models", "data"),
     *("local", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "directory", "assembly", "train"),

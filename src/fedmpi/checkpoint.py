@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from fedmpi.errors import CheckpointError
+from fedmpi.worker import Worker
 
 log = logging.getLogger("fedmpi")
 
@@ -54,14 +54,13 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Writer:
-    """One rank's writer. `start` copies and returns; `written` says which round's file is safe on disk."""
+    """One rank's writer and its thread. `start` copies and returns; `written` says which round's file is safe."""
 
     def __init__(self, root: Path, rank: int) -> None:
         self.root = root
         self.rank = rank
         self._copies: dict[str, torch.Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._worker = Worker("checkpoint")
         self._written = -1
         self._digest = bytes(DIGEST_BYTES)
 
@@ -85,8 +84,7 @@ class Writer:
                     ids[group] = some
                     rows[f"{group}/rows"] = torch.stack([silos[silo][name].detach().cpu() for silo in some])
             jobs.append((folder / rank_file(self.rank), rows, ids))
-        self._thread = threading.Thread(target=self._write, args=(round, jobs), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._worker.start(lambda: self._write(round, jobs))
 
     def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         kept = self._copies.get(name)
@@ -95,34 +93,32 @@ class Writer:
         return kept.copy_(tensor.detach())
 
     def _write(self, round: int, jobs: Iterable[tuple[Path, Tensors, Mapping[str, list[str]]]]) -> None:
-        try:
-            digests = [write_file(path, tensors, ids) for path, tensors, ids in jobs]
-            # Rank 0 has two files; its row in the gather is the rank file's, the server's it knows by itself.
-            self._digest = digests[-1] if digests else bytes(DIGEST_BYTES)
-            self._server_digest = digests[0] if digests else bytes(DIGEST_BYTES)
-            self._written = round
-        except Exception as error:
-            self._error = error
+        digests = [write_file(path, tensors, ids) for path, tensors, ids in jobs]
+        # Rank 0 has two files; its row in the gather is the rank file's, the server's it knows by itself.
+        self._digest = digests[-1] if digests else bytes(DIGEST_BYTES)
+        self._server_digest = digests[0] if digests else bytes(DIGEST_BYTES)
+        self._written = round
 
     @property
     def written(self) -> int:
         """The newest round whose file of this rank is safe; -1 for none. Raises CheckpointError if writing failed."""
-        if self._error is not None:
-            raise CheckpointError(f"cannot write a checkpoint into {self.root}: {self._error}") from self._error
+        if (error := self._worker.error) is not None:
+            what = str(error) or type(error).__name__
+            raise CheckpointError(f"cannot write a checkpoint into {self.root}: {what}") from error
         return self._written
 
     def wait(self, limit_s: float) -> bool:
         """Is what was started on disk, by now or within `limit_s`?"""
-        if self._thread is not None:
-            self._thread.join(limit_s)
-        return self._thread is None or not self._thread.is_alive()
+        return self._worker.wait(limit_s)
 
     def join(self) -> None:
         """Wait until what was started is on disk. Raises CheckpointError if writing failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._worker.wait()
         _ = self.written
+
+    def close(self, limit_s: float) -> None:
+        """Let the thread end, once what was started is on disk or after `limit_s`."""
+        self._worker.close(limit_s)
 
     def digests(self, own_silos: bool) -> bytes:
         """This rank's row for the manifest: its rank file's digest (zeros without silos), then the server file's."""

@@ -85,14 +85,11 @@ class Solo:
         self.open_runs = 0  # a process that ends with one must not leave the others waiting
 
     def twin(self) -> Solo:
-        """The same ranks for one more thread: communicators and counters of its own. A call of all ranks.
+        """The same ranks for one more thread: own communicators, until `finish`, and own counters. A call of all ranks.
 
         Raises ConfigError where MPI does not let two threads call it at once.
         """
         return Solo()
-
-    def free(self) -> None:
-        """Give back a twin's communicators. A call of all ranks."""
 
     def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
         """A zeroed vector in memory that this communicator reads and writes without a copy; page-locked if `pinned`,
@@ -258,6 +255,7 @@ class Comm(Solo):
         self._world: MPI.Comm = mpi.COMM_WORLD.Dup() if world is None else world
         self._control: MPI.Comm = self._world.Dup()
         self._groups: list[Comm] = []  # that were split off
+        self._twins: list[Comm] = []
         self.rank = self._world.rank
         self.size = self._world.size
         name = socket.gethostname().encode()[:256]
@@ -286,9 +284,10 @@ class Comm(Solo):
             raise ConfigError("exchange.overlap: needs an MPI that threads may call at once (MPI_THREAD_MULTIPLE)")
         twin = copy.copy(self)
         twin._world, twin._control = self._world.Dup(), self._control.Dup()
-        twin._node, twin._windows, twin._sent, twin._groups = None, [], [], []
+        twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
         twin.bytes_up = twin.bytes_down = twin.bytes_control = 0
         twin.patient = True
+        self._twins.append(twin)
         return twin
 
     def counted(self) -> tuple[int, int, int]:
@@ -296,10 +295,16 @@ class Comm(Solo):
         up, down, control = (sum(some) for some in zip(own, *(group.counted() for group in self._groups), strict=True))
         return up, down, control
 
-    def free(self) -> None:
-        for group in self._groups:
-            group.free()
+    def _free_parts(self) -> None:
+        """Give back what was made of this communicator; nobody uses it any more. A call of all ranks."""
+        for part in (*self._twins, *self._groups):
+            part._free()
+        self._twins.clear()
+        self._groups.clear()
         self.free_shared()
+
+    def _free(self) -> None:
+        self._free_parts()
         for communicator in (self._node, self._control, self._world):
             if communicator is not None:
                 communicator.Free()
@@ -485,10 +490,7 @@ class Comm(Solo):
             request.Wait()
         self._sent.clear()
         if not self.open_runs:
-            for group in self._groups:
-                group.free()
-            self._groups.clear()
-            self.free_shared()
+            self._free_parts()
         self._worst = self._passed_on = 0  # another run may follow
         self._world.Barrier()
 

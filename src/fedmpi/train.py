@@ -412,7 +412,7 @@ class Run:
             if "_federation" in vars(self):
                 self._federation.exchange.leave()
             if "_writer" in vars(self):
-                self._writer.wait(WRITER_S)  # a thread with tensors must not outlive Python
+                self._writer.close(WRITER_S)  # a thread with tensors must not outlive Python
             if "state" in vars(self):
                 self._keep_readable()
             if self.comm.rank == 0:

@@ -265,14 +265,14 @@ def while_under_way(comm, folder, name, trouble, kind, kept):
     try:
         with troubling(trouble):
             for record in started:
-                busy = started._federation.exchange._thread is not None
+                busy = started._federation.exchange._worker.pending
                 require_equal(f"under way after round {record['round']}", busy, record["round"] in (1, 3))
     except kind:
         pass
     else:
         raise AssertionError(f"{trouble}: no {kind.__name__}")
     started.close()
-    assert not started._federation.exchange._thread
+    assert not started._federation.exchange._worker.pending
     comm.together(lambda: require_equal("kept", max(checkpoint.sealed_rounds(started.out)), kept))
     sha, records = trained(comm, config)
     require_equal("rounds gone on with", [r["round"] for r in records], list(range(kept + 1, 5)))
@@ -318,6 +318,15 @@ def what_the_thread_raises_on_one_rank_is_one_error_on_all(comm, folder):
             started.close()
             assert "exchange.up: values 0 to" in said and "fp16" in said, said
             require_equal("texts", len({row for row in comm.gather(said.encode().ljust(4000))}), 1)
+
+
+@case
+def a_run_that_fails_gives_its_communicators_back(comm, folder):
+    """At the next run's start, or with the process."""
+    for number in range(3):
+        while_under_way(comm, folder, f"again-{number}", "raise 4 silo-3", SiloError, 2)
+        comm.finish()
+        assert not comm._twins, "a twin was never freed"
 
 
 if __name__ == "__main__":

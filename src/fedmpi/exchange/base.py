@@ -136,10 +136,10 @@ class Exchange:
         return {}
 
     def leave(self) -> None:
-        """Wait until nothing is under way, whatever comes of it."""
+        """Wait until nothing is under way, whatever comes of it; nothing is begun any more."""
 
     def close(self) -> None:
-        """Give back what the exchange alone has used. A call of all ranks."""
+        """Wait until nothing is under way; raises what came of it."""
 
     # ------------------------------------------------------------ a round
 

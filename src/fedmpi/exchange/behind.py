@@ -34,7 +34,6 @@ then an error of all, and so are the plans' own. It comes up where the exchange 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -48,6 +47,7 @@ from fedmpi.comm import Solo
 from fedmpi.exchange.base import Exchange, Kept, Lap
 from fedmpi.server import Server
 from fedmpi.types import Contribution
+from fedmpi.worker import Worker
 
 OTHER, ABOUT = "overlap/params", "overlap/about"  # what they are called in a checkpoint
 
@@ -63,8 +63,7 @@ class Behind(Exchange):
         self._deltas: dict[str, torch.Tensor] = {}  # of the last whole round
         self._next: list[Contribution] = []  # of the round that is being trained
         self._spare: list[torch.Tensor] = []
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._worker = Worker("exchange")
         self._state: Any = None  # the server's, after the last exchange; None before the first
         self._sent = np.zeros(3)  # bytes up, down, control of exchanges that no record has yet
         self._seconds = self._told_s = 0.0  # that they took in the thread; and those of this round's record
@@ -127,18 +126,16 @@ class Behind(Exchange):
                     new_P.copy_(old_P)
                     plan.comm.together(fold)
                     _, self._state = plan.finish(new_P, server, state)
-            except BaseException as error:
-                self._error = error
-            self._sent += _counted(plan.comm) - before
-            self._seconds += time.perf_counter() - start_s
+            finally:
+                self._sent += _counted(plan.comm) - before
+                self._seconds += time.perf_counter() - start_s
 
-        self._thread = threading.Thread(target=work, name="exchange", daemon=True)
-        self._thread.start()
+        self._worker.start(work)
 
     def _wait(self) -> None:
-        self.leave()
-        if self._error is not None:
-            raise self._error
+        self._worker.wait()
+        if self._worker.error is not None:
+            raise self._worker.error
 
     def _arrived(self, state: Any) -> Any:
         """The server's state once nothing is under way; what it took goes into this round's record."""
@@ -152,13 +149,10 @@ class Behind(Exchange):
         return state if self._state is None else self._state
 
     def leave(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._worker.close()
 
     def close(self) -> None:
         self._wait()
-        self._plan.comm.free()
 
     # ------------------------------------------------------------ where things are kept
 
