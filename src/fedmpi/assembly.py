@@ -42,6 +42,7 @@ class Assembly:
     plan_seconds: dict[str, float]  # what `plan: auto` measured
 
 
+@rng.borrowed()
 def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], str]) -> Assembly:
     """Everything that a run needs, checked. A call of all ranks; raises ConfigError alike on every one.
 
@@ -50,7 +51,7 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
     chosen = device.choose(config.device.name, config.device.share, comm)
     comm.together(lambda: _check_machine(config, chosen))
-    source = comm.together(lambda: config.data.source(config.seed))
+    source = comm.together(lambda: source_of(config))
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
     comm.same("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
     owners = place(source.silos, comm.hosts, config.server.dedicated)
@@ -82,6 +83,7 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
             own = exchange.delta()
             allocate = lambda n, dtype: own[:n]  # noqa: E731
         model = comm.together(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
+        rng.set_all(rng.key(config.seed, purpose="trial"))
         comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
         silos = comm.together(lambda: {silo: _kept(silo, opened, weights[silo], chosen) for silo in list(opened)})
         params_Q = zeros_Q
@@ -117,10 +119,26 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     return Assembly(federation, state, chosen, threads, source.central, fingerprint, unshared, plan_seconds)
 
 
+def source_of(config: Config) -> Source:
+    """The dataset. One of your own that draws from torch's, numpy's or Python's own generators finds the same numbers
+    in every run and on every rank, a silo's samples included."""
+    seed = config.seed
+    with rng.borrowed():
+        rng.set_all(rng.key(seed, purpose="data"))
+        source = config.data.source(seed)
+
+    def opened(silo: str) -> SiloData:
+        with rng.borrowed():
+            rng.set_all(rng.key(seed, purpose="data", silo=silo))
+            return source.open(silo)
+
+    return replace(source, open=opened)
+
+
 def build_module(config: Config, source: Source) -> torch.nn.Module:
     """The model with its first parameters, which depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.key(config.seed, purpose="init") >> 1)
+    with rng.borrowed():
+        rng.set_all(rng.key(config.seed, purpose="init"))
         module = make(config.model, source)
     if config.init is not None:
         _start_from(module, Path(config.init))

@@ -17,6 +17,11 @@ from fedmpi.local.personal import beside
 from fedmpi.objectives import Resolved
 
 
+def evaluation_key(seed: int, round: int, silo: str) -> int:
+    """What a model that draws when it is evaluated draws by, in a run and whenever its checkpoint is evaluated."""
+    return rng.key(seed, purpose="evaluate", round=round, silo=silo)
+
+
 def evaluate_silo(
     model: FlatModel,
     objective: Resolved,

@@ -11,13 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fedmpi import checkpoint
-from fedmpi.assembly import build_module
+from fedmpi import checkpoint, rng
+from fedmpi.assembly import build_module, source_of
 from fedmpi.components import build
 from fedmpi.config import ABOUT, Config
 from fedmpi.directory import CONFIG_FILE, UNSHARED_FILE, save_tensors
 from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.evaluate import evaluate_silo, personal_model, pooled, worst_silo
+from fedmpi.evaluate import evaluate_silo, evaluation_key, personal_model, pooled, worst_silo
 from fedmpi.flat import FlatModel, sha256
 from fedmpi.local import LocalSilo
 from fedmpi.objectives import resolve
@@ -86,6 +86,7 @@ def choose(root: Path, which: RoundChoice) -> int:
     return which
 
 
+@rng.borrowed()
 def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
     """Loss and metric of a checkpoint on every silo's test data and pooled, of the silos' own models too where they
     have any (`evaluate.finetune` is not done again); this process opens all silos' data."""
@@ -103,6 +104,7 @@ def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
         for prefix, found in (("", (params_P, local)), ("personal_", own)):
             if row["num_test"] and found is not None:
                 model.load(found[0])
+                rng.set_all(evaluation_key(config.seed, round, silo.id))
                 figures = evaluate_silo(model, objective, found[1], config.evaluate.batch_size)
                 row |= {f"{prefix}loss": figures["loss"], f"{prefix}{objective.metric_name}": figures["metric"]}
         rows[silo.id] = row
@@ -147,7 +149,7 @@ def _model(root: Path) -> tuple[FlatModel, Config, Source]:
     values, _ = stored(root)
     values["init"] = None  # what it set is in the checkpoint, or beside it
     config = build(Config, values)
-    source = config.data.source(config.seed)
+    source = source_of(config)
     module = build_module(config, source)
     if (unshared := root / UNSHARED_FILE).exists():
         module.load_state_dict(load_file(unshared), strict=False)

@@ -30,7 +30,7 @@ from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
 from fedmpi.errors import Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped
-from fedmpi.evaluate import evaluate_silo, fine_tuned, personal_model, pooled, worst_silo
+from fedmpi.evaluate import evaluate_silo, evaluation_key, fine_tuned, personal_model, pooled, worst_silo
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
@@ -203,7 +203,7 @@ def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]
                 drawn = rng.generator(fed.seed, purpose="probe", round=number, silo=name)
                 rows = torch.from_numpy(np.sort(drawn.choice(len(x), size=num, replace=False))).to(x.device)
                 x, y = x[rows], y[rows]
-            probe.set_silo(fed.index[name], loss=_loss(fed, silo, x, y))
+            probe.set_silo(fed.index[name], loss=_loss(fed, number, silo, x, y))
     except BrokenOff as broken:
         status = broken.status
     except (Exception, SystemExit):
@@ -215,8 +215,9 @@ def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]
     return probe, error
 
 
-def _loss(fed: Federation, silo: LocalSilo, x: torch.Tensor, y: torch.Tensor) -> float:
+def _loss(fed: Federation, number: int, silo: LocalSilo, x: torch.Tensor, y: torch.Tensor) -> float:
     """Of what the model shares by now, with the silo's own rest."""
+    rng.set_all(rng.key(fed.seed, purpose="loss", round=number, silo=silo.id))
     fed.model.load_personal(silo.kept)
     return fed.objective.evaluate(fed.model.module, x, y, fed.evaluate_batch, fed.model.device, fed.watch.check)[0]
 
@@ -286,7 +287,7 @@ def _contribution(
     start_loss = 0.0
     if getattr(fed.aggregator, "start_loss", False):
         fed.model.load(params_P)
-        start_loss = _loss(fed, silo, silo.data.x_train, silo.data.y_train)
+        start_loss = _loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
     round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check, auxiliary)
     contribution = fed.rule.train(silo, fed.model, params_P, round)
     _check(contribution, silo, fed)
@@ -395,6 +396,7 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
             fed.model.load(params_P)
             for name, silo in fed.silos.items():
                 # Between batches news is passed on, so that a stop is agreed in time; the round still commits.
+                rng.set_all(evaluation_key(fed.seed, number, name))
                 figures = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
                 fed.done.set_silo(fed.index[name], **figures)
             for name, silo in fed.silos.items():
@@ -434,6 +436,7 @@ def _evaluate_personal(fed: Federation, number: int, silo: LocalSilo, params_P: 
     else:
         return {}
     fed.model.load(own_P)
+    rng.set_all(evaluation_key(fed.seed, number, silo.id))
     return evaluate_silo(fed.model, fed.objective, own, fed.evaluate_batch, look)
 
 

@@ -27,7 +27,7 @@ import torch
 import yaml
 
 import fedmpi
-from fedmpi import checkpoint, comm, records, stopping
+from fedmpi import checkpoint, comm, records, rng, stopping
 from fedmpi.assembly import assemble, digest_of
 from fedmpi.components import to_dict
 from fedmpi.config import ABOUT, Config, differences, digest, load
@@ -296,7 +296,8 @@ class Run:
         fed.timer.reset()
         try:
             while self.state.round < self.config.rounds:
-                self.state, record = run_round(self.state, fed, lambda: self._writer.written, self._judge)
+                with rng.borrowed():
+                    self.state, record = run_round(self.state, fed, lambda: self._writer.written, self._judge)
                 if self.comm.rank == 0:
                     phases = {name: fed.done.rank(name) for name in records.PHASES}
                     for file in self._files:

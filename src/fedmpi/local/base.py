@@ -223,11 +223,8 @@ def enter(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Roun
     model.load(params_P)
     model.load_personal(silo.kept)
     model.module.train()
-    # Dropout and the like draw from torch's own generator: key it, so that a silo draws the same on every rank.
-    key = rng.key(round.seed, purpose="train", round=round.number, silo=silo.id) >> 1
-    torch.default_generator.manual_seed(key)  # torch.manual_seed takes milliseconds where there is no GPU
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(key)
+    # Dropout, augmentation and the like draw from generators without a name: a silo draws the same on every rank.
+    rng.set_all(rng.key(round.seed, purpose="train", round=round.number, silo=silo.id))
     return [p for p in model.module.parameters() if p.requires_grad]
 
 
