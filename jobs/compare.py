@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import fedmpi
-from fedmpi import checkpoint, results
+from fedmpi import checkpoint, disk, results
 from fedmpi.comm import connect, is_first
 from fedmpi.components import NonNegativeInt, build, component, nearest
 from fedmpi.config import differences, put, read
@@ -167,7 +167,7 @@ def train(cell: Cell, comm: Any) -> None:
                 pass
     except Diverged as error:
         if comm.rank == 0:
-            checkpoint.replace_text(cell.root / DIVERGED, f"{error}\n")
+            disk.replace_text(cell.root / DIVERGED, f"{error}\n")
 
 
 # ---------------------------------------------------------------- what came of it

@@ -17,6 +17,7 @@ from fedmpi.comm import Solo
 from fedmpi.components import build, component
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
+from fedmpi.local import Sgd
 from fedmpi.types import Silo, SiloData, Source
 
 OWN = "runs:"  # what configurations call this module's own components
@@ -58,6 +59,22 @@ class Normed(nn.Module):
 
     def forward(self, x):
         return self.head(self.drop(self.norm(self.base(x))).relu())
+
+
+@component
+class Keeper(Sgd):
+    """Keeps how often a silo took part under names and in types of every kind; the silo's weight follows them."""
+
+    def train(self, silo, model, params_P, round):
+        before = silo.kept
+        contribution = super().train(silo, model, params_P, round)
+        count = before.get("head/weight", torch.zeros((), dtype=torch.bfloat16)) + 1
+        for name in ("a#b", "exchange_rate", "cursor", "params", "rows", "a/ids"):
+            assert before.get(name, count - 1).real == count - 1
+            silo.kept[name] = count.to(torch.complex64 if name == "cursor" else torch.float16)
+        silo.kept |= {"head/weight": count, "odd": count % 2 == 1}
+        contribution.delta_P *= 1 / count.float()
+        return contribution
 
 
 @component
@@ -168,7 +185,7 @@ def everything(out):
     server = checkpoint.read_server(out, round)
     silos = checkpoint.read_silos(out, round, ["s0", "s1", "s2"])
     found = server | {f"{silo}/{name}": t for silo, kept in silos.items() for name, t in kept.items()}
-    return round, {name: (tuple(t.shape), t.numpy().tobytes()) for name, t in found.items()}
+    return round, {n: (tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in found.items()}
 
 
 def figures(record):

@@ -4,28 +4,29 @@ import _thread
 import json
 import logging
 import os
+import shutil
 import threading
 
 import pytest
 import torch
 
-from fedmpi import checkpoint
+from fedmpi import checkpoint, disk
 from fedmpi.checkpoint import SERVER, Writer, folder_of, newest, prune, read_server, read_silos, seal
 from fedmpi.errors import CheckpointError
 
-EVERYTHING = lambda name, entry: True  # noqa: E731
 SERVER_STATE = {
-    "params": torch.linspace(-1, 1, 5000),
-    "optimizer/v_P": torch.randn(5000, dtype=torch.float64),
-    "selector/counts": torch.tensor([[1, 2], [3, 4]]),
-    "selector/none": torch.empty(0),
+    checkpoint.PARAMS: torch.linspace(-1, 1, 5000),
+    ("optimizer", "v_P"): torch.randn(5000, dtype=torch.float64),
+    ("selector", "counts"): torch.tensor([[1, 2], [3, 4]]),
+    ("selector", "none"): torch.empty(0),
 }
 
 
 def state(silo, personal=True, cursor=5):
-    kept = {"cursor": torch.tensor(cursor)}
+    kept = {("cursor",): torch.tensor(cursor)}
     if personal:
-        kept |= {"personal_0": torch.full((7,), float(ord(silo))), "integers": torch.tensor([ord(silo), 2**40])}
+        kept |= {("kept", "personal_0"): torch.full((7,), float(ord(silo)))}
+        kept |= {("kept", "integers"): torch.tensor([ord(silo), 2**40])}
     return kept
 
 
@@ -37,7 +38,7 @@ def write(root, round, hosted, server=SERVER_STATE, score=None):
     for writer in writers:
         writer.join()
     assert [writer.written for writer in writers] == [round] * len(hosted)
-    rows = [writer.digests(bool(silos)) for writer, silos in zip(writers, hosted, strict=True)]
+    rows = [writer.digests for writer in writers]
     seal(root, round, rows, [list(silos) for silos in hosted], {"score": score, "record": {"round": round}})
 
 
@@ -56,7 +57,7 @@ HOSTED = [
 @pytest.mark.parametrize("hosted", HOSTED)
 def test_what_was_written_comes_back_bit_for_bit_for_silos_of_any_rank(tmp_path, hosted):
     write(tmp_path, 4, hosted)
-    assert newest(tmp_path, EVERYTHING) == 4
+    assert newest(tmp_path) == 4
     assert same(read_server(tmp_path, 4), SERVER_STATE)
     silos = {name: kept for some in hosted for name, kept in some.items()}
     for wanted in (["a"], ["b"], ["b", "a"], []):
@@ -64,7 +65,7 @@ def test_what_was_written_comes_back_bit_for_bit_for_silos_of_any_rank(tmp_path,
         assert set(found) == set(wanted) and all(same(found[name], silos[name]) for name in wanted)
     files = {path.name for path in folder_of(tmp_path, 4).iterdir()}
     assert files == {"manifest.json", SERVER} | {f"rank-{r:04d}.h5" for r, some in enumerate(hosted) if some}
-    assert checkpoint.manifest(tmp_path, 4)["record"] == {"round": 4}
+    assert checkpoint.manifest(tmp_path, 4).record == {"round": 4}
 
 
 def test_a_silo_that_is_in_no_file_is_named(tmp_path):
@@ -76,19 +77,19 @@ def test_a_silo_that_is_in_no_file_is_named(tmp_path):
 def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     go, written = threading.Event(), checkpoint.write_file
     monkeypatch.setattr(checkpoint, "write_file", lambda *args: go.wait(20) and written(*args))
-    writer, server, silo = Writer(tmp_path, 0), {"params": torch.zeros(9)}, {"kept": torch.zeros(3)}
+    writer, server, silo = Writer(tmp_path, 0), {("params",): torch.zeros(9)}, {("kept",): torch.zeros(3)}
     writer.start(1, server, {"a": silo})
     assert writer.written == -1
-    server["params"] += 1
-    silo["kept"] += 1
+    server["params",] += 1
+    silo["kept",] += 1
     go.set()
     writer.join()
-    assert writer.written == 1 and read_server(tmp_path, 1)["params"].abs().max() == 0
-    seal(tmp_path, 1, [writer.digests(True)], [["a"]], {})
-    assert read_silos(tmp_path, 1, ["a"])["a"]["kept"].tolist() == [0, 0, 0]
+    assert writer.written == 1 and read_server(tmp_path, 1)["params",].abs().max() == 0
+    seal(tmp_path, 1, [writer.digests], [["a"]], {})
+    assert read_silos(tmp_path, 1, ["a"])["a"]["kept",].tolist() == [0, 0, 0]
     writer.start(2, server, {"a": silo})  # the copies of the round before are used again
     writer.join()
-    assert read_server(tmp_path, 2)["params"].tolist() == [1] * 9
+    assert read_server(tmp_path, 2)["params",].tolist() == [1] * 9
 
 
 def test_no_thread_is_started_once_the_run_is_under_way(tmp_path, monkeypatch):
@@ -118,7 +119,17 @@ def flip(path):
 
 
 def of_another_round(path):
-    path.write_text(path.read_text().replace('"round": 6', '"round": 7'))
+    shutil.copy(folder_of(path.parents[2], 4) / path.name, path)
+
+
+def in_its_place(make):
+    """Something else stands where the file was."""
+
+    def harm(path):
+        path.rename(path.with_name("elsewhere"))
+        make(path)
+
+    return harm
 
 
 HARMS = [
@@ -131,7 +142,13 @@ HARMS = [
     ("manifest.json", truncate, "manifest.json"),
     ("manifest.json", lambda path: path.write_text("[]"), "manifest.json"),
     ("manifest.json", lambda path: path.write_text("{}"), "manifest.json"),
+    ("manifest.json", flip, "its checksum is not its own"),
     ("manifest.json", of_another_round, "speaks of another round"),
+    ("manifest.json", in_its_place(os.mkdir), "is no regular file"),
+    ("manifest.json", in_its_place(os.mkfifo), "is no regular file"),
+    ("manifest.json", in_its_place(lambda path: path.symlink_to("elsewhere")), "is a link"),
+    ("server.h5", in_its_place(lambda path: path.symlink_to("elsewhere")), "is a link"),
+    ("rank-0001.h5", in_its_place(os.mkfifo), "is no regular file"),
 ]
 
 
@@ -140,9 +157,9 @@ def test_a_harmed_checkpoint_is_skipped_with_a_warning_and_the_one_before_is_tak
     for round in (2, 4, 6):
         write(tmp_path, round, HOSTED[1])
     with caplog.at_level(logging.WARNING, "fedmpi"):
-        assert newest(tmp_path, EVERYTHING) == 6 and not caplog.records
+        assert newest(tmp_path) == 6 and not caplog.records
         harm(path_of(tmp_path, name))
-        assert newest(tmp_path, EVERYTHING) == 4
+        assert newest(tmp_path) == 4
     (warning,) = caplog.records
     assert warning.levelname == "WARNING"
     assert warning.getMessage().startswith("skipped checkpoint of round 6: ") and says in warning.getMessage()
@@ -153,22 +170,21 @@ def test_a_checkpoint_without_its_manifest_is_unfinished_and_not_looked_at(tmp_p
     for round in (2, 4):
         write(tmp_path, round, HOSTED[1])
     (folder_of(tmp_path, 4) / "manifest.json").unlink()
-    assert newest(tmp_path, EVERYTHING) == 2 and checkpoint.sealed_rounds(tmp_path) == [2] and not caplog.records
+    assert newest(tmp_path) == 2 and checkpoint.sealed_rounds(tmp_path) == [2] and not caplog.records
 
 
 def test_a_rank_looks_only_at_the_files_that_it_will_read(tmp_path):
     write(tmp_path, 6, HOSTED[1])
     flip(path_of(tmp_path, "rank-0001.h5"))
-    assert newest(tmp_path, lambda name, entry: name == SERVER) == 6
-    assert newest(tmp_path, lambda name, entry: "a" in entry.get("silos", ())) == 6
-    assert newest(tmp_path, lambda name, entry: "b" in entry.get("silos", ())) == -1
+    assert newest(tmp_path, silos=()) == newest(tmp_path, server=False, silos=["a"]) == 6
+    assert newest(tmp_path, server=False, silos=["b"]) == newest(tmp_path) == -1
 
 
 def test_newest_below_a_round_and_of_nothing(tmp_path):
-    assert newest(tmp_path, EVERYTHING) == -1
+    assert newest(tmp_path) == -1
     for round in (2, 10, 1_000_000):
         write(tmp_path, round, HOSTED[0])
-    assert [newest(tmp_path, EVERYTHING, below) for below in (None, 1_000_000, 10, 2)] == [1_000_000, 10, 2, -1]
+    assert [newest(tmp_path, below=below) for below in (None, 1_000_000, 10, 2)] == [1_000_000, 10, 2, -1]
     (tmp_path / "checkpoints" / "round-new").mkdir()
     assert checkpoint.sealed_rounds(tmp_path) == [2, 10, 1_000_000]
     checkpoint.remove_after(tmp_path, 2)
@@ -223,7 +239,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatc
     writer.start(2, SERVER_STATE, {})
     with pytest.raises(CheckpointError, match="No space left on device"):
         writer.join()
-    assert newest(tmp_path, EVERYTHING) == 1
+    assert newest(tmp_path) == 1
 
 
 @pytest.mark.parametrize(
@@ -257,8 +273,8 @@ def test_a_checkpoint_loses_its_manifest_before_anything_else(tmp_path, monkeypa
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "config.yaml"
-    checkpoint.replace_text(path, "old")
-    checkpoint.replace_text(path, "new")
+    disk.replace_text(path, "old")
+    disk.replace_text(path, "new")
     assert path.read_text() == "new" and leftovers(tmp_path) == []
 
     def full(*args):
@@ -267,7 +283,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            checkpoint.replace_text(path, "newer")
+            disk.replace_text(path, "newer")
     assert path.read_text() == "new"
 
 

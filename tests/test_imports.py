@@ -13,9 +13,9 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "rng", "types", "components", "stopping", "worker", "kernels"),
+    *("errors", "disk", "rng", "types", "components", "stopping", "worker", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "objectives", "models", "data"),
-    *("local", "checkpoint", "records", "placement", "device", "health"),
+    *("local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "directory", "assembly", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]
@@ -51,7 +51,7 @@ def test_a_module_imports_only_what_stands_before_it(path):
 
 
 @pytest.mark.parametrize(
-    ("package", "allowed"), [("mpi4py", {"comm.py"}), ("h5py", {"checkpoint.py", "data/formats.py"})]
+    ("package", "allowed"), [("mpi4py", {"comm.py"}), ("h5py", {"tensorfile.py", "data/formats.py"})]
 )
 def test_a_package_has_one_door(package, allowed):
     users = {

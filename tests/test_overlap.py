@@ -49,7 +49,7 @@ def test_a_checkpoint_is_of_the_parameters_that_its_record_speaks_of(tmp_path):
     for record, sha in zip(records, shas, strict=True):
         found = results.evaluate(tmp_path, record["round"])
         assert (found["loss"], found["accuracy"]) == (record["loss"], record["accuracy"])
-        assert sha256(checkpoint.read_server(tmp_path, record["round"])["params"]) == sha
+        assert sha256(checkpoint.read_server(tmp_path, record["round"])[checkpoint.PARAMS]) == sha
         on_disk = sum(f.stat().st_size for f in checkpoint.folder_of(tmp_path, record["round"]).glob("*.h5"))
         assert on_disk == pytest.approx(plan(config, {}, 1)["checkpoint_bytes"], rel=0.02)
     assert results.inspect(tmp_path)["params_sha256"] == shas[-1] == sha256(run.params_P)

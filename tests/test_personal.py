@@ -19,6 +19,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel, entries, sha256
 from fedmpi.local import RULES, LocalSilo, Round
 from fedmpi.plan import plan
+from fedmpi.records import read_metrics
 from fedmpi.types import SiloData
 
 RULES_WITH_MODELS = {
@@ -84,7 +85,7 @@ def test_figures_of_own_models_stand_beside_the_global_ones(tmp_path, name):
     again = results.evaluate(tmp_path / "a")
     for key in ("mae", "loss", "worst", "personal_mae", "personal_loss", "personal_worst"):
         assert again[key] == last[key]
-    assert json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1]) == last
+    assert read_metrics(tmp_path / "a")[-1] == last
 
 
 def test_rows_have_personal_figures_only_where_there_is_a_model_of_ones_own(tmp_path):

@@ -8,8 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from fedmpi import records
+from fedmpi.directory import save_tensors
 from fedmpi.evaluate import pooled, worst_silo
 from fedmpi.records import PHASES, Board, Metrics, Progress, Timer, Trace, best_record, read_metrics, silo_table
 
@@ -34,7 +36,9 @@ def test_metrics_are_cut_at_the_round_that_a_run_resumes_from(tmp_path):
     write_metrics(tmp_path, [4], resumed=3)
     assert rounds(tmp_path) == [1, 2, 3, 4] and read_metrics(tmp_path)[1] == {"round": 2, "loss": 0.5}
     write_metrics(tmp_path, [])
-    assert rounds(tmp_path) == [] and os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert rounds(tmp_path) == [] and sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "metrics.undone.jsonl"]
+    undone = (tmp_path / "metrics.undone.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in undone] == [4, 5, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("lost", [1, 2, 10, 21])
@@ -46,6 +50,61 @@ def test_a_torn_last_line_is_left_out_and_gone_after_resuming(tmp_path, lost):
     assert rounds(tmp_path) == whole
     write_metrics(tmp_path, [4], resumed=3)
     assert rounds(tmp_path) == [*whole, 4] and path.read_text().count("\n") == len(whole) + 1
+
+
+@pytest.mark.parametrize("at", range(0, 70, 5))
+@pytest.mark.parametrize("line", [0, 1])
+def test_a_damaged_line_is_named_and_kept_aside_and_the_others_stay(tmp_path, caplog, line, at):
+    write_metrics(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[line] = bytes(
+        [*lines[line][: (at := at % (len(lines[line]) - 1))], lines[line][at] ^ 1, *lines[line][at + 1 :]]
+    )
+    path.write_bytes(b"".join(lines))
+    assert rounds(tmp_path) == [r for r in (1, 2, 3) if r != line + 1]
+    assert f"metrics.jsonl, line {line + 1} is damaged" in caplog.text
+    write_metrics(tmp_path, [4], resumed=3)
+    assert rounds(tmp_path) == [r for r in (1, 2, 3, 4) if r != line + 1]
+    assert (tmp_path / "metrics.bad.jsonl").read_bytes() == lines[line]
+
+
+def test_records_that_are_older_than_checksums_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n{"round": 2, "loss": null}\n[3]\n\xff')
+    assert read_metrics(tmp_path) == [{"round": 1}, {"round": 2, "loss": None}]
+
+
+def test_what_a_rename_commits_is_flushed_first_and_its_folder_afterwards(tmp_path, monkeypatch):
+    done, synced, replaced = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        done.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}')).partition('.part')[0]}")
+        synced(descriptor)
+
+    def replace(source, target):
+        done.append(f"name {os.path.basename(target)}")
+        replaced(source, target)
+
+    write_metrics(tmp_path, [1, 2])
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    Metrics(tmp_path, 2).close()
+    Trace(tmp_path, False).close()
+    save_tensors({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    names = ("metrics.jsonl", "trace.json", "model.safetensors")
+    assert done == [step for n in names for step in (f"sync {n}", f"name {n}", f"sync {tmp_path.name}")]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trace.json", "model.safetensors"])
+def test_a_link_in_a_files_place_leaves_its_target_alone(tmp_path, name):
+    (tmp_path / "precious").write_text("precious")
+    for link in (name, f"{name}.part", f"{name}.part-{os.getpid()}"):
+        (tmp_path / link).symlink_to("precious")
+    Metrics(tmp_path, 0).close()
+    Trace(tmp_path, False).close()
+    save_tensors({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_record_can_be_read_as_soon_as_it_is_written(tmp_path):

@@ -130,6 +130,7 @@ RESUMED = {
         "select": {"name": "available", "traces": {"s1": [[1, 3], [4, 9]]}, "inner": {"name": "optimal"}},
         "local": {"epochs": None, "steps": 5},
     },
+    "names, types of all kinds": {"local": {"name": OWN + "Keeper"}, "select": {"name": "uniform", "fraction": 0.7}},
     "fresh losses": {**NORMED, "select": {"name": "power_of_choice", "fraction": 0.34, "samples": 7}},
     "bandit": {"select": {"name": "ucb", "fraction": 0.34}, "aggregate": {"name": "qffl", "lr": 0.1}},
     "turns, gram": {

@@ -1,41 +1,45 @@
 """Checkpoints: everything the next round depends on, whole or not at all.
 
     checkpoints/round-000040/
-      server.h5        params[P], optimizer/..., selector/...       by rank 0
-      rank-0003.h5     per kept name: ids[M], rows[M, ...]          by every rank that hosts silos
-      manifest.json    every file with its SHA-256, last            by rank 0, and once per host without its disk
+      server.h5        parameters, optimizer, selector, health         by rank 0
+      rank-0003.h5     what silos keep, a row a silo                   by every rank that hosts silos
+      manifest.json    every file with its SHA-256, and its own, last  by rank 0, and once per host without its disk
 
 A file is written beside its final name, flushed, and renamed; the manifest follows when every rank's file is safe.
-So a folder without a manifest is an unfinished checkpoint, and a file that disagrees with the manifest a torn one.
+So a folder without a manifest is an unfinished checkpoint, and what disagrees with its checksum a torn one. Whatever
+is wrong with a checkpoint, it is a CheckpointError, and the one before is taken.
 Files are written by a thread, from copies; the thread never calls MPI.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import h5py
-import numpy as np
+import pydantic
 import torch
 
+from fedmpi import disk, tensorfile
 from fedmpi.errors import CheckpointError
+from fedmpi.tensorfile import Key, Table
 from fedmpi.worker import Worker
 
 log = logging.getLogger("fedmpi")
 
+FORMAT = 2  # of checkpoints and of what a run says about itself; another is not read
 MANIFEST = "manifest.json"
 SERVER = "server.h5"
-AVERAGE = "average"  # of the parameters over rounds, in server.h5
+PARAMS: Key = ("exchange", "params")  # in server.h5
+AVERAGE: Key = ("average",)  # of the parameters over rounds, in server.h5
 DIGEST_BYTES = 32 + 8  # SHA-256 and the file's size
-_OTHER = "#"  # what follows it numbers the groups of one name; the first has none
-_SLICE = 1 << 20  # elements written at a time: the interpreter is free in between
+_NONE = bytes(DIGEST_BYTES)
 
 
 def rank_file(rank: int) -> str:
@@ -50,7 +54,7 @@ def folder_of(root: Path, round: int) -> Path:
 # ---------------------------------------------------------------- writing
 
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[Key, torch.Tensor]
 
 
 class Writer:
@@ -59,44 +63,33 @@ class Writer:
     def __init__(self, root: Path, rank: int) -> None:
         self.root = root
         self.rank = rank
-        self._copies: dict[str, torch.Tensor] = {}
+        self._copies: dict[Key, torch.Tensor] = {}
         self._worker = Worker("checkpoint")
         self._written = -1
-        self._digest = bytes(DIGEST_BYTES)
+        self._digests = _NONE, _NONE
 
     def start(self, round: int, server: Tensors | None, silos: Mapping[str, Tensors]) -> None:
         """Copy this rank's part of the state and begin to write it. Waits for the write before, if it still runs."""
         self.join()
-        jobs: list[tuple[Path, dict[str, torch.Tensor], dict[str, list[str]]]] = []
-        folder = folder_of(self.root, round)
-        if server is not None:
-            jobs.append((folder / SERVER, {name: self._copy(f"server/{name}", t) for name, t in server.items()}, {}))
+        jobs: list[tuple[str, list[Table]]] = []
         if silos:
-            rows: dict[str, torch.Tensor] = {}
-            ids: dict[str, list[str]] = {}
-            for name in sorted({name for kept in silos.values() for name in kept}):
-                alike: dict[Any, list[str]] = {}  # silos may keep tensors of different shapes under one name
-                for silo, kept in silos.items():
-                    if name in kept:
-                        alike.setdefault((kept[name].shape, kept[name].dtype), []).append(silo)
-                for number, some in enumerate(alike.values()):
-                    group = f"{name}{_OTHER}{number}" if number else name
-                    ids[group] = some
-                    rows[f"{group}/rows"] = torch.stack([silos[silo][name].detach().cpu() for silo in some])
-            jobs.append((folder / rank_file(self.rank), rows, ids))
+            jobs.append((rank_file(self.rank), _rows(silos)))
+        if server is not None:
+            jobs.append((SERVER, [(key, self._copy(key, tensor), None) for key, tensor in server.items()]))
         self._worker.start(lambda: self._write(round, jobs))
 
-    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        kept = self._copies.get(name)
+    def _copy(self, key: Key, tensor: torch.Tensor) -> torch.Tensor:
+        kept = self._copies.get(key)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            kept = self._copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return kept.copy_(tensor.detach())
 
-    def _write(self, round: int, jobs: Iterable[tuple[Path, Tensors, Mapping[str, list[str]]]]) -> None:
-        digests = [write_file(path, tensors, ids) for path, tensors, ids in jobs]
-        # Rank 0 has two files; its row in the gather is the rank file's, the server's it knows by itself.
-        self._digest = digests[-1] if digests else bytes(DIGEST_BYTES)
-        self._server_digest = digests[0] if digests else bytes(DIGEST_BYTES)
+    def _write(self, round: int, jobs: Iterable[tuple[str, list[Table]]]) -> None:
+        folder = folder_of(self.root, round)
+        if folder.is_symlink():  # what it stands for is not ours
+            folder.unlink()
+        digests = {name: write_file(folder / name, tables) for name, tables in jobs}
+        self._digests = digests.get(rank_file(self.rank), _NONE), digests.get(SERVER, _NONE)
         self._written = round
 
     @property
@@ -120,35 +113,25 @@ class Writer:
         """Let the thread end, once what was started is on disk or after `limit_s`."""
         self._worker.close(limit_s)
 
-    def digests(self, own_silos: bool) -> bytes:
-        """This rank's row for the manifest: its rank file's digest (zeros without silos), then the server file's."""
-        empty = bytes(DIGEST_BYTES)
-        mine = self._digest if own_silos else empty
-        return mine + (self._server_digest if self.rank == 0 else empty)
+    @property
+    def digests(self) -> bytes:
+        """This rank's row for the manifest: its rank file's digest, then the server file's; zeros for none."""
+        return b"".join(self._digests)
 
 
-def write_file(path: Path, tensors: Tensors, ids: Mapping[str, Sequence[str]]) -> bytes:
-    """Write one HDF5 file so that it is there whole or not at all; its SHA-256 and size come back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    with h5py.File(part, "w") as file:
-        for name, tensor in tensors.items():
-            array = tensor.numpy()
-            dataset = file.create_dataset(name, shape=array.shape, dtype=array.dtype)
-            if array.ndim == 1:
-                for start in range(0, len(array), _SLICE):
-                    dataset[start : start + _SLICE] = array[start : start + _SLICE]
-            elif array.size:
-                dataset[...] = array
-        for name, some in ids.items():
-            file.create_dataset(f"{name}/ids", data=list(some), dtype=h5py.string_dtype())
-    with open(part, "rb") as raw:
-        os.fsync(raw.fileno())
-        digest = hashlib.file_digest(raw, "sha256").digest()
-        size = raw.tell()
-    os.replace(part, path)
-    _sync_folder(path.parent)
-    _sync_folder(path.parent.parent)  # the round's folder may be new too
+def _rows(silos: Mapping[str, Tensors]) -> list[Table]:
+    """What silos keep, those of one shape under one key together."""
+    alike: dict[tuple[Key, Any, Any], list[str]] = {}
+    for silo, kept in silos.items():
+        for key, tensor in kept.items():
+            alike.setdefault((key, tensor.shape, tensor.dtype), []).append(silo)
+    return [(key, torch.stack([silos[s][key].detach().cpu() for s in ids]), ids) for (key, *_), ids in alike.items()]
+
+
+def write_file(path: Path, tables: Sequence[Table]) -> bytes:
+    """Write one file so that it is there whole or not at all; its SHA-256 and size come back."""
+    digest, size = tensorfile.write(path, tables)
+    disk.sync(path.parent.parent)  # the round's folder may be new too
     return digest + size.to_bytes(8, "little")
 
 
@@ -160,31 +143,20 @@ def seal(
     for rank, (row, some) in enumerate(zip(rows, silos, strict=True)):
         if some:
             files[rank_file(rank)] = _entry(row[:DIGEST_BYTES]) | {"silos": list(some)}
-    replace_text(folder_of(root, round) / MANIFEST, json.dumps({"round": round, **about, "files": files}, indent=1))
+    text = json.dumps({"format": FORMAT, "round": round, **about, "files": files}, indent=1)
+    body = text.removesuffix(_END)
+    disk.replace_text(folder_of(root, round) / MANIFEST, f"{body}{_OWN_SHA}{_sha256(body)}{_OWN_END}")
+
+
+_END, _OWN_SHA, _OWN_END = "\n}", ',\n "sha256": "', '"\n}'
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _entry(row: bytes) -> dict[str, Any]:
     return {"sha256": row[:32].hex(), "bytes": int.from_bytes(row[32:40], "little")}
-
-
-def replace_text(path: Path, text: str) -> None:
-    """The file holds `text`, whole, or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(root: Path, keep: int, scores: Mapping[int, float | None]) -> None:
@@ -200,10 +172,11 @@ def prune(root: Path, keep: int, scores: Mapping[int, float | None]) -> None:
 def remove(root: Path, round: int) -> None:
     """Delete a checkpoint; its manifest goes first, so that a crash leaves an unfinished one, not a torn one."""
     folder = folder_of(root, round)
-    if not folder.is_dir():
+    if folder.is_symlink() or not folder.is_dir():
         folder.unlink(missing_ok=True)
         return
-    (folder / MANIFEST).unlink(missing_ok=True)
+    with contextlib.suppress(IsADirectoryError, PermissionError):  # whatever lies in its place goes with the rest
+        (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -218,66 +191,108 @@ def remove_after(root: Path, round: int) -> None:
 # ---------------------------------------------------------------- reading
 
 
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class File:
+    """What a manifest says of a file."""
+
+    sha256: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+    bytes: Annotated[int, pydantic.Field(ge=0, strict=True)]
+    silos: list[str] = pydantic.Field(default_factory=list)  # whose rows it has
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Manifest:
+    """What a manifest says of a round."""
+
+    format: Literal[2]
+    round: pydantic.StrictInt
+    files: dict[Annotated[str, pydantic.Field(pattern=r"^(server|rank-\d{4,})\.h5$")], File]
+    record: dict[str, Any] | None = None  # of the round; selectors go by it
+    score: pydantic.StrictFloat | None = None  # how good the round is, higher is better; None: it was not evaluated
+    ranks: pydantic.StrictInt = 1
+
+
+_MANIFEST = pydantic.TypeAdapter(Manifest)
+
+
 def _number(folder: Path) -> int | None:
-    digits = folder.name.removeprefix("round-")
-    return int(digits) if digits.isdigit() else None
+    match = re.fullmatch("round-([0-9]{6,})", folder.name)
+    return int(match[1]) if match else None
 
 
 def sealed_rounds(root: Path) -> list[int]:
     """The rounds that have a manifest, oldest first."""
-    found = (_number(path.parent) for path in (root / "checkpoints").glob(f"round-*/{MANIFEST}"))
+    folders = (path.parent for path in (root / "checkpoints").glob(f"round-*/{MANIFEST}"))
+    found = (_number(folder) for folder in folders if not folder.is_symlink())
     return sorted(number for number in found if number is not None)
 
 
-def manifest(root: Path, round: int) -> dict[str, Any]:
-    """The manifest of a round. Raises CheckpointError when it is unreadable."""
+def manifest(root: Path, round: int) -> Manifest:
+    """The manifest of a round. Raises CheckpointError for whatever is wrong with it."""
     path = folder_of(root, round) / MANIFEST
     try:
-        found = json.loads(path.read_text())
-        if found["round"] != round or SERVER not in found["files"]:
+        body, sha, digest = disk.read_bytes(path).decode().rpartition(_OWN_SHA)
+        if not sha or digest != f"{_sha256(body)}{_OWN_END}":
+            raise ValueError("it is damaged: its checksum is not its own")
+        found = _MANIFEST.validate_python(json.loads(body + _END))
+        silos = [silo for file in found.files.values() for silo in file.silos]
+        if found.round != round or (found.record or {"round": round}).get("round") != round:
             raise ValueError("it speaks of another round")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if SERVER not in found.files or len(set(silos)) != len(silos):
+            raise ValueError(f"it has no {SERVER}, or a silo twice")
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return dict(found)
+    return found
 
 
 def score(root: Path, round: int) -> float | None:
     """How good a sealed round is, higher is better; None when it was not evaluated or its manifest is unreadable."""
     try:
-        found = manifest(root, round).get("score")
+        return manifest(root, round).score
     except CheckpointError as error:
         log.warning("skipped checkpoint of round %d: %s", round, error)
         return None
-    return None if found is None else float(found)
 
 
-def check(root: Path, round: int, wanted: Callable[[str, Mapping[str, Any]], bool]) -> dict[str, Any]:
-    """The manifest, once those of its files that are `wanted` are found to be whole. Raises CheckpointError."""
+def check(root: Path, round: int, server: bool = True, silos: Collection[str] | None = None) -> Manifest:
+    """The manifest, once the files that will be read are found to be whole: that of the server, and those that hold
+    these silos (None: all files). Raises CheckpointError."""
     found = manifest(root, round)
-    for name, entry in found["files"].items():
-        if not wanted(name, entry):
-            continue
-        path = folder_of(root, round) / name
-        try:
-            if path.stat().st_size != entry["bytes"]:
-                raise CheckpointError(f"{path} is torn: {path.stat().st_size} bytes instead of {entry['bytes']}")
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise CheckpointError(str(error)) from None
-        if digest != entry["sha256"]:
-            raise CheckpointError(f"{path} is corrupt: its checksum is not the manifest's")
+    wanted = None if silos is None else set(silos)
+    if wanted and (missing := sorted(wanted - {silo for file in found.files.values() for silo in file.silos})):
+        raise CheckpointError(f"{folder_of(root, round)}: no state of silo {', '.join(missing[:4])}")
+    for name, file in found.files.items():
+        if server if name == SERVER else wanted is None or not wanted.isdisjoint(file.silos):
+            _check_file(folder_of(root, round) / name, file)
     return found
 
 
-def newest(root: Path, wanted: Callable[[str, Mapping[str, Any]], bool], below: int | None = None) -> int:
-    """The newest round, below `below`, that is whole as far as this rank is concerned; -1 for none. Others are
-    skipped with a warning."""
+def _check_file(path: Path, file: File) -> None:
+    try:
+        with open(disk.open_regular(path), "rb") as raw:
+            if (size := raw.seek(0, 2)) != file.bytes:
+                raise CheckpointError(f"{path} is torn: {size} bytes instead of {file.bytes}")
+            raw.seek(0)
+            digest = hashlib.file_digest(raw, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
+    if digest != file.sha256:
+        raise CheckpointError(f"{path} is corrupt: its checksum is not the manifest's")
+    rows = {silo for entry in tensorfile.contents(path) for silo in entry.silos or ()}
+    if rows != set(file.silos):
+        raise CheckpointError(f"{path} has other silos than its manifest says")
+
+
+def newest(root: Path, server: bool = True, silos: Collection[str] | None = None, below: int | None = None) -> int:
+    """The newest round, below `below`, that is whole as far as this rank is concerned (`check`); -1 for none. Others
+    are skipped with a warning."""
     for round in reversed(sealed_rounds(root)):
         if below is not None and round >= below:
             continue
         try:
-            check(root, round, wanted)
+            check(root, round, server, silos)
         except CheckpointError as error:
             log.warning("skipped checkpoint of round %d: %s", round, error)
             continue
@@ -285,40 +300,18 @@ def newest(root: Path, wanted: Callable[[str, Mapping[str, Any]], bool], below: 
     return -1
 
 
-def read_server(root: Path, round: int) -> dict[str, torch.Tensor]:
-    """All tensors of server.h5, by name."""
-    return _read(folder_of(root, round) / SERVER)
+def read_server(root: Path, round: int) -> dict[Key, torch.Tensor]:
+    """All tensors of server.h5, by key. Raises CheckpointError."""
+    return tensorfile.read(folder_of(root, round) / SERVER)
 
 
-def read_silos(root: Path, round: int, ids: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
+def read_silos(root: Path, round: int, ids: Iterable[str]) -> dict[str, dict[Key, torch.Tensor]]:
     """What each of these silos kept, from whichever rank files hold it. Raises CheckpointError if one is not there."""
     wanted = set(ids)
-    if not wanted:
-        return {}
-    kept: dict[str, dict[str, torch.Tensor]] = {}
-    for file_name, entry in manifest(root, round)["files"].items():
-        here = wanted.intersection(entry.get("silos", ()))
-        if not here:
-            continue
-        with h5py.File(folder_of(root, round) / file_name, "r") as file:
-            for what, group in file.items():
-                name = what.partition(_OTHER)[0]
-                for row, silo in enumerate(group["ids"].asstr()[...]):
-                    if silo in here:
-                        kept.setdefault(silo, {})[name] = torch.from_numpy(np.asarray(group["rows"][row]).copy())
-    missing = sorted(wanted - set(kept))
-    if missing:
+    kept: dict[str, dict[Key, torch.Tensor]] = {}
+    for name, file in manifest(root, round).files.items() if wanted else ():
+        if here := wanted.intersection(file.silos):
+            kept |= tensorfile.read_rows(folder_of(root, round) / name, here)
+    if missing := sorted(wanted - set(kept)):
         raise CheckpointError(f"{folder_of(root, round)}: no state of silo {', '.join(missing[:4])}")
     return kept
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            found[name] = torch.from_numpy(np.asarray(item[()]).reshape(item.shape).copy())
-
-    with h5py.File(path, "r") as file:
-        file.visititems(visit)
-    return found

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from fedmpi import checkpoint, stopping
+from fedmpi import checkpoint, disk, stopping
 from fedmpi.comm import Solo
 from fedmpi.config import ABOUT
 from fedmpi.errors import ConfigError
@@ -54,8 +54,9 @@ class RunDirectory:
         """Make the directory ours; the lock goes with the process."""
         with contextlib.ExitStack() as opened:
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+                disk.make_folder(self.path)
+                lock = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                descriptor = os.open(self.path / ".lock", lock, disk.FILE_MODE)
                 opened.callback(os.close, descriptor)
                 self._take(descriptor)
                 (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
@@ -78,8 +79,8 @@ class RunDirectory:
 
     def _writable(self) -> None:
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            checkpoint.replace_text(self.path / ".writable", "")
+            disk.make_folder(self.path / "checkpoints")
+            disk.replace_text(self.path / ".writable", "")
             (self.path / ".writable").unlink()
         except OSError as error:
             raise ConfigError(f"out: cannot write into {self.path}: {error.strerror}") from None
@@ -110,6 +111,5 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Tensors as safetensors, tied ones once more under each of their names; the file is there whole or not at all."""
     from safetensors.torch import save_file
 
-    part = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part)
-    os.replace(part, path)
+    with disk.replacing(path) as part:
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part)

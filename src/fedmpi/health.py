@@ -1,18 +1,19 @@
 """Does the run still learn? A round's training loss and the norms of its deltas, against those of the rounds before.
 
 The figures are those that every rank has before a round's vectors travel, so all ranks come to the same verdict while
-the state is still that of the round before. Of earlier rounds they are in metrics.jsonl, from where a resumed run
-learns them: it gives up in the round in which it would have without having been stopped.
+the state is still that of the round before. Checkpoints hold those of earlier rounds, so a resumed run gives up in the
+round in which it would have without having been stopped.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import pydantic
+import torch
 
 from fedmpi.components import PositiveInt, component
 
@@ -40,6 +41,16 @@ class Health:
         self._first = math.inf
         self._losses: list[float] = []  # sorted
         self._norms: list[float] = []  # sorted
+
+    def kept(self, doubts: int) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of it, as of a round with so many doubts."""
+        figures = {"first": [self._first], "losses": self._losses, "norms": self._norms, "doubts": [doubts]}
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}
+
+    def take(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `kept` gave."""
+        self._first, self.doubts = kept["first"].item(), int(kept["doubts"].item())
+        self._losses, self._norms = kept["losses"].tolist(), kept["norms"].tolist()
 
     def look(self, number: int, loss: float | None, norm: float | None) -> str:
         """Take in a round; why the run should be given up, or nothing. None: not finite."""

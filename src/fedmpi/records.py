@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
+import re
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from fedmpi import disk
 from fedmpi.comm import launched
+
+log = logging.getLogger("fedmpi")
 
 # In the order of time. A round's row travels in `agree`, so agree and checkpoint are those of the round before.
 PHASES = ("agree", "checkpoint", "select", "train", "wait", "exchange", "step", "evaluate")
@@ -139,35 +145,80 @@ def likeness(gram_KK: np.ndarray, silos: Sequence[str] | None = None) -> dict[st
 # ---------------------------------------------------------------- files
 
 
+METRICS = "metrics.jsonl"
+_CRC = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
+
+
+def line_of(record: Record) -> bytes:
+    """The record as its line of metrics.jsonl; its last field is the CRC-32 of what stands before that field."""
+    body = json.dumps(record)[:-1].encode()
+    return body + b', "crc32": "%08x"}\n' % zlib.crc32(body)
+
+
 def read_metrics(root: Path) -> list[Record]:
-    """The records in metrics.jsonl, oldest first; a torn last line is left out."""
-    records: list[Record] = []
+    """The records in metrics.jsonl, oldest first; lines that are damaged are left out with a warning."""
+    return [record for record, _ in _read(root)[0]]
+
+
+def _read(root: Path) -> tuple[list[tuple[Record, bytes]], list[bytes]]:
+    """The records with their lines, and the lines that are none."""
+    whole: list[tuple[Record, bytes]] = []
+    damaged: list[bytes] = []
+    path = root / METRICS
     try:
-        text = (root / "metrics.jsonl").read_text()
+        lines = disk.read_bytes(path).split(b"\n")
     except FileNotFoundError:
-        return records
-    for line in text.splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+        return whole, damaged
+    except OSError as error:
+        log.warning("%s cannot be read: %s", path, error.strerror or error)
+        return whole, damaged
+    sealed = any(_CRC.search(line) for line in lines)  # else it is older than checksums
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        record = _record_in(line, sealed)
+        if record is None:
+            log.warning("%s, line %d is damaged and left out", path, number)
+            damaged.append(line)
+        else:
+            whole.append((record, line))
+    return whole, damaged
+
+
+def _record_in(line: bytes, sealed: bool) -> Record | None:
+    crc = _CRC.search(line)
+    if crc is not None:
+        line = line[: crc.start()]
+        if int(crc[1], 16) != zlib.crc32(line):
+            return None
+        line += b"}"
+    elif sealed:
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("round")) is int else None
 
 
 class Metrics:
-    """metrics.jsonl, cut at the round that the run resumes from."""
+    """metrics.jsonl, cut at the round that the run resumes from. What is cut is kept beside it: damaged lines in
+    metrics.bad.jsonl, records of rounds that are done again in metrics.undone.jsonl."""
 
     def __init__(self, root: Path, resumed_round: int) -> None:
-        self._path = root / "metrics.jsonl"
-        before = [r for r in read_metrics(root) if r["round"] <= resumed_round]
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text("".join(json.dumps(record) + "\n" for record in before))
-        os.replace(part, self._path)
-        self._file: IO[str] = open(self._path, "a")  # noqa: SIM115
+        path = root / METRICS
+        whole, damaged = _read(root)
+        if damaged:
+            log.warning("%d damaged lines of %s are kept in metrics.bad.jsonl", len(damaged), path)
+        _keep_aside(root / "metrics.bad.jsonl", damaged)
+        _keep_aside(root / "metrics.undone.jsonl", [line for record, line in whole if record["round"] > resumed_round])
+        before = [line + b"\n" for record, line in whole if record["round"] <= resumed_round]
+        disk.replace_bytes(path, b"".join(before))
+        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115
 
     def write(self, record: Record, starts_s: np.ndarray, phases: Mapping[str, np.ndarray]) -> None:
         """One line; `starts_s` and `phases` are for the trace."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(line_of(record))
         self._file.flush()
 
     def sync(self) -> None:
@@ -178,17 +229,25 @@ class Metrics:
         self._file.close()
 
 
+def _keep_aside(path: Path, lines: Sequence[bytes]) -> None:
+    """Lines at the end of a file; nothing for none."""
+    if lines:
+        before = disk.read_bytes(path) if path.exists() else b""
+        disk.replace_bytes(path, before + b"".join(line + b"\n" for line in lines))
+
+
 class Trace:
     """trace.json: one event per phase, rank and round, in the Trace Event format, valid JSON once closed."""
 
     def __init__(self, root: Path, resumed: bool) -> None:
         path = root / "trace.json"
-        old = path.read_bytes().splitlines() if resumed and path.exists() else []
-        self._file = open(path, "wb")  # noqa: SIM115
-        self._empty = True
-        for line in old:
-            with contextlib.suppress(ValueError):  # the brackets, and half an event that a killed run has left
-                self._event(json.dumps(json.loads(line.rstrip(b","))))
+        events = []
+        for line in disk.read_bytes(path).splitlines() if resumed and path.exists() else []:
+            with contextlib.suppress(ValueError, RecursionError):  # brackets, half an event
+                events.append(json.dumps(json.loads(line.rstrip(b","))).encode())
+        disk.replace_bytes(path, b"[\n" * bool(events) + b",\n".join(events))
+        self._file = open(path, "ab")  # noqa: SIM115
+        self._empty = not events
 
     def write(self, record: Record, starts_s: np.ndarray, phases: Mapping[str, np.ndarray]) -> None:
         """starts_s: when each rank began the round; phases: seconds of each rank, in the order they followed."""

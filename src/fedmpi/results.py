@@ -45,12 +45,12 @@ def inspect(root: Path) -> dict[str, Any]:
     """
     config, about = stored(root)
     round = newest(root)
-    params_P = checkpoint.read_server(root, round)["params"][: about["params"]]
+    params_P = checkpoint.read_server(root, round)[checkpoint.PARAMS][: about["params"]]
     best = best_record((r for r in read_metrics(root) if r["round"] <= round), about["metric"], about["maximize"])
     return {
         "rounds": round,
         "params_sha256": sha256(params_P),
-        "metrics": checkpoint.manifest(root, round)["record"],
+        "metrics": checkpoint.manifest(root, round).record,
         "best": best and {k: v for k, v in best.items() if k in ("round", "loss", about["metric"])},
         "config": config,
         "versions": about["versions"],
@@ -59,7 +59,7 @@ def inspect(root: Path) -> dict[str, Any]:
 
 def newest(root: Path) -> int:
     """The newest round whose checkpoint is whole. Raises ConfigError when there is none."""
-    round = checkpoint.newest(root, lambda name, entry: name == checkpoint.SERVER)
+    round = checkpoint.newest(root, silos=())
     if round < 0:
         raise ConfigError(f"{root} holds no whole checkpoint")
     return round
@@ -74,7 +74,7 @@ def choose(root: Path, which: RoundChoice) -> int:
         scored = [(score, -r) for r in sealed if (score := checkpoint.score(root, r)) is not None]
         for _, negative in sorted(scored, reverse=True):
             try:
-                checkpoint.check(root, -negative, lambda name, entry: True)
+                checkpoint.check(root, -negative)
             except CheckpointError as error:
                 log.warning("skipped checkpoint of round %d: %s", -negative, error)
                 continue
@@ -82,7 +82,10 @@ def choose(root: Path, which: RoundChoice) -> int:
         raise ConfigError(f"{root}: no whole checkpoint was evaluated, so none is best")
     if which not in sealed:
         raise ConfigError(f"{root}: no checkpoint of round {which}; there is: {', '.join(map(str, sealed)) or 'none'}")
-    checkpoint.check(root, which, lambda name, entry: True)
+    try:
+        checkpoint.check(root, which)
+    except CheckpointError as error:
+        raise ConfigError(f"{error}; choose another round, there is: {', '.join(map(str, sealed))}") from None
     return which
 
 
@@ -97,7 +100,7 @@ def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
     kept = checkpoint.read_silos(root, round, [silo.id for silo in source.silos])
     rows: dict[str, dict[str, Any]] = {}
     for silo in source.silos:
-        mine = {name: tensor for name, tensor in kept[silo.id].items() if name != "cursor"}
+        mine = {key[1]: tensor for key, tensor in kept[silo.id].items() if key[0] == "kept"}
         local = LocalSilo(silo.id, source.open(silo.id), 0.0, kept=mine)
         row: dict[str, Any] = {"num_test": len(local.data.x_test)}
         own = personal_model(config.local, local, params_P)
@@ -142,7 +145,7 @@ def export(root: Path, target: Path, which: RoundChoice = "newest") -> int:
 def _served(root: Path, round: int) -> torch.Tensor:
     """The parameters that the round's record is about, and behind them what else travels."""
     tensors = checkpoint.read_server(root, round)
-    return tensors.get(checkpoint.AVERAGE, tensors["params"])
+    return tensors.get(checkpoint.AVERAGE, tensors[checkpoint.PARAMS])
 
 
 def _model(root: Path) -> tuple[FlatModel, Config, Source]:

@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ import torch
 import yaml
 
 import fedmpi
-from fedmpi import checkpoint, comm, records, rng, stopping
+from fedmpi import checkpoint, comm, disk, records, rng, stopping
 from fedmpi.assembly import assemble, digest_of
 from fedmpi.components import to_dict
 from fedmpi.config import ABOUT, Config, differences, digest, load
@@ -38,9 +38,12 @@ from fedmpi.flat import signature
 from fedmpi.health import Health
 from fedmpi.records import Record
 from fedmpi.rounds import State, run_round
+from fedmpi.tensorfile import Key
 
-SELECTORS_OWN = "selector/"  # what begins the names of a selector's state
-FILED = "exchange_"  # what begins the names of that which the exchange files under a silo
+# What begins the keys of a checkpoint's tensors; the rest of a key may be any string.
+OPTIMIZER, SELECTOR, HEALTH, EXCHANGE = "optimizer", "selector", "health", "exchange"  # the server's
+KEPT = "kept"  # a silo's, besides what the exchange files under it
+CURSOR: Key = ("cursor",)
 WRITER_S = 30.0  # how long a run that failed waits for the checkpoint that it was writing
 WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
 
@@ -103,9 +106,9 @@ class Run:
         self.comm.together(self._check_stored if self.comm.rank == 0 else lambda: None)
         self._sealed = self._newest()  # the newest round whose checkpoint is sealed; -1 for none
         self.resumed = max(0, self._sealed)
+        self._health = Health(self.config.stop)
         if self._sealed >= 0:
             self._load()
-        self._recall()
         # Not before everything was read: until here nothing on disk has changed.
         self.comm.together(lambda: checkpoint.remove_after(self.out, self._sealed) if self._directory.leads else None)
 
@@ -115,55 +118,46 @@ class Run:
         kept = self.comm.together(lambda: checkpoint.read_silos(self.out, self.resumed, fed.silos))
         filed: Kept = {}
         for name, tensors in kept.items():
-            fed.silos[name].cursor = int(tensors.pop("cursor"))
-            filed[name] = {n.removeprefix(FILED): tensors.pop(n) for n in list(tensors) if n.startswith(FILED)}
-            fed.silos[name].kept = tensors
+            fed.silos[name].cursor = int(tensors[CURSOR])
+            fed.silos[name].kept = _of(KEPT, tensors)
+            filed[name] = _of(EXCHANGE, tensors)
         loads = self.comm.rank == 0
         stored = self.comm.together(lambda: checkpoint.read_server(self.out, self.resumed) if loads else {})
         state, exchange = self.state, fed.exchange
-        kept_P = {f"optimizer/{n}": t for n, t in zip(state.optimizer._fields, state.optimizer, strict=True)}
-        kept_P |= exchange.server_tensors()
+        kept_P = _under(OPTIMIZER, state.optimizer._asdict()) | _under(EXCHANGE, exchange.server_tensors())
         whole = {n: (t.dtype, exchange.num_params) for n, t in kept_P.items()}
-        alike = exchange.vectors(state.params_Q)
+        alike = _under(EXCHANGE, exchange.vectors(state.params_Q))
         alike |= {checkpoint.AVERAGE: state.average_P} if state.average_P is not None else {}
         whole |= {n: (t.dtype, len(t)) for n, t in alike.items()}
-        self.comm.together(lambda: _expect(stored, whole) if loads else None)
+        grows = _under(HEALTH, self._health.kept(0)).keys()
+        self.comm.together(lambda: _expect(stored, whole, grows) if loads else None)
         # A selector's state is what its last round made of it, whatever it began with.
-        of_selector = {n: t for n, t in stored.items() if n.startswith(SELECTORS_OWN)}
-        told = [(n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in of_selector.items()]
-        selector = {n: (getattr(torch, t), shape) for n, t, shape in json.loads(self.comm.say(json.dumps(told), 0))}
-        sizes = (whole | selector).items()
+        told = [(n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in stored.items() if n not in whole]
+        said = json.loads(self.comm.say(json.dumps(told), 0))
+        grown: dict[Key, Any] = {tuple(key): (getattr(torch, dtype), shape) for key, dtype, shape in said}
+        sizes = (whole | grown).items()
         from_0 = {n: stored[n] if loads else torch.empty(size, dtype=dtype) for n, (dtype, size) in sizes}
-        exchange.take_vectors(state.params_Q, from_0, self.resumed)
+        exchange.take_vectors(state.params_Q, _of(EXCHANGE, from_0), self.resumed)
         if state.average_P is not None:
             self.comm.bcast(from_0[checkpoint.AVERAGE])
             state.average_P.copy_(from_0[checkpoint.AVERAGE])
-        for name, part in kept_P.items():
-            exchange.load(part, from_0[name])
-        for name in selector:
-            self.comm.bcast(from_0[name].reshape(-1).view(torch.uint8))
-        new_selector = {n.removeprefix(SELECTORS_OWN): from_0[n].numpy() for n in selector}
+        for key, part in kept_P.items():
+            exchange.load(part, from_0[key])
+        for key in grown:
+            self.comm.bcast(from_0[key].reshape(-1).view(torch.uint8))
+        selector = {n: tensor.numpy() for n, tensor in _of(SELECTOR, from_0).items()}
+        self._health.take(_of(HEALTH, from_0))
         exchange.take(self.resumed, state.params_Q, {silo: tensors for silo, tensors in filed.items() if tensors})
-        about = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed) if loads else {})
-        record = json.loads(self.comm.say(json.dumps(about.get("record")), 0))
-        self.state = replace(self.state, round=self.resumed, selector=new_selector, record=record, written=self.resumed)
-
-    def _recall(self) -> None:
-        """How the rounds before went, as rank 0's metrics.jsonl tells it."""
-        self._health = Health(self.config.stop)
-        found = []
-        if self.comm.rank == 0:
-            before = (r for r in records.read_metrics(self.out) if r["round"] <= self.resumed)
-            found = [(r["round"], r.get("train_loss"), r.get("delta_norm")) for r in before]
-        for number, loss, norm in json.loads(self.comm.say(json.dumps(found), 0)):
-            self._health.look(number, loss, norm)
+        record = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed).record if loads else None)
+        record = json.loads(self.comm.say(json.dumps(record), 0))
+        self.state = replace(self.state, round=self.resumed, selector=selector, record=record, written=self.resumed)
 
     def _judge(self, number: int, loss: float | None, norm: float | None) -> None:
         """Give up where a round shows that the run diverges; what was last good is on disk from the first doubt on."""
         before = self._health.doubts
         why = self._health.look(number, loss, norm)
         if self._health.doubts and not before and self.state.round not in (self._sealed, self._pending):
-            self._checkpoint()
+            self._checkpoint(doubts=0)
         if why:
             raise Diverged(why)
 
@@ -199,18 +193,12 @@ class Run:
 
     def _newest(self) -> int:
         """The newest round that is whole on every rank; each looks at the files it will read."""
-        mine = set(self._federation.silos)
-
-        def wanted(name: str, entry: Mapping[str, Any]) -> bool:
-            return (self.comm.rank == 0 and name == checkpoint.SERVER) or bool(
-                mine.intersection(entry.get("silos", ()))
-            )
-
+        mine = self._federation.silos
         below: int | None = None
         idle = self.comm.rank != 0 and not mine  # reads nothing, so it has no say
         while True:
             found = np.zeros(self.comm.size)
-            found[self.comm.rank] = np.inf if idle else checkpoint.newest(self.out, wanted, below)
+            found[self.comm.rank] = np.inf if idle else checkpoint.newest(self.out, self.comm.rank == 0, mine, below)
             found = self.comm.share(found)
             least = found.min()
             if least < 0:
@@ -257,8 +245,8 @@ class Run:
         def write() -> None:
             if self.unshared and not (self.out / UNSHARED_FILE).exists():
                 save_tensors(self.unshared, self.out / UNSHARED_FILE)
-            checkpoint.replace_text(self.out / CONFIG_FILE, text)
-            checkpoint.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
+            disk.replace_text(self.out / CONFIG_FILE, text)
+            disk.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
             self._metrics = records.Metrics(self.out, self.state.round)
             self._files = [self._metrics]
             if self.config.records.trace:
@@ -317,16 +305,23 @@ class Run:
                     self._seal()
             raise
 
-    def _checkpoint(self) -> None:
-        """Begin to write the state of the round just done."""
+    def _checkpoint(self, doubts: int | None = None) -> None:
+        """Begin to write the state of the round just done, which left so many doubts (None: as many as there are)."""
         if self._pending is not None:
             self._seal()
         fed, state = self._federation, self.state
         optimizer = fed.exchange.settled(state.optimizer, fed.timer.lap)
-        silos = {n: {"cursor": torch.tensor(s.cursor), **s.kept} for n, s in fed.silos.items()}
-        for name, tensors in fed.exchange.kept(state.params_Q).items():
-            silos[name] |= {f"{FILED}{n}": tensor for n, tensor in tensors.items()}
+        filed = fed.exchange.kept(state.params_Q)
+        silos = {
+            name: {
+                CURSOR: torch.tensor(silo.cursor),
+                **_under(KEPT, silo.kept),
+                **_under(EXCHANGE, filed.get(name, {})),
+            }
+            for name, silo in fed.silos.items()
+        }
         whole = _server_tensors(replace(state, optimizer=optimizer), fed.exchange)  # of all ranks' parts
+        whole |= _under(HEALTH, self._health.kept(self._health.doubts if doubts is None else doubts))
         server = whole if self.comm.rank == 0 else None
         # Its own errors come up with the next round's record, or when the checkpoint is sealed.
         self.comm.together(lambda: self._writer.start(state.round, server, silos))
@@ -345,7 +340,7 @@ class Run:
         assert round is not None
         fed = self._federation
         self.comm.together(self._writer.join)
-        rows = self.comm.gather(self._writer.digests(bool(fed.silos)))
+        rows = self.comm.gather(self._writer.digests)
         hosted: list[list[str]] = [[] for _ in range(self.comm.size)]
         for silo, owner in zip(fed.ids, fed.owners, strict=True):
             hosted[owner].append(silo)
@@ -448,19 +443,42 @@ def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> Config:
     return load(config, overrides)[0]
 
 
-def _server_tensors(state: State, exchange: Exchange) -> dict[str, torch.Tensor]:
+def _under(first: str, tensors: Mapping[str, torch.Tensor]) -> dict[Key, torch.Tensor]:
+    """The tensors under keys that begin so."""
+    return {(first, name): tensor for name, tensor in tensors.items()}
+
+
+def _of(first: str, tensors: Mapping[Key, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `_under` was given."""
+    return {key[1]: tensor for key, tensor in tensors.items() if key[0] == first}
+
+
+def _server_tensors(state: State, exchange: Exchange) -> dict[Key, torch.Tensor]:
     """What server.h5 holds, whole on rank 0: the state's own tensors and the exchange's. A call of all ranks."""
-    tensors = exchange.vectors(state.params_Q)
+    tensors = _under(EXCHANGE, exchange.vectors(state.params_Q))
     tensors |= {checkpoint.AVERAGE: state.average_P} if state.average_P is not None else {}
     for name, part in zip(state.optimizer._fields, state.optimizer, strict=True):
-        tensors[f"optimizer/{name}"] = exchange.whole(part)
-    tensors |= {name: exchange.whole(part) for name, part in exchange.server_tensors().items()}
-    of_selector = {name: torch.from_numpy(np.asarray(array)) for name, array in sorted(state.selector.items())}
-    return tensors | {f"{SELECTORS_OWN}{name}": tensor for name, tensor in of_selector.items()}
+        tensors[OPTIMIZER, name] = exchange.whole(part)
+    tensors |= _under(EXCHANGE, {name: exchange.whole(part) for name, part in exchange.server_tensors().items()})
+    return tensors | _under(SELECTOR, {name: _numbers(name, array) for name, array in sorted(state.selector.items())})
 
 
-def _expect(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[torch.dtype, int]]) -> None:
-    for name, (dtype, size) in wanted.items():
-        there = f"{stored[name].dtype} of {stored[name].numel()}" if name in stored else "absent"
+def _numbers(name: str, array: Any) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.asarray(array))
+    except TypeError:
+        raise CheckpointError(f"the selector keeps '{name}' as {np.asarray(array).dtype}, which is no number") from None
+
+
+def _expect(
+    stored: Mapping[Key, torch.Tensor], wanted: Mapping[Key, tuple[torch.dtype, int]], grows: Collection[Key]
+) -> None:
+    """ConfigError unless these tensors are there, those that grow with the run, a selector's, and no others."""
+    for key, (dtype, size) in wanted.items():
+        there = f"{stored[key].dtype} of {stored[key].numel()}" if key in stored else "absent"
         if there != (here := f"{dtype} of {size}"):
-            raise ConfigError(f"the checkpoint's {name} is {there}, this run's {here}")
+            raise ConfigError(f"the checkpoint's {'/'.join(key)} is {there}, this run's {here}")
+    for key in (stored.keys() | grows) - wanted.keys():
+        if key not in stored or (key[0] != SELECTOR and key not in grows):
+            what = "not of this run" if key in stored else "absent"
+            raise ConfigError(f"the checkpoint's {'/'.join(key)} is {what}")

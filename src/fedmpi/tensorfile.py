@@ -1,0 +1,176 @@
+"""One HDF5 file of tensors. Names are data: any strings, none of which HDF5 sees.
+
+    index      JSON, an entry for each dataset: {"key": [...], "dtype": "bfloat16", "shape": [...], "silos": [...]}
+    0, 1, ...  the tensors, in the index's order; as bytes where HDF5 has no plain number of that type
+
+Reading follows nothing out of the file: links, external and virtual storage, objects and text are refused, and so is
+a dataset that the index does not tell of, or that claims more than the file holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from fedmpi import disk
+from fedmpi.errors import CheckpointError
+
+Key = tuple[str, ...]
+
+INDEX = "index"
+_SLICE = 1 << 20  # elements written at a time: the interpreter is free in between
+_PLAIN = {
+    **{torch.float16: "<f2", torch.float32: "<f4", torch.float64: "<f8"},
+    **{torch.int8: "|i1", torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8", torch.uint8: "|u1"},
+}
+_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index says of a dataset."""
+
+    key: Key
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    silos: tuple[str, ...] | None = None  # whose the rows are; None: it has no rows
+
+    @property
+    def stored(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """The dataset's type and shape."""
+        if self.dtype in _PLAIN:
+            return np.dtype(_PLAIN[self.dtype]), self.shape
+        return np.dtype("|u1"), (self.num_bytes,)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Table = tuple[Key, torch.Tensor, Sequence[str] | None]
+
+
+def write(path: Path, tables: Sequence[Table]) -> tuple[bytes, int]:
+    """Write the file so that it is there whole or not at all; its SHA-256 and size come back."""
+    with disk.replacing(path) as part:
+        with h5py.File(part, "w") as file:
+            index = []
+            for number, (key, tensor, silos) in enumerate(tables):
+                entry = Entry(tuple(key), tensor.dtype, tuple(tensor.shape), None if silos is None else tuple(silos))
+                index.append(_to_json(entry))
+                array = _array(tensor)
+                dataset = file.create_dataset(str(number), shape=array.shape, dtype=entry.stored[0])
+                if array.ndim == 1:
+                    for start in range(0, len(array), _SLICE):
+                        dataset[start : start + _SLICE] = array[start : start + _SLICE]
+                elif array.size:
+                    dataset[...] = array
+            file.create_dataset(INDEX, data=np.frombuffer(json.dumps(index).encode(), dtype=np.uint8))
+        with open(part, "rb") as raw:
+            digest = hashlib.file_digest(raw, "sha256").digest()
+            size = raw.tell()
+    return digest, size
+
+
+def contents(path: Path) -> list[Entry]:
+    """What the file holds, once every dataset is found to be what the index says. Raises CheckpointError."""
+    with _opened(path) as (_, entries):
+        return entries
+
+
+def read(path: Path) -> dict[Key, torch.Tensor]:
+    """All tensors without rows. Raises CheckpointError."""
+    with _opened(path) as (file, entries):
+        return {e.key: _tensor(file[str(i)][()], e.dtype, e.shape) for i, e in enumerate(entries) if e.silos is None}
+
+
+def read_rows(path: Path, silos: Collection[str]) -> dict[str, dict[Key, torch.Tensor]]:
+    """What these silos have in the file. Raises CheckpointError."""
+    found: dict[str, dict[Key, torch.Tensor]] = {}
+    with _opened(path) as (file, entries):
+        for number, entry in enumerate(entries):
+            size = entry.num_bytes // max(len(entry.silos or ()), 1)
+            for row, silo in enumerate(entry.silos or ()):
+                if silo in silos:
+                    at = row if entry.dtype in _PLAIN else slice(row * size, (row + 1) * size)
+                    tensor = _tensor(file[str(number)][at], entry.dtype, entry.shape[1:])
+                    found.setdefault(silo, {})[entry.key] = tensor
+    return found
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return (tensor if tensor.dtype in _PLAIN else tensor.reshape(-1).view(torch.uint8)).numpy()
+
+
+def _tensor(array: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    flat = torch.from_numpy(np.array(array).reshape(-1))
+    return flat.view(dtype).reshape(shape)
+
+
+def _to_json(entry: Entry) -> dict[str, Any]:
+    told = {"key": entry.key, "dtype": str(entry.dtype).removeprefix("torch."), "shape": entry.shape}
+    return told if entry.silos is None else {**told, "silos": entry.silos}
+
+
+def _from_json(told: Any) -> Entry:
+    key, shape, silos = tuple(told["key"]), tuple(told["shape"]), told.get("silos")
+    texts = [*key, *(silos or ())]
+    if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError("its index is none")
+    if silos is not None and (len(silos) != shape[0] or len(set(silos)) != len(silos)):
+        raise ValueError("its index has other silos than rows")
+    return Entry(key, _DTYPES[told["dtype"]], shape, None if silos is None else tuple(silos))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[h5py.File, list[Entry]]]:
+    """The file, and what it holds; whatever is wrong with it is a CheckpointError."""
+    try:
+        with open(disk.open_regular(path), "rb") as raw, h5py.File(path, "r") as file:
+            yield file, _checked(file, raw.seek(0, 2))
+    except Exception as error:  # h5py's are of every kind
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _checked(file: h5py.File, file_bytes: int) -> list[Entry]:
+    index = _plain_dataset(file, INDEX, np.dtype("|u1"), None, file_bytes)
+    entries = [_from_json(told) for told in json.loads(index[()].tobytes())]
+    if len(file) != len(entries) + 1:
+        raise ValueError(f"it holds {len(file) - 1} tensors, its index {len(entries)}")
+    if len({(e.key, e.dtype, e.shape[1:] if e.silos is not None else ()) for e in entries}) != len(entries):
+        raise ValueError("its index names a tensor twice")
+    if sum(entry.num_bytes for entry in entries) > file_bytes:
+        raise ValueError("its tensors are larger than the file")
+    for number, entry in enumerate(entries):
+        _plain_dataset(file, str(number), *entry.stored, file_bytes)
+    return entries
+
+
+def _plain_dataset(
+    file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int, ...] | None, most: int
+) -> h5py.Dataset:
+    """A dataset whose numbers lie in this file, all of them, one after the other."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"'{name}' is a link, or not there")
+    found = file[name]
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"'{name}' is no dataset")
+    made = found.id.get_create_plist()
+    if made.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or made.get_external_count():
+        raise ValueError(f"'{name}' is stored elsewhere, or packed")
+    if found.dtype != dtype or found.dtype.metadata or found.shape is None or shape not in (None, found.shape):
+        raise ValueError(f"'{name}' is {found.dtype} of {found.shape}, its index says otherwise")
+    if found.nbytes > most or found.id.get_storage_size() != found.nbytes:
+        raise ValueError(f"'{name}' claims more than the file holds")
+    return found
