@@ -1,6 +1,6 @@
 """A grid of runs, partition x algorithm x seed: one table, one figure.
 
-    mpirun -n 2 python jobs/compare.py configs/compare_heart.yaml [--out DIR] [--only NAME,NAME]
+    mpirun -n 2 python jobs/compare.py configs/compare_heart.yaml [--out DIR] [--only NAME,NAME] [--quick]
 
     base: heart.yaml                            # a configuration beside this file, or its keys
     algorithms:                                 # what each changes, as on the command line of `fedmpi train`
@@ -91,7 +91,7 @@ class Curve(NamedTuple):
 # ---------------------------------------------------------------- the grid
 
 
-def cells(file: Path, out: str | None) -> tuple[Grid, Path, list[Cell]]:
+def cells(file: Path, out: str | None, quick: bool = False) -> tuple[Grid, Path, list[Cell]]:
     """The grid in a file, where its runs lie, and the runs; every configuration is built. Raises ConfigError."""
     grid = build(Grid, read(file)[0], "", "grid")
     base: dict[str, Any] = grid.base if isinstance(grid.base, dict) else {}
@@ -110,7 +110,9 @@ def cells(file: Path, out: str | None) -> tuple[Grid, Path, list[Cell]]:
         for name in known:
             if name not in grid.algorithms:
                 raise ConfigError(f"published.{partition}: no algorithm '{name}'{nearest(name, grid.algorithms)}")
-    root = Path(out or grid.out or f"runs/{file.stem}")
+    root = Path(out or (grid.out or f"runs/{file.stem}") + ("-quick" if quick else ""))
+    if quick:
+        seeds = seeds[:1]
     found = []
     for (partition, one), (algorithm, other), seed in itertools.product(
         partitions.items(), grid.algorithms.items(), seeds
@@ -119,6 +121,8 @@ def cells(file: Path, out: str | None) -> tuple[Grid, Path, list[Cell]]:
         for key, value in [*one.items(), *other.items()]:
             put(values, key, copy.deepcopy(value))
         values |= {"seed": seed, "out": str(root / partition / algorithm / str(seed))}
+        if quick:
+            values["rounds"] = 2
         try:
             found.append(Cell(partition, algorithm, seed, build(fedmpi.Config, values)))
         except ConfigError as error:
@@ -186,8 +190,10 @@ def curve(cell: Cell, grid: Grid) -> Curve:
             each = [v for row in record["silos"].values() if (v := _figure(row, metric)) is not None]
             value = statistics.mean(each) if each else None
         if value is not None:
-            for column, entry in zip(found, (record["round"], value, sent / 1e6, spent_s), strict=False):
-                column.append(entry)
+            found.rounds.append(record["round"])
+            found.values.append(value)
+            found.megabytes.append(sent / 1e6)
+            found.seconds.append(spent_s)
     return found
 
 
@@ -205,8 +211,7 @@ def row(partition: str, algorithm: str, curves: list[Curve], grid: Grid, maximiz
     best = max if maximize else min
     told: dict[str, Any] = {"partition": partition, "algorithm": algorithm, "seeds": len(curves)}
     scored = [c for c in curves if c.values]
-    for name, pick in (("final", lambda c: c.values[-1]), ("best", lambda c: best(c.values))):
-        values = [pick(c) for c in scored]
+    for name, values in (("final", [c.values[-1] for c in scored]), ("best", [best(c.values) for c in scored])):
         told[name] = statistics.mean(values) if values else None
         told[f"{name}_least"], told[f"{name}_most"] = (min(values), max(values)) if values else (None, None)
     told["published"] = (grid.published or {}).get(partition, {}).get(algorithm)
@@ -301,9 +306,9 @@ def tell(grid: Grid, root: Path, all_cells: list[Cell]) -> None:
         print("compare: no figure: it needs the package matplotlib (fedmpi[report])", file=sys.stderr, flush=True)
 
 
-def compare(file: Path, out: str | None, only: list[str], comm: Any) -> None:
+def compare(file: Path, out: str | None, only: list[str], quick: bool, comm: Any) -> None:
     """Run what is missing, then tell. A call of all ranks."""
-    grid, root, all_cells = comm.together(lambda: cells(file, out))
+    grid, root, all_cells = comm.together(lambda: cells(file, out, quick))
     first = comm.together(lambda: to_run(all_cells, only, comm.size) if comm.rank == 0 else [])
     waiting = json.loads(comm.say(json.dumps(first), 0))
     for number, n in enumerate(waiting, start=1):
@@ -318,11 +323,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("--out", help="where the runs lie, the table and the figure")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="algorithms, partitions or seeds")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds of each cell with the first seed: does it run?"
+    )
     given = parser.parse_args(arguments)
     comm = None
     try:
         comm = connect()
-        compare(given.config, given.out, [name for name in given.only.split(",") if name], comm)
+        compare(given.config, given.out, [name for name in given.only.split(",") if name], given.quick, comm)
         comm.finish()
     except FedmpiError as error:  # raised on every rank alike
         if comm.rank == 0 if comm is not None else is_first():

@@ -1,6 +1,6 @@
 """DiLoCo against synchronous AdamW on the same tokens: losses, their ratio, and the bytes that were sent.
 
-    mpirun -n 2 python jobs/diloco.py [--rounds 60] [--steps 50] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/diloco.py [--rounds 60] [--steps 50] [--quick] [KEY=VALUE ...]
 
 DiLoCo is configs/diloco_shakespeare.yaml. Synchronous AdamW is made from it: the same silos visit the same batches in
 the same order, but exchange after every one; the mean of their gradients is one step of one AdamW with the inner
@@ -35,6 +35,7 @@ from fedmpi.components import (
 from fedmpi.server import Moments, Scheduled
 
 CONFIG = Path(__file__).parents[1] / "configs" / "diloco_shakespeare.yaml"
+QUICK = ["data.length=16", "data.stride=64", "model.layers=1", "model.width=16"]
 
 
 @component
@@ -72,11 +73,12 @@ def both(rounds: int, steps: int, overrides: list[str], out: str) -> tuple[fedmp
     given = [f"rounds={rounds}", f"local.steps={steps}", *quiet, *overrides, f"out={out}/diloco"]
     diloco, _ = fedmpi.load(CONFIG, given)
     values: dict[str, Any] = to_dict(diloco)
-    inner = diloco.local.optimizer.arguments
+    local: Any = diloco.local
+    inner = local.optimizer.arguments
     values["local"] |= {"lr": 1.0, "steps": 1, "optimizer": "SGD", "schedule": "constant", "keep_optimizer": False}
     values |= {"rounds": rounds * steps, "evaluate": {"every": steps}, "out": f"{out}/synchronous"}
     synchronous = build(fedmpi.Config, values)
-    adamw = AdamW(lr=diloco.local.lr, schedule=diloco.local.schedule, steps=steps, **inner)
+    adamw = AdamW(lr=local.lr, schedule=local.schedule, steps=steps, **inner)
     return diloco, dataclasses.replace(synchronous, server=dataclasses.replace(synchronous.server, optimizer=adamw))
 
 
@@ -97,8 +99,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="exchanges of DiLoCo")
     parser.add_argument("--steps", type=int, default=50, help="inner steps between two of them")
+    parser.add_argument("--quick", action="store_true", help="2 exchanges of 2 steps of a tiny model: does it run?")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args(arguments)
+    if given.quick:
+        given.rounds, given.steps, given.overrides = 2, 2, [*QUICK, *given.overrides]
     comm = connect()
     with tempfile.TemporaryDirectory() as folder:
         configs = both(given.rounds, given.steps, given.overrides, comm.say(folder, 0))

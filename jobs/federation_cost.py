@@ -1,18 +1,21 @@
 """What federation costs: rounds of `fedmpi.Run` against a plain loop that does the same local work and no exchange.
 
-    mpirun -n 2 python jobs/federation_cost.py [ROUNDS] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/federation_cost.py [ROUNDS] [--quick] [KEY=VALUE ...]
 
 Both do, on every rank, in turns: every silo of the rank from the global parameters through its local epochs, then the
 evaluation of its test data. The plain loop is what one would write in torch without fedmpi. Medians over rounds of the
 slowest rank's wall time; the ratio comes first.
 """
 
+import argparse
 import copy
 import json
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +23,10 @@ import torch
 import fedmpi
 from fedmpi.comm import connect
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 
-def plain_round(module, silos, work, batch, device):
+
+def plain_round(module: torch.nn.Module, silos: dict[str, Any], work: Any, batch: int) -> None:
     """The same epochs over the same silos, as a torch user writes them."""
     for silo in silos.values():
         local = copy.deepcopy(module)
@@ -33,7 +38,7 @@ def plain_round(module, silos, work, batch, device):
             for start in range(0, len(x), work.batch_size):
                 rows = order[start : start + work.batch_size]
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(local(x[rows]), y[rows]).backward()
+                torch.nn.functional.cross_entropy(local(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         local.eval()
         with torch.no_grad():
@@ -42,29 +47,40 @@ def plain_round(module, silos, work, batch, device):
                 (outputs.argmax(1) == silo.data.y_test[start : start + batch]).sum().item()
 
 
-def main():
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 rounds on digits: does it run?")
+    parser.add_argument("rest", nargs="*", metavar="ROUNDS or KEY=VALUE", help="8 rounds unless told otherwise")
+    given = parser.parse_args(arguments)
+    overrides = [word for word in given.rest if "=" in word]
+    rounds = next((int(word) for word in given.rest if "=" not in word), 3 if given.quick else 8)
+    name = "digits.yaml" if given.quick else "fashion.yaml"
     comm = connect()
-    out = comm.say(tempfile.mkdtemp() if comm.rank == 0 else "", 0)
-    overrides = [f"rounds={rounds}", f"out={out}", "local.epochs=1", *sys.argv[2:]]
-    seconds = {"fedmpi": [], "plain": []}
-    with fedmpi.Run("configs/fashion.yaml", *overrides, comm_=comm) as run:
-        config, silos = run.config, run._federation.silos
-        plain = copy.deepcopy(run.model)
-        records = iter(run)
-        work = {
-            "fedmpi": lambda: next(records),
-            "plain": lambda: plain_round(plain, silos, config.local, config.evaluate.batch_size, run.device),
-        }
-        for number in range(rounds):
-            for name in sorted(work, reverse=bool(number % 2)):
-                comm.share(np.zeros(1))
-                start = time.perf_counter()
-                work[name]()
-                mine = np.zeros(comm.size)
-                mine[comm.rank] = time.perf_counter() - start
-                seconds[name].append(float(comm.share(mine).max()))
-        exchange = run.record["seconds"]
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"rounds={rounds}", f"out={comm.say(folder, 0)}/run", "local.epochs=1", *overrides]
+        seconds: dict[str, list[float]] = {"fedmpi": [], "plain": []}
+        phases: dict[str, float] = {}
+        with fedmpi.Run(CONFIGS / name, *overrides, comm_=comm) as run:
+            config, silos = run.config, run._federation.silos
+            plain = copy.deepcopy(run.model)
+            records = iter(run)
+
+            def ours() -> None:
+                phases.update(next(records)["seconds"])
+
+            def theirs() -> None:
+                plain_round(plain, silos, config.local, config.evaluate.batch_size)
+
+            work: dict[str, Callable[[], None]] = {"fedmpi": ours, "plain": theirs}
+            for number in range(rounds):
+                for name in sorted(work, reverse=bool(number % 2)):
+                    comm.share(np.zeros(1))
+                    start = time.perf_counter()
+                    work[name]()
+                    mine = np.zeros(comm.size)
+                    mine[comm.rank] = time.perf_counter() - start
+                    seconds[name].append(float(comm.share(mine).max()))
+        comm.meet()
     if comm.rank == 0:
         median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
         figures = {
@@ -73,9 +89,11 @@ def main():
             "plain_s": round(median["plain"], 4),
             "rounds": rounds - 1,
             "ranks": comm.size,
-            "last_round_s": {k: round(v, 5) for k, v in exchange.items()},
+            "last_round_s": {k: round(v, 5) for k, v in phases.items()},
         }
-        print(json.dumps(figures))
+        print(json.dumps(figures), flush=True)
+    comm.finish()
 
 
-main()
+if __name__ == "__main__":
+    main()

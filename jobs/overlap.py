@@ -1,6 +1,6 @@
 """How much of the exchange `exchange.overlap` hides behind local training.
 
-    mpirun -n 2 python jobs/overlap.py [--params 25e6] [--rounds 8] [--plan replicated]
+    mpirun -n 2 python jobs/overlap.py [--params 25e6] [--rounds 8] [--plan replicated] [--quick]
 
 Local training is a stand-in, over twice as long as the exchange: one sleeps, as if a GPU worked; one computes on the
 rank's core, which the exchange then takes time of. Each is run without and with overlap, in turns, twice. Medians over
@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from fedmpi.comm import connect
 from fedmpi.components import component
 from fedmpi.config import CheckpointSection, EvaluateSection
 from fedmpi.exchange.section import ExchangeSection
+from fedmpi.flat import FlatModel
+from fedmpi.local import LocalSilo, Round
 from fedmpi.models import MLP
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
@@ -58,7 +61,7 @@ class StandIn:
     naps: int = 0  # of a hundredth of a second
     products: int = 0  # of two matrices
 
-    def train(self, silo, model, params_P, round):
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         model.load(params_P)
         for _ in range(self.naps):
             round.check()
@@ -73,11 +76,11 @@ class StandIn:
 MATRIX = torch.full((512, 512), 1e-3)
 
 
-def product():
+def product() -> torch.Tensor:
     return MATRIX @ MATRIX
 
 
-def rounds_of(comm, args, local, overlap):
+def rounds_of(comm: Any, args: argparse.Namespace, local: StandIn, overlap: bool) -> list[dict[str, float]]:
     """Seconds by phase of the rounds in the middle of a run."""
     out = comm.say(tempfile.mkdtemp() if comm.rank == 0 else "", 0)
     width = round((math.sqrt(794**2 + 4 * args.params) - 794) / 2)
@@ -85,7 +88,7 @@ def rounds_of(comm, args, local, overlap):
         rounds=args.rounds,
         out=out,
         data=Noise(comm.size),
-        model=MLP(hidden=[width, width]),
+        model=MLP(hidden=(width, width)),
         local=local,
         exchange=ExchangeSection(plan=args.plan, overlap=overlap),
         checkpoint=CheckpointSection(every=10**6),
@@ -99,18 +102,22 @@ def rounds_of(comm, args, local, overlap):
     return [record["seconds"] for record in records[2:-1]]
 
 
-def slowest(comm, seconds):
+def slowest(comm: Any, seconds: float) -> float:
     mine = np.zeros(comm.size)
     mine[comm.rank] = seconds
     return float(comm.share(mine).max())
 
 
-def main():
-    parser = argparse.ArgumentParser()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=float, default=25e6)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--plan", default="replicated")
-    args = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="a short vector for 5 rounds, one turn: does it run?")
+    args = parser.parse_args(arguments)
+    args.turns = 1 if args.quick else TURNS
+    if args.quick:
+        args.params, args.rounds = 1e5, 5
     comm = connect()
     alone = statistics.median(s["exchange"] + s["step"] for s in rounds_of(comm, args, StandIn(), False))
     torch.set_num_threads(1)
@@ -124,8 +131,8 @@ def main():
         "sleeps": StandIn(naps=math.ceil(length_s / 0.01)),
         "computes": StandIn(products=math.ceil(length_s / per_product_s)),
     }
-    seconds = {}
-    for turn in range(TURNS):
+    seconds: dict[tuple[str, bool], list[dict[str, float]]] = {}
+    for turn in range(args.turns):
         for name, local in stand_ins.items():
             for overlap in (False, True) if turn % 2 == 0 else (True, False):
                 seconds.setdefault((name, overlap), []).extend(rounds_of(comm, args, local, overlap))
@@ -150,7 +157,8 @@ def main():
             "ranks": comm.size,
             "rounds": len(off),
         }
-        print(json.dumps(figures))
+        print(json.dumps(figures), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

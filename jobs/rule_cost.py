@@ -1,6 +1,6 @@
 """What a local rule costs: its rounds against those of plain SGD with as many local steps.
 
-    mpirun -n 2 python jobs/rule_cost.py [--steps 20] [--turns 9] [--only RULE,RULE] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/rule_cost.py [--steps 20] [--turns 9] [--only RULE,RULE] [--quick] [KEY=VALUE ...]
 
 Fashion-MNIST, 4 silos, a LeNet-like CNN, batches of 64; every rule that its lr and steps are enough for, the others are
 named. All runs are open at once and take turns, a round each, in another order every turn; seconds are the slowest
@@ -82,8 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="local steps a round")
     parser.add_argument("--turns", type=int, default=9, help="rounds that count")
     parser.add_argument("--only", default=",".join(RULES.members), metavar="RULE,RULE", help="besides sgd")
+    parser.add_argument("--quick", action="store_true", help="a step of a linear model on digits: does it run?")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args(arguments)
+    if given.quick:
+        given.steps, given.turns, given.overrides = 1, 2, ["data=digits", "model=logistic", *given.overrides]
     comm = connect()
     names = ["sgd", *(name for name in given.only.split(",") if name != "sgd")]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

@@ -1,28 +1,18 @@
 #!/usr/bin/env bash
 # Start-up: from `mpirun -n 4` to the first batch, next to importing torch and mpi4py at the same n. In turns, medians.
-#   bash jobs/startup.sh [REPEATS]
+#   bash jobs/startup.sh [REPEATS | --quick]      --quick: once, on two ranks: does it run?
 set -euo pipefail
-cd "$(dirname "$0")/.."
-RANKS=4 source jobs/setup.sh
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 n=4 repeats=${1:-5}
+[ "$repeats" != --quick ] || n=2 repeats=1
+RANKS=$n
+. jobs/setup.sh
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-cat >"$out/first.py" <<'PY'
-import sys, time
-from fedmpi import Run
-from fedmpi.local import Work
-taken = Work.batches
-def first(self, silo, seed):
-    print("first batch", time.time(), flush=True)
-    return taken(self, silo, seed)
-Work.batches = first
-with Run("configs/digits.yaml", "rounds=1", f"out={sys.argv[1]}") as run:
-    list(run)
-PY
 ours=() imports=()
 for i in $(seq "$repeats"); do
   start=$(date +%s.%N)
-  timeout 120 mpirun -n $n python "$out/first.py" "$out/$i" >"$out/log" 2>&1 || { cat "$out/log"; exit 1; }
+  timeout 120 mpirun -n $n python jobs/first_batch.py "$out/$i" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
   ours+=("$(awk -v s="$start" '/first batch/ { t = $3 - s; if (t > m) m = t } END { print m }' "$out/log")")
   start=$(date +%s.%N)
   timeout 120 mpirun -n $n python -c 'import torch, mpi4py'

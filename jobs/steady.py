@@ -1,6 +1,6 @@
 """The exchange inside `train`: seconds from deltas in place to parameters in place, and whether memory stands still.
 
-    mpirun -n 2 python jobs/steady.py [--params 25e6] [--rounds 30] [EXCHANGE ...]
+    mpirun -n 2 python jobs/steady.py [--params 25e6] [--rounds 30] [--quick] [EXCHANGE ...]
 
 EXCHANGE is what stands under `exchange:` in a configuration, such as '{plan: sharded, up: {codec: int8}}'; all plans
 and the usual codecs unless given. Silos only move their parameters a little, so that rounds are nothing but exchange.
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import Any
 
 if os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072") != "131072" or "MALLOC_TRIM_THRESHOLD_" not in os.environ:
     os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"
@@ -31,6 +32,8 @@ import yaml
 import fedmpi
 from fedmpi.comm import connect
 from fedmpi.components import build
+from fedmpi.flat import FlatModel
+from fedmpi.local import LocalSilo, Round
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
 FED = "feedback: true"
@@ -72,11 +75,11 @@ class Vector(torch.nn.Module):
 class Drift:
     """Local training that only moves parameters, by other amounts in every silo and round."""
 
-    def train(self, silo, model, params_P, round):  # type: ignore[no-untyped-def]
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         model.load(params_P)
         rng = np.random.default_rng([round.number, int(silo.id[-1])])
         bump = torch.from_numpy(rng.standard_normal(1 << 16).astype(np.float32) * 1e-3)
-        own = model.module.w.detach()
+        own = model.module.w.detach()  # type: ignore[operator, union-attr]
         for start in range(0, len(own), len(bump)):
             own[start : start + len(bump)] += bump[: len(own) - start]
         return Contribution(silo.id, round.number, silo.weight, model.take_delta(params_P), 0.0, 1, 1)
@@ -87,7 +90,7 @@ def memory_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def measured(comm, exchange: str, num_params: int, rounds: int, out: str) -> dict[str, object]:  # type: ignore[no-untyped-def]
+def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -> dict[str, object]:
     config = fedmpi.Config(
         rounds=rounds,
         out=out,
@@ -106,14 +109,14 @@ def measured(comm, exchange: str, num_params: int, rounds: int, out: str) -> dic
         made = run._federation.exchange
         finish = made.finish
 
-        def watched(*arguments):  # type: ignore[no-untyped-def]
+        def watched(*arguments: Any) -> Any:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             result = finish(*arguments)
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
             spent["faults"][made.round - 1] = faults * resource.getpagesize()
             return result
 
-        made.finish = watched
+        made.finish = watched  # type: ignore[assignment, method-assign]
         for record in run:
             at = record["round"] - 1
             spent["exchange"][at] = record["seconds"]["exchange"] + record["seconds"]["step"]
@@ -145,12 +148,15 @@ def measured(comm, exchange: str, num_params: int, rounds: int, out: str) -> dic
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=float, default=25e6)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--quick", action="store_true", help="a short vector for 5 rounds: does it run?")
     parser.add_argument("exchange", nargs="*", default=EXCHANGES)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if given.quick:
+        given.params, given.rounds = 1e5, 5
     comm = connect()
     with tempfile.TemporaryDirectory() as folder:
         folder = comm.say(folder, 0)
@@ -161,4 +167,5 @@ def main() -> None:
         comm.meet()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -137,12 +137,11 @@ class Job:
 
     def so_far(self) -> Done:
         """What it has said up to now."""
-        texts = []
         for file in self._outputs:
             file.seek(0)
-            texts.append(file.read().replace("\0", ""))  # Open MPI ends what it says with one
+        out, err = (file.read().replace("\0", "") for file in self._outputs)  # Open MPI ends what it says with one
         rc = self.process.poll()
-        return Done(-1 if rc is None else rc, *texts, time.monotonic() - self.started_s)
+        return Done(-1 if rc is None else rc, out, err, time.monotonic() - self.started_s)
 
     def kill(self) -> None:
         """SIGKILL to all of it at once, as when a node loses its power."""

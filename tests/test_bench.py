@@ -173,9 +173,13 @@ def test_feedback_goes_with_every_codec_that_loses_something(monkeypatch: pytest
     assert [exchange.channel(name).feedback for name in ("identity", "bf16", "int8", "randk")] == [
         *(False, True, True, True)
     ]
-    made = []
-    make = choice.make
-    monkeypatch.setattr(choice, "make", lambda *about: made.append(make(*about)) or made[-1])
+    made, make = [], choice.make
+
+    def noted(*about: Any) -> Any:
+        made.append(make(*about))
+        return made[-1]
+
+    monkeypatch.setattr(choice, "make", noted)
     found = exchange.exchange(Solo(), 5000, 1, [exchange.channel("int8")])
     assert [row["codec"] for row in found if row["feedback"]] == ["int8"]
     assert made[-1].kept(torch.zeros(0))["silo-0"]["feedback"].any() and made[-1].server_tensors()["feedback"].any()

@@ -266,7 +266,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, scores, left):
 
 def test_a_checkpoint_loses_its_manifest_before_anything_else(tmp_path, monkeypatch):
     write(tmp_path, 1, HOSTED[0])
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     checkpoint.remove(tmp_path, 1)
     assert checkpoint.sealed_rounds(tmp_path) == [] and (folder_of(tmp_path, 1) / SERVER).exists()
 

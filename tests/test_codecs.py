@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -13,7 +14,7 @@ import torch
 from fedmpi.codecs import CODECS, QSGD, Identity, Int8, RandK, TopK
 from fedmpi.errors import ConfigError, ExchangeError
 
-VARIANTS = [
+VARIANTS: list[dict[str, Any]] = [
     *({"name": name} for name in CODECS.members),
     *({"name": name, "rounding": "stochastic"} for name in ("int8", "int4")),
     *({"name": "qsgd", "levels": levels} for levels in (1, 40)),

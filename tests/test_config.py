@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 
 import pytest
+import torch
 import yaml
 
 from fedmpi.catalogue import FAMILIES, lines
@@ -14,7 +15,7 @@ from fedmpi.local import Sgd
 from fedmpi.models import make
 from fedmpi.plan import plan
 from fedmpi.server import FedAdam
-from fedmpi.types import Source
+from fedmpi.types import SiloData, Source
 
 
 @pytest.fixture
@@ -380,7 +381,7 @@ def test_a_users_own_component_is_a_component_like_any_other(own, file, name):
 def test_a_users_own_model_factory_is_called_with_the_values_of_the_configuration(own, file):
     text = "model: {name: 'own_components:factory', width: 3}"
     config, _ = load(file(text), ["model.depth=2"])
-    source = Source("regression", (3,), 3, silos=(), open=lambda silo: None)
+    source = Source("regression", (3,), 3, silos=(), open=lambda silo: SiloData(*[torch.zeros(0)] * 4))
     assert [tuple(p.shape) for p in make(config.model, source).parameters()] == [(3, 3), (3,)] * 2
     assert build(Config, to_dict(config)) == config
     said = refusal(load, file(text), ["model.widht=2"])

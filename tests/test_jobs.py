@@ -22,6 +22,7 @@ from fedmpi import results
 from fedmpi.comm import Solo
 from fedmpi.config import load
 from fedmpi.data.digits import Digits
+from fedmpi.records import read_metrics
 
 TOP = Path(__file__).parents[1]
 PATH = f"{os.environ['PATH']}:/usr/bin:/bin"
@@ -129,6 +130,8 @@ def test_quickstart_starts_anew(checkout: Checkout) -> None:
     assert checkout.run("jobs/quickstart.sh rounds=5").returncode == 3
     assert not old.exists()
     assert checkout.calls("mpirun") == ["-n 4 fedmpi train configs/digits.yaml rounds=5"]
+    assert checkout.run("jobs/quickstart.sh --quick").returncode == 3
+    assert checkout.calls("mpirun") == ["-n 2 fedmpi train configs/digits.yaml rounds=1"]
 
 
 def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkout) -> None:
@@ -170,6 +173,8 @@ def test_reproduce_heart_prints_published_beside_ours(checkout: Checkout) -> Non
     assert missing.returncode == 1 and "set FEDMPI_DATA" in missing.stderr and checkout.calls("mpirun") == []
     folder.mkdir(parents=True)
     (folder / "heart_traces.npz").touch()
+    assert checkout.run("jobs/reproduce_heart.sh --quick", FEDMPI_DATA=str(folder.parent)).returncode == 0
+    assert checkout.calls("mpirun") == [f"-n 2 python tests/programs/heart.py {folder.parent} replicated 42 FedAvg100"]
     done = checkout.run("jobs/reproduce_heart.sh FedAvg100 FedProx100", FEDMPI_DATA=str(folder.parent))
     assert done.returncode == 0, done.stderr
     assert checkout.calls("mpirun") == [
@@ -235,7 +240,7 @@ def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(job, tmp_path, 
         "compare: 1 of 2: iid/fedavg/0", "compare: 2 of 2: iid/fedprox/0",
     ]  # fmt: skip
     assert all(path.stat().st_mtime_ns == when for path, when in untouched.items())
-    assert [r["round"] for r in results.read_metrics(cells[0].root)] == [1, 2, 3]
+    assert [r["round"] for r in read_metrics(cells[0].root)] == [1, 2, 3]
     alone, _ = load(cells[0].root / "config.yaml", [f"out={tmp_path}/alone"])
     with fedmpi.Run(alone, comm_=Solo()) as run:
         records = list(run)
@@ -363,29 +368,30 @@ def test_the_servers_adamw_of_deltas_is_torchs_of_gradients(job):
     torch.testing.assert_close(params_P, weight.detach(), rtol=1e-12, atol=1e-12)
 
 
-def text_at_hand():
-    if not (Path(os.environ.get("FEDMPI_DATA", TOP.parent / "shared" / "data")) / "tinyshakespeare").exists():
+@pytest.fixture
+def text_at_hand(monkeypatch):
+    folder = Path(os.environ.get("FEDMPI_DATA", TOP.parent / "shared" / "data"))
+    if not (folder / "tinyshakespeare").exists():
         absent("data", "no tinyshakespeare/ in FEDMPI_DATA nor in ../shared/data")
+    monkeypatch.setenv("FEDMPI_DATA", str(folder))
 
 
 SMALL = ["data.silos=2", "data.length=16", "data.stride=64", "model.layers=1", "model.width=16", "device.name=cpu"]
 
 
-def test_diloco_and_synchronous_adamw_visit_the_same_tokens(job, capsys):
-    text_at_hand()
+def test_diloco_and_synchronous_adamw_visit_the_same_tokens(job, capsys, text_at_hand):
     diloco = job("diloco")
     one, other = diloco.both(2, 3, SMALL, "out")
     assert (one.local.steps, other.local.steps, one.rounds, other.rounds) == (3, 1, 2, 6)
     assert one.local.keep_optimizer and one.server.optimizer.nesterov
     assert (other.server.optimizer.lr, other.server.optimizer.weight_decay) == (one.local.lr, 0.1)
-    diloco.main(["--rounds", "2", "--steps", "3", *SMALL])
+    diloco.main(["--quick", *SMALL])
     figures = json.loads(capsys.readouterr().out)
-    assert figures["samples"][0] == figures["samples"][1] == 2 * 2 * 3 * 16 and figures["exchanges"] == [2, 6]
+    assert figures["samples"][0] == figures["samples"][1] == 2 * 2 * 2 * 16 and figures["exchanges"] == [2, 4]
     assert 0.5 < figures["ratio"] < 2 and figures["diloco_loss"] < 5
 
 
-def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path):
-    text_at_hand()
+def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path, text_at_hand):
     given = [*SMALL, "local.sampler=in_order", "local.batch_size=5", "local.lr=1e-2"]
     given.append("local.schedule={name: linear, floor: 0.25}")
     _, config = job("diloco").both(2, 2, given, str(tmp_path))
@@ -410,12 +416,46 @@ def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path):
 def test_the_cost_of_a_rule_is_told_beside_sgds(job, capsys, monkeypatch):
     cost = job("rule_cost")
     monkeypatch.setattr(cost, "Fashion", lambda silos: Digits(silos=silos))  # which is always there
-    arguments = ["--steps", "1", "--turns", "2", "--only", "scaffold,fedprox"]
-    cost.main([*arguments, "model=logistic", "device.name=cpu"])
+    cost.main(["--quick", "--only", "scaffold,fedprox", "device.name=cpu"])
     said = capsys.readouterr()
     rows = {row["rule"]: row for row in map(json.loads, said.out.splitlines())}
     assert set(rows) == {"sgd", "scaffold", "fedprox"} and rows["sgd"]["ratio"] == rows["sgd"]["ratio_train"] == 1.0
     assert all(row["ratio"] > 0 and row["turns"] == 2 for row in rows.values()) and not said.err
+
+
+def test_the_cost_of_federation_is_a_ratio_of_seconds(job, capsys):
+    job("federation_cost").main(["--quick", "device.name=cpu"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["rounds"] == 2 and figures["fedmpi_s"] > 0 < figures["plain_s"]
+    assert figures["ratio"] == pytest.approx(figures["fedmpi_s"] / figures["plain_s"], rel=0.05)
+    assert 0 < figures["last_round_s"]["exchange"] < figures["last_round_s"]["round"]
+
+
+def test_what_overlap_hides_is_told_for_both_kinds_of_training(job, capsys):
+    threads = torch.get_num_threads()
+    job("overlap").main(["--quick"])
+    torch.set_num_threads(threads)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["training"] for row in rows] == ["sleeps", "computes"]
+    assert all(row["rounds"] == 2 and row["exchange_s"] > 0 < row["thread_s"] for row in rows)
+
+
+def test_the_exchange_inside_training_is_told_beside_a_copy(job, capsys, monkeypatch):
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.setenv(name, "131072")  # or it would start itself anew
+    job("steady").main(["--quick", "{plan: window}", "{plan: sharded, up: {codec: int8, feedback: true}}"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["exchange"][:6] for row in rows] == ["{plan:"] * 2
+    assert all(row["params"] == 100_000 and row["rounds"] == 5 and row["x_memcpy"] > 0 for row in rows)
+
+
+def test_a_grid_runs_quickly_beside_the_real_one(job, tmp_path, capsys):
+    compare = job("compare")
+    arguments = grid(tmp_path / "grid.yaml", partitions={"iid": {}}, out=str(tmp_path / "real"))
+    compare.main([arguments[0], "--quick"])
+    assert "compare: 2 of 2: iid/fedprox/0" in capsys.readouterr().err
+    assert [r["round"] for r in read_metrics(tmp_path / "real-quick/iid/fedavg/0")] == [1, 2]
+    assert not (tmp_path / "real").exists()
 
 
 def test_a_rule_that_needs_more_than_a_rate_and_steps_is_named(job):

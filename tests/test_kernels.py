@@ -7,6 +7,7 @@ from test_codecs import LENGTHS, buffer, every_codec, vector
 
 from fedmpi import codecs
 from fedmpi.codecs import CODECS
+from fedmpi.errors import ExchangeError
 from fedmpi.kernels import cpu, cuda, plain
 
 ROOMS = {"cpu": (cpu, codecs._array), "plain": (plain, codecs._array), "cuda": (cuda, codecs._tensor)}
@@ -52,7 +53,7 @@ def test_kernels_have_the_bits_of_their_twin(codec, room, make, monkeypatch):
 def test_kernels_refuse_alike(codec, room, at, monkeypatch):
     x = torch.ones(5000)
     x[at] = float("nan")
-    with pytest.raises(codecs.ExchangeError, match="NaN"):
+    with pytest.raises(ExchangeError, match="NaN"):
         everything(codec, room, monkeypatch, x, False)
 
 
@@ -119,7 +120,8 @@ def test_selection_is_exact_whatever_the_values(room):
                     assert np.array_equal(kept, x)
                 else:
                     tensors = [torch.from_numpy(a) for a in (x, none, none, found)]
-                    assert cuda.select(tensors[0], 1.0, *tensors[1:3], k, floor, tensors[3]) == count
+                    on_device, empty, nothing, into = tensors
+                    assert cuda.select(on_device, 1.0, empty, nothing, k, floor, into) == count
                 assert np.array_equal(found, wanted)
 
 

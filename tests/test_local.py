@@ -250,14 +250,14 @@ def test_an_optimizer_goes_on_from_what_was_kept(name, dtype):
     whole, optimizer = new()
     steps(whole, optimizer, range(6))
     parts, optimizer = new()
+    kept: dict[str, torch.Tensor] = {}
     for numbers in (range(2), range(2, 3), range(3, 6)):
         optimizer = cls(parts, lr=0.01, **takes)
+        before = {key: tensor.clone() for key, tensor in kept.items()}
         if numbers.start:
-            before = {key: tensor.clone() for key, tensor in kept.items()}  # noqa: F821
-            put_back(optimizer, kept)  # noqa: F821
+            put_back(optimizer, kept)
         steps(parts, optimizer, numbers)
-        if numbers.start:
-            assert all(torch.equal(kept[key], before[key]) for key in kept)  # noqa: F821
+        assert all(torch.equal(kept[key], before[key]) for key in kept)
         kept = state_to_keep(optimizer)
         assert all(tensor.dtype != torch.bfloat16 for tensor in kept.values())
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))

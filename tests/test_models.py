@@ -6,11 +6,13 @@ import torch
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError
 from fedmpi.models import MODELS, make
-from fedmpi.types import Source
+from fedmpi.types import SiloData, Source
 
 
 def source(task="classification", shape=(1, 28, 28), num_classes=10):
-    return Source(task=task, shape=shape, num_classes=num_classes, silos=(), open=lambda silo: None)
+    return Source(
+        task=task, shape=shape, num_classes=num_classes, silos=(), open=lambda silo: SiloData(*[torch.zeros(0)] * 4)
+    )
 
 
 TEXT = source("next_token", (12,), 65)

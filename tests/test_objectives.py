@@ -38,7 +38,7 @@ def test_set(task):
     return outputs, (targets > 0).float() if task == "binary" else targets
 
 
-test_set.__test__ = False
+test_set.__test__ = False  # type: ignore[attr-defined]
 
 
 def by_hand(task, outputs, targets):
@@ -79,7 +79,7 @@ def test_training_loss_is_a_scalar_with_a_gradient(task):
 
 def test_modes_are_restored_one_by_one(task):
     model = Fixed()
-    resolve(Objective(), task).evaluate(model, *test_set(task), 10, "cpu")
+    resolve(Objective(), task).evaluate(model, *test_set(task), 10, "cpu")  # type: ignore[call-arg]
     assert model.training and model.noise.training and not model.frozen.training
 
 
@@ -113,7 +113,8 @@ def test_every_name_works_for_every_task_it_is_for():
     for known, field in ((LOSSES, "loss"), (METRICS, "metric")):
         for name in known:
             for of in known[name]:
-                loss, metric, _ = resolve(Objective(**{field: name}), of).evaluate(Fixed(), *test_set(of), 10, "cpu")
+                resolved = resolve(Objective(**{field: name}), of)
+                loss, metric, _ = resolved.evaluate(Fixed(), *test_set(of), 10, "cpu")  # type: ignore[call-arg]
                 assert math.isfinite(loss) and math.isfinite(metric)
 
 
@@ -142,7 +143,7 @@ def test_your_own_functions_see_the_whole_test_set(tmp_path, monkeypatch):
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    import own_scores
+    import own_scores  # type: ignore[import-not-found]
 
     outputs, targets = test_set("binary")
     both = resolve(Objective(loss="own_scores:spread", metric="own_scores:ranked"), "binary")

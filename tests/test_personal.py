@@ -1,6 +1,7 @@
 """Models of the silos' own: what is scored, what is kept, what never leaves."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -45,8 +46,8 @@ def done(config):
     """The records, and the run when it was over."""
     with fedmpi.Run(config, comm_=Solo()) as run:
         records = list(run)
-        run.final_P = run.params_P.clone()
-        run.silos = dict(run._federation.silos)
+        run.final_P = run.params_P.clone()  # type: ignore[attr-defined]
+        run.silos = dict(run._federation.silos)  # type: ignore[attr-defined]
     return records, run
 
 
@@ -293,7 +294,7 @@ def test_a_rule_writes_nothing_that_is_not_its_own(values, parameters):
             calls = []
             silo = LocalSilo("a", data, 23.0, cursor, dict(kept))
             before = {name: (tensor, tensor.clone()) for name, tensor in kept.items()}
-            about = Round(number, 3, 7, nn.functional.cross_entropy, lambda calls=calls: calls.append(1))
+            about = Round(number, 3, 7, nn.functional.cross_entropy, partial(calls.append, 1))
             done = rule.train(silo, model, params_P, about)
             assert torch.equal(params_P, start_P) and len(calls) >= done.num_steps
             assert silo.cursor - cursor == done.num_samples > 0

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def test_a_board_is_the_same_on_every_rank_wherever_silos_live(owners):
 
 def test_the_phases_of_a_round_add_up_to_its_time(monkeypatch):
     clock = iter([0.0, 1.0, 1.5, 4.0, 4.0])
-    monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     timer = Timer()
     for phase in ("select", "train", "exchange"):
         timer.lap(phase)
@@ -311,9 +312,9 @@ def test_the_figures_of_own_models_stand_beside_the_global_ones(tmp_path, monkey
 
     own = {"personal_loss": 0.1, "personal_accuracy": 0.9}
     record = {**RECORD, **own, "silos": {**RECORD["silos"], "a": {**RECORD["silos"]["a"], **own}}}
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=(text := io.StringIO()), width=120)
     console.print(silo_table(record, "accuracy"))
-    assert "personal accuracy" in console.file.getvalue()
+    assert "personal accuracy" in text.getvalue()
     assert [row[-2:] for row in cells(console)] == [["0.7500", "0.9000"], ["-", "-"], ["0.7500", "0.9000"]]
     with open(tmp_path / "log", "w") as file:
         monkeypatch.setattr(sys, "stdout", file)

@@ -19,6 +19,7 @@ from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.flat import FlatModel, sha256
+from fedmpi.records import read_metrics
 
 # ---------------------------------------------------------------- against the reference
 
@@ -167,7 +168,7 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, kind):
             assert [figures(r) for r in before + rest] == [figures(r) for r in records]
         assert sha256(resumed.params_P) == sha256(undisturbed.params_P)
         assert everything(tmp_path / out) == everything(tmp_path / "a")
-        assert [figures(r) for r in results.read_metrics(tmp_path / out)] == [figures(r) for r in records]
+        assert [figures(r) for r in read_metrics(tmp_path / out)] == [figures(r) for r in records]
 
 
 def test_resuming_gives_the_same_bits_on_several_threads_too(tmp_path, monkeypatch):

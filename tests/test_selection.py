@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ IDS = list("abcdef")
 N = np.array([12.0, 30.0, 18.0, 7.0, 25.0, 60.0])
 K = len(IDS)
 HALF = {"fraction": 0.5}
-SPECS = {
+SPECS: dict[str, list[dict[str, Any]]] = {
     "all": [{}],
     "uniform": [HALF, {**HALF, "weights": "inverse"}],
     "proportional": [HALF, {**HALF, "replace": False}],
@@ -292,7 +293,12 @@ def test_what_a_bandit_remembers_fades_round_by_round():
 def test_thompson_draws_from_the_papers_posterior(monkeypatch):
     """Agrawal and Goyal 2013, Algorithm 2: N(earned / (t + 1), 1 / (t + 1)), rewards halved by the largest."""
     scores = []
-    monkeypatch.setattr(losses_, "highest", lambda drawn_K, size, rng: scores.append(drawn_K) or np.arange(size))
+
+    def highest(drawn_K, size, rng):
+        scores.append(drawn_K)
+        return np.arange(size)
+
+    monkeypatch.setattr(losses_, "highest", highest)
     state = {name: np.array(value) for name, value in EARNED.items()} | {"loss": np.full(6, np.nan)}
     selector, rng, draws = make("thompson", {"fraction": 0.3, "deviation": 2.0}), np.random.default_rng(0), 20_000
     for _ in range(draws):
@@ -335,7 +341,7 @@ def test_traces_in_a_file_become_part_of_the_configuration(tmp_path):
     (tmp_path / "t.csv").write_text("silo,from,to\na,1,3\nc,2,4\na,5,6\n")
     for name in ("t.json", "t.csv"):
         config = build(Config, {"select": {"name": "available", "traces": str(tmp_path / name)}})
-        assert config.select.traces == wanted
+        assert config.select.traces == wanted  # type: ignore[attr-defined]
     for content in ("{", '{"a": 3}', "silo,when\na,1\n"):
         for name in ("bad.json", "bad.csv"):
             (tmp_path / name).write_text(content)

@@ -1,6 +1,7 @@
 """Files of tensors: any name and type comes back, and nothing outside the file is ever read."""
 
 import json
+from typing import Any
 
 import h5py
 import numpy as np
@@ -51,7 +52,7 @@ def test_silos_and_the_server_keep_tensors_under_any_name_and_of_any_type(tmp_pa
     kept |= {("kept", f"scalar {dtype}"): of_type(dtype) for dtype in TYPES}
     kept |= {("exchange", name): torch.zeros(0, 3) for name in NAMES} | {("cursor",): torch.tensor(2**60)}
     kept |= {("kept", "conjugate"): torch.tensor([1 + 2j]).conj(), ("kept", "turned"): torch.arange(6.0).view(2, 3).T}
-    silos = {
+    silos: dict[str, dict[Any, torch.Tensor]] = {
         "a": kept,
         "b/#": {key: tensor.clone() for key, tensor in kept.items()},
         "c": {("cursor",): torch.tensor(1)},

@@ -38,7 +38,8 @@ def fedsgd_clipped(problem: Problem) -> list[np.ndarray]:
 
 def fedprox_adaptive(problem: Problem) -> list[np.ndarray]:
     """Li et al. 2020, Algorithm 2 and section 5.3: each silo's mu follows its own loss."""
-    mu, last, falls = [0.25] * problem.num_silos, [None] * problem.num_silos, [0] * problem.num_silos
+    mu, falls = [0.25] * problem.num_silos, [0] * problem.num_silos
+    last: list[float | None] = [None] * problem.num_silos
     changed = set()
 
     def local(k: int, w: np.ndarray) -> np.ndarray:
@@ -330,8 +331,8 @@ def moon(problem: Problem) -> list[np.ndarray]:
 
     def local(k: int, start: np.ndarray) -> np.ndarray:
         w = y = torch.from_numpy(start)
-        for x, targets in problem.steps(k, STEPS):
-            x, targets = torch.from_numpy(x), torch.from_numpy(targets)
+        for batch in problem.steps(k, STEPS):
+            x, targets = map(torch.from_numpy, batch)
             y = y.detach().requires_grad_()
             z = hidden(y, x)
             loss = (z @ y[-5:-1] + y[-1] - targets).square().mean()

@@ -36,7 +36,7 @@ def optimal(problem: Problem) -> list[np.ndarray]:
     for cohort in problem.cohorts:
         largest = max(norms.values(), default=1.0)
         u = {k: problem.n[k] * norms.get(k, largest) for k in range(K)}
-        rising = sorted(range(K), key=lambda k, u=u: u[k])
+        rising = sorted(range(K), key=u.__getitem__)
         fitting = [
             n for n in range(1, K + 1) if 0 < m + n - K <= sum(u[k] for k in rising[:n]) / u[rising[n - 1]] + 1e-12
         ]
