@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fedmpi
-from fedmpi import checkpoint, results, stopping
+from fedmpi import checkpoint, results
 from fedmpi.comm import Solo
 from fedmpi.components import build, component
 from fedmpi.config import Config
@@ -142,14 +142,10 @@ def rank_distance(outputs, targets):
 
 
 @pytest.fixture(autouse=True)
-def put_back(monkeypatch):
+def put_back():
     """What a run changes in its process is put back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    monkeypatch.setattr(stopping, "_received", [])
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(exact)
 

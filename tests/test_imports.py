@@ -13,7 +13,7 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "disk", "rng", "types", "components", "stopping", "worker", "kernels"),
+    *("errors", "output", "disk", "rng", "types", "components", "stopping", "worker", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "objectives", "models", "data"),
     *("local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "directory", "assembly", "train"),

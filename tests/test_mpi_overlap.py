@@ -69,7 +69,7 @@ def test_signal_while_an_exchange_is_under_way(place: Place) -> None:
         os.kill(place.busy(job, "late-stop")[1], signal.SIGUSR1)
         done = job.wait(30)
     assert done.rc == 3, done.tails
-    stopped = "fedmpi: stopped in round 2: SIGUSR1 (rank 1); round 1 is on disk"
+    stopped = "fedmpi: stopped in round 2: SIGUSR1 (rank 1); round 1 is on disk; the same command resumes"
     assert own_lines(done) == [stopped], done.tails
     done = place.train(3, "late-stop", *LATE)
     assert done.rc == 0 and "resumed after round 1" in done.out, done.tails

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 from mpi import FEDMPI, cpu_seconds, until
@@ -18,12 +19,17 @@ from fedmpi import checkpoint
 
 @pytest.mark.parametrize(("how", "rank", "whole"), (("SIGUSR1", 1, 1), ("SIGTERM", 0, 0)))
 def test_signal_in_a_ten_minute_round(place: Place, undisturbed: str, how: str, rank: int, whole: int) -> None:
-    """One rank gets it; all end in the midst of the round after `whole`."""
+    """One rank gets it, again and again until it is gone; all end in the midst of the round after `whole`."""
     with place.start(2, how, **TEN_MINUTES, AFTER=str(whole * STEPS)) as job:
-        os.kill(place.busy(job, how)[rank], getattr(signal, how))
+        pid = place.busy(job, how)[rank]
+        with suppress(ProcessLookupError):
+            while job.process.poll() is None:
+                os.kill(pid, getattr(signal, how))
+                time.sleep(0.02)
         done = job.wait(20)
     assert done.rc == 3, done.tails
-    stopped = f"fedmpi: stopped in round {whole + 1}: {how} (rank {rank}); round {whole} is on disk"
+    on_disk = f"round {whole} is on disk; the same command resumes"
+    stopped = f"fedmpi: stopped in round {whole + 1}: {how} (rank {rank}); {on_disk}"
     assert own_lines(done) == [stopped], done.tails
     assert place.rounds(how) == [whole]
     done = place.train(3, how)
@@ -42,10 +48,24 @@ def test_fedmpi_stop_in_a_ten_minute_round(place: Place, undisturbed: str) -> No
         subprocess.run([FEDMPI, "stop", "stop"], cwd=place.folder, check=True, timeout=30, capture_output=True)
         done = job.wait(20)
     assert done.rc == 3, done.tails
-    assert own_lines(done) == ["fedmpi: stopped in round 2: fedmpi stop (rank 0); round 1 is on disk"], done.tails
+    on_disk = "round 1 is on disk; the same command resumes"
+    assert own_lines(done) == [f"fedmpi: stopped in round 2: fedmpi stop (rank 0); {on_disk}"], done.tails
     assert place.rounds("stop") == [1]
     assert place.train(2, "stop", dedicated).rc == 0
     assert place.sha("stop") == undisturbed
+
+
+def test_ctrl_c_at_mpirun_says_what_remains(place: Place) -> None:
+    """The launcher leaves its ranks half a second, and passes on nothing that they say in it."""
+    with place.start(2, "interrupted", "checkpoint.every=1", **TEN_MINUTES, AFTER=str(STEPS)) as job:
+        place.busy(job, "interrupted")
+        until(lambda: place.rounds("interrupted") == [1], 20)
+        os.kill(job.process.pid, signal.SIGINT)
+        done = job.wait(20)
+    assert own_lines(done) == ["fedmpi: ended by the launcher: round 1 is on disk; the same command resumes"], (
+        done.tails
+    )
+    assert place.rounds("interrupted") == [1]
 
 
 @pytest.mark.parametrize("moment_s", (0.2, 0.6, 1.2))

@@ -7,10 +7,13 @@ import sys
 
 def main() -> None:
     """Run the command. Handlers for stop signals stand before anything heavy is imported."""
-    if sys.argv[1:2] == ["train"]:
-        from fedmpi.stopping import listen
+    from fedmpi import output
 
-        listen()
+    output.open_streams()
+    if sys.argv[1:2] == ["train"]:
+        from fedmpi import stopping
+
+        stopping.own_process()
     from fedmpi.cli import app
 
     app()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmpi.errors import ConfigError, FedmpiError, Stopped
+from fedmpi.errors import ConfigError, FedmpiError
+from fedmpi.output import say
 
 if TYPE_CHECKING:
     from fedmpi.comm import Solo
@@ -57,12 +59,19 @@ def _command(version: Version = False) -> None:
 
 
 def _answer(work: Callable[[], None]) -> None:
-    """Run it; what fedmpi says no to is one line and an exit code."""
+    """Run it; what fedmpi says no to is one line and an exit code, and so is an answer that cannot be written."""
     try:
         work()
+        sys.stdout.flush()
     except FedmpiError as error:
-        typer.echo(f"fedmpi: {error}", err=True)
+        say(f"fedmpi: {error}", error=True)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF) or error.filename is not None:
+            raise
+        if error.errno != errno.EPIPE:  # as in `| head -1`
+            say(f"fedmpi: cannot write the answer: {error.strerror}", error=True)
+        raise typer.Exit(1) from None
 
 
 @app.command(epilog=EXIT_CODES)
@@ -86,37 +95,15 @@ def _on_ranks(work: Callable[[Solo], None]) -> None:
     except FedmpiError as error:
         # Errors of this kind are raised on every rank alike; one speaks, all leave together.
         if comm.rank == 0 if comm is not None else ranks.is_first():
-            print(f"fedmpi: {error}", file=sys.stderr, flush=True)
+            say(ranks.told(error), error=True)
         if comm is not None:
-            _leave(comm, error)
+            ranks.leave(comm, error)
         raise typer.Exit(error.exit_code) from None
     except BaseException as error:
         # One rank's own: an exception would abort the others by itself, but not an exit or Ctrl-C, which are none.
-        if (
-            comm is not None
-            and comm.size > 1
-            and not (isinstance(error, SystemExit) and error.code == Stopped.exit_code)
-        ):
+        if comm is not None and comm.size > 1:
             sys.excepthook(type(error), error, error.__traceback__)
         raise
-
-
-def _leave(comm: Solo, error: FedmpiError) -> None:
-    """Meet the other ranks and let MPI end; should one not come, end it, and say why: rank 0 has not."""
-
-    # The error has frames with tensors: the timer's thread must not be the last to let go of them as Python ends.
-    text, code = str(error), error.exit_code
-
-    def give_up() -> None:
-        if comm.rank:
-            print(f"fedmpi: rank {comm.rank}: {text}", file=sys.stderr, flush=True)
-        comm.abort(code)
-
-    late = threading.Timer(10.0, give_up)
-    late.daemon = True
-    late.start()
-    comm.finish()
-    late.cancel()
 
 
 def _train(comm: Solo, config: str, overrides: list[str]) -> None:
@@ -126,9 +113,9 @@ def _train(comm: Solo, config: str, overrides: list[str]) -> None:
     with Run(config, *overrides, comm_=comm) as run:
         progress = None
         if comm.rank == 0:
-            print(_headline(run), flush=True)
+            say(_headline(run))
             if run.resumed >= run.config.rounds:
-                print(f"nothing to do: {run.resumed} rounds are done; rounds=N goes on", flush=True)
+                say(f"nothing to do: {run.resumed} rounds are done; rounds=N goes on")
             progress = Progress(run.config.rounds, run.resumed, run.metric)
         try:
             for record in run:
@@ -141,9 +128,9 @@ def _train(comm: Solo, config: str, overrides: list[str]) -> None:
         from rich.console import Console
 
         live = on_terminal()
-        console = Console(width=None if live else 100, force_terminal=live)
+        console = Console(file=(table := io.StringIO()), width=None if live else 100, force_terminal=live)
         console.print(silo_table(run.record, run.metric))
-        console.print(f"results in {run.out}: fedmpi inspect {run.out}", highlight=False, soft_wrap=True)
+        say(f"{table.getvalue()}results in {run.out}: fedmpi inspect {run.out}")
 
 
 def _headline(run: Any) -> str:

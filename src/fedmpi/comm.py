@@ -14,8 +14,11 @@ import copy
 import functools
 import hashlib
 import os
+import pwd
 import socket
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections import deque
@@ -27,7 +30,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from fedmpi import stopping
 from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
+from fedmpi.output import flush, say
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -501,8 +506,7 @@ class Comm(Solo):
             self._control.Recv(buffer, source=sender, status=status)
 
     def abort(self, code: int) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         time.sleep(0.1)  # a launcher hears of the abort by another way than of what was said last, and is to print both
         self._mpi.COMM_WORLD.Abort(code)
 
@@ -515,6 +519,8 @@ def connect() -> Solo:
     Raises ConfigError when the launcher's number of ranks is not the world's: mixing one MPI's launcher with another's
     library gives N worlds of one rank, which would each train alone and write over each other.
     """
+    if not os.environ.get("HOME"):  # Open MPI does not start without, and looks there for settings only
+        os.environ["HOME"] = _home()
     # Its one-sided component complains about itself wherever windows are made; it is for other networks.
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     # Over TCP it announces messages beyond 64 KiB and waits for an answer, which comes behind whatever the other side
@@ -556,33 +562,70 @@ def is_first() -> bool:
 
 
 def _abort_on_uncaught(comm: Solo) -> None:
-    """One rank that dies of an exception leaves the others in a collective for ever, unless it ends them."""
+    """One rank that dies of an exception leaves the others in a collective for ever, unless it ends them. What all
+    raise alike, such as a stop, ends all in order; a rank alone in the world ends as Python would have it."""
+    before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         if isinstance(error, FedmpiError):
-            # Raised on every rank alike: one speaks, and the others give it the time to. Who is still there after that
-            # is alone with it.
-            code = error.exit_code
-            if comm.rank:
-                time.sleep(5.0)
-            print(f"fedmpi: {f'rank {comm.rank}: ' if comm.rank else ''}{error}", file=sys.stderr, flush=True)
-        elif code == 1:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            print(f"fedmpi: rank {comm.rank} failed\n{text}", file=sys.stderr, flush=True)
-        if comm.size > 1:
+            if comm.rank == 0:
+                say(told(error), error=True)
+            leave(comm, error)
+            if not hasattr(sys, "ps1"):  # where somebody types, Python goes on
+                raise SystemExit(error.exit_code)
+        elif comm.size == 1:
+            before(kind, error, trace)
+        else:
+            code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+            if code == 1:
+                text = "".join(traceback.format_exception(kind, error, trace))
+                say(f"fedmpi: rank {comm.rank} failed\n{text}", error=True)
             comm.abort(code)
-        sys.stdout.flush()
-        os._exit(code)
 
     sys.excepthook = hook
+
+
+def told(error: FedmpiError) -> str:
+    """What a user is told of it."""
+    return "\n".join([f"fedmpi: {error}", *getattr(error, "__notes__", ())])
+
+
+def leave(comm: Solo, error: FedmpiError) -> None:
+    """All ranks have raised the same: meet, so that MPI can end. Should one not come, this rank is alone with it: end
+    all and say why, for rank 0 has not."""
+    stopping.ignore()
+    if comm.size == 1:
+        return
+    # The error has frames with tensors: the timer's thread must not be the last to let go of them as Python ends.
+    text, code = str(error), error.exit_code
+
+    def give_up() -> None:
+        if comm.rank:
+            say(f"fedmpi: rank {comm.rank}: {text}", error=True)
+        comm.abort(code)
+
+    if comm.open_runs:  # one that was not closed may be in the midst of an exchange
+        time.sleep(5.0 if comm.rank else 0.0)  # rank 0 has spoken for all that are there
+        give_up()
+    late = threading.Timer(10.0, give_up)
+    late.daemon = True
+    late.start()
+    comm.finish()
+    late.cancel()
 
 
 def _abort_if_open(comm: Solo) -> None:
     """sys.exit() in the middle of a run is no exception that a hook would see."""
     if comm.open_runs and comm.size > 1:
-        print(f"fedmpi: rank {comm.rank} exits in the middle of a run", file=sys.stderr, flush=True)
+        say(f"fedmpi: rank {comm.rank} exits in the middle of a run", error=True)
         comm.abort(1)
+
+
+def _home() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # a container's user without a name
+        return tempfile.gettempdir()
 
 
 def _cores() -> tuple[bytes, int]:

@@ -24,6 +24,7 @@ import numpy as np
 
 from fedmpi import disk
 from fedmpi.comm import launched
+from fedmpi.output import say
 
 log = logging.getLogger("fedmpi")
 
@@ -306,7 +307,7 @@ class TensorBoard:
 def on_terminal() -> bool:
     """Does somebody watch standard output? Open MPI's mpirun gives its ranks a terminal of their own even when its
     output goes into a file, so under a launcher it is the parent's output that counts."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         return False
     if launched() == 0:
         return True
@@ -336,9 +337,10 @@ class Progress:
     def write(self, record: Record) -> None:
         text = self._line(record)
         if self._bar is None:
-            print(f"round {record['round']:>{len(str(self._rounds))}}/{self._rounds}  {text}", flush=True)
+            say(f"round {record['round']:>{len(str(self._rounds))}}/{self._rounds}  {text}")
         else:
-            self._bar.update(self._task, completed=record["round"], description=text)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._bar.update(self._task, completed=record["round"], description=text)
 
     def _line(self, record: Record) -> str:
         parts = [f"train {_figure(record['train_loss'])}"]
@@ -352,7 +354,8 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
 
 def _figure(value: float | None) -> str:

@@ -5,18 +5,26 @@ its own signal flag, the file that `fedmpi stop DIR` writes (rank 0), and notice
 hastens: whether the round goes on is decided by all ranks together, in the small collective that every rank enters at
 the end of its training, whole or broken off. That is why nobody can be left waiting.
 
+Handlers belong to a run: when it is over, the ones before are back and what it got is forgotten. The command's own
+process does nothing else, so there they stay until its end.
+
 This module imports nothing heavy: handlers must stand before MPI and torch are imported, because a batch system may
 signal a job while it starts.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import math
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmpi.comm import Solo
@@ -26,22 +34,117 @@ STOP_FILE = "stop"  # in the run directory
 # What a rank says of its part of a round, and what a notice says; the larger one wins.
 READY, STOP, FAILED = 0, 1, 2
 
-_received: list[str] = []  # names of the stop signals this process got
+ASKS = (signal.SIGUSR1, signal.SIGTERM)  # what asks a run to stop; Ctrl-C too, once rounds could be lost by it
+LAUNCHER_S = 1.0  # Open MPI's mpirun sends SIGCONT, SIGTERM and SIGKILL, a quarter of a second between each
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+_received: list[str] = []  # names of the stop signals this process got and no run has answered
+_before: dict[int, Handler] = {}  # the handlers that were there before ours
+_listening = 0  # runs that are open
+_owned = False  # does this process do nothing but one run?
+_woken_s = -math.inf  # when the last SIGCONT came
+_last_words = ""  # what is said when a launcher is about to kill this process; empty where nothing is to be said
+
+
+def own_process() -> None:
+    """Take SIGUSR1 and SIGTERM as requests to stop at the next safe point, from now until the process is gone."""
+    global _owned
+    _owned = True
+    _take(ASKS)
+    atexit.register(ignore)
 
 
 def listen() -> None:
-    """Take SIGUSR1 and SIGTERM as requests to stop at the next safe point."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, _note)
+    """Take SIGUSR1 and SIGTERM as requests to stop, for a run; for each call `forget` is called once. In another thread
+    than the main one nothing can be listened to."""
+    global _listening
+    if threading.current_thread() is threading.main_thread():
+        _take(ASKS)
+    _listening += 1
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    _received.append(signal.Signals(number).name)
+def mind_interrupts() -> None:
+    """Take Ctrl-C as a request to stop too, until `forget`; pressed once more it interrupts as ever. Where somebody
+    else has taken SIGINT already, or it is ignored as in a background job, that stays."""
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            _take((signal.SIGINT,))
+        if signal.getsignal(signal.SIGCONT) == signal.SIG_DFL:
+            _take((signal.SIGCONT,))
+
+
+def forget(stopped: bool = False) -> None:
+    """A run is over: its handlers go, and the signals that it got. `stopped`: it ended because of one, and the process
+    is probably about to."""
+    global _listening, _last_words
+    _listening -= 1
+    if _listening:
+        return
+    _received.clear()
+    _last_words = ""
+    if stopped and not _owned:
+        atexit.unregister(ignore)
+        atexit.register(ignore)
+    if threading.current_thread() is threading.main_thread():
+        for number in [number for number in _before if not _owned or number not in ASKS]:
+            before = _before.pop(number)
+            if signal.getsignal(number) in (_note, _wake):  # else somebody else has taken it meanwhile
+                signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def ignore() -> None:
+    """The exit code is settled: a batch system that asks again must not change it. Python itself would put back what
+    kills a process long before MPI is through with finalizing."""
+    if threading.current_thread() is threading.main_thread():
+        for number in ASKS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def last_words(text: str) -> None:
+    """What the launcher's standard error gets should it be about to kill this process."""
+    global _last_words
+    _last_words = text
 
 
 def received() -> str | None:
     """The first stop signal this process got, if any."""
     return _received[0] if _received else None
+
+
+def _take(numbers: Iterable[int]) -> None:
+    if not _before:
+        os.register_at_fork(after_in_child=_spare_child)
+    for number in numbers:
+        if number not in _before:
+            _before[number] = signal.signal(number, _wake if number == signal.SIGCONT else _note)
+
+
+def _spare_child() -> None:
+    """A worker that somebody forks is no rank: it ends when it is told to."""
+    for number in _before:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    if number == signal.SIGINT:
+        if name in _received:
+            signal.default_int_handler(number, frame)
+        if os.isatty(2):
+            os.write(2, b"\nfedmpi: stops at the next batch and saves; Ctrl-C once more ends at once\n")
+    elif number == signal.SIGTERM and _last_words and time.monotonic() - _woken_s < LAUNCHER_S:
+        # It no longer passes on what its ranks say.
+        with contextlib.suppress(OSError):
+            launcher = os.open(f"/proc/{os.getppid()}/fd/2", os.O_WRONLY | os.O_APPEND)
+            os.write(launcher, f"{_last_words}\n".encode())
+            os.close(launcher)
+    _received.append(name)
+
+
+def _wake(number: int, frame: FrameType | None) -> None:
+    global _woken_s
+    _woken_s = time.monotonic()
 
 
 class BrokenOff(Exception):

@@ -14,8 +14,6 @@ import functools
 import json
 import os
 import platform
-import sys
-import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -68,23 +66,28 @@ class Run:
     """
 
     def __init__(self, config: Config | str | Path, *overrides: str, comm_: comm.Solo | None = None) -> None:
-        if threading.current_thread() is threading.main_thread():
-            stopping.listen()  # before MPI: a batch system may signal a job while it starts
-        self.comm = comm_ if comm_ is not None else comm.connect()
-        if not self.comm.open_runs:
-            self.comm.finish()  # an earlier run of this process: no notice of its end must end this one
-        self.config = self.comm.together(lambda: _loaded(config, overrides))
-        self.comm.same("the configuration", digest(self.config), ConfigError)
+        stopping.listen()  # before MPI: a batch system may signal a job while it starts
+        try:
+            self.comm = comm_ if comm_ is not None else comm.connect()
+            if not self.comm.open_runs:
+                self.comm.finish()  # an earlier run of this process: no notice of its end must end this one
+            self.config = self.comm.together(lambda: _loaded(config, overrides))
+            self.comm.same("the configuration", digest(self.config), ConfigError)
+        except BaseException:
+            stopping.forget()
+            raise
         self._closed = False
         self._spoiled = False  # has a round failed after its parameters were overwritten?
+        self._stopped = False  # does the run end because it was asked to?
         self.comm.open_runs += 1
         self._files: list[Any] = []
+        self._sealed = -1  # the newest round whose checkpoint is sealed; -1 for none
         self._pending: int | None = None  # the round whose checkpoint is being written
         try:
             self._assemble()
             self._resume()
             self._describe()
-        except Exception:
+        except BaseException:
             self._release()
             raise
 
@@ -104,7 +107,7 @@ class Run:
     def _resume(self) -> None:
         """Go on from the newest round that is whole on all ranks, if there is one."""
         self.comm.together(self._check_stored if self.comm.rank == 0 else lambda: None)
-        self._sealed = self._newest()  # the newest round whose checkpoint is sealed; -1 for none
+        self._sealed = self._newest()
         self.resumed = max(0, self._sealed)
         self._health = Health(self.config.stop)
         if self._sealed >= 0:
@@ -274,6 +277,13 @@ class Run:
         return self.params_P if self.state.average_P is None else self.state.average_P
 
     @property
+    def saved(self) -> str:
+        """What remains of a run that ends early."""
+        if self._sealed < 0:
+            return f"no round is on disk in {self.config.out} yet; the same command starts again"
+        return f"round {self._sealed} is on disk; the same command resumes"
+
+    @property
     def record(self) -> Record | None:
         """The last round's record."""
         return self.state.record
@@ -282,6 +292,8 @@ class Run:
         """Train round after round up to `rounds`; each record comes when its round is committed on every rank."""
         fed = self._federation
         fed.timer.reset()
+        stopping.mind_interrupts()  # from now on there are rounds to lose
+        self._remember()
         try:
             while self.state.round < self.config.rounds:
                 with rng.borrowed():
@@ -295,7 +307,8 @@ class Run:
                 if self.state.round % self.config.checkpoint.every == 0 and not self._health.doubts:
                     self._checkpoint()
                 yield record
-        except (Stopped, Diverged, NoCohort):
+        except (Stopped, Diverged, NoCohort) as end:
+            self._stopped = isinstance(end, Stopped)
             self._finish_checkpoint()
             raise
         except Exception as error:
@@ -359,6 +372,12 @@ class Run:
 
         self.comm.together(write)
         self._pending, self._sealed = None, round
+        self._remember()
+
+    def _remember(self) -> None:
+        """What is to be said should the launcher kill this process."""
+        if self.comm.rank == 0 and self.comm.size > 1:
+            stopping.last_words(f"fedmpi: ended by the launcher: {self.saved}")
 
     def _finish_checkpoint(self) -> None:
         """The last whole round is on disk, sealed; where the last ones are in doubt, the last before them, unless the
@@ -391,8 +410,9 @@ class Run:
 
         self.comm.together(write)
         self._federation.exchange.close()
-        self._release()
+        self._put_away()
         self.comm.finish()
+        stopping.forget(self._stopped)
 
     def _keep_readable(self) -> None:
         """Shared memory goes with the run, or with the next: what is looked at afterwards gets memory of its own."""
@@ -401,6 +421,12 @@ class Run:
             tensor.data = tensor.data.clone()
 
     def _release(self) -> None:
+        """The end of a run that failed on some rank."""
+        if not self._closed:
+            self._put_away()
+            stopping.forget(self._stopped)
+
+    def _put_away(self) -> None:
         """Close this rank's files and give the run directory free. Only what all have begun is waited for."""
         if not self._closed:
             self._closed = True
@@ -423,16 +449,15 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close after a whole loop, a `break` or a stop. A stop ends the process with exit code 3, as the command does;
-        other errors go up unchanged."""
+        """Close after a whole loop, a `break` or a stop; what was raised goes up, with what remains on disk."""
         if kind is None or issubclass(kind, (Stopped, Diverged)):
             self.close()
         else:
             self._release()
         if isinstance(error, Stopped):
-            if self.comm.rank == 0:
-                print(f"fedmpi: {error}; round {self.state.round} is on disk", file=sys.stderr, flush=True)
-            raise SystemExit(Stopped.exit_code) from None
+            raise Stopped(f"{error}; {self.saved}") from None
+        if isinstance(error, (Exception, KeyboardInterrupt)) and not isinstance(error, (Diverged, NoCohort)):
+            error.add_note(self.saved)  # those two would come again
 
 
 def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> Config:

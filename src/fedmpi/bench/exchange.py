@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -40,6 +39,7 @@ from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.exchange import choice
 from fedmpi.exchange.base import Facts
 from fedmpi.exchange.section import PLANS, Channel, ExchangeSection
+from fedmpi.output import say
 from fedmpi.server import FedAvg, Server
 from fedmpi.types import Contribution
 
@@ -199,7 +199,7 @@ def _over_sockets(comm: Solo, num_params: int, stack: ExitStack) -> list[Entrant
 
 def _leave_out(comm: Solo, names: str, why: str) -> None:
     if comm.rank == 0:
-        print(f"fedmpi: no row for {names}: {why}", file=sys.stderr, flush=True)
+        say(f"fedmpi: no row for {names}: {why}", error=True)
 
 
 def _sent(comm: Solo, entrant: Entrant) -> tuple[Any, Any]:
