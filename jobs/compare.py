@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import fedmpi
-from fedmpi import checkpoint, disk, results
+from fedmpi import checkpoint, disk
 from fedmpi.comm import connect, is_first
 from fedmpi.components import NonNegativeInt, build, component, nearest
 from fedmpi.config import differences, put, read
+from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError, Diverged, FedmpiError
 from fedmpi.plan import plan
 from fedmpi.records import read_metrics
@@ -135,7 +136,7 @@ def is_done(cell: Cell) -> bool:
     rounds = checkpoint.sealed_rounds(cell.root)
     if not rounds:
         return False
-    if changed := differences(results.stored(cell.root)[0], cell.config):
+    if changed := differences(read_config(cell.root).config, cell.config):
         raise ConfigError(f"{cell.root} holds another run: {changed[0]}; choose another --out")
     whole = rounds[-1] >= cell.config.rounds and (cell.root / "model.safetensors").exists()
     return whole or (cell.root / DIVERGED).exists()
@@ -179,7 +180,7 @@ def train(cell: Cell, comm: Any) -> None:
 
 def curve(cell: Cell, grid: Grid) -> Curve:
     """A run's figures."""
-    metric = grid.figure or results.stored(cell.root)[1]["metric"]
+    metric = grid.figure or read_config(cell.root).about["metric"]
     found = Curve([], [], [], [], _text(cell.root / DIVERGED))
     sent, spent_s = 0, 0.0
     for record in read_metrics(cell.root)[: cell.config.rounds]:
@@ -288,7 +289,7 @@ def tell(grid: Grid, root: Path, all_cells: list[Cell]) -> None:
     about: dict[str, Any] = {}
     for cell in filter(is_done, all_cells):
         done.setdefault((cell.partition, cell.algorithm), []).append(curve(cell, grid))
-        about = results.stored(cell.root)[1]
+        about = read_config(cell.root).about
     if not done:
         print("compare: no run is done yet", flush=True)
         return

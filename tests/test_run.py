@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import reference
 import torch
+import yaml
 from runs import OWN, Normed, config, everything, figures, put_back, rank_distance, refused, run  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedmpi
-from fedmpi import checkpoint, results
+from fedmpi import checkpoint, directory, results
 from fedmpi.comm import Solo
 from fedmpi.components import build
 from fedmpi.config import Config
@@ -281,6 +282,49 @@ def test_a_damaged_configuration_file_is_named_and_leaves_the_checkpoints(tmp_pa
     (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
     assert refused(config(tmp_path, 2, **auto)).startswith(f"{tmp_path}/config.yaml is damaged; put it back")
     assert results.newest(tmp_path) == 1
+
+
+def test_a_flipped_bit_of_the_configuration_file_is_noticed_by_all_that_read_it(tmp_path):
+    run(config(tmp_path, 1))
+    path = tmp_path / "config.yaml"
+    whole = path.read_bytes()
+    for at in range(0, len(whole), len(whole) // 23):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        for look in (results.inspect, results.evaluate, lambda root: results.export(root, tmp_path / "m.pt")):
+            with pytest.raises(ConfigError, match=r"config\.yaml is damaged; put it back"):
+                look(tmp_path)
+        assert refused(config(tmp_path, 2)).startswith(f"{path} is damaged; put it back")
+    path.unlink()
+    assert refused(config(tmp_path, 2)) == f"{tmp_path} is no run directory: config.yaml: No such file or directory"
+    path.write_bytes(whole)
+    assert run(config(tmp_path, 2))[1].resumed == 1
+
+
+@pytest.mark.parametrize("format", [1, 3])
+def test_a_directory_of_another_format_is_refused_by_both_versions(tmp_path, format):
+    run(config(tmp_path, 1))
+    path = tmp_path / "config.yaml"
+    text, _, _ = path.read_text().rpartition("# sha256")
+    if format == 1:
+        path.write_text(text.replace("  format: 2\n", ""))
+    else:
+        directory.write_config(tmp_path, {}, {**yaml.safe_load(text)["about"], "format": 3})
+    for look in (results.inspect, lambda root: refused(config(root, 2)) and results.inspect(root)):
+        with pytest.raises(ConfigError, match=f"is of format {format}, written by fedmpi .* reads and writes format 2"):
+            look(tmp_path)
+    assert f"is of format {format}" in refused(config(tmp_path, 2))
+
+
+def test_what_is_not_shared_is_checked_before_it_is_used_and_mended_by_resuming(tmp_path, start):
+    how = {"init": start, "exchange": {"parameters": "trainable"}, **NORMED}
+    run(config(tmp_path / "a", 1, **how))
+    path = tmp_path / "a" / "unshared.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(ConfigError, match=r"unshared\.safetensors is damaged"):
+        results.evaluate(tmp_path / "a")
+    run(config(tmp_path / "a", 2, **how))
+    assert path.read_bytes() == whole
 
 
 def test_a_refusal_leaves_the_directory_free(tmp_path):

@@ -146,10 +146,10 @@ def build_module(config: Config, source: Source) -> torch.nn.Module:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """SHA-256 of tensors and their names."""
+    """SHA-256 of tensors and their names, in whatever order."""
     whole = hashlib.sha256()
-    for name, tensor in tensors.items():
-        whole.update(name.encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.digest()
 

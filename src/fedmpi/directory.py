@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
+import fedmpi
 from fedmpi import checkpoint, disk, stopping
 from fedmpi.comm import Solo
 from fedmpi.config import ABOUT
@@ -23,6 +27,53 @@ log = logging.getLogger("fedmpi")
 
 CONFIG_FILE = "config.yaml"
 UNSHARED_FILE = "unshared.safetensors"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a run directory was begun with: the configuration, as plain values, and what the run says of itself."""
+
+    config: dict[str, Any]
+    about: dict[str, Any]
+
+
+def write_config(root: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """config.yaml, whose last line is a checksum of the others."""
+    values = {**config, ABOUT: {"format": checkpoint.FORMAT, **about}}
+    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+    disk.replace_text(root / CONFIG_FILE, f"{text}{_SEAL}{_sha256(text)}\n")
+
+
+_SEAL = "# sha256 of what stands above: "
+_TOLD = {"params": int, "metric": str, "maximize": bool, "versions": dict, "model": dict, "plan": str, "unshared": str}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_config(root: Path) -> Begun:
+    """What config.yaml says. ConfigError in one line where there is none, it is damaged, or of another format."""
+    path = root / CONFIG_FILE
+    try:
+        whole = disk.read_bytes(path, 1 << 26).decode()
+        text, seal, checksum = whole.rpartition(_SEAL)
+        values = yaml.safe_load(text if seal else whole)
+        about = values[ABOUT]
+        format = about.get("format", 1)
+        if format != checkpoint.FORMAT and (not seal or checksum == f"{_sha256(text)}\n"):
+            version = about["versions"]["fedmpi"]
+            raise ConfigError(
+                f"{root} is of format {format}, written by fedmpi {version}; this fedmpi {fedmpi.__version__} reads "
+                f"and writes format {checkpoint.FORMAT}: finish the run with that version, or choose another out="
+            )
+        if checksum != f"{_sha256(text)}\n" or not all(isinstance(about[n], kind) for n, kind in _TOLD.items()):
+            raise ValueError
+    except OSError as error:
+        raise ConfigError(f"{root} is no run directory: {CONFIG_FILE}: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError):
+        raise ConfigError(f"{path} is damaged; put it back, or choose another out=") from None
+    return Begun({name: value for name, value in values.items() if name != ABOUT}, about)
 
 
 class RunDirectory:
@@ -95,9 +146,8 @@ class RunDirectory:
     def plan_before(self) -> str:
         """The plan that the run in this directory was begun with; empty if there is none."""
         try:
-            about = yaml.safe_load((self.path / CONFIG_FILE).read_text())[ABOUT]
-            return str(about["plan"]) if checkpoint.sealed_rounds(self.path) else ""
-        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):  # what is wrong there is said later
+            return str(read_config(self.path).about["plan"]) if checkpoint.sealed_rounds(self.path) else ""
+        except ConfigError:  # what is wrong there is said later
             return ""
 
     def release(self) -> None:

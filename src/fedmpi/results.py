@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load
 
-from fedmpi import checkpoint, rng
-from fedmpi.assembly import build_module, source_of
+from fedmpi import checkpoint, disk, rng
+from fedmpi.assembly import build_module, digest_of, source_of
 from fedmpi.components import build
-from fedmpi.config import ABOUT, Config
-from fedmpi.directory import CONFIG_FILE, UNSHARED_FILE, save_tensors
+from fedmpi.config import Config
+from fedmpi.directory import UNSHARED_FILE, read_config, save_tensors
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.evaluate import evaluate_silo, evaluation_key, personal_model, pooled, worst_silo
 from fedmpi.flat import FlatModel, sha256
@@ -29,21 +28,13 @@ log = logging.getLogger("fedmpi")
 RoundChoice = int | Literal["best", "newest"]
 
 
-def stored(root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration that a run was begun with, as plain values, and what its config.yaml says about it."""
-    try:
-        values = yaml.safe_load((root / CONFIG_FILE).read_text())
-    except OSError as error:
-        raise ConfigError(f"{root} is no run directory: {CONFIG_FILE}: {error.strerror}") from None
-    return {k: v for k, v in values.items() if k != ABOUT}, dict(values.get(ABOUT, {}))
-
-
 def inspect(root: Path) -> dict[str, Any]:
     """Rounds done and safe on disk, SHA-256 of their parameters, the last record, the best, configuration, versions.
 
     `rounds` is the newest sealed checkpoint's; `metrics` is its record, None before the first round.
     """
-    config, about = stored(root)
+    begun = read_config(root)
+    about = begun.about
     round = newest(root)
     params_P = checkpoint.read_server(root, round)[checkpoint.PARAMS][: about["params"]]
     best = best_record((r for r in read_metrics(root) if r["round"] <= round), about["metric"], about["maximize"])
@@ -52,7 +43,7 @@ def inspect(root: Path) -> dict[str, Any]:
         "params_sha256": sha256(params_P),
         "metrics": checkpoint.manifest(root, round).record,
         "best": best and {k: v for k, v in best.items() if k in ("round", "loss", about["metric"])},
-        "config": config,
+        "config": begun.config,
         "versions": about["versions"],
     }
 
@@ -149,11 +140,21 @@ def _served(root: Path, round: int) -> torch.Tensor:
 
 
 def _model(root: Path) -> tuple[FlatModel, Config, Source]:
-    values, _ = stored(root)
-    values["init"] = None  # what it set is in the checkpoint, or beside it
-    config = build(Config, values)
+    begun = read_config(root)
+    config = build(Config, {**begun.config, "init": None})  # what it set is in the checkpoint, or beside it
     source = source_of(config)
     module = build_module(config, source)
-    if (unshared := root / UNSHARED_FILE).exists():
-        module.load_state_dict(load_file(unshared), strict=False)
+    if (digest := begun.about["unshared"]) != digest_of({}).hex():
+        module.load_state_dict(_unshared(root / UNSHARED_FILE, digest), strict=False)
     return FlatModel(module, config.exchange.parameters), config, source
+
+
+def _unshared(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    """What the model started with and no checkpoint has. ConfigError unless it is what the run wrote."""
+    try:
+        tensors = load(disk.read_bytes(path, 1 << 40))
+    except Exception as error:  # safetensors has an error type of its own
+        raise ConfigError(f"{path}: {error}") from None
+    if digest_of(tensors).hex() != digest:
+        raise ConfigError(f"{path} is damaged: it is not what the run began with")
+    return tensors

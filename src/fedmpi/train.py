@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 import fedmpi
 from fedmpi import checkpoint, comm, disk, records, rng, stopping
 from fedmpi.assembly import assemble, digest_of
 from fedmpi.components import to_dict
-from fedmpi.config import ABOUT, Config, differences, digest, load
-from fedmpi.directory import CONFIG_FILE, UNSHARED_FILE, RunDirectory, save_tensors
+from fedmpi.config import Config, differences, digest, load
+from fedmpi.directory import UNSHARED_FILE, RunDirectory, read_config, save_tensors, write_config
 from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped
 from fedmpi.exchange.base import Exchange, Kept
 from fedmpi.flat import signature
@@ -166,19 +165,12 @@ class Run:
 
     def _check_stored(self) -> None:
         """Refuse a run directory that another configuration, model or dataset has begun."""
-        try:
-            stored = yaml.safe_load((self.out / CONFIG_FILE).read_text())
-        except FileNotFoundError:
-            return
-        except (ValueError, yaml.YAMLError):
-            stored = None
         if not checkpoint.sealed_rounds(self.out):
             return
-        if not isinstance(stored, dict):
-            raise ConfigError(f"{self.out / CONFIG_FILE} is damaged; put it back, or choose another out=")
-        about = stored.get(ABOUT, {})
-        changed = differences(stored, self.config)
-        old, new = about.get("model", {}), signature(self._federation.model.entries)
+        begun = read_config(self.out)
+        about = begun.about
+        changed = differences(begun.config, self.config)
+        old, new = about["model"], signature(self._federation.model.entries)
         changed += [
             f"the model's {name} is {old.get(name, 'absent')} there and {new.get(name, 'absent')} here"
             for name in sorted(old.keys() | new.keys())
@@ -186,7 +178,7 @@ class Run:
         ]
         if not changed and about.get("data") != self.fingerprint:
             changed = ["the silos' data are not the same"]
-        if not changed and about.get("unshared") != digest_of(self.unshared).hex():
+        if not changed and about["unshared"] != digest_of(self.unshared).hex():
             changed = ["what the model does not share starts otherwise (was `init` given then?)"]
         if changed:
             more = f" (and {len(changed) - 2} more)" if len(changed) > 2 else ""
@@ -242,13 +234,12 @@ class Run:
             "ranks": self.comm.size,
             "model": signature(fed.model.entries),
         }
-        text = yaml.safe_dump(to_dict(self.config) | {ABOUT: about}, sort_keys=False, default_flow_style=None)
         self._scores: dict[int, float | None] = {}
 
         def write() -> None:
-            if self.unshared and not (self.out / UNSHARED_FILE).exists():
+            if self.unshared:
                 save_tensors(self.unshared, self.out / UNSHARED_FILE)
-            disk.replace_text(self.out / CONFIG_FILE, text)
+            write_config(self.out, to_dict(self.config), about)
             disk.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
             self._metrics = records.Metrics(self.out, self.state.round)
             self._files = [self._metrics]
