@@ -333,6 +333,7 @@ def test_what_may_change_is_no_difference_and_everything_else_is():
     assert differences({**stored, "about": {"ranks": 3}}, config) == [
         "local.lr is 0.05 there and 0.1 here",
         "seed is 0 there and 1 here",
+        "select.count is not set there and None here",
         "select.fraction is not set there and 1.0 here",
         "select.name is all there and uniform here",
         "select.weights is not set there and renormalised here",

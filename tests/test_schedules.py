@@ -44,8 +44,18 @@ def test_linear_is_exact():
 def test_cosine_is_exact():
     for floor in (0.0, 0.2):
         for t in range(1, 9):
-            want = 0.5 * (floor + (1 - floor) * (1 + math.cos(math.pi * t / 8)) / 2)
+            want = 0.5 * (floor + (1 - floor) * (1 + math.cos(math.pi * (t - 1) / 8)) / 2)
             assert Cosine(floor=floor).lr(0.5, t, 8) == want
-    assert Cosine().lr(0.5, 4, 8) == 0.25
-    assert Cosine().lr(0.5, 8, 8) == 0.0
-    assert Cosine(floor=0.2).lr(0.5, 8, 8) == pytest.approx(0.1, abs=1e-16)
+    assert Cosine().lr(0.5, 5, 8) == 0.25
+
+
+def test_the_first_round_of_a_cosine_trains_at_eta0_and_the_last_one_moves():
+    rates = [Cosine().lr(0.5, t, 8) for t in range(1, 9)]
+    assert rates[0] == 0.5 and rates[-1] > 0 and rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", [Cosine, Linear])
+def test_a_schedule_with_rounds_of_its_own_keeps_its_end_and_stays_there(schedule):
+    short = [schedule(floor=0.1).lr(0.5, t, 8) for t in range(1, 9)]
+    long = [schedule(floor=0.1, rounds=8).lr(0.5, t, 20) for t in range(1, 21)]
+    assert long[:8] == short and long[9:] == pytest.approx([0.05] * 11)

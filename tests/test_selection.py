@@ -226,7 +226,7 @@ def test_power_of_choice_takes_the_candidates_with_the_highest_losses():
     candidates = selector.candidates(IDS, state, None, rng)
     assert len(candidates) == 4
     losses = dict(zip(candidates, (1.0, float("nan"), 3.0, 2.0), strict=True))
-    assert selector.select(IDS, state, None, rng, losses).cohort == [candidates[1], candidates[2]]
+    assert selector.select(IDS, state, None, rng, losses).cohort == [candidates[2], candidates[3]]  # nan comes last
     last = make("power_of_choice", {"fraction": 0.3, "num_candidates": 6, "losses": "last"})
     assert last.candidates(IDS, state, None, rng) == []
     known = {"a": {"train_loss": 3.0}, "b": {"train_loss": 1.0}, "c": {"train_loss": 5.0}, "d": {"train_loss": 2.0}}

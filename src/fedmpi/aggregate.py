@@ -40,7 +40,8 @@ class Aggregator(Protocol):
 
     `refuses_factors` says why a selector's factors (1/probability) would not make it unbiased; `scaled` is set where
     `scale` is more than their sum's share: of one round's silos, so that it does not go over several rounds;
-    `suits(num_silos)` raises ConfigError where cohorts of so many silos are too small for it.
+    `suits(num_silos)` raises ConfigError where cohorts of so many silos are too small for it: it is asked of the
+    smallest cohort that the selector may give, and each round of the silos that were heard.
     """
 
     def base(self, silo: str, num_samples: int) -> float:
@@ -155,7 +156,9 @@ class Qffl:
         """L / sum_k h_k, and what turns the mean under the sent weights into their sum."""
         steepness = 1 / self.lr
         squares = (steepness * heard.norms) ** 2
-        h = self.q * self._powers(heard.start_losses, self.q - 1) * squares + steepness * heard.sent
+        h = steepness * heard.sent
+        if self.q:
+            h += self.q * self._powers(heard.start_losses, self.q - 1) * squares
         return steepness * float(heard.sent.sum()) / float(h.sum())
 
     @staticmethod

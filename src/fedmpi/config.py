@@ -37,7 +37,6 @@ from fedmpi.local.optimizers import num_gradients
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.selection import SELECTORS, All, Selector
-from fedmpi.selection.base import Part
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, FedDyn, ServerOptimizer
 from fedmpi.types import Dataset
 
@@ -211,8 +210,11 @@ class Config:
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
         """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""
         found = entries(module, self.exchange.parameters)
+        if (counts := getattr(self.select, "suits", None)) is not None:
+            counts(len(ids))
         if (enough := getattr(self.aggregate, "suits", None)) is not None:
-            enough(self.select.size(len(ids)) if isinstance(self.select, Part) else len(ids))
+            least = getattr(self.select, "least", None)
+            enough(len(ids) if least is None else least(ids, self.rounds))
         for rule in (self.local, self.evaluate.finetune):
             if (suits := getattr(rule, "suits", None)) is not None:
                 suits(module, found, ids)
@@ -221,6 +223,8 @@ class Config:
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.
 MAY_CHANGE = ("rounds", "checkpoint", "device", "out", "records", "stop", "data.root", "init")
+
+HORIZON = ".schedule.rounds"  # how the keys end that say when a schedule is at its end; null: with the run
 
 # What may differ between the ranks of one run: where a site keeps its files. Of `init` and data the contents count.
 OF_A_SITE = ("out", "data.root", "device", "records.trace", "records.tensorboard", "init")
@@ -348,9 +352,21 @@ def differences(stored: Mapping[str, Any], config: Config) -> list[str]:
     """What a run directory was begun with and this configuration has otherwise, apart from what may change."""
     old = _without(MAY_CHANGE, {k: v for k, v in stored.items() if k != ABOUT})
     new = _without(MAY_CHANGE, to_dict(config))
+    for key in [k for k in new if k.endswith(HORIZON)]:
+        if old.get(key) is None and new[key] in (None, stored.get("rounds")):  # it ends where it would have, or moves
+            old.pop(key, None)
+            del new[key]
     missing = "not set"
     return [
         f"{key} is {old.get(key, missing)} there and {new.get(key, missing)} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, missing) != new.get(key, missing)
     ]
+
+
+def moved_schedules(stored: Mapping[str, Any], config: Config) -> list[str]:
+    """The schedules that end elsewhere than they did in the run directory, since the run has other `rounds` there."""
+    if stored.get("rounds") in (None, config.rounds):
+        return []
+    new = flatten(to_dict(config))
+    return [key.removesuffix(".rounds") for key, rounds in new.items() if key.endswith(HORIZON) and rounds is None]

@@ -350,6 +350,8 @@ class Progress:
             parts.append(f"personal {_figure(record[personal])}")
         if record["rejected"]:
             parts.append(f"rejected {', '.join(record['rejected'])}")
+        if "not_finite" in record:
+            parts.append(f"loss not finite: {', '.join(record['not_finite'])}")
         return "  ".join([*parts, f"{record['seconds']['round']:.2f} s"])
 
     def close(self) -> None:

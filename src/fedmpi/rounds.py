@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, Literal
@@ -29,7 +29,7 @@ import torch
 from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
-from fedmpi.errors import Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped
 from fedmpi.evaluate import evaluate_silo, evaluation_key, fine_tuned, personal_model, pooled, worst_silo
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
@@ -113,7 +113,7 @@ def run_round(
     comm, timer, number = fed.comm, fed.timer, state.round + 1
     sent = comm.counted()
     timer.lap("checkpoint")  # all that lies between rounds
-    cohort, selector, factors, among = _select(state, fed, number)
+    (cohort, selector, factors, among), lossless = _select(state, fed, number)
     timer.lap("select")
 
     trained, error = _train(state, fed, number, cohort, factors)
@@ -121,7 +121,7 @@ def run_round(
     fed.ready.share(lambda values: comm.share(values, fed.watch.look))
     timer.lap("wait")
     _agree_ready(fed, number, cohort, error)
-    loss, norm = _trained(fed)
+    loss, norm = _trained(fed, lossless)
     judge(number, loss, norm)
 
     server = _server(fed, number, None if factors is None else among or fed.ids)
@@ -147,13 +147,14 @@ def run_round(
     fed.done.share(comm.share)
     timer.lap("agree")
     _raise_failure(fed, fed.done.rank("status"), error)
-    record = _record(fed, number, cohort, loss, norm)
+    record = _record(fed, number, cohort, loss, norm, lossless)
     safe = int(fed.done.rank("written").min())
     return State(number, params_Q, optimizer, selector, record, average_P, safe), record
 
 
-def _select(state: State, fed: Federation, number: int) -> Selection:
-    """The round's cohort; where its selector wants to know losses of the global parameters, after a small collective.
+def _select(state: State, fed: Federation, number: int) -> tuple[Selection, set[str]]:
+    """The round's cohort; where its selector wants to know losses of the global parameters, after a small collective,
+    and with the silos whose loss is not finite.
 
     Whoever stops or fails while it evaluates says so in that collective, which every rank enters.
     """
@@ -163,7 +164,7 @@ def _select(state: State, fed: Federation, number: int) -> Selection:
         own = observe(fed.ids, own, state.record)
     candidates = asks(fed.ids, own, state.record, draw) if asks is not None else []
     if not candidates:
-        return _chosen(selector.select(fed.ids, own, state.record, draw), fed, number)
+        return _chosen(selector.select(fed.ids, own, state.record, draw), fed, number), set()
     probe, error = _probe(state, fed, number, candidates)
     status = probe.rank("status")
     _raise_failure(fed, status, error)
@@ -172,7 +173,7 @@ def _select(state: State, fed: Federation, number: int) -> Selection:
     losses = dict(zip(fed.ids, probe.silo("loss").tolist(), strict=True))
     of_candidates = {silo: losses[silo] for silo in candidates}
     found = selector.select(fed.ids, own, state.record, draw, of_candidates)  # type: ignore[call-arg]
-    return _chosen(found, fed, number)
+    return _chosen(found, fed, number), {silo for silo, loss in of_candidates.items() if not math.isfinite(loss)}
 
 
 def _chosen(found: Any, fed: Federation, number: int) -> Selection:
@@ -189,10 +190,11 @@ def _chosen(found: Any, fed: Federation, number: int) -> Selection:
     return Selection(cohort, *found[1:])
 
 
-def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]) -> tuple[Board, str]:
+def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]) -> tuple[Board, FedmpiError | None]:
     """Losses of the global parameters on the training samples of the candidates: mine, then everybody's."""
     probe = Board(fed.comm.size, PROBE_RANK, len(fed.ids), PROBE_SILO)
-    status, error, name = 0, "", ""
+    error: FedmpiError | None = None
+    status, name = 0, ""
     try:
         fed.watch.check()
         fed.model.load(state.params_Q[: fed.model.num_shared])
@@ -206,9 +208,8 @@ def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]
             probe.set_silo(fed.index[name], loss=_loss(fed, number, silo, x, y))
     except BrokenOff as broken:
         status = broken.status
-    except (Exception, SystemExit):
-        status = FAILED
-        error = f"rank {fed.comm.rank}, silo '{name}', before round {number}:\n{traceback.format_exc()}"
+    except (Exception, SystemExit) as raised:
+        status, error = FAILED, _said(raised, f"rank {fed.comm.rank}, silo '{name}', before round {number}")
         fed.watch.tell(FAILED, "")
     probe.set_rank(fed.comm.rank, status=status)
     probe.share(lambda values: fed.comm.share(values, fed.watch.look))
@@ -224,13 +225,14 @@ def _loss(fed: Federation, number: int, silo: LocalSilo, x: torch.Tensor, y: tor
 
 def _train(
     state: State, fed: Federation, number: int, cohort: Sequence[str], factors: Sequence[float] | None
-) -> tuple[dict[str, LocalSilo], str]:
+) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
     """Train my silos of the cohort and fold what they contribute; what happened is in `ready`."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
     fed.exchange.begin(number, len(mine))
     trained: dict[str, LocalSilo] = {}
-    status, error, name = 0, "", ""
+    error: FedmpiError | None = None
+    status, name = 0, ""
     try:
         fed.watch.check()
         for name, factor in mine:
@@ -257,9 +259,8 @@ def _train(
                 fed.ready.set_silo(fed.index[name], rejected=True)
     except BrokenOff as broken:
         status = broken.status
-    except (Exception, SystemExit):
-        status = FAILED
-        error = f"rank {fed.comm.rank}, silo '{name}', round {number}:\n{traceback.format_exc()}"
+    except (Exception, SystemExit) as raised:
+        status, error = FAILED, _said(raised, f"rank {fed.comm.rank}, silo '{name}', round {number}")
         fed.watch.tell(FAILED, "")
     fingerprint = fed.exchange.fingerprint(cohort)
     fed.ready.set_rank(fed.comm.rank, status=status, fingerprint=fingerprint)
@@ -332,6 +333,9 @@ def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server
     if among is not None:
         total = sum(fed.aggregator.base(silo, fed.num_train[fed.index[silo]]) for silo in among)
     scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
+    if not math.isfinite(scale):
+        aggregator = type(fed.aggregator).__name__
+        raise Diverged(f"round {number}: {aggregator} would multiply the mean of the updates by {scale}")
     share = float(sent.sum()) / all_weight
     at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
     optimizer = fed.optimizer if at is None else at(number, fed.rounds, share)
@@ -339,7 +343,7 @@ def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server
     return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share, counts, fed.not_trained)
 
 
-def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str) -> None:
+def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: FedmpiError | None) -> None:
     """Everybody goes on, or everybody raises the same."""
     status = fed.ready.rank("status")
     _raise_failure(fed, status, error)
@@ -356,17 +360,32 @@ def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: str
             f"round {number}: every update was rejected ({', '.join(rejected[:8])}): not finite or its norm beyond "
             f"{LARGEST_NORM:.0f}; a smaller local.lr or local.clip may help"
         )
+    if (enough := getattr(fed.aggregator, "suits", None)) is not None:
+        try:
+            enough(int(fed.ready.silo("taken").sum()))
+        except ConfigError as few:  # it is what the round has brought, not the configuration
+            raise NoCohort(f"round {number}: {few}") from None
 
 
-def _raise_failure(fed: Federation, status: np.ndarray, error: str) -> None:
-    """SiloError on every rank, with what the first rank that raised has to say. A rank that only left because of a
-    notice has nothing to say."""
+def _said(raised: BaseException, where: str) -> FedmpiError:
+    """What went wrong on this rank, for all: one line where it says itself what is wrong, else the traceback."""
+    if isinstance(raised, FedmpiError):
+        return (ConfigError if isinstance(raised, ConfigError) else SiloError)(f"{where}: {raised}")
+    return SiloError(f"{where}:\n{traceback.format_exc()}")
+
+
+def _raise_failure(fed: Federation, status: np.ndarray, error: FedmpiError | None) -> None:
+    """SiloError (or ConfigError) on every rank, with what the first rank that raised has to say. A rank that only left
+    because of a notice has nothing to say."""
     if (status < FAILED).all():
         return
     told = np.zeros(fed.comm.size)
-    told[fed.comm.rank] = bool(error)
-    first = int(np.argmax(fed.comm.share(told)))
-    raise SiloError(fed.comm.say(error, first) or "a rank left the round because of an earlier failure")
+    told[fed.comm.rank] = 0 if error is None else error.exit_code
+    told = fed.comm.share(told)
+    first = int(np.flatnonzero(told)[0]) if told.any() else 0
+    text = fed.comm.say("" if error is None else str(error), first)
+    kind = ConfigError if told[first] == ConfigError.exit_code else SiloError
+    raise kind(text or "a rank left the round because of an earlier failure")
 
 
 def _difference(fed: Federation, cohort: Sequence[str], others: list[int]) -> str:
@@ -385,11 +404,12 @@ def _reason(fed: Federation, status: np.ndarray) -> str:
     return f"{fed.comm.say(fed.watch.reason, first)} (rank {first})"
 
 
-def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any) -> str:
+def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any) -> FedmpiError | None:
     """Evaluate the new parameters on my silos' test data, if it is due, and the silos' own models where they have any;
     what happened is in `done`."""
     fed.done.clear()
-    error, name = "", ""
+    error: FedmpiError | None = None
+    name = ""
     try:
         fed.done.set_rank(fed.comm.rank, written=written())
         if number % fed.evaluate_every == 0 or number == fed.rounds:
@@ -402,19 +422,20 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
             for name, silo in fed.silos.items():
                 figures = _evaluate_personal(fed, number, silo, params_P)
                 fed.done.set_silo(fed.index[name], **{f"personal_{k}": v for k, v in figures.items()})
-    except FedmpiError as failed:
-        error = f"rank {fed.comm.rank}: {failed}"
-        fed.done.set_rank(fed.comm.rank, status=FAILED)
-    except (Exception, SystemExit):
-        error = f"rank {fed.comm.rank}, silo '{name}', after round {number}:\n{traceback.format_exc()}"
+    except (Exception, SystemExit) as raised:
+        at = f", silo '{name}', after round {number}" if name else ""
+        error = _said(raised, f"rank {fed.comm.rank}{at}")
         fed.done.set_rank(fed.comm.rank, status=FAILED)
     return error
 
 
-def _trained(fed: Federation) -> tuple[float | None, float | None]:
-    """Training loss and mean norm of deltas of those that were heard; None where that is not finite."""
-    taken, samples = fed.ready.silo("taken"), fed.ready.silo("samples")
-    loss = pooled(fed.ready.silo("loss"), samples * taken)
+def _trained(fed: Federation, lossless: set[str]) -> tuple[float | None, float | None]:
+    """Training loss and mean norm of deltas of those that were heard; None where no loss is finite. Silos whose loss is
+    not are left out and join the `lossless`."""
+    taken, samples, losses = (fed.ready.silo(name) for name in ("taken", "samples", "loss"))
+    finite = np.isfinite(losses)
+    lossless.update(fed.ids[int(i)] for i in np.flatnonzero(~finite))
+    loss = pooled(np.where(finite, losses, 0.0), samples * taken * finite)
     norm = pooled(fed.ready.silo("norm"), taken)
     return _plain(loss), _plain(norm)
 
@@ -440,7 +461,14 @@ def _evaluate_personal(fed: Federation, number: int, silo: LocalSilo, params_P: 
     return evaluate_silo(fed.model, fed.objective, own, fed.evaluate_batch, look)
 
 
-def _record(fed: Federation, number: int, cohort: Sequence[str], loss: float | None, norm: float | None) -> Record:
+def _record(
+    fed: Federation,
+    number: int,
+    cohort: Sequence[str],
+    loss: float | None,
+    norm: float | None,
+    lossless: Collection[str],
+) -> Record:
     """What the round says of itself, from figures that every rank has."""
     ready, done, metric = fed.ready, fed.done, fed.objective.metric_name
     tests = done.silo("tests")
@@ -465,6 +493,8 @@ def _record(fed: Federation, number: int, cohort: Sequence[str], loss: float | N
             row[f"personal_{metric}"] = of_done["personal_metric"][i]
         silos[silo] = row
     record: Record = {"round": number, "cohort": list(cohort), "rejected": rejected}
+    if lossless:
+        record["not_finite"] = [silo for silo in fed.ids if silo in lossless]
     record |= {"train_loss": loss, "delta_norm": norm, **_likeness(fed)}
     if tests.any():
         record["loss"] = pooled(done.silo("loss"), tests)

@@ -4,6 +4,9 @@
 
 The round is counted from 1: the first is 1, the last is T. All silos of a round train at the same rate. During the
 first `warmup` rounds the rate is eta0 t / warmup; from then on it is the schedule's own value at t, not at t - warmup.
+
+T is the run's `rounds`, unless the schedule has `rounds` of its own: with them a run that is given more rounds keeps
+the schedule that it began with, and stays at its end afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from fedmpi.components import Family, Fraction, NonNegativeInt, component
+from fedmpi.components import Family, Fraction, NonNegativeInt, PositiveInt, component
 
 
 class Schedule(Protocol):
@@ -47,32 +50,38 @@ class Linear:
 
     floor: Fraction = 0.1  # share of eta0 below which the rate never falls
     warmup: NonNegativeInt = 0  # rounds that rise to eta0 in equal steps
+    rounds: PositiveInt | None = None  # T; null: those of the run
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
         """The rate in round `round` of 1 to `rounds`."""
         if round <= self.warmup:
             return _rising(eta0, round, self.warmup)
-        return eta0 * max(self.floor, (rounds - round) / rounds)
+        last = self.rounds or rounds
+        return eta0 * max(self.floor, (last - round) / last)
 
 
 @component
 class Cosine:
-    """eta0 (floor + (1 - floor) (1 + cos(pi t / T)) / 2): half a cosine wave (Loshchilov & Hutter 2017, equation 5).
+    """eta0 (floor + (1 - floor) (1 + cos(pi (t - 1) / T)) / 2): half a cosine wave (Loshchilov & Hutter 2017, equation
+    5, whose T_cur = t - 1 counts from 0).
 
-    No restarts. The last round is t = T: with floor 0 its rate is 0 and the silos stand still.
+    No restarts. The first round trains at eta0, the last one a step above eta0 floor.
 
-    >>> [Cosine().lr(1.0, t, 4) for t in (2, 4)]
-    [0.5, 0.0]
+    >>> [Cosine().lr(1.0, t, 4) for t in (1, 3)]
+    [1.0, 0.5]
     """
 
-    floor: Fraction = 0.0  # share of eta0 that the last round trains at
+    floor: Fraction = 0.0  # share of eta0 that the rate falls towards
     warmup: NonNegativeInt = 0  # rounds that rise to eta0 in equal steps
+    rounds: PositiveInt | None = None  # T; null: those of the run
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
         """The rate in round `round` of 1 to `rounds`."""
         if round <= self.warmup:
             return _rising(eta0, round, self.warmup)
-        return eta0 * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * round / rounds)) / 2)
+        last = self.rounds or rounds
+        done = min(round - 1, last) / last
+        return eta0 * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def _rising(eta0: float, round: int, warmup: int) -> float:

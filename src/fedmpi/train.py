@@ -27,12 +27,13 @@ import fedmpi
 from fedmpi import checkpoint, comm, disk, records, rng, stopping
 from fedmpi.assembly import assemble, digest_of
 from fedmpi.components import to_dict
-from fedmpi.config import Config, differences, digest, load
+from fedmpi.config import Config, differences, digest, load, moved_schedules
 from fedmpi.directory import UNSHARED_FILE, RunDirectory, read_config, save_tensors, write_config
 from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped
 from fedmpi.exchange.base import Exchange, Kept
 from fedmpi.flat import signature
 from fedmpi.health import Health
+from fedmpi.output import say
 from fedmpi.records import Record
 from fedmpi.rounds import State, run_round
 from fedmpi.tensorfile import Key
@@ -184,6 +185,13 @@ class Run:
             more = f" (and {len(changed) - 2} more)" if len(changed) > 2 else ""
             raise ConfigError(
                 f"{self.out} holds checkpoints of another run: {'; '.join(changed[:2])}{more}; choose another out="
+            )
+        if moved := moved_schedules(begun.config, self.config):
+            before, now = begun.config["rounds"], self.config.rounds
+            say(
+                f"fedmpi: rounds was {before} and is {now}: {' and '.join(moved)} now ends at {now}; to keep it as it "
+                f"was, {moved[0]}.rounds={before}",
+                error=True,
             )
 
     def _newest(self) -> int:

@@ -66,10 +66,10 @@ def fedgm(problem: Problem) -> list[np.ndarray]:
 
 
 def cosine(problem: Problem) -> list[np.ndarray]:
-    """FedAvg whose lr falls along half a cosine after two rounds of warmup; in the last round nothing moves."""
+    """FedAvg whose lr falls along half a cosine (Loshchilov & Hutter 2017, equation 5) after two rounds of warmup."""
 
     def step(w: np.ndarray, delta: np.ndarray, t: int) -> np.ndarray:
-        lr = 0.8 * t / 2 if t <= 2 else 0.8 * (1 + math.cos(math.pi * t / ROUNDS)) / 2
+        lr = 0.8 * t / 2 if t <= 2 else 0.8 * (1 + math.cos(math.pi * (t - 1) / ROUNDS)) / 2
         return w + lr * delta
 
     return rounds(problem, step)

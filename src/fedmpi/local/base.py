@@ -57,7 +57,7 @@ class Round:
 
 
 class Sampler(Protocol):
-    """The order in which a silo visits its samples."""
+    """The order in which a silo visits its samples: each once an epoch, unless it has `repeats = True`."""
 
     def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
         """Indices of one epoch, [num_samples]; a function of its arguments alone."""
@@ -81,6 +81,29 @@ class InOrder:
 
 
 SAMPLERS = Family("sampler", {"shuffle": Shuffle, "in_order": InOrder}, Sampler)
+
+
+def order_of(sampler: Sampler, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
+    """The sampler's order of an epoch. ConfigError in one line where one of your own gives what is none."""
+    given = np.asarray(sampler.order(seed, silo, epoch, num_samples))
+    if type(sampler) in SAMPLERS.members.values():
+        return given
+    wrong, hint = "", ""
+    if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
+        wrong = f"{given.dtype} of {list(given.shape)}"
+    elif len(given) != num_samples:
+        wrong = f"{len(given)} indices"
+    elif len(outside := given[(given < 0) | (given >= num_samples)]):
+        wrong = f"the index {outside[0]}"
+    elif not getattr(sampler, "repeats", False) and (twice := np.bincount(given, minlength=num_samples)).max() > 1:
+        wrong = f"the index {twice.argmax()} {twice.max()} times"
+        hint = " (repeats = True on the sampler allows that)"
+    if wrong:
+        raise ConfigError(
+            f"sampler '{SAMPLERS.name_of(sampler)}': silo '{silo}', epoch {epoch}: gave {wrong}; wanted are the "
+            f"{num_samples} integers from 0 to {num_samples - 1}{hint}"
+        )
+    return given
 
 
 def _spare_compiler() -> None:
@@ -206,11 +229,9 @@ class Work:
             start = silo.cursor % n
             if epoch != silo.cursor // n:
                 epoch = silo.cursor // n
-                order = torch.from_numpy(np.asarray(self.sampler.order(seed, silo.id, epoch, n), dtype=np.int64))
-                order = order.to(x.device)
+                given = order_of(self.sampler, seed, silo.id, epoch, n)
+                order = torch.from_numpy(np.asarray(given, dtype=np.int64)).to(x.device)
             rows = order[start : start + size]
-            if not len(rows):
-                raise ValueError(f"the sampler gave {len(order)} indices for an epoch of {n} samples")
             silo.cursor += len(rows)
             steps_left -= steps_left > 0
             yield x[rows], y[rows]

@@ -57,6 +57,18 @@ class Available:
                     raise ValueError(f"silo '{silo}': [{start}, {stop}) is no interval of rounds, which begin with 1")
         return traces
 
+    def suits(self, num_silos: int) -> None:
+        """ConfigError where the inner selector asks for more silos than there are."""
+        if (suits := getattr(self.inner, "suits", None)) is not None:
+            suits(num_silos)
+
+    def least(self, ids: Sequence[str], rounds: int) -> int:
+        """The inner selector's, of the silos that are there in the round that has fewest."""
+        least = getattr(self.inner, "least", lambda some, rounds: len(some))
+        edges = {1, *(edge for some in self.traces.values() for interval in some for edge in interval)}
+        there = [self._in_round(ids, number) for number in edges if number <= rounds]
+        return min((least(some, rounds) for some in there if some), default=len(ids))
+
     @property
     def unbiased(self) -> bool:
         """Does the inner selector give factors?"""
@@ -107,11 +119,15 @@ class Available:
         if unknown := self.traces.keys() - set(ids):
             raise ConfigError(f"select.traces: '{min(unknown)}' is no silo of this run")
         number = record["round"] + 1 if record is not None else 1
-        always = [(number, number + 1)]
-        there = [i for i, silo in enumerate(ids) if any(a <= number < b for a, b in self.traces.get(silo, always))]
+        there = set(self._in_round(ids, number))
         if not there:
             raise NoCohort(f"round {number}: no silo is there (select.traces)")
-        return np.array(there)
+        return np.array([i for i, silo in enumerate(ids) if silo in there])
+
+    def _in_round(self, ids: Sequence[str], number: int) -> list[str]:
+        """The silos that are there in a round."""
+        always = [(number, number + 1)]
+        return [silo for silo in ids if any(a <= number < b for a, b in self.traces.get(silo, always))]
 
 
 def _part(ids: Sequence[str], state: State, there: np.ndarray) -> tuple[list[str], State]:

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pydantic
 
-from fedmpi.components import PositiveFraction, component
+from fedmpi.components import PositiveFraction, PositiveInt, component
+from fedmpi.errors import ConfigError
 
 State = dict[str, np.ndarray]
 
@@ -39,6 +41,9 @@ class Selector(Protocol):
                                  silos whose loss under the global parameters is to be found out, on `samples` of their
                                  training samples (None: all). `select` is then given what was found, {silo: loss}, as
                                  one more argument. `asks` is True where there are any
+    suits(num_silos)             ConfigError where a number of silos that it is given is more than there are
+    least(ids, rounds)           the fewest silos that a cohort of these rounds may have, for aggregators that need a
+                                 number of them; without it they are taken to be all
     """
 
     def init(self, num_train: Sequence[int]) -> State:
@@ -54,13 +59,35 @@ class Selector(Protocol):
 
 @component
 class Part:
-    """The field of selectors that take a part of the silos."""
+    """The fields of selectors that take a part of the silos."""
 
     fraction: PositiveFraction = 1.0  # C, of the federation's silos
+    count: PositiveInt | None = None  # S itself, in place of a fraction; of fewer silos that are there all
+
+    @pydantic.model_validator(mode="after")
+    def _one_size(self) -> Part:
+        if self.count is not None and self.fraction != 1.0:
+            raise ValueError("give either 'fraction' or 'count'")
+        return self
 
     def size(self, num_silos: int) -> int:
-        """S = max(1, round(C K))."""
-        return max(1, round(self.fraction * num_silos))
+        """S = max(1, round(C K)), or the count."""
+        return min(self.count, num_silos) if self.count is not None else max(1, round(self.fraction * num_silos))
+
+    def suits(self, num_silos: int) -> None:
+        """ConfigError for a count beyond the number of silos."""
+        if self.count is not None:
+            at_most(num_silos, "count", self.count)
+
+    def least(self, ids: Sequence[str], rounds: int) -> int:
+        """S."""
+        return self.size(len(ids))
+
+
+def at_most(num_silos: int, name: str, count: int) -> None:
+    """ConfigError where `count` silos are asked for and there are fewer."""
+    if count > num_silos:
+        raise ConfigError(f"select.{name}: {count} silos, and there are {num_silos}")
 
 
 def cohort_of(ids: Sequence[str], indices: np.ndarray) -> list[str]:
@@ -81,10 +108,9 @@ def newest(known_K: np.ndarray, said_K: np.ndarray) -> np.ndarray:
 
 
 def highest(scores_K: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The numbers of the largest scores; which of equal ones is drawn. nan counts as infinite."""
+    """The numbers of the largest scores; which of equal ones is drawn."""
     order = rng.permutation(len(scores_K))
-    scores = np.where(np.isnan(scores_K), np.inf, scores_K)[order]
-    return order[np.argsort(-scores, kind="stable")[:size]]
+    return order[np.argsort(-scores_K[order], kind="stable")[:size]]
 
 
 def mixed(scores_K: np.ndarray, floor: float) -> np.ndarray:

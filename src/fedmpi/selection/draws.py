@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedmpi.components import PositiveInt, component
-from fedmpi.selection.base import Part, Selection, State, cohort_of, with_replacement
+from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, with_replacement
 
 
 @component
@@ -17,6 +17,10 @@ class All:
 
     def init(self, num_train: Sequence[int]) -> State:
         return {}
+
+    def least(self, ids: Sequence[str], rounds: int) -> int:
+        """All."""
+        return len(ids)
 
     def select(
         self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
@@ -71,6 +75,10 @@ class Proportional(Part):
 
     replace: bool = True  # may a silo be drawn more than once?
 
+    def least(self, ids: Sequence[str], rounds: int) -> int:
+        """One, drawn every time; S without replacement."""
+        return 1 if self.replace else self.size(len(ids))
+
     def init(self, num_train: Sequence[int]) -> State:
         return {"num_train": np.asarray(num_train, dtype=np.float64)}
 
@@ -87,7 +95,8 @@ class Proportional(Part):
 
 @component
 class RoundRobin:
-    """`count` silos each round, in the federation's order and around again: those whose last turn is longest ago.
+    """`count` silos each round, in the federation's order and around again: those whose last turn is longest ago. Of
+    fewer that are there (`available`) all.
 
     Renormalised over the cohort, and BIASED: a round's cohort is not drawn; over K/count rounds everybody has a turn.
 
@@ -98,6 +107,14 @@ class RoundRobin:
     """
 
     count: PositiveInt = 1  # silos per round
+
+    def suits(self, num_silos: int) -> None:
+        """ConfigError for a count beyond the number of silos."""
+        at_most(num_silos, "count", self.count)
+
+    def least(self, ids: Sequence[str], rounds: int) -> int:
+        """The count."""
+        return min(self.count, len(ids))
 
     def init(self, num_train: Sequence[int]) -> State:
         return {"turn": np.zeros(len(num_train))}

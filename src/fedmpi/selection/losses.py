@@ -10,7 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fedmpi.components import PositiveFloat, PositiveFraction, PositiveInt, component
-from fedmpi.selection.base import Part, Selection, State, cohort_of, highest, newest, said
+from fedmpi.errors import ConfigError
+from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, highest, newest, said
+
+NO_LOSS = -np.inf  # of a silo that took part and told no finite loss
 
 
 @component
@@ -22,6 +25,9 @@ class PowerOfChoice(Part):
     collective tells all; with `samples` it is cpow-d, on so many drawn anew each round. `losses: last` is rpow-d: the
     mean training loss of a silo's last participation, infinite before its first, and no message.
 
+    A silo whose fresh loss is not finite comes after all others; of last losses the last finite one counts, and the
+    mean of the others' for a silo that has none.
+
     BIASED towards high losses: that is what makes it fast. The paper's is the plain mean of the chosen: `aggregate:
     {name: mean, weights: uniform}`; weights by samples count n_k once more than its draw does.
     """
@@ -29,6 +35,14 @@ class PowerOfChoice(Part):
     num_candidates: PositiveInt | None = None  # d, at least m and at most K; null: 2 m
     losses: Literal["fresh", "last"] = "fresh"  # evaluated for this round; or as they were when last heard
     samples: PositiveInt | None = None  # with fresh losses: samples of each candidate; null: all
+
+    def suits(self, num_silos: int) -> None:
+        """ConfigError for numbers that do not fit the number of silos or each other."""
+        super().suits(num_silos)
+        if self.num_candidates is not None:
+            at_most(num_silos, "num_candidates", self.num_candidates)
+            if self.num_candidates < (m := self.size(num_silos)):
+                raise ConfigError(f"select.num_candidates: {self.num_candidates}, and {m} silos are chosen of them")
 
     @property
     def asks(self) -> bool:
@@ -40,7 +54,10 @@ class PowerOfChoice(Part):
 
     def observe(self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None) -> State:
         """Training losses of the last round are the newest."""
-        return {**state, "loss": newest(state["loss"], said(ids, record, "train_loss"))}
+        loss_K = newest(state["loss"], said(ids, record, "train_loss"))
+        took_part = set(record.get("cohort", ())) if record is not None else set()
+        told_none_K = np.array([silo in took_part for silo in ids]) & np.isnan(loss_K)
+        return {**state, "loss": np.where(told_none_K, NO_LOSS, loss_K)}
 
     def candidates(
         self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
@@ -59,9 +76,13 @@ class PowerOfChoice(Part):
         if losses is not None:
             drawn = np.array([i for i, silo in enumerate(ids) if silo in losses])
             known = np.array([losses[ids[i]] for i in drawn])
+            known = np.where(np.isfinite(known), known, NO_LOSS)
         else:
             drawn = np.sort(self._drawn(state, rng))
-            known = state["loss"][drawn]
+            loss_K = state["loss"]
+            finite_K = loss_K[np.isfinite(loss_K)]
+            neutral = finite_K.mean() if len(finite_K) else 0.0
+            known = np.where(np.isnan(loss_K), np.inf, np.where(loss_K == NO_LOSS, neutral, loss_K))[drawn]
         return Selection(cohort_of(ids, drawn[highest(known, self.size(len(ids)), rng)]), state)
 
     def _drawn(self, state: State, rng: np.random.Generator) -> np.ndarray:

@@ -25,6 +25,10 @@ class _ByNorm(Part):
 
     floor: PositiveFraction = 0.1  # of the probability, spread evenly, so that nobody's is 0
 
+    def least(self, ids: Sequence[str], rounds: int) -> int:
+        """One: how many different silos are drawn is chance."""
+        return 1
+
     def init(self, num_train: Sequence[int]) -> State:
         n_K = np.asarray(num_train, dtype=np.float64)
         return {"num_train": n_K, "norm": np.full(len(n_K), np.nan)}

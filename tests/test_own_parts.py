@@ -1,0 +1,165 @@
+"""Samplers and cohorts of one's own that do not fit: one line that names what is wrong."""
+
+import numpy as np
+import pytest
+import torch
+from runs import OWN, config, put_back, refused, run  # noqa: F401
+
+from fedmpi.components import component
+from fedmpi.errors import ConfigError, NoCohort
+
+HERE = "test_own_parts:"  # what configurations call this module's own components
+
+GIVEN = {
+    "many": lambda n: np.arange(n + 12) % n,
+    "few": lambda n: np.arange(n - 1),
+    "none": lambda n: np.zeros(0, dtype=np.int64),
+    "outside": lambda n: np.arange(n) + 1,
+    "negative": lambda n: np.arange(n) - 1,
+    "twice": lambda n: np.where(np.arange(n) == 3, 4, np.arange(n)),
+    "floats": lambda n: np.arange(n) / 1,
+    "table": lambda n: np.arange(n)[:, None],
+}
+
+
+@component
+class Sampling:
+    """In order for the first epoch, then what it is told to give to silo s1."""
+
+    what: str = "many"
+    repeats: bool = False
+    torch: bool = False
+
+    def order(self, seed, silo, epoch, num_samples):
+        given = GIVEN[self.what](num_samples) if (silo, epoch) == ("s1", 1) else np.arange(num_samples)
+        return torch.from_numpy(given) if self.torch else given
+
+
+WANTED = r"; wanted are the 30 integers from 0 to 29"
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("many", "42 indices"),
+        ("few", "29 indices"),
+        ("none", "0 indices"),
+        ("outside", "the index 30"),
+        ("negative", "the index -1"),
+        ("twice", "the index 4 2 times"),
+        ("floats", r"float64 of \[30\]"),
+        ("table", r"int64 of \[30, 1\]"),
+    ],
+)
+def test_a_sampler_that_gives_no_order_of_the_samples_is_refused_in_one_line(tmp_path, what, why):
+    with pytest.raises(ConfigError) as caught:
+        run(config(tmp_path, 3, local={"sampler": {"name": HERE + "Sampling", "what": what}}))
+    assert "\n" not in str(caught.value)
+    assert caught.match(rf"round 2: sampler '.*Sampling': silo 's1', epoch 1: gave {why}{WANTED}")
+
+
+def test_a_sampler_may_repeat_samples_where_it_says_so(tmp_path):
+    local = {"sampler": {"name": HERE + "Sampling", "what": "twice", "repeats": True, "torch": True}}
+    records, _ = run(config(tmp_path, 2, local=local))
+    assert records[-1]["silos"]["s1"]["num_samples"] == 30
+
+
+TRIMMED = {"aggregate": {"name": "trimmed_mean", "fraction": 0.34}, "exchange": {"plan": "sharded", "scope": "silo"}}
+
+
+@pytest.mark.parametrize(
+    ("select", "least"),
+    [
+        ({"name": "uniform", "fraction": 0.67}, 2),
+        ({"name": "uniform", "count": 2}, 2),
+        ({"name": "round_robin", "count": 2}, 2),
+        ({"name": "ucb", "count": 1}, 1),
+        ({"name": "power_of_choice", "count": 2}, 2),
+        ({"name": "available", "traces": {"s0": [[1, 3]]}}, 2),
+        (
+            {"name": "available", "traces": {"s0": [[4, 9]], "s1": [[1, 4]]}, "inner": {"name": "uniform", "count": 3}},
+            2,
+        ),
+    ],
+)
+def test_a_trimmed_mean_is_refused_where_a_selector_may_give_too_few_silos(tmp_path, select, least):
+    assert refused(config(tmp_path, 4, select=select, **TRIMMED)).startswith(
+        f"aggregate.fraction: 0.34 of {least} silo"
+    )
+
+
+def test_a_trimmed_mean_takes_traces_that_leave_enough_silos_in_all_rounds(tmp_path):
+    later = {"name": "available", "traces": {"s0": [[1, 5]], "s1": [[1, 9]]}}
+    assert len(run(config(tmp_path, 4, select=later, **TRIMMED))[0]) == 4
+
+
+def test_a_trimmed_mean_stops_where_so_few_are_heard_that_none_would_be_left_out(tmp_path):
+    with pytest.raises(NoCohort, match=r"^round 1: aggregate.fraction: 0.34 of 2 silos is less than one silo"):
+        run(config(tmp_path, 4, {"infinite": "s2"}, **TRIMMED))
+
+
+@component
+class Shrinking:
+    """All silos, then two of them."""
+
+    def init(self, num_train):
+        return {}
+
+    def select(self, ids, state, record, rng):
+        return (ids if record is None else ids[:2]), state
+
+
+def test_a_selector_of_ones_own_that_gives_a_trimmed_mean_too_few_ends_the_run(tmp_path):
+    with pytest.raises(NoCohort, match=r"^round 2: aggregate.fraction: 0.34 of 2 silos"):
+        run(config(tmp_path, 4, select=HERE + "Shrinking", **TRIMMED))
+
+
+@pytest.mark.parametrize(
+    ("select", "why"),
+    [
+        ({"name": "uniform", "count": 4}, "select.count: 4 silos, and there are 3"),
+        ({"name": "round_robin", "count": 4}, "select.count: 4 silos, and there are 3"),
+        ({"name": "available", "traces": {}, "inner": {"name": "round_robin", "count": 4}}, "select.count: 4 silos"),
+        ({"name": "power_of_choice", "num_candidates": 4}, "select.num_candidates: 4 silos, and there are 3"),
+        (
+            {"name": "power_of_choice", "fraction": 0.67, "num_candidates": 1},
+            "select.num_candidates: 1, and 2 silos are chosen of them",
+        ),
+    ],
+)
+def test_numbers_of_silos_that_cannot_be_are_refused_and_not_clipped(tmp_path, select, why):
+    assert refused(config(tmp_path, 2, select=select)).startswith(why)
+
+
+def test_a_count_takes_the_place_of_a_fraction(tmp_path):
+    by_count, _ = run(config(tmp_path / "a", select={"name": "uniform", "count": 2}))
+    by_share, _ = run(config(tmp_path / "b", select={"name": "uniform", "fraction": 0.67}))
+    assert [r["cohort"] for r in by_count] == [r["cohort"] for r in by_share] and len(by_count[0]["cohort"]) == 2
+    with pytest.raises(ConfigError, match="either 'fraction' or 'count'"):
+        config(tmp_path / "c", select={"name": "uniform", "count": 2, "fraction": 0.5})
+
+
+def test_a_run_that_is_given_more_rounds_says_that_its_schedule_ends_elsewhere(tmp_path, capsys):
+    falling = {"name": "cosine"}
+    run(config(tmp_path / "a", 2, local={"schedule": falling}))
+    assert capsys.readouterr().err == ""
+    run(config(tmp_path / "a", 4, local={"schedule": falling}))
+    assert "rounds was 2 and is 4: local.schedule now ends at 4; to keep it as it was, local.schedule.rounds=2" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_schedule_keeps_its_end_with_the_rounds_that_it_had(tmp_path, capsys):
+    run(config(tmp_path / "a", 2, local={"schedule": "cosine"}))
+    run(config(tmp_path / "a", 4, local={"schedule": {"name": "cosine", "rounds": 2}}))
+    run(config(tmp_path / "a", 5, local={"schedule": {"name": "cosine", "rounds": 2}}))
+    assert capsys.readouterr().err == ""
+    assert "local.schedule.rounds is 2 there and 3 here" in refused(
+        config(tmp_path / "a", 5, local={"schedule": {"name": "cosine", "rounds": 3}})
+    )
+
+
+def test_a_schedule_that_does_not_end_has_nothing_to_say(tmp_path, capsys):
+    run(config(tmp_path, 2))
+    run(config(tmp_path, 3))
+    assert capsys.readouterr().err == ""
