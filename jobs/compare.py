@@ -38,6 +38,7 @@ from fedmpi.components import NonNegativeInt, build, component, nearest
 from fedmpi.config import differences, put, read
 from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError, Diverged, FedmpiError
+from fedmpi.metrics import of_silo
 from fedmpi.plan import plan
 from fedmpi.records import read_metrics
 
@@ -188,7 +189,7 @@ def curve(cell: Cell, grid: Grid) -> Curve:
         spent_s += record["seconds"]["round"]
         value = _figure(record, metric)
         if grid.over == "silos":
-            each = [v for row in record["silos"].values() if (v := _figure(row, metric)) is not None]
+            each = [v for row in record["silos"].values() if (v := _figure(row, of_silo(metric))) is not None]
             value = statistics.mean(each) if each else None
         if value is not None:
             found.rounds.append(record["round"])

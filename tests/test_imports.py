@@ -14,7 +14,8 @@ from fedmpi.cli import app
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
     *("errors", "output", "disk", "rng", "types", "components", "stopping", "worker", "kernels"),
-    *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "objectives", "models", "data"),
+    *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
+    *("models", "data"),
     *("local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "directory", "assembly", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),

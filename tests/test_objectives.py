@@ -8,9 +8,25 @@ import torch
 
 from fedmpi.components import build, to_dict
 from fedmpi.errors import ConfigError
-from fedmpi.objectives import DEFAULTS, LOSSES, METRICS, Objective, resolve
+from fedmpi.objectives import DEFAULTS, LOSSES, Objective
+from fedmpi.objectives import resolve as resolved
 
 N = 53
+CLASSES = {"classification": 5, "binary": 1, "regression": 2, "next_token": 6}
+
+
+def resolve(objective, task):
+    return resolved(objective, task, CLASSES[task])
+
+
+def evaluate(objective, *args):
+    """Loss, the value of the metric that decides, and test samples."""
+    tally = objective.score(*args)
+    return (
+        tally.loss,
+        tally.figures(objective.scorers).get(objective.best.name) if tally.values else None,
+        tally.samples,
+    )
 
 
 class Fixed(torch.nn.Module):
@@ -60,7 +76,7 @@ def task(request):
 def test_batches_score_as_the_whole_set(task, batch_size):
     outputs, targets = test_set(task)
     model, objective = Fixed(), resolve(Objective(), task)
-    loss, metric, num_samples = objective.evaluate(model, outputs, targets, batch_size, "cpu")
+    loss, metric, num_samples = evaluate(objective, model, outputs, targets, batch_size, "cpu")
     want_loss, want_metric = by_hand(task, outputs, targets)
     assert (loss, metric) == (pytest.approx(want_loss, rel=1e-6), pytest.approx(want_metric, rel=1e-6))
     assert num_samples == N and len(model.batches) == math.ceil(N / batch_size)
@@ -79,20 +95,20 @@ def test_training_loss_is_a_scalar_with_a_gradient(task):
 
 def test_modes_are_restored_one_by_one(task):
     model = Fixed()
-    resolve(Objective(), task).evaluate(model, *test_set(task), 10, "cpu")  # type: ignore[call-arg]
+    evaluate(resolve(Objective(), task), model, *test_set(task), 10, "cpu")
     assert model.training and model.noise.training and not model.frozen.training
 
 
 def test_modes_are_restored_after_an_error():
     model = Fixed()
     with pytest.raises(ConfigError, match=r"the model gives \[10, 2\] numbers where the targets are \[10\]"):
-        resolve(Objective(), "regression").evaluate(model, torch.randn(20, 2), torch.randn(20), 10, "cpu")
+        evaluate(resolve(Objective(), "regression"), model, torch.randn(20, 2), torch.randn(20), 10, "cpu")
     assert model.training
 
 
 def test_empty_test_set(task):
     outputs, targets = test_set(task)
-    loss, metric, num_samples = resolve(Objective(), task).evaluate(Fixed(), outputs[:0], targets[:0], 8, "cpu")
+    loss, metric, num_samples = evaluate(resolve(Objective(), task), Fixed(), outputs[:0], targets[:0], 8, "cpu")
     assert math.isnan(loss) and math.isnan(metric) and num_samples == 0
 
 
@@ -106,16 +122,14 @@ def test_a_column_counts_as_a_vector(of, flat):
 
 def test_accuracy_at_half_counts_half_as_0():
     x, y = torch.tensor([0.0, 0.0, 1e-6, -1e-6]), torch.tensor([0.0, 1.0, 1.0, 1.0])
-    assert resolve(Objective(), "binary").evaluate(Fixed(), x, y, 4, "cpu")[1] == 0.5
+    assert evaluate(resolve(Objective(), "binary"), Fixed(), x, y, 4, "cpu")[1] == 0.5
 
 
-def test_every_name_works_for_every_task_it_is_for():
-    for known, field in ((LOSSES, "loss"), (METRICS, "metric")):
-        for name in known:
-            for of in known[name]:
-                resolved = resolve(Objective(**{field: name}), of)
-                loss, metric, _ = resolved.evaluate(Fixed(), *test_set(of), 10, "cpu")  # type: ignore[call-arg]
-                assert math.isfinite(loss) and math.isfinite(metric)
+def test_every_loss_works_for_every_task_it_is_for():
+    for name in LOSSES:
+        for of in LOSSES[name]:
+            loss, metric, _ = evaluate(resolve(Objective(loss=name), of), Fixed(), *test_set(of), 10, "cpu")
+            assert math.isfinite(loss) and math.isfinite(metric)
 
 
 def test_direction_of_the_metric():
@@ -125,9 +139,12 @@ def test_direction_of_the_metric():
         "regression": False,
         "next_token": True,
     }
-    assert not resolve(Objective(maximize=False), "binary").maximize
-    assert not resolve(Objective(metric="statistics:mean"), "regression").maximize
-    assert resolve(Objective(metric="statistics:mean", maximize=True), "regression").maximize
+    for maximize in (True, False):
+        own = {"name": "statistics:mean", "maximize": maximize}
+        assert resolve(build(Objective, {"metrics": [own]}), "regression").maximize is maximize
+
+
+RANKED = {"name": "own_scores:ranked", "maximize": True}
 
 
 def test_your_own_functions_see_the_whole_test_set(tmp_path, monkeypatch):
@@ -146,47 +163,99 @@ def test_your_own_functions_see_the_whole_test_set(tmp_path, monkeypatch):
     import own_scores  # type: ignore[import-not-found]
 
     outputs, targets = test_set("binary")
-    both = resolve(Objective(loss="own_scores:spread", metric="own_scores:ranked"), "binary")
-    loss, metric, num_samples = both.evaluate(Fixed(), outputs, targets, 7, "cpu")
+    both = resolve(build(Objective, {"loss": "own_scores:spread", "metrics": [RANKED]}), "binary")
+    loss, metric, num_samples = evaluate(both, Fixed(), outputs, targets, 7, "cpu")
     assert own_scores.seen == [N, N] and num_samples == N
     assert (loss, metric) == (float((outputs - targets).std()), float(own_scores.ranked(outputs, targets)))
-    assert (both.loss_name, both.metric_name) == ("spread", "ranked")
+    assert (both.loss_name, both.metric_name) == ("spread", "silo_mean_ranked")
     assert float(both.loss(outputs[:9], targets[:9])) == float((outputs[:9] - targets[:9]).std())
-    mixed = resolve(Objective(metric="own_scores:ranked"), "binary")
-    assert mixed.evaluate(Fixed(), outputs, targets, 7, "cpu")[:2] == (
+    mixed = resolve(build(Objective, {"metrics": [RANKED]}), "binary")
+    assert evaluate(mixed, Fixed(), outputs, targets, 7, "cpu")[:2] == (
         pytest.approx(by_hand("binary", outputs, targets)[0], rel=1e-6),
         metric,
     )
-    with pytest.raises(ConfigError, match=r"objective\.metric: 'own_scores:number' cannot be called"):
-        resolve(Objective(metric="own_scores:number"), "binary")
+    with pytest.raises(ConfigError, match=r"objective\.metrics\.0: 'own_scores:number' cannot be called"):
+        build(Objective, {"metrics": "own_scores:number"}, "objective")
 
 
 @pytest.mark.parametrize(
     ("fields", "of", "message"),
     [
         ({"loss": "cross_entrpy"}, "binary", "objective.loss: no loss 'cross_entrpy'; did you mean 'cross_entropy'?"),
-        ({"metric": "acuracy"}, "binary", "objective.metric: no metric 'acuracy'; did you mean 'accuracy'?"),
+        (
+            {"metrics": ["acuracy"]},
+            "binary",
+            "objective.metrics.0: no metric 'acuracy'; did you mean 'accuracy'?",
+        ),
         ({"loss": "mse"}, "binary", "objective.loss: 'mse' is for regression, the data's task is binary"),
         (
             {"loss": "cross_entropy"},
             "regression",
             "objective.loss: 'cross_entropy' is for classification and next_token, the data's task is regression",
         ),
-        ({"metric": "mae"}, "next_token", "objective.metric: 'mae' is for regression, the data's task is next_token"),
+        (
+            {"metrics": ["accuracy", "mae"]},
+            "next_token",
+            "objective.metrics.1: 'mae' is for regression, the data's task is next_token; there is: accuracy, top_k, "
+            "log_loss, perplexity",
+        ),
         (
             {"loss": "nowhere:f"},
             "binary",
             "objective.loss: cannot import 'nowhere:f': No module named 'nowhere'; modules are looked for in the "
             "current folder and on PYTHONPATH",
         ),
+        (
+            {"metrics": "statistics:mean"},
+            "binary",
+            "objective.metrics.0: is a higher 'statistics:mean' better? say so: "
+            '{name: "statistics:mean", maximize: true}, or false',
+        ),
+        (
+            {"metric": "accuracy"},
+            "binary",
+            "objective: configuration has no 'metric'; write metrics: [NAME]",
+        ),
+        (
+            {"maximize": True},
+            "binary",
+            "objective: configuration has no 'maximize'; say it of the metric, metrics: [{name: "
+            '"package.module:function", maximize: true}]',
+        ),
+        ({"metrics": ["auc", "auc"]}, "binary", "objective.metrics: 'auc' is there twice"),
+        (
+            {"metrics": [{"name": "operator:loss", "maximize": True}]},
+            "binary",
+            "objective.metrics.0: cannot import 'operator:loss': module 'operator' has no attribute 'loss'",
+        ),
+        (
+            {"metrics": "confusion_matrix"},
+            "binary",
+            "objective.metrics: confusion_matrix is no number; add one that tells the best round",
+        ),
+        ({"best": "auc"}, "binary", "objective.best: no metric 'auc' that is a number; there is: accuracy"),
+        (
+            {"metrics": {"name": "top_k", "k": 5}},
+            "classification",
+            "top_k: the data have 5 classes, so with k 5 every target is a hit",
+        ),
+        (
+            {"metrics": {"name": "collections:Counter", "maximize": True}},
+            "classification",
+            "objective.metrics.0: 'collections:Counter' lacks one of init, update, compute, so it cannot be a metric",
+        ),
     ],
 )
 def test_refusals_are_one_line(fields, of, message):
     with pytest.raises(ConfigError) as caught:
-        resolve(Objective(**fields), of)
+        resolve(build(Objective, fields, "objective"), of)
     assert str(caught.value) == message
 
 
 def test_mapping_round_trip():
-    objective = Objective(loss="mae", maximize=True)
+    objective = build(Objective, {"loss": "mae", "metrics": ["r2", {"name": "top_k", "k": 3}, RANKED_BY_MEAN]})
     assert build(Objective, to_dict(objective), "objective") == objective
+    assert to_dict(objective)["metrics"] == [{"name": "r2"}, {"name": "top_k", "k": 3}, RANKED_BY_MEAN]
+
+
+RANKED_BY_MEAN = {"name": "statistics:mean", "maximize": False}

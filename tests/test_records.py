@@ -13,7 +13,8 @@ import torch
 
 from fedmpi import records
 from fedmpi.directory import save_tensors
-from fedmpi.evaluate import pooled, worst_silo
+from fedmpi.evaluate import worst_silo
+from fedmpi.metrics import pooled
 from fedmpi.records import PHASES, Board, Metrics, Progress, Timer, Trace, best_record, read_metrics, silo_table
 
 # ---------------------------------------------------------------- metrics.jsonl
@@ -294,7 +295,7 @@ def test_the_final_table_has_a_row_for_every_silo_and_one_for_all():
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=100)
-    console.print(silo_table(RECORD, "accuracy"))
+    console.print(silo_table(RECORD))
     assert cells(console) == [
         ["a", "0", "9", "4", "0.2500", "0.7500"],
         ["b", "1", "5", "-", "-", "-"],
@@ -313,7 +314,7 @@ def test_the_figures_of_own_models_stand_beside_the_global_ones(tmp_path, monkey
     own = {"personal_loss": 0.1, "personal_accuracy": 0.9}
     record = {**RECORD, **own, "silos": {**RECORD["silos"], "a": {**RECORD["silos"]["a"], **own}}}
     console = Console(file=(text := io.StringIO()), width=120)
-    console.print(silo_table(record, "accuracy"))
+    console.print(silo_table(record))
     assert "personal accuracy" in text.getvalue()
     assert [row[-2:] for row in cells(console)] == [["0.7500", "0.9000"], ["-", "-"], ["0.7500", "0.9000"]]
     with open(tmp_path / "log", "w") as file:

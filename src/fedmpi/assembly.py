@@ -59,7 +59,7 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     opened = comm.together(lambda: {s.id: _opened(s, source) for s in mine})
     num_train, fingerprint = _told(source, opened, comm)
 
-    objective = comm.together(lambda: resolve(config.objective, source.task))
+    objective = comm.together(lambda: resolve(config.objective, source.task, source.num_classes))
     module = comm.together(lambda: build_module(config, source))
     # A start of their own would make ranks train different models: other files in `init`, other torch versions.
     comm.same("the model's first parameters", digest_of(module.state_dict()), ConfigError)
@@ -85,6 +85,7 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
         model = comm.together(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
         rng.set_all(rng.key(config.seed, purpose="trial"))
         comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
+        _try_metrics(model, objective, opened, config.evaluate.batch_size, comm)
         silos = comm.together(lambda: {silo: _kept(silo, opened, weights[silo], chosen) for silo in list(opened)})
         params_Q = zeros_Q
         params_Q[: model.num_shared] = model.params()
@@ -266,3 +267,38 @@ def _fits(model: FlatModel, objective: Resolved, data: SiloData | None) -> None:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ConfigError(f"objective.loss: '{objective.loss_name}' does not return one number")
     module.train()
+
+
+def _try_metrics(model: FlatModel, objective: Resolved, opened: Mapping[str, SiloData], batch: int, comm: Solo) -> None:
+    """Every metric on two samples, before anything is trained, and where it raises on a whole batch, silo after silo: a
+    metric may be undefined on some, but one that raises everywhere is refused. A call of all ranks.
+
+    What is built in says by itself what does not fit; it is not tried on more than two.
+    """
+    errors: dict[str, str] = {}
+
+    def attempt() -> None:
+        for data in opened.values():
+            x, y = (data.x_test, data.y_test) if len(data.x_test) else (data.x_train, data.y_train)
+            for num in (2, batch):
+                tally = objective.score(model.module, x[:num], y[:num], batch, model.device)
+                before = errors or {s.name: "" for s in objective.scorers}
+                if not (still := {name: text for name, text in tally.raised.items() if name in before}):
+                    errors.clear()
+                    return
+                errors.clear()
+                errors.update(still)
+
+    comm.together(attempt)
+    names = [scorer.name for scorer in objective.scorers]
+    seen = np.zeros(2 * len(names))  # by metric: how many ranks tried it, and on how many it raised everywhere
+    if opened:
+        seen[: len(names)] = 1
+        seen[len(names) :] = [name in errors for name in names]
+    tried, failed = comm.share(seen).reshape(2, -1)
+    for name, there, nowhere in zip(names, tried, failed, strict=True):
+        if there and there == nowhere:
+            first = np.zeros(comm.size)
+            first[comm.rank] = name in errors
+            text = comm.say(errors.get(name, ""), int(np.argmax(comm.share(first))))
+            raise ConfigError(f"objective.metrics: '{name}' raised on every silo's samples: {text}")

@@ -17,7 +17,9 @@ from fedmpi.errors import ConfigError
 from fedmpi.local import RULES
 from fedmpi.local.amounts import AMOUNTS
 from fedmpi.local.base import SAMPLERS, TORCH_OPTIMIZERS
+from fedmpi.metrics import METRICS
 from fedmpi.models import MODELS
+from fedmpi.objectives import DEFAULTS, LOSSES, Objective
 from fedmpi.schedules import SCHEDULES
 from fedmpi.selection import SELECTORS
 from fedmpi.server import OPTIMIZERS
@@ -34,6 +36,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "amounts": (AMOUNTS, "local.amount"),
     "selectors": (SELECTORS, "select"),
     "aggregators": (AGGREGATORS, "aggregate"),
+    "metrics": (METRICS, "objective.metrics"),
     "servers": (OPTIMIZERS, "server.optimizer"),
     "codecs": (CODECS, "exchange.up.codec"),
 }
@@ -45,7 +48,8 @@ SECTIONS: dict[str, type] = {key: cls for key, hint in hints(Config).items() if 
 def lines(family: str | None = None) -> list[str]:
     """The text, for all families, or for one family or section. Raises ConfigError for what is neither."""
     if family in SECTIONS:
-        return [family, *_nested(SECTIONS[family]), ""]
+        more = _objectives() if SECTIONS[family] is Objective else []
+        return [family, *_nested(SECTIONS[family]), *more, ""]
     if family is not None and family not in FAMILIES:
         raise ConfigError(f"no family '{family}'{nearest(family, [*FAMILIES, *SECTIONS])}")
     text: list[str] = []
@@ -64,6 +68,18 @@ def lines(family: str | None = None) -> list[str]:
         text.append("")
     if family is None:
         text.append("`fedmpi list FAMILY` shows the fields of its members, `fedmpi list exchange` those of a section.")
+    return text
+
+
+def _objectives() -> list[str]:
+    """The losses and metrics of each task, its own first."""
+    text = []
+    for task, (loss, metric) in DEFAULTS.items():
+        losses = [name for name, tasks in LOSSES.items() if task in tasks]
+        metrics = [name for name, cls in METRICS.members.items() if task in cls.tasks]  # type: ignore[attr-defined]
+        text += ["", f"  task {task}"]
+        for what, first, names in (("loss", loss, losses), ("metrics", METRICS.name_of(metric), metrics)):
+            text.append(f"    {what}: {', '.join(sorted(names, key=lambda name: name != first))}")
     return text
 
 

@@ -145,20 +145,26 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "configuration") -> T:
-    """A component made from a mapping; ConfigError in one line names the key and, if it is unknown, the nearest one."""
+    """A component made from a mapping; ConfigError in one line names the key and, if it is unknown, the nearest one, or
+    what the class says in `MOVED` has become of it."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path or what}: expected keys and values, got {values!r}")
     where = f"{path}: " if path else ""
     known = hints(cls)
     for name in values:
         if name not in known:
-            raise ConfigError(f"{where}{what} has no '{name}'{nearest(str(name), known)}")
+            moved = getattr(cls, "MOVED", {}).get(name)
+            raise ConfigError(f"{where}{what} has no '{name}'{f'; {moved}' if moved else nearest(str(name), known)}")
     ready: dict[str, Any] = {}
     for name, value in values.items():
         here = f"{path}.{name}" if path else str(name)
         family, section = family_of(known[name]), section_of(known[name])
         if family is not None and not (value is None and type(None) in typing.get_args(known[name])):
-            value = family.build(value, here)
+            if _is_list(known[name]):
+                many = value if isinstance(value, (list, tuple)) else [value]
+                value = [family.build(one, f"{here}.{i}") for i, one in enumerate(many)]
+            else:
+                value = family.build(value, here)
         elif section is not None:
             value = _in_section(section, _is_list(known[name]), value, here, name)
         ready[name] = value
@@ -254,7 +260,7 @@ def to_dict(value: Any, annotation: Any = None) -> Any:
     if isinstance(value, Mapping):
         return {str(k): to_dict(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_dict(v) for v in value]
+        return [to_dict(v, annotation) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)

@@ -1,10 +1,14 @@
-"""Evaluation: every silo scores the global model on its own test data, and its personal one; only figures leave it."""
+"""Evaluation: every silo scores the global model on its own test data, and its personal one; only figures, sums and
+counts leave it (metrics.py)."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,11 @@ from fedmpi import rng
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.local.personal import beside
-from fedmpi.objectives import Resolved
+from fedmpi.metrics import NOTHING, Scorer, pooled
+from fedmpi.objectives import LOSS, Resolved, Tally
+from fedmpi.records import Board, Record, spread
+
+log = logging.getLogger("fedmpi")
 
 
 def evaluation_key(seed: int, round: int, silo: str) -> int:
@@ -28,12 +36,11 @@ def evaluate_silo(
     silo: LocalSilo,
     batch_size: int,
     between: Callable[[], Any] = lambda: None,
-) -> dict[str, float]:
-    """Loss, metric and number of test samples of one silo, with the model's shared parameters and its own rest."""
+) -> Tally:
+    """What one silo's test set makes of the model's shared parameters with the silo's own rest."""
     model.load_personal(silo.kept)
     x, y = silo.data.x_test, silo.data.y_test
-    loss, metric, tests = objective.evaluate(model.module, x, y, batch_size, model.device, between)
-    return {"loss": loss, "metric": metric, "tests": tests} if tests else {"tests": 0}
+    return objective.score(model.module, x, y, batch_size, model.device, between)
 
 
 def personal_model(rule: LocalRule, silo: LocalSilo, params_P: torch.Tensor) -> tuple[torch.Tensor, LocalSilo] | None:
@@ -58,17 +65,6 @@ def fine_tuned(
     return params_P + rule.train(own, model, params_P, round).delta_P[: model.num_shared], own
 
 
-def pooled(values: np.ndarray, counts: np.ndarray) -> float | None:
-    """The mean over all test samples: of a loss or a metric that is a mean over samples, exactly the pooled figure;
-    of any other, the mean of the silos' figures weighted by their test samples. None without samples.
-
-    >>> pooled(np.array([1.0, 4.0]), np.array([2, 1]))
-    2.0
-    """
-    total = float(counts.sum())
-    return float((values * counts).sum() / total) if total else None
-
-
 def worst_silo(silos: Mapping[str, Mapping[str, Any]], metric: str, maximize: bool) -> dict[str, Any] | None:
     """The silo that the model serves worst, and its metric."""
     scored = {silo: row[metric] for silo, row in silos.items() if metric in row and math.isfinite(row[metric])}
@@ -76,3 +72,119 @@ def worst_silo(silos: Mapping[str, Mapping[str, Any]], metric: str, maximize: bo
         return None
     silo = (min if maximize else max)(scored, key=lambda s: scored[s])
     return {"silo": silo, metric: scored[silo]}
+
+
+def tell(when: str, silo: str, tally: Tally) -> None:
+    """What a user's own loss or metrics raised; it costs their values, not the run."""
+    for name, error in tally.raised.items():
+        log.warning("%s, silo '%s': %s raised %s", when, silo, name, error)
+
+
+PERSONAL = "personal_"  # what begins the figures of the models that silos have for themselves
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Where evaluations stand on a board that ranks share: which columns and counts, and what a record makes of them.
+
+    board = Board(num_ranks, rank_columns, num_silos, scores.columns, scores.num_counts)
+    scores.enter(board, i, tally)                   what silo i's evaluation came to, on the rank that has it
+    board.share(comm.share)
+    rows, figures = scores.figures(board, ids)      of silos, and of all; the same on every rank
+    """
+
+    objective: Resolved
+    personal: bool = True  # are there silos with models of their own?
+
+    @classmethod
+    def of(cls, objective: Resolved, rule: LocalRule, finetune: LocalRule | None) -> Scores:
+        """With room for personal figures where the rule, or fine-tuning, may leave any."""
+        return cls(objective, finetune is not None or hasattr(rule, "personal"))
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a silo's row."""
+        one = ["tests", "targets", "loss", "raised"]
+        for i, scorer in enumerate(self.objective.scorers):
+            one += [f"value/{i}", *(f"sum/{i}/{j}" for j in range(scorer.num_sums))]
+        return tuple(prefix + name for prefix in self._prefixes for name in one)
+
+    @property
+    def num_counts(self) -> int:
+        """Counts behind the rows."""
+        return len(self._prefixes) * self._num_counts
+
+    @property
+    def _prefixes(self) -> tuple[str, ...]:
+        return ("", PERSONAL) if self.personal else ("",)
+
+    @property
+    def _num_counts(self) -> int:
+        return sum(scorer.num_counts for scorer in self.objective.scorers)
+
+    def enter(self, board: Board, silo: int, tally: Tally, prefix: str = "") -> None:
+        """A silo's tally, of the global model or, with the prefix, of its own. Counts are added: once a round."""
+        if not tally.samples:
+            return
+        scorers = self.objective.scorers
+        names = [*(s.name for s in scorers), LOSS]
+        row = {"tests": tally.samples, "targets": tally.targets, "loss": tally.loss}
+        row["raised"] = sum(1 << i for i, name in enumerate(names) if name in tally.raised)
+        for i, (value, sums) in enumerate(zip(tally.values, tally.sums, strict=True)):
+            row |= {f"value/{i}": value} | {f"sum/{i}/{j}": number for j, number in enumerate(sums.tolist())}
+        board.set_silo(silo, **{prefix + name: value for name, value in row.items()})
+        start = self._prefixes.index(prefix) * self._num_counts
+        board.counts[start : start + self._num_counts] += np.concatenate([NOTHING, *tally.counts])
+
+    def figures(self, board: Board, ids: Sequence[str], prefix: str = "") -> tuple[dict[str, dict[str, Any]], Record]:
+        """Each tested silo's figures, and those of all: of the global model, or with the prefix of the silos' own. Both
+        empty where nothing was tested."""
+        tests = board.silo(f"{prefix}tests")
+        if not tests.any():
+            return {}, {}
+        scorers = self.objective.scorers
+        tested = np.flatnonzero(tests)
+        names = [ids[i] for i in tested.tolist()]
+        raised = board.silo(f"{prefix}raised")[tested].astype(np.int64)
+        losses, targets = board.silo(f"{prefix}loss")[tested], board.silo(f"{prefix}targets")[tested]
+        failed = (raised >> len(scorers)) & 1 > 0
+        rows: dict[str, dict[str, Any]] = {silo: {} for silo in names}
+        for silo, loss in zip(names, losses.tolist(), strict=True):
+            rows[silo][f"{prefix}loss"] = loss
+        found: Record = {f"{prefix}loss": pooled(losses, np.where(failed, 0, targets))}
+        undefined: dict[str, list[str]] = {}
+        threw = {LOSS: list(compress(names, failed))} if failed.any() else {}
+        start = self._prefixes.index(prefix) * self._num_counts
+        for m, scorer in enumerate(scorers):
+            broken = (raised >> m) & 1 > 0
+            values = board.silo(f"{prefix}value/{m}")[tested]
+            sums = np.zeros((len(tested), scorer.num_sums))
+            for j in range(scorer.num_sums):
+                sums[:, j] = board.silo(f"{prefix}sum/{m}/{j}")[tested]
+            counts = board.counts[start : start + scorer.num_counts]
+            start += scorer.num_counts
+            found |= {prefix + key: v for key, v in _of_all(scorer, values[~broken], sums[~broken], counts).items()}
+            if scorer.maximize is None:
+                continue
+            for silo, value in zip(names, values.tolist(), strict=True):
+                rows[silo][prefix + scorer.name] = scorer.shown(value)
+            if broken.any():
+                threw[prefix + scorer.name] = list(compress(names, broken))
+            if (nowhere := np.isnan(values) & ~broken).any():
+                undefined[prefix + scorer.name] = list(compress(names, nowhere))
+        best = self.objective.best
+        found[f"{prefix}worst"] = worst_silo(rows, prefix + best.name, self.objective.maximize)
+        if not prefix:
+            of_best = np.array([row[best.name] for row in rows.values()])
+            found["spread"] = spread(of_best, self.objective.maximize)
+        found |= {f"{prefix}undefined": undefined} if undefined else {}
+        return rows, found | ({f"{prefix}raised": threw} if threw else {})
+
+
+def _of_all(scorer: Scorer, values_K: np.ndarray, sums_KS: np.ndarray, counts_C: np.ndarray) -> dict[str, Any]:
+    """The figures of all silos; None where it cannot be said: a user's code is called with what silos summed up."""
+    try:
+        return scorer.of_all(values_K, sums_KS, counts_C)
+    except Exception as error:
+        log.warning("%s of all silos: %s: %s", scorer.name, type(error).__name__, error)
+        return {scorer.key: None}

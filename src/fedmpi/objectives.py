@@ -1,34 +1,41 @@
 """What is minimised and what is measured: losses and metrics, chosen by task or by name.
 
-    objective = resolve(Objective(), source.task)
+    objective = resolve(Objective(), source.task, source.num_classes)
     objective.loss(outputs, targets).backward()
-    loss, metric, num_samples = objective.evaluate(model, x_test, y_test, batch_size=256, device="cpu")
+    tally = objective.score(model, x_test, y_test, batch_size=256, device="cpu")
 
-| task           | outputs               | targets                       | loss                 | metric             |
-|----------------|-----------------------|-------------------------------|----------------------|--------------------|
-| classification | [N, classes] logits   | [N] int64                     | cross_entropy        | accuracy           |
-| binary         | [N] logits            | [N] float32, 0 or 1           | binary_cross_entropy | accuracy at 0.5    |
-| regression     | [N] or [N, targets]   | as the outputs, float32       | mse                  | mae                |
-| next_token     | [N, T, symbols]       | [N, T] int64                  | cross_entropy        | accuracy per token |
+| task           | outputs                                | targets                | loss                 | metric     |
+|----------------|----------------------------------------|------------------------|----------------------|------------|
+| classification | logits [N, classes] or [N, classes, *] | [N] or [N, *], int64   | cross_entropy        | accuracy   |
+| binary         | logits [N]                             | [N] float32, 0 or 1    | binary_cross_entropy | accuracy   |
+| regression     | [N] or [N, targets]                    | like outputs, float32  | mse                  | mae        |
+| next_token     | logits [N, T, symbols]                 | [N, T], int64          | cross_entropy        | accuracy   |
 
-What is built in is a mean over terms (samples, tokens, or targets of samples), so a test set is scored batch by batch
-and no outputs are kept. Your own function, "package.module:function", is called as `function(outputs, targets)` and
-need be no mean of batches (a survival loss, a concordance index): to score a test set it gets all of its outputs and
-targets at once, on the CPU. As a training loss it gets batches on the model's device and returns a scalar tensor.
+Logits have their classes in dimension 1, as torch has them, or in the last one. Shapes tell which it is; where they do
+not, `classes` must. Targets that are `ignore_index` count in no loss and no metric.
+
+A loss that is built in is a mean over targets, so a test set is scored batch by batch and no outputs are kept. Your own
+function, "package.module:function", is called as `function(outputs, targets)` and need be no mean of batches (such as a
+survival loss): to score a test set it gets all of its outputs and targets at once, on the CPU. Of all silos there is
+then the mean weighted by their targets. As a training loss it gets batches on the model's device and returns a scalar.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from fedmpi.components import component, import_object, nearest
 from fedmpi.errors import ConfigError
+from fedmpi.metrics import METRICS, Accuracy, Mae, Metric, Scorer, for_task
+from fedmpi.targets import CLASS_TASKS, IGNORES_NOTHING, Count, Targets
 from fedmpi.types import Task
 
 Tensor = torch.Tensor
@@ -36,55 +43,43 @@ Tensor = torch.Tensor
 
 @component
 class Objective:
-    """Loss and metric by name; None takes the task's own (table in this module's docstring)."""
+    """What is minimised and what is measured; null takes the task's own."""
 
     loss: str | None = None  # minimised in training: a name or "package.module:function"; null: by task
-    metric: str | None = None  # measured on test sets: a name or "package.module:function"; null: by task
-    maximize: bool | None = None  # is higher better? null: known of names; for your own, not in regression
+    # measured on test sets: names, or mappings such as {name: top_k, k: 5} and {name: "mine:dice", maximize: true}
+    metrics: list[Annotated[Metric, METRICS]] | None = None
+    best: str | None = None  # key in the record of the metric that decides; null: the first that is a number
+    ignore_index: int | None = -100  # class of targets that count nowhere; null: all count
+    classes: Literal["first", "last"] | None = None  # dimension of the logits: 1, or the last; null: as shapes tell
+
+    MOVED: ClassVar[Mapping[str, str]] = {
+        "metric": "write metrics: [NAME]",
+        "maximize": 'say it of the metric, metrics: [{name: "package.module:function", maximize: true}]',
+    }
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Of logits over the last dimension; one term a target."""
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction=reduction)
+Terms = Callable[..., Tensor]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean", ignore: int = IGNORES_NOTHING) -> Tensor:
+    """Of logits [M, classes]; one term a target."""
+    return F.cross_entropy(outputs, targets, reduction=reduction, ignore_index=ignore)
 
 
 def binary_cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Of logits; one term a sample."""
-    return F.binary_cross_entropy_with_logits(_like(outputs, targets), targets, reduction=reduction)
+    return F.binary_cross_entropy_with_logits(outputs, targets, reduction=reduction)
 
 
 def mse(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Mean squared error; one term a number."""
-    return F.mse_loss(_like(outputs, targets), targets, reduction=reduction)
+    return F.mse_loss(outputs, targets, reduction=reduction)
 
 
 def mae(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Mean absolute error; one term a number."""
-    return F.l1_loss(_like(outputs, targets), targets, reduction=reduction)
+    return F.l1_loss(outputs, targets, reduction=reduction)
 
-
-def accuracy(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Share of targets whose logit is the largest; one term a target."""
-    return _reduced(outputs.argmax(-1) == targets, reduction)
-
-
-def accuracy_at_half(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Share of samples whose probability lies on the target's side of 0.5; 0.5 itself counts as 0."""
-    return _reduced((_like(outputs, targets) > 0) == (targets > 0.5), reduction)
-
-
-def _reduced(hits: Tensor, reduction: str) -> Tensor:
-    return hits.double().mean() if reduction == "mean" else hits
-
-
-def _like(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The outputs in the targets' shape, [N] and [N, 1] being the same; else they would spread to [N, N]."""
-    if outputs.numel() != targets.numel():
-        raise ConfigError(f"the model gives {list(outputs.shape)} numbers where the targets are {list(targets.shape)}")
-    return outputs.reshape(targets.shape)
-
-
-Terms = Callable[..., Tensor]
 
 LOSSES: dict[str, dict[Task, Terms]] = {
     "cross_entropy": {"classification": cross_entropy, "next_token": cross_entropy},
@@ -92,120 +87,238 @@ LOSSES: dict[str, dict[Task, Terms]] = {
     "mse": {"regression": mse},
     "mae": {"regression": mae},
 }
-METRICS: dict[str, dict[Task, Terms]] = {
-    "accuracy": {"classification": accuracy, "binary": accuracy_at_half, "next_token": accuracy},
-    "mae": {"regression": mae},
-    "mse": {"regression": mse},
+DEFAULTS: dict[Task, tuple[str, Metric]] = {
+    "classification": ("cross_entropy", Accuracy()),
+    "binary": ("binary_cross_entropy", Accuracy()),
+    "regression": ("mse", Mae()),
+    "next_token": ("cross_entropy", Accuracy()),
 }
-DEFAULTS: dict[Task, tuple[str, str]] = {
-    "classification": ("cross_entropy", "accuracy"),
-    "binary": ("binary_cross_entropy", "accuracy"),
-    "regression": ("mse", "mae"),
-    "next_token": ("cross_entropy", "accuracy"),
-}
+LOSS = "loss"  # what an own loss that raised is called beside the metrics
 
 
 @dataclass(frozen=True)
-class Score:
-    """A loss or a metric: a mean over terms (built in), or a function of a whole test set."""
+class Criterion:
+    """A training loss for the targets of one silo, and how many targets of a batch it is the mean of."""
 
-    name: str
-    function: Callable[..., Any]
-    is_mean: bool
+    loss: Callable[[Tensor, Tensor], Tensor]
+    count: Count = torch.Tensor.numel
+
+
+@dataclass
+class Tally:
+    """What the evaluation of one silo came to."""
+
+    samples: int
+    loss: float = math.nan  # the mean over the targets that count
+    targets: int = 0  # that count
+    values: list[float] = field(default_factory=list)  # of each metric
+    counts: list[np.ndarray] = field(default_factory=list)
+    sums: list[np.ndarray] = field(default_factory=list)
+    raised: dict[str, str] = field(default_factory=dict)  # by metric, or `loss`: what its code raised
+
+    def figures(self, scorers: Sequence[Scorer]) -> dict[str, float]:
+        """The silo's own figures, by name."""
+        return {s.name: s.shown(v) for s, v in zip(scorers, self.values, strict=True)}
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A task's loss and metric, ready to be called."""
+    """A task's loss and metrics, ready to be called."""
 
-    loss_score: Score
-    metric_score: Score
-    maximize: bool  # is a higher metric better?
-
-    @property
-    def loss_name(self) -> str:
-        """What the loss is called in records."""
-        return self.loss_score.name
+    targets: Targets
+    loss_name: str  # what the loss is called in records
+    loss_function: Terms
+    own_loss: bool  # is the loss a user's own?
+    scorers: tuple[Scorer, ...]
+    best: Scorer  # tells the best round
 
     @property
     def metric_name(self) -> str:
-        """What the metric is called in records."""
-        return self.metric_score.name
+        """What the metric that decides is called in records."""
+        return self.best.key
+
+    @property
+    def maximize(self) -> bool:
+        """Is more of it better?"""
+        return bool(self.best.maximize)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The training loss: a scalar, the mean over the batch."""
-        loss: Tensor = self.loss_score.function(outputs, targets)
-        return loss
+        """The training loss: a scalar, the mean over the targets of the batch that count."""
+        if self.own_loss:
+            loss: Tensor = self.loss_function(outputs, targets)
+            return loss
+        outputs, targets = self.targets.rows(outputs, targets)
+        if self.targets.task in CLASS_TASKS and self.targets.ignore_index is not None:
+            return self.loss_function(outputs, targets, ignore=self.targets.ignore_index)
+        return self.loss_function(outputs, targets)
 
-    def evaluate(
-        self,
-        model: torch.nn.Module,
-        x: Tensor,
-        y: Tensor,
-        batch_size: int,
-        device: torch.device | str,
+    def criterion(self, targets: Tensor) -> Criterion:
+        """The training loss for batches of these targets. Where a batch may hold none that counts, its loss is 0."""
+        if not self.targets.some_ignored(targets):
+            return Criterion(self.loss)
+        return Criterion(self.loss if self.own_loss else self._guarded, self.targets.counter(targets))
+
+    def _guarded(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        rows, classes = self.targets.rows(outputs, targets)
+        total: Tensor = self.loss_function(rows, classes, reduction="sum", ignore=self.targets.ignore_index)
+        return total / self.targets.counts(classes).sum().clamp(min=1)
+
+    def mean_loss(
+        self, model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int, device: torch.device | str,
         between: Callable[[], Any] = lambda: None,
-    ) -> tuple[float, float, int]:
-        """Loss, metric and number of samples of one silo's whole test set; (nan, nan, 0) if it is empty.
+    ) -> float:  # fmt: skip
+        """The loss alone, as `score` has it; what an own loss raises goes up."""
+        tally = Tally(len(x))
+        with _evaluating(model):
+            self._run(tally, (), model, x, y, batch_size, device, between)
+        return tally.loss
 
-        `between` is called before every batch.
+    def score(
+        self, model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int, device: torch.device | str,
+        between: Callable[[], Any] = lambda: None,
+    ) -> Tally:  # fmt: skip
+        """Loss and metrics of one silo's whole test set.
 
-        The model is on `device`; x and y may be elsewhere. Sums are float64. Modes of modules are as they were.
+        `between` is called before every batch. The model is on `device`; x and y may be elsewhere. Sums are float64.
+        Modes of modules are as they were. What a user's own loss or metric raises stands in the tally.
         """
-        if len(x) == 0:
-            return math.nan, math.nan, 0
-        scores = (self.loss_score, self.metric_score)
-        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in scores]
+        tally = Tally(len(x))
+        with _evaluating(model):
+            try:
+                self._run(tally, self.scorers, model, x, y, batch_size, device, between)
+            except _LossRaised as error:
+                tally.raised[LOSS] = str(error)
+        return tally
+
+    def _run(
+        self, tally: Tally, scorers: Sequence[Scorer], model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int,
+        device: torch.device | str, between: Callable[[], Any],
+    ) -> None:  # fmt: skip
+        drops = self.targets.some_ignored(y)
+        tally.targets = int(self.targets.counts(y).sum()) if drops else y.numel()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        states: list[Any] = [s.init(device) for s in scorers]
+        keeps = self.own_loss or any(s.whole for s in scorers)
+        by_rows = not self.own_loss or any(not s.whole for s in scorers)
         kept: list[Tensor] = []
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
+
+        def guarded(i: int, step: Callable[[], Any]) -> Any:
+            if scorers[i].name in tally.raised:
+                return None
+            try:
+                return step()
+            except ConfigError:
+                raise
+            except Exception as error:
+                tally.raised[scorers[i].name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+        for start in range(0, len(x), batch_size):
+            between()
+            outputs = model(x[start : start + batch_size].to(device))
+            targets = y[start : start + batch_size].to(device)
+            if keeps:
+                kept.append(outputs.cpu())
+            if not by_rows:
+                continue
+            outputs, targets = self.targets.rows(outputs, targets)
+            if drops:
+                outputs, targets = self.targets.counted(outputs, targets)
+            if not self.own_loss:
+                total += self.loss_function(outputs, targets, reduction="none").sum(dtype=torch.float64)
+            for i, scorer in enumerate(scorers):
+                if not scorer.whole and len(targets):
+                    states[i] = guarded(i, lambda: scorer.update(states[i], outputs, targets))  # noqa: B023
+        if keeps and len(x):
+            outputs, targets = torch.cat(kept), y.cpu()
+            for i, scorer in enumerate(scorers):
+                if scorer.whole:
+                    states[i] = guarded(i, lambda: scorer.update(states[i], outputs, targets))  # noqa: B023
+        for i, scorer in enumerate(scorers):
+            nothing = (math.nan, np.zeros(scorer.num_counts), np.zeros(scorer.num_sums))
+            found = guarded(i, lambda: scorer.finish(states[i])) if len(x) else None  # noqa: B023
+            value, counts, sums = found or nothing
+            tally.values.append(value)
+            tally.counts.append(counts)
+            tally.sums.append(sums)
+        if not len(x):
+            return
+        if not self.own_loss:
+            tally.loss = float(total) / tally.targets if tally.targets else math.nan
+            return
         try:
-            with torch.no_grad():
-                for start in range(0, len(x), batch_size):
-                    between()
-                    outputs = model(x[start : start + batch_size].to(device))
-                    targets = y[start : start + batch_size].to(device)
-                    for total, score in zip(sums, scores, strict=True):
-                        if score.is_mean:
-                            total += score.function(outputs, targets, reduction="none").sum(dtype=torch.float64)
-                    if not all(score.is_mean for score in scores):
-                        kept.append(outputs.cpu())
-                loss, metric = (
-                    float(total) / y.numel() if score.is_mean else float(score.function(torch.cat(kept), y.cpu()))
-                    for total, score in zip(sums, scores, strict=True)
-                )
-        finally:
-            for module, training in modes:
-                module.training = training
-        return loss, metric, len(x)
+            tally.loss = float(self.loss_function(outputs, targets))
+        except Exception as error:
+            raise _LossRaised(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
-def resolve(objective: Objective, task: Task) -> Resolved:
-    """The loss and metric for a task. ConfigError: no such name, or a name that is for other tasks.
+class _LossRaised(Exception):
+    """A user's own loss raised, after all else was scored."""
 
-    >>> resolve(Objective(), "regression").metric_name
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """All modules in evaluation and no gradients; modes as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def resolve(objective: Objective, task: Task, num_classes: int) -> Resolved:
+    """The loss and metrics for a task. ConfigError: no such name, or a name that is for other tasks.
+
+    >>> resolve(Objective(), "regression", 1).metric_name
     'mae'
-    >>> resolve(Objective(loss="mse"), "binary")
+    >>> resolve(Objective(loss="mse"), "binary", 1)
     Traceback (most recent call last):
     fedmpi.errors.ConfigError: objective.loss: 'mse' is for regression, the data's task is binary
     """
     loss, metric = DEFAULTS[task]
-    loss_score = _score("loss", LOSSES, objective.loss or loss, task)
-    metric_score = _score("metric", METRICS, objective.metric or metric, task)
-    maximize = objective.maximize
-    if maximize is None:
-        maximize = metric_score.name not in ("mae", "mse") if metric_score.is_mean else task != "regression"
-    return Resolved(loss_score, metric_score, maximize)
+    loss_name, function, own = _loss(objective.loss or loss, task)
+    wanted = objective.metrics or [metric]
+    scorers = tuple(for_task(m, task, num_classes, f"objective.metrics.{i}") for i, m in enumerate(wanted))
+    targets = Targets(task, objective.classes, objective.ignore_index if task in CLASS_TASKS else None)
+    return Resolved(targets, loss_name, function, own, scorers, _best(objective.best, scorers))
 
 
-def _score(what: str, known: Mapping[str, Mapping[Task, Terms]], name: str, task: Task) -> Score:
+def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
+    """The metric that decides. ConfigError for names that are there twice, or that are others' in records."""
+    names = [s.name for s in scorers]
+    for one in names:
+        if names.count(one) > 1:
+            raise ConfigError(f"objective.metrics: '{one}' is there twice")
+        if one in TAKEN:
+            raise ConfigError(f"objective.metrics: records call something else '{one}'; give your metric another name")
+    numbers = {s.key: s for s in scorers if s.maximize is not None}
+    if name is None and not numbers:
+        raise ConfigError(f"objective.metrics: {', '.join(names)} is no number; add one that tells the best round")
+    if name is None:
+        return next(iter(numbers.values()))
+    if name not in numbers:
+        raise ConfigError(f"objective.best: no metric '{name}' that is a number{nearest(name, numbers)}")
+    return numbers[name]
+
+
+# names that a record, or a silo's row of it, has for other things
+TAKEN = (
+    *("loss", "train_loss", "delta_norm", "round", "cohort", "rejected", "worst", "spread", "seconds", "silos", "silo"),
+    *("rank", "num_train", "num_test", "num_samples", "num_steps", "diversity", "cosine", "cosines", "undefined"),
+    *("raised", "bytes_up", "bytes_down", "bytes_control", "peak_rss_bytes", "personal_loss", "personal_worst"),
+)
+
+
+def _loss(name: str, task: Task) -> tuple[str, Terms, bool]:
     if ":" in name:
-        function = import_object(name, f"objective.{what}")
+        function = import_object(name, "objective.loss")
         if not callable(function):
-            raise ConfigError(f"objective.{what}: '{name}' cannot be called")
-        return Score(name.rpartition(":")[2], function, is_mean=False)
-    if name not in known:
-        raise ConfigError(f"objective.{what}: no {what} '{name}'{nearest(name, known)}")
-    if task not in known[name]:
-        raise ConfigError(f"objective.{what}: '{name}' is for {' and '.join(known[name])}, the data's task is {task}")
-    return Score(name, known[name][task], is_mean=True)
+            raise ConfigError(f"objective.loss: '{name}' cannot be called")
+        return name.rpartition(":")[2], function, True
+    if name not in LOSSES:
+        raise ConfigError(f"objective.loss: no loss '{name}'{nearest(name, LOSSES)}")
+    if task not in LOSSES[name]:
+        raise ConfigError(f"objective.loss: '{name}' is for {' and '.join(LOSSES[name])}, the data's task is {task}")
+    return name, LOSSES[name][task], False

@@ -12,13 +12,14 @@ import torch
 from fedmpi import records
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
+from fedmpi.evaluate import Scores
 from fedmpi.exchange.traffic import memory, num_vectors, traffic
 from fedmpi.flat import master_dtype, num_shared
 from fedmpi.local import plain_step
 from fedmpi.models import make
 from fedmpi.objectives import resolve
 from fedmpi.placement import place
-from fedmpi.rounds import DONE_RANK, DONE_SILO, READY_RANK, READY_SILO
+from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
 
 _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
 
@@ -29,7 +30,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     Raises ConfigError for whatever `train` would refuse that can be seen from here.
     """
     source = config.data.source(config.seed)
-    resolve(config.objective, source.task)
+    objective = resolve(config.objective, source.task, source.num_classes)
+    scores = Scores.of(objective, config.local, config.evaluate.finetune)
     with torch.device("meta"):
         module = make(config.model, source)
     found = config.entries(module, [silo.id for silo in source.silos])
@@ -84,7 +86,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
                 "memory_bytes": bytes_here + samples * sample_bytes + records.peak_rss_bytes(),
             }
         )
-    small = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + len(owners) * (len(READY_SILO) + len(DONE_SILO))
+    small = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + len(owners) * (len(READY_SILO) + len(scores.columns))
+    small += scores.num_counts
     small += 2 * num_ranks * section.overlap  # are deltas folded everywhere? How long did the exchange take?
     small += (num_ranks + len(owners)) * bool(getattr(config.select, "asks", False))  # losses of candidates
     small += len(owners) ** 2 * bool(config.records.gram)

@@ -24,6 +24,7 @@ import numpy as np
 
 from fedmpi import disk
 from fedmpi.comm import launched
+from fedmpi.metrics import SILO_MEAN, of_silo
 from fedmpi.output import say
 
 log = logging.getLogger("fedmpi")
@@ -58,22 +59,36 @@ def peak_rss_bytes() -> int:
 
 
 class Board:
-    """Small numbers of a round that everybody must know: a row per rank, a row per silo, float64.
+    """Small numbers of a round that everybody must know: a row per rank, a row per silo, and counts, all float64.
 
     Every rank fills in its own rows; `share` makes them everybody's in one small collective. Sums are then taken in
-    silo order on every rank, so a record does not depend on where silos live.
+    silo order on every rank, so a record does not depend on where silos live. Counts are whole numbers that are added
+    up over all silos, which is exact in any order.
     """
 
-    def __init__(self, num_ranks: int, rank_columns: Sequence[str], num_silos: int, silo_columns: Sequence[str]):
+    def __init__(
+        self,
+        num_ranks: int,
+        rank_columns: Sequence[str],
+        num_silos: int,
+        silo_columns: Sequence[str],
+        num_counts: int = 0,
+    ):
         self._rank_columns = {name: i for i, name in enumerate(rank_columns)}
         self._silo_columns = {name: i for i, name in enumerate(silo_columns)}
-        self._values = np.zeros(num_ranks * len(rank_columns) + num_silos * len(silo_columns))
         self._split = num_ranks * len(rank_columns)
+        self._end = self._split + num_silos * len(silo_columns)
+        self._values = np.zeros(self._end + num_counts)
 
     def _view(self, per_rank: bool) -> np.ndarray:
         columns = self._rank_columns if per_rank else self._silo_columns
-        part = self._values[: self._split] if per_rank else self._values[self._split :]
+        part = self._values[: self._split] if per_rank else self._values[self._split : self._end]
         return part.reshape(-1, len(columns))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """The counts of this rank's silos, to be added to; of all silos once shared."""
+        return self._values[self._end :]
 
     @property
     def num_bytes(self) -> int:
@@ -141,6 +156,15 @@ def likeness(gram_KK: np.ndarray, silos: Sequence[str] | None = None) -> dict[st
         rows = [[None if math.isnan(value) else value for value in row] for row in cosines_KK.tolist()]
         found["cosines"] = {"silos": list(silos), "rows": rows}
     return found
+
+
+def plain(value: Any) -> Any:
+    """The value with None for what JSON does not know: nan and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value
 
 
 # ---------------------------------------------------------------- files
@@ -364,29 +388,37 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def silo_table(record: Record, metric: str) -> Any:
-    """The last record's figures, a row per silo, for rich to print."""
+NO_COLUMNS = ("train_loss", "delta_norm", "personal_loss")  # figures of silos that the table leaves out
+
+
+def silo_table(record: Record) -> Any:
+    """The last record's figures, a row per silo, then those of all silos pooled, and those that are means over silos,
+    for rich to print."""
     from rich.table import Table
 
+    rows = record["silos"]
+    keys = [k for k in record if k not in NO_COLUMNS and any(of_silo(k) in row for row in rows.values())]
     table = Table(title=f"after round {record['round']}")
-    figures = ("loss", metric, *([f"personal_{metric}"] if f"personal_{metric}" in record else []))
-    for name in ("silo", "rank", "train samples", "test samples", *figures):
+    for name in ("silo", "rank", "train samples", "test samples", *map(of_silo, keys)):
         table.add_column(name.replace("_", " "), justify="left" if name == "silo" else "right")
-    for silo, row in record["silos"].items():
+    for silo, row in rows.items():
         table.add_row(
             silo, str(row["rank"]), str(row["num_train"]), str(row.get("num_test", "-")),
-            *(_figure(row.get(name)) for name in figures),
+            *(_figure(row.get(of_silo(key))) for key in keys),
         )  # fmt: skip
-    if metric in record:
-        tests = sum(row.get("num_test", 0) for row in record["silos"].values())
-        trains = sum(row["num_train"] for row in record["silos"].values())
+    if keys:
+        tests = sum(row.get("num_test", 0) for row in rows.values())
+        trains = sum(row["num_train"] for row in rows.values())
         table.add_section()
-        table.add_row("all", "", str(trains), str(tests), *(_figure(record[name]) for name in figures))
+        figures = [_figure(record[k]) if SILO_MEAN not in k else "-" for k in keys]
+        table.add_row("all", "", str(trains), str(tests), *figures)
+        if any(SILO_MEAN in k for k in keys):
+            table.add_row("mean of silos", "", "", "", *(_figure(record[k]) if SILO_MEAN in k else "-" for k in keys))
     return table
 
 
 def best_record(records: Iterable[Record], metric: str, maximize: bool) -> Record | None:
-    """The record with the best metric on the pooled test data; None when nothing was evaluated."""
+    """The record with the best figure of all silos; None where none has one."""
     scored = [r for r in records if isinstance(r.get(metric), (int, float))]
     if not scored:
         return None

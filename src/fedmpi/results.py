@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors.torch import load
 
@@ -16,11 +15,11 @@ from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.directory import UNSHARED_FILE, read_config, save_tensors
 from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.evaluate import evaluate_silo, evaluation_key, personal_model, pooled, worst_silo
+from fedmpi.evaluate import PERSONAL, Scores, evaluate_silo, evaluation_key, personal_model, tell
 from fedmpi.flat import FlatModel, sha256
 from fedmpi.local import LocalSilo
 from fedmpi.objectives import resolve
-from fedmpi.records import Record, best_record, read_metrics
+from fedmpi.records import Board, Record, best_record, plain, read_metrics
 from fedmpi.types import Source
 
 log = logging.getLogger("fedmpi")
@@ -70,7 +69,8 @@ def choose(root: Path, which: RoundChoice) -> int:
                 log.warning("skipped checkpoint of round %d: %s", -negative, error)
                 continue
             return -negative
-        raise ConfigError(f"{root}: no whole checkpoint was evaluated, so none is best")
+        metric = read_config(root).about["metric"]
+        raise ConfigError(f"{root}: no whole checkpoint has a value of {metric}, so none is best")
     if which not in sealed:
         raise ConfigError(f"{root}: no checkpoint of round {which}; there is: {', '.join(map(str, sealed)) or 'none'}")
     try:
@@ -86,31 +86,32 @@ def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
     have any (`evaluate.finetune` is not done again); this process opens all silos' data."""
     model, config, source = _model(root)
     round = choose(root, which)
-    objective = resolve(config.objective, source.task)
+    objective = resolve(config.objective, source.task, source.num_classes)
+    scores = Scores(objective)
+    ids = [silo.id for silo in source.silos]
+    board = Board(1, (), len(ids), scores.columns, scores.num_counts)
     params_P = _served(root, round)[: model.num_shared]
-    kept = checkpoint.read_silos(root, round, [silo.id for silo in source.silos])
+    kept = checkpoint.read_silos(root, round, ids)
     rows: dict[str, dict[str, Any]] = {}
-    for silo in source.silos:
-        mine = {key[1]: tensor for key, tensor in kept[silo.id].items() if key[0] == "kept"}
-        local = LocalSilo(silo.id, source.open(silo.id), 0.0, kept=mine)
-        row: dict[str, Any] = {"num_test": len(local.data.x_test)}
+    for i, silo in enumerate(ids):
+        mine = {key[1]: tensor for key, tensor in kept[silo].items() if key[0] == "kept"}
+        local = LocalSilo(silo, source.open(silo), 0.0, kept=mine)
+        rows[silo] = {"num_test": len(local.data.x_test)}
         own = personal_model(config.local, local, params_P)
-        for prefix, found in (("", (params_P, local)), ("personal_", own)):
-            if row["num_test"] and found is not None:
-                model.load(found[0])
-                rng.set_all(evaluation_key(config.seed, round, silo.id))
-                figures = evaluate_silo(model, objective, found[1], config.evaluate.batch_size)
-                row |= {f"{prefix}loss": figures["loss"], f"{prefix}{objective.metric_name}": figures["metric"]}
-        rows[silo.id] = row
+        for prefix, served in (("", (params_P, local)), (PERSONAL, own)):
+            if served is not None:
+                model.load(served[0])
+                rng.set_all(evaluation_key(config.seed, round, silo))
+                tally = evaluate_silo(model, objective, served[1], config.evaluate.batch_size)
+                scores.enter(board, i, tally, prefix)
+                tell(f"round {round}", silo, tally)
     record: Record = {"round": round}
-    for prefix in ("", "personal_"):
-        metric = f"{prefix}{objective.metric_name}"
-        if not prefix or any(metric in row for row in rows.values()):
-            tests = np.array([row["num_test"] * (metric in row) for row in rows.values()])
-            for name in (f"{prefix}loss", metric):
-                record[name] = pooled(np.array([row.get(name, 0.0) for row in rows.values()]), tests)
-            record[f"{prefix}worst"] = worst_silo(rows, metric, objective.maximize)
-    return {**record, "silos": rows}
+    for prefix in ("", PERSONAL):
+        of_silos, figures = scores.figures(board, ids, prefix)
+        record |= figures
+        for silo, row in of_silos.items():
+            rows[silo] |= row
+    return {name: plain(value) for name, value in {**record, "silos": rows}.items()}
 
 
 def export(root: Path, target: Path, which: RoundChoice = "newest") -> int:

@@ -30,23 +30,24 @@ from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped
-from fedmpi.evaluate import evaluate_silo, evaluation_key, fine_tuned, personal_model, pooled, worst_silo
+from fedmpi.evaluate import PERSONAL, Scores, evaluate_silo, evaluation_key, fine_tuned, personal_model, tell
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
-from fedmpi.objectives import Resolved
-from fedmpi.records import PHASES, Board, Record, Timer, likeness, peak_rss_bytes, spread
+from fedmpi.metrics import pooled
+from fedmpi.objectives import Criterion, Resolved, Tally
+from fedmpi.records import PHASES, Board, Record, Timer, likeness, peak_rss_bytes, plain
 from fedmpi.selection import Selection, Selector
 from fedmpi.server import Average, Server, ServerOptimizer
 from fedmpi.stopping import FAILED, STOP, BrokenOff, Watch
 from fedmpi.types import Auxiliary, Contribution
 
 READY_RANK = ("status", "fingerprint")
-READY_SILO = ("taken", "rejected", "loss", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss")
+READY_SILO = (
+    *("taken", "rejected", "loss", "targets", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss"),
+)
 PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
-PERSONAL = ("personal_loss", "personal_metric", "personal_tests")  # of the silos' own models, where they have one
-DONE_SILO = ("loss", "metric", "tests", *PERSONAL)
 
 Judge = Callable[[int, float | None, float | None], None]
 
@@ -97,7 +98,16 @@ class Federation:
         self.auxiliaries: Sequence[Auxiliary] = getattr(self.rule, "auxiliaries", ())
         self.not_trained = self.model.not_trained()
         self.ready = Board(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
-        self.done = Board(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), DONE_SILO)
+        self.scores = Scores.of(self.objective, self.rule, self.finetune)
+        columns, counts = self.scores.columns, self.scores.num_counts
+        self._criteria: dict[str, Criterion] = {}
+        self.done = Board(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), columns, counts)
+
+    def criterion(self, silo: LocalSilo) -> Criterion:
+        """The training loss for a silo's targets, at which it looks once."""
+        if silo.id not in self._criteria:
+            self._criteria[silo.id] = self.objective.criterion(silo.data.y_train)
+        return self._criteria[silo.id]
 
 
 def run_round(
@@ -220,7 +230,7 @@ def _loss(fed: Federation, number: int, silo: LocalSilo, x: torch.Tensor, y: tor
     """Of what the model shares by now, with the silo's own rest."""
     rng.set_all(rng.key(fed.seed, purpose="loss", round=number, silo=silo.id))
     fed.model.load_personal(silo.kept)
-    return fed.objective.evaluate(fed.model.module, x, y, fed.evaluate_batch, fed.model.device, fed.watch.check)[0]
+    return fed.objective.mean_loss(fed.model.module, x, y, fed.evaluate_batch, fed.model.device, fed.watch.check)
 
 
 def _train(
@@ -242,6 +252,7 @@ def _train(
             fed.ready.set_silo(
                 fed.index[name],
                 samples=contribution.num_samples,
+                targets=contribution.counted,
                 steps=contribution.num_steps,
                 normalizer=contribution.held,
                 start_loss=contribution.start_loss,
@@ -289,7 +300,8 @@ def _contribution(
     if getattr(fed.aggregator, "start_loss", False):
         fed.model.load(params_P)
         start_loss = _loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
-    round = Round(number, fed.rounds, fed.seed, fed.objective.loss, fed.watch.check, auxiliary)
+    criterion = fed.criterion(silo)
+    round = Round(number, fed.rounds, fed.seed, criterion.loss, fed.watch.check, auxiliary, criterion.count)
     contribution = fed.rule.train(silo, fed.model, params_P, round)
     _check(contribution, silo, fed)
     contribution.start_loss = start_loss
@@ -417,11 +429,14 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
             for name, silo in fed.silos.items():
                 # Between batches news is passed on, so that a stop is agreed in time; the round still commits.
                 rng.set_all(evaluation_key(fed.seed, number, name))
-                figures = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
-                fed.done.set_silo(fed.index[name], **figures)
+                tally = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
+                fed.scores.enter(fed.done, fed.index[name], tally)
+                tell(f"round {number}", name, tally)
             for name, silo in fed.silos.items():
-                figures = _evaluate_personal(fed, number, silo, params_P)
-                fed.done.set_silo(fed.index[name], **{f"personal_{k}": v for k, v in figures.items()})
+                own = _evaluate_personal(fed, number, silo, params_P)
+                if own is not None:
+                    fed.scores.enter(fed.done, fed.index[name], own, PERSONAL)
+                    tell(f"round {number}", name, own)
     except (Exception, SystemExit) as raised:
         at = f", silo '{name}', after round {number}" if name else ""
         error = _said(raised, f"rank {fed.comm.rank}{at}")
@@ -432,30 +447,31 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
 def _trained(fed: Federation, lossless: set[str]) -> tuple[float | None, float | None]:
     """Training loss and mean norm of deltas of those that were heard; None where no loss is finite. Silos whose loss is
     not are left out and join the `lossless`."""
-    taken, samples, losses = (fed.ready.silo(name) for name in ("taken", "samples", "loss"))
+    taken, targets, losses = (fed.ready.silo(name) for name in ("taken", "targets", "loss"))
     finite = np.isfinite(losses)
     lossless.update(fed.ids[int(i)] for i in np.flatnonzero(~finite))
-    loss = pooled(np.where(finite, losses, 0.0), samples * taken * finite)
+    loss = pooled(np.where(finite, losses, 0.0), targets * taken * finite)
     norm = pooled(fed.ready.silo("norm"), taken)
-    return _plain(loss), _plain(norm)
+    return plain(loss), plain(norm)
 
 
-def _evaluate_personal(fed: Federation, number: int, silo: LocalSilo, params_P: torch.Tensor) -> dict[str, float]:
-    """Figures of the model that the silo would use for itself; none where that is the global one."""
+def _evaluate_personal(fed: Federation, number: int, silo: LocalSilo, params_P: torch.Tensor) -> Tally | None:
+    """What the model came to that the silo would use for itself; None where that is the global one."""
     if not len(silo.data.x_test):
-        return {}
+        return None
     look = fed.watch.look
 
     def check() -> None:  # a stop is passed on, and waits for the round
         look()
 
     if fed.finetune is not None and number == fed.rounds:
-        round = Round(number, fed.rounds, fed.seed, fed.objective.loss, check)
+        criterion = fed.criterion(silo)
+        round = Round(number, fed.rounds, fed.seed, criterion.loss, check, count=criterion.count)
         own_P, own = fine_tuned(fed.finetune, fed.model, silo, params_P, round)
     elif (found := personal_model(fed.rule, silo, params_P)) is not None:
         own_P, own = found
     else:
-        return {}
+        return None
     fed.model.load(own_P)
     rng.set_all(evaluation_key(fed.seed, number, silo.id))
     return evaluate_silo(fed.model, fed.objective, own, fed.evaluate_batch, look)
@@ -470,12 +486,16 @@ def _record(
     lossless: Collection[str],
 ) -> Record:
     """What the round says of itself, from figures that every rank has."""
-    ready, done, metric = fed.ready, fed.done, fed.objective.metric_name
-    tests = done.silo("tests")
+    ready, done = fed.ready, fed.done
+    tests = done.silo("tests").tolist()
     rejected = [silo for silo, no in zip(fed.ids, ready.silo("rejected"), strict=True) if no]
     in_cohort = set(cohort)
     of_ready = {name: ready.silo(name).tolist() for name in READY_SILO}  # ten thousand silos: no numpy per number
-    of_done = {name: done.silo(name).tolist() for name in DONE_SILO}
+    scored, figures = fed.scores.figures(done, fed.ids)
+    own: dict[str, dict[str, Any]] = {}
+    if fed.scores.personal:
+        own, of_own = fed.scores.figures(done, fed.ids, PERSONAL)
+        figures |= of_own
     silos: dict[str, dict[str, Any]] = {}
     for i, silo in enumerate(fed.ids):
         row: dict[str, Any] = {"rank": fed.owners[i], "num_train": fed.num_train[i]}
@@ -484,27 +504,14 @@ def _record(
             row["num_samples"] = int(of_ready["samples"][i])
             row["num_steps"] = int(of_ready["steps"][i])
             row["delta_norm"] = of_ready["norm"][i]
-        if of_done["tests"][i]:
-            row["num_test"] = int(of_done["tests"][i])
-            row["loss"] = of_done["loss"][i]
-            row[metric] = of_done["metric"][i]
-        if of_done["personal_tests"][i]:
-            row["personal_loss"] = of_done["personal_loss"][i]
-            row[f"personal_{metric}"] = of_done["personal_metric"][i]
+        if silo in scored:
+            row |= {"num_test": int(tests[i]), **scored[silo], **own.get(silo, {})}
         silos[silo] = row
     record: Record = {"round": number, "cohort": list(cohort), "rejected": rejected}
     if lossless:
         record["not_finite"] = [silo for silo in fed.ids if silo in lossless]
     record |= {"train_loss": loss, "delta_norm": norm, **_likeness(fed)}
-    if tests.any():
-        record["loss"] = pooled(done.silo("loss"), tests)
-        record[metric] = pooled(done.silo("metric"), tests)
-        record["worst"] = worst_silo(silos, metric, fed.objective.maximize)
-        record["spread"] = spread(done.silo("metric")[tests > 0], fed.objective.maximize)
-    if (own := done.silo("personal_tests")).any():
-        record["personal_loss"] = pooled(done.silo("personal_loss"), own)
-        record[f"personal_{metric}"] = pooled(done.silo("personal_metric"), own)
-        record["personal_worst"] = worst_silo(silos, f"personal_{metric}", fed.objective.maximize)
+    record |= figures
     seconds = {name: float(done.rank(name).max()) for name in PHASES}
     record["seconds"] = {"round": float(sum(done.rank(name) for name in PHASES).max()), **seconds}  # type: ignore[union-attr]
     record["seconds"] |= {name: float(done.rank(name).max()) for name in fed.exchange.figures()}
@@ -512,7 +519,7 @@ def _record(
         record[name] = int(done.rank(column).sum())
     record["peak_rss_bytes"] = [int(v) for v in done.rank("rss")]
     record["silos"] = silos
-    return {name: _plain(value) for name, value in record.items()}
+    return {name: plain(value) for name, value in record.items()}
 
 
 def _likeness(fed: Federation) -> dict[str, Any]:
@@ -522,12 +529,3 @@ def _likeness(fed: Federation) -> dict[str, Any]:
         return {}
     heard = [silo for silo, sent in zip(fed.ids, fed.ready.silo("sent"), strict=True) if sent]
     return likeness(gram_KK, heard if fed.gram == "matrix" else None)
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no nan and no infinity: None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return value

@@ -78,13 +78,19 @@ class Contribution:
     round: int
     weight: float
     delta_P: torch.Tensor  # and behind it the rule's auxiliary vectors, each [P]
-    loss: float  # mean training loss over the samples visited this round
+    loss: float  # mean training loss over the targets visited this round
     num_samples: int  # visited this round
     num_steps: int
     normalizer: float | None = None  # how many gradients the delta holds, |a_k|_1 of FedNova; None: num_steps
     start_loss: float = 0.0  # of the global parameters on the training samples, where the aggregator asks for it
+    num_targets: int | None = None  # visited this round that `loss` is the mean of; None: num_samples
 
     @property
     def held(self) -> float:
         """How many gradients the delta holds: the normaliser, or the steps taken."""
         return self.normalizer or self.num_steps
+
+    @property
+    def counted(self) -> int:
+        """How many targets the loss is the mean of."""
+        return self.num_samples if self.num_targets is None else self.num_targets

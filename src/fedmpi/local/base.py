@@ -26,6 +26,7 @@ from fedmpi.flat import Entry, FlatModel
 from fedmpi.local.amounts import AMOUNTS, LOSS, Amount, BySilo, Whole
 from fedmpi.local.optimizers import KEPT, EmaSGD, num_gradients, put_back, state_to_keep
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
+from fedmpi.targets import Count
 from fedmpi.types import Contribution, SiloData
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,6 +55,7 @@ class Round:
     loss: Loss
     check: Callable[[], None]  # a safe point: called between batches, may raise to break the round off
     auxiliary: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the rule's vectors as they are now, [P]
+    count: Count = torch.Tensor.numel  # how many targets of a batch its loss is the mean of
 
 
 class Sampler(Protocol):
@@ -265,13 +267,14 @@ def whole_gradient(
     trained = enter(silo, model, params_P, round)
     x_all, y_all, device = silo.data.x_train, silo.data.y_train, model.device
     total = torch.zeros((), dtype=torch.float64, device=device)
+    num_targets = max(int(round.count(y_all)), 1)
     for param in trained:
         param.grad = None
     for start in range(0, len(x_all), size := batch_size or len(x_all)):
         round.check()
         x, y = x_all[start : start + size].to(device), y_all[start : start + size].to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            loss = round.loss(model.module(x), y) * (len(x) / len(x_all))
+            loss = round.loss(model.module(x), y) * (round.count(y) / num_targets)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return float(total)
@@ -319,6 +322,7 @@ def descend(
     step = plain_step(optimizer)
     losses = torch.zeros((), dtype=torch.float64, device=device)
     num_samples = num_steps = 0
+    num_targets: int | torch.Tensor = 0
     amount = work.amount.of(work.epochs or work.steps or 1, silo, round)
     for x, y in work.batches(silo, round.seed, amount):
         round.check()
@@ -335,17 +339,21 @@ def descend(
             torch.nn.utils.clip_grad_norm_(trained, work.clip)
         with torch.no_grad():
             step()
-        losses += loss.detach() * len(x)
+        counted = round.count(y)
+        losses += loss.detach() * counted
+        num_targets = num_targets + counted
         num_samples += len(x)
         num_steps += 1
     silo.kept = {**silo.kept, **model.personal()}
     if work.keep_optimizer:
         silo.kept = {n: t for n, t in silo.kept.items() if not n.startswith(KEPT)} | state_to_keep(optimizer)
-    loss_mean, held = float(losses) / num_samples, num_gradients(work.optimizer, num_steps)
+    targets = int(num_targets)
+    loss_mean, held = float(losses) / max(targets, 1), num_gradients(work.optimizer, num_steps)
     delta_P = model.take_delta(params_P)
     if getattr(work.amount, "reads_loss", False):
         silo.kept[LOSS] = torch.tensor(loss_mean, dtype=torch.float64)
-    return Contribution(silo.id, round.number, silo.weight, delta_P, loss_mean, num_samples, num_steps, held)
+    about = (loss_mean, num_samples, num_steps, held)
+    return Contribution(silo.id, round.number, silo.weight, delta_P, *about, num_targets=targets)
 
 
 def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Correct:

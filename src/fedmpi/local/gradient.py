@@ -59,7 +59,10 @@ class FedSgd:
         silo.cursor += num_samples
         silo.kept = {**silo.kept, **model.personal()}
         delta_P = model.take_delta(params_P)
-        return Contribution(silo.id, round.number, silo.weight, delta_P, loss, num_samples, 1)
+        num_targets = int(round.count(silo.data.y_train))
+        return Contribution(
+            silo.id, round.number, silo.weight, delta_P, loss, num_samples, 1, num_targets=num_targets
+        )  # fmt: skip
 
 
 @component

@@ -187,9 +187,11 @@ class FedRep(Work):
             body = descend(self, silo, model, params_P, round)
         silo.kept |= filed({n: t for n, t in at_head.kept.items() if n not in model.first_personal}, "head_")
         num_samples = head.num_samples + body.num_samples
-        body.loss = (head.loss * head.num_samples + body.loss * body.num_samples) / num_samples
+        num_targets = head.counted + body.counted
+        body.loss = (head.loss * head.counted + body.loss * body.counted) / max(num_targets, 1)
         body.normalizer = body.held
         body.num_samples, body.num_steps = num_samples, head.num_steps + body.num_steps
+        body.num_targets = num_targets
         return body
 
 
