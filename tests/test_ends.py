@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -13,10 +14,11 @@ from mpi import ENVIRONMENT
 from runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
-from fedmpi import comm, output, results
+from fedmpi import checkpoint, comm, output, records, results
+from fedmpi.cli import app
 from fedmpi.comm import Solo
 from fedmpi.components import to_dict
-from fedmpi.errors import ConfigError, SiloError, Stopped
+from fedmpi.errors import ConfigError, FedmpiError, SiloError, Stopped
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
 EVENTFUL = {"local": {"sampler": OWN + "Eventful"}}
@@ -209,3 +211,113 @@ def test_a_line_that_the_locale_has_no_letters_for_is_written_all_the_same(monke
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     output.say("silo Zürich")
     assert raw.getvalue() == b"silo Z\\xfcrich\n"
+
+
+# ---------------------------------------------------------------- a disk that is full
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """What rank 0 writes round by round finds no room as long as this is True."""
+    state = {"full": False}
+
+    def guarded(write):
+        def attempt(self, *arguments):
+            if state["full"]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(self, *arguments)
+
+        return attempt
+
+    monkeypatch.setattr(records.Trace, "write", guarded(records.Trace.write))
+    monkeypatch.setattr(records.Metrics, "_write", guarded(records.Metrics._write))
+    return state
+
+
+def test_records_that_find_no_room_wait_and_training_goes_on(tmp_path, full, caplog):
+    with fedmpi.Run(how := config(tmp_path / "a", 6, checkpoint={"every": 6}), comm_=Solo()) as started:
+        for record in started:
+            full["full"] = record["round"] in (1, 2)  # so rounds 2 and 3 cannot be written
+    assert [record["round"] for record in records.read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+    assert [" ".join(r.getMessage().split()[1:]) for r in caplog.records] == [
+        "cannot be written (No space left on device): records wait for the next checkpoint",
+        "cannot be written (No space left on device) and ends here",
+    ]
+    assert len(json.loads((tmp_path / "a" / "trace.json").read_text())) == len(records.PHASES)
+    run(config(tmp_path / "b", 6, checkpoint=vars(how.checkpoint)))
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_no_checkpoint_is_sealed_without_its_records(tmp_path, full):
+    how = config(tmp_path, 4, checkpoint={"every": 2})
+    with (
+        pytest.raises(FedmpiError, match=r"cannot write .*metrics.jsonl: No space"),
+        fedmpi.Run(how, comm_=Solo()) as started,
+    ):
+        for record in started:
+            full["full"] = record["round"] >= 2
+    assert checkpoint.sealed_rounds(tmp_path) in ([], [2])
+    full["full"] = False
+    run(how)
+    assert [record["round"] for record in records.read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------- commands
+
+
+def command(capsys, *arguments):
+    """Its exit code, standard output and standard error."""
+    try:
+        code = app(list(arguments), standalone_mode=False)
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr()
+    return code or 0, said.out, said.err
+
+
+def test_stop_says_when_nobody_is_there_to_be_stopped(tmp_path, capsys):
+    with fedmpi.Run(config(tmp_path, 2), comm_=Solo()) as started:
+        next(iter(started))
+        assert command(capsys, "stop", str(tmp_path)) == (0, f"asked the job in {tmp_path} to stop\n", "")
+        assert (tmp_path / "stop").exists()
+    code, out, err = command(capsys, "stop", str(tmp_path))
+    assert (code, out, err) == (2, "", f"fedmpi: no job is training in {tmp_path}\n")
+    assert not (tmp_path / "stop").exists()
+    ranks = json.loads((tmp_path / "ranks.json").read_text())
+    (tmp_path / "ranks.json").write_text(json.dumps([ranks[0] | {"host": "elsewhere"}]))
+    code, out, _ = command(capsys, "stop", str(tmp_path))
+    assert code == 0 and out.endswith("to stop, if there is one: that cannot be seen from this host\n")
+
+
+def test_a_directory_tells_of_what_was_trained_in_it_whatever_is_asked_for_later(tmp_path, capsys):
+    run(config(tmp_path, 4))
+    before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "ranks.json", "metrics.jsonl")}
+    for rounds in (2, 4):
+        assert run(config(tmp_path, rounds))[0] == []
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         4 of 4\n")
+    run(config(tmp_path, 6), rounds=1)
+    assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         5 of 6\n")
+    run(config(tmp_path, 5))  # what is there is enough after all
+    assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         5 of 5\n")
+
+
+@pytest.mark.parametrize(
+    "text", [b"a: [b", b"", b"\xff\xfe", b"- 1", b"3: 4", b"about: 5", b"rounds: 4", b"a: !!python/name:os.system x"]
+)
+def test_a_damaged_configuration_is_one_line_in_every_command(tmp_path, capsys, text):
+    run(config(tmp_path, 1))
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    for arguments in (["inspect"], ["eval"], ["export", "--to", str(tmp_path / "m.pt")]):
+        code, out, err = command(capsys, arguments[0], str(tmp_path), *arguments[1:])
+        assert (code, out, err.count("\n")) == (2, "", 1) and f"{path} is damaged; put it back" in err, err
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors", "other"])
+def test_export_to_a_folder_is_one_line(tmp_path, capsys, name):
+    run(config(tmp_path / "a", 1))
+    (tmp_path / name).mkdir()
+    code, out, err = command(capsys, "export", str(tmp_path / "a"), "--to", str(tmp_path / name))
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"--to {tmp_path / name}: " in err
+    assert list((tmp_path / name).iterdir()) == []

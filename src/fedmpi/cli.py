@@ -245,15 +245,24 @@ def inspect(directory: RunDir, as_json: Json = False) -> None:
 
 @app.command()
 def stop(directory: RunDir) -> None:
-    """Ask the job that trains in DIR to stop: it ends with exit code 3 and its last whole round on disk."""
+    """Ask the job that trains in DIR to stop: it ends with exit code 3 and its last whole round on disk.
+
+    Exit code 2 where no job trains there."""
 
     def work() -> None:
-        from fedmpi.stopping import STOP_FILE
+        from fedmpi.stopping import STOP_FILE, is_training
 
         if not (directory / "config.yaml").exists():
             raise ConfigError(f"{directory} is no run directory")
-        (directory / STOP_FILE).touch()
-        print(f"asked the job in {directory} to stop")
+        training = is_training(directory)
+        if training is False:
+            raise ConfigError(f"no job is training in {directory}")
+        try:
+            (directory / STOP_FILE).touch()
+        except OSError as error:
+            raise ConfigError(f"{directory}: cannot ask there: {error.strerror}") from None
+        sure = "" if training else ", if there is one: that cannot be seen from this host"
+        print(f"asked the job in {directory} to stop{sure}")
 
     _answer(work)
 

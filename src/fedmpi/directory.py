@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,7 +109,7 @@ class RunDirectory:
             try:
                 disk.make_folder(self.path)
                 lock = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                descriptor = os.open(self.path / ".lock", lock, disk.FILE_MODE)
+                descriptor = os.open(self.path / stopping.LOCK_FILE, lock, disk.FILE_MODE)
                 opened.callback(os.close, descriptor)
                 self._take(descriptor)
                 (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
@@ -121,7 +123,11 @@ class RunDirectory:
 
     def _take(self, descriptor: int) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # by `fedmpi stop`, which looks whether there is a job?
+                time.sleep(0.1)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"out: another job is training in {self.path}") from None
         except OSError as error:
@@ -139,7 +145,7 @@ class RunDirectory:
     def is_ours(self) -> bool:
         """Does this rank see what rank 0 wrote last? On a file system without locks another job may have come."""
         try:
-            return (self.path / ".lock").read_text() == self._ticket
+            return (self.path / stopping.LOCK_FILE).read_text() == self._ticket
         except OSError:
             return False
 
@@ -159,7 +165,11 @@ class RunDirectory:
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Tensors as safetensors, tied ones once more under each of their names; the file is there whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with disk.replacing(path) as part:
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part)
+        try:
+            save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from None

@@ -24,6 +24,7 @@ import numpy as np
 
 from fedmpi import disk
 from fedmpi.comm import launched
+from fedmpi.errors import CheckpointError
 from fedmpi.metrics import SILO_MEAN, of_silo
 from fedmpi.output import say
 
@@ -239,18 +240,34 @@ class Metrics:
         _keep_aside(root / "metrics.undone.jsonl", [line for record, line in whole if record["round"] > resumed_round])
         before = [line + b"\n" for record, line in whole if record["round"] <= resumed_round]
         disk.replace_bytes(path, b"".join(before))
-        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115
+        self.path = path
+        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._waiting = b""  # for room on the disk
 
     def write(self, record: Record, starts_s: np.ndarray, phases: Mapping[str, np.ndarray]) -> None:
-        """One line; `starts_s` and `phases` are for the trace."""
-        self._file.write(line_of(record))
-        self._file.flush()
+        """One line; `starts_s` and `phases` are for the trace. A line that cannot be written waits."""
+        full = bool(self._waiting)
+        self._waiting += line_of(record)
+        try:
+            self._write()
+        except OSError as error:
+            if not full:
+                log.warning(
+                    "%s cannot be written (%s): records wait for the next checkpoint", self.path, error.strerror
+                )
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def sync(self) -> None:
         """The records are on disk: called before a checkpoint that follows them is sealed."""
+        self._write()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._write()
         self._file.close()
 
 
@@ -323,6 +340,45 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class Files:
+    """What rank 0 writes round by round. None of it ends training where it cannot be written: records wait for the next
+    checkpoint, which fails without them; a trace or events end there."""
+
+    def __init__(self, root: Path, resumed_round: int, trace: bool, tensorboard: bool) -> None:
+        self._metrics = Metrics(root, resumed_round)
+        self._others: dict[str, Trace | TensorBoard] = {}
+        if trace:
+            self._others["trace.json"] = Trace(root, resumed=resumed_round > 0)
+        if tensorboard:
+            self._others["tensorboard"] = TensorBoard(root)
+
+    def write(self, record: Record, starts_s: np.ndarray, phases: Mapping[str, np.ndarray]) -> None:
+        """A round's; see Trace.write."""
+        self._metrics.write(record, starts_s, phases)
+        for name in list(self._others):
+            try:
+                self._others[name].write(record, starts_s, phases)
+            except OSError as error:
+                log.warning("%s cannot be written (%s) and ends here", name, error.strerror)
+                self._close(name)
+
+    def sync(self) -> None:
+        """The records so far are on disk. Raises CheckpointError where they cannot be."""
+        try:
+            self._metrics.sync()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._metrics.path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        self._metrics.close()
+        for name in list(self._others):
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            self._others.pop(name).close()
 
 
 # ---------------------------------------------------------------- terminal

@@ -119,6 +119,8 @@ def export(root: Path, target: Path, which: RoundChoice = "newest") -> int:
     round comes back."""
     if target.suffix not in (".safetensors", ".pt"):
         raise ConfigError(f"--to {target}: end the name with .safetensors or .pt")
+    if target.is_dir():
+        raise ConfigError(f"--to {target}: a folder is there; name a file")
     model, _, _ = _model(root)
     round = choose(root, which)
     model.load(_served(root, round))

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
+import json
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from fedmpi.comm import Solo
 
 STOP_FILE = "stop"  # in the run directory
+LOCK_FILE = ".lock"  # there too; the job that trains holds its lock
 
 # What a rank says of its part of a round, and what a notice says; the larger one wins.
 READY, STOP, FAILED = 0, 1, 2
@@ -145,6 +149,27 @@ def _note(number: int, frame: FrameType | None) -> None:
 def _wake(number: int, frame: FrameType | None) -> None:
     global _woken_s
     _woken_s = time.monotonic()
+
+
+def is_training(root: Path) -> bool | None:
+    """Does a job train there now? None where that cannot be told from here."""
+    try:
+        descriptor = os.open(root / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    try:  # locks may be known on the host that took them alone
+        host = json.loads((root / "ranks.json").read_text())[0]["host"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return False if host == socket.gethostname() else None
 
 
 class BrokenOff(Exception):

@@ -80,7 +80,7 @@ class Run:
         self._spoiled = False  # has a round failed after its parameters were overwritten?
         self._stopped = False  # does the run end because it was asked to?
         self.comm.open_runs += 1
-        self._files: list[Any] = []
+        self._rounds_before: int | None = None  # what the run that the directory holds was begun with
         self._sealed = -1  # the newest round whose checkpoint is sealed; -1 for none
         self._pending: int | None = None  # the round whose checkpoint is being written
         try:
@@ -170,6 +170,7 @@ class Run:
             return
         begun = read_config(self.out)
         about = begun.about
+        self._rounds_before = begun.config.get("rounds")
         changed = differences(begun.config, self.config)
         old, new = about["model"], signature(self._federation.model.entries)
         changed += [
@@ -244,19 +245,26 @@ class Run:
         }
         self._scores: dict[int, float | None] = {}
 
+        rounds = self.config.rounds
+        # Where nothing is left to train, the directory goes on telling of what was trained.
+        over = self.resumed > rounds or self.resumed == rounds == self._rounds_before
+
         def write() -> None:
             if self.unshared:
                 save_tensors(self.unshared, self.out / UNSHARED_FILE)
-            write_config(self.out, to_dict(self.config), about)
-            disk.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
-            self._metrics = records.Metrics(self.out, self.state.round)
-            self._files = [self._metrics]
-            if self.config.records.trace:
-                self._files.append(records.Trace(self.out, resumed=self.state.round > 0))
-            if self.config.records.tensorboard:
-                self._files.append(records.TensorBoard(self.out))
+            if not over:
+                write_config(self.out, to_dict(self.config), about)
+                disk.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
+            section = self.config.records
+            self._files = records.Files(self.out, self.state.round, section.trace, section.tensorboard)
 
-        self.comm.together(write if self.comm.rank == 0 else lambda: None)
+        def written() -> None:
+            try:
+                write()
+            except OSError as error:
+                raise ConfigError(f"out: cannot write into {self.out}: {error.strerror}") from None
+
+        self.comm.together(written if self.comm.rank == 0 else lambda: None)
         if self._directory.leads:
             for round in checkpoint.sealed_rounds(self.out):
                 self._scores[round] = checkpoint.score(self.out, round)
@@ -299,8 +307,7 @@ class Run:
                     self.state, record = run_round(self.state, fed, lambda: self._writer.written, self._judge)
                 if self.comm.rank == 0:
                     phases = {name: fed.done.rank(name) for name in records.PHASES}
-                    for file in self._files:
-                        file.write(record, fed.done.rank("started_s"), phases)
+                    self._files.write(record, fed.done.rank("started_s"), phases)
                 if self._pending is not None and self.state.written >= self._pending:
                     self._seal()
                 if self.state.round % self.config.checkpoint.every == 0 and not self._health.doubts:
@@ -364,7 +371,7 @@ class Run:
             if self.comm.rank == 0:
                 if not self._directory.is_ours():  # on a file system without locks nothing else would tell
                     raise CheckpointError(f"another job has begun to train in {self.out}")
-                self._metrics.sync()
+                self._files.sync()
             if self._directory.leads:
                 checkpoint.seal(self.out, round, rows, hosted, about)
                 checkpoint.prune(self.out, self.config.checkpoint.keep, self._scores)
@@ -404,7 +411,10 @@ class Run:
         def write() -> None:
             if self.comm.rank == 0:
                 if self.state.round >= self.config.rounds:
-                    save_tensors(self.model.state_dict(), self.out / "model.safetensors")
+                    try:
+                        save_tensors(self.model.state_dict(), self.out / "model.safetensors")
+                    except OSError as error:
+                        raise CheckpointError(f"cannot write model.safetensors into {self.out}: {error}") from None
                 (self.out / stopping.STOP_FILE).unlink(missing_ok=True)
 
         self.comm.together(write)
@@ -436,9 +446,8 @@ class Run:
                 self._writer.close(WRITER_S)  # a thread with tensors must not outlive Python
             if "state" in vars(self):
                 self._keep_readable()
-            if self.comm.rank == 0:
-                for file in self._files:
-                    file.close()
+            if "_files" in vars(self):
+                self._files.close()
             if "_directory" in vars(self):
                 self._directory.release()
 
