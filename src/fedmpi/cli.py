@@ -37,6 +37,15 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as rounds=50 local.lr=0.1 out=runs/a")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="a run directory (a configuration's `out`)")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="MODULE",
+        help="code of this module may run if a run directory's configuration names it; that below the current folder "
+        "may without; may be repeated",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="one line of JSON instead of text")]
 
 
@@ -75,13 +84,13 @@ def _answer(work: Callable[[], None]) -> None:
 
 
 @app.command(epilog=EXIT_CODES)
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, allow: Allow = None) -> None:
     """Train. Under mpirun or srun every rank is one or more silos; alone, one process is all of them.
 
     OUT holding a checkpoint is resumed, with the same bits as if it had never stopped; on another number of ranks too.
     SIGUSR1, SIGTERM and `fedmpi stop OUT` end it at the next batch with the last whole round on disk.
     """
-    _on_ranks(lambda comm: _train(comm, config, overrides or []))
+    _on_ranks(lambda comm: _train(comm, config, overrides or [], allow or []))
 
 
 def _on_ranks(work: Callable[[Solo], None]) -> None:
@@ -106,11 +115,11 @@ def _on_ranks(work: Callable[[Solo], None]) -> None:
         raise
 
 
-def _train(comm: Solo, config: str, overrides: list[str]) -> None:
+def _train(comm: Solo, config: str, overrides: list[str], allow: list[str]) -> None:
     from fedmpi.records import Progress, on_terminal, silo_table
     from fedmpi.train import Run
 
-    with Run(config, *overrides, comm_=comm) as run:
+    with Run(config, *overrides, allow=allow, comm_=comm) as run:
         progress = None
         if comm.rank == 0:
             say(_headline(run))
@@ -157,15 +166,18 @@ def plan(
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="how many ranks will be launched")] = 1,
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """What `train` would need and do: silos, bytes, memory, disk, collectives, and where every value comes from."""
 
     def work() -> None:
-        from fedmpi.config import load
+        from fedmpi.config import load, run_directory
         from fedmpi.plan import plan as compute
+        from fedmpi.trust import confined
 
-        loaded, origins = load(config, overrides or [])
-        result = compute(loaded, origins, ranks)
+        with confined(run_directory(Path(config)), allow or []):
+            loaded, origins = load(config, overrides or [])
+            result = compute(loaded, origins, ranks)
         print(json.dumps(result)) if as_json else _print_plan(result)
 
     _answer(work)
@@ -279,13 +291,13 @@ Which = Annotated[str, typer.Option("--round", help="a checkpoint: its number, n
 
 
 @app.command("eval")
-def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False) -> None:
+def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False, allow: Allow = None) -> None:
     """Evaluate a checkpoint on all silos' test data, in this process."""
 
     def work() -> None:
         from fedmpi.results import evaluate as score
 
-        record = score(directory, _which(round))
+        record = score(directory, _which(round), allow or [])
         if as_json:
             print(json.dumps(record))
             return
@@ -306,13 +318,14 @@ def export(
     directory: RunDir,
     to: Annotated[Path, typer.Option("--to", help="model.safetensors or model.pt")],
     round: Which = "newest",
+    allow: Allow = None,
 ) -> None:
     """Write a checkpoint's model as a state_dict."""
 
     def work() -> None:
         from fedmpi.results import export as write
 
-        print(f"round {write(directory, to, _which(round))} written to {to}")
+        print(f"round {write(directory, to, _which(round), allow or [])} written to {to}")
 
     _answer(work)
 

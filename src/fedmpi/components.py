@@ -25,6 +25,7 @@ import pydantic
 from pydantic_core import core_schema
 
 from fedmpi.errors import ConfigError
+from fedmpi.trust import check_factory, check_module, check_object
 
 T = TypeVar("T")
 
@@ -97,6 +98,7 @@ class Family:
                 raise ConfigError(f"{path}: '{name}' has no {', '.join(missing)}, so it cannot be a {self.what}")
             return build(found, rest, path, f"{self.what} '{name}'")
         if self.deferred and callable(found):
+            check_factory(found, name, path)
             return Deferred(name, found, _fitting(found, rest, path))
         raise ConfigError(f"{path}: '{name}' is no dataclass, so it cannot be a {self.what}")
 
@@ -232,19 +234,22 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def import_object(name: str, path: str = "") -> Any:
-    """What `package.module:attribute` names; the current folder is searched too, after what is installed."""
+    """What `package.module:attribute` names; the current folder is searched too, after what is installed. Raises
+    ConfigError where it is not there, or where a run directory may not name it (trust.py)."""
     where = f"{path}: " if path else ""
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path and "." not in sys.path:
         sys.path.append(".")
+    check_module(name, path)
     try:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
         looked = "; modules are looked for in the current folder and on PYTHONPATH" if missing else ""
         raise ConfigError(f"{where}cannot import '{name}': {error}{looked}") from None
+    check_object(found, name, path)
     return found
 
 

@@ -248,6 +248,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+def run_directory(path: Path) -> Path | None:
+    """The run directory that a configuration file was written into; None for one that somebody keeps elsewhere."""
+    try:
+        written = ABOUT in read(path)[0]
+    except ConfigError:  # said by `load`
+        return None
+    folder = path.resolve().parent
+    return folder if written or any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl")) else None
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
     """The configuration in a YAML file with overrides, and where each value came from ("FILE:LINE", "command line").
 

@@ -116,6 +116,16 @@ def signature(found: Sequence[Entry]) -> dict[str, list[object]]:
     return {e.name: [str(e.dtype).removeprefix("torch."), list(e.shape), e.kind] for e in found if e.kind != "rest"}
 
 
+def changed_entries(there: Mapping[str, object], found: Sequence[Entry]) -> list[str]:
+    """In what a model differs from the one whose `signature` was kept."""
+    here = signature(found)
+    return [
+        f"the model's {name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+
+
 Allocate = Callable[[int, torch.dtype], torch.Tensor]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,11 @@ from fedmpi.config import Config
 from fedmpi.directory import UNSHARED_FILE, read_config, save_tensors
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.evaluate import PERSONAL, Scores, evaluate_silo, evaluation_key, personal_model, tell
-from fedmpi.flat import FlatModel, sha256
+from fedmpi.flat import FlatModel, changed_entries, sha256
 from fedmpi.local import LocalSilo
 from fedmpi.objectives import resolve
 from fedmpi.records import Board, Record, best_record, plain, read_metrics
+from fedmpi.trust import confined
 from fedmpi.types import Source
 
 log = logging.getLogger("fedmpi")
@@ -81,9 +83,15 @@ def choose(root: Path, which: RoundChoice) -> int:
 
 
 @rng.borrowed()
-def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
+def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = ()) -> Record:
     """Loss and metric of a checkpoint on every silo's test data and pooled, of the silos' own models too where they
-    have any (`evaluate.finetune` is not done again); this process opens all silos' data."""
+    have any (`evaluate.finetune` is not done again); this process opens all silos' data. Code that the directory names
+    is imported as trust.py says, and from modules that `allow` names."""
+    with confined(root, allow):
+        return _evaluate(root, which)
+
+
+def _evaluate(root: Path, which: RoundChoice) -> Record:
     model, config, source = _model(root)
     round = choose(root, which)
     objective = resolve(config.objective, source.task, source.num_classes)
@@ -114,14 +122,15 @@ def evaluate(root: Path, which: RoundChoice = "newest") -> Record:
     return {name: plain(value) for name, value in {**record, "silos": rows}.items()}
 
 
-def export(root: Path, target: Path, which: RoundChoice = "newest") -> int:
+def export(root: Path, target: Path, which: RoundChoice = "newest", allow: Sequence[str] = ()) -> int:
     """Write a checkpoint's model as .safetensors or .pt (a state_dict); personal parameters are as they began. The
     round comes back."""
     if target.suffix not in (".safetensors", ".pt"):
         raise ConfigError(f"--to {target}: end the name with .safetensors or .pt")
     if target.is_dir():
         raise ConfigError(f"--to {target}: a folder is there; name a file")
-    model, _, _ = _model(root)
+    with confined(root, allow):
+        model, _, _ = _model(root)
     round = choose(root, which)
     model.load(_served(root, round))
     try:
@@ -149,7 +158,10 @@ def _model(root: Path) -> tuple[FlatModel, Config, Source]:
     module = build_module(config, source)
     if (digest := begun.about["unshared"]) != digest_of({}).hex():
         module.load_state_dict(_unshared(root / UNSHARED_FILE, digest), strict=False)
-    return FlatModel(module, config.exchange.parameters), config, source
+    model = FlatModel(module, config.exchange.parameters)
+    if others := changed_entries(begun.about["model"], model.entries):
+        raise ConfigError(f"{root}: it is not the model that was trained: {others[0]}")
+    return model, config, source
 
 
 def _unshared(path: Path, digest: str) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +27,17 @@ import fedmpi
 from fedmpi import checkpoint, comm, disk, records, rng, stopping
 from fedmpi.assembly import assemble, digest_of
 from fedmpi.components import to_dict
-from fedmpi.config import Config, differences, digest, load, moved_schedules
+from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
 from fedmpi.directory import UNSHARED_FILE, RunDirectory, read_config, save_tensors, write_config
 from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped
 from fedmpi.exchange.base import Exchange, Kept
-from fedmpi.flat import signature
+from fedmpi.flat import changed_entries, signature
 from fedmpi.health import Health
 from fedmpi.output import say
 from fedmpi.records import Record
 from fedmpi.rounds import State, run_round
 from fedmpi.tensorfile import Key
+from fedmpi.trust import confined
 
 # What begins the keys of a checkpoint's tensors; the rest of a key may be any string.
 OPTIMIZER, SELECTOR, HEALTH, EXCHANGE = "optimizer", "selector", "health", "exchange"  # the server's
@@ -58,20 +59,25 @@ def versions() -> dict[str, str]:
 class Run:
     """A federated run; iterate over it for its records. A context manager, since checkpoints are written behind it.
 
-    `config` is a Config or a YAML file with overrides. All ranks of the MPI job build it together. Raises ConfigError,
+    `config` is a Config or a YAML file with overrides; from the config.yaml of a run directory code is imported as
+    trust.py says, and what `allow` names. All ranks of the MPI job build it together. Raises ConfigError,
     alike on every rank, before anything is trained.
 
     Attributes: config; out (the run directory); params_P (the global shared parameters, [P]); record (the last one);
     resumed (the round it went on from); metric and maximize (which figure tells the best round, and in which sense).
     """
 
-    def __init__(self, config: Config | str | Path, *overrides: str, comm_: comm.Solo | None = None) -> None:
+    def __init__(
+        self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = (), comm_: comm.Solo | None = None
+    ) -> None:
         stopping.listen()  # before MPI: a batch system may signal a job while it starts
         try:
             self.comm = comm_ if comm_ is not None else comm.connect()
             if not self.comm.open_runs:
                 self.comm.finish()  # an earlier run of this process: no notice of its end must end this one
-            self.config = self.comm.together(lambda: _loaded(config, overrides))
+            named_by = None if isinstance(config, Config) else run_directory(Path(config))
+            with confined(named_by, allow):
+                self.config = self.comm.together(lambda: _loaded(config, overrides))
             self.comm.same("the configuration", digest(self.config), ConfigError)
         except BaseException:
             stopping.forget()
@@ -84,7 +90,8 @@ class Run:
         self._sealed = -1  # the newest round whose checkpoint is sealed; -1 for none
         self._pending: int | None = None  # the round whose checkpoint is being written
         try:
-            self._assemble()
+            with confined(named_by, allow):
+                self._assemble()
             self._resume()
             self._describe()
         except BaseException:
@@ -172,12 +179,7 @@ class Run:
         about = begun.about
         self._rounds_before = begun.config.get("rounds")
         changed = differences(begun.config, self.config)
-        old, new = about["model"], signature(self._federation.model.entries)
-        changed += [
-            f"the model's {name} is {old.get(name, 'absent')} there and {new.get(name, 'absent')} here"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name)
-        ]
+        changed += changed_entries(about["model"], self._federation.model.entries)
         if not changed and about.get("data") != self.fingerprint:
             changed = ["the silos' data are not the same"]
         if not changed and about["unshared"] != digest_of(self.unshared).hex():
