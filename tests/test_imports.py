@@ -15,9 +15,9 @@ ROOT = Path(fedmpi.__file__).parent
 ORDER = [
     *("errors", "output", "disk", "rng", "types", "trust", "components", "stopping", "worker", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
-    *("models", "data"),
+    *("models", "data", "pretrained"),
     *("local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
-    *("evaluate", "exchange", "rounds", "config", "directory", "assembly", "train"),
+    *("evaluate", "exchange", "rounds", "config", "directory", "opening", "assembly", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}

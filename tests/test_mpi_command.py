@@ -35,7 +35,7 @@ BAD = {
     "out cannot be written": (["out=config.yaml/run"], ["out: cannot write into config.yaml/run"]),
     "data are missing": (['data={name: fashion_mnist, root: "empty"}'], ["fashion_mnist", "empty"]),
     "another model": (["model={name: mlp, hidden: [5]}", "out=undisturbed"], ["checkpoints of another run", "model"]),
-    "a file is missing on one rank": (["data.root=three"], ["rank 1", "silo 'd'", "d.npz"]),
+    "a file is missing on each rank": (["data.root=two"], ["rank 0: silo 'c': no file", "; rank 1: silo 'd': no file"]),
     "shapes disagree on one rank": (["data.root=wide"], ["rank 1", "silo 'b'", "[7]"]),
 }  # fmt: skip
 
@@ -43,12 +43,11 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input(place: Place, undisturbed: str, what: str) -> None:
     overrides, says = BAD[what]
-    for name in ("empty", "three", "wide"):
+    for name in ("empty", "two", "wide"):
         (place.folder / name).mkdir(exist_ok=True)
-    for silo in SILOS[:3]:
-        shutil.copy(place.data / f"{silo}.npz", place.folder / "three")
+    for silo in SILOS:
+        shutil.copy(place.data / f"{silo}.npz", place.folder / ("two" if silo in "ab" else "wide"))
         shutil.copy(place.data / f"{silo}.npz", place.folder / "wide")
-    shutil.copy(place.data / "d.npz", place.folder / "wide")
     np.savez(place.folder / "wide" / "b.npz", x=np.zeros((9, 7), np.float32), y=np.zeros(9, np.int64))
     done = place.train(2, "bad", *overrides)
     assert done.rc == 2, done.tails

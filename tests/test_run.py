@@ -462,5 +462,7 @@ def test_silos_with_other_columns_are_refused(tmp_path):
     silos = [{"id": silo, "path": f"{silo}.csv"} for silo in ("north", "south")]
     data = {"name": "files", "root": str(tmp_path), "task": "binary", "shape": [2], "silos": silos}
     values = {"rounds": 1, "out": str(tmp_path / "run"), "data": data}
-    with pytest.raises(ConfigError, match="silos 'north' and 'south' have other columns"):
+    with pytest.raises(
+        ConfigError, match="silo 'south' has 'tchol' where silo 'north' has 'chol'; rename them, or name"
+    ):
         fedmpi.Run(build(Config, values), comm_=Solo())

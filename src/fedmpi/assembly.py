@@ -4,7 +4,7 @@ trained. A resumed run puts the same together again."""
 from __future__ import annotations
 
 import hashlib
-import zlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedmpi import device, rng, stopping
+from fedmpi import device, pretrained, rng, stopping
 from fedmpi.comm import Solo
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
@@ -23,9 +23,12 @@ from fedmpi.flat import Allocate, Entry, FlatModel, master_dtype, num_shared, on
 from fedmpi.local import LocalSilo
 from fedmpi.models import make
 from fedmpi.objectives import Resolved, resolve
+from fedmpi.opening import open_silos
 from fedmpi.placement import place
 from fedmpi.rounds import Federation, State
-from fedmpi.types import Silo, SiloData, Source
+from fedmpi.types import SiloData, Source
+
+log = logging.getLogger("fedmpi")
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
     comm.same("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
     owners = place(source.silos, comm.hosts, config.server.dedicated)
-    mine = [s for s, owner in zip(source.silos, owners, strict=True) if owner == comm.rank]
-    opened = comm.together(lambda: {s.id: _opened(s, source) for s in mine})
-    num_train, fingerprint = _told(source, opened, comm)
+    opened, num_train, fingerprint = open_silos(source, owners, comm)
 
     objective = comm.together(lambda: resolve(config.objective, source.task, source.num_classes))
     module = comm.together(lambda: build_module(config, source))
+    if (init := config.init) is not None:
+        left_out = comm.together(lambda: pretrained.start(module, init))
+        if left_out and comm.rank == 0:
+            log.warning(left_out)
     # A start of their own would make ranks train different models: other files in `init`, other torch versions.
     comm.same("the model's first parameters", digest_of(module.state_dict()), ConfigError)
     ids = [s.id for s in source.silos]
@@ -141,8 +146,6 @@ def build_module(config: Config, source: Source) -> torch.nn.Module:
     with rng.borrowed():
         rng.set_all(rng.key(config.seed, purpose="init"))
         module = make(config.model, source)
-    if config.init is not None:
-        _start_from(module, Path(config.init))
     return module
 
 
@@ -167,62 +170,9 @@ def _check_machine(config: Config, chosen: torch.device) -> None:
             raise ConfigError("records.tensorboard: needs the package tensorboard (fedmpi[report])") from None
 
 
-def _start_from(module: torch.nn.Module, path: Path) -> None:
-    from safetensors.torch import load_file
-
-    try:
-        given = load_file(path)
-        module.load_state_dict(given)
-    except OSError as error:
-        raise ConfigError(f"init: {path}: {str(error).removesuffix(f': {path}')}") from None
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"init: {path}: {' '.join(str(error).split())}") from None
-    except Exception as error:  # safetensors has an error type of its own for files that are none
-        raise ConfigError(f"init: {path} is no safetensors file: {error}") from None
-
-
-def _opened(silo: Silo, source: Source) -> SiloData:
-    data = source.open(silo.id)
-    if len(data.x_train) == 0:
-        raise ConfigError(f"silo '{silo.id}' has no training samples")
-    if silo.num_samples is not None and silo.num_samples != len(data.x_train):
-        raise ConfigError(f"silo '{silo.id}' declares {silo.num_samples} training samples but has {len(data.x_train)}")
-    for what, x in (("training", data.x_train), ("test", data.x_test)):
-        if len(x) and tuple(x.shape[1:]) != tuple(source.shape):
-            raise ConfigError(
-                f"silo '{silo.id}': {what} samples have shape {tuple(x.shape[1:])}, the dataset's is {source.shape}"
-            )
-    return data
-
-
 def _kept(silo: str, opened: dict[str, SiloData], weight: float, chosen: torch.device) -> LocalSilo:
     """The silo, its samples where they are trained on; of those that were opened it is one no longer."""
     return LocalSilo(silo, SiloData(*device.keep_on(chosen, list(opened.pop(silo)))), weight)
-
-
-def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
-    """Training samples, test samples, and checksums of inputs, targets and column names."""
-    x, y = 0, 0
-    for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
-        x = zlib.crc32(samples.contiguous().numpy().view(np.uint8).data, x)
-        y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
-    names = float(zlib.crc32(repr(columns).encode())) if columns else 0.0
-    return [len(data.x_train), len(data.x_test), float(x), float(y), names]
-
-
-def _told(source: Source, opened: Mapping[str, SiloData], comm: Solo) -> tuple[list[int], str]:
-    """All silos' numbers of training samples, and a fingerprint of their data, of what ranks tell of their own."""
-    mine = comm.together(lambda: {s: _facts(data, source.columns.get(s, ())) for s, data in opened.items()})
-    facts = np.zeros((len(source.silos), 5))
-    for i, silo in enumerate(source.silos):
-        facts[i] = mine.get(silo.id, 0.0)
-    facts = comm.share(facts.reshape(-1)).reshape(facts.shape)
-    named = np.flatnonzero(facts[:, 4])  # the silos whose files name their columns
-    if (others := named[facts[named, 4] != facts[named[:1], 4]]).size:
-        # As many columns, and yet others: the mean of what does not belong together would look like a model.
-        one, other = source.silos[int(named[0])].id, source.silos[int(others[0])].id
-        raise ConfigError(f"silos '{one}' and '{other}' have other columns; name them, in order, in data.features")
-    return [int(n) for n in facts[:, 0]], f"{zlib.crc32(facts.tobytes()):08x}"
 
 
 def _choose_plan(

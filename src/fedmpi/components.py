@@ -167,7 +167,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
                 value = [family.build(one, f"{here}.{i}") for i, one in enumerate(many)]
             else:
                 value = family.build(value, here)
-        elif section is not None:
+        elif section is not None and not (isinstance(value, str) and str in typing.get_args(known[name])):
             value = _in_section(section, _is_list(known[name]), value, here, name)
         ready[name] = value
     try:

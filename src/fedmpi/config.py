@@ -36,6 +36,7 @@ from fedmpi.local.control import Scaffold
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
+from fedmpi.pretrained import InitSection
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, FedDyn, ServerOptimizer
 from fedmpi.types import Dataset
@@ -91,7 +92,7 @@ class Config:
     rounds: PositiveInt = 20  # rounds to have done at the end
     seed: NonNegativeInt = 0  # of every random number
     out: str = "runs/run"  # the run directory; one that holds a checkpoint is resumed
-    init: str | None = None  # .safetensors file to start from instead of the model's own start
+    init: str | InitSection | None = None  # a file of parameters to start from; `fedmpi list init`
     data: Annotated[Dataset, DATASETS] = Digits()  # whose samples
     model: Annotated[Any, MODELS] = Logistic()  # what is trained
     objective: Objective = Objective()  # loss and metric; by the data's task unless given

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedmpi import records
+from fedmpi import pretrained, records
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
@@ -34,6 +34,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     scores = Scores.of(objective, config.local, config.evaluate.finetune)
     with torch.device("meta"):
         module = make(config.model, source)
+    if config.init is not None:
+        pretrained.fitting(module, config.init)
     found = config.entries(module, [silo.id for silo in source.silos])
     num_params = num_shared(found)
     shared = num_params * (1 + len(getattr(config.local, "auxiliaries", ())))  # all that travels

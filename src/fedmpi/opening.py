@@ -1,0 +1,104 @@
+"""The silos of a run, opened by the ranks that host them, and what the ranks tell each other of them: sizes, checksums
+and the names of columns, no sample."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedmpi.comm import Solo
+from fedmpi.errors import ConfigError
+from fedmpi.types import Silo, SiloData, Source
+
+log = logging.getLogger("fedmpi")
+
+_SHOWN = 5  # silos or columns in a message, at most
+
+
+def open_silos(source: Source, owners: Sequence[int], comm: Solo) -> tuple[dict[str, SiloData], list[int], str]:
+    """This rank's silos; all silos' numbers of training samples; a fingerprint of all data. A call of all ranks.
+
+    ConfigError has what is wrong with every silo of every rank.
+    """
+    mine = [silo for silo, owner in zip(source.silos, owners, strict=True) if owner == comm.rank]
+    opened = comm.together(lambda: _all(mine, source))
+    told = comm.together(lambda: {silo: _facts(data, source.columns.get(silo, ())) for silo, data in opened.items()})
+    facts = np.zeros((len(source.silos), 5))
+    for i, silo in enumerate(source.silos):
+        facts[i] = told.get(silo.id, 0.0)
+    facts = comm.share(facts.reshape(-1)).reshape(facts.shape)
+    _same_columns(facts[:, 4], source, owners, comm)
+    if comm.rank == 0 and not facts[:, 1].any():
+        log.warning("no silo has test samples, so nothing is evaluated: give the data a test part")
+    return opened, [int(n) for n in facts[:, 0]], f"{zlib.crc32(facts.tobytes()):08x}"
+
+
+def _all(mine: Sequence[Silo], source: Source) -> dict[str, SiloData]:
+    opened, wrong = {}, []
+    for silo in mine:
+        try:
+            opened[silo.id] = _opened(silo, source)
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong := list(dict.fromkeys(wrong)):
+        more = f"; and {len(wrong) - _SHOWN} more silos of this rank" if len(wrong) > _SHOWN else ""
+        raise ConfigError("; ".join(wrong[:_SHOWN]) + more)
+    return opened
+
+
+def _opened(silo: Silo, source: Source) -> SiloData:
+    data = source.open(silo.id)
+    if len(data.x_train) == 0:
+        raise ConfigError(f"silo '{silo.id}' has no training samples")
+    if silo.num_samples is not None and silo.num_samples != len(data.x_train):
+        raise ConfigError(f"silo '{silo.id}' declares {silo.num_samples} training samples but has {len(data.x_train)}")
+    for what, x in (("training", data.x_train), ("test", data.x_test)):
+        if len(x) and tuple(x.shape[1:]) != tuple(source.shape):
+            raise ConfigError(
+                f"silo '{silo.id}': {what} samples have shape {tuple(x.shape[1:])}, the dataset's is {source.shape}"
+            )
+    return data
+
+
+def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
+    """Training samples, test samples, and checksums of inputs, targets and column names."""
+    x, y = 0, 0
+    for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        x = zlib.crc32(samples.contiguous().numpy().view(np.uint8).data, x)
+        y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
+    names = float(zlib.crc32(repr(columns).encode())) if columns else 0.0
+    return [len(data.x_train), len(data.x_test), float(x), float(y), names]
+
+
+def _same_columns(checksums_K: np.ndarray, source: Source, owners: Sequence[int], comm: Solo) -> None:
+    """ConfigError where files that name their columns name others: as many, and yet the mean of what does not belong
+    together would look like a model. Most of the silos are right."""
+    named = [int(i) for i in np.flatnonzero(checksums_K)]
+    if len(kinds := Counter(checksums_K[named].tolist())) < 2:
+        return
+    usual = max(kinds, key=lambda kind: kinds[kind])
+    others = [i for i in named if checksums_K[i] != usual]
+    first = next(i for i in named if checksums_K[i] == usual)
+
+    def columns(silo: int) -> list[str]:
+        mine = json.dumps(source.columns.get(source.silos[silo].id, ()))
+        return list(json.loads(comm.say(mine, owners[silo])))
+
+    wanted = columns(first)
+    told = [_difference(source.silos[i].id, columns(i), source.silos[first].id, wanted) for i in others[:_SHOWN]]
+    more = f"; and {len(others) - _SHOWN} more silos" if len(others) > _SHOWN else ""
+    raise ConfigError(f"{'; '.join(told)}{more}; rename them, or name those to use, in order, in data.features")
+
+
+def _difference(silo: str, columns: Sequence[str], other: str, wanted: Sequence[str]) -> str:
+    """What one silo's columns are beside another's."""
+    lacks, has = ([n for n in a if n not in b] for a, b in ((wanted, columns), (columns, wanted)))
+    listed = [
+        ", ".join(f"'{n}'" for n in some[:_SHOWN]) + (", ..." if len(some) > _SHOWN else "") for some in (has, lacks)
+    ]
+    return f"silo '{silo}' has {listed[0]} where silo '{other}' has {listed[1]}"

@@ -1,0 +1,83 @@
+"""Silos as the ranks open them: all that is wrong is told at once, and so is that nothing will be evaluated."""
+
+import pytest
+import torch
+from runs import config, refused, run
+
+from fedmpi.comm import Solo
+from fedmpi.components import component
+from fedmpi.errors import ConfigError
+from fedmpi.opening import open_silos
+from fedmpi.types import Silo, SiloData, Source
+
+OWN = "test_opening:"
+
+
+def source(names, **columns):
+    """Silos of three samples; one whose name is not in `columns` cannot be opened."""
+
+    def opened(silo):
+        if silo not in columns:
+            raise ConfigError(f"silo '{silo}': no file")
+        return SiloData(torch.zeros(3, 1), torch.zeros(3), torch.zeros(1, 1), torch.zeros(1))
+
+    silos = tuple(Silo(name) for name in names)
+    return Source("binary", (1,), 1, silos, opened, columns=columns)
+
+
+def refusal(found):
+    with pytest.raises(ConfigError) as caught:
+        open_silos(found, [0] * len(found.silos), Solo())
+    return str(caught.value)
+
+
+def test_every_silo_that_cannot_be_opened_is_named():
+    assert refusal(source("abc", b=())) == "silo 'a': no file; silo 'c': no file"
+    assert refusal(source("abcdefgh")).endswith("silo 'e': no file; and 3 more silos of this rank")
+
+
+def test_the_silos_with_other_columns_are_those_that_are_fewer():
+    said = refusal(source("abc", a=("age", "blood"), b=("age", "bp"), c=("age", "bp")))
+    assert said.startswith("silo 'a' has 'blood' where silo 'b' has 'bp'; rename them, or name those to use, in order,")
+    said = refusal(source("abcd", a=("u", "v"), b=("age", "bp"), c=("age", "bp"), d=("age", "x")))
+    assert said.startswith(
+        "silo 'a' has 'u', 'v' where silo 'b' has 'age', 'bp'; silo 'd' has 'x' where silo 'b' has 'bp'"
+    )
+
+
+@component
+class Untested:
+    """Silos without a test part."""
+
+    num_tests: tuple[int, ...] = (0, 0)
+
+    def source(self, seed):
+        def opened(silo):
+            x, y = torch.ones(8, 4), torch.arange(8) % 2
+            tests = self.num_tests[int(silo)]
+            return SiloData(x, y, x[:tests], y[:tests])
+
+        silos = tuple(Silo(str(i)) for i in range(len(self.num_tests)))
+        return Source("classification", (4,), 2, silos, opened)
+
+
+def test_no_test_sample_anywhere_is_said_once(tmp_path, caplog):
+    records, _ = run(config(tmp_path / "a", 2, {"name": OWN + "Untested"}))
+    assert [r.getMessage() for r in caplog.records] == [
+        "no silo has test samples, so nothing is evaluated: give the data a test part"
+    ]
+    assert len(records) == 2 and records[-1].get("accuracy") is None and records[-1]["train_loss"] > 0
+    caplog.clear()
+    records, _ = run(config(tmp_path / "b", 2, {"name": OWN + "Untested", "num_tests": [0, 3]}))
+    assert not caplog.records and records[-1]["accuracy"] in (1 / 3, 2 / 3)
+
+
+def test_a_renamed_and_a_missing_file_are_both_in_the_line(tmp_path):
+    for silo, second in (("a", "bp"), ("b", "bp")):
+        lines = [f"age,{second},target", *(f"{i},{i % 7},{i % 2}" for i in range(20))]
+        (tmp_path / f"{silo}.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "b.csv").write_text("age,bp,target\n1,,0\n")
+    silos = [{"id": silo, "path": f"{silo}.csv"} for silo in "abc"]
+    data = {"name": "files", "root": str(tmp_path), "task": "binary", "shape": [2], "silos": silos}
+    said = refused(config(tmp_path / "run", 1, data))
+    assert "silo 'b': " in said and "column 'bp': line 2 is empty" in said and "silo 'c': no file" in said
