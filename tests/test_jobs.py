@@ -461,3 +461,14 @@ def test_a_grid_runs_quickly_beside_the_real_one(job, tmp_path, capsys):
 def test_a_rule_that_needs_more_than_a_rate_and_steps_is_named(job):
     found = job("rule_cost").configs(["sgd", "fedprox"], 2, 1, ["local.bogus=1"], "out")
     assert all(isinstance(why, str) and "bogus" in why for why in found.values())
+
+
+def test_gpu_says_that_there_is_none_and_starts_two_ranks_where_there_is_one(checkout):
+    checkout.fake("mpirun", "exit 4")
+    checkout.fake("nvidia-smi", "exit 9")  # no driver
+    path = f"{checkout.top}/.venv/bin:{PATH}"
+    done = checkout.run("jobs/gpu.sh --quick", PATH=path)
+    assert (done.returncode, done.stdout) == (0, "gpu: no GPU\n") and checkout.calls("mpirun") == []
+    checkout.fake("nvidia-smi", 'echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"')
+    assert checkout.run("jobs/gpu.sh --quick", PATH=path).returncode == 4
+    assert checkout.calls("mpirun") == ["-n 2 python jobs/gpu.py --required --seconds 420 --json runs/gpu.json --quick"]

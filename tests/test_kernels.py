@@ -151,6 +151,9 @@ def test_what_is_damaged_writes_nowhere_else():
         room.pack_sorted(turn(indices), 3008, turn(payload))
         assert room.unpack_sorted(turn(payload), 3000, turn(found)) == -1, name
     codec, out = CODECS.build("chunk_topk", "codec"), torch.zeros(5000)
+    damaged = torch.full((codec.max_bytes(10),), 255, dtype=torch.uint8)
+    cuda.decode_chunks(damaged, out[:10], 1.0, True, codec.keep, codec.bits)
+    assert not out[10:].any()
     codec.decode(torch.full((codec.max_bytes(10),), 255, dtype=torch.uint8), out[:10])
     assert not out[10:].any()
 

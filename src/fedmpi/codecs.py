@@ -188,8 +188,8 @@ def _tensor(argument: Any) -> Any:
 
 def _run(name: str, *arguments: Any) -> Any:
     """The kernel of that name, where the vectors among its arguments live."""
-    tensors = Tensor in map(type, arguments)  # pieces are many, and most come as arrays
-    on = next(a.device.type for a in arguments if isinstance(a, Tensor)) if tensors else "cpu"
+    arrays = np.ndarray in map(type, arguments)  # pieces are many, and most come as arrays
+    on = "cpu" if arrays else next(a.device.type for a in arguments if isinstance(a, Tensor))
     kernels, taken = _kernels(on)
     return getattr(kernels, name)(*map(taken, arguments))
 

@@ -86,6 +86,8 @@ class Exchange:
 
     def delta(self) -> torch.Tensor:
         """Memory for a model's shared parameters, out of which its deltas can be sent. A call of all ranks."""
+        if self.on_device:
+            return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
         return self.comm.allocate(self.num_params, self.dtype)
 
     def whole(self, part: torch.Tensor) -> torch.Tensor:

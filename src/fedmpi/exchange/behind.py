@@ -35,8 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +63,10 @@ class Behind(Exchange):
         self._next: list[Contribution] = []  # of the round that is being trained
         self._spare: list[torch.Tensor] = []
         self._worker = Worker("exchange")
+        # One for the whole run: torch keeps what a stream has used for that stream alone.
+        self._stream: Any = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._state: Any = None  # the server's, after the last exchange; None before the first
         self._sent = np.zeros(3)  # bytes up, down, control of exchanges that no record has yet
         self._seconds = self._told_s = 0.0  # that they took in the thread; and those of this round's record
@@ -112,7 +115,8 @@ class Behind(Exchange):
         """In a thread: new = old stepped by this round's deltas. Deltas and `old_P` are only read."""
         plan, given, round = self._plan, self._next, self.round
         self._next = []
-        beside = _stream(self.device)
+        if self._stream is not None:  # after what is queued by now
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
         def fold() -> None:
             plan.begin(round, len(given))
@@ -122,7 +126,7 @@ class Behind(Exchange):
         def work() -> None:
             start_s, before = time.perf_counter(), _counted(plan.comm)
             try:
-                with beside:
+                with _on(self._stream):
                     new_P.copy_(old_P)
                     plan.comm.together(fold)
                     _, self._state = plan.finish(new_P, server, state)
@@ -211,20 +215,14 @@ def _counted(comm: Solo) -> np.ndarray:
     return np.array([comm.bytes_up, comm.bytes_down, comm.bytes_control], dtype=float)
 
 
-def _stream(device: torch.device) -> AbstractContextManager[Any]:
-    """On a GPU a stream of the exchange's own, after what is queued by now; over when it is left."""
-    return contextlib.nullcontext() if device.type != "cuda" else _Stream(device)
-
-
-class _Stream:
-    def __init__(self, device: torch.device) -> None:
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._inside: Any = torch.cuda.stream(self._stream)
-
-    def __enter__(self) -> None:
-        self._inside.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._stream.synchronize()
-        self._inside.__exit__(*error)
+@contextlib.contextmanager
+def _on(stream: Any) -> Iterator[None]:
+    """What a GPU does within goes into a stream of its own, and is over when it is left."""
+    if stream is None:
+        yield
+        return
+    with torch.cuda.stream(stream):
+        try:
+            yield
+        finally:
+            stream.synchronize()

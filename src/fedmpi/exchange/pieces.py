@@ -82,7 +82,8 @@ def rows_together(grid: Grid, up: Channel, down: Channel) -> int:
 class Coder:
     """A channel's codec over the pieces of a vector. Payloads of all pieces lie `stride` bytes apart.
 
-    Vectors and payloads are tensors, or `codecs.bare` of them.
+    Vectors and payloads are tensors, or `codecs.bare` of them. Payloads are in host memory, which MPI reads; vectors on
+    a GPU are encoded there first, and decoded out of the same memory there.
     """
 
     def __init__(self, channel: Channel, grid: Grid, seed: int, device: torch.device, way: str) -> None:
@@ -91,6 +92,8 @@ class Coder:
         sizes = (0, grid.length, grid.size(grid.num_pieces - 1))
         self._num_bytes = {size: self.codec.max_bytes(size) for size in sizes}
         self._key = 0
+        on_device = torch.device(device).type != "cpu"
+        self._there_B = torch.zeros(self.stride, dtype=torch.uint8, device=device) if on_device else None
         codecs.warm(self.codec, device)
 
     def start(self, round: int, who: str = "") -> None:
@@ -119,18 +122,28 @@ class Coder:
         if residual_N is not None and self.channel.decay != 1.0:
             residual_N *= np.float32(self.channel.decay)
         try:
-            return self.codec.encode(x_N, payload_B, self._of(piece), scale, residual_N)
+            if self._there_B is None:
+                return self.codec.encode(x_N, payload_B, self._of(piece), scale, residual_N)
+            num_bytes = self.codec.encode(x_N, self._there_B, self._of(piece), scale, residual_N)
+            torch.as_tensor(payload_B)[:num_bytes].copy_(self._there_B[:num_bytes])
+            return num_bytes
         except ExchangeError as error:
             part = self.grid.part(piece)
             raise ExchangeError(f"exchange.{self._way}: values {part.start} to {part.stop}: {error}") from None
 
     def decode(self, payload_B: Any, out_N: Any, piece: int) -> None:
         """What a payload of this round says of the piece."""
-        self.codec.decode(payload_B, out_N, self._of(piece))
+        self.codec.decode(self._arrived(payload_B), out_N, self._of(piece))
 
     def add(self, payload_B: Any, sum_N: Any, piece: int, weight: float) -> None:
         """The same, times weight, added."""
-        self.codec.add(payload_B, sum_N, self._of(piece), weight)
+        self.codec.add(self._arrived(payload_B), sum_N, self._of(piece), weight)
+
+    def _arrived(self, payload_B: Any) -> Any:
+        """A payload where the vectors are."""
+        if self._there_B is None:
+            return payload_B
+        return self._there_B[: len(payload_B)].copy_(torch.as_tensor(payload_B))
 
 
 class RankResidual:

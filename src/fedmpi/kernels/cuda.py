@@ -257,7 +257,8 @@ def decode_uniform(payload: Tensor, out: Tensor, weight: float, accumulate: bool
 
 def _largest(magnitude: Tensor, k: int, floor: int) -> Tensor:
     """Indices of the k largest not below `floor`, ascending; of equals the first ones."""
-    least = magnitude.kthvalue(magnitude.numel() - k + 1).values.clamp(min=floor)
+    # Not kthvalue, which one block of threads does alone, and which has no deterministic form.
+    least = magnitude.topk(k, sorted=False).values.amin().clamp(min=floor)
     above = magnitude > least
     equal = magnitude == least
     first = equal & (equal.cumsum(0) <= k - above.sum())
@@ -320,7 +321,7 @@ def decode_chunks(payload: Tensor, out: Tensor, weight: float, accumulate: bool,
         d = low + (code & (top - 1)).float() * step
         d = torch.where((code & top) > 0, -d, d)
         chunk = out[first : first + rows * m].view(rows, m)
-        j = codes & 4095
+        j = (codes & 4095).clamp_(max=m - 1)  # beyond it, in what is damaged, a GPU would stop for good
         chunk.scatter_(1, j, chunk.gather(1, j) + d * _f32(weight)) if accumulate else chunk.zero_().scatter_(1, j, d)
         at += rows * span
 

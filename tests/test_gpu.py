@@ -1,0 +1,229 @@
+"""Vectors on a make-believe GPU (stand_in.py): exchanges, codecs and whole runs give what they give on the CPU."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import stand_in
+import torch
+from test_codecs import every_codec, vector
+from test_exchange import on_ranks
+
+from fedmpi.aggregate import AGGREGATORS
+from fedmpi.codecs import CODECS
+from fedmpi.comm import Solo
+from fedmpi.components import build
+from fedmpi.exchange import choice, pieces
+from fedmpi.exchange.base import Facts
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.flat import sha256
+from fedmpi.kernels import cuda
+from fedmpi.local import RULES
+from fedmpi.server import OPTIMIZERS, Server
+from fedmpi.types import Contribution
+
+P = 10_000
+WEIGHTS = {"a": 3.0, "b": 1.0, "c": 2.0}
+OWNERS = {1: (0, 0, 0), 2: (0, 1, 0)}
+LINEAR = [name for name in CODECS.members if CODECS.build(name, "codec").linear and name != "identity"]
+EACH = [name for name in AGGREGATORS.members if hasattr(AGGREGATORS.members[name], "combine")]
+LOSSY = [name for name in CODECS.members if name != "identity"]
+
+
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "SHORTEST", 4096)
+
+
+def fed_back(name):
+    return {"codec": name, "feedback": True}
+
+
+SECTIONS = {
+    **{plan: {"plan": plan} for plan in ("root", "replicated", "sharded")},
+    **{
+        f"{plan} in the ring": {"plan": plan, "reduction": "reproducible"} for plan in ("root", "replicated", "sharded")
+    },
+    **{f"replicated {name}": {"plan": "replicated", "up": fed_back(name)} for name in LINEAR},
+    **{f"sharded {name}": {"plan": "sharded", "up": fed_back(name), "down": fed_back(name)} for name in LOSSY},
+    **{
+        f"by silo {name}": {"plan": "sharded", "scope": "silo", "reduction": "reproducible", "up": fed_back(name)}
+        for name in LOSSY
+    },
+    "by silo": {"plan": "sharded", "scope": "silo"},
+    "decay": {"plan": "sharded", "up": {**fed_back("int8"), "decay": 0.5}},
+}
+
+
+def exchanged(section, num_ranks, device, each=None, optimizer="fedadam", rounds=3):
+    """The parameters after some rounds, as bytes, by rank."""
+    how, server = build(ExchangeSection, section), OPTIMIZERS.build(optimizer, "")
+    owners, draw = OWNERS[num_ranks], torch.Generator().manual_seed(0)
+    start_P, deltas = torch.randn(P, generator=draw), 1e-2 * torch.randn(rounds, 3, P, generator=draw)
+
+    def work(comm):
+        hosted = [silo for silo, owner in zip(WEIGHTS, owners, strict=True) if owner == comm.rank]
+        params_P = start_P.to(device, copy=True)
+        facts = Facts(sum(WEIGHTS.values()), list(WEIGHTS), hosted, 7, each, rounds, 5000)
+        exchange = choice.make(how, comm, params_P, facts)
+        params_P, state = exchange.home(params_P, server.init(exchange.mine(params_P)))
+        for number in range(1, rounds + 1):
+            exchange.begin(number, len(hosted))
+            for k, silo in enumerate(WEIGHTS):
+                if silo in hosted:
+                    delta_P = deltas[number - 1, k].to(device, copy=True)
+                    exchange.add(Contribution(silo, number, WEIGHTS[silo], delta_P, 0.0, 1, 1))
+            params_P, state = exchange.finish(params_P, Server(server), state)
+        state = exchange.settled(state)
+        kept = {silo: sorted(tensors) for silo, tensors in exchange.kept(params_P).items()}
+        assert params_P.device.type == device and all(part.device.type == device for part in state)
+        whole = [exchange.whole(part) for part in state]
+        exchange.close()
+        return sha256(params_P), kept, [len(part) for part in whole]
+
+    return on_ranks(num_ranks, work)
+
+
+@pytest.mark.parametrize("num_ranks", OWNERS)
+@pytest.mark.parametrize("name", SECTIONS)
+def test_an_exchange_of_vectors_on_a_device_has_the_bits_of_one_on_the_cpu(name, num_ranks):
+    wanted = exchanged(SECTIONS[name], num_ranks, "cpu")
+    with stand_in.gpu():
+        assert exchanged(SECTIONS[name], num_ranks, "cuda") == wanted
+
+
+class Weighed:
+    """An aggregator of one's own that uses the weights."""
+
+    def combine(self, rows_KS, weights_K):
+        return weights_K @ rows_KS / weights_K.sum()
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_an_aggregator_that_reads_each_delta_finds_rows_and_weights_on_the_device(name):
+    each = Weighed().combine if name == "own" else AGGREGATORS.build(name, "").combine
+    section = {"plan": "sharded", "scope": "silo"}
+    wanted = exchanged(section, 2, "cpu", each)
+    with stand_in.gpu():
+        assert exchanged(section, 2, "cuda", each) == wanted
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.members)
+def test_a_server_steps_on_the_device_as_on_the_cpu(name):
+    for plan in ("root", "sharded"):
+        wanted = exchanged({"plan": plan}, 2, "cpu", optimizer=name)
+        with stand_in.gpu():
+            assert exchanged({"plan": plan}, 2, "cuda", optimizer=name) == wanted
+
+
+def test_plans_are_measured_on_the_device():
+    how, facts = build(ExchangeSection, {"plan": "auto"}), Facts(1.0, ["a", "b"], ["a"], 7)
+    with stand_in.gpu():
+        seconds = choice.measure(how, Solo(), torch.zeros(P, device="cuda"), facts, 1)
+    assert sorted(seconds) == ["replicated", "root", "sharded"]
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@every_codec
+def test_kernels_have_a_deterministic_form_on_a_device(codec, deterministic):
+    x, key = vector(5000), 3
+    payload, out = torch.zeros(codec.max_bytes(5000), dtype=torch.uint8), torch.zeros(5000)
+    codec.encode(x, payload, key, residual_N=0.1 * x)
+    codec.decode(payload, out, key)
+    with stand_in.gpu():
+        payload_there, out_there = (torch.zeros_like(t).to("cuda") for t in (payload, out))
+        num_bytes = codec.encode(x.to("cuda"), payload_there, key, residual_N=0.1 * x.to("cuda"))
+        codec.decode(payload_there[:num_bytes] if not codec.fixed else payload_there, out_there, key)
+    assert torch.equal(out_there.cpu(), out) and torch.equal(payload_there.cpu()[:num_bytes], payload[:num_bytes])
+
+
+# ---------------------------------------------------------------- jobs/gpu.py
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The job's module, for one rank, with short vectors."""
+    spec = importlib.util.spec_from_file_location("jobs_gpu", Path(__file__).parents[1] / "jobs" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    for name, value in {"connect": Solo, "PARAMS": 5000, "KERNEL_PARAMS": 9000}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def told(gpu, path, *arguments):
+    """What the job writes, and its exit code."""
+    with stand_in.gpu():
+        try:
+            gpu.main(["--quick", "--json", str(path), *arguments])
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+    return json.loads(path.read_text()), code
+
+
+@pytest.mark.parametrize("part", ["kernels", "rules", "overlap", "memory"])
+def test_whole_runs_on_a_device_end_where_those_on_the_cpu_do(gpu, tmp_path, capsys, part):
+    found, code = told(gpu, tmp_path / "gpu.json", "--only", part)
+    assert code == 0 and found["failed"] == [], capsys.readouterr().out
+    rows = {row["case"]: row for row in found["rows"]}
+    wanted = {"kernels": {*CODECS.members}, "rules": {*RULES.members, "precision bf16"}}.get(part, set())
+    assert wanted <= rows.keys() and all(row["part"] == part and row["said"] for row in rows.values())
+    if part == "rules":
+        assert all(rows[name]["figure"] == 0 and "same bits" in rows[name]["said"] for name in RULES.members)
+    if part == "memory":
+        assert rows["samples beside it"]["said"].endswith("cpu pinned")
+        assert rows["samples on the device"]["said"].endswith("on cuda")
+
+
+def test_the_exchanges_that_are_compared_cover_every_member(gpu):
+    cases = dict(gpu.exchanges(Solo()))
+    assert {f"sharded, {name} both ways" for name in LOSSY} | {f"replicated, {name}" for name in LINEAR} <= cases.keys()
+    assert {f"aggregate {name}" for name in AGGREGATORS.members} <= cases.keys()
+    assert {f"server {name}" for name in OPTIMIZERS.members if name != "feddyn"} <= cases.keys()
+    with stand_in.gpu():
+        for name in ("auto", "regions", "aggregate trimmed_mean", "sharded, topk both ways"):
+            assert cases[name]()[:2] == (True, 0.0), name
+
+
+def test_what_differs_on_the_device_is_a_row_that_failed_and_the_exit_code(gpu, tmp_path, monkeypatch, capsys):
+    decode, rest = cuda.decode_half, cuda._rest
+    monkeypatch.setattr(cuda, "decode_half", lambda *a: (decode(*a), a[1].mul_(1.0000002))[0])
+    found, code = told(gpu, tmp_path / "gpu.json", "--only", "kernels")
+    assert code == 1 and found["failed"] == ["kernels: bf16", "kernels: fp16"]
+    assert "FAIL  kernels   bf16" in capsys.readouterr().out
+    monkeypatch.setattr(cuda, "decode_half", decode)
+    monkeypatch.setattr(cuda, "_rest", lambda v, decoded, into: rest(v, decoded * 0.999, into))
+    with stand_in.gpu():
+        ok, apart, _ = dict(gpu.exchanges(Solo()))["sharded, int8 both ways"]()
+    assert not ok and apart > 1e-4
+
+
+def test_what_no_time_is_left_for_failed(gpu, tmp_path):
+    found, code = told(gpu, tmp_path / "gpu.json", "--only", "memory", "--seconds", "-1")
+    assert code == 1 and {row["said"] for row in found["rows"]} == {"no time was left"}
+
+
+def test_without_a_gpu_there_is_nothing_to_do_unless_one_is_required(gpu, capsys):
+    gpu.main(["--quick"])
+    assert capsys.readouterr().out == "gpu: no GPU\n"
+    with pytest.raises(SystemExit, match=r"gpu: there is a GPU, and torch .* does not find it"):
+        gpu.main(["--quick", "--required"])
+
+
+def test_overlap_has_one_stream_for_the_whole_run(gpu):
+    """Memory that a stream has used is kept for it: a stream a round would keep thirty-two times as much."""
+    with stand_in.gpu():
+        before = stand_in.Stream.made
+        gpu._steady(Solo())
+    assert stand_in.Stream.made == before + 1
