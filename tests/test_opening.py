@@ -3,6 +3,7 @@
 import pytest
 import torch
 from runs import config, refused, run
+from torch import nn
 
 from fedmpi.comm import Solo
 from fedmpi.components import component
@@ -81,3 +82,34 @@ def test_a_renamed_and_a_missing_file_are_both_in_the_line(tmp_path):
     data = {"name": "files", "root": str(tmp_path), "task": "binary", "shape": [2], "silos": silos}
     said = refused(config(tmp_path / "run", 1, data))
     assert "silo 'b': " in said and "column 'bp': line 2 is empty" in said and "silo 'c': no file" in said
+
+
+class Returns(nn.Module):
+    """A model whose outputs are not all that it returns."""
+
+    def __init__(self, what="tuple"):
+        super().__init__()
+        self.linear, self.what = nn.Linear(4, 2), what
+
+    def forward(self, x):
+        y = self.linear(x)
+        return {"tuple": (y, x), "list": [y], "dict": {"logits": y, "features": x}, "None": None}[self.what]
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("tuple", "model: it returns a tuple of 2 (Tensor, Tensor); return the outputs alone, one tensor"),
+        ("list", "model: it returns a list of 1 (Tensor); return the outputs alone, one tensor"),
+        ("dict", "model: it returns a dict with logits, features; return the outputs alone, one tensor"),
+        ("None", "model: it returns nothing; return the outputs alone, one tensor"),
+    ],
+)
+@pytest.mark.parametrize("loss", [None, OWN + "any_loss"])
+def test_a_model_that_returns_more_than_outputs_is_told_to_return_them(tmp_path, what, says, loss):
+    model = {"name": OWN + "Returns", "what": what}
+    assert refused(config(tmp_path, 1, model=model, objective={"loss": loss} if loss else {})) == says
+
+
+def any_loss(outputs, targets):
+    return 0.0 * outputs[0].sum()

@@ -211,6 +211,8 @@ def _fits(model: FlatModel, objective: Resolved, data: SiloData | None) -> None:
     try:
         with torch.no_grad():
             loss = objective.loss(module(x), y)
+    except ConfigError:
+        raise
     except Exception as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"model and data disagree: {text[:300]}") from None

@@ -144,6 +144,7 @@ class Resolved:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The training loss: a scalar, the mean over the targets of the batch that count."""
+        one_tensor(outputs)
         if self.own_loss:
             loss: Tensor = self.loss_function(outputs, targets)
             return loss
@@ -214,7 +215,7 @@ class Resolved:
 
         for start in range(0, len(x), batch_size):
             between()
-            outputs = model(x[start : start + batch_size].to(device))
+            outputs = one_tensor(model(x[start : start + batch_size].to(device)))
             targets = y[start : start + batch_size].to(device)
             if keeps:
                 kept.append(outputs.cpu())
@@ -249,6 +250,23 @@ class Resolved:
             tally.loss = float(self.loss_function(outputs, targets))
         except Exception as error:
             raise _LossRaised(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def one_tensor(outputs: Any) -> Tensor:
+    """The outputs, which are one tensor. ConfigError says what else a model has returned.
+
+    >>> one_tensor({"logits": torch.zeros(1)})
+    Traceback (most recent call last):
+    fedmpi.errors.ConfigError: model: it returns a dict with logits; return the outputs alone, one tensor
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    what = "nothing" if outputs is None else f"a {type(outputs).__name__}"
+    if isinstance(outputs, Mapping):
+        what += f" with {', '.join(map(str, outputs))}"
+    elif isinstance(outputs, (tuple, list)):
+        what += f" of {len(outputs)} ({', '.join(type(part).__name__ for part in outputs[:4])})"
+    raise ConfigError(f"model: it returns {what}; return the outputs alone, one tensor")
 
 
 class _LossRaised(Exception):
