@@ -23,6 +23,7 @@ class Library:
     """What mpi4py.MPI is to one rank, for ranks that are threads: they meet, and each sees what all brought."""
 
     SUM = IN_PLACE = None
+    Exception = ConnectionError
 
     def __init__(self, rank, slots, barrier):
         self.rank, self.size, self.COMM_WORLD = rank, len(slots), self

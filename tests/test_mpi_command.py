@@ -99,6 +99,21 @@ def test_what_one_rank_alone_says_no_to_is_said(place: Place) -> None:
     assert own_lines(done) == ["fedmpi: rank 2: no silo suits me"], done.tails
 
 
+def test_one_rank_alone_raises_while_a_checkpoint_is_pending(place: Place) -> None:
+    """What is not raised by all alike is followed by no collective: the others are in another one."""
+    server = ("exchange.plan=replicated", "checkpoint.every=1", 'server.optimizer={name: "mine:Late"}')
+    done = place.train(2, "alone", *server, SLOW_S="2", STEP_NO="1", limit_s=60)
+    assert done.rc == 1, done.tails
+    assert own_lines(done) == ["fedmpi: rank 1: no such step"], done.tails
+
+
+def test_one_rank_alone_has_no_memory(place: Place) -> None:
+    """It can agree with nobody upon anything; the traceback says where."""
+    done = place.train(2, "no-room", 'select={name: "mine:Odd"}', NO_ROOM="1", limit_s=60)
+    assert done.rc == 1, done.tails
+    assert "rank 1 failed" in done.err and "MemoryError: no room" in done.err, done.tails
+
+
 @pytest.mark.parametrize("how", ("exit", "kill"))
 def test_a_rank_is_gone(place: Place, undisturbed: str, how: str) -> None:
     """In round 3: the job ends, and a checkpoint was on disk before."""

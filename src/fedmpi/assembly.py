@@ -15,7 +15,7 @@ import torch
 from fedmpi import device, pretrained, rng, stopping
 from fedmpi.comm import Solo
 from fedmpi.config import Config
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange import choice
 from fedmpi.exchange.base import Facts
 from fedmpi.exchange.section import ExchangeSection
@@ -57,7 +57,7 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     source = comm.together(lambda: source_of(config))
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
     comm.same("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
-    owners = place(source.silos, comm.hosts, config.server.dedicated)
+    owners = comm.together(lambda: place(source.silos, comm.hosts, config.server.dedicated))
     opened, num_train, fingerprint = open_silos(source, owners, comm)
 
     objective = comm.together(lambda: resolve(config.objective, source.task, source.num_classes))
@@ -71,17 +71,14 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     ids = [s.id for s in source.silos]
     found = comm.together(lambda: config.entries(module, ids))
     unshared = _unshared(module, found)
-    weights = {silo: config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)}
-    for name, weight in weights.items():
-        if not 0 < weight < float("inf"):
-            raise ConfigError(f"aggregate: silo '{name}' weighs {weight}; weights are positive numbers")
+    weights = comm.together(lambda: _weights(config, ids, num_train))
     combine = getattr(config.aggregate, "combine", None)
     gram = num_shared(found) if config.records.gram else 0
     about = Facts(sum(weights.values()), ids, list(opened), config.seed, combine, config.rounds, gram)
     auxiliaries = len(getattr(config.local, "auxiliaries", ()))
     zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=chosen)
     section, plan_seconds = _choose_plan(config.exchange, comm, zeros_Q, about, plan_before)
-    exchange = comm.together(lambda: choice.make(section, comm, zeros_Q, about))
+    exchange = choice.make(section, comm, zeros_Q, about)
     try:
         allocate: Allocate = comm.allocate
         if chosen.type == "cpu" and one_vector(found):
@@ -117,8 +114,10 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
             finetune=config.evaluate.finetune,
         )
         average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
-        params_Q, optimizer = exchange.home(params_Q, config.server.optimizer.init(exchange.mine(params_Q)))
-        state = State(0, params_Q, optimizer, config.select.init(num_train), average_P=average_P)
+        begun = comm.together(lambda: config.server.optimizer.init(exchange.mine(params_Q)))
+        params_Q, optimizer = exchange.home(params_Q, begun)
+        selector = comm.together(lambda: config.select.init(num_train))
+        state = State(0, params_Q, optimizer, selector, average_P=average_P)
     except Exception:
         exchange.leave()
         raise
@@ -139,6 +138,15 @@ def source_of(config: Config) -> Source:
             return source.open(silo)
 
     return replace(source, open=opened)
+
+
+def _weights(config: Config, ids: Sequence[str], num_train: Sequence[int]) -> dict[str, float]:
+    """What each silo weighs."""
+    weights = {silo: config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)}
+    for name, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"aggregate: silo '{name}' weighs {weight}; weights are positive numbers")
+    return weights
 
 
 def build_module(config: Config, source: Source) -> torch.nn.Module:
@@ -191,7 +199,7 @@ def _choose_plan(
         return replace(section, plan=min(able, key=lambda plan: seconds.get(plan, 0.0))), seconds
     if section.plan not in able:
         why = "works in host memory" if zeros_Q.device.type != "cpu" else "needs all ranks on one node"
-        raise ConfigError(f"exchange.plan: {section.plan} {why}; take {', '.join(able)} or auto")
+        raise agreed(ConfigError(f"exchange.plan: {section.plan} {why}; take {', '.join(able)} or auto"))
     return section, {}
 
 
@@ -253,4 +261,4 @@ def _try_metrics(model: FlatModel, objective: Resolved, opened: Mapping[str, Sil
             first = np.zeros(comm.size)
             first[comm.rank] = name in errors
             text = comm.say(errors.get(name, ""), int(np.argmax(comm.share(first))))
-            raise ConfigError(f"objective.metrics: '{name}' raised on every silo's samples: {text}")
+            raise agreed(ConfigError(f"objective.metrics: '{name}' raised on every silo's samples: {text}"))

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from fedmpi import stopping
-from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
+from fedmpi.errors import ConfigError, ExchangeError, FedmpiError, agreed
 from fedmpi.output import flush, say
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Solo:
     local_rank = 0
     local_size = 1
     patient = False  # does it sleep where it waits? A twin does, so that core and interpreter are free for training
+    fatal: tuple[type[BaseException], ...] = ()  # errors after which a rank can agree with nobody upon anything
     crowded = False  # do more ranks run on these cores than there are? One that waits then sleeps soon
 
     def __init__(self) -> None:
@@ -205,12 +206,15 @@ class Solo:
         """This rank's `work()`, once every rank's has come through; otherwise every rank raises the same error.
 
         The set-up of a run goes through here: a file that is missing on one rank is one clear line, not a hang. Where
-        several ranks raise ConfigError, the line has what each of them says.
+        several ranks raise ConfigError, the line has what each says. `work` calls no collective. What is `fatal`
+        goes up as it is, for the job to end: no memory, an error of MPI itself.
         """
         result: T | None = None
         error: BaseException | None = None
         try:
             result = work()
+        except self.fatal:
+            raise
         except (Exception, SystemExit) as raised:
             error = raised
         codes = np.zeros(self.size)
@@ -225,8 +229,8 @@ class Solo:
             is_input = codes[failed[0]] == ConfigError.exit_code
             if not is_input:
                 speaks = f"rank {failed[0]}: " if len(failed) < self.size else ""
-                raise FedmpiError(speaks + self.say(text, int(failed[0])))
-            raise ConfigError(self._told(text, [int(r) for r in failed if codes[r] == ConfigError.exit_code]))
+                raise agreed(FedmpiError(speaks + self.say(text, int(failed[0]))))
+            raise agreed(ConfigError(self._told(text, [int(r) for r in failed if codes[r] == ConfigError.exit_code])))
         return result  # type: ignore[return-value]
 
     def _told(self, text: str, ranks: list[int]) -> str:
@@ -248,7 +252,11 @@ class Solo:
         rows = self.gather(digest)
         others = [r for r, row in enumerate(rows) if row != rows[0]]
         if others:
-            raise error(f"{what} differs: rank 0 against {ranks_text(others)}")
+            raise agreed(error(f"{what} differs: rank 0 against {ranks_text(others)}"))
+
+    def alike(self, error: BaseException | None) -> bool:
+        """Do all ranks raise this error, so that they can still do something together?"""
+        return self.size == 1 or (isinstance(error, FedmpiError) and error.agreed)
 
 
 class Comm(Solo):
@@ -269,6 +277,7 @@ class Comm(Solo):
         self.crowded = sum(row[256:] == cores[0] for row in rows) > cores[1]
         peers = [r for r, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
         self.local_rank, self.local_size = peers.index(self.rank), len(peers)
+        self.fatal = (MemoryError, mpi.Exception) if self.size > 1 else ()
         self._worst = 0
         self._passed_on = 0  # rank 0: the worst notice it has relayed
         self._node: MPI.Comm | None = None  # the ranks that share this one's memory; made when somebody asks
@@ -285,8 +294,7 @@ class Comm(Solo):
         return group
 
     def twin(self) -> Comm:
-        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
-            raise ConfigError("exchange.overlap: needs an MPI that threads may call at once (MPI_THREAD_MULTIPLE)")
+        self.together(self._check_threads)
         twin = copy.copy(self)
         twin._world, twin._control = self._world.Dup(), self._control.Dup()
         twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
@@ -294,6 +302,10 @@ class Comm(Solo):
         twin.patient = True
         self._twins.append(twin)
         return twin
+
+    def _check_threads(self) -> None:
+        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
+            raise ConfigError("exchange.overlap: needs an MPI that threads may call at once (MPI_THREAD_MULTIPLE)")
 
     def counted(self) -> tuple[int, int, int]:
         own = (self.bytes_up, self.bytes_down, self.bytes_control)
@@ -328,7 +340,7 @@ class Comm(Solo):
 
     def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
         if not self.one_node():
-            raise ExchangeError("ranks of several nodes cannot share memory")
+            raise agreed(ExchangeError("ranks of several nodes cannot share memory"))
         num_elements = max(1, num_elements)
         num_bytes = num_elements * dtype.itemsize
         window = self._mpi.Win.Allocate_shared(num_bytes if owner in (None, self.rank) else 0, 1, comm=self._node)
@@ -591,8 +603,8 @@ def told(error: FedmpiError) -> str:
 
 
 def leave(comm: Solo, error: FedmpiError) -> None:
-    """All ranks have raised the same: meet, so that MPI can end. Should one not come, this rank is alone with it: end
-    all and say why, for rank 0 has not."""
+    """All ranks have raised the same, if it is agreed: meet, so that MPI can end. Should one not come, or were it this
+    rank's own, end all and say why, for rank 0 has not."""
     stopping.ignore()
     if comm.size == 1:
         return
@@ -604,8 +616,10 @@ def leave(comm: Solo, error: FedmpiError) -> None:
             say(f"fedmpi: rank {comm.rank}: {text}", error=True)
         comm.abort(code)
 
-    if comm.open_runs:  # one that was not closed may be in the midst of an exchange
-        time.sleep(5.0 if comm.rank else 0.0)  # rank 0 has spoken for all that are there
+    # A run that was not closed may be in the midst of an exchange, and what is not agreed may be this rank's own.
+    if comm.open_runs or not error.agreed:
+        if comm.rank:
+            time.sleep(5.0 if error.agreed else 0.5)  # rank 0 has spoken for all that are there
         give_up()
     late = threading.Timer(10.0, give_up)
     late.daemon = True

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fedmpi.comm import Solo
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, agreed
 
 _ID_BYTES = 64
 
@@ -31,9 +31,11 @@ def choose(name: str, share: bool, comm: Solo) -> torch.device:
     for rank, row in enumerate(comm.gather(identity.ljust(_ID_BYTES, b"\0")[:_ID_BYTES])):
         key = (comm.hosts[rank], row)
         if row.strip(b"\0") and key in owners and not share:
-            raise ConfigError(
-                f"device: ranks {owners[key]} and {rank} would share one GPU of {comm.hosts[rank]}; start fewer ranks "
-                "per node, or set device.share=true"
+            raise agreed(
+                ConfigError(
+                    f"device: ranks {owners[key]} and {rank} would share one GPU of {comm.hosts[rank]}; start fewer "
+                    "ranks per node, or set device.share=true"
+                )
             )
         owners.setdefault(key, rank)
     return device

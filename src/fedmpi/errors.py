@@ -1,5 +1,9 @@
 """What can go wrong, as a tree; the command's exit code is written on each branch.
 
+An error that every rank raises, at the same place, is `agreed`: ranks then end together, and may still write their last
+checkpoint. Any other one may be a single rank's own, while the rest waits for it in a collective: that rank enters no
+collective any more, and ends the job.
+
 FedmpiError                 exit 1
 ├── ConfigError             exit 2   the user's configuration, data or machine does not fit; nothing was lost
 │   └── DataMissing         exit 2   a dataset's files are not there; the message says which to put where
@@ -13,11 +17,26 @@ FedmpiError                 exit 1
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound="FedmpiError")
+
 
 class FedmpiError(Exception):
     """Anything fedmpi says no to."""
 
     exit_code = 1
+    agreed = False  # does every rank raise it, at the same place?
+
+
+def agreed(error: E) -> E:
+    """The error, for `raise` where it follows from what all ranks know alike: sums, gathered rows, the configuration.
+
+    >>> agreed(FedmpiError("no silo is left")).agreed
+    True
+    """
+    error.agreed = True
+    return error
 
 
 class ConfigError(FedmpiError):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedmpi.comm import Solo
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, agreed
 from fedmpi.types import Silo, SiloData, Source
 
 log = logging.getLogger("fedmpi")
@@ -92,7 +92,8 @@ def _same_columns(checksums_K: np.ndarray, source: Source, owners: Sequence[int]
     wanted = columns(first)
     told = [_difference(source.silos[i].id, columns(i), source.silos[first].id, wanted) for i in others[:_SHOWN]]
     more = f"; and {len(others) - _SHOWN} more silos" if len(others) > _SHOWN else ""
-    raise ConfigError(f"{'; '.join(told)}{more}; rename them, or name those to use, in order, in data.features")
+    what = "rename them, or name those to use, in order, in data.features"
+    raise agreed(ConfigError(f"{'; '.join(told)}{more}; {what}"))
 
 
 def _difference(silo: str, columns: Sequence[str], other: str, wanted: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ import torch
 from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
-from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped, agreed
 from fedmpi.evaluate import PERSONAL, Scores, evaluate_silo, evaluation_key, fine_tuned, personal_model, tell
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
@@ -48,6 +48,8 @@ READY_SILO = (
 )
 PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
+
+REFUSED = FAILED + 1  # of a rank whose selector chose no cohort
 
 Judge = Callable[[int, float | None, float | None], None]
 
@@ -123,10 +125,10 @@ def run_round(
     comm, timer, number = fed.comm, fed.timer, state.round + 1
     sent = comm.counted()
     timer.lap("checkpoint")  # all that lies between rounds
-    (cohort, selector, factors, among), lossless = _select(state, fed, number)
+    (cohort, selector, factors, among), lossless, refused = _select(state, fed, number)
     timer.lap("select")
 
-    trained, error = _train(state, fed, number, cohort, factors)
+    trained, error = _train(state, fed, number, cohort, factors, refused)
     timer.lap("train")
     fed.ready.share(lambda values: comm.share(values, fed.watch.look))
     timer.lap("wait")
@@ -162,7 +164,18 @@ def run_round(
     return State(number, params_Q, optimizer, selector, record, average_P, safe), record
 
 
-def _select(state: State, fed: Federation, number: int) -> tuple[Selection, set[str]]:
+def _select(state: State, fed: Federation, number: int) -> tuple[Selection, set[str], FedmpiError | None]:
+    """The round's cohort, with the silos whose loss is not finite; or why there is none: what a selector says no to on
+    this rank, `ready` tells all."""
+    try:
+        return *_cohort(state, fed, number), None
+    except FedmpiError as error:
+        if error.agreed:
+            raise
+        return Selection([], state.selector), set(), error
+
+
+def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[str]]:
     """The round's cohort; where its selector wants to know losses of the global parameters, after a small collective,
     and with the silos whose loss is not finite.
 
@@ -179,7 +192,7 @@ def _select(state: State, fed: Federation, number: int) -> tuple[Selection, set[
     status = probe.rank("status")
     _raise_failure(fed, status, error)
     if status.max() >= STOP:
-        raise Stopped(f"stopped in round {number}: {_reason(fed, status)}")
+        raise agreed(Stopped(f"stopped in round {number}: {_reason(fed, status)}"))
     losses = dict(zip(fed.ids, probe.silo("loss").tolist(), strict=True))
     of_candidates = {silo: losses[silo] for silo in candidates}
     found = selector.select(fed.ids, own, state.record, draw, of_candidates)  # type: ignore[call-arg]
@@ -234,9 +247,15 @@ def _loss(fed: Federation, number: int, silo: LocalSilo, x: torch.Tensor, y: tor
 
 
 def _train(
-    state: State, fed: Federation, number: int, cohort: Sequence[str], factors: Sequence[float] | None
+    state: State,
+    fed: Federation,
+    number: int,
+    cohort: Sequence[str],
+    factors: Sequence[float] | None,
+    refused: FedmpiError | None,
 ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
-    """Train my silos of the cohort and fold what they contribute; what happened is in `ready`."""
+    """Train my silos of the cohort and fold what they contribute; what happened is in `ready`. There is no cohort where
+    my selector `refused`."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
     fed.exchange.begin(number, len(mine))
@@ -272,6 +291,9 @@ def _train(
         status = broken.status
     except (Exception, SystemExit) as raised:
         status, error = FAILED, _said(raised, f"rank {fed.comm.rank}, silo '{name}', round {number}")
+        fed.watch.tell(FAILED, "")
+    if refused is not None:
+        status, error = REFUSED, refused
         fed.watch.tell(FAILED, "")
     fingerprint = fed.exchange.fingerprint(cohort)
     fed.ready.set_rank(fed.comm.rank, status=status, fingerprint=fingerprint)
@@ -358,25 +380,31 @@ def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server
 def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: FedmpiError | None) -> None:
     """Everybody goes on, or everybody raises the same."""
     status = fed.ready.rank("status")
+    if (status == REFUSED).all():
+        raise agreed(NoCohort(str(error)))
+    if error is not None and status[fed.comm.rank] == REFUSED:
+        error = SiloError(f"rank {fed.comm.rank}: {error}")
     _raise_failure(fed, status, error)
     if status.max() >= STOP:
-        raise Stopped(f"stopped in round {number}: {_reason(fed, status)}")
+        raise agreed(Stopped(f"stopped in round {number}: {_reason(fed, status)}"))
     fingerprint = fed.ready.rank("fingerprint")
     if (others := np.flatnonzero(fingerprint != fingerprint[0])).size:
-        raise ExchangeError(_difference(fed, cohort, others.tolist()))
+        raise agreed(ExchangeError(_difference(fed, cohort, others.tolist())))
     if not cohort:
-        raise NoCohort(f"round {number}: the selector chose no silo")
+        raise agreed(NoCohort(f"round {number}: the selector chose no silo"))
     if not fed.ready.silo("taken").any():
         rejected = [silo for silo, no in zip(fed.ids, fed.ready.silo("rejected"), strict=True) if no]
-        raise Diverged(
-            f"round {number}: every update was rejected ({', '.join(rejected[:8])}): not finite or its norm beyond "
-            f"{LARGEST_NORM:.0f}; a smaller local.lr or local.clip may help"
+        raise agreed(
+            Diverged(
+                f"round {number}: every update was rejected ({', '.join(rejected[:8])}): not finite or its norm beyond "
+                f"{LARGEST_NORM:.0f}; a smaller local.lr or local.clip may help"
+            )
         )
     if (enough := getattr(fed.aggregator, "suits", None)) is not None:
         try:
             enough(int(fed.ready.silo("taken").sum()))
         except ConfigError as few:  # it is what the round has brought, not the configuration
-            raise NoCohort(f"round {number}: {few}") from None
+            raise agreed(NoCohort(f"round {number}: {few}")) from None
 
 
 def _said(raised: BaseException, where: str) -> FedmpiError:
@@ -397,7 +425,7 @@ def _raise_failure(fed: Federation, status: np.ndarray, error: FedmpiError | Non
     first = int(np.flatnonzero(told)[0]) if told.any() else 0
     text = fed.comm.say("" if error is None else str(error), first)
     kind = ConfigError if told[first] == ConfigError.exit_code else SiloError
-    raise kind(text or "a rank left the round because of an earlier failure")
+    raise agreed(kind(text or "a rank left the round because of an earlier failure"))
 
 
 def _difference(fed: Federation, cohort: Sequence[str], others: list[int]) -> str:

@@ -29,7 +29,7 @@ from fedmpi.assembly import assemble, digest_of
 from fedmpi.components import to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
 from fedmpi.directory import UNSHARED_FILE, RunDirectory, read_config, save_tensors, write_config
-from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped
+from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped, agreed
 from fedmpi.exchange.base import Exchange, Kept
 from fedmpi.flat import changed_entries, signature
 from fedmpi.health import Health
@@ -44,6 +44,7 @@ OPTIMIZER, SELECTOR, HEALTH, EXCHANGE = "optimizer", "selector", "health", "exch
 KEPT = "kept"  # a silo's, besides what the exchange files under it
 CURSOR: Key = ("cursor",)
 WRITER_S = 30.0  # how long a run that failed waits for the checkpoint that it was writing
+ALONE_S = 1.0  # the same of a rank that ends alone, while the others wait for it
 WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
 
 
@@ -94,8 +95,8 @@ class Run:
                 self._assemble()
             self._resume()
             self._describe()
-        except BaseException:
-            self._release()
+        except BaseException as error:
+            self._release(error)
             raise
 
     # ------------------------------------------------------------ set-up
@@ -169,7 +170,7 @@ class Run:
         if self._health.doubts and not before and self.state.round not in (self._sealed, self._pending):
             self._checkpoint(doubts=0)
         if why:
-            raise Diverged(why)
+            raise agreed(Diverged(why))
 
     def _check_stored(self) -> None:
         """Refuse a run directory that another configuration, model or dataset has begun."""
@@ -204,7 +205,9 @@ class Run:
         idle = self.comm.rank != 0 and not mine  # reads nothing, so it has no say
         while True:
             found = np.zeros(self.comm.size)
-            found[self.comm.rank] = np.inf if idle else checkpoint.newest(self.out, self.comm.rank == 0, mine, below)
+            found[self.comm.rank] = self.comm.together(
+                lambda: np.inf if idle else checkpoint.newest(self.out, self.comm.rank == 0, mine, below)  # noqa: B023
+            )
             found = self.comm.share(found)
             least = found.min()
             if least < 0:
@@ -213,15 +216,14 @@ class Run:
                 return int(least)
             below = int(least) + 1
         # Nothing is whole everywhere. To start over would be to throw away what some rank can still see.
+        sealed = self.comm.together(lambda: checkpoint.sealed_rounds(self.out))
         seen = np.zeros(self.comm.size)
-        seen[self.comm.rank] = 1 + max(checkpoint.sealed_rounds(self.out), default=-1)
+        seen[self.comm.rank] = 1 + max(sealed, default=-1)
         seen = self.comm.share(seen)
         if seen.any():
             lost = [r for r in range(self.comm.size) if found[r] < 0]
-            raise ConfigError(
-                f"{self.out} holds checkpoints up to round {int(seen.max()) - 1}, but none is whole on rank"
-                f"{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost[:8]))}; mend that, or choose another out="
-            )
+            why = f"but none is whole on {comm.ranks_text(lost)}; mend that, or choose another out="
+            raise agreed(ConfigError(f"{self.out} holds checkpoints up to round {int(seen.max()) - 1}, {why}"))
         return -1
 
     def _describe(self) -> None:
@@ -245,8 +247,6 @@ class Run:
             "ranks": self.comm.size,
             "model": signature(fed.model.entries),
         }
-        self._scores: dict[int, float | None] = {}
-
         rounds = self.config.rounds
         # Where nothing is left to train, the directory goes on telling of what was trained.
         over = self.resumed > rounds or self.resumed == rounds == self._rounds_before
@@ -267,10 +267,9 @@ class Run:
                 raise ConfigError(f"out: cannot write into {self.out}: {error.strerror}") from None
 
         self.comm.together(written if self.comm.rank == 0 else lambda: None)
-        if self._directory.leads:
-            for round in checkpoint.sealed_rounds(self.out):
-                self._scores[round] = checkpoint.score(self.out, round)
-        self._writer = checkpoint.Writer(self.out, self.comm.rank)
+        sealed = self.comm.together(lambda: checkpoint.sealed_rounds(self.out) if self._directory.leads else [])
+        self._scores = self.comm.together(lambda: {round: checkpoint.score(self.out, round) for round in sealed})
+        self._writer = self.comm.together(lambda: checkpoint.Writer(self.out, self.comm.rank))
 
     # ------------------------------------------------------------ rounds
 
@@ -315,14 +314,16 @@ class Run:
                 if self.state.round % self.config.checkpoint.every == 0 and not self._health.doubts:
                     self._checkpoint()
                 yield record
-        except (Stopped, Diverged, NoCohort) as end:
-            self._stopped = isinstance(end, Stopped)
-            self._finish_checkpoint()
-            raise
         except Exception as error:
+            # What one rank alone raises leaves the others where they are: no collective can follow.
+            alike = self.comm.alike(error)
+            if alike and isinstance(error, (Stopped, Diverged, NoCohort)):
+                self._stopped = isinstance(error, Stopped)
+                self._finish_checkpoint()
+                raise
             self._spoiled = True
-            if isinstance(error, FedmpiError) and self._pending is not None:
-                with contextlib.suppress(FedmpiError):  # raised on every rank alike, so what was begun can be sealed
+            if alike and isinstance(error, FedmpiError) and self._pending is not None:
+                with contextlib.suppress(FedmpiError):
                     self._seal()
             raise
 
@@ -431,13 +432,13 @@ class Run:
         for tensor in self.model.state_dict(keep_vars=True).values():
             tensor.data = tensor.data.clone()
 
-    def _release(self) -> None:
+    def _release(self, error: BaseException | None = None) -> None:
         """The end of a run that failed on some rank."""
         if not self._closed:
-            self._put_away()
+            self._put_away(WRITER_S if error is None or self.comm.alike(error) else ALONE_S)
             stopping.forget(self._stopped)
 
-    def _put_away(self) -> None:
+    def _put_away(self, writer_s: float = WRITER_S) -> None:
         """Close this rank's files and give the run directory free. Only what all have begun is waited for."""
         if not self._closed:
             self._closed = True
@@ -445,7 +446,7 @@ class Run:
             if "_federation" in vars(self):
                 self._federation.exchange.leave()
             if "_writer" in vars(self):
-                self._writer.close(WRITER_S)  # a thread with tensors must not outlive Python
+                self._writer.close(writer_s)  # a thread with tensors must not outlive Python
             if "state" in vars(self):
                 self._keep_readable()
             if "_files" in vars(self):
@@ -460,12 +461,14 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close after a whole loop, a `break` or a stop; what was raised goes up, with what remains on disk."""
-        if kind is None or issubclass(kind, (Stopped, Diverged)):
+        if kind is None or (issubclass(kind, (Stopped, Diverged)) and self.comm.alike(error)):
             self.close()
         else:
-            self._release()
+            self._release(error)
         if isinstance(error, Stopped):
-            raise Stopped(f"{error}; {self.saved}") from None
+            more = Stopped(f"{error}; {self.saved}")
+            more.agreed = error.agreed
+            raise more from None
         if isinstance(error, (Exception, KeyboardInterrupt)) and not isinstance(error, (Diverged, NoCohort)):
             error.add_note(self.saved)  # those two would come again
 

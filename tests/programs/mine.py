@@ -10,6 +10,9 @@ The environment says what happens, so that the configuration stays the same when
     SAYS_NO  the rank whose selector says no in round 2, as if all did
     STEP_S   the server's step takes this long
     STEP_ODD the rank on which it raises
+    STEP_NO  the rank on which it says no in round 2, as if all did
+    SLOW_S   every file of a checkpoint takes this long
+    NO_ROOM  the rank on which the selector finds no memory at the start
 """
 
 import os
@@ -20,12 +23,24 @@ from pathlib import Path
 
 import torch
 
+from fedmpi import checkpoint
 from fedmpi.errors import FedmpiError
 from fedmpi.server import FedAvg
 
 AFTER = int(os.environ.get("AFTER", "0"))
 SLEEP_S = float(os.environ.get("SLEEP_S", "0"))
+steps = [0]  # of the server
 RANK = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
+
+
+if SLOW_S := float(os.environ.get("SLOW_S", "0")):
+    write_file = checkpoint.write_file
+
+    def slow_file(*args):
+        time.sleep(SLOW_S)
+        return write_file(*args)
+
+    checkpoint.write_file = slow_file
 
 
 class Net(torch.nn.Linear):
@@ -61,6 +76,8 @@ class Odd:
     """A selector of all silos that fails on one rank only, outside of what a silo does."""
 
     def init(self, num_silos):
+        if os.environ.get("NO_ROOM") == RANK:
+            raise MemoryError("no room")
         return {}
 
     def select(self, ids, state, record, rng):
@@ -79,4 +96,7 @@ class Late(FedAvg):
         time.sleep(float(os.environ.get("STEP_S", "0")))
         if os.environ.get("STEP_ODD") == RANK:
             raise LookupError("odd step")
+        steps[0] += 1
+        if os.environ.get("STEP_NO") == RANK and steps[0] > 1:
+            raise FedmpiError("no such step")
         return super().step(params_P, mean_P, state)

@@ -22,7 +22,7 @@ import torch
 
 from fedmpi.comm import Solo
 from fedmpi.components import to_dict
-from fedmpi.errors import ConfigError, ExchangeError
+from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.server import Server
@@ -59,7 +59,7 @@ class Exchange:
         self.num_params = len(params_P)
         self.dtype, self.device = params_P.dtype, params_P.device
         if self.dtype != torch.float32 and not (section.up.plain and section.down.plain):
-            raise ConfigError(f"codecs take float32, and the shared parameters are {self.dtype}")
+            raise agreed(ConfigError(f"codecs take float32, and the shared parameters are {self.dtype}"))
         # Silos' own vectors are added in the silos' order, which is as good as a ring.
         self.ring = section.reduction == "reproducible" and section.scope == "rank"
         self.sum_dtype = torch.int64 if self.ring else self.dtype

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from fedmpi.comm import Solo
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
 from fedmpi.exchange.section import ExchangeSection, Level
 from fedmpi.exchange.sharded import Sharded
@@ -267,9 +267,11 @@ def _table(levels: Sequence[Level], comm: Solo, facts: Facts) -> np.ndarray:
     for number in range(1, len(levels)):
         for region in np.unique(table[:, number - 1]):
             if len(np.unique(table[table[:, number - 1] == region, number])) > 1:
-                raise ConfigError(
-                    f"exchange.regions.levels.{number}: divides a region of the level before it; levels go from the "
-                    "inside out"
+                raise agreed(
+                    ConfigError(
+                        f"exchange.regions.levels.{number}: divides a region of the level before it; levels go from "
+                        "the inside out"
+                    )
                 )
     return table
 
