@@ -121,7 +121,9 @@ def test_a_server_steps_on_the_device_as_on_the_cpu(name):
 def test_plans_are_measured_on_the_device():
     how, facts = build(ExchangeSection, {"plan": "auto"}), Facts(1.0, ["a", "b"], ["a"], 7)
     with stand_in.gpu():
-        seconds = choice.measure(how, Solo(), torch.zeros(P, device="cuda"), facts, 1)
+        zeros_P = torch.zeros(P, device="cuda")
+        able = choice.candidates(how, Solo(), zeros_P.device)
+        seconds = choice.measure(how, Solo(), zeros_P, facts, able, 1)
     assert sorted(seconds) == ["replicated", "root", "sharded"]
 
 

@@ -74,8 +74,9 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     weights = comm.together(lambda: _weights(config, ids, num_train))
     combine = getattr(config.aggregate, "combine", None)
     gram = num_shared(found) if config.records.gram else 0
-    about = Facts(sum(weights.values()), ids, list(opened), config.seed, combine, config.rounds, gram)
     auxiliaries = len(getattr(config.local, "auxiliaries", ()))
+    states = comm.together(lambda: len(config.server.optimizer.init(torch.zeros(1, dtype=master_dtype(found)))))
+    about = Facts(sum(weights.values()), ids, list(opened), config.seed, combine, config.rounds, gram, states)
     zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=chosen)
     section, plan_seconds = _choose_plan(config.exchange, comm, zeros_Q, about, plan_before)
     exchange = choice.make(section, comm, zeros_Q, about)
@@ -188,17 +189,22 @@ def _choose_plan(
 ) -> tuple[ExchangeSection, dict[str, float]]:
     """The exchange with its plan named, and seconds by plan where they were measured. `auto` measures once in a run's
     life: a resumed run keeps what it had."""
-    able = choice.candidates(section, comm, zeros_Q.device)
+    able, full = choice.candidates(section, comm, zeros_Q.device), ""
+    if "window" in able and (full := choice.no_room(section, comm, zeros_Q, facts)):
+        able.remove("window")
+        if section.plan == "auto" and comm.rank == 0:
+            log.warning("exchange.plan: auto leaves out window: %s", full)
     if section.plan == "auto" and section.regions is not None:
         return replace(section, plan=able[0]), {}
     if section.plan == "auto":
         before = comm.say(comm.together(lambda: plan_before() if comm.rank == 0 else ""), 0)
         if before in able:
             return replace(section, plan=before), {}  # type: ignore[arg-type]
-        seconds = choice.measure(section, comm, zeros_Q, facts) if len(able) > 1 else {}
+        seconds = choice.measure(section, comm, zeros_Q, facts, able) if len(able) > 1 else {}
         return replace(section, plan=min(able, key=lambda plan: seconds.get(plan, 0.0))), seconds
     if section.plan not in able:
-        why = "works in host memory" if zeros_Q.device.type != "cpu" else "needs all ranks on one node"
+        needs = "works in host memory" if zeros_Q.device.type != "cpu" else "needs all ranks on one node"
+        why = f"has no room: {full}" if full else needs
         raise agreed(ConfigError(f"exchange.plan: {section.plan} {why}; take {', '.join(able)} or auto"))
     return section, {}
 

@@ -41,6 +41,8 @@ T = TypeVar("T")
 
 BLOCK_BYTES = 4 << 20
 _NOTICE, _LAST = 71, 72  # tags on the control communicator
+_SHM = Path("/dev/shm")  # where MPI libraries make what ranks share
+_SPARE_BYTES = 1 << 20  # of shared memory, for what MPI libraries put around it
 _AHEAD = 4  # blocks under way where waiting is sleeping
 _TELL, _TOLD = 8, 2000  # at most so many different texts of ranks make one message, of so many characters each
 
@@ -120,6 +122,15 @@ class Solo:
     def counted(self) -> tuple[int, int, int]:
         """Bytes up, down and of small things so far."""
         return self.bytes_up, self.bytes_down, self.bytes_control
+
+    def room(self, num_bytes: int) -> str:
+        """Why this rank cannot have `num_bytes` of shared memory, and the others what they ask for; empty if all can.
+        The same on all ranks. A call of all ranks, on any number of nodes.
+
+        >>> Solo().room(1 << 40)
+        ''
+        """
+        return ""
 
     def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
         """Vectors that all ranks of the node read and write: one per rank, in rank order, or only `owner`'s. Zeroed.
@@ -337,6 +348,23 @@ class Comm(Solo):
         first = np.array([self.rank], dtype=np.int64)
         self._node.Bcast(first, root=0)
         return int(first[0])
+
+    def room(self, num_bytes: int) -> str:
+        # One rank that finds none would leave the others waiting for it in the allocation; and where the allocation
+        # goes well all the same, a page that is not there kills whoever touches it.
+        free, place = _shared_memory()
+        rows = self.gather(num_bytes.to_bytes(8, "little") + free.to_bytes(8, "little") + place)
+        needed: dict[bytes, int] = {}
+        for row in rows:
+            needed[row[16:]] = needed.get(row[16:], 0) + int.from_bytes(row[:8], "little")
+        for host, row in zip(self.hosts, rows, strict=True):
+            need, free = needed[row[16:]], int.from_bytes(row[8:16], "little")
+            if need and need + _SPARE_BYTES > free:
+                return (
+                    f"{_SHM} on {host} has {free / 2**20:.0f} MiB free and its ranks need {need / 2**20:.0f} MiB "
+                    "(in a container: --shm-size)"
+                )
+        return ""
 
     def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
         if not self.one_node():
@@ -645,11 +673,25 @@ def _home() -> str:
 def _cores() -> tuple[bytes, int]:
     """What ranks on the same cores have in common, and how many cores these are."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
-    try:  # containers with names of their own run on one machine
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return hashlib.sha256(f"{_machine()} {cores}".encode()).digest(), len(cores)
+
+
+def _shared_memory() -> tuple[int, bytes]:
+    """Free bytes of the memory that ranks may share, and which memory that is: containers have their own, or not."""
+    try:
+        there, found = os.statvfs(_SHM), os.stat(_SHM).st_dev
+    except OSError:  # not on this system: MPI knows another way
+        there, found = None, 0
+    free = there.f_bavail * there.f_frsize if there is not None and there.f_blocks else 1 << 62  # no blocks: no limit
+    return free, hashlib.sha256(f"{_machine()} {found}".encode()).digest()
+
+
+def _machine() -> str:
+    """The machine's name for this boot: containers with names of their own run on one machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
-        machine = socket.gethostname()
-    return hashlib.sha256(f"{machine} {cores}".encode()).digest(), len(cores)
+        return socket.gethostname()
 
 
 def _array(vector: torch.Tensor) -> np.ndarray:

@@ -105,7 +105,7 @@ def exchange(
     with ExitStack() as stack:
         entrants = [
             Entrant("memcpy", lambda: other_P.copy_(delta_P)),
-            *(_of_plan(section, comm, delta_P, params_P) for section in _sections(comm, channels)),
+            *(_of_plan(section, comm, delta_P, params_P) for section in _sections(comm, channels, params_P)),
             Entrant("allreduce", lambda: comm.plain_allreduce(delta_P, sums_P)),
             *_over_sockets(comm, num_params, stack),
         ]
@@ -153,11 +153,14 @@ def label(codec: Codec) -> str:
     return str(yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=1000)).strip()
 
 
-def _sections(comm: Solo, channels: Sequence[Channel]) -> list[ExchangeSection]:
+def _sections(comm: Solo, channels: Sequence[Channel], params_P: torch.Tensor) -> list[ExchangeSection]:
     """Every plan with the values themselves, then plan sharded with each channel."""
     plans = [plan for plan in PLANS if plan != "window" or comm.one_node()]
     if "window" not in plans:
         _leave_out(comm, "window", "ranks of several nodes share no memory")
+    elif full := choice.no_room(ExchangeSection(plan="window"), comm, params_P, Facts(1.0)):
+        plans.remove("window")
+        _leave_out(comm, "window", full)
     found = [ExchangeSection(plan=plan) for plan in plans]
     found += [ExchangeSection(plan="sharded", up=channel, down=channel) for channel in channels]
     return list(dict.fromkeys(found))

@@ -47,6 +47,7 @@ class Facts(NamedTuple):
     each: Each | None = None  # what becomes of deltas that an aggregator reads one by one; None: their weighted mean
     rounds: int = 0  # of the whole run
     gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
+    states: int = 0  # vectors of the server optimizer's state
 
 
 class Exchange:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -43,12 +44,22 @@ def candidates(section: ExchangeSection, comm: Solo, device: torch.device) -> li
     return [plan for plan in section.candidates if plan != "window" or shared]
 
 
+def no_room(section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> str:
+    """Why plan window has no room on these ranks' nodes; empty if it has. A call of all ranks."""
+    return comm.room(Window.shared_bytes(section, params_P, facts.states, comm.node() == comm.rank))
+
+
 def measure(
-    section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts, repeats: int = 3
+    section: ExchangeSection,
+    comm: Solo,
+    params_P: torch.Tensor,
+    facts: Facts,
+    able: Sequence[PlanName],
+    repeats: int = 3,
 ) -> dict[str, float]:
     """Seconds of a round's exchange under each candidate, the median of the slowest rank's; the same on every rank."""
     found: dict[str, float] = {}
-    for plan in candidates(section, comm, params_P.device):
+    for plan in able:
         kept = comm.free_shared(1 << 30)
         tried = make(replace(section, plan=plan, overlap=False, verify=False), comm, params_P, facts)
         work_P, delta_P = params_P.clone(), tried.delta()

@@ -16,6 +16,7 @@ which is the same where all silos take part.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,8 @@ from fedmpi.exchange.whole import Replicated, Root
 from fedmpi.exchange.window import Window
 from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.types import Contribution
+
+log = logging.getLogger("fedmpi")
 
 ACROSS = {"root": Root, "replicated": Replicated, "sharded": Sharded}
 
@@ -58,7 +61,8 @@ class Regional(Exchange):
                 break
             group = there.split(int(mine[number]), idle)
             assert group is not None
-            self._inside.append(_inside(level, group, params_P, facts, innermost=number == 0))
+            in_memory = number == 0 and _in_memory(level, comm, group, params_P)
+            self._inside.append(_inside(level, group, params_P, facts, in_memory))
             there = there.split(0 if group.rank == 0 else -1, idle)
         self._depth = len(section.regions.levels)
         self._across: Exchange | None = None
@@ -230,10 +234,21 @@ class Regional(Exchange):
             exchange.comm.bcast(target_P)
 
 
-def _inside(level: Level, comm: Solo, params_P: torch.Tensor, facts: Facts, innermost: bool) -> Exchange:
-    """The exchange of one region: out of shared memory where silos train in it, and where values travel plain."""
-    plain = level.up.plain and level.down.plain
-    if innermost and plain and comm.one_node() and params_P.device.type == "cpu":
+def _in_memory(level: Level, comm: Solo, group: Solo, params_P: torch.Tensor) -> bool:
+    """Can the innermost regions exchange out of shared memory? Silos train in it, and values must travel plain. A call
+    of all ranks of `comm`, in whose `group` this rank is."""
+    able = level.up.plain and level.down.plain and group.one_node() and params_P.device.type == "cpu"
+    needed = Window.shared_bytes(ExchangeSection(plan="window"), params_P, 0, group.rank == 0) if able else 0
+    if full := comm.room(needed):
+        if comm.rank == 0:
+            log.warning("exchange.regions: not out of shared memory: %s", full)
+        return False
+    return able
+
+
+def _inside(level: Level, comm: Solo, params_P: torch.Tensor, facts: Facts, in_memory: bool) -> Exchange:
+    """The exchange of one region."""
+    if in_memory:
         return Window(ExchangeSection(plan="window"), comm, params_P, facts)
     return Sharded(ExchangeSection(plan="sharded", up=level.up, down=level.down), comm, params_P, facts)
 

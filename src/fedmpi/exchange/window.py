@@ -29,6 +29,14 @@ class Window(Exchange):
         self._total_B = torch.zeros(BLOCK, dtype=self.sum_dtype)
         self._mean_B = torch.zeros(BLOCK, dtype=self.dtype)
 
+    @staticmethod
+    def shared_bytes(section: ExchangeSection, params_P: torch.Tensor, states: int, first: bool) -> int:
+        """Of shared memory that a rank makes; the `first` one also for the parameters and the server's `states`."""
+        integers = section.reduction == "reproducible" and section.scope == "rank"
+        sums = 8 if integers else params_P.itemsize
+        own = len(params_P) * (sums + params_P.itemsize)
+        return own + (len(params_P) * params_P.itemsize * (1 + states) if first else 0)
+
     def delta(self) -> torch.Tensor:
         """Where a rank has but one contribution the others read it in here."""
         self._deltas = self.comm.shared(self.num_params, self.dtype)

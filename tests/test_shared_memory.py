@@ -1,0 +1,79 @@
+"""Plan window where memory that ranks share is short: known on all ranks before anything is allocated."""
+
+import logging
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_exchange import on_ranks
+
+from fedmpi import assembly
+from fedmpi.comm import Solo
+from fedmpi.errors import ConfigError
+from fedmpi.exchange.base import Facts
+from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.window import Window
+from fedmpi.server import NoState
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def docker(monkeypatch):
+    """64 MiB, none of which is in use."""
+    at = SimpleNamespace(f_bavail=64, f_frsize=MIB, f_blocks=64)
+    monkeypatch.setattr(os, "statvfs", lambda path: at)
+    return at
+
+
+def test_ranks_of_a_host_need_room_for_what_they_want_together(docker):
+    def work(ranks):
+        return ranks.room(30 * MIB), ranks.room(40 * MIB), ranks.room(50 * MIB if ranks.rank else 0), ranks.room(0)
+
+    enough, short, alone, nothing = zip(*on_ranks(2, work), strict=True)
+    assert set(enough + alone + nothing) == {""}
+    assert len(set(short)) == 1 and "64 MiB free and its ranks need 80 MiB" in short[0] and "/dev/shm" in short[0]
+
+
+def test_memory_without_a_limit_has_room(docker):
+    docker.f_blocks = 0
+    assert on_ranks(2, lambda ranks: ranks.room(1 << 50)) == ["", ""]
+
+
+def test_what_a_window_takes_is_counted(monkeypatch):
+    made = []
+
+    def shared(self, num_elements, dtype, owner=None):
+        made.append(num_elements * dtype.itemsize)
+        return [torch.zeros(num_elements, dtype=dtype)]
+
+    monkeypatch.setattr(Solo, "shared", shared)
+    for reduction in ("fast", "reproducible"):
+        made.clear()
+        section, params_P = ExchangeSection(plan="window", reduction=reduction), torch.zeros(100_000)
+        window = Window(section, Solo(), params_P, Facts(1.0))
+        window.delta()
+        window.home(params_P, NoState())
+        counted = Window.shared_bytes(section, params_P, 0, True)
+        assert 0 <= sum(made) - counted <= 16  # weights beside the sums
+
+
+class Full(Solo):
+    def room(self, num_bytes):
+        return "/dev/shm on here is full"
+
+
+def test_auto_leaves_window_out_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        zeros_P = torch.zeros(1000)
+        section, seconds = assembly._choose_plan(
+            ExchangeSection(plan="auto"), Full(), zeros_P, Facts(1.0, ["a"], ["a"]), str
+        )
+    assert section.plan != "window" and "window" not in seconds
+    assert "auto leaves out window: /dev/shm on here is full" in caplog.text
+
+
+def test_a_window_without_room_is_one_line():
+    with pytest.raises(ConfigError, match=r"window has no room: /dev/shm on here is full; take root, .* or auto"):
+        assembly._choose_plan(ExchangeSection(plan="window"), Full(), torch.zeros(9), Facts(1.0), str)
