@@ -38,7 +38,7 @@ from fedmpi.components import NonNegativeInt, build, component, nearest
 from fedmpi.config import differences, put, read
 from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError, Diverged, FedmpiError
-from fedmpi.metrics import of_silo
+from fedmpi.metrics.scorers import of_silo
 from fedmpi.plan import plan
 from fedmpi.records import read_metrics
 

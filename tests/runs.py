@@ -141,6 +141,62 @@ def rank_distance(outputs, targets):
     return best[len(best) // 2 :].mean() - best[: len(best) // 2].mean()
 
 
+def needs_five(outputs, targets):
+    """A metric that raises where there are too few samples."""
+    if len(outputs) < 5:
+        raise ValueError("five at least")
+    return len(outputs)
+
+
+def nowhere(outputs, targets):
+    """A metric that is undefined."""
+    return torch.nan
+
+
+@component
+class Ignoring:
+    """Three classes; of s0 five targets of 12 count and in its second batch of two none, of s1 all, of s2 none."""
+
+    silos: tuple[str, ...] = ("s0", "s1", "s2")
+
+    def source(self, seed):
+        def opened(name):
+            rng = torch.Generator().manual_seed(int(name[1:]))
+            x, y = torch.randn(12, 4, generator=rng), torch.randint(3, (12,), generator=rng)
+            if name == "s0":
+                y[[2, 3, 5, 6, 7, 9, 10]] = -100
+            return SiloData(x, y if name != "s2" else torch.full_like(y, -100), x[:0], y[:0])
+
+        return Source("classification", (4,), 3, tuple(Silo(name) for name in self.silos), opened)
+
+
+@component
+class Pixels:
+    """Three classes for every pixel of a square."""
+
+    side: int = 5
+
+    def source(self, seed):
+        def opened(name):
+            rng = torch.Generator().manual_seed(int(name[1:]))
+            x = torch.randn(24, 1, self.side, self.side, generator=rng)
+            y = (x[:, 0] > 0).long() + (x[:, 0] > 1).long()
+            return SiloData(x[:16], y[:16], x[16:], y[16:])
+
+        return Source("classification", (1, self.side, self.side), 3, (Silo("s0"), Silo("s1")), opened)
+
+
+class ClassesLast(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
+
+
+def pixel_net(last):
+    """Logits with their classes in dimension 1, or in the last."""
+    layers = [nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)]
+    return nn.Sequential(*layers, *([ClassesLast()] if last else []))
+
+
 @pytest.fixture(autouse=True)
 def put_back():
     """What a run changes in its process is put back."""

@@ -14,7 +14,7 @@ import torch
 from fedmpi import records
 from fedmpi.directory import save_tensors
 from fedmpi.evaluate import worst_silo
-from fedmpi.metrics import pooled
+from fedmpi.metrics.scorers import pooled
 from fedmpi.records import PHASES, Board, Metrics, Progress, Timer, Trace, best_record, read_metrics, silo_table
 
 # ---------------------------------------------------------------- metrics.jsonl

@@ -18,8 +18,8 @@ from fedmpi import rng
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.local.personal import beside
-from fedmpi.metrics import NOTHING, Scorer, pooled
-from fedmpi.objectives import LOSS, Resolved, Tally
+from fedmpi.metrics.scorers import NOTHING, Scorer, pooled
+from fedmpi.objectives import LOSS, MOST_METRICS, Resolved, Tally
 from fedmpi.records import Board, Record, spread
 
 log = logging.getLogger("fedmpi")
@@ -81,6 +81,7 @@ def tell(when: str, silo: str, tally: Tally) -> None:
 
 
 PERSONAL = "personal_"  # what begins the figures of the models that silos have for themselves
+LOST = 1 << MOST_METRICS + 1  # in `raised`, the bit of the first metric whose states are not there
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Scores:
         names = [*(s.name for s in scorers), LOSS]
         row = {"tests": tally.samples, "targets": tally.targets, "loss": tally.loss}
         row["raised"] = sum(1 << i for i, name in enumerate(names) if name in tally.raised)
+        row["raised"] += sum(LOST << i for i, name in enumerate(names) if name in tally.lost)
         for i, (value, sums) in enumerate(zip(tally.values, tally.sums, strict=True)):
             row |= {f"value/{i}": value} | {f"sum/{i}/{j}": number for j, number in enumerate(sums.tolist())}
         board.set_silo(silo, **{prefix + name: value for name, value in row.items()})
@@ -147,7 +149,7 @@ class Scores:
         names = [ids[i] for i in tested.tolist()]
         raised = board.silo(f"{prefix}raised")[tested].astype(np.int64)
         losses, targets = board.silo(f"{prefix}loss")[tested], board.silo(f"{prefix}targets")[tested]
-        failed = (raised >> len(scorers)) & 1 > 0
+        failed = raised & (1 << len(scorers)) > 0
         rows: dict[str, dict[str, Any]] = {silo: {} for silo in names}
         for silo, loss in zip(names, losses.tolist(), strict=True):
             rows[silo][f"{prefix}loss"] = loss
@@ -156,14 +158,14 @@ class Scores:
         threw = {LOSS: list(compress(names, failed))} if failed.any() else {}
         start = self._prefixes.index(prefix) * self._num_counts
         for m, scorer in enumerate(scorers):
-            broken = (raised >> m) & 1 > 0
+            broken, there = raised & (1 << m) > 0, raised & (LOST << m) == 0
             values = board.silo(f"{prefix}value/{m}")[tested]
             sums = np.zeros((len(tested), scorer.num_sums))
             for j in range(scorer.num_sums):
                 sums[:, j] = board.silo(f"{prefix}sum/{m}/{j}")[tested]
             counts = board.counts[start : start + scorer.num_counts]
             start += scorer.num_counts
-            found |= {prefix + key: v for key, v in _of_all(scorer, values[~broken], sums[~broken], counts).items()}
+            found |= {prefix + key: v for key, v in _of_all(scorer, values[there], sums[there], counts).items()}
             if scorer.maximize is None:
                 continue
             for silo, value in zip(names, values.tolist(), strict=True):

@@ -34,7 +34,9 @@ import torch.nn.functional as F
 
 from fedmpi.components import component, import_object, nearest
 from fedmpi.errors import ConfigError
-from fedmpi.metrics import METRICS, Accuracy, Mae, Metric, Scorer, for_task
+from fedmpi.metrics import METRICS, for_task
+from fedmpi.metrics.builtin import Accuracy, Mae, Metric
+from fedmpi.metrics.scorers import Scorer
 from fedmpi.targets import CLASS_TASKS, IGNORES_NOTHING, Count, Targets
 from fedmpi.types import Task
 
@@ -93,6 +95,7 @@ DEFAULTS: dict[Task, tuple[str, Metric]] = {
     "regression": ("mse", Mae()),
     "next_token": ("cross_entropy", Accuracy()),
 }
+MOST_METRICS = 24  # two bits for each in a float64
 LOSS = "loss"  # what an own loss that raised is called beside the metrics
 
 
@@ -115,6 +118,7 @@ class Tally:
     counts: list[np.ndarray] = field(default_factory=list)
     sums: list[np.ndarray] = field(default_factory=list)
     raised: dict[str, str] = field(default_factory=dict)  # by metric, or `loss`: what its code raised
+    lost: list[str] = field(default_factory=list)  # metrics whose states are not there
 
     def figures(self, scorers: Sequence[Scorer]) -> dict[str, float]:
         """The silo's own figures, by name."""
@@ -203,8 +207,8 @@ class Resolved:
         by_rows = not self.own_loss or any(not s.whole for s in scorers)
         kept: list[Tensor] = []
 
-        def guarded(i: int, step: Callable[[], Any]) -> Any:
-            if scorers[i].name in tally.raised:
+        def guarded(i: int, step: Callable[[], Any], otherwise: Any = None) -> Any:
+            if otherwise is None and scorers[i].name in tally.raised:
                 return None
             try:
                 return step()
@@ -212,6 +216,7 @@ class Resolved:
                 raise
             except Exception as error:
                 tally.raised[scorers[i].name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                return otherwise
 
         for start in range(0, len(x), batch_size):
             between()
@@ -233,14 +238,15 @@ class Resolved:
             outputs, targets = torch.cat(kept), y.cpu()
             for i, scorer in enumerate(scorers):
                 if scorer.whole:
-                    states[i] = guarded(i, lambda: scorer.update(states[i], outputs, targets))  # noqa: B023
+                    states[i] = guarded(i, lambda: scorer.update(None, outputs, targets))  # noqa: B023
         for i, scorer in enumerate(scorers):
-            nothing = (math.nan, np.zeros(scorer.num_counts), np.zeros(scorer.num_sums))
-            found = guarded(i, lambda: scorer.finish(states[i])) if len(x) else None  # noqa: B023
-            value, counts, sums = found or nothing
-            tally.values.append(value)
+            there = tally.targets > 0 and scorer.name not in tally.raised
+            parts = guarded(i, lambda: scorer.parts(states[i])) if there else None  # noqa: B023
+            counts, sums = parts or (np.zeros(scorer.num_counts), np.zeros(scorer.num_sums))
+            tally.lost += [] if parts else [scorer.name]
             tally.counts.append(counts)
             tally.sums.append(sums)
+            tally.values.append(guarded(i, lambda: scorer.value(states[i]), math.nan) if parts else math.nan)  # noqa: B023
         if not len(x):
             return
         if not self.own_loss:
@@ -298,6 +304,8 @@ def resolve(objective: Objective, task: Task, num_classes: int) -> Resolved:
     loss, metric = DEFAULTS[task]
     loss_name, function, own = _loss(objective.loss or loss, task)
     wanted = objective.metrics or [metric]
+    if len(wanted) > MOST_METRICS:
+        raise ConfigError(f"objective.metrics: {len(wanted)} of them, {MOST_METRICS} at most")
     scorers = tuple(for_task(m, task, num_classes, f"objective.metrics.{i}") for i, m in enumerate(wanted))
     targets = Targets(task, objective.classes, objective.ignore_index if task in CLASS_TASKS else None)
     return Resolved(targets, loss_name, function, own, scorers, _best(objective.best, scorers))
@@ -309,8 +317,10 @@ def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
     for one in names:
         if names.count(one) > 1:
             raise ConfigError(f"objective.metrics: '{one}' is there twice")
-        if one in TAKEN:
-            raise ConfigError(f"objective.metrics: records call something else '{one}'; give your metric another name")
+    for scorer in scorers:
+        if scorer.name in TAKEN_OF_SILOS or scorer.key in TAKEN or scorer.name.startswith("personal_"):
+            other = f"records call something else '{scorer.name}'"
+            raise ConfigError(f"objective.metrics: {other}; give your metric another name")
     numbers = {s.key: s for s in scorers if s.maximize is not None}
     if name is None and not numbers:
         raise ConfigError(f"objective.metrics: {', '.join(names)} is no number; add one that tells the best round")
@@ -321,11 +331,12 @@ def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
     return numbers[name]
 
 
-# names that a record, or a silo's row of it, has for other things
+# names that a silo's row in a record, and a record, have for other things
+TAKEN_OF_SILOS = ("rank", "loss", "train_loss", "delta_norm", "num_train", "num_test", "num_samples", "num_steps")
 TAKEN = (
-    *("loss", "train_loss", "delta_norm", "round", "cohort", "rejected", "worst", "spread", "seconds", "silos", "silo"),
-    *("rank", "num_train", "num_test", "num_samples", "num_steps", "diversity", "cosine", "cosines", "undefined"),
-    *("raised", "bytes_up", "bytes_down", "bytes_control", "peak_rss_bytes", "personal_loss", "personal_worst"),
+    *("loss", "train_loss", "delta_norm", "round", "cohort", "rejected", "worst", "spread", "seconds", "silos"),
+    *("diversity", "cosine", "cosines", "undefined", "raised", "not_finite", "peak_rss_bytes"),
+    *("bytes_up", "bytes_down", "bytes_control"),
 )
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from fedmpi import disk
 from fedmpi.comm import launched
 from fedmpi.errors import CheckpointError
-from fedmpi.metrics import SILO_MEAN, of_silo
+from fedmpi.metrics.scorers import SILO_MEAN, of_silo
 from fedmpi.output import say
 
 log = logging.getLogger("fedmpi")

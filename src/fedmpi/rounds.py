@@ -34,7 +34,7 @@ from fedmpi.evaluate import PERSONAL, Scores, evaluate_silo, evaluation_key, fin
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
-from fedmpi.metrics import pooled
+from fedmpi.metrics.scorers import pooled
 from fedmpi.objectives import Criterion, Resolved, Tally
 from fedmpi.records import PHASES, Board, Record, Timer, likeness, peak_rss_bytes, plain
 from fedmpi.selection import Selection, Selector
