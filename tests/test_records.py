@@ -15,7 +15,7 @@ from fedmpi import records
 from fedmpi.directory import save_tensors
 from fedmpi.evaluate import worst_silo
 from fedmpi.metrics.scorers import pooled
-from fedmpi.records import PHASES, Board, Metrics, Progress, Timer, Trace, best_record, read_metrics, silo_table
+from fedmpi.records import PHASES, Board, Metrics, Progress, Timer, Trace, read_metrics, silo_table
 
 # ---------------------------------------------------------------- metrics.jsonl
 
@@ -207,18 +207,6 @@ def test_the_phases_of_a_round_add_up_to_its_time(monkeypatch):
 
 def test_peak_memory_is_in_bytes():
     assert 10 << 20 < records.peak_rss_bytes() < 1 << 40
-
-
-SCORED = [{"round": 1, "auc": 0.5}, {"round": 2}, {"round": 3, "auc": 0.9}, {"round": 4, "auc": None}]
-
-
-@pytest.mark.parametrize(("found", "maximize", "best"), [
-    (SCORED, True, 3), (SCORED, False, 1), (SCORED[1:2], True, None), ([], True, None),
-    ([*SCORED, {"round": 5, "auc": 0.9}], True, 3),
-])  # fmt: skip
-def test_the_best_record_is_the_first_with_the_best_metric(found, maximize, best):
-    record = best_record(iter(found), "auc", maximize)
-    assert (record and record["round"]) == best
 
 
 def test_the_worst_silo_is_by_the_metrics_own_sense_and_only_among_those_that_were_tested():

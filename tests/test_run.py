@@ -361,6 +361,39 @@ def test_a_users_own_loss_is_trained_and_own_metric_is_of_a_silos_whole_test_set
     assert results.inspect(tmp_path / "a")["best"].keys() == {"round", "loss", "silo_mean_rank_distance"}
 
 
+BEST = {"plain": {}, "personal": {**NORMED, **PERSONAL}, "average": {"server": {"average": {"decay": 0.5}}}}
+
+
+@pytest.mark.parametrize("kind", BEST)
+def test_the_best_round_is_on_disk_and_the_same_to_all_that_ask(tmp_path, kind):
+    """The best is off the grid of checkpoints, and was not yet written when the run was killed."""
+    objective = {"metrics": [{"name": OWN + "up_and_down", "maximize": True}]}
+    how = {"checkpoint": {"every": 4, "keep": 1}, "objective": objective, **BEST[kind]}
+    records, _ = run(config(tmp_path / "a", 12, **how), 11)
+    key = "silo_mean_up_and_down"
+    values = [record[key] for record in records]
+    best = 1 + values.index(max(values))
+    assert best % 4 and best != 11
+    with fedmpi.Run(config(tmp_path / "b", 12, **how), comm_=Solo()) as killed:
+        for record in killed:
+            if record["round"] == best:
+                copied(tmp_path / "b", tmp_path / "c")
+    done = max(checkpoint.sealed_rounds(tmp_path / "c"), default=0)
+    assert done < best
+    run(config(tmp_path / "c", 12, **how), 11 - done)
+    for out in (tmp_path / "a", tmp_path / "c"):
+        told = results.inspect(out)
+        assert told["best"] == {k: records[best - 1][k] for k in ("round", "loss", key)}
+        assert told["on_disk"] == [{"round": best, "resumable": False}, {"round": 11, "resumable": True}]
+        assert results.choose(out, "best") == results.export(out, out / "m.pt", "best") == best
+        for which in ("best", best):
+            again = results.evaluate(out, which)
+            assert (again["round"], again["loss"], again[key]) == (best, records[best - 1]["loss"], max(values))
+            told_then = records[best - 1]["silos"]
+            assert all(row.items() <= told_then[silo].items() for silo, row in again["silos"].items())
+    assert len(run(config(tmp_path / "a", 12, **how))[0]) == 1
+
+
 @pytest.mark.parametrize("fields", [{}, {**NORMED, **PERSONAL}], ids=["shared", "personal"])
 def test_what_a_directory_says_is_what_the_run_said(tmp_path, fields):
     records, done = run(config(tmp_path, 5, checkpoint={"every": 1, "keep": 2}, **fields))

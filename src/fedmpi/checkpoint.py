@@ -4,6 +4,8 @@
       server.h5        parameters, optimizer, selector, health         by rank 0
       rank-0003.h5     what silos keep, a row a silo                   by every rank that hosts silos
       manifest.json    every file with its SHA-256, and its own, last  by rank 0, and once per host without its disk
+    checkpoints/best-000037/
+      the same files   what is evaluated of the best round, where no checkpoint was due: to look at, not to resume from
 
 A file is written beside its final name, flushed, and renamed; the manifest follows when every rank's file is safe.
 So a folder without a manifest is an unfinished checkpoint, and what disagrees with its checksum a torn one. Whatever
@@ -20,6 +22,7 @@ import logging
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,15 +49,26 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:04d}.h5"
 
 
-def folder_of(root: Path, round: int) -> Path:
-    """Where round's checkpoint lies under the run directory `root`."""
-    return root / "checkpoints" / f"round-{round:06d}"
+def folder_of(root: Path, round: int, best: bool = False) -> Path:
+    """Where round's checkpoint lies under the run directory `root`; with `best` what is kept of it to be evaluated."""
+    return root / "checkpoints" / f"{'best' if best else 'round'}-{round:06d}"
 
 
 # ---------------------------------------------------------------- writing
 
 
 Tensors = Mapping[Key, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Best:
+    """This rank's part of what is kept of a round to be evaluated."""
+
+    round: int
+    record: Mapping[str, Any]
+    score: float  # higher is better
+    server: Tensors | None
+    silos: Mapping[str, Tensors]
 
 
 class Writer:
@@ -66,17 +80,22 @@ class Writer:
         self._copies: dict[Key, torch.Tensor] = {}
         self._worker = Worker("checkpoint")
         self._written = -1
-        self._digests = _NONE, _NONE
+        self._digests: tuple[bytes, ...] = (_NONE,) * 4
 
-    def start(self, round: int, server: Tensors | None, silos: Mapping[str, Tensors]) -> None:
-        """Copy this rank's part of the state and begin to write it. Waits for the write before, if it still runs."""
+    def start(self, round: int, server: Tensors | None, silos: Mapping[str, Tensors], best: Best | None = None) -> None:
+        """Copy this rank's part of the state and begin to write it, and what is kept of the best round before, which
+        stays as it is meanwhile. Waits for the write before, if it still runs."""
         self.join()
-        jobs: list[tuple[str, list[Table]]] = []
-        if silos:
-            jobs.append((rank_file(self.rank), _rows(silos)))
-        if server is not None:
-            jobs.append((SERVER, [(key, self._copy(key, tensor), None) for key, tensor in server.items()]))
+        copies = server and {key: self._copy(key, tensor) for key, tensor in server.items()}
+        jobs = [(folder_of(self.root, round), self._tables(copies, silos))]
+        if best is not None:
+            jobs.append((folder_of(self.root, best.round, best=True), self._tables(best.server, best.silos)))
         self._worker.start(lambda: self._write(round, jobs))
+
+    def _tables(self, server: Tensors | None, silos: Mapping[str, Tensors]) -> dict[str, list[Table]]:
+        """What each file holds."""
+        of_silos = {rank_file(self.rank): _rows(silos)} if silos else {}
+        return of_silos if server is None else {**of_silos, SERVER: [(key, t, None) for key, t in server.items()]}
 
     def _copy(self, key: Key, tensor: torch.Tensor) -> torch.Tensor:
         kept = self._copies.get(key)
@@ -84,12 +103,14 @@ class Writer:
             kept = self._copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return kept.copy_(tensor.detach())
 
-    def _write(self, round: int, jobs: Iterable[tuple[str, list[Table]]]) -> None:
-        folder = folder_of(self.root, round)
-        if folder.is_symlink():  # what it stands for is not ours
-            folder.unlink()
-        digests = {name: write_file(folder / name, tables) for name, tables in jobs}
-        self._digests = digests.get(rank_file(self.rank), _NONE), digests.get(SERVER, _NONE)
+    def _write(self, round: int, jobs: Iterable[tuple[Path, Mapping[str, list[Table]]]]) -> None:
+        found: list[bytes] = []
+        for folder, files in jobs:
+            if folder.is_symlink():  # what it stands for is not ours
+                folder.unlink()
+            digests = {name: write_file(folder / name, tables) for name, tables in files.items()}
+            found += [digests.get(rank_file(self.rank), _NONE), digests.get(SERVER, _NONE)]
+        self._digests = (*found, *(_NONE,) * 4)[:4]
         self._written = round
 
     @property
@@ -115,7 +136,8 @@ class Writer:
 
     @property
     def digests(self) -> bytes:
-        """This rank's row for the manifest: its rank file's digest, then the server file's; zeros for none."""
+        """This rank's row for the manifests: its rank file's digest, then the server file's; zeros for none; then the
+        same of what was written of the best round."""
         return b"".join(self._digests)
 
 
@@ -136,16 +158,22 @@ def write_file(path: Path, tables: Sequence[Table]) -> bytes:
 
 
 def seal(
-    root: Path, round: int, rows: Sequence[bytes], silos: Sequence[Sequence[str]], about: Mapping[str, Any]
+    root: Path,
+    round: int,
+    rows: Sequence[bytes],
+    silos: Sequence[Sequence[str]],
+    about: Mapping[str, Any],
+    best: bool = False,
 ) -> None:
     """Write the manifest of a round whose files are all safe. `rows` are the ranks' `digests`, `silos` their silos."""
+    rows = [row[2 * DIGEST_BYTES :] if best else row for row in rows]
     files: dict[str, Any] = {SERVER: _entry(rows[0][DIGEST_BYTES:])}
     for rank, (row, some) in enumerate(zip(rows, silos, strict=True)):
         if some:
             files[rank_file(rank)] = _entry(row[:DIGEST_BYTES]) | {"silos": list(some)}
     text = json.dumps({"format": FORMAT, "round": round, **about, "files": files}, indent=1)
     body = text.removesuffix(_END)
-    disk.replace_text(folder_of(root, round) / MANIFEST, f"{body}{_OWN_SHA}{_sha256(body)}{_OWN_END}")
+    disk.replace_text(folder_of(root, round, best) / MANIFEST, f"{body}{_OWN_SHA}{_sha256(body)}{_OWN_END}")
 
 
 _END, _OWN_SHA, _OWN_END = "\n}", ',\n "sha256": "', '"\n}'
@@ -160,18 +188,23 @@ def _entry(row: bytes) -> dict[str, Any]:
 
 
 def prune(root: Path, keep: int, scores: Mapping[int, float | None]) -> None:
-    """Delete all sealed checkpoints but the newest `keep` and the best (highest score)."""
-    sealed = sealed_rounds(root)
-    scored = [(score, -r) for r in sealed if (score := scores.get(r)) is not None]  # of equals the first
-    spared = set(sealed[-keep:]) | ({-max(scored)[1]} if scored else set())
+    """Delete all sealed checkpoints but the newest `keep` and the best (highest score), and what was kept of rounds
+    that are the best no longer."""
+    sealed, bests = sealed_rounds(root), sealed_rounds(root, best=True)
+    # Of equals the first.
+    scored = [(score, -r) for r in {*sealed, *bests} if (score := scores.get(r)) is not None]
+    top = -max(scored)[1] if scored else None
     for round in sealed:
-        if round not in spared:
+        if round not in (*sealed[-keep:], top):
             remove(root, round)
+    for round in bests:
+        if round != top or round in sealed:
+            remove(root, round, best=True)
 
 
-def remove(root: Path, round: int) -> None:
+def remove(root: Path, round: int, best: bool = False) -> None:
     """Delete a checkpoint; its manifest goes first, so that a crash leaves an unfinished one, not a torn one."""
-    folder = folder_of(root, round)
+    folder = folder_of(root, round, best)
     if folder.is_symlink() or not folder.is_dir():
         folder.unlink(missing_ok=True)
         return
@@ -182,10 +215,10 @@ def remove(root: Path, round: int) -> None:
 
 def remove_after(root: Path, round: int) -> None:
     """Delete what lies beyond the round that a run resumes from, and what was never finished."""
-    for folder in sorted((root / "checkpoints").glob("round-*")):
+    for folder in sorted((root / "checkpoints").glob("*-*")):
         number = _number(folder)
         if number is not None and (number > round or not (folder / MANIFEST).exists()):
-            remove(root, number)
+            remove(root, number, folder.name.startswith("best"))
 
 
 # ---------------------------------------------------------------- reading
@@ -216,20 +249,20 @@ _MANIFEST = pydantic.TypeAdapter(Manifest)
 
 
 def _number(folder: Path) -> int | None:
-    match = re.fullmatch("round-([0-9]{6,})", folder.name)
+    match = re.fullmatch("(?:round|best)-([0-9]{6,})", folder.name)
     return int(match[1]) if match else None
 
 
-def sealed_rounds(root: Path) -> list[int]:
-    """The rounds that have a manifest, oldest first."""
-    folders = (path.parent for path in (root / "checkpoints").glob(f"round-*/{MANIFEST}"))
+def sealed_rounds(root: Path, best: bool = False) -> list[int]:
+    """The rounds that have a manifest, oldest first; with `best` those of which that is kept which is evaluated."""
+    folders = (path.parent for path in (root / "checkpoints").glob(f"{'best' if best else 'round'}-*/{MANIFEST}"))
     found = (_number(folder) for folder in folders if not folder.is_symlink())
     return sorted(number for number in found if number is not None)
 
 
-def manifest(root: Path, round: int) -> Manifest:
+def manifest(root: Path, round: int, best: bool = False) -> Manifest:
     """The manifest of a round. Raises CheckpointError for whatever is wrong with it."""
-    path = folder_of(root, round) / MANIFEST
+    path = folder_of(root, round, best) / MANIFEST
     try:
         body, sha, digest = disk.read_bytes(path).decode().rpartition(_OWN_SHA)
         if not sha or digest != f"{_sha256(body)}{_OWN_END}":
@@ -247,25 +280,36 @@ def manifest(root: Path, round: int) -> Manifest:
     return found
 
 
-def score(root: Path, round: int) -> float | None:
-    """How good a sealed round is, higher is better; None when it was not evaluated or its manifest is unreadable."""
-    try:
-        return manifest(root, round).score
-    except CheckpointError as error:
-        log.warning("skipped checkpoint of round %d: %s", round, error)
-        return None
+def scores(root: Path) -> dict[int, float | None]:
+    """How good each round is that is on disk, higher is better; None where it was not evaluated. Those whose manifest
+    is unreadable are left out with a warning."""
+    found: dict[int, float | None] = {}
+    for best in (True, False):
+        for round in sealed_rounds(root, best):
+            try:
+                found[round] = manifest(root, round, best).score
+            except CheckpointError as error:
+                log.warning("skipped checkpoint of round %d: %s", round, error)
+    return dict(sorted(found.items()))
 
 
-def check(root: Path, round: int, server: bool = True, silos: Collection[str] | None = None) -> Manifest:
+def kept_as_best(root: Path, round: int) -> bool:
+    """Is of this round only that on disk which is evaluated?"""
+    return round not in sealed_rounds(root) and round in sealed_rounds(root, best=True)
+
+
+def check(
+    root: Path, round: int, server: bool = True, silos: Collection[str] | None = None, best: bool = False
+) -> Manifest:
     """The manifest, once the files that will be read are found to be whole: that of the server, and those that hold
     these silos (None: all files). Raises CheckpointError."""
-    found = manifest(root, round)
+    found, folder = manifest(root, round, best), folder_of(root, round, best)
     wanted = None if silos is None else set(silos)
     if wanted and (missing := sorted(wanted - {silo for file in found.files.values() for silo in file.silos})):
-        raise CheckpointError(f"{folder_of(root, round)}: no state of silo {', '.join(missing[:4])}")
+        raise CheckpointError(f"{folder}: no state of silo {', '.join(missing[:4])}")
     for name, file in found.files.items():
         if server if name == SERVER else wanted is None or not wanted.isdisjoint(file.silos):
-            _check_file(folder_of(root, round) / name, file)
+            _check_file(folder / name, file)
     return found
 
 
@@ -300,18 +344,18 @@ def newest(root: Path, server: bool = True, silos: Collection[str] | None = None
     return -1
 
 
-def read_server(root: Path, round: int) -> dict[Key, torch.Tensor]:
+def read_server(root: Path, round: int, best: bool = False) -> dict[Key, torch.Tensor]:
     """All tensors of server.h5, by key. Raises CheckpointError."""
-    return tensorfile.read(folder_of(root, round) / SERVER)
+    return tensorfile.read(folder_of(root, round, best) / SERVER)
 
 
-def read_silos(root: Path, round: int, ids: Iterable[str]) -> dict[str, dict[Key, torch.Tensor]]:
+def read_silos(root: Path, round: int, ids: Iterable[str], best: bool = False) -> dict[str, dict[Key, torch.Tensor]]:
     """What each of these silos kept, from whichever rank files hold it. Raises CheckpointError if one is not there."""
-    wanted = set(ids)
+    wanted, folder = set(ids), folder_of(root, round, best)
     kept: dict[str, dict[Key, torch.Tensor]] = {}
-    for name, file in manifest(root, round).files.items() if wanted else ():
+    for name, file in manifest(root, round, best).files.items() if wanted else ():
         if here := wanted.intersection(file.silos):
-            kept |= tensorfile.read_rows(folder_of(root, round) / name, here)
+            kept |= tensorfile.read_rows(folder / name, here)
     if missing := sorted(wanted - set(kept)):
-        raise CheckpointError(f"{folder_of(root, round)}: no state of silo {', '.join(missing[:4])}")
+        raise CheckpointError(f"{folder}: no state of silo {', '.join(missing[:4])}")
     return kept

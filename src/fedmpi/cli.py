@@ -249,6 +249,8 @@ def inspect(directory: RunDir, as_json: Json = False) -> None:
                 print(f"{name:<18}{value:.6g}" if isinstance(value, float) else f"{name:<18}{value}")
         if best:
             print("best           " + ", ".join(f"{k} {v:.6g}" for k, v in best.items()))
+        rounds = (f"{r['round']}{'' if r['resumable'] else ' (the best: to evaluate)'}" for r in found["on_disk"])
+        print("on disk        " + ", ".join(rounds))
         print("versions       " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
         print(f"configuration  {directory / 'config.yaml'}")
 
@@ -287,7 +289,7 @@ def _which(text: str) -> Any:
     return int(text)
 
 
-Which = Annotated[str, typer.Option("--round", help="a checkpoint: its number, newest, or best of those on disk")]
+Which = Annotated[str, typer.Option("--round", help="a checkpoint: its number, newest or best (of all evaluated)")]
 
 
 @app.command("eval")

@@ -56,7 +56,7 @@ class CheckpointSection:
     """What is kept on disk to restart from."""
 
     every: PositiveInt = 5  # rounds between checkpoints; one is always written at the end and on a stop
-    keep: PositiveInt = 3  # newest checkpoints kept, besides the best
+    keep: PositiveInt = 3  # newest checkpoints kept, besides the best round, which need not be due for one
 
 
 @component

@@ -74,8 +74,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
             + (shared * word * (2 + 2 * len(mine)) if section.overlap else 0)  # twice, a start, each silo's deltas
             + memory(section, shared, word, num_ranks, len(mine), max(vectors))
             + round(shared * word * server_copies * steps)
-            # the checkpoint's copy
-            + (shared * word * (1 + section.overlap + server_copies) + averaged if rank == 0 else 0)
+            # the checkpoint's copy, and the best round's parameters
+            + ((shared * (1 + section.overlap + server_copies) + num_params) * word + averaged if rank == 0 else 0)
             + kept_bytes * (1 + len(mine))
         )
         ranks.append(

@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -471,11 +471,3 @@ def silo_table(record: Record) -> Any:
         if any(SILO_MEAN in k for k in keys):
             table.add_row("mean of silos", "", "", "", *(_figure(record[k]) if SILO_MEAN in k else "-" for k in keys))
     return table
-
-
-def best_record(records: Iterable[Record], metric: str, maximize: bool) -> Record | None:
-    """The record with the best figure of all silos; None where none has one."""
-    scored = [r for r in records if isinstance(r.get(metric), (int, float))]
-    if not scored:
-        return None
-    return (max if maximize else min)(scored, key=lambda r: float(r[metric]))

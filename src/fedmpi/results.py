@@ -20,7 +20,7 @@ from fedmpi.evaluate import PERSONAL, Scores, evaluate_silo, evaluation_key, per
 from fedmpi.flat import FlatModel, changed_entries, sha256
 from fedmpi.local import LocalSilo
 from fedmpi.objectives import resolve
-from fedmpi.records import Board, Record, best_record, plain, read_metrics
+from fedmpi.records import Board, Record, plain
 from fedmpi.trust import confined
 from fedmpi.types import Source
 
@@ -30,23 +30,42 @@ RoundChoice = int | Literal["best", "newest"]
 
 
 def inspect(root: Path) -> dict[str, Any]:
-    """Rounds done and safe on disk, SHA-256 of their parameters, the last record, the best, configuration, versions.
+    """Rounds done and safe on disk, SHA-256 of their parameters, the last record, the best, what is on disk,
+    configuration, versions.
 
-    `rounds` is the newest sealed checkpoint's; `metrics` is its record, None before the first round.
+    `rounds` is the newest sealed checkpoint's; `metrics` is its record, None before the first round. `best` is of the
+    best round that was evaluated until then, which is always on disk: the one that `eval` and `export` take.
     """
     begun = read_config(root)
     about = begun.about
     round = newest(root)
     params_P = checkpoint.read_server(root, round)[checkpoint.PARAMS][: about["params"]]
-    best = best_record((r for r in read_metrics(root) if r["round"] <= round), about["metric"], about["maximize"])
+    scores = checkpoint.scores(root)
+    best = _best(root)
+    record = {} if best is None else checkpoint.manifest(root, best, checkpoint.kept_as_best(root, best)).record or {}
     return {
         "rounds": round,
         "params_sha256": sha256(params_P),
         "metrics": checkpoint.manifest(root, round).record,
-        "best": best and {k: v for k, v in best.items() if k in ("round", "loss", about["metric"])},
+        "best": {k: v for k, v in record.items() if k in ("round", "loss", about["metric"])} or None,
+        "on_disk": [{"round": r, "resumable": r in checkpoint.sealed_rounds(root)} for r in scores],
         "config": begun.config,
         "versions": about["versions"],
     }
+
+
+def _best(root: Path) -> int | None:
+    """The best of the rounds on disk that is whole; of equals the first. Others are skipped with a warning."""
+    scored = [(score, -r) for r, score in checkpoint.scores(root).items() if score is not None]
+    for _, negative in sorted(scored, reverse=True):
+        round = -negative
+        try:
+            checkpoint.check(root, round, best=checkpoint.kept_as_best(root, round))
+        except CheckpointError as error:
+            log.warning("skipped checkpoint of round %d: %s", round, error)
+            continue
+        return round
+    return None
 
 
 def newest(root: Path) -> int:
@@ -61,24 +80,17 @@ def choose(root: Path, which: RoundChoice) -> int:
     """The round of a checkpoint that is there: by number, the best by the run's metric, or the newest."""
     if which == "newest":
         return newest(root)
-    sealed = checkpoint.sealed_rounds(root)
     if which == "best":
-        scored = [(score, -r) for r in sealed if (score := checkpoint.score(root, r)) is not None]
-        for _, negative in sorted(scored, reverse=True):
-            try:
-                checkpoint.check(root, -negative)
-            except CheckpointError as error:
-                log.warning("skipped checkpoint of round %d: %s", -negative, error)
-                continue
-            return -negative
-        metric = read_config(root).about["metric"]
-        raise ConfigError(f"{root}: no whole checkpoint has a value of {metric}, so none is best")
-    if which not in sealed:
-        raise ConfigError(f"{root}: no checkpoint of round {which}; there is: {', '.join(map(str, sealed)) or 'none'}")
+        if (best := _best(root)) is None:
+            raise ConfigError(f"{root}: no whole checkpoint was evaluated, so none is best")
+        return best
+    there = sorted({*checkpoint.sealed_rounds(root), *checkpoint.sealed_rounds(root, best=True)})
+    if which not in there:
+        raise ConfigError(f"{root}: no checkpoint of round {which}; there is: {', '.join(map(str, there)) or 'none'}")
     try:
-        checkpoint.check(root, which)
+        checkpoint.check(root, which, best=checkpoint.kept_as_best(root, which))
     except CheckpointError as error:
-        raise ConfigError(f"{error}; choose another round, there is: {', '.join(map(str, sealed))}") from None
+        raise ConfigError(f"{error}; choose another round, there is: {', '.join(map(str, there))}") from None
     return which
 
 
@@ -99,7 +111,7 @@ def _evaluate(root: Path, which: RoundChoice) -> Record:
     ids = [silo.id for silo in source.silos]
     board = Board(1, (), len(ids), scores.columns, scores.num_counts)
     params_P = _served(root, round)[: model.num_shared]
-    kept = checkpoint.read_silos(root, round, ids)
+    kept = checkpoint.read_silos(root, round, ids, checkpoint.kept_as_best(root, round))
     rows: dict[str, dict[str, Any]] = {}
     for i, silo in enumerate(ids):
         mine = {key[1]: tensor for key, tensor in kept[silo].items() if key[0] == "kept"}
@@ -147,7 +159,7 @@ def export(root: Path, target: Path, which: RoundChoice = "newest", allow: Seque
 
 def _served(root: Path, round: int) -> torch.Tensor:
     """The parameters that the round's record is about, and behind them what else travels."""
-    tensors = checkpoint.read_server(root, round)
+    tensors = checkpoint.read_server(root, round, checkpoint.kept_as_best(root, round))
     return tensors.get(checkpoint.AVERAGE, tensors[checkpoint.PARAMS])
 
 

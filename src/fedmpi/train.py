@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -267,8 +268,11 @@ class Run:
                 raise ConfigError(f"out: cannot write into {self.out}: {error.strerror}") from None
 
         self.comm.together(written if self.comm.rank == 0 else lambda: None)
-        sealed = self.comm.together(lambda: checkpoint.sealed_rounds(self.out) if self._directory.leads else [])
-        self._scores = self.comm.together(lambda: {round: checkpoint.score(self.out, round) for round in sealed})
+        self._scores = self.comm.together(lambda: checkpoint.scores(self.out) if self._directory.leads else {})
+        told = [score for score in self._scores.values() if score is not None] if self.comm.rank == 0 else []
+        self._best_score = float(self.comm.say(repr(max(told, default=-math.inf)), 0))  # of all rounds so far
+        self._best: checkpoint.Best | None = None  # that round, where no checkpoint has it yet
+        self._pending_best: checkpoint.Best | None = None  # the one that is being written
         self._writer = self.comm.together(lambda: checkpoint.Writer(self.out, self.comm.rank))
 
     # ------------------------------------------------------------ rounds
@@ -309,6 +313,7 @@ class Run:
                 if self.comm.rank == 0:
                     phases = {name: fed.done.rank(name) for name in records.PHASES}
                     self._files.write(record, fed.done.rank("started_s"), phases)
+                self._hold_best()
                 if self._pending is not None and self.state.written >= self._pending:
                     self._seal()
                 if self.state.round % self.config.checkpoint.every == 0 and not self._health.doubts:
@@ -326,6 +331,32 @@ class Run:
                 with contextlib.suppress(FedmpiError):
                     self._seal()
             raise
+
+    def _score(self, record: Record | None) -> float | None:
+        """How good a round is, higher is better; None where it was not evaluated."""
+        value = (record or {}).get(self.metric)
+        return None if value is None else float(value if self.maximize else -value)
+
+    def _hold_best(self) -> None:
+        """Hold on to what is evaluated of the round just done, if it is the best so far, until a checkpoint is written.
+
+        So the best round is on disk whenever a checkpoint is, and rounds between two of them cost a copy of the
+        parameters on rank 0 where they are the best, and no file: a run that is killed does them again.
+        """
+        score, state = self._score(self.state.record), self.state
+        if score is None or score <= self._best_score or self._health.doubts or state.record is None:
+            return
+        self._best_score = score
+        fed = self._federation
+        # Rules never write into what silos keep, so it need not be copied.
+        own = None if hasattr(fed.rule, "personal") else fed.model.first_personal.keys()
+        silos = {
+            name: {CURSOR: torch.tensor(silo.cursor)}
+            | _under(KEPT, {n: t for n, t in silo.kept.items() if own is None or n in own})
+            for name, silo in fed.silos.items()
+        }
+        server = {checkpoint.PARAMS: self.served_P.detach().to("cpu", copy=True)} if self.comm.rank == 0 else None
+        self._best = checkpoint.Best(state.round, state.record, score, server, silos)
 
     def _checkpoint(self, doubts: int | None = None) -> None:
         """Begin to write the state of the round just done, which left so many doubts (None: as many as there are)."""
@@ -346,8 +377,10 @@ class Run:
         whole |= _under(HEALTH, self._health.kept(self._health.doubts if doubts is None else doubts))
         server = whole if self.comm.rank == 0 else None
         # Its own errors come up with the next round's record, or when the checkpoint is sealed.
-        self.comm.together(lambda: self._writer.start(state.round, server, silos))
-        self._pending = state.round
+        if self._best is not None and self._best.round == state.round:
+            self._best = None  # this checkpoint is more
+        self.comm.together(lambda: self._writer.start(state.round, server, silos, self._best))
+        self._pending, self._pending_best, self._best = state.round, self._best, None
         self._pending_record = state.record
         # Where rounds are long, the moment until the files are safe is nothing, and a kill in the next round then costs
         # that round alone. Where they are short, the seal follows with a later round's record.
@@ -366,9 +399,11 @@ class Run:
         hosted: list[list[str]] = [[] for _ in range(self.comm.size)]
         for silo, owner in zip(fed.ids, fed.owners, strict=True):
             hosted[owner].append(silo)
-        value = (record or {}).get(self.metric)
-        self._scores[round] = None if value is None else (value if self.maximize else -value)
-        about = {"ranks": self.comm.size, "score": self._scores[round], "record": record}
+        best, ranks = self._pending_best, self.comm.size
+        self._scores[round] = self._score(record)
+        if best is not None:
+            self._scores[best.round] = best.score
+        about = {"ranks": ranks, "score": self._scores[round], "record": record}
 
         def write() -> None:
             if self.comm.rank == 0:
@@ -376,11 +411,14 @@ class Run:
                     raise CheckpointError(f"another job has begun to train in {self.out}")
                 self._files.sync()
             if self._directory.leads:
+                if best is not None:
+                    of_best = {"ranks": ranks, "score": best.score, "record": best.record}
+                    checkpoint.seal(self.out, best.round, rows, hosted, of_best, best=True)
                 checkpoint.seal(self.out, round, rows, hosted, about)
                 checkpoint.prune(self.out, self.config.checkpoint.keep, self._scores)
 
         self.comm.together(write)
-        self._pending, self._sealed = None, round
+        self._pending, self._pending_best, self._sealed = None, None, round
         self._remember()
 
     def _remember(self) -> None:
