@@ -1,12 +1,14 @@
 """Configuration: what is said to a wrong one, how overrides are read, and that it comes back as it was."""
 
 import dataclasses
+import itertools
 import textwrap
 
 import pytest
 import torch
 import yaml
 
+import fedmpi
 from fedmpi.catalogue import FAMILIES, lines
 from fedmpi.components import Deferred, build, hints, to_dict
 from fedmpi.config import Config, differences, digest, flatten, load, origin_of
@@ -401,7 +403,8 @@ def test_the_list_says_a_sentence_of_every_member_and_explains_every_field(famil
     if not dataclasses.is_dataclass(cls):
         return
     assert text[at].endswith(".") and text[at].count("(") == text[at].count(")")
-    fields = text[at + 1 : at + 1 + len(dataclasses.fields(cls))]
+    below = itertools.takewhile(lambda line: line.startswith("    "), text[at + 1 :])
+    fields = [line for line in below if line[4] != " "]  # not those of what is in a field
     assert [line.split()[0] for line in fields] == list(hints(cls)) and all("  # " in line for line in fields)
 
 
@@ -425,3 +428,47 @@ def test_list_shows_the_fields_of_sections():
     assert all("  # " in line for line in shown[1:-1])
     assert "  device = {name: auto, share: false}  # Where a rank trains." in lines()
     assert refusal(lines, "exchang").endswith("did you mean 'exchange'?")
+    assert refusal(lines, "model.hiden").startswith("nothing is called 'model.hiden'")
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("local", "  fedprox: "),
+        ("data", "  files: "),
+        ("model", "  logistic: "),
+        ("select", "    count = null  # S itself"),
+        ("aggregate", "  trimmed_mean: "),
+        ("local.optimizer", "  SGD: torch.optim.SGD"),
+        ("data.partition", "  dirichlet: "),
+        ("server.optimizer", "  fedadam: "),
+        ("server.optimizer.schedule", "  cosine: "),
+        ("evaluate.finetune", "  sgd: "),
+        ("exchange.up.codec", "  topk: "),
+        ("exchange.up", "  feedback = false  # "),
+        ("exchange.regions.levels", "  by = node  # "),
+        ("init", "  strict = true  # "),
+        ("objective", "    loss: cross_entropy"),
+        ("rounds", "  rounds = 20  # rounds to have done at the end"),
+        ("data.silos", "    path (required)  # .h5, .npz or .csv"),
+        ("model.hidden", "  hidden = [200, 200]  # "),
+        ("topk", "    ratio = 0.01  # "),
+        ("fedadam", "    tau = "),
+    ],
+)
+def test_list_shows_what_stands_at_any_key_and_any_member(key, line):
+    assert any(told.startswith(line) for told in lines(key))
+
+
+def test_list_names_the_values_that_a_field_takes():
+    shown = lines("exchange")
+    assert any(
+        "plan = " in line and line.endswith("(one of: auto, root, replicated, sharded, window)") for line in shown
+    )
+    assert any("codec = " in line and line.endswith("(see: fedmpi list codecs)") for line in shown)
+    assert any(line.endswith("of the federation's silos (0 to 1)") for line in lines("uniform"))
+    assert any("stem = cifar" in line and "imagenet" in line for line in lines("resnet18"))
+
+
+def test_the_package_shows_its_names():
+    assert dir(fedmpi) == sorted(fedmpi.__all__) and {"Run", "load", "ConfigError"} < set(dir(fedmpi))

@@ -37,3 +37,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"fedmpi.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'fedmpi' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
+import json
 import re
 import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
-from fedmpi.components import Family, hints, nearest, section_of, to_dict
+from fedmpi.components import Family, family_of, hints, nearest, section_of, to_dict
 from fedmpi.config import Config
 from fedmpi.data import DATASETS, PARTITIONS
 from fedmpi.errors import ConfigError
@@ -41,33 +46,78 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "codecs": (CODECS, "exchange.up.codec"),
 }
 
-# what has no name to choose by, only fields
-SECTIONS: dict[str, type] = {key: cls for key, hint in hints(Config).items() if (cls := section_of(hint)) is not None}
+
+def lines(what: str | None = None) -> list[str]:
+    """The text, for all families, or for one family, one of its members, or a key of a configuration such as `exchange`
+    or `local.optimizer`. Raises ConfigError for what is none of these."""
+    if what is None:
+        text = ["configuration", *_fields(Config), ""]
+        for name in FAMILIES:
+            text += [*_family(name, False), ""]
+        return [
+            *text,
+            "`fedmpi list KEY` shows what stands there, with its fields: `fedmpi list local`, `fedmpi list exchange`.",
+        ]
+    if what in FAMILIES:
+        return [*_family(what, True), ""]
+    if found := _at(what):
+        return [*found, ""]
+    homes = [name for name, (family, _) in FAMILIES.items() if what in family.members]
+    if not homes:
+        members = [member for family, _ in FAMILIES.values() for member in family.members]
+        keys = [*FAMILIES, *hints(Config)]
+        close = nearest(what, [*keys, *members])
+        raise ConfigError(f"nothing is called '{what}'{close if 'did you mean' in close else nearest(what, keys)}")
+    return [line for name in homes for line in [*_family(name, True, what), ""]]
 
 
-def lines(family: str | None = None) -> list[str]:
-    """The text, for all families, or for one family or section. Raises ConfigError for what is neither."""
-    if family in SECTIONS:
-        more = _objectives() if SECTIONS[family] is Objective else []
-        return [family, *_nested(SECTIONS[family]), *more, ""]
-    if family is not None and family not in FAMILIES:
-        raise ConfigError(f"no family '{family}'{nearest(family, [*FAMILIES, *SECTIONS])}")
-    text: list[str] = []
-    if family is None:
-        text += ["configuration", *_fields(Config), ""]
-    for name, (members, key) in FAMILIES.items():
-        if family not in (None, name):
-            continue
-        text.append(f"{name} ({key}: {{name: ...}})")
-        for member, cls in members.members.items():
+def _at(key: str) -> list[str]:
+    """What stands at a dotted key of a configuration; nothing where it is none."""
+    section: type = Config
+    parts = key.split(".")
+    for n, part in enumerate(parts):
+        annotation = hints(section).get(part)
+        if (family := family_of(annotation)) is not None:
+            homes = [
+                name
+                for name, (known, home) in FAMILIES.items()
+                if home == key or (known is family and not parts[n + 1 :])
+            ]
+            return _family(homes[0], True) if homes else _in_members(family, ".".join(parts[n + 1 :]))
+        if (inner := section_of(annotation)) is None:
+            return _field(section, part) if annotation is not None and not parts[n + 1 :] else []
+        section = inner
+    return [key, *_nested(section), *(_objectives() if section is Objective else [])]
+
+
+def _in_members(family: Family, name: str) -> list[str]:
+    """A field as the members have it that do."""
+    having = {
+        member: cls for member, cls in family.members.items() if dataclasses.is_dataclass(cls) and name in hints(cls)
+    }
+    for cls in having.values():
+        if (inner := family_of(hints(cls)[name])) is not None:
+            return next((_family(home, True) for home, (known, _) in FAMILIES.items() if known is inner), [])
+    return [line for member, cls in having.items() for line in [f"{member}:", *_field(cls, name)]]
+
+
+def _field(cls: type, name: str) -> list[str]:
+    """One field, and what is in it."""
+    lines, names = _fields(cls), list(hints(cls))
+    inner = section_of(hints(cls)[name])
+    return [lines[names.index(name)], *(f"  {line}" for line in (_nested(inner) if inner is not None else []))]
+
+
+def _family(name: str, whole: bool, only: str | None = None) -> list[str]:
+    """A family's members, each in a sentence, and with `whole` their fields."""
+    family, key = FAMILIES[name]
+    text = [f"{name} ({key}: {{name: ...}})"]
+    for member, cls in family.members.items():
+        if only in (None, member):
             known = dataclasses.is_dataclass(cls)
             ours = known or not cls.__module__.startswith("torch.")
-            first = _doc(cls) if ours else f"torch.optim.{cls.__name__}"
-            text.append(f"  {member}: {first}")
-            text += [f"  {line}" for line in (_fields(cls) if known and family is not None else [])]
-        text.append("")
-    if family is None:
-        text.append("`fedmpi list FAMILY` shows the fields of its members, `fedmpi list exchange` those of a section.")
+            text.append(f"  {member}: {_doc(cls) if ours else f'torch.optim.{cls.__name__}'}")
+            text += [f"  {line}" for line in (_nested(cls) if known and whole else [])]
     return text
 
 
@@ -85,14 +135,10 @@ def _objectives() -> list[str]:
 
 def _nested(cls: type) -> list[str]:
     """The fields of a section, those of sections in it below them."""
-    text = []
-    for line, hint in zip(_fields(cls), hints(cls).values(), strict=True):
-        text.append(line)
-        if (inner := section_of(hint)) is not None:
-            text += [f"  {one}" for one in _nested(inner)]
-    return text
+    return [line for name in hints(cls) for line in _field(cls, name)]
 
 
+@functools.cache
 def _fields(cls: type) -> list[str]:
     text = []
     comments = _comments(cls)
@@ -106,8 +152,36 @@ def _fields(cls: type) -> list[str]:
         else:
             default = " (required)"
         comment = comments.get(field.name) or _doc(known)
+        comment = " ".join(filter(None, (comment, _allowed(known, f"{default} {comment}"))))
         text.append(f"  {field.name}{default}" + (f"  # {comment}" if comment else ""))
     return text
+
+
+def _allowed(annotation: Any, told: str) -> str:
+    """The values that a field takes, where they are few and what is told of it does not name them all."""
+    if (family := family_of(annotation)) is not None:
+        return next((f"(see: fedmpi list {name})" for name, (known, _) in FAMILIES.items() if known is family), "")
+    values = [
+        value for part in _parts(annotation) if typing.get_origin(part) is Literal for value in typing.get_args(part)
+    ]
+    if values:
+        missing = [value for value in map(_short, values) if not re.search(rf"\b{re.escape(value)}\b", told)]
+        return f"(one of: {', '.join(map(_short, values))})" if missing else ""
+    bounds: dict[str, float] = {}
+    for part in _parts(annotation):
+        for extra in getattr(part, "__metadata__", ()):
+            for bound in getattr(extra, "metadata", ()):
+                bounds |= {name: getattr(bound, name) for name in ("gt", "ge", "lt", "le") if hasattr(bound, name)}
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    span = f"{low} to {high}"
+    return f"({span})" if None not in (low, high) and span not in told else ""
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and all that it is made of."""
+    yield annotation
+    for part in typing.get_args(annotation):
+        yield from _parts(part)
 
 
 def _short(value: object, whole: bool = False) -> str:
@@ -119,7 +193,8 @@ def _short(value: object, whole: bool = False) -> str:
         return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
-    return "null" if value is None else str(value)
+    text = "null" if value is None else str(value)
+    return text if re.fullmatch(r"[\w.:/*+-]+", text) else json.dumps(text)
 
 
 def _doc(annotation: object) -> str:
