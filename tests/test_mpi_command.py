@@ -1,5 +1,6 @@
 """`mpirun -n N fedmpi train` for real: exit codes, bad input, failures."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,16 +8,25 @@ import time
 
 import numpy as np
 import pytest
-from mpi import until
+from mpi import FEDMPI, mpirun, until
 from programs.place import SILOS, STEPS, TEN_MINUTES, Place, own_lines
+
+from fedmpi.results import inspect
 
 
 def test_done(place: Place, undisturbed: str) -> None:
+    """Trained, evaluated by ranks, which make one record of it, and trained again."""
     done = place.train(3, "done")
     assert (done.rc, own_lines(done)) == (0, []), done.tails
     assert "after round 4" in done.out and done.out.count("round 4/4") == 1, done.out
     assert place.sha("done") == undisturbed
     assert (place.folder / "done" / "model.safetensors").exists()
+    told = mpirun(2, FEDMPI, "eval", "done", "--json", cwd=place.folder, timeout_s=60)
+    assert told.rc == 0 and told.out.count("\n") == 1, told.tails
+    record, last = json.loads(told.out), inspect(place.folder / "done")["metrics"]
+    for silo, row in record.pop("silos").items():
+        assert row.items() <= last["silos"][silo].items()
+    assert record.items() <= last.items() and record["round"] == 4
     again = place.train(2, "done")
     assert again.rc == 0, again.tails
     assert place.sha("done") == undisturbed

@@ -354,6 +354,7 @@ def test_an_amount_is_of_the_shared_model_where_the_own_one_has_a_number(values)
 @pytest.mark.parametrize("case", ["ditto", "apfl", "fedrep"])
 @pytest.mark.parametrize("n", (2, 3))
 def test_what_is_personal_is_never_handed_to_mpi(case, n, tmp_path_factory):
+    """And ranks evaluate the checkpoint each where its silos' data are, see programs/personal.py."""
     folder = tmp_path_factory.getbasetemp() / "secrets"
     told = launch("personal", n, str(folder)).check(case)
     assert told["buffers"] > 20 and told["shared"] > 0 and told["secret"] == 0

@@ -385,7 +385,7 @@ def test_the_best_round_is_on_disk_and_the_same_to_all_that_ask(tmp_path, kind):
         told = results.inspect(out)
         assert told["best"] == {k: records[best - 1][k] for k in ("round", "loss", key)}
         assert told["on_disk"] == [{"round": best, "resumable": False}, {"round": 11, "resumable": True}]
-        assert results.choose(out, "best") == results.export(out, out / "m.pt", "best") == best
+        assert results.choose(out, "best") == results.export(out, out / "m.pt", "best", silo="s0") == best
         for which in ("best", best):
             again = results.evaluate(out, which)
             assert (again["round"], again["loss"], again[key]) == (best, records[best - 1]["loss"], max(values))
@@ -463,7 +463,7 @@ def start(tmp_path):
 
 def test_an_exported_model_has_the_frozen_part_that_it_was_trained_with(tmp_path, start):
     records, _ = run(config(tmp_path / "a", 1, init=start, exchange={"parameters": "trainable"}, **NORMED))
-    results.export(tmp_path / "a", tmp_path / "m.pt")
+    results.export(tmp_path / "a", tmp_path / "m.pt", silo="s0")
     assert bool((torch.load(tmp_path / "m.pt")["base.weight"] == 0.25).all())
     assert results.evaluate(tmp_path / "a")["loss"] == records[-1]["loss"]
 

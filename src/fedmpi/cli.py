@@ -294,12 +294,16 @@ Which = Annotated[str, typer.Option("--round", help="a checkpoint: its number, n
 
 @app.command("eval")
 def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False, allow: Allow = None) -> None:
-    """Evaluate a checkpoint on all silos' test data, in this process."""
+    """Evaluate a checkpoint on all silos' test data. Under mpirun or srun every rank evaluates the silos that it would
+    train; alone, this process opens the data of all.
+    """
 
-    def work() -> None:
+    def work(comm: Solo) -> None:
         from fedmpi.results import evaluate as score
 
-        record = score(directory, _which(round), allow or [])
+        record = score(directory, _which(round), allow or [], comm)
+        if comm.rank:
+            return
         if as_json:
             print(json.dumps(record))
             return
@@ -308,7 +312,9 @@ def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False, 
         figures = {k: v for k, v in record.items() if isinstance(v, float)}
         print(f"{'all':<16}" + "  ".join(_pair(k, v) for k, v in figures.items()) + f"  (round {record['round']})")
 
-    _answer(work)
+    from fedmpi.comm import Solo, launched
+
+    _on_ranks(work) if launched() > 1 else _answer(lambda: work(Solo()))
 
 
 def _pair(key: str, value: Any) -> str:
@@ -320,14 +326,23 @@ def export(
     directory: RunDir,
     to: Annotated[Path, typer.Option("--to", help="model.safetensors or model.pt")],
     round: Which = "newest",
+    silo: Annotated[
+        str | None,
+        typer.Option("--silo", metavar="ID", help="what this silo would use for itself, with what is its own"),
+    ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="the tensors that are shared only, as the metadata say")
+    ] = False,
     allow: Allow = None,
 ) -> None:
-    """Write a checkpoint's model as a state_dict."""
+    """Write a checkpoint's model as a state_dict. Where every silo has layers of its own, give --silo or --shared."""
 
     def work() -> None:
         from fedmpi.results import export as write
 
-        print(f"round {write(directory, to, _which(round), allow or [])} written to {to}")
+        done = write(directory, to, _which(round), allow or [], silo, shared)
+        of_silo = "" if silo is None else f" of silo '{silo}'"
+        print(f"round {done}{of_silo} written to {to}")
 
     _answer(work)
 

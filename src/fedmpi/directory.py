@@ -10,7 +10,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fedmpi import checkpoint, disk, stopping
 from fedmpi.comm import Solo
 from fedmpi.config import ABOUT
 from fedmpi.errors import ConfigError
+from fedmpi.flat import FlatModel
 
 log = logging.getLogger("fedmpi")
 
@@ -163,13 +165,55 @@ class RunDirectory:
             self._descriptor = None
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def newest_whole(root: Path, comm: Solo, mine: Collection[str]) -> tuple[int, list[int]]:
+    """The newest round whose checkpoint is whole on every rank, each of which looks at the files that it will read: the
+    server's on rank 0, and those with its silos. Without one -1, and the ranks that see none. A call of all ranks."""
+    below: int | None = None
+    idle = comm.rank != 0 and not mine  # reads nothing, so it has no say
+    while True:
+        found = np.zeros(comm.size)
+        found[comm.rank] = comm.together(
+            lambda: np.inf if idle else checkpoint.newest(root, comm.rank == 0, mine, below)  # noqa: B023
+        )
+        found = comm.share(found)
+        least = found.min()
+        if least < 0:
+            return -1, np.flatnonzero(found < 0).tolist()
+        if (found[np.isfinite(found)] == least).all():
+            return int(least), []
+        below = int(least) + 1
+
+
+def save_model(model: FlatModel, path: Path, shared_only: bool, about: Mapping[str, str] | None = None) -> None:
+    """Write the model as it is, as .safetensors or .pt; with `shared_only` without what is of silos alone, and its
+    metadata say so. OSError where that cannot be done."""
+    state = model.module.state_dict(keep_vars=True)
+    metadata = dict(about or {})
+    if shared_only:
+        shared = {id(state[e.name]) for e in model.entries if e.kind == "shared"}  # tied ones have several names
+        left_out = [name for name, tensor in state.items() if id(tensor) not in shared]
+        state = {name: tensor for name, tensor in state.items() if id(tensor) in shared}
+        metadata |= {"holds": "shared tensors only", "left_out": ", ".join(left_out)}
+    if path.suffix != ".pt":
+        save_tensors(state, path, metadata)
+        return
+    whole = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in state.items())
+    whole._metadata = {"fedmpi": metadata}  # type: ignore[attr-defined]  # where torch itself keeps such things
+    with disk.replacing(path) as part:
+        try:
+            torch.save(whole, part)
+        except RuntimeError as error:  # torch's own error is none of the system's
+            raise OSError(errno.EIO, str(error)) from None
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Tensors as safetensors, tied ones once more under each of their names; the file is there whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with disk.replacing(path) as part:
         try:
-            save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part)
+            copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            save_file(copies, part, {"format": "pt", **metadata} if metadata else None)
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error)) from None

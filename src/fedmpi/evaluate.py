@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fedmpi import rng
+from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.local.personal import beside
@@ -49,6 +50,34 @@ def personal_model(rule: LocalRule, silo: LocalSilo, params_P: torch.Tensor) -> 
     find = getattr(rule, "personal", None)
     own_P = None if find is None else find(silo, params_P)
     return None if own_P is None else (own_P, replace(silo, kept=silo.kept | beside(silo).kept))
+
+
+Tuning = tuple[LocalRule, Round]  # how every silo trains the last model on for itself, and in which round
+
+
+def own_model(
+    rule: LocalRule, model: FlatModel, silo: LocalSilo, params_P: torch.Tensor, tuning: Tuning | None
+) -> tuple[torch.Tensor, LocalSilo] | None:
+    """The parameters that the silo would use for itself, and the silo with the rest of that model: fine-tuned, where
+    there is `tuning`; its rule's own; or the global ones with layers of its own, then `params_P` and `silo` themselves.
+    None where it has none but the global model."""
+    if tuning is not None:
+        return fine_tuned(tuning[0], model, silo, params_P, tuning[1])
+    if (found := personal_model(rule, silo, params_P)) is not None:
+        return found
+    return (params_P, silo) if model.is_personal(silo.kept) else None
+
+
+def load_own(rule: LocalRule, model: FlatModel, silo: LocalSilo, params_P: torch.Tensor, tuning: Tuning | None) -> bool:
+    """The model becomes what the silo would use for itself. Is that its own, or the global one? ConfigError where it
+    would have layers that nobody has trained."""
+    own = own_model(rule, model, silo, params_P, tuning)
+    if own is None and model.has_personal:
+        raise ConfigError(f"silo '{silo.id}' has not trained yet: its personal layers are as they began")
+    own_P, own_silo = own or (params_P, silo)
+    model.load(own_P)
+    model.load_personal(own_silo.kept)
+    return own is not None
 
 
 def fine_tuned(
@@ -98,9 +127,9 @@ class Scores:
     personal: bool = True  # are there silos with models of their own?
 
     @classmethod
-    def of(cls, objective: Resolved, rule: LocalRule, finetune: LocalRule | None) -> Scores:
-        """With room for personal figures where the rule, or fine-tuning, may leave any."""
-        return cls(objective, finetune is not None or hasattr(rule, "personal"))
+    def of(cls, objective: Resolved, rule: LocalRule, finetune: LocalRule | None, layers: bool) -> Scores:
+        """With room for personal figures where the rule, fine-tuning or `layers` of silos' own may leave any."""
+        return cls(objective, layers or finetune is not None or hasattr(rule, "personal"))
 
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:

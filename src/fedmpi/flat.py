@@ -281,6 +281,15 @@ class FlatModel:
             kept[_integers(dtype)] = torch.cat(parts)
         return kept
 
+    @property
+    def has_personal(self) -> bool:
+        """Does a silo keep parameters or floating buffers to itself?"""
+        return any(len(part) for part in self._personal)
+
+    def is_personal(self, kept: Mapping[str, torch.Tensor]) -> bool:
+        """Are a silo's own parameters or floating buffers there, as after its first participation?"""
+        return any(f"personal_{i}" in kept for i in range(len(self._personal)))
+
     def load_personal(self, kept: Mapping[str, torch.Tensor]) -> None:
         """Put back what `personal` gave; without it, what the model started with."""
         with torch.no_grad():

@@ -31,12 +31,13 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     """
     source = config.data.source(config.seed)
     objective = resolve(config.objective, source.task, source.num_classes)
-    scores = Scores.of(objective, config.local, config.evaluate.finetune)
     with torch.device("meta"):
         module = make(config.model, source)
     if config.init is not None:
         pretrained.fitting(module, config.init)
     found = config.entries(module, [silo.id for silo in source.silos])
+    layers = any(e.kind == "personal" and e.num_elements for e in found)
+    scores = Scores.of(objective, config.local, config.evaluate.finetune, layers)
     num_params = num_shared(found)
     shared = num_params * (1 + len(getattr(config.local, "auxiliaries", ())))  # all that travels
     total = sum(e.num_elements for e in found)

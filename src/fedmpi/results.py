@@ -1,28 +1,36 @@
-"""What a run directory says: inspect it, evaluate a checkpoint of it, export its model. No MPI, no launcher."""
+"""What a run directory says: inspect it, evaluate a checkpoint of it, export its model. No launcher is needed; under
+one, ranks evaluate their silos."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from safetensors.torch import load
 
 from fedmpi import checkpoint, disk, rng
 from fedmpi.assembly import build_module, digest_of, source_of
-from fedmpi.components import build
+from fedmpi.comm import Solo, ranks_text
+from fedmpi.components import build, nearest
 from fedmpi.config import Config
-from fedmpi.directory import UNSHARED_FILE, read_config, save_tensors
-from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.evaluate import PERSONAL, Scores, evaluate_silo, evaluation_key, personal_model, tell
+from fedmpi.device import set_threads
+from fedmpi.directory import UNSHARED_FILE, newest_whole, read_config, save_model
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
+from fedmpi.evaluate import PERSONAL, Scores, Tuning, evaluate_silo, evaluation_key, load_own, own_model, tell
 from fedmpi.flat import FlatModel, changed_entries, sha256
-from fedmpi.local import LocalSilo
-from fedmpi.objectives import resolve
+from fedmpi.local import LocalSilo, Round
+from fedmpi.objectives import Resolved, Tally, resolve
+from fedmpi.placement import place
 from fedmpi.records import Board, Record, plain
+from fedmpi.tensorfile import Key
 from fedmpi.trust import confined
-from fedmpi.types import Source
+from fedmpi.types import SiloData, Source
 
 log = logging.getLogger("fedmpi")
 
@@ -54,13 +62,14 @@ def inspect(root: Path) -> dict[str, Any]:
     }
 
 
-def _best(root: Path) -> int | None:
-    """The best of the rounds on disk that is whole; of equals the first. Others are skipped with a warning."""
+def _best(root: Path, silos: Collection[str] | None = None) -> int | None:
+    """The best of the rounds on disk that is whole, as far as `check` looks at these silos; of equals the first. Others
+    are skipped with a warning."""
     scored = [(score, -r) for r, score in checkpoint.scores(root).items() if score is not None]
     for _, negative in sorted(scored, reverse=True):
         round = -negative
         try:
-            checkpoint.check(root, round, best=checkpoint.kept_as_best(root, round))
+            checkpoint.check(root, round, silos=silos, best=checkpoint.kept_as_best(root, round))
         except CheckpointError as error:
             log.warning("skipped checkpoint of round %d: %s", round, error)
             continue
@@ -76,55 +85,59 @@ def newest(root: Path) -> int:
     return round
 
 
-def choose(root: Path, which: RoundChoice) -> int:
-    """The round of a checkpoint that is there: by number, the best by the run's metric, or the newest."""
+def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None) -> int:
+    """The round of a checkpoint that is there: by number, the best by the run's metric, or the newest. Looked at are
+    the server's file and those with these silos; None: all."""
     if which == "newest":
         return newest(root)
     if which == "best":
-        if (best := _best(root)) is None:
+        if (best := _best(root, silos)) is None:
             raise ConfigError(f"{root}: no whole checkpoint was evaluated, so none is best")
         return best
     there = sorted({*checkpoint.sealed_rounds(root), *checkpoint.sealed_rounds(root, best=True)})
     if which not in there:
         raise ConfigError(f"{root}: no checkpoint of round {which}; there is: {', '.join(map(str, there)) or 'none'}")
     try:
-        checkpoint.check(root, which, best=checkpoint.kept_as_best(root, which))
+        checkpoint.check(root, which, silos=silos, best=checkpoint.kept_as_best(root, which))
     except CheckpointError as error:
         raise ConfigError(f"{error}; choose another round, there is: {', '.join(map(str, there))}") from None
     return which
 
 
 @rng.borrowed()
-def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = ()) -> Record:
+def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (), comm: Solo | None = None) -> Record:
     """Loss and metric of a checkpoint on every silo's test data and pooled, of the silos' own models too where they
-    have any (`evaluate.finetune` is not done again); this process opens all silos' data. Code that the directory names
-    is imported as trust.py says, and from modules that `allow` names."""
+    have any, with the figures of the run. Each rank opens the data of its silos, placed as in training; one process
+    alone opens all. A call of all ranks of `comm`, with the same record on every one. Code that the directory names is
+    imported as trust.py says, and from modules that `allow` names."""
+    comm = Solo() if comm is None else comm
     with confined(root, allow):
-        return _evaluate(root, which)
+        run = _Stored.open(root, comm)
+        ids = [silo.id for silo in run.source.silos]
+        owners = [0] * len(ids)
+        if comm.size > 1:
+            owners = comm.together(lambda: place(run.source.silos, comm.hosts, run.config.server.dedicated))
+        mine = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
+        round = _choose(root, which, comm, mine)
+        if comm.size > 1:
+            set_threads(comm, run.config.exchange.reduction == "reproducible")
+        params_P = run.served_P(round, comm)
+        kept = comm.together(lambda: run.kept(round, mine))
+        objective = comm.together(lambda: resolve(run.config.objective, run.source.task, run.source.num_classes))
+        scores = Scores(objective)
+        board = Board(comm.size, (), len(ids), scores.columns, scores.num_counts)
 
+        def score() -> None:
+            for silo in mine:
+                local = run.silo(silo, kept[silo], run.source.open(silo))
+                for prefix, tally in run.score(objective, local, params_P, round):
+                    scores.enter(board, ids.index(silo), tally, prefix)
 
-def _evaluate(root: Path, which: RoundChoice) -> Record:
-    model, config, source = _model(root)
-    round = choose(root, which)
-    objective = resolve(config.objective, source.task, source.num_classes)
-    scores = Scores(objective)
-    ids = [silo.id for silo in source.silos]
-    board = Board(1, (), len(ids), scores.columns, scores.num_counts)
-    params_P = _served(root, round)[: model.num_shared]
-    kept = checkpoint.read_silos(root, round, ids, checkpoint.kept_as_best(root, round))
-    rows: dict[str, dict[str, Any]] = {}
-    for i, silo in enumerate(ids):
-        mine = {key[1]: tensor for key, tensor in kept[silo].items() if key[0] == "kept"}
-        local = LocalSilo(silo, source.open(silo), 0.0, kept=mine)
-        rows[silo] = {"num_test": len(local.data.x_test)}
-        own = personal_model(config.local, local, params_P)
-        for prefix, served in (("", (params_P, local)), (PERSONAL, own)):
-            if served is not None:
-                model.load(served[0])
-                rng.set_all(evaluation_key(config.seed, round, silo))
-                tally = evaluate_silo(model, objective, served[1], config.evaluate.batch_size)
-                scores.enter(board, i, tally, prefix)
-                tell(f"round {round}", silo, tally)
+        comm.together(score)
+        board.share(comm.share)
+    rows: dict[str, dict[str, Any]] = {
+        silo: {"num_test": int(num)} for silo, num in zip(ids, board.silo("tests"), strict=True)
+    }
     record: Record = {"round": round}
     for prefix in ("", PERSONAL):
         of_silos, figures = scores.figures(board, ids, prefix)
@@ -134,50 +147,173 @@ def _evaluate(root: Path, which: RoundChoice) -> Record:
     return {name: plain(value) for name, value in {**record, "silos": rows}.items()}
 
 
-def export(root: Path, target: Path, which: RoundChoice = "newest", allow: Sequence[str] = ()) -> int:
-    """Write a checkpoint's model as .safetensors or .pt (a state_dict); personal parameters are as they began. The
-    round comes back."""
+def export(
+    root: Path,
+    target: Path,
+    which: RoundChoice = "newest",
+    allow: Sequence[str] = (),
+    silo: str | None = None,
+    shared: bool = False,
+) -> int:
+    """Write a checkpoint's model as .safetensors or .pt (a state_dict); the round comes back.
+
+    With `silo` what that silo would use for itself, with `shared` the shared tensors only. Without both a model with
+    personal layers is refused: of no silo they would be as they began. What is not the whole global model says so in
+    its metadata.
+    """
     if target.suffix not in (".safetensors", ".pt"):
         raise ConfigError(f"--to {target}: end the name with .safetensors or .pt")
     if target.is_dir():
         raise ConfigError(f"--to {target}: a folder is there; name a file")
+    if silo is not None and shared:
+        raise ConfigError("give either --silo or --shared")
     with confined(root, allow):
-        model, _, _ = _model(root)
-    round = choose(root, which)
-    model.load(_served(root, round))
+        run = _Stored.open(root, Solo())
+        round = choose(root, which)
+        params_P = run.served_P(round, Solo())
+        model, about = run.model, {"round": str(round)}
+        if silo is not None:
+            about["holds"] = f"what silo '{silo}' would use"
+            if not run.load_silo(silo, params_P, round):
+                log.warning("silo '%s' has no model of its own: the global one is written", silo)
+        else:
+            if model.has_personal and not shared:
+                layers = [e.name for e in model.entries if e.kind == "personal"]
+                more = ", ..." if len(layers) > 3 else ""
+                raise ConfigError(
+                    f"every silo has its own {', '.join(layers[:3])}{more}: give --silo ID for what that silo would "
+                    "use, or --shared for the shared tensors only"
+                )
+            model.load(params_P)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.touch()  # torch's own error is none of the system's
-        if target.suffix == ".pt":
-            torch.save({n: t.clone() for n, t in model.module.state_dict().items()}, target)
-        else:
-            save_tensors(model.module.state_dict(), target)
+        save_model(model, target, shared, about if shared or silo is not None else None)
     except OSError as error:
         raise ConfigError(f"--to {target}: cannot write there: {error.strerror or error}") from None
     return round
 
 
-def _served(root: Path, round: int) -> torch.Tensor:
-    """The parameters that the round's record is about, and behind them what else travels."""
-    tensors = checkpoint.read_server(root, round, checkpoint.kept_as_best(root, round))
-    return tensors.get(checkpoint.AVERAGE, tensors[checkpoint.PARAMS])
+def _choose(root: Path, which: RoundChoice, comm: Solo, mine: Collection[str]) -> int:
+    """The round that is chosen, of which every rank has what it needs. A call of all ranks."""
+    if which == "newest":
+        round, lost = newest_whole(root, comm, mine)
+        if round < 0:
+            where = f" that {ranks_text(lost)} can read" if comm.size > 1 else ""
+            raise agreed(ConfigError(f"{root} holds no whole checkpoint{where}"))
+        return round
+    chosen = comm.together(lambda: choose(root, which, mine) if comm.rank == 0 else -1)
+    round = int(comm.say(str(chosen), 0))
+    best = checkpoint.kept_as_best
+    try:
+        comm.together(lambda: checkpoint.check(root, round, comm.rank == 0, mine, best(root, round)))
+    except FedmpiError as error:
+        raise agreed(ConfigError(f"{error}; choose another round")) from None
+    return round
 
 
-def _model(root: Path) -> tuple[FlatModel, Config, Source]:
-    begun = read_config(root)
-    config = build(Config, {**begun.config, "init": None})  # what it set is in the checkpoint, or beside it
-    source = source_of(config)
-    module = build_module(config, source)
-    if (digest := begun.about["unshared"]) != digest_of({}).hex():
-        module.load_state_dict(_unshared(root / UNSHARED_FILE, digest), strict=False)
-    model = FlatModel(module, config.exchange.parameters)
-    if others := changed_entries(begun.about["model"], model.entries):
-        raise ConfigError(f"{root}: it is not the model that was trained: {others[0]}")
-    return model, config, source
+@dataclass(frozen=True)
+class _Stored:
+    """What a run directory was trained with, put together again."""
+
+    root: Path
+    config: Config
+    source: Source
+    model: FlatModel
+
+    @classmethod
+    def open(cls, root: Path, comm: Solo) -> _Stored:
+        """As rank 0's directory says, which others need not see. A call of all ranks."""
+        begun = comm.together(lambda: read_config(root) if comm.rank == 0 else None)
+        text = comm.say("" if begun is None else yaml.safe_dump([begun.config, begun.about]), 0)
+        values, about = yaml.safe_load(text)
+        unshared = comm.together(lambda: _unshared(root, about["unshared"]) if comm.rank == 0 else {})
+        unshared = _from_first(unshared, comm)
+
+        def put_together() -> _Stored:
+            config = build(Config, {**values, "init": None})  # what it set is in the checkpoint, or beside it
+            source = source_of(config)
+            module = build_module(config, source)
+            module.load_state_dict(unshared, strict=False)
+            model = FlatModel(module, config.exchange.parameters)
+            if others := changed_entries(about["model"], model.entries):
+                raise ConfigError(f"{root}: it is not the model that was trained: {others[0]}")
+            return cls(root, config, source, model)
+
+        return comm.together(put_together)
+
+    def served_P(self, round: int, comm: Solo) -> torch.Tensor:
+        """The parameters that the round's record is about, [P]. A call of all ranks; rank 0 reads them."""
+        best = checkpoint.kept_as_best(self.root, round)
+        stored = comm.together(lambda: checkpoint.read_server(self.root, round, best) if comm.rank == 0 else {})
+        served = {"": stored.get(checkpoint.AVERAGE, stored[checkpoint.PARAMS])} if stored else {}
+        return _from_first(served, comm)[""][: self.model.num_shared]
+
+    def kept(self, round: int, silos: Collection[str]) -> dict[str, dict[Key, torch.Tensor]]:
+        """What the silos kept. Raises CheckpointError."""
+        return checkpoint.read_silos(self.root, round, silos, checkpoint.kept_as_best(self.root, round))
+
+    def silo(self, silo: str, kept: Mapping[Key, torch.Tensor], data: SiloData) -> LocalSilo:
+        """The silo as the checkpoint has it."""
+        return LocalSilo(silo, data, 0.0, kept={key[1]: tensor for key, tensor in kept.items() if key[0] == "kept"})
+
+    def tuning(self, objective: Resolved, silo: LocalSilo, round: int) -> Tuning | None:
+        """How the silo trains the last round's model on for itself, if it was to."""
+        config = self.config
+        if config.evaluate.finetune is None or round < config.rounds:
+            return None
+        criterion = objective.criterion(silo.data.y_train)
+        about = Round(round, config.rounds, config.seed, criterion.loss, lambda: None, count=criterion.count)
+        return config.evaluate.finetune, about
+
+    def score(
+        self, objective: Resolved, silo: LocalSilo, params_P: torch.Tensor, round: int
+    ) -> Iterator[tuple[str, Tally]]:
+        """What the silo's test set makes of the global model, and of its own if it has one."""
+        key = evaluation_key(self.config.seed, round, silo.id)
+        tuning = self.tuning(objective, silo, round)
+        found = [("", (params_P, silo))]
+        if len(silo.data.x_test) and (own := own_model(self.config.local, self.model, silo, params_P, tuning)):
+            found.append((PERSONAL, own))
+        for prefix, (served_P, served) in found:
+            self.model.load(served_P)
+            rng.set_all(key)
+            tally = evaluate_silo(self.model, objective, served, self.config.evaluate.batch_size)
+            tell(f"round {round}", silo.id, tally)
+            yield prefix, tally
+
+    def load_silo(self, silo: str, params_P: torch.Tensor, round: int) -> bool:
+        """The model becomes what the silo would use. Is it its own?"""
+        ids = [known.id for known in self.source.silos]
+        if silo not in ids:
+            raise ConfigError(f"--silo: no silo '{silo}'{nearest(silo, ids)}")
+        try:
+            kept = self.kept(round, [silo])[silo]
+        except CheckpointError as error:
+            raise ConfigError(f"{error}; export where that silo's files are") from None
+        objective = resolve(self.config.objective, self.source.task, self.source.num_classes)
+        tunes = self.config.evaluate.finetune is not None and round >= self.config.rounds
+        nothing = torch.zeros(0)
+        local = self.silo(silo, kept, self.source.open(silo) if tunes else SiloData(*[nothing] * 4))
+        tuning = self.tuning(objective, local, round) if tunes else None
+        with rng.borrowed():
+            return load_own(self.config.local, self.model, local, params_P, tuning)
 
 
-def _unshared(path: Path, digest: str) -> dict[str, torch.Tensor]:
+def _from_first(tensors: Mapping[str, torch.Tensor], comm: Solo) -> dict[str, torch.Tensor]:
+    """Rank 0's tensors, on every rank."""
+    told = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
+    found = {}
+    for name, dtype, shape in json.loads(comm.say(json.dumps(told), 0)):
+        found[name] = tensors[name].contiguous() if comm.rank == 0 else torch.zeros(shape, dtype=getattr(torch, dtype))
+        comm.bcast(found[name].reshape(-1).view(torch.uint8))
+    return found
+
+
+def _unshared(root: Path, digest: str) -> dict[str, torch.Tensor]:
     """What the model started with and no checkpoint has. ConfigError unless it is what the run wrote."""
+    path = root / UNSHARED_FILE
+    if digest == digest_of({}).hex():
+        return {}
     try:
         tensors = load(disk.read_bytes(path, 1 << 40))
     except Exception as error:  # safetensors has an error type of its own

@@ -30,7 +30,7 @@ from fedmpi import rng
 from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped, agreed
-from fedmpi.evaluate import PERSONAL, Scores, evaluate_silo, evaluation_key, fine_tuned, personal_model, tell
+from fedmpi.evaluate import PERSONAL, Scores, Tuning, evaluate_silo, evaluation_key, own_model, tell
 from fedmpi.exchange.base import LARGEST_NORM, Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
@@ -100,7 +100,7 @@ class Federation:
         self.auxiliaries: Sequence[Auxiliary] = getattr(self.rule, "auxiliaries", ())
         self.not_trained = self.model.not_trained()
         self.ready = Board(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
-        self.scores = Scores.of(self.objective, self.rule, self.finetune)
+        self.scores = Scores.of(self.objective, self.rule, self.finetune, self.model.has_personal)
         columns, counts = self.scores.columns, self.scores.num_counts
         self._criteria: dict[str, Criterion] = {}
         self.done = Board(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), columns, counts)
@@ -110,6 +110,14 @@ class Federation:
         if silo.id not in self._criteria:
             self._criteria[silo.id] = self.objective.criterion(silo.data.y_train)
         return self._criteria[silo.id]
+
+    def tuning(self, silo: LocalSilo, number: int, check: Callable[[], None] = lambda: None) -> Tuning | None:
+        """How the silo trains the model on for itself after the last round, if it is to."""
+        if self.finetune is None or number < self.rounds:
+            return None
+        criterion = self.criterion(silo)
+        round = Round(number, self.rounds, self.seed, criterion.loss, check, count=criterion.count)
+        return self.finetune, round
 
 
 def run_round(
@@ -454,17 +462,19 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
         fed.done.set_rank(fed.comm.rank, written=written())
         if number % fed.evaluate_every == 0 or number == fed.rounds:
             fed.model.load(params_P)
+            tallies: dict[str, Tally] = {}
             for name, silo in fed.silos.items():
                 # Between batches news is passed on, so that a stop is agreed in time; the round still commits.
                 rng.set_all(evaluation_key(fed.seed, number, name))
-                tally = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
-                fed.scores.enter(fed.done, fed.index[name], tally)
-                tell(f"round {number}", name, tally)
+                tallies[name] = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
+                fed.scores.enter(fed.done, fed.index[name], tallies[name])
+                tell(f"round {number}", name, tallies[name])
             for name, silo in fed.silos.items():
-                own = _evaluate_personal(fed, number, silo, params_P)
+                own = _evaluate_personal(fed, number, silo, params_P, tallies[name])
                 if own is not None:
                     fed.scores.enter(fed.done, fed.index[name], own, PERSONAL)
-                    tell(f"round {number}", name, own)
+                    if own is not tallies[name]:
+                        tell(f"round {number}", name, own)
     except (Exception, SystemExit) as raised:
         at = f", silo '{name}', after round {number}" if name else ""
         error = _said(raised, f"rank {fed.comm.rank}{at}")
@@ -483,8 +493,11 @@ def _trained(fed: Federation, lossless: set[str]) -> tuple[float | None, float |
     return plain(loss), plain(norm)
 
 
-def _evaluate_personal(fed: Federation, number: int, silo: LocalSilo, params_P: torch.Tensor) -> Tally | None:
-    """What the model came to that the silo would use for itself; None where that is the global one."""
+def _evaluate_personal(
+    fed: Federation, number: int, silo: LocalSilo, params_P: torch.Tensor, tally: Tally
+) -> Tally | None:
+    """What the model came to that the silo would use for itself; None where that is the global one. `tally` is of the
+    parameters with the silo's layers."""
     if not len(silo.data.x_test):
         return None
     look = fed.watch.look
@@ -492,14 +505,12 @@ def _evaluate_personal(fed: Federation, number: int, silo: LocalSilo, params_P: 
     def check() -> None:  # a stop is passed on, and waits for the round
         look()
 
-    if fed.finetune is not None and number == fed.rounds:
-        criterion = fed.criterion(silo)
-        round = Round(number, fed.rounds, fed.seed, criterion.loss, check, count=criterion.count)
-        own_P, own = fine_tuned(fed.finetune, fed.model, silo, params_P, round)
-    elif (found := personal_model(fed.rule, silo, params_P)) is not None:
-        own_P, own = found
-    else:
+    found = own_model(fed.rule, fed.model, silo, params_P, fed.tuning(silo, number, check))
+    if found is None:
         return None
+    own_P, own = found
+    if own is silo and own_P is params_P:
+        return tally
     fed.model.load(own_P)
     rng.set_all(evaluation_key(fed.seed, number, silo.id))
     return evaluate_silo(fed.model, fed.objective, own, fed.evaluate_batch, look)

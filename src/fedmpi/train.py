@@ -10,6 +10,7 @@ Every rank executes the same lines. What can fail on one rank only goes through 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -27,12 +28,21 @@ import torch
 import fedmpi
 from fedmpi import checkpoint, comm, disk, records, rng, stopping
 from fedmpi.assembly import assemble, digest_of
-from fedmpi.components import to_dict
+from fedmpi.components import nearest, to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
-from fedmpi.directory import UNSHARED_FILE, RunDirectory, read_config, save_tensors, write_config
+from fedmpi.directory import (
+    UNSHARED_FILE,
+    RunDirectory,
+    newest_whole,
+    read_config,
+    save_model,
+    save_tensors,
+    write_config,
+)
 from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped, agreed
+from fedmpi.evaluate import load_own
 from fedmpi.exchange.base import Exchange, Kept
-from fedmpi.flat import changed_entries, signature
+from fedmpi.flat import FlatModel, changed_entries, signature
 from fedmpi.health import Health
 from fedmpi.output import say
 from fedmpi.records import Record
@@ -86,6 +96,7 @@ class Run:
             raise
         self._closed = False
         self._spoiled = False  # has a round failed after its parameters were overwritten?
+        self._listens = True  # to signals
         self._stopped = False  # does the run end because it was asked to?
         self.comm.open_runs += 1
         self._rounds_before: int | None = None  # what the run that the directory holds was begun with
@@ -201,28 +212,15 @@ class Run:
 
     def _newest(self) -> int:
         """The newest round that is whole on every rank; each looks at the files it will read."""
-        mine = self._federation.silos
-        below: int | None = None
-        idle = self.comm.rank != 0 and not mine  # reads nothing, so it has no say
-        while True:
-            found = np.zeros(self.comm.size)
-            found[self.comm.rank] = self.comm.together(
-                lambda: np.inf if idle else checkpoint.newest(self.out, self.comm.rank == 0, mine, below)  # noqa: B023
-            )
-            found = self.comm.share(found)
-            least = found.min()
-            if least < 0:
-                break
-            if (found[np.isfinite(found)] == least).all():
-                return int(least)
-            below = int(least) + 1
+        round, lost = newest_whole(self.out, self.comm, self._federation.silos)
+        if round >= 0:
+            return round
         # Nothing is whole everywhere. To start over would be to throw away what some rank can still see.
         sealed = self.comm.together(lambda: checkpoint.sealed_rounds(self.out))
         seen = np.zeros(self.comm.size)
         seen[self.comm.rank] = 1 + max(sealed, default=-1)
         seen = self.comm.share(seen)
         if seen.any():
-            lost = [r for r in range(self.comm.size) if found[r] < 0]
             why = f"but none is whole on {comm.ranks_text(lost)}; mend that, or choose another out="
             raise agreed(ConfigError(f"{self.out} holds checkpoints up to round {int(seen.max()) - 1}, {why}"))
         return -1
@@ -442,9 +440,15 @@ class Run:
         round that failed it writes nothing: the newest checkpoint stays what it is."""
         if self._closed:
             return
-        if self._spoiled:
-            self._release()
-            return
+        try:
+            if not self._spoiled:
+                self._conclude()
+        except BaseException as error:
+            self._release(error)
+            raise
+        self._release()
+
+    def _conclude(self) -> None:
         self._finish_checkpoint()
         self._federation.model.load(self.served_P)
         self._federation.model.load_personal({})  # no silo's own leaves it
@@ -453,7 +457,8 @@ class Run:
             if self.comm.rank == 0:
                 if self.state.round >= self.config.rounds:
                     try:
-                        save_tensors(self.model.state_dict(), self.out / "model.safetensors")
+                        model = self._federation.model
+                        save_model(model, self.out / "model.safetensors", shared_only=model.has_personal)
                     except OSError as error:
                         raise CheckpointError(f"cannot write model.safetensors into {self.out}: {error}") from None
                 (self.out / stopping.STOP_FILE).unlink(missing_ok=True)
@@ -462,18 +467,38 @@ class Run:
         self._federation.exchange.close()
         self._put_away()
         self.comm.finish()
-        stopping.forget(self._stopped)
+
+    def silo_model(self, silo: str) -> torch.nn.Module | None:
+        """A copy of the model that the silo would use for itself: fine-tuned after the last round where the run does
+        that, its rule's own, or the global parameters with its own layers; the global model where it has no other.
+
+        None on the ranks that do not host the silo. Raises ConfigError where there is no such silo, and where its
+        layers were not trained yet.
+        """
+        fed = self._federation
+        if silo not in fed.index:
+            raise ConfigError(f"no silo '{silo}'{nearest(silo, list(fed.ids))}")
+        if silo not in fed.silos:
+            return None
+        own = fed.silos[silo]
+        # One beside the run's, whose memory belongs to the exchange and goes with the run.
+        model = FlatModel(copy.deepcopy(self.model), self.config.exchange.parameters, self.device)
+        model.first_personal = fed.model.first_personal
+        with rng.borrowed():
+            load_own(fed.rule, model, own, self.served_P, fed.tuning(own, self.state.round))
+        _part(model.module)
+        return model.module
 
     def _keep_readable(self) -> None:
         """Shared memory goes with the run, or with the next: what is looked at afterwards gets memory of its own."""
         self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
-        for tensor in self.model.state_dict(keep_vars=True).values():
-            tensor.data = tensor.data.clone()
+        _part(self.model)
 
     def _release(self, error: BaseException | None = None) -> None:
-        """The end of a run that failed on some rank."""
-        if not self._closed:
-            self._put_away(WRITER_S if error is None or self.comm.alike(error) else ALONE_S)
+        """All that a run has taken is given back; also where it failed on some rank alone."""
+        self._put_away(WRITER_S if error is None or self.comm.alike(error) else ALONE_S)
+        if self._listens:
+            self._listens = False
             stopping.forget(self._stopped)
 
     def _put_away(self, writer_s: float = WRITER_S) -> None:
@@ -527,6 +552,12 @@ def _under(first: str, tensors: Mapping[str, torch.Tensor]) -> dict[Key, torch.T
 def _of(first: str, tensors: Mapping[Key, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `_under` was given."""
     return {key[1]: tensor for key, tensor in tensors.items() if key[0] == first}
+
+
+def _part(module: torch.nn.Module) -> None:
+    """Each tensor gets memory of its own."""
+    for tensor in module.state_dict(keep_vars=True).values():
+        tensor.data = tensor.data.clone()
 
 
 def _server_tensors(state: State, exchange: Exchange) -> dict[Key, torch.Tensor]:

@@ -4,8 +4,11 @@ A layer, or a silo's own model, holds a number that nothing changes: its gradien
 communicators and reads every buffer that is handed over; that it sees what is sent, a shared number shows.
 """
 
+import json
 import struct
 import sys
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,8 +16,11 @@ from programs.cases import run
 from torch import nn
 
 import fedmpi
+from fedmpi import results
+from fedmpi.assembly import source_of
 from fedmpi.comm import Comm, connect
 from fedmpi.components import build
+from fedmpi.errors import ConfigError
 
 SECRET, BEACON = 12345.678, 54321.125  # the first is the silos' own, the second everybody's
 
@@ -100,12 +106,46 @@ def secret(rule, plan):
                 kept = silo.kept if personal else {"params": silo.kept["own_params"]}
                 own = fed.model.named(kept.get("params", run.params_P), kept)["mark"]
                 assert (own == SECRET).all() and silo.cursor > 0, own
-        assert personal or "personal_accuracy" in records[-1]
+        assert "personal_accuracy" in records[-1]
+        _evaluated(run, records[-1], comm)
         found = [(chunk.count(pattern(SECRET)), chunk.count(pattern(BEACON))) for chunk in Spy.seen]
         assert not any(a for a, _ in found), "a silo's own was handed to MPI"
         return {"buffers": len(found), "secret": sum(a for a, _ in found), "shared": sum(b for _, b in found)}
 
     return case
+
+
+def _evaluated(run, last, comm):
+    """The checkpoint is evaluated where silos' data are, with the figures of the run; so are models handed out."""
+    opened = []
+
+    def counting(config):
+        source = source_of(config)
+
+        def open(silo):
+            opened.append(silo)
+            return source.open(silo)
+
+        return replace(source, open=open)
+
+    with mock.patch.object(results, "source_of", counting):
+        again = results.evaluate(run.out, comm=comm)
+    assert opened == [silo for silo in run._federation.ids if silo in run._federation.silos], opened
+    told = {name: last[name] for name in again if name != "silos"}
+    assert {name: again[name] for name in told} == told, (again, told)
+    for silo, row in again["silos"].items():
+        assert row.items() <= last["silos"][silo].items(), (silo, row)
+    there = [silo for silo in again["silos"] if run.silo_model(silo) is not None]
+    assert there == opened, there
+    rows = comm.gather(json.dumps(again).encode().ljust(20_000))
+    assert len(set(rows)) == 1
+    for which, said in ((7, "no checkpoint of round 7; there is: 1, 2, 3"), ("best", "")):
+        try:
+            results.evaluate(run.out, which, comm=comm)
+        except ConfigError as error:
+            assert said and said in str(error), error
+        else:
+            assert not said
 
 
 def pattern(number):
