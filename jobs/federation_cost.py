@@ -1,6 +1,6 @@
 """What federation costs: rounds of `fedmpi.Run` against a plain loop that does the same local work and no exchange.
 
-    mpirun -n 2 python jobs/federation_cost.py [ROUNDS] [--quick] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/federation_cost.py [ROUNDS] [--quick] [--config FILE] [KEY=VALUE ...]
 
 Both do, on every rank, in turns: every silo of the rank from the global parameters through its local epochs, then the
 evaluation of its test data. The plain loop is what one would write in torch without fedmpi. Medians over rounds of the
@@ -50,17 +50,18 @@ def plain_round(module: torch.nn.Module, silos: dict[str, Any], work: Any, batch
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 rounds on digits: does it run?")
+    parser.add_argument("--config", type=Path, help="else configs/fashion.yaml")
     parser.add_argument("rest", nargs="*", metavar="ROUNDS or KEY=VALUE", help="8 rounds unless told otherwise")
     given = parser.parse_args(arguments)
     overrides = [word for word in given.rest if "=" in word]
     rounds = next((int(word) for word in given.rest if "=" not in word), 3 if given.quick else 8)
-    name = "digits.yaml" if given.quick else "fashion.yaml"
+    config_file = given.config or CONFIGS / ("digits.yaml" if given.quick else "fashion.yaml")
     comm = connect()
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"rounds={rounds}", f"out={comm.say(folder, 0)}/run", "local.epochs=1", *overrides]
         seconds: dict[str, list[float]] = {"fedmpi": [], "plain": []}
         phases: dict[str, float] = {}
-        with fedmpi.Run(CONFIGS / name, *overrides, comm_=comm) as run:
+        with fedmpi.Run(config_file, *overrides, comm_=comm) as run:
             config, silos = run.config, run._federation.silos
             plain = copy.deepcopy(run.model)
             records = iter(run)

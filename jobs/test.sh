@@ -2,11 +2,18 @@
 # What a change has to pass: style, types, tests. Arguments go to pytest:
 #
 #   jobs/test.sh [-k slurm ...]     (-n 0: one after the other, to be seen and debugged)
+#   jobs/test.sh --fast [...]       within 90 s on two cores: no test that starts ranks, none that needs network, SLURM or data
 #
 #   FEDMPI_REQUIRE=slurm,data   tests that may not be skipped; else mpi, and what can run of slurm, strace, netns, mpich and data
 #   FEDMPI_DATA=DIR             where the data sets are; else ../shared/data, if that is there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+FEDMPI_FAST=
+if [ "${1-}" = --fast ]; then
+  FEDMPI_FAST=1
+  shift
+fi
+export FEDMPI_FAST
 EXTRAS="report test" RANKS=4
 . jobs/setup.sh
 
@@ -14,35 +21,38 @@ say() { echo "test: $*" >&2; }
 PATH=$PATH:/usr/sbin:/sbin # where slurmctld, slurmd, munged and ip are
 has() { command -v "$1" >/dev/null; }
 
-packages=()
-need() { has "$1" || packages+=("$2"); }
-need slurmctld slurmctld
-need slurmd slurmd
-need srun slurm-client
-need munged munge
-need strace strace
-need ip iproute2
-# srun --mpi=pmix opens it without depending on it.
-! has apt-get || dpkg -s libpmix2 >/dev/null 2>&1 || packages+=(libpmix2)
-if [ ${#packages[@]} -gt 0 ] && has apt-get && [ "$(id -u)" = 0 ]; then
-  say "installing ${packages[*]} with apt-get, over the network"
-  log=$(mktemp)
-  export DEBIAN_FRONTEND=noninteractive
-  { timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends "${packages[@]}"; } \
-    >"$log" 2>&1 </dev/null || { say "apt-get failed:" && tail -n 5 "$log" >&2; }
-  rm -f "$log"
-elif [ ${#packages[@]} -gt 0 ]; then
-  say "not installing ${packages[*]}: that takes root and apt-get"
-fi
+install_what_tests_need() {
+  packages=()
+  need() { has "$1" || packages+=("$2"); }
+  need slurmctld slurmctld
+  need slurmd slurmd
+  need srun slurm-client
+  need munged munge
+  need strace strace
+  need ip iproute2
+  # srun --mpi=pmix opens it without depending on it.
+  ! has apt-get || dpkg -s libpmix2 >/dev/null 2>&1 || packages+=(libpmix2)
+  if [ ${#packages[@]} -gt 0 ] && has apt-get && [ "$(id -u)" = 0 ]; then
+    say "installing ${packages[*]} with apt-get, over the network"
+    log=$(mktemp)
+    export DEBIAN_FRONTEND=noninteractive
+    { timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends "${packages[@]}"; } \
+      >"$log" 2>&1 </dev/null || { say "apt-get failed:" && tail -n 5 "$log" >&2; }
+    rm -f "$log"
+  elif [ ${#packages[@]} -gt 0 ]; then
+    say "not installing ${packages[*]}: that takes root and apt-get"
+  fi
 
-# A second MPI, in a folder of its own: both wheels have an mpirun.
-mpich=$venv/mpich
-if ! [ -e "$mpich/bin/mpiexec" ]; then
-  say "installing MPICH beside Open MPI with pip, over the network"
-  python -m pip install -qq --no-input --disable-pip-version-check --no-deps --prefix "$mpich" mpich==5.0.2 >&2 ||
-    say "pip failed, see above"
-fi
-PATH=$PATH:$mpich/bin
+  # A second MPI, in a folder of its own: both wheels have an mpirun.
+  mpich=$venv/mpich
+  if ! [ -e "$mpich/bin/mpiexec" ]; then
+    say "installing MPICH beside Open MPI with pip, over the network"
+    python -m pip install -qq --no-input --disable-pip-version-check --no-deps --prefix "$mpich" mpich==5.0.2 >&2 ||
+      say "pip failed, see above"
+  fi
+  PATH=$PATH:$mpich/bin
+}
+[ -n "$FEDMPI_FAST" ] || install_what_tests_need
 
 if [ -z "${FEDMPI_DATA-}" ] && [ -d ../shared/data ]; then
   FEDMPI_DATA=$(cd ../shared/data && pwd)
@@ -56,7 +66,9 @@ slurm_is_there() {
     [ ! -e "$library" ] || [ -e "${library%.2}" ] || [ -w "${library%/*}" ] || return
   done
 }
-if [ -z "${FEDMPI_REQUIRE+set}" ]; then
+if [ -n "$FEDMPI_FAST" ]; then
+  FEDMPI_REQUIRE=
+elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
   FEDMPI_REQUIRE=mpi # setup.sh has seen to it
   require() { # name, why not, command that tells
     if "${@:3}" >/dev/null 2>&1; then
@@ -72,6 +84,7 @@ if [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require data "no data in FEDMPI_DATA or ../shared/data" test -d "${FEDMPI_DATA-}"
 fi
 export FEDMPI_REQUIRE
+unset PYTHONDONTWRITEBYTECODE # or every rank of every launch would compile all sources anew
 export OMP_NUM_THREADS=1 # tests share the cores: threads that wait for each other would take longest
 say "skips count as failures for: ${FEDMPI_REQUIRE:-nothing}"
 
@@ -92,9 +105,13 @@ step 60 ruff format --check
   exit $status
 ) &
 types=$!
-step 300 fedmpi bench codecs --params 1e4 >&2 # compiles kernels once: ranks that start together would each do it
-# Three at a time, on two cores: many wait. tests/conftest.py says which.
-step 2400 pytest -q -n 3 --dist loadscope --no-loadscope-reorder "$@"
+if [ -n "$FEDMPI_FAST" ]; then
+  step 600 pytest -q -n 2 --dist worksteal "$@"
+else
+  step 300 fedmpi bench codecs --params 1e4 >&2 # compiles kernels once: ranks that start together would each do it
+  # Three at a time, on two cores: many wait. tests/conftest.py says which.
+  step 2400 pytest -q -n 3 --dist loadscope --no-loadscope-reorder "$@"
+fi
 code=0
 wait "$types" || code=$?
 [ $status != 0 ] || status=$code

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi import absent
+from mpi import FAST, absent
 from programs.place import Place
 
 # Programs that the MPI tests launch; they are run on ranks, not collected.
@@ -24,8 +24,17 @@ def _sleeps(file: str) -> bool:
     return file.endswith(("test_slurm.py", "test_mpi_stop.py"))
 
 
+def _is_fast(item: pytest.Item) -> bool:
+    """Is it one of those that start no ranks, need no network, no SLURM and no data sets, and take no seconds?"""
+    name = item.path.name
+    elsewhere = name.startswith("test_mpi_") or name in ("test_slurm.py", "test_testbed.py", "test_heart_published.py")
+    return not elsewhere and item.get_closest_marker("slow") is None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, then what leaves the cores to it."""
+    """What takes longest comes first, then what leaves the cores to it; with FEDMPI_FAST only what is fast."""
+    if FAST:
+        items[:] = filter(_is_fast, items)
     items.sort(key=lambda item: (not _launches(str(item.path)), not _sleeps(str(item.path))))
 
 
@@ -33,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker has the files that launch ranks for minutes: two of these at once would only be in each other's way.
     The others do the rest, file by file, for launches within a file are shared; of test_mpi_stop one by one."""
+    if FAST:
+        return None  # xdist's own will do
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):

@@ -32,6 +32,8 @@ PYTHON = sys.executable
 FEDMPI = str(Path(sys.executable).parent / "fedmpi")
 OTHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FEDMPI_RANKS")  # what an outer launcher would tell ours
 
+FAST = bool(os.environ.get("FEDMPI_FAST"))  # no test starts ranks, see conftest.py
+
 # More ranks than cores are what these tests are about; a container's root is as good a user as any.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # ranks of other tests are on the same cores
@@ -80,6 +82,8 @@ class Job:
     """A running mpirun. Leaving the `with` block kills whatever is left of it."""
 
     def __init__(self, n: int, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+        if FAST:
+            pytest.skip("starts ranks, which FEDMPI_FAST leaves out")
         if not launcher():
             absent("mpi", "no mpirun beside Python nor on PATH")
         self.n = n

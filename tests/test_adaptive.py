@@ -55,6 +55,7 @@ def bowls(out, **other):
     return build(Config, values)
 
 
+@pytest.mark.slow
 def test_a_silo_with_ten_times_the_steps_pulls_the_mean_away_and_fednova_not(tmp_path):
     ends = {}
     for aggregate in ("mean", "fednova"):

@@ -1,6 +1,7 @@
 """Configuration: what is said to a wrong one, how overrides are read, and that it comes back as it was."""
 
 import dataclasses
+import functools
 import itertools
 import textwrap
 
@@ -392,14 +393,15 @@ def test_a_users_own_model_factory_is_called_with_the_values_of_the_configuratio
     assert refusal(load, file("model: 'own_components:factory'")).startswith("model: 'factory': missing a required")
 
 
+listed = functools.cache(lines)  # it reads sources
 MADE = [(family, name, cls) for family, (members, _) in FAMILIES.items() for name, cls in members.members.items()]
 
 
 @pytest.mark.parametrize(("family", "name", "cls"), MADE, ids=[f"{family}-{name}" for family, name, _ in MADE])
 def test_the_list_says_a_sentence_of_every_member_and_explains_every_field(family, name, cls):
-    text = lines(family)
+    text = listed(family)
     at = next(n for n, line in enumerate(text) if line.startswith(f"  {name}: "))
-    assert text[at] in lines()
+    assert text[at] in listed()
     if not dataclasses.is_dataclass(cls):
         return
     assert text[at].endswith(".") and text[at].count("(") == text[at].count(")")

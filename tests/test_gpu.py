@@ -174,6 +174,7 @@ def told(gpu, path, *arguments):
     return json.loads(path.read_text()), code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["kernels", "rules", "overlap", "memory"])
 def test_whole_runs_on_a_device_end_where_those_on_the_cpu_do(gpu, tmp_path, capsys, part):
     found, code = told(gpu, tmp_path / "gpu.json", "--only", part)

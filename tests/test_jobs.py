@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mpi
 import pytest
 import torch
 import yaml
@@ -152,6 +153,27 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     checkout.fake("pytest", "exit 0")
     done = checkout.run("jobs/test.sh", FEDMPI_REQUIRE="")
     assert done.returncode == 4, done.stderr
+    checkout.calls("mypy")
+    checkout.fake("pytest", 'echo "fast: $FEDMPI_FAST, requires: $FEDMPI_REQUIRE"; exit 6')
+    done = checkout.run("jobs/test.sh --fast -k x", FEDMPI_REQUIRE="slurm")
+    assert done.returncode == 6 and done.stdout == "fast: 1, requires: \n", done.stderr
+    calls = (checkout.top / "calls").read_text()
+    assert "pytest -q -n 2 --dist worksteal -k x\n" in calls and "mypy" in calls and "ruff format --check" in calls
+    assert "mpirun" not in calls and "bench" not in calls
+
+
+def test_fast_tests_start_no_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mpi, "FAST", True)
+    with pytest.raises(pytest.skip.Exception, match="starts ranks"):
+        mpi.Job(1, "true")
+    with pytest.raises(pytest.skip.Exception, match="starts ranks"):
+        mpi.launch("collectives", 7)
+    # Only through tests/mpi.py does a test start ranks: others that name mpirun are left out whole, or fake it.
+    known = {"mpi.py", "conftest.py", "test_jobs.py", "test_slurm.py", "slurm.py", "test_testbed.py"}
+    for path in (TOP / "tests").glob("*.py"):
+        if path.name not in known and not path.name.startswith("test_mpi_"):
+            starts = re.search(r"(Popen|subprocess\.run)\([^)]*(mpirun|mpiexec|launcher)", path.read_text())
+            assert not starts, f"{path.name} starts ranks by itself"
 
 
 def test_constraints_pin_what_setup_cfg_asks_for() -> None:
@@ -192,12 +214,13 @@ def job(monkeypatch, tmp_path):
     """The module of a job, by its name; no launcher, and where it writes is a folder of the test."""
     monkeypatch.chdir(tmp_path)
 
-    def opened(name):
+    def opened(name, connects=True):
         spec = importlib.util.spec_from_file_location(f"jobs_{name}", TOP / "jobs" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
-        monkeypatch.setattr(module, "connect", Solo)
+        if connects:
+            monkeypatch.setattr(module, "connect", Solo)
         return module
 
     return opened
@@ -472,3 +495,9 @@ def test_gpu_says_that_there_is_none_and_starts_two_ranks_where_there_is_one(che
     checkout.fake("nvidia-smi", 'echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"')
     assert checkout.run("jobs/gpu.sh --quick", PATH=path).returncode == 4
     assert checkout.calls("mpirun") == ["-n 2 python jobs/gpu.py --required --seconds 420 --json runs/gpu.json --quick"]
+
+
+def test_the_ratio_of_two_commits_is_that_of_their_medians(job):
+    turns = [({"x": 1.0, "only a": 1.0}, {"x": 2.0}), ({"x": 3.0}, {"x": 3.0}), ({"x": 2.0}, {"x": 5.0})]
+    (row,) = job("compare_commits", connects=False).compared(turns)
+    assert row == {"what": "x", "a_s": 2.0, "b_s": 3.0, "ratio": 1.5, "least": 1.0, "most": 2.5}

@@ -117,6 +117,7 @@ def naive(config, w_P):
     return found
 
 
+@pytest.mark.slow
 def test_overlap_converges_where_local_training_goes_far_and_the_naive_way_does_not(tmp_path, undisturbed):
     """Five epochs at a large step, silos with other classes. Late means on old starts swing for ever."""
     without, config, first_P = accuracies(tmp_path, False)

@@ -172,6 +172,7 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, kind):
         assert [figures(r) for r in read_metrics(tmp_path / out)] == [figures(r) for r in records]
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_bits_on_several_threads_too(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)

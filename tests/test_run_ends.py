@@ -262,6 +262,7 @@ def test_the_control_of_a_tiny_silo_is_weighed_up_and_not_taken_for_one_that_exp
         assert [record["rejected"] for record in run] == [[], []]
 
 
+@pytest.mark.slow
 def test_weights_that_are_counts_of_steps_do_not_run_over_the_ring(tmp_path):
     """Shares of a thousand steps: sums are right, or the update is rejected by name; never wrapped round."""
     how = {"local": {"steps": 1000, "epochs": None, "lr": 1e-5}, "aggregate": {"name": "mean", "weights": "steps"}}

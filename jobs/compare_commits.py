@@ -1,0 +1,126 @@
+"""Two commits on this machine, in turns: A B, B A, A B, ... What jobs/compare_commits.sh starts.
+
+    python jobs/compare_commits.py [--quick] [--turns 5] [--ranks 2] [--params 25e6] [--json FILE] A [B]
+
+Each is checked out into a folder of its own and run with this environment; configurations are its own, jobs/ those of
+this checkout. A row is a plan with its codec in `fedmpi bench exchange`, or a round in jobs/federation_cost.py: medians
+over turns of each commit's seconds, and B's over A's, with the least and the most of a turn.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TOP = Path(__file__).parents[1]
+Seconds = dict[str, float]
+
+
+def checked_out(commit: str, folder: Path) -> str:
+    """The commit lies in the folder; its short name comes back."""
+    name = _said(["git", "rev-parse", "--short", f"{commit}^{{commit}}"], TOP)
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(folder), name], cwd=TOP, check=True)
+    return name
+
+
+def measured(folder: Path, given: argparse.Namespace) -> Seconds:
+    """One turn of a commit."""
+    env = {**os.environ, "PYTHONPATH": str(folder / "src")}
+    where = _said([sys.executable, "-c", "import fedmpi; print(fedmpi.__file__)"], folder, env)
+    if not Path(where).is_relative_to(folder):
+        raise SystemExit(f"compare_commits: python imports {where}, not what lies in {folder}")
+    short = ["--codec", "identity"] if given.quick else []  # no kernel to compile
+    launch = ["mpirun", "-n", str(given.ranks)]
+    exchange = [
+        "fedmpi",
+        "bench",
+        "exchange",
+        "--params",
+        given.params,
+        "--repeats",
+        str(given.repeats),
+        "--json",
+        *short,
+    ]
+    found = {}
+    for row in json.loads(_said([*launch, *exchange], folder, env)):
+        if row["plan"] in ("root", "replicated", "sharded", "window"):
+            found[f"exchange {row['plan']} {row['codec']}"] = row["seconds"]["median"]
+    cost = [
+        sys.executable,
+        str(TOP / "jobs/federation_cost.py"),
+        *(["--quick"] if given.quick else [str(given.rounds)]),
+    ]
+    config = folder / "configs" / ("digits.yaml" if given.quick else "fashion.yaml")
+    row = json.loads(_said([*launch, *cost, "--config", str(config)], folder, env))
+    return found | {"federation: a round": row["fedmpi_s"], "federation: the plain loop": row["plain_s"]}
+
+
+def _said(command: list[str], folder: Path, env: dict[str, str] | None = None) -> str:
+    """The last line that a command prints."""
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
+    if done.returncode or not done.stdout.strip():
+        raise SystemExit(f"compare_commits: {' '.join(command[:6])} ... -> {done.returncode}\n{done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def compared(turns: list[tuple[Seconds, Seconds]]) -> list[dict[str, Any]]:
+    """A row for everything that both commits measure."""
+    rows = []
+    for name in turns[0][0]:
+        if all(name in seconds for turn in turns for seconds in turn):
+            a, b = ([turn[side][name] for turn in turns] for side in (0, 1))
+            ratios = [after / before for before, after in zip(a, b, strict=True)]
+            a_s, b_s = statistics.median(a), statistics.median(b)
+            spread = {"least": min(ratios), "most": max(ratios)}
+            rows.append({"what": name, "a_s": a_s, "b_s": b_s, "ratio": b_s / a_s, **spread})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one turn with short vectors and digits: does it run?")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--params", default="25e6", help="of bench exchange")
+    parser.add_argument("--repeats", type=int, default=5, help="of bench exchange, a turn")
+    parser.add_argument("--rounds", type=int, default=6, help="of federation_cost.py, a turn")
+    parser.add_argument("--json", type=Path, help="where the rows are written, too")
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B", nargs="?", default="HEAD")
+    given = parser.parse_args(arguments)
+    if given.quick:
+        given.turns, given.params, given.repeats = 1, "1e5", 1
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch).resolve() / side for side in "ab"]
+        try:
+            names = [checked_out(c, folder) for c, folder in zip((given.a, given.b), folders, strict=True)]
+            turns = []
+            for turn in range(given.turns):
+                found = {}
+                for side in (0, 1) if turn % 2 == 0 else (1, 0):
+                    print(
+                        f"compare_commits: turn {turn + 1} of {given.turns}: {names[side]}", file=sys.stderr, flush=True
+                    )
+                    found[side] = measured(folders[side], given)
+                turns.append((found[0], found[1]))
+        finally:
+            for folder in folders:
+                if folder.exists():
+                    subprocess.run(["git", "worktree", "remove", "--force", str(folder)], cwd=TOP, check=False)
+    rows = compared(turns)
+    print(f"{'seconds':32} {names[0]:>10} {names[1]:>10}  ratio  (least to most of a turn)")
+    for row in rows:
+        spread = f"({row['least']:.3f} to {row['most']:.3f})"
+        print(f"{row['what']:32} {row['a_s']:10.5f} {row['b_s']:10.5f}  {row['ratio']:.3f}  {spread}")
+    if given.json is not None:
+        given.json.write_text(json.dumps({"a": names[0], "b": names[1], "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
