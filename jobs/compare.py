@@ -16,7 +16,8 @@ goes on where it was: start the grid again after a stop. `--only` runs the cells
 seeds (`--only iid,fedavg`: that one cell, of each seed); the table is of all that are done. A run that diverges is a
 row that says so, and the grid goes on.
 
-Figures of a row are means over seeds, with the least and the most. OUT/table.csv has them all, OUT/figure.png (and
+Figures of a row are means over seeds, with the least and the most. Bytes depend on the number of ranks: where runs
+were made on different ones, there are none. OUT/table.csv has them all, OUT/figure.png (and
 .svg) the metric by round, by bytes and by seconds; it needs matplotlib (`pip install fedmpi[report]`).
 """
 
@@ -25,6 +26,7 @@ import copy
 import csv
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
@@ -88,6 +90,7 @@ class Curve(NamedTuple):
     megabytes: list[float]
     seconds: list[float]
     ended: str  # empty, or why it ended early
+    ranks: set[int]  # on how many its rounds were made; the bytes of a round depend on it
 
 
 # ---------------------------------------------------------------- the grid
@@ -182,11 +185,12 @@ def train(cell: Cell, comm: Any) -> None:
 def curve(cell: Cell, grid: Grid) -> Curve:
     """A run's figures."""
     metric = grid.figure or read_config(cell.root).about["metric"]
-    found = Curve([], [], [], [], _text(cell.root / DIVERGED))
+    found = Curve([], [], [], [], _text(cell.root / DIVERGED), set())
     sent, spent_s = 0, 0.0
     for record in read_metrics(cell.root)[: cell.config.rounds]:
         sent += record["bytes_up"] + record["bytes_down"]
         spent_s += record["seconds"]["round"]
+        found.ranks.add(len(record["peak_rss_bytes"]))
         value = _figure(record, metric)
         if grid.over == "silos":
             each = [v for row in record["silos"].values() if (v := _figure(row, of_silo(metric))) is not None]
@@ -224,8 +228,10 @@ def row(partition: str, algorithm: str, curves: list[Curve], grid: Grid, maximiz
             reached += [n for n in itertools.islice(there, 1)]
         told["rounds_to_target"] = statistics.mean(reached) if reached else None
         told["reached"] = len(reached)
-    told["megabytes"] = statistics.mean(c.megabytes[-1] for c in scored) if scored else None
+    sent = [c.megabytes[-1] for c in scored if not math.isnan(c.megabytes[-1])]
+    told["megabytes"] = statistics.mean(sent) if sent else None
     told["seconds"] = statistics.mean(c.seconds[-1] for c in scored) if scored else None
+    told["ranks"] = " ".join(map(str, sorted(set().union(*(c.ranks for c in curves)))))
     told["diverged"] = sum(bool(c.ended) for c in curves)
     return told
 
@@ -284,6 +290,23 @@ def draw(done: dict[tuple[str, str], list[Curve]], metric: str, root: Path) -> N
         figure.savefig(root / f"figure.{kind}", dpi=120)
 
 
+def comparable(done: dict[tuple[str, str], list[Curve]]) -> dict[tuple[str, str], list[Curve]]:
+    """The same without bytes, and a line that says so, where not all rounds were made on as many ranks."""
+    by_ranks: dict[int, list[str]] = {}
+    for names, curves in done.items():
+        for num_ranks in set().union(*(c.ranks for c in curves)):
+            by_ranks.setdefault(num_ranks, []).append("/".join(names))
+    if len(by_ranks) < 2:
+        return done
+    told = "; ".join(
+        f"{ranks}: {', '.join(some[:3])}{', ...' if len(some) > 3 else ''}" for ranks, some in sorted(by_ranks.items())
+    )
+    print(f"compare: no MB, which depend on the number of ranks; runs were made on {told}", file=sys.stderr, flush=True)
+    return {
+        names: [c._replace(megabytes=[math.nan] * len(c.megabytes)) for c in curves] for names, curves in done.items()
+    }
+
+
 def tell(grid: Grid, root: Path, all_cells: list[Cell]) -> None:
     """Table and figure of the runs that are done."""
     done: dict[tuple[str, str], list[Curve]] = {}
@@ -294,6 +317,7 @@ def tell(grid: Grid, root: Path, all_cells: list[Cell]) -> None:
     if not done:
         print("compare: no run is done yet", flush=True)
         return
+    done = comparable(done)
     metric = grid.figure or about["metric"]
     rows = [row(*names, curves, grid, about["maximize"]) for names, curves in done.items()]
     with open(root / "table.csv", "w", newline="") as file:

@@ -247,6 +247,25 @@ def grid(path, **changes):
     return [str(path), "--out", str(path.parent / "out")]
 
 
+def test_runs_on_other_numbers_of_ranks_have_no_bytes_to_compare(job, tmp_path, capsys):
+    compare = job("compare")
+
+    def some(megabytes, *ranks):
+        return compare.Curve([1, 2], [0.5, 0.6], [megabytes / 2, megabytes], [1.0, 2.0], "", set(ranks))
+
+    alike = {("iid", "fedavg"): [some(8.0, 2)], ("iid", "fedprox"): [some(4.0, 2), some(6.0, 2)]}
+    told = compare.Grid(algorithms={"fedavg": {}, "fedprox": {}})
+    rows = [compare.row(*names, curves, told, True) for names, curves in compare.comparable(alike).items()]
+    assert [(r["megabytes"], r["ranks"]) for r in rows] == [(8.0, "2"), (5.0, "2")] and not capsys.readouterr().err
+    for other in (some(4.0, 4), some(4.0, 2, 4)):  # another run, or one that was resumed
+        mixed = compare.comparable(alike | {("iid", "scaffold"): [other]})
+        rows = [compare.row(*names, curves, told, True) for names, curves in mixed.items()]
+        assert [r["megabytes"] for r in rows] == [None] * 3 and [r["final"] for r in rows] == [0.6] * 3
+        assert rows[2]["ranks"] in ("4", "2 4") and "  -  " in compare.table(rows, told, "accuracy")[2]
+        said = capsys.readouterr().err
+        assert "no MB, which depend on the number of ranks; runs were made on 2: " in said and "4: iid/scaffold" in said
+
+
 def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(job, tmp_path, capsys):
     compare, arguments = job("compare"), grid(tmp_path / "grid.yaml", seeds=[0])
     _, _, cells = compare.cells(tmp_path / "grid.yaml", str(tmp_path / "out"))
@@ -278,6 +297,8 @@ def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(job, tmp_path, 
     reached = next(r["round"] for r in records if r["accuracy"] >= 0.5)
     assert float(rows[0]["rounds_to_target"]) == reached and rows[0]["reached"] == "1"
     assert len(said.out.splitlines()) == 7 and "rounds to 0.5" in said.out.splitlines()[0]
+
+    assert {r["ranks"] for r in rows} == {"1"} and {r["megabytes"] for r in rows} == {"0.0"}
 
     compare.main(grid(tmp_path / "grid.yaml"))  # and one more seed
     said = capsys.readouterr()
