@@ -13,7 +13,7 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "output", "disk", "rng", "types", "trust", "components", "stopping", "worker", "kernels"),
+    *("errors", "output", "disk", "rng", "types", "trust", "sources", "components", "stopping", "worker", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
     *("models", "data", "pretrained"),
     *("local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),

@@ -69,6 +69,7 @@ def test_a_damaged_line_is_named_and_kept_aside_and_the_others_stay(tmp_path, ca
     write_metrics(tmp_path, [4], resumed=3)
     assert rounds(tmp_path) == [r for r in (1, 2, 3, 4) if r != line + 1]
     assert (tmp_path / "metrics.bad.jsonl").read_bytes() == lines[line]
+    assert f"metrics.jsonl has no record of round {line + 1};" in caplog.text
 
 
 def test_records_that_are_older_than_checksums_are_read(tmp_path):

@@ -60,6 +60,13 @@ class CheckpointSection:
 
 
 @component
+class ResumeSection:
+    """What is done where a resumed run is not quite what was begun."""
+
+    code: Literal["refuse", "warn"] = "refuse"  # where code of your own has changed since; it is kept in OUT/code
+
+
+@component
 class EvaluateSection:
     """Evaluation of the global model on the silos' test data."""
 
@@ -103,6 +110,7 @@ class Config:
     exchange: ExchangeSection = ExchangeSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    resume: ResumeSection = ResumeSection()
     stop: StopSection = StopSection()
     records: RecordsSection = RecordsSection()
     device: DeviceSection = DeviceSection()
@@ -223,7 +231,7 @@ class Config:
 
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.
-MAY_CHANGE = ("rounds", "checkpoint", "device", "out", "records", "stop", "data.root", "init")
+MAY_CHANGE = ("rounds", "checkpoint", "resume", "device", "out", "records", "stop", "data.root", "init")
 
 HORIZON = ".schedule.rounds"  # how the keys end that say when a schedule is at its end; null: with the run
 

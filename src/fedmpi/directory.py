@@ -31,6 +31,7 @@ log = logging.getLogger("fedmpi")
 
 CONFIG_FILE = "config.yaml"
 UNSHARED_FILE = "unshared.safetensors"
+CODE = "code"  # the folder of it
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,19 @@ class RunDirectory:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def keep_code(root: Path, code: Mapping[str, bytes], round: int) -> None:
+    """What the configuration names of the user's own code, as it is now; what other code the rounds before had stays
+    beside it."""
+    folder = root / CODE
+    there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    if there and there != code:
+        before = root / f"{CODE}-to-round-{round:06d}"
+        folder.rename(before if not before.exists() else root / f"{before.name}-{uuid.uuid4().hex[:8]}")
+    if there != code:
+        for name, content in code.items():
+            disk.replace_bytes(folder / name, content)
 
 
 def newest_whole(root: Path, comm: Solo, mine: Collection[str]) -> tuple[int, list[int]]:

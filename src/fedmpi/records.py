@@ -240,6 +240,9 @@ class Metrics:
         _keep_aside(root / "metrics.undone.jsonl", [line for record, line in whole if record["round"] > resumed_round])
         before = [line + b"\n" for record, line in whole if record["round"] <= resumed_round]
         disk.replace_bytes(path, b"".join(before))
+        if missing := sorted(set(range(1, resumed_round + 1)) - {record["round"] for record, _ in whole}):
+            text = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+            log.warning("%s has no record of round %s; checkpoints have what is needed to go on", path, text)
         self.path = path
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         self._waiting = b""  # for room on the disk

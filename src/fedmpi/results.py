@@ -14,13 +14,13 @@ import torch
 import yaml
 from safetensors.torch import load
 
-from fedmpi import checkpoint, disk, rng
+from fedmpi import checkpoint, disk, rng, sources
 from fedmpi.assembly import build_module, digest_of, source_of
 from fedmpi.comm import Solo, ranks_text
-from fedmpi.components import build, nearest
+from fedmpi.components import build, nearest, to_dict
 from fedmpi.config import Config
 from fedmpi.device import set_threads
-from fedmpi.directory import UNSHARED_FILE, newest_whole, read_config, save_model
+from fedmpi.directory import CODE, UNSHARED_FILE, newest_whole, read_config, save_model
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
 from fedmpi.evaluate import PERSONAL, Scores, Tuning, evaluate_silo, evaluation_key, load_own, own_model, tell
 from fedmpi.flat import FlatModel, changed_entries, sha256
@@ -234,6 +234,8 @@ class _Stored:
             source = source_of(config)
             module = build_module(config, source)
             module.load_state_dict(unshared, strict=False)
+            if comm.rank == 0:
+                _warn_of_code(root, config, about.get("code", {}))
             model = FlatModel(module, config.exchange.parameters)
             if others := changed_entries(about["model"], model.entries):
                 raise ConfigError(f"{root}: it is not the model that was trained: {others[0]}")
@@ -321,3 +323,10 @@ def _unshared(root: Path, digest: str) -> dict[str, torch.Tensor]:
     if digest_of(tensors).hex() != digest:
         raise ConfigError(f"{path} is damaged: it is not what the run began with")
     return tensors
+
+
+def _warn_of_code(root: Path, config: Config, there: Mapping[str, str]) -> None:
+    """Say it where code of one's own is not what the run was trained with."""
+    here = sources.digests(sources.own_code(to_dict(config)))
+    if changed := [name for name in sources.changes(there, here) if not name.endswith(" (gone)")]:  # not needed here
+        log.warning("code has changed since %s was trained with it (see %s): %s", root, root / CODE, ", ".join(changed))

@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -26,13 +28,15 @@ import numpy as np
 import torch
 
 import fedmpi
-from fedmpi import checkpoint, comm, disk, records, rng, stopping
+from fedmpi import checkpoint, comm, disk, records, rng, sources, stopping
 from fedmpi.assembly import assemble, digest_of
 from fedmpi.components import nearest, to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
 from fedmpi.directory import (
+    CODE,
     UNSHARED_FILE,
     RunDirectory,
+    keep_code,
     newest_whole,
     read_config,
     save_model,
@@ -49,6 +53,8 @@ from fedmpi.records import Record
 from fedmpi.rounds import State, run_round
 from fedmpi.tensorfile import Key
 from fedmpi.trust import confined
+
+log = logging.getLogger("fedmpi")
 
 # What begins the keys of a checkpoint's tensors; the rest of a key may be any string.
 OPTIMIZER, SELECTOR, HEALTH, EXCHANGE = "optimizer", "selector", "health", "exchange"  # the server's
@@ -123,6 +129,10 @@ class Run:
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
         self.fingerprint, self.unshared, self.plan_seconds = parts.fingerprint, parts.unshared, parts.plan_seconds
         self.model, self.state = fed.model.module, parts.state
+        module = [type(self.model).__module__] if isinstance(self.config.model, torch.nn.Module) else []
+        self.code = self.comm.together(lambda: sources.own_code(to_dict(self.config), *module))
+        digest_of_code = hashlib.sha256(repr(sources.digests(self.code)).encode()).digest()
+        self.comm.same("the code that the configuration names", digest_of_code, ConfigError)
 
     def _resume(self) -> None:
         """Go on from the newest round that is whole on all ranks, if there is one."""
@@ -192,6 +202,12 @@ class Run:
         about = begun.about
         self._rounds_before = begun.config.get("rounds")
         changed = differences(begun.config, self.config)
+        if not changed and (others := sources.changes(about.get("code", {}), sources.digests(self.code))):
+            text = f"code has changed since {self.out} was trained with it, and is kept in {self.out / CODE}: "
+            text += ", ".join(others)
+            if self.config.resume.code == "refuse":
+                raise ConfigError(f"{text}; put it back, say resume.code=warn, or choose another out=")
+            log.warning("%s", text)
         changed += changed_entries(about["model"], self._federation.model.entries)
         if not changed and about.get("data") != self.fingerprint:
             changed = ["the silos' data are not the same"]
@@ -245,6 +261,7 @@ class Run:
             "plan_seconds": self.plan_seconds,
             "ranks": self.comm.size,
             "model": signature(fed.model.entries),
+            "code": sources.digests(self.code),
         }
         rounds = self.config.rounds
         # Where nothing is left to train, the directory goes on telling of what was trained.
@@ -254,6 +271,7 @@ class Run:
             if self.unshared:
                 save_tensors(self.unshared, self.out / UNSHARED_FILE)
             if not over:
+                keep_code(self.out, self.code, self.state.round)
                 write_config(self.out, to_dict(self.config), about)
                 disk.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
             section = self.config.records

@@ -1,0 +1,104 @@
+"""The code that a configuration names as `package.module:name`: which files it is made of, and what has changed of it.
+
+Files are the module's own and those that it imports from the same folder or package, wherever in them the import
+stands; of what is installed the module's file alone. What a module finds out by itself (importlib, exec) is not seen.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def own_code(values: Any, *modules: str) -> dict[str, bytes]:
+    """What the files hold, by their paths below the folder or package's folder; of the names in a configuration's plain
+    values, which are imported by now, and of these modules."""
+    named = {*modules, *(text.partition(":")[0] for text in _texts(values) if _NAME.fullmatch(text))}
+    found: dict[str, Path] = {}
+    for name in sorted(named):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is None or name.partition(".")[0] == "fedmpi":
+            continue
+        path = Path(file).resolve()
+        root = path.parents[name.count(".") + (path.stem == "__init__")]
+        for one in _reached(path, root):
+            key = one.relative_to(root).as_posix()
+            found[key if found.get(key, one) == one else f"{root.name}/{key}"] = one
+    return {key: path.read_bytes() for key, path in sorted(found.items())}
+
+
+def digests(code: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 by file."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in code.items()}
+
+
+def changes(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """What is not the same, file by file."""
+    return [
+        name if name in there and name in here else f"{name} (new)" if name in here else f"{name} (gone)"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _texts(part)
+
+
+def _reached(path: Path, root: Path) -> set[Path]:
+    """The file and all below `root` that it imports, and they."""
+    if _INSTALLED.intersection(path.parts) or path.is_relative_to(Path(ast.__file__).resolve().parent):
+        return {path}
+    found, rest = {path}, [path]
+    while rest:
+        one = rest.pop()
+        for other in _imports(one, root):
+            if other not in found:
+                found.add(other)
+                rest.append(other)
+    return found
+
+
+def _imports(path: Path, root: Path) -> Iterator[Path]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # a module in machine code
+        return
+    folder = path.parent
+    while folder != root and folder.is_relative_to(root):  # the packages that it is in run before it does
+        yield from _module(folder)
+        folder = folder.parent
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(root, alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = path.parents[node.level - 1] if node.level else root
+            before = node.module.split(".") if node.module else []
+            names = [(base, [*before, alias.name]) for alias in node.names]
+        else:
+            continue
+        for base, parts in names:
+            for number in range(1, len(parts) + 1):
+                yield from _module(base.joinpath(*parts[:number]))
+
+
+def _module(place: Path) -> Iterator[Path]:
+    """The file of a module or package, if it is there."""
+    for file in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
+        if file.is_file():
+            yield file.resolve()
