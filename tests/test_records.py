@@ -284,7 +284,7 @@ def test_the_final_table_has_a_row_for_every_silo_and_one_for_all():
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=100)
-    console.print(silo_table(RECORD))
+    console.print(silo_table(RECORD, "accuracy"))
     assert cells(console) == [
         ["a", "0", "9", "4", "0.2500", "0.7500"],
         ["b", "1", "5", "-", "-", "-"],
@@ -297,13 +297,27 @@ def cells(console):
     return [[cell.strip() for cell in row] for row in rows]
 
 
+def test_a_mean_over_silos_is_called_so_and_many_metrics_leave_the_best_its_place():
+    from rich.console import Console
+
+    silo = {"rank": 0, "num_train": 9, "num_test": 3, "loss": 0.1, "dice": 0.5} | {f"m{i}": i / 10 for i in range(8)}
+    others = {f"m{i}": i / 10 for i in range(8)}
+    record = {"round": 3, "loss": 0.1, **others, "silo_mean_dice": 0.5, "silos": {"a": silo}}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(silo_table(record, "silo_mean_dice"))
+    assert cells(console)[1:] == [
+        ["all", "", "9", "3", "0.1000", "-", "0.0000", "0.1000", "0.2000", "0.3000"],
+        ["mean of silos", "", "", "", "-", "0.5000", "-", "-", "-", "-"],
+    ]
+
+
 def test_the_figures_of_own_models_stand_beside_the_global_ones(tmp_path, monkeypatch):
     from rich.console import Console
 
     own = {"personal_loss": 0.1, "personal_accuracy": 0.9}
     record = {**RECORD, **own, "silos": {**RECORD["silos"], "a": {**RECORD["silos"]["a"], **own}}}
     console = Console(file=(text := io.StringIO()), width=120)
-    console.print(silo_table(record))
+    console.print(silo_table(record, "accuracy"))
     assert "personal accuracy" in text.getvalue()
     assert [row[-2:] for row in cells(console)] == [["0.7500", "0.9000"], ["-", "-"], ["0.7500", "0.9000"]]
     with open(tmp_path / "log", "w") as file:

@@ -138,7 +138,7 @@ def _train(comm: Solo, config: str, overrides: list[str], allow: list[str]) -> N
 
         live = on_terminal()
         console = Console(file=(table := io.StringIO()), width=None if live else 100, force_terminal=live)
-        console.print(silo_table(run.record))
+        console.print(silo_table(run.record, run.metric))
         say(f"{table.getvalue()}results in {run.out}: fedmpi inspect {run.out}")
 
 

@@ -448,15 +448,18 @@ def _figure(value: float | None) -> str:
 
 
 NO_COLUMNS = ("train_loss", "delta_norm", "personal_loss")  # figures of silos that the table leaves out
+MOST_COLUMNS = 6  # of figures
 
 
-def silo_table(record: Record) -> Any:
+def silo_table(record: Record, metric: str) -> Any:
     """The last record's figures, a row per silo, then those of all silos pooled, and those that are means over silos,
-    for rich to print."""
+    for rich to print. `metric` comes first; of many metrics the rest is left to the record."""
     from rich.table import Table
 
     rows = record["silos"]
     keys = [k for k in record if k not in NO_COLUMNS and any(of_silo(k) in row for row in rows.values())]
+    first = ("loss", metric, f"personal_{metric}")
+    keys = sorted(keys, key=lambda k: first.index(k) if k in first else len(first))[:MOST_COLUMNS]
     table = Table(title=f"after round {record['round']}")
     for name in ("silo", "rank", "train samples", "test samples", *map(of_silo, keys)):
         table.add_column(name.replace("_", " "), justify="left" if name == "silo" else "right")

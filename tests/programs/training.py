@@ -208,6 +208,31 @@ def full_batch_step_is_the_pooled_gradients(comm, folder):
     assert worst < 5e-6, worst
 
 
+def farthest(outputs, targets):
+    """A metric that is no sum; undefined for silos of few samples."""
+    return outputs.max() - outputs.min() if len(outputs) > 100 else float("nan")
+
+
+@case
+def figures_of_all_have_the_same_bits_on_any_number_of_ranks(comm, folder):
+    """Of counts, sums and own code; what comes back is compared with what other launches come to."""
+    names = ["accuracy", "log_loss", "auc", "macro_f1", "confusion_matrix", {"name": "top_k", "k": 3}]
+    own = {"name": f"{__name__}:farthest", "maximize": False}
+    config = configured(
+        folder, f"figures-{comm.size}", objective={"metrics": [*names, own]}, rounds=2,
+        exchange={"reduction": "reproducible"}, server={"dedicated": comm.size > 1}, local=DITTO,
+    )  # fmt: skip
+    records = trained(comm, config)[1]
+    left_out = ("seconds", "peak_rss_bytes", "bytes_up", "bytes_down", "bytes_control", "silos", "crc32")
+    figures = [{k: v for k, v in record.items() if k not in left_out} for record in records]
+    assert {"auc_within", "personal_confusion_matrix", "silo_mean_farthest"} < figures[0].keys(), figures[0].keys()
+    assert 0 < len(figures[0]["undefined"]["farthest"]) < 4, figures[0]["undefined"]
+    return json.dumps(figures)
+
+
+DITTO = {"name": "ditto", "lr": 0.1, "steps": 3, "batch_size": 64}
+
+
 @case
 def dedicated_server_hosts_nothing(comm, folder):
     config = configured(
