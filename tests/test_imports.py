@@ -13,11 +13,12 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "output", "disk", "rng", "types", "trust", "sources", "components", "stopping", "worker", "kernels"),
+    *("errors", "output", "disk", "rng", "types", "trust", "sources", "components", "stopping", "worker"),
+    *("module", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
     *("models", "data", "pretrained"),
     *("local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
-    *("evaluate", "exchange", "rounds", "config", "directory", "opening", "assembly", "train"),
+    *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}

@@ -15,7 +15,7 @@ import fedmpi
 from fedmpi.comm import Solo
 from fedmpi.components import Deferred, build
 from fedmpi.errors import ConfigError
-from fedmpi.flat import FlatModel
+from fedmpi.flat import FlatModel, entries
 from fedmpi.local import RULES, LocalSilo, Round
 from fedmpi.local.base import TORCH_OPTIMIZERS, plain_step
 from fedmpi.local.optimizers import EmaSGD, num_gradients, put_back, state_to_keep
@@ -373,9 +373,10 @@ def test_moon_leaves_running_statistics_to_the_model_that_trains() -> None:
 def test_moon_says_which_model_it_cannot_compare() -> None:
     module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten())
     with pytest.raises(ConfigError, match=r"local.features: the model has no Linear layer; name the module"):
-        RULES.build({"name": "moon", **USUAL}, "local").suits(module, [], [])
+        RULES.build({"name": "moon", **USUAL}, "local").suits(module, entries(module), [])
     with pytest.raises(ConfigError, match=r"local.features: the model has no module '2'; there is: , 0, 1"):
-        RULES.build({"name": "moon", "features": "2", **USUAL}, "local").suits(module, [], [])
-    RULES.build({"name": "moon", "features": "1", **USUAL}, "local").suits(module, [], [])
+        RULES.build({"name": "moon", "features": "2", **USUAL}, "local").suits(module, entries(module), [])
+    RULES.build({"name": "moon", "features": "1", **USUAL}, "local").suits(module, entries(module), [])
+    single = torch.nn.Sequential(torch.nn.Linear(3, 1))
     with pytest.raises(ConfigError, match=r"local: moon compares what a model makes of samples, and this one is"):
-        RULES.build({"name": "moon", **USUAL}, "local").suits(torch.nn.Sequential(torch.nn.Linear(3, 1)), [], [])
+        RULES.build({"name": "moon", **USUAL}, "local").suits(single, entries(single), [])

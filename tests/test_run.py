@@ -210,7 +210,7 @@ def test_one_harmed_checkpoint_does_not_stand_in_the_way(tmp_path, harmed, name,
     [
         ({"seed": 1}, "seed is 0 there and 1 here"),
         ({"local": {"lr": 0.2}}, "local.lr is 0.1 there and 0.2 here"),
-        ({"data": {"sizes": [9, 9, 9]}}, "data.sizes is [20, 30, 50] there and [9, 9, 9] here"),
+        ({"data": {"sizes": [10, 10, 10]}}, "data.sizes is [20, 30, 50] there and [10, 10, 10] here"),
         (
             {"WIDTH": "7"},
             "the model's base.bias is ['float32', [6], 'shared'] there and ['float32', [7], 'shared'] here",

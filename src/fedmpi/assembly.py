@@ -22,10 +22,12 @@ from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import Allocate, Entry, FlatModel, master_dtype, num_shared, one_vector
 from fedmpi.local import LocalSilo
 from fedmpi.models import make
+from fedmpi.module import saved
 from fedmpi.objectives import Resolved, resolve
 from fedmpi.opening import open_silos
 from fedmpi.placement import place
 from fedmpi.rounds import Federation, State
+from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
 
 log = logging.getLogger("fedmpi")
@@ -67,9 +69,14 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
         if left_out and comm.rank == 0:
             log.warning(left_out)
     # A start of their own would make ranks train different models: other files in `init`, other torch versions.
-    comm.same("the model's first parameters", digest_of(module.state_dict()), ConfigError)
+    comm.same("the model's first parameters", digest_of(saved(module)), ConfigError)
     ids = [s.id for s in source.silos]
     found = comm.together(lambda: config.entries(module, ids))
+    comm.together(lambda: _starts_finite(module, found))
+    rng.set_all(rng.key(config.seed, purpose="trial"))
+    with subject(module, chosen) as one:
+        comm.together(lambda: _try_out(config, one, objective, opened))
+        _try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
     unshared = _unshared(module, found)
     weights = comm.together(lambda: _weights(config, ids, num_train))
     combine = getattr(config.aggregate, "combine", None)
@@ -86,9 +93,6 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
             own = exchange.delta()
             allocate = lambda n, dtype: own[:n]  # noqa: E731
         model = comm.together(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
-        rng.set_all(rng.key(config.seed, purpose="trial"))
-        comm.together(lambda: _fits(model, objective, next(iter(opened.values()), None)))
-        _try_metrics(model, objective, opened, config.evaluate.batch_size, comm)
         silos = comm.together(lambda: {silo: _kept(silo, opened, weights[silo], chosen) for silo in list(opened)})
         params_Q = zeros_Q
         params_Q[: model.num_shared] = model.params()
@@ -155,7 +159,30 @@ def build_module(config: Config, source: Source) -> torch.nn.Module:
     with rng.borrowed():
         rng.set_all(rng.key(config.seed, purpose="init"))
         module = make(config.model, source)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(f"model: '{name}' is on the meta device and has no values; make it on a real one")
     return module
+
+
+def _try_out(config: Config, one: Subject, objective: Resolved, opened: Mapping[str, SiloData]) -> None:
+    """A few samples of this rank's silos through the model."""
+    if changing := tried(one, objective, opened):
+        log.warning(
+            "model: %s changes in training and is not saved; every silo's round begins with its first values",
+            ", ".join(f"'{name}'" for name in changing),
+        )
+    refuse_lone_samples("local", config.local, config.rounds, one, opened)
+    refuse_lone_samples("evaluate.finetune", config.evaluate.finetune, 1, one, opened)
+
+
+def _starts_finite(module: torch.nn.Module, found: Sequence[Entry]) -> None:
+    """ConfigError for a start that nothing can be learned from."""
+    tensors = saved(module)
+    for entry in found:
+        if (entry.trainable or entry.kind == "shared") and not bool(torch.isfinite(tensors[entry.name]).all()):
+            other = "" if entry.trainable else "; a buffer that is not to be sent is registered with persistent=False"
+            raise ConfigError(f"model: '{entry.name}' starts with values that are not finite{other}")
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -216,26 +243,7 @@ def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torc
     return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
 
 
-def _fits(model: FlatModel, objective: Resolved, data: SiloData | None) -> None:
-    """Two samples through the model and the loss, before anything is trained."""
-    if data is None:
-        return
-    module = model.module.eval()
-    x, y = data.x_train[:2].to(model.device), data.y_train[:2].to(model.device)
-    try:
-        with torch.no_grad():
-            loss = objective.loss(module(x), y)
-    except ConfigError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"model and data disagree: {text[:300]}") from None
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise ConfigError(f"objective.loss: '{objective.loss_name}' does not return one number")
-    module.train()
-
-
-def _try_metrics(model: FlatModel, objective: Resolved, opened: Mapping[str, SiloData], batch: int, comm: Solo) -> None:
+def _try_metrics(one: Subject, objective: Resolved, opened: Mapping[str, SiloData], batch: int, comm: Solo) -> None:
     """Every metric on two samples, before anything is trained, and where it raises on a whole batch, silo after silo: a
     metric may be undefined on some, but one that raises everywhere is refused. A call of all ranks.
 
@@ -247,7 +255,7 @@ def _try_metrics(model: FlatModel, objective: Resolved, opened: Mapping[str, Sil
         for data in opened.values():
             x, y = (data.x_test, data.y_test) if len(data.x_test) else (data.x_train, data.y_train)
             for num in (2, batch):
-                tally = objective.score(model.module, x[:num], y[:num], batch, model.device)
+                tally = objective.score(one.module, x[:num], y[:num], batch, one.device)
                 before = errors or {s.name: "" for s in objective.scorers}
                 if not (still := {name: text for name, text in tally.raised.items() if name in before}):
                     errors.clear()

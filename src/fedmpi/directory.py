@@ -201,17 +201,21 @@ def newest_whole(root: Path, comm: Solo, mine: Collection[str]) -> tuple[int, li
 def save_model(model: FlatModel, path: Path, shared_only: bool, about: Mapping[str, str] | None = None) -> None:
     """Write the model as it is, as .safetensors or .pt; with `shared_only` without what is of silos alone, and its
     metadata say so. OSError where that cannot be done."""
-    state = model.module.state_dict(keep_vars=True)
+    state: dict[str, Any] = model.module.state_dict()
+    if path.suffix != ".pt":  # which has no room for what `get_extra_state` gives
+        state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     metadata = dict(about or {})
     if shared_only:
-        shared = {id(state[e.name]) for e in model.entries if e.kind == "shared"}  # tied ones have several names
-        left_out = [name for name, tensor in state.items() if id(tensor) not in shared]
-        state = {name: tensor for name, tensor in state.items() if id(tensor) in shared}
+        shared = {e.name for e in model.entries if e.kind == "shared"}
+        shared |= {name for name, tie in model.tied.items() if tie.owner in shared}
+        left_out = [name for name in state if name not in shared]
+        state = {name: tensor for name, tensor in state.items() if name in shared}
         metadata |= {"holds": "shared tensors only", "left_out": ", ".join(left_out)}
     if path.suffix != ".pt":
         save_tensors(state, path, metadata)
         return
-    whole = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in state.items())
+    own = {name: value.cpu().clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    whole = OrderedDict(state | own)
     whole._metadata = {"fedmpi": metadata}  # type: ignore[attr-defined]  # where torch itself keeps such things
     with disk.replacing(path) as part:
         try:
@@ -226,8 +230,9 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
     from safetensors.torch import save_file
 
     with disk.replacing(path) as part:
+        contiguous = torch.contiguous_format
         try:
-            copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            copies = {name: t.detach().cpu().clone(memory_format=contiguous) for name, t in tensors.items()}
             save_file(copies, part, {"format": "pt", **metadata} if metadata else None)
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error)) from None

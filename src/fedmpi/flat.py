@@ -12,16 +12,19 @@ resolves.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 
 from fedmpi.components import nearest
 from fedmpi.errors import ConfigError
+from fedmpi.module import Places, Tie, retie, slots, ties
 
 HALF = (torch.bfloat16, torch.float16)
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # of one, two and three dimensions, over ranks, your own
@@ -42,8 +45,10 @@ class Entry:
         return int(torch.Size(self.shape).numel())
 
 
-def entries(module: torch.nn.Module, shared: str | Sequence[str] = "all") -> list[Entry]:
-    """What the model saves, each tensor once (tied weights under their first name), and whether it is shared.
+def entries(
+    module: torch.nn.Module, shared: str | Sequence[str] = "all", tied: Mapping[str, Tie] | None = None
+) -> list[Entry]:
+    """What the model saves, each memory once (tied weights under their first name), and whether it is shared.
 
     `shared` is "all" (parameters and floating buffers), "trainable" (parameters that require a gradient),
     "all_but_batch_norm" (all but the parameters and statistics of batch normalization: FedBN, Li et al. 2021, Algorithm
@@ -51,15 +56,18 @@ def entries(module: torch.nn.Module, shared: str | Sequence[str] = "all") -> lis
     ConfigError for a pattern that matches nothing, where there is no batch normalization to leave out, and when
     nothing is shared.
     """
+    tied = ties(module) if tied is None else tied
     norms = _in_batch_norm(module) if shared == "all_but_batch_norm" else set()
     found: list[Entry] = []
-    seen: set[int] = set()
     patterns = [] if isinstance(shared, str) else list(shared)
     unused = set(patterns)
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+    names = set(module.state_dict(keep_vars=True))
+    for slot in slots(module):
+        name, tensor = slot.name, slot.tensor
+        if name not in names and tensor.requires_grad:
+            raise ConfigError(f"model: '{name}' is trained, but is not in the module's state_dict")
+        if name not in names or name in tied:
             continue
-        seen.add(id(tensor))
         trainable = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
         chosen = trainable if shared == "trainable" else isinstance(shared, str) and id(tensor) not in norms
         for pattern in patterns:
@@ -79,18 +87,28 @@ def entries(module: torch.nn.Module, shared: str | Sequence[str] = "all") -> lis
         found.append(Entry(name, tuple(tensor.shape), tensor.dtype, trainable, kind))
     if unused:
         pattern = sorted(unused)[0]
+        for name in (n for n in tied if fnmatchcase(n, pattern.removeprefix("!"))):
+            raise ConfigError(
+                f"exchange.parameters: '{pattern}': '{name}' lies in the memory of '{tied[name].owner}', and goes "
+                "where that goes"
+            )
         hint = nearest(pattern, [entry.name for entry in found])
         raise ConfigError(f"exchange.parameters: '{pattern}' matches no parameter{hint}")
     if not any(entry.kind == "shared" and entry.num_elements for entry in found):
-        raise ConfigError("exchange.parameters: nothing of the model is shared")
+        none = "" if any(entry.trainable for entry in found) else ": it has no parameter that requires a gradient"
+        raise ConfigError(f"exchange.parameters: nothing of the model is shared{none}")
     return found
+
+
+def refuse_frozen(found: Sequence[Entry]) -> None:
+    """ConfigError for a model of which nothing is trained."""
+    if not any(entry.trainable for entry in found):
+        raise ConfigError("model: no parameter of it requires a gradient, so there is nothing to train")
 
 
 def _in_batch_norm(module: torch.nn.Module) -> set[int]:
     """The ids of what batch normalization trains and counts. ConfigError if there is none."""
-    found = {
-        id(t) for m in module.modules() if isinstance(m, BATCH_NORM) for t in m.state_dict(keep_vars=True).values()
-    }
+    found = {id(slot.tensor) for m in module.modules() if isinstance(m, BATCH_NORM) for slot in slots(m)}
     if not found:
         raise ConfigError("exchange.parameters: all_but_batch_norm, but the model has no batch normalization")
     return found
@@ -140,9 +158,11 @@ class FlatModel:
         allocate: Allocate | None = None,
         num_auxiliaries: int = 0,
     ) -> None:
+        self._chosen = shared
+        self.tied = ties(module)  # before it is moved, which takes apart what shares memory
+        self.entries = entries(module, shared, self.tied)
         self.module = module.to(device)
         self.device = torch.device(device)
-        self.entries = entries(module, shared)
         self.dtype = master_dtype(self.entries)
         self.num_shared = num_shared(self.entries)
         self._behind = num_auxiliaries * self.num_shared  # elements behind the delta, where auxiliary vectors lie
@@ -150,7 +170,7 @@ class FlatModel:
         self._in_place = one_vector(self.entries)
         if allocate is None or self.device.type != "cpu":
             allocate = lambda n, dtype: torch.zeros(n, dtype=dtype, device=self.device)  # noqa: E731
-        tensors = module.state_dict(keep_vars=True)
+        tensors = {slot.name: slot.tensor for slot in slots(module)}
         self._shared: list[torch.Tensor] = []  # the shared slice of each dtype's vector
         self._personal: list[torch.Tensor] = []  # the personal slice
         for dtype in dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal")):
@@ -176,19 +196,33 @@ class FlatModel:
         if not self._in_place:
             self._travels = torch.zeros(self.num_shared + self._behind, dtype=self.dtype, device=self.device)
         self._integers = [tensors[e.name] for e in self.entries if e.kind == "integers"]
+        retie(module, self.tied)
+        self.tensors = {slot.name: slot.tensor for slot in slots(module)}  # as the module holds them, by every name
+        self._views = {n: tie for n, tie in self.tied.items() if self.tensors[n] is not self.tensors[tie.owner]}
+        self._places = Places(module, self.tied)
+        self._counted = [self.tensors[e.name] for e in self.entries if e.kind == "shared" and not e.trainable]
+        self._versions: list[int] = []
         self.first_personal = self.personal()  # what a silo starts from at its first participation
 
     def params(self) -> torch.Tensor:
         """A copy of the shared parameters, [P]."""
+        self._places.settle()
         return torch.cat([part.to(self.dtype) for part in self._shared]) if self._shared else torch.zeros(0)
 
     def load(self, params_P: torch.Tensor) -> None:
         """The model's shared parameters become params_P, [P]."""
+        self._places.settle()
         start = 0
         with torch.no_grad():
             for part in self._shared:
                 part.copy_(params_P[start : start + len(part)])
                 start += len(part)
+        self._versions = [tensor._version for tensor in self._counted]
+
+    @property
+    def touched(self) -> bool:
+        """Has something written into shared buffers since `load`, as it may in training alone?"""
+        return self._places.settle() or self._versions != [tensor._version for tensor in self._counted]
 
     def take_delta(self, params_P: torch.Tensor) -> torch.Tensor:
         """What was trained minus what `load(params_P)` had put there, [P], and behind it what is to be written into
@@ -196,6 +230,7 @@ class FlatModel:
 
         Where the model is of half precision that is params_P rounded, so that a step of nothing is a delta of 0.
         """
+        self._places.settle()
         with torch.no_grad():
             if not self._in_place:
                 start = 0
@@ -224,13 +259,21 @@ class FlatModel:
 
     def pairs(self, vector_P: torch.Tensor) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Each shared parameter that is trained, and its part of a vector, in its shape."""
-        tensors = self.module.state_dict(keep_vars=True)
-        return [(tensors[entry.name], part) for entry, part in self._parts(vector_P) if entry.trainable]
+        return [
+            (cast(torch.nn.Parameter, self.tensors[entry.name]), part)
+            for entry, part in self._parts(vector_P)
+            if entry.trainable
+        ]
 
     def shared(self, vector_P: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the module's shared parameters and buffers would be with this vector, by name: views where dtypes are
         the same. For torch.func.functional_call."""
-        return {entry.name: part.to(entry.dtype) for entry, part in self._parts(vector_P)}
+        return self.with_views({entry.name: part.to(entry.dtype) for entry, part in self._parts(vector_P)})
+
+    def with_views(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same and, for functional_call, what else of the module lies in the memory of those that are named."""
+        views = {n: tie.of(named[tie.owner].detach()) for n, tie in self._views.items() if tie.owner in named}
+        return named | views if views else named
 
     def not_trained(self) -> list[slice]:
         """Where buffers and frozen parameters lie among the shared ones."""
@@ -271,6 +314,7 @@ class FlatModel:
 
     def personal(self) -> dict[str, torch.Tensor]:
         """A copy of what a silo keeps to itself; empty for most models. Halves as float32, which holds them exactly."""
+        self._places.settle()
         kept = {
             f"personal_{i}": part.to(torch.float32 if part.dtype in HALF else part.dtype, copy=True)
             for i, part in enumerate(self._personal)
@@ -291,7 +335,10 @@ class FlatModel:
         return any(f"personal_{i}" in kept for i in range(len(self._personal)))
 
     def load_personal(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `personal` gave; without it, what the model started with."""
+        """Put back what `personal` gave; without it, what the model started with. Buffers that are not saved, and
+        tensors that are plain attributes, become what they were at first: they go from no silo to another."""
+        self._places.settle()
+        self._places.reset()
         with torch.no_grad():
             for i, part in enumerate(self._personal):
                 if len(part):
@@ -303,6 +350,27 @@ class FlatModel:
                 whole, start = kept[name] if name in kept else self.first_personal[name], starts.get(name, 0)
                 tensor.copy_(whole[start : start + tensor.numel()].view(tensor.shape))
                 starts[name] = start + tensor.numel()
+
+    def settle(self) -> None:
+        """Bring back into the vectors what a forward pass has assigned anew. ConfigError for what cannot be."""
+        self._places.settle()
+
+    def twin(self) -> FlatModel:
+        """The same model in memory of its own."""
+        module = copy.deepcopy(self.module)
+        retie(module, self.tied)
+        found = FlatModel(module, self._chosen, self.device)
+        found.first_personal = self.first_personal
+        return found
+
+    def leave(self) -> None:
+        """The module's tensors get memory of their own: the exchange's goes with the run. The model is spent."""
+        for vector in (vector for vector in self._shared if len(vector)):
+            memory, own = vector.untyped_storage().data_ptr(), vector.clone()
+            for tensor in {id(t): t for t in self.tensors.values()}.values():
+                if tensor.untyped_storage().data_ptr() == memory:
+                    offset = tensor.storage_offset() - vector.storage_offset()
+                    tensor.data = own.as_strided(tensor.shape, tensor.stride(), offset)
 
 
 def _integers(dtype: torch.dtype) -> str:

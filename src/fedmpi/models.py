@@ -50,7 +50,32 @@ def make(model: Any, source: Source) -> nn.Module:
     built = model if isinstance(model, nn.Module) or not hasattr(model, "build") else model.build(source)
     if not isinstance(built, nn.Module):
         raise ConfigError(f"model: {type(built).__name__} is no torch module, and has no 'build' that returns one")
+    if _lazy(built):
+        _fill(built, source)
     return built
+
+
+def _lazy(module: nn.Module) -> list[str]:
+    """The names of what torch makes when it sees the first samples (nn.LazyLinear, ...)."""
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
+    return [name for name, tensor in named if nn.parameter.is_lazy(tensor)]
+
+
+def _fill(module: nn.Module, source: Source) -> None:
+    """Let lazy layers see two samples of the data's shape, all 0, so that they are the same on every rank."""
+    x = torch.zeros((2, *source.shape), dtype=torch.int64 if source.task == "next_token" else torch.float32)
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            module(x)
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model: its lazy layers cannot take samples of {list(x.shape[1:])}: {text}") from None
+    for part, training in modes:
+        part.train(training)
+    if still := _lazy(module):
+        raise ConfigError(f"model: '{still[0]}' is lazy, and no sample comes to it in forward")
 
 
 @component

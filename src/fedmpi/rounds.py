@@ -230,6 +230,8 @@ def _probe(state: State, fed: Federation, number: int, candidates: Sequence[str]
         fed.watch.check()
         fed.model.load(state.params_Q[: fed.model.num_shared])
         for name in (silo for silo in candidates if silo in fed.silos):
+            if fed.model.touched:  # by a module that counts in evaluation too
+                fed.model.load(state.params_Q[: fed.model.num_shared])
             silo, num = fed.silos[name], getattr(fed.selector, "samples", None)
             x, y = silo.data.x_train, silo.data.y_train
             if num is not None and num < len(x):
@@ -464,6 +466,8 @@ def _evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any
             fed.model.load(params_P)
             tallies: dict[str, Tally] = {}
             for name, silo in fed.silos.items():
+                if fed.model.touched:  # by a module that counts in evaluation too
+                    fed.model.load(params_P)
                 # Between batches news is passed on, so that a stop is agreed in time; the round still commits.
                 rng.set_all(evaluation_key(fed.seed, number, name))
                 tallies[name] = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)

@@ -10,7 +10,6 @@ Every rank executes the same lines. What can fail on one rank only goes through 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import json
@@ -46,7 +45,7 @@ from fedmpi.directory import (
 from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped, agreed
 from fedmpi.evaluate import load_own
 from fedmpi.exchange.base import Exchange, Kept
-from fedmpi.flat import FlatModel, changed_entries, signature
+from fedmpi.flat import changed_entries, signature
 from fedmpi.health import Health
 from fedmpi.output import say
 from fedmpi.records import Record
@@ -500,17 +499,15 @@ class Run:
             return None
         own = fed.silos[silo]
         # One beside the run's, whose memory belongs to the exchange and goes with the run.
-        model = FlatModel(copy.deepcopy(self.model), self.config.exchange.parameters, self.device)
-        model.first_personal = fed.model.first_personal
+        model = fed.model.twin()
         with rng.borrowed():
             load_own(fed.rule, model, own, self.served_P, fed.tuning(own, self.state.round))
-        _part(model.module)
         return model.module
 
     def _keep_readable(self) -> None:
         """Shared memory goes with the run, or with the next: what is looked at afterwards gets memory of its own."""
         self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
-        _part(self.model)
+        self._federation.model.leave()
 
     def _release(self, error: BaseException | None = None) -> None:
         """All that a run has taken is given back; also where it failed on some rank alone."""
@@ -570,12 +567,6 @@ def _under(first: str, tensors: Mapping[str, torch.Tensor]) -> dict[Key, torch.T
 def _of(first: str, tensors: Mapping[Key, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `_under` was given."""
     return {key[1]: tensor for key, tensor in tensors.items() if key[0] == first}
-
-
-def _part(module: torch.nn.Module) -> None:
-    """Each tensor gets memory of its own."""
-    for tensor in module.state_dict(keep_vars=True).values():
-        tensor.data = tensor.data.clone()
 
 
 def _server_tensors(state: State, exchange: Exchange) -> dict[Key, torch.Tensor]:

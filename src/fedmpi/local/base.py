@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 from fedmpi import rng
 from fedmpi.components import Deferred, Family, PositiveFloat, PositiveInt, component, nearest
 from fedmpi.errors import ConfigError
-from fedmpi.flat import Entry, FlatModel
+from fedmpi.flat import Entry, FlatModel, refuse_frozen
 from fedmpi.local.amounts import AMOUNTS, LOSS, Amount, BySilo, Whole
 from fedmpi.local.optimizers import KEPT, EmaSGD, num_gradients, put_back, state_to_keep
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
@@ -170,6 +171,7 @@ class LocalRule(Protocol):
         personal(silo, params_P)  the parameters [P] that the silo would use for itself, or None before it has any;
                       records then give personal figures beside the global ones. What of the personal model is not
                       shared is kept under `own_` and its name (personal.py).
+        smallest_batch(silo, num_samples, rounds)  samples of the smallest batch that a silo of so many trains on.
         suits(module, entries, ids)  ConfigError where the rule cannot do with the model, what it shares or these silos.
         kept_vectors  how many vectors as long as the parameters a silo keeps, for `fedmpi plan`.
     """
@@ -182,6 +184,20 @@ class LocalRule(Protocol):
         ...
 
 
+LastBatch = Literal["keep", "drop", "merge"]
+
+
+def shortest(num_samples: int, batch_size: int | None, last_batch: LastBatch) -> int:
+    """Samples of the shortest batch of an epoch.
+
+    >>> shortest(65, 32, "keep"), shortest(65, 32, "merge"), shortest(65, None, "keep"), shortest(1, 32, "drop")
+    (1, 32, 65, 1)
+    """
+    size = min(batch_size or num_samples, num_samples)
+    rest = num_samples % size
+    return rest if rest and last_batch == "keep" else size
+
+
 @component
 class Work:
     """The fields that every rule of gradient steps has: how much, with what, how fast."""
@@ -190,6 +206,9 @@ class Work:
     epochs: PositiveInt | None = None  # passes over the silo's samples per round; or give `steps`
     steps: PositiveInt | None = None  # batches per round; they run on across rounds, an epoch's last may be short
     batch_size: PositiveInt | None = 32  # samples per step; null: the whole silo
+    # of an epoch, where it is short: keep it, drop its samples, or merge them into the batch before; a single sample is
+    # too few for batch normalization
+    last_batch: LastBatch = "keep"
     optimizer: Annotated[Deferred, TORCH_OPTIMIZERS] = Deferred(
         "SGD", torch.optim.SGD, {}
     )  # of torch.optim, new every round
@@ -211,9 +230,22 @@ class Work:
         return self.schedule.lr(self.lr, round.number, round.rounds)
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
-        """ConfigError for an amount of a silo that is none."""
+        """ConfigError for a model without parameters to train, and for an amount of a silo that is none."""
+        refuse_frozen(entries)
         if isinstance(self.amount, BySilo) and (others := sorted(self.amount.silos.keys() - set(ids))):
             raise ConfigError(f"local.amount.silos: no silo '{others[0]}'{nearest(others[0], ids)}")
+
+    def most_batches(self, silo: str, rounds: int) -> float:
+        """How many batches a silo takes in so many rounds, at most, as far as `steps` tell."""
+        steps = self.amount.silos.get(silo, self.steps) if isinstance(self.amount, BySilo) else self.steps
+        return math.inf if self.steps is None or steps is None else steps * rounds
+
+    def smallest_batch(self, silo: str, num_samples: int, rounds: int) -> int:
+        """Samples of the smallest batch that a silo meets in so many rounds."""
+        size = min(self.batch_size or num_samples, num_samples)
+        if self.most_batches(silo, rounds) <= num_samples // size:
+            return size  # it never comes to an epoch's end
+        return shortest(num_samples, self.batch_size, self.last_batch)
 
     def batches(
         self, silo: LocalSilo, seed: int, amount: int | None = None
@@ -234,6 +266,11 @@ class Work:
                 given = order_of(self.sampler, seed, silo.id, epoch, n)
                 order = torch.from_numpy(np.asarray(given, dtype=np.int64)).to(x.device)
             rows = order[start : start + size]
+            if self.last_batch != "keep" and 0 < (rest := n - start - len(rows)) < size:
+                if self.last_batch == "merge":
+                    rows = order[start:n]
+                else:
+                    silo.cursor += rest
             silo.cursor += len(rows)
             steps_left -= steps_left > 0
             yield x[rows], y[rows]
@@ -258,11 +295,12 @@ def whole_gradient(
     round: Round,
     batch_size: int | None,
     precision: str = "float32",
+    merge: bool = False,
 ) -> float:
     """The gradient at params_P over all of the silo's samples, into `.grad` of the parameters; the loss comes back.
 
-    So many samples at a time (null: at once), which matters for memory alone, unless the model has batch statistics.
-    Neither cursor nor kept state move.
+    So many samples at a time (null: at once), which matters for memory alone, unless the model has batch statistics;
+    `merge` adds those of a short last batch to the one before. Neither cursor nor kept state move.
     """
     trained = enter(silo, model, params_P, round)
     x_all, y_all, device = silo.data.x_train, silo.data.y_train, model.device
@@ -270,9 +308,13 @@ def whole_gradient(
     num_targets = max(int(round.count(y_all)), 1)
     for param in trained:
         param.grad = None
-    for start in range(0, len(x_all), size := batch_size or len(x_all)):
+    size = min(batch_size or len(x_all), len(x_all))
+    starts = list(range(0, len(x_all), size))
+    if merge and len(x_all) % size:
+        starts.pop()
+    for start, stop in itertools.pairwise([*starts, len(x_all)]):
         round.check()
-        x, y = x_all[start : start + size].to(device), y_all[start : start + size].to(device)
+        x, y = x_all[start:stop].to(device), y_all[start:stop].to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
             loss = round.loss(model.module(x), y) * (round.count(y) / num_targets)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import pydantic
@@ -90,7 +91,7 @@ class Scaffold(Work):
         by_P = c_P.clone() if before_P is None else c_P - before_P
         after_P = None
         if self.option == "I":
-            whole_gradient(silo, model, params_P, round, self.batch_size, self.precision)
+            whole_gradient(silo, model, params_P, round, self.batch_size, self.precision, self.last_batch != "keep")
             after_P = gradient_vector(model, params_P)
         contribution = descend(self, silo, model, params_P, round, corrected(model, by_P))
         if after_P is None:
@@ -101,6 +102,9 @@ class Scaffold(Work):
             change_P.sub_(before_P)
         silo.kept["control"] = after_P
         return contribution
+
+    def most_batches(self, silo: str, rounds: int) -> float:
+        return math.inf if self.option == "I" else super().most_batches(silo, rounds)
 
     def _benchmark(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         c_P, end_P = recall(silo, "control", params_P), recall(silo, "end", params_P)
@@ -193,8 +197,11 @@ class MimeLite(Work):
             raise ValueError("optimizer: in mime_lite momentum is the server's, the silos' steps are SGD's without")
         return self
 
+    def most_batches(self, silo: str, rounds: int) -> float:
+        return math.inf  # every round sees all samples
+
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        whole_gradient(silo, model, params_P, round, self.batch_size, self.precision)
+        whole_gradient(silo, model, params_P, round, self.batch_size, self.precision, self.last_batch != "keep")
         gradient_P = gradient_vector(model, params_P)
         correct = corrected(model, round.auxiliary["momentum"] * self.beta, scale=1 - self.beta)
         contribution = descend(self, silo, model, params_P, round, correct)

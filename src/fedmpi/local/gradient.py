@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 
 from fedmpi.components import NonNegativeFloat, PositiveFloat, PositiveInt, component
-from fedmpi.flat import FlatModel
-from fedmpi.local.base import LocalSilo, Round, Work, descend, pulled, whole_gradient
+from fedmpi.flat import Entry, FlatModel, refuse_frozen
+from fedmpi.local.base import LocalSilo, Round, Work, descend, pulled, shortest, whole_gradient
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.types import Contribution
@@ -45,9 +46,19 @@ class FedSgd:
     clip: PositiveFloat | None = None  # largest norm of the gradient; null: as it is
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast on CUDA
     batch_size: PositiveInt | None = None  # samples at a time, which add up to the one gradient; null: all at once
+    last_batch: Literal["keep", "merge"] = "keep"  # a short one: keep it, or merge it into the one before it
+
+    def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
+        """ConfigError for a model without parameters to train."""
+        refuse_frozen(entries)
+
+    def smallest_batch(self, silo: str, num_samples: int, rounds: int) -> int:
+        """Samples of the smallest batch."""
+        return shortest(num_samples, self.batch_size, self.last_batch)
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        loss = whole_gradient(silo, model, params_P, round, self.batch_size, self.precision)
+        merge = self.last_batch == "merge"
+        loss = whole_gradient(silo, model, params_P, round, self.batch_size, self.precision, merge)
         trained = [p for p in model.module.parameters() if p.grad is not None]
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(trained, self.clip)

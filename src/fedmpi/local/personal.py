@@ -11,6 +11,7 @@ statistics, optimizers) under `own_` and its name.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -63,6 +64,9 @@ class Ditto(Work):
         silo.kept |= filed(own.kept)
         return contribution
 
+    def most_batches(self, silo: str, rounds: int) -> float:
+        return max(super().most_batches(silo, rounds), (self.personal_steps or 0) * rounds)
+
     def _personal_work(self) -> Work:
         lr = self.personal_lr or self.lr
         if self.personal_steps is None:
@@ -100,7 +104,7 @@ class Apfl(Work):
         kept = {name: own.kept.get(name, first).to(device, copy=True) for name, first in fresh.items()}
         alpha = kept["alpha"].requires_grad_(self.adapt)
         tensors = model.named(kept["params"], kept)
-        in_module = module.state_dict(keep_vars=True)
+        in_module = model.tensors
         leaves = {e.name: tensors[e.name].requires_grad_() for e in model.entries if e.trainable and e.name in tensors}
         mixed = {e.name for e in model.entries if e.kind == "shared" and e.trainable}
         statistics = tensors.keys() - leaves.keys()
@@ -113,7 +117,7 @@ class Apfl(Work):
             found = dict(tensors)
             for name in mixed:
                 found[name] = alpha * leaves[name] + (1 - alpha) * in_module[name].detach()
-            return {name: tensor.to(dtypes[name]) for name, tensor in found.items()}
+            return model.with_views({name: tensor.to(dtypes[name]) for name, tensor in found.items()})
 
         def personal_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             found = mixture()
@@ -174,6 +178,9 @@ class FedRep(Work):
         if "shared" not in kinds:
             raise ConfigError("local: fedrep trains a body that is shared, but nothing that is shared is trained")
 
+    def most_batches(self, silo: str, rounds: int) -> float:
+        return math.inf if self.head_steps is None else super().most_batches(silo, rounds) + self.head_steps * rounds
+
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         at_head = beside(silo, "head_")
         at_head.kept |= {name: silo.kept[name] for name in model.first_personal if name in silo.kept}
@@ -198,8 +205,7 @@ class FedRep(Work):
 @contextlib.contextmanager
 def _only(model: FlatModel, kind: str) -> Iterator[None]:
     """Only what is of this kind is trained."""
-    tensors = model.module.state_dict(keep_vars=True)
-    still = [tensors[e.name] for e in model.entries if e.trainable and e.kind != kind]
+    still = [model.tensors[e.name] for e in model.entries if e.trainable and e.kind != kind]
     for tensor in still:
         tensor.requires_grad_(False)
     try:

@@ -1,0 +1,369 @@
+"""What a torch module holds, which of it is one memory, and whether it still lies where it was put.
+
+    slots(module)   every parameter and buffer, under each of its names
+    ties(module)    the names that share memory with another: by storage, whatever the objects
+    Places          remembers where tensors lie; `settle` brings back what a forward pass has assigned anew
+
+A module is free to do `self.mean = ...` or `weight.data = ...`, to make a layer in its first forward pass, to call
+`flatten_parameters`: what is trained from then on is not what was put together, and nothing says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedmpi.errors import ConfigError
+
+Tensor = torch.Tensor
+_EXTRA = torch.nn.Module.get_extra_state
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a module holds a tensor."""
+
+    name: str
+    module: torch.nn.Module
+    held: MutableMapping[str, Any]  # the module's own dict of parameters or of buffers
+    key: str
+
+    @property
+    def tensor(self) -> Tensor:
+        found: Tensor = self.held[self.key]
+        return found
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A tensor within the memory of another, its owner, as it lies in the owner's elements one after the other."""
+
+    owner: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+    same: bool  # all of the owner, in the owner's shape
+
+    def of(self, owner: Tensor) -> Tensor:
+        """This part of the owner, or of a tensor like it."""
+        if self.same:
+            return owner
+        owner = owner.contiguous()
+        return owner.as_strided(self.shape, self.strides, owner.storage_offset() + self.start)
+
+
+def slots(module: torch.nn.Module) -> list[Slot]:
+    """Every parameter and buffer in the order of the state_dict; one that is held twice comes twice."""
+    return [
+        Slot(f"{prefix}.{key}" if prefix else key, part, held, key)
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for held in (part._parameters, part._buffers)
+        for key in list(held)
+        if held[key] is not None
+    ]
+
+
+def saved(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors of the state_dict that the module holds itself, by name; not what `get_extra_state` gives."""
+    held = {id(slot.tensor) for slot in slots(module)}
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if id(tensor) in held}
+
+
+def ties(module: torch.nn.Module) -> dict[str, Tie]:
+    """The names of tensors that lie in the memory of another. ConfigError where memory is shared in part, or where two
+    views of it are trained."""
+    found: dict[str, Tie] = {}
+    names = set(module.state_dict(keep_vars=True))
+    first: dict[int, Slot] = {}
+    twice: list[tuple[Slot, Slot]] = []
+    spans: dict[tuple[Any, ...], list[tuple[int, int, Slot]]] = {}
+    for slot in slots(module):
+        tensor = slot.tensor
+        if (before := first.setdefault(id(tensor), slot)) is not slot:
+            twice.append((slot, before))
+        elif tensor.layout is torch.strided and tensor.numel():
+            if tensor.requires_grad and _repeats(tensor):
+                raise ConfigError(f"model: '{slot.name}' repeats its memory (expand) and is trained; .clone() it")
+            base = tensor.untyped_storage()._cdata if tensor.is_meta else 0
+            start = int(tensor.storage_offset()) * tensor.itemsize if tensor.is_meta else tensor.data_ptr()
+            spans.setdefault((tensor.device, base), []).append((start, start + _extent(tensor) * tensor.itemsize, slot))
+    for some in spans.values():
+        some.sort(key=lambda span: span[:2])
+        group: list[tuple[int, Slot]] = []
+        end = 0
+        for start, stop, slot in some:
+            if start >= end:
+                _tie(group, names, found)
+                group = []
+            group.append((start, slot))
+            end = max(end, stop)
+        _tie(group, names, found)
+    return found | {slot.name: found.get(before.name, _whole(before)) for slot, before in twice}
+
+
+def _whole(owner: Slot) -> Tie:
+    return Tie(owner.name, tuple(owner.tensor.shape), (), 0, same=True)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to behind the last in memory."""
+    return 1 + sum((int(size) - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _repeats(tensor: Tensor) -> bool:
+    return tensor.numel() > _extent(tensor)
+
+
+def _tie(group: list[tuple[int, Slot]], names: set[str], found: dict[str, Tie]) -> None:
+    """Ties of those whose memory is another's, of some that overlap. What covers most owns it; of equals what is saved,
+    what is trained, the first."""
+
+    def rank(entry: tuple[int, Slot]) -> tuple[bool, int, bool, bool]:
+        name, tensor = entry[1].name, entry[1].tensor
+        return _repeats(tensor), -tensor.numel(), name not in names, not tensor.requires_grad
+
+    while len(group) > 1:
+        group.sort(key=rank)
+        (base, owner), *others = group
+        where: Tensor | None = None
+        group = []
+        for start, slot in others:
+            mine, its = slot.tensor, owner.tensor
+            if start == base and (mine.shape, mine.stride(), mine.dtype) == (its.shape, its.stride(), its.dtype):
+                found[slot.name] = _whole(owner)
+                continue
+            shares = f"model: '{owner.name}' and '{slot.name}' share some of their memory; give each its own (.clone())"
+            if _repeats(its):
+                raise ConfigError(shares)
+            if where is None:  # which element of the owner lies where, behind its first
+                where = torch.full((_extent(its),), -1, dtype=torch.int64, device="cpu")
+                where.as_strided(its.shape, its.stride()).copy_(torch.arange(its.numel(), device="cpu").view(its.shape))
+            tie = _within(mine, start - base, owner, where)
+            if tie is None:
+                group.append((start, slot))
+            elif tie.start < 0 or (slot.name in names and owner.name not in names):
+                raise ConfigError(shares)
+            elif mine.requires_grad:
+                raise ConfigError(
+                    f"model: '{slot.name}' is a view of '{owner.name}', and it is trained; keep one parameter and make "
+                    "the view in forward"
+                )
+            else:
+                found[slot.name] = tie
+
+
+def _within(tensor: Tensor, num_bytes: int, owner: Slot, where: Tensor) -> Tie | None:
+    """How a tensor lies in its owner; None: they have no element in common; a tie that starts below 0: only some."""
+    partly = Tie(owner.name, (), (), -1, same=False)
+    if tensor.dtype != owner.tensor.dtype or num_bytes % tensor.itemsize:
+        return partly
+    start, extent = num_bytes // tensor.itemsize, _extent(tensor)
+    low, high = min(0, start), max(len(where), start + extent)
+    around = torch.full((high - low,), -1, dtype=torch.int64, device="cpu")
+    around[-low : len(where) - low] = where
+    index = around.as_strided(tensor.shape, tensor.stride(), start - low)
+    if bool((index < 0).all()):
+        return None
+    first = int(index.reshape(-1)[0])
+    strides = tuple(
+        int(index.select(d, 1).reshape(-1)[0]) - first if size > 1 else 0 for d, size in enumerate(tensor.shape)
+    )
+    by_strides = torch.full_like(index.contiguous(), first)
+    for d, (size, stride) in enumerate(zip(tensor.shape, strides, strict=True)):
+        along = torch.arange(size, device="cpu") * stride
+        by_strides += along.view([-1 if d == other else 1 for other in range(tensor.dim())])
+    if min(first, *strides, 0) < 0 or not torch.equal(by_strides, index):
+        return partly
+    return Tie(owner.name, tuple(tensor.shape), strides, first, same=False)
+
+
+def retie(module: torch.nn.Module, found: Mapping[str, Tie]) -> None:
+    """Make tied tensors lie where their owners lie by now. Of parameters that are trained as one, one object is left,
+    so that torch adds up their gradients and steps once."""
+    by_name = {slot.name: slot for slot in slots(module)}
+    for name, tie in found.items():
+        slot, owner = by_name[name], by_name[tie.owner].tensor
+        if slot.tensor is owner:
+            continue
+        slot.tensor.data = tie.of(owner.detach())  # the old object too, whoever holds on to it
+        if tie.same and slot.tensor.requires_grad == owner.requires_grad and type(slot.tensor) is type(owner):
+            setattr(slot.module, slot.key, owner)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a saved tensor belongs."""
+
+    slot: Slot
+    tensor: Tensor
+    address: int
+    home: Tensor  # the same memory, whatever becomes of the tensor
+
+
+@dataclass
+class _Fleeting:
+    """A tensor that is not saved: a buffer, or an attribute and no more."""
+
+    name: str
+    held: MutableMapping[str, Any]
+    key: str
+    tensor: Tensor
+    version: int
+    first: Tensor  # a copy
+
+
+class Places:
+    """Where a module's tensors lie now, which is where `settle` brings them back to.
+
+    Buffers that are not saved, and tensors that are attributes and no more, belong to no silo and to no checkpoint:
+    `reset` makes them what they were.
+    """
+
+    def __init__(self, module: torch.nn.Module, tied: Mapping[str, Tie]) -> None:
+        self.module = module
+        self._tied = set(tied) | {tie.owner for tie in tied.values()}
+        self._names = set(module.state_dict(keep_vars=True))
+        self._places = [
+            _Place(slot, slot.tensor, slot.tensor.data_ptr(), slot.tensor.detach())
+            for slot in slots(module)
+            if slot.name in self._names
+        ]
+        # The same, as fast to go through as Python can: it is done several times for every silo of a round.
+        self._glance = [(p.slot.held, p.slot.key, p.tensor, p.address, p) for p in self._places]
+        self._look_around()
+        named = list(module.named_modules())
+        extra = [(name, part) for name, part in named if type(part).get_extra_state is not _EXTRA]
+        self._extra = [(name, part, copy.deepcopy(part.get_extra_state())) for name, part in extra]
+        here = {id(place.tensor) for place in self._places}
+        self._fleeting = []
+        for prefix, part in named:
+            for held in (part._buffers, vars(part)):
+                for key, value in list(held.items()):
+                    computed = f"{key}_orig" in part._parameters  # by torch.nn.utils, before every forward pass
+                    if isinstance(value, Tensor) and id(value) not in here and not (value.requires_grad or computed):
+                        name = f"{prefix}.{key}" if prefix else key
+                        first = value.detach().clone()
+                        self._fleeting.append(_Fleeting(name, held, key, value, value._version, first))
+
+    def _look_around(self) -> None:
+        """What there is besides: how many tensors and which parts every part has, and what is None."""
+        parts = list(self.module.modules())
+        self._parts = [(p, len(p._parameters), len(p._buffers), list(p._modules.values())) for p in parts]
+        held_by = [held for part in parts for held in (part._parameters, part._buffers)]
+        self._nothing = [(held, key) for held in held_by for key, value in held.items() if value is None]
+
+    def settle(self) -> bool:
+        """Bring back what was assigned anew, values and all; was there any? ConfigError for what cannot be: what was
+        made or replaced since, another shape or dtype, memory that is shared."""
+        moved = False
+        for held, key, tensor, address, place in self._glance:
+            now = held[key] if key in held else None  # noqa: SIM401 (a scripted module's dict has no `get`)
+            if now is not tensor or now.data_ptr() != address:
+                self._bring_back(place, now)
+                moved = True
+        for part, num_params, num_buffers, parts in self._parts:
+            if (
+                len(part._parameters) != num_params
+                or len(part._buffers) != num_buffers
+                or list(part._modules.values()) != parts
+            ):
+                self._compare()
+                break
+        for held, key in self._nothing:
+            if held[key] is not None:
+                self._compare()
+                break
+        for name, part, before in self._extra:
+            if not _alike(part.get_extra_state(), before):
+                raise ConfigError(
+                    f"model: the extra state of '{name or type(part).__name__}' changes, and is neither sent nor kept "
+                    "with a silo; keep what changes in a buffer"
+                )
+        return moved
+
+    def _bring_back(self, place: _Place, now: Any) -> None:
+        name, tensor, home = place.slot.name, place.tensor, place.home
+        if not isinstance(now, Tensor):
+            raise ConfigError(f"model: '{name}' is gone after a forward pass")
+        if now is not tensor and isinstance(tensor, torch.nn.Parameter):
+            raise ConfigError(
+                f"model: the parameter '{name}' is replaced by another in a forward pass; write into it in place "
+                "(torch.no_grad, copy_)"
+            )
+        if (now.shape, now.dtype) != (home.shape, home.dtype):
+            was, becomes = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (home, now))
+            raise ConfigError(f"model: '{name}' was {was} and becomes {becomes} in a forward pass; keep it as it was")
+        if name in self._tied:
+            raise ConfigError(
+                f"model: '{name}' shares its memory with another tensor and is assigned anew in a forward pass; write "
+                "into it in place (copy_)"
+            )
+        with torch.no_grad():
+            home.copy_(now.detach().clone())
+            if tensor.data_ptr() != place.address:
+                tensor.data = home
+        if now is not tensor:
+            place.slot.held[place.slot.key] = tensor
+
+    def _compare(self) -> None:
+        """ConfigError for saved tensors and parts that came or went; buffers that are not saved may come and go."""
+        names = set(self.module.state_dict(keep_vars=True))
+        if new := sorted(names - self._names):
+            more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+            raise ConfigError(
+                f"model: '{new[0]}'{more} is made in a forward pass, when what is trained and shared is settled; make "
+                "it in __init__, or let torch find its width (torch.nn.LazyLinear)"
+            )
+        if gone := sorted(self._names - names):
+            raise ConfigError(f"model: '{gone[0]}' is gone after a forward pass")
+        known = {id(place.tensor) for place in self._places}
+        for slot in slots(self.module):
+            if slot.name in names and id(slot.tensor) not in known:
+                raise ConfigError(f"model: '{slot.name}' is made anew in a forward pass; make it in __init__")
+        self._look_around()
+
+    def reset(self) -> list[str]:
+        """Make what is not saved what it was at first; the names of that which had other values come back."""
+        changed = []
+        for one in self._fleeting:
+            now = _held(one.held, one.key)
+            if now is one.tensor and now._version == one.version:
+                continue
+            grown = isinstance(now, Tensor) and now.shape != one.first.shape  # a table that is made as long as it takes
+            if not grown and not _alike(now, one.first):
+                changed.append(one.name)
+            if one.tensor._version != one.version:
+                with torch.no_grad():
+                    one.tensor.copy_(one.first)
+                one.version = one.tensor._version
+            one.held[one.key] = one.tensor
+        return changed
+
+
+def _held(held: Mapping[str, Any], key: str) -> Any:
+    """What lies under the key; a scripted module's dict has no `get`."""
+    try:
+        return held[key]
+    except KeyError:
+        return None
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Are two values the same, tensors and arrays within them too?"""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if type(a) is not type(b):
+        return False
+    try:
+        return bool(a == b)
+    except (ValueError, RuntimeError, TypeError):  # arrays, and what cannot be compared
+        return repr(a) == repr(b)

@@ -1,0 +1,118 @@
+"""A few samples through a copy of the model before anything is trained: what would go wrong rounds later, or not be
+noticed at all, is refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedmpi.errors import ConfigError
+from fedmpi.module import Places, Tie, saved, ties
+from fedmpi.objectives import Resolved
+from fedmpi.types import SiloData
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The module that is tried."""
+
+    module: torch.nn.Module
+    device: torch.device
+    tied: Mapping[str, Tie]
+    is_copy: bool
+
+
+@contextlib.contextmanager
+def subject(module: torch.nn.Module, device: torch.device) -> Iterator[Subject]:
+    """A copy of the module on the device; where it can have none, itself, whose tensors are put back afterwards."""
+    tied = ties(module)
+    try:
+        one = Subject(copy.deepcopy(module).to(device), device, tied, is_copy=True)
+    except Exception:  # modules may hold what cannot be copied, such as weights that are computed
+        one = Subject(module, torch.device("cpu"), tied, is_copy=False)
+    first = {} if one.is_copy else {name: tensor.detach().clone() for name, tensor in saved(module).items()}
+    try:
+        yield one
+    finally:
+        with torch.no_grad():
+            for name, tensor in (saved(module) if first else {}).items():
+                if name in first:
+                    tensor.copy_(first[name])
+
+
+def tried(one: Subject, objective: Resolved, silos: Mapping[str, SiloData]) -> list[str]:
+    """Two samples through model and loss, as in evaluation and as in training; the names of what the model changes and
+    does not save come back.
+
+    ConfigError where model and data disagree, and for tensors that leave their place in a way that cannot be mended.
+    """
+    if not silos:
+        return []
+    data = next(iter(silos.values()))
+    places = Places(one.module, one.tied)
+    x, y = data.x_train[:2].to(one.device), data.y_train[:2].to(one.device)
+    one.module.eval()
+    try:
+        with torch.no_grad():
+            loss = objective.loss(one.module(x), y)
+    except ConfigError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"model and data disagree: {text[:300]}") from None
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ConfigError(f"objective.loss: '{objective.loss_name}' does not return one number")
+    places.settle()
+    one.module.train()
+    if one.is_copy:
+        _forward(one.module, x)  # what goes wrong here does so in training, or for want of samples
+        places.settle()
+    return places.reset()
+
+
+def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: Mapping[str, SiloData]) -> None:
+    """ConfigError where a silo comes to a batch of one sample that the model cannot be trained on, as batch
+    normalization cannot."""
+    smallest = getattr(rule, "smallest_batch", None)
+    if smallest is None or not one.is_copy:
+        return
+    found = [name for name, data in silos.items() if smallest(name, len(data.x_train), rounds) == 1]
+    if not found:
+        return
+    name, x = found[0], silos[found[0]].x_train
+    two = (x if len(x) > 1 else x.expand(2, *x.shape[1:]))[:2]
+    lone, pair = copy.deepcopy(one.module), copy.deepcopy(one.module)  # what one leaves behind, the other must not meet
+    why = _forward(lone, x[:1].to(one.device))
+    if not why or _forward(pair, two.to(one.device)):
+        return
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    who, size = f"silo '{name}'{more}", getattr(rule, "batch_size", None)
+    cannot = f"and the model cannot be trained on one sample ({why})"
+    if len(x) == 1:
+        raise ConfigError(f"{who} has one training sample, {cannot}; leave it out, or normalize by groups or layers")
+    if size == 1:
+        raise ConfigError(f"{who}: {key}.batch_size is 1, {cannot}; take 2 or more")
+    ways = "drop or merge" if hasattr(rule, "steps") else "merge"
+    raise ConfigError(
+        f"{who}: {len(x)} samples in batches of {size} leave one of a single sample, {cannot}; set {key}.last_batch to "
+        f"{ways}, or another {key}.batch_size"
+    )
+
+
+def _forward(module: torch.nn.Module, x: torch.Tensor) -> str:
+    """What goes wrong with these samples in training; empty: nothing."""
+    try:
+        outputs = module(x)
+    except Exception as error:
+        return " ".join(str(error).split())[:120]
+    values = [outputs] if isinstance(outputs, torch.Tensor) else []
+    for tensor in itertools.chain(values, module.buffers()):
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            return "not a number comes out"
+    return ""
