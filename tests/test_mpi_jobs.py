@@ -105,3 +105,23 @@ def test_two_commits_are_compared_in_turns(checkout: Path) -> None:
     assert said.splitlines()[0].split()[1:3] == [found["a"], found["b"]] and found["a"] != found["b"]
     left = subprocess.run(["git", "worktree", "list"], cwd=checkout, capture_output=True, text=True, timeout=60).stdout
     assert len(left.splitlines()) == 1
+
+
+def test_starts_without_what_a_program_counts_on_come_to_an_end(checkout: Path) -> None:
+    """A tiny /dev/shm, little memory, a closed stdout, no HOME, a full disk: one start each."""
+    path = os.pathsep.join([str(checkout / ".venv/bin"), os.environ["PATH"]])
+    source = os.pathsep.join(filter(None, [str(checkout / "src"), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [PYTHON, "jobs/drill_starts.py", "--quick"],
+        cwd=checkout,
+        env={**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": source},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row[0]: row[1:] for row in map(str.split, done.stdout.splitlines()[1:])}
+    assert list(rows) == ["shm", "memory", "stdout", "home", "disk"]
+    for condition in ("stdout", "home"):
+        assert rows[condition] == ["1", "0", "0", "0", "0"], done.stdout
