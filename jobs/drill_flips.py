@@ -190,10 +190,13 @@ def seen(out: Path, good: Whole) -> str:
     told = looked_at(out)
     if told == good.told[BEFORE]:
         return ""
-    best, there = told.pop("best"), {k: v for k, v in good.told.get(told["rounds"], {}).items() if k != "best"}
-    told["on_disk"] = there.get("on_disk")  # what is harmed is not listed
-    whole = best is None or best.items() <= good.records[best["round"]].items()
-    return "earlier" if told == there and whole else "inspect or eval say something else"
+    there, best, evaluated = good.told.get(told["rounds"], {}), told["best"] or {}, told["evaluated"]
+    # inspect reads the server's file, eval those of silos too, so it may be of an earlier round; of what is harmed
+    # nothing is listed.
+    same = all(told[name] == there.get(name) for name in ("params_sha256", "metrics", "versions"))
+    same &= not best or best.items() <= good.records[best["round"]].items()
+    same &= evaluated == good.told.get(evaluated["round"], {}).get("evaluated")
+    return "earlier" if same else "inspect or eval say something else"
 
 
 def resumed(kind: str, out: Path, good: Whole) -> str:
@@ -241,10 +244,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="30 trials")
+    parser.add_argument("--quick", action="store_true", help="24 trials")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="fedmpi-drill-") as folder:
-        table, bad = drill(30 if given.quick else given.trials, given.seed, Path(folder))
+        table, bad = drill(24 if given.quick else given.trials, given.seed, Path(folder))
     print(f"{'file':<28}{'harm':<6}" + "".join(f"{name:>11}" for name in OUTCOMES))
     for (name, how), counts in sorted(table.items()):
         print(f"{name:<28}{how:<6}" + "".join(f"{counts[outcome] or '-':>11}" for outcome in OUTCOMES))

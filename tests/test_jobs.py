@@ -484,6 +484,16 @@ def test_what_overlap_hides_is_told_for_both_kinds_of_training(job, capsys):
     assert all(row["rounds"] == 2 and row["exchange_s"] > 0 < row["thread_s"] for row in rows)
 
 
+def test_damage_on_disk_is_noticed_wherever_it_is(job, capsys):
+    threads = torch.get_num_threads()
+    job("drill_flips", connects=False).main(["--quick"])  # what is silent, or a traceback, ends it with exit code 1
+    torch.set_num_threads(threads)
+    names, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert names[2:] == ["same", "skipped", "refused", "SILENT", "TRACEBACK"]
+    same, skipped, refused, *bad = (int(text) for text in rows[-1][1:])
+    assert same + skipped + refused == 24 and same and skipped and refused and bad == [0, 0]
+
+
 def test_the_exchange_inside_training_is_told_beside_a_copy(job, capsys, monkeypatch):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(name, "131072")  # or it would start itself anew

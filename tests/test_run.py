@@ -436,6 +436,25 @@ def test_a_harmed_checkpoint_is_never_the_best(tmp_path, name):
         assert other in range(5)  # the others are whole
 
 
+def test_a_silos_own_layers_are_looked_at_before_they_are_evaluated_or_exported(tmp_path, caplog):
+    run(config(tmp_path, 4, **NORMED, **PERSONAL))
+    before = results.evaluate(tmp_path, 2)
+    results.export(tmp_path, tmp_path / "before.safetensors", 2, silo="s1")
+    path = checkpoint.folder_of(tmp_path, 4) / "rank-0000.h5"
+    whole, row = path.read_bytes(), checkpoint.read_silos(tmp_path, 4, ["s1"])["s1"]["kept", "personal_0"]
+    at = whole.index(row.numpy().tobytes())
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+    assert results.evaluate(tmp_path) == before
+    assert results.export(tmp_path, tmp_path / "after.safetensors", silo="s1") == 2
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert caplog.text.count("skipped checkpoint of round 4") == 2
+    with pytest.raises(ConfigError, match="is corrupt"):
+        results.export(tmp_path, tmp_path / "after.safetensors", 4, silo="s1")
+    with pytest.raises(ConfigError, match="--silo: no silo 's9'"):
+        results.export(tmp_path, tmp_path / "after.safetensors", silo="s9")
+
+
 @pytest.mark.parametrize("name", ["model.pt", "sub/model.safetensors"])
 def test_an_exported_model_is_a_state_dict_and_a_start_for_another_run(tmp_path, name):
     _, done = run(config(tmp_path / "a", 2, **NORMED))

@@ -77,11 +77,13 @@ def _best(root: Path, silos: Collection[str] | None = None) -> int | None:
     return None
 
 
-def newest(root: Path) -> int:
-    """The newest round whose checkpoint is whole. Raises ConfigError when there is none."""
-    round = checkpoint.newest(root, silos=())
+def newest(root: Path, silos: Collection[str] | None = ()) -> int:
+    """The newest round whose checkpoint is whole: the server's file, and those with these silos; None: all. Raises
+    ConfigError when there is none."""
+    round = checkpoint.newest(root, silos=silos)
     if round < 0:
-        raise ConfigError(f"{root} holds no whole checkpoint")
+        of_silos = f" with silo {', '.join(silos)}; look where that silo's files are" if silos else ""
+        raise ConfigError(f"{root} holds no whole checkpoint{of_silos}")
     return round
 
 
@@ -89,7 +91,7 @@ def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None)
     """The round of a checkpoint that is there: by number, the best by the run's metric, or the newest. Looked at are
     the server's file and those with these silos; None: all."""
     if which == "newest":
-        return newest(root)
+        return newest(root, silos)
     if which == "best":
         if (best := _best(root, silos)) is None:
             raise ConfigError(f"{root}: no whole checkpoint was evaluated, so none is best")
@@ -169,7 +171,9 @@ def export(
         raise ConfigError("give either --silo or --shared")
     with confined(root, allow):
         run = _Stored.open(root, Solo())
-        round = choose(root, which)
+        if silo is not None and silo not in (ids := [known.id for known in run.source.silos]):
+            raise ConfigError(f"--silo: no silo '{silo}'{nearest(silo, ids)}")
+        round = choose(root, which, () if silo is None else [silo])
         params_P = run.served_P(round, Solo())
         model, about = run.model, {"round": str(round)}
         if silo is not None:
@@ -285,9 +289,6 @@ class _Stored:
 
     def load_silo(self, silo: str, params_P: torch.Tensor, round: int) -> bool:
         """The model becomes what the silo would use. Is it its own?"""
-        ids = [known.id for known in self.source.silos]
-        if silo not in ids:
-            raise ConfigError(f"--silo: no silo '{silo}'{nearest(silo, ids)}")
         try:
             kept = self.kept(round, [silo])[silo]
         except CheckpointError as error:
