@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import atexit
 import copy
+import faulthandler
 import functools
 import hashlib
+import math
 import os
 import pwd
 import socket
@@ -33,14 +35,16 @@ import torch
 from fedmpi import stopping
 from fedmpi.errors import ConfigError, ExchangeError, FedmpiError, agreed
 from fedmpi.output import flush, say
+from fedmpi.vigil import Vigil
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 BLOCK_BYTES = 4 << 20
-_NOTICE, _LAST = 71, 72  # tags on the control communicator
+_NOTICE, _LAST, _PULSE = 71, 72, 73  # tags on the control communicator
 _SHM = Path("/dev/shm")  # where MPI libraries make what ranks share
 _SPARE_BYTES = 1 << 20  # of shared memory, for what MPI libraries put around it
 _AHEAD = 4  # blocks under way where waiting is sleeping
@@ -56,6 +60,22 @@ def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
     step = max(1, BLOCK_BYTES // element_bytes)
     for start in range(0, num_elements, step):
         yield slice(start, min(start + step, num_elements))
+
+
+def _bounded(call: F) -> F:
+    """Whoever is inside it for too long gives up (vigil.py)."""
+
+    @functools.wraps(call)
+    def bounded(self: Comm, *args: Any, **kwargs: Any) -> Any:
+        self.depth += 1
+        try:
+            self.beat()
+            return call(self, *args, **kwargs)
+        finally:
+            self.depth -= 1
+            self.calls += 1
+
+    return bounded  # type: ignore[return-value]
 
 
 class Pending(Protocol):
@@ -199,6 +219,15 @@ class Solo:
         """What rank `speaker` says, on every rank."""
         return text
 
+    def set_up(self, timeout_s: float) -> None:
+        """A run is being put together, whose ranks wait for each other as long as that beyond its longest round."""
+
+    def took(self, seconds: float) -> None:
+        """A round took so long; 0 when the first one begins."""
+
+    def beat(self, trains: bool = False) -> None:
+        """Let the others know that this rank is there, if it is time to, and whether it does something of its own."""
+
     def notify(self, status: int) -> None:
         """Let every other rank's `notices` answer at least `status` soon."""
 
@@ -275,6 +304,10 @@ class Comm(Solo):
 
     def __init__(self, mpi: Any, world: Any = None) -> None:
         super().__init__()
+        self.depth = self.calls = 0  # for the vigil: calls that this rank is inside of, and those that it has left
+        self._vigil: Vigil | None = None
+        self._beat_s = math.inf  # when to send the next word
+        self._above: Comm | None = None  # the communicator that this one was split off
         self._mpi = mpi
         self._world: MPI.Comm = mpi.COMM_WORLD.Dup() if world is None else world
         self._control: MPI.Comm = self._world.Dup()
@@ -295,15 +328,20 @@ class Comm(Solo):
         self._windows: list[MPI.Win] = []
         self._sent: list[tuple[Any, np.ndarray]] = []  # requests keep their buffers
 
+    @_bounded
     def split(self, color: int, last: bool = False) -> Solo | None:
         world = self._world.Split(color if color >= 0 else self._mpi.UNDEFINED, self.rank + self.size * last)
         if color < 0:
             return None
         group = Comm(self._mpi, world)
         group.crowded = group.crowded or self.crowded
+        group._above = self
+        if self._vigil is not None:
+            self._vigil.lanes.append(group)
         self._groups.append(group)
         return group
 
+    @_bounded
     def twin(self) -> Comm:
         self.together(self._check_threads)
         twin = copy.copy(self)
@@ -311,6 +349,9 @@ class Comm(Solo):
         twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
         twin.bytes_up = twin.bytes_down = twin.bytes_control = 0
         twin.patient = True
+        twin.depth, twin._beat_s, twin._above = 0, math.inf, None  # another thread speaks for this rank
+        if self._vigil is not None:
+            self._vigil.lanes.append(twin)
         self._twins.append(twin)
         return twin
 
@@ -333,15 +374,19 @@ class Comm(Solo):
 
     def _free(self) -> None:
         self._free_parts()
+        if self._vigil is not None:
+            self._vigil.lanes.remove(self)
         for communicator in (self._node, self._control, self._world):
             if communicator is not None:
                 communicator.Free()
 
+    @_bounded
     def one_node(self) -> bool:
         if self._node is None:
             self._node = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         return bool(self._node.size == self.size)
 
+    @_bounded
     def node(self) -> int:
         self.one_node()
         assert self._node is not None
@@ -366,6 +411,7 @@ class Comm(Solo):
                 )
         return ""
 
+    @_bounded
     def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
         if not self.one_node():
             raise agreed(ExchangeError("ranks of several nodes cannot share memory"))
@@ -380,6 +426,7 @@ class Comm(Solo):
             vectors.append(torch.frombuffer(memory, dtype=dtype, count=num_elements))
         return vectors
 
+    @_bounded
     def free_shared(self, keep: int = 0) -> int:
         while len(self._windows) > keep:
             window = self._windows.pop()
@@ -394,32 +441,42 @@ class Comm(Solo):
         for window in self._windows:
             window.Sync()
 
+    @_bounded
     def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = _array(send), _array(recv)
         call, begun = self._world.Ireduce if self.patient else self._world.Reduce, deque[Pending | None]()
         for part in blocks(len(mine), mine.itemsize):
+            self.calls += 1
+            self.beat()
             begun.append(call(mine[part], out[part] if self.rank == 0 else None, op=self._mpi.SUM, root=0))
             self._until(begun, _AHEAD)
             self.bytes_up += mine[part].nbytes if self.rank else 0
         self._until(begun)
 
+    @_bounded
     def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = _array(send), _array(recv)
         call, begun = self._world.Iallreduce if self.patient else self._world.Allreduce, deque[Pending | None]()
         for part in blocks(len(mine), mine.itemsize):
+            self.calls += 1
+            self.beat()
             begun.append(call(mine[part], out[part], op=self._mpi.SUM))
             self._until(begun, _AHEAD)
             self.bytes_up += mine[part].nbytes if self.size > 1 else 0
             self.bytes_down += out[part].nbytes if self.size > 1 else 0
         self._until(begun)
 
+    @_bounded
     def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         self._world.Allreduce(_array(send), _array(recv), op=self._mpi.SUM)
 
+    @_bounded
     def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
         array = _array(vector)
         call, begun = self._world.Ibcast if self.patient else self._world.Bcast, deque[Pending | None]()
         for part in blocks(len(array), array.itemsize):
+            self.calls += 1
+            self.beat()
             begun.append(call(array[part], root=root))
             self._until(begun, _AHEAD)
             self.bytes_down += array[part].nbytes if self.rank != root else 0
@@ -445,14 +502,18 @@ class Comm(Solo):
 
     def wait(self, pending: Pending) -> None:
         spins, most, pause_s = 0, 20 if self.crowded else 1000, 5e-5
+        self.depth += 1
         while not pending.Test():
             spins += 1
             if self.patient or spins > most:  # the core may be another rank's too
+                self.beat()
                 time.sleep(pause_s)
                 # To wake costs what others could use; what is on its way fills the sockets meanwhile.
                 pause_s = min(2 * pause_s, 4e-4) if self.crowded else pause_s
             elif spins > 100:
                 os.sched_yield()
+        self.depth -= 1
+        self.calls += 1
 
     def progress(self) -> None:
         self._world.Iprobe()
@@ -460,6 +521,7 @@ class Comm(Solo):
     def share(self, values: np.ndarray, meanwhile: Callable[[], Any] | None = None) -> np.ndarray:
         values = np.ascontiguousarray(values, dtype=np.float64)
         total = np.empty_like(values)
+        self.depth += 1
         request = self._control.Ibarrier()
         pause_s, spins = 2e-5, 0
         # A rank that waits for slower ones gives its core away: they may share it. Only the barrier is waited for like
@@ -469,9 +531,12 @@ class Comm(Solo):
                 meanwhile()
             spins += 1
             if spins > 20 or self.patient:
+                self.beat()
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1e-3)
         self._control.Allreduce(values, total, op=self._mpi.SUM)
+        self.depth -= 1
+        self.calls += 1
         self.bytes_control += values.nbytes + total.nbytes if self.size > 1 else 0
         return total
 
@@ -483,11 +548,13 @@ class Comm(Solo):
         self.bytes_control += values.nbytes + total.nbytes if self.size > 1 else 0
         return self._control.Iallreduce(values, total, op=self._mpi.SUM), total
 
+    @_bounded
     def gather(self, row: bytes) -> list[bytes]:
         rows = bytearray(len(row) * self.size)
         self._control.Allgather(bytearray(row), rows)
         return [bytes(rows[i : i + len(row)]) for i in range(0, len(rows), len(row))] if row else [b""] * self.size
 
+    @_bounded
     def say(self, text: str, speaker: int) -> str:
         length = np.array([len(text.encode())], dtype=np.int64)
         self._control.Bcast(length, root=speaker)
@@ -512,7 +579,49 @@ class Comm(Solo):
         buffer = np.array([status], dtype=np.int64)
         self._sent.append((self._control.Isend(buffer, dest=to, tag=tag), buffer))
 
+    def set_up(self, timeout_s: float) -> None:
+        if self._vigil is not None:
+            self._vigil.set_up(timeout_s)
+            self._beat_s, self.depth = 0.0, 0
+
+    def took(self, seconds: float) -> None:
+        if self._vigil is not None:
+            self._vigil.round(seconds)
+
+    def keep_vigil(self) -> None:
+        """From now on no call of this communicator or its parts waits for ever. A call of all ranks."""
+        if self.size > 1:
+            pids = [int.from_bytes(row, "little") for row in self.gather(os.getpid().to_bytes(8, "little"))]
+            self._vigil = Vigil(self.rank, self.hosts, pids, self._give_up)
+            self._vigil.lanes.append(self)
+            self._beat_s = 0.0
+
+    def beat(self, trains: bool = False) -> None:
+        if self._above is not None:
+            self._above.beat(trains)
+        elif time.monotonic() >= self._beat_s and self._vigil is not None:
+            self._beat_s = time.monotonic() + self._vigil.period_s
+            self._pulse(self._vigil, trains)
+
+    def _pulse(self, vigil: Vigil, trains: bool) -> None:
+        """Through rank 0, as all notices go."""
+        anybody = vigil.pulse(trains)
+        self._sent = [pair for pair in self._sent if not pair[0].Test()]
+        for rank in range(1, self.size) if self.rank == 0 else (0,):
+            self._post(int(anybody if self.rank == 0 else trains), rank, _PULSE)
+        status, buffer = self._mpi.Status(), np.zeros(1, dtype=np.int64)
+        while self._control.Iprobe(tag=_PULSE, status=status):
+            self._control.Recv(buffer, source=status.source, tag=_PULSE)
+            vigil.hear(status.source, bool(buffer[0]))
+        if why := vigil.judge(self):
+            self._give_up(why)
+
+    def _give_up(self, why: str) -> None:
+        say(f"fedmpi: {why}", error=True)
+        self.abort(1)
+
     def notices(self) -> int:
+        self.beat(trains=not self.depth)
         while self._control.Iprobe(tag=_NOTICE):
             buffer = np.zeros(1, dtype=np.int64)
             self._control.Recv(buffer, tag=_NOTICE)
@@ -521,6 +630,7 @@ class Comm(Solo):
                 self._relay(int(buffer[0]))
         return self._worst
 
+    @_bounded
     def finish(self) -> None:
         # Notices that nobody has read yet are read now, up to each sender's last word, so that Finalize finds none.
         if self.rank:
@@ -547,6 +657,8 @@ class Comm(Solo):
 
     def abort(self, code: int) -> None:
         flush()
+        # Should MPI not come back from it: this clock runs even where a call holds the interpreter.
+        faulthandler.dump_traceback_later(10, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
         time.sleep(0.1)  # a launcher hears of the abort by another way than of what was said last, and is to print both
         self._mpi.COMM_WORLD.Abort(code)
 
@@ -574,6 +686,7 @@ def connect() -> Solo:
         comm = Solo()
     else:
         comm = Comm(MPI)
+        comm.keep_vigil()
     expected = launched()
     if expected not in (0, comm.size):
         raise ConfigError(

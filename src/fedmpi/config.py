@@ -22,7 +22,7 @@ import yaml
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean
 from fedmpi.codecs import CODECS
-from fedmpi.components import NonNegativeInt, PositiveInt, build, component, to_dict
+from fedmpi.components import NonNegativeInt, PositiveFloat, PositiveInt, build, component, to_dict
 from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
@@ -76,6 +76,13 @@ class EvaluateSection:
 
 
 @component
+class CommSection:
+    """How ranks wait for each other."""
+
+    timeout_s: PositiveFloat = 300.0  # for a rank that says nothing, beyond the longest round; ranks that train say so
+
+
+@component
 class DeviceSection:
     """Where a rank trains."""
 
@@ -114,6 +121,7 @@ class Config:
     stop: StopSection = StopSection()
     records: RecordsSection = RecordsSection()
     device: DeviceSection = DeviceSection()
+    comm: CommSection = CommSection()
 
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
@@ -231,7 +239,7 @@ class Config:
 
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.
-MAY_CHANGE = ("rounds", "checkpoint", "resume", "device", "out", "records", "stop", "data.root", "init")
+MAY_CHANGE = ("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "init")
 
 HORIZON = ".schedule.rounds"  # how the keys end that say when a schedule is at its end; null: with the run
 

@@ -96,6 +96,7 @@ class Run:
             with confined(named_by, allow):
                 self.config = self.comm.together(lambda: _loaded(config, overrides))
             self.comm.same("the configuration", digest(self.config), ConfigError)
+            self.comm.set_up(self.config.comm.timeout_s)
         except BaseException:
             stopping.forget()
             raise
@@ -321,10 +322,12 @@ class Run:
         fed.timer.reset()
         stopping.mind_interrupts()  # from now on there are rounds to lose
         self._remember()
+        self.comm.took(0.0)
         try:
             while self.state.round < self.config.rounds:
                 with rng.borrowed():
                     self.state, record = run_round(self.state, fed, lambda: self._writer.written, self._judge)
+                self.comm.took(record["seconds"]["round"])
                 if self.comm.rank == 0:
                     phases = {name: fed.done.rank(name) for name in records.PHASES}
                     self._files.write(record, fed.done.rank("started_s"), phases)
@@ -409,6 +412,8 @@ class Run:
         round, record = self._pending, self._pending_record
         assert round is not None
         fed = self._federation
+        while not self._writer.wait(1.0):
+            self.comm.beat(trains=True)  # a slow disk is not a silent rank
         self.comm.together(self._writer.join)
         rows = self.comm.gather(self._writer.digests)
         hosted: list[list[str]] = [[] for _ in range(self.comm.size)]
@@ -521,6 +526,7 @@ class Run:
         if not self._closed:
             self._closed = True
             self.comm.open_runs -= 1
+            self.comm.set_up(self.config.comm.timeout_s)  # what ranks do now takes as long as it takes
             if "_federation" in vars(self):
                 self._federation.exchange.leave()
             if "_writer" in vars(self):

@@ -137,7 +137,8 @@ class Behind(Exchange):
         self._worker.start(work)
 
     def _wait(self) -> None:
-        self._worker.wait()
+        while not self._worker.wait(1.0):
+            self.comm.beat(trains=True)
         if self._worker.error is not None:
             raise self._worker.error
 

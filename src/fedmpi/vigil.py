@@ -1,0 +1,151 @@
+"""How long a rank waits for the others, and what it knows of them when it gives up.
+
+    pulses     every rank sends rank 0 a word now and then, from its safe points and from where it waits; rank 0 sends
+               one to all. Each says whether somebody trains. Who is silent for too long is named
+    the clock  a thread looks at every communicator of this rank: a call that blocks for too long is given up, since
+               whoever blocks inside MPI can send no word
+
+A round may take an hour: as long as ranks say that they train, the others wait. What takes too long is `limit_s`: what
+the configuration says beyond the longest round so far. Before the first round, where data are read and nobody can say
+anything meanwhile, it is ten times that.
+"""
+
+from __future__ import annotations
+
+import _thread
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+SET_UP = 10  # times as long before the first round
+PROBE_S = 2.0  # for a host to answer at all
+
+
+class Lane(Protocol):
+    """A communicator as the clock sees it."""
+
+    depth: int  # calls that one is inside of
+    calls: int  # that were left
+    patient: bool  # is it another thread's than the one that sends words?
+
+
+class Vigil:
+    """What one rank knows of the others. `give_up` ends the job and says why."""
+
+    def __init__(self, rank: int, hosts: Sequence[str], pids: Sequence[int], give_up: Callable[[str], None]) -> None:
+        self.rank = rank
+        self.lanes: list[Lane] = []
+        self._hosts, self._pids, self._give_up = hosts, pids, give_up
+        self._heard_s = [0.0] * len(hosts)
+        self._trained_s = 0.0  # when somebody last said that it trains
+        self._entered_s, self._calls = 0.0, -1  # when the call that one is inside of began, and which that is
+        self._pulse_s, self._pulses = 0.0, 0  # the last word, and how many there were
+        self.set_up(300.0)
+        _thread.start_new_thread(self._run, ())
+
+    def set_up(self, timeout_s: float) -> None:
+        """A run is being put together."""
+        self.timeout_s, self._longest_s, self._begun = timeout_s, 0.0, False
+        self._since_s = time.monotonic()
+
+    def round(self, seconds: float) -> None:
+        """One of its rounds took so long; 0 when the first one begins."""
+        if not self._begun:
+            self._since_s = time.monotonic()  # who was busy with its data is not silent
+        self._longest_s, self._begun = max(self._longest_s, seconds), True
+
+    @property
+    def limit_s(self) -> float:
+        return self.timeout_s * (1 if self._begun else SET_UP) + self._longest_s
+
+    @property
+    def period_s(self) -> float:
+        """Between two words of a rank."""
+        return min(30.0, self.timeout_s / 10)
+
+    # ------------------------------------------------------------ pulses
+
+    def pulse(self, trains: bool) -> bool:
+        """This rank is about to send a word. Does anybody train, as far as it knows?"""
+        now_s = time.monotonic()
+        if now_s - self._pulse_s > 3 * self.period_s:
+            self._since_s = now_s  # one that did not listen cannot say who was silent
+        self._pulse_s, self._pulses = now_s, self._pulses + 1
+        if trains:
+            self._trained_s = now_s
+        return now_s - self._trained_s < 2.5 * self.period_s
+
+    def hear(self, rank: int, trains: bool) -> None:
+        self._heard_s[rank] = self._pulse_s
+        if trains:
+            self._trained_s = self._pulse_s
+
+    def judge(self, lane: Lane) -> str:
+        """Why this rank waits no longer; empty if it does."""
+        now_s, limit_s = self._pulse_s, self.limit_s
+        if lane.calls != self._calls or not lane.depth:
+            self._calls, self._entered_s = lane.calls, now_s
+        others = range(1, len(self._hosts)) if self.rank == 0 else (0,)
+        silent = [rank for rank in others if now_s - max(self._heard_s[rank], self._since_s) > limit_s]
+        if silent:
+            return self._said(f"heard nothing for {limit_s:.0f} s", silent)
+        if now_s - max(self._entered_s, self._trained_s, self._since_s) > limit_s:
+            return self._said(f"has waited for {limit_s:.0f} s, and nobody trains", [])
+        return ""
+
+    # ------------------------------------------------------------ the clock
+
+    def _run(self) -> None:
+        waited: dict[int, tuple[int, float]] = {}
+        before_s = time.monotonic()
+        while True:
+            tick_s = min(1.0, self.timeout_s / 10)
+            time.sleep(tick_s)
+            now_s = time.monotonic()
+            passed_s, before_s = min(now_s - before_s, 2 * tick_s), now_s  # it may itself have been stopped meanwhile
+            for lane in list(self.lanes):
+                # Who waits and sends words meanwhile judges for itself.
+                moves = lane.calls if lane.patient else lane.calls + self._pulses
+                before, so_far_s = waited.get(id(lane), (-1, 0.0))
+                so_far_s = so_far_s + passed_s if lane.depth and moves == before else 0.0
+                waited[id(lane)] = moves, so_far_s
+                if so_far_s > self.limit_s:
+                    self._give_up(self._said(f"has been inside one call for {self.limit_s:.0f} s", []))
+
+    def _said(self, what: str, silent: Sequence[int]) -> str:
+        gone = sorted({*silent, *self._gone()})
+        names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in gone[:8]) + (", ..." if gone[8:] else "")
+        blame = f"silent: {names}" if gone else "every rank is there, but they do not wait for the same thing"
+        me = f"rank {self.rank} on {self._hosts[self.rank]}"
+        return f"{me} {what}; {blame} (comm.timeout_s is {self.timeout_s:g})"
+
+    def _gone(self) -> list[int]:
+        """Ranks that cannot run: their process is stopped or gone, their host does not answer."""
+        here = self._hosts[self.rank]
+        far = {host: _answers(host) for host in dict.fromkeys(self._hosts) if host != here}
+        return [
+            rank
+            for rank, (host, pid) in enumerate(zip(self._hosts, self._pids, strict=True))
+            if (not _runs(pid) if host == here else not far[host])
+        ]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return not Path("/proc/self/stat").exists()  # no such files on this system: who knows
+    return state not in "TtZX"
+
+
+def _answers(host: str) -> bool:
+    """Does the host take a connection, or refuse one? A name that nobody knows here says nothing against it."""
+    try:
+        socket.create_connection((host, 9), timeout=PROBE_S).close()
+    except (ConnectionRefusedError, socket.gaierror):
+        return True
+    except OSError:
+        return False
+    return True
