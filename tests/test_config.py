@@ -179,6 +179,16 @@ REFUSED = [
     ("exchange: {regions: {levels: [{up: {codec: int9}}]}}", "exchange.regions.levels.0.up.codec: no codec 'int9'; "),
     ("exchange: {regions: {levels: [{by: rack}]}}", "exchange.regions.levels.0.by: node, or regions such as"),
     ("exchange: {regions: {levels: [{by: {a: vm}}]}}", "exchange.regions.levels.0.by: node, or regions such as"),
+    # a newcomer's
+    ("rounds: 3\nlocal: {name: sgd, lr: 1, epochs: 1}\nlocal: sgd", "a.yaml:3: 'local' is there twice, first"),
+    ("data:\n  name: digits\n  silos: 3\n  silos: 4", "a.yaml:4: 'silos' is there twice, first in line 3"),
+    ("exchange: {regions: {levels: [{by: node, by: node}]}}", "a.yaml:1: 'by' is there twice, first in line 1"),
+    ("local: {name: sgd, lr: 0,05, epochs: 1}", "local: local rule 'sgd' has no '5'; numbers have a decimal point"),
+    ("lr: 0.1", "configuration has no 'lr'; did you mean 'local.lr'?"),
+    ("fraction: 0.1", "configuration has no 'fraction'; did you mean 'select.fraction'?"),
+    ("plan: window", "configuration has no 'plan'; did you mean 'exchange.plan'?"),
+    ("model: mine.Net", "model: no model 'mine.Net'; your own is written 'mine:Net'"),
+    ("data: {name: files, task: binary, shape: 2, silos: [{id: a, path: a.csv}]}", "data.shape: expected a list, "),
     # no YAML
     ("rounds: 3\nseed: [1\nout: a", "a.yaml:3: not YAML: "),
     ("rounds: 3\n\tseed: 1", "a.yaml:2: not YAML: found character"),
@@ -210,6 +220,25 @@ def test_a_wrong_configuration_is_one_line_that_names_the_key(file, text, says):
 )
 def test_a_wrong_override_is_one_line(file, override, says):
     assert refusal(load, file("local: {name: sgd, lr: 0.1, epochs: 1}"), [override]).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("x = 1 +\n", "invalid syntax (own_broken.py, line 1)"),
+        ("import math\n\nx = undefined\n", "NameError: name 'undefined' is not defined ("),
+        ("raise RuntimeError('no\\nGPU')\n", "RuntimeError: no GPU ("),
+    ],
+)
+def test_a_module_of_ones_own_that_cannot_be_loaded_is_one_line(file, tmp_path, monkeypatch, code, says):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_broken.py").write_text(code)
+    assert f"model: cannot import 'own_broken:Net': {says}" in refusal(load, file("model: 'own_broken:Net'"))
+
+
+def test_a_configuration_with_a_mark_of_its_encoding_is_read(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfrounds: 3\r\nout: caf\xc3\xa9\r\n")
+    assert (load(tmp_path / "a.yaml")[0].rounds, load(tmp_path / "a.yaml")[0].out) == (3, "café")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -16,6 +16,7 @@ import difflib
 import importlib
 import inspect
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -79,7 +80,11 @@ class Family:
         if self.outside and ":" in name:
             found: type = import_object(name, path)
             return found
-        raise ConfigError(f"{path}: no {self.what} '{name}'{nearest(name, self.members)}")
+        close = nearest(name, self.members)
+        if self.outside and "." in name and "did you mean" not in close:
+            module, _, attribute = name.rpartition(".")
+            close = f"; your own is written '{module}:{attribute}'"
+        raise ConfigError(f"{path}: no {self.what} '{name}'{close}")
 
     def build(self, value: Any, path: str) -> Any:
         """The member that a name or a mapping with a `name` asks for."""
@@ -156,7 +161,8 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
     for name in values:
         if name not in known:
             moved = getattr(cls, "MOVED", {}).get(name)
-            raise ConfigError(f"{where}{what} has no '{name}'{f'; {moved}' if moved else nearest(str(name), known)}")
+            hint = f"; {moved}" if moved else _nearest_key(str(name), known, values[name])
+            raise ConfigError(f"{where}{what} has no '{name}'{hint}")
     ready: dict[str, Any] = {}
     for name, value in values.items():
         here = f"{path}.{name}" if path else str(name)
@@ -178,9 +184,26 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
         if first["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
             raise ConfigError(f"{at}: {what} needs it") from None
         message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if first["type"] in ("tuple_type", "list_type"):
+            message = "expected a list, such as [2, 3]"
         got = "" if first["type"] in ("value_error", "assertion_error") else f", got {first['input']!r}"
         where = f"{at}: " if at else ""
         raise ConfigError(f"{where}{message[:1].lower()}{message[1:]}{got}") from None
+
+
+def _nearest_key(name: str, known: Mapping[str, Any], value: Any) -> str:
+    """The nearest key, or one of the same name that stands deeper."""
+    if name.isdigit() and value is None:  # {lr: 0,05}
+        return "; numbers have a decimal point, such as 0.05"
+    close = nearest(name, known)
+    if "did you mean" in close:
+        return close
+    for key, annotation in known.items():
+        family = family_of(annotation)
+        inner = list(family.members.values()) if family is not None else [section_of(annotation)]
+        if any(dataclasses.is_dataclass(cls) and name in hints(cls) for cls in inner if isinstance(cls, type)):
+            return f"; did you mean '{key}.{name}'?"
+    return close
 
 
 def _in_section(section: type, many: bool, value: Any, path: str, name: str) -> Any:
@@ -249,6 +272,13 @@ def import_object(name: str, path: str = "") -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
         looked = "; modules are looked for in the current folder and on PYTHONPATH" if missing else ""
         raise ConfigError(f"{where}cannot import '{name}': {error}{looked}") from None
+    except SyntaxError as error:
+        raise ConfigError(f"{where}cannot import '{name}': {error}") from None
+    except Exception as error:
+        # What the module's own lines raise: the last of them says enough.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}, line {last.lineno})"
+        raise ConfigError(f"{where}cannot import '{name}': {text}") from None
     check_object(found, name, path)
     return found
 

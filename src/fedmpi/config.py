@@ -302,7 +302,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What a YAML file says, and on which line each dotted key stands. Raises ConfigError in one line."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -315,8 +315,23 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, such as `rounds: 20`")
+    for key, first, second in _twice(node):
+        raise ConfigError(f"{path}:{second}: '{key}' is there twice, first in line {first}")
     origins = {key: f"{path}:{line}" for key, line in _lines(node)} if node is not None else {}
     return values, origins
+
+
+def _twice(node: Any) -> Iterator[tuple[str, int, int]]:
+    """Keys that one mapping has twice, of which YAML would take the last without a word, with their lines."""
+    known: dict[str, int] = {}
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        if isinstance(node, yaml.MappingNode):
+            key, part = part
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in known:
+                yield key.value, known[key.value], line
+            known[str(key.value)] = line
+        yield from _twice(part)
 
 
 def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
