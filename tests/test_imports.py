@@ -14,7 +14,7 @@ from fedmpi.cli import app
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
     *("errors", "output", "disk", "rng", "types", "trust", "sources", "components", "stopping", "worker"),
-    *("vigil", "module", "kernels"),
+    *("vigil", "launcher", "module", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
     *("models", "data", "pretrained"),
     *("local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),

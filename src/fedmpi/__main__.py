@@ -7,8 +7,9 @@ import sys
 
 def main() -> None:
     """Run the command. Handlers for stop signals stand before anything heavy is imported."""
-    from fedmpi import output
+    from fedmpi import launcher, output
 
+    launcher.follow()
     output.open_streams()
     if sys.argv[1:2] == ["train"]:
         from fedmpi import stopping

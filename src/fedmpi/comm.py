@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from fedmpi import stopping
+from fedmpi import launcher, stopping
 from fedmpi.errors import ConfigError, ExchangeError, FedmpiError, agreed
 from fedmpi.output import flush, say
 from fedmpi.vigil import Vigil
@@ -671,6 +671,7 @@ def connect() -> Solo:
     Raises ConfigError when the launcher's number of ranks is not the world's: mixing one MPI's launcher with another's
     library gives N worlds of one rank, which would each train alone and write over each other.
     """
+    launcher.follow()
     if not os.environ.get("HOME"):  # Open MPI does not start without, and looks there for settings only
         os.environ["HOME"] = _home()
     # Its one-sided component complains about itself wherever windows are made; it is for other networks.
