@@ -24,7 +24,7 @@ def evaluate(objective, *args):
     tally = objective.score(*args)
     return (
         tally.loss,
-        tally.figures(objective.scorers).get(objective.best.name) if tally.values else None,
+        tally.figures(objective.scorers)[objective.best.name],
         tally.samples,
     )
 

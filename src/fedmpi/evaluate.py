@@ -110,7 +110,8 @@ def tell(when: str, silo: str, tally: Tally) -> None:
 
 
 PERSONAL = "personal_"  # what begins the figures of the models that silos have for themselves
-LOST = 1 << MOST_METRICS + 1  # in `raised`, the bit of the first metric whose states are not there
+# In the column `raised`: the bit of the first metric that raised, and of the first whose counts and sums are not there.
+RAISED, LOST = 1, 1 << MOST_METRICS + 1
 
 
 @dataclass(frozen=True)
@@ -157,15 +158,20 @@ class Scores:
         if not tally.samples:
             return
         scorers = self.objective.scorers
-        names = [*(s.name for s in scorers), LOSS]
         row = {"tests": tally.samples, "targets": tally.targets, "loss": tally.loss}
-        row["raised"] = sum(1 << i for i, name in enumerate(names) if name in tally.raised)
-        row["raised"] += sum(LOST << i for i, name in enumerate(names) if name in tally.lost)
-        for i, (value, sums) in enumerate(zip(tally.values, tally.sums, strict=True)):
-            row |= {f"value/{i}": value} | {f"sum/{i}/{j}": number for j, number in enumerate(sums.tolist())}
-        board.set_silo(silo, **{prefix + name: value for name, value in row.items()})
+        raised = RAISED << len(scorers) if LOSS in tally.raised else 0
         start = self._prefixes.index(prefix) * self._num_counts
-        board.counts[start : start + self._num_counts] += np.concatenate([NOTHING, *tally.counts])
+        for i, scorer in enumerate(scorers):
+            name = scorer.name
+            row[f"value/{i}"] = tally.values.get(name, math.nan)
+            raised |= (RAISED << i if name in tally.raised else 0) | (0 if name in tally.parts else LOST << i)
+            counts, sums = tally.parts.get(name, (NOTHING, NOTHING))
+            for j, number in enumerate(sums.tolist()):
+                row[f"sum/{i}/{j}"] = number
+            if len(counts):
+                board.counts[start : start + scorer.num_counts] += counts
+            start += scorer.num_counts
+        board.set_silo(silo, **{prefix + name: value for name, value in row.items()}, **{prefix + "raised": raised})
 
     def figures(self, board: Board, ids: Sequence[str], prefix: str = "") -> tuple[dict[str, dict[str, Any]], Record]:
         """Each tested silo's figures, and those of all: of the global model, or with the prefix of the silos' own. Both
@@ -178,7 +184,7 @@ class Scores:
         names = [ids[i] for i in tested.tolist()]
         raised = board.silo(f"{prefix}raised")[tested].astype(np.int64)
         losses, targets = board.silo(f"{prefix}loss")[tested], board.silo(f"{prefix}targets")[tested]
-        failed = raised & (1 << len(scorers)) > 0
+        failed = raised & (RAISED << len(scorers)) > 0
         rows: dict[str, dict[str, Any]] = {silo: {} for silo in names}
         for silo, loss in zip(names, losses.tolist(), strict=True):
             rows[silo][f"{prefix}loss"] = loss
@@ -187,7 +193,7 @@ class Scores:
         threw = {LOSS: list(compress(names, failed))} if failed.any() else {}
         start = self._prefixes.index(prefix) * self._num_counts
         for m, scorer in enumerate(scorers):
-            broken, there = raised & (1 << m) > 0, raised & (LOST << m) == 0
+            broken, there = raised & (RAISED << m) > 0, raised & (LOST << m) == 0
             values = board.silo(f"{prefix}value/{m}")[tested]
             sums = np.zeros((len(tested), scorer.num_sums))
             for j in range(scorer.num_sums):

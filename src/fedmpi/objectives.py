@@ -114,15 +114,19 @@ class Tally:
     samples: int
     loss: float = math.nan  # the mean over the targets that count
     targets: int = 0  # that count
-    values: list[float] = field(default_factory=list)  # of each metric
-    counts: list[np.ndarray] = field(default_factory=list)
-    sums: list[np.ndarray] = field(default_factory=list)
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # by metric: its counts and sums
+    values: dict[str, float] = field(default_factory=dict)  # by metric, before they are shown
     raised: dict[str, str] = field(default_factory=dict)  # by metric, or `loss`: what its code raised
-    lost: list[str] = field(default_factory=list)  # metrics whose states are not there
+
+    def fail(self, name: str, error: Exception) -> None:
+        """A metric, or the loss, raised; what does not fit the data goes up."""
+        if isinstance(error, ConfigError):
+            raise error
+        self.raised[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
     def figures(self, scorers: Sequence[Scorer]) -> dict[str, float]:
         """The silo's own figures, by name."""
-        return {s.name: s.shown(v) for s, v in zip(scorers, self.values, strict=True)}
+        return {s.name: s.shown(self.values.get(s.name, math.nan)) for s in scorers}
 
 
 @dataclass(frozen=True)
@@ -189,73 +193,63 @@ class Resolved:
         """
         tally = Tally(len(x))
         with _evaluating(model):
-            try:
-                self._run(tally, self.scorers, model, x, y, batch_size, device, between)
-            except _LossRaised as error:
-                tally.raised[LOSS] = str(error)
+            self._run(tally, self.scorers, model, x, y, batch_size, device, between)
         return tally
 
     def _run(
         self, tally: Tally, scorers: Sequence[Scorer], model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int,
         device: torch.device | str, between: Callable[[], Any],
     ) -> None:  # fmt: skip
+        if not (num := len(x)):
+            return
         drops = self.targets.some_ignored(y)
         tally.targets = int(self.targets.counts(y).sum()) if drops else y.numel()
         total = torch.zeros((), dtype=torch.float64, device=device)
-        states: list[Any] = [s.init(device) for s in scorers]
-        keeps = self.own_loss or any(s.whole for s in scorers)
-        by_rows = not self.own_loss or any(not s.whole for s in scorers)
+        states = {scorer.name: scorer.init(device) for scorer in scorers}
+        by_batch = [scorer for scorer in scorers if not scorer.whole]
+        keeps = self.own_loss or len(by_batch) < len(scorers)
         kept: list[Tensor] = []
-
-        def guarded(i: int, step: Callable[[], Any], otherwise: Any = None) -> Any:
-            if otherwise is None and scorers[i].name in tally.raised:
-                return None
-            try:
-                return step()
-            except ConfigError:
-                raise
-            except Exception as error:
-                tally.raised[scorers[i].name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                return otherwise
-
-        for start in range(0, len(x), batch_size):
+        for start in range(0, num, batch_size):
             between()
             outputs = one_tensor(model(x[start : start + batch_size].to(device)))
             targets = y[start : start + batch_size].to(device)
             if keeps:
                 kept.append(outputs.cpu())
-            if not by_rows:
+            if self.own_loss and not by_batch:
                 continue
             outputs, targets = self.targets.rows(outputs, targets)
             if drops:
                 outputs, targets = self.targets.counted(outputs, targets)
+                if not len(targets):
+                    continue
             if not self.own_loss:
                 total += self.loss_function(outputs, targets, reduction="none").sum(dtype=torch.float64)
-            for i, scorer in enumerate(scorers):
-                if not scorer.whole and len(targets):
-                    states[i] = guarded(i, lambda: scorer.update(states[i], outputs, targets))  # noqa: B023
-        if keeps and len(x):
+            for scorer in by_batch:
+                if scorer.name not in tally.raised:
+                    try:
+                        states[scorer.name] = scorer.update(states[scorer.name], outputs, targets)
+                    except Exception as error:
+                        tally.fail(scorer.name, error)
+        if keeps:
             outputs, targets = torch.cat(kept), y.cpu()
-            for i, scorer in enumerate(scorers):
-                if scorer.whole:
-                    states[i] = guarded(i, lambda: scorer.update(None, outputs, targets))  # noqa: B023
-        for i, scorer in enumerate(scorers):
-            there = tally.targets > 0 and scorer.name not in tally.raised
-            parts = guarded(i, lambda: scorer.parts(states[i])) if there else None  # noqa: B023
-            counts, sums = parts or (np.zeros(scorer.num_counts), np.zeros(scorer.num_sums))
-            tally.lost += [] if parts else [scorer.name]
-            tally.counts.append(counts)
-            tally.sums.append(sums)
-            tally.values.append(guarded(i, lambda: scorer.value(states[i]), math.nan) if parts else math.nan)  # noqa: B023
-        if not len(x):
-            return
+        for scorer in scorers if tally.targets else ():
+            name = scorer.name
+            if name not in tally.raised:
+                try:
+                    state = scorer.update(states[name], outputs, targets) if scorer.whole else states[name]
+                    tally.parts[name] = scorer.parts(state)
+                    tally.values[name] = scorer.value(state)  # may fail where the state does not
+                except Exception as error:
+                    tally.fail(name, error)
         if not self.own_loss:
             tally.loss = float(total) / tally.targets if tally.targets else math.nan
             return
         try:
             tally.loss = float(self.loss_function(outputs, targets))
         except Exception as error:
-            raise _LossRaised(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+            if not scorers:  # the loss is all that is asked for
+                raise
+            tally.fail(LOSS, error)
 
 
 def one_tensor(outputs: Any) -> Tensor:
@@ -273,10 +267,6 @@ def one_tensor(outputs: Any) -> Tensor:
     elif isinstance(outputs, (tuple, list)):
         what += f" of {len(outputs)} ({', '.join(type(part).__name__ for part in outputs[:4])})"
     raise ConfigError(f"model: it returns {what}; return the outputs alone, one tensor")
-
-
-class _LossRaised(Exception):
-    """A user's own loss raised, after all else was scored."""
 
 
 @contextlib.contextmanager

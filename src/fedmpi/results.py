@@ -94,7 +94,8 @@ def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None)
         return newest(root, silos)
     if which == "best":
         if (best := _best(root, silos)) is None:
-            raise ConfigError(f"{root}: no whole checkpoint was evaluated, so none is best")
+            metric = read_config(root).about["metric"]
+            raise ConfigError(f"{root}: no whole checkpoint has a value of {metric}, so none is best")
         return best
     there = sorted({*checkpoint.sealed_rounds(root), *checkpoint.sealed_rounds(root, best=True)})
     if which not in there:
