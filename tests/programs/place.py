@@ -70,7 +70,8 @@ class Place:
         """Process ids by rank, as the run directory says them, once all ranks but `idle` are inside a slow batch."""
 
         def all_busy() -> bool:
-            return sum((self.folder / f"busy-{pid}").exists() for pid in job.ranks().values()) == job.n - idle
+            busy = sum((self.folder / f"busy-{pid}").exists() for pid in job.ranks().values())
+            return busy >= job.n - idle and (self.folder / out / "ranks.json").exists()  # the trial is a batch too
 
         until(lambda: all_busy() or job.process.poll() is not None, 60, lambda: job.so_far().tails)
         assert job.process.poll() is None, job.so_far().tails
