@@ -31,7 +31,8 @@ from fedmpi.aggregate import Aggregator, Heard
 from fedmpi.comm import Solo, ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped, agreed
 from fedmpi.evaluate import PERSONAL, Scores, Tuning, evaluate_silo, evaluation_key, own_model, tell
-from fedmpi.exchange.base import LARGEST_NORM, Exchange
+from fedmpi.exchange.base import LARGEST_NORM, UNIT, Exchange
+from fedmpi.exchange.weights import nearness
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.metrics.scorers import pooled
@@ -50,6 +51,7 @@ PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
 
 REFUSED = FAILED + 1  # of a rank whose selector chose no cohort
+WITHIN = 2e-7  # how far the ring may be from the exact mean, for deltas of 1
 
 Judge = Callable[[int, float | None, float | None], None]
 
@@ -99,6 +101,8 @@ class Federation:
         self.index = {silo: i for i, silo in enumerate(self.ids)}
         self.auxiliaries: Sequence[Auxiliary] = getattr(self.rule, "auxiliaries", ())
         self.not_trained = self.model.not_trained()
+        rows = zip(self.ids, self.num_train, strict=True)
+        self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # what each stands for
         self.ready = Board(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
         self.scores = Scores.of(self.objective, self.rule, self.finetune, self.model.has_personal)
         columns, counts = self.scores.columns, self.scores.num_counts
@@ -136,15 +140,17 @@ def run_round(
     (cohort, selector, factors, among), lossless, refused = _select(state, fed, number)
     timer.lap("select")
 
-    trained, error = _train(state, fed, number, cohort, factors, refused)
+    share = _stands_for(fed, cohort, factors)
+    near = 1.0 if fed.exchange.section.lossy or not cohort else nearness(share)
+    trained, error = _train(state, fed, number, cohort, factors, near, near * share, refused)
     timer.lap("train")
     fed.ready.share(lambda values: comm.share(values, fed.watch.look))
     timer.lap("wait")
-    _agree_ready(fed, number, cohort, error)
+    _agree_ready(fed, number, cohort, error, near)
     loss, norm = _trained(fed, lossless)
     judge(number, loss, norm)
 
-    server = _server(fed, number, None if factors is None else among or fed.ids)
+    server = _server(fed, number, None if factors is None else among or fed.ids, near)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
     fed.silos.update(trained)
     params_P = params_Q[: fed.model.num_shared]
@@ -256,19 +262,29 @@ def _loss(fed: Federation, number: int, silo: LocalSilo, x: torch.Tensor, y: tor
     return fed.objective.mean_loss(fed.model.module, x, y, fed.evaluate_batch, fed.model.device, fed.watch.check)
 
 
+def _stands_for(fed: Federation, cohort: Sequence[str], factors: Sequence[float] | None) -> float:
+    """The share of all weight that the cohort stands for, its selector's factors counted."""
+    if len(cohort) == len(fed.ids) and factors is None:
+        return 1.0
+    weights = fed.weights_K[[fed.index[silo] for silo in cohort]]
+    return float((weights if factors is None else weights * factors).sum()) / fed.exchange.facts.total_weight
+
+
 def _train(
     state: State,
     fed: Federation,
     number: int,
     cohort: Sequence[str],
     factors: Sequence[float] | None,
+    near: float,
+    stands_for: float,
     refused: FedmpiError | None,
 ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
     """Train my silos of the cohort and fold what they contribute; what happened is in `ready`. There is no cohort where
     my selector `refused`."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
-    fed.exchange.begin(number, len(mine))
+    fed.exchange.begin(number, len(mine), near)
     trained: dict[str, LocalSilo] = {}
     error: FedmpiError | None = None
     status, name = 0, ""
@@ -277,7 +293,7 @@ def _train(
         for name, factor in mine:
             before = fed.silos[name]
             silo = replace(before, kept=dict(before.kept))  # the round may yet be broken off: state waits for agree
-            contribution, besides = _contribution(state, fed, number, silo, factor)
+            contribution, besides = _contribution(state, fed, number, silo, factor, near)
             fed.ready.set_silo(
                 fed.index[name],
                 samples=contribution.num_samples,
@@ -289,7 +305,8 @@ def _train(
             )
             norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
             usable = not math.isnan(besides) and math.isfinite(contribution.weight)
-            if max(norm, besides) * _room(fed, contribution.weight) < LARGEST_NORM and usable:  # not so for nan
+            room = _room(fed, contribution.weight, silo.weight * factor, stands_for)
+            if max(norm, besides) * room < LARGEST_NORM and usable:  # not so for nan
                 fed.exchange.add(contribution)
                 trained[name] = silo
                 fed.ready.set_silo(
@@ -310,17 +327,16 @@ def _train(
     return trained, error
 
 
-def _room(fed: Federation, weight: float) -> float:
-    """How much larger than the delta that is which takes up room in a ring of integers, where sums are in one.
+def _room(fed: Federation, weight: float, stands_for: float, all_stand_for: float) -> float:
+    """Factor by which a delta grows in the integer ring, where sums are in one.
 
     Shares add up to 1 by themselves, but not where steps or a selector's factors are counted.
     """
-    share = weight / fed.exchange.facts.total_weight
-    return max(1.0, share * len(fed.ids)) if fed.exchange.ring else 1.0
+    return max(1.0, weight / stands_for) * max(1.0, all_stand_for) if fed.exchange.ring else 1.0
 
 
 def _contribution(
-    state: State, fed: Federation, number: int, silo: LocalSilo, factor: float
+    state: State, fed: Federation, number: int, silo: LocalSilo, factor: float, near: float
 ) -> tuple[Contribution, float]:
     """What a silo sends: the rule's delta with the aggregator's weight, and auxiliary vectors so that this weight makes
     of them what is theirs; the norm of these before that."""
@@ -343,7 +359,7 @@ def _contribution(
     contribution.weight = weight = fed.aggregator.weight(contribution)
     for i, auxiliary_ in enumerate(fed.auxiliaries):
         if auxiliary_.normaliser == "population":
-            fed.model.auxiliary(i).mul_(fed.exchange.facts.total_weight / (weight * len(fed.ids)))
+            fed.model.auxiliary(i).mul_(fed.exchange.facts.total_weight / near / (weight * len(fed.ids)))
         elif weight != stands_for:
             fed.model.auxiliary(i).mul_(stands_for / weight)
     return contribution, besides if bool(torch.isfinite(torch.linalg.vector_norm(others_A))) else math.inf
@@ -365,7 +381,7 @@ def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
             raise TypeError(f"the rule {rule} keeps '{name}' as {type(kept).__name__}; silos keep tensors")
 
 
-def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server:
+def _server(fed: Federation, number: int, among: Sequence[str] | None, near: float) -> Server:
     """The server's step of this round, from what all ranks know of those that were heard. `among`: the silos by whose
     weight the sum is divided, None: those that were heard."""
     heard = fed.ready.silo("taken") > 0
@@ -379,15 +395,15 @@ def _server(fed: Federation, number: int, among: Sequence[str] | None) -> Server
     scale = fed.aggregator.scale(Heard(weights, sent, normalizers, losses, norms, total))
     if not math.isfinite(scale):
         aggregator = type(fed.aggregator).__name__
-        raise Diverged(f"round {number}: {aggregator} would multiply the mean of the updates by {scale}")
+        raise agreed(Diverged(f"round {number}: {aggregator} would multiply the mean of the updates by {scale}"))
     share = float(sent.sum()) / all_weight
     at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
     optimizer = fed.optimizer if at is None else at(number, fed.rounds, share)
     counts = float(sent.sum() / weights.sum()) if len(sent) else 1.0
-    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share, counts, fed.not_trained)
+    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share * near, counts, fed.not_trained)
 
 
-def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: FedmpiError | None) -> None:
+def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: FedmpiError | None, near: float) -> None:
     """Everybody goes on, or everybody raises the same."""
     status = fed.ready.rank("status")
     if (status == REFUSED).all():
@@ -410,11 +426,28 @@ def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: Fed
                 f"{LARGEST_NORM:.0f}; a smaller local.lr or local.clip may help"
             )
         )
+    if fed.exchange.ring:
+        _has_room(fed, number, near)
     if (enough := getattr(fed.aggregator, "suits", None)) is not None:
         try:
             enough(int(fed.ready.silo("taken").sum()))
         except ConfigError as few:  # it is what the round has brought, not the configuration
             raise agreed(NoCohort(f"round {number}: {few}")) from None
+
+
+def _has_room(fed: Federation, number: int, near: float) -> None:
+    """ExchangeError where those that were heard weigh so little of the cohort that the ring's units would show."""
+    heard = np.flatnonzero(fed.ready.silo("taken"))
+    share = float(fed.ready.silo("sent")[heard].sum()) / fed.exchange.facts.total_weight * near
+    if share < len(heard) ** 0.5 / UNIT / WITHIN:
+        names = ", ".join(fed.ids[int(i)] for i in heard[:8])
+        raise agreed(
+            ExchangeError(
+                f"round {number}: exchange.reduction: reproducible has no room for updates that weigh {share:.1e} of "
+                f"their cohort, and only they were usable ({names}); take reduction: fast, or weights nearer to each "
+                "other"
+            )
+        )
 
 
 def _said(raised: BaseException, where: str) -> FedmpiError:

@@ -91,7 +91,7 @@ class Server:
     num_params: int | None = None  # P; None: the whole vector
     auxiliaries: Sequence[Auxiliary] = ()
     scale: float = 1.0  # of the mean delta, before the optimizer sees it
-    share: float = 1.0  # of all weight, that the mean is taken over
+    share: float = 1.0  # of all weight that the mean is taken over, as shares are counted this round
     sent: float = 1.0  # what the mean was taken over, in units of what the silos that were heard stand for
     averaged: Sequence[slice] = ()  # where what is not trained lies among the parameters
 

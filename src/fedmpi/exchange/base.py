@@ -1,12 +1,15 @@
 """What the plans share: a round's sums, from `begin` over `add` to `finish`; buffers are allocated once.
 
-What is folded is sum_k (w_k/W) delta_k, W the weight of all silos of the run, and the sum of w_k/W goes along: the
-receiver divides, so a silo that is late or left out needs no second message.
+What is folded is sum_k (w_k/W) delta_k, and the sum of w_k/W goes along (weights.py): the receiver divides, so a silo
+that is late or left out needs no second message. W is the weight of all silos of the run, divided by the power of two
+that brings it near to that of the round's cohort: a silo that is alone in it is not lost beside those that are not.
 
     fast           the sum in the vectors' own dtype; same bits for the same number of ranks
     reproducible   the sum in the ring of integers modulo 2^64, where order does not matter: same bits for any number
-                   of ranks. A silo's weighted delta is encoded by itself, in units of 2^-44, on a scale that depends
-                   on nothing: room for sums up to 2^18 (norms of single deltas beyond it are rejected), 6e-14 apart.
+                   of ranks. A silo's weighted delta is encoded by itself, in units of 2^-44: room for sums up to 2^18
+                   (norms of single deltas beyond it are rejected), 6e-14 apart.
+
+A rank that folds very many silos in float32 does it in float64.
 
 Vectors live on the rank's device; where that is a GPU they pass through page-locked host memory.
 """
@@ -23,6 +26,7 @@ import torch
 from fedmpi.comm import Solo
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, ExchangeError, agreed
+from fedmpi.exchange import weights
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.server import Server
@@ -31,6 +35,7 @@ from fedmpi.types import Contribution
 UNIT = 2.0**44  # ring integers per 1.0
 LARGEST_NORM = 2.0**18  # a delta beyond this is absurd, and more than the ring has room for
 BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
+MANY = 64  # vectors: sums of more of them in float32 would show how they were rounded
 
 Lap = Callable[[str], None]
 Each = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # rows [K, S] and weights [K] to one row [S]
@@ -66,6 +71,9 @@ class Exchange:
         self.sum_dtype = torch.int64 if self.ring else self.dtype
         self.on_device = self.device.type != "cpu"
         self.round = 0
+        self._near = 1.0  # what the round's shares are multiplied with
+        self._many = False  # does this rank fold so many silos that float32 is too short?
+        self._wide_P: torch.Tensor | None = None  # float64, for that
         self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
         self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
         self._failed: ExchangeError | None = None
@@ -146,9 +154,12 @@ class Exchange:
 
     # ------------------------------------------------------------ a round
 
-    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
-        """Forget the last round. Of a rank's only contribution the delta stays as it is until `finish`."""
-        self.round = round
+    def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
+        """Forget the last round. Of a rank's only contribution the delta stays as it is until `finish`. `near` is the
+        power of two by which the cohort weighs less than all silos (weights.nearness); 1 with codecs, whose residuals
+        and thresholds are in units of all weight."""
+        self.round, self._near = round, near
+        self._many = num_contributions > MANY and self.sum_dtype == torch.float32
 
     def add(self, contribution: Contribution) -> None:
         """Take one silo's delta; its memory is free afterwards."""
@@ -186,6 +197,10 @@ class Exchange:
 
     # ------------------------------------------------------------ folding
 
+    def share(self, contribution: Contribution) -> float:
+        """w_k/W."""
+        return contribution.weight / self.facts.total_weight * self._near
+
     def fold(self, sum_P: torch.Tensor, delta_P: torch.Tensor, share: float, empty: bool) -> None:
         """sum_P += share * delta_P, or = where it is empty; in the ring if there is one."""
         if self.ring:
@@ -196,20 +211,40 @@ class Exchange:
                 exact, whole = self.float_B[: part.stop - start], self.int_B[: part.stop - start]
                 exact.copy_(delta_P[part]).mul_(share * UNIT).round_()
                 sum_P[part].add_(whole.copy_(exact))
+        elif self._many:
+            if self._wide_P is None:
+                self._wide_P = torch.zeros(self.num_params, dtype=torch.float64, device=self.device)
+            wide_P = self._wide_P.zero_() if empty else self._wide_P
+            wide_P.add_(delta_P, alpha=share)
         elif empty:
             torch.mul(delta_P, share, out=sum_P)
         else:
             sum_P.add_(delta_P, alpha=share)
 
+    def folded(self, sum_P: torch.Tensor) -> torch.Tensor:
+        """The sum, once all silos of this rank are in it."""
+        if self._many and self._wide_P is not None:
+            sum_P.copy_(self._wide_P)
+        return sum_P
+
     def weigh(self, share: float) -> float:
-        """A share of all weight as it is added up: an integer in the ring."""
-        return float(round(share * UNIT)) if self.ring else share
+        """A share as it is added up: an integer in the ring, of any length."""
+        return weights.counted(share) if self.ring else share
+
+    def cut(self, weight: float) -> list[float]:
+        """A weight as float64 that travel."""
+        return [*weights.cut(int(weight))] if self.ring else [weight, *[0.0] * (weights.LIMBS - 1)]
+
+    def joined(self, limbs: Sequence[float]) -> float:
+        """What `cut` has cut."""
+        return weights.whole(limbs) if self.ring else limbs[0]
 
     def divide(self, sum_N: torch.Tensor, weight: float, mean_N: torch.Tensor) -> None:
         """mean = sum / weight, out of the ring if there is one; `mean_N` may be the sum."""
         if not self.ring:
             torch.div(sum_N, weight, out=mean_N)
             return
+        weight = weight / (weights.GRAIN / UNIT)
         for start in range(0, len(sum_N), BLOCK):
             part = slice(start, min(start + BLOCK, len(sum_N)))
             mean_N[part].copy_(self.float_B[: part.stop - start].copy_(sum_N[part]).div_(weight))

@@ -78,8 +78,8 @@ class Behind(Exchange):
         delta_P = self._deltas.get(silo)
         return params_P if delta_P is None else torch.add(params_P, delta_P, out=self._start_P)
 
-    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
-        super().begin(round, num_contributions)
+    def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
+        super().begin(round, num_contributions, near)
         self._spare.extend(contribution.delta_P for contribution in self._next)
         self._next = []
 
@@ -113,13 +113,13 @@ class Behind(Exchange):
 
     def _begin(self, old_P: torch.Tensor, new_P: torch.Tensor, server: Server, state: Any) -> None:
         """In a thread: new = old stepped by this round's deltas. Deltas and `old_P` are only read."""
-        plan, given, round = self._plan, self._next, self.round
+        plan, given, round, near = self._plan, self._next, self.round, self._near
         self._next = []
         if self._stream is not None:  # after what is queued by now
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
         def fold() -> None:
-            plan.begin(round, len(given))
+            plan.begin(round, len(given), near)
             for contribution in given:
                 plan.add(contribution)
 

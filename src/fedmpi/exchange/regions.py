@@ -76,8 +76,7 @@ class Regional(Exchange):
         if len(self._inside) > 1:
             self._start_P = params_P.clone()  # of the round: where all of this rank's outermost region have begun
             self._mean_P = self._start_P if len(self._inside) == 2 else params_P.clone()
-        ways: list[Level | ExchangeSection] = [*section.regions.levels, section]
-        self._lossy = not all(way.up.plain and way.down.plain for way in ways)
+        self._lossy = section.lossy
         for exchange in self._exchanges():
             exchange.asks = False  # a few ranks' error would leave the others waiting for them
         self._done = 0  # the last round that was exchanged; the one that has begun may yet be broken off
@@ -168,9 +167,9 @@ class Regional(Exchange):
 
     # ------------------------------------------------------------ a round
 
-    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
-        super().begin(round, num_contributions)
-        self._inside[0].begin(round, num_contributions)
+    def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
+        super().begin(round, num_contributions, near)
+        self._inside[0].begin(round, num_contributions, near)
         self._weight = 0.0
 
     def add(self, contribution: Contribution) -> None:

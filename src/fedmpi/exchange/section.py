@@ -97,6 +97,12 @@ class ExchangeSection:
     verify: bool = False  # compare the parameters' SHA-256 across ranks after every round
 
     @property
+    def lossy(self) -> bool:
+        """Does a codec lose anything on any way?"""
+        ways: list[Level | ExchangeSection] = [self, *(self.regions.levels if self.regions is not None else ())]
+        return not all(way.up.plain and way.down.plain for way in ways)
+
+    @property
     def candidates(self) -> tuple[PlanName, ...]:
         """The plans that can carry out what else is said here."""
         if self.scope == "silo" or not self.down.plain or (not self.up.plain and not self.up.codec.linear):

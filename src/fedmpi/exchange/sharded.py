@@ -30,14 +30,16 @@ import torch
 from fedmpi.codecs import Bare, bare
 from fedmpi.comm import Pending, Solo
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
+from fedmpi.exchange.base import MANY, Exchange, Facts, Kept, Lap
 from fedmpi.exchange.pieces import Coder, Grid, RankResidual, rows_together
 from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.weights import LIMBS
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
 PART = 1 << 13  # elements of every slot that are made float64 at a time, so that they stay in cache
 AHEAD = 3  # turns on their way up while one is added up
+COLUMNS = 3 + LIMBS  # of the table of slots: rank, wave, factor, and the share
 
 
 class Slot(NamedTuple):
@@ -45,7 +47,7 @@ class Slot(NamedTuple):
 
     rank: int
     wave: int  # which of its rank's vectors
-    share: float  # of all weight
+    share: float  # of the weight; an integer in the ring
     factor: float  # what its values still have to be multiplied with in the sum
 
 
@@ -146,15 +148,15 @@ class Sharded(Exchange):
 
     # ------------------------------------------------------------ this rank's vectors
 
-    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
-        super().begin(round, num_contributions)
+    def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
+        super().begin(round, num_contributions, near)
         self._outgoing.clear()
         self._spare.extend(self._next.values())
         self._next.clear()
         self._only = num_contributions == 1
 
     def add(self, contribution: Contribution) -> None:
-        share, delta_P = contribution.weight / self.facts.total_weight, contribution.delta_P
+        share, delta_P = self.share(contribution), contribution.delta_P
         if self._by_silo:
             self._outgoing.append(self._of_silo(contribution.silo, share, delta_P))
             return
@@ -168,7 +170,7 @@ class Sharded(Exchange):
         if self._sum is None:
             self._sum = torch.zeros(self.num_params, dtype=self.sum_dtype, device=self.device)
         self.fold(self._sum, delta_P, share, empty=not self._outgoing)
-        weight = self.weigh(share) + (self._outgoing.pop().share if self._outgoing else 0.0)
+        weight = self.weigh(share) + (self._outgoing.pop().share if self._outgoing else 0)
         if self._up:
             self._outgoing.append(self._to_encode(rank, weight, self._sum, 1.0))
         else:
@@ -256,6 +258,8 @@ class Sharded(Exchange):
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         self._failed = None
+        if self._sum is not None and self._outgoing and not self._by_silo:
+            self.folded(self._sum)
         if self._up:
             self._up.start(self.round)
         if self._down:
@@ -322,14 +326,18 @@ class Sharded(Exchange):
 
     def _table(self) -> np.ndarray:
         """This rank's vectors, by slots."""
-        table = np.zeros((len(self.facts.ids) if self._by_silo else self.comm.size, 4))
+        table = np.zeros((len(self.facts.ids) if self._by_silo else self.comm.size, COLUMNS))
         for wave, out in enumerate(self._outgoing):
-            table[out.slot] = (self.comm.rank, wave, out.share, out.factor)
+            table[out.slot] = (self.comm.rank, wave, out.factor, *self.cut(out.share))
         return table
 
     def _slots(self, table: np.ndarray) -> list[Slot]:
         """The round's vectors in the order of slots, the same on every rank."""
-        return [Slot(int(rank), int(wave), share, factor) for rank, wave, share, factor in table.tolist() if share]
+        return [
+            Slot(int(rank), int(wave), share, factor)
+            for rank, wave, factor, *limbs in table.tolist()
+            if (share := self.joined(limbs))
+        ]
 
     def _agree_sizes(self, slots: list[Slot], waves: int) -> np.ndarray:
         """What each rank sends in each wave of each piece, [ranks, waves, pieces], in elements of what travels.
@@ -466,9 +474,19 @@ class Sharded(Exchange):
                 total.add_(ring.to(self.device))
             self.divide(total, weight, mean)
         elif self._up:
-            sum_N = bare(mean.zero_())
-            for slot, payload in came:
+            sum_N, wide = bare(mean.zero_()), None
+            for number, (slot, payload) in enumerate(came):
+                if number and not number % MANY:
+                    wide = mean.double() if wide is None else wide.add_(mean)
+                    mean.zero_()
                 self._add(self._up, payload, sum_N, piece, slot.factor / weight)
+            if wide is not None:
+                mean.copy_(wide.add_(mean))
+        elif len(came) > MANY:
+            total = torch.zeros(len(mean), dtype=torch.float64, device=self.device)
+            for slot, values in came:
+                total.add_(values.to(self.device), alpha=slot.factor / weight)
+            mean.copy_(total)
         else:
             torch.mul(came[0][1].to(self.device), came[0][0].factor / weight, out=mean)
             for slot, values in came[1:]:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from fedmpi.exchange.base import MANY
 from fedmpi.exchange.pieces import Grid, rows_together
 from fedmpi.exchange.section import ExchangeSection
-from fedmpi.exchange.sharded import AHEAD
+from fedmpi.exchange.sharded import AHEAD, COLUMNS
+from fedmpi.exchange.weights import behind
+
+_DTYPES = {4: torch.float32, 8: torch.float64}
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,11 @@ def traffic(
     """What a round sends in which all silos take part; `vectors` is how many each rank sends (`num_vectors`).
 
     >>> traffic(ExchangeSection(plan="root"), 1000, 4, 4)
-    Traffic(up=12012, down=12000, control=0, collectives='Reduce + Bcast')
+    Traffic(up=12072, down=12000, control=0, collectives='Reduce + Bcast')
     """
     word = 8 if section.reduction == "reproducible" and section.scope == "rank" else param_bytes
-    sums = (num_params + 1) * word
+    limbs = behind(num_ranks, _DTYPES[word] if word == param_bytes else torch.int64)[1] * word
+    sums = num_params * word + limbs
     if num_ranks == 1:
         return Traffic(0, 0, 0, "none")
     if section.plan == "window":
@@ -48,7 +55,7 @@ def traffic(
             count * sum(size for piece, size in enumerate(up) if piece % num_ranks != rank)
             for rank, count in enumerate(vectors or [1] * num_ranks)
         )
-        table = 4 * (num_silos if section.scope == "silo" else num_ranks)
+        table = COLUMNS * (num_silos if section.scope == "silo" else num_ranks)
         if not section.up.codec.fixed:
             table += num_ranks * max(vectors or [1]) * grid.num_pieces
         if not section.down.codec.fixed:
@@ -61,7 +68,7 @@ def traffic(
         return Traffic(others * sums, others * num_params * param_bytes, 0, "Reduce + Bcast")
     if not section.up.plain:
         grid = Grid(num_params, num_ranks)
-        sums = grid.num_pieces * _stride(section.up.codec, grid) + word
+        sums = grid.num_pieces * _stride(section.up.codec, grid) + limbs
     control = 0 if section.up.plain else 2 * 8 * num_ranks * num_ranks
     return Traffic(num_ranks * sums, num_ranks * sums, control, "Allreduce")
 
@@ -96,6 +103,7 @@ def memory(
     if section.plan == "sharded":
         stride = grid.length * word if section.up.plain else _stride(section.up.codec, grid)
         folds = section.scope == "rank" and (num_silos > 1 or word != param_bytes)
+        wide = 8 * num_params * (folds and num_silos > MANY and word == 4)
         own = num_silos if section.scope == "silo" else min(1, num_silos)
         rows = rows_together(grid, section.up, section.down)
         places = -(-grid.steps // rows) * rows * num_ranks
@@ -104,7 +112,7 @@ def memory(
         residuals = (own * (1 + (section.scope == "silo")) if section.up.feedback else 0) * vector
         residuals += vector // num_ranks if section.down.feedback else 0
         arrived = (AHEAD + 1) * most_vectors * num_ranks * rows * stride
-        return folds * num_params * word + payloads + down + residuals + arrived
+        return folds * num_params * word + wide + payloads + down + residuals + arrived
     if not section.up.plain:
         payload = grid.num_pieces * _stride(section.up.codec, grid)
         return 2 * payload + (2 + section.up.feedback) * vector

@@ -3,8 +3,8 @@
     root         Reduce to rank 0, step there, Bcast of the parameters (the classic server)
     replicated   Allreduce, every rank takes the same step
 
-The sum of weights is one more element of the vector. A linear codec's payloads are summed by MPI as they are, since
-all ranks encode with one key (replicated).
+The sum of weights goes behind the vector, in limbs that are added up exactly (weights.py). A linear codec's payloads
+are summed by MPI as they are, since all ranks encode with one key (replicated).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from fedmpi.codecs import bare
 from fedmpi.comm import Solo
 from fedmpi.errors import ExchangeError
+from fedmpi.exchange import weights
 from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
 from fedmpi.exchange.pieces import Coder, Grid, RankResidual
 from fedmpi.exchange.section import ExchangeSection
@@ -29,31 +30,31 @@ class Whole(Exchange):
     def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
         super().__init__(section, comm, params_P, facts)
         self._coder: Coder | None = None
-        length = self.num_params + 1
+        self._bits, self._limbs = weights.behind(comm.size, self.sum_dtype)
+        length = self.num_params + self._limbs
         # Sums are folded where silos train.
         self._sum = torch.zeros(length, dtype=self.sum_dtype, device=self.device)
         if not section.up.plain:
             self._coder = Coder(section.up, Grid(self.num_params, comm.size), facts.seed, self.device, "up")
             self._residual = RankResidual(section.up, params_P, facts)
-            length = self._coder.grid.num_pieces * self._coder.stride // 4 + 1
+            length = self._coder.grid.num_pieces * self._coder.stride // 4 + self._limbs
         apart = self.on_device or self._coder is not None
         self._send = comm.allocate(length, self.sum_dtype, pinned=self.on_device) if apart else self._sum
         self._recv = comm.allocate(length, self.sum_dtype, pinned=self.on_device)
         self._host_P = comm.allocate(self.num_params, self.dtype, pinned=True) if self.on_device else None
         whole_mean = self.ring or apart
         self._mean_P = torch.zeros_like(params_P) if whole_mean else self._recv[: self.num_params]
+        self._weight = 0  # of this rank's silos
         self._empty = True
 
-    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
-        super().begin(round, num_contributions)
-        self._empty = True
+    def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
+        super().begin(round, num_contributions, near)
+        self._weight, self._empty = 0, True
 
     def add(self, contribution: Contribution) -> None:
-        share = contribution.weight / self.facts.total_weight
+        share = self.share(contribution)
         self.fold(self._sum[: self.num_params], contribution.delta_P, share, self._empty)
-        if self._empty:
-            self._sum[self.num_params] = 0
-        self._sum[self.num_params] += self.weigh(share) if not self.ring else int(self.weigh(share))
+        self._weight += weights.counted(share)
         self._empty = False
 
     def kept(self, params_P: torch.Tensor) -> Kept:
@@ -67,33 +68,37 @@ class Whole(Exchange):
         """What this rank adds to the sum."""
         if self._empty:
             self._sum.zero_()
+        else:
+            self.folded(self._sum[: self.num_params])
+        limbs = weights.cut(self._weight, self._bits, self._limbs)
+        self._sum[self.num_params :] = torch.tensor(limbs, dtype=self.sum_dtype)
         if self._coder is not None:
             self._send.zero_()
             self._coder.start(self.round)  # one key for all ranks
             for piece, part in enumerate(self._coder.grid if not self._empty else ()):
-                payload = self._coder.slot(self._send[:-1].view(torch.uint8), piece)
+                payload = self._coder.slot(self._send[: -self._limbs].view(torch.uint8), piece)
                 try:
                     self._coder.encode(bare(self._sum)[part], payload, piece, 1.0, self._residual.part(part))
                 except ExchangeError as error:
                     self._failed = self._failed or error
-            self._send[-1] = self._sum[-1]
+            self._send[-self._limbs :] = self._sum[-self._limbs :]
         elif self.on_device:
             self._send.copy_(self._sum)
         return self._send
 
     def _mean(self) -> torch.Tensor:
-        weight = float(self._recv[-1])
-        if weight == 0.0:
+        weight = weights.whole(self._recv[-self._limbs :].tolist(), self._bits)
+        if not weight:
             raise ExchangeError("no weight arrived: nothing to divide by")
         if self._coder is not None:
             for piece, part in enumerate(self._coder.grid):
-                payload = self._coder.slot(self._recv[:-1].view(torch.uint8), piece)
+                payload = self._coder.slot(self._recv[: -self._limbs].view(torch.uint8), piece)
                 self._coder.decode(payload, self._mean_P[part], piece)
-            return self._mean_P.div_(weight)
+            return self._mean_P.div_(weight / weights.GRAIN)
         summed = self._recv[: self.num_params]
         if self.on_device and not self.ring:
             summed = self._mean_P.copy_(summed)
-        self.divide(summed, weight, self._mean_P)
+        self.divide(summed, weight if self.ring else weight / weights.GRAIN, self._mean_P)
         return self._mean_P
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fedmpi.comm import Solo
 from fedmpi.errors import ExchangeError
+from fedmpi.exchange import weights
 from fedmpi.exchange.base import BLOCK, Exchange, Facts, Lap
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.server import Server
@@ -24,7 +25,9 @@ class Window(Exchange):
     def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
         super().__init__(section, comm, params_P, facts)
         self._sums = comm.shared(self.num_params, self.sum_dtype)
-        self._heads = comm.shared(2, torch.float64)  # of each rank: weight, and is its delta to be read in place?
+        # Of each rank: is its delta to be read in place? And its weight.
+        self._heads = comm.shared(1 + weights.LIMBS, torch.float64)
+        self._weight: float = 0  # of this rank's silos
         self._deltas: list[torch.Tensor] = []
         self._total_B = torch.zeros(BLOCK, dtype=self.sum_dtype)
         self._mean_B = torch.zeros(BLOCK, dtype=self.dtype)
@@ -62,29 +65,31 @@ class Window(Exchange):
     def load_params(self, params_P: torch.Tensor, whole_P: torch.Tensor) -> None:
         self.load(params_P, whole_P)
 
-    def begin(self, round: int = 0, num_contributions: int = 2) -> None:
-        super().begin(round, num_contributions)
+    def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
+        super().begin(round, num_contributions, near)
         self._heads[self.comm.rank].zero_()
+        self._weight = 0
         self._only = num_contributions == 1 and bool(self._deltas) and not self.ring
 
     def add(self, contribution: Contribution) -> None:
-        share, delta_P = contribution.weight / self.facts.total_weight, contribution.delta_P
+        share, delta_P = self.share(contribution), contribution.delta_P
         in_place = self._only and delta_P.data_ptr() == self._deltas[self.comm.rank].data_ptr()
-        head = self._heads[self.comm.rank]
         if not in_place:
-            self.fold(self._sums[self.comm.rank], delta_P, share, empty=not float(head[0]))
-        head[0] += self.weigh(share)
-        head[1] = in_place
+            self.fold(self._sums[self.comm.rank], delta_P, share, empty=not self._weight)
+        self._weight += self.weigh(share)
+        self._heads[self.comm.rank] = torch.tensor((in_place, *self.cut(self._weight)), dtype=torch.float64)
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         """My coordinates: added up in rank order, divided, stepped, written where everybody reads; block by block."""
+        if self._weight:
+            self.folded(self._sums[self.comm.rank])
         self.comm.meet()
         given: list[tuple[torch.Tensor, float]] = []
-        weight = 0.0
-        for rank, (share, in_place) in enumerate(head.tolist() for head in self._heads):
-            if share:
+        weight: float = 0
+        for rank, (in_place, *limbs) in enumerate(head.tolist() for head in self._heads):
+            if share := self.joined(limbs):
                 given.append((self._deltas[rank], share) if in_place else (self._sums[rank], 1.0))
                 weight += share
         if not given:
