@@ -19,7 +19,17 @@ from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange import choice
 from fedmpi.exchange.base import Facts
 from fedmpi.exchange.section import ExchangeSection
-from fedmpi.flat import Allocate, Entry, FlatModel, master_dtype, num_shared, one_vector
+from fedmpi.flat import (
+    Allocate,
+    Entry,
+    FlatModel,
+    is_variance,
+    master_dtype,
+    named_exact,
+    num_shared,
+    one_vector,
+    places,
+)
 from fedmpi.local import LocalSilo
 from fedmpi.models import make
 from fedmpi.module import saved
@@ -83,7 +93,20 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     gram = num_shared(found) if config.records.gram else 0
     auxiliaries = len(getattr(config.local, "auxiliaries", ()))
     states = comm.together(lambda: len(config.server.optimizer.init(torch.zeros(1, dtype=master_dtype(found)))))
-    about = Facts(sum(weights.values()), ids, list(opened), config.seed, combine, config.rounds, gram, states)
+    named = comm.together(lambda: named_exact(found, config.exchange.exact))
+    about = Facts(
+        sum(weights.values()),
+        ids,
+        list(opened),
+        config.seed,
+        combine,
+        config.rounds,
+        gram,
+        states,
+        exact=places(found, lambda entry: entry.buffer or entry.name in named),
+        still=places(found, lambda entry: not (entry.trainable or entry.buffer or entry.name in named)),
+        variances=places(found, is_variance),
+    )
     zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=chosen)
     section, plan_seconds = _choose_plan(config.exchange, comm, zeros_Q, about, plan_before)
     exchange = choice.make(section, comm, zeros_Q, about)

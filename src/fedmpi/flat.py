@@ -39,6 +39,7 @@ class Entry:
     dtype: torch.dtype
     trainable: bool
     kind: str  # shared, personal, integers or rest
+    buffer: bool = False  # no parameter: statistics and the like
 
     @property
     def num_elements(self) -> int:
@@ -84,7 +85,8 @@ def entries(
             kind = "personal"
         else:
             kind = "rest"
-        found.append(Entry(name, tuple(tensor.shape), tensor.dtype, trainable, kind))
+        buffer = not isinstance(tensor, torch.nn.Parameter)
+        found.append(Entry(name, tuple(tensor.shape), tensor.dtype, trainable, kind, buffer))
     if unused:
         pattern = sorted(unused)[0]
         for name in (n for n in tied if fnmatchcase(n, pattern.removeprefix("!"))):
@@ -112,6 +114,38 @@ def _in_batch_norm(module: torch.nn.Module) -> set[int]:
     if not found:
         raise ConfigError("exchange.parameters: all_but_batch_norm, but the model has no batch normalization")
     return found
+
+
+def places(found: Sequence[Entry], chosen: Callable[[Entry], bool]) -> list[slice]:
+    """Where the chosen ones lie among the shared ones, which go dtype by dtype."""
+    parts: list[slice] = []
+    start = 0
+    for dtype in dict.fromkeys(e.dtype for e in found if e.kind in ("shared", "personal")):
+        for entry in (e for e in found if e.kind == "shared" and e.dtype == dtype):
+            stop = start + entry.num_elements
+            if start < stop and chosen(entry):
+                adjoins = parts and parts[-1].stop == start
+                parts.append(slice(parts.pop().start if adjoins else start, stop))
+            start = stop
+    return parts
+
+
+def named_exact(found: Sequence[Entry], patterns: Sequence[str]) -> set[str]:
+    """The shared ones that patterns name, of which the last match decides and "!" excludes. ConfigError for one that
+    matches none."""
+    shared = [entry.name for entry in found if entry.kind == "shared"]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        names = {name for name in shared if fnmatchcase(name, pattern.removeprefix("!"))}
+        if not names:
+            raise ConfigError(f"exchange.exact: '{pattern}' matches nothing that is shared{nearest(pattern, shared)}")
+        chosen = chosen - names if pattern.startswith("!") else chosen | names
+    return chosen
+
+
+def is_variance(entry: Entry) -> bool:
+    """A running variance, as all of torch's normalizations call it."""
+    return entry.buffer and entry.name.endswith("running_var")
 
 
 def master_dtype(found: Sequence[Entry]) -> torch.dtype:
@@ -277,15 +311,7 @@ class FlatModel:
 
     def not_trained(self) -> list[slice]:
         """Where buffers and frozen parameters lie among the shared ones."""
-        found: list[slice] = []
-        start = 0
-        for entry, part in self._parts(torch.empty(self.num_shared, device="meta")):
-            stop = start + part.numel()
-            if not entry.trainable:
-                adjoins = found and found[-1].stop == start
-                found.append(slice(found.pop().start if adjoins else start, stop))
-            start = stop
-        return found
+        return places(self.entries, lambda entry: not entry.trainable)
 
     def _parts(self, vector_P: torch.Tensor) -> list[tuple[Entry, torch.Tensor]]:
         """Each shared entry and its part of a vector, in its shape."""

@@ -14,7 +14,7 @@ from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
 from fedmpi.exchange.traffic import memory, num_vectors, traffic
-from fedmpi.flat import master_dtype, num_shared
+from fedmpi.flat import master_dtype, named_exact, num_shared
 from fedmpi.local import plain_step
 from fedmpi.models import make
 from fedmpi.objectives import resolve
@@ -54,7 +54,11 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     flat = section.regions is None  # where regions lie is not known before ranks have hosts
     hosted = [owners.count(rank) for rank in range(num_ranks)]
     vectors = num_vectors(section, hosted)
-    on_wire = traffic(section, shared, word, num_ranks, vectors, len(owners))
+    not_trained = [entry for entry in found if entry.kind == "shared" and not entry.trainable]
+    named = named_exact(found, config.exchange.exact)
+    exact = [entry.num_elements for entry in found if entry.kind == "shared" and (entry.buffer or entry.name in named)]
+    num_exact = sum(exact) if exact or not_trained else None
+    on_wire = traffic(section, shared, word, num_ranks, vectors, len(owners), num_exact)
     server_copies = _server_copies(config)
     averaged = num_params * word if config.server.average is not None else 0
     sample_bytes = 4 * int(torch.Size(source.shape).numel())

@@ -400,10 +400,13 @@ def _server(fed: Federation, number: int, among: Sequence[str] | None, near: flo
     at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
     optimizer = fed.optimizer if at is None else at(number, fed.rounds, share)
     counts = float(sent.sum() / weights.sum()) if len(sent) else 1.0
-    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share * near, counts, fed.not_trained)
+    places = (fed.not_trained, fed.exchange.facts.variances)
+    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share * near, counts, *places)
 
 
-def _agree_ready(fed: Federation, number: int, cohort: Sequence[str], error: FedmpiError | None, near: float) -> None:
+def _agree_ready(
+    fed: Federation, number: int, cohort: Sequence[str], error: FedmpiError | None, near: float = 1.0
+) -> None:
     """Everybody goes on, or everybody raises the same."""
     status = fed.ready.rank("status")
     if (status == REFUSED).all():

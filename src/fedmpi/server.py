@@ -94,6 +94,7 @@ class Server:
     share: float = 1.0  # of all weight that the mean is taken over, as shares are counted this round
     sent: float = 1.0  # what the mean was taken over, in units of what the silos that were heard stand for
     averaged: Sequence[slice] = ()  # where what is not trained lies among the parameters
+    variances: Sequence[slice] = ()  # and of that what is never below 0, whatever is rounded
 
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
         """New values of S elements from `start` on and new state, in the memory of `mean_S` and of `state`."""
@@ -106,7 +107,7 @@ class Server:
         if start < border:
             part = slice(0, min(stop, border) - start)
             mean = mean_S[part]
-            means = [(there, params_S[there] + mean[there]) for there in self._averaged(start, part.stop)]
+            means = [(there, params_S[there] + mean[there]) for there in _within(self.averaged, start, part.stop)]
             if self.scale != 1.0:
                 mean.mul_(self.scale)
             new, _ = self.optimizer.step(params_S[part], mean, type(state)(*(t[part] for t in state)))
@@ -114,6 +115,8 @@ class Server:
                 mean.copy_(new)
             for there, values in means:
                 mean[there] = values
+            for there in _within(self.variances, start, part.stop):
+                mean[there].clamp_(min=0.0)
         for number, auxiliary in enumerate(self.auxiliaries, start=1):
             part = slice(max(0, number * border - start), max(0, min(stop, (number + 1) * border) - start))
             gain = auxiliary.gain * (self.share if auxiliary.normaliser == "population" else self.sent)
@@ -121,11 +124,13 @@ class Server:
                 mean_S[part].mul_(gain).add_(params_S[part], alpha=auxiliary.decay)
         return mean_S, state
 
-    def _averaged(self, start: int, num: int) -> Iterator[slice]:
-        for whole in self.averaged:
-            there = slice(max(0, whole.start - start), min(num, whole.stop - start))
-            if there.start < there.stop:
-                yield there
+
+def _within(parts: Sequence[slice], start: int, num: int) -> Iterator[slice]:
+    """Where parts of a vector lie in its `num` elements from `start` on."""
+    for whole in parts:
+        there = slice(max(0, whole.start - start), min(num, whole.stop - start))
+        if there.start < there.stop:
+            yield there
 
 
 @component

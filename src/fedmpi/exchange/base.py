@@ -27,6 +27,7 @@ from fedmpi.comm import Solo
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.exchange import weights
+from fedmpi.exchange.exact import Each, Exact
 from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.server import Server
@@ -38,7 +39,6 @@ BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
 MANY = 64  # vectors: sums of more of them in float32 would show how they were rounded
 
 Lap = Callable[[str], None]
-Each = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # rows [K, S] and weights [K] to one row [S]
 Kept = dict[str, dict[str, torch.Tensor]]  # silo -> name -> tensor
 
 
@@ -53,6 +53,9 @@ class Facts(NamedTuple):
     rounds: int = 0  # of the whole run
     gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
     states: int = 0  # vectors of the server optimizer's state
+    exact: Sequence[slice] = ()  # what travels beside a lossy codec as it is
+    still: Sequence[slice] = ()  # of what is averaged what stands still, as a rule: frozen parameters
+    variances: Sequence[slice] = ()  # what is never below 0
 
 
 class Exchange:
@@ -74,6 +77,8 @@ class Exchange:
         self._near = 1.0  # what the round's shares are multiplied with
         self._many = False  # does this rank fold so many silos that float32 is too short?
         self._wide_P: torch.Tensor | None = None  # float64, for that
+        lossy = not (section.up.plain and section.down.plain) and (facts.exact or facts.still)
+        self.exact = Exact(facts.exact, facts.still, comm, facts.each) if lossy else None  # what no codec touches
         self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
         self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
         self._failed: ExchangeError | None = None
@@ -160,6 +165,8 @@ class Exchange:
         and thresholds are in units of all weight."""
         self.round, self._near = round, near
         self._many = num_contributions > MANY and self.sum_dtype == torch.float32
+        if self.exact is not None:
+            self.exact.begin()
 
     def add(self, contribution: Contribution) -> None:
         """Take one silo's delta; its memory is free afterwards."""

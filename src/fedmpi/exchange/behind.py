@@ -62,6 +62,7 @@ class Behind(Exchange):
         self._deltas: dict[str, torch.Tensor] = {}  # of the last whole round
         self._next: list[Contribution] = []  # of the round that is being trained
         self._spare: list[torch.Tensor] = []
+        self._taken_P = torch.zeros_like(params_P) if plan.exact is not None else params_P[:0]
         self._worker = Worker("exchange")
         # One for the whole run: torch keeps what a stream has used for that stream alone.
         self._stream: Any = None
@@ -76,7 +77,12 @@ class Behind(Exchange):
 
     def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
         delta_P = self._deltas.get(silo)
-        return params_P if delta_P is None else torch.add(params_P, delta_P, out=self._start_P)
+        if delta_P is None:
+            return params_P
+        torch.add(params_P, delta_P, out=self._start_P)
+        for part in self.facts.variances:
+            self._start_P[part].clamp_(min=0.0)
+        return self._start_P
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)
@@ -121,7 +127,10 @@ class Behind(Exchange):
         def fold() -> None:
             plan.begin(round, len(given), near)
             for contribution in given:
-                plan.add(contribution)
+                if plan.exact is None:
+                    plan.add(contribution)
+                else:  # which takes values out of it, and silos go on from the delta as it is
+                    plan.add(replace(contribution, delta_P=self._taken_P.copy_(contribution.delta_P)))
 
         def work() -> None:
             start_s, before = time.perf_counter(), _counted(plan.comm)

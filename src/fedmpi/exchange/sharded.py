@@ -157,6 +157,8 @@ class Sharded(Exchange):
 
     def add(self, contribution: Contribution) -> None:
         share, delta_P = self.share(contribution), contribution.delta_P
+        if self.exact is not None:
+            self.exact.take(self._index[contribution.silo] if self._by_silo else self.comm.rank, share, delta_P)
         if self._by_silo:
             self._outgoing.append(self._of_silo(contribution.silo, share, delta_P))
             return
@@ -272,6 +274,11 @@ class Sharded(Exchange):
         weight = sum(slot.share for slot in slots)
         if weight == 0.0:
             raise ExchangeError("no weight arrived: nothing to divide by")
+        if self.exact is not None:
+            order = np.flatnonzero([self.joined(row[3:]) for row in table.tolist()]).tolist()
+            self.exact.mean(order, [slot.share for slot in slots], weight, self._by_silo)
+            self.exact.step()
+            still = self.exact.before(params_P)
         waves = max((slot.wave for slot in slots), default=-1) + 1
         self.gram = np.zeros((len(slots), len(slots))) if self.facts.gram else None
         sent = self._agree_sizes(slots, waves)
@@ -299,6 +306,8 @@ class Sharded(Exchange):
             self._land(*down.popleft(), params_P)
         if told is not None:
             self._hear(*told)
+        if self.exact is not None and self._down:
+            self.exact.land(params_P, still)
         if self.gram is not None:
             self.gram = self.comm.share(self.gram.reshape(-1)).reshape(self.gram.shape)
         for silo, residual_P in self._next.items():
@@ -445,6 +454,8 @@ class Sharded(Exchange):
         if self.gram is not None and part.start < self.facts.gram:
             rows_KS = self._rows(came, piece, size)[:, : self.facts.gram - part.start]
             self.gram += products(rows_KS)
+        if self.exact is not None:
+            self.exact.put(mean, part.start)
         kept = self.grid.kept(piece)
         new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[kept] for tensor in state)), part.start)
         if not self._down:
@@ -452,7 +463,11 @@ class Sharded(Exchange):
             if self.on_device:
                 self._new_P[part].copy_(new_S)
             return size
+        if self.exact is not None:
+            self.exact.keep(new_S, part.start)
         step_S = new_S.sub_(params_P[part])
+        if self.exact is not None:
+            self.exact.blank(step_S, part.start)
         lost_S = None if self._lost_S is None else self._lost_S[kept]
         slot_B = self._down.slot(self._down_B, self._place(piece))
         return self._encode(self._down, bare(step_S), slot_B, piece, 1.0, lost_S)

@@ -34,8 +34,10 @@ def traffic(
     num_ranks: int,
     vectors: Sequence[int] = (),
     num_silos: int = 0,
+    num_exact: int | None = None,
 ) -> Traffic:
-    """What a round sends in which all silos take part; `vectors` is how many each rank sends (`num_vectors`).
+    """What a round sends in which all silos take part; `vectors` is how many each rank sends (`num_vectors`),
+    `num_exact` how many values travel beside a lossy codec, None where there is nothing of the kind.
 
     >>> traffic(ExchangeSection(plan="root"), 1000, 4, 4)
     Traffic(up=12072, down=12000, control=0, collectives='Reduce + Bcast')
@@ -47,6 +49,10 @@ def traffic(
         return Traffic(0, 0, 0, "none")
     if section.plan == "window":
         return Traffic(0, 0, 0, "shared memory of one node")
+    beside = 0  # both ways: it is added up over ranks
+    if section.lossy and num_exact is not None:
+        rows = num_silos if section.scope == "silo" else 1
+        beside = 8 * num_ranks * (1 + num_exact * (rows + (not section.down.plain)))
     if section.plan == "sharded":
         grid, others = Grid(num_params, num_ranks), num_ranks - 1
         up = _per_piece(section.up.plain, section.up.codec, grid, word)
@@ -62,7 +68,9 @@ def traffic(
             table += grid.steps * num_ranks
         if not (section.up.plain and section.down.plain):
             table += num_ranks
-        return Traffic(sent, others * sum(down), 2 * 8 * table * num_ranks, "Ialltoallv + Iallgatherv")
+        return Traffic(
+            sent + beside, others * sum(down) + beside, 2 * 8 * table * num_ranks, "Ialltoallv + Iallgatherv"
+        )
     if section.plan == "root":
         others = num_ranks - 1
         return Traffic(others * sums, others * num_params * param_bytes, 0, "Reduce + Bcast")
@@ -70,7 +78,7 @@ def traffic(
         grid = Grid(num_params, num_ranks)
         sums = grid.num_pieces * _stride(section.up.codec, grid) + limbs
     control = 0 if section.up.plain else 2 * 8 * num_ranks * num_ranks
-    return Traffic(num_ranks * sums, num_ranks * sums, control, "Allreduce")
+    return Traffic(num_ranks * sums + beside, num_ranks * sums + beside, control, "Allreduce")
 
 
 def num_vectors(section: ExchangeSection, silos: Sequence[int]) -> list[int]:

@@ -53,6 +53,8 @@ class Whole(Exchange):
 
     def add(self, contribution: Contribution) -> None:
         share = self.share(contribution)
+        if self.exact is not None:
+            self.exact.take(self.comm.rank, share, contribution.delta_P)
         self.fold(self._sum[: self.num_params], contribution.delta_P, share, self._empty)
         self._weight += weights.counted(share)
         self._empty = False
@@ -94,7 +96,11 @@ class Whole(Exchange):
             for piece, part in enumerate(self._coder.grid):
                 payload = self._coder.slot(self._recv[: -self._limbs].view(torch.uint8), piece)
                 self._coder.decode(payload, self._mean_P[part], piece)
-            return self._mean_P.div_(weight / weights.GRAIN)
+            self._mean_P.div_(weight / weights.GRAIN)
+            if self.exact is not None:
+                self.exact.mean((), (), weight / weights.GRAIN, one_by_one=False)
+                self.exact.put(self._mean_P, 0)
+            return self._mean_P
         summed = self._recv[: self.num_params]
         if self.on_device and not self.ring:
             summed = self._mean_P.copy_(summed)
