@@ -142,7 +142,7 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
             finetune=config.evaluate.finetune,
         )
         average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
-        begun = comm.together(lambda: config.server.optimizer.init(exchange.mine(params_Q)))
+        begun = comm.together(lambda: config.server.optimizer.init(exchange.mine(params_Q[: model.num_shared])))
         params_Q, optimizer = exchange.home(params_Q, begun)
         selector = comm.together(lambda: config.select.init(num_train))
         state = State(0, params_Q, optimizer, selector, average_P=average_P)

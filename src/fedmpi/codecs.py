@@ -64,6 +64,11 @@ class Codec:
         """Is what decodes x on average over keys (without feedback)?"""
         return False
 
+    @property
+    def largest(self) -> float:
+        """What is encoded has to be smaller, in magnitude."""
+        return math.inf
+
     def damping(self, num_values: int) -> float:
         """What feedback multiplies the decoded vector with. ConfigError with the reason where feedback diverges,
         which one of your own may have to say; all that come along converge."""
@@ -260,6 +265,10 @@ class Identity(Codec):
 class BFloat16(Codec):
     """bfloat16: 8 bits of mantissa, the range of float32; nearest, ties to even."""
 
+    @property
+    def largest(self) -> float:
+        return float((1 - 2**-9) * 2.0**128)
+
     def max_bytes(self, num_values: int) -> int:
         return 2 * num_values
 
@@ -273,6 +282,10 @@ class BFloat16(Codec):
 @component
 class Float16(Codec):
     """float16: 11 bits of mantissa, nearest, ties to even; refuses what would round to more than 65504."""
+
+    @property
+    def largest(self) -> float:
+        return 65520.0
 
     def max_bytes(self, num_values: int) -> int:
         return 2 * num_values
@@ -527,6 +540,10 @@ class TopK(Codec):
     def fixed(self) -> bool:
         return self.values.fixed
 
+    @property
+    def largest(self) -> float:
+        return self.values.largest
+
     def damping(self, num_values: int) -> float:
         return self.values.damping(_count(self.ratio, num_values))
 
@@ -567,6 +584,10 @@ class Threshold(Codec):
     @property
     def fixed(self) -> bool:
         return False
+
+    @property
+    def largest(self) -> float:
+        return self.values.largest
 
     def damping(self, num_values: int) -> float:
         return self.values.damping(_count(self.max_ratio, num_values))

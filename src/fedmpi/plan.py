@@ -78,9 +78,10 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
             + averaged  # on every rank
             + (shared * word * (2 + 2 * len(mine)) if section.overlap else 0)  # twice, a start, each silo's deltas
             + memory(section, shared, word, num_ranks, len(mine), max(vectors))
-            + round(shared * word * server_copies * steps)
+            + round(num_params * word * server_copies * steps)
             # the checkpoint's copy, and the best round's parameters
-            + ((shared * (1 + section.overlap + server_copies) + num_params) * word + averaged if rank == 0 else 0)
+            + (shared * word * (1 + section.overlap) if rank == 0 else 0)
+            + (num_params * word * (1 + server_copies) + averaged if rank == 0 else 0)
             + kept_bytes * (1 + len(mine))
         )
         ranks.append(
@@ -113,7 +114,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "plan": section.plan,
         "plan_asked": config.exchange.plan,
         "collectives": on_wire.collectives if flat else f"in regions, then across: {on_wire.collectives}",
-        "checkpoint_bytes": shared * word * (1 + server_copies + section.down.feedback)
+        "checkpoint_bytes": shared * word * (1 + section.down.feedback)
+        + num_params * word * server_copies
         + averaged
         + (shared * word * (1 + len(owners)) if section.overlap else 0)
         + (shared * word * sum(vectors) if section.up.feedback else 0)

@@ -305,8 +305,10 @@ def _train(
             )
             norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
             usable = not math.isnan(besides) and math.isfinite(contribution.weight)
-            room = _room(fed, contribution.weight, silo.weight * factor, stands_for)
-            if max(norm, besides) * room < LARGEST_NORM and usable:  # not so for nan
+            grown = _grown(contribution.weight, silo.weight * factor, stands_for)
+            room = grown if fed.exchange.ring else 1.0
+            usable = usable and max(norm, besides) * room < LARGEST_NORM  # not so for nan
+            if usable and fed.exchange.holds(contribution.delta_P, grown):
                 fed.exchange.add(contribution)
                 trained[name] = silo
                 fed.ready.set_silo(
@@ -327,12 +329,12 @@ def _train(
     return trained, error
 
 
-def _room(fed: Federation, weight: float, stands_for: float, all_stand_for: float) -> float:
-    """Factor by which a delta grows in the integer ring, where sums are in one.
+def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
+    """Factor by which a delta grows in the sum that it may have to leave room for others in.
 
     Shares add up to 1 by themselves, but not where steps or a selector's factors are counted.
     """
-    return max(1.0, weight / stands_for) * max(1.0, all_stand_for) if fed.exchange.ring else 1.0
+    return max(1.0, weight / stands_for) * max(1.0, all_stand_for)
 
 
 def _contribution(
@@ -426,7 +428,7 @@ def _agree_ready(
         raise agreed(
             Diverged(
                 f"round {number}: every update was rejected ({', '.join(rejected[:8])}): not finite or its norm beyond "
-                f"{LARGEST_NORM:.0f}; a smaller local.lr or local.clip may help"
+                f"{LARGEST_NORM:.0f}{_beyond(fed)}; a smaller local.lr or local.clip may help"
             )
         )
     if fed.exchange.ring:
@@ -436,6 +438,12 @@ def _agree_ready(
             enough(int(fed.ready.silo("taken").sum()))
         except ConfigError as few:  # it is what the round has brought, not the configuration
             raise agreed(NoCohort(f"round {number}: {few}")) from None
+
+
+def _beyond(fed: Federation) -> str:
+    """What else updates are rejected for: that a codec does not hold them."""
+    largest = fed.exchange.section.largest
+    return "" if largest == math.inf else f" or a value beyond the {largest:.5g} that a codec holds"
 
 
 def _has_room(fed: Federation, number: int, near: float) -> None:

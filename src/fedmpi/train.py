@@ -158,7 +158,8 @@ class Run:
         stored = self.comm.together(lambda: checkpoint.read_server(self.out, self.resumed) if loads else {})
         state, exchange = self.state, fed.exchange
         kept_P = _under(OPTIMIZER, state.optimizer._asdict()) | _under(EXCHANGE, exchange.server_tensors())
-        whole = {n: (t.dtype, exchange.num_params) for n, t in kept_P.items()}
+        lengths = {OPTIMIZER: fed.model.num_shared, EXCHANGE: exchange.num_params}
+        whole = {n: (t.dtype, lengths[n[0]]) for n, t in kept_P.items()}
         alike = _under(EXCHANGE, exchange.vectors(state.params_Q))
         alike |= {checkpoint.AVERAGE: state.average_P} if state.average_P is not None else {}
         whole |= {n: (t.dtype, len(t)) for n, t in alike.items()}
@@ -391,7 +392,8 @@ class Run:
             }
             for name, silo in fed.silos.items()
         }
-        whole = _server_tensors(replace(state, optimizer=optimizer), fed.exchange)  # of all ranks' parts
+        arrived = replace(state, optimizer=optimizer)
+        whole = _server_tensors(arrived, fed.exchange, fed.model.num_shared)  # of all ranks' parts
         whole |= _under(HEALTH, self._health.kept(self._health.doubts if doubts is None else doubts))
         server = whole if self.comm.rank == 0 else None
         # Its own errors come up with the next round's record, or when the checkpoint is sealed.
@@ -575,12 +577,12 @@ def _of(first: str, tensors: Mapping[Key, torch.Tensor]) -> dict[str, torch.Tens
     return {key[1]: tensor for key, tensor in tensors.items() if key[0] == first}
 
 
-def _server_tensors(state: State, exchange: Exchange) -> dict[Key, torch.Tensor]:
+def _server_tensors(state: State, exchange: Exchange, num_params: int) -> dict[Key, torch.Tensor]:
     """What server.h5 holds, whole on rank 0: the state's own tensors and the exchange's. A call of all ranks."""
     tensors = _under(EXCHANGE, exchange.vectors(state.params_Q))
     tensors |= {checkpoint.AVERAGE: state.average_P} if state.average_P is not None else {}
     for name, part in zip(state.optimizer._fields, state.optimizer, strict=True):
-        tensors[OPTIMIZER, name] = exchange.whole(part)
+        tensors[OPTIMIZER, name] = exchange.whole(part, num_params)
     tensors |= _under(EXCHANGE, {name: exchange.whole(part) for name, part in exchange.server_tensors().items()})
     return tensors | _under(SELECTOR, {name: _numbers(name, array) for name, array in sorted(state.selector.items())})
 

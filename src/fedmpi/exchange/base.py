@@ -16,6 +16,7 @@ Vectors live on the rank's device; where that is a GPU they pass through page-lo
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -104,8 +105,9 @@ class Exchange:
             return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
         return self.comm.allocate(self.num_params, self.dtype)
 
-    def whole(self, part: torch.Tensor) -> torch.Tensor:
-        """On rank 0 the vector of which every rank keeps its `mine`. A call of all ranks."""
+    def whole(self, part: torch.Tensor, length: int | None = None) -> torch.Tensor:
+        """On rank 0 the vector of which every rank keeps its `mine`; of that length where it is shorter than what is
+        exchanged. A call of all ranks."""
         return part
 
     def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
@@ -167,6 +169,16 @@ class Exchange:
         self._many = num_contributions > MANY and self.sum_dtype == torch.float32
         if self.exact is not None:
             self.exact.begin()
+
+    def holds(self, delta_P: torch.Tensor, room: float) -> bool:
+        """Can all codecs hold the delta, which in a sum of silos takes up so many times its room?"""
+        largest = self.section.largest / (room if self.section.scope == "rank" else 1.0)
+        if largest == math.inf or float(delta_P.abs().max()) < largest:
+            return True
+        sizes_P = delta_P.abs()
+        for part in (*self.facts.exact, *self.facts.still):  # no codec sees them
+            sizes_P[part] = 0.0
+        return float(sizes_P.max()) < largest
 
     def add(self, contribution: Contribution) -> None:
         """Take one silo's delta; its memory is free afterwards."""

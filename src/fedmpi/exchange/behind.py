@@ -211,8 +211,8 @@ class Behind(Exchange):
     def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
         return self._plan.mine(vector_P)
 
-    def whole(self, part: torch.Tensor) -> torch.Tensor:
-        return self._plan.whole(part)
+    def whole(self, part: torch.Tensor, length: int | None = None) -> torch.Tensor:
+        return self._plan.whole(part, length)
 
     def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
         self._plan.load(part, whole_P)

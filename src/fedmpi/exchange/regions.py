@@ -101,8 +101,8 @@ class Regional(Exchange):
     def vectors(self, params_P: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"params": params_P if self._across is None else self._global_P}
 
-    def whole(self, part: torch.Tensor) -> torch.Tensor:
-        return part if self._across is None else self._across.whole(part)
+    def whole(self, part: torch.Tensor, length: int | None = None) -> torch.Tensor:
+        return part if self._across is None else self._across.whole(part, length)
 
     def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
         if self._across is not None:

@@ -100,10 +100,20 @@ class ExchangeSection:
     verify: bool = False  # compare the parameters' SHA-256 across ranks after every round
 
     @property
+    def channels(self) -> list[Channel]:
+        """Up and down, of all levels."""
+        ways: list[Level | ExchangeSection] = [self, *(self.regions.levels if self.regions is not None else ())]
+        return [channel for way in ways for channel in (way.up, way.down)]
+
+    @property
     def lossy(self) -> bool:
         """Does a codec lose anything on any way?"""
-        ways: list[Level | ExchangeSection] = [self, *(self.regions.levels if self.regions is not None else ())]
-        return not all(way.up.plain and way.down.plain for way in ways)
+        return not all(channel.plain for channel in self.channels)
+
+    @property
+    def largest(self) -> float:
+        """Values have to be smaller for all codecs to hold them, and what feedback adds of a rounding."""
+        return min(channel.codec.largest * (1 - 2**-10 * channel.feedback) for channel in self.channels)
 
     @property
     def candidates(self) -> tuple[PlanName, ...]:

@@ -116,11 +116,13 @@ class Sharded(Exchange):
         parts = [vector_P[self.grid.part(piece)] for piece in self.grid.owned(self.comm.rank)]
         return torch.cat(parts) if parts else vector_P[:0].clone()
 
-    def whole(self, part: torch.Tensor) -> torch.Tensor:
+    def whole(self, part: torch.Tensor, length: int | None = None) -> torch.Tensor:
+        num = self.num_params if length is None else length
         grid, me, ranks, host = self.grid, self.comm.rank, self.comm.size, part.cpu()
-        whole_P = torch.zeros(self.num_params if me == 0 else 0, dtype=part.dtype)
+        whole_P = torch.zeros(num if me == 0 else 0, dtype=part.dtype)
         for row in range(grid.steps):
-            sizes = [grid.size(row * ranks + rank) for rank in range(ranks)]
+            starts = [(row * ranks + rank) * grid.length for rank in range(ranks)]
+            sizes = [max(0, min(grid.length, num - start)) for start in starts]
             mine = host[row * grid.length :]
             there = whole_P[row * ranks * grid.length :]
             nothing = [(0, 0)] * ranks
