@@ -81,6 +81,7 @@ class Exchange:
         lossy = not (section.up.plain and section.down.plain) and (facts.exact or facts.still)
         self.exact = Exact(facts.exact, facts.still, comm, facts.each) if lossy else None  # what no codec touches
         self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
+        self._largest = section.largest  # values that codecs hold are smaller
         self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
         self._failed: ExchangeError | None = None
         self._declared = {**to_dict(section), "length": self.num_params, "dtype": str(self.dtype)}
@@ -172,8 +173,10 @@ class Exchange:
 
     def holds(self, delta_P: torch.Tensor, room: float) -> bool:
         """Can all codecs hold the delta, which in a sum of silos takes up so many times its room?"""
-        largest = self.section.largest / (room if self.section.scope == "rank" else 1.0)
-        if largest == math.inf or float(delta_P.abs().max()) < largest:
+        if self._largest == math.inf:
+            return True
+        largest = self._largest / (room if self.section.scope == "rank" else 1.0)
+        if float(delta_P.abs().max()) < largest:
             return True
         sizes_P = delta_P.abs()
         for part in (*self.facts.exact, *self.facts.still):  # no codec sees them
