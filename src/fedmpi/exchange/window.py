@@ -77,7 +77,8 @@ class Window(Exchange):
         if not in_place:
             self.fold(self._sums[self.comm.rank], delta_P, share, empty=not self._weight)
         self._weight += self.weigh(share)
-        self._heads[self.comm.rank] = torch.tensor((in_place, *self.cut(self._weight)), dtype=torch.float64)
+        head = torch.tensor((in_place, *self.cut(self._weight)), dtype=torch.float64)
+        self._heads[self.comm.rank].copy_(head)
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
