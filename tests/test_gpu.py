@@ -101,7 +101,7 @@ class Weighed:
         return weights_K @ rows_KS / weights_K.sum()
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", [*EACH, "own"])
 def test_an_aggregator_that_reads_each_delta_finds_rows_and_weights_on_the_device(name):
     each = Weighed().combine if name == "own" else AGGREGATORS.build(name, "").combine
     section = {"plan": "sharded", "scope": "silo"}

@@ -103,11 +103,6 @@ class Sharded(Exchange):
             self._down_B = bare(self._sent_down)
         elif self.on_device:
             self._new_P = comm.allocate(self.num_params, self.dtype, pinned=True)
-        self._encoded = torch.zeros(
-            max(self._stride if self._up else 0, self._down.stride if self._down else 0),
-            dtype=torch.uint8,
-            device=self.device,
-        )
         self._outgoing: list[Outgoing] = []
 
     # ------------------------------------------------------------ where things are kept
@@ -223,23 +218,15 @@ class Sharded(Exchange):
         return self._encode(self._up, x_N, self._up.slot(payloads, self._place(piece)), piece, scale, residual_N)
 
     def _encode(self, coder: Coder, x_N: Bare, slot_B: Bare, piece: int, scale: float, residual_N: Bare | None) -> int:
-        """Into host memory, from wherever the values live."""
         try:
-            if not self.on_device:
-                return coder.encode(x_N, slot_B, piece, scale, residual_N)
-            num_bytes = coder.encode(x_N, self._encoded[: coder.stride], piece, scale, residual_N)
-            torch.from_numpy(slot_B[:num_bytes]).copy_(self._encoded[:num_bytes])
-            return num_bytes
+            return coder.encode(x_N, slot_B, piece, scale, residual_N)
         except ExchangeError as error:
             self._failed = self._failed or error
             slot_B[:] = 0
             return coder.num_bytes(piece) if coder.codec.fixed else 0
 
     def _add(self, coder: Coder, came_B: Bare, sum_N: Bare, piece: int, weight: float) -> None:
-        """Out of host memory, to wherever the sum lives."""
         try:
-            if self.on_device:
-                came_B = self._encoded[: len(came_B)].copy_(torch.from_numpy(came_B))
             coder.add(came_B, sum_N, piece, weight)
         except ExchangeError as error:
             self._failed = self._failed or error
@@ -452,7 +439,8 @@ class Sharded(Exchange):
         if self.facts.each is None:
             self._sum_up(came, weight, piece, mean)
         else:
-            mean.copy_(self.facts.each(self._rows(came, piece, size), torch.tensor([slot.share for slot in slots])))
+            shares_K = torch.tensor([slot.share for slot in slots], device=self.device)
+            mean.copy_(self.facts.each(self._rows(came, piece, size), shares_K))
         if self.gram is not None and part.start < self.facts.gram:
             rows_KS = self._rows(came, piece, size)[:, : self.facts.gram - part.start]
             self.gram += products(rows_KS)
