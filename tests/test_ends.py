@@ -298,8 +298,11 @@ def test_a_directory_tells_of_what_was_trained_in_it_whatever_is_asked_for_later
     assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         4 of 4\n")
     run(config(tmp_path, 6), rounds=1)
     assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         5 of 6\n")
+    code, out, err = command(capsys, "inspect", str(tmp_path), "--done")
+    assert code == 1 and not out and "has 5 of 6 rounds" in err
     run(config(tmp_path, 5))  # what is there is enough after all
-    assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         5 of 5\n")
+    code, out, _ = command(capsys, "inspect", str(tmp_path), "--done")
+    assert code == 0 and out.startswith("rounds         5 of 5\n")
 
 
 @pytest.mark.parametrize(

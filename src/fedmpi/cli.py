@@ -231,13 +231,21 @@ def _size(num_bytes: int) -> str:
 
 
 @app.command()
-def inspect(directory: RunDir, as_json: Json = False) -> None:
+def inspect(
+    directory: RunDir,
+    as_json: Json = False,
+    done: Annotated[
+        bool, typer.Option("--done", help="exit 1 unless all rounds are on disk; a launcher may exit 0 without")
+    ] = False,
+) -> None:
     """What a run has come to: rounds, metrics, SHA-256 of the global parameters, configuration. Reads files only."""
 
     def work() -> None:
         from fedmpi.results import inspect as read
 
         found = read(directory)
+        if done and found["rounds"] < (goal := found["config"]["rounds"]):
+            raise FedmpiError(f"{directory} has {found['rounds']} of {goal} rounds; the same command resumes it")
         if as_json:
             print(json.dumps(found))
             return
