@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def place(tmp_path):
 
 def shell(tmp_path, line, **more):
     command = [sys.executable, "-m", "fedmpi"]
-    line = line.replace("fedmpi", " ".join(command))
+    line = re.sub(r"^fedmpi\b", " ".join(command), line)
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | ENVIRONMENT | more
     return subprocess.Popen(["bash", "-c", line], cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True)
 

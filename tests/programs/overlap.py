@@ -71,7 +71,7 @@ class Troubled(Sgd):
             time.sleep(0.1)  # the file is looked for so often
         contribution = super().train(silo, model, params_P, round)
         if what != "stop":
-            contribution.delta_P[7] = {"diverge": float("inf"), "overflow": 2e5}[what]
+            contribution.delta_P[7] = {"diverge": float("inf"), "overflow": 2e5, "large": 6e4}[what]
         return contribution
 
 
@@ -304,19 +304,23 @@ def what_the_thread_raises_on_one_rank_is_one_error_on_all(comm, folder):
     """In the round after, or in the last round itself."""
     for scope in ("rank", "silo"):
         for rounds in (2, 4):
-            exchange = {"plan": "sharded", "reduction": "fast", "scope": scope, "up": {"codec": "fp16"}}
-            more = {"server": {"optimizer": "fedavg"}, "data": {"name": "digits", "silos": 2}, "rounds": rounds}
+            exchange = {"plan": "sharded", "reduction": "fast", "scope": scope, "down": {"codec": "fp16"}}
+            more = {
+                "server": {"optimizer": {"name": "fedavg", "lr": 4}},
+                "data": {"name": "digits", "silos": 2},
+                "rounds": rounds,
+            }
             more["checkpoint"] = {"every": 100}
             said = "a value that fp16 cannot hold went through"
-            started = fedmpi.Run(troubled(folder, f"overflow-{scope}-{rounds}-{comm.size}", exchange=exchange, **more),
+            started = fedmpi.Run(troubled(folder, f"large-{scope}-{rounds}-{comm.size}", exchange=exchange, **more),
                                  comm_=comm)  # fmt: skip
             try:
-                with troubling("overflow 2 silo-1"):
+                with troubling("large 2 silo-1"):
                     list(started)
             except FedmpiError as error:
                 said = str(error)
             started.close()
-            assert "exchange.up: values 0 to" in said and "fp16" in said, said
+            assert "exchange.down: values 0 to" in said and "fp16" in said, said
             require_equal("texts", len({row for row in comm.gather(said.encode().ljust(4000))}), 1)
 
 

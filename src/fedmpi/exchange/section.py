@@ -94,9 +94,7 @@ class ExchangeSection:
     down: Channel = Channel()  # the server's step, back to all
     regions: Regions | None = None  # groups that aggregate inside first; up, down and plan are then those across
     overlap: bool = False  # the exchange runs behind the next round's training and arrives one round late
-    exact: list[str] = pydantic.Field(  # patterns of what no codec touches, besides statistics, which none ever does
-        default_factory=list
-    )
+    exact: tuple[str, ...] = ()  # patterns of what no codec touches, besides statistics, which none ever does
     verify: bool = False  # compare the parameters' SHA-256 across ranks after every round
 
     @property

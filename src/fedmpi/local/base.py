@@ -94,7 +94,7 @@ def order_of(sampler: Sampler, seed: int, silo: str, epoch: int, num_samples: in
     wrong, hint = "", ""
     if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
         wrong = f"{given.dtype} of {list(given.shape)}"
-    elif len(given) != num_samples:
+    elif len(given) > num_samples:
         wrong = f"{len(given)} indices"
     elif len(outside := given[(given < 0) | (given >= num_samples)]):
         wrong = f"the index {outside[0]}"
@@ -102,11 +102,15 @@ def order_of(sampler: Sampler, seed: int, silo: str, epoch: int, num_samples: in
         wrong = f"the index {twice.argmax()} {twice.max()} times"
         hint = " (repeats = True on the sampler allows that)"
     if wrong:
-        raise ConfigError(
-            f"sampler '{SAMPLERS.name_of(sampler)}': silo '{silo}', epoch {epoch}: gave {wrong}; wanted are the "
-            f"{num_samples} integers from 0 to {num_samples - 1}{hint}"
-        )
+        raise _no_order(sampler, silo, epoch, wrong, num_samples, hint)
     return given
+
+
+def _no_order(sampler: Sampler, silo: str, epoch: int, wrong: str, num_samples: int, hint: str = "") -> ConfigError:
+    return ConfigError(
+        f"sampler '{SAMPLERS.name_of(sampler)}': silo '{silo}', epoch {epoch}: gave {wrong}; wanted are the "
+        f"{num_samples} integers from 0 to {num_samples - 1}{hint}"
+    )
 
 
 def _spare_compiler() -> None:
@@ -265,6 +269,8 @@ class Work:
                 epoch = silo.cursor // n
                 given = order_of(self.sampler, seed, silo.id, epoch, n)
                 order = torch.from_numpy(np.asarray(given, dtype=np.int64)).to(x.device)
+            if len(order) < min(start + size, n):  # one that ends early is enough where the run ends there too
+                raise _no_order(self.sampler, silo.id, epoch, f"{len(order)} indices", n)
             rows = order[start : start + size]
             if self.last_batch != "keep" and 0 < (rest := n - start - len(rows)) < size:
                 if self.last_batch == "merge":
