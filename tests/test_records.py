@@ -1,5 +1,6 @@
 """Records: files that survive a kill, small sums that do not depend on who made them, figures on a terminal."""
 
+import errno
 import io
 import json
 import math
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmpi import records
+from fedmpi import disk, records
 from fedmpi.directory import save_tensors
 from fedmpi.evaluate import worst_silo
 from fedmpi.metrics.scorers import pooled
@@ -97,6 +98,22 @@ def test_what_a_rename_commits_is_flushed_first_and_its_folder_afterwards(tmp_pa
     names = ("metrics.jsonl", "trace.json", "model.safetensors")
     assert done == [step for n in names for step in (f"sync {n}", f"name {n}", f"sync {tmp_path.name}")]
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_what_cannot_be_read_on_resume_is_put_aside_and_not_written_over(tmp_path, monkeypatch, caplog):
+    def unreadable(path, most=1 << 30):
+        assert most > 1 << 34  # of thousands of silos, or ranks, and rounds
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    write_metrics(tmp_path, [1, 2, 3])
+    write_trace(tmp_path, [1, 2, 3])
+    before = {(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "trace.json")}
+    monkeypatch.setattr(disk, "read_bytes", unreadable)
+    write_metrics(tmp_path, [4], resumed=3)
+    write_trace(tmp_path, [4], resumed=True)
+    monkeypatch.undo()
+    assert before <= {path.read_bytes() for path in tmp_path.iterdir()} and rounds(tmp_path) == [4]
+    assert caplog.text.count("cannot be read (Input/output error) and is now ") == 2
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "trace.json", "model.safetensors"])

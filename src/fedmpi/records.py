@@ -13,6 +13,7 @@ import math
 import os
 import re
 import resource
+import secrets
 import sys
 import time
 import zlib
@@ -172,6 +173,7 @@ def plain(value: Any) -> Any:
 
 
 METRICS = "metrics.jsonl"
+_MOST = 1 << 40  # bytes of a file that grows with rounds, silos and ranks: whatever a run has written is read again
 _CRC = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 
 
@@ -183,20 +185,21 @@ def line_of(record: Record) -> bytes:
 
 def read_metrics(root: Path) -> list[Record]:
     """The records in metrics.jsonl, oldest first; lines that are damaged are left out with a warning."""
-    return [record for record, _ in _read(root)[0]]
+    try:
+        return [record for record, _ in _read(root)[0]]
+    except OSError as error:
+        log.warning("%s cannot be read: %s", root / METRICS, error.strerror or error)
+        return []
 
 
 def _read(root: Path) -> tuple[list[tuple[Record, bytes]], list[bytes]]:
-    """The records with their lines, and the lines that are none."""
+    """The records with their lines, and the lines that are none. OSError where the file cannot be read."""
     whole: list[tuple[Record, bytes]] = []
     damaged: list[bytes] = []
     path = root / METRICS
     try:
-        lines = disk.read_bytes(path).split(b"\n")
+        lines = disk.read_bytes(path, _MOST).split(b"\n")
     except FileNotFoundError:
-        return whole, damaged
-    except OSError as error:
-        log.warning("%s cannot be read: %s", path, error.strerror or error)
         return whole, damaged
     sealed = any(_CRC.search(line) for line in lines)  # else it is older than checksums
     for number, line in enumerate(lines, 1):
@@ -233,7 +236,11 @@ class Metrics:
 
     def __init__(self, root: Path, resumed_round: int) -> None:
         path = root / METRICS
-        whole, damaged = _read(root)
+        try:
+            whole, damaged = _read(root)
+        except OSError as error:
+            _put_aside(path, error)
+            whole, damaged = [], []
         if damaged:
             log.warning("%d damaged lines of %s are kept in metrics.bad.jsonl", len(damaged), path)
         _keep_aside(root / "metrics.bad.jsonl", damaged)
@@ -277,8 +284,15 @@ class Metrics:
 def _keep_aside(path: Path, lines: Sequence[bytes]) -> None:
     """Lines at the end of a file; nothing for none."""
     if lines:
-        before = disk.read_bytes(path) if path.exists() else b""
+        before = disk.read_bytes(path, _MOST) if path.exists() else b""
         disk.replace_bytes(path, before + b"".join(line + b"\n" for line in lines))
+
+
+def _put_aside(path: Path, error: OSError) -> None:
+    """What cannot be read is not written over."""
+    aside = path.with_name(f"{path.name}.unread-{secrets.token_hex(4)}")
+    os.rename(path, aside)
+    log.warning("%s cannot be read (%s) and is now %s", path, error.strerror or error, aside.name)
 
 
 class Trace:
@@ -286,8 +300,14 @@ class Trace:
 
     def __init__(self, root: Path, resumed: bool) -> None:
         path = root / "trace.json"
-        events = []
-        for line in disk.read_bytes(path).splitlines() if resumed and path.exists() else []:
+        events: list[bytes] = []
+        lines: list[bytes] = []
+        if resumed and path.exists():
+            try:
+                lines = disk.read_bytes(path, _MOST).splitlines()
+            except OSError as error:
+                _put_aside(path, error)
+        for line in lines:
             with contextlib.suppress(ValueError, RecursionError):  # brackets, half an event
                 events.append(json.dumps(json.loads(line.rstrip(b","))).encode())
         disk.replace_bytes(path, b"[\n" * bool(events) + b",\n".join(events))
