@@ -1,6 +1,8 @@
 """How a run and its process end: signals, what is put back, output that nobody takes, the exit code in all of it."""
 
+import contextlib
 import errno
+import faulthandler
 import io
 import json
 import os
@@ -8,18 +10,21 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import traceback
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from mpi import ENVIRONMENT
+from mpi import ENVIRONMENT, until
 from runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
-from fedmpi import checkpoint, comm, output, records, results
+from fedmpi import checkpoint, comm, output, records, results, stopping
 from fedmpi.cli import app
 from fedmpi.comm import Solo
 from fedmpi.components import to_dict
-from fedmpi.errors import ConfigError, FedmpiError, SiloError, Stopped
+from fedmpi.errors import ConfigError, FedmpiError, SiloError, Stopped, agreed
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
 EVENTFUL = {"local": {"sampler": OWN + "Eventful"}}
@@ -131,6 +136,89 @@ def test_what_fedmpi_says_no_to_is_one_line_and_its_exit_code_in_a_program_of_on
     with pytest.raises(SystemExit) as ended:
         caught(Stopped, Stopped("stopped in round 2"), None)
     assert (ended.value.code, given, capsys.readouterr().err) == (3, [], "fedmpi: stopped in round 2\n")
+
+
+def test_where_somebody_types_signals_are_as_they_were_and_python_goes_on(hook, monkeypatch, capsys):
+    caught, _ = hook
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: pytest.fail(f"signal.signal{arguments}"))
+    caught(Stopped, Stopped("stopped in round 2"), None)
+    assert capsys.readouterr().err == "fedmpi: stopped in round 2\n"
+
+
+class Pair(Solo):
+    """One of two ranks, whose job's end is only noted."""
+
+    size = 2
+
+    def __init__(self):
+        super().__init__()
+        self.codes = []
+
+    def abort(self, code):
+        self.codes.append(code)
+
+    def finish(self):
+        pass
+
+
+def nothing_left(*arguments, **options):
+    raise MemoryError
+
+
+def test_a_rank_without_memory_to_say_why_ends_the_job_all_the_same(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    comm._abort_on_uncaught(pair := Pair())
+    monkeypatch.setattr(traceback, "format_exception", nothing_left)
+    with pytest.raises(MemoryError):
+        sys.excepthook(LookupError, LookupError(), None)
+    assert pair.codes == [1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unable to start watchdog thread"), MemoryError()])
+def test_a_job_ends_where_no_thread_can_be_started_to_watch_its_end(monkeypatch, error):
+    def refuses(*arguments, **options):
+        raise error
+
+    codes = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", refuses)
+    world = SimpleNamespace(COMM_WORLD=SimpleNamespace(Abort=codes.append))
+    comm.Comm.abort(SimpleNamespace(_mpi=world), 3)
+    assert codes == [3]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ranks_that_end_alike_do_not_wait_for_one_that_does_not_come(monkeypatch, late):
+    pair = Pair()
+    if late:
+        monkeypatch.setattr(comm, "LATE_S", 0.05)
+        monkeypatch.setattr(pair, "finish", lambda: until(lambda: pair.codes, 10))
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(threading, "Thread", nothing_left)  # its `start` may wait for ever
+    comm.leave(pair, agreed(Stopped("stopped")))
+    assert pair.codes == [3] * late
+
+
+def test_last_words_do_not_wait_for_a_launcher_whose_output_nobody_reads(monkeypatch):
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writes, bytes(1 << 12))
+    with subprocess.Popen(["sleep", "60"], stderr=writes) as launcher:
+        try:
+            monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+            monkeypatch.setattr(stopping, "_last_words", "round 3 is on disk")
+            monkeypatch.setattr(stopping, "_received", received := [])
+            stopping._wake(signal.SIGCONT, None)
+            said = threading.Thread(target=stopping._note, args=(signal.SIGTERM, None), daemon=True)
+            said.start()
+            said.join(10)
+            assert received == ["SIGTERM"]
+        finally:
+            launcher.kill()
+            os.close(reads)
+            os.close(writes)
 
 
 PROGRAM = """

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 from programs.place import TEN_MINUTES, Place, own_lines
 
+from fedmpi import vigil
+from fedmpi.comm import Comm
 from fedmpi.vigil import SET_UP, Vigil
 
 
@@ -100,6 +102,45 @@ def test_a_call_that_blocks_is_given_up():
     assert not said
     assert told.wait(10) and "inside one call" in said[0] and "silent: rank 1 on here" in said[0]
     watch.lanes.clear()
+
+
+def test_hosts_that_do_not_answer_do_not_hold_up_the_end(clock, monkeypatch):
+    asked = []
+
+    def answers(host):
+        asked.append(host)
+        clock.now_s += 6.0  # its name is looked for
+        return False
+
+    monkeypatch.setattr(vigil, "_answers", answers)
+    told = []
+    watch = Vigil(0, ["here", *(f"far-{n}" for n in range(99))], [os.getpid()] * 100, told.append)
+    assert "silent: rank 1 on far-0, rank 2 on far-1" in watch._said("has waited", [])
+    assert asked == ["far-0", "far-1"]
+
+
+def test_a_rank_that_cannot_watch_ends_the_job_before_others_wait_for_it(monkeypatch):
+    def refuses(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    said = []
+    monkeypatch.setattr(_thread, "start_new_thread", refuses)
+    rank = SimpleNamespace(size=2, rank=1, hosts=("a", "a"), gather=lambda row: [row, row], _give_up=said.append)
+    Comm.keep_vigil(rank)
+    assert said == ["rank 1 cannot start a thread: can't start new thread; raise ulimit -v or -u"]
+
+
+def test_a_part_that_is_given_back_is_watched_no_longer():
+    """And a part's part until then: a group of regions of regions."""
+    whole, region, across = (Comm.__new__(Comm) for _ in range(3))
+    watch = SimpleNamespace(lanes=[whole, region, across])
+    for one, above, groups in ((whole, None, [region]), (region, whole, [across]), (across, region, [])):
+        made = {"_world": (freed := SimpleNamespace(Free=lambda: None)), "_control": freed, "_node": None}
+        made |= {"_above": above, "_groups": groups, "_twins": [], "_windows": [], "depth": 0, "calls": 0}
+        vars(one).update(made, _vigil=None if above else watch, _beat_s=1e9)
+        assert one._watching is watch
+    whole._free_parts()
+    assert watch.lanes == [whole] and (whole._groups, region._groups) == ([], [])
 
 
 @pytest.mark.parametrize("silent", (1, 0))

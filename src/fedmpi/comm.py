@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
+import contextlib
 import copy
 import faulthandler
 import functools
@@ -48,6 +50,7 @@ _NOTICE, _LAST, _PULSE = 71, 72, 73  # tags on the control communicator
 _SHM = Path("/dev/shm")  # where MPI libraries make what ranks share
 _SPARE_BYTES = 1 << 20  # of shared memory, for what MPI libraries put around it
 _AHEAD = 4  # blocks under way where waiting is sleeping
+LATE_S = 10.0  # how long ranks that end alike wait for each other
 _TELL, _TOLD = 8, 2000  # at most so many different texts of ranks make one message, of so many characters each
 
 
@@ -275,7 +278,7 @@ class Solo:
 
     def _told(self, text: str, ranks: list[int]) -> str:
         """What `ranks` say, in one line: each text once, with those who say it; without where all say the same."""
-        rows = self.gather(hashlib.sha256(text.encode()).digest())
+        rows = self.gather(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
         speakers: dict[bytes, list[int]] = {}
         for rank in ranks:
             speakers.setdefault(rows[rank], []).append(rank)
@@ -336,10 +339,15 @@ class Comm(Solo):
         group = Comm(self._mpi, world)
         group.crowded = group.crowded or self.crowded
         group._above = self
-        if self._vigil is not None:
-            self._vigil.lanes.append(group)
+        if (vigil := self._watching) is not None:
+            vigil.lanes.append(group)
         self._groups.append(group)
         return group
+
+    @property
+    def _watching(self) -> Vigil | None:
+        """What looks at this communicator and its parts, and at theirs."""
+        return self._vigil if self._above is None else self._above._watching
 
     @_bounded
     def twin(self) -> Comm:
@@ -368,14 +376,14 @@ class Comm(Solo):
         """Give back what was made of this communicator; nobody uses it any more. A call of all ranks."""
         for part in (*self._twins, *self._groups):
             part._free()
+            if (vigil := self._watching) is not None:
+                vigil.lanes.remove(part)
         self._twins.clear()
         self._groups.clear()
         self.free_shared()
 
     def _free(self) -> None:
         self._free_parts()
-        if self._vigil is not None:
-            self._vigil.lanes.remove(self)
         for communicator in (self._node, self._control, self._world):
             if communicator is not None:
                 communicator.Free()
@@ -556,11 +564,12 @@ class Comm(Solo):
 
     @_bounded
     def say(self, text: str, speaker: int) -> str:
-        length = np.array([len(text.encode())], dtype=np.int64)
+        coded = text.encode(errors="surrogatepass")  # a file's name may be no text
+        length = np.array([len(coded)], dtype=np.int64)
         self._control.Bcast(length, root=speaker)
-        said = bytearray(text.encode() if self.rank == speaker else bytes(int(length[0])))
+        said = bytearray(coded if self.rank == speaker else bytes(int(length[0])))
         self._control.Bcast(said, root=speaker)
-        return said.decode()
+        return said.decode(errors="surrogatepass")
 
     def notify(self, status: int) -> None:
         # Through rank 0: a batch system signals every rank at once, and n to n would be n^2 messages.
@@ -592,7 +601,11 @@ class Comm(Solo):
         """From now on no call of this communicator or its parts waits for ever. A call of all ranks."""
         if self.size > 1:
             pids = [int.from_bytes(row, "little") for row in self.gather(os.getpid().to_bytes(8, "little"))]
-            self._vigil = Vigil(self.rank, self.hosts, pids, self._give_up)
+            try:
+                self._vigil = Vigil(self.rank, self.hosts, pids, self._give_up)
+            except (RuntimeError, MemoryError) as error:  # the others go on, and would wait for this rank
+                self._give_up(f"rank {self.rank} cannot start a thread: {error}; raise ulimit -v or -u")
+                return
             self._vigil.lanes.append(self)
             self._beat_s = 0.0
 
@@ -657,8 +670,10 @@ class Comm(Solo):
 
     def abort(self, code: int) -> None:
         flush()
-        # Should MPI not come back from it: this clock runs even where a call holds the interpreter.
-        faulthandler.dump_traceback_later(10, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        # Should MPI not come back from it: this clock runs even where a call holds the interpreter. It needs memory and
+        # a thread, of which there may be no more.
+        with contextlib.suppress(Exception):
+            faulthandler.dump_traceback_later(10, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
         time.sleep(0.1)  # a launcher hears of the abort by another way than of what was said last, and is to print both
         self._mpi.COMM_WORLD.Abort(code)
 
@@ -724,17 +739,20 @@ def _abort_on_uncaught(comm: Solo) -> None:
         if isinstance(error, FedmpiError):
             if comm.rank == 0:
                 say(told(error), error=True)
-            leave(comm, error)
-            if not hasattr(sys, "ps1"):  # where somebody types, Python goes on
+            typed = comm.size == 1 and hasattr(sys, "ps1")  # where somebody types, Python goes on
+            if not typed:
+                leave(comm, error)
                 raise SystemExit(error.exit_code)
         elif comm.size == 1:
             before(kind, error, trace)
         else:
             code = 130 if issubclass(kind, KeyboardInterrupt) else 1
-            if code == 1:
-                text = "".join(traceback.format_exception(kind, error, trace))
-                say(f"fedmpi: rank {comm.rank} failed\n{text}", error=True)
-            comm.abort(code)
+            try:
+                if code == 1:
+                    text = "".join(traceback.format_exception(kind, error, trace))
+                    say(f"fedmpi: rank {comm.rank} failed\n{text}", error=True)
+            finally:  # there may be no memory left to say it
+                comm.abort(code)
 
     sys.excepthook = hook
 
@@ -750,8 +768,9 @@ def leave(comm: Solo, error: FedmpiError) -> None:
     stopping.ignore()
     if comm.size == 1:
         return
-    # The error has frames with tensors: the timer's thread must not be the last to let go of them as Python ends.
+    # The error has frames with tensors: the thread below must not be the last to let go of them as Python ends.
     text, code = str(error), error.exit_code
+    gone = threading.Event()
 
     def give_up() -> None:
         if comm.rank:
@@ -763,11 +782,11 @@ def leave(comm: Solo, error: FedmpiError) -> None:
         if comm.rank:
             time.sleep(5.0 if error.agreed else 0.5)  # rank 0 has spoken for all that are there
         give_up()
-    late = threading.Timer(10.0, give_up)
-    late.daemon = True
-    late.start()
+    # Not threading.Timer, whose `start` waits without a limit where there is no memory for the thread.
+    with contextlib.suppress(RuntimeError, MemoryError):
+        _thread.start_new_thread(lambda: None if gone.wait(LATE_S) else give_up(), ())
     comm.finish()
-    late.cancel()
+    gone.set()
 
 
 def _abort_if_open(comm: Solo) -> None:

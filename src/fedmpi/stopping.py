@@ -140,7 +140,9 @@ def _note(number: int, frame: FrameType | None) -> None:
     elif number == signal.SIGTERM and _last_words and time.monotonic() - _woken_s < LAUNCHER_S:
         # It no longer passes on what its ranks say.
         with contextlib.suppress(OSError):
-            launcher = os.open(f"/proc/{os.getppid()}/fd/2", os.O_WRONLY | os.O_APPEND)
+            # Where nobody reads the launcher's output a full pipe must not keep the process here.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
+            launcher = os.open(f"/proc/{os.getppid()}/fd/2", flags)
             os.write(launcher, f"{_last_words}\n".encode())
             os.close(launcher)
     _received.append(name)

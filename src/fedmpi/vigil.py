@@ -21,6 +21,7 @@ from typing import Protocol
 
 SET_UP = 10  # times as long before the first round
 PROBE_S = 2.0  # for a host to answer at all
+PROBES_S = 10.0  # for all of them: where names are not found either, each takes as long as that
 
 
 class Lane(Protocol):
@@ -124,7 +125,8 @@ class Vigil:
     def _gone(self) -> list[int]:
         """Ranks that cannot run: their process is stopped or gone, their host does not answer."""
         here = self._hosts[self.rank]
-        far = {host: _answers(host) for host in dict.fromkeys(self._hosts) if host != here}
+        until_s = time.monotonic() + PROBES_S
+        far = {h: time.monotonic() > until_s or _answers(h) for h in dict.fromkeys(self._hosts) if h != here}
         return [
             rank
             for rank, (host, pid) in enumerate(zip(self._hosts, self._pids, strict=True))

@@ -137,7 +137,7 @@ def gather_keeps_rank_order(comm):
 @case
 def say_is_heard_from_every_speaker(comm):
     for speaker in range(comm.size):
-        for text in ("", f"Größe {speaker}", "x" * 100_000):
+        for text in ("", f"Größe {speaker}", "no text: \udcff", "x" * 100_000):
             require_equal("heard", comm.say(text if comm.rank == speaker else "not me", speaker), text)
 
 
