@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -360,6 +362,61 @@ def test_a_users_own_loss_is_trained_and_own_metric_is_of_a_silos_whole_test_set
     assert record["silo_mean_rank_distance"] == pytest.approx(np.mean(list(by_hand.values())))
     assert "rank_distance" not in record
     assert results.inspect(tmp_path / "a")["best"].keys() == {"round", "loss", "silo_mean_rank_distance"}
+
+
+def test_a_round_that_is_checkpointed_is_not_copied_as_the_best_besides(tmp_path, monkeypatch):
+    made, best = [], checkpoint.Best
+
+    def counted(round, *rest):
+        made.append(round)
+        return best(round, *rest)
+
+    monkeypatch.setattr(checkpoint, "Best", counted)
+    objective = {"metrics": [{"name": OWN + "up_and_down", "maximize": True}]}
+    records, _ = run(config(tmp_path, 8, checkpoint={"every": 2}, objective=objective))
+    values = [record["silo_mean_up_and_down"] for record in records]
+    assert made == [r for r in range(1, 9, 2) if values[r - 1] > max(values[: r - 1], default=-1.0)] != []
+    assert results.choose(tmp_path, "best") == 1 + values.index(max(values))
+
+
+class Listening(Solo):
+    """What is said to the other ranks that there might be."""
+
+    def __init__(self):
+        super().__init__()
+        self.beats, self.timeouts = [], []
+
+    def beat(self, trains=False):
+        self.beats.append(trains)
+
+    def set_up(self, timeout_s):
+        self.timeouts.append(timeout_s)
+
+
+def test_ranks_that_write_a_checkpoint_say_that_they_are_there():
+    for limit_s, answers in ((float("inf"), [False, False, True]), (0.0, [False])):
+        left = list(answers)
+        writer = SimpleNamespace(wait=lambda s, left=left: left.pop(0))
+        stub = SimpleNamespace(_writer=writer, comm=(heard := Listening()))
+        assert fedmpi.Run._wait(stub, limit_s) == answers[-1] and left == []
+        assert heard.beats == [True] * answers.count(False)
+
+
+def test_ranks_that_evaluate_a_checkpoint_say_that_they_are_there(tmp_path):
+    run(config(tmp_path, 1, comm={"timeout_s": 77.0}))
+    results.evaluate(tmp_path, comm=(heard := Listening()))
+    assert heard.timeouts == [77.0] and len(heard.beats) >= 3 and all(heard.beats)
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_start(tmp_path):
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    names = [f"model.safetensors.part-{pid}-0a1b2c3d" for pid in (gone.pid, os.getppid())]
+    for name in (*names, "mine.part-1"):
+        (tmp_path / name).write_text("half")
+    run(config(tmp_path, 1))
+    left = {path.name for path in tmp_path.glob("*.part-*")}
+    assert left == {names[1], "mine.part-1"}  # that of a process that runs, and what is none of ours
 
 
 BEST = {"plain": {}, "personal": {**NORMED, **PERSONAL}, "average": {"server": {"average": {"decay": 0.5}}}}

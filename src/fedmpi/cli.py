@@ -310,6 +310,7 @@ def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False, 
         from fedmpi.results import evaluate as score
 
         record = score(directory, _which(round), allow or [], comm)
+        comm.finish()
         if comm.rank:
             return
         if as_json:

@@ -116,6 +116,7 @@ class RunDirectory:
                 opened.callback(os.close, descriptor)
                 self._take(descriptor)
                 (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
+                disk.remove_parts(self.path)
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, self._ticket.encode(), 0)
                 os.fsync(descriptor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -31,6 +32,24 @@ def replacing(path: Path, mode: int = FILE_MODE) -> Iterator[Path]:
             part.unlink()
         raise
     sync(path.parent)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what processes that are gone have left half-written in the folder."""
+    for part in folder.glob("*.part-*"):
+        written = re.fullmatch(r".+\.part-(\d+)-[0-9a-f]{8}", part.name)
+        if written and not _runs(int(written[1])):
+            part.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def open_new(path: Path, mode: int = FILE_MODE) -> int:

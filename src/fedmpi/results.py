@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +122,7 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
             owners = comm.together(lambda: place(run.source.silos, comm.hosts, run.config.server.dedicated))
         mine = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
         round = _choose(root, which, comm, mine)
+        comm.set_up(run.config.comm.timeout_s)
         if comm.size > 1:
             set_threads(comm, run.config.exchange.reduction == "reproducible")
         params_P = run.served_P(round, comm)
@@ -133,7 +134,7 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
         def score() -> None:
             for silo in mine:
                 local = run.silo(silo, kept[silo], run.source.open(silo))
-                for prefix, tally in run.score(objective, local, params_P, round):
+                for prefix, tally in run.score(objective, local, params_P, round, comm):
                     scores.enter(board, ids.index(silo), tally, prefix)
 
         comm.together(score)
@@ -209,8 +210,9 @@ def _choose(root: Path, which: RoundChoice, comm: Solo, mine: Collection[str]) -
     chosen = comm.together(lambda: choose(root, which, mine) if comm.rank == 0 else -1)
     round = int(comm.say(str(chosen), 0))
     best = checkpoint.kept_as_best
+    reads = comm.rank == 0 or mine
     try:
-        comm.together(lambda: checkpoint.check(root, round, comm.rank == 0, mine, best(root, round)))
+        comm.together(lambda: checkpoint.check(root, round, comm.rank == 0, mine, best(root, round)) if reads else None)
     except FedmpiError as error:
         raise agreed(ConfigError(f"{error}; choose another round")) from None
     return round
@@ -263,28 +265,35 @@ class _Stored:
         """The silo as the checkpoint has it."""
         return LocalSilo(silo, data, 0.0, kept={key[1]: tensor for key, tensor in kept.items() if key[0] == "kept"})
 
-    def tuning(self, objective: Resolved, silo: LocalSilo, round: int) -> Tuning | None:
+    def tuning(
+        self, objective: Resolved, silo: LocalSilo, round: int, check: Callable[[], None] = lambda: None
+    ) -> Tuning | None:
         """How the silo trains the last round's model on for itself, if it was to."""
         config = self.config
         if config.evaluate.finetune is None or round < config.rounds:
             return None
         criterion = objective.criterion(silo.data.y_train)
-        about = Round(round, config.rounds, config.seed, criterion.loss, lambda: None, count=criterion.count)
+        about = Round(round, config.rounds, config.seed, criterion.loss, check, count=criterion.count)
         return config.evaluate.finetune, about
 
     def score(
-        self, objective: Resolved, silo: LocalSilo, params_P: torch.Tensor, round: int
+        self, objective: Resolved, silo: LocalSilo, params_P: torch.Tensor, round: int, comm: Solo
     ) -> Iterator[tuple[str, Tally]]:
-        """What the silo's test set makes of the global model, and of its own if it has one."""
+        """What the silo's test set makes of the global model, and of its own if it has one; the ranks of `comm` hear
+        that this one is at work."""
+
+        def look() -> None:
+            comm.beat(trains=True)
+
         key = evaluation_key(self.config.seed, round, silo.id)
-        tuning = self.tuning(objective, silo, round)
+        tuning = self.tuning(objective, silo, round, look)
         found = [("", (params_P, silo))]
         if len(silo.data.x_test) and (own := own_model(self.config.local, self.model, silo, params_P, tuning)):
             found.append((PERSONAL, own))
         for prefix, (served_P, served) in found:
             self.model.load(served_P)
             rng.set_all(key)
-            tally = evaluate_silo(self.model, objective, served, self.config.evaluate.batch_size)
+            tally = evaluate_silo(self.model, objective, served, self.config.evaluate.batch_size, look)
             tell(f"round {round}", silo.id, tally)
             yield prefix, tally
 

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import platform
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -282,7 +283,7 @@ class Run:
             try:
                 write()
             except OSError as error:
-                raise ConfigError(f"out: cannot write into {self.out}: {error.strerror}") from None
+                raise ConfigError(f"out: cannot write into {self.out}: {error.strerror or error}") from None
 
         self.comm.together(written if self.comm.rank == 0 else lambda: None)
         self._scores = self.comm.together(lambda: checkpoint.scores(self.out) if self._directory.leads else {})
@@ -352,8 +353,12 @@ class Run:
             raise
 
     def _score(self, record: Record | None) -> float | None:
-        """How good a round is, higher is better; None where it was not evaluated."""
-        value = (record or {}).get(self.metric)
+        """How good a round is, higher is better; None where it was not evaluated, and between two exchanges across
+        regions: what was evaluated then is no one model."""
+        regions = self.config.exchange.regions
+        if record is None or (regions is not None and record["round"] % regions.every):
+            return None
+        value = record.get(self.metric)
         return None if value is None else float(value if self.maximize else -value)
 
     def _hold_best(self) -> None:
@@ -366,6 +371,9 @@ class Run:
         if score is None or score <= self._best_score or self._health.doubts or state.record is None:
             return
         self._best_score = score
+        if state.round % self.config.checkpoint.every == 0:
+            self._best = None  # the checkpoint that follows is more
+            return
         fed = self._federation
         # Rules never write into what silos keep, so it need not be copied.
         own = None if hasattr(fed.rule, "personal") else fed.model.first_personal.keys()
@@ -405,7 +413,7 @@ class Run:
         # Where rounds are long, the moment until the files are safe is nothing, and a kill in the next round then costs
         # that round alone. Where they are short, the seal follows with a later round's record.
         period_s = (state.record or {"seconds": {"round": 0.0}})["seconds"]["round"] * self.config.checkpoint.every
-        done = self.comm.share(np.array([float(self._writer.wait(WAIT_SHARE * period_s))]))
+        done = self.comm.share(np.array([float(self._wait(WAIT_SHARE * period_s))]))
         if done[0] == self.comm.size:
             self._seal()
 
@@ -414,8 +422,7 @@ class Run:
         round, record = self._pending, self._pending_record
         assert round is not None
         fed = self._federation
-        while not self._writer.wait(1.0):
-            self.comm.beat(trains=True)  # a slow disk is not a silent rank
+        self._wait(math.inf)
         self.comm.together(self._writer.join)
         rows = self.comm.gather(self._writer.digests)
         hosted: list[list[str]] = [[] for _ in range(self.comm.size)]
@@ -442,6 +449,15 @@ class Run:
         self.comm.together(write)
         self._pending, self._pending_best, self._sealed = None, None, round
         self._remember()
+
+    def _wait(self, limit_s: float) -> bool:
+        """Is what this rank writes of the pending checkpoint on disk, by now or within `limit_s`?"""
+        until_s = time.monotonic() + limit_s
+        while not (done := self._writer.wait(min(1.0, max(0.0, until_s - time.monotonic())))):
+            self.comm.beat(trains=True)  # a slow disk is not a silent rank
+            if time.monotonic() >= until_s:
+                break
+        return done
 
     def _remember(self) -> None:
         """What is to be said should the launcher kill this process."""
@@ -474,6 +490,7 @@ class Run:
 
     def _conclude(self) -> None:
         self._finish_checkpoint()
+        self.comm.set_up(self.config.comm.timeout_s)  # a large model takes rank 0 as long as it takes
         self._federation.model.load(self.served_P)
         self._federation.model.load_personal({})  # no silo's own leaves it
 
@@ -505,10 +522,15 @@ class Run:
         if silo not in fed.silos:
             return None
         own = fed.silos[silo]
+
+        def check() -> None:
+            if not self._closed:  # the other ranks wait for this one at the run's end
+                self.comm.beat(trains=True)
+
         # One beside the run's, whose memory belongs to the exchange and goes with the run.
         model = fed.model.twin()
         with rng.borrowed():
-            load_own(fed.rule, model, own, self.served_P, fed.tuning(own, self.state.round))
+            load_own(fed.rule, model, own, self.served_P, fed.tuning(own, self.state.round, check))
         return model.module
 
     def _keep_readable(self) -> None:

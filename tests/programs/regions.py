@@ -12,6 +12,7 @@ from programs.overlap import TROUBLED, troubling
 from programs.training import configured, logistic, opened, trained
 
 import fedmpi
+from fedmpi import checkpoint
 from fedmpi import comm as ranks
 from fedmpi.codecs import BFloat16
 from fedmpi.components import build, component
@@ -123,6 +124,9 @@ def left_between_two_exchanges_and_gone_on_with(comm, folder):
         again, records = trained(comm, in_regions(comm, folder, name, **more))
         require_equal("rounds gone on with", records[0]["round"], until + 1)
         require_equal(f"sha after leaving at {until}", again, whole)
+    if comm.rank == 0:  # in between no checkpoint has one model that was evaluated
+        scored = [number for number, score in checkpoint.scores(folder / f"whole-{comm.size}").items() if score]
+        assert scored and not any(number % 2 for number in scored), scored
 
 
 @case
