@@ -366,8 +366,8 @@ def test_moon_leaves_running_statistics_to_the_model_that_trains() -> None:
     for number in (1, 2, 3):
         for one in (sgd, moon):
             one.train(number)
-    assert torch.allclose(sgd.silo.kept["personal_0"], moon.silo.kept["personal_0"], atol=1e-6)
-    assert torch.equal(sgd.silo.kept["integers"], moon.silo.kept["integers"])
+    assert torch.allclose(sgd.silo.kept["fedmpi/personal_0"], moon.silo.kept["fedmpi/personal_0"], atol=1e-6)
+    assert torch.equal(sgd.silo.kept["fedmpi/integers_int64"], moon.silo.kept["fedmpi/integers_int64"])
 
 
 def test_moon_says_which_model_it_cannot_compare() -> None:

@@ -120,7 +120,7 @@ def test_a_buffer_that_is_assigned_anew_counts_like_one_that_is_written_in_place
     other = trained(tmp_path / "other", {"name": "modules:Statistic", "how": how})
     assert other[:2] == plain[:2]
     kept = [{n: t.tolist() for n, t in silo.kept.items()} for silo in other[2]._federation.silos.values()]
-    assert kept == [{"integers_int16": [6]}] * 4, "an integer buffer too"
+    assert kept == [{"fedmpi/integers_int16": [6]}] * 4, "an integer buffer too"
     saved = load_file(tmp_path / "other" / "model.safetensors")
     assert saved["mean"].min() > 0.5 and saved["calls"].tolist() == [0]
 

@@ -5,8 +5,11 @@ import pytest
 import torch
 from runs import OWN, config, put_back, refused, run  # noqa: F401
 
+from fedmpi import results
 from fedmpi.components import component
 from fedmpi.errors import ConfigError, NoCohort
+from fedmpi.flat import sha256
+from fedmpi.local import Sgd
 
 HERE = "test_own_parts:"  # what configurations call this module's own components
 
@@ -163,3 +166,36 @@ def test_a_schedule_that_does_not_end_has_nothing_to_say(tmp_path, capsys):
     run(config(tmp_path, 2))
     run(config(tmp_path, 3))
     assert capsys.readouterr().err == ""
+
+
+@component
+class Namer(Sgd):
+    """Keeps ones under names of its own."""
+
+    names: tuple[str, ...] = ()
+
+    def train(self, silo, model, params_P, round):
+        contribution = super().train(silo, model, params_P, round)
+        assert all(silo.kept.get(name, torch.ones(1)) == 1 for name in self.names)
+        silo.kept |= {name: torch.ones(1) for name in self.names}
+        return contribution
+
+
+def test_names_that_a_rule_keeps_tensors_under_are_nobody_else_s(tmp_path):
+    """Layers, integers, an optimizer and a loss are kept beside them, and a model's own figures are told of."""
+    names = ["personal_0", "integers", "optimizer_0_momentum_buffer", "optimizer_mine", "train_loss", "own_params"]
+    shas = []
+    for out, some in (("plain", ["x"]), ("other", names)):
+        local = {"name": HERE + "Namer", "names": some, "keep_optimizer": True}
+        local |= {
+            "epochs": 3,
+            "optimizer": {"name": "SGD", "momentum": 0.5},
+            "amount": {"name": "by_loss", "target": 0.3},
+        }
+        how = {"model": OWN + "Normed", "local": local, "exchange": {"parameters": ["*", "!head.*"]}}
+        _, done = run(config(tmp_path / out, 3, **how))
+        shas.append((sha256(done.params_P), results.evaluate(tmp_path / out)))
+    assert shas[0] == shas[1]
+    local = {"name": HERE + "Namer", "names": names}
+    run(config(tmp_path / "shared", 2, local=local))
+    assert not any(key.startswith("personal_") for key in results.evaluate(tmp_path / "shared"))

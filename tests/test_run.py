@@ -498,7 +498,7 @@ def test_a_silos_own_layers_are_looked_at_before_they_are_evaluated_or_exported(
     before = results.evaluate(tmp_path, 2)
     results.export(tmp_path, tmp_path / "before.safetensors", 2, silo="s1")
     path = checkpoint.folder_of(tmp_path, 4) / "rank-0000.h5"
-    whole, row = path.read_bytes(), checkpoint.read_silos(tmp_path, 4, ["s1"])["s1"]["kept", "personal_0"]
+    whole, row = path.read_bytes(), checkpoint.read_silos(tmp_path, 4, ["s1"])["s1"]["kept", "fedmpi/personal_0"]
     at = whole.index(row.numpy().tobytes())
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
     assert results.evaluate(tmp_path) == before

@@ -27,6 +27,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.module import Places, Tie, retie, slots, ties
 
 HALF = (torch.bfloat16, torch.float16)
+RESERVED = "fedmpi/"  # begins the names under which a silo keeps what is not its rule's: a rule's own may be any others
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # of one, two and three dimensions, over ranks, your own
 
 
@@ -331,7 +332,7 @@ class FlatModel:
         for i, dtype in enumerate(dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal"))):
             starts["personal"] = 0
             for entry in (e for e in self.entries if e.kind in ("shared", "personal") and e.dtype == dtype):
-                whole = vector_P if entry.kind == "shared" else kept[f"personal_{i}"]
+                whole = vector_P if entry.kind == "shared" else kept[_personal(i)]
                 found[entry.name] = _next(whole, entry, entry.kind, starts)
         for entry in (e for e in self.entries if e.kind == "integers"):
             name = _integers(entry.dtype)
@@ -342,7 +343,7 @@ class FlatModel:
         """A copy of what a silo keeps to itself; empty for most models. Halves as float32, which holds them exactly."""
         self._places.settle()
         kept = {
-            f"personal_{i}": part.to(torch.float32 if part.dtype in HALF else part.dtype, copy=True)
+            _personal(i): part.to(torch.float32 if part.dtype in HALF else part.dtype, copy=True)
             for i, part in enumerate(self._personal)
             if len(part)
         }
@@ -358,7 +359,7 @@ class FlatModel:
 
     def is_personal(self, kept: Mapping[str, torch.Tensor]) -> bool:
         """Are a silo's own parameters or floating buffers there, as after its first participation?"""
-        return any(f"personal_{i}" in kept for i in range(len(self._personal)))
+        return any(_personal(i) in kept for i in range(len(self._personal)))
 
     def load_personal(self, kept: Mapping[str, torch.Tensor]) -> None:
         """Put back what `personal` gave; without it, what the model started with. Buffers that are not saved, and
@@ -368,7 +369,7 @@ class FlatModel:
         with torch.no_grad():
             for i, part in enumerate(self._personal):
                 if len(part):
-                    name = f"personal_{i}"
+                    name = _personal(i)
                     part.copy_(kept[name] if name in kept else self.first_personal[name])
             starts: dict[str, int] = {}
             for tensor in self._integers:
@@ -399,9 +400,14 @@ class FlatModel:
                     tensor.data = own.as_strided(tensor.shape, tensor.stride(), offset)
 
 
+def _personal(number: int) -> str:
+    """What a silo keeps its personal parameters and buffers of one dtype under."""
+    return f"{RESERVED}personal_{number}"
+
+
 def _integers(dtype: torch.dtype) -> str:
     """What a silo keeps its integer buffers of a dtype under."""
-    return "integers" if dtype == torch.int64 else f"integers_{str(dtype).removeprefix('torch.')}"
+    return f"{RESERVED}integers_{str(dtype).removeprefix('torch.')}"
 
 
 def _next(whole: torch.Tensor, entry: Entry, name: str, starts: dict[str, int]) -> torch.Tensor:

@@ -146,7 +146,7 @@ def own_model(rule: Any, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tenso
 
 def own_layers(rule: Any, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
     """What of the model is not shared."""
-    return silo.kept.get("personal_0")
+    return silo.kept.get("fedmpi/personal_0")
 
 
 HALF = {"name": "uniform", "fraction": 0.6}  # three of five
@@ -170,7 +170,7 @@ def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], list[dic
     after, owned, records = [], [], []
     with fedmpi.Run(build(fedmpi.Config, values), comm_=comm) as run:
         start_P, fed = run.params_P.numpy().copy(), run._federation
-        start_own = fed.model.first_personal.get("personal_0", torch.zeros(0)).numpy().copy()
+        start_own = fed.model.first_personal.get("fedmpi/personal_0", torch.zeros(0)).numpy().copy()
         for record in run:
             after.append(getattr(run, case.read).numpy().copy())
             found = {k: case.own(fed.rule, silo, run.params_P) for k, silo in fed.silos.items()} if case.own else {}

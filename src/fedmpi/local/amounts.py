@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from fedmpi import rng
 from fedmpi.components import Family, PositiveFloat, PositiveInt, component
+from fedmpi.flat import RESERVED
 
 if TYPE_CHECKING:
     from fedmpi.local.base import LocalSilo, Round
 
-LOSS = "train_loss"  # what a silo keeps its last round's mean training loss under
+LOSS = f"{RESERVED}train_loss"  # what a silo keeps its last round's mean training loss under
 
 
 class Amount(Protocol):

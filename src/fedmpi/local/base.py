@@ -41,8 +41,9 @@ class LocalSilo:
     data: SiloData
     weight: float
     cursor: int = 0  # training samples visited since the run began
-    # By name: personal parameters, and what its rule keeps from round to round; empty before it first trained. A rule
-    # puts new tensors under a name and never writes into those that are there: the round may yet be broken off.
+    # By name: personal parameters, under names that begin with flat.RESERVED, and what its rule keeps from round to
+    # round, under any others; empty before it first trained. A rule puts new tensors under a name and never writes into
+    # those that are there: the round may yet be broken off.
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

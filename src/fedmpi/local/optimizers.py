@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fedmpi.components import Deferred
-from fedmpi.flat import HALF
+from fedmpi.flat import HALF, RESERVED
 
-KEPT = "optimizer_"  # what begins the names of an optimizer's state among what a silo keeps: optimizer_NUMBER_NAME
+KEPT = f"{RESERVED}optimizer_"  # and NUMBER_NAME: what a silo keeps an optimizer's state under
 
 
 class EmaSGD(torch.optim.Optimizer):
