@@ -1,6 +1,7 @@
 """Modules that do to their tensors and to random numbers what a flat vector and a keyed run have to live with."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,6 +204,70 @@ class Cache(nn.Module):
         if not hasattr(self, "zeros"):
             self.register_buffer("zeros", torch.zeros(1), persistent=False)
         return self.linear(x).squeeze(-1) * self.ones[: len(x)] + self.zeros
+
+
+class Remembers(nn.Module):
+    """Counts and averages in what is neither parameter nor buffer, or in a buffer that is made when it is needed; draws
+    from a generator of its own."""
+
+    mean: Any
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(3, 1)
+        first = {"number": 0.0, "none": None, "list": [], "dict": {"mean": 0.0}, "array": np.zeros(3, np.float32)}
+        if how == "empty buffer":
+            self.register_buffer("mean", None, persistent=False)
+        elif how == "generator":
+            self.mean = np.random.default_rng(0)
+        elif how == "torch generator":
+            self.mean = torch.Generator().manual_seed(0)
+        elif how in first:
+            self.mean = first[how]
+
+    def forward(self, x):
+        return self.linear(x - self.known(x.detach().mean(0))).squeeze(-1)
+
+    def known(self, new):
+        if self.how == "generator":
+            return torch.from_numpy(self.mean.standard_normal(3)).float()
+        if self.how == "torch generator":
+            return torch.randn(3, generator=self.mean)
+        if self.how == "list":
+            self.mean.append(new)
+            return sum(self.mean)
+        if self.how == "dict":
+            self.mean["mean"] = 0.5 * self.mean["mean"] + 0.5 * new
+            return self.mean["mean"]
+        if self.how == "array":
+            self.mean += new.numpy()
+            return torch.from_numpy(self.mean.copy())
+        before = getattr(self, "mean", None)
+        if before is None and self.how == "late buffer":
+            self.register_buffer("mean", new, persistent=False)
+        else:
+            self.mean = new if before is None else 0.5 * before + 0.5 * new
+        return self.mean
+
+
+class Follower(nn.Module):
+    """A frozen layer that follows a trained one."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear, self.slow = how, nn.Linear(3, 1), nn.Linear(3, 1).requires_grad_(False)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                for slow, param in zip(self.slow.parameters(), self.linear.parameters(), strict=True):
+                    if self.how == "data":
+                        slow.data = 0.5 * slow.data + 0.5 * param.data
+                    elif self.how == "in place":
+                        slow.mul_(0.5).add_(param, alpha=0.5)
+                    else:
+                        slow.data = slow.data.clone()
+        return (self.linear(x) + self.slow(x)).squeeze(-1)
 
 
 class Extra(nn.Linear):

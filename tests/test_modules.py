@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from modules import Tied, Unsaved, Views, Weights
+from modules import Follower, Remembers, Tied, Unsaved, Views, Weights
 from runs import config, figures, put_back, refused, run  # noqa: F401
 from safetensors.torch import load_file
 
@@ -243,6 +243,47 @@ def test_what_is_not_saved_goes_from_no_silo_to_another_and_is_said(how, tmp_pat
             for model in (fed.model, fresh)
         ]
         assert torch.equal(*deltas)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("number", "none", "late", "list", "dict", "array", "generator", "torch generator"),
+        *("empty buffer", "late buffer"),
+    ],
+)
+def test_what_a_module_remembers_in_plain_attributes_goes_from_no_silo_to_another(how, tmp_path, caplog):
+    first = trained(tmp_path / "all", {"name": "modules:Remembers", "how": how}, rounds=1)
+    known = how in ("list", "dict", "number", "array", "generator", "torch generator")
+    assert ("model: 'mean' changes in training and is not saved" in caplog.text) == known
+    fed = first[2]._federation
+    for name in ("s3", "s0"):  # as if it were alone with its rank
+        fresh = FlatModel(Remembers(how))
+        deltas = [
+            fed.rule.train(
+                replace(fed.silos[name], cursor=0, kept={}),
+                model,
+                torch.zeros(4),
+                Round(1, 1, 0, fed.objective.loss, int),
+            ).delta_P.clone()
+            for model in (fed.model, fresh)
+        ]
+        assert torch.equal(*deltas)
+
+
+@pytest.mark.parametrize("how", ["in place", "data"])
+def test_a_frozen_parameter_that_training_writes_is_shared_or_refused_by_name(how, tmp_path):
+    model = {"name": "modules:Follower", "how": how}
+    said = refused(drift(tmp_path / "a", model, exchange={"parameters": "trainable"}))
+    assert said.startswith("model: the frozen parameter 'slow.weight' is written in a forward pass and is not shared")
+    trained(tmp_path / "b", model)
+    alone = FlatModel(Follower(how), "trainable")  # where only a later pass writes it
+    alone.load(params_P := alone.params())
+    alone.module.train()(torch.ones(2, 3))
+    with pytest.raises(ConfigError, match=r"'slow.weight' is written"):
+        alone.take_delta(params_P)
+    records, _ = run(drift(tmp_path / "c", {**model, "how": "moved"}, exchange={"parameters": "trainable"}))
+    assert len(records) == 4
 
 
 def test_a_table_that_is_made_when_it_is_needed_is_nobodys_business(tmp_path, caplog):

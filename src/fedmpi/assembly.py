@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from fedmpi.flat import (
     Allocate,
     Entry,
     FlatModel,
+    frozen_alone,
     is_variance,
     master_dtype,
     named_exact,
@@ -85,7 +86,7 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     comm.together(lambda: _starts_finite(module, found))
     rng.set_all(rng.key(config.seed, purpose="trial"))
     with subject(module, chosen) as one:
-        comm.together(lambda: _try_out(config, one, objective, opened))
+        comm.together(lambda: _try_out(config, one, objective, opened, frozen_alone(found)))
         _try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
     unshared = _unshared(module, found)
     weights = comm.together(lambda: _weights(config, ids, num_train))
@@ -188,9 +189,11 @@ def build_module(config: Config, source: Source) -> torch.nn.Module:
     return module
 
 
-def _try_out(config: Config, one: Subject, objective: Resolved, opened: Mapping[str, SiloData]) -> None:
+def _try_out(
+    config: Config, one: Subject, objective: Resolved, opened: Mapping[str, SiloData], still: Collection[str]
+) -> None:
     """A few samples of this rank's silos through the model."""
-    if changing := tried(one, objective, opened):
+    if changing := tried(one, objective, opened, still):
         log.warning(
             "model: %s changes in training and is not saved; every silo's round begins with its first values",
             ", ".join(f"'{name}'" for name in changing),

@@ -109,6 +109,11 @@ def refuse_frozen(found: Sequence[Entry]) -> None:
         raise ConfigError("model: no parameter of it requires a gradient, so there is nothing to train")
 
 
+def frozen_alone(found: Sequence[Entry]) -> set[str]:
+    """The frozen parameters that are not shared: all silos have them as they began."""
+    return {entry.name for entry in found if entry.kind == "rest"}
+
+
 def _in_batch_norm(module: torch.nn.Module) -> set[int]:
     """The ids of what batch normalization trains and counts. ConfigError if there is none."""
     found = {id(slot.tensor) for m in module.modules() if isinstance(m, BATCH_NORM) for slot in slots(m)}
@@ -235,6 +240,7 @@ class FlatModel:
         self.tensors = {slot.name: slot.tensor for slot in slots(module)}  # as the module holds them, by every name
         self._views = {n: tie for n, tie in self.tied.items() if self.tensors[n] is not self.tensors[tie.owner]}
         self._places = Places(module, self.tied)
+        self._places.watch(frozen_alone(self.entries))
         self._counted = [self.tensors[e.name] for e in self.entries if e.kind == "shared" and not e.trainable]
         self._versions: list[int] = []
         self.first_personal = self.personal()  # what a silo starts from at its first participation
@@ -384,6 +390,7 @@ class FlatModel:
 
     def twin(self) -> FlatModel:
         """The same model in memory of its own."""
+        self._places.reset()  # what is not saved is as it was at first there too
         module = copy.deepcopy(self.module)
         retie(module, self.tied)
         found = FlatModel(module, self._chosen, self.device)

@@ -11,16 +11,23 @@ A module is free to do `self.mean = ...` or `weight.data = ...`, to make a layer
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+import random
+from collections import deque
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedmpi.errors import ConfigError
 
 Tensor = torch.Tensor
 _EXTRA = torch.nn.Module.get_extra_state
+_OF_ALL = frozenset(vars(torch.nn.Module()))  # attributes that every module has
+_SETTLED = ("torch.", "fedmpi.")  # whose modules keep nothing that changes in plain attributes
+_VALUES = (bool, int, float, complex, str, bytes, list, tuple, deque, dict, set, np.ndarray, Tensor, type(None))
+_DRAWS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 
 
 @dataclass(frozen=True)
@@ -217,11 +224,22 @@ class _Fleeting:
     first: Tensor  # a copy
 
 
+@dataclass
+class _Plain:
+    """An attribute of a user's module that is no tensor: a value, or a generator of random numbers."""
+
+    name: str
+    held: MutableMapping[str, Any]
+    key: str
+    value: Any
+    first: Any  # what it held
+
+
 class Places:
     """Where a module's tensors lie now, which is where `settle` brings them back to.
 
-    Buffers that are not saved, and tensors that are attributes and no more, belong to no silo and to no checkpoint:
-    `reset` makes them what they were.
+    Buffers that are not saved, and what is an attribute and no more (a tensor, a number, a list, a generator), belong
+    to no silo and to no checkpoint: `reset` makes them what they were.
     """
 
     def __init__(self, module: torch.nn.Module, tied: Mapping[str, Tie]) -> None:
@@ -235,6 +253,7 @@ class Places:
         ]
         # The same, as fast to go through as Python can: it is done several times for every silo of a round.
         self._glance = [(p.slot.held, p.slot.key, p.tensor, p.address, p) for p in self._places]
+        self._watched: list[tuple[str, Tensor, int]] = []
         self._look_around()
         named = list(module.named_modules())
         extra = [(name, part) for name, part in named if type(part).get_extra_state is not _EXTRA]
@@ -249,6 +268,19 @@ class Places:
                         name = f"{prefix}.{key}" if prefix else key
                         first = value.detach().clone()
                         self._fleeting.append(_Fleeting(name, held, key, value, value._version, first))
+        own = [(prefix, part) for prefix, part in named if not type(part).__module__.startswith(_SETTLED)]
+        self._plain = [
+            _Plain(f"{prefix}.{key}" if prefix else key, vars(part), key, value, _content(value))
+            for prefix, part in own
+            for key, value in vars(part).items()
+            if key not in _OF_ALL and isinstance(value, (*_VALUES, *_DRAWS)) and not isinstance(value, Tensor)
+        ]
+        self._keys = [(held, frozenset(held)) for _, part in own for held in (vars(part), part._buffers)]
+        self._empty = [(part._buffers, key) for _, part in own for key, value in part._buffers.items() if value is None]
+
+    def watch(self, names: Collection[str]) -> None:
+        """These are not to be written: frozen parameters that are not shared, which all silos of a rank have alike."""
+        self._watched = [(p.slot.name, p.tensor, p.tensor._version) for p in self._places if p.slot.name in names]
 
     def _look_around(self) -> None:
         """What there is besides: how many tensors and which parts every part has, and what is None."""
@@ -266,6 +298,12 @@ class Places:
             if now is not tensor or now.data_ptr() != address:
                 self._bring_back(place, now)
                 moved = True
+        for name, tensor, version in self._watched:
+            if tensor._version != version:
+                raise ConfigError(
+                    f"model: the frozen parameter '{name}' is written in a forward pass and is not shared, so it would "
+                    "go from silo to silo; share it (exchange.parameters), or make it a buffer"
+                )
         for part, num_params, num_buffers, parts in self._parts:
             if (
                 len(part._parameters) != num_params
@@ -304,7 +342,9 @@ class Places:
                 "into it in place (copy_)"
             )
         with torch.no_grad():
-            home.copy_(now.detach().clone())
+            watched = any(tensor is still for _, still, _ in self._watched)
+            if not (watched and now.device == home.device and torch.equal(home, now)):
+                home.copy_(now.detach().clone())
             if tensor.data_ptr() != place.address:
                 tensor.data = home
         if now is not tensor:
@@ -342,7 +382,77 @@ class Places:
                     one.tensor.copy_(one.first)
                 one.version = one.tensor._version
             one.held[one.key] = one.tensor
+        for plain in self._plain:
+            now, made = _held(plain.held, plain.key), plain.value is None  # made when it is needed
+            if now is plain.value and (plain.first is None or _same(_content(now), plain.first)):
+                continue
+            if made and not isinstance(now, _VALUES):
+                continue
+            was, content = (plain.value, now) if plain.first is None else (plain.first, _content(now))
+            if not made and not _same(content, was):
+                changed.append(plain.name)
+            plain.held[plain.key] = _as_it_was(plain)
+        self._forget()
         return changed
+
+    def _forget(self) -> None:
+        """What was not there at first goes: caches, as a rule, that are made again."""
+        late = [(held, key) for held, key in self._empty if held.get(key) is not None]
+        for held, key in late:
+            held[key] = None
+        for held, keys in self._keys:
+            if len(held) != len(keys):
+                for key in [k for k, value in held.items() if k not in keys and isinstance(value, _VALUES)]:
+                    del held[key]
+                    late.append((held, key))
+        if late:
+            self._look_around()
+
+
+def _content(value: Any) -> Any:
+    """What an attribute holds that can change while it stays the same object; None: nothing."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, deque):
+        return list(value)
+    return copy.copy(value) if isinstance(value, (list, dict, set, np.ndarray)) else None
+
+
+def _same(now: Any, first: Any) -> bool:
+    """Are two values, or contents, the same? Of lists and dicts the very objects are, or they are alike."""
+    if isinstance(now, list) and isinstance(first, list):
+        return len(now) == len(first) and all(a is b or _alike(a, b) for a, b in zip(now, first, strict=True))
+    if isinstance(now, dict) and isinstance(first, dict):
+        return now.keys() == first.keys() and all(now[key] is first[key] or _alike(now[key], first[key]) for key in now)
+    return _alike(now, first)
+
+
+def _as_it_was(plain: _Plain) -> Any:
+    """The attribute's first object, which holds again what it held."""
+    value, first = plain.value, plain.first
+    if isinstance(value, torch.Generator):
+        value.set_state(first)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = first
+    elif isinstance(value, np.random.RandomState):
+        value.set_state(first)
+    elif isinstance(value, random.Random):
+        value.setstate(first)
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(first)
+    elif isinstance(value, np.ndarray):
+        value[...] = first
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(first)
+    return value
 
 
 def _held(held: Mapping[str, Any], key: str) -> Any:
@@ -357,6 +467,8 @@ def _alike(a: Any, b: Any) -> bool:
     """Are two values the same, tensors and arrays within them too?"""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
@@ -365,5 +477,5 @@ def _alike(a: Any, b: Any) -> bool:
         return False
     try:
         return bool(a == b)
-    except (ValueError, RuntimeError, TypeError):  # arrays, and what cannot be compared
+    except (ValueError, RuntimeError, TypeError):  # what cannot be compared
         return repr(a) == repr(b)

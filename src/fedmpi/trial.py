@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,9 @@ def subject(module: torch.nn.Module, device: torch.device) -> Iterator[Subject]:
                     tensor.copy_(first[name])
 
 
-def tried(one: Subject, objective: Resolved, silos: Mapping[str, SiloData]) -> list[str]:
+def tried(one: Subject, objective: Resolved, silos: Mapping[str, SiloData], still: Collection[str] = ()) -> list[str]:
     """Two samples through model and loss, as in evaluation and as in training; the names of what the model changes and
-    does not save come back.
+    does not save come back. Parameters that are to stand `still` do.
 
     ConfigError where model and data disagree, and for tensors that leave their place in a way that cannot be mended.
     """
@@ -56,6 +56,7 @@ def tried(one: Subject, objective: Resolved, silos: Mapping[str, SiloData]) -> l
         return []
     data = next(iter(silos.values()))
     places = Places(one.module, one.tied)
+    places.watch(still)
     x, y = data.x_train[:2].to(one.device), data.y_train[:2].to(one.device)
     one.module.eval()
     try:
