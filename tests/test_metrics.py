@@ -232,6 +232,8 @@ def own(tmp_path, monkeypatch):
         "class Loud(Bias):\n"
         "    def init(self):\n"
         "        return torch.ones(2)\n"
+        "class silo_mean_spread(Bias):\n"
+        "    pass\n"
         "def spread(outputs, targets):\n"
         "    if len(outputs) < 2:\n"
         "        raise ValueError('two samples at least')\n"
@@ -283,6 +285,7 @@ def test_a_function_is_the_mean_over_silos_and_called_so(own):
         ({"name": "Loud"}, "gives no tensor of zeros"),
         ({"name": "Dice", "positve": 2}, "unexpected keyword argument 'positve'"),
         ({"name": "spread", "maximize": True, "k": 2}, "is a function and takes no 'k'"),
+        ({"name": "silo_mean_spread"}, "records call something else 'silo_mean_spread'"),
         ({"name": "spread"}, "is a higher 'own_metrics:spread' better?"),
     ],
 )
@@ -354,6 +357,38 @@ def test_metrics_of_torchmetrics_whose_states_add_up_are_pooled_exactly(name, fi
     assert found[name.partition(":")[2]] == pytest.approx(float(metric.compute()), rel=1e-4)
     assert objective.maximize is bool(metric.higher_is_better)
     assert scored({"metrics": {"name": name} | fields}, task, silos, num_ranks=3)[1] == found
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "task"),
+    [
+        ("torchmetrics.classification:BinaryAccuracy", {}, "binary"),
+        ("torchmetrics:F1Score", {"task": "binary"}, "binary"),
+        ("torchmetrics.classification:BinaryAUROC", {}, "binary"),
+        ("torchmetrics.classification:BinaryCalibrationError", {}, "binary"),
+        (
+            "torchmetrics.classification:MulticlassAUROC",
+            {"num_classes": 4, "thresholds": 50},
+            "classification",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:pkg_resources")
+def test_torchmetrics_takes_no_batch_of_logits_for_probabilities(name, fields, task):
+    """It would where all of them lie between 0 and 1."""
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    silos = [s for s in samples(task) if len(s[0]) > 1]
+    silos[0] = (silos[0][0].sigmoid() * 0.9, silos[0][1])
+    outputs, targets = (torch.cat(parts) for parts in zip(*silos, strict=True))
+    fields = {"name": name} | fields
+    figures = [scored({"metrics": fields}, task, silos, batch_size=size)[1] for size in (1, 7, 100)]
+    key = next(key for key in figures[0] if key.endswith(name.partition(":")[2]))
+    assert figures[0][key] == pytest.approx(figures[1][key], rel=1e-6) == pytest.approx(figures[2][key], rel=1e-6)
+    probable = outputs.sigmoid() if task == "binary" else outputs.softmax(-1)
+    metric = import_object(name)(**{k: v for k, v in fields.items() if k != "name"})
+    if not key.startswith("silo_mean"):
+        metric.update(probable, targets.long())
+        assert figures[0][key] == pytest.approx(float(metric.compute()), rel=1e-5)
 
 
 def test_metrics_of_torchmetrics_with_other_states_are_means_over_silos():

@@ -34,9 +34,11 @@ import torch.nn.functional as F
 
 from fedmpi.components import component, import_object, nearest
 from fedmpi.errors import ConfigError
+from fedmpi.flat import HALF
 from fedmpi.metrics import METRICS, for_task
 from fedmpi.metrics.builtin import Accuracy, Mae, Metric
-from fedmpi.metrics.scorers import Scorer
+from fedmpi.metrics.own import Torchmetric
+from fedmpi.metrics.scorers import SILO_MEAN, Scorer
 from fedmpi.targets import CLASS_TASKS, IGNORES_NOTHING, Count, Targets
 from fedmpi.types import Task
 
@@ -297,6 +299,9 @@ def resolve(objective: Objective, task: Task, num_classes: int) -> Resolved:
     if len(wanted) > MOST_METRICS:
         raise ConfigError(f"objective.metrics: {len(wanted)} of them, {MOST_METRICS} at most")
     scorers = tuple(for_task(m, task, num_classes, f"objective.metrics.{i}") for i, m in enumerate(wanted))
+    for scorer in scorers if own else ():
+        if isinstance(scorer, Torchmetric):
+            scorer.of_logits = False  # a loss of one's own may want probabilities of the model
     targets = Targets(task, objective.classes, objective.ignore_index if task in CLASS_TASKS else None)
     return Resolved(targets, loss_name, function, own, scorers, _best(objective.best, scorers))
 
@@ -308,7 +313,7 @@ def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
         if names.count(one) > 1:
             raise ConfigError(f"objective.metrics: '{one}' is there twice")
     for scorer in scorers:
-        if scorer.name in TAKEN_OF_SILOS or scorer.key in TAKEN or scorer.name.startswith("personal_"):
+        if scorer.name in TAKEN_OF_SILOS or scorer.key in TAKEN or scorer.name.startswith(("personal_", SILO_MEAN)):
             other = f"records call something else '{scorer.name}'"
             raise ConfigError(f"objective.metrics: {other}; give your metric another name")
     numbers = {s.key: s for s in scorers if s.maximize is not None}
@@ -325,7 +330,7 @@ def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
 TAKEN_OF_SILOS = ("rank", "loss", "train_loss", "delta_norm", "num_train", "num_test", "num_samples", "num_steps")
 TAKEN = (
     *("loss", "train_loss", "delta_norm", "round", "cohort", "rejected", "worst", "spread", "seconds", "silos"),
-    *("diversity", "cosine", "cosines", "undefined", "raised", "not_finite", "peak_rss_bytes"),
+    *("auc_within", "diversity", "cosine", "cosines", "undefined", "raised", "not_finite", "peak_rss_bytes"),
     *("bytes_up", "bytes_down", "bytes_control"),
 )
 

@@ -84,6 +84,9 @@ class Torchmetric(Scorer):
 
     def __init__(self, name: str, metric: Any, maximize: bool, task: Task, num_classes: int) -> None:
         self.name, self.maximize, self._metric, self._task = name, maximize, metric, task
+        # Are outputs made probabilities here? torchmetrics would look at each batch by itself whether they are some.
+        self.of_logits = any(c.__module__.startswith("torchmetrics.classification") for c in type(metric).__mro__)
+        self.of_logits = self.of_logits and task != "regression"
         ways = {n: self.REDUCTIONS.get(getattr(r, "__name__", "")) for n, r in metric._reductions.items()}
         plain = all(way and isinstance(metric._defaults[n], torch.Tensor) for n, way in ways.items())
         self.pools = plain and bool(ways)
@@ -112,6 +115,8 @@ class Torchmetric(Scorer):
         return metric
 
     def update(self, state: Any, outputs: Tensor, targets: Tensor) -> Any:
+        if self.of_logits and bool(((outputs >= 0) & (outputs <= 1)).all()):
+            outputs = outputs.sigmoid() if self._task == "binary" else outputs.softmax(-1)
         state.update(outputs, targets.long() if self._task == "binary" else targets)
         return state
 
