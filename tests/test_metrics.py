@@ -17,12 +17,14 @@ from fedmpi.components import build, import_object
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.evaluate import PERSONAL, Scores
-from fedmpi.flat import sha256
+from fedmpi.flat import FlatModel, sha256
+from fedmpi.local import RULES, LocalSilo, Round
 from fedmpi.metrics import METRICS
 from fedmpi.metrics.builtin import area, binned, log_odds
 from fedmpi.objectives import Objective, resolve
 from fedmpi.records import Board, plain
 from fedmpi.targets import Targets
+from fedmpi.types import SiloData
 
 SIZES = (40, 1, 17, 0, 90)  # of silos; one is empty and one has a single sample
 IDS = [f"s{i}" for i in range(len(SIZES))]
@@ -486,6 +488,28 @@ def test_a_training_loss_is_the_mean_of_the_targets_that_count(tmp_path, rule):
     assert record["train_loss"] == pytest.approx(sum(losses.values()) / 17, rel=1e-6) or not exact
     assert record["silos"]["s2"]["train_loss"] == 0 and bool(torch.isfinite(done.params_P).all())
     assert "not_finite" not in record and record["rejected"] == []
+
+
+def test_a_round_in_which_no_target_counts_says_nothing_of_divergence(tmp_path):
+    (record,), _ = run(ignoring(tmp_path, {"name": "sgd", "lr": 0.1, **IN_ORDER}, ["s2"]))
+    assert record["train_loss"] is None and record["delta_norm"] == 0.0 and record["rejected"] == []
+
+
+@pytest.mark.parametrize("ignored", [0, 7])
+def test_the_loss_of_a_long_batch_of_float16_is_finite(ignored):
+    """Sums of 48,000 terms are more than float16 holds."""
+    x = torch.zeros(48, 1000, dtype=torch.int64)
+    y = torch.arange(48_000).view(48, 1000) % 4
+    y[0, :ignored] = -100
+    data, criterion = SiloData(x, y, x[:0], y[:0]), resolve(Objective(), "next_token", 4).criterion(y)
+    losses = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        model = FlatModel(torch.nn.Embedding(4, 4).to(dtype))
+        round = Round(1, 1, 0, criterion.loss, lambda: None, count=criterion.count)
+        rule = RULES.build({"name": "sgd", "lr": 0.1, "steps": 1, "batch_size": None}, "local")
+        losses.append(rule.train(LocalSilo("a", data, 1.0), model, model.params(), round).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
 def test_one_whole_batch_steps_along_the_gradient_of_the_targets_that_count(tmp_path):

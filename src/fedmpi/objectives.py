@@ -158,10 +158,15 @@ class Resolved:
         if self.own_loss:
             loss: Tensor = self.loss_function(outputs, targets)
             return loss
-        outputs, targets = self.targets.rows(outputs, targets)
+        outputs, targets = self._rows(outputs, targets)
         if self.targets.task in CLASS_TASKS and self.targets.ignore_index is not None:
             return self.loss_function(outputs, targets, ignore=self.targets.ignore_index)
         return self.loss_function(outputs, targets)
+
+    def _rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs beside targets, halves as float32: float16 ends at 65504, and sums are of many terms."""
+        outputs, targets = self.targets.rows(outputs, targets)
+        return outputs.float() if outputs.dtype in HALF else outputs, targets
 
     def criterion(self, targets: Tensor) -> Criterion:
         """The training loss for batches of these targets. Where a batch may hold none that counts, its loss is 0."""
@@ -170,7 +175,7 @@ class Resolved:
         return Criterion(self.loss if self.own_loss else self._guarded, self.targets.counter(targets))
 
     def _guarded(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        rows, classes = self.targets.rows(outputs, targets)
+        rows, classes = self._rows(outputs, targets)
         total: Tensor = self.loss_function(rows, classes, reduction="sum", ignore=self.targets.ignore_index)
         return total / self.targets.counts(classes).sum().clamp(min=1)
 
@@ -219,7 +224,7 @@ class Resolved:
                 kept.append(outputs.cpu())
             if self.own_loss and not by_batch:
                 continue
-            outputs, targets = self.targets.rows(outputs, targets)
+            outputs, targets = self._rows(outputs, targets)
             if drops:
                 outputs, targets = self.targets.counted(outputs, targets)
                 if not len(targets):

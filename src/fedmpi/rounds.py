@@ -148,7 +148,8 @@ def run_round(
     timer.lap("wait")
     _agree_ready(fed, number, cohort, error, near)
     loss, norm = _trained(fed, lossless)
-    judge(number, loss, norm)
+    if loss is not None or lossless:  # else no target counted, which says nothing
+        judge(number, loss, norm)
 
     server = _server(fed, number, None if factors is None else among or fed.ids, near)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)

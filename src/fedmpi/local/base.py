@@ -23,7 +23,7 @@ import torch
 from fedmpi import rng
 from fedmpi.components import Deferred, Family, PositiveFloat, PositiveInt, component, nearest
 from fedmpi.errors import ConfigError
-from fedmpi.flat import Entry, FlatModel, refuse_frozen
+from fedmpi.flat import HALF, Entry, FlatModel, refuse_frozen
 from fedmpi.local.amounts import AMOUNTS, LOSS, Amount, BySilo, Whole
 from fedmpi.local.optimizers import KEPT, EmaSGD, num_gradients, put_back, state_to_keep
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
@@ -389,7 +389,8 @@ def descend(
         with torch.no_grad():
             step()
         counted = round.count(y)
-        losses += loss.detach() * counted
+        loss = loss.detach()
+        losses += (loss.float() if loss.dtype in HALF else loss) * counted  # float16 ends at 65504
         num_targets = num_targets + counted
         num_samples += len(x)
         num_steps += 1
