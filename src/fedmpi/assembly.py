@@ -86,7 +86,8 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     comm.together(lambda: _starts_finite(module, found))
     rng.set_all(rng.key(config.seed, purpose="trial"))
     with subject(module, chosen) as one:
-        comm.together(lambda: _try_out(config, one, objective, opened, frozen_alone(found)))
+        speaks = comm.rank == owners[0]  # it has a silo, and all ranks have the same model
+        comm.together(lambda: _try_out(config, one, objective, opened, frozen_alone(found), speaks))
         _try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
     unshared = _unshared(module, found)
     weights = comm.together(lambda: _weights(config, ids, num_train))
@@ -190,10 +191,15 @@ def build_module(config: Config, source: Source) -> torch.nn.Module:
 
 
 def _try_out(
-    config: Config, one: Subject, objective: Resolved, opened: Mapping[str, SiloData], still: Collection[str]
+    config: Config,
+    one: Subject,
+    objective: Resolved,
+    opened: Mapping[str, SiloData],
+    still: Collection[str],
+    speaks: bool,
 ) -> None:
-    """A few samples of this rank's silos through the model."""
-    if changing := tried(one, objective, opened, still):
+    """A few samples of this rank's silos through the model. What is no error is said by the rank that `speaks`."""
+    if (changing := tried(one, objective, opened, still)) and speaks:
         log.warning(
             "model: %s changes in training and is not saved; every silo's round begins with its first values",
             ", ".join(f"'{name}'" for name in changing),
