@@ -631,6 +631,7 @@ class Comm(Solo):
 
     def _give_up(self, why: str) -> None:
         say(f"fedmpi: {why}", error=True)
+        launcher.end_later()
         self.abort(1)
 
     def notices(self) -> int:

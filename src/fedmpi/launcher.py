@@ -9,9 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 from pathlib import Path
 
-LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "hydra_pmi_proxy", "slurmstepd")
+WAITS_S = 10.0  # for a launcher to end a job that one of its ranks has aborted
+STARTERS = ("mpirun", "mpiexec", "prterun")  # what a user or a script waits for; the others serve on their hosts
+LAUNCHERS = (*STARTERS, "prted", "orted", "hydra_pmi_proxy", "slurmstepd")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,3 +37,20 @@ def follow() -> bool:
     if os.getppid() != parent:  # it was gone before the kernel was told
         os._exit(1)
     return True
+
+
+def end_later(seconds: float = WAITS_S) -> None:
+    """Kill the launcher that is this process's parent, should it still be there after so many seconds: where a host is
+    lost, Open MPI's waits for it for ever, though all ranks have ended."""
+    parent = os.getppid()
+    try:
+        name = Path(f"/proc/{parent}/comm").read_text().strip()
+        if name.startswith(STARTERS):
+            # A process of its own: the launcher ends its ranks first.
+            line = f'sleep {seconds}; [ "$(cat /proc/{parent}/comm)" = "{name}" ] && kill -KILL {parent}'
+            nothing = subprocess.DEVNULL
+            subprocess.Popen(
+                ["/bin/sh", "-c", line], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+            )
+    except OSError:
+        pass  # not Linux, or no process can be started
