@@ -59,15 +59,19 @@ def test_a_rank_ends_with_its_launcher(name, how, follows):
 LOST = """
 import ctypes, subprocess, sys, time
 ctypes.CDLL(None).prctl(15, sys.argv[1].encode())
-subprocess.run([sys.executable, "-c", "import fedmpi.launcher as l; l.end_later(0.5)"])
+subprocess.run([sys.executable, "-c", "import fedmpi.launcher as l; l.end_later(0.5)"] if sys.argv[2] == "rank" else
+               ["sh", "-c", f"{sys.executable} -c 'import fedmpi.launcher as l; l.end_later(0.5)'; true"])
 print("its rank is gone", flush=True)
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(("name", "ends"), [("mpirun", True), ("prted", False), ("bash", False)])
-def test_a_launcher_that_does_not_end_an_aborted_job_is_ended(name, ends):
-    with subprocess.Popen([sys.executable, "-c", LOST, name], stdout=subprocess.PIPE, text=True) as parent:
+@pytest.mark.parametrize(
+    ("name", "started", "ends"),
+    [("mpirun", "rank", True), ("mpirun", "script", True), ("prted", "rank", False), ("bash", "rank", False)],
+)
+def test_a_launcher_that_does_not_end_an_aborted_job_is_ended(name, started, ends):
+    with subprocess.Popen([sys.executable, "-c", LOST, name, started], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == "its rank is gone\n"
         try:
             assert parent.wait(3) == -signal.SIGKILL and ends

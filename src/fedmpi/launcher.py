@@ -40,17 +40,17 @@ def follow() -> bool:
 
 
 def end_later(seconds: float = WAITS_S) -> None:
-    """Kill the launcher that is this process's parent, should it still be there after so many seconds: where a host is
-    lost, Open MPI's waits for it for ever, though all ranks have ended."""
-    parent = os.getppid()
+    """Kill the launcher that this process descends from, should it still be there after so many seconds: where a host
+    is lost, Open MPI's waits for it for ever, though all ranks have ended."""
     try:
-        name = Path(f"/proc/{parent}/comm").read_text().strip()
-        if name.startswith(STARTERS):
+        pid, name = os.getppid(), ""
+        while pid > 1 and not (name := Path(f"/proc/{pid}/comm").read_text().strip()).startswith(STARTERS):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # a script is in between
+        if pid > 1:
             # A process of its own: the launcher ends its ranks first.
-            line = f'sleep {seconds}; [ "$(cat /proc/{parent}/comm)" = "{name}" ] && kill -KILL {parent}'
+            line = f'sleep {seconds}; [ "$(cat /proc/{pid}/comm)" = "{name}" ] && kill -KILL {pid}'
             nothing = subprocess.DEVNULL
-            subprocess.Popen(
-                ["/bin/sh", "-c", line], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
-            )
+            shell = ["/bin/sh", "-c", line]
+            subprocess.Popen(shell, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
     except OSError:
         pass  # not Linux, or no process can be started
