@@ -1,4 +1,5 @@
-"""A rank does not outlive what has launched it: should that be killed, the kernel ends the rank, whatever it is in.
+"""A rank does not outlive its launcher: should that be killed, the kernel ends the rank, whatever it is in. Nor does a
+launcher outlive for long a job that a rank has given up.
 
 Nothing heavy is imported: a launcher may be killed while its ranks are still importing, or inside MPI_Init, where no
 thread of Python would run.
