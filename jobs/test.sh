@@ -106,7 +106,7 @@ step 60 ruff format --check
 ) &
 types=$!
 if [ -n "$FEDMPI_FAST" ]; then
-  step 600 pytest -q -n 2 --dist worksteal "$@"
+  step 600 pytest -q -n 3 --dist worksteal "$@"
 else
   step 300 fedmpi bench codecs --params 1e4 >&2 # compiles kernels once: ranks that start together would each do it
   # Three at a time, on two cores: many wait. tests/conftest.py says which.

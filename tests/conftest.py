@@ -13,6 +13,8 @@ collect_ignore_glob = ["programs/*"]
 
 
 LAUNCHES = ("command", "overlap", "training", "regions")
+# Files of whole runs and of processes: half of the seconds of a tenth of the tests.
+RUNS = ("ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_models", "trust")
 
 
 def _launches(file: str) -> bool:
@@ -25,9 +27,10 @@ def _sleeps(file: str) -> bool:
 
 
 def _is_fast(item: pytest.Item) -> bool:
-    """Is it one of those that start no ranks, need no network, no SLURM and no data sets, and take no seconds?"""
+    """Is it one of those that start no ranks, need no network, no SLURM and no data sets, and are not slow?"""
     name = item.path.name
     elsewhere = name.startswith("test_mpi_") or name in ("test_slurm.py", "test_testbed.py", "test_heart_published.py")
+    elsewhere = elsewhere or name.removeprefix("test_").removesuffix(".py") in RUNS
     return not elsewhere and item.get_closest_marker("slow") is None
 
 

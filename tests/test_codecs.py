@@ -222,6 +222,7 @@ def descend(codec, feedback, num_steps=3500, num=100):
     return float(torch.norm(w - b) / torch.norm(b))
 
 
+@pytest.mark.slow
 @every_codec
 def test_feedback_reaches_the_optimum(codec):
     limit = 0.01
@@ -347,6 +348,7 @@ def test_damaged_payloads_are_refused(variant, byte):
         codec.decode(torch.full_like(payload, byte), torch.zeros(num))
 
 
+@pytest.mark.slow
 def test_numba_is_loaded_when_a_codec_first_needs_it():
     code = """
 import sys, torch
@@ -359,6 +361,7 @@ assert "numba" in sys.modules
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=240)
 
 
+@pytest.mark.slow
 @codecs_that(lambda codec: max(getattr(codec, "ratio", 0), getattr(codec, "max_ratio", 0)) <= 0.01)
 def test_nothing_of_the_vectors_size_is_allocated(codec):
     num = 4_000_000

@@ -156,6 +156,7 @@ def test_every_field_says_what_it_is_and_goes_through_a_configuration(cls):
     assert build(cls, to_dict(made)) == made
 
 
+@pytest.mark.slow
 def test_import_is_cheap():
     """Neither the import nor opening digits loads what takes longer than a short run."""
     code = "import sys, fedmpi.data as d; s = d.DATASETS.build('digits', '').source(0); s.open('silo-0');"

@@ -166,6 +166,7 @@ WAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_statistics_are_those_of_a_run_without_codecs_and_variances_never_below_0(tmp_path, way):
     overlap = {"exchange": {"overlap": True, "plan": "sharded"}} if way == "behind training" else {}

@@ -76,6 +76,7 @@ def test_importing_the_package_or_the_command_loads_nothing_heavy():
     assert loaded_after("import fedmpi.cli, fedmpi.stopping", *heavy) == []
 
 
+@pytest.mark.slow
 def test_a_login_node_never_starts_mpi(tmp_path):
     code = """
 import fedmpi

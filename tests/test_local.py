@@ -161,6 +161,7 @@ def config(case, out, rounds):
     return build(fedmpi.Config, values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ALL)
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(case, tmp_path):
     params = []

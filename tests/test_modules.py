@@ -187,6 +187,7 @@ def test_what_only_training_shows_ends_the_round_by_name(tmp_path):
         model.take_delta(params_P)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", [{}, {"name": "apfl"}, {"name": "per_fedavg", "inner_lr": 0.001}, {"name": "scaffold", "option": "I"}]
 )
