@@ -36,7 +36,7 @@ from typing import Any, Literal, NamedTuple
 import fedmpi
 from fedmpi import checkpoint, disk
 from fedmpi.comm import connect, is_first
-from fedmpi.components import NonNegativeInt, build, component, nearest
+from fedmpi.components import NonNegativeInt, build, component, did_you_mean
 from fedmpi.config import differences, put, read
 from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError, Diverged, FedmpiError
@@ -111,10 +111,10 @@ def cells(file: Path, out: str | None, quick: bool = False) -> tuple[Grid, Path,
             raise ConfigError(f"'{name}' is to be the name of a folder: letters, digits and . _ + - only")
     for partition, known in (grid.published or {}).items():
         if partition not in partitions:
-            raise ConfigError(f"published: no partition '{partition}'{nearest(partition, partitions)}")
+            raise ConfigError(f"published: no partition '{partition}'{did_you_mean(partition, partitions)}")
         for name in known:
             if name not in grid.algorithms:
-                raise ConfigError(f"published.{partition}: no algorithm '{name}'{nearest(name, grid.algorithms)}")
+                raise ConfigError(f"published.{partition}: no algorithm '{name}'{did_you_mean(name, grid.algorithms)}")
     root = Path(out or (grid.out or f"runs/{file.stem}") + ("-quick" if quick else ""))
     if quick:
         seeds = seeds[:1]
@@ -151,7 +151,7 @@ def to_run(all_cells: list[Cell], only: list[str], num_ranks: int) -> list[int]:
     names = {str(part) for cell in all_cells for part in cell[:3]}
     for name in only:
         if name not in names:
-            raise ConfigError(f"--only: no '{name}' in the grid{nearest(name, names)}")
+            raise ConfigError(f"--only: no '{name}' in the grid{did_you_mean(name, names)}")
     kinds = [{str(cell[kind]) for cell in all_cells} & set(only) for kind in range(3)]
     fits = [all(not kind or str(part) in kind for part, kind in zip(cell, kinds, strict=False)) for cell in all_cells]
     wanted = [n for n, fit in enumerate(fits) if fit]
@@ -171,7 +171,7 @@ def to_run(all_cells: list[Cell], only: list[str], num_ranks: int) -> list[int]:
 def train(cell: Cell, comm: Any) -> None:
     """The rest of a run; a note in its directory when it diverges."""
     try:
-        with fedmpi.Run(cell.config, comm_=comm) as run:
+        with fedmpi.Run(cell.config, comm=comm) as run:
             for _ in run:
                 pass
     except Diverged as error:
@@ -334,14 +334,14 @@ def tell(grid: Grid, root: Path, all_cells: list[Cell]) -> None:
 
 def compare(file: Path, out: str | None, only: list[str], quick: bool, comm: Any) -> None:
     """Run what is missing, then tell. A call of all ranks."""
-    grid, root, all_cells = comm.together(lambda: cells(file, out, quick))
-    first = comm.together(lambda: to_run(all_cells, only, comm.size) if comm.rank == 0 else [])
-    waiting = json.loads(comm.say(json.dumps(first), 0))
+    grid, root, all_cells = comm.collectively(lambda: cells(file, out, quick))
+    first = comm.collectively(lambda: to_run(all_cells, only, comm.size) if comm.rank == 0 else [])
+    waiting = json.loads(comm.broadcast_text(json.dumps(first), 0))
     for number, n in enumerate(waiting, start=1):
         if comm.rank == 0:
             print(f"compare: {number} of {len(waiting)}: {all_cells[n].name}", file=sys.stderr, flush=True)
         train(all_cells[n], comm)
-    comm.together(lambda: tell(grid, root, all_cells) if comm.rank == 0 else None)
+    comm.collectively(lambda: tell(grid, root, all_cells) if comm.rank == 0 else None)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -85,7 +85,7 @@ def both(rounds: int, steps: int, overrides: list[str], out: str) -> tuple[fedmp
 def trained(config: fedmpi.Config, comm: Any) -> dict[str, Any]:
     """Test losses as training went on, samples visited, bytes sent."""
     found: dict[str, Any] = {"losses": [], "bytes": 0, "exchanges": 0, "samples": 0}
-    with fedmpi.Run(config, comm_=comm) as run:
+    with fedmpi.Run(config, comm=comm) as run:
         for record in run:
             found["bytes"] += record["bytes_up"] + record["bytes_down"]
             found["exchanges"] += 1
@@ -106,9 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
         given.rounds, given.steps, given.overrides = 2, 2, [*QUICK, *given.overrides]
     comm = connect()
     with tempfile.TemporaryDirectory() as folder:
-        configs = both(given.rounds, given.steps, given.overrides, comm.say(folder, 0))
+        configs = both(given.rounds, given.steps, given.overrides, comm.broadcast_text(folder, 0))
         diloco, synchronous = (trained(config, comm) for config in configs)
-        comm.meet()
+        comm.barrier()
     if comm.rank == 0:
         for name, found in (("DiLoCo", diloco), ("synchronous AdamW", synchronous)):
             print(f"{name:18} test loss every {given.steps} steps: {found['losses']}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ import torch
 
 import fedmpi
 from fedmpi import checkpoint, results
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import FedmpiError
@@ -83,7 +83,7 @@ def config(kind: str, out: Path, rounds: int) -> Config:
 
 def train(kind: str, out: Path) -> None:
     """Go on to the last round, in this process."""
-    with fedmpi.Run(config(kind, out, ROUNDS), comm_=Solo()) as run:
+    with fedmpi.Run(config(kind, out, ROUNDS), comm=SoloComm()) as run:
         for _ in run:
             pass
 
@@ -122,7 +122,7 @@ class Whole:
 
 def whole(kind: str, folder: Path) -> Whole:
     root, rest = folder / kind, folder / f"{kind}-rest"
-    with fedmpi.Run(config(kind, root, ROUNDS), comm_=Solo()) as run:
+    with fedmpi.Run(config(kind, root, ROUNDS), comm=SoloComm()) as run:
         for record in run:
             if record["round"] == BEFORE:
                 break
@@ -201,7 +201,7 @@ def seen(out: Path, good: Whole) -> str:
 
 def resumed(kind: str, out: Path, good: Whole) -> str:
     """What the resumed run makes wrong; `earlier` where all is right that was done again, or a record is left out."""
-    with fedmpi.Run(config(kind, out, ROUNDS), comm_=Solo()) as run:
+    with fedmpi.Run(config(kind, out, ROUNDS), comm=SoloComm()) as run:
         began = run.resumed
         for _ in run:
             pass

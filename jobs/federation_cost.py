@@ -58,11 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
     config_file = given.config or CONFIGS / ("digits.yaml" if given.quick else "fashion.yaml")
     comm = connect()
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"rounds={rounds}", f"out={comm.say(folder, 0)}/run", "local.epochs=1", *overrides]
+        overrides = [f"rounds={rounds}", f"out={comm.broadcast_text(folder, 0)}/run", "local.epochs=1", *overrides]
         seconds: dict[str, list[float]] = {"fedmpi": [], "plain": []}
         phases: dict[str, float] = {}
-        with fedmpi.Run(config_file, *overrides, comm_=comm) as run:
-            config, silos = run.config, run._federation.silos
+        with fedmpi.Run(config_file, *overrides, comm=comm) as run:
+            config, silos = run.config, run.federation.silos
             plain = copy.deepcopy(run.model)
             records = iter(run)
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
                     mine = np.zeros(comm.size)
                     mine[comm.rank] = time.perf_counter() - start
                     seconds[name].append(float(comm.share(mine).max()))
-        comm.meet()
+        comm.barrier()
     if comm.rank == 0:
         median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
         figures = {

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from fedmpi import Run
-from fedmpi.local import Work
+from fedmpi.local import GradientRule
 
-taken = Work.batches
+taken = GradientRule.batches
 
 
-def first(self: Work, *arguments: Any, **named: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def first(self: GradientRule, *arguments: Any, **named: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     print("first batch", time.time(), flush=True)
     return taken(self, *arguments, **named)
 
 
 def main() -> None:
-    Work.batches = first  # type: ignore[method-assign]
+    GradientRule.batches = first  # type: ignore[method-assign]
     config = Path(__file__).parents[1] / "configs" / "digits.yaml"
     with Run(config, "rounds=1", f"out={sys.argv[1]}", *sys.argv[2:]) as run:
         list(run)

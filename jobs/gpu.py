@@ -241,20 +241,20 @@ def _end(comm: Any, values: dict[str, Any], where: str, late: bool = False) -> t
     with tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {
             "rounds": ROUNDS,
-            "out": comm.say(folder, 0),
+            "out": comm.broadcast_text(folder, 0),
             "checkpoint": {"every": ROUNDS},
             "records": {"trace": False},
             "device": {"name": where, "share": True},
             **values,
         }
         config = _drifting(given, comm, late) if "data" not in values else build(fedmpi.Config, given)
-        with fedmpi.Run(config, comm_=comm) as run:
-            start_P = run.params_P.cpu().clone()
+        with fedmpi.Run(config, comm=comm) as run:
+            start_P = run.parameters.cpu().clone()
             last = list(run)[-1]
-            end_P = run.params_P.cpu().clone()
-            if run.device.type != where or run.params_P.device.type != where:
+            end_P = run.parameters.cpu().clone()
+            if run.device.type != where or run.parameters.device.type != where:
                 raise AssertionError(f"asked for {where}, trained on {run.device}")
-        comm.meet()
+        comm.barrier()
     return start_P, end_P, float(last["loss"])
 
 
@@ -342,14 +342,14 @@ def _steady(comm: Any) -> tuple[bool, float | None, str]:
         exchange = {"plan": "replicated", "overlap": True}
         given = {
             "rounds": 12,
-            "out": comm.say(folder, 0),
+            "out": comm.broadcast_text(folder, 0),
             "exchange": exchange,
             "device": {"name": "cuda", "share": True},
         }
-        with fedmpi.Run(_drifting(given, comm), comm_=comm) as run:
+        with fedmpi.Run(_drifting(given, comm), comm=comm) as run:
             for _ in run:
                 reserved.append(torch.cuda.memory_reserved())
-        comm.meet()
+        comm.barrier()
     grown = reserved[-1] - reserved[3]
     return grown <= 0, grown / 2**20, "MiB more reserved after round 12 than after round 4"
 
@@ -398,13 +398,13 @@ def _samples(comm: Any, full: bool) -> tuple[bool, float | None, str]:
 
 def _shared(comm: Any) -> tuple[bool, float | None, str]:
     """Two ranks on one GPU are refused unless they may."""
-    crowded = comm.size > torch.cuda.device_count()
+    oversubscribed = comm.size > torch.cuda.device_count()
     try:
         device.choose("cuda", False, comm)
         refused = ""
     except ConfigError as error:
         refused = str(error)
-    return bool(refused) == crowded, None, refused or f"{comm.size} ranks, {torch.cuda.device_count()} GPUs"
+    return bool(refused) == oversubscribed, None, refused or f"{comm.size} ranks, {torch.cuda.device_count()} GPUs"
 
 
 # ---------------------------------------------------------------- all of it

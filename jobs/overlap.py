@@ -30,7 +30,7 @@ import fedmpi
 from fedmpi.comm import connect
 from fedmpi.components import component
 from fedmpi.config import CheckpointSection, EvaluateSection
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalSilo, Round
 from fedmpi.models import MLP
@@ -82,7 +82,7 @@ def product() -> torch.Tensor:
 
 def rounds_of(comm: Any, args: argparse.Namespace, local: StandIn, overlap: bool) -> list[dict[str, float]]:
     """Seconds by phase of the rounds in the middle of a run."""
-    out = comm.say(tempfile.mkdtemp() if comm.rank == 0 else "", 0)
+    out = comm.broadcast_text(tempfile.mkdtemp() if comm.rank == 0 else "", 0)
     width = round((math.sqrt(794**2 + 4 * args.params) - 794) / 2)
     config = fedmpi.Config(
         rounds=args.rounds,
@@ -94,11 +94,11 @@ def rounds_of(comm: Any, args: argparse.Namespace, local: StandIn, overlap: bool
         checkpoint=CheckpointSection(every=10**6),
         evaluate=EvaluateSection(every=10**6),
     )
-    with fedmpi.Run(config, comm_=comm) as run:
+    with fedmpi.Run(config, comm=comm) as run:
         records = list(run)
     if comm.rank == 0:
         shutil.rmtree(out)
-    args.num_params = run.params_P.numel()
+    args.num_params = run.parameters.numel()
     return [record["seconds"] for record in records[2:-1]]
 
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     comm = connect()
     alone = statistics.median(s["exchange"] + s["step"] for s in rounds_of(comm, args, StandIn(), False))
     torch.set_num_threads(1)
-    comm.meet()
+    comm.barrier()
     start_s = time.perf_counter()
     for _ in range(50):
         product()

@@ -90,12 +90,12 @@ def main(arguments: list[str] | None = None) -> None:
     comm = connect()
     names = ["sgd", *(name for name in given.only.split(",") if name != "sgd")]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        found = configs(names, given.turns + 1, given.steps, given.overrides, comm.say(folder, 0))
+        found = configs(names, given.turns + 1, given.steps, given.overrides, comm.broadcast_text(folder, 0))
         for name, why in found.items():
             if isinstance(why, str) and comm.rank == 0:
                 print(f"rule_cost: {name} is left out: {why}", file=sys.stderr, flush=True)
         ready = {name: config for name, config in found.items() if not isinstance(config, str)}
-        runs = {name: iter(stack.enter_context(fedmpi.Run(config, comm_=comm))) for name, config in ready.items()}
+        runs = {name: iter(stack.enter_context(fedmpi.Run(config, comm=comm))) for name, config in ready.items()}
         whole: dict[str, list[float]] = {name: [] for name in runs}
         training: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(given.turns + 1):
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
                 mine[comm.rank] = time.perf_counter() - start_s
                 whole[name].append(float(comm.share(mine).max()))
                 training[name].append(record["seconds"]["train"])
-        comm.meet()
+        comm.barrier()
     if comm.rank == 0:
         seconds = {name: statistics.median(values[1:]) for name, values in whole.items()}
         train = {name: statistics.median(values[1:]) for name, values in training.items()}

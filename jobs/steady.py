@@ -97,7 +97,7 @@ def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -
         data=Nothing(comm.size),
         model=fedmpi.components.Deferred("vector", lambda: Vector(num_params), {}),
         local=Drift(),
-        exchange=build(fedmpi.exchange.section.ExchangeSection, yaml.safe_load(exchange)),
+        exchange=build(fedmpi.exchange.config.ExchangeSection, yaml.safe_load(exchange)),
         evaluate=fedmpi.config.EvaluateSection(every=rounds),
         checkpoint=fedmpi.config.CheckpointSection(every=rounds),
         device=fedmpi.config.DeviceSection(name="cpu"),
@@ -105,8 +105,8 @@ def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -
     one_P, other_P = torch.zeros(num_params), torch.zeros(num_params)
     # Touched before the first round: figures of a round in lists of their own would be taken for growth.
     spent = {n: np.full(rounds, np.nan) for n in ("exchange", "memcpy", "allreduce", "faults", "memory")}
-    with fedmpi.Run(config, comm_=comm) as run:
-        made = run._federation.exchange
+    with fedmpi.Run(config, comm=comm) as run:
+        made = run.federation.exchange
         finish = made.finish
 
         def watched(*arguments: Any) -> Any:
@@ -125,7 +125,7 @@ def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -
                 ("memcpy", lambda: other_P.copy_(one_P)),
                 ("allreduce", lambda: comm.plain_allreduce(one_P, other_P)),
             ):
-                comm.meet()
+                comm.barrier()
                 start_s = time.perf_counter()
                 work()
                 spent[name][at] = time.perf_counter() - start_s
@@ -159,12 +159,12 @@ def main(arguments: list[str] | None = None) -> None:
         given.params, given.rounds = 1e5, 5
     comm = connect()
     with tempfile.TemporaryDirectory() as folder:
-        folder = comm.say(folder, 0)
+        folder = comm.broadcast_text(folder, 0)
         for number, exchange in enumerate(given.exchange):
             row = measured(comm, exchange, int(given.params), given.rounds, f"{folder}/{number}")
             if comm.rank == 0:
                 print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-        comm.meet()
+        comm.barrier()
 
 
 if __name__ == "__main__":

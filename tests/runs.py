@@ -13,7 +13,7 @@ from torch import nn
 
 import fedmpi
 from fedmpi import checkpoint, results
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import build, component
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
@@ -220,7 +220,7 @@ def config(out, rounds=4, data=None, model="logistic", local=None, **other):
 
 def run(how, rounds=None):
     """The records of a run that is left, as with break, after `rounds` more; and the run."""
-    with fedmpi.Run(how, comm_=Solo()) as run:
+    with fedmpi.Run(how, comm=SoloComm()) as run:
         records = []
         for record in run:
             records.append(record)
@@ -231,7 +231,7 @@ def run(how, rounds=None):
 
 def refused(how):
     with pytest.raises(ConfigError) as caught:
-        fedmpi.Run(how, comm_=Solo())
+        fedmpi.Run(how, comm=SoloComm())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

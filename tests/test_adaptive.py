@@ -10,13 +10,13 @@ from equations import BATCH, samples
 from torch import nn
 
 import fedmpi
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel
 from fedmpi.local import RULES, LocalSilo, Round
-from fedmpi.local.adaptive import SUM
+from fedmpi.local.adagrad_norm import SUM
 from fedmpi.plan import plan
 from fedmpi.types import Silo, SiloData, Source
 
@@ -61,9 +61,9 @@ def test_a_silo_with_ten_times_the_steps_pulls_the_mean_away_and_fednova_not(tmp
     for aggregate in ("mean", "fednova"):
         local = {"name": "sgd", "lr": 0.005, "steps": 1, "amount": {"name": "by_silo", "silos": {"c": 10}}}
         chosen = bowls(tmp_path / aggregate, local=local, aggregate=aggregate)
-        with fedmpi.Run(chosen, comm_=Solo()) as run:
+        with fedmpi.Run(chosen, comm=SoloComm()) as run:
             taken = [{k: row["num_steps"] for k, row in record["silos"].items()} for record in run]
-            ends[aggregate] = float(run.params_P[0])
+            ends[aggregate] = float(run.parameters[0])
     assert all(steps == {"a": 1, "b": 1, "c": 10} for steps in taken)
     # One step of a bowl goes 0.01 of the way, ten steps 1 - 0.99^10 of it: where they balance is the mean's end.
     pulls = {"a": 0.01, "b": 0.01, "c": 1 - 0.99**10}
@@ -133,9 +133,9 @@ def test_a_resumed_run_takes_as_much_as_an_undisturbed_one(tmp_path, amount):
     records = {}
     for name, rounds in (("whole", (6,)), ("parts", (3, 6))):
         for last in rounds:
-            with fedmpi.Run(bowls(tmp_path / name, local=local, rounds=last), comm_=Solo()) as run:
+            with fedmpi.Run(bowls(tmp_path / name, local=local, rounds=last), comm=SoloComm()) as run:
                 records[name] = list(run)
-                records[f"{name}_P"] = run.params_P.clone()
+                records[f"{name}_P"] = run.parameters.clone()
     assert torch.equal(records["whole_P"], records["parts_P"])
     for a, b in zip(records["whole"][3:], records["parts"], strict=True):
         assert {k: row["num_steps"] for k, row in a["silos"].items()} == {

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm, SoloComm
 from fedmpi.errors import ConfigError, FedmpiError, NoCohort, SiloError, agreed
-from fedmpi.records import Board
-from fedmpi.rounds import READY_RANK, READY_SILO, REFUSED, _agree_ready, _select
+from fedmpi.records import StatusTable
+from fedmpi.rounds import READY_RANK, READY_SILO
+from fedmpi.rounds.agreement import REFUSED, agree_ready
+from fedmpi.rounds.cohort import select_cohort
 
 
-class Pair(Solo):
+class Pair(Comm):
     """Rank 1 of two whose other one is elsewhere: to call a collective would be to wait for ever."""
 
     rank, size, fatal = 1, 2, (MemoryError,)
@@ -31,7 +33,7 @@ class Echo(Pair):
 
 
 def test_only_an_error_that_is_agreed_can_be_followed_by_a_collective():
-    one, two = Solo(), Pair()
+    one, two = SoloComm(), Pair()
     for error in (FedmpiError("mine"), NoCohort("mine"), LookupError("mine"), KeyboardInterrupt()):
         assert one.alike(error) and not two.alike(error)
     assert two.alike(agreed(NoCohort("everybody's")))
@@ -42,7 +44,7 @@ def test_without_memory_a_rank_agrees_with_nobody():
         raise MemoryError("none left")
 
     with pytest.raises(MemoryError, match="none left"):
-        Pair().together(work)
+        Pair().collectively(work)
 
 
 def test_what_is_raised_together_is_agreed():
@@ -50,7 +52,7 @@ def test_what_is_raised_together_is_agreed():
         raise ConfigError("no such thing")
 
     with pytest.raises(ConfigError, match="no such thing") as caught:
-        Echo().together(work)
+        Echo().collectively(work)
     assert caught.value.agreed
 
 
@@ -62,7 +64,7 @@ def federation(comm, select):
         seed=0,
         index={"a": 0},
         selector=SimpleNamespace(select=select),
-        ready=Board(comm.size, READY_RANK, 1, READY_SILO),
+        ready=StatusTable(comm.size, READY_RANK, 1, READY_SILO),
         watch=SimpleNamespace(tell=lambda *news: told.append(news)),
         exchange=SimpleNamespace(fingerprint=lambda cohort: 0.0),
     )
@@ -74,15 +76,15 @@ def no_silo(*_):
 
 def test_a_selector_that_says_no_enters_no_collective_of_its_own():
     state = SimpleNamespace(selector={}, record=None)
-    assert str(_select(state, federation(Pair(), no_silo), 1)[2]) == "no silo is there"
+    assert str(select_cohort(state, federation(Pair(), no_silo), 1)[2]) == "no silo is there"
 
 
 @pytest.mark.parametrize(("others", "kind"), [(REFUSED, NoCohort), (0, SiloError)])
 def test_what_selectors_say_no_to_is_raised_alike(others, kind):
     fed = federation(Echo(), no_silo)
-    fed.comm.say = lambda text, speaker: text
+    fed.comm.broadcast_text = lambda text, speaker: text
     fed.ready.set_rank(0, status=others)
     fed.ready.set_rank(1, status=REFUSED)
     with pytest.raises(kind, match="no silo is there") as caught:
-        _agree_ready(fed, 1, [], NoCohort("no silo is there"))
+        agree_ready(fed, 1, [], NoCohort("no silo is there"))
     assert caught.value.agreed

@@ -210,7 +210,7 @@ def test_sums_of_linear_payloads_decode_to_the_sum(codec):
     assert torch.equal(decoded(codec, total, num, 21), parts[0] + parts[1])
 
 
-def descend(codec, feedback, num_steps=3500, num=100):
+def local_steps(codec, feedback, num_steps=3500, num=100):
     """Distance to the optimum of |w - b|^2 / 2, relative to the start, by steps of 0.002 gradients that travel."""
     b, w, residual = vector(num, 8, wide=False), torch.zeros(num), torch.zeros(num)
     payload = buffer(codec, num)
@@ -228,7 +228,7 @@ def test_feedback_reaches_the_optimum(codec):
     limit = 0.01
     if CODECS.name_of(codec) in ("threshold", "uniform"):  # stops where all is below its step
         limit = 0.3 if getattr(codec, "step", 0) == 0.25 or getattr(codec, "threshold", 0) == 0.2 else 0.02
-    assert descend(codec, feedback=True) < limit
+    assert local_steps(codec, feedback=True) < limit
 
 
 def test_silos_that_pull_apart_need_feedback():

@@ -22,7 +22,7 @@ from runs import OWN, config, everything, put_back, run  # noqa: F401
 import fedmpi
 from fedmpi import checkpoint, comm, output, records, results, stopping
 from fedmpi.cli import app
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm, SoloComm
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, FedmpiError, SiloError, Stopped, agreed
 
@@ -42,7 +42,7 @@ def test_a_stop_saves_the_round_before_and_the_next_run_of_the_process_knows_not
     """Ctrl-C in one process too."""
     before = handlers()
     how, said = config(tmp_path, 6, checkpoint={"every": 9}), rf"{sent.name} \(rank 0\); round 3 is on disk; the same"
-    with pytest.raises(Stopped, match=rf"{said} command resumes$"), fedmpi.Run(how, comm_=Solo()) as halted:
+    with pytest.raises(Stopped, match=rf"{said} command resumes$"), fedmpi.Run(how, comm=SoloComm()) as halted:
         for record in halted:
             if record["round"] == 3:
                 os.kill(os.getpid(), sent)
@@ -52,7 +52,7 @@ def test_a_stop_saves_the_round_before_and_the_next_run_of_the_process_knows_not
 
 def test_a_signal_that_comes_when_all_is_done_is_forgotten(tmp_path):
     how = config(tmp_path / "a", 2)
-    with fedmpi.Run(how, comm_=Solo()) as first:
+    with fedmpi.Run(how, comm=SoloComm()) as first:
         list(first)
         os.kill(os.getpid(), signal.SIGTERM)
     assert len(run(config(tmp_path / "b", 2))[0]) == 2
@@ -68,7 +68,7 @@ def test_handlers_are_put_back_however_a_run_ends(tmp_path, monkeypatch, end):
         how = config(tmp_path, data={"shape": [5 if end == "refused" else 4]}, **EVENTFUL)
         expected = {"refused": ConfigError, "silo": SiloError, "body": LookupError}.get(end)
         with pytest.raises(expected or SystemExit):
-            with fedmpi.Run(how, comm_=Solo()) as started:
+            with fedmpi.Run(how, comm=SoloComm()) as started:
                 for _ in started:
                     if end == "body":
                         raise LookupError
@@ -82,7 +82,7 @@ def test_handlers_are_put_back_however_a_run_ends(tmp_path, monkeypatch, end):
 
 
 def test_the_second_ctrl_c_interrupts_as_ever(tmp_path):
-    with pytest.raises(KeyboardInterrupt) as caught, fedmpi.Run(config(tmp_path), comm_=Solo()) as started:
+    with pytest.raises(KeyboardInterrupt) as caught, fedmpi.Run(config(tmp_path), comm=SoloComm()) as started:
         for _ in started:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
@@ -93,7 +93,7 @@ def test_a_ctrl_c_that_is_ignored_or_somebody_elses_stays_so(tmp_path):
     for handler in (signal.SIG_IGN, lambda number, frame: None):
         before = signal.signal(signal.SIGINT, handler)
         try:
-            with fedmpi.Run(config(tmp_path), comm_=Solo()) as started:
+            with fedmpi.Run(config(tmp_path), comm=SoloComm()) as started:
                 for _ in started:
                     assert signal.getsignal(signal.SIGINT) is handler
                     break
@@ -120,7 +120,7 @@ def hook(monkeypatch):
     given = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: given.append(error))
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # the process goes on after all
-    comm._abort_on_uncaught(Solo())
+    comm._abort_on_uncaught(SoloComm())
     return sys.excepthook, given
 
 
@@ -146,7 +146,7 @@ def test_where_somebody_types_signals_are_as_they_were_and_python_goes_on(hook, 
     assert capsys.readouterr().err == "fedmpi: stopped in round 2\n"
 
 
-class Pair(Solo):
+class Pair(Comm):
     """One of two ranks, whose job's end is only noted."""
 
     size = 2
@@ -183,7 +183,7 @@ def test_a_job_ends_where_no_thread_can_be_started_to_watch_its_end(monkeypatch,
     codes = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", refuses)
     world = SimpleNamespace(COMM_WORLD=SimpleNamespace(Abort=codes.append))
-    comm.Comm.abort(SimpleNamespace(_mpi=world), 3)
+    comm.MpiComm.abort(SimpleNamespace(_mpi=world), 3)
     assert codes == [3]
 
 
@@ -324,7 +324,7 @@ def full(monkeypatch):
 
 
 def test_records_that_find_no_room_wait_and_training_goes_on(tmp_path, full, caplog):
-    with fedmpi.Run(how := config(tmp_path / "a", 6, checkpoint={"every": 6}), comm_=Solo()) as started:
+    with fedmpi.Run(how := config(tmp_path / "a", 6, checkpoint={"every": 6}), comm=SoloComm()) as started:
         for record in started:
             full["full"] = record["round"] in (1, 2)  # so rounds 2 and 3 cannot be written
     assert [record["round"] for record in records.read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
@@ -341,7 +341,7 @@ def test_no_checkpoint_is_sealed_without_its_records(tmp_path, full):
     how = config(tmp_path, 4, checkpoint={"every": 2})
     with (
         pytest.raises(FedmpiError, match=r"cannot write .*metrics.jsonl: No space"),
-        fedmpi.Run(how, comm_=Solo()) as started,
+        fedmpi.Run(how, comm=SoloComm()) as started,
     ):
         for record in started:
             full["full"] = record["round"] >= 2
@@ -365,7 +365,7 @@ def command(capsys, *arguments):
 
 
 def test_stop_says_when_nobody_is_there_to_be_stopped(tmp_path, capsys):
-    with fedmpi.Run(config(tmp_path, 2), comm_=Solo()) as started:
+    with fedmpi.Run(config(tmp_path, 2), comm=SoloComm()) as started:
         next(iter(started))
         assert command(capsys, "stop", str(tmp_path)) == (0, f"asked the job in {tmp_path} to stop\n", "")
         assert (tmp_path / "stop").exists()

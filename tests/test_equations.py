@@ -11,7 +11,7 @@ from equations import check
 from mpi import launch
 from programs.equations import CASES
 
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """What a case gives in this process, run once however many tests look at it."""
-    return functools.cache(lambda case: check(CASES[case], str(tmp_path_factory.mktemp("alone")), Solo()))
+    return functools.cache(lambda case: check(CASES[case], str(tmp_path_factory.mktemp("alone")), SoloComm()))
 
 
 @pytest.mark.parametrize("case", CASES)

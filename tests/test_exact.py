@@ -9,12 +9,12 @@ from test_exchange import on_ranks
 from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
 from fedmpi.components import build
-from fedmpi.exchange import pieces
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.choice import make
+from fedmpi.exchange import chunks
+from fedmpi.exchange.autotune import make
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.cost import num_vectors, traffic
 from fedmpi.exchange.exact import Places
-from fedmpi.exchange.section import ExchangeSection
-from fedmpi.exchange.traffic import num_vectors, traffic
 from fedmpi.flat import sha256
 from fedmpi.server import OPTIMIZERS, FedAvg, NoState, Server
 from fedmpi.types import Contribution
@@ -28,7 +28,7 @@ LOSSY = [name for name in CODECS.members if name != "identity"]
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
     """So that values lie across the border of two pieces."""
-    monkeypatch.setattr(pieces, "SHORTEST", 4096)
+    monkeypatch.setattr(chunks, "SHORTEST", 4096)
 
 
 def there(parts):
@@ -53,7 +53,7 @@ def one_round(how, num_ranks, start_P, deltas_KP, each=None, server="fedavg"):
         ids = list("abcde")
         mine = [k for k in range(SILOS) if k % num_ranks == comm.rank]
         params_P = start_P.clone()
-        facts = Facts(sum(WEIGHTS), ids, [ids[k] for k in mine], 7, each, exact=EXACT, still=STILL)
+        facts = ExchangeContext(sum(WEIGHTS), ids, [ids[k] for k in mine], 7, each, exact=EXACT, still=STILL)
         exchange = make(how, comm, params_P, facts)
         state = optimizer.init(exchange.mine(params_P))
         exchange.begin(1, len(mine))

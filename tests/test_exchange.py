@@ -9,12 +9,12 @@ import reference
 import torch
 
 from fedmpi import comm as ranks
-from fedmpi.comm import Comm, Solo, blocks
+from fedmpi.comm import MpiComm, SoloComm, blocks
 from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
-from fedmpi.exchange.base import LARGEST_NORM, UNIT, Facts
-from fedmpi.exchange.choice import make
-from fedmpi.exchange.section import ExchangeSection
-from fedmpi.exchange.traffic import traffic
+from fedmpi.exchange.autotune import make
+from fedmpi.exchange.base import LARGEST_NORM, UNIT, ExchangeContext
+from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.cost import traffic
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Contribution
 
@@ -91,7 +91,7 @@ def on_ranks(num_ranks, work):
 
     def rank(number):
         try:
-            return work(Comm(Library(number, slots, barrier)))
+            return work(MpiComm(Library(number, slots, barrier)))
         except BaseException:
             barrier.abort()
             raise
@@ -124,7 +124,7 @@ def run(how, start_P, rounds, weights, owners, num_ranks, server="fedavg"):
         params_P = start_P.clone()
         ids = [str(k) for k in range(len(owners))]
         hosted = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
-        exchange = make(how, comm, params_P, Facts(float(sum(weights)), ids, hosted))
+        exchange = make(how, comm, params_P, ExchangeContext(float(sum(weights)), ids, hosted))
         state = optimizer.init(exchange.mine(params_P))
         for number, cohort in enumerate(rounds, start=1):
             exchange.begin(number, sum(owners[k] == comm.rank for k in cohort))
@@ -226,7 +226,7 @@ def test_the_mean_is_over_the_cohort_and_ranks_without_a_silo_in_it_add_nothing(
 
 def test_weights_are_what_contributions_carry_not_the_samples_they_visited():
     optimizer, params_P = OPTIMIZERS.build("fedavg", ""), torch.zeros(2)
-    exchange = make(section(), Solo(), params_P, Facts(400.0))
+    exchange = make(section(), SoloComm(), params_P, ExchangeContext(400.0))
     exchange.begin()
     exchange.add(Contribution("a", 1, 300.0, torch.tensor([1.0, 0.0]), 0.0, num_samples=1, num_steps=1))
     exchange.add(Contribution("b", 1, 100.0, torch.tensor([0.0, 1.0]), 0.0, num_samples=999, num_steps=99))
@@ -271,7 +271,7 @@ def test_a_round_to_which_nobody_contributes_is_an_error():
 def test_verify_names_the_rank_that_holds_other_parameters():
     def work(comm):
         params_P, optimizer = torch.full((3,), float(comm.rank == 2)), OPTIMIZERS.build("fedavg", "")
-        exchange = make(section(verify=True), comm, params_P, Facts(1.0))
+        exchange = make(section(verify=True), comm, params_P, ExchangeContext(1.0))
         exchange.begin()
         exchange.add(Contribution("a", 1, 1.0, torch.ones(3), 0.0, 1, 1))
         exchange.finish(params_P, Server(optimizer), optimizer.init(params_P))
@@ -282,7 +282,7 @@ def test_verify_names_the_rank_that_holds_other_parameters():
 
 def test_every_fact_of_an_exchange_changes_its_fingerprint():
     def of(how=None, num_params=5, dtype=torch.float32, round=1, cohort=("a", "b")):
-        exchange = make(how or section(), Solo(), torch.zeros(num_params, dtype=dtype), Facts(1.0))
+        exchange = make(how or section(), SoloComm(), torch.zeros(num_params, dtype=dtype), ExchangeContext(1.0))
         exchange.begin(round)
         return exchange.fingerprint(cohort)
 
@@ -308,9 +308,9 @@ def test_what_fails_on_one_rank_is_the_same_error_on_every_rank(kind, raised):
             return comm.rank
 
         with pytest.raises(FedmpiError) as caught:
-            comm.together(work)
+            comm.collectively(work)
         return type(caught.value), str(caught.value)
 
     (answer,) = set(on_ranks(3, fails))
     assert answer[0] is raised and answer[1].startswith("rank 1: ") and "no such file" in answer[1]
-    assert on_ranks(3, lambda comm: comm.together(lambda: comm.rank)) == [0, 1, 2]
+    assert on_ranks(3, lambda comm: comm.collectively(lambda: comm.rank)) == [0, 1, 2]

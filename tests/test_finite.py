@@ -6,8 +6,8 @@ import torch
 from runs import config, put_back, run  # noqa: F401
 
 import fedmpi
-from fedmpi.aggregate import AGGREGATORS, Heard
-from fedmpi.comm import Solo
+from fedmpi.aggregate import AGGREGATORS, CohortSummary
+from fedmpi.comm import SoloComm
 from fedmpi.components import component
 from fedmpi.errors import Diverged
 from fedmpi.selection import SELECTORS
@@ -81,7 +81,7 @@ def test_fairness_of_degree_0_does_not_look_at_losses():
     fair = AGGREGATORS.build({"name": "qffl", "q": 0, "lr": 0.1}, "aggregate")
     one = Contribution("a", 1, 1.0, torch.ones(1), 0.0, 1, 1, start_loss=float("nan"))
     assert fair.weight(one) == 1.0
-    heard = Heard(np.ones(2), np.ones(2), np.ones(2), np.array([np.nan, 1.0]), np.ones(2), 2.0)
+    heard = CohortSummary(np.ones(2), np.ones(2), np.ones(2), np.array([np.nan, 1.0]), np.ones(2), 2.0)
     assert fair.scale(heard) == pytest.approx(1.0)
 
 
@@ -106,9 +106,9 @@ class Endless:
 
 def test_a_scale_that_is_no_number_ends_the_run_before_the_parameters_are_touched(tmp_path):
     how = config(tmp_path, 2, aggregate=HERE + "Endless")
-    started = fedmpi.Run(how, comm_=Solo())
-    before_P = started.params_P.clone()
+    started = fedmpi.Run(how, comm=SoloComm())
+    before_P = started.parameters.clone()
     with pytest.raises(Diverged, match=r"^round 1: Endless would multiply the mean of the updates by nan$"):
         list(started)
-    assert torch.equal(started.params_P, before_P)
+    assert torch.equal(started.parameters, before_P)
     started.close()

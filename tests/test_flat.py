@@ -208,7 +208,7 @@ def test_a_delta_is_what_was_trained_minus_what_was_loaded_in_every_round(name, 
         model.auxiliary(0).fill_(number)
         assert (delta_P[model.num_shared :] == number).all()
         assert torch.equal(params_P, before_P)
-        assert torch.equal(model.held(params_P), loaded_P)
+        assert torch.equal(model.as_loaded(params_P), loaded_P)
         params_P += moved_P
 
 

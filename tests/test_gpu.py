@@ -13,11 +13,11 @@ from test_exchange import on_ranks
 
 from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import build
-from fedmpi.exchange import choice, pieces
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange import autotune, chunks
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.kernels import cuda
 from fedmpi.local import RULES
@@ -34,7 +34,7 @@ LOSSY = [name for name in CODECS.members if name != "identity"]
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "SHORTEST", 4096)
+    monkeypatch.setattr(chunks, "SHORTEST", 4096)
 
 
 def fed_back(name):
@@ -66,8 +66,8 @@ def exchanged(section, num_ranks, device, each=None, optimizer="fedadam", rounds
     def work(comm):
         hosted = [silo for silo, owner in zip(WEIGHTS, owners, strict=True) if owner == comm.rank]
         params_P = start_P.to(device, copy=True)
-        facts = Facts(sum(WEIGHTS.values()), list(WEIGHTS), hosted, 7, each, rounds, 5000)
-        exchange = choice.make(how, comm, params_P, facts)
+        facts = ExchangeContext(sum(WEIGHTS.values()), list(WEIGHTS), hosted, 7, each, rounds, 5000)
+        exchange = autotune.make(how, comm, params_P, facts)
         params_P, state = exchange.home(params_P, server.init(exchange.mine(params_P)))
         for number in range(1, rounds + 1):
             exchange.begin(number, len(hosted))
@@ -119,11 +119,11 @@ def test_a_server_steps_on_the_device_as_on_the_cpu(name):
 
 
 def test_plans_are_measured_on_the_device():
-    how, facts = build(ExchangeSection, {"plan": "auto"}), Facts(1.0, ["a", "b"], ["a"], 7)
+    how, facts = build(ExchangeSection, {"plan": "auto"}), ExchangeContext(1.0, ["a", "b"], ["a"], 7)
     with stand_in.gpu():
         zeros_P = torch.zeros(P, device="cuda")
-        able = choice.candidates(how, Solo(), zeros_P.device)
-        seconds = choice.measure(how, Solo(), zeros_P, facts, able, 1)
+        able = autotune.candidates(how, SoloComm(), zeros_P.device)
+        seconds = autotune.measure(how, SoloComm(), zeros_P, facts, able, 1)
     assert sorted(seconds) == ["replicated", "root", "sharded"]
 
 
@@ -158,7 +158,7 @@ def gpu(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    for name, value in {"connect": Solo, "PARAMS": 5000, "KERNEL_PARAMS": 9000}.items():
+    for name, value in {"connect": SoloComm, "PARAMS": 5000, "KERNEL_PARAMS": 9000}.items():
         monkeypatch.setattr(module, name, value)
     return module
 
@@ -190,7 +190,7 @@ def test_whole_runs_on_a_device_end_where_those_on_the_cpu_do(gpu, tmp_path, cap
 
 
 def test_the_exchanges_that_are_compared_cover_every_member(gpu):
-    cases = dict(gpu.exchanges(Solo()))
+    cases = dict(gpu.exchanges(SoloComm()))
     assert {f"sharded, {name} both ways" for name in LOSSY} | {f"replicated, {name}" for name in LINEAR} <= cases.keys()
     assert {f"aggregate {name}" for name in AGGREGATORS.members} <= cases.keys()
     assert {f"server {name}" for name in OPTIMIZERS.members if name != "feddyn"} <= cases.keys()
@@ -208,7 +208,7 @@ def test_what_differs_on_the_device_is_a_row_that_failed_and_the_exit_code(gpu, 
     monkeypatch.setattr(cuda, "decode_half", decode)
     monkeypatch.setattr(cuda, "_rest", lambda v, decoded, into: rest(v, decoded * 0.999, into))
     with stand_in.gpu():
-        ok, apart, _ = dict(gpu.exchanges(Solo()))["sharded, int8 both ways"]()
+        ok, apart, _ = dict(gpu.exchanges(SoloComm()))["sharded, int8 both ways"]()
     assert not ok and apart > 1e-4
 
 
@@ -228,5 +228,5 @@ def test_overlap_has_one_stream_for_the_whole_run(gpu):
     """Memory that a stream has used is kept for it: a stream a round would keep thirty-two times as much."""
     with stand_in.gpu():
         before = stand_in.Stream.made
-        gpu._steady(Solo())
+        gpu._steady(SoloComm())
     assert stand_in.Stream.made == before + 1

@@ -6,11 +6,11 @@ import torch
 from test_exchange import on_ranks
 
 from fedmpi.components import build
-from fedmpi.exchange import pieces, sharded
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.choice import make
-from fedmpi.exchange.section import ExchangeSection
-from fedmpi.records import likeness, spread
+from fedmpi.exchange import chunks, sharded
+from fedmpi.exchange.autotune import make
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.config import ExchangeSection
+from fedmpi.records import gradient_diversity, spread
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Contribution
 
@@ -21,7 +21,7 @@ WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "SHORTEST", 4096)
+    monkeypatch.setattr(chunks, "SHORTEST", 4096)
     monkeypatch.setattr(sharded, "PART", 1000)
 
 
@@ -32,7 +32,7 @@ def run(num_ranks, deltas_KP, cohort, gram, up):
         how = build(ExchangeSection, {"plan": "sharded", "scope": "silo", "up": up})
         ids, params_P = list("abcde"), torch.zeros(P)
         hosted = [silo for silo, owner in zip(ids, OWNERS[num_ranks], strict=True) if owner == comm.rank]
-        exchange = make(how, comm, params_P, Facts(sum(WEIGHTS), ids, hosted, 7, gram=gram))
+        exchange = make(how, comm, params_P, ExchangeContext(sum(WEIGHTS), ids, hosted, 7, gram=gram))
         optimizer = OPTIMIZERS.build("fedavg", "")
         mine = [k for k in cohort if ids[k] in hosted]
         exchange.begin(1, len(mine))
@@ -62,7 +62,7 @@ def test_the_gram_matrix_is_that_of_what_arrived_and_moves_no_parameter(num_rank
 
 def test_diversity_and_cosines_are_those_of_the_definitions():
     deltas_KP = np.random.default_rng(0).normal(size=(4, 9)) + 0.5
-    said = likeness(deltas_KP @ deltas_KP.T, list("abcd"))
+    said = gradient_diversity(deltas_KP @ deltas_KP.T, list("abcd"))
     assert said["diversity"] == pytest.approx((deltas_KP**2).sum() / (deltas_KP.sum(0) ** 2).sum())
     unit = deltas_KP / np.linalg.norm(deltas_KP, axis=1, keepdims=True)
     cosines = unit @ unit.T
@@ -71,17 +71,23 @@ def test_diversity_and_cosines_are_those_of_the_definitions():
     assert said["cosines"]["silos"] == list("abcd")
     np.testing.assert_allclose(said["cosines"]["rows"], cosines)
     alike = np.ones((3, 3))
-    assert likeness(alike)["diversity"] == pytest.approx(1 / 3) and likeness(alike)["cosine"]["min"] == 1
+    assert (
+        gradient_diversity(alike)["diversity"] == pytest.approx(1 / 3)
+        and gradient_diversity(alike)["cosine"]["min"] == 1
+    )
 
 
 def test_what_does_not_move_has_no_cosine():
     one = np.array([[4.0, 0.0], [0.0, 0.0]])
-    assert likeness(one, ["a", "b"]) == {
+    assert gradient_diversity(one, ["a", "b"]) == {
         "diversity": 1.0, "cosine": None, "cosines": {"silos": ["a", "b"], "rows": [[1.0, None], [None, None]]},
     }  # fmt: skip
-    assert likeness(np.zeros((2, 2))) == {"diversity": None, "cosine": None}
-    assert likeness(np.array([[1.0, -1.0], [-1.0, 1.0]])) == {"diversity": None, "cosine": {"mean": -1.0, "min": -1.0}}
-    assert likeness(np.ones((1, 1)))["cosine"] is None
+    assert gradient_diversity(np.zeros((2, 2))) == {"diversity": None, "cosine": None}
+    assert gradient_diversity(np.array([[1.0, -1.0], [-1.0, 1.0]])) == {
+        "diversity": None,
+        "cosine": {"mean": -1.0, "min": -1.0},
+    }
+    assert gradient_diversity(np.ones((1, 1)))["cosine"] is None
 
 
 def test_spread_is_seen_from_the_worse_end():

@@ -81,11 +81,11 @@ def test_a_login_node_never_starts_mpi(tmp_path):
     code = """
 import fedmpi
 from fedmpi.cli import app
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 open("c.yaml", "w").write("rounds: 1")
 for args in (["list"], ["list", "servers"], ["plan", "c.yaml", "--ranks", "4"], ["plan", "c.yaml", "--json"]):
     app(args, standalone_mode=False)
-with fedmpi.Run("c.yaml", comm_=Solo()) as run:
+with fedmpi.Run("c.yaml", comm=SoloComm()) as run:
     list(run)
 for args in (["inspect", "runs/c"], ["inspect", "runs/c", "--json"], ["stop", "runs/c"], ["eval", "runs/c"]):
     app(args, standalone_mode=False)

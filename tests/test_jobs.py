@@ -20,7 +20,7 @@ from mpi import absent
 
 import fedmpi
 from fedmpi import results
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.config import load
 from fedmpi.data.digits import Digits
 from fedmpi.records import read_metrics
@@ -220,7 +220,7 @@ def job(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
         if connects:
-            monkeypatch.setattr(module, "connect", Solo)
+            monkeypatch.setattr(module, "connect", SoloComm)
         return module
 
     return opened
@@ -269,7 +269,7 @@ def test_runs_on_other_numbers_of_ranks_have_no_bytes_to_compare(job, tmp_path, 
 def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(job, tmp_path, capsys):
     compare, arguments = job("compare"), grid(tmp_path / "grid.yaml", seeds=[0])
     _, _, cells = compare.cells(tmp_path / "grid.yaml", str(tmp_path / "out"))
-    with fedmpi.Run(cells[0].config, comm_=Solo()) as run:  # one is broken off after a round, another one is done
+    with fedmpi.Run(cells[0].config, comm=SoloComm()) as run:  # one is broken off after a round, another one is done
         next(iter(run))
     compare.main([*arguments, "--only", "skewed"])
     first = capsys.readouterr()
@@ -284,7 +284,7 @@ def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(job, tmp_path, 
     assert all(path.stat().st_mtime_ns == when for path, when in untouched.items())
     assert [r["round"] for r in read_metrics(cells[0].root)] == [1, 2, 3]
     alone, _ = load(cells[0].root / "config.yaml", [f"out={tmp_path}/alone"])
-    with fedmpi.Run(alone, comm_=Solo()) as run:
+    with fedmpi.Run(alone, comm=SoloComm()) as run:
         records = list(run)
     assert results.inspect(cells[0].root)["params_sha256"] == results.inspect(tmp_path / "alone")["params_sha256"]
     with open(tmp_path / "out" / "table.csv") as file:
@@ -439,8 +439,8 @@ def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path, text_a
     given = [*SMALL, "local.sampler=in_order", "local.batch_size=5", "local.lr=1e-2"]
     given.append("local.schedule={name: linear, floor: 0.25}")
     _, config = job("diloco").both(2, 2, given, str(tmp_path))
-    with fedmpi.Run(config, comm_=Solo()) as run:
-        weight = torch.nn.Parameter(run.params_P.clone())
+    with fedmpi.Run(config, comm=SoloComm()) as run:
+        weight = torch.nn.Parameter(run.parameters.clone())
         model = copy.deepcopy(run.model)
         list(run)
     optimizer = torch.optim.AdamW([weight], weight_decay=0.1)
@@ -454,7 +454,7 @@ def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path, text_a
         torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
         weight.grad = torch.cat([p.grad.flatten() for p in model.parameters()])
         optimizer.step()
-    torch.testing.assert_close(run.params_P, weight.detach(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(run.parameters, weight.detach(), rtol=0, atol=1e-4)
 
 
 def test_the_cost_of_a_rule_is_told_beside_sgds(job, capsys, monkeypatch):

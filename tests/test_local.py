@@ -12,7 +12,7 @@ import torch
 from equations.rules import sum_of_a
 
 import fedmpi
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import Deferred, build
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel, entries
@@ -167,11 +167,11 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(case, tmp_path
     params = []
     for out, ends in (("whole", [6]), ("parts", [2, 4, 6])):
         for rounds in ends:
-            with fedmpi.Run(config(case, tmp_path / out, rounds), comm_=Solo()) as run:
+            with fedmpi.Run(config(case, tmp_path / out, rounds), comm=SoloComm()) as run:
                 for _ in run:
                     pass
-                params.append(run.params_P.clone())
-                kept = {name: silo.kept for name, silo in run._federation.silos.items()}
+                params.append(run.parameters.clone())
+                kept = {name: silo.kept for name, silo in run.federation.silos.items()}
         if out == "whole":
             wanted = kept
     assert torch.equal(params[0], params[-1]) and not torch.equal(params[0], params[1])
@@ -271,10 +271,10 @@ def run(local, out, rounds, **other):
     """The parameters at the end, in the world of equations/."""
     values = {"rounds": rounds, "out": str(out), "data": "equations:Quadratics", "model": "equations:linear"}
     values |= {"device": {"name": "cpu"}, "checkpoint": {"every": rounds}, "local": {"sampler": "in_order", **local}}
-    with fedmpi.Run(build(fedmpi.Config, values | other), comm_=Solo()) as run:
+    with fedmpi.Run(build(fedmpi.Config, values | other), comm=SoloComm()) as run:
         for _ in run:
             pass
-        return run.params_P.numpy().copy()
+        return run.parameters.numpy().copy()
 
 
 def scaffold_on_quadratics(divisor, rounds, lr, steps, rho):

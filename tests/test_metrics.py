@@ -22,7 +22,7 @@ from fedmpi.local import RULES, LocalSilo, Round
 from fedmpi.metrics import METRICS
 from fedmpi.metrics.builtin import area, binned, log_odds
 from fedmpi.objectives import Objective, resolve
-from fedmpi.records import Board, plain
+from fedmpi.records import StatusTable, plain
 from fedmpi.targets import Targets
 from fedmpi.types import SiloData
 
@@ -60,7 +60,7 @@ def scored(fields, task, silos, num_ranks=1, batch_size=7):
     that are the global one."""
     objective = resolve(build(Objective, fields, "objective"), task, CLASSES[task])
     scores, ids = Scores(objective), [f"s{i}" for i in range(len(silos))]
-    boards = [Board(num_ranks, (), len(silos), scores.columns, scores.num_counts) for _ in range(num_ranks)]
+    boards = [StatusTable(num_ranks, (), len(silos), scores.columns, scores.num_counts) for _ in range(num_ranks)]
     for i, (outputs, targets) in enumerate(silos):
         tally = objective.score(Fixed(), outputs, targets, batch_size, "cpu")
         for prefix in ("", PERSONAL):
@@ -486,7 +486,7 @@ def test_a_training_loss_is_the_mean_of_the_targets_that_count(tmp_path, rule):
     for silo in ("s0", "s1"):
         assert record["silos"][silo]["train_loss"] == pytest.approx(losses[silo] / counts[silo], rel=1e-6) or not exact
     assert record["train_loss"] == pytest.approx(sum(losses.values()) / 17, rel=1e-6) or not exact
-    assert record["silos"]["s2"]["train_loss"] == 0 and bool(torch.isfinite(done.params_P).all())
+    assert record["silos"]["s2"]["train_loss"] == 0 and bool(torch.isfinite(done.parameters).all())
     assert "not_finite" not in record and record["rejected"] == []
 
 
@@ -537,7 +537,7 @@ def test_logits_with_their_classes_first_and_last_train_and_score_alike(tmp_path
             objective={"metrics": names},
         )  # fmt: skip
         records, done = run(how)
-        found[last] = sha256(done.params_P), [{k: r[k] for k in ("loss", *NAMES_OF_ALL)} for r in records]
+        found[last] = sha256(done.parameters), [{k: r[k] for k in ("loss", *NAMES_OF_ALL)} for r in records]
     assert found[False] == found[True]
 
 

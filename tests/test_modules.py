@@ -67,7 +67,7 @@ def test_numbers_drawn_without_a_generator_are_keyed_and_the_process_gets_its_ow
         )
         records, done = run(how)
         assert draws() == expected
-        shas.append(sha256(done.params_P))
+        shas.append(sha256(done.parameters))
         told.append([figures(record) for record in records])
         all_set(seed)
         again = results.evaluate(tmp_path / out)
@@ -79,13 +79,13 @@ def test_numbers_drawn_without_a_generator_are_keyed_and_the_process_gets_its_ow
 def test_a_silo_draws_the_same_whoever_drew_before(tmp_path):
     """Which is what makes numbers of ranks alike: there every rank has other silos."""
     _, done = run(drift(tmp_path, {"name": "modules:Jitter", "always": True}, rounds=1), rounds=1)
-    fed, deltas = done._federation, []
+    fed, deltas = done.federation, []
     for silos in (["s0", "s1", "s2"], ["s2"]):
         draws()
         for silo in silos:
             this = replace(fed.silos[silo], cursor=0, kept={})
             round = Round(1, 1, 0, fed.objective.loss, lambda: None)
-            delta_P = fed.rule.train(this, fed.model, done.params_P, round).delta_P
+            delta_P = fed.rule.train(this, fed.model, done.parameters, round).delta_P
         deltas.append(delta_P.clone())
     assert torch.equal(*deltas)
 
@@ -111,7 +111,7 @@ def trained(out, model, **other):
     records, done = run(drift(out, model, **{**RING, **other}))
     again = results.evaluate(out)
     assert again["loss"] == records[-1]["loss"] and again["mae"] == records[-1]["mae"]
-    return sha256(done.params_P), [figures(record) for record in records], done
+    return sha256(done.parameters), [figures(record) for record in records], done
 
 
 @pytest.mark.parametrize("how", ["assigned", "data"])
@@ -119,7 +119,7 @@ def test_a_buffer_that_is_assigned_anew_counts_like_one_that_is_written_in_place
     plain = trained(tmp_path / "plain", {"name": "modules:Statistic", "how": "in place"})
     other = trained(tmp_path / "other", {"name": "modules:Statistic", "how": how})
     assert other[:2] == plain[:2]
-    kept = [{n: t.tolist() for n, t in silo.kept.items()} for silo in other[2]._federation.silos.values()]
+    kept = [{n: t.tolist() for n, t in silo.kept.items()} for silo in other[2].federation.silos.values()]
     assert kept == [{"fedmpi/integers_int16": [6]}] * 4, "an integer buffer too"
     saved = load_file(tmp_path / "other" / "model.safetensors")
     assert saved["mean"].min() > 0.5 and saved["calls"].tolist() == [0]
@@ -131,10 +131,10 @@ def test_what_an_evaluation_writes_goes_to_no_other_silo(how, plain, tmp_path):
     first, second = (trained(tmp_path / name, {"name": "modules:Statistic", "how": name}) for name in (how, plain))
     assert first[:2] == second[:2]
     record, done = first[1][-1], first[2]
-    fed = done._federation
+    fed = done.federation
     for name in ("s3", "s1"):  # in another order, one by one
         fresh = FlatModel(make(done.config.model, None))
-        fresh.load(done.params_P)
+        fresh.load(done.parameters)
         fresh.load_personal(fed.silos[name].kept)
         x, y = fed.silos[name].data.x_test, fed.silos[name].data.y_test
         with torch.no_grad():
@@ -200,7 +200,7 @@ def test_weights_tied_by_memory_train_as_those_tied_by_object(rule, tmp_path):
         records, done = run(how_)
         assert results.evaluate(tmp_path / how)["loss"] == records[-1]["loss"]
         saved = load_file(tmp_path / how / "model.safetensors")
-        assert torch.equal(saved["enc.weight"], saved["dec.weight"]) and len(done.params_P) == 9
+        assert torch.equal(saved["enc.weight"], saved["dec.weight"]) and len(done.parameters) == 9
         assert done.model.enc.weight.data_ptr() == done.model.dec.weight.data_ptr(), "after the run too"
         found.append([figures(record) for record in records])
     assert found[0] == found[1] == found[2] == found[3]
@@ -233,7 +233,7 @@ def test_views_stay_views_of_what_they_are_views_of(tmp_path):
 def test_what_is_not_saved_goes_from_no_silo_to_another_and_is_said(how, tmp_path, caplog):
     first = trained(tmp_path / "all", {"name": "modules:Unsaved", "how": how}, rounds=1)
     assert "model: 'mean' changes in training and is not saved" in caplog.text
-    fed = first[2]._federation
+    fed = first[2].federation
     for name in ("s3", "s0"):  # as if it were alone with its rank
         fresh = FlatModel(Unsaved(how))
         start_P = torch.zeros(4)
@@ -257,7 +257,7 @@ def test_what_a_module_remembers_in_plain_attributes_goes_from_no_silo_to_anothe
     first = trained(tmp_path / "all", {"name": "modules:Remembers", "how": how}, rounds=1)
     known = how in ("list", "dict", "number", "array", "generator", "torch generator")
     assert ("model: 'mean' changes in training and is not saved" in caplog.text) == known
-    fed = first[2]._federation
+    fed = first[2].federation
     for name in ("s3", "s0"):  # as if it were alone with its rank
         fresh = FlatModel(Remembers(how))
         deltas = [
@@ -294,9 +294,9 @@ def test_a_table_that_is_made_when_it_is_needed_is_nobodys_business(tmp_path, ca
 
 def test_lazy_layers_are_made_before_the_vector(tmp_path):
     _, records, done = trained(tmp_path, "modules:Lazy")
-    assert len(done.params_P) == 4 * 3 + 4 + 4 * 4 + 4 + 1
+    assert len(done.parameters) == 4 * 3 + 4 + 4 * 4 + 4 + 1
     assert records[-1]["train_loss"] < records[0]["train_loss"]
-    assert plan(done.config, {}, 2)["shared_parameters"] == len(done.params_P)
+    assert plan(done.config, {}, 2)["shared_parameters"] == len(done.parameters)
 
 
 def test_an_extra_state_is_left_alone_and_one_that_changes_is_refused(tmp_path):

@@ -5,9 +5,9 @@ import torch
 from runs import config, everything, put_back, run  # noqa: F401
 from test_exchange import on_ranks, section
 
-from fedmpi.exchange import pieces
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.choice import make
+from fedmpi.exchange import chunks
+from fedmpi.exchange.autotune import make
+from fedmpi.exchange.base import ExchangeContext
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Auxiliary, Contribution
 
@@ -18,7 +18,7 @@ SCAFFOLD = {"local": {"name": "scaffold", "steps": 4, "epochs": None}, "server":
 def test_scaffold_with_fedadam_keeps_moments_of_the_parameters_alone(tmp_path, plan):
     exchange = {"exchange": {"plan": plan}}
     _, done = run(config(tmp_path / "whole", 4, **SCAFFOLD, **exchange))
-    num = len(done.params_P)
+    num = len(done.parameters)
     assert len(done.state.params_Q) == 2 * num
     stored = everything(tmp_path / "whole")[1]
     moments = {name: shape for name, (shape, _) in stored.items() if "m_P" in str(name) or "v_P" in str(name)}
@@ -31,14 +31,14 @@ def test_scaffold_with_fedadam_keeps_moments_of_the_parameters_alone(tmp_path, p
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("plan", ["root", "replicated", "sharded"])
 def test_shards_of_moments_are_put_together_wherever_the_parameters_end(plan, num_ranks, monkeypatch):
-    monkeypatch.setattr(pieces, "SHORTEST", 4096)
+    monkeypatch.setattr(chunks, "SHORTEST", 4096)
     num, optimizer = 5000, OPTIMIZERS.build("fedyogi", "")  # the second of three pieces holds both
     draw = torch.Generator().manual_seed(0)
     start_Q, delta_Q = torch.randn(2 * num, generator=draw), torch.randn(2 * num, generator=draw)
 
     def work(comm):
         params_Q = start_Q.clone()
-        exchange = make(section(plan), comm, params_Q, Facts(1.0, ["a"], ["a"] if comm.rank == 0 else []))
+        exchange = make(section(plan), comm, params_Q, ExchangeContext(1.0, ["a"], ["a"] if comm.rank == 0 else []))
         state = optimizer.init(exchange.mine(params_Q[:num]))
         for number in (1, 2):
             exchange.begin(number, int(comm.rank == 0))

@@ -5,7 +5,7 @@ import torch
 from runs import config, refused, run
 from torch import nn
 
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import component
 from fedmpi.errors import ConfigError
 from fedmpi.opening import open_silos
@@ -28,7 +28,7 @@ def source(names, **columns):
 
 def refusal(found):
     with pytest.raises(ConfigError) as caught:
-        open_silos(found, [0] * len(found.silos), Solo())
+        open_silos(found, [0] * len(found.silos), SoloComm())
     return str(caught.value)
 
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 import fedmpi
 from fedmpi import checkpoint, results
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
-from fedmpi.exchange.choice import candidates
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.autotune import candidates
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.plan import plan
 
@@ -27,9 +27,9 @@ def test_plan_window_is_refused_with_the_reason():
 
 def test_auto_never_takes_window(tmp_path):
     section = build(ExchangeSection, {"plan": "auto", "overlap": True})
-    assert candidates(section, Solo(), torch.device("cpu")) == ["root", "replicated", "sharded"]
+    assert candidates(section, SoloComm(), torch.device("cpu")) == ["root", "replicated", "sharded"]
     config = build(Config, {"out": str(tmp_path), "rounds": 1, "exchange": {"plan": "auto", "overlap": True}})
-    with fedmpi.Run(config, comm_=Solo()) as run:
+    with fedmpi.Run(config, comm=SoloComm()) as run:
         assert sorted(run.plan_seconds) == ["replicated", "root", "sharded"]
         assert len(list(run)) == 1
 
@@ -44,15 +44,15 @@ def test_a_checkpoint_is_of_the_parameters_that_its_record_speaks_of(tmp_path):
             "exchange": {"overlap": True}, "server": {"optimizer": "fedavgm"}, "checkpoint": {"every": 1, "keep": 9},
         },
     )  # fmt: skip
-    with fedmpi.Run(config, comm_=Solo()) as run:
-        records, shas = zip(*((record, sha256(run.params_P)) for record in run), strict=True)
+    with fedmpi.Run(config, comm=SoloComm()) as run:
+        records, shas = zip(*((record, sha256(run.parameters)) for record in run), strict=True)
     for record, sha in zip(records, shas, strict=True):
         found = results.evaluate(tmp_path, record["round"])
         assert (found["loss"], found["accuracy"]) == (record["loss"], record["accuracy"])
         assert sha256(checkpoint.read_server(tmp_path, record["round"])[checkpoint.PARAMS]) == sha
         on_disk = sum(f.stat().st_size for f in checkpoint.folder_of(tmp_path, record["round"]).glob("*.h5"))
         assert on_disk == pytest.approx(plan(config, {}, 1)["checkpoint_bytes"], rel=0.02)
-    assert results.inspect(tmp_path)["params_sha256"] == shas[-1] == sha256(run.params_P)
+    assert results.inspect(tmp_path)["params_sha256"] == shas[-1] == sha256(run.parameters)
     model = load_file(tmp_path / "model.safetensors")
     assert sha256(torch.cat([model[name].reshape(-1) for name in run.model.state_dict()])) == shas[-1]
 
@@ -89,8 +89,8 @@ def accuracies(tmp_path, overlap):
             "device": {"name": "cpu"},
         },
     )  # fmt: skip
-    with fedmpi.Run(config, comm_=Solo()) as run:
-        first_P = run.params_P.double().numpy()
+    with fedmpi.Run(config, comm=SoloComm()) as run:
+        first_P = run.parameters.double().numpy()
         return [record["accuracy"] for record in run], config, first_P
 
 

@@ -194,7 +194,7 @@ def test_names_that_a_rule_keeps_tensors_under_are_nobody_else_s(tmp_path):
         }
         how = {"model": OWN + "Normed", "local": local, "exchange": {"parameters": ["*", "!head.*"]}}
         _, done = run(config(tmp_path / out, 3, **how))
-        shas.append((sha256(done.params_P), results.evaluate(tmp_path / out)))
+        shas.append((sha256(done.parameters), results.evaluate(tmp_path / out)))
     assert shas[0] == shas[1]
     local = {"name": HERE + "Namer", "names": names}
     run(config(tmp_path / "shared", 2, local=local))

@@ -13,7 +13,7 @@ from torch import nn
 import fedmpi
 from fedmpi import results
 from fedmpi.assembly import build_module
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
@@ -44,10 +44,10 @@ def config(out, local=None, rounds=3, **other):
 
 def done(config):
     """The records, and the run when it was over."""
-    with fedmpi.Run(config, comm_=Solo()) as run:
+    with fedmpi.Run(config, comm=SoloComm()) as run:
         records = list(run)
-        run.final_P = run.params_P.clone()  # type: ignore[attr-defined]
-        run.silos = dict(run._federation.silos)  # type: ignore[attr-defined]
+        run.final_P = run.parameters.clone()  # type: ignore[attr-defined]
+        run.silos = dict(run.federation.silos)  # type: ignore[attr-defined]
     return records, run
 
 
@@ -195,7 +195,7 @@ def test_fedbn_leaves_every_silo_its_own_normalization(tmp_path):
         rounds=2,
     )
     records, run = done(chosen)
-    fed = run._federation
+    fed = run.federation
     own, ends = {}, None
     for _ in range(2):
         trained = {}
@@ -234,8 +234,8 @@ def test_variances_stay_positive_under_a_server_with_momentum(tmp_path):
         server={"optimizer": {"name": "fedavgm", "beta": 0.9}},
     )
     records, run = done(chosen)
-    model = run._federation.model
-    assert model.shared(run.params_P)["norm.running_var"].min() > 0
+    model = run.federation.model
+    assert model.shared(run.parameters)["norm.running_var"].min() > 0
     assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
 
 

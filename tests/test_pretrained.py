@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fedmpi
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import build, to_dict
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
@@ -195,7 +195,7 @@ def test_the_mapping_goes_through_a_configuration_and_a_wrong_key_is_named():
 def test_a_run_starts_from_what_fits_and_says_so_once(tmp_path, caplog):
     torch.save({"linear.weight": torch.full((2, 4), 0.5)}, tmp_path / "a.pt")
     init = {"path": str(tmp_path / "a.pt"), "strict": False}
-    with fedmpi.Run(config(tmp_path / "a", 2, init=init), comm_=Solo()) as begun:
+    with fedmpi.Run(config(tmp_path / "a", 2, init=init), comm=SoloComm()) as begun:
         assert bool((begun.model.linear.weight == 0.5).all())
     assert [r.getMessage().partition(": ")[0] for r in caplog.records] == ["init"]
     assert "1 of the model's 2 tensors are taken; the file lacks 1 (linear.bias)" in caplog.text

@@ -9,7 +9,7 @@ from fedmpi.codecs import CODECS
 from fedmpi.components import build, component, to_dict
 from fedmpi.config import Config
 from fedmpi.errors import Diverged, ExchangeError
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.local import Sgd
 
 HERE = "test_range:"  # what configurations call this module's own components
@@ -57,14 +57,14 @@ FP16 = {
 def test_a_delta_beyond_the_range_of_fp16_is_rejected_by_name_and_the_round_goes_on(tmp_path, way):
     records, done = run(far(tmp_path, 2, FP16[way]))
     assert [record["rejected"] for record in records] == [["s1"]] * 2
-    assert bool(done.params_P.isfinite().all()) and records[-1]["train_loss"] is not None
+    assert bool(done.parameters.isfinite().all()) and records[-1]["train_loss"] is not None
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "qsgd", "sign", "topk", "chunk_topk", "uniform"])
 def test_codecs_of_float32_s_range_take_it(tmp_path, codec):
     both = {"plan": "sharded", "up": {"codec": codec}, "down": {"codec": codec}}
     records, done = run(far(tmp_path, 1, both))
-    assert records[0]["rejected"] == [] and bool(done.params_P.isfinite().all())
+    assert records[0]["rejected"] == [] and bool(done.parameters.isfinite().all())
 
 
 def test_where_all_are_beyond_it_the_run_ends_and_says_why(tmp_path):

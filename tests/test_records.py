@@ -16,7 +16,7 @@ from fedmpi import disk, records
 from fedmpi.directory import save_tensors
 from fedmpi.evaluate import worst_silo
 from fedmpi.metrics.scorers import pooled
-from fedmpi.records import PHASES, Board, Metrics, Progress, Timer, Trace, read_metrics, silo_table
+from fedmpi.records import PHASES, Metrics, Progress, StatusTable, Timer, Trace, read_metrics, silo_table
 
 # ---------------------------------------------------------------- metrics.jsonl
 
@@ -196,7 +196,7 @@ def test_a_run_that_is_not_resumed_begins_a_new_trace(tmp_path):
 
 @pytest.mark.parametrize("owners", [[0, 0, 0], [0, 1, 2], [2, 2, 0]])
 def test_a_board_is_the_same_on_every_rank_wherever_silos_live(owners):
-    boards = [Board(3, ("status", "rss"), 3, ("loss", "tests")) for _ in range(3)]
+    boards = [StatusTable(3, ("status", "rss"), 3, ("loss", "tests")) for _ in range(3)]
     for rank, board in enumerate(boards):
         board.set_rank(rank, status=rank, rss=100.0 + rank)
         for silo, owner in enumerate(owners):

@@ -17,7 +17,7 @@ from torch import nn
 
 import fedmpi
 from fedmpi import checkpoint, directory, results
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm, SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, FedmpiError
@@ -43,27 +43,27 @@ def test_a_run_is_the_reference(tmp_path, exchange):
     digits = {"name": "digits", "silos": 4, "partition": "dirichlet"}
     local = {"lr": 0.3, "batch_size": 32, "sampler": "in_order"}
     how = config(tmp_path, 3, digits, local=local, exchange={**exchange, "verify": True})
-    with fedmpi.Run(how, comm_=Solo()) as run:
-        w_P = run.params_P.double().numpy()
+    with fedmpi.Run(how, comm=SoloComm()) as run:
+        w_P = run.parameters.double().numpy()
         assert len(list(run)) == 3
     expected_P = expected(how, w_P)
-    assert np.abs(run.params_P.numpy() - expected_P).max() < 1e-5 < np.abs(expected_P - w_P).max()
+    assert np.abs(run.parameters.numpy() - expected_P).max() < 1e-5 < np.abs(expected_P - w_P).max()
 
 
 def test_a_silo_whose_update_is_not_finite_is_rejected_by_name_and_the_others_go_on(tmp_path):
     how = config(tmp_path, 2, {"infinite": "s1"}, local={"sampler": "in_order"})
-    with fedmpi.Run(how, comm_=Solo()) as run:
-        w_P = run.params_P.double().numpy()
+    with fedmpi.Run(how, comm=SoloComm()) as run:
+        w_P = run.parameters.double().numpy()
         records = list(run)
     assert [r["rejected"] for r in records] == [["s1"], ["s1"]] and records[0]["cohort"] == ["s0", "s1", "s2"]
     assert "train_loss" not in records[1]["silos"]["s1"] and "accuracy" in records[1]["silos"]["s1"]
-    assert np.abs(run.params_P.numpy() - expected(how, w_P, ["s1"])).max() < 1e-5
+    assert np.abs(run.parameters.numpy() - expected(how, w_P, ["s1"])).max() < 1e-5
 
 
 def test_one_whole_batch_a_silo_is_one_gradient_step_on_the_pooled_data(tmp_path):
     how = config(tmp_path, 1, {"name": "digits", "silos": 5, "partition": "quantity"}, local={"batch_size": None})
-    with fedmpi.Run(how, comm_=Solo()) as run:
-        w_P = run.params_P.double().numpy()
+    with fedmpi.Run(how, comm=SoloComm()) as run:
+        w_P = run.parameters.double().numpy()
         list(run)
     source = how.data.source(how.seed)
     data = [source.open(silo.id) for silo in source.silos]
@@ -72,13 +72,13 @@ def test_one_whole_batch_a_silo_is_one_gradient_step_on_the_pooled_data(tmp_path
         torch.cat([d.y_train for d in data]).numpy(),
     )
     expected_P = w_P - 0.1 * reference.softmax_gradient(w_P, x, y)
-    assert np.abs(run.params_P.numpy() - expected_P).max() < 5e-6
+    assert np.abs(run.parameters.numpy() - expected_P).max() < 5e-6
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path):
     part = {"data": {"sizes": [9] * 6}, "select": {"name": "uniform", "fraction": 0.5}}
     done = [run(config(tmp_path / str(i), 3, seed=seed, **part)) for i, seed in enumerate((0, 0, 1))]
-    ends = [sha256(last.params_P) for _, last in done]
+    ends = [sha256(last.parameters) for _, last in done]
     assert ends[0] == ends[1] != ends[2]
     cohorts = [[tuple(record["cohort"]) for record in records] for records, _ in done]
     assert cohorts[0] == cohorts[1] != cohorts[2] and len(set(cohorts[0])) > 1
@@ -87,13 +87,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path):
 def test_an_average_over_rounds_is_evaluated_and_saved_and_training_goes_on_from_the_parameters(tmp_path):
     plain, raw = run(config(tmp_path / "a"))
     points_P, average_P = [], None
-    with fedmpi.Run(config(tmp_path / "b", server={"average": {"decay": 0.5}}), comm_=Solo()) as averaged:
+    with fedmpi.Run(config(tmp_path / "b", server={"average": {"decay": 0.5}}), comm=SoloComm()) as averaged:
         records = []
         for record in averaged:
             records.append(record)
-            points_P.append(averaged.params_P.clone())
-            average_P = averaged.served_P.clone()
-    assert sha256(averaged.params_P) == sha256(raw.params_P) and raw.served_P is not averaged.served_P
+            points_P.append(averaged.parameters.clone())
+            average_P = averaged.averaged_parameters.clone()
+    assert (
+        sha256(averaged.parameters) == sha256(raw.parameters)
+        and raw.averaged_parameters is not averaged.averaged_parameters
+    )
     weights = torch.tensor([1.0, 2, 4, 8]) / 15
     torch.testing.assert_close(average_P, weights @ torch.stack(points_P))
     assert records[0]["loss"] == plain[0]["loss"] and records[3]["loss"] != plain[3]["loss"]
@@ -160,7 +163,7 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, kind):
     records, undisturbed = run(config(tmp_path / "a", **RESUMED[kind]))
     first, _ = run(config(tmp_path / "b", **RESUMED[kind]), 2)
     # A kill: the directory as it is in the middle of the run, with whatever is written by then.
-    with fedmpi.Run(config(tmp_path / "c", **RESUMED[kind]), comm_=Solo()) as killed:
+    with fedmpi.Run(config(tmp_path / "c", **RESUMED[kind]), comm=SoloComm()) as killed:
         for record in killed:
             if record["round"] == 3:
                 copied(tmp_path / "c", tmp_path / "d")
@@ -169,7 +172,7 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, kind):
         if before is not None:
             assert resumed.resumed == 2 and len(rest) == 2
             assert [figures(r) for r in before + rest] == [figures(r) for r in records]
-        assert sha256(resumed.params_P) == sha256(undisturbed.params_P)
+        assert sha256(resumed.parameters) == sha256(undisturbed.parameters)
         assert everything(tmp_path / out) == everything(tmp_path / "a")
         assert [figures(r) for r in read_metrics(tmp_path / out)] == [figures(r) for r in records]
 
@@ -263,7 +266,7 @@ def test_a_directory_that_cannot_be_written_or_is_in_use_is_refused(tmp_path):
     (tmp_path / "file").touch()
     assert refused(config(tmp_path / "file" / "run")).startswith(f"out: cannot write into {tmp_path}/file/run: ")
     assert refused(config(tmp_path / "file")).startswith(f"out: cannot write into {tmp_path}/file: ")
-    with fedmpi.Run(config(tmp_path / "run", 1), comm_=Solo()) as run:
+    with fedmpi.Run(config(tmp_path / "run", 1), comm=SoloComm()) as run:
         assert refused(config(tmp_path / "run", 1)) == f"out: another job is training in {tmp_path}/run"
         assert len(list(run)) == 1
 
@@ -354,7 +357,7 @@ def test_a_users_own_loss_is_trained_and_own_metric_is_of_a_silos_whole_test_set
     objective = {"loss": OWN + "squared_loss", "metrics": [{"name": OWN + "rank_distance", "maximize": True}]}
     plain = run(config(tmp_path / "b", 2))[1]
     (_, record), own = run(config(tmp_path / "a", 2, objective=objective, evaluate={"batch_size": 3}))
-    assert sha256(own.params_P) != sha256(plain.params_P)
+    assert sha256(own.parameters) != sha256(plain.params_P)
     data = own.config.data.source(0)
     with torch.no_grad():
         by_hand = {s: float(rank_distance(own.model(data.open(s).x_test), None)) for s in ("s0", "s1", "s2")}
@@ -379,7 +382,7 @@ def test_a_round_that_is_checkpointed_is_not_copied_as_the_best_besides(tmp_path
     assert results.choose(tmp_path, "best") == 1 + values.index(max(values))
 
 
-class Listening(Solo):
+class Listening(Comm):
     """What is said to the other ranks that there might be."""
 
     def __init__(self):
@@ -432,7 +435,7 @@ def test_the_best_round_is_on_disk_and_the_same_to_all_that_ask(tmp_path, kind):
     values = [record[key] for record in records]
     best = 1 + values.index(max(values))
     assert best % 4 and best != 11
-    with fedmpi.Run(config(tmp_path / "b", 12, **how), comm_=Solo()) as killed:
+    with fedmpi.Run(config(tmp_path / "b", 12, **how), comm=SoloComm()) as killed:
         for record in killed:
             if record["round"] == best:
                 copied(tmp_path / "b", tmp_path / "c")
@@ -456,7 +459,7 @@ def test_the_best_round_is_on_disk_and_the_same_to_all_that_ask(tmp_path, kind):
 def test_what_a_directory_says_is_what_the_run_said(tmp_path, fields):
     records, done = run(config(tmp_path, 5, checkpoint={"every": 1, "keep": 2}, **fields))
     found = results.inspect(tmp_path)
-    assert (found["rounds"], found["params_sha256"]) == (5, sha256(done.params_P))
+    assert (found["rounds"], found["params_sha256"]) == (5, sha256(done.parameters))
     assert found["metrics"] == records[-1] == done.record and found["config"]["rounds"] == 5
     best = max(r["accuracy"] for r in records)
     assert found["best"]["accuracy"] == best and records[results.choose(tmp_path, "best") - 1]["accuracy"] == best
@@ -520,11 +523,11 @@ def test_an_exported_model_is_a_state_dict_and_a_start_for_another_run(tmp_path,
     module = Normed()
     module.load_state_dict(state)
     shared_P = FlatModel(module).params()
-    assert torch.equal(shared_P, done.params_P)
+    assert torch.equal(shared_P, done.parameters)
     with fedmpi.Run(
-        config(tmp_path / "b", 1, init=str(tmp_path / "a" / "model.safetensors"), **NORMED), comm_=Solo()
+        config(tmp_path / "b", 1, init=str(tmp_path / "a" / "model.safetensors"), **NORMED), comm=SoloComm()
     ) as b:
-        assert torch.equal(b.params_P, done.params_P)
+        assert torch.equal(b.parameters, done.parameters)
     with pytest.raises(ConfigError, match=r"end the name with \.safetensors or \.pt"):
         results.export(tmp_path / "a", tmp_path / "model.onnx")
 
@@ -575,4 +578,4 @@ def test_silos_with_other_columns_are_refused(tmp_path):
     with pytest.raises(
         ConfigError, match="silo 'south' has 'tchol' where silo 'north' has 'chol'; rename them, or name"
     ):
-        fedmpi.Run(build(Config, values), comm_=Solo())
+        fedmpi.Run(build(Config, values), comm=SoloComm())

@@ -11,7 +11,7 @@ from runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
 from fedmpi import results, stopping
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import component
 from fedmpi.errors import Diverged, FedmpiError, NoCohort, SiloError, Stopped
 from fedmpi.local import Sgd
@@ -22,7 +22,7 @@ HERE = "test_run_ends:"  # what configurations call this module's own components
 
 def test_a_run_that_diverges_says_so_and_leaves_its_last_whole_round(tmp_path):
     with pytest.raises(Diverged, match=r"^round 3: every update was rejected \(s0, s1, s2\)"):
-        list(last := fedmpi.Run(config(tmp_path / "a", local={"schedule": OWN + "Cliff"}), comm_=Solo()))
+        list(last := fedmpi.Run(config(tmp_path / "a", local={"schedule": OWN + "Cliff"}), comm=SoloComm()))
     run(config(tmp_path / "b", 2))
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
     last.close()
@@ -138,7 +138,7 @@ def test_what_a_rule_gives_is_looked_at(tmp_path, what, why):
 
 def test_rounds_in_doubt_are_no_checkpoint_when_a_run_is_stopped(tmp_path):
     how = config(tmp_path / "a", stop={"patience": 3}, checkpoint={"every": 1, "keep": 1}, **SLOPE)
-    with pytest.raises(Stopped, match=r"; round 3 is on disk;"), fedmpi.Run(how, comm_=Solo()) as halted:
+    with pytest.raises(Stopped, match=r"; round 3 is on disk;"), fedmpi.Run(how, comm=SoloComm()) as halted:
         for record in halted:
             if record["round"] == 5:  # the second that is doubted
                 os.kill(os.getpid(), signal.SIGUSR1)
@@ -189,9 +189,9 @@ def test_a_silo_that_fails_while_losses_are_looked_up_is_named(tmp_path):
 
 def test_a_stop_while_losses_are_looked_up_leaves_the_round_before(tmp_path):
     how = config(tmp_path, select="power_of_choice", checkpoint={"every": 9})
-    with fedmpi.Run(how, comm_=Solo()) as started:
+    with fedmpi.Run(how, comm=SoloComm()) as started:
         next(rounds := iter(started))
-        started._federation.watch.tell(stopping.STOP, "somebody")
+        started.federation.watch.tell(stopping.STOP, "somebody")
         with pytest.raises(Stopped, match=r"^stopped in round 2: somebody \(rank 0\)$"):
             next(rounds)
     assert results.newest(tmp_path) == 1
@@ -228,7 +228,7 @@ def test_a_silo_that_raises_is_named_with_its_traceback(tmp_path, monkeypatch):
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_one_before_is_whole(tmp_path):
     how, obstacle = config(tmp_path / "a", checkpoint={"every": 1}), tmp_path / "a" / "checkpoints" / "round-000002"
-    with pytest.raises(FedmpiError, match="cannot write a checkpoint into"), fedmpi.Run(how, comm_=Solo()) as run_:
+    with pytest.raises(FedmpiError, match="cannot write a checkpoint into"), fedmpi.Run(how, comm=SoloComm()) as run_:
         for record in run_:
             if record["round"] == 1:
                 obstacle.touch()
@@ -258,7 +258,7 @@ class Unequal:
 def test_the_control_of_a_tiny_silo_is_weighed_up_and_not_taken_for_one_that_explodes(tmp_path):
     local = {"name": "scaffold", "lr": 0.1, "steps": 2, "batch_size": 64, "epochs": None}
     how = config(tmp_path, 2, {"name": HERE + "Unequal"}, local=local)
-    with fedmpi.Run(how, comm_=Solo()) as run:
+    with fedmpi.Run(how, comm=SoloComm()) as run:
         assert [record["rejected"] for record in run] == [[], []]
 
 
@@ -269,11 +269,14 @@ def test_weights_that_are_counts_of_steps_do_not_run_over_the_ring(tmp_path):
     ends = []
     for reduction in ("fast", "reproducible"):
         chosen = config(tmp_path / reduction, 1, {"sizes": (8, 16)}, exchange={"reduction": reduction}, **how)
-        with fedmpi.Run(chosen, comm_=Solo()) as run:
+        with fedmpi.Run(chosen, comm=SoloComm()) as run:
             assert [record["rejected"] for record in run] == [[]]
-            ends.append(run.params_P.clone())
+            ends.append(run.parameters.clone())
     assert (ends[0] - ends[1]).abs().max() < 1e-5
     far = {"local": {**how["local"], "lr": 1.0}, "objective": {"loss": OWN + "steep"}}
     chosen = config(tmp_path / "far", 1, {"sizes": (8, 16)}, exchange={"reduction": "reproducible"}, **(how | far))
-    with pytest.raises(Diverged, match=r"^round 1: every update was rejected"), fedmpi.Run(chosen, comm_=Solo()) as run:
+    with (
+        pytest.raises(Diverged, match=r"^round 1: every update was rejected"),
+        fedmpi.Run(chosen, comm=SoloComm()) as run,
+    ):
         list(run)

@@ -10,12 +10,12 @@ from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
 from fedmpi.components import build
 from fedmpi.errors import ConfigError, FedmpiError
-from fedmpi.exchange import pieces
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.choice import make
-from fedmpi.exchange.pieces import Coder, Grid
-from fedmpi.exchange.section import Channel, ExchangeSection
-from fedmpi.exchange.traffic import num_vectors, traffic
+from fedmpi.exchange import chunks
+from fedmpi.exchange.autotune import make
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.chunks import Coder, Grid
+from fedmpi.exchange.config import Channel, ExchangeSection
+from fedmpi.exchange.cost import num_vectors, traffic
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Contribution
 
@@ -29,7 +29,7 @@ OWNERS = {1: (0, 0, 0, 0, 0), 2: (0, 1, 0, 1, 1), 3: (2, 0, 2, 1, 0), 4: (3, 0, 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
     """The shortest that codecs can do with; the real length is for speed alone."""
-    monkeypatch.setattr(pieces, "SHORTEST", 4096)
+    monkeypatch.setattr(chunks, "SHORTEST", 4096)
 
 
 def section(up=None, down=None, **fields):
@@ -60,7 +60,7 @@ def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owne
         ids = list("abcde")
         hosted = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
         params_P = start_P.clone()
-        exchange = make(how, comm, params_P, Facts(sum(WEIGHTS), ids, hosted, 7, each))
+        exchange = make(how, comm, params_P, ExchangeContext(sum(WEIGHTS), ids, hosted, 7, each))
         state = optimizer.init(exchange.mine(params_P))
         for number, deltas_KP in enumerate(deltas_RKP, start=1):
             cohort = [k for k in (cohorts or {}).get(number, range(5)) if owners[k] == comm.rank]
@@ -140,8 +140,8 @@ def test_how_many_rows_travel_together_changes_no_bit(name, scope, monkeypatch):
     how = section(fed_back(name), fed_back(name), scope=scope)
     found = []
     for rows in (1, 2, 3):
-        monkeypatch.setattr(pieces, "MESSAGE_BYTES", rows * CODECS.build(name, "").max_bytes(4096))
-        assert pieces.rows_together(Grid(P, 2), how.up, how.down) == rows
+        monkeypatch.setattr(chunks, "MESSAGE_BYTES", rows * CODECS.build(name, "").max_bytes(4096))
+        assert chunks.rows_together(Grid(P, 2), how.up, how.down) == rows
         found.append(run(how, start_P, deltas_RKP, 2))
     for (params_P, spent, residuals, _), (again_P, sent, kept, _) in zip(
         found[0] * 2, found[1] + found[2], strict=True
@@ -202,7 +202,7 @@ def test_residuals_of_ranks_move_with_silos_and_add_up(num_ranks):
 
     def moved(comm):
         hosted = [silo for silo, owner in zip("abcde", OWNERS[3], strict=True) if owner == comm.rank]
-        exchange = make(how, comm, start_P.clone(), Facts(1.0, list("abcde"), hosted, 7))
+        exchange = make(how, comm, start_P.clone(), ExchangeContext(1.0, list("abcde"), hosted, 7))
         exchange.take(1, start_P, {silo: {"feedback": kept[silo]} for silo in hosted if silo in kept})
         return sum(fed_back_of(exchange).values(), torch.zeros(P))
 
@@ -239,7 +239,7 @@ def test_what_a_linear_codec_refuses_on_one_rank_is_an_error_on_all(plan, num_ra
     how = build(ExchangeSection, {"plan": plan, "up": {"codec": "randk"}})
 
     def refused(comm):
-        exchange, optimizer = make(how, comm, start_P.clone(), Facts(2.0)), OPTIMIZERS.build("fedavg", "")
+        exchange, optimizer = make(how, comm, start_P.clone(), ExchangeContext(2.0)), OPTIMIZERS.build("fedavg", "")
         exchange.begin(1, 1)
         if comm.rank < 2:
             exchange.add(Contribution("a", 1, 1.0, deltas_RKP[0, 1 - comm.rank], 0.0, 1, 1))
@@ -253,9 +253,9 @@ def test_what_a_linear_codec_refuses_on_one_rank_is_an_error_on_all(plan, num_ra
 
 def test_a_round_that_is_broken_off_leaves_the_residuals_as_they_were():
     start_P, deltas_RKP = drawn(2)
-    from fedmpi.comm import Solo
+    from fedmpi.comm import SoloComm
 
-    exchange = make(section(fed_back("topk"), scope="silo"), Solo(), start_P, Facts(5.0, ["a"], ["a"]))
+    exchange = make(section(fed_back("topk"), scope="silo"), SoloComm(), start_P, ExchangeContext(5.0, ["a"], ["a"]))
     optimizer = OPTIMIZERS.build("fedavg", "")
     exchange.begin(1, 1)
     exchange.add(Contribution("a", 1, 5.0, deltas_RKP[0, 0], 0.0, 1, 1))
@@ -285,11 +285,11 @@ def test_what_does_not_go_together_is_refused_with_the_reason(given, reason):
 
 
 def test_codecs_refuse_parameters_of_other_types():
-    from fedmpi.comm import Solo
+    from fedmpi.comm import SoloComm
 
     for how in (section({"codec": "int8"}), build(ExchangeSection, {"up": {"codec": "randk"}})):
         with pytest.raises(ConfigError, match="codecs take float32"):
-            make(how, Solo(), torch.zeros(3, dtype=torch.float64), Facts(1.0))
+            make(how, SoloComm(), torch.zeros(3, dtype=torch.float64), ExchangeContext(1.0))
 
 
 @pytest.mark.parametrize("up", [{}, {"codec": "bf16"}])

@@ -9,11 +9,11 @@ import torch
 from test_exchange import on_ranks
 
 from fedmpi import assembly
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm, SoloComm
 from fedmpi.errors import ConfigError
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.section import ExchangeSection
-from fedmpi.exchange.window import Window
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.shared_memory import Window
 from fedmpi.server import NoState
 
 MIB = 1 << 20
@@ -48,18 +48,18 @@ def test_what_a_window_takes_is_counted(monkeypatch):
         made.append(num_elements * dtype.itemsize)
         return [torch.zeros(num_elements, dtype=dtype)]
 
-    monkeypatch.setattr(Solo, "shared", shared)
+    monkeypatch.setattr(Comm, "shared", shared)
     for reduction in ("fast", "reproducible"):
         made.clear()
         section, params_P = ExchangeSection(plan="window", reduction=reduction), torch.zeros(100_000)
-        window = Window(section, Solo(), params_P, Facts(1.0))
+        window = Window(section, SoloComm(), params_P, ExchangeContext(1.0))
         window.delta()
         window.home(params_P, NoState())
         counted = Window.shared_bytes(section, params_P, 0, True)
         assert 0 <= sum(made) - counted <= 64  # weights beside the sums
 
 
-class Full(Solo):
+class Full(Comm):
     def room(self, num_bytes):
         return "/dev/shm on here is full"
 
@@ -68,7 +68,7 @@ def test_auto_leaves_window_out_and_says_so(caplog):
     with caplog.at_level(logging.WARNING):
         zeros_P = torch.zeros(1000)
         section, seconds = assembly._choose_plan(
-            ExchangeSection(plan="auto"), Full(), zeros_P, Facts(1.0, ["a"], ["a"]), str
+            ExchangeSection(plan="auto"), Full(), zeros_P, ExchangeContext(1.0, ["a"], ["a"]), str
         )
     assert section.plan != "window" and "window" not in seconds
     assert "auto leaves out window: /dev/shm on here is full" in caplog.text
@@ -76,4 +76,4 @@ def test_auto_leaves_window_out_and_says_so(caplog):
 
 def test_a_window_without_room_is_one_line():
     with pytest.raises(ConfigError, match=r"window has no room: /dev/shm on here is full; take root, .* or auto"):
-        assembly._choose_plan(ExchangeSection(plan="window"), Full(), torch.zeros(9), Facts(1.0), str)
+        assembly._choose_plan(ExchangeSection(plan="window"), Full(), torch.zeros(9), ExchangeContext(1.0), str)

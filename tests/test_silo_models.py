@@ -13,7 +13,7 @@ from test_personal import TUNE, Normed, config, done
 import fedmpi
 from fedmpi import results
 from fedmpi.cli import app
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
 
 NORMED = {"model": "test_personal:Normed"}
@@ -89,7 +89,7 @@ def test_where_layers_are_personal_the_plain_figures_are_the_personal_ones_too(t
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_no_file_of_all_silos_has_layers_that_nobody_trained(tmp_path, kind, suffix):
     _, run = trained(tmp_path / "a", kind)
-    shared = {e.name for e in run._federation.model.entries if e.kind == "shared"}
+    shared = {e.name for e in run.federation.model.entries if e.kind == "shared"}
     rest = sorted(run.model.state_dict().keys() - shared)
     with pytest.raises(ConfigError, match=r"^every silo has its own .*: give --silo ID .* or --shared"):
         results.export(tmp_path / "a", tmp_path / f"m{suffix}")
@@ -144,14 +144,14 @@ def test_a_silo_without_a_model_of_its_own_uses_the_global_one(tmp_path, caplog)
 @pytest.mark.parametrize("kind", ["fedper", "ditto", "fedbn"])
 def test_looking_at_a_silos_model_between_rounds_changes_nothing(tmp_path, kind):
     local, other = KINDS[kind]
-    with fedmpi.Run(config(tmp_path / "a", local, rounds=3, **other), comm_=Solo()) as looked_at:
+    with fedmpi.Run(config(tmp_path / "a", local, rounds=3, **other), comm=SoloComm()) as looked_at:
         for record in looked_at:
             models = [copy.deepcopy(looked_at.silo_model(silo).state_dict()) for silo in IDS]
             assert [mae(m, s) for m, s in zip(models, IDS, strict=True)] == pytest.approx(
                 [record["silos"][silo]["personal_mae"] for silo in IDS]
             )
     _, plain = done(config(tmp_path / "b", local, rounds=3, **other))
-    assert torch.equal(looked_at.params_P, plain.params_P)
+    assert torch.equal(looked_at.parameters, plain.params_P)
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(tensor, looked_at.model.state_dict()[name])
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import fedmpi
 from fedmpi import directory, results
 from fedmpi.cli import app
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
@@ -145,7 +145,7 @@ def test_a_configuration_in_a_run_directory_is_a_run_directorys_with_or_without_
     Path("outs/a/config.yaml").write_text(yaml.safe_dump({"model": {"name": "os:system", "command": "touch reached"}}))
     assert said("plan")[0] == said("train")[0] == 2 and not Path("reached").exists()
     with pytest.raises(ConfigError, match="the run directory names"):
-        fedmpi.Run("outs/a/config.yaml", "out=outs/b", comm_=Solo())
+        fedmpi.Run("outs/a/config.yaml", "out=outs/b", comm=SoloComm())
 
 
 def test_the_users_own_configuration_may_name_anything(home):
@@ -153,7 +153,7 @@ def test_the_users_own_configuration_may_name_anything(home):
         yaml.safe_dump({"data": "runs:Blobs", "model": {"name": "torch.nn:Linear", **REFUSED["torch.nn:Linear"]}})
     )
     assert CliRunner().invoke(app, ["plan", "own.yaml"]).exit_code == 0
-    with fedmpi.Run("own.yaml", "rounds=1", "out=outs/c", comm_=Solo()) as run:
+    with fedmpi.Run("own.yaml", "rounds=1", "out=outs/c", comm=SoloComm()) as run:
         assert len(list(run)) == 1
     with pytest.raises(ConfigError, match="--allow"):
         results.evaluate(Path("outs/c"))

@@ -11,7 +11,7 @@ import pytest
 from programs.place import TEN_MINUTES, Place, own_lines
 
 from fedmpi import vigil
-from fedmpi.comm import Comm
+from fedmpi.comm import MpiComm
 from fedmpi.vigil import SET_UP, Vigil
 
 
@@ -28,7 +28,7 @@ def waiting(rank, clock, num_ranks=3, timeout_s=10.0):
     watch = Vigil(rank, ["here"] * num_ranks, [os.getpid()] * num_ranks, lambda why: None)
     watch.set_up(timeout_s)
     watch.round(0.0)
-    return watch, SimpleNamespace(depth=1, calls=1, patient=False)
+    return watch, SimpleNamespace(depth=1, calls=1, sleeps_while_waiting=False)
 
 
 def passes(watch, lane, clock, seconds, speak=(), trains=False):
@@ -87,7 +87,7 @@ def test_a_call_that_blocks_is_given_up():
         told.set()
 
     watch = Vigil(0, ["here", "here"], [os.getpid(), 2**22 + 1], give_up)
-    lane = SimpleNamespace(depth=0, calls=0, patient=False)
+    lane = SimpleNamespace(depth=0, calls=0, sleeps_while_waiting=False)
     watch.set_up(0.2)
     watch.round(0.0)
     watch.lanes.append(lane)
@@ -126,13 +126,13 @@ def test_a_rank_that_cannot_watch_ends_the_job_before_others_wait_for_it(monkeyp
     said = []
     monkeypatch.setattr(_thread, "start_new_thread", refuses)
     rank = SimpleNamespace(size=2, rank=1, hosts=("a", "a"), gather=lambda row: [row, row], _give_up=said.append)
-    Comm.keep_vigil(rank)
+    MpiComm.keep_vigil(rank)
     assert said == ["rank 1 cannot start a thread: can't start new thread; raise ulimit -v or -u"]
 
 
 def test_a_part_that_is_given_back_is_watched_no_longer():
     """And a part's part until then: a group of regions of regions."""
-    whole, region, across = (Comm.__new__(Comm) for _ in range(3))
+    whole, region, across = (MpiComm.__new__(MpiComm) for _ in range(3))
     watch = SimpleNamespace(lanes=[whole, region, across])
     for one, above, groups in ((whole, None, [region]), (region, whole, [across]), (across, region, [])):
         made = {"_world": (freed := SimpleNamespace(Free=lambda: None)), "_control": freed, "_node": None}

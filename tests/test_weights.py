@@ -7,11 +7,11 @@ from runs import config, put_back, refused, run  # noqa: F401
 from test_exchange import on_ranks, section
 
 import fedmpi
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.choice import make
+from fedmpi.exchange.autotune import make
+from fedmpi.exchange.base import ExchangeContext
 from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.types import Contribution
 
@@ -52,11 +52,11 @@ def test_what_the_ring_has_no_room_for_is_refused_by_name(tmp_path):
         tmp_path, 2, {"infinite": "s0"}, aggregate={"name": "mean", "weights": spread},
         exchange={"reduction": "reproducible"},
     )  # fmt: skip
-    started = fedmpi.Run(how, comm_=Solo())
-    before_P = started.params_P.clone()
+    started = fedmpi.Run(how, comm=SoloComm())
+    before_P = started.parameters.clone()
     with pytest.raises(ExchangeError, match=r"^round 1: exchange.reduction: reproducible has no room .*\(s1, s2\)"):
         list(started)
-    assert torch.equal(started.params_P, before_P)
+    assert torch.equal(started.parameters, before_P)
     started.close()
 
 
@@ -80,13 +80,13 @@ def mean_of(how, deltas_KP, given, num_ranks, total):
         params_P = torch.zeros(num_params, dtype=deltas_KP.dtype)
         ids = [str(k) for k in range(num_silos)]
         mine = [k for k in range(num_silos) if k % num_ranks == comm.rank]
-        exchange = make(how, comm, params_P, Facts(total, ids, [ids[k] for k in mine]))
+        exchange = make(how, comm, params_P, ExchangeContext(total, ids, [ids[k] for k in mine]))
         exchange.begin(1, len(mine))
         for k in mine:
             exchange.add(Contribution(ids[k], 1, given[k], deltas_KP[k].clone(), 0.0, 1, 1))
         return exchange.finish(params_P, Server(FedAvg()), NoState())[0].clone()
 
-    return on_ranks(num_ranks, work) if num_ranks > 1 else [work(Solo())]
+    return on_ranks(num_ranks, work) if num_ranks > 1 else [work(SoloComm())]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.types import Contribution
 
 
-class Heard(NamedTuple):
+class CohortSummary(NamedTuple):
     """What is known of the silos that were heard in a round, on every rank, in the federation's order: arrays [S]."""
 
     weights: np.ndarray  # what each stands for: its share of the federation times the selector's factor
@@ -52,7 +52,7 @@ class Aggregator(Protocol):
         """What the silo's delta is added with; `contribution.weight` is its base times the selector's factor."""
         ...
 
-    def scale(self, heard: Heard) -> float:
+    def scale(self, heard: CohortSummary) -> float:
         """What the mean is multiplied with."""
         ...
 
@@ -88,7 +88,7 @@ class Mean:
         """The base, or the steps taken."""
         return contribution.weight * (contribution.num_steps if self.weights == "steps" else 1)
 
-    def scale(self, heard: Heard) -> float:
+    def scale(self, heard: CohortSummary) -> float:
         """1 where the weights of those that were heard add up to the whole."""
         return 1.0 if self.weights == "steps" else float(heard.weights.sum()) / heard.total
 
@@ -114,9 +114,9 @@ class FedNova:
 
     def weight(self, contribution: Contribution) -> float:
         """p_k / |a_k|_1."""
-        return contribution.weight / contribution.held
+        return contribution.weight / contribution.num_gradients
 
-    def scale(self, heard: Heard) -> float:
+    def scale(self, heard: CohortSummary) -> float:
         """tau_eff, and what turns the mean under the sent weights into their sum."""
         tau_eff = float((heard.weights * heard.normalizers).sum()) / heard.total
         return tau_eff * float(heard.sent.sum()) / heard.total
@@ -152,7 +152,7 @@ class Qffl:
         """F_k^q; not finite where the loss is not, and the update is then rejected."""
         return float(self._powers(np.array([contribution.start_loss]), self.q)[0])
 
-    def scale(self, heard: Heard) -> float:
+    def scale(self, heard: CohortSummary) -> float:
         """L / sum_k h_k, and what turns the mean under the sent weights into their sum."""
         steepness = 1 / self.lr
         squares = (steepness * heard.norms) ** 2
@@ -180,7 +180,7 @@ class _Votes:
         """One vote."""
         return 1.0
 
-    def scale(self, heard: Heard) -> float:
+    def scale(self, heard: CohortSummary) -> float:
         """As it is."""
         return 1.0
 

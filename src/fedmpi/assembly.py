@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from fedmpi import device, pretrained, rng, stopping
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, agreed
-from fedmpi.exchange import choice
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange import autotune
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import (
     Allocate,
     Entry,
@@ -34,7 +34,7 @@ from fedmpi.flat import (
 from fedmpi.local import LocalSilo
 from fedmpi.models import make
 from fedmpi.module import saved
-from fedmpi.objectives import Resolved, resolve
+from fedmpi.objectives import LossAndMetrics, resolve
 from fedmpi.opening import open_silos
 from fedmpi.placement import place
 from fedmpi.rounds import Federation, State
@@ -59,44 +59,44 @@ class Assembly:
 
 
 @rng.borrowed()
-def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], str]) -> Assembly:
+def assemble(config: Config, comm: Comm, out: Path, plan_before: Callable[[], str]) -> Assembly:
     """Everything that a run needs, checked. A call of all ranks; raises ConfigError alike on every one.
 
     `plan_before` is rank 0's: the plan that `plan: auto` chose when the run was begun, or nothing.
     """
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
     chosen = device.choose(config.device.name, config.device.share, comm)
-    comm.together(lambda: _check_machine(config, chosen))
-    source = comm.together(lambda: source_of(config))
+    comm.collectively(lambda: _check_machine(config, chosen))
+    source = comm.collectively(lambda: source_of(config))
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
-    comm.same("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
-    owners = comm.together(lambda: place(source.silos, comm.hosts, config.server.dedicated))
+    comm.require_equal("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
+    owners = comm.collectively(lambda: place(source.silos, comm.hosts, config.server.dedicated))
     opened, num_train, fingerprint = open_silos(source, owners, comm)
 
-    objective = comm.together(lambda: resolve(config.objective, source.task, source.num_classes))
-    module = comm.together(lambda: build_module(config, source))
+    objective = comm.collectively(lambda: resolve(config.objective, source.task, source.num_classes))
+    module = comm.collectively(lambda: build_module(config, source))
     if (init := config.init) is not None:
-        left_out = comm.together(lambda: pretrained.start(module, init))
+        left_out = comm.collectively(lambda: pretrained.start(module, init))
         if left_out and comm.rank == 0:
             log.warning(left_out)
     # A start of their own would make ranks train different models: other files in `init`, other torch versions.
-    comm.same("the model's first parameters", digest_of(saved(module)), ConfigError)
+    comm.require_equal("the model's first parameters", digest_of(saved(module)), ConfigError)
     ids = [s.id for s in source.silos]
-    found = comm.together(lambda: config.entries(module, ids))
-    comm.together(lambda: _starts_finite(module, found))
+    found = comm.collectively(lambda: config.entries(module, ids))
+    comm.collectively(lambda: _starts_finite(module, found))
     rng.set_all(rng.key(config.seed, purpose="trial"))
     with subject(module, chosen) as one:
         speaks = comm.rank == owners[0]  # it has a silo, and all ranks have the same model
-        comm.together(lambda: _try_out(config, one, objective, opened, frozen_alone(found), speaks))
+        comm.collectively(lambda: _try_out(config, one, objective, opened, frozen_alone(found), speaks))
         _try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
     unshared = _unshared(module, found)
-    weights = comm.together(lambda: _weights(config, ids, num_train))
+    weights = comm.collectively(lambda: _weights(config, ids, num_train))
     combine = getattr(config.aggregate, "combine", None)
     gram = num_shared(found) if config.records.gram else 0
     auxiliaries = len(getattr(config.local, "auxiliaries", ()))
-    states = comm.together(lambda: len(config.server.optimizer.init(torch.zeros(1, dtype=master_dtype(found)))))
-    named = comm.together(lambda: named_exact(found, config.exchange.exact))
-    about = Facts(
+    states = comm.collectively(lambda: len(config.server.optimizer.init(torch.zeros(1, dtype=master_dtype(found)))))
+    named = comm.collectively(lambda: named_exact(found, config.exchange.exact))
+    about = ExchangeContext(
         sum(weights.values()),
         ids,
         list(opened),
@@ -111,14 +111,14 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
     )
     zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=chosen)
     section, plan_seconds = _choose_plan(config.exchange, comm, zeros_Q, about, plan_before)
-    exchange = choice.make(section, comm, zeros_Q, about)
+    exchange = autotune.make(section, comm, zeros_Q, about)
     try:
         allocate: Allocate = comm.allocate
         if chosen.type == "cpu" and one_vector(found):
             own = exchange.delta()
             allocate = lambda n, dtype: own[:n]  # noqa: E731
-        model = comm.together(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
-        silos = comm.together(lambda: {silo: _kept(silo, opened, weights[silo], chosen) for silo in list(opened)})
+        model = comm.collectively(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
+        silos = comm.collectively(lambda: {silo: _kept(silo, opened, weights[silo], chosen) for silo in list(opened)})
         params_Q = zeros_Q
         params_Q[: model.num_shared] = model.params()
         federation = Federation(
@@ -144,9 +144,9 @@ def assemble(config: Config, comm: Solo, out: Path, plan_before: Callable[[], st
             finetune=config.evaluate.finetune,
         )
         average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
-        begun = comm.together(lambda: config.server.optimizer.init(exchange.mine(params_Q[: model.num_shared])))
+        begun = comm.collectively(lambda: config.server.optimizer.init(exchange.mine(params_Q[: model.num_shared])))
         params_Q, optimizer = exchange.home(params_Q, begun)
-        selector = comm.together(lambda: config.select.init(num_train))
+        selector = comm.collectively(lambda: config.select.init(num_train))
         state = State(0, params_Q, optimizer, selector, average_P=average_P)
     except Exception:
         exchange.leave()
@@ -193,7 +193,7 @@ def build_module(config: Config, source: Source) -> torch.nn.Module:
 def _try_out(
     config: Config,
     one: Subject,
-    objective: Resolved,
+    objective: LossAndMetrics,
     opened: Mapping[str, SiloData],
     still: Collection[str],
     speaks: bool,
@@ -244,22 +244,22 @@ def _kept(silo: str, opened: dict[str, SiloData], weight: float, chosen: torch.d
 
 
 def _choose_plan(
-    section: ExchangeSection, comm: Solo, zeros_Q: torch.Tensor, facts: Facts, plan_before: Callable[[], str]
+    section: ExchangeSection, comm: Comm, zeros_Q: torch.Tensor, facts: ExchangeContext, plan_before: Callable[[], str]
 ) -> tuple[ExchangeSection, dict[str, float]]:
     """The exchange with its plan named, and seconds by plan where they were measured. `auto` measures once in a run's
     life: a resumed run keeps what it had."""
-    able, full = choice.candidates(section, comm, zeros_Q.device), ""
-    if "window" in able and (full := choice.no_room(section, comm, zeros_Q, facts)):
+    able, full = autotune.candidates(section, comm, zeros_Q.device), ""
+    if "window" in able and (full := autotune.no_room(section, comm, zeros_Q, facts)):
         able.remove("window")
         if section.plan == "auto" and comm.rank == 0:
             log.warning("exchange.plan: auto leaves out window: %s", full)
     if section.plan == "auto" and section.regions is not None:
         return replace(section, plan=able[0]), {}
     if section.plan == "auto":
-        before = comm.say(comm.together(lambda: plan_before() if comm.rank == 0 else ""), 0)
+        before = comm.broadcast_text(comm.collectively(lambda: plan_before() if comm.rank == 0 else ""), 0)
         if before in able:
             return replace(section, plan=before), {}  # type: ignore[arg-type]
-        seconds = choice.measure(section, comm, zeros_Q, facts, able) if len(able) > 1 else {}
+        seconds = autotune.measure(section, comm, zeros_Q, facts, able) if len(able) > 1 else {}
         return replace(section, plan=min(able, key=lambda plan: seconds.get(plan, 0.0))), seconds
     if section.plan not in able:
         needs = "works in host memory" if zeros_Q.device.type != "cpu" else "needs all ranks on one node"
@@ -275,7 +275,9 @@ def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torc
     return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
 
 
-def _try_metrics(one: Subject, objective: Resolved, opened: Mapping[str, SiloData], batch: int, comm: Solo) -> None:
+def _try_metrics(
+    one: Subject, objective: LossAndMetrics, opened: Mapping[str, SiloData], batch: int, comm: Comm
+) -> None:
     """Every metric on two samples, before anything is trained, and where it raises on a whole batch, silo after silo: a
     metric may be undefined on some, but one that raises everywhere is refused. A call of all ranks.
 
@@ -295,7 +297,7 @@ def _try_metrics(one: Subject, objective: Resolved, opened: Mapping[str, SiloDat
                 errors.clear()
                 errors.update(still)
 
-    comm.together(attempt)
+    comm.collectively(attempt)
     names = [scorer.name for scorer in objective.scorers]
     seen = np.zeros(2 * len(names))  # by metric: how many ranks tried it, and on how many it raised everywhere
     if opened:
@@ -306,5 +308,5 @@ def _try_metrics(one: Subject, objective: Resolved, opened: Mapping[str, SiloDat
         if there and there == nowhere:
             first = np.zeros(comm.size)
             first[comm.rank] = name in errors
-            text = comm.say(errors.get(name, ""), int(np.argmax(comm.share(first))))
+            text = comm.broadcast_text(errors.get(name, ""), int(np.argmax(comm.share(first))))
             raise agreed(ConfigError(f"objective.metrics: '{name}' raised on every silo's samples: {text}"))

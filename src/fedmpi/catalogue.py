@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
-from fedmpi.components import Family, family_of, hints, nearest, section_of, to_dict
+from fedmpi.components import Family, did_you_mean, family_of, hints, section_of, to_dict
 from fedmpi.config import Config
 from fedmpi.data import DATASETS, PARTITIONS
 from fedmpi.errors import ConfigError
 from fedmpi.local import RULES
-from fedmpi.local.amounts import AMOUNTS
 from fedmpi.local.base import SAMPLERS, TORCH_OPTIMIZERS
+from fedmpi.local.workload import WORKLOADS
 from fedmpi.metrics import METRICS
 from fedmpi.models import MODELS
 from fedmpi.objectives import DEFAULTS, LOSSES, Objective
@@ -38,7 +38,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "optimizers": (TORCH_OPTIMIZERS, "local.optimizer"),
     "schedules": (SCHEDULES, "local.schedule"),
     "samplers": (SAMPLERS, "local.sampler"),
-    "amounts": (AMOUNTS, "local.amount"),
+    "amounts": (WORKLOADS, "local.amount"),
     "selectors": (SELECTORS, "select"),
     "aggregators": (AGGREGATORS, "aggregate"),
     "metrics": (METRICS, "objective.metrics"),
@@ -66,8 +66,8 @@ def lines(what: str | None = None) -> list[str]:
     if not homes:
         members = [member for family, _ in FAMILIES.values() for member in family.members]
         keys = [*FAMILIES, *hints(Config)]
-        close = nearest(what, [*keys, *members])
-        raise ConfigError(f"nothing is called '{what}'{close if 'did you mean' in close else nearest(what, keys)}")
+        close = did_you_mean(what, [*keys, *members])
+        raise ConfigError(f"nothing is called '{what}'{close if 'did you mean' in close else did_you_mean(what, keys)}")
     return [line for name in homes for line in [*_family(name, True, what), ""]]
 
 

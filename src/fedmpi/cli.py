@@ -17,7 +17,7 @@ from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.output import say
 
 if TYPE_CHECKING:
-    from fedmpi.comm import Solo
+    from fedmpi.comm import Comm
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 bad configuration or data, 3 stopped on request with a checkpoint written."
@@ -93,11 +93,11 @@ def train(config: ConfigPath, overrides: Overrides = None, allow: Allow = None) 
     _on_ranks(lambda comm: _train(comm, config, overrides or [], allow or []))
 
 
-def _on_ranks(work: Callable[[Solo], None]) -> None:
+def _on_ranks(work: Callable[[Comm], None]) -> None:
     """Run it on every rank that was launched; whatever goes wrong, none of them is left behind."""
     from fedmpi import comm as ranks
 
-    comm: Solo | None = None
+    comm: Comm | None = None
     try:
         comm = ranks.connect()
         work(comm)
@@ -115,11 +115,11 @@ def _on_ranks(work: Callable[[Solo], None]) -> None:
         raise
 
 
-def _train(comm: Solo, config: str, overrides: list[str], allow: list[str]) -> None:
+def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> None:
     from fedmpi.records import Progress, on_terminal, silo_table
     from fedmpi.train import Run
 
-    with Run(config, *overrides, allow=allow, comm_=comm) as run:
+    with Run(config, *overrides, allow=allow, comm=comm) as run:
         progress = None
         if comm.rank == 0:
             say(_headline(run))
@@ -143,7 +143,7 @@ def _train(comm: Solo, config: str, overrides: list[str], allow: list[str]) -> N
 
 
 def _headline(run: Any) -> str:
-    fed = run._federation
+    fed = run.federation
     where = f"{len(fed.ids)} silos on {run.comm.size} rank{'s' if run.comm.size > 1 else ''}"
     reads = " (one central set: every rank reads all of it)" if run.central else ""
     since = f", resumed after round {run.resumed}" if run.resumed else ""
@@ -306,7 +306,7 @@ def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False, 
     train; alone, this process opens the data of all.
     """
 
-    def work(comm: Solo) -> None:
+    def work(comm: Comm) -> None:
         from fedmpi.results import evaluate as score
 
         record = score(directory, _which(round), allow or [], comm)
@@ -321,9 +321,9 @@ def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False, 
         figures = {k: v for k, v in record.items() if isinstance(v, float)}
         print(f"{'all':<16}" + "  ".join(_pair(k, v) for k, v in figures.items()) + f"  (round {record['round']})")
 
-    from fedmpi.comm import Solo, launched
+    from fedmpi.comm import SoloComm, launched
 
-    _on_ranks(work) if launched() > 1 else _answer(lambda: work(Solo()))
+    _on_ranks(work) if launched() > 1 else _answer(lambda: work(SoloComm()))
 
 
 def _pair(key: str, value: Any) -> str:
@@ -402,16 +402,16 @@ def bench_exchange(
     up, the fewest bits that will do.
     """
 
-    def work(comm: Solo) -> None:
-        from fedmpi.bench import exchange, turns
+    def work(comm: Comm) -> None:
+        from fedmpi.bench import exchange, timing
 
-        num_params = turns.check_params(params)
+        num_params = timing.check_params(params)
         channels = [exchange.channel(text) for text in codec] if codec else exchange.CHANNELS
         if link_gbit is not None and not 0 < link_gbit < float("inf"):
             raise ConfigError(f"--link-gbit {link_gbit:g}: give a positive number, such as 1 or 0.1")
         rows = exchange.exchange(comm, num_params, repeats, channels, link_gbit)
         if comm.rank == 0:
-            print(json.dumps(rows) if as_json else turns.table(rows, exchange.COLUMNS), flush=True)
+            print(json.dumps(rows) if as_json else timing.table(rows, exchange.COLUMNS), flush=True)
         comm.finish()
 
     # Or torch says of every connection on which network it could not find a peer's name. It asks when it is loaded.
@@ -424,10 +424,10 @@ def bench_codecs(params: Params = "25e6", repeats: Repeats = 7, as_json: Json = 
     """Every codec on one core: encode with feedback, decode and weighted add, bytes per parameter."""
 
     def work() -> None:
-        from fedmpi.bench import codecs, turns
+        from fedmpi.bench import codecs, timing
 
-        rows = codecs.codecs(turns.check_params(params), repeats)
-        print(json.dumps(rows) if as_json else turns.table(rows, codecs.COLUMNS))
+        rows = codecs.codecs(timing.check_params(params), repeats)
+        print(json.dumps(rows) if as_json else timing.table(rows, codecs.COLUMNS))
 
     _answer(work)
 
@@ -444,12 +444,12 @@ def bench_checkpoint(
     behind it with one that has none.
     """
 
-    def work(comm: Solo) -> None:
-        from fedmpi.bench import checkpoint, turns
+    def work(comm: Comm) -> None:
+        from fedmpi.bench import checkpoint, timing
 
-        row = checkpoint.checkpoint(comm, turns.check_params(params), rounds)
+        row = checkpoint.checkpoint(comm, timing.check_params(params), rounds)
         if comm.rank == 0:
-            print(json.dumps(row) if as_json else turns.table([row], list(row)), flush=True)
+            print(json.dumps(row) if as_json else timing.table([row], list(row)), flush=True)
 
     _on_ranks(work)
 

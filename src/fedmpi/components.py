@@ -80,7 +80,7 @@ class Family:
         if self.outside and ":" in name:
             found: type = import_object(name, path)
             return found
-        close = nearest(name, self.members)
+        close = did_you_mean(name, self.members)
         if self.outside and "." in name and "did you mean" not in close:
             module, _, attribute = name.rpartition(".")
             close = f"; your own is written '{module}:{attribute}'"
@@ -195,7 +195,7 @@ def _nearest_key(name: str, known: Mapping[str, Any], value: Any) -> str:
     """The nearest key, or one of the same name that stands deeper."""
     if name.isdigit() and value is None:  # {lr: 0,05}
         return "; numbers have a decimal point, such as 0.05"
-    close = nearest(name, known)
+    close = did_you_mean(name, known)
     if "did you mean" in close:
         return close
     for key, annotation in known.items():
@@ -241,7 +241,7 @@ def _fitting(target: Callable[..., Any], values: Mapping[str, Any], path: str) -
     if not any(p.kind is p.VAR_KEYWORD for p in takes.parameters.values()):
         for name in values:
             if name not in takes.parameters:
-                raise ConfigError(f"{path}: '{target.__name__}' has no '{name}'{nearest(name, takes.parameters)}")
+                raise ConfigError(f"{path}: '{target.__name__}' has no '{name}'{did_you_mean(name, takes.parameters)}")
     try:
         takes.bind(**values)
     except TypeError as error:
@@ -249,7 +249,7 @@ def _fitting(target: Callable[..., Any], values: Mapping[str, Any], path: str) -
     return dict(values)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the list of what there is when nothing is near."""
     names = [str(n) for n in known]
     close = [n for n in names if n.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)

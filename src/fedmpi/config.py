@@ -26,13 +26,13 @@ from fedmpi.components import NonNegativeInt, PositiveFloat, PositiveInt, build,
 from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import Entry, entries
 from fedmpi.health import StopSection
 from fedmpi.local import RULES, LocalRule, Sgd
-from fedmpi.local.base import Work
-from fedmpi.local.control import FedDyn as FedDynRule
-from fedmpi.local.control import Scaffold
+from fedmpi.local.base import GradientRule
+from fedmpi.local.control_variates import FedDyn as FedDynRule
+from fedmpi.local.control_variates import Scaffold
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
@@ -215,7 +215,7 @@ class Config:
     def _fednova(self) -> None:
         """FedNova has to know how many gradients a delta holds."""
         rule = self.local
-        if not isinstance(self.aggregate, FedNova) or not isinstance(rule, Work) or not rule.keep_optimizer:
+        if not isinstance(self.aggregate, FedNova) or not isinstance(rule, GradientRule) or not rule.keep_optimizer:
             return
         one, two = (num_gradients(rule.optimizer, steps) for steps in (1, 2))
         if one is not None and two != 2 * one:  # as it is with momentum

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
 
 _ID_BYTES = 64
 
 
-def choose(name: str, share: bool, comm: Solo) -> torch.device:
+def choose(name: str, share: bool, comm: Comm) -> torch.device:
     """This rank's device: a GPU of its own by local rank, or the CPU. A call of all ranks.
 
     Raises ConfigError on every rank when GPUs are asked for that are not there, or when ranks would share one and
     `share` does not say that they may.
     """
-    device = comm.together(lambda: _mine(name, comm.local_rank, comm.local_size))
+    device = comm.collectively(lambda: _mine(name, comm.local_rank, comm.local_size))
     identity = b""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -50,7 +50,7 @@ def _mine(name: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
 
 
-def set_threads(comm: Solo, reproducible: bool) -> int:
+def set_threads(comm: Comm, reproducible: bool) -> int:
     """Threads for this rank: the cores it may run on, shared with the ranks that may run on the same ones, and no more
     than OMP_NUM_THREADS, where that is set: it is 1 that is fastest for a tiny model on a machine that is busy, where
     threads wait for each other in every step.
@@ -70,7 +70,7 @@ def set_threads(comm: Solo, reproducible: bool) -> int:
     return threads
 
 
-def _machine(comm: Solo) -> str:
+def _machine(comm: Comm) -> str:
     """What the hosts on one machine have in common: containers with names of their own run on the same cores."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()

@@ -22,7 +22,7 @@ import yaml
 
 import fedmpi
 from fedmpi import checkpoint, disk, stopping
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.config import ABOUT
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel
@@ -90,18 +90,18 @@ class RunDirectory:
     0's directory but has one of its own).
     """
 
-    def __init__(self, path: Path, comm: Solo) -> None:
+    def __init__(self, path: Path, comm: Comm) -> None:
         self.path = path
-        self._ticket = comm.say(uuid.uuid4().hex, 0)
-        self._descriptor = comm.together(lambda: self._lock() if comm.rank == 0 else None)
+        self._ticket = comm.broadcast_text(uuid.uuid4().hex, 0)
+        self._descriptor = comm.collectively(lambda: self._lock() if comm.rank == 0 else None)
         try:
-            sees = comm.together(lambda: comm.rank == 0 or self.is_ours())
+            sees = comm.collectively(lambda: comm.rank == 0 or self.is_ours())
             blind = np.zeros(comm.size)
             blind[comm.rank] = not sees
             blind = comm.share(blind)
             first_blind = [r for r in np.flatnonzero(blind) if comm.hosts[r] == comm.hosts[comm.rank]][:1]
             self.leads = comm.rank == 0 or comm.rank in first_blind
-            comm.together(lambda: self._writable() if self.leads else None)
+            comm.collectively(lambda: self._writable() if self.leads else None)
         except Exception:
             self.release()
             raise
@@ -180,14 +180,14 @@ def keep_code(root: Path, code: Mapping[str, bytes], round: int) -> None:
             disk.replace_bytes(folder / name, content)
 
 
-def newest_whole(root: Path, comm: Solo, mine: Collection[str]) -> tuple[int, list[int]]:
+def newest_whole(root: Path, comm: Comm, mine: Collection[str]) -> tuple[int, list[int]]:
     """The newest round whose checkpoint is whole on every rank, each of which looks at the files that it will read: the
     server's on rank 0, and those with its silos. Without one -1, and the ranks that see none. A call of all ranks."""
     below: int | None = None
     idle = comm.rank != 0 and not mine  # reads nothing, so it has no say
     while True:
         found = np.zeros(comm.size)
-        found[comm.rank] = comm.together(
+        found[comm.rank] = comm.collectively(
             lambda: np.inf if idle else checkpoint.newest(root, comm.rank == 0, mine, below)  # noqa: B023
         )
         found = comm.share(found)

@@ -18,10 +18,10 @@ from fedmpi import rng
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
-from fedmpi.local.personal import beside
+from fedmpi.local.personal import unprefixed
 from fedmpi.metrics.scorers import NOTHING, Scorer, pooled
-from fedmpi.objectives import LOSS, MOST_METRICS, Resolved, Tally
-from fedmpi.records import Board, Record, spread
+from fedmpi.objectives import LOSS, MOST_METRICS, LossAndMetrics, Tally
+from fedmpi.records import Record, StatusTable, spread
 
 log = logging.getLogger("fedmpi")
 
@@ -33,7 +33,7 @@ def evaluation_key(seed: int, round: int, silo: str) -> int:
 
 def evaluate_silo(
     model: FlatModel,
-    objective: Resolved,
+    objective: LossAndMetrics,
     silo: LocalSilo,
     batch_size: int,
     between: Callable[[], Any] = lambda: None,
@@ -49,7 +49,7 @@ def personal_model(rule: LocalRule, silo: LocalSilo, params_P: torch.Tensor) -> 
     none but the global model."""
     find = getattr(rule, "personal", None)
     own_P = None if find is None else find(silo, params_P)
-    return None if own_P is None else (own_P, replace(silo, kept=silo.kept | beside(silo).kept))
+    return None if own_P is None else (own_P, replace(silo, kept=silo.kept | unprefixed(silo).kept))
 
 
 Tuning = tuple[LocalRule, Round]  # how every silo trains the last model on for itself, and in which round
@@ -118,17 +118,17 @@ RAISED, LOST = 1, 1 << MOST_METRICS + 1
 class Scores:
     """Where evaluations stand on a board that ranks share: which columns and counts, and what a record makes of them.
 
-    board = Board(num_ranks, rank_columns, num_silos, scores.columns, scores.num_counts)
+    board = StatusTable(num_ranks, rank_columns, num_silos, scores.columns, scores.num_counts)
     scores.enter(board, i, tally)                   what silo i's evaluation came to, on the rank that has it
     board.share(comm.share)
     rows, figures = scores.figures(board, ids)      of silos, and of all; the same on every rank
     """
 
-    objective: Resolved
+    objective: LossAndMetrics
     personal: bool = True  # are there silos with models of their own?
 
     @classmethod
-    def of(cls, objective: Resolved, rule: LocalRule, finetune: LocalRule | None, layers: bool) -> Scores:
+    def of(cls, objective: LossAndMetrics, rule: LocalRule, finetune: LocalRule | None, layers: bool) -> Scores:
         """With room for personal figures where the rule, fine-tuning or `layers` of silos' own may leave any."""
         return cls(objective, layers or finetune is not None or hasattr(rule, "personal"))
 
@@ -153,7 +153,7 @@ class Scores:
     def _num_counts(self) -> int:
         return sum(scorer.num_counts for scorer in self.objective.scorers)
 
-    def enter(self, board: Board, silo: int, tally: Tally, prefix: str = "") -> None:
+    def enter(self, board: StatusTable, silo: int, tally: Tally, prefix: str = "") -> None:
         """A silo's tally, of the global model or, with the prefix, of its own. Counts are added: once a round."""
         if not tally.samples:
             return
@@ -173,7 +173,9 @@ class Scores:
             start += scorer.num_counts
         board.set_silo(silo, **{prefix + name: value for name, value in row.items()}, **{prefix + "raised": raised})
 
-    def figures(self, board: Board, ids: Sequence[str], prefix: str = "") -> tuple[dict[str, dict[str, Any]], Record]:
+    def figures(
+        self, board: StatusTable, ids: Sequence[str], prefix: str = ""
+    ) -> tuple[dict[str, dict[str, Any]], Record]:
         """Each tested silo's figures, and those of all: of the global model, or with the prefix of the silos' own. Both
         empty where nothing was tested."""
         tests = board.silo(f"{prefix}tests")

@@ -22,7 +22,7 @@ from typing import cast
 
 import torch
 
-from fedmpi.components import nearest
+from fedmpi.components import did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.module import Places, Tie, retie, slots, ties
 
@@ -95,7 +95,7 @@ def entries(
                 f"exchange.parameters: '{pattern}': '{name}' lies in the memory of '{tied[name].owner}', and goes "
                 "where that goes"
             )
-        hint = nearest(pattern, [entry.name for entry in found])
+        hint = did_you_mean(pattern, [entry.name for entry in found])
         raise ConfigError(f"exchange.parameters: '{pattern}' matches no parameter{hint}")
     if not any(entry.kind == "shared" and entry.num_elements for entry in found):
         none = "" if any(entry.trainable for entry in found) else ": it has no parameter that requires a gradient"
@@ -144,7 +144,9 @@ def named_exact(found: Sequence[Entry], patterns: Sequence[str]) -> set[str]:
     for pattern in patterns:
         names = {name for name in shared if fnmatchcase(name, pattern.removeprefix("!"))}
         if not names:
-            raise ConfigError(f"exchange.exact: '{pattern}' matches nothing that is shared{nearest(pattern, shared)}")
+            raise ConfigError(
+                f"exchange.exact: '{pattern}' matches nothing that is shared{did_you_mean(pattern, shared)}"
+            )
         chosen = chosen - names if pattern.startswith("!") else chosen | names
     return chosen
 
@@ -278,10 +280,10 @@ class FlatModel:
                 for part in self._shared:
                     self._travels[start : start + len(part)].copy_(part)
                     start += len(part)
-            self._travels[: self.num_shared].sub_(self.held(params_P))
+            self._travels[: self.num_shared].sub_(self.as_loaded(params_P))
             return self._travels
 
-    def held(self, params_P: torch.Tensor) -> torch.Tensor:
+    def as_loaded(self, params_P: torch.Tensor) -> torch.Tensor:
         """params_P as the model holds them once they are loaded, [P]: rounded where it is of half precision. Read
         only: they may be the same tensor."""
         if self._in_place or all(part.dtype == self.dtype for part in self._shared if len(part)):

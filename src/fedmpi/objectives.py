@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fedmpi.components import component, import_object, nearest
+from fedmpi.components import component, did_you_mean, import_object
 from fedmpi.errors import ConfigError
 from fedmpi.flat import HALF
 from fedmpi.metrics import METRICS, for_task
@@ -132,7 +132,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Resolved:
+class LossAndMetrics:
     """A task's loss and metrics, ready to be called."""
 
     targets: Targets
@@ -289,7 +289,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def resolve(objective: Objective, task: Task, num_classes: int) -> Resolved:
+def resolve(objective: Objective, task: Task, num_classes: int) -> LossAndMetrics:
     """The loss and metrics for a task. ConfigError: no such name, or a name that is for other tasks.
 
     >>> resolve(Objective(), "regression", 1).metric_name
@@ -308,7 +308,7 @@ def resolve(objective: Objective, task: Task, num_classes: int) -> Resolved:
         if isinstance(scorer, Torchmetric):
             scorer.of_logits = False  # a loss of one's own may want probabilities of the model
     targets = Targets(task, objective.classes, objective.ignore_index if task in CLASS_TASKS else None)
-    return Resolved(targets, loss_name, function, own, scorers, _best(objective.best, scorers))
+    return LossAndMetrics(targets, loss_name, function, own, scorers, _best(objective.best, scorers))
 
 
 def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
@@ -327,7 +327,7 @@ def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
     if name is None:
         return next(iter(numbers.values()))
     if name not in numbers:
-        raise ConfigError(f"objective.best: no metric '{name}' that is a number{nearest(name, numbers)}")
+        raise ConfigError(f"objective.best: no metric '{name}' that is a number{did_you_mean(name, numbers)}")
     return numbers[name]
 
 
@@ -347,7 +347,7 @@ def _loss(name: str, task: Task) -> tuple[str, Terms, bool]:
             raise ConfigError(f"objective.loss: '{name}' cannot be called")
         return name.rpartition(":")[2], function, True
     if name not in LOSSES:
-        raise ConfigError(f"objective.loss: no loss '{name}'{nearest(name, LOSSES)}")
+        raise ConfigError(f"objective.loss: no loss '{name}'{did_you_mean(name, LOSSES)}")
     if task not in LOSSES[name]:
         raise ConfigError(f"objective.loss: '{name}' is for {' and '.join(LOSSES[name])}, the data's task is {task}")
     return name, LOSSES[name][task], False

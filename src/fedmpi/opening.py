@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.types import Silo, SiloData, Source
 
@@ -20,14 +20,16 @@ log = logging.getLogger("fedmpi")
 _SHOWN = 5  # silos or columns in a message, at most
 
 
-def open_silos(source: Source, owners: Sequence[int], comm: Solo) -> tuple[dict[str, SiloData], list[int], str]:
+def open_silos(source: Source, owners: Sequence[int], comm: Comm) -> tuple[dict[str, SiloData], list[int], str]:
     """This rank's silos; all silos' numbers of training samples; a fingerprint of all data. A call of all ranks.
 
     ConfigError has what is wrong with every silo of every rank.
     """
     mine = [silo for silo, owner in zip(source.silos, owners, strict=True) if owner == comm.rank]
-    opened = comm.together(lambda: _all(mine, source))
-    told = comm.together(lambda: {silo: _facts(data, source.columns.get(silo, ())) for silo, data in opened.items()})
+    opened = comm.collectively(lambda: _all(mine, source))
+    told = comm.collectively(
+        lambda: {silo: _facts(data, source.columns.get(silo, ())) for silo, data in opened.items()}
+    )
     facts = np.zeros((len(source.silos), 5))
     for i, silo in enumerate(source.silos):
         facts[i] = told.get(silo.id, 0.0)
@@ -75,7 +77,7 @@ def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
     return [len(data.x_train), len(data.x_test), float(x), float(y), names]
 
 
-def _same_columns(checksums_K: np.ndarray, source: Source, owners: Sequence[int], comm: Solo) -> None:
+def _same_columns(checksums_K: np.ndarray, source: Source, owners: Sequence[int], comm: Comm) -> None:
     """ConfigError where files that name their columns name others: as many, and yet the mean of what does not belong
     together would look like a model. Most of the silos are right."""
     named = [int(i) for i in np.flatnonzero(checksums_K)]
@@ -87,7 +89,7 @@ def _same_columns(checksums_K: np.ndarray, source: Source, owners: Sequence[int]
 
     def columns(silo: int) -> list[str]:
         mine = json.dumps(source.columns.get(source.silos[silo].id, ()))
-        return list(json.loads(comm.say(mine, owners[silo])))
+        return list(json.loads(comm.broadcast_text(mine, owners[silo])))
 
     wanted = columns(first)
     told = [_difference(source.silos[i].id, columns(i), source.silos[first].id, wanted) for i in others[:_SHOWN]]

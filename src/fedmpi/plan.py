@@ -13,7 +13,7 @@ from fedmpi import pretrained, records
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
-from fedmpi.exchange.traffic import memory, num_vectors, traffic
+from fedmpi.exchange.cost import memory, num_vectors, traffic
 from fedmpi.flat import master_dtype, named_exact, num_shared
 from fedmpi.local import plain_step
 from fedmpi.models import make

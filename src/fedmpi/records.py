@@ -60,7 +60,7 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Board:
+class StatusTable:
     """Small numbers of a round that everybody must know: a row per rank, a row per silo, and counts, all float64.
 
     Every rank fills in its own rows; `share` makes them everybody's in one small collective. Sums are then taken in
@@ -137,7 +137,7 @@ def spread(values_K: np.ndarray, maximize: bool) -> dict[str, float] | None:
     return {"std": float(finite.std()), f"p{percent}": float(np.percentile(finite, percent))}
 
 
-def likeness(gram_KK: np.ndarray, silos: Sequence[str] | None = None) -> dict[str, Any]:
+def gradient_diversity(gram_KK: np.ndarray, silos: Sequence[str] | None = None) -> dict[str, Any]:
     """What the inner products of K deltas say: gradient diversity, sum_k |delta_k|^2 / |sum_k delta_k|^2 (Yin et al.
     2018, Gradient Diversity, Definition 1): 1/K where all are alike, 1 where they are orthogonal; mean and least cosine
     of two of them; and with `silos` all cosines, in their order. None where a delta or the sum is 0.

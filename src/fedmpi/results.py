@@ -16,8 +16,8 @@ from safetensors.torch import load
 
 from fedmpi import checkpoint, disk, rng, sources
 from fedmpi.assembly import build_module, digest_of, source_of
-from fedmpi.comm import Solo, ranks_text
-from fedmpi.components import build, nearest, to_dict
+from fedmpi.comm import Comm, SoloComm, ranks_text
+from fedmpi.components import build, did_you_mean, to_dict
 from fedmpi.config import Config
 from fedmpi.device import set_threads
 from fedmpi.directory import CODE, UNSHARED_FILE, newest_whole, read_config, save_model
@@ -25,9 +25,9 @@ from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
 from fedmpi.evaluate import PERSONAL, Scores, Tuning, evaluate_silo, evaluation_key, load_own, own_model, tell
 from fedmpi.flat import FlatModel, changed_entries, sha256
 from fedmpi.local import LocalSilo, Round
-from fedmpi.objectives import Resolved, Tally, resolve
+from fedmpi.objectives import LossAndMetrics, Tally, resolve
 from fedmpi.placement import place
-from fedmpi.records import Board, Record, plain
+from fedmpi.records import Record, StatusTable, plain
 from fedmpi.tensorfile import Key
 from fedmpi.trust import confined
 from fedmpi.types import SiloData, Source
@@ -108,28 +108,28 @@ def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None)
 
 
 @rng.borrowed()
-def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (), comm: Solo | None = None) -> Record:
+def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (), comm: Comm | None = None) -> Record:
     """Loss and metric of a checkpoint on every silo's test data and pooled, of the silos' own models too where they
     have any, with the figures of the run. Each rank opens the data of its silos, placed as in training; one process
     alone opens all. A call of all ranks of `comm`, with the same record on every one. Code that the directory names is
     imported as trust.py says, and from modules that `allow` names."""
-    comm = Solo() if comm is None else comm
+    comm = SoloComm() if comm is None else comm
     with confined(root, allow):
         run = _Stored.open(root, comm)
         ids = [silo.id for silo in run.source.silos]
         owners = [0] * len(ids)
         if comm.size > 1:
-            owners = comm.together(lambda: place(run.source.silos, comm.hosts, run.config.server.dedicated))
+            owners = comm.collectively(lambda: place(run.source.silos, comm.hosts, run.config.server.dedicated))
         mine = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
         round = _choose(root, which, comm, mine)
         comm.set_up(run.config.comm.timeout_s)
         if comm.size > 1:
             set_threads(comm, run.config.exchange.reduction == "reproducible")
-        params_P = run.served_P(round, comm)
-        kept = comm.together(lambda: run.kept(round, mine))
-        objective = comm.together(lambda: resolve(run.config.objective, run.source.task, run.source.num_classes))
+        params_P = run.averaged_parameters(round, comm)
+        kept = comm.collectively(lambda: run.kept(round, mine))
+        objective = comm.collectively(lambda: resolve(run.config.objective, run.source.task, run.source.num_classes))
         scores = Scores(objective)
-        board = Board(comm.size, (), len(ids), scores.columns, scores.num_counts)
+        board = StatusTable(comm.size, (), len(ids), scores.columns, scores.num_counts)
 
         def score() -> None:
             for silo in mine:
@@ -137,7 +137,7 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
                 for prefix, tally in run.score(objective, local, params_P, round, comm):
                     scores.enter(board, ids.index(silo), tally, prefix)
 
-        comm.together(score)
+        comm.collectively(score)
         board.share(comm.share)
     rows: dict[str, dict[str, Any]] = {
         silo: {"num_test": int(num)} for silo, num in zip(ids, board.silo("tests"), strict=True)
@@ -172,11 +172,11 @@ def export(
     if silo is not None and shared:
         raise ConfigError("give either --silo or --shared")
     with confined(root, allow):
-        run = _Stored.open(root, Solo())
+        run = _Stored.open(root, SoloComm())
         if silo is not None and silo not in (ids := [known.id for known in run.source.silos]):
-            raise ConfigError(f"--silo: no silo '{silo}'{nearest(silo, ids)}")
+            raise ConfigError(f"--silo: no silo '{silo}'{did_you_mean(silo, ids)}")
         round = choose(root, which, () if silo is None else [silo])
-        params_P = run.served_P(round, Solo())
+        params_P = run.averaged_parameters(round, SoloComm())
         model, about = run.model, {"round": str(round)}
         if silo is not None:
             about["holds"] = f"what silo '{silo}' would use"
@@ -199,7 +199,7 @@ def export(
     return round
 
 
-def _choose(root: Path, which: RoundChoice, comm: Solo, mine: Collection[str]) -> int:
+def _choose(root: Path, which: RoundChoice, comm: Comm, mine: Collection[str]) -> int:
     """The round that is chosen, of which every rank has what it needs. A call of all ranks."""
     if which == "newest":
         round, lost = newest_whole(root, comm, mine)
@@ -207,12 +207,14 @@ def _choose(root: Path, which: RoundChoice, comm: Solo, mine: Collection[str]) -
             where = f" that {ranks_text(lost)} can read" if comm.size > 1 else ""
             raise agreed(ConfigError(f"{root} holds no whole checkpoint{where}"))
         return round
-    chosen = comm.together(lambda: choose(root, which, mine) if comm.rank == 0 else -1)
-    round = int(comm.say(str(chosen), 0))
+    chosen = comm.collectively(lambda: choose(root, which, mine) if comm.rank == 0 else -1)
+    round = int(comm.broadcast_text(str(chosen), 0))
     best = checkpoint.kept_as_best
     reads = comm.rank == 0 or mine
     try:
-        comm.together(lambda: checkpoint.check(root, round, comm.rank == 0, mine, best(root, round)) if reads else None)
+        comm.collectively(
+            lambda: checkpoint.check(root, round, comm.rank == 0, mine, best(root, round)) if reads else None
+        )
     except FedmpiError as error:
         raise agreed(ConfigError(f"{error}; choose another round")) from None
     return round
@@ -228,12 +230,12 @@ class _Stored:
     model: FlatModel
 
     @classmethod
-    def open(cls, root: Path, comm: Solo) -> _Stored:
+    def open(cls, root: Path, comm: Comm) -> _Stored:
         """As rank 0's directory says, which others need not see. A call of all ranks."""
-        begun = comm.together(lambda: read_config(root) if comm.rank == 0 else None)
-        text = comm.say("" if begun is None else yaml.safe_dump([begun.config, begun.about]), 0)
+        begun = comm.collectively(lambda: read_config(root) if comm.rank == 0 else None)
+        text = comm.broadcast_text("" if begun is None else yaml.safe_dump([begun.config, begun.about]), 0)
         values, about = yaml.safe_load(text)
-        unshared = comm.together(lambda: _unshared(root, about["unshared"]) if comm.rank == 0 else {})
+        unshared = comm.collectively(lambda: _unshared(root, about["unshared"]) if comm.rank == 0 else {})
         unshared = _from_first(unshared, comm)
 
         def put_together() -> _Stored:
@@ -248,12 +250,12 @@ class _Stored:
                 raise ConfigError(f"{root}: it is not the model that was trained: {others[0]}")
             return cls(root, config, source, model)
 
-        return comm.together(put_together)
+        return comm.collectively(put_together)
 
-    def served_P(self, round: int, comm: Solo) -> torch.Tensor:
+    def averaged_parameters(self, round: int, comm: Comm) -> torch.Tensor:
         """The parameters that the round's record is about, [P]. A call of all ranks; rank 0 reads them."""
         best = checkpoint.kept_as_best(self.root, round)
-        stored = comm.together(lambda: checkpoint.read_server(self.root, round, best) if comm.rank == 0 else {})
+        stored = comm.collectively(lambda: checkpoint.read_server(self.root, round, best) if comm.rank == 0 else {})
         served = {"": stored.get(checkpoint.AVERAGE, stored[checkpoint.PARAMS])} if stored else {}
         return _from_first(served, comm)[""][: self.model.num_shared]
 
@@ -266,7 +268,7 @@ class _Stored:
         return LocalSilo(silo, data, 0.0, kept={key[1]: tensor for key, tensor in kept.items() if key[0] == "kept"})
 
     def tuning(
-        self, objective: Resolved, silo: LocalSilo, round: int, check: Callable[[], None] = lambda: None
+        self, objective: LossAndMetrics, silo: LocalSilo, round: int, check: Callable[[], None] = lambda: None
     ) -> Tuning | None:
         """How the silo trains the last round's model on for itself, if it was to."""
         config = self.config
@@ -277,7 +279,7 @@ class _Stored:
         return config.evaluate.finetune, about
 
     def score(
-        self, objective: Resolved, silo: LocalSilo, params_P: torch.Tensor, round: int, comm: Solo
+        self, objective: LossAndMetrics, silo: LocalSilo, params_P: torch.Tensor, round: int, comm: Comm
     ) -> Iterator[tuple[str, Tally]]:
         """What the silo's test set makes of the global model, and of its own if it has one; the ranks of `comm` hear
         that this one is at work."""
@@ -290,8 +292,8 @@ class _Stored:
         found = [("", (params_P, silo))]
         if len(silo.data.x_test) and (own := own_model(self.config.local, self.model, silo, params_P, tuning)):
             found.append((PERSONAL, own))
-        for prefix, (served_P, served) in found:
-            self.model.load(served_P)
+        for prefix, (averaged_parameters, served) in found:
+            self.model.load(averaged_parameters)
             rng.set_all(key)
             tally = evaluate_silo(self.model, objective, served, self.config.evaluate.batch_size, look)
             tell(f"round {round}", silo.id, tally)
@@ -312,11 +314,11 @@ class _Stored:
             return load_own(self.config.local, self.model, local, params_P, tuning)
 
 
-def _from_first(tensors: Mapping[str, torch.Tensor], comm: Solo) -> dict[str, torch.Tensor]:
+def _from_first(tensors: Mapping[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
     """Rank 0's tensors, on every rank."""
     told = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
     found = {}
-    for name, dtype, shape in json.loads(comm.say(json.dumps(told), 0)):
+    for name, dtype, shape in json.loads(comm.broadcast_text(json.dumps(told), 0)):
         found[name] = tensors[name].contiguous() if comm.rank == 0 else torch.zeros(shape, dtype=getattr(torch, dtype))
         comm.bcast(found[name].reshape(-1).view(torch.uint8))
     return found

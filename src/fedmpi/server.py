@@ -57,7 +57,7 @@ class Moments(NamedTuple):
 
 
 class Dynamic(NamedTuple):
-    """The mean over all silos of their h_k (local/control.py)."""
+    """The mean over all silos of their h_k (local/control_variates.py)."""
 
     h_P: Tensor
 

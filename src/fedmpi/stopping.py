@@ -30,7 +30,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmpi.comm import Solo
+    from fedmpi.comm import Comm
 
 STOP_FILE = "stop"  # in the run directory
 LOCK_FILE = ".lock"  # there too; the job that trains holds its lock
@@ -185,7 +185,7 @@ class BrokenOff(Exception):
 class Watch:
     """What a rank looks at between batches."""
 
-    def __init__(self, comm: Solo, folder: Path | None = None) -> None:
+    def __init__(self, comm: Comm, folder: Path | None = None) -> None:
         self.comm = comm
         self.file = folder / STOP_FILE if folder is not None and comm.rank == 0 else None
         self.status = READY

@@ -30,7 +30,7 @@ import torch
 import fedmpi
 from fedmpi import checkpoint, comm, disk, records, rng, sources, stopping
 from fedmpi.assembly import assemble, digest_of
-from fedmpi.components import nearest, to_dict
+from fedmpi.components import did_you_mean, to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
 from fedmpi.directory import (
     CODE,
@@ -81,22 +81,22 @@ class Run:
     trust.py says, and what `allow` names. All ranks of the MPI job build it together. Raises ConfigError,
     alike on every rank, before anything is trained.
 
-    Attributes: config; out (the run directory); params_P (the global shared parameters, [P]); record (the last one);
+    Attributes: config; out (the run directory); parameters (the global shared parameters, [P]); record (the last one);
     resumed (the round it went on from); metric and maximize (which figure tells the best round, and in which sense).
     """
 
     def __init__(
-        self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = (), comm_: comm.Solo | None = None
+        self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = (), comm: comm.Comm | None = None
     ) -> None:
         stopping.listen()  # before MPI: a batch system may signal a job while it starts
         try:
-            self.comm = comm_ if comm_ is not None else comm.connect()
+            self.comm = comm if comm is not None else comm.connect()
             if not self.comm.open_runs:
                 self.comm.finish()  # an earlier run of this process: no notice of its end must end this one
             named_by = None if isinstance(config, Config) else run_directory(Path(config))
             with confined(named_by, allow):
-                self.config = self.comm.together(lambda: _loaded(config, overrides))
-            self.comm.same("the configuration", digest(self.config), ConfigError)
+                self.config = self.comm.collectively(lambda: _loaded(config, overrides))
+            self.comm.require_equal("the configuration", digest(self.config), ConfigError)
             self.comm.set_up(self.config.comm.timeout_s)
         except BaseException:
             stopping.forget()
@@ -125,38 +125,40 @@ class Run:
         self._directory = RunDirectory(Path(self.config.out), self.comm)
         self.out = self._directory.path
         parts = assemble(self.config, self.comm, self.out, self._directory.plan_before)
-        fed = self._federation = parts.federation
+        fed = self.federation = parts.federation
         self.device, self.threads, self.central = parts.device, parts.threads, parts.central
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
         self.fingerprint, self.unshared, self.plan_seconds = parts.fingerprint, parts.unshared, parts.plan_seconds
         self.model, self.state = fed.model.module, parts.state
         module = [type(self.model).__module__] if isinstance(self.config.model, torch.nn.Module) else []
-        self.code = self.comm.together(lambda: sources.own_code(to_dict(self.config), *module))
+        self.code = self.comm.collectively(lambda: sources.own_code(to_dict(self.config), *module))
         digest_of_code = hashlib.sha256(repr(sources.digests(self.code)).encode()).digest()
-        self.comm.same("the code that the configuration names", digest_of_code, ConfigError)
+        self.comm.require_equal("the code that the configuration names", digest_of_code, ConfigError)
 
     def _resume(self) -> None:
         """Go on from the newest round that is whole on all ranks, if there is one."""
-        self.comm.together(self._check_stored if self.comm.rank == 0 else lambda: None)
+        self.comm.collectively(self._check_stored if self.comm.rank == 0 else lambda: None)
         self._sealed = self._newest()
         self.resumed = max(0, self._sealed)
         self._health = Health(self.config.stop)
         if self._sealed >= 0:
             self._load()
         # Not before everything was read: until here nothing on disk has changed.
-        self.comm.together(lambda: checkpoint.remove_after(self.out, self._sealed) if self._directory.leads else None)
+        self.comm.collectively(
+            lambda: checkpoint.remove_after(self.out, self._sealed) if self._directory.leads else None
+        )
 
     def _load(self) -> None:
         """The state of the checkpoint that the run goes on from."""
-        fed = self._federation
-        kept = self.comm.together(lambda: checkpoint.read_silos(self.out, self.resumed, fed.silos))
+        fed = self.federation
+        kept = self.comm.collectively(lambda: checkpoint.read_silos(self.out, self.resumed, fed.silos))
         filed: Kept = {}
         for name, tensors in kept.items():
             fed.silos[name].cursor = int(tensors[CURSOR])
             fed.silos[name].kept = _of(KEPT, tensors)
             filed[name] = _of(EXCHANGE, tensors)
         loads = self.comm.rank == 0
-        stored = self.comm.together(lambda: checkpoint.read_server(self.out, self.resumed) if loads else {})
+        stored = self.comm.collectively(lambda: checkpoint.read_server(self.out, self.resumed) if loads else {})
         state, exchange = self.state, fed.exchange
         kept_P = _under(OPTIMIZER, state.optimizer._asdict()) | _under(EXCHANGE, exchange.server_tensors())
         lengths = {OPTIMIZER: fed.model.num_shared, EXCHANGE: exchange.num_params}
@@ -165,10 +167,10 @@ class Run:
         alike |= {checkpoint.AVERAGE: state.average_P} if state.average_P is not None else {}
         whole |= {n: (t.dtype, len(t)) for n, t in alike.items()}
         grows = _under(HEALTH, self._health.kept(0)).keys()
-        self.comm.together(lambda: _expect(stored, whole, grows) if loads else None)
+        self.comm.collectively(lambda: _expect(stored, whole, grows) if loads else None)
         # A selector's state is what its last round made of it, whatever it began with.
         told = [(n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in stored.items() if n not in whole]
-        said = json.loads(self.comm.say(json.dumps(told), 0))
+        said = json.loads(self.comm.broadcast_text(json.dumps(told), 0))
         grown: dict[Key, Any] = {tuple(key): (getattr(torch, dtype), shape) for key, dtype, shape in said}
         sizes = (whole | grown).items()
         from_0 = {n: stored[n] if loads else torch.empty(size, dtype=dtype) for n, (dtype, size) in sizes}
@@ -183,8 +185,8 @@ class Run:
         selector = {n: tensor.numpy() for n, tensor in _of(SELECTOR, from_0).items()}
         self._health.take(_of(HEALTH, from_0))
         exchange.take(self.resumed, state.params_Q, {silo: tensors for silo, tensors in filed.items() if tensors})
-        record = self.comm.together(lambda: checkpoint.manifest(self.out, self.resumed).record if loads else None)
-        record = json.loads(self.comm.say(json.dumps(record), 0))
+        record = self.comm.collectively(lambda: checkpoint.manifest(self.out, self.resumed).record if loads else None)
+        record = json.loads(self.comm.broadcast_text(json.dumps(record), 0))
         self.state = replace(self.state, round=self.resumed, selector=selector, record=record, written=self.resumed)
 
     def _judge(self, number: int, loss: float | None, norm: float | None) -> None:
@@ -210,7 +212,7 @@ class Run:
             if self.config.resume.code == "refuse":
                 raise ConfigError(f"{text}; put it back, say resume.code=warn, or choose another out=")
             log.warning("%s", text)
-        changed += changed_entries(about["model"], self._federation.model.entries)
+        changed += changed_entries(about["model"], self.federation.model.entries)
         if not changed and about.get("data") != self.fingerprint:
             changed = ["the silos' data are not the same"]
         if not changed and about["unshared"] != digest_of(self.unshared).hex():
@@ -230,11 +232,11 @@ class Run:
 
     def _newest(self) -> int:
         """The newest round that is whole on every rank; each looks at the files it will read."""
-        round, lost = newest_whole(self.out, self.comm, self._federation.silos)
+        round, lost = newest_whole(self.out, self.comm, self.federation.silos)
         if round >= 0:
             return round
         # Nothing is whole everywhere. To start over would be to throw away what some rank can still see.
-        sealed = self.comm.together(lambda: checkpoint.sealed_rounds(self.out))
+        sealed = self.comm.collectively(lambda: checkpoint.sealed_rounds(self.out))
         seen = np.zeros(self.comm.size)
         seen[self.comm.rank] = 1 + max(sealed, default=-1)
         seen = self.comm.share(seen)
@@ -245,7 +247,7 @@ class Run:
 
     def _describe(self) -> None:
         """Write what the run is into its directory."""
-        fed = self._federation
+        fed = self.federation
         row = json.dumps({"pid": os.getpid(), "device": str(self.device), "threads": self.threads})
         rows = self.comm.gather(row.encode().ljust(256))
         ranks = [
@@ -285,26 +287,28 @@ class Run:
             except OSError as error:
                 raise ConfigError(f"out: cannot write into {self.out}: {error.strerror or error}") from None
 
-        self.comm.together(written if self.comm.rank == 0 else lambda: None)
-        self._scores = self.comm.together(lambda: checkpoint.scores(self.out) if self._directory.leads else {})
+        self.comm.collectively(written if self.comm.rank == 0 else lambda: None)
+        self._scores = self.comm.collectively(lambda: checkpoint.scores(self.out) if self._directory.leads else {})
         told = [score for score in self._scores.values() if score is not None] if self.comm.rank == 0 else []
-        self._best_score = float(self.comm.say(repr(max(told, default=-math.inf)), 0))  # of all rounds so far
+        self._best_score = float(
+            self.comm.broadcast_text(repr(max(told, default=-math.inf)), 0)
+        )  # of all rounds so far
         self._best: checkpoint.Best | None = None  # that round, where no checkpoint has it yet
         self._pending_best: checkpoint.Best | None = None  # the one that is being written
-        self._writer = self.comm.together(lambda: checkpoint.Writer(self.out, self.comm.rank))
+        self._writer = self.comm.collectively(lambda: checkpoint.Writer(self.out, self.comm.rank))
 
     # ------------------------------------------------------------ rounds
 
     @property
-    def params_P(self) -> torch.Tensor:
+    def parameters(self) -> torch.Tensor:
         """The global shared parameters, [P]."""
-        return self.state.params_Q[: self._federation.model.num_shared]
+        return self.state.params_Q[: self.federation.model.num_shared]
 
     @property
-    def served_P(self) -> torch.Tensor:
+    def averaged_parameters(self) -> torch.Tensor:
         """The parameters that records evaluate and model.safetensors holds, [P]: their average over rounds if
         `server.average` keeps one."""
-        return self.params_P if self.state.average_P is None else self.state.average_P
+        return self.parameters if self.state.average_P is None else self.state.average_P
 
     @property
     def saved(self) -> str:
@@ -320,7 +324,7 @@ class Run:
 
     def __iter__(self) -> Iterator[Record]:
         """Train round after round up to `rounds`; each record comes when its round is committed on every rank."""
-        fed = self._federation
+        fed = self.federation
         fed.timer.reset()
         stopping.mind_interrupts()  # from now on there are rounds to lose
         self._remember()
@@ -374,7 +378,7 @@ class Run:
         if state.round % self.config.checkpoint.every == 0:
             self._best = None  # the checkpoint that follows is more
             return
-        fed = self._federation
+        fed = self.federation
         # Rules never write into what silos keep, so it need not be copied.
         own = None if hasattr(fed.rule, "personal") else fed.model.first_personal.keys()
         silos = {
@@ -382,14 +386,16 @@ class Run:
             | _under(KEPT, {n: t for n, t in silo.kept.items() if own is None or n in own})
             for name, silo in fed.silos.items()
         }
-        server = {checkpoint.PARAMS: self.served_P.detach().to("cpu", copy=True)} if self.comm.rank == 0 else None
+        server = (
+            {checkpoint.PARAMS: self.averaged_parameters.detach().to("cpu", copy=True)} if self.comm.rank == 0 else None
+        )
         self._best = checkpoint.Best(state.round, state.record, score, server, silos)
 
     def _checkpoint(self, doubts: int | None = None) -> None:
         """Begin to write the state of the round just done, which left so many doubts (None: as many as there are)."""
         if self._pending is not None:
             self._seal()
-        fed, state = self._federation, self.state
+        fed, state = self.federation, self.state
         optimizer = fed.exchange.settled(state.optimizer, fed.timer.lap)
         filed = fed.exchange.kept(state.params_Q)
         silos = {
@@ -407,7 +413,7 @@ class Run:
         # Its own errors come up with the next round's record, or when the checkpoint is sealed.
         if self._best is not None and self._best.round == state.round:
             self._best = None  # this checkpoint is more
-        self.comm.together(lambda: self._writer.start(state.round, server, silos, self._best))
+        self.comm.collectively(lambda: self._writer.start(state.round, server, silos, self._best))
         self._pending, self._pending_best, self._best = state.round, self._best, None
         self._pending_record = state.record
         # Where rounds are long, the moment until the files are safe is nothing, and a kill in the next round then costs
@@ -421,9 +427,9 @@ class Run:
         """All ranks' files of the pending checkpoint are safe, now or after a wait: write the manifest, last."""
         round, record = self._pending, self._pending_record
         assert round is not None
-        fed = self._federation
+        fed = self.federation
         self._wait(math.inf)
-        self.comm.together(self._writer.join)
+        self.comm.collectively(self._writer.join)
         rows = self.comm.gather(self._writer.digests)
         hosted: list[list[str]] = [[] for _ in range(self.comm.size)]
         for silo, owner in zip(fed.ids, fed.owners, strict=True):
@@ -446,7 +452,7 @@ class Run:
                 checkpoint.seal(self.out, round, rows, hosted, about)
                 checkpoint.prune(self.out, self.config.checkpoint.keep, self._scores)
 
-        self.comm.together(write)
+        self.comm.collectively(write)
         self._pending, self._pending_best, self._sealed = None, None, round
         self._remember()
 
@@ -491,21 +497,21 @@ class Run:
     def _conclude(self) -> None:
         self._finish_checkpoint()
         self.comm.set_up(self.config.comm.timeout_s)  # a large model takes rank 0 as long as it takes
-        self._federation.model.load(self.served_P)
-        self._federation.model.load_personal({})  # no silo's own leaves it
+        self.federation.model.load(self.averaged_parameters)
+        self.federation.model.load_personal({})  # no silo's own leaves it
 
         def write() -> None:
             if self.comm.rank == 0:
                 if self.state.round >= self.config.rounds:
                     try:
-                        model = self._federation.model
+                        model = self.federation.model
                         save_model(model, self.out / "model.safetensors", shared_only=model.has_personal)
                     except OSError as error:
                         raise CheckpointError(f"cannot write model.safetensors into {self.out}: {error}") from None
                 (self.out / stopping.STOP_FILE).unlink(missing_ok=True)
 
-        self.comm.together(write)
-        self._federation.exchange.close()
+        self.comm.collectively(write)
+        self.federation.exchange.close()
         self._put_away()
         self.comm.finish()
 
@@ -516,9 +522,9 @@ class Run:
         None on the ranks that do not host the silo. Raises ConfigError where there is no such silo, and where its
         layers were not trained yet.
         """
-        fed = self._federation
+        fed = self.federation
         if silo not in fed.index:
-            raise ConfigError(f"no silo '{silo}'{nearest(silo, list(fed.ids))}")
+            raise ConfigError(f"no silo '{silo}'{did_you_mean(silo, list(fed.ids))}")
         if silo not in fed.silos:
             return None
         own = fed.silos[silo]
@@ -530,13 +536,13 @@ class Run:
         # One beside the run's, whose memory belongs to the exchange and goes with the run.
         model = fed.model.twin()
         with rng.borrowed():
-            load_own(fed.rule, model, own, self.served_P, fed.tuning(own, self.state.round, check))
+            load_own(fed.rule, model, own, self.averaged_parameters, fed.tuning(own, self.state.round, check))
         return model.module
 
     def _keep_readable(self) -> None:
         """Shared memory goes with the run, or with the next: what is looked at afterwards gets memory of its own."""
         self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
-        self._federation.model.leave()
+        self.federation.model.leave()
 
     def _release(self, error: BaseException | None = None) -> None:
         """All that a run has taken is given back; also where it failed on some rank alone."""
@@ -552,7 +558,7 @@ class Run:
             self.comm.open_runs -= 1
             self.comm.set_up(self.config.comm.timeout_s)  # what ranks do now takes as long as it takes
             if "_federation" in vars(self):
-                self._federation.exchange.leave()
+                self.federation.exchange.leave()
             if "_writer" in vars(self):
                 self._writer.close(writer_s)  # a thread with tensors must not outlive Python
             if "state" in vars(self):

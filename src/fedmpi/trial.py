@@ -14,7 +14,7 @@ import torch
 
 from fedmpi.errors import ConfigError
 from fedmpi.module import Places, Tie, saved, ties
-from fedmpi.objectives import Resolved
+from fedmpi.objectives import LossAndMetrics
 from fedmpi.types import SiloData
 
 
@@ -46,7 +46,9 @@ def subject(module: torch.nn.Module, device: torch.device) -> Iterator[Subject]:
                     tensor.copy_(first[name])
 
 
-def tried(one: Subject, objective: Resolved, silos: Mapping[str, SiloData], still: Collection[str] = ()) -> list[str]:
+def tried(
+    one: Subject, objective: LossAndMetrics, silos: Mapping[str, SiloData], still: Collection[str] = ()
+) -> list[str]:
     """Two samples through model and loss, as in evaluation and as in training; the names of what the model changes and
     does not save come back. Parameters that are to stand `still` do.
 

@@ -86,7 +86,7 @@ class Contribution:
     num_targets: int | None = None  # visited this round that `loss` is the mean of; None: num_samples
 
     @property
-    def held(self) -> float:
+    def num_gradients(self) -> float:
         """How many gradients the delta holds: the normaliser, or the steps taken."""
         return self.normalizer or self.num_steps
 

@@ -29,7 +29,7 @@ class Lane(Protocol):
 
     depth: int  # calls that one is inside of
     calls: int  # that were left
-    patient: bool  # is it another thread's than the one that sends words?
+    sleeps_while_waiting: bool  # is it another thread's than the one that sends words?
 
 
 class Vigil:
@@ -108,7 +108,7 @@ class Vigil:
             passed_s, before_s = min(now_s - before_s, 2 * tick_s), now_s  # it may itself have been stopped meanwhile
             for lane in list(self.lanes):
                 # Who waits and sends words meanwhile judges for itself.
-                moves = lane.calls if lane.patient else lane.calls + self._pulses
+                moves = lane.calls if lane.sleeps_while_waiting else lane.calls + self._pulses
                 before, so_far_s = waited.get(id(lane), (-1, 0.0))
                 so_far_s = so_far_s + passed_s if lane.depth and moves == before else 0.0
                 waited[id(lane)] = moves, so_far_s

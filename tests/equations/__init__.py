@@ -168,12 +168,12 @@ def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], list[dic
     takes = hints(RULES.members[values["local"]["name"]])
     values["local"] = {**{name: value for name, value in usual.items() if name in takes}, **values["local"]}
     after, owned, records = [], [], []
-    with fedmpi.Run(build(fedmpi.Config, values), comm_=comm) as run:
-        start_P, fed = run.params_P.numpy().copy(), run._federation
+    with fedmpi.Run(build(fedmpi.Config, values), comm=comm) as run:
+        start_P, fed = run.parameters.numpy().copy(), run.federation
         start_own = fed.model.first_personal.get("fedmpi/personal_0", torch.zeros(0)).numpy().copy()
         for record in run:
             after.append(getattr(run, case.read).numpy().copy())
-            found = {k: case.own(fed.rule, silo, run.params_P) for k, silo in fed.silos.items()} if case.own else {}
+            found = {k: case.own(fed.rule, silo, run.parameters) for k, silo in fed.silos.items()} if case.own else {}
             owned.append({IDS.index(k): own.numpy().copy() for k, own in found.items() if own is not None})
             records.append(record)
     cohorts = [[IDS.index(silo) for silo in record["cohort"]] for record in records]

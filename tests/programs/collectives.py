@@ -1,4 +1,4 @@
-"""What `comm.Comm` promises, on every rank of a launch: see cases.py."""
+"""What `comm.MpiComm` promises, on every rank of a launch: see cases.py."""
 
 import time
 
@@ -113,7 +113,7 @@ def sharing_gives_the_same_once_it_is_over(comm):
     values = np.zeros((comm.size, 2))
     values[comm.rank] = comm.rank + 0.5, 1.0
     before = comm.bytes_control
-    pending, total = comm.sharing(values)
+    pending, total = comm.ishare(values)
     comm.wait(pending)
     require_equal("total", total.tolist(), [[r + 0.5, 1.0] for r in range(comm.size)])
     require_equal("counted", comm.bytes_control - before, 32 * comm.size if comm.size > 1 else 0)
@@ -138,7 +138,7 @@ def gather_keeps_rank_order(comm):
 def say_is_heard_from_every_speaker(comm):
     for speaker in range(comm.size):
         for text in ("", f"Größe {speaker}", "no text: \udcff", "x" * 100_000):
-            require_equal("heard", comm.say(text if comm.rank == speaker else "not me", speaker), text)
+            require_equal("heard", comm.broadcast_text(text if comm.rank == speaker else "not me", speaker), text)
 
 
 def raised(work, kind=FedmpiError):
@@ -165,31 +165,31 @@ def failing(comm, errors):
 @case
 def together_one_fails_all_raise_it(comm):
     for bad in range(comm.size):
-        text = raised(lambda bad=bad: comm.together(failing(comm, {bad: ConfigError("no file é")})), ConfigError)
+        text = raised(lambda bad=bad: comm.collectively(failing(comm, {bad: ConfigError("no file é")})), ConfigError)
         require_equal("message", text, "no file é" if comm.size == 1 else f"rank {bad}: no file é")
-        text = raised(lambda bad=bad: comm.together(failing(comm, {bad: ValueError("a bug")})))
+        text = raised(lambda bad=bad: comm.collectively(failing(comm, {bad: ValueError("a bug")})))
         assert "Traceback" in text and "ValueError: a bug" in text, text
-        require_equal("message of rank 0", comm.say(text, 0), text)
+        require_equal("message of rank 0", comm.broadcast_text(text, 0), text)
 
 
 @case
 def together_all_fail_alike(comm):
-    text = raised(lambda: comm.together(failing(comm, dict.fromkeys(range(9), ConfigError("same")))), ConfigError)
+    text = raised(lambda: comm.collectively(failing(comm, dict.fromkeys(range(9), ConfigError("same")))), ConfigError)
     require_equal("message", text, "same")
-    require_equal("afterwards", comm.together(failing(comm, {})), comm.rank)
+    require_equal("afterwards", comm.collectively(failing(comm, {})), comm.rank)
 
 
 @case
 def together_first_rank_decides_the_class(comm):
     errors = {0: ConfigError("mine"), comm.size - 1: ValueError("yours")} if comm.size > 1 else {0: ConfigError("mine")}
-    text = raised(lambda: comm.together(failing(comm, errors)), ConfigError)
+    text = raised(lambda: comm.collectively(failing(comm, errors)), ConfigError)
     assert text.endswith("mine"), text
 
 
 @case
 def together_lists_what_is_wrong_with_each_ranks_input(comm):
     errors = {r: ConfigError(f"silo {r // 2} é") for r in range(comm.size) if r != 1}
-    text = raised(lambda: comm.together(failing(comm, errors)), ConfigError)
+    text = raised(lambda: comm.collectively(failing(comm, errors)), ConfigError)
     wanted = {
         1: "silo 0 é",
         2: "rank 0: silo 0 é",
@@ -198,18 +198,20 @@ def together_lists_what_is_wrong_with_each_ranks_input(comm):
     }
     require_equal("message", text, wanted[comm.size])
     errors = {r: DataMissing("x" * 10_000) if r == 0 else ConfigError(f"{r}") for r in range(comm.size)}
-    text = raised(lambda: comm.together(failing(comm, errors)), ConfigError)
+    text = raised(lambda: comm.collectively(failing(comm, errors)), ConfigError)
     assert len(text) < 2_500 and text.endswith(f"rank {comm.size - 1}: {comm.size - 1}") == (comm.size > 1), text
 
 
 @case
 def same_names_the_ranks_that_differ(comm):
-    comm.same("the seed", b"a")
+    comm.require_equal("the seed", b"a")
     if comm.size > 1:
         last = comm.size - 1
-        text = raised(lambda: comm.same("the seed", b"b" if comm.rank == last else b"a", ConfigError), ConfigError)
+        text = raised(
+            lambda: comm.require_equal("the seed", b"b" if comm.rank == last else b"a", ConfigError), ConfigError
+        )
         require_equal("message", text, f"the seed differs: rank 0 against rank {last}")
-        text = raised(lambda: comm.same("it", b"b" if comm.rank == 0 else b"a"), ExchangeError)
+        text = raised(lambda: comm.require_equal("it", b"b" if comm.rank == 0 else b"a"), ExchangeError)
         others = ", ".join(str(r) for r in range(1, comm.size))
         require_equal("message", text, f"it differs: rank 0 against rank{'s' if comm.size > 2 else ''} {others}")
 
@@ -218,7 +220,7 @@ def another():
     """A communicator of the case's own: no notices, counters at 0."""
     from mpi4py import MPI
 
-    return ranks.Comm(MPI)
+    return ranks.MpiComm(MPI)
 
 
 def quiet(comm):

@@ -18,5 +18,5 @@ CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE}
 
 if __name__ == "__main__":
     comm = connect()
-    folder = comm.say(sys.argv[1], 0)
+    folder = comm.broadcast_text(sys.argv[1], 0)
     run({name: functools.partial(check, case, f"{folder}/{comm.size}-{name}", comm) for name, case in CASES.items()})

@@ -20,9 +20,9 @@ import fedmpi
 from fedmpi.comm import connect
 from fedmpi.config import CheckpointSection, EvaluateSection, ServerSection
 from fedmpi.data.heart_disease import HeartDisease
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.local import Sgd
-from fedmpi.local.control import Scaffold
+from fedmpi.local.control_variates import Scaffold
 from fedmpi.local.gradient import FedProx
 from fedmpi.models import Logistic
 from fedmpi.server import FedAdagrad, FedAdam, FedAvg, FedYogi
@@ -77,7 +77,7 @@ def main() -> None:
     folder = root / "flamby_heart"
     traces = str(folder / "heart_traces.npz")
     comm = connect()
-    scratch = Path(comm.say(tempfile.mkdtemp() if comm.rank == 0 else "", 0))
+    scratch = Path(comm.broadcast_text(tempfile.mkdtemp() if comm.rank == 0 else "", 0))
     for seed in seeds:
         init = _stored(traces)[f"{seed}|init"]
         weight, bias = torch.from_numpy(init[None, :13].copy()), torch.from_numpy(init[13:].copy())
@@ -96,11 +96,11 @@ def main() -> None:
                 evaluate=EvaluateSection(every=15),
                 checkpoint=CheckpointSection(every=15),
             )
-            with fedmpi.Run(config, comm_=comm) as run:
+            with fedmpi.Run(config, comm=comm) as run:
                 for _ in run:
                     pass
                 stored = _stored(traces)[f"{seed}|{method}|w"]
-                distance = float(np.abs(run.params_P.numpy() - stored).max())
+                distance = float(np.abs(run.parameters.numpy() - stored).max())
                 ours = [run.record["silos"][silo]["accuracy"] for silo in SILOS]
             if comm.rank == 0:
                 theirs = published_accuracies(folder, seed, method)

@@ -126,10 +126,10 @@ def agrees(comm, folder, name, plan, trouble=""):
     for k, data in enumerate(opened(config)):
         x, y = data.x_train.reshape(len(data.x_train), -1).numpy(), data.y_train.numpy()
         silos[f"silo-{k}"] = (len(x), [(x[i : i + 50], y[i : i + 50]) for i in range(0, len(x), 50)] * 2)
-    with troubling(trouble), fedmpi.Run(config, comm_=comm) as started:
-        first_P, seen, cohorts, rejected = started.params_P.double().numpy(), [], [], []
+    with troubling(trouble), fedmpi.Run(config, comm=comm) as started:
+        first_P, seen, cohorts, rejected = started.parameters.double().numpy(), [], [], []
         for record in started:
-            seen.append(started.params_P.double().numpy())
+            seen.append(started.parameters.double().numpy())
             cohorts.append([silo for silo in record["cohort"] if silo not in record["rejected"]])
             rejected += record["rejected"]
     assert len({tuple(cohort) for cohort in cohorts}) > 1, "one cohort proves nothing about others"
@@ -260,20 +260,20 @@ def troubled(folder, name, **more):
 def while_under_way(comm, folder, name, trouble, kind, kept):
     """A run that `trouble` ends in round 4, while the exchange of round 3 is under way; it can be gone on with."""
     config = troubled(folder, f"{name}-{comm.size}")
-    started = fedmpi.Run(config, comm_=comm)
+    started = fedmpi.Run(config, comm=comm)
     os.environ["OUT"] = str(started.out)
     try:
         with troubling(trouble):
             for record in started:
-                busy = started._federation.exchange._worker.pending  # type: ignore[attr-defined]
+                busy = started.federation.exchange._worker.pending  # type: ignore[attr-defined]
                 require_equal(f"under way after round {record['round']}", busy, record["round"] in (1, 3))
     except kind:
         pass
     else:
         raise AssertionError(f"{trouble}: no {kind.__name__}")
     started.close()
-    assert not started._federation.exchange._worker.pending  # type: ignore[attr-defined]
-    comm.together(lambda: require_equal("kept", max(checkpoint.sealed_rounds(started.out)), kept))
+    assert not started.federation.exchange._worker.pending  # type: ignore[attr-defined]
+    comm.collectively(lambda: require_equal("kept", max(checkpoint.sealed_rounds(started.out)), kept))
     sha, records = trained(comm, config)
     require_equal("rounds gone on with", [r["round"] for r in records], list(range(kept + 1, 5)))
     return sha
@@ -313,7 +313,7 @@ def what_the_thread_raises_on_one_rank_is_one_error_on_all(comm, folder):
             more["checkpoint"] = {"every": 100}
             said = "a value that fp16 cannot hold went through"
             started = fedmpi.Run(troubled(folder, f"large-{scope}-{rounds}-{comm.size}", exchange=exchange, **more),
-                                 comm_=comm)  # fmt: skip
+                                 comm=comm)  # fmt: skip
             try:
                 with troubling("large 2 silo-1"):
                     list(started)

@@ -18,7 +18,7 @@ from torch import nn
 import fedmpi
 from fedmpi import results
 from fedmpi.assembly import source_of
-from fedmpi.comm import Comm, connect
+from fedmpi.comm import MpiComm, connect
 from fedmpi.components import build
 from fedmpi.errors import ConfigError
 
@@ -76,7 +76,7 @@ def secret(rule, plan):
 
         connect()  # MPI is up
         Spy.seen.clear()
-        comm = Comm(MPI, Spy(MPI.COMM_WORLD.Dup()))
+        comm = MpiComm(MPI, Spy(MPI.COMM_WORLD.Dup()))
         personal = rule["name"] == "fedrep"
         values = {
             "rounds": 3,
@@ -88,15 +88,15 @@ def secret(rule, plan):
             "device": {"name": "cpu"},
             "checkpoint": {"every": 1},
         }
-        with fedmpi.Run(build(fedmpi.Config, values), comm_=comm) as run:
-            fed = run._federation
+        with fedmpi.Run(build(fedmpi.Config, values), comm=comm) as run:
+            fed = run.federation
             marks = torch.full((8,), SECRET)
             for silo in fed.silos.values():  # as if an earlier round had left it there
                 if personal:
                     silo.kept = {n: t.clone() for n, t in fed.model.first_personal.items()}
-                    fed.model.named(run.params_P, silo.kept)["mark"].copy_(marks)
+                    fed.model.named(run.parameters, silo.kept)["mark"].copy_(marks)
                 else:
-                    own_P = run.params_P.clone()
+                    own_P = run.parameters.clone()
                     fed.model.named(own_P, {})["mark"].copy_(marks)
                     silo.kept = {"own_params": own_P}
                     if rule["name"] == "apfl":
@@ -104,7 +104,7 @@ def secret(rule, plan):
             records = list(run)
             for silo in fed.silos.values():
                 kept = silo.kept if personal else {"params": silo.kept["own_params"]}
-                own = fed.model.named(kept.get("params", run.params_P), kept)["mark"]
+                own = fed.model.named(kept.get("params", run.parameters), kept)["mark"]
                 assert (own == SECRET).all() and silo.cursor > 0, own
         assert "personal_accuracy" in records[-1]
         _evaluated(run, records[-1], comm)
@@ -130,7 +130,7 @@ def _evaluated(run, last, comm):
 
     with mock.patch.object(results, "source_of", counting):
         again = results.evaluate(run.out, comm=comm)
-    assert opened == [silo for silo in run._federation.ids if silo in run._federation.silos], opened
+    assert opened == [silo for silo in run.federation.ids if silo in run.federation.silos], opened
     told = {name: last[name] for name in again if name != "silos"}
     assert {name: again[name] for name in told} == told, (again, told)
     for silo, row in again["silos"].items():
@@ -161,5 +161,5 @@ CASES = {
 
 if __name__ == "__main__":
     comm = connect()
-    folder = comm.say(sys.argv[1], 0)
+    folder = comm.broadcast_text(sys.argv[1], 0)
     run(CASES, folder)

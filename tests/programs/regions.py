@@ -58,9 +58,9 @@ def one_exchange_across_a_round_is_the_flat_mean(comm, folder):
     by_two, by_rank = halves(comm, unused), regions(comm, unused, comm.size)
     everybody = [silo for some in by_two.values() for silo in some]
     flat = build(fedmpi.Config, {**vars(in_regions(comm, folder, f"flat-{comm.size}")), "exchange": {}})
-    with fedmpi.Run(flat, comm_=comm) as started:
+    with fedmpi.Run(flat, comm=comm) as started:
         list(started)
-    wanted_P = started.params_P.clone()
+    wanted_P = started.parameters.clone()
     for number, levels in enumerate(
         (
             [{"by": "node"}],
@@ -72,11 +72,11 @@ def one_exchange_across_a_round_is_the_flat_mean(comm, folder):
     ):
         for plan in ("sharded", "replicated", "root"):
             config = in_regions(comm, folder, f"levels-{number}-{plan}-{comm.size}", levels=levels, plan=plan)
-            with fedmpi.Run(config, comm_=comm) as started:
+            with fedmpi.Run(config, comm=comm) as started:
                 list(started)
-            worst = float((started.params_P - wanted_P).abs().max())
+            worst = float((started.parameters - wanted_P).abs().max())
             assert worst < (2e-2 if number == 3 else 2e-6), (levels, plan, worst)
-            require_equal("ranks' parameters", len(set(comm.gather(sha256(started.params_P).encode()))), 1)
+            require_equal("ranks' parameters", len(set(comm.gather(sha256(started.parameters).encode()))), 1)
 
 
 @case
@@ -93,8 +93,8 @@ def hierarchical_averaging_is_its_equations(comm, folder):
         batches = [(x[i : i + 50], y[i : i + 50]) for i in range(0, len(x), 50)]
         silos[name] = (len(x), lambda round, batches=batches: batches)
     mine = next(r for r, members in by_two.items() if set(members) & set(started_silos(comm, config)))
-    with fedmpi.Run(config, comm_=comm) as started:
-        w_P = started.params_P.numpy().copy()
+    with fedmpi.Run(config, comm=comm) as started:
+        w_P = started.parameters.numpy().copy()
         rounds = iter(started)
         for _cycle in range(2):
             path = {
@@ -102,11 +102,11 @@ def hierarchical_averaging_is_its_equations(comm, folder):
                 for region, some in by_two.items()
             }
             next(rounds)
-            assert np.abs(started.params_P.numpy() - path[mine][0]).max() < 1e-5, "a region by itself"
+            assert np.abs(started.parameters.numpy() - path[mine][0]).max() < 1e-5, "a region by itself"
             next(rounds)
             samples = [sum(silos[s][0] for s in some) for some in by_two.values()]
             w_P = np.average([path[region][1] for region in by_two], axis=0, weights=samples)
-            assert np.abs(started.params_P.numpy() - w_P).max() < 1e-5, "the mean of regions"
+            assert np.abs(started.parameters.numpy() - w_P).max() < 1e-5, "the mean of regions"
 
 
 def started_silos(comm, config):
@@ -138,7 +138,7 @@ def stopped_between_two_exchanges_and_gone_on_with(comm, folder):
 
     whole, _ = trained(comm, config(f"unstopped-{comm.size}"))
     for number in (2, 3):
-        started = fedmpi.Run(config(f"stopped-{number}-{comm.size}"), comm_=comm)
+        started = fedmpi.Run(config(f"stopped-{number}-{comm.size}"), comm=comm)
         os.environ["OUT"] = str(started.out)
         try:
             with troubling(f"stop {number}"):
@@ -210,7 +210,7 @@ def regions_that_cannot_be_are_refused(comm, folder):
         wrong["divides a region"] = [{"by": "node"}, {"by": by_two}]
     for reason, levels in wrong.items():
         try:
-            fedmpi.Run(in_regions(comm, folder, f"refused-{comm.size}", levels=levels), comm_=comm)
+            fedmpi.Run(in_regions(comm, folder, f"refused-{comm.size}", levels=levels), comm=comm)
         except ConfigError as error:
             assert reason in str(error), error
         else:

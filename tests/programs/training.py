@@ -19,7 +19,7 @@ from fedmpi import comm as ranks
 from fedmpi.aggregate import Mean
 from fedmpi.components import build, component
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, SiloError
-from fedmpi.exchange.section import PLANS
+from fedmpi.exchange.config import PLANS
 from fedmpi.flat import sha256
 from fedmpi.plan import plan as promise
 from fedmpi.results import newest
@@ -89,12 +89,12 @@ def configured(folder, name, *changes, **more):
 def trained(comm, config, until=None):
     """SHA-256 of the parameters that are left after training, and the records."""
     records = []
-    with fedmpi.Run(config, comm_=comm) as started:
+    with fedmpi.Run(config, comm=comm) as started:
         for record in started:
             records.append(record)
             if record["round"] == until:
                 break
-    return sha256(started.served_P), records
+    return sha256(started.averaged_parameters), records
 
 
 def reproducible(name):
@@ -125,9 +125,9 @@ def fast_repeats_and_plans_agree(comm, folder):
     found = {}
     for name in (*PLANS, "again"):
         exchange = {"plan": "replicated" if name == "again" else name}
-        with fedmpi.Run(configured(folder, f"fast-{name}-{comm.size}", exchange=exchange), comm_=comm) as started:
+        with fedmpi.Run(configured(folder, f"fast-{name}-{comm.size}", exchange=exchange), comm=comm) as started:
             list(started)
-        found[name] = started.params_P.clone()
+        found[name] = started.parameters.clone()
     assert torch.equal(found["again"], found["replicated"]), "the same plan gave other bits"
     assert torch.allclose(found["root"], found["replicated"], atol=1e-6), (
         (found["root"] - found["replicated"]).abs().max()
@@ -141,14 +141,14 @@ def what_a_run_leaves_behind_is_readable(comm, folder):
         left = []
         for number, last in enumerate((ROUNDS, 2, ROUNDS)):
             config = configured(folder, f"left-{plan}-{number}-{comm.size}", exchange={"plan": plan})
-            started = fedmpi.Run(config, comm_=comm)
+            started = fedmpi.Run(config, comm=comm)
             with contextlib.suppress(LookupError), started:
                 for record in started:
                     if record["round"] == last < ROUNDS:
                         raise LookupError
-            left.append((started, sha256(started.params_P)))
+            left.append((started, sha256(started.parameters)))
         for started, sha in left:
-            require_equal(f"plan {plan}", sha256(started.params_P), sha)
+            require_equal(f"plan {plan}", sha256(started.parameters), sha)
             assert all(tensor.isfinite().all() for tensor in started.model.parameters())
         parts = [tensor.reshape(-1) for tensor in started.model.state_dict().values()]
         require_equal(f"model, plan {plan}", sha256(torch.cat(parts)), sha)
@@ -179,10 +179,10 @@ def agrees_with_the_reference(comm, folder):
             x, y = data.x_train.reshape(len(data.x_train), -1).numpy(), data.y_train.numpy()
             batches = [(x[i : i + 50], y[i : i + 50]) for i in range(0, len(x), 50)] * 2
             silos.append((len(x), lambda round, batches=batches: batches))
-        with fedmpi.Run(config, comm_=comm) as started:
-            wanted = reference.train(started.params_P.numpy(), silos, 3, 0.2, reference.softmax_gradient)
+        with fedmpi.Run(config, comm=comm) as started:
+            wanted = reference.train(started.parameters.numpy(), silos, 3, 0.2, reference.softmax_gradient)
             for record, w_P in zip(started, wanted, strict=True):
-                worst = np.abs(started.params_P.numpy() - w_P).max()
+                worst = np.abs(started.parameters.numpy() - w_P).max()
                 assert worst < 1e-5, f"plan {plan}, round {record['round']}: {worst}"
 
 
@@ -195,8 +195,8 @@ def full_batch_step_is_the_pooled_gradients(comm, folder):
     assert len({len(data.x_train) for data in silos}) > 1, "silos of one size prove nothing about weights"
     x = np.concatenate([data.x_train.reshape(len(data.x_train), -1).numpy() for data in silos]).astype(np.float64)
     y = np.concatenate([data.y_train.numpy() for data in silos])
-    with fedmpi.Run(config, comm_=comm) as started:
-        w_P = started.params_P.numpy().astype(np.float64)
+    with fedmpi.Run(config, comm=comm) as started:
+        w_P = started.parameters.numpy().astype(np.float64)
         list(started)
     weight, bias = w_P[:640].reshape(10, 64), w_P[640:]
     logits = x @ weight.T + bias
@@ -204,7 +204,7 @@ def full_batch_step_is_the_pooled_gradients(comm, folder):
     prob /= prob.sum(axis=1, keepdims=True)
     prob -= np.eye(10)[y]
     stepped = w_P - 0.2 / len(x) * np.concatenate([(prob.T @ x).reshape(-1), prob.sum(axis=0)])
-    worst = np.abs(started.params_P.numpy() - stepped).max()
+    worst = np.abs(started.parameters.numpy() - stepped).max()
     assert worst < 5e-6, worst
 
 
@@ -240,7 +240,7 @@ def dedicated_server_hosts_nothing(comm, folder):
     )
     if comm.size == 1:
         try:
-            fedmpi.Run(config, comm_=comm)
+            fedmpi.Run(config, comm=comm)
         except ConfigError as error:
             assert "dedicated" in str(error), error
             return None
@@ -267,14 +267,14 @@ def feedback_of_ranks_is_restored(comm, folder):
 @case
 def auto_says_what_it_measured_and_is_kept(comm, folder):
     config = configured(folder, f"auto-{comm.size}", exchange={"plan": "auto"})
-    with fedmpi.Run(config, comm_=comm) as started:
-        found, seconds = started._federation.exchange.section.plan, started.plan_seconds
+    with fedmpi.Run(config, comm=comm) as started:
+        found, seconds = started.federation.exchange.section.plan, started.plan_seconds
         next(iter(started))
     require_equal("measured", sorted(seconds), sorted(PLANS))
     require_equal("the fastest", found, min(PLANS, key=seconds.__getitem__))
     require_equal("ranks that chose", len(set(comm.gather(repr((found, seconds)).encode().ljust(300)))), 1)
-    with fedmpi.Run(config, comm_=comm) as again:
-        require_equal("plan of the resumed run", again._federation.exchange.section.plan, found)
+    with fedmpi.Run(config, comm=comm) as again:
+        require_equal("plan of the resumed run", again.federation.exchange.section.plan, found)
         require_equal("measured again", again.plan_seconds, {})
 
 
@@ -289,7 +289,7 @@ class Unheard(Mean):
 @case
 def a_silo_that_weighs_nothing_is_refused(comm, folder):
     try:
-        fedmpi.Run(configured(folder, f"unheard-{comm.size}", aggregate="programs.training:Unheard"), comm_=comm)
+        fedmpi.Run(configured(folder, f"unheard-{comm.size}", aggregate="programs.training:Unheard"), comm=comm)
     except ConfigError as error:
         assert "weighs 0.0; weights are positive" in str(error), error
     else:
@@ -299,13 +299,13 @@ def a_silo_that_weighs_nothing_is_refused(comm, folder):
 @case
 def verify_finds_the_rank_that_differs(comm, folder):
     config = configured(folder, f"verify-{comm.size}", exchange={"verify": True})
-    started = fedmpi.Run(config, comm_=comm)
+    started = fedmpi.Run(config, comm=comm)
     rounds = iter(started)
     next(rounds)
     next(rounds)
     last = comm.size - 1
     if comm.rank == last > 0:
-        started.params_P[3] += 1e-3
+        started.parameters[3] += 1e-3
     try:
         next(rounds)
     except ExchangeError as error:
@@ -330,11 +330,11 @@ def ranks_that_would_exchange_something_else_say_what(comm, folder):
     found = {}
     for what in ("cohort", "length"):
         astray = {"select": {"name": "programs.training:Astray"}} if what == "cohort" else {}
-        started = fedmpi.Run(configured(folder, f"astray-{what}-{comm.size}", astray), comm_=comm)
+        started = fedmpi.Run(configured(folder, f"astray-{what}-{comm.size}", astray), comm=comm)
         rounds = iter(started)
         next(rounds)
         if what == "length" and comm.rank == last > 0:
-            made = started._federation.exchange
+            made = started.federation.exchange
             made._declared = {**made._declared, "length": 7}
             made._facts_text = repr(made._declared)
         try:
@@ -449,10 +449,10 @@ def resumed(name):
         trained(comm, config(comm.size), until=2)
         if len(sys.argv) < 3:
             return None
-        with fedmpi.Run(config(sys.argv[2]), comm_=comm) as started:
+        with fedmpi.Run(config(sys.argv[2]), comm=comm) as started:
             require_equal(f"resumed from {sys.argv[2]} ranks after round", started.resumed, 2)
             require_equal("rounds that were left", [r["round"] for r in started], [3, 4])
-        return sha256(started.served_P)
+        return sha256(started.averaged_parameters)
 
     return work
 

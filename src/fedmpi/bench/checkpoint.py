@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmpi.bench.turns import Row
-from fedmpi.comm import Solo
+from fedmpi.bench.timing import Row
+from fedmpi.comm import Comm
 from fedmpi.config import CheckpointSection, Config
 from fedmpi.local import Sgd
 from fedmpi.models import MLP
@@ -46,9 +46,9 @@ class Noise:
         return SiloData(x, y, x[:64], y[:64])
 
 
-def checkpoint(comm: Solo, num_params: int, rounds: int = 30) -> Row:
+def checkpoint(comm: Comm, num_params: int, rounds: int = 30) -> Row:
     """The figures of one run of about so many parameters. A call of all ranks."""
-    out = comm.say(tempfile.mkdtemp(prefix="fedmpi-bench-") if comm.rank == 0 else "", 0)
+    out = comm.broadcast_text(tempfile.mkdtemp(prefix="fedmpi-bench-") if comm.rank == 0 else "", 0)
     config = Config(
         rounds=rounds,
         out=out,
@@ -58,10 +58,10 @@ def checkpoint(comm: Solo, num_params: int, rounds: int = 30) -> Row:
         checkpoint=CheckpointSection(every=EVERY),
     )
     try:
-        with Run(config, comm_=comm) as run:
+        with Run(config, comm=comm) as run:
             seconds = {record["round"]: record["seconds"] for record in run}
-            found = run.params_P.numel()
-        comm.meet()
+            found = run.parameters.numel()
+        comm.barrier()
     finally:
         if comm.local_rank == 0:
             shutil.rmtree(out, ignore_errors=True)

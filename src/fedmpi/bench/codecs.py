@@ -6,9 +6,9 @@ import statistics
 
 import torch
 
-from fedmpi.bench.turns import Candidates, Row, in_turns
+from fedmpi.bench.timing import Candidates, Row, in_turns
 from fedmpi.codecs import CODECS, warm
-from fedmpi.comm import Solo
+from fedmpi.comm import SoloComm
 
 COLUMNS = ["codec", "x_memcpy_encode", "x_memcpy_add", "wire_bytes_per_param", "median_s"]
 
@@ -38,7 +38,7 @@ def codecs(num_params: int, repeats: int = 7, seed: int = 0) -> list[Row]:
             ),
         }
         residual_N.zero_()
-        median = {k: statistics.median(v) for k, v in in_turns(Solo(), candidates, repeats).items()}
+        median = {k: statistics.median(v) for k, v in in_turns(SoloComm(), candidates, repeats).items()}
         rows.append(
             {
                 "codec": name,

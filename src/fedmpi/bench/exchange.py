@@ -29,16 +29,16 @@ import numpy as np
 import torch
 import yaml
 
-from fedmpi.bench import rivals
-from fedmpi.bench.turns import Row, in_turns
+from fedmpi.bench import baselines
+from fedmpi.bench.timing import Row, in_turns
 from fedmpi.codecs import CODECS, BFloat16, Codec, Identity, Int4, Int8, TopK
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.components import to_dict
 from fedmpi.device import set_threads
 from fedmpi.errors import ConfigError, FedmpiError
-from fedmpi.exchange import choice
-from fedmpi.exchange.base import Facts
-from fedmpi.exchange.section import PLANS, Channel, ExchangeSection
+from fedmpi.exchange import autotune
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.config import PLANS, Channel, ExchangeSection
 from fedmpi.output import say
 from fedmpi.server import FedAvg, Server
 from fedmpi.types import Contribution
@@ -81,7 +81,7 @@ class Entrant:
         self.name = plan if up is None else f"{plan} {label(up.codec)}"
         self.sent: list[tuple[int, int]] = []  # bytes up and down, of every round
 
-    def counted(self, comm: Solo) -> None:
+    def counted(self, comm: Comm) -> None:
         """One round."""
         up, down = comm.bytes_up, comm.bytes_down
         self.run()
@@ -89,7 +89,7 @@ class Entrant:
 
 
 def exchange(
-    comm: Solo,
+    comm: Comm,
     num_params: int,
     repeats: int = 15,
     channels: Sequence[Channel] = CHANNELS,
@@ -153,12 +153,12 @@ def label(codec: Codec) -> str:
     return str(yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=1000)).strip()
 
 
-def _sections(comm: Solo, channels: Sequence[Channel], params_P: torch.Tensor) -> list[ExchangeSection]:
+def _sections(comm: Comm, channels: Sequence[Channel], params_P: torch.Tensor) -> list[ExchangeSection]:
     """Every plan with the values themselves, then plan sharded with each channel."""
     plans = [plan for plan in PLANS if plan != "window" or comm.one_node()]
     if "window" not in plans:
         _leave_out(comm, "window", "ranks of several nodes share no memory")
-    elif full := choice.no_room(ExchangeSection(plan="window"), comm, params_P, Facts(1.0)):
+    elif full := autotune.no_room(ExchangeSection(plan="window"), comm, params_P, ExchangeContext(1.0)):
         plans.remove("window")
         _leave_out(comm, "window", full)
     found = [ExchangeSection(plan=plan) for plan in plans]
@@ -166,10 +166,10 @@ def _sections(comm: Solo, channels: Sequence[Channel], params_P: torch.Tensor) -
     return list(dict.fromkeys(found))
 
 
-def _of_plan(section: ExchangeSection, comm: Solo, delta_P: torch.Tensor, params_P: torch.Tensor) -> Entrant:
+def _of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params_P: torch.Tensor) -> Entrant:
     silo = f"silo-{comm.rank}"
-    facts = Facts(float(comm.size), [f"silo-{rank}" for rank in range(comm.size)], [silo])
-    made = choice.make(section, comm, params_P, facts)
+    facts = ExchangeContext(float(comm.size), [f"silo-{rank}" for rank in range(comm.size)], [silo])
+    made = autotune.make(section, comm, params_P, facts)
     if section.plan == "window":  # there models, and so their deltas, live in shared memory
         delta_P = made.delta().copy_(delta_P)
     params_P, state = made.home(params_P, FedAvg().init(made.mine(params_P)))
@@ -184,28 +184,28 @@ def _of_plan(section: ExchangeSection, comm: Solo, delta_P: torch.Tensor, params
     return Entrant(section.plan, run, section.up)
 
 
-def _over_sockets(comm: Solo, num_params: int, stack: ExitStack) -> list[Entrant]:
+def _over_sockets(comm: Comm, num_params: int, stack: ExitStack) -> list[Entrant]:
     """gloo and raw TCP, as far as they can be had; the stack closes them."""
     found: list[Entrant] = []
     left = ["gloo", "tcp"]
     try:
         if comm.size == 1:
             raise FedmpiError("one rank has nobody to send to")
-        peers = stack.enter_context(rivals.connected(comm))
+        peers = stack.enter_context(baselines.connected(comm))
         left.remove("tcp")
-        found.append(Entrant("tcp", rivals.Tcp(comm, num_params, peers)))
-        found.insert(0, Entrant("gloo", stack.enter_context(rivals.gloo(comm, num_params, peers))))
+        found.append(Entrant("tcp", baselines.Tcp(comm, num_params, peers)))
+        found.insert(0, Entrant("gloo", stack.enter_context(baselines.gloo(comm, num_params, peers))))
     except FedmpiError as error:
         _leave_out(comm, " and ".join(left), str(error))
     return found
 
 
-def _leave_out(comm: Solo, names: str, why: str) -> None:
+def _leave_out(comm: Comm, names: str, why: str) -> None:
     if comm.rank == 0:
         say(f"fedmpi: no row for {names}: {why}", error=True)
 
 
-def _sent(comm: Solo, entrant: Entrant) -> tuple[Any, Any]:
+def _sent(comm: Comm, entrant: Entrant) -> tuple[Any, Any]:
     """Bytes up and down that each rank counted in a round, the mean of those that were timed. A call of all ranks."""
     table = np.zeros((comm.size, 2))
     table[comm.rank] = np.mean(entrant.sent[1:], axis=0)

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmpi.components import nearest
+from fedmpi.components import did_you_mean
 from fedmpi.errors import ConfigError, DataMissing
 
 
@@ -102,7 +102,7 @@ def fetch(name: str, root: Path | None = None, timeout_s: float = 30) -> list[Pa
     every file that could not be had where to put it.
     """
     if name not in FILES:
-        raise ConfigError(f"nothing to fetch for '{name}'{nearest(name, FILES)}")
+        raise ConfigError(f"nothing to fetch for '{name}'{did_you_mean(name, FILES)}")
     paths = {folder_of(root, name) / file: official for file, official in FILES[name].items()}
     missing = {
         path: official for path, official in paths.items() if not (path.is_file() and md5_of(path) == official.md5)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedmpi.components import nearest
+from fedmpi.components import did_you_mean
 from fedmpi.errors import ConfigError
 
 SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
@@ -124,7 +124,7 @@ def _check_names(names: list[str], wanted: list[str], where: str, columns: Colum
     if missing := [name for name in wanted if name not in names]:
         asked = {columns.target, *(columns.features or ()), *columns.levels}
         others = [name for name in names if name and name not in asked]
-        close = {name: hint for name in missing if "did you mean" in (hint := nearest(name, others))}
+        close = {name: hint for name in missing if "did you mean" in (hint := did_you_mean(name, others))}
         of_target = {columns.target: " (data.target)"}
         told = ", ".join(f"'{name}'{of_target.get(name, '')}{close.get(name, '')}" for name in missing[:_SHOWN])
         left = "" if not others or (len(close) == len(missing) and columns.target in names) else listed(others)

@@ -1,15 +1,16 @@
 """The exchange: the one place where contributions cross ranks.
 
-    section     what a configuration says of it
+    config      what a configuration says of it
     base        what the plans share: folding, the ring of integers
-    whole       root: Reduce to rank 0, step there, Bcast (the classic server)
+    dense       root: Reduce to rank 0, step there, Bcast (the classic server)
                 replicated: Allreduce, every rank takes the same step
     sharded     every rank owns 1/n of the coordinates: pieces go to their owners, who add, step and send to all
-    window      the same on one node, straight out of the others' memory
+    shared_memory
+                the same on one node, straight out of the others' memory
     regions     a node, a site, a continent first; then across
-    behind      any of them but window and regions behind the next round's training (`overlap: true`)
-    choice      which plan, where it is measured (`plan: auto`)
-    traffic     what a round sends and keeps in memory, computed
+    overlap     any of them but window and regions behind the next round's training (`overlap: true`)
+    autotune    which plan, where it is measured (`plan: auto`)
+    cost        what a round sends and keeps in memory, computed
 
 A rank folds its silos into one weighted partial sum before anything is sent (`scope: rank`), so the cost depends on
 ranks, not on silos. Under `scope: silo` every silo's delta travels by itself, through a codec of its own residual.

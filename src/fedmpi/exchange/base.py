@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.exchange import weights
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.exact import Each, Exact
-from fedmpi.exchange.section import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.server import Server
 from fedmpi.types import Contribution
@@ -43,7 +43,7 @@ Lap = Callable[[str], None]
 Kept = dict[str, dict[str, torch.Tensor]]  # silo -> name -> tensor
 
 
-class Facts(NamedTuple):
+class ExchangeContext(NamedTuple):
     """What an exchange may know of the run."""
 
     total_weight: float  # W, of all silos
@@ -62,7 +62,7 @@ class Facts(NamedTuple):
 class Exchange:
     """One plan. Members write `finish`, and what differs of the rest."""
 
-    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+    def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         self.section = section
         self.comm = comm
         self.facts = facts
@@ -210,12 +210,12 @@ class Exchange:
     def ask(self) -> None:
         """Everybody raises what one rank's codec refused."""
         if self.asks:
-            self.comm.together(self.raise_failed)
+            self.comm.collectively(self.raise_failed)
 
     def verify(self, params_P: torch.Tensor) -> None:
         """If asked to: ExchangeError unless all ranks hold the same bits."""
         if self.section.verify:
-            self.comm.same("exchange.verify: the parameters", bytes.fromhex(sha256(params_P)))
+            self.comm.require_equal("exchange.verify: the parameters", bytes.fromhex(sha256(params_P)))
 
     # ------------------------------------------------------------ folding
 

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
-from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
-from fedmpi.exchange.section import ExchangeSection, Level
+from fedmpi.exchange.base import Exchange, ExchangeContext, Kept, Lap
+from fedmpi.exchange.config import ExchangeSection, Level
+from fedmpi.exchange.dense import Replicated, Root
 from fedmpi.exchange.sharded import Sharded
-from fedmpi.exchange.whole import Replicated, Root
-from fedmpi.exchange.window import Window
+from fedmpi.exchange.shared_memory import Window
 from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.types import Contribution
 
@@ -42,11 +42,11 @@ ACROSS = {"root": Root, "replicated": Replicated, "sharded": Sharded}
 class Regional(Exchange):
     """An exchange in each region of each level, and one across."""
 
-    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+    def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         assert section.regions is not None
         self.every = section.regions.every
-        comm.together(lambda: _leads(comm, facts))
+        comm.collectively(lambda: _leads(comm, facts))
         table = _table(section.regions.levels, comm, facts)  # [ranks, levels]
         mine = table[comm.rank]
         # Where a rank hosts nothing another one leads: what feedback keeps of a region is filed under a leader's silo.
@@ -55,7 +55,7 @@ class Regional(Exchange):
         assert region is not None
         self._region = region
         self._inside: list[Exchange] = []  # of the levels that this rank takes part in
-        there: Solo | None = comm
+        there: Comm | None = comm
         for number, level in enumerate(section.regions.levels):
             if there is None:
                 break
@@ -156,7 +156,7 @@ class Regional(Exchange):
         found = np.zeros(self._region.size)
         found[self._region.rank] = len(rows)
         found = self._region.share(found)
-        self.comm.together(lambda: _one_row(found))
+        self.comm.collectively(lambda: _one_row(found))
         owner = int(np.argmax(found))
         region_P = rows[0]["region"].clone() if rows else torch.zeros(self.num_params, dtype=self.dtype)
         since = rows[0]["region_weight"].clone() if rows else torch.zeros(1, dtype=torch.float64)
@@ -229,12 +229,12 @@ class Regional(Exchange):
         if exchange.comm.rank == 0 and target_P is not result_P:
             target_P.copy_(result_P)
         if isinstance(exchange, Window):
-            exchange.comm.meet()
+            exchange.comm.barrier()
         else:
             exchange.comm.bcast(target_P)
 
 
-def _in_memory(level: Level, comm: Solo, group: Solo, params_P: torch.Tensor) -> bool:
+def _in_memory(level: Level, comm: Comm, group: Comm, params_P: torch.Tensor) -> bool:
     """Can the innermost regions exchange out of shared memory? Silos train in it, and values must travel plain. A call
     of all ranks of `comm`, in whose `group` this rank is."""
     able = level.up.plain and level.down.plain and group.one_node() and params_P.device.type == "cpu"
@@ -246,19 +246,19 @@ def _in_memory(level: Level, comm: Solo, group: Solo, params_P: torch.Tensor) ->
     return able
 
 
-def _inside(level: Level, comm: Solo, params_P: torch.Tensor, facts: Facts, in_memory: bool) -> Exchange:
+def _inside(level: Level, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext, in_memory: bool) -> Exchange:
     """The exchange of one region."""
     if in_memory:
         return Window(ExchangeSection(plan="window"), comm, params_P, facts)
     return Sharded(ExchangeSection(plan="sharded", up=level.up, down=level.down), comm, params_P, facts)
 
 
-def _leads(comm: Solo, facts: Facts) -> None:
+def _leads(comm: Comm, facts: ExchangeContext) -> None:
     if comm.rank == 0 and not facts.hosted:
         raise ConfigError("exchange.regions: rank 0 leads its region, so it has to host a silo")
 
 
-def _total(comm: Solo, weight: float) -> float:
+def _total(comm: Comm, weight: float) -> float:
     mine = np.zeros(comm.size)
     mine[comm.rank] = weight
     return float(comm.share(mine).sum())
@@ -272,10 +272,10 @@ def _one_row(found: np.ndarray) -> None:
         )
 
 
-def _table(levels: Sequence[Level], comm: Solo, facts: Facts) -> np.ndarray:
+def _table(levels: Sequence[Level], comm: Comm, facts: ExchangeContext) -> np.ndarray:
     """The region of every rank on every level, [ranks, levels]; ConfigError unless regions lie in each other."""
     node = comm.node()
-    mine = comm.together(lambda: [node if lv.by == "node" else _of_rank(lv.by, comm, facts) for lv in levels])
+    mine = comm.collectively(lambda: [node if lv.by == "node" else _of_rank(lv.by, comm, facts) for lv in levels])
     table = np.zeros((comm.size, len(levels)))
     table[comm.rank] = mine
     table = comm.share(table.reshape(-1)).reshape(table.shape).astype(np.int64)
@@ -291,7 +291,7 @@ def _table(levels: Sequence[Level], comm: Solo, facts: Facts) -> np.ndarray:
     return table
 
 
-def _of_rank(by: Mapping[str, Sequence[str]], comm: Solo, facts: Facts) -> int:
+def _of_rank(by: Mapping[str, Sequence[str]], comm: Comm, facts: ExchangeContext) -> int:
     """The number of the region that this rank's host or silos belong to."""
     host = comm.hosts[comm.rank]
     names = {host, host.partition(".")[0], *facts.hosted}

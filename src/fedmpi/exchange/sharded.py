@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 from fedmpi.codecs import Bare, bare
-from fedmpi.comm import Pending, Solo
+from fedmpi.comm import Comm, Pending
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.base import MANY, Exchange, Facts, Kept, Lap
-from fedmpi.exchange.pieces import Coder, Grid, RankResidual, rows_together
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.base import MANY, Exchange, ExchangeContext, Kept, Lap
+from fedmpi.exchange.chunks import Coder, Grid, RankResidual, rows_together
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.weights import LIMBS
 from fedmpi.server import Server
 from fedmpi.types import Contribution
@@ -67,7 +67,7 @@ class Outgoing(NamedTuple):
 class Sharded(Exchange):
     """All-to-all of encoded pieces, step at their owners, all-gather."""
 
-    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+    def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self.grid = grid = Grid(self.num_params, comm.size)
         self._lazily = section.up.codec.fixed  # is every payload's size known before it is encoded?
@@ -255,7 +255,7 @@ class Sharded(Exchange):
             self._up.start(self.round)
         if self._down:
             self._down.start(self.round)
-        agreed, table = self.comm.sharing(self._table())
+        agreed, table = self.comm.ishare(self._table())
         if self._lazily and any(out.share for out in self._outgoing):
             self._prepare_turn(0)  # while others are waited for
         self.comm.wait(agreed)
@@ -313,7 +313,7 @@ class Sharded(Exchange):
         """Begin to say whether this rank has failed so far: it has encoded all, and what is left all decode alike."""
         codes = np.zeros(self.comm.size)
         codes[self.comm.rank] = self._failed is not None
-        return self.comm.sharing(codes)
+        return self.comm.ishare(codes)
 
     def _hear(self, told: Pending, codes: np.ndarray) -> None:
         """Every rank raises what one has failed of."""

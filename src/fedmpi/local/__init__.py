@@ -15,14 +15,14 @@ A rule is one class in one of these files and one line in the dict at its bottom
 from __future__ import annotations
 
 from fedmpi.components import Family
-from fedmpi.local import adaptive, contrast, control, gradient, personal
-from fedmpi.local.base import LocalRule, LocalSilo, Round, Sampler, Work, descend, plain_step
+from fedmpi.local import adagrad_norm, contrastive, control_variates, gradient, personal
+from fedmpi.local.base import GradientRule, LocalRule, LocalSilo, Round, Sampler, local_steps, plain_step
 from fedmpi.local.gradient import Sgd
 
 RULES = Family(
     "local rule",
-    {**gradient.RULES, **control.RULES, **contrast.RULES, **personal.RULES, **adaptive.RULES},
+    {**gradient.RULES, **control_variates.RULES, **contrastive.RULES, **personal.RULES, **adagrad_norm.RULES},
     LocalRule,
 )
 
-__all__ = ["RULES", "LocalRule", "LocalSilo", "Round", "Sampler", "Sgd", "Work", "descend", "plain_step"]
+__all__ = ["RULES", "GradientRule", "LocalRule", "LocalSilo", "Round", "Sampler", "Sgd", "local_steps", "plain_step"]

@@ -21,11 +21,11 @@ import pydantic
 import torch
 
 from fedmpi import rng
-from fedmpi.components import Deferred, Family, PositiveFloat, PositiveInt, component, nearest
+from fedmpi.components import Deferred, Family, PositiveFloat, PositiveInt, component, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.flat import HALF, Entry, FlatModel, refuse_frozen
-from fedmpi.local.amounts import AMOUNTS, LOSS, Amount, BySilo, Whole
 from fedmpi.local.optimizers import KEPT, EmaSGD, num_gradients, put_back, state_to_keep
+from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Whole
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.targets import Count
 from fedmpi.types import Contribution, SiloData
@@ -155,7 +155,7 @@ class _TorchOptimizers(Family):
             if name == "lr":
                 raise ConfigError(f"{path}.lr: the learning rate is local.lr")
             if name not in takes:
-                raise ConfigError(f"{path}: optimizer '{cls.__name__}' has no '{name}'{nearest(str(name), takes)}")
+                raise ConfigError(f"{path}: optimizer '{cls.__name__}' has no '{name}'{did_you_mean(str(name), takes)}")
         try:
             cls([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **arguments)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -204,7 +204,7 @@ def shortest(num_samples: int, batch_size: int | None, last_batch: LastBatch) ->
 
 
 @component
-class Work:
+class GradientRule:
     """The fields that every rule of gradient steps has: how much, with what, how fast."""
 
     lr: PositiveFloat  # step size at the schedule's start
@@ -222,10 +222,10 @@ class Work:
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast on CUDA
     sampler: Annotated[Sampler, SAMPLERS] = Shuffle()  # the order of a silo's samples
     keep_optimizer: bool = False  # a silo's optimizer goes on where its last round left it, in place of a new one
-    amount: Annotated[Amount, AMOUNTS] = Whole()  # how much of `epochs` or `steps` a silo does in a round
+    amount: Annotated[Amount, WORKLOADS] = Whole()  # how much of `epochs` or `steps` a silo does in a round
 
     @pydantic.model_validator(mode="after")
-    def _one_amount(self) -> Work:
+    def _one_amount(self) -> GradientRule:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either 'epochs' or 'steps'")
         return self
@@ -238,7 +238,7 @@ class Work:
         """ConfigError for a model without parameters to train, and for an amount of a silo that is none."""
         refuse_frozen(entries)
         if isinstance(self.amount, BySilo) and (others := sorted(self.amount.silos.keys() - set(ids))):
-            raise ConfigError(f"local.amount.silos: no silo '{others[0]}'{nearest(others[0], ids)}")
+            raise ConfigError(f"local.amount.silos: no silo '{others[0]}'{did_you_mean(others[0], ids)}")
 
     def most_batches(self, silo: str, rounds: int) -> float:
         """How many batches a silo takes in so many rounds, at most, as far as `steps` tell."""
@@ -285,7 +285,7 @@ class Work:
                 return
 
 
-def enter(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> list[torch.nn.Parameter]:
+def load_silo(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> list[torch.nn.Parameter]:
     """Make the model the silo's at the start of its round; its trained parameters come back."""
     model.load(params_P)
     model.load_personal(silo.kept)
@@ -309,7 +309,7 @@ def whole_gradient(
     So many samples at a time (null: at once), which matters for memory alone, unless the model has batch statistics;
     `merge` adds those of a short last batch to the one before. Neither cursor nor kept state move.
     """
-    trained = enter(silo, model, params_P, round)
+    trained = load_silo(silo, model, params_P, round)
     x_all, y_all, device = silo.data.x_train, silo.data.y_train, model.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     num_targets = max(int(round.count(y_all)), 1)
@@ -338,7 +338,7 @@ def gradient_vector(model: FlatModel, params_P: torch.Tensor) -> torch.Tensor:
     return vector_P
 
 
-def recall(silo: LocalSilo, name: str, params_P: torch.Tensor) -> torch.Tensor | None:
+def kept_vector(silo: LocalSilo, name: str, params_P: torch.Tensor) -> torch.Tensor | None:
     """What the silo keeps under a name, where params_P is; None at first. After a resume it is still on the CPU."""
     found = silo.kept.get(name)
     return None if found is None else found.to(params_P.device)
@@ -348,8 +348,8 @@ Correct = Callable[[], None]
 BatchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def descend(
-    work: Work,
+def local_steps(
+    work: GradientRule,
     silo: LocalSilo,
     model: FlatModel,
     params_P: torch.Tensor,
@@ -364,7 +364,7 @@ def descend(
     outputs. The silo's kept state becomes a new dict with its personal parameters as they are at the end.
     """
     module, device = model.module, model.device
-    trained = enter(silo, model, params_P, round)
+    trained = load_silo(silo, model, params_P, round)
     optimizer = work.optimizer.target(trained, lr=work.rate(round), **work.optimizer.arguments)
     if work.keep_optimizer:
         put_back(optimizer, silo.kept)
@@ -407,7 +407,7 @@ def descend(
 
 
 def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Correct:
-    """A `correct` for `descend`: g becomes scale g + by, in place and in one call for all parameters."""
+    """A `correct` for `local_steps`: g becomes scale g + by, in place and in one call for all parameters."""
     pairs = model.pairs(by_P)
 
     def correct() -> None:
@@ -420,7 +420,7 @@ def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Corre
 
 
 def pulled(model: FlatModel, mu: float, by_P: torch.Tensor) -> Correct:
-    """A `correct` for `descend`: g becomes g + mu w + by; towards a point if `by` is -mu times it."""
+    """A `correct` for `local_steps`: g becomes g + mu w + by; towards a point if `by` is -mu times it."""
     pairs = model.pairs(by_P)
     whole = [(param, part) for param, part in pairs if param.dtype == part.dtype]
     halves = [(param, part) for param, part in pairs if param.dtype != part.dtype]

@@ -9,7 +9,7 @@ import torch
 
 from fedmpi.components import NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.flat import Entry, FlatModel, refuse_frozen
-from fedmpi.local.base import LocalSilo, Round, Work, descend, pulled, shortest, whole_gradient
+from fedmpi.local.base import GradientRule, LocalSilo, Round, local_steps, pulled, shortest, whole_gradient
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.types import Contribution
@@ -19,7 +19,7 @@ FALLS = 5  # of the loss in a row, before it falls
 
 
 @component
-class Sgd(Work):
+class Sgd(GradientRule):
     """Gradient steps from the global parameters: ClientUpdate of FedAvg (McMahan et al. 2017, Algorithm 1).
 
     With the aggregator `mean` and the server `fedavg` this IS FedAvg. Under a selector that takes one silo after
@@ -29,7 +29,7 @@ class Sgd(Work):
     """
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        return descend(self, silo, model, params_P, round)
+        return local_steps(self, silo, model, params_P, round)
 
 
 @component
@@ -77,7 +77,7 @@ class FedSgd:
 
 
 @component
-class FedProx(Work):
+class FedProx(GradientRule):
     """Steps on the loss and mu/2 |w - w_t|^2, mu set or adaptive (Li et al. 2020, Algorithm 2; section 5.3).
 
     Federated Optimization in Heterogeneous Networks. An adaptive mu rises by 0.1 when the loss does, and falls by 0.1
@@ -96,8 +96,8 @@ class FedProx(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         kept = silo.kept.get("proximal") if self.adaptive else None  # mu, the last loss, how often in a row it fell
         mu, last, falls = (self.mu, None, 0) if kept is None else (kept[0].item(), kept[1].item(), int(kept[2]))
-        contribution = descend(
-            self, silo, model, params_P, round, pulled(model, mu, model.held(params_P) * -mu) if mu else None
+        contribution = local_steps(
+            self, silo, model, params_P, round, pulled(model, mu, model.as_loaded(params_P) * -mu) if mu else None
         )
         contribution.normalizer = num_gradients(self.optimizer, contribution.num_steps, self.rate(round) * mu)
         if self.adaptive:

@@ -23,25 +23,25 @@ from torch.func import functional_call
 from fedmpi.components import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry, FlatModel
-from fedmpi.local.amounts import Whole
-from fedmpi.local.base import LocalSilo, Round, Work, descend, plain_step, pulled
+from fedmpi.local.base import GradientRule, LocalSilo, Round, local_steps, plain_step, pulled
+from fedmpi.local.workload import Whole
 from fedmpi.types import Contribution
 
 OWN = "own_"
 
 
-def beside(silo: LocalSilo, prefix: str = OWN) -> LocalSilo:
+def unprefixed(silo: LocalSilo, prefix: str = OWN) -> LocalSilo:
     """The silo as it trains another model than the federation's: with what is kept under the prefix."""
     return replace(silo, kept={n.removeprefix(prefix): t for n, t in silo.kept.items() if n.startswith(prefix)})
 
 
-def filed(kept: Mapping[str, torch.Tensor], prefix: str = OWN) -> dict[str, torch.Tensor]:
-    """What `beside` finds again."""
+def prefixed(kept: Mapping[str, torch.Tensor], prefix: str = OWN) -> dict[str, torch.Tensor]:
+    """What `unprefixed` finds again."""
     return {prefix + name: tensor for name, tensor in kept.items()}
 
 
 @component
-class Ditto(Work):
+class Ditto(GradientRule):
     """A personal model v_k beside the global one: v_k steps along g(v_k) + lam (v_k - w_t), w as in FedAvg (Li et al.
     2021, Ditto, Algorithm 1). lam 0 is training alone; the larger, the closer to the global model.
 
@@ -55,19 +55,19 @@ class Ditto(Work):
     personal_steps: PositiveInt | None = None  # s, of v_k per round, whatever `amount`; null: as the global model's
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        own = beside(silo)
+        own = unprefixed(silo)
         v_P = own.kept.pop("params", params_P).to(model.device)
-        pull = pulled(model, self.lam, model.held(params_P) * -self.lam)
-        moved_P = descend(self._personal_work(), own, model, v_P, round, pull).delta_P[: model.num_shared]
+        pull = pulled(model, self.lam, model.as_loaded(params_P) * -self.lam)
+        moved_P = local_steps(self._personal_work(), own, model, v_P, round, pull).delta_P[: model.num_shared]
         own.kept["params"] = v_P + moved_P
-        contribution = descend(self, silo, model, params_P, round)
-        silo.kept |= filed(own.kept)
+        contribution = local_steps(self, silo, model, params_P, round)
+        silo.kept |= prefixed(own.kept)
         return contribution
 
     def most_batches(self, silo: str, rounds: int) -> float:
         return max(super().most_batches(silo, rounds), (self.personal_steps or 0) * rounds)
 
-    def _personal_work(self) -> Work:
+    def _personal_work(self) -> GradientRule:
         lr = self.personal_lr or self.lr
         if self.personal_steps is None:
             return replace(self, lr=lr)
@@ -79,7 +79,7 @@ class Ditto(Work):
 
 
 @component
-class Apfl(Work):
+class Apfl(GradientRule):
     """A personal model alpha v_k + (1 - alpha) w, of which v_k is the silo's own; w as in FedAvg (Deng et al. 2020,
     Adaptive Personalized Federated Learning, Algorithm 1).
 
@@ -99,7 +99,7 @@ class Apfl(Work):
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         module, device = model.module, model.device
-        own = beside(silo)
+        own = unprefixed(silo)
         fresh = {"params": params_P, "alpha": torch.tensor(self.alpha, dtype=torch.float64), **model.first_personal}
         kept = {name: own.kept.get(name, first).to(device, copy=True) for name, first in fresh.items()}
         alpha = kept["alpha"].requires_grad_(self.adapt)
@@ -135,8 +135,8 @@ class Apfl(Work):
                     alpha.grad = None
             return round.loss(module(x), y)
 
-        contribution = descend(self, silo, model, params_P, round, batch_loss=personal_step)
-        silo.kept |= filed({name: tensor.detach() for name, tensor in kept.items()})
+        contribution = local_steps(self, silo, model, params_P, round, batch_loss=personal_step)
+        silo.kept |= prefixed({name: tensor.detach() for name, tensor in kept.items()})
         return contribution
 
     def personal(self, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
@@ -147,7 +147,7 @@ class Apfl(Work):
 
 
 @component
-class FedRep(Work):
+class FedRep(GradientRule):
     """First the head, the body standing still, then the body, the head standing still: what `exchange.parameters` keeps
     personal is the head, and the body's delta is what is sent (Collins et al. 2021, Algorithm 1).
 
@@ -182,21 +182,21 @@ class FedRep(Work):
         return math.inf if self.head_steps is None else super().most_batches(silo, rounds) + self.head_steps * rounds
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        at_head = beside(silo, "head_")
+        at_head = unprefixed(silo, "head_")
         at_head.kept |= {name: silo.kept[name] for name in model.first_personal if name in silo.kept}
         lr, epochs, steps = self.head_lr or self.lr, self.head_epochs, self.head_steps
         work = replace(self, lr=lr, epochs=epochs, steps=steps, amount=Whole())
         with _only(model, "personal"):
-            head = descend(work, at_head, model, params_P, round)
+            head = local_steps(work, at_head, model, params_P, round)
         silo.cursor = at_head.cursor
         silo.kept |= {name: tensor for name, tensor in at_head.kept.items() if name in model.first_personal}
         with _only(model, "shared"):
-            body = descend(self, silo, model, params_P, round)
-        silo.kept |= filed({n: t for n, t in at_head.kept.items() if n not in model.first_personal}, "head_")
+            body = local_steps(self, silo, model, params_P, round)
+        silo.kept |= prefixed({n: t for n, t in at_head.kept.items() if n not in model.first_personal}, "head_")
         num_samples = head.num_samples + body.num_samples
         num_targets = head.counted + body.counted
         body.loss = (head.loss * head.counted + body.loss * body.counted) / max(num_targets, 1)
-        body.normalizer = body.held
+        body.normalizer = body.num_gradients
         body.num_samples, body.num_steps = num_samples, head.num_steps + body.num_steps
         body.num_targets = num_targets
         return body
@@ -216,7 +216,7 @@ def _only(model: FlatModel, kind: str) -> Iterator[None]:
 
 
 @component
-class PerFedAvg(Work):
+class PerFedAvg(GradientRule):
     """A model that one gradient step of a silo's own makes good: steps of lr along g(w - inner_lr g(w, D), D') (Fallah
     et al. 2020, Personalized Federated Learning: A Meta-Learning Approach, Algorithm 1, first order: the paper's
     approximation (i), which leaves the Hessian out).
@@ -243,7 +243,7 @@ class PerFedAvg(Work):
             }
             return round.loss(functional_call(module, moved, (x[second],)), y[second])
 
-        return descend(self, silo, model, params_P, round, batch_loss=after_a_step)
+        return local_steps(self, silo, model, params_P, round, batch_loss=after_a_step)
 
 
 RULES = {"ditto": Ditto, "apfl": Apfl, "fedrep": FedRep, "per_fedavg": PerFedAvg}

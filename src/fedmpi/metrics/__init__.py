@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedmpi.components import Family, nearest
+from fedmpi.components import Family, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.metrics import builtin, own
 from fedmpi.metrics.own import Own
@@ -52,7 +52,7 @@ def for_task(metric: Any, task: Task, num_classes: int, path: str) -> Scorer:
         others = [name for name, cls in METRICS.members.items() if task in cls.tasks]  # type: ignore[attr-defined]
         name = METRICS.name_of(metric)
         raise ConfigError(
-            f"{path}: '{name}' is for {' and '.join(metric.tasks)}, the data's task is {task}{nearest('', others)}"
+            f"{path}: '{name}' is for {' and '.join(metric.tasks)}, the data's task is {task}{did_you_mean('', others)}"
         )
     scorer: Scorer = metric.scorer(task, num_classes)
     return scorer

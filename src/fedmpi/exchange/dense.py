@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from fedmpi.codecs import bare
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
-from fedmpi.exchange.base import Exchange, Facts, Kept, Lap
-from fedmpi.exchange.pieces import Coder, Grid, RankResidual
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.base import Exchange, ExchangeContext, Kept, Lap
+from fedmpi.exchange.chunks import Coder, Grid, RankResidual
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
@@ -27,7 +27,7 @@ from fedmpi.types import Contribution
 class Whole(Exchange):
     """Sums of whole vectors: with the weight behind them, or of a linear codec's payloads."""
 
-    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+    def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self._coder: Coder | None = None
         self._bits, self._limbs = weights.behind(comm.size, self.sum_dtype)

@@ -103,6 +103,6 @@ class Seconds:
         return most
 
 
-AMOUNTS = Family(
+WORKLOADS = Family(
     "amount", {"whole": Whole, "drawn": Drawn, "by_silo": BySilo, "by_loss": ByLoss, "seconds": Seconds}, Amount
 )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.errors import FedmpiError
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Tcp:
     it has all of the first.
     """
 
-    def __init__(self, comm: Solo, num_params: int, peers: dict[int, socket.socket]) -> None:
+    def __init__(self, comm: Comm, num_params: int, peers: dict[int, socket.socket]) -> None:
         self._comm, self._peers = comm, peers
         cuts = [4 * (num_params * rank // comm.size) for rank in range(comm.size + 1)]
         self._part = [slice(start, stop) for start, stop in pairwise(cuts)]
@@ -84,7 +84,7 @@ def _left(send: memoryview, receive: memoryview) -> int:
 
 
 @contextmanager
-def connected(comm: Solo) -> Iterator[dict[int, socket.socket]]:
+def connected(comm: Comm) -> Iterator[dict[int, socket.socket]]:
     """Non-blocking sockets to all other ranks, by rank; hosts find each other by their names. A call of all ranks.
 
     Each may have SEND_BYTES and as much again under way. That fills any link between neighbours; were it left to the
@@ -131,7 +131,7 @@ def _own_address() -> str:
 
 
 @contextmanager
-def gloo(comm: Solo, num_params: int, peers: dict[int, socket.socket]) -> Iterator[Callable[[], object]]:
+def gloo(comm: Comm, num_params: int, peers: dict[int, socket.socket]) -> Iterator[Callable[[], object]]:
     """torch.distributed's all_reduce of a float32 vector over gloo. A call of all ranks.
 
     It is told to use the interface of the sockets in `peers`; by itself it takes the one that the host's name leads to.
@@ -145,20 +145,20 @@ def gloo(comm: Solo, num_params: int, peers: dict[int, socket.socket]) -> Iterat
     if (interface := _interface(here)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     make: Any = dist.TCPStore  # type: ignore[attr-defined,unused-ignore]
-    root, what = comm.say(here, 0), "torch.distributed"
+    root, what = comm.broadcast_text(here, 0), "torch.distributed"
 
     def store(port: int) -> Any:
         return make(root, port, comm.size, comm.rank == 0, PATIENCE, wait_for_workers=False)
 
     first = _together(comm, what, lambda: store(0) if comm.rank == 0 else None)  # 0: a port that is free
-    port = int(comm.say(str(first.port) if first else "", 0))
+    port = int(comm.broadcast_text(str(first.port) if first else "", 0))
     met = _together(comm, what, lambda: first or store(port))
     about: dict[str, Any] = {"rank": comm.rank, "world_size": comm.size, "timeout": PATIENCE}
     work_P = torch.zeros(num_params)
     try:
         _together(comm, what, lambda: dist.init_process_group("gloo", store=met, **about))
         yield lambda: dist.all_reduce(work_P)
-        comm.meet()
+        comm.barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads would outlive the interpreter
@@ -175,7 +175,7 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def _together(comm: Solo, what: str, work: Callable[[], T]) -> T:
+def _together(comm: Comm, what: str, work: Callable[[], T]) -> T:
     """`comm.together`, where what goes wrong is no surprise and is said in one line."""
 
     def said() -> T:
@@ -184,4 +184,4 @@ def _together(comm: Solo, what: str, work: Callable[[], T]) -> T:
         except (OSError, RuntimeError) as error:
             raise FedmpiError(f"{what}: {' '.join(str(error).split())[:200]}") from None
 
-    return comm.together(said)
+    return comm.collectively(said)

@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from fedmpi.components import NonNegativeFloat, PositiveFloat, component, nearest
+from fedmpi.components import NonNegativeFloat, PositiveFloat, component, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry, FlatModel
-from fedmpi.local.base import LocalSilo, Round, Work, descend, recall
+from fedmpi.local.base import GradientRule, LocalSilo, Round, kept_vector, local_steps
 from fedmpi.types import Contribution
 
 
 @component
-class Moon(Work):
+class Moon(GradientRule):
     """Steps on the loss and mu times a model-contrastive one (Li, He and Song 2021, MOON, Algorithm 1).
 
     The latter is the batch's mean of -log(e^(sim(z, z_glob)/tau) / (e^(sim(z, z_glob)/tau) + e^(sim(z, z_prev)/tau))),
@@ -41,7 +41,7 @@ class Moon(Work):
             known = dict(module.named_modules())
             if self.features not in known:
                 raise ConfigError(
-                    f"local.features: the model has no module '{self.features}'{nearest(self.features, known)}"
+                    f"local.features: the model has no module '{self.features}'{did_you_mean(self.features, known)}"
                 )
             return
         last = _last_linear(module)
@@ -51,7 +51,7 @@ class Moon(Work):
             raise ConfigError("local: moon compares what a model makes of samples, and this one is a single layer")
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        previous_P, module = recall(silo, "previous", params_P), model.module
+        previous_P, module = kept_vector(silo, "previous", params_P), model.module
         seen: list[torch.Tensor] = []
         handle = self._watch(module, seen)
 
@@ -71,10 +71,10 @@ class Moon(Work):
 
         try:
             if previous_P is None or not self.mu:
-                contribution = descend(self, silo, model, params_P, round)
+                contribution = local_steps(self, silo, model, params_P, round)
             else:
                 fixed = [model.shared(params_P), model.shared(previous_P)]
-                contribution = descend(self, silo, model, params_P, round, batch_loss=loss)
+                contribution = local_steps(self, silo, model, params_P, round, batch_loss=loss)
         finally:
             handle.remove()
         silo.kept["previous"] = params_P + contribution.delta_P[: model.num_shared]

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
-from fedmpi.exchange.base import BLOCK, Exchange, Facts, Lap
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.base import BLOCK, Exchange, ExchangeContext, Lap
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
@@ -22,7 +22,7 @@ from fedmpi.types import Contribution
 class Window(Exchange):
     """Ranks of one node, in host memory."""
 
-    def __init__(self, section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> None:
+    def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self._sums = comm.shared(self.num_params, self.sum_dtype)
         # Of each rank: is its delta to be read in place? And its weight.
@@ -47,7 +47,7 @@ class Window(Exchange):
 
     def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
         shared = [self._shared(tensor) for tensor in (params_P, *state)]
-        self.comm.meet()
+        self.comm.barrier()
         return shared[0], type(state)(*shared[1:])
 
     def _shared(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Window(Exchange):
     def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
         if self.comm.rank == 0:  # what it writes is what all see
             part.copy_(whole_P)
-        self.comm.meet()
+        self.comm.barrier()
 
     def load_params(self, params_P: torch.Tensor, whole_P: torch.Tensor) -> None:
         self.load(params_P, whole_P)
@@ -86,7 +86,7 @@ class Window(Exchange):
         """My coordinates: added up in rank order, divided, stepped, written where everybody reads; block by block."""
         if self._weight:
             self.folded(self._sums[self.comm.rank])
-        self.comm.meet()
+        self.comm.barrier()
         given: list[tuple[torch.Tensor, float]] = []
         weight: float = 0
         for rank, (in_place, *limbs) in enumerate(head.tolist() for head in self._heads):
@@ -111,7 +111,7 @@ class Window(Exchange):
             new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[part] for tensor in state)), part.start)
             params_P[part].copy_(new_S)
         lap("step")
-        self.comm.meet()
+        self.comm.barrier()
         self.verify(params_P)
         lap("exchange")
         return params_P, state

@@ -15,8 +15,8 @@ import torch
 
 from fedmpi import codecs, rng
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.base import Facts, Kept
-from fedmpi.exchange.section import Channel
+from fedmpi.exchange.base import ExchangeContext, Kept
+from fedmpi.exchange.config import Channel
 
 LONGEST = 1 << 18  # elements: 1 MiB of float32
 _GRAIN = 4096  # elements: codecs' blocks and chunks divide it
@@ -150,7 +150,7 @@ class RankResidual:
     """What feedback keeps of a rank's sum, in weighted units. It is filed under the first silo that the rank hosts, so
     that it moves with that silo; ranks add up what they find with theirs."""
 
-    def __init__(self, channel: Channel, params_P: torch.Tensor, facts: Facts) -> None:
+    def __init__(self, channel: Channel, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         self._silo = facts.hosted[0] if facts.hosted else None
         used = channel.feedback and self._silo is not None
         self.residual_P = torch.zeros_like(params_P) if used else None

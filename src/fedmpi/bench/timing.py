@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError
 
 Row = dict[str, Any]
 Candidates = dict[str, Callable[[], object]]
 
 
-def in_turns(comm: Solo, candidates: Candidates, repeats: int) -> dict[str, list[float]]:
+def in_turns(comm: Comm, candidates: Candidates, repeats: int) -> dict[str, list[float]]:
     """Seconds of every repeat, after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
         for name, run in candidates.items():
-            comm.meet()
+            comm.barrier()
             start_s = time.perf_counter()
             run()
-            comm.meet()
+            comm.barrier()
             mine = np.zeros(comm.size)
             mine[comm.rank] = time.perf_counter() - start_s
             slowest_s = float(comm.share(mine).max())

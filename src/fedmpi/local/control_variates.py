@@ -11,21 +11,21 @@ import torch
 from fedmpi.components import Decay, NonNegativeFloat, PositiveFloat, component
 from fedmpi.flat import FlatModel
 from fedmpi.local.base import (
+    GradientRule,
     LocalSilo,
     Round,
-    Work,
     corrected,
-    descend,
     gradient_vector,
+    kept_vector,
+    local_steps,
     pulled,
-    recall,
     whole_gradient,
 )
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.types import Auxiliary, Contribution
 
 
-def _reads_gradients(rule: Work) -> None:
+def _reads_gradients(rule: GradientRule) -> None:
     """Refuse what hides the mean gradient from a rule that finds it by how far the parameters moved."""
     if num_gradients(rule.optimizer, 1) is None:
         raise ValueError(f"optimizer: this rule needs one that is linear in the gradients, not {rule.optimizer.name}")
@@ -34,7 +34,11 @@ def _reads_gradients(rule: Work) -> None:
 
 
 def _mean_gradient(
-    rule: Work, contribution: Contribution, round: Round, by_P: torch.Tensor | None, before_P: torch.Tensor | None
+    rule: GradientRule,
+    contribution: Contribution,
+    round: Round,
+    by_P: torch.Tensor | None,
+    before_P: torch.Tensor | None,
 ) -> torch.Tensor:
     """The mean of the silo's gradients in the round without the correction `by`; what it was `before` if lr is 0.
 
@@ -45,12 +49,12 @@ def _mean_gradient(
     num_params = contribution.delta_P.numel() // 2  # the delta, and one auxiliary vector behind it
     if not (rate := rule.rate(round)):  # the end of a schedule: nothing has moved
         return contribution.delta_P[:num_params].clone() if before_P is None else before_P.clone()
-    mean_P = contribution.delta_P[:num_params] * (-1 / (contribution.held * rate))
+    mean_P = contribution.delta_P[:num_params] * (-1 / (contribution.num_gradients * rate))
     return mean_P if by_P is None else mean_P.sub_(by_P)
 
 
 @component
-class Scaffold(Work):
+class Scaffold(GradientRule):
     """Steps along g - c_k + c (Karimireddy et al. 2020, SCAFFOLD, Algorithm 1, Options I and II).
 
     c_k is the silo's control variate and c their mean over all silos. c_k becomes the gradient at w_t over all of the
@@ -87,13 +91,13 @@ class Scaffold(Work):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         if self.variant == "benchmark":
             return self._benchmark(silo, model, params_P, round)
-        c_P, before_P = round.auxiliary["control"], recall(silo, "control", params_P)
+        c_P, before_P = round.auxiliary["control"], kept_vector(silo, "control", params_P)
         by_P = c_P.clone() if before_P is None else c_P - before_P
         after_P = None
         if self.option == "I":
             whole_gradient(silo, model, params_P, round, self.batch_size, self.precision, self.last_batch != "keep")
             after_P = gradient_vector(model, params_P)
-        contribution = descend(self, silo, model, params_P, round, corrected(model, by_P))
+        contribution = local_steps(self, silo, model, params_P, round, corrected(model, by_P))
         if after_P is None:
             after_P = _mean_gradient(self, contribution, round, by_P, before_P)
         change_P = model.auxiliary(0)
@@ -107,20 +111,22 @@ class Scaffold(Work):
         return math.inf if self.option == "I" else super().most_batches(silo, rounds)
 
     def _benchmark(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        c_P, end_P = recall(silo, "control", params_P), recall(silo, "end", params_P)
+        c_P, end_P = kept_vector(silo, "control", params_P), kept_vector(silo, "end", params_P)
         if end_P is not None and silo.kept["moved"] > 0:
             c_P = (params_P - end_P).div_(silo.kept["moved"].item()).add_(0.0 if c_P is None else c_P)
         correct = None if c_P is None else corrected(model, -c_P)
-        contribution = descend(self, silo, model, params_P, round, correct)
+        contribution = local_steps(self, silo, model, params_P, round, correct)
         silo.kept["end"] = torch.add(params_P, contribution.delta_P[: model.num_shared], alpha=self.server_lr)
-        silo.kept["moved"] = torch.tensor(self.server_lr * self.rate(round) * contribution.held, dtype=torch.float64)
+        silo.kept["moved"] = torch.tensor(
+            self.server_lr * self.rate(round) * contribution.num_gradients, dtype=torch.float64
+        )
         if c_P is not None:
             silo.kept["control"] = c_P
         return contribution
 
 
 @component
-class FedDyn(Work):
+class FedDyn(GradientRule):
     """Steps on the loss, minus <h_k, w>, plus alpha/2 |w - w_t|^2 (Acar et al. 2021, FedDyn, Algorithm 1).
 
     After the round h_k, the paper's grad L_k(theta_k^{t-1}), falls by alpha (w_k - w_t). The rule needs the server
@@ -134,11 +140,11 @@ class FedDyn(Work):
     kept_vectors: ClassVar[int] = 1
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        h_P = recall(silo, "dynamic", params_P)
-        by_P = model.held(params_P) * -self.alpha
+        h_P = kept_vector(silo, "dynamic", params_P)
+        by_P = model.as_loaded(params_P) * -self.alpha
         if h_P is not None:
             by_P.sub_(h_P)
-        contribution = descend(self, silo, model, params_P, round, pulled(model, self.alpha, by_P))
+        contribution = local_steps(self, silo, model, params_P, round, pulled(model, self.alpha, by_P))
         moved_P = contribution.delta_P[: model.num_shared] * -self.alpha
         silo.kept["dynamic"] = moved_P if h_P is None else moved_P.add_(h_P)
         pull = self.rate(round) * self.alpha
@@ -147,7 +153,7 @@ class FedDyn(Work):
 
 
 @component
-class GradientCorrection(Work):
+class GradientCorrection(GradientRule):
     """Steps along g + alpha (g' - g_k'), the cohort's mean gradient of the last round and the silo's own last one.
 
     SCAFFOLD's correction (Karimireddy et al. 2020, Algorithm 1, Option II) with the last round's gradients in place of
@@ -165,10 +171,10 @@ class GradientCorrection(Work):
         return self
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        own_P = recall(silo, "gradient", params_P)
+        own_P = kept_vector(silo, "gradient", params_P)
         by_P = None if own_P is None else (round.auxiliary["gradient"] - own_P).mul_(self.alpha)
         correct = None if by_P is None else corrected(model, by_P)
-        contribution = descend(self, silo, model, params_P, round, correct)
+        contribution = local_steps(self, silo, model, params_P, round, correct)
         new_P = _mean_gradient(self, contribution, round, by_P, own_P)
         model.auxiliary(0).copy_(new_P)
         silo.kept["gradient"] = new_P
@@ -176,7 +182,7 @@ class GradientCorrection(Work):
 
 
 @component
-class MimeLite(Work):
+class MimeLite(GradientRule):
     """Steps along (1 - beta) g + beta m (Karimireddy et al. 2021, Mime, Algorithm 1: MimeLite with SGDm).
 
     Breaking the centralized barrier for cross-device federated learning. m is the server's momentum: it stands still
@@ -204,7 +210,7 @@ class MimeLite(Work):
         whole_gradient(silo, model, params_P, round, self.batch_size, self.precision, self.last_batch != "keep")
         gradient_P = gradient_vector(model, params_P)
         correct = corrected(model, round.auxiliary["momentum"] * self.beta, scale=1 - self.beta)
-        contribution = descend(self, silo, model, params_P, round, correct)
+        contribution = local_steps(self, silo, model, params_P, round, correct)
         model.auxiliary(0).copy_(gradient_P)
         return contribution
 

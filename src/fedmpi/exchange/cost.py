@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedmpi.exchange.base import MANY
-from fedmpi.exchange.pieces import Grid, rows_together
-from fedmpi.exchange.section import ExchangeSection
+from fedmpi.exchange.chunks import Grid, rows_together
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.sharded import AHEAD, COLUMNS
 from fedmpi.exchange.weights import behind
 

@@ -10,14 +10,14 @@ from statistics import median
 import numpy as np
 import torch
 
-from fedmpi.comm import Solo
-from fedmpi.exchange.base import Exchange, Facts
-from fedmpi.exchange.behind import Behind
+from fedmpi.comm import Comm
+from fedmpi.exchange.base import Exchange, ExchangeContext
+from fedmpi.exchange.config import ExchangeSection, PlanName
+from fedmpi.exchange.dense import Replicated, Root
+from fedmpi.exchange.overlap import Behind
 from fedmpi.exchange.regions import Regional
-from fedmpi.exchange.section import ExchangeSection, PlanName
 from fedmpi.exchange.sharded import Sharded
-from fedmpi.exchange.whole import Replicated, Root
-from fedmpi.exchange.window import Window
+from fedmpi.exchange.shared_memory import Window
 from fedmpi.server import FedAvg, Server
 from fedmpi.types import Contribution
 
@@ -29,31 +29,31 @@ MEMBERS: dict[PlanName, type[Exchange]] = {
 }
 
 
-def make(section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> Exchange:
+def make(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> Exchange:
     """The exchange of a plan that is named. A call of all ranks."""
     if section.regions is not None:
         return Regional(section, comm, params_P, facts)
     if section.overlap:
-        return Behind(MEMBERS[section.plan](section, comm.twin(), params_P, facts), comm, params_P)
+        return Behind(MEMBERS[section.plan](section, comm.dup(), params_P, facts), comm, params_P)
     return MEMBERS[section.plan](section, comm, params_P, facts)
 
 
-def candidates(section: ExchangeSection, comm: Solo, device: torch.device) -> list[PlanName]:
+def candidates(section: ExchangeSection, comm: Comm, device: torch.device) -> list[PlanName]:
     """The plans that can carry out the section on these ranks. A call of all ranks."""
     shared = comm.one_node() and device.type == "cpu"
     return [plan for plan in section.candidates if plan != "window" or shared]
 
 
-def no_room(section: ExchangeSection, comm: Solo, params_P: torch.Tensor, facts: Facts) -> str:
+def no_room(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> str:
     """Why plan window has no room on these ranks' nodes; empty if it has. A call of all ranks."""
     return comm.room(Window.shared_bytes(section, params_P, facts.states, comm.node() == comm.rank))
 
 
 def measure(
     section: ExchangeSection,
-    comm: Solo,
+    comm: Comm,
     params_P: torch.Tensor,
-    facts: Facts,
+    facts: ExchangeContext,
     able: Sequence[PlanName],
     repeats: int = 3,
 ) -> dict[str, float]:
@@ -67,7 +67,7 @@ def measure(
         silo = facts.hosted[0] if facts.hosted else (facts.ids[0] if facts.ids else "")
         times = []
         for round in range(repeats + 1):
-            comm.meet()
+            comm.barrier()
             start_s = time.perf_counter()
             tried.begin(round, 1)
             tried.add(Contribution(silo, round, 1.0, delta_P, 0.0, 1, 1))

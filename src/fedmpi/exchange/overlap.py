@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmpi.comm import Solo
+from fedmpi.comm import Comm
 from fedmpi.exchange.base import Exchange, Kept, Lap
 from fedmpi.server import Server
 from fedmpi.types import Contribution
@@ -54,7 +54,7 @@ OTHER, ABOUT = "overlap/params", "overlap/about"  # what they are called in a ch
 class Behind(Exchange):
     """Another exchange, `plan`, in a thread. `plan` has a twin of `comm`; parameters take turns in two vectors."""
 
-    def __init__(self, plan: Exchange, comm: Solo, params_P: torch.Tensor) -> None:
+    def __init__(self, plan: Exchange, comm: Comm, params_P: torch.Tensor) -> None:
         super().__init__(plan.section, comm, params_P, plan.facts)
         self._plan = plan
         self._other_P = params_P.clone()  # w_t once it has arrived; after the last round w_{T-1}
@@ -137,7 +137,7 @@ class Behind(Exchange):
             try:
                 with _on(self._stream):
                     new_P.copy_(old_P)
-                    plan.comm.together(fold)
+                    plan.comm.collectively(fold)
                     _, self._state = plan.finish(new_P, server, state)
             finally:
                 self._sent += _counted(plan.comm) - before
@@ -221,7 +221,7 @@ class Behind(Exchange):
         return self._plan.server_tensors()
 
 
-def _counted(comm: Solo) -> np.ndarray:
+def _counted(comm: Comm) -> np.ndarray:
     return np.array([comm.bytes_up, comm.bytes_down, comm.bytes_control], dtype=float)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from fedmpi.components import PositiveFloat, component
 from fedmpi.flat import FlatModel
-from fedmpi.local.base import LocalSilo, Round, Work, descend
+from fedmpi.local.base import GradientRule, LocalSilo, Round, local_steps
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.types import Contribution
 
@@ -15,7 +15,7 @@ SUM = "squared_norms"  # what a silo keeps b^2 under
 
 
 @component
-class AdaGradNorm(Work):
+class AdaGradNorm(GradientRule):
     """Steps of lr / b along g, b^2 being eps and the squared norms of all gradients so far, this one's too (Ward et al.
     2019, AdaGrad Stepsizes, Algorithm 1): lr need not fit the problem.
 
@@ -46,7 +46,7 @@ class AdaGradNorm(Work):
             torch._foreach_mul_(grads, factor)
             lengths.append(factor)
 
-        contribution = descend(self, silo, model, params_P, round, scale)
+        contribution = local_steps(self, silo, model, params_P, round, scale)
         silo.kept[SUM] = total
         found = torch.stack(lengths).tolist()
         held = num_gradients(self.optimizer, len(found), lengths=found)

@@ -1,0 +1,111 @@
+"""How ranks agree that a round goes on: everybody does, or everybody raises the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedmpi.comm import ranks_text
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped, agreed
+from fedmpi.exchange.base import LARGEST_NORM, UNIT
+from fedmpi.rounds.federation import Federation
+from fedmpi.stopping import FAILED, STOP
+
+REFUSED = FAILED + 1  # of a rank whose selector chose no cohort
+WITHIN = 2e-7  # how far the ring may be from the exact mean, for deltas of 1
+
+
+def agree_ready(
+    fed: Federation, number: int, cohort: Sequence[str], error: FedmpiError | None, near: float = 1.0
+) -> None:
+    """Everybody goes on, or everybody raises the same."""
+    status = fed.ready.rank("status")
+    if (status == REFUSED).all():
+        raise agreed(NoCohort(str(error)))
+    if error is not None and status[fed.comm.rank] == REFUSED:
+        error = SiloError(f"rank {fed.comm.rank}: {error}")
+    raise_failure(fed, status, error)
+    if status.max() >= STOP:
+        raise agreed(Stopped(f"stopped in round {number}: {stop_reason(fed, status)}"))
+    fingerprint = fed.ready.rank("fingerprint")
+    if (others := np.flatnonzero(fingerprint != fingerprint[0])).size:
+        raise agreed(ExchangeError(_difference(fed, cohort, others.tolist())))
+    if not cohort:
+        raise agreed(NoCohort(f"round {number}: the selector chose no silo"))
+    if not fed.ready.silo("taken").any():
+        rejected = [silo for silo, no in zip(fed.ids, fed.ready.silo("rejected"), strict=True) if no]
+        raise agreed(
+            Diverged(
+                f"round {number}: every update was rejected ({', '.join(rejected[:8])}): not finite or its norm beyond "
+                f"{LARGEST_NORM:.0f}{_beyond(fed)}; a smaller local.lr or local.clip may help"
+            )
+        )
+    if fed.exchange.ring:
+        _has_room(fed, number, near)
+    if (enough := getattr(fed.aggregator, "suits", None)) is not None:
+        try:
+            enough(int(fed.ready.silo("taken").sum()))
+        except ConfigError as few:  # it is what the round has brought, not the configuration
+            raise agreed(NoCohort(f"round {number}: {few}")) from None
+
+
+def _beyond(fed: Federation) -> str:
+    """What else updates are rejected for: that a codec does not hold them."""
+    largest = fed.exchange.section.largest
+    return "" if largest == math.inf else f" or a value beyond the {largest:.5g} that a codec holds"
+
+
+def _has_room(fed: Federation, number: int, near: float) -> None:
+    """ExchangeError where those that were heard weigh so little of the cohort that the ring's units would show."""
+    heard = np.flatnonzero(fed.ready.silo("taken"))
+    share = float(fed.ready.silo("sent")[heard].sum()) / fed.exchange.facts.total_weight * near
+    if share < len(heard) ** 0.5 / UNIT / WITHIN:
+        names = ", ".join(fed.ids[int(i)] for i in heard[:8])
+        raise agreed(
+            ExchangeError(
+                f"round {number}: exchange.reduction: reproducible has no room for updates that weigh {share:.1e} of "
+                f"their cohort, and only they were usable ({names}); take reduction: fast, or weights nearer to each "
+                "other"
+            )
+        )
+
+
+def as_error(raised: BaseException, where: str) -> FedmpiError:
+    """What went wrong on this rank, for all: one line where it says itself what is wrong, else the traceback."""
+    if isinstance(raised, FedmpiError):
+        return (ConfigError if isinstance(raised, ConfigError) else SiloError)(f"{where}: {raised}")
+    return SiloError(f"{where}:\n{traceback.format_exc()}")
+
+
+def raise_failure(fed: Federation, status: np.ndarray, error: FedmpiError | None) -> None:
+    """SiloError (or ConfigError) on every rank, with what the first rank that raised has to say. A rank that only left
+    because of a notice has nothing to say."""
+    if (status < FAILED).all():
+        return
+    told = np.zeros(fed.comm.size)
+    told[fed.comm.rank] = 0 if error is None else error.exit_code
+    told = fed.comm.share(told)
+    first = int(np.flatnonzero(told)[0]) if told.any() else 0
+    text = fed.comm.broadcast_text("" if error is None else str(error), first)
+    kind = ConfigError if told[first] == ConfigError.exit_code else SiloError
+    raise agreed(kind(text or "a rank left the round because of an earlier failure"))
+
+
+def _difference(fed: Federation, cohort: Sequence[str], others: list[int]) -> str:
+    """What rank 0 and the first of the others are about to exchange."""
+    mine = json.dumps(fed.exchange.declared(cohort))
+    here, there = (json.loads(fed.comm.broadcast_text(mine, rank)) for rank in (0, others[0]))
+    names = [name for name in here if here[name] != there[name]]
+    texts = [f"{name} is {str(here[name])[:80]} there and {str(there[name])[:80]} here" for name in names]
+    return f"what is to be exchanged differs, rank 0 (there) against {ranks_text(others)} (here): {'; '.join(texts)}"
+
+
+def stop_reason(fed: Federation, status: np.ndarray) -> str:
+    mine = np.zeros(fed.comm.size)
+    mine[fed.comm.rank] = bool(fed.watch.reason)
+    first = int(np.argmax(fed.comm.share(mine)))
+    return f"{fed.comm.broadcast_text(fed.watch.reason, first)} (rank {first})"

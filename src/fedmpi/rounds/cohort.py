@@ -1,0 +1,115 @@
+"""Which silos a round trains: the selector's answer, after a small collective where it asks for losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmpi import rng
+from fedmpi.errors import FedmpiError, NoCohort, Stopped, agreed
+from fedmpi.local import LocalSilo
+from fedmpi.records import StatusTable
+from fedmpi.rounds.agreement import as_error, raise_failure, stop_reason
+from fedmpi.rounds.federation import Federation, State
+from fedmpi.selection import Selection
+from fedmpi.stopping import FAILED, STOP, BrokenOff
+
+PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
+
+
+def select_cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[str], FedmpiError | None]:
+    """The round's cohort, with the silos whose loss is not finite; or why there is none: what a selector says no to on
+    this rank, `ready` tells all."""
+    try:
+        return *_cohort(state, fed, number), None
+    except FedmpiError as error:
+        if error.agreed:
+            raise
+        return Selection([], state.selector), set(), error
+
+
+def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[str]]:
+    """The round's cohort; where its selector wants to know losses of the global parameters, after a small collective,
+    and with the silos whose loss is not finite.
+
+    Whoever stops or fails while it evaluates says so in that collective, which every rank enters.
+    """
+    selector, draw = fed.selector, rng.generator(fed.seed, purpose="select", round=number)
+    own, observe, asks = state.selector, getattr(fed.selector, "observe", None), getattr(selector, "candidates", None)
+    if observe is not None:
+        own = observe(fed.ids, own, state.record)
+    candidates = asks(fed.ids, own, state.record, draw) if asks is not None else []
+    if not candidates:
+        return _chosen(selector.select(fed.ids, own, state.record, draw), fed, number), set()
+    probe, error = _probe(state, fed, number, candidates)
+    status = probe.rank("status")
+    raise_failure(fed, status, error)
+    if status.max() >= STOP:
+        raise agreed(Stopped(f"stopped in round {number}: {stop_reason(fed, status)}"))
+    losses = dict(zip(fed.ids, probe.silo("loss").tolist(), strict=True))
+    of_candidates = {silo: losses[silo] for silo in candidates}
+    found = selector.select(fed.ids, own, state.record, draw, of_candidates)  # type: ignore[call-arg]
+    return _chosen(found, fed, number), {silo for silo, loss in of_candidates.items() if not math.isfinite(loss)}
+
+
+def _chosen(found: Any, fed: Federation, number: int) -> Selection:
+    """What a selector gave, if it is a cohort and a state."""
+    who = f"round {number}: the selector {type(fed.selector).__name__}"
+    if not isinstance(found, tuple) or len(found) < 2 or not isinstance(found[1], Mapping):
+        raise NoCohort(f"{who} is to return a cohort and its new state (a dict of arrays), and gave {found!r:.80}")
+    cohort = [found[0]] if isinstance(found[0], str) else list(found[0])
+    chosen = set(cohort)
+    if cohort != [silo for silo in fed.ids if silo in chosen]:
+        others = [silo for silo in cohort if silo not in fed.index]
+        why = f"'{others[0]}' is no silo" if others else "a silo twice, or not in the federation's order"
+        raise NoCohort(f"{who} chose {cohort!r:.80}: {why}")
+    return Selection(cohort, *found[1:])
+
+
+def _probe(
+    state: State, fed: Federation, number: int, candidates: Sequence[str]
+) -> tuple[StatusTable, FedmpiError | None]:
+    """Losses of the global parameters on the training samples of the candidates: mine, then everybody's."""
+    probe = StatusTable(fed.comm.size, PROBE_RANK, len(fed.ids), PROBE_SILO)
+    error: FedmpiError | None = None
+    status, name = 0, ""
+    try:
+        fed.watch.check()
+        fed.model.load(state.params_Q[: fed.model.num_shared])
+        for name in (silo for silo in candidates if silo in fed.silos):
+            if fed.model.touched:  # by a module that counts in evaluation too
+                fed.model.load(state.params_Q[: fed.model.num_shared])
+            silo, num = fed.silos[name], getattr(fed.selector, "samples", None)
+            x, y = silo.data.x_train, silo.data.y_train
+            if num is not None and num < len(x):
+                drawn = rng.generator(fed.seed, purpose="probe", round=number, silo=name)
+                rows = torch.from_numpy(np.sort(drawn.choice(len(x), size=num, replace=False))).to(x.device)
+                x, y = x[rows], y[rows]
+            probe.set_silo(fed.index[name], loss=start_loss(fed, number, silo, x, y))
+    except BrokenOff as broken:
+        status = broken.status
+    except (Exception, SystemExit) as raised:
+        status, error = FAILED, as_error(raised, f"rank {fed.comm.rank}, silo '{name}', before round {number}")
+        fed.watch.tell(FAILED, "")
+    probe.set_rank(fed.comm.rank, status=status)
+    probe.share(lambda values: fed.comm.share(values, fed.watch.look))
+    return probe, error
+
+
+def start_loss(fed: Federation, number: int, silo: LocalSilo, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of what the model shares by now, with the silo's own rest."""
+    rng.set_all(rng.key(fed.seed, purpose="loss", round=number, silo=silo.id))
+    fed.model.load_personal(silo.kept)
+    return fed.objective.mean_loss(fed.model.module, x, y, fed.evaluate_batch, fed.model.device, fed.watch.check)
+
+
+def share_of_all(fed: Federation, cohort: Sequence[str], factors: Sequence[float] | None) -> float:
+    """The share of all weight that the cohort stands for, its selector's factors counted."""
+    if len(cohort) == len(fed.ids) and factors is None:
+        return 1.0
+    weights = fed.weights_K[[fed.index[silo] for silo in cohort]]
+    return float((weights if factors is None else weights * factors).sum()) / fed.exchange.facts.total_weight

@@ -1,0 +1,97 @@
+"""What a round changes, and what stays the same from round to round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fedmpi.aggregate import Aggregator
+from fedmpi.comm import Comm
+from fedmpi.evaluate import Scores, Tuning
+from fedmpi.exchange.base import Exchange
+from fedmpi.flat import FlatModel
+from fedmpi.local import LocalRule, LocalSilo, Round
+from fedmpi.objectives import Criterion, LossAndMetrics
+from fedmpi.records import PHASES, Record, StatusTable, Timer
+from fedmpi.selection import Selector
+from fedmpi.server import Average, ServerOptimizer
+from fedmpi.stopping import Watch
+from fedmpi.types import Auxiliary
+
+READY_RANK = ("status", "fingerprint")
+READY_SILO = (
+    *("taken", "rejected", "loss", "targets", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss"),
+)
+DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a round changes."""
+
+    round: int  # rounds done
+    # The global shared parameters [P], on the rank's device; with overlap, the newest to arrive. And behind them the
+    # local rule's auxiliary vectors, each [P].
+    params_Q: torch.Tensor
+    optimizer: Any  # the server optimizer's state
+    selector: dict[str, np.ndarray]
+    record: Record | None = None  # of the last round
+    average_P: torch.Tensor | None = None  # of the parameters over rounds, alike on every rank, if one is kept
+    written: int = -1  # newest round whose checkpoint files are safe on every rank
+
+
+@dataclass
+class Federation:
+    """What stays the same from round to round: the silos, the rules and this rank's part."""
+
+    ids: Sequence[str]  # all silos, in the federation's order
+    owners: Sequence[int]  # the rank of each
+    num_train: Sequence[int]  # training samples of each
+    silos: dict[str, LocalSilo]  # those that this rank hosts
+    comm: Comm
+    watch: Watch
+    model: FlatModel
+    objective: LossAndMetrics
+    rule: LocalRule
+    selector: Selector
+    aggregator: Aggregator
+    optimizer: ServerOptimizer
+    exchange: Exchange
+    seed: int
+    rounds: int
+    evaluate_every: int
+    evaluate_batch: int
+    average: Average | None = None  # what is evaluated; None: the parameters themselves
+    gram: bool | Literal["matrix"] = False  # of the deltas: into the record? All of it?
+    finetune: LocalRule | None = None  # for personal figures after the last round
+    timer: Timer = field(default_factory=Timer)
+
+    def __post_init__(self) -> None:
+        self.index = {silo: i for i, silo in enumerate(self.ids)}
+        self.auxiliaries: Sequence[Auxiliary] = getattr(self.rule, "auxiliaries", ())
+        self.not_trained = self.model.not_trained()
+        rows = zip(self.ids, self.num_train, strict=True)
+        self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # what each stands for
+        self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
+        self.scores = Scores.of(self.objective, self.rule, self.finetune, self.model.has_personal)
+        columns, counts = self.scores.columns, self.scores.num_counts
+        self._criteria: dict[str, Criterion] = {}
+        self.done = StatusTable(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), columns, counts)
+
+    def criterion(self, silo: LocalSilo) -> Criterion:
+        """The training loss for a silo's targets, at which it looks once."""
+        if silo.id not in self._criteria:
+            self._criteria[silo.id] = self.objective.criterion(silo.data.y_train)
+        return self._criteria[silo.id]
+
+    def tuning(self, silo: LocalSilo, number: int, check: Callable[[], None] = lambda: None) -> Tuning | None:
+        """How the silo trains the model on for itself after the last round, if it is to."""
+        if self.finetune is None or number < self.rounds:
+            return None
+        criterion = self.criterion(silo)
+        round = Round(number, self.rounds, self.seed, criterion.loss, check, count=criterion.count)
+        return self.finetune, round

@@ -1,0 +1,132 @@
+"""Training of this rank's silos of the cohort, and what they contribute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from fedmpi.errors import FedmpiError
+from fedmpi.exchange.base import LARGEST_NORM
+from fedmpi.local import LocalSilo, Round
+from fedmpi.rounds.agreement import REFUSED, as_error
+from fedmpi.rounds.federation import Federation, State
+from fedmpi.stopping import FAILED, BrokenOff
+from fedmpi.types import Contribution
+
+
+def train_silos(
+    state: State,
+    fed: Federation,
+    number: int,
+    cohort: Sequence[str],
+    factors: Sequence[float] | None,
+    near: float,
+    stands_for: float,
+    refused: FedmpiError | None,
+) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
+    """Train my silos of the cohort and fold what they contribute; what happened is in `ready`. There is no cohort where
+    my selector `refused`."""
+    fed.ready.clear()
+    mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
+    fed.exchange.begin(number, len(mine), near)
+    trained: dict[str, LocalSilo] = {}
+    error: FedmpiError | None = None
+    status, name = 0, ""
+    try:
+        fed.watch.check()
+        for name, factor in mine:
+            before = fed.silos[name]
+            silo = replace(before, kept=dict(before.kept))  # the round may yet be broken off: state waits for agree
+            contribution, besides = _contribution(state, fed, number, silo, factor, near)
+            fed.ready.set_silo(
+                fed.index[name],
+                samples=contribution.num_samples,
+                targets=contribution.counted,
+                steps=contribution.num_steps,
+                normalizer=contribution.num_gradients,
+                start_loss=contribution.start_loss,
+                weight=silo.weight * factor,
+            )
+            norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
+            usable = not math.isnan(besides) and math.isfinite(contribution.weight)
+            grown = _grown(contribution.weight, silo.weight * factor, stands_for)
+            room = grown if fed.exchange.ring else 1.0
+            usable = usable and max(norm, besides) * room < LARGEST_NORM  # not so for nan
+            if usable and fed.exchange.holds(contribution.delta_P, grown):
+                fed.exchange.add(contribution)
+                trained[name] = silo
+                fed.ready.set_silo(
+                    fed.index[name], taken=True, loss=contribution.loss, norm=norm, sent=contribution.weight
+                )
+            else:
+                fed.ready.set_silo(fed.index[name], rejected=True)
+    except BrokenOff as broken:
+        status = broken.status
+    except (Exception, SystemExit) as raised:
+        status, error = FAILED, as_error(raised, f"rank {fed.comm.rank}, silo '{name}', round {number}")
+        fed.watch.tell(FAILED, "")
+    if refused is not None:
+        status, error = REFUSED, refused
+        fed.watch.tell(FAILED, "")
+    fingerprint = fed.exchange.fingerprint(cohort)
+    fed.ready.set_rank(fed.comm.rank, status=status, fingerprint=fingerprint)
+    return trained, error
+
+
+def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
+    """Factor by which a delta grows in the sum that it may have to leave room for others in.
+
+    Shares add up to 1 by themselves, but not where steps or a selector's factors are counted.
+    """
+    return max(1.0, weight / stands_for) * max(1.0, all_stand_for)
+
+
+def _contribution(
+    state: State, fed: Federation, number: int, silo: LocalSilo, factor: float, near: float
+) -> tuple[Contribution, float]:
+    """What a silo sends: the rule's delta with the aggregator's weight, and auxiliary vectors so that this weight makes
+    of them what is theirs; the norm of these before that."""
+    num = fed.model.num_shared
+    start_Q = fed.exchange.start(silo.id, state.params_Q)
+    params_P, *rest = start_Q.view(-1, num)
+    auxiliary = {auxiliary.name: part for auxiliary, part in zip(fed.auxiliaries, rest, strict=True)}
+    start_loss = 0.0
+    if getattr(fed.aggregator, "start_loss", False):
+        fed.model.load(params_P)
+        start_loss = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
+    criterion = fed.criterion(silo)
+    round = Round(number, fed.rounds, fed.seed, criterion.loss, fed.watch.check, auxiliary, criterion.count)
+    contribution = fed.rule.train(silo, fed.model, params_P, round)
+    _check(contribution, silo, fed)
+    contribution.start_loss = start_loss
+    others_A = contribution.delta_P[fed.model.num_shared :]
+    besides = float(torch.linalg.vector_norm(others_A))
+    contribution.weight = stands_for = silo.weight * factor
+    contribution.weight = weight = fed.aggregator.weight(contribution)
+    for i, auxiliary_ in enumerate(fed.auxiliaries):
+        if auxiliary_.normaliser == "population":
+            fed.model.auxiliary(i).mul_(fed.exchange.facts.total_weight / near / (weight * len(fed.ids)))
+        elif weight != stands_for:
+            fed.model.auxiliary(i).mul_(stands_for / weight)
+    return contribution, besides if bool(torch.isfinite(torch.linalg.vector_norm(others_A))) else math.inf
+
+
+def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
+    """TypeError for what a rule gave that cannot be added up or kept."""
+    rule, length = type(fed.rule).__name__, fed.model.num_shared * (1 + len(fed.auxiliaries))
+    if not isinstance(contribution, Contribution):
+        raise TypeError(f"the rule {rule} returned {type(contribution).__name__} in place of a Contribution")
+    delta = contribution.delta_P
+    if delta.shape != (length,) or delta.dtype != fed.model.dtype:
+        wanted = f"{fed.model.dtype} of [{length}]"
+        raise TypeError(
+            f"the rule {rule} gave a delta that is {delta.dtype} of {list(delta.shape)} in place of {wanted}"
+        )
+    for name, kept in silo.kept.items():
+        if not isinstance(kept, torch.Tensor):
+            raise TypeError(f"the rule {rule} keeps '{name}' as {type(kept).__name__}; silos keep tensors")
