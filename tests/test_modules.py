@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from modules import Follower, Remembers, Tied, Unsaved, Views, Weights
+from modules import Follower, Freezes, Remembers, Tied, Unsaved, Views, Weights
 from runs import config, figures, put_back, refused, run  # noqa: F401
 from safetensors.torch import load_file
 
@@ -406,3 +406,16 @@ def test_a_whole_gradient_is_the_same_however_its_samples_are_cut():
         found.append(module.weight.grad.clone())
     for gradient in found[1:]:
         torch.testing.assert_close(gradient, found[0])
+
+
+def test_a_layer_that_a_forward_pass_freezes_is_trained_by_the_next_silo_too(tmp_path):
+    done = trained(tmp_path / "all", {"name": "modules:Freezes"}, rounds=1)[2]
+    fed, deltas = done.federation, []
+    for silo in fed.silos.values():  # each as if it were alone with its rank
+        fresh = FlatModel(Freezes())
+        start_P = fresh.params()
+        alone, round = replace(silo, cursor=0, kept={}), Round(1, 1, 0, fed.objective.loss, int)
+        deltas.append(fed.rule.train(alone, fresh, start_P, round).delta_P.double() * silo.weight)
+        assert deltas[-1][:9].any()
+    mean_P = sum(deltas) / sum(silo.weight for silo in fed.silos.values())
+    torch.testing.assert_close(done.parameters.double(), start_P.double() + mean_P, rtol=0, atol=1e-6)

@@ -91,6 +91,7 @@ def fine_tuned(
     layers = {name: tensor for name, tensor in silo.kept.items() if name in model.first_personal}
     own = replace(silo, cursor=0, kept=layers)
     round = replace(round, seed=rng.key(round.seed, purpose="finetune", round=round.number))
+    model.thaw()
     return params_P + rule.train(own, model, params_P, round).delta_P[: model.num_shared], own
 
 

@@ -243,6 +243,7 @@ class FlatModel:
         self._views = {n: tie for n, tie in self.tied.items() if self.tensors[n] is not self.tensors[tie.owner]}
         self._places = Places(module, self.tied)
         self._places.watch(frozen_alone(self.entries))
+        self._trained = [(t, t.requires_grad) for t in self.tensors.values() if isinstance(t, torch.nn.Parameter)]
         self._counted = [self.tensors[e.name] for e in self.entries if e.kind == "shared" and not e.trainable]
         self._versions: list[int] = []
         self.first_personal = self.personal()  # what a silo starts from at its first participation
@@ -389,6 +390,12 @@ class FlatModel:
     def settle(self) -> None:
         """Bring back into the vectors what a forward pass has assigned anew. ConfigError for what cannot be."""
         self._places.settle()
+
+    def thaw(self) -> None:
+        """What is trained is what was at first: a forward pass may have frozen parameters, or thawed them."""
+        for tensor, trained in self._trained:
+            if tensor.requires_grad is not trained:
+                tensor.requires_grad_(trained)
 
     def twin(self) -> FlatModel:
         """The same model in memory of its own."""

@@ -47,7 +47,8 @@ def make_record(
     for i, silo in enumerate(fed.ids):
         row: dict[str, Any] = {"rank": fed.owners[i], "num_train": fed.num_train[i]}
         if silo in in_cohort and of_ready["taken"][i]:
-            row["train_loss"] = of_ready["loss"][i]
+            # Where no target counts there is no loss.
+            row["train_loss"] = of_ready["loss"][i] if of_ready["targets"][i] else None
             row["num_samples"] = int(of_ready["samples"][i])
             row["num_steps"] = int(of_ready["steps"][i])
             row["delta_norm"] = of_ready["norm"][i]

@@ -101,6 +101,7 @@ def _contribution(
         start_loss = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
     criterion = fed.criterion(silo)
     round = Round(number, fed.rounds, fed.seed, criterion.loss, fed.watch.check, auxiliary, criterion.count)
+    fed.model.thaw()
     contribution = fed.rule.train(silo, fed.model, params_P, round)
     _check(contribution, silo, fed)
     contribution.start_loss = start_loss
