@@ -2,8 +2,8 @@
 
     python jobs/compare_commits.py [--quick] [--turns 5] [--ranks 2] [--params 25e6] [--json FILE] A [B]
 
-Each is checked out into a folder of its own and run with this environment; configurations are its own, jobs/ those of
-this checkout. A row is a plan with its codec in `fedmpi bench exchange`, or a round in jobs/federation_cost.py: medians
+Each is checked out into a folder of its own and run with this environment; configurations and jobs are its own.
+A row is a plan with its codec in `fedmpi bench exchange`, or a round in jobs/federation_cost.py: medians
 over turns of each commit's seconds, and B's over A's, with the least and the most of a turn.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 TOP = Path(__file__).parents[1]
+PLANS = {name: name for name in ("root", "replicated", "sharded", "shared_memory")} | {"window": "shared_memory"}
 Seconds = dict[str, float]
 
 
@@ -49,11 +50,11 @@ def measured(folder: Path, given: argparse.Namespace) -> Seconds:
     ]
     found = {}
     for row in json.loads(_said([*launch, *exchange], folder, env)):
-        if row["plan"] in ("root", "replicated", "sharded", "window"):
-            found[f"exchange {row['plan']} {row['codec']}"] = row["seconds"]["median"]
+        if row["plan"] in PLANS:
+            found[f"exchange {PLANS[row['plan']]} {row['codec']}"] = row["seconds"]["median"]
     cost = [
         sys.executable,
-        str(TOP / "jobs/federation_cost.py"),
+        str(folder / "jobs/federation_cost.py"),
         *(["--quick"] if given.quick else [str(given.rounds)]),
     ]
     config = folder / "configs" / ("digits.yaml" if given.quick else "fashion.yaml")
