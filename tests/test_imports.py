@@ -17,7 +17,7 @@ ORDER = [
     *("vigil", "launcher", "module", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
     *("models", "data", "pretrained"),
-    *("local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
+    *("membership", "local", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]

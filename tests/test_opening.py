@@ -8,6 +8,7 @@ from torch import nn
 from fedmpi.comm import SoloComm
 from fedmpi.components import component
 from fedmpi.errors import ConfigError
+from fedmpi.membership import Membership
 from fedmpi.opening import open_silos
 from fedmpi.types import Silo, SiloData, Source
 
@@ -28,7 +29,7 @@ def source(names, **columns):
 
 def refusal(found):
     with pytest.raises(ConfigError) as caught:
-        open_silos(found, [0] * len(found.silos), SoloComm())
+        open_silos(found, Membership(0, {silo.id: (0,) for silo in found.silos}), SoloComm())
     return str(caught.value)
 
 

@@ -5,13 +5,17 @@ from collections import Counter
 
 import pytest
 
+from fedmpi import placement
 from fedmpi.errors import ConfigError
-from fedmpi.placement import place
 from fedmpi.types import Silo
 
 
 def silos(*sizes, **hosts):
     return [Silo(f"s{i}", size, hosts.get(f"s{i}")) for i, size in enumerate(sizes)]
+
+
+def place(*given):
+    return placement.place(*given).ranks
 
 
 def loads(some, owners, num_ranks):

@@ -3,11 +3,13 @@ trained. A resumed run puts the same together again."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +19,13 @@ from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange import autotune
-from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.base import Exchange, ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import (
     Allocate,
     Entry,
     FlatModel,
+    entries,
     frozen_alone,
     is_variance,
     master_dtype,
@@ -32,6 +35,7 @@ from fedmpi.flat import (
     places,
 )
 from fedmpi.local import LocalSilo
+from fedmpi.membership import Comms, Membership
 from fedmpi.models import make
 from fedmpi.module import saved
 from fedmpi.objectives import LossAndMetrics, resolve
@@ -45,34 +49,63 @@ log = logging.getLogger("fedmpi")
 
 
 @dataclass(frozen=True)
+class Spec:
+    """What a federation is made of, whoever its members are; the same on every rank."""
+
+    config: Config
+    source: Source
+    objective: LossAndMetrics
+    module: torch.nn.Module
+    entries: Sequence[Entry]  # of the module's tensors
+    section: ExchangeSection  # the configuration's, with its plan named once it is chosen
+    device: torch.device
+    watch: stopping.Watch
+
+    @property
+    def num_auxiliaries(self) -> int:
+        """Vectors that travel with the delta."""
+        return len(getattr(self.config.local, "auxiliaries", ()))
+
+
+@dataclass(frozen=True)
 class Assembly:
     """A federation with the state that it begins in, and what a run says of them."""
 
+    spec: Spec
     federation: Federation
     state: State
-    device: torch.device
     threads: int
-    central: bool  # does every rank read the whole data set?
     fingerprint: str  # of all silos' data
     unshared: dict[str, torch.Tensor]  # what the model starts with and no checkpoint has
     plan_seconds: dict[str, float]  # what `plan: auto` measured
 
 
 @rng.borrowed()
-def assemble(config: Config, comm: Comm, out: Path, plan_before: Callable[[], str]) -> Assembly:
+def assemble(
+    config: Config, comm: Comm, out: Path, plan_before: Callable[[], str], members: Membership | None = None
+) -> Assembly:
     """Everything that a run needs, checked. A call of all ranks; raises ConfigError alike on every one.
 
-    `plan_before` is rank 0's: the plan that `plan: auto` chose when the run was begun, or nothing.
+    `plan_before` is rank 0's: the plan that `plan: auto` chose when the run was begun, or nothing. `members` are those
+    that the run begins with; None: all silos of the data.
     """
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
+    spec = specify(config, comm, out)
+    first = members or comm.collectively(lambda: place(spec.source.silos, comm.hosts, config.server.dedicated))
+    unshared = _unshared(spec.module, spec.entries)
+    built = build_federation(spec, first, Comms.of(comm), plan_before)
+    with _or_leave(built.federation.exchange):
+        state = begin(built.federation)
+    return Assembly(built.spec, built.federation, state, threads, built.fingerprint, unshared, built.plan_seconds)
+
+
+def specify(config: Config, comm: Comm, out: Path) -> Spec:
+    """What does not depend on who takes part. A call of all ranks."""
     chosen = device.choose(config.device.name, config.device.share, comm)
     comm.collectively(lambda: _check_machine(config, chosen))
     source = comm.collectively(lambda: source_of(config))
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
     comm.require_equal("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
-    owners = comm.collectively(lambda: place(source.silos, comm.hosts, config.server.dedicated))
-    opened, num_train, fingerprint = open_silos(source, owners, comm)
-
     objective = comm.collectively(lambda: resolve(config.objective, source.task, source.num_classes))
     module = comm.collectively(lambda: build_module(config, source))
     if (init := config.init) is not None:
@@ -81,55 +114,50 @@ def assemble(config: Config, comm: Comm, out: Path, plan_before: Callable[[], st
             log.warning(left_out)
     # A start of their own would make ranks train different models: other files in `init`, other torch versions.
     comm.require_equal("the model's first parameters", digest_of(saved(module)), ConfigError)
-    ids = [s.id for s in source.silos]
-    found = comm.collectively(lambda: config.entries(module, ids))
+    found = comm.collectively(lambda: entries(module, config.exchange.parameters))
     comm.collectively(lambda: _starts_finite(module, found))
-    rng.set_all(rng.key(config.seed, purpose="trial"))
-    with subject(module, chosen) as one:
-        speaks = comm.rank == owners[0]  # it has a silo, and all ranks have the same model
-        comm.collectively(lambda: _try_out(config, one, objective, opened, frozen_alone(found), speaks))
-        _try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
-    unshared = _unshared(module, found)
-    weights = comm.collectively(lambda: _weights(config, ids, num_train))
-    combine = getattr(config.aggregate, "combine", None)
-    gram = num_shared(found) if config.records.gram else 0
-    auxiliaries = len(getattr(config.local, "auxiliaries", ()))
-    states = comm.collectively(lambda: len(config.server.optimizer.init(torch.zeros(1, dtype=master_dtype(found)))))
-    named = comm.collectively(lambda: named_exact(found, config.exchange.exact))
-    about = ExchangeContext(
-        sum(weights.values()),
-        ids,
-        list(opened),
-        config.seed,
-        combine,
-        config.rounds,
-        gram,
-        states,
-        exact=places(found, lambda entry: entry.buffer or entry.name in named),
-        still=places(found, lambda entry: not (entry.trainable or entry.buffer or entry.name in named)),
-        variances=places(found, is_variance),
-    )
-    zeros_Q = torch.zeros(num_shared(found) * (1 + auxiliaries), dtype=master_dtype(found), device=chosen)
-    section, plan_seconds = _choose_plan(config.exchange, comm, zeros_Q, about, plan_before)
-    exchange = autotune.make(section, comm, zeros_Q, about)
-    try:
-        allocate: Allocate = comm.allocate
-        if chosen.type == "cpu" and one_vector(found):
-            own = exchange.delta()
-            allocate = lambda n, dtype: own[:n]  # noqa: E731
-        model = comm.collectively(lambda: FlatModel(module, config.exchange.parameters, chosen, allocate, auxiliaries))
-        silos = comm.collectively(lambda: {silo: _kept(silo, opened, weights[silo], chosen) for silo in list(opened)})
-        params_Q = zeros_Q
-        params_Q[: model.num_shared] = model.params()
+    watch = stopping.Watch(comm, out)
+    return Spec(config, source, objective, module, found, config.exchange, chosen, watch)
+
+
+class Built(NamedTuple):
+    """A federation, what it was built from, and what is said of it."""
+
+    federation: Federation
+    spec: Spec  # with the plan that was chosen
+    fingerprint: str  # of all members' data
+    plan_seconds: dict[str, float]  # by plan that was measured
+
+
+def build_federation(
+    spec: Spec, members: Membership, comms: Comms, plan_before: Callable[[], str] = lambda: ""
+) -> Built:
+    """The federation of these members: their data opened and tried, exchange and model made for them. A call of all
+    ranks; raises ConfigError alike on every one."""
+    config, comm = spec.config, comms.control
+    members = comm.collectively(lambda: members.checked(spec.source.silos, comms.world.hosts, config.server.dedicated))
+    opened, num_train, fingerprint = open_silos(spec.source, members, comm)
+    comm.collectively(lambda: config.entries(spec.module, members.ids))  # components that cannot do with them say so
+    _try_members(spec, members, opened, comm)
+    weights = comm.collectively(lambda: _weights(config, members.ids, num_train))
+    context = _context(spec, weights, list(opened), comm)
+    length = num_shared(spec.entries) * (1 + spec.num_auxiliaries)
+    zeros_Q = torch.zeros(length, dtype=master_dtype(spec.entries), device=spec.device)
+    section, plan_seconds = _choose_plan(spec.section, comms.leaders, zeros_Q, context, plan_before)
+    exchange = autotune.make(section, comms.leaders, zeros_Q, context)
+    with _or_leave(exchange):
+        model = _model(spec, exchange, comms)
+        silos = comm.collectively(
+            lambda: {silo: _kept(silo, opened, weights[silo], spec.device) for silo in list(opened)}
+        )
         federation = Federation(
-            ids=ids,
-            owners=owners,
+            membership=members,
+            comms=comms,
             num_train=num_train,
             silos=silos,
-            comm=comm,
-            watch=stopping.Watch(comm, out),
+            watch=spec.watch,
             model=model,
-            objective=objective,
+            objective=spec.objective,
             rule=config.local,
             selector=config.select,
             aggregator=config.aggregate,
@@ -143,15 +171,62 @@ def assemble(config: Config, comm: Comm, out: Path, plan_before: Callable[[], st
             gram=config.records.gram,
             finetune=config.evaluate.finetune,
         )
-        average_P = params_Q[: model.num_shared].clone() if config.server.average is not None else None
-        begun = comm.collectively(lambda: config.server.optimizer.init(exchange.mine(params_Q[: model.num_shared])))
-        params_Q, optimizer = exchange.home(params_Q, begun)
-        selector = comm.collectively(lambda: config.select.init(num_train))
-        state = State(0, params_Q, optimizer, selector, average_P=average_P)
+    return Built(federation, replace(spec, section=section), fingerprint, plan_seconds)
+
+
+@contextlib.contextmanager
+def _or_leave(exchange: Exchange) -> Iterator[None]:
+    """Whatever fails within, nothing of the exchange is left under way."""
+    try:
+        yield
     except Exception:
         exchange.leave()
         raise
-    return Assembly(federation, state, chosen, threads, source.central, fingerprint, unshared, plan_seconds)
+
+
+def begin(fed: Federation) -> State:
+    """The state before the first round. A call of all ranks."""
+    model, exchange = fed.model, fed.exchange
+    params_Q = torch.zeros(exchange.num_params, dtype=model.dtype, device=model.device)
+    params_Q[: model.num_shared] = model.params()
+    average_P = params_Q[: model.num_shared].clone() if fed.average is not None else None
+    begun = fed.comm.collectively(lambda: fed.optimizer.init(exchange.mine(params_Q[: model.num_shared])))
+    params_Q, optimizer = exchange.home(params_Q, begun)
+    selector = fed.comm.collectively(lambda: fed.selector.init(fed.num_train))
+    return State(0, params_Q, optimizer, selector, average_P=average_P)
+
+
+def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], comm: Comm) -> ExchangeContext:
+    """What the exchange may know of the run."""
+    config, found = spec.config, spec.entries
+    one = torch.zeros(1, dtype=master_dtype(found))
+    states = comm.collectively(lambda: len(config.server.optimizer.init(one)))
+    named = comm.collectively(lambda: named_exact(found, config.exchange.exact))
+    return ExchangeContext(
+        sum(weights.values()),
+        list(weights),
+        hosted,
+        config.seed,
+        getattr(config.aggregate, "combine", None),
+        config.rounds,
+        num_shared(found) if config.records.gram else 0,
+        states,
+        exact=places(found, lambda entry: entry.buffer or entry.name in named),
+        still=places(found, lambda entry: not (entry.trainable or entry.buffer or entry.name in named)),
+        variances=places(found, is_variance),
+    )
+
+
+def _model(spec: Spec, exchange: Exchange, comms: Comms) -> FlatModel:
+    """The model, in memory that its deltas can be sent out of. A call of all ranks."""
+    allocate: Allocate = comms.leaders.allocate
+    if spec.device.type == "cpu" and one_vector(spec.entries):
+        own = exchange.delta()
+        allocate = lambda n, dtype: own[:n]  # noqa: E731
+    shared = spec.config.exchange.parameters
+    return comms.control.collectively(
+        lambda: FlatModel(spec.module, shared, spec.device, allocate, spec.num_auxiliaries)
+    )
 
 
 def source_of(config: Config) -> Source:
@@ -188,6 +263,16 @@ def build_module(config: Config, source: Source) -> torch.nn.Module:
         if tensor.is_meta:
             raise ConfigError(f"model: '{name}' is on the meta device and has no values; make it on a real one")
     return module
+
+
+def _try_members(spec: Spec, members: Membership, opened: Mapping[str, SiloData], comm: Comm) -> None:
+    """A few samples of every member through a copy of the model, and every metric. A call of all ranks."""
+    config, objective = spec.config, spec.objective
+    rng.set_all(rng.key(config.seed, purpose="trial"))
+    speaks = comm.rank == members.ranks[0]  # it has a silo, and all ranks have the same model
+    with subject(spec.module, spec.device) as one:
+        comm.collectively(lambda: _try_out(config, one, objective, opened, frozen_alone(spec.entries), speaks))
+        _try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
 
 
 def _try_out(

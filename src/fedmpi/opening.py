@@ -13,6 +13,7 @@ import numpy as np
 
 from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
+from fedmpi.membership import Membership
 from fedmpi.types import Silo, SiloData, Source
 
 log = logging.getLogger("fedmpi")
@@ -20,21 +21,22 @@ log = logging.getLogger("fedmpi")
 _SHOWN = 5  # silos or columns in a message, at most
 
 
-def open_silos(source: Source, owners: Sequence[int], comm: Comm) -> tuple[dict[str, SiloData], list[int], str]:
-    """This rank's silos; all silos' numbers of training samples; a fingerprint of all data. A call of all ranks.
+def open_silos(source: Source, members: Membership, comm: Comm) -> tuple[dict[str, SiloData], list[int], str]:
+    """This rank's silos; all members' numbers of training samples; a fingerprint of all data. A call of all ranks.
 
     ConfigError has what is wrong with every silo of every rank.
     """
-    mine = [silo for silo, owner in zip(source.silos, owners, strict=True) if owner == comm.rank]
+    silos = [silo for silo in source.silos if silo.id in members.teams]
+    mine = [silo for silo in silos if members.rank(silo.id) == comm.rank]
     opened = comm.collectively(lambda: _all(mine, source))
     told = comm.collectively(
         lambda: {silo: _facts(data, source.columns.get(silo, ())) for silo, data in opened.items()}
     )
-    facts = np.zeros((len(source.silos), 5))
-    for i, silo in enumerate(source.silos):
+    facts = np.zeros((len(silos), 5))
+    for i, silo in enumerate(silos):
         facts[i] = told.get(silo.id, 0.0)
     facts = comm.share(facts.reshape(-1)).reshape(facts.shape)
-    _same_columns(facts[:, 4], source, owners, comm)
+    _same_columns(facts[:, 4], source, members, comm)
     if comm.rank == 0 and not facts[:, 1].any():
         log.warning("no silo has test samples, so nothing is evaluated: give the data a test part")
     return opened, [int(n) for n in facts[:, 0]], f"{zlib.crc32(facts.tobytes()):08x}"
@@ -77,7 +79,7 @@ def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
     return [len(data.x_train), len(data.x_test), float(x), float(y), names]
 
 
-def _same_columns(checksums_K: np.ndarray, source: Source, owners: Sequence[int], comm: Comm) -> None:
+def _same_columns(checksums_K: np.ndarray, source: Source, members: Membership, comm: Comm) -> None:
     """ConfigError where files that name their columns name others: as many, and yet the mean of what does not belong
     together would look like a model. Most of the silos are right."""
     named = [int(i) for i in np.flatnonzero(checksums_K)]
@@ -87,12 +89,13 @@ def _same_columns(checksums_K: np.ndarray, source: Source, owners: Sequence[int]
     others = [i for i in named if checksums_K[i] != usual]
     first = next(i for i in named if checksums_K[i] == usual)
 
-    def columns(silo: int) -> list[str]:
-        mine = json.dumps(source.columns.get(source.silos[silo].id, ()))
-        return list(json.loads(comm.broadcast_text(mine, owners[silo])))
+    def columns(silo: str) -> list[str]:
+        mine = json.dumps(source.columns.get(silo, ()))
+        return list(json.loads(comm.broadcast_text(mine, members.rank(silo))))
 
-    wanted = columns(first)
-    told = [_difference(source.silos[i].id, columns(i), source.silos[first].id, wanted) for i in others[:_SHOWN]]
+    ids = members.ids
+    wanted = columns(ids[first])
+    told = [_difference(ids[i], columns(ids[i]), ids[first], wanted) for i in others[:_SHOWN]]
     more = f"; and {len(others) - _SHOWN} more silos" if len(others) > _SHOWN else ""
     what = "rename them, or name those to use, in order, in data.features"
     raise agreed(ConfigError(f"{'; '.join(told)}{more}; {what}"))

@@ -6,17 +6,19 @@ import heapq
 from collections.abc import Sequence
 
 from fedmpi.errors import ConfigError
+from fedmpi.membership import Membership, same_host
 from fedmpi.types import Silo
 
 
-def place(silos: Sequence[Silo], hosts: Sequence[str], dedicated: bool = False) -> list[int]:
-    """The rank of each silo: longest processing time first, each to the rank with the least to do so far.
+def place(silos: Sequence[Silo], hosts: Sequence[str], dedicated: bool = False) -> Membership:
+    """The membership that a run begins with: longest processing time first, each silo to the rank with the least to do
+    so far.
 
     `hosts` is every rank's host. A silo with a `host` goes to a rank there (its name may be given without the domain);
     the others go to ranks that host no pinned one. A silo whose size is not declared counts as the mean of the others.
     Raises ConfigError when a pinned host has no rank, or nobody is left to host silos.
 
-    >>> place([Silo("a", 10), Silo("b", 40), Silo("c", 20), Silo("d", 10)], ["n1", "n1"])
+    >>> place([Silo("a", 10), Silo("b", 40), Silo("c", 20), Silo("d", 10)], ["n1", "n1"]).ranks
     [1, 0, 1, 1]
     """
     declared = [s.num_samples for s in silos if s.num_samples is not None]
@@ -26,26 +28,22 @@ def place(silos: Sequence[Silo], hosts: Sequence[str], dedicated: bool = False) 
     if not able:
         raise ConfigError("server.dedicated: needs at least 2 ranks, since rank 0 then hosts no silo")
     load = dict.fromkeys(able, 0.0)
-    owners = [0] * len(silos)
+    ranks = [0] * len(silos)
     largest_first = sorted(range(len(silos)), key=lambda i: (-sizes[i], i))
     for i in (i for i in largest_first if silos[i].host is not None):
-        here = [r for r in able if _same_host(silos[i].host, hosts[r])]
+        here = [r for r in able if same_host(silos[i].host, hosts[r])]
         if not here:
             there = ", ".join(sorted(set(hosts)))
             raise ConfigError(f"silo '{silos[i].id}' is pinned to host '{silos[i].host}', but ranks are on: {there}")
-        owners[i] = min(here, key=lambda r: (load[r], r))
-        load[owners[i]] += sizes[i]
+        ranks[i] = min(here, key=lambda r: (load[r], r))
+        load[ranks[i]] += sizes[i]
     # A rank that a site pinned its silos to opens those and no others; one process by itself is all silos.
-    pinned_to = {owners[i] for i in largest_first if silos[i].host is not None}
+    pinned_to = {ranks[i] for i in largest_first if silos[i].host is not None}
     free = [(0.0, r) for r in able if r not in pinned_to or len(able) == 1]
     heapq.heapify(free)
     for i in (i for i in largest_first if silos[i].host is None):
         if not free:
             raise ConfigError(f"silo '{silos[i].id}' has no rank: pinned silos hold them all; start more ranks")
-        busy, owners[i] = heapq.heappop(free)
-        heapq.heappush(free, (busy + sizes[i], owners[i]))
-    return owners
-
-
-def _same_host(wanted: str | None, host: str) -> bool:
-    return wanted is None or wanted == host or (("." not in wanted) and wanted == host.partition(".")[0])
+        busy, ranks[i] = heapq.heappop(free)
+        heapq.heappush(free, (busy + sizes[i], ranks[i]))
+    return Membership(0, {silo.id: (rank,) for silo, rank in zip(silos, ranks, strict=True)})

@@ -50,7 +50,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         section = replace(section, plan=likely)  # type: ignore[arg-type]
     # Pinned silos cannot be placed on hosts that are not known yet.
     free = [type(silo)(silo.id, silo.num_samples) for silo in source.silos]
-    owners = place(free, [""] * num_ranks, config.server.dedicated)
+    owners = place(free, [""] * num_ranks, config.server.dedicated).ranks
     flat = section.regions is None  # where regions lie is not known before ranks have hosts
     hosted = [owners.count(rank) for rank in range(num_ranks)]
     vectors = num_vectors(section, hosted)

@@ -117,10 +117,10 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
     with confined(root, allow):
         run = _Stored.open(root, comm)
         ids = [silo.id for silo in run.source.silos]
-        owners = [0] * len(ids)
+        mine = ids
         if comm.size > 1:
-            owners = comm.collectively(lambda: place(run.source.silos, comm.hosts, run.config.server.dedicated))
-        mine = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
+            members = comm.collectively(lambda: place(run.source.silos, comm.hosts, run.config.server.dedicated))
+            mine = members.hosted(comm.rank)
         round = _choose(root, which, comm, mine)
         comm.set_up(run.config.comm.timeout_s)
         if comm.size > 1:

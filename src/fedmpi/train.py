@@ -126,7 +126,7 @@ class Run:
         self.out = self._directory.path
         parts = assemble(self.config, self.comm, self.out, self._directory.plan_before)
         fed = self.federation = parts.federation
-        self.device, self.threads, self.central = parts.device, parts.threads, parts.central
+        self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
         self.fingerprint, self.unshared, self.plan_seconds = parts.fingerprint, parts.unshared, parts.plan_seconds
         self.model, self.state = fed.model.module, parts.state
@@ -251,8 +251,10 @@ class Run:
         row = json.dumps({"pid": os.getpid(), "device": str(self.device), "threads": self.threads})
         rows = self.comm.gather(row.encode().ljust(256))
         ranks = [
-            {"rank": r, "host": host, **json.loads(text), "silos": [s for s, o in zip(fed.ids, fed.owners) if o == r]}  # noqa: B905
-            for r, (host, text) in enumerate(zip(self.comm.hosts, rows, strict=True))
+            {"rank": r, "host": host, **json.loads(text), "silos": silos}
+            for r, (host, text, silos) in enumerate(
+                zip(self.comm.hosts, rows, fed.membership.by_rank(self.comm.size), strict=True)
+            )
         ]
         about = {
             "versions": versions(),
@@ -431,9 +433,7 @@ class Run:
         self._wait(math.inf)
         self.comm.collectively(self._writer.join)
         rows = self.comm.gather(self._writer.digests)
-        hosted: list[list[str]] = [[] for _ in range(self.comm.size)]
-        for silo, owner in zip(fed.ids, fed.owners, strict=True):
-            hosted[owner].append(silo)
+        hosted = fed.membership.by_rank(self.comm.size)
         best, ranks = self._pending_best, self.comm.size
         self._scores[round] = self._score(record)
         if best is not None:

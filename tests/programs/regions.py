@@ -33,10 +33,9 @@ def case(work):
 def regions(comm, config, number):
     """So many regions of silos: ranks take turns."""
     silos = config.data.source(config.seed).silos
-    owners = place(silos, comm.hosts)
     found = {}
-    for silo, owner in zip(silos, owners, strict=True):
-        found.setdefault(f"region {owner % number}", []).append(silo.id)
+    for silo, rank in zip(silos, place(silos, comm.hosts).ranks, strict=True):
+        found.setdefault(f"region {rank % number}", []).append(silo.id)
     return found
 
 
@@ -111,7 +110,7 @@ def hierarchical_averaging_is_its_equations(comm, folder):
 
 def started_silos(comm, config):
     silos = config.data.source(config.seed).silos
-    return [s.id for s, owner in zip(silos, place(silos, comm.hosts), strict=True) if owner == comm.rank]
+    return place(silos, comm.hosts).hosted(comm.rank)
 
 
 @case
@@ -166,7 +165,7 @@ def what_a_codec_refuses_in_one_region_is_an_error_on_all_ranks(comm, folder):
     unused = in_regions(comm, folder, "unused")
     last = comm.size - 1
     silos = unused.data.source(unused.seed).silos
-    silo = next(s.id for s, owner in zip(silos, place(silos, comm.hosts), strict=True) if owner == last)
+    silo = place(silos, comm.hosts).hosted(last)[0]
     for what, level, across in (("inside", {"up": narrow}, {}), ("across", {}, {"up": narrow})):
         levels = [{"by": halves(comm, unused), **level}]
         config = in_regions(comm, folder, f"refused-{what}-{comm.size}", levels=levels, **across)
@@ -196,9 +195,7 @@ def regions_that_cannot_be_are_refused(comm, folder):
     some = next(iter(by_two.values()))
     config = in_regions(comm, folder, "unused")
     everybody = [silo.id for silo in config.data.source(config.seed).silos]
-    first = [
-        s for s, o in zip(everybody, place(config.data.source(config.seed).silos, comm.hosts), strict=True) if not o
-    ]
+    first = place(config.data.source(config.seed).silos, comm.hosts).hosted(0)
     others = sorted(set(everybody) - set(first))
     wrong = {
         "'nobody' is no silo": [{"by": {"a": [*everybody, "nobody"]}}],

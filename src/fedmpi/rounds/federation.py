@@ -15,6 +15,7 @@ from fedmpi.evaluate import Scores, Tuning
 from fedmpi.exchange.base import Exchange
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
+from fedmpi.membership import Comms, Membership
 from fedmpi.objectives import Criterion, LossAndMetrics
 from fedmpi.records import PHASES, Record, StatusTable, Timer
 from fedmpi.selection import Selector
@@ -48,11 +49,10 @@ class State:
 class Federation:
     """What stays the same from round to round: the silos, the rules and this rank's part."""
 
-    ids: Sequence[str]  # all silos, in the federation's order
-    owners: Sequence[int]  # the rank of each
-    num_train: Sequence[int]  # training samples of each
+    membership: Membership
+    comms: Comms
+    num_train: Sequence[int]  # training samples of each silo
     silos: dict[str, LocalSilo]  # those that this rank hosts
-    comm: Comm
     watch: Watch
     model: FlatModel
     objective: LossAndMetrics
@@ -71,6 +71,8 @@ class Federation:
     timer: Timer = field(default_factory=Timer)
 
     def __post_init__(self) -> None:
+        self.ids = self.membership.ids  # all silos, in the federation's order
+        self.comm: Comm = self.comms.control  # what all ranks agree over
         self.index = {silo: i for i, silo in enumerate(self.ids)}
         self.auxiliaries: Sequence[Auxiliary] = getattr(self.rule, "auxiliaries", ())
         self.not_trained = self.model.not_trained()

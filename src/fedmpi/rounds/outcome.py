@@ -44,8 +44,9 @@ def make_record(
         own, of_own = fed.scores.figures(done, fed.ids, PERSONAL)
         figures |= of_own
     silos: dict[str, dict[str, Any]] = {}
+    ranks = fed.membership.ranks
     for i, silo in enumerate(fed.ids):
-        row: dict[str, Any] = {"rank": fed.owners[i], "num_train": fed.num_train[i]}
+        row: dict[str, Any] = {"rank": ranks[i], "num_train": fed.num_train[i]}
         if silo in in_cohort and of_ready["taken"][i]:
             # Where no target counts there is no loss.
             row["train_loss"] = of_ready["loss"][i] if of_ready["targets"][i] else None
