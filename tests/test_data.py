@@ -16,11 +16,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from mpi import absent
 
 from fedmpi.components import build, hints, to_dict
-from fedmpi.data import DATASETS, PARTITIONS, check, digits, fashion_mnist, fetch, heart_disease, official, shakespeare
+from fedmpi.data import DATASETS, PARTITIONS, check, digits, fetch, heart_disease, idx, official, shakespeare
+from fedmpi.data.fashion_mnist import FashionMnist
 from fedmpi.data.files import Files
-from fedmpi.data.partition import Dirichlet, Iid, Labels, Part, Quantity, Shared, divide
+from fedmpi.data.mnist import Mnist
+from fedmpi.data.partition import Dirichlet, Iid, Labels, Part, Quantity, Shared, Sorted, divide
 from fedmpi.errors import ConfigError, DataMissing
 
 Y_TRAIN, Y_TEST = np.repeat(np.arange(10), 300), np.repeat(np.arange(10), 50)
@@ -46,10 +49,10 @@ def test_partition_gives_every_sample_to_one_silo_and_depends_on_the_seed_alone(
     again, other = (divide(partition, Y_TRAIN, Y_TEST, num_silos, seed=s) for s in (3, 4))
     assert all(np.array_equal(parts[s].train, again[s].train) for s in parts)
     assert all(np.array_equal(parts[s].test, again[s].test) for s in parts)
-    if num_silos > 1:
+    if num_silos > 1 and not (cls is Sorted and 10 % num_silos == 0):  # which cuts no class
         assert not all(np.array_equal(parts[s].train, other[s].train) for s in parts)
     # A silo is tested on its own mixture: its share of every class is the same in both sets, up to rounding.
-    if type(partition) in (Dirichlet, Labels):
+    if type(partition) in (Dirichlet, Labels, Sorted):
         for p in parts.values():
             share_train = np.bincount(Y_TRAIN[p.train], minlength=10) / 300
             share_test = np.bincount(Y_TEST[p.test], minlength=10) / 50
@@ -76,6 +79,26 @@ def test_shared_samples_come_on_top_of_another_partition(portion):
         assert (np.bincount(Y_TRAIN[common], minlength=10) == 30).all()
     again = divide(Shared(partition=inner, share=0.1, portion=portion), Y_TRAIN, Y_TEST, 7, seed=3)
     assert all(np.array_equal(parts[silo].train, again[silo].train) for silo in parts)
+
+
+@pytest.mark.parametrize("mixed", [0, 2])
+def test_a_sorted_set_is_cut_into_consecutive_parts_and_mixed_silos_hold_copies_of_all_labels(mixed):
+    """Against the sampler of Karimireddy et al.'s benchmark in plain numpy: sort by label, cut into equal parts."""
+    y_train, y_test = Y_TRAIN[np.random.default_rng(0).permutation(3000)], Y_TEST[::-1]
+    parts = list(divide(Sorted(mixed=mixed), y_train, y_test, 8 + mixed, seed=3).values())
+    cut = np.sort(y_train).reshape(8, -1)
+    assert [np.sort(y_train[p.train]).tolist() for p in parts[:8]] == cut.tolist()
+    assert np.array_equal(np.sort(np.concatenate([p.train for p in parts[:8]])), np.arange(3000))
+    assert all(set(y_test[p.test]) == set(labels) for p, labels in zip(parts, cut, strict=False))
+    for p in parts[8:]:
+        assert len(p.train) == len(np.unique(p.train)) == 375 and len(p.test) == 0
+        assert np.abs(np.bincount(y_train[p.train], minlength=10) - 37.5).max() < 25
+    assert len(np.unique(np.concatenate([[-1], *(p.train for p in parts[8:])]))) == 1 + 375 * mixed
+
+
+def test_a_class_that_nobody_trains_on_is_tested_by_all_sorted_silos_alike():
+    parts = divide(Sorted(), Y_TRAIN[Y_TRAIN != 4], Y_TEST, 5, seed=0).values()
+    assert [np.sum(Y_TEST[p.test] == 4) for p in parts] == [10] * 5
 
 
 def test_what_two_silos_both_hold_is_refused_where_nothing_is_shared():
@@ -135,6 +158,7 @@ class Loses:
         (Dirichlet(), 5, "silo . of 5 has .* samples, min_samples is 10"),
         (Labels(labels=11), 2, "11 labels a silo, but there are only 10"),
         (Labels(), 4, "4 silos of 2 labels leave some of 10 without owner"),
+        (Sorted(mixed=3), 3, "3 mixed silos leave none of 3"),
         (Loses(), 2, "does not give every sample to exactly one silo"),
     ],
 )
@@ -148,7 +172,7 @@ def test_a_partition_that_cannot_be_says_so(partition, num_silos, says):
 
 @pytest.mark.parametrize("cls", [*DATASETS.members.values(), *PARTITIONS.members.values()])
 def test_every_field_says_what_it_is_and_goes_through_a_configuration(cls):
-    code = inspect.getsource(cls).splitlines()
+    code = [line for part in cls.__mro__[:-1] for line in inspect.getsource(part).splitlines()]
     for name in hints(cls):
         assert any(line.strip().startswith(f"{name}: ") and "  # " in line for line in code), name
     values = {"silos": [{"id": "a", "path": "a.csv"}], "task": "binary", "shape": [3]} if cls is Files else {}
@@ -192,18 +216,50 @@ def test_digits_are_scikit_learns_and_their_test_set_is_the_same_for_every_seed(
     assert not torch.equal(opened(1)[1][0].x_train, opened(2)[1][0].x_train)
 
 
-# --- fashion_mnist ---
+# --- mnist and fashion_mnist ---
 
 
-def test_fashion_mnist(root):
-    source = fashion_mnist.FashionMnist(root=root, silos=3, partition=Labels(labels=4)).source(0)
+@pytest.mark.parametrize(
+    ("cls", "labels"), [(FashionMnist, [9, 2, 1, 1, 6, 1, 4, 6]), (Mnist, [7, 2, 1, 0, 4, 1, 4, 9])]
+)
+def test_images_are_all_there_and_standardised(root, cls, labels):
+    if not (root / cls.folder).is_dir():
+        absent("data", f"no {cls.folder}/ in {root}")
+    source = cls(root=root, silos=3, partition=Labels(labels=4)).source(0)
     data = source.open("silo-1")
     assert len(data.y_train.unique()) == len(data.y_test.unique()) == 4
     assert sum(s.num_samples or 0 for s in source.silos) == 60_000 and source.silos[1].num_samples == len(data.x_train)
-    whole = fashion_mnist.FashionMnist(root=root, silos=1).source(0).open("silo-0")
+    whole = cls(root=root, silos=1).source(0).open("silo-0")
     assert whole.x_test.shape == (10_000, 1, 28, 28) and whole.x_train.dtype == torch.float32
     assert abs(whole.x_train.mean().item()) < 1e-3 and abs(whole.x_train.std().item() - 1) < 1e-3
-    assert whole.y_test[:8].tolist() == [9, 2, 1, 1, 6, 1, 4, 6]
+    assert whole.y_test[:8].tolist() == labels
+
+
+@pytest.mark.parametrize("cls", [FashionMnist, Mnist])
+def test_a_set_of_idx_files_reads_its_own_folder(tmp_path, cls):
+    rng, folder = np.random.default_rng(0), tmp_path / cls.folder
+    folder.mkdir()
+    y, x = rng.integers(10, size=40).astype(np.uint8), rng.integers(256, size=(40, 28, 28)).astype(np.uint8)
+    for part in ("train", "t10k"):
+        for file, values in ((f"{part}-labels-idx1-ubyte.gz", y), (f"{part}-images-idx3-ubyte.gz", x)):
+            head = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+            (folder / file).write_bytes(gzip.compress(head + values.tobytes()))
+    data = cls(root=tmp_path, silos=1).source(0).open("silo-0")
+    assert data.y_train.tolist() == data.y_test.tolist() == y.tolist()
+    np.testing.assert_allclose(data.x_train[:, 0].numpy(), (x / 255 - cls.mean) / cls.std, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match=f"{cls.folder}: .* has MD5 .* the official one MD5"):
+        official.verify(cls.folder, tmp_path)
+
+
+def test_the_checksum_of_what_is_packed_does_not_depend_on_the_packer(tmp_path):
+    for level in (1, 9):
+        (tmp_path / f"{level}.gz").write_bytes(gzip.compress(b"digits" * 999, level))
+    md5 = hashlib.md5(b"digits" * 999).hexdigest()
+    assert [official.md5_of(tmp_path / f"{level}.gz", unpacked=True) for level in (1, 9)] == [md5, md5]
+    assert official.md5_of(tmp_path / "1.gz") != official.md5_of(tmp_path / "9.gz")
+    for torn in ((tmp_path / "1.gz").read_bytes()[:-9], b"html", b""):
+        (tmp_path / "torn.gz").write_bytes(torn)
+        assert official.md5_of(tmp_path / "torn.gz", unpacked=True) != md5
 
 
 def test_a_torn_idx_file_is_said_by_name(tmp_path):
@@ -211,9 +267,9 @@ def test_a_torn_idx_file_is_said_by_name(tmp_path):
     for content in (gzip.compress(good)[:-9], gzip.compress(good + b"d"), gzip.compress(b"\0\0"), b"html"):
         (tmp_path / "x.gz").write_bytes(content)
         with pytest.raises(ConfigError, match=r"x\.gz is (damaged|no IDX)"):
-            fashion_mnist.read_idx(tmp_path / "x.gz")
+            idx.read_idx(tmp_path / "x.gz", "mnist")
     (tmp_path / "x.gz").write_bytes(gzip.compress(good))
-    assert fashion_mnist.read_idx(tmp_path / "x.gz").tolist() == [97, 98, 99]
+    assert idx.read_idx(tmp_path / "x.gz", "mnist").tolist() == [97, 98, 99]
 
 
 # --- heart_disease ---
@@ -499,7 +555,7 @@ def test_fetch_names_a_file_only_when_its_checksum_is_right(monkeypatch, tmp_pat
         fetch("heart_diseas", root)
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "shakespeare"])
+@pytest.mark.parametrize("name", ["fashion_mnist", "mnist", "shakespeare"])
 def test_missing_data_says_what_to_do(tmp_path, name):
     dataset = DATASETS.build({"name": name, "root": tmp_path}, "data")
     with pytest.raises(
@@ -510,6 +566,8 @@ def test_missing_data_says_what_to_do(tmp_path, name):
 
 def test_check_gives_a_row_per_silo_and_verifies(root, tmp_path):
     for name, official_files in official.FILES.items():
+        if name == "mnist" and not (root / name).is_dir():
+            absent("data", f"no mnist/ in {root}")
         assert all((official.folder_of(root, name) / file).is_file() for file in official_files)
         official.verify(name, root)
     rows = check(heart_disease.HeartDisease(root=root))

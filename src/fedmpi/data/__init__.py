@@ -12,6 +12,7 @@ from fedmpi.data.digits import Digits
 from fedmpi.data.fashion_mnist import FashionMnist
 from fedmpi.data.files import Files, FileSilo
 from fedmpi.data.heart_disease import HeartDisease
+from fedmpi.data.mnist import Mnist
 from fedmpi.data.official import fetch, locate, root_of, verify
 from fedmpi.data.partition import PARTITIONS, Partition
 from fedmpi.data.shakespeare import Shakespeare
@@ -61,6 +62,7 @@ DATASETS = Family(
     {
         "digits": Digits,
         "fashion_mnist": FashionMnist,
+        "mnist": Mnist,
         "heart_disease": HeartDisease,
         "shakespeare": Shakespeare,
         "files": Files,

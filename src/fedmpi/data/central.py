@@ -1,4 +1,4 @@
-"""One labelled set that was partitioned over silos: what digits and fashion_mnist share."""
+"""One labelled set that was partitioned over silos: what digits, mnist and fashion_mnist share."""
 
 from __future__ import annotations
 

@@ -2,69 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import gzip
-import zlib
-from pathlib import Path
-from typing import Annotated
+from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
-from fedmpi.components import PositiveInt, component
-from fedmpi.data.central import central_source
-from fedmpi.data.official import locate
-from fedmpi.data.partition import PARTITIONS, Iid, Partition, divide
-from fedmpi.errors import ConfigError
-from fedmpi.types import Source
-
-MEAN, STD = 0.2860, 0.3530  # of the training images in [0, 1]; constants, so that no silo's data shape another's
-FLOOR = {"accuracy": 0.1}  # any one class: they are equally frequent
+from fedmpi.components import component
+from fedmpi.data.idx import IdxImages
 
 
 @component
-class FashionMnist:
+class FashionMnist(IdxImages):
     """Clothes in grey; x is [1, 28, 28], standardised by fixed constants."""
 
-    silos: PositiveInt = 4  # number of silos
-    partition: Annotated[Partition, PARTITIONS] = Iid()  # how samples are divided over silos
-    seed: int | None = None  # of the partition; null: the run's seed
-    root: Path | None = None  # folder that holds fashion_mnist/; null: $FEDMPI_DATA, else ./data
-
-    def source(self, seed: int) -> Source:
-        """Silos "silo-0" on; every rank reads labels now and, with the first silo it opens, all images (central)."""
-        labels = (self._read("train-labels-idx1-ubyte.gz"), self._read("t10k-labels-idx1-ubyte.gz"))
-        parts = divide(self.partition, *labels, self.silos, seed if self.seed is None else self.seed)
-
-        @functools.cache
-        def images() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-            return self._read("train-images-idx3-ubyte.gz"), self._read("t10k-images-idx3-ubyte.gz")
-
-        for file in ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
-            locate(self.root, "fashion_mnist", file)  # missing images are said now, not after placement
-        return central_source(parts, labels, images, standardise, (1, 28, 28), 10, FLOOR)
-
-    def _read(self, file: str) -> npt.NDArray[np.uint8]:
-        return read_idx(locate(self.root, "fashion_mnist", file))
-
-
-def standardise(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """(x / 255 - mean) / std, in place after the one conversion to float32."""
-    x = pixels.astype(np.float32)
-    x -= np.float32(255 * MEAN)
-    x /= np.float32(255 * STD)
-    return x
-
-
-def read_idx(file: Path) -> npt.NDArray[np.uint8]:
-    """The array in a gzipped IDX file of bytes; ConfigError when the file is torn or something else."""
-    try:
-        data = gzip.decompress(file.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"fashion_mnist: {file} is damaged ({error}); remove it and fetch it again") from None
-    num_axes = data[3] if len(data) > 3 else 0
-    shape = np.frombuffer(data, ">u4", num_axes, offset=4) if len(data) >= 4 + 4 * num_axes else np.zeros(1)
-    # An IDX head is two zero bytes, 8 for unsigned bytes, the number of axes, and each axis' length.
-    if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * num_axes + shape.prod(dtype=np.int64):
-        raise ConfigError(f"fashion_mnist: {file} is no IDX file of bytes; remove it and fetch it again")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(shape.astype(int))
+    folder: ClassVar[str] = "fashion_mnist"
+    mean: ClassVar[float] = 0.2860
+    std: ClassVar[float] = 0.3530
+    floor: ClassVar[dict[str, float]] = {"accuracy": 0.1}  # any one class: they are equally frequent

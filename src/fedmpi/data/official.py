@@ -6,10 +6,12 @@ A dataset's files lie in ROOT/NAME/. ROOT is the dataset's field `root`, else $F
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import os
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +24,25 @@ class Official(NamedTuple):
 
     md5: str
     urls: tuple[str, ...]  # tried in this order
+    unpacked: bool = False  # is `md5` that of a .gz file's contents? Mirrors pack the same bytes differently
+
+    @property
+    def sum(self) -> str:
+        """The checksum as messages say it."""
+        return f"MD5 {self.md5}{' unpacked' if self.unpacked else ''}"
 
 
 def _fashion(file: str) -> tuple[str, ...]:
     return (
         f"https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/{file}",
         f"http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{file}",
+    )
+
+
+def _mnist(file: str) -> tuple[str, ...]:
+    return (
+        f"https://ossci-datasets.s3.amazonaws.com/mnist/{file}",
+        f"https://storage.googleapis.com/cvdf-datasets/mnist/{file}",
     )
 
 
@@ -43,6 +58,15 @@ FILES: dict[str, dict[str, Official]] = {
             ("train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
             ("t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
             ("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
+        )
+    },
+    "mnist": {
+        file: Official(md5, _mnist(file), unpacked=True)
+        for file, md5 in (
+            ("train-images-idx3-ubyte.gz", "6bbc9ace898e44ae57da46a324031adb"),
+            ("train-labels-idx1-ubyte.gz", "a25bea736e30d166cdddb491f175f624"),
+            ("t10k-images-idx3-ubyte.gz", "2646ac647ad5339dbf082846283269ea"),
+            ("t10k-labels-idx1-ubyte.gz", "27ae3e4e09519cfbb04c329615203637"),
         )
     },
     "heart_disease": {
@@ -81,7 +105,7 @@ def locate(root: Path | None, name: str, file: str) -> Path:
         return path
     raise DataMissing(
         f"{name}: no {file} in {path.parent.absolute()}; run `fedmpi data fetch {name}` or put it there "
-        f"(official: {FILES[name][file].urls[0]}, MD5 {FILES[name][file].md5})"
+        f"(official: {FILES[name][file].urls[0]}, {FILES[name][file].sum})"
     )
 
 
@@ -89,9 +113,9 @@ def verify(name: str, root: Path | None = None) -> None:
     """ConfigError when a file of the dataset that is there is not the official one; other silos' files may be away."""
     for file, official in FILES.get(name, {}).items():
         path = folder_of(root, name) / file
-        if path.is_file() and (found := md5_of(path)) != official.md5:
+        if path.is_file() and (found := md5_of(path, official.unpacked)) != official.md5:
             raise ConfigError(
-                f"{name}: {path} has MD5 {found}, the official one {official.md5}; run `fedmpi data fetch {name}`"
+                f"{name}: {path} has MD5 {found}, the official one {official.sum}; run `fedmpi data fetch {name}`"
             )
 
 
@@ -105,22 +129,28 @@ def fetch(name: str, root: Path | None = None, timeout_s: float = 30) -> list[Pa
         raise ConfigError(f"nothing to fetch for '{name}'{did_you_mean(name, FILES)}")
     paths = {folder_of(root, name) / file: official for file, official in FILES[name].items()}
     missing = {
-        path: official for path, official in paths.items() if not (path.is_file() and md5_of(path) == official.md5)
+        path: official
+        for path, official in paths.items()
+        if not (path.is_file() and md5_of(path, official.unpacked) == official.md5)
     }
     reasons = {path: reason for path, official in missing.items() if (reason := _download(path, official, timeout_s))}
     if reasons:
-        places = "; ".join(
-            f"{p.absolute()} (official: {' or '.join(paths[p].urls)}, MD5 {paths[p].md5})" for p in reasons
-        )
+        places = "; ".join(f"{p.absolute()} (official: {' or '.join(paths[p].urls)}, {paths[p].sum})" for p in reasons)
         why = ", ".join(dict.fromkeys(reasons.values()))
         raise DataMissing(f"{name}: could not fetch {len(reasons)} files ({why}); put them there: {places}")
     return list(paths)
 
 
-def md5_of(path: Path) -> str:
-    """The MD5 sum of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def md5_of(path: Path, unpacked: bool = False) -> str:
+    """The MD5 sum of a file, or of what a .gz file holds (as far as it can be unpacked), as hexadecimal digits."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    with (
+        gzip.open(path) if unpacked else path.open("rb") as file,
+        contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile),
+    ):
+        while block := file.read(1 << 20):
+            md5.update(block)
+    return md5.hexdigest()
 
 
 def _download(path: Path, official: Official, timeout_s: float) -> str:
@@ -133,7 +163,7 @@ def _download(path: Path, official: Official, timeout_s: float) -> str:
             with urllib.request.urlopen(url, timeout=timeout_s) as reply, beside.open("wb") as file:
                 while block := reply.read(1 << 20):
                     file.write(block)
-            if (found := md5_of(beside)) == official.md5:
+            if (found := md5_of(beside, official.unpacked)) == official.md5:
                 os.replace(beside, path)
                 return ""
             reasons.append(f"MD5 {found} at {url}")

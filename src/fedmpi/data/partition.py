@@ -139,6 +139,41 @@ class Labels:
         return _by_class(owns_CK / owns_CK.sum(axis=1, keepdims=True), y_train_N, y_test_M, rng)
 
 
+@component
+class Sorted:
+    """Sorted by label and cut into equal consecutive parts: most silos have one label, some two.
+
+    The non-iid setting of Karimireddy et al. 2022 (Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing,
+    section 6), where honest silos share the sorted set out. `mixed` silos at the end stand for that benchmark's hostile
+    ones: they get a random 1/(K - mixed) of the whole set each, in copies, and nothing to be tested on, so that the
+    honest silos still hold every sample.
+
+    Deviations: samples of one label are dealt out at random, not in the file's order; a silo is tested on its own
+    labels, in place of one central test set.
+    """
+
+    overlaps: ClassVar[bool] = True
+
+    mixed: NonNegativeInt = 0  # silos at the end that hold copies of samples of all labels
+
+    def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
+        """The sorted parts, then the mixed ones."""
+        num_sorted = num_silos - self.mixed
+        if num_sorted < 1:
+            raise ConfigError(
+                f"partition sorted: {self.mixed} mixed silos leave none of {num_silos} for the sorted set"
+            )
+        num_C = np.bincount(y_train_N, minlength=_num_classes(y_train_N, y_test_M))
+        ends_C, bounds = np.cumsum(num_C)[:, None], _bounds(np.full(num_sorted, 1 / num_sorted), len(y_train_N))
+        overlap_CK = np.minimum(ends_C, bounds[1:]) - np.maximum(ends_C - num_C[:, None], bounds[:-1])
+        # A class that is only tested has no place in the order: every silo gets the same of it.
+        shares_CK = np.where(num_C[:, None], overlap_CK.clip(0) / num_C.clip(1)[:, None], 1 / num_sorted)
+        parts = _by_class(shares_CK, y_train_N, y_test_M, rng)
+        order_N, nothing = rng.permutation(len(y_train_N)), np.zeros(0, np.int64)
+        copies = [order_N[k % num_sorted :: num_sorted] for k in range(self.mixed)]
+        return parts + [Part(np.sort(train), nothing) for train in copies]
+
+
 def divide(partition: Partition, y_train_N: Ints, y_test_M: Ints, num_silos: int, seed: int) -> dict[str, Part]:
     """Each silo's part by id, "silo-0" on, zero-padded so that text order is number order.
 
@@ -206,7 +241,9 @@ def _by_class(shares_CK: FloatArray, y_train_N: Ints, y_test_M: Ints, rng: Rng) 
 
 
 PARTITIONS = Family(
-    "partition", {"iid": Iid, "dirichlet": Dirichlet, "labels": Labels, "quantity": Quantity}, Partition
+    "partition",
+    {"iid": Iid, "dirichlet": Dirichlet, "labels": Labels, "sorted": Sorted, "quantity": Quantity},
+    Partition,
 )
 
 
