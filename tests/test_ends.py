@@ -20,9 +20,9 @@ from mpi import ENVIRONMENT, until
 from runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
-from fedmpi import checkpoint, comm, output, records, results, stopping
+from fedmpi import checkpoint, output, records, results, stopping
 from fedmpi.cli import app
-from fedmpi.comm import Comm, SoloComm
+from fedmpi.comm import Comm, MpiComm, SoloComm, process
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, FedmpiError, SiloError, Stopped, agreed
 
@@ -120,7 +120,7 @@ def hook(monkeypatch):
     given = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: given.append(error))
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # the process goes on after all
-    comm._abort_on_uncaught(SoloComm())
+    process.abort_on_uncaught(SoloComm())
     return sys.excepthook, given
 
 
@@ -168,7 +168,7 @@ def nothing_left(*arguments, **options):
 
 def test_a_rank_without_memory_to_say_why_ends_the_job_all_the_same(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    comm._abort_on_uncaught(pair := Pair())
+    process.abort_on_uncaught(pair := Pair())
     monkeypatch.setattr(traceback, "format_exception", nothing_left)
     with pytest.raises(MemoryError):
         sys.excepthook(LookupError, LookupError(), None)
@@ -183,7 +183,7 @@ def test_a_job_ends_where_no_thread_can_be_started_to_watch_its_end(monkeypatch,
     codes = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", refuses)
     world = SimpleNamespace(COMM_WORLD=SimpleNamespace(Abort=codes.append))
-    comm.MpiComm.abort(SimpleNamespace(_mpi=world), 3)
+    MpiComm.abort(SimpleNamespace(_mpi=world), 3)
     assert codes == [3]
 
 
@@ -191,11 +191,11 @@ def test_a_job_ends_where_no_thread_can_be_started_to_watch_its_end(monkeypatch,
 def test_ranks_that_end_alike_do_not_wait_for_one_that_does_not_come(monkeypatch, late):
     pair = Pair()
     if late:
-        monkeypatch.setattr(comm, "LATE_S", 0.05)
+        monkeypatch.setattr(process, "LATE_S", 0.05)
         monkeypatch.setattr(pair, "finish", lambda: until(lambda: pair.codes, 10))
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     monkeypatch.setattr(threading, "Thread", nothing_left)  # its `start` may wait for ever
-    comm.leave(pair, agreed(Stopped("stopped")))
+    process.leave(pair, agreed(Stopped("stopped")))
     assert pair.codes == [3] * late
 
 

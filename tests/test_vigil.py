@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 from programs.place import TEN_MINUTES, Place, own_lines
 
-from fedmpi import vigil
-from fedmpi.comm import MpiComm
-from fedmpi.vigil import SET_UP, Vigil
+from fedmpi.comm import MpiComm, vigil
+from fedmpi.comm.vigil import SET_UP, Vigil
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@
         for record in run:
             print(record["round"], record["accuracy"])
 
-Every rank executes the same lines. What can fail on one rank only goes through `comm.together`, so that all fail alike.
+Every rank executes the same lines. What can fail on one rank only goes through `comm.collectively`, so
+that all fail alike.
 """
 
 from __future__ import annotations

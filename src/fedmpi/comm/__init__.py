@@ -1,0 +1,28 @@
+"""The ranks and what they say to each other.
+
+base       what every communicator offers, and what follows from it; one rank by itself
+mpi        the ranks of an MPI job; the only module that imports mpi4py, and only when it is called
+process    a process among those of its job: `connect`, and how it ends without leaving the others in a collective
+vigil      how long a rank waits for the others
+machine    cores and shared memory of this machine
+"""
+
+from fedmpi.comm.base import BLOCK_BYTES, Comm, CountsDispls, Pending, SoloComm, blocks, ranks_text
+from fedmpi.comm.mpi import MpiComm
+from fedmpi.comm.process import connect, is_first, launched, leave, told
+
+__all__ = [
+    "BLOCK_BYTES",
+    "Comm",
+    "CountsDispls",
+    "MpiComm",
+    "Pending",
+    "SoloComm",
+    "blocks",
+    "connect",
+    "is_first",
+    "launched",
+    "leave",
+    "ranks_text",
+    "told",
+]

@@ -1,0 +1,35 @@
+"""Cores and shared memory of this machine, as far as ranks on it share them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from pathlib import Path
+
+SHM = Path("/dev/shm")  # where MPI libraries make what ranks share
+SPARE_BYTES = 1 << 20  # of shared memory, for what MPI libraries put around it
+
+
+def cores() -> tuple[bytes, int]:
+    """What ranks on the same cores have in common, and how many cores these are."""
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+    return hashlib.sha256(f"{machine_name()} {mine}".encode()).digest(), len(mine)
+
+
+def shared_memory() -> tuple[int, bytes]:
+    """Free bytes of the memory that ranks may share, and which memory that is: containers have their own, or not."""
+    try:
+        there, found = os.statvfs(SHM), os.stat(SHM).st_dev
+    except OSError:  # not on this system: MPI knows another way
+        there, found = None, 0
+    free = there.f_bavail * there.f_frsize if there is not None and there.f_blocks else 1 << 62  # no blocks: no limit
+    return free, hashlib.sha256(f"{machine_name()} {found}".encode()).digest()
+
+
+def machine_name() -> str:
+    """The machine's name for this boot: containers with names of their own run on one machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname()
