@@ -192,7 +192,7 @@ def test_a_pattern_that_names_nothing_shared_is_refused_and_without_a_codec_none
     wrong = config(tmp_path, 1, exchange={"exact": ["haed.*"]}, **NORMED)
     assert refused(wrong).startswith("exchange.exact: 'haed.*' matches nothing that is shared")
     ends = [
-        sha256(run(config(tmp_path / str(len(exact)), 2, exchange={"exact": exact}, **NORMED))[1].params_P)
+        sha256(run(config(tmp_path / str(len(exact)), 2, exchange={"exact": exact}, **NORMED))[1].parameters)
         for exact in ([], ["*"])
     ]
     assert ends[0] == ends[1]

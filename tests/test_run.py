@@ -550,9 +550,9 @@ def test_an_exported_model_has_the_frozen_part_that_it_was_trained_with(tmp_path
 
 def test_a_resumed_run_never_goes_on_with_another_frozen_part(tmp_path, start):
     shared = {"exchange": {"parameters": "trainable"}, **NORMED}
-    end = sha256(run(config(tmp_path / "a", 4, init=start, **shared))[1].params_P)
+    end = sha256(run(config(tmp_path / "a", 4, init=start, **shared))[1].parameters)
     run(config(tmp_path / "b", 4, init=start, **shared), 2)
-    assert outcome(lambda: sha256(run(config(tmp_path / "b", 4, **shared))[1].params_P)) in (end, "refused")
+    assert outcome(lambda: sha256(run(config(tmp_path / "b", 4, **shared))[1].parameters)) in (end, "refused")
 
 
 def test_tensorboard_has_the_figures_of_every_round(tmp_path):

@@ -51,7 +51,7 @@ def test_what_is_imported_from_the_same_folder_and_package_is_found_and_kept(cod
 
 @pytest.mark.parametrize("name", ["mine_net.py", "mine_loss.py", "mine_scale.py", "mine_pkg/deep.py"])
 def test_code_that_has_changed_is_named_and_refused_or_warned_of(code, caplog, name):
-    end = sha256(run(config("whole", 4, **OWN_CODE))[1].params_P)
+    end = sha256(run(config("whole", 4, **OWN_CODE))[1].parameters)
     run(config("out", 4, **OWN_CODE), 2)
     before = Path(name).read_text()
     Path(name).write_text(before + "# other\n")
@@ -72,7 +72,7 @@ def test_code_that_has_changed_is_named_and_refused_or_warned_of(code, caplog, n
     Path(name).write_text(before + "# other\n")
     forget()
     how = config("out", 4, resume={"code": "warn"}, **OWN_CODE)
-    assert sha256(run(how)[1].params_P) == end
+    assert sha256(run(how)[1].parameters) == end
     assert f"kept in out/code: {name}" in caplog.text
     assert Path("out/code", name).read_text() == before + "# other\n"
     assert Path("out/code-to-round-000003", name).read_text() == before

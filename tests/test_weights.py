@@ -21,7 +21,7 @@ ALONE = {"select": {"name": "round_robin", "count": 1}}
 def ended(out, heavy, reduction, **other):
     spread = {"s0": heavy, "s1": 1.0, "s2": 3.0}
     how = {**ALONE, "aggregate": {"name": "mean", "weights": spread}, "exchange": {"reduction": reduction}, **other}
-    return run(config(out, 3, **how))[1].params_P.double().numpy()
+    return run(config(out, 3, **how))[1].parameters.double().numpy()
 
 
 @pytest.mark.parametrize("heavy", [1e3, 1e6, 1e9, 1e12, 1e13, 1e15])

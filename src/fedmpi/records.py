@@ -142,7 +142,7 @@ def gradient_diversity(gram_KK: np.ndarray, silos: Sequence[str] | None = None) 
     2018, Gradient Diversity, Definition 1): 1/K where all are alike, 1 where they are orthogonal; mean and least cosine
     of two of them; and with `silos` all cosines, in their order. None where a delta or the sum is 0.
 
-    >>> likeness(np.array([[1.0, 0.0], [0.0, 4.0]]))
+    >>> gradient_diversity(np.array([[1.0, 0.0], [0.0, 4.0]]))
     {'diversity': 1.0, 'cosine': {'mean': 0.0, 'min': 0.0}}
     """
     norms_K = np.sqrt(np.diag(gram_KK))

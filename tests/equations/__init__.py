@@ -135,7 +135,7 @@ class Case:
     config: dict[str, Any]
     wanted: Callable[[Problem], list[Any]]
     tolerance: float = 1e-10
-    read: str = "params_P"  # which attribute of the run
+    read: str = "parameters"  # which attribute of the run
     own: Callable[[Any, LocalSilo, torch.Tensor], torch.Tensor | None] | None = None
 
 

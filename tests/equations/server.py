@@ -103,7 +103,7 @@ def unaveraged(problem: Problem) -> list[np.ndarray]:
     return rounds(problem, lambda w, delta, t: w + delta)
 
 
-def case(wanted: Any, optimizer: Any, read: str = "params_P", **more: Any) -> Case:
+def case(wanted: Any, optimizer: Any, read: str = "parameters", **more: Any) -> Case:
     local = {"name": "sgd", "steps": 3}
     average = more.pop("average", None)
     server = {"optimizer": optimizer, "average": average}
@@ -126,7 +126,7 @@ CASES = {
     "server_linear_window": case(fedadam_linear, ADAM, exchange={"plan": "window"}),
     "average_trains_the_same": case(unaveraged, "fedavg", average=AVERAGE),
     **{
-        f"average_{plan}": case(averaged, "fedavg", "served_P", average=AVERAGE, exchange={"plan": plan})
+        f"average_{plan}": case(averaged, "fedavg", "averaged_parameters", average=AVERAGE, exchange={"plan": plan})
         for plan in ("replicated", "root", "sharded", "window")
     },
 }

@@ -176,7 +176,7 @@ def _interface(address: str) -> str | None:
 
 
 def _together(comm: Comm, what: str, work: Callable[[], T]) -> T:
-    """`comm.together`, where what goes wrong is no surprise and is said in one line."""
+    """`comm.collectively`, where what goes wrong is no surprise and is said in one line."""
 
     def said() -> T:
         try:
