@@ -18,7 +18,7 @@ from fedmpi.bench import exchange
 from fedmpi.bench.baselines import Tcp
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
-from fedmpi.exchange import autotune
+from fedmpi.exchange import choose
 
 PARAMS = 200_000
 GBIT = 10
@@ -173,13 +173,13 @@ def test_feedback_goes_with_every_codec_that_loses_something(monkeypatch: pytest
     assert [exchange.channel(name).feedback for name in ("identity", "bf16", "int8", "randk")] == [
         *(False, True, True, True)
     ]
-    made, make = [], autotune.make
+    made, make = [], choose.make
 
     def noted(*about: Any) -> Any:
         made.append(make(*about))
         return made[-1]
 
-    monkeypatch.setattr(autotune, "make", noted)
+    monkeypatch.setattr(choose, "make", noted)
     found = exchange.exchange(SoloComm(), 5000, 1, [exchange.channel("int8")])
     assert [row["codec"] for row in found if row["feedback"]] == ["int8"]
     assert made[-1].kept(torch.zeros(0))["silo-0"]["feedback"].any() and made[-1].server_tensors()["feedback"].any()

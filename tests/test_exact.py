@@ -10,8 +10,8 @@ from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
 from fedmpi.components import build
 from fedmpi.exchange import chunks
-from fedmpi.exchange.autotune import make
 from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.choose import make
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import num_vectors, traffic
 from fedmpi.exchange.exact import Places

@@ -11,8 +11,8 @@ import torch
 from fedmpi import comm as ranks
 from fedmpi.comm import MpiComm, SoloComm, blocks
 from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
-from fedmpi.exchange.autotune import make
 from fedmpi.exchange.base import LARGEST_NORM, UNIT, ExchangeContext
+from fedmpi.exchange.choose import make
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import traffic
 from fedmpi.server import OPTIMIZERS, Server

@@ -15,7 +15,7 @@ from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
-from fedmpi.exchange import autotune, chunks
+from fedmpi.exchange import autotune, choose, chunks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import sha256
@@ -67,7 +67,7 @@ def exchanged(section, num_ranks, device, each=None, optimizer="fedadam", rounds
         hosted = [silo for silo, owner in zip(WEIGHTS, owners, strict=True) if owner == comm.rank]
         params_P = start_P.to(device, copy=True)
         facts = ExchangeContext(sum(WEIGHTS.values()), list(WEIGHTS), hosted, 7, each, rounds, 5000)
-        exchange = autotune.make(how, comm, params_P, facts)
+        exchange = choose.make(how, comm, params_P, facts)
         params_P, state = exchange.home(params_P, server.init(exchange.mine(params_P)))
         for number in range(1, rounds + 1):
             exchange.begin(number, len(hosted))
@@ -122,7 +122,7 @@ def test_plans_are_measured_on_the_device():
     how, facts = build(ExchangeSection, {"plan": "auto"}), ExchangeContext(1.0, ["a", "b"], ["a"], 7)
     with stand_in.gpu():
         zeros_P = torch.zeros(P, device="cuda")
-        able = autotune.candidates(how, SoloComm(), zeros_P.device)
+        able = choose.candidates(how, SoloComm(), zeros_P.device)
         seconds = autotune.measure(how, SoloComm(), zeros_P, facts, able, 1)
     assert sorted(seconds) == ["replicated", "root", "sharded"]
 

@@ -7,8 +7,8 @@ from test_exchange import on_ranks
 
 from fedmpi.components import build
 from fedmpi.exchange import chunks, sharded
-from fedmpi.exchange.autotune import make
 from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.choose import make
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.records import gradient_diversity, spread
 from fedmpi.server import OPTIMIZERS, Server

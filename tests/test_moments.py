@@ -6,8 +6,8 @@ from runs import config, everything, put_back, run  # noqa: F401
 from test_exchange import on_ranks, section
 
 from fedmpi.exchange import chunks
-from fedmpi.exchange.autotune import make
 from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.choose import make
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Auxiliary, Contribution
 

@@ -14,7 +14,7 @@ from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
-from fedmpi.exchange.autotune import candidates
+from fedmpi.exchange.choose import candidates
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.plan import plan

@@ -11,8 +11,8 @@ from fedmpi.codecs import CODECS
 from fedmpi.components import build
 from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.exchange import chunks
-from fedmpi.exchange.autotune import make
 from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.choose import make
 from fedmpi.exchange.chunks import Coder, Grid
 from fedmpi.exchange.config import Channel, ExchangeSection
 from fedmpi.exchange.cost import num_vectors, traffic

@@ -13,7 +13,7 @@ from fedmpi.comm import Comm, SoloComm
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
-from fedmpi.exchange.shared_memory import Window
+from fedmpi.exchange.shared_memory import SharedMemory
 from fedmpi.server import NoState
 
 MIB = 1 << 20
@@ -52,10 +52,10 @@ def test_what_a_window_takes_is_counted(monkeypatch):
     for reduction in ("fast", "reproducible"):
         made.clear()
         section, params_P = ExchangeSection(plan="window", reduction=reduction), torch.zeros(100_000)
-        window = Window(section, SoloComm(), params_P, ExchangeContext(1.0))
+        window = SharedMemory(section, SoloComm(), params_P, ExchangeContext(1.0))
         window.delta()
         window.home(params_P, NoState())
-        counted = Window.shared_bytes(section, params_P, 0, True)
+        counted = SharedMemory.shared_bytes(section, params_P, 0, True)
         assert 0 <= sum(made) - counted <= 64  # weights beside the sums
 
 

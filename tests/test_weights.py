@@ -10,8 +10,8 @@ import fedmpi
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
-from fedmpi.exchange.autotune import make
 from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.choose import make
 from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.types import Contribution
 

@@ -18,7 +18,7 @@ from fedmpi import device, pretrained, rng, stopping
 from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, agreed
-from fedmpi.exchange import autotune
+from fedmpi.exchange import autotune, choose
 from fedmpi.exchange.base import Exchange, ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import (
@@ -144,7 +144,7 @@ def build_federation(
     length = num_shared(spec.entries) * (1 + spec.num_auxiliaries)
     zeros_Q = torch.zeros(length, dtype=master_dtype(spec.entries), device=spec.device)
     section, plan_seconds = _choose_plan(spec.section, comms.leaders, zeros_Q, context, plan_before)
-    exchange = autotune.make(section, comms.leaders, zeros_Q, context)
+    exchange = choose.make(section, comms.leaders, zeros_Q, context)
     with _or_leave(exchange):
         model = _model(spec, exchange, comms)
         silos = comm.collectively(
@@ -333,8 +333,8 @@ def _choose_plan(
 ) -> tuple[ExchangeSection, dict[str, float]]:
     """The exchange with its plan named, and seconds by plan where they were measured. `auto` measures once in a run's
     life: a resumed run keeps what it had."""
-    able, full = autotune.candidates(section, comm, zeros_Q.device), ""
-    if "window" in able and (full := autotune.no_room(section, comm, zeros_Q, facts)):
+    able, full = choose.candidates(section, comm, zeros_Q.device), ""
+    if "window" in able and (full := choose.no_room(section, comm, zeros_Q, facts)):
         able.remove("window")
         if section.plan == "auto" and comm.rank == 0:
             log.warning("exchange.plan: auto leaves out window: %s", full)

@@ -36,7 +36,7 @@ from fedmpi.comm import Comm
 from fedmpi.components import to_dict
 from fedmpi.device import set_threads
 from fedmpi.errors import ConfigError, FedmpiError
-from fedmpi.exchange import autotune
+from fedmpi.exchange import choose
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import PLANS, Channel, ExchangeSection
 from fedmpi.output import say
@@ -158,7 +158,7 @@ def _sections(comm: Comm, channels: Sequence[Channel], params_P: torch.Tensor) -
     plans = [plan for plan in PLANS if plan != "window" or comm.one_node()]
     if "window" not in plans:
         _leave_out(comm, "window", "ranks of several nodes share no memory")
-    elif full := autotune.no_room(ExchangeSection(plan="window"), comm, params_P, ExchangeContext(1.0)):
+    elif full := choose.no_room(ExchangeSection(plan="window"), comm, params_P, ExchangeContext(1.0)):
         plans.remove("window")
         _leave_out(comm, "window", full)
     found = [ExchangeSection(plan=plan) for plan in plans]
@@ -169,7 +169,7 @@ def _sections(comm: Comm, channels: Sequence[Channel], params_P: torch.Tensor) -
 def _of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params_P: torch.Tensor) -> Entrant:
     silo = f"silo-{comm.rank}"
     facts = ExchangeContext(float(comm.size), [f"silo-{rank}" for rank in range(comm.size)], [silo])
-    made = autotune.make(section, comm, params_P, facts)
+    made = choose.make(section, comm, params_P, facts)
     if section.plan == "window":  # there models, and so their deltas, live in shared memory
         delta_P = made.delta().copy_(delta_P)
     params_P, state = made.home(params_P, FedAvg().init(made.mine(params_P)))

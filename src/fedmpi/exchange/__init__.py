@@ -9,7 +9,8 @@
                 the same on one node, straight out of the others' memory
     regions     a node, a site, a continent first; then across
     overlap     any of them but window and regions behind the next round's training (`overlap: true`)
-    autotune    which plan, where it is measured (`plan: auto`)
+    choose      which plan, and the exchange that it makes
+    autotune    plans measured (`plan: auto`)
     cost        what a round sends and keeps in memory, computed
 
 A rank folds its silos into one weighted partial sum before anything is sent (`scope: rank`), so the cost depends on

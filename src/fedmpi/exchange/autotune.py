@@ -1,4 +1,4 @@
-"""Which plan carries out a configuration; `plan: auto` measures the candidates once, on vectors of the real length."""
+"""Seconds of a round's exchange under each plan, measured once on vectors of the real length."""
 
 from __future__ import annotations
 
@@ -11,42 +11,11 @@ import numpy as np
 import torch
 
 from fedmpi.comm import Comm
-from fedmpi.exchange.base import Exchange, ExchangeContext
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.choose import make
 from fedmpi.exchange.config import ExchangeSection, PlanName
-from fedmpi.exchange.dense import Replicated, Root
-from fedmpi.exchange.overlap import Behind
-from fedmpi.exchange.regions import Regional
-from fedmpi.exchange.sharded import Sharded
-from fedmpi.exchange.shared_memory import Window
 from fedmpi.server import FedAvg, Server
 from fedmpi.types import Contribution
-
-MEMBERS: dict[PlanName, type[Exchange]] = {
-    "root": Root,
-    "replicated": Replicated,
-    "sharded": Sharded,
-    "window": Window,
-}
-
-
-def make(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> Exchange:
-    """The exchange of a plan that is named. A call of all ranks."""
-    if section.regions is not None:
-        return Regional(section, comm, params_P, facts)
-    if section.overlap:
-        return Behind(MEMBERS[section.plan](section, comm.dup(), params_P, facts), comm, params_P)
-    return MEMBERS[section.plan](section, comm, params_P, facts)
-
-
-def candidates(section: ExchangeSection, comm: Comm, device: torch.device) -> list[PlanName]:
-    """The plans that can carry out the section on these ranks. A call of all ranks."""
-    shared = comm.one_node() and device.type == "cpu"
-    return [plan for plan in section.candidates if plan != "window" or shared]
-
-
-def no_room(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> str:
-    """Why plan window has no room on these ranks' nodes; empty if it has. A call of all ranks."""
-    return comm.room(Window.shared_bytes(section, params_P, facts.states, comm.node() == comm.rank))
 
 
 def measure(

@@ -30,7 +30,7 @@ from fedmpi.exchange.base import Exchange, ExchangeContext, Kept, Lap
 from fedmpi.exchange.config import ExchangeSection, Level
 from fedmpi.exchange.dense import Replicated, Root
 from fedmpi.exchange.sharded import Sharded
-from fedmpi.exchange.shared_memory import Window
+from fedmpi.exchange.shared_memory import SharedMemory
 from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.types import Contribution
 
@@ -228,7 +228,7 @@ class Regional(Exchange):
         """What a region's first rank knows becomes what all of it know."""
         if exchange.comm.rank == 0 and target_P is not result_P:
             target_P.copy_(result_P)
-        if isinstance(exchange, Window):
+        if isinstance(exchange, SharedMemory):
             exchange.comm.barrier()
         else:
             exchange.comm.bcast(target_P)
@@ -238,7 +238,7 @@ def _in_memory(level: Level, comm: Comm, group: Comm, params_P: torch.Tensor) ->
     """Can the innermost regions exchange out of shared memory? Silos train in it, and values must travel plain. A call
     of all ranks of `comm`, in whose `group` this rank is."""
     able = level.up.plain and level.down.plain and group.one_node() and params_P.device.type == "cpu"
-    needed = Window.shared_bytes(ExchangeSection(plan="window"), params_P, 0, group.rank == 0) if able else 0
+    needed = SharedMemory.shared_bytes(ExchangeSection(plan="window"), params_P, 0, group.rank == 0) if able else 0
     if full := comm.room(needed):
         if comm.rank == 0:
             log.warning("exchange.regions: not out of shared memory: %s", full)
@@ -249,7 +249,7 @@ def _in_memory(level: Level, comm: Comm, group: Comm, params_P: torch.Tensor) ->
 def _inside(level: Level, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext, in_memory: bool) -> Exchange:
     """The exchange of one region."""
     if in_memory:
-        return Window(ExchangeSection(plan="window"), comm, params_P, facts)
+        return SharedMemory(ExchangeSection(plan="window"), comm, params_P, facts)
     return Sharded(ExchangeSection(plan="sharded", up=level.up, down=level.down), comm, params_P, facts)
 
 

@@ -19,7 +19,7 @@ from fedmpi.server import Server
 from fedmpi.types import Contribution
 
 
-class Window(Exchange):
+class SharedMemory(Exchange):
     """Ranks of one node, in host memory."""
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
