@@ -10,7 +10,7 @@ from torch import nn
 
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel, entries, master_dtype, num_shared, sha256, signature
-from fedmpi.local.base import TORCH_OPTIMIZERS, plain_step
+from fedmpi.local.optimizers import TORCH_OPTIMIZERS, plain_step
 
 
 class Tied(nn.Module):

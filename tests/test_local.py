@@ -17,8 +17,7 @@ from fedmpi.components import Deferred, build
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel, entries
 from fedmpi.local import RULES, LocalSilo, Round
-from fedmpi.local.base import TORCH_OPTIMIZERS, plain_step
-from fedmpi.local.optimizers import EmaSGD, num_gradients, put_back, state_to_keep
+from fedmpi.local.optimizers import TORCH_OPTIMIZERS, EmaSGD, num_gradients, plain_step, put_back, state_to_keep
 from fedmpi.local.personal import FedRep
 from fedmpi.types import SiloData
 

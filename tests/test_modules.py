@@ -19,7 +19,8 @@ from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel, sha256
 from fedmpi.local import LocalSilo, Round, Sgd
-from fedmpi.local.base import InOrder, whole_gradient
+from fedmpi.local.base import whole_gradient
+from fedmpi.local.samplers import InOrder
 from fedmpi.models import make
 from fedmpi.plan import plan
 from fedmpi.types import SiloData

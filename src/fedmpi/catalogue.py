@@ -20,7 +20,8 @@ from fedmpi.config import Config
 from fedmpi.data import DATASETS, PARTITIONS
 from fedmpi.errors import ConfigError
 from fedmpi.local import RULES
-from fedmpi.local.base import SAMPLERS, TORCH_OPTIMIZERS
+from fedmpi.local.optimizers import TORCH_OPTIMIZERS
+from fedmpi.local.samplers import SAMPLERS
 from fedmpi.local.workload import WORKLOADS
 from fedmpi.metrics import METRICS
 from fedmpi.models import MODELS

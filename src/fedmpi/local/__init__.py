@@ -1,7 +1,8 @@
 """Local rules: how a silo turns global parameters into a contribution. A rule knows no cohort and no rank.
 
-    base        what they share: the silo, the round, batches, the loop over them
-    optimizers  what is kept of one, how many gradients its steps hold
+    base        what they share: the silo, the round, batches, the loop over them, the gradient of one
+    samplers    the order of a silo's samples
+    optimizers  torch's, what is kept of one, how many gradients its steps hold
     gradient    steps from the global parameters: FedAvg's own, FedSGD, FedProx
     control     steps corrected by vectors that silos keep or that travel with the delta: SCAFFOLD, FedDyn, Mime
     contrast    steps that compare what models make of a batch: MOON
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 from fedmpi.components import Family
 from fedmpi.local import adagrad_norm, contrastive, control_variates, gradient, personal
-from fedmpi.local.base import GradientRule, LocalRule, LocalSilo, Round, Sampler, local_steps, plain_step
+from fedmpi.local.base import GradientRule, LocalRule, LocalSilo, Round, local_steps
 from fedmpi.local.gradient import Sgd
+from fedmpi.local.optimizers import plain_step
+from fedmpi.local.samplers import Sampler
 
 RULES = Family(
     "local rule",

@@ -6,25 +6,23 @@ since the run began, is silo state. So a silo trains the same wherever it lives 
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import pydantic
 import torch
 
 from fedmpi import rng
-from fedmpi.components import Deferred, Family, PositiveFloat, PositiveInt, component, did_you_mean
+from fedmpi.components import Deferred, PositiveFloat, PositiveInt, component, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.flat import HALF, Entry, FlatModel, refuse_frozen
-from fedmpi.local.optimizers import KEPT, EmaSGD, num_gradients, put_back, state_to_keep
+from fedmpi.local.optimizers import KEPT, TORCH_OPTIMIZERS, num_gradients, plain_step, put_back, state_to_keep
+from fedmpi.local.samplers import SAMPLERS, Sampler, Shuffle, no_order, order_of
 from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Whole
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.targets import Count
@@ -58,112 +56,6 @@ class Round:
     check: Callable[[], None]  # a safe point: called between batches, may raise to break the round off
     auxiliary: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the rule's vectors as they are now, [P]
     count: Count = torch.Tensor.numel  # how many targets of a batch its loss is the mean of
-
-
-class Sampler(Protocol):
-    """The order in which a silo visits its samples: each once an epoch, unless it has `repeats = True`."""
-
-    def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
-        """Indices of one epoch, [num_samples]; a function of its arguments alone."""
-        ...
-
-
-@component
-class Shuffle:
-    """A new permutation every epoch."""
-
-    def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
-        return rng.generator(seed, purpose="order", silo=silo, epoch=epoch).permutation(num_samples)
-
-
-@component
-class InOrder:
-    """As the file has them, every epoch."""
-
-    def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
-        return np.arange(num_samples)
-
-
-SAMPLERS = Family("sampler", {"shuffle": Shuffle, "in_order": InOrder}, Sampler)
-
-
-def order_of(sampler: Sampler, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
-    """The sampler's order of an epoch. ConfigError in one line where one of your own gives what is none."""
-    given = np.asarray(sampler.order(seed, silo, epoch, num_samples))
-    if type(sampler) in SAMPLERS.members.values():
-        return given
-    wrong, hint = "", ""
-    if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
-        wrong = f"{given.dtype} of {list(given.shape)}"
-    elif len(given) > num_samples:
-        wrong = f"{len(given)} indices"
-    elif len(outside := given[(given < 0) | (given >= num_samples)]):
-        wrong = f"the index {outside[0]}"
-    elif not getattr(sampler, "repeats", False) and (twice := np.bincount(given, minlength=num_samples)).max() > 1:
-        wrong = f"the index {twice.argmax()} {twice.max()} times"
-        hint = " (repeats = True on the sampler allows that)"
-    if wrong:
-        raise _no_order(sampler, silo, epoch, wrong, num_samples, hint)
-    return given
-
-
-def _no_order(sampler: Sampler, silo: str, epoch: int, wrong: str, num_samples: int, hint: str = "") -> ConfigError:
-    return ConfigError(
-        f"sampler '{SAMPLERS.name_of(sampler)}': silo '{silo}', epoch {epoch}: gave {wrong}; wanted are the "
-        f"{num_samples} integers from 0 to {num_samples - 1}{hint}"
-    )
-
-
-def _spare_compiler() -> None:
-    """Making an optimizer makes torch import its compiler and sympy, 800 modules and over a second on every rank, only
-    to tell the compiler to leave a few methods alone. Without the compiler there is nobody to tell.
-    """
-    if "torch._dynamo" not in sys.modules:
-        for method in ("add_param_group", "zero_grad"):
-            plain = inspect.unwrap(getattr(torch.optim.Optimizer, method))
-            plain.__dynamo_disable = plain  # type: ignore[attr-defined]
-
-
-def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """The optimizer's own step, without the wrappers that import the compiler too; to be called without gradients."""
-    return functools.partial(inspect.unwrap(type(optimizer).step), optimizer)
-
-
-_spare_compiler()
-
-
-class _TorchOptimizers(Family):
-    """All of torch.optim that steps without a closure, {name: SGD, momentum: 0.9}, and EmaSGD."""
-
-    def __init__(self) -> None:
-        closed = ("Optimizer", "LBFGS", "SparseAdam")
-        found = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and n not in closed}
-        found = {n: c for n, c in found.items() if issubclass(c, torch.optim.Optimizer)}
-        super().__init__("optimizer", found | {"EmaSGD": EmaSGD}, outside=False)
-
-    def build(self, value: Any, path: str) -> Deferred:
-        if isinstance(value, Deferred):
-            return value
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ConfigError(f"{path}: needs a 'name' from torch.optim: {', '.join(self.members)}")
-        arguments = {k: v for k, v in value.items() if k != "name"}
-        cls = self.find(value["name"], path)
-        takes = [n for n in inspect.signature(cls).parameters if n not in ("params", "lr")]
-        for name in arguments:
-            if name == "lr":
-                raise ConfigError(f"{path}.lr: the learning rate is local.lr")
-            if name not in takes:
-                raise ConfigError(f"{path}: optimizer '{cls.__name__}' has no '{name}'{did_you_mean(str(name), takes)}")
-        try:
-            cls([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **arguments)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{path}: {error}") from None
-        return Deferred(value["name"], cls, arguments)
-
-
-TORCH_OPTIMIZERS = _TorchOptimizers()
 
 
 class LocalRule(Protocol):
@@ -271,7 +163,7 @@ class GradientRule:
                 given = order_of(self.sampler, seed, silo.id, epoch, n)
                 order = torch.from_numpy(np.asarray(given, dtype=np.int64)).to(x.device)
             if len(order) < min(start + size, n):  # one that ends early is enough where the run ends there too
-                raise _no_order(self.sampler, silo.id, epoch, f"{len(order)} indices", n)
+                raise no_order(self.sampler, silo.id, epoch, f"{len(order)} indices", n)
             rows = order[start : start + size]
             if self.last_batch != "keep" and 0 < (rest := n - start - len(rows)) < size:
                 if self.last_batch == "merge":
@@ -293,6 +185,22 @@ def load_silo(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: 
     # Dropout, augmentation and the like draw from generators without a name: a silo draws the same on every rank.
     rng.set_all(rng.key(round.seed, purpose="train", round=round.number, silo=silo.id))
     return [p for p in model.module.parameters() if p.requires_grad]
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+BatchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def gradient(model: FlatModel, batch: Batch, batch_loss: BatchLoss, precision: str = "float32") -> torch.Tensor:
+    """Forward, loss and backward of one batch, which is on the model's device: the gradient is added to `.grad` of the
+    parameters, and the loss comes back, without its graph.
+
+    Every gradient that a rule descends along is made here.
+    """
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        loss = batch_loss(*batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def whole_gradient(
@@ -319,13 +227,14 @@ def whole_gradient(
     starts = list(range(0, len(x_all), size))
     if merge and len(x_all) % size:
         starts.pop()
+
+    def share_of_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return round.loss(model.module(x), y) * (round.count(y) / num_targets)
+
     for start, stop in itertools.pairwise([*starts, len(x_all)]):
         round.check()
         x, y = x_all[start:stop].to(device), y_all[start:stop].to(device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            loss = round.loss(model.module(x), y) * (round.count(y) / num_targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+        total += gradient(model, (x, y), share_of_loss, precision)
     return float(total)
 
 
@@ -345,7 +254,6 @@ def kept_vector(silo: LocalSilo, name: str, params_P: torch.Tensor) -> torch.Ten
 
 
 Correct = Callable[[], None]
-BatchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def local_steps(
@@ -373,14 +281,16 @@ def local_steps(
     num_samples = num_steps = 0
     num_targets: int | torch.Tensor = 0
     amount = work.amount.of(work.epochs or work.steps or 1, silo, round)
+
+    def loss_of_outputs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return round.loss(module(x), y)
+
     for x, y in work.batches(silo, round.seed, amount):
         round.check()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=work.precision == "bf16"):
-            loss = round.loss(module(x), y) if batch_loss is None else batch_loss(x, y)
         for param in trained:  # the optimizer's zero_grad without the profiler's mark, a tenth of a small model's step
             param.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = gradient(model, (x, y), batch_loss or loss_of_outputs, work.precision)
         if correct is not None:
             with torch.no_grad():
                 correct()
@@ -389,7 +299,6 @@ def local_steps(
         with torch.no_grad():
             step()
         counted = round.count(y)
-        loss = loss.detach()
         losses += (loss.float() if loss.dtype in HALF else loss) * counted  # float16 ends at 65504
         num_targets = num_targets + counted
         num_samples += len(x)

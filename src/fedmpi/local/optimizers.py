@@ -1,14 +1,19 @@
-"""Of optimizers: what is kept from round to round, how many gradients their steps hold, and one that torch lacks."""
+"""The optimizers of local rules: torch's and one that it lacks, what is kept of one from round to round, and how many
+gradients its steps hold."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fedmpi.components import Deferred
+from fedmpi.components import Deferred, Family, did_you_mean
+from fedmpi.errors import ConfigError
 from fedmpi.flat import HALF, RESERVED
 
 KEPT = f"{RESERVED}optimizer_"  # and NUMBER_NAME: what a silo keeps an optimizer's state under
@@ -44,6 +49,58 @@ class EmaSGD(torch.optim.Optimizer):
                     gradient = gradient.add(param, alpha=group["weight_decay"])
                 mean = state["mean"].mul_(group["beta"]).add_(gradient, alpha=1 - group["beta"])
                 param.add_(mean, alpha=-group["lr"])
+
+
+def _spare_compiler() -> None:
+    """Making an optimizer makes torch import its compiler and sympy, 800 modules and over a second on every rank, only
+    to tell the compiler to leave a few methods alone. Without the compiler there is nobody to tell.
+    """
+    if "torch._dynamo" not in sys.modules:
+        for method in ("add_param_group", "zero_grad"):
+            plain = inspect.unwrap(getattr(torch.optim.Optimizer, method))
+            plain.__dynamo_disable = plain  # type: ignore[attr-defined]
+
+
+def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The optimizer's own step, without the wrappers that import the compiler too; to be called without gradients."""
+    return functools.partial(inspect.unwrap(type(optimizer).step), optimizer)
+
+
+_spare_compiler()
+
+
+class _TorchOptimizers(Family):
+    """All of torch.optim that steps without a closure, {name: SGD, momentum: 0.9}, and EmaSGD."""
+
+    def __init__(self) -> None:
+        closed = ("Optimizer", "LBFGS", "SparseAdam")
+        found = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and n not in closed}
+        found = {n: c for n, c in found.items() if issubclass(c, torch.optim.Optimizer)}
+        super().__init__("optimizer", found | {"EmaSGD": EmaSGD}, outside=False)
+
+    def build(self, value: Any, path: str) -> Deferred:
+        if isinstance(value, Deferred):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ConfigError(f"{path}: needs a 'name' from torch.optim: {', '.join(self.members)}")
+        arguments = {k: v for k, v in value.items() if k != "name"}
+        cls = self.find(value["name"], path)
+        takes = [n for n in inspect.signature(cls).parameters if n not in ("params", "lr")]
+        for name in arguments:
+            if name == "lr":
+                raise ConfigError(f"{path}.lr: the learning rate is local.lr")
+            if name not in takes:
+                raise ConfigError(f"{path}: optimizer '{cls.__name__}' has no '{name}'{did_you_mean(str(name), takes)}")
+        try:
+            cls([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return Deferred(value["name"], cls, arguments)
+
+
+TORCH_OPTIMIZERS = _TorchOptimizers()
 
 
 def num_gradients(

@@ -23,7 +23,8 @@ from torch.func import functional_call
 from fedmpi.components import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry, FlatModel
-from fedmpi.local.base import GradientRule, LocalSilo, Round, local_steps, plain_step, pulled
+from fedmpi.local.base import GradientRule, LocalSilo, Round, gradient, local_steps, pulled
+from fedmpi.local.optimizers import plain_step
 from fedmpi.local.workload import Whole
 from fedmpi.types import Contribution
 
@@ -122,7 +123,7 @@ class Apfl(GradientRule):
         def personal_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             found = mixture()
             optimizer.zero_grad()
-            round.loss(functional_call(module, found, (x,)), y).backward()  # type: ignore[no-untyped-call]
+            gradient(model, (x, y), lambda x, y: round.loss(functional_call(module, found, (x,)), y), self.precision)
             for name in statistics:
                 if found[name] is not tensors[name]:  # of half precision, so a copy
                     tensors[name].copy_(found[name])
