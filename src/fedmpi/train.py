@@ -559,7 +559,7 @@ class Run:
             self._closed = True
             self.comm.open_runs -= 1
             self.comm.set_up(self.config.comm.timeout_s)  # what ranks do now takes as long as it takes
-            if "_federation" in vars(self):
+            if "federation" in vars(self):
                 self.federation.exchange.leave()
             if "_writer" in vars(self):
                 self._writer.close(writer_s)  # a thread with tensors must not outlive Python
