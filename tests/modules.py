@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from fedmpi.components import component
+from fedmpi.flat import FlatModel, entries, layout_of
 from fedmpi.types import Silo, SiloData, Source
+
+
+def with_vectors(module, shared, auxiliaries):
+    """The module as a flat vector with room behind it for what travels with its delta."""
+    return FlatModel(module, shared, layout=layout_of(entries(module, shared), auxiliaries))
 
 
 @component

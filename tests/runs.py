@@ -73,7 +73,7 @@ class Keeper(Sgd):
             assert before.get(name, count - 1).real == count - 1
             silo.kept[name] = count.to(torch.complex64 if name == "cursor" else torch.float16)
         silo.kept |= {"head/weight": count, "odd": count % 2 == 1}
-        contribution.delta_P *= 1 / count.float()
+        contribution.vector_Q *= 1 / count.float()
         return contribution
 
 

@@ -150,7 +150,7 @@ def test_adagrad_norm_never_steps_further_than_its_rate_and_is_not_clipped():
     for number in (1, 2, 3):
         kept = dict(silo.kept)
         done = rule.train(silo, model, start_P, about(number))
-        assert float(done.delta_P.norm()) <= 0.5 + 1e-12
+        assert float(done.vector_Q.norm()) <= 0.5 + 1e-12
         assert SUM not in kept or float(silo.kept[SUM]) > float(kept[SUM])
         sums.append(float(silo.kept[SUM]))
     assert np.all(np.diff(sums) > 0)

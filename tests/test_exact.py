@@ -16,12 +16,20 @@ from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import num_vectors, traffic
 from fedmpi.exchange.exact import Places
 from fedmpi.flat import sha256
+from fedmpi.layout import Layout, Segment
 from fedmpi.server import OPTIMIZERS, FedAvg, NoState, Server
 from fedmpi.types import Contribution
 
 P, SILOS = 13_000, 5
 WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
 EXACT, STILL = (slice(5, 9), slice(4090, 4100), slice(12_999, 13_000)), (slice(100, 110), slice(8190, 8195))
+LAYOUT = Layout(
+    (
+        Segment("delta", 0, P, "delta"),
+        *(Segment("statistics", part.start, part.stop, "exact", averaged=True) for part in EXACT),
+        *(Segment("frozen", part.start, part.stop, "exact", averaged=True, still=True) for part in STILL),
+    )
+)
 LOSSY = [name for name in CODECS.members if name != "identity"]
 
 
@@ -53,7 +61,7 @@ def one_round(how, num_ranks, start_P, deltas_KP, each=None, server="fedavg"):
         ids = list("abcde")
         mine = [k for k in range(SILOS) if k % num_ranks == comm.rank]
         params_P = start_P.clone()
-        facts = ExchangeContext(sum(WEIGHTS), ids, [ids[k] for k in mine], 7, each, exact=EXACT, still=STILL)
+        facts = ExchangeContext(sum(WEIGHTS), ids, [ids[k] for k in mine], 7, each, layout=LAYOUT)
         exchange = make(how, comm, params_P, facts)
         state = optimizer.init(exchange.mine(params_P))
         exchange.begin(1, len(mine))
@@ -201,7 +209,8 @@ def test_a_pattern_that_names_nothing_shared_is_refused_and_without_a_codec_none
 @pytest.mark.parametrize("block", [3, 12])
 def test_a_variance_is_never_below_0_whatever_is_rounded(block):
     params_P, mean_P = torch.ones(12), torch.full((12,), -1.0 - 1e-6)
-    server = Server(FedAvg(), 12, averaged=(slice(2, 8),), variances=(slice(4, 6),))
+    statistics = [Segment(f"{i}", i, i + 2, "exact", averaged=True, non_negative=i == 4) for i in range(2, 8, 2)]
+    server = Server(FedAvg(), Layout((Segment("delta", 0, 12, "delta"), *statistics)))
     new_P = torch.cat(
         [
             server.step(params_P[start : start + block], mean_P[start : start + block].clone(), NoState(), start)[0]

@@ -6,11 +6,13 @@ import struct
 
 import pytest
 import torch
+from modules import with_vectors
 from torch import nn
 
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel, entries, master_dtype, num_shared, sha256, signature
 from fedmpi.local.optimizers import TORCH_OPTIMIZERS, plain_step
+from fedmpi.types import Auxiliary
 
 
 class Tied(nn.Module):
@@ -192,7 +194,7 @@ MIXED = {
 @pytest.mark.parametrize("name", MIXED)
 def test_a_delta_is_what_was_trained_minus_what_was_loaded_in_every_round(name, shared):
     torch.manual_seed(1)
-    model = FlatModel(MIXED[name](), shared, num_auxiliaries=1)
+    model = with_vectors(MIXED[name](), shared, [Auxiliary("control")])
     params_P = model.params()
     for number in range(3):
         params_P += 1e-4 * torch.randn(params_P.shape, dtype=params_P.dtype)  # which halves do not resolve
@@ -205,7 +207,7 @@ def test_a_delta_is_what_was_trained_minus_what_was_loaded_in_every_round(name, 
         moved_P = by_hand(model, model.module.state_dict()) - loaded_P
         delta_P = model.take_delta(params_P)
         assert moved_P.any() and torch.equal(delta_P[: model.num_shared], moved_P)
-        model.auxiliary(0).fill_(number)
+        model.layout.of(delta_P, "control").fill_(number)
         assert (delta_P[model.num_shared :] == number).all()
         assert torch.equal(params_P, before_P)
         assert torch.equal(model.as_loaded(params_P), loaded_P)
@@ -356,11 +358,11 @@ def test_where_what_is_not_trained_lies():
     for shared in ("all", ["*", "!0.*"]):
         model = FlatModel(module, shared)
         marked_P = torch.zeros(model.num_shared, dtype=model.dtype)
-        for part in model.not_trained():
+        for part in model.layout.averaged:
             marked_P[part] = 1.0
         buffers = ("1.running_mean", "1.running_var")
         assert all(bool(v.all() if name in buffers else not v.any()) for name, v in model.shared(marked_P).items())
-        assert len(model.not_trained()) == 1  # they lie side by side
+        assert len(model.layout.averaged) == 1  # they lie side by side
     module = MODULES["batch norm"]()
     module[0].weight.requires_grad_(False)
-    assert FlatModel(module).not_trained()[0] == slice(0, module[0].weight.numel())
+    assert FlatModel(module).layout.averaged[0] == slice(0, module[0].weight.numel())

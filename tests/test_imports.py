@@ -13,7 +13,7 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "output", "disk", "rng", "types", "trust", "sources", "components", "stopping", "worker"),
+    *("errors", "output", "disk", "rng", "layout", "types", "trust", "sources", "components", "stopping", "worker"),
     *("launcher", "module", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
     *("models", "data", "pretrained"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from equations.rules import sum_of_a
+from modules import with_vectors
 
 import fedmpi
 from fedmpi.comm import SoloComm
@@ -52,7 +53,7 @@ class Bench:
         layers = [torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(5, 2)]
         self.rule, self.auxiliaries = rule, getattr(rule, "auxiliaries", ())
         shared = ["*", "!3.*"] if isinstance(rule, FedRep) else "all"
-        self.model = FlatModel(torch.nn.Sequential(*layers), shared, num_auxiliaries=len(self.auxiliaries))
+        self.model = with_vectors(torch.nn.Sequential(*layers), shared, self.auxiliaries)
         self.params_P = self.model.params()
         x, y = torch.randn(20, 3), torch.arange(20) % 2
         self.silo = LocalSilo("a", SiloData(x, y, x[:4], y[:4]), 20.0)
@@ -70,12 +71,10 @@ class Bench:
         before = {name: vector.clone() for name, vector in vectors.items()}
         silo = copy.copy(self.silo)
         silo.kept = dict(silo.kept)
-        self.model.take_delta(self.params_P)
-        for i in range(len(self.auxiliaries)):
-            self.model.auxiliary(i).fill_(math.nan)
+        self.model.take_delta(self.params_P)[len(self.params_P) :].fill_(math.nan)
         found = self.rule.train(silo, self.model, self.params_P if params_P is None else params_P, round)
         assert all(torch.equal(vectors[name], before[name]) for name in vectors), "the server's vectors are read only"
-        found.delta_P = found.delta_P.clone()
+        found.vector_Q = found.vector_Q.clone()
         self.silo = silo
         return found
 
@@ -96,7 +95,7 @@ def test_the_same_inputs_give_the_same_bits(bench):
         one = bench.train(number)
         torch.rand(number)  # who else has drawn does not matter
         two = other.train(number)
-        assert torch.equal(one.delta_P, two.delta_P) and one.loss == two.loss
+        assert torch.equal(one.vector_Q, two.vector_Q) and one.loss == two.loss
         assert bench.silo.kept.keys() == other.silo.kept.keys()
         assert all(torch.equal(t, other.silo.kept[name]) for name, t in bench.silo.kept.items())
 
@@ -105,14 +104,14 @@ def test_parameters_and_what_is_kept_are_read_and_not_written(bench):
     for number in (1, 2, 3):
         params_P, kept = bench.params_P.clone(), bench.silo.kept
         before = {name: tensor.clone() for name, tensor in kept.items()}
-        delta_P = bench.train(number).delta_P
+        delta_P = bench.train(number)["delta"]
         assert torch.equal(bench.params_P, params_P)
         assert kept.keys() == before.keys() and all(torch.equal(kept[name], before[name]) for name in kept)
         pieces = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in bench.silo.kept.values() if t.nbytes]
         travels = bench.model.take_delta(params_P)  # what the next silo's training overwrites
         low, high = travels.data_ptr(), travels.data_ptr() + travels.nbytes
         assert all(end <= low or start >= high for start, end in pieces), "kept in the model's memory"
-        bench.params_P = params_P + delta_P[: len(params_P)]
+        bench.params_P = params_P + delta_P
 
 
 def test_a_contribution_tells_what_was_done(bench):
@@ -123,9 +122,9 @@ def test_a_contribution_tells_what_was_done(bench):
         assert bench.silo.cursor - cursor == found.num_samples > 0
         assert found.num_steps >= 1 and bench.checks >= found.num_steps
         assert found.normalizer is None or 0 < found.normalizer < math.inf
-        assert math.isfinite(found.loss) and bool(found.delta_P.isfinite().all()), "auxiliary vectors are written"
-        assert found.delta_P.numel() == len(bench.params_P) * (1 + len(bench.auxiliaries))
-        assert bool(found.delta_P[: len(bench.params_P)].any())
+        assert math.isfinite(found.loss) and bool(found.vector_Q.isfinite().all()), "auxiliary vectors are written"
+        assert found.vector_Q.numel() == len(bench.params_P) * (1 + len(bench.auxiliaries))
+        assert bool(found["delta"].any())
 
 
 def test_a_round_can_be_broken_off_between_batches(bench):
@@ -145,7 +144,7 @@ def test_a_round_can_be_broken_off_between_batches(bench):
         with pytest.raises(InterruptedError):
             bench.train(2, check=check)
         assert bench.silo is before
-    assert torch.equal(bench.train(2).delta_P, wanted.delta_P)
+    assert torch.equal(bench.train(2).vector_Q, wanted.vector_Q)
 
 
 def config(case, out, rounds):
@@ -329,14 +328,14 @@ def test_fedprox_lowers_mu_after_five_falls_and_raises_it_at_once() -> None:
     bench.model.module[2].p = 0.0
     mus = []
     for number in range(1, 13):
-        bench.params_P = bench.params_P + bench.train(number).delta_P
+        bench.params_P = bench.params_P + bench.train(number).vector_Q
         mus.append(round(bench.silo.kept["proximal"][0].item(), 9))
     assert mus == [0.25] * 5 + [0.15] * 5 + [0.05] * 2
     bench.params_P = -3 * bench.params_P
     bench.train(13)
     assert bench.silo.kept["proximal"].tolist()[::2] == [pytest.approx(0.15), 0.0]
     for number in range(14, 26):
-        bench.params_P = bench.params_P + bench.train(number).delta_P
+        bench.params_P = bench.params_P + bench.train(number).vector_Q
     assert bench.silo.kept["proximal"][0] == 0.0  # and no lower
 
 
@@ -345,9 +344,9 @@ def test_moon_is_sgd_in_the_first_round_and_without_mu() -> None:
         Bench(RULES.build({**USUAL, **local}, "local"))
         for local in ({"name": "sgd"}, {"name": "moon"}, {"name": "moon", "mu": 0.0})
     )
-    one, two, three = (bench.train(1).delta_P for bench in (sgd, moon, free))
+    one, two, three = (bench.train(1).vector_Q for bench in (sgd, moon, free))
     assert torch.equal(one, two) and torch.equal(one, three)
-    one, two, three = (bench.train(2).delta_P for bench in (sgd, moon, free))
+    one, two, three = (bench.train(2).vector_Q for bench in (sgd, moon, free))
     assert not torch.equal(one, two) and torch.equal(one, three)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in moon.model.module.modules())
 

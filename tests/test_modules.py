@@ -86,7 +86,7 @@ def test_a_silo_draws_the_same_whoever_drew_before(tmp_path):
         for silo in silos:
             this = replace(fed.silos[silo], cursor=0, kept={})
             round = Round(1, 1, 0, fed.objective.loss, lambda: None)
-            delta_P = fed.rule.train(this, fed.model, done.parameters, round).delta_P
+            delta_P = fed.rule.train(this, fed.model, done.parameters, round).vector_Q
         deltas.append(delta_P.clone())
     assert torch.equal(*deltas)
 
@@ -241,7 +241,7 @@ def test_what_is_not_saved_goes_from_no_silo_to_another_and_is_said(how, tmp_pat
         deltas = [
             fed.rule.train(
                 replace(fed.silos[name], cursor=0, kept={}), model, start_P, Round(1, 1, 0, fed.objective.loss, int)
-            ).delta_P.clone()
+            ).vector_Q.clone()
             for model in (fed.model, fresh)
         ]
         assert torch.equal(*deltas)
@@ -267,7 +267,7 @@ def test_what_a_module_remembers_in_plain_attributes_goes_from_no_silo_to_anothe
                 model,
                 torch.zeros(4),
                 Round(1, 1, 0, fed.objective.loss, int),
-            ).delta_P.clone()
+            ).vector_Q.clone()
             for model in (fed.model, fresh)
         ]
         assert torch.equal(*deltas)
@@ -416,7 +416,7 @@ def test_a_layer_that_a_forward_pass_freezes_is_trained_by_the_next_silo_too(tmp
         fresh = FlatModel(Freezes())
         start_P = fresh.params()
         alone, round = replace(silo, cursor=0, kept={}), Round(1, 1, 0, fed.objective.loss, int)
-        deltas.append(fed.rule.train(alone, fresh, start_P, round).delta_P.double() * silo.weight)
+        deltas.append(fed.rule.train(alone, fresh, start_P, round).vector_Q.double() * silo.weight)
         assert deltas[-1][:9].any()
     mean_P = sum(deltas) / sum(silo.weight for silo in fed.silos.values())
     torch.testing.assert_close(done.parameters.double(), start_P.double() + mean_P, rtol=0, atol=1e-6)

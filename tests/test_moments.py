@@ -8,8 +8,12 @@ from test_exchange import on_ranks, section
 from fedmpi.exchange import chunks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.choose import make
+from fedmpi.layout import Layout, Segment
 from fedmpi.server import OPTIMIZERS, Server
-from fedmpi.types import Auxiliary, Contribution
+from fedmpi.types import Contribution
+
+NUM = 5000
+LAYOUT = Layout((Segment("delta", 0, NUM, "delta"), Segment("c", NUM, 2 * NUM, "auxiliary")))
 
 SCAFFOLD = {"local": {"name": "scaffold", "steps": 4, "epochs": None}, "server": {"optimizer": "fedadam"}}
 
@@ -32,7 +36,7 @@ def test_scaffold_with_fedadam_keeps_moments_of_the_parameters_alone(tmp_path, p
 @pytest.mark.parametrize("plan", ["root", "replicated", "sharded"])
 def test_shards_of_moments_are_put_together_wherever_the_parameters_end(plan, num_ranks, monkeypatch):
     monkeypatch.setattr(chunks, "SHORTEST", 4096)
-    num, optimizer = 5000, OPTIMIZERS.build("fedyogi", "")  # the second of three pieces holds both
+    num, optimizer = NUM, OPTIMIZERS.build("fedyogi", "")  # the second of three pieces holds both
     draw = torch.Generator().manual_seed(0)
     start_Q, delta_Q = torch.randn(2 * num, generator=draw), torch.randn(2 * num, generator=draw)
 
@@ -44,7 +48,7 @@ def test_shards_of_moments_are_put_together_wherever_the_parameters_end(plan, nu
             exchange.begin(number, int(comm.rank == 0))
             if comm.rank == 0:
                 exchange.add(Contribution("a", number, 1.0, delta_Q.clone(), 0.0, 1, 1))
-            params_Q, state = exchange.finish(params_Q, Server(optimizer, num, (Auxiliary("c"),)), state)
+            params_Q, state = exchange.finish(params_Q, Server(optimizer, LAYOUT), state)
         whole = [exchange.whole(part, num) for part in state]
         for part, whole_P in zip(state, whole, strict=True):
             kept = part.clone()

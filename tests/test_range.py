@@ -28,7 +28,7 @@ class Far:
     def train(self, silo, model, params_P, round):
         done = Sgd(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size).train(silo, model, params_P, round)
         if silo.id == "s1" or self.all:
-            done.delta_P[1] = self.by
+            done.vector_Q[1] = self.by
         return done
 
 

@@ -114,9 +114,9 @@ class Sloppy:
     def train(self, silo, model, params_P, round):
         done = Sgd(lr=0.1, epochs=1).train(silo, model, params_P, round)
         if self.what == "short":
-            done.delta_P = done.delta_P[:-1]
+            done.vector_Q = done.vector_Q[:-1]
         if self.what == "double":
-            done.delta_P = done.delta_P.double()
+            done.vector_Q = done.vector_Q.double()
         if self.what == "number":
             silo.kept["number"] = 3.0
         return None if self.what == "nothing" else done

@@ -12,6 +12,7 @@ import torch
 from fedmpi import server
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError
+from fedmpi.layout import Layout, Segment
 from fedmpi.server import OPTIMIZERS, FedAvgM, FedDyn, Server
 
 NAMES = list(OPTIMIZERS.members)
@@ -248,10 +249,10 @@ def test_wrong_configuration_is_one_line(value, message):
 def test_statistics_become_the_mean_of_the_silos_whatever_the_optimizer_makes_of_parameters():
     generator = torch.Generator().manual_seed(0)
     params_P, mean_P = torch.rand(12, generator=generator), torch.randn(12, generator=generator)
-    averaged = (slice(2, 4), slice(9, 12))
+    averaged = [Segment("statistics", start, stop, "exact", averaged=True) for start, stop in ((2, 4), (9, 12))]
     there = torch.tensor([i in (2, 3, 9, 10, 11) for i in range(12)])
     optimizer = FedAvgM(lr=2.0, beta=0.9)
-    server = Server(optimizer, 12, scale=3.0, averaged=averaged)
+    server = Server(optimizer, Layout((Segment("delta", 0, 12, "delta"), *averaged)), scale=3.0)
     plain_P, _ = optimizer.step(params_P, 3 * mean_P, optimizer.init(params_P))
     whole_P, _ = server.step(params_P, mean_P.clone(), optimizer.init(params_P))
     assert torch.equal(whole_P, torch.where(there, params_P + mean_P, plain_P))
@@ -270,7 +271,8 @@ def test_an_optimizer_of_ones_own_may_return_other_tensors(num_params, scale, fr
             return params_P + mean_P if fresh else mean_P.add_(params_P)[None], state
 
     params_P, mean_P = torch.arange(4.0), torch.ones(4)
-    server = Server(Own(), num_params, scale=scale)
+    layout = None if num_params is None else Layout.whole(num_params)
+    server = Server(Own(), layout, scale=scale)
     new_P, _ = server.step(params_P, mean_P, Own().init(params_P))
     assert new_P.data_ptr() == mean_P.data_ptr() and new_P.shape == (4,)
     assert new_P[:num_params].tolist() == (torch.arange(4.0) + scale)[:num_params].tolist()

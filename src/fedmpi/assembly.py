@@ -27,13 +27,12 @@ from fedmpi.flat import (
     FlatModel,
     entries,
     frozen_alone,
-    is_variance,
+    layout_of,
     master_dtype,
     named_exact,
-    num_shared,
     one_vector,
-    places,
 )
+from fedmpi.layout import Layout
 from fedmpi.local import LocalSilo
 from fedmpi.membership import Comms, Membership
 from fedmpi.models import make
@@ -62,9 +61,10 @@ class Spec:
     watch: stopping.Watch
 
     @property
-    def num_auxiliaries(self) -> int:
-        """Vectors that travel with the delta."""
-        return len(getattr(self.config.local, "auxiliaries", ()))
+    def layout(self) -> Layout:
+        """Of the vector that crosses ranks."""
+        named = named_exact(self.entries, self.config.exchange.exact)
+        return layout_of(self.entries, getattr(self.config.local, "auxiliaries", ()), named)
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,7 @@ def build_federation(
     _try_members(spec, members, opened, comm)
     weights = comm.collectively(lambda: _weights(config, members.ids, num_train))
     context = _context(spec, weights, list(opened), comm)
-    length = num_shared(spec.entries) * (1 + spec.num_auxiliaries)
-    zeros_Q = torch.zeros(length, dtype=master_dtype(spec.entries), device=spec.device)
+    zeros_Q = torch.zeros(spec.layout.size, dtype=master_dtype(spec.entries), device=spec.device)
     section, plan_seconds = _choose_plan(spec.section, comms.leaders, zeros_Q, context, plan_before)
     exchange = choose.make(section, comms.leaders, zeros_Q, context)
     with _or_leave(exchange):
@@ -188,9 +187,10 @@ def begin(fed: Federation) -> State:
     """The state before the first round. A call of all ranks."""
     model, exchange = fed.model, fed.exchange
     params_Q = torch.zeros(exchange.num_params, dtype=model.dtype, device=model.device)
-    params_Q[: model.num_shared] = model.params()
-    average_P = params_Q[: model.num_shared].clone() if fed.average is not None else None
-    begun = fed.comm.collectively(lambda: fed.optimizer.init(exchange.mine(params_Q[: model.num_shared])))
+    params_P = fed.layout.params(params_Q)
+    params_P.copy_(model.params())
+    average_P = params_P.clone() if fed.average is not None else None
+    begun = fed.comm.collectively(lambda: fed.optimizer.init(exchange.mine(params_P)))
     params_Q, optimizer = exchange.home(params_Q, begun)
     selector = fed.comm.collectively(lambda: fed.selector.init(fed.num_train))
     return State(0, params_Q, optimizer, selector, average_P=average_P)
@@ -201,7 +201,7 @@ def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], co
     config, found = spec.config, spec.entries
     one = torch.zeros(1, dtype=master_dtype(found))
     states = comm.collectively(lambda: len(config.server.optimizer.init(one)))
-    named = comm.collectively(lambda: named_exact(found, config.exchange.exact))
+    layout = comm.collectively(lambda: spec.layout)
     return ExchangeContext(
         sum(weights.values()),
         list(weights),
@@ -209,11 +209,9 @@ def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], co
         config.seed,
         getattr(config.aggregate, "combine", None),
         config.rounds,
-        num_shared(found) if config.records.gram else 0,
+        layout.num_params if config.records.gram else 0,
         states,
-        exact=places(found, lambda entry: entry.buffer or entry.name in named),
-        still=places(found, lambda entry: not (entry.trainable or entry.buffer or entry.name in named)),
-        variances=places(found, is_variance),
+        layout,
     )
 
 
@@ -224,9 +222,7 @@ def _model(spec: Spec, exchange: Exchange, comms: Comms) -> FlatModel:
         own = exchange.delta()
         allocate = lambda n, dtype: own[:n]  # noqa: E731
     shared = spec.config.exchange.parameters
-    return comms.control.collectively(
-        lambda: FlatModel(spec.module, shared, spec.device, allocate, spec.num_auxiliaries)
-    )
+    return comms.control.collectively(lambda: FlatModel(spec.module, shared, spec.device, allocate, exchange.layout))
 
 
 def source_of(config: Config) -> Source:

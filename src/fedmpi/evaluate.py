@@ -92,7 +92,7 @@ def fine_tuned(
     own = replace(silo, cursor=0, kept=layers)
     round = replace(round, seed=rng.key(round.seed, purpose="finetune", round=round.number))
     model.thaw()
-    return params_P + rule.train(own, model, params_P, round).delta_P[: model.num_shared], own
+    return params_P + rule.train(own, model, params_P, round)["delta"], own
 
 
 def worst_silo(silos: Mapping[str, Mapping[str, Any]], metric: str, maximize: bool) -> dict[str, Any] | None:

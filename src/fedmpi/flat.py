@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import cast
@@ -24,7 +24,9 @@ import torch
 
 from fedmpi.components import did_you_mean
 from fedmpi.errors import ConfigError
+from fedmpi.layout import DELTA, Layout, Segment
 from fedmpi.module import Places, Tie, retie, slots, ties
+from fedmpi.types import Auxiliary
 
 HALF = (torch.bfloat16, torch.float16)
 RESERVED = "fedmpi/"  # begins the names under which a silo keeps what is not its rule's: a rule's own may be any others
@@ -122,18 +124,27 @@ def _in_batch_norm(module: torch.nn.Module) -> set[int]:
     return found
 
 
-def places(found: Sequence[Entry], chosen: Callable[[Entry], bool]) -> list[slice]:
-    """Where the chosen ones lie among the shared ones, which go dtype by dtype."""
-    parts: list[slice] = []
+def layout_of(found: Sequence[Entry], auxiliaries: Sequence[Auxiliary] = (), exact: Collection[str] = ()) -> Layout:
+    """Where what lies in the vector that is exchanged: the shared ones dtype by dtype, then auxiliary vectors. `exact`
+    are the names that no codec touches besides statistics and frozen parameters."""
+    beside: list[Segment] = []
     start = 0
     for dtype in dict.fromkeys(e.dtype for e in found if e.kind in ("shared", "personal")):
         for entry in (e for e in found if e.kind == "shared" and e.dtype == dtype):
-            stop = start + entry.num_elements
-            if start < stop and chosen(entry):
-                adjoins = parts and parts[-1].stop == start
-                parts.append(slice(parts.pop().start if adjoins else start, stop))
+            stop, named = start + entry.num_elements, entry.buffer or entry.name in exact
+            if start < stop and (named or not entry.trainable):
+                averaged, still = not entry.trainable, not named
+                variance = entry.buffer and entry.name.endswith("running_var")  # as all of torch's normalizations say
+                part = Segment(entry.name, start, stop, "exact", averaged=averaged, still=still, non_negative=variance)
+                beside.append(part)
             start = stop
-    return parts
+    vectors = [Segment(DELTA, 0, start, "delta")]
+    for aux in auxiliaries:
+        there = len(vectors) * start
+        vectors.append(
+            Segment(aux.name, there, there + start, "auxiliary", aux.normaliser, decay=aux.decay, gain=aux.gain)
+        )
+    return Layout((*vectors, *beside))
 
 
 def named_exact(found: Sequence[Entry], patterns: Sequence[str]) -> set[str]:
@@ -149,11 +160,6 @@ def named_exact(found: Sequence[Entry], patterns: Sequence[str]) -> set[str]:
             )
         chosen = chosen - names if pattern.startswith("!") else chosen | names
     return chosen
-
-
-def is_variance(entry: Entry) -> bool:
-    """A running variance, as all of torch's normalizations call it."""
-    return entry.buffer and entry.name.endswith("running_var")
 
 
 def master_dtype(found: Sequence[Entry]) -> torch.dtype:
@@ -198,7 +204,7 @@ class FlatModel:
         shared: str | Sequence[str] = "all",
         device: torch.device | str = "cpu",
         allocate: Allocate | None = None,
-        num_auxiliaries: int = 0,
+        layout: Layout | None = None,
     ) -> None:
         self._chosen = shared
         self.tied = ties(module)  # before it is moved, which takes apart what shares memory
@@ -207,7 +213,8 @@ class FlatModel:
         self.device = torch.device(device)
         self.dtype = master_dtype(self.entries)
         self.num_shared = num_shared(self.entries)
-        self._behind = num_auxiliaries * self.num_shared  # elements behind the delta, where auxiliary vectors lie
+        self.layout = layout_of(self.entries) if layout is None else layout  # of the vector that takes the delta along
+        self._behind = self.layout.size - self.num_shared  # elements behind the delta, where auxiliary vectors lie
         # Is the model trained in the memory that its delta and they travel out of, [P + A P]?
         self._in_place = one_vector(self.entries)
         if allocate is None or self.device.type != "cpu":
@@ -269,8 +276,8 @@ class FlatModel:
         return self._places.settle() or self._versions != [tensor._version for tensor in self._counted]
 
     def take_delta(self, params_P: torch.Tensor) -> torch.Tensor:
-        """What was trained minus what `load(params_P)` had put there, [P], and behind it what is to be written into
-        `auxiliary`; in memory that the next `load` or `take_delta` reuses: the model is spent.
+        """What was trained minus what `load(params_P)` had put there, [P], and behind it room for the auxiliary vectors
+        of the layout, [Q]; in memory that the next `load` or `take_delta` reuses: the model is spent.
 
         Where the model is of half precision that is params_P rounded, so that a step of nothing is a delta of 0.
         """
@@ -297,10 +304,6 @@ class FlatModel:
             ]
         )
 
-    def auxiliary(self, number: int) -> torch.Tensor:
-        """Where an auxiliary vector travels, [P]; valid after `take_delta`."""
-        return self._travels[(number + 1) * self.num_shared :][: self.num_shared]
-
     def pairs(self, vector_P: torch.Tensor) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Each shared parameter that is trained, and its part of a vector, in its shape."""
         return [
@@ -318,10 +321,6 @@ class FlatModel:
         """The same and, for functional_call, what else of the module lies in the memory of those that are named."""
         views = {n: tie.of(named[tie.owner].detach()) for n, tie in self._views.items() if tie.owner in named}
         return named | views if views else named
-
-    def not_trained(self) -> list[slice]:
-        """Where buffers and frozen parameters lie among the shared ones."""
-        return places(self.entries, lambda entry: not entry.trainable)
 
     def _parts(self, vector_P: torch.Tensor) -> list[tuple[Entry, torch.Tensor]]:
         """Each shared entry and its part of a vector, in its shape."""

@@ -14,7 +14,7 @@ from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
 from fedmpi.exchange.cost import memory, num_vectors, traffic
-from fedmpi.flat import master_dtype, named_exact, num_shared
+from fedmpi.flat import layout_of, master_dtype, named_exact
 from fedmpi.local import plain_step
 from fedmpi.models import make
 from fedmpi.objectives import resolve
@@ -38,8 +38,9 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     found = config.entries(module, [silo.id for silo in source.silos])
     layers = any(e.kind == "personal" and e.num_elements for e in found)
     scores = Scores.of(objective, config.local, config.evaluate.finetune, layers)
-    num_params = num_shared(found)
-    shared = num_params * (1 + len(getattr(config.local, "auxiliaries", ())))  # all that travels
+    named = named_exact(found, config.exchange.exact)
+    layout = layout_of(found, getattr(config.local, "auxiliaries", ()), named)
+    num_params, shared = layout.num_params, layout.size  # all that travels
     total = sum(e.num_elements for e in found)
     kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
     word = master_dtype(found).itemsize
@@ -54,10 +55,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     flat = section.regions is None  # where regions lie is not known before ranks have hosts
     hosted = [owners.count(rank) for rank in range(num_ranks)]
     vectors = num_vectors(section, hosted)
-    not_trained = [entry for entry in found if entry.kind == "shared" and not entry.trainable]
-    named = named_exact(found, config.exchange.exact)
-    exact = [entry.num_elements for entry in found if entry.kind == "shared" and (entry.buffer or entry.name in named)]
-    num_exact = sum(exact) if exact or not_trained else None
+    num_exact = sum(part.stop - part.start for part in layout.exact) if layout.exact or layout.still else None
     on_wire = traffic(section, shared, word, num_ranks, vectors, len(owners), num_exact)
     server_copies = _server_copies(config)
     averaged = num_params * word if config.server.average is not None else 0

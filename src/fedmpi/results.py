@@ -257,7 +257,7 @@ class _Stored:
         best = checkpoint.kept_as_best(self.root, round)
         stored = comm.collectively(lambda: checkpoint.read_server(self.root, round, best) if comm.rank == 0 else {})
         served = {"": stored.get(checkpoint.AVERAGE, stored[checkpoint.PARAMS])} if stored else {}
-        return _from_first(served, comm)[""][: self.model.num_shared]
+        return self.model.layout.params(_from_first(served, comm)[""])
 
     def kept(self, round: int, silos: Collection[str]) -> dict[str, dict[Key, torch.Tensor]]:
         """What the silos kept. Raises CheckpointError."""

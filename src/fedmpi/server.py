@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from fedmpi.components import Decay, Family, Fraction, NonNegativeFloat, PositiveFloat, component
+from fedmpi.layout import Layout
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
-from fedmpi.types import Auxiliary
 
 Tensor = torch.Tensor
 
@@ -81,33 +81,33 @@ class ServerOptimizer(Protocol):
 @dataclass(frozen=True)
 class Server:
     """The server's step of one round, over any slice of the exchanged vector: the parameters, which the optimizer
-    moves, and behind them auxiliary vectors, which follow their own rule (types.Auxiliary).
+    moves, and behind them auxiliary vectors, which follow their own rule (layout.Segment).
 
     What is not trained (statistics of batch normalization) becomes the mean of the silos' values, whatever the
     optimizer and `scale`: momentum or a long step would make variances negative.
     """
 
     optimizer: ServerOptimizer
-    num_params: int | None = None  # P; None: the whole vector
-    auxiliaries: Sequence[Auxiliary] = ()
+    layout: Layout | None = None  # of the exchanged vector; None: all of it is parameters, and all is stepped
     scale: float = 1.0  # of the mean delta, before the optimizer sees it
     share: float = 1.0  # of all weight that the mean is taken over, as shares are counted this round
     sent: float = 1.0  # what the mean was taken over, in units of what the silos that were heard stand for
-    averaged: Sequence[slice] = ()  # where what is not trained lies among the parameters
-    variances: Sequence[slice] = ()  # and of that what is never below 0, whatever is rounded
 
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
         """New values of S elements from `start` on and new state, in the memory of `mean_S` and of `state`."""
-        stop, border = start + len(mean_S), start + len(mean_S) if self.num_params is None else self.num_params
-        if start < stop <= border and self.scale == 1.0 and not self.averaged:  # most pieces; to slice costs more
+        layout, stop = self.layout, start + len(mean_S)
+        border = stop if layout is None else layout.num_params
+        plain = self.scale == 1.0 and (layout is None or layout.steps_alone)
+        if start < stop <= border and plain:  # most pieces; to slice costs more
             new, _ = self.optimizer.step(params_S, mean_S, state)
             if new.data_ptr() != mean_S.data_ptr():
                 mean_S.copy_(new)
             return mean_S, state
+        averaged, non_negative = ((), ()) if layout is None else (layout.averaged, layout.non_negative)
         if start < border:
             part = slice(0, min(stop, border) - start)
             mean = mean_S[part]
-            means = [(there, params_S[there] + mean[there]) for there in _within(self.averaged, start, part.stop)]
+            means = [(there, params_S[there] + mean[there]) for there in _within(averaged, start, part.stop)]
             if self.scale != 1.0:
                 mean.mul_(self.scale)
             new, _ = self.optimizer.step(params_S[part], mean, type(state)(*(t[part] for t in state)))
@@ -115,10 +115,10 @@ class Server:
                 mean.copy_(new)
             for there, values in means:
                 mean[there] = values
-            for there in _within(self.variances, start, part.stop):
+            for there in _within(non_negative, start, part.stop):
                 mean[there].clamp_(min=0.0)
-        for number, auxiliary in enumerate(self.auxiliaries, start=1):
-            part = slice(max(0, number * border - start), max(0, min(stop, (number + 1) * border) - start))
+        for auxiliary in () if layout is None else layout.auxiliaries:
+            part = slice(max(0, auxiliary.start - start), max(0, min(stop, auxiliary.stop) - start))
             gain = auxiliary.gain * (self.share if auxiliary.normaliser == "population" else self.sent)
             if part.start < part.stop:
                 mean_S[part].mul_(gain).add_(params_S[part], alpha=auxiliary.decay)

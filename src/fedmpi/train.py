@@ -306,7 +306,7 @@ class Run:
     @property
     def parameters(self) -> torch.Tensor:
         """The global shared parameters, [P]."""
-        return self.state.params_Q[: self.federation.model.num_shared]
+        return self.federation.layout.params(self.state.params_Q)
 
     @property
     def averaged_parameters(self) -> torch.Tensor:

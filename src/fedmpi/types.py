@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from fedmpi.layout import Layout, Normaliser
+
 Task = Literal["classification", "binary", "regression", "next_token"]
 
 
@@ -65,25 +67,32 @@ class Auxiliary:
     """
 
     name: str
-    normaliser: Literal["cohort", "population"] = "cohort"
+    normaliser: Normaliser = "cohort"
     decay: float = 1.0
     gain: float = 1.0
 
 
 @dataclass
 class Contribution:
-    """What a silo hands to the exchange. `delta_P` is valid until the next silo of the rank trains."""
+    """What a silo hands to the exchange: named vectors, contribution["delta"] and those of the rule's auxiliaries,
+    which are views of one. They are valid until the next silo of the rank trains."""
 
     silo: str
     round: int
     weight: float
-    delta_P: torch.Tensor  # and behind it the rule's auxiliary vectors, each [P]
+    vector_Q: torch.Tensor  # the delta [P], and behind it the rule's auxiliary vectors, each [P]
     loss: float  # mean training loss over the targets visited this round
     num_samples: int  # visited this round
     num_steps: int
     normalizer: float | None = None  # how many gradients the delta holds, |a_k|_1 of FedNova; None: num_steps
     start_loss: float = 0.0  # of the global parameters on the training samples, where the aggregator asks for it
     num_targets: int | None = None  # visited this round that `loss` is the mean of; None: num_samples
+    layout: Layout | None = None  # of the vector; None: it is the delta and nothing else
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The vector of that name, a view."""
+        layout = Layout.whole(len(self.vector_Q)) if self.layout is None else self.layout
+        return layout.of(self.vector_Q, name)
 
     @property
     def num_gradients(self) -> float:

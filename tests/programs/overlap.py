@@ -71,7 +71,7 @@ class Troubled(Sgd):
             time.sleep(0.1)  # the file is looked for so often
         contribution = super().train(silo, model, params_P, round)
         if what != "stop":
-            contribution.delta_P[7] = {"diverge": float("inf"), "overflow": 2e5, "large": 6e4}[what]
+            contribution.vector_Q[7] = {"diverge": float("inf"), "overflow": 2e5, "large": 6e4}[what]
         return contribution
 
 

@@ -31,6 +31,7 @@ from fedmpi.exchange import weights
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.exact import Each, Exact
 from fedmpi.flat import sha256
+from fedmpi.layout import Layout
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
@@ -54,9 +55,7 @@ class ExchangeContext(NamedTuple):
     rounds: int = 0  # of the whole run
     gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
     states: int = 0  # vectors of the server optimizer's state
-    exact: Sequence[slice] = ()  # what travels beside a lossy codec as it is
-    still: Sequence[slice] = ()  # of what is averaged what stands still, as a rule: frozen parameters
-    variances: Sequence[slice] = ()  # what is never below 0
+    layout: Layout | None = None  # of the vector; None: it is the delta and nothing else
 
 
 class Exchange:
@@ -67,6 +66,7 @@ class Exchange:
         self.comm = comm
         self.facts = facts
         self.num_params = len(params_P)
+        self.layout = Layout.whole(self.num_params) if facts.layout is None else facts.layout
         self.dtype, self.device = params_P.dtype, params_P.device
         if self.dtype != torch.float32 and not (section.up.plain and section.down.plain):
             raise agreed(ConfigError(f"codecs take float32, and the shared parameters are {self.dtype}"))
@@ -78,8 +78,8 @@ class Exchange:
         self._near = 1.0  # what the round's shares are multiplied with
         self._many = False  # does this rank fold so many silos that float32 is too short?
         self._wide_P: torch.Tensor | None = None  # float64, for that
-        lossy = not (section.up.plain and section.down.plain) and (facts.exact or facts.still)
-        self.exact = Exact(facts.exact, facts.still, comm, facts.each) if lossy else None  # what no codec touches
+        lossy = not (section.up.plain and section.down.plain) and (self.layout.exact or self.layout.still)
+        self.exact = Exact(self.layout, comm, facts.each) if lossy else None  # what no codec touches
         self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
         self._largest = section.largest  # values that codecs hold are smaller
         self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
@@ -179,7 +179,7 @@ class Exchange:
         if float(delta_P.abs().max()) < largest:
             return True
         sizes_P = delta_P.abs()
-        for part in (*self.facts.exact, *self.facts.still):  # no codec sees them
+        for part in (*self.layout.exact, *self.layout.still):  # no codec sees them
             sizes_P[part] = 0.0
         return float(sizes_P.max()) < largest
 

@@ -54,8 +54,8 @@ class Whole(Exchange):
     def add(self, contribution: Contribution) -> None:
         share = self.share(contribution)
         if self.exact is not None:
-            self.exact.take(self.comm.rank, share, contribution.delta_P)
-        self.fold(self._sum[: self.num_params], contribution.delta_P, share, self._empty)
+            self.exact.take(self.comm.rank, share, contribution.vector_Q)
+        self.fold(self._sum[: self.num_params], contribution.vector_Q, share, self._empty)
         self._weight += weights.counted(share)
         self._empty = False
 

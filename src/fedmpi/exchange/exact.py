@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from fedmpi.comm import Comm
+from fedmpi.layout import Layout
 
 Each = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # rows [K, S] and weights [K] to one row [S]
 ROOM = 1 << 20  # values of all silos that travel at a time
@@ -52,9 +53,9 @@ class Places:
 class Exact:
     """One exchange's values; begin, take of every silo, mean, put; and for the way down keep and land."""
 
-    def __init__(self, parts: Sequence[slice], still: Sequence[slice], comm: Comm, each: Each | None) -> None:
+    def __init__(self, layout: Layout, comm: Comm, each: Each | None) -> None:
         self._comm, self._each = comm, each
-        self._parts, self._still = Places(parts), Places(still)
+        self._parts, self._still = Places(layout.exact), Places(layout.still)
         self._all = [*self._parts.parts, *self._still.parts]
         self._rows: dict[int, torch.Tensor] = {}  # by slot: values, and behind them those of what should stand still
         self._moved = False  # has any of that moved here?

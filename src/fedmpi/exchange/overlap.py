@@ -80,18 +80,18 @@ class Behind(Exchange):
         if delta_P is None:
             return params_P
         torch.add(params_P, delta_P, out=self._start_P)
-        for part in self.facts.variances:
+        for part in self.layout.non_negative:
             self._start_P[part].clamp_(min=0.0)
         return self._start_P
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)
-        self._spare.extend(contribution.delta_P for contribution in self._next)
+        self._spare.extend(contribution.vector_Q for contribution in self._next)
         self._next = []
 
     def add(self, contribution: Contribution) -> None:
-        kept_P = self._spare.pop() if self._spare else torch.empty_like(contribution.delta_P)
-        self._next.append(replace(contribution, delta_P=kept_P.copy_(contribution.delta_P)))
+        kept_P = self._spare.pop() if self._spare else torch.empty_like(contribution.vector_Q)
+        self._next.append(replace(contribution, vector_Q=kept_P.copy_(contribution.vector_Q)))
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
@@ -101,7 +101,7 @@ class Behind(Exchange):
         self._told_s = 0.0
         arrived_P, state = self._other_P, self._arrived(state)
         self._spare.extend(self._deltas.values())
-        self._deltas = {contribution.silo: contribution.delta_P for contribution in self._next}
+        self._deltas = {contribution.silo: contribution.vector_Q for contribution in self._next}
         self._begin(arrived_P, params_P, server, state)
         self._ended = self.round >= self.facts.rounds
         if self._ended:
@@ -130,7 +130,7 @@ class Behind(Exchange):
                 if plan.exact is None:
                     plan.add(contribution)
                 else:  # which takes values out of it, and silos go on from the delta as it is
-                    plan.add(replace(contribution, delta_P=self._taken_P.copy_(contribution.delta_P)))
+                    plan.add(replace(contribution, vector_Q=self._taken_P.copy_(contribution.vector_Q)))
 
         def work() -> None:
             start_s, before = time.perf_counter(), _counted(plan.comm)

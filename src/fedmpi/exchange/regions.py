@@ -190,8 +190,7 @@ class Regional(Exchange):
                 result_P = self._mean_P.copy_(self._start_P)
             weight = _total(exchange.comm, weight)
             if weight > 0:
-                averaging = Server(FedAvg(), averaged=self.facts.variances, variances=self.facts.variances)
-                exchange.finish(result_P, averaging, NoState())
+                exchange.finish(result_P, Server(FedAvg(), self.layout.as_delta()), NoState())
         # The others' turn of this rank's outermost region, as its first rank knows it.
         self._since += weight
         lap("exchange")

@@ -153,7 +153,7 @@ class Sharded(Exchange):
         self._only = num_contributions == 1
 
     def add(self, contribution: Contribution) -> None:
-        share, delta_P = self.share(contribution), contribution.delta_P
+        share, delta_P = self.share(contribution), contribution.vector_Q
         if self.exact is not None:
             self.exact.take(self._index[contribution.silo] if self._by_silo else self.comm.rank, share, delta_P)
         if self._by_silo:

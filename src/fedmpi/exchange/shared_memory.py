@@ -72,7 +72,7 @@ class SharedMemory(Exchange):
         self._only = num_contributions == 1 and bool(self._deltas) and not self.ring
 
     def add(self, contribution: Contribution) -> None:
-        share, delta_P = self.share(contribution), contribution.delta_P
+        share, delta_P = self.share(contribution), contribution.vector_Q
         in_place = self._only and delta_P.data_ptr() == self._deltas[self.comm.rank].data_ptr()
         if not in_place:
             self.fold(self._sums[self.comm.rank], delta_P, share, empty=not self._weight)

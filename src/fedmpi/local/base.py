@@ -64,7 +64,7 @@ class LocalRule(Protocol):
     What a rule may have besides:
 
         auxiliaries   a tuple of `Auxiliary`: vectors that travel with the delta. `train` finds what they are now in
-                      `round.auxiliary` and writes what the silo sends into `model.auxiliary(i)` after `take_delta`.
+                      `round.auxiliary` and writes what the silo sends into the contribution's vector of that name.
         personal(silo, params_P)  the parameters [P] that the silo would use for itself, or None before it has any;
                       records then give personal figures beside the global ones. What of the personal model is not
                       shared is kept under `own_` and its name (personal.py).
@@ -308,11 +308,11 @@ def local_steps(
         silo.kept = {n: t for n, t in silo.kept.items() if not n.startswith(KEPT)} | state_to_keep(optimizer)
     targets = int(num_targets)
     loss_mean, held = float(losses) / max(targets, 1), num_gradients(work.optimizer, num_steps)
-    delta_P = model.take_delta(params_P)
+    vector_Q = model.take_delta(params_P)
     if getattr(work.amount, "reads_loss", False):
         silo.kept[LOSS] = torch.tensor(loss_mean, dtype=torch.float64)
     about = (loss_mean, num_samples, num_steps, held)
-    return Contribution(silo.id, round.number, silo.weight, delta_P, *about, num_targets=targets)
+    return Contribution(silo.id, round.number, silo.weight, vector_Q, *about, num_targets=targets, layout=model.layout)
 
 
 def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Correct:

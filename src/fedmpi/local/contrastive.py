@@ -77,7 +77,7 @@ class Moon(GradientRule):
                 contribution = local_steps(self, silo, model, params_P, round, batch_loss=loss)
         finally:
             handle.remove()
-        silo.kept["previous"] = params_P + contribution.delta_P[: model.num_shared]
+        silo.kept["previous"] = params_P + contribution["delta"]
         return contribution
 
     def _watch(self, module: torch.nn.Module, seen: list[torch.Tensor]) -> torch.utils.hooks.RemovableHandle:

@@ -46,10 +46,9 @@ def _mean_gradient(
     as the optimizer weights them. With plain SGD |a|_1 is the number of steps; momentum moves further with the same
     gradients, and by dividing by the steps alone a control variate would be taken 1 / (1 - rho) times too large.
     """
-    num_params = contribution.delta_P.numel() // 2  # the delta, and one auxiliary vector behind it
     if not (rate := rule.rate(round)):  # the end of a schedule: nothing has moved
-        return contribution.delta_P[:num_params].clone() if before_P is None else before_P.clone()
-    mean_P = contribution.delta_P[:num_params] * (-1 / (contribution.num_gradients * rate))
+        return contribution["delta"].clone() if before_P is None else before_P.clone()
+    mean_P = contribution["delta"] * (-1 / (contribution.num_gradients * rate))
     return mean_P if by_P is None else mean_P.sub_(by_P)
 
 
@@ -100,7 +99,7 @@ class Scaffold(GradientRule):
         contribution = local_steps(self, silo, model, params_P, round, corrected(model, by_P))
         if after_P is None:
             after_P = _mean_gradient(self, contribution, round, by_P, before_P)
-        change_P = model.auxiliary(0)
+        change_P = contribution["control"]
         change_P.copy_(after_P)
         if before_P is not None:
             change_P.sub_(before_P)
@@ -116,7 +115,7 @@ class Scaffold(GradientRule):
             c_P = (params_P - end_P).div_(silo.kept["moved"].item()).add_(0.0 if c_P is None else c_P)
         correct = None if c_P is None else corrected(model, -c_P)
         contribution = local_steps(self, silo, model, params_P, round, correct)
-        silo.kept["end"] = torch.add(params_P, contribution.delta_P[: model.num_shared], alpha=self.server_lr)
+        silo.kept["end"] = torch.add(params_P, contribution["delta"], alpha=self.server_lr)
         silo.kept["moved"] = torch.tensor(
             self.server_lr * self.rate(round) * contribution.num_gradients, dtype=torch.float64
         )
@@ -145,7 +144,7 @@ class FedDyn(GradientRule):
         if h_P is not None:
             by_P.sub_(h_P)
         contribution = local_steps(self, silo, model, params_P, round, pulled(model, self.alpha, by_P))
-        moved_P = contribution.delta_P[: model.num_shared] * -self.alpha
+        moved_P = contribution["delta"] * -self.alpha
         silo.kept["dynamic"] = moved_P if h_P is None else moved_P.add_(h_P)
         pull = self.rate(round) * self.alpha
         contribution.normalizer = num_gradients(self.optimizer, contribution.num_steps, pull)
@@ -176,7 +175,7 @@ class GradientCorrection(GradientRule):
         correct = None if by_P is None else corrected(model, by_P)
         contribution = local_steps(self, silo, model, params_P, round, correct)
         new_P = _mean_gradient(self, contribution, round, by_P, own_P)
-        model.auxiliary(0).copy_(new_P)
+        contribution["gradient"].copy_(new_P)
         silo.kept["gradient"] = new_P
         return contribution
 
@@ -211,7 +210,7 @@ class MimeLite(GradientRule):
         gradient_P = gradient_vector(model, params_P)
         correct = corrected(model, round.auxiliary["momentum"] * self.beta, scale=1 - self.beta)
         contribution = local_steps(self, silo, model, params_P, round, correct)
-        model.auxiliary(0).copy_(gradient_P)
+        contribution["momentum"].copy_(gradient_P)
         return contribution
 
 

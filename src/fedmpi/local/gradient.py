@@ -69,11 +69,13 @@ class FedSgd:
         num_samples = len(silo.data.x_train)
         silo.cursor += num_samples
         silo.kept = {**silo.kept, **model.personal()}
-        delta_P = model.take_delta(params_P)
+        vector_Q = model.take_delta(params_P)
         num_targets = int(round.count(silo.data.y_train))
         return Contribution(
-            silo.id, round.number, silo.weight, delta_P, loss, num_samples, 1, num_targets=num_targets
-        )  # fmt: skip
+            *(silo.id, round.number, silo.weight, vector_Q, loss, num_samples, 1),
+            num_targets=num_targets,
+            layout=model.layout,
+        )
 
 
 @component

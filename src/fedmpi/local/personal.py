@@ -59,7 +59,7 @@ class Ditto(GradientRule):
         own = unprefixed(silo)
         v_P = own.kept.pop("params", params_P).to(model.device)
         pull = pulled(model, self.lam, model.as_loaded(params_P) * -self.lam)
-        moved_P = local_steps(self._personal_work(), own, model, v_P, round, pull).delta_P[: model.num_shared]
+        moved_P = local_steps(self._personal_work(), own, model, v_P, round, pull)["delta"]
         own.kept["params"] = v_P + moved_P
         contribution = local_steps(self, silo, model, params_P, round)
         silo.kept |= prefixed(own.kept)

@@ -79,10 +79,10 @@ def _probe(
     status, name = 0, ""
     try:
         fed.watch.check()
-        fed.model.load(state.params_Q[: fed.model.num_shared])
+        fed.model.load(fed.layout.params(state.params_Q))
         for name in (silo for silo in candidates if silo in fed.silos):
             if fed.model.touched:  # by a module that counts in evaluation too
-                fed.model.load(state.params_Q[: fed.model.num_shared])
+                fed.model.load(fed.layout.params(state.params_Q))
             silo, num = fed.silos[name], getattr(fed.selector, "samples", None)
             x, y = silo.data.x_train, silo.data.y_train
             if num is not None and num < len(x):

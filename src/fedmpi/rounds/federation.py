@@ -21,7 +21,6 @@ from fedmpi.records import PHASES, Record, StatusTable, Timer
 from fedmpi.selection import Selector
 from fedmpi.server import Average, ServerOptimizer
 from fedmpi.stopping import Watch
-from fedmpi.types import Auxiliary
 
 READY_RANK = ("status", "fingerprint")
 READY_SILO = (
@@ -74,8 +73,7 @@ class Federation:
         self.ids = self.membership.ids  # all silos, in the federation's order
         self.comm: Comm = self.comms.control  # what all ranks agree over
         self.index = {silo: i for i, silo in enumerate(self.ids)}
-        self.auxiliaries: Sequence[Auxiliary] = getattr(self.rule, "auxiliaries", ())
-        self.not_trained = self.model.not_trained()
+        self.layout = self.exchange.layout  # of `State.params_Q` and of contributions
         rows = zip(self.ids, self.num_train, strict=True)
         self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # what each stands for
         self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), READY_SILO)

@@ -51,7 +51,7 @@ def run_round(
     server = _server(fed, number, None if factors is None else among or fed.ids, near)
     params_Q, optimizer = fed.exchange.finish(state.params_Q, server, state.optimizer, timer.lap)
     fed.silos.update(trained)
-    params_P = params_Q[: fed.model.num_shared]
+    params_P = fed.layout.params(params_Q)
     average_P = state.average_P
     if fed.average is not None and average_P is not None:
         params_P = average_P = fed.average.follow(average_P, params_P, number)
@@ -95,5 +95,4 @@ def _server(fed: Federation, number: int, among: Sequence[str] | None, near: flo
     at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
     optimizer = fed.optimizer if at is None else at(number, fed.rounds, share)
     counts = float(sent.sum() / weights.sum()) if len(sent) else 1.0
-    places = (fed.not_trained, fed.exchange.facts.variances)
-    return Server(optimizer, fed.model.num_shared, fed.auxiliaries, scale, share * near, counts, *places)
+    return Server(optimizer, fed.layout, scale, share * near, counts)

@@ -53,12 +53,12 @@ def train_silos(
                 start_loss=contribution.start_loss,
                 weight=silo.weight * factor,
             )
-            norm = float(torch.linalg.vector_norm(contribution.delta_P[: fed.model.num_shared]))
+            norm = float(torch.linalg.vector_norm(contribution["delta"]))
             usable = not math.isnan(besides) and math.isfinite(contribution.weight)
             grown = _grown(contribution.weight, silo.weight * factor, stands_for)
             room = grown if fed.exchange.ring else 1.0
             usable = usable and max(norm, besides) * room < LARGEST_NORM  # not so for nan
-            if usable and fed.exchange.holds(contribution.delta_P, grown):
+            if usable and fed.exchange.holds(contribution.vector_Q, grown):
                 fed.exchange.add(contribution)
                 trained[name] = silo
                 fed.ready.set_silo(
@@ -92,10 +92,9 @@ def _contribution(
 ) -> tuple[Contribution, float]:
     """What a silo sends: the rule's delta with the aggregator's weight, and auxiliary vectors so that this weight makes
     of them what is theirs; the norm of these before that."""
-    num = fed.model.num_shared
     start_Q = fed.exchange.start(silo.id, state.params_Q)
-    params_P, *rest = start_Q.view(-1, num)
-    auxiliary = {auxiliary.name: part for auxiliary, part in zip(fed.auxiliaries, rest, strict=True)}
+    params_P = fed.layout.params(start_Q)
+    auxiliary = {segment.name: start_Q[segment.place] for segment in fed.layout.auxiliaries}
     loss_before = 0.0
     if getattr(fed.aggregator, "start_loss", False):
         fed.model.load(params_P)
@@ -106,24 +105,24 @@ def _contribution(
     contribution = fed.rule.train(silo, fed.model, params_P, round)
     _check(contribution, silo, fed)
     contribution.start_loss = loss_before
-    others_A = contribution.delta_P[fed.model.num_shared :]
+    others_A = contribution.vector_Q[fed.layout.num_params :]
     besides = float(torch.linalg.vector_norm(others_A))
     contribution.weight = stands_for = silo.weight * factor
     contribution.weight = weight = fed.aggregator.weight(contribution)
-    for i, auxiliary_ in enumerate(fed.auxiliaries):
-        if auxiliary_.normaliser == "population":
-            fed.model.auxiliary(i).mul_(fed.exchange.facts.total_weight / near / (weight * len(fed.ids)))
+    for segment in fed.layout.auxiliaries:
+        if segment.normaliser == "population":
+            contribution[segment.name].mul_(fed.exchange.facts.total_weight / near / (weight * len(fed.ids)))
         elif weight != stands_for:
-            fed.model.auxiliary(i).mul_(stands_for / weight)
+            contribution[segment.name].mul_(stands_for / weight)
     return contribution, besides if bool(torch.isfinite(torch.linalg.vector_norm(others_A))) else math.inf
 
 
 def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
     """TypeError for what a rule gave that cannot be added up or kept."""
-    rule, length = type(fed.rule).__name__, fed.model.num_shared * (1 + len(fed.auxiliaries))
+    rule, length = type(fed.rule).__name__, fed.layout.size
     if not isinstance(contribution, Contribution):
         raise TypeError(f"the rule {rule} returned {type(contribution).__name__} in place of a Contribution")
-    delta = contribution.delta_P
+    delta = contribution.vector_Q
     if delta.shape != (length,) or delta.dtype != fed.model.dtype:
         wanted = f"{fed.model.dtype} of [{length}]"
         raise TypeError(

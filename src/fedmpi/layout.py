@@ -1,0 +1,148 @@
+"""Where what lies in the one flat vector that crosses ranks: named segments, each with a role.
+
+    delta       the model's shared parameters (of a contribution, how far they moved); P elements, the first ones
+    auxiliary   a vector as long as the parameters that travels behind them (a control variate, ...)
+    exact       a part of the delta that no codec touches: statistics, frozen parameters, what `exchange.exact` names
+
+    >>> layout = Layout((Segment("delta", 0, 4, "delta"), Segment("1.running_var", 2, 4, "exact", averaged=True),
+    ...                  Segment("control", 4, 8, "auxiliary", "population")))
+    >>> layout.num_params, layout.size, layout.exact, list(layout.of(range(8), "control"))
+    (4, 8, (slice(2, 4, None),), [4, 5, 6, 7])
+
+A part of the vector has a layout of its own:
+
+    >>> [(s.name, s.start, s.stop) for s in layout.part(3, 6).segments]
+    [('delta', 0, 1), ('1.running_var', 0, 1), ('control', 1, 3)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeVar, cast
+
+Vector = TypeVar("Vector", bound=Any)  # a tensor, an array, ...
+Role = Literal["delta", "auxiliary", "exact"]
+Normaliser = Literal["cohort", "population"]
+
+DELTA = "delta"  # the name of the segment with that role
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements `start` to `stop` of the vector."""
+
+    name: str
+    start: int
+    stop: int
+    role: Role
+    normaliser: Normaliser = "cohort"  # whose weight the sum is divided by: of those that were heard, or of all silos
+    averaged: bool = False  # becomes the mean of the silos' values; the server's optimizer never steps it
+    still: bool = False  # moves in no round, as a rule: a frozen parameter
+    non_negative: bool = False  # a variance, whatever is rounded
+    decay: float = 1.0  # of an auxiliary vector: after a round it is decay * old + gain * the silos' mean
+    gain: float = 1.0
+
+    @property
+    def place(self) -> slice:
+        """Where it lies."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of a vector: the delta, behind it the auxiliary ones; exact ones lie in the delta."""
+
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def whole(cls, size: int) -> Layout:
+        """A vector that is a delta and nothing else."""
+        return cls((Segment(DELTA, 0, size, "delta"),))
+
+    @cached_property
+    def num_params(self) -> int:
+        """P: elements of the delta."""
+        return sum(segment.stop - segment.start for segment in self.segments if segment.role == "delta")
+
+    @cached_property
+    def size(self) -> int:
+        """Q: elements of all that travels."""
+        return max((segment.stop for segment in self.segments), default=0)
+
+    @cached_property
+    def auxiliaries(self) -> tuple[Segment, ...]:
+        """The auxiliary segments, in order."""
+        return tuple(segment for segment in self.segments if segment.role == "auxiliary")
+
+    @cached_property
+    def exact(self) -> tuple[slice, ...]:
+        """What travels beside a lossy codec as it is, and moves."""
+        return self._places(lambda segment: segment.role == "exact" and not segment.still)
+
+    @cached_property
+    def still(self) -> tuple[slice, ...]:
+        """What travels beside a codec where it has moved, which as a rule it has not."""
+        return self._places(lambda segment: segment.still)
+
+    @cached_property
+    def averaged(self) -> tuple[slice, ...]:
+        """What the server averages and never steps."""
+        return self._places(lambda segment: segment.averaged)
+
+    @cached_property
+    def non_negative(self) -> tuple[slice, ...]:
+        """What is never below 0."""
+        return self._places(lambda segment: segment.non_negative)
+
+    @cached_property
+    def steps_alone(self) -> bool:
+        """Is the delta moved by the server's optimizer all through?"""
+        return not self.averaged and not self.non_negative
+
+    def of(self, vector_Q: Vector, name: str) -> Vector:
+        """A view of the delta or of the auxiliary vector of that name. KeyError lists the names."""
+        for segment in self.segments:
+            if segment.name == name and segment.role != "exact":
+                return cast(Vector, vector_Q[segment.place])
+        raise KeyError(f"no '{name}' travels; there is: {', '.join(self.names)}")
+
+    def params(self, vector_Q: Vector) -> Vector:
+        """A view of the parameters in a vector of the server's, [P]."""
+        return cast(Vector, vector_Q[: self.num_params])
+
+    @property
+    def names(self) -> list[str]:
+        """Of what travels: the delta and auxiliary vectors."""
+        return [segment.name for segment in self.segments if segment.role != "exact"]
+
+    def part(self, start: int, stop: int) -> Layout:
+        """The layout of the vector's elements `start` to `stop`, counted from there."""
+        cut = (
+            replace(segment, start=max(segment.start, start) - start, stop=min(segment.stop, stop) - start)
+            for segment in self.segments
+        )
+        return Layout(tuple(segment for segment in cut if segment.start < segment.stop))
+
+    def as_delta(self) -> Layout:
+        """The same vector as a delta all through, for sums that become plain means; variances stay what they are."""
+        kept = (replace(segment, averaged=False, still=False) for segment in self.segments if segment.non_negative)
+        return Layout((Segment(DELTA, 0, self.size, "delta"), *kept))
+
+    def _places(self, chosen: Callable[[Segment], bool]) -> tuple[slice, ...]:
+        return joined(segment.place for segment in self.segments if chosen(segment))
+
+
+def joined(places: Iterable[slice]) -> tuple[slice, ...]:
+    """Places in order, those that adjoin as one.
+
+    >>> joined([slice(4, 6), slice(0, 2), slice(2, 3)])
+    (slice(0, 3, None), slice(4, 6, None))
+    """
+    found: list[slice] = []
+    for place in sorted(places, key=lambda place: place.start):
+        if place.start < place.stop:
+            adjoins = found and found[-1].stop == place.start
+            found.append(slice(found.pop().start if adjoins else place.start, place.stop))
+    return tuple(found)
