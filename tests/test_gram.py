@@ -6,7 +6,7 @@ import torch
 from test_exchange import on_ranks
 
 from fedmpi.components import build
-from fedmpi.exchange import chunks, sharded
+from fedmpi.exchange import accumulator, chunks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.choose import make
 from fedmpi.exchange.config import ExchangeSection
@@ -22,7 +22,7 @@ WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
     monkeypatch.setattr(chunks, "SHORTEST", 4096)
-    monkeypatch.setattr(sharded, "PART", 1000)
+    monkeypatch.setattr(accumulator, "PART", 1000)
 
 
 def run(num_ranks, deltas_KP, cohort, gram, up):

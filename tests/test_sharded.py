@@ -135,13 +135,13 @@ def test_with_a_scope_of_silos_any_number_of_ranks_gives_the_same_bits(name):
 
 @pytest.mark.parametrize("scope", ["rank", "silo"])
 @pytest.mark.parametrize("name", ["int8", "topk"])
-def test_how_many_rows_travel_together_changes_no_bit(name, scope, monkeypatch):
+def test_how_many_stripes_travel_together_changes_no_bit(name, scope, monkeypatch):
     start_P, deltas_RKP = drawn(2)
     how = section(fed_back(name), fed_back(name), scope=scope)
     found = []
     for rows in (1, 2, 3):
         monkeypatch.setattr(chunks, "MESSAGE_BYTES", rows * CODECS.build(name, "").max_bytes(4096))
-        assert chunks.rows_together(Grid(P, 2), how.up, how.down) == rows
+        assert chunks.stripes_per_batch(Grid(P, 2), how.up, how.down) == rows
         found.append(run(how, start_P, deltas_RKP, 2))
     for (params_P, spent, residuals, _), (again_P, sent, kept, _) in zip(
         found[0] * 2, found[1] + found[2], strict=True

@@ -5,6 +5,8 @@
     dense       root: Reduce to rank 0, step there, Bcast (the classic server)
                 replicated: Allreduce, every rank takes the same step
     sharded     every rank owns 1/n of the coordinates: pieces go to their owners, who add, step and send to all
+    upload, accumulator, download
+                what that one is made of, in the order in which a piece passes through it
     shared_memory
                 the same on one node, straight out of the others' memory
     regions     a node, a site, a continent first; then across

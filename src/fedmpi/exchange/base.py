@@ -19,14 +19,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fedmpi.comm import Comm
 from fedmpi.components import to_dict
-from fedmpi.errors import ConfigError, ExchangeError, agreed
+from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange import weights
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.exact import Each, Exact
@@ -34,6 +34,9 @@ from fedmpi.flat import sha256
 from fedmpi.layout import Layout
 from fedmpi.server import Server
 from fedmpi.types import Contribution
+
+if TYPE_CHECKING:
+    from fedmpi.exchange.chunks import Coder
 
 UNIT = 2.0**44  # ring integers per 1.0
 LARGEST_NORM = 2.0**18  # a delta beyond this is absurd, and more than the ring has room for
@@ -83,7 +86,7 @@ class Exchange:
         self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
         self._largest = section.largest  # values that codecs hold are smaller
         self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
-        self._failed: ExchangeError | None = None
+        self.coders: list[Coder] = []  # which note what they refuse, since the other ranks wait for something
         self._declared = {**to_dict(section), "length": self.num_params, "dtype": str(self.dtype)}
         self._facts_text = repr(self._declared)
         if self.ring:
@@ -204,8 +207,8 @@ class Exchange:
     def raise_failed(self) -> None:
         """What a codec could not encode or decode on this rank in the last `finish`. The others wait for something, so
         all has travelled when anybody raises it."""
-        if self._failed is not None:
-            raise self._failed
+        for coder in self.coders:
+            coder.raise_failed()
 
     def ask(self) -> None:
         """Everybody raises what one rank's codec refused."""

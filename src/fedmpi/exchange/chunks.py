@@ -1,4 +1,4 @@
-"""Vectors in pieces: the grid on which they are cut, and a channel's codec over it.
+"""Vectors in pieces: the grid on which they are cut, the batches in which pieces travel, a channel's codec over them.
 
 The grid depends on the vector's length alone, and every piece is encoded by itself, with a key of its own. So what a
 vector's payload is does not depend on how many ranks there are, nor on how pieces travel. Codecs that choose values
@@ -7,7 +7,7 @@ vector's payload is does not depend on how many ranks there are, nor on how piec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,10 @@ _ALL = 0xFFFFFFFFFFFFFFFF
 
 
 class Grid:
-    """Pieces of equal length, the last one what is left; of every row of `num_ranks` pieces each rank owns one.
+    """Pieces of equal length, the last one what is left; of every stripe of `num_ranks` pieces each rank owns one.
 
     >>> grid = Grid(300_000, 2)
-    >>> grid.length, grid.num_pieces, grid.steps, list(grid.owned(1)), grid.part(4)
+    >>> grid.length, grid.num_pieces, grid.num_stripes, list(grid.owned(1)), grid.part(4)
     (65536, 5, 3, [1, 3], slice(262144, 300000, None))
     """
 
@@ -39,7 +39,7 @@ class Grid:
         even = -(-num_elements // _AT_LEAST)
         self.length = min(LONGEST, max(SHORTEST, -(-even // _GRAIN) * _GRAIN))
         self.num_pieces = -(-num_elements // self.length)
-        self.steps = -(-self.num_pieces // num_ranks)
+        self.num_stripes = -(-self.num_pieces // num_ranks)
 
     def part(self, piece: int) -> slice:
         """Where a piece lies in the vector."""
@@ -53,7 +53,7 @@ class Grid:
         return (self.part(piece) for piece in range(self.num_pieces))
 
     def owned(self, rank: int) -> range:
-        """The pieces of a rank, one of each row."""
+        """The pieces of a rank, one of each stripe."""
         return range(rank, self.num_pieces, self.num_ranks)
 
     def kept(self, piece: int) -> slice:
@@ -66,8 +66,8 @@ class Grid:
         return sum(self.size(piece) for piece in self.owned(rank))
 
 
-def rows_together(grid: Grid, up: Channel, down: Channel) -> int:
-    """Rows whose pieces travel in one message to each owner: as many as make it worth sending, where they are short.
+def stripes_per_batch(grid: Grid, up: Channel, down: Channel) -> int:
+    """Stripes whose pieces travel in one message to each owner: as many as make it worth sending, where they are short.
 
     Payloads of one message lie side by side, so they have to be of one size, and a multiple of 4 bytes; values that
     travel as they are lie where they are.
@@ -76,7 +76,39 @@ def rows_together(grid: Grid, up: Channel, down: Channel) -> int:
         return 1
     sizes = [way.codec.max_bytes(grid.length) for way in (up, down)]
     fixed = up.codec.fixed and down.codec.fixed and not any(size % 4 for size in sizes)
-    return max(1, min(MESSAGE_BYTES // max(sizes), grid.steps)) if fixed else 1
+    return max(1, min(MESSAGE_BYTES // max(sizes), grid.num_stripes)) if fixed else 1
+
+
+class Batches:
+    """The stripes of a grid, `depth` of them to a batch: one message from each rank to each owner.
+
+    >>> batches = Batches(Grid(300_000, 2), 2)  # five pieces in three stripes
+    >>> batches.num, batches.pieces(0), batches.pieces(0, owner=1), [batches.offset(piece) for piece in range(5)]
+    (2, range(0, 4), range(1, 4, 2), [0, 2, 1, 3, 4])
+    """
+
+    def __init__(self, grid: Grid, depth: int) -> None:
+        self.grid, self.depth, self.num_ranks = grid, depth, grid.num_ranks
+        self.num = -(-grid.num_stripes // depth)
+        self.width = depth * grid.num_ranks  # pieces of a batch
+        self.num_offsets = self.num * self.width
+
+    def pieces(self, batch: int, owner: int | None = None) -> range:
+        """The pieces of a batch; of these an owner's."""
+        first, stop = batch * self.width, min((batch + 1) * self.width, self.grid.num_pieces)
+        return range(first, stop) if owner is None else range(first + owner, stop, self.num_ranks)
+
+    def offset(self, piece: int) -> int:
+        """Where a piece's payload lies among those of all: by batches, in these by owners, with these by stripes."""
+        stripe, owner = divmod(piece, self.num_ranks)
+        batch, stripe = divmod(stripe, self.depth)
+        return (batch * self.num_ranks + owner) * self.depth + stripe
+
+    def length(self, batch: int, owner: int, sizes: Sequence[int] | np.ndarray, stride: int) -> int:
+        """Of the payloads of an owner's pieces, `stride` apart, given the sizes of all; 0 where nothing is sent."""
+        pieces = self.pieces(batch, owner)
+        last = int(sizes[pieces[-1]]) if pieces else 0
+        return (len(pieces) - 1) * stride + last if last else 0
 
 
 class Coder:
@@ -92,12 +124,15 @@ class Coder:
         sizes = (0, grid.length, grid.size(grid.num_pieces - 1))
         self._num_bytes = {size: self.codec.max_bytes(size) for size in sizes}
         self._key = 0
+        self.round = 0
+        self.failed: ExchangeError | None = None  # the first value of this round that the codec refused
         on_device = torch.device(device).type != "cpu"
         self._there_B = torch.zeros(self.stride, dtype=torch.uint8, device=device) if on_device else None
         codecs.warm(self.codec, device)
 
     def start(self, round: int, who: str = "") -> None:
         """The round, and whose vector comes next: random bits depend on both. Linear codecs have one key for all."""
+        self.round, self.failed = round, None
         self._key = rng.key(
             self._seed, purpose=f"encode {self._way}", round=round, silo="" if self.codec.linear else who
         )
@@ -139,6 +174,28 @@ class Coder:
         """The same, times weight, added."""
         self.codec.add(self._arrived(payload_B), sum_N, self._of(piece), weight)
 
+    def encode_or_note(self, x_N: Any, payload_B: Any, piece: int, scale: float, residual_N: Any) -> int:
+        """As `encode`, but where the codec refuses a value zeros travel, since other ranks wait for something, and
+        `failed` has the error."""
+        try:
+            return self.encode(x_N, payload_B, piece, scale, residual_N)
+        except ExchangeError as error:
+            self.failed = self.failed or error
+            payload_B[:] = 0
+            return self.num_bytes(piece) if self.codec.fixed else 0
+
+    def add_or_note(self, payload_B: Any, sum_N: Any, piece: int, weight: float) -> None:
+        """As `add`, but what cannot be decoded is left out and `failed` has the error."""
+        try:
+            self.add(payload_B, sum_N, piece, weight)
+        except ExchangeError as error:
+            self.failed = self.failed or error
+
+    def raise_failed(self) -> None:
+        """What the codec refused since the round was started."""
+        if self.failed is not None:
+            raise self.failed
+
     def _arrived(self, payload_B: Any) -> Any:
         """A payload where the vectors are."""
         if self._there_B is None:
@@ -168,3 +225,39 @@ class RankResidual:
             self.residual_P.zero_()
             for tensors in kept.values():
                 self.residual_P.add_(tensors["feedback"].to(self.residual_P.device))
+
+
+class SiloResiduals:
+    """What feedback keeps of each silo. It changes when the round's vectors have travelled, and not before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[str, torch.Tensor] = {}
+        self._next: dict[str, torch.Tensor] = {}  # once this round's vectors have travelled
+        self._spare: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        """Forget the drafts of a round that was broken off."""
+        self._spare.extend(self._next.values())
+        self._next.clear()
+
+    def draft(self, silo: str, like_P: torch.Tensor) -> torch.Tensor:
+        """A copy of the silo's, to be written to."""
+        residual_P = self._spare.pop() if self._spare else torch.zeros_like(like_P)
+        before = self._kept.get(silo)
+        self._next[silo] = residual_P.copy_(before) if before is not None else residual_P.zero_()
+        return residual_P
+
+    def commit(self) -> None:
+        """The drafts become what is kept."""
+        for silo, residual_P in self._next.items():
+            if silo in self._kept:
+                self._spare.append(self._kept[silo])
+            self._kept[silo] = residual_P
+        self._next.clear()
+
+    def kept(self) -> Kept:
+        return {silo: {"feedback": tensor} for silo, tensor in self._kept.items()}
+
+    def take(self, kept: Kept) -> None:
+        self._kept = {silo: tensors["feedback"].to(self._device) for silo, tensors in kept.items()}

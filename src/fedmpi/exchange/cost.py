@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedmpi.exchange.base import MANY
-from fedmpi.exchange.chunks import Grid, rows_together
+from fedmpi.exchange.chunks import Grid, stripes_per_batch
 from fedmpi.exchange.config import ExchangeSection
-from fedmpi.exchange.sharded import AHEAD, COLUMNS
+from fedmpi.exchange.sharded import COLUMNS
+from fedmpi.exchange.upload import AHEAD
 from fedmpi.exchange.weights import behind
 
 _DTYPES = {4: torch.float32, 8: torch.float64}
@@ -65,7 +66,7 @@ def traffic(
         if not section.up.codec.fixed:
             table += num_ranks * max(vectors or [1]) * grid.num_pieces
         if not section.down.codec.fixed:
-            table += grid.steps * num_ranks
+            table += grid.num_stripes * num_ranks
         if not (section.up.plain and section.down.plain):
             table += num_ranks
         return Traffic(
@@ -113,8 +114,8 @@ def memory(
         folds = section.scope == "rank" and (num_silos > 1 or word != param_bytes)
         wide = 8 * num_params * (folds and num_silos > MANY and word == 4)
         own = num_silos if section.scope == "silo" else min(1, num_silos)
-        rows = rows_together(grid, section.up, section.down)
-        places = -(-grid.steps // rows) * rows * num_ranks
+        rows = stripes_per_batch(grid, section.up, section.down)
+        places = -(-grid.num_stripes // rows) * rows * num_ranks
         payloads = 0 if section.up.plain and section.scope == "rank" else own * places * stride
         down = 0 if section.down.plain else places * _stride(section.down.codec, grid)
         residuals = (own * (1 + (section.scope == "silo")) if section.up.feedback else 0) * vector

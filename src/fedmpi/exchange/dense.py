@@ -37,6 +37,7 @@ class Whole(Exchange):
         if not section.up.plain:
             self._coder = Coder(section.up, Grid(self.num_params, comm.size), facts.seed, self.device, "up")
             self._residual = RankResidual(section.up, params_P, facts)
+            self.coders.append(self._coder)
             length = self._coder.grid.num_pieces * self._coder.stride // 4 + self._limbs
         apart = self.on_device or self._coder is not None
         self._send = comm.allocate(length, self.sum_dtype, pinned=self.on_device) if apart else self._sum
@@ -79,10 +80,7 @@ class Whole(Exchange):
             self._coder.start(self.round)  # one key for all ranks
             for piece, part in enumerate(self._coder.grid if not self._empty else ()):
                 payload = self._coder.slot(self._send[: -self._limbs].view(torch.uint8), piece)
-                try:
-                    self._coder.encode(bare(self._sum)[part], payload, piece, 1.0, self._residual.part(part))
-                except ExchangeError as error:
-                    self._failed = self._failed or error
+                self._coder.encode_or_note(bare(self._sum)[part], payload, piece, 1.0, self._residual.part(part))
             self._send[-self._limbs :] = self._sum[-self._limbs :]
         elif self.on_device:
             self._send.copy_(self._sum)
@@ -114,7 +112,6 @@ class Replicated(Whole):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        self._failed = None
         self.comm.allreduce(self._sent(), self._recv)
         if self._coder is not None:
             self.ask()

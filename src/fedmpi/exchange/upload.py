@@ -1,0 +1,237 @@
+"""The way up: this rank's vectors to the owners of their pieces, and what arrives of everybody's.
+
+A vector is sent out of the memory that it lies in, or encoded: batch by batch while earlier ones travel, or, where a
+payload's length is not known before, all of it before the first batch does. A silo's delta, whose memory is the next
+silo's, is encoded at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fedmpi.codecs import Bare, bare
+from fedmpi.comm import Comm, Pending
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.chunks import Batches, Coder, Grid, RankResidual, SiloResiduals
+from fedmpi.exchange.config import ExchangeSection
+
+AHEAD = 3  # batches on their way up while one is added up
+
+
+class Sender(NamedTuple):
+    """One vector of the round, as all ranks know of it: a rank's sum, or a silo's delta."""
+
+    number: int  # in the order of senders: that of ranks, or of the federation's silos
+    rank: int
+    vector: int  # which of its rank's vectors
+    share: float  # of the weight; an integer in the ring
+    factor: float  # what its values still have to be multiplied with in the sum
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """One of this rank's vectors."""
+
+    number: int
+    share: float
+    factor: float
+    vector_P: Any  # to be sent as it is, or bare to be encoded; None: encoded already
+    scale: float = 1.0  # what it is multiplied with when it is encoded
+    payloads: torch.Tensor | None = None  # of all pieces, each at its offset
+    payloads_B: Bare = None  # the same, for codecs
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # of the payloads [pieces]
+
+
+class Upload:
+    """All-to-all of pieces, batch by batch."""
+
+    def __init__(
+        self,
+        section: ExchangeSection,
+        comm: Comm,
+        params_P: torch.Tensor,
+        facts: ExchangeContext,
+        grid: Grid,
+        batches: Batches,
+        dtype: torch.dtype,
+    ) -> None:
+        self.comm, self.grid, self.batches, self.device = comm, grid, batches, params_P.device
+        on_device = self._on_device = self.device.type != "cpu"
+        self.coder = None if section.up.plain else Coder(section.up, grid, facts.seed, self.device, "up")
+        by_silo = section.scope == "silo"
+        self.residual = SiloResiduals(self.device) if by_silo else RankResidual(section.up, params_P, facts)
+        self.outgoing: list[Outgoing] = []
+        self._lazily = section.up.codec.fixed  # is every payload's size known before it is encoded?
+        self._raw = torch.uint8 if self.coder else dtype
+        self._stride = self.coder.stride if self.coder else grid.length
+        self._payloads: list[tuple[torch.Tensor, Bare]] = []  # memory for those of each vector, reused
+        self._host_P = comm.allocate(len(params_P), dtype, pinned=True) if on_device else None
+        self._nothing = torch.zeros(0, dtype=self._raw)
+        self._arrived: list[tuple[torch.Tensor, Bare]] = []  # of each batch under way: [vectors, ranks, depth, stride]
+        self._sizes = np.zeros((0, 0, 0), dtype=np.int64)
+        self._num_vectors = 0  # of the rank that sends most vectors
+
+    # ------------------------------------------------------------ this rank's vectors
+
+    def begin(self) -> None:
+        """Forget the last round, or the one that was broken off."""
+        self.outgoing.clear()
+        if isinstance(self.residual, SiloResiduals):
+            self.residual.begin()
+
+    def put(self, number: int, share: float, vector_P: torch.Tensor, factor: float) -> None:
+        """A vector that stays as it is until it has travelled, of which the sum holds `factor` times."""
+        if self.coder is None:
+            self.outgoing.append(Outgoing(number, share, factor, vector_P))
+            return
+        memory, sizes = self._memory(), self._full_sizes(self.coder)
+        self.outgoing.append(Outgoing(number, share, 1.0, bare(vector_P), factor, *memory, sizes))
+
+    def put_silo(self, number: int, silo: str, round: int, share: float, delta_P: torch.Tensor) -> None:
+        """A silo's delta as it will be sent, out of the model's memory."""
+        payloads, payloads_B = self._memory()
+        if self.coder is None:
+            self.outgoing.append(Outgoing(number, share, share, payloads.copy_(delta_P)))
+            return
+        assert isinstance(self.residual, SiloResiduals)
+        residual_P = self.residual.draft(silo, delta_P) if self.coder.channel.feedback else None
+        sizes = self._full_sizes(self.coder)
+        self.coder.start(round, silo)
+        vector_P, kept_P = bare(delta_P), None if residual_P is None else bare(residual_P)
+        for piece, part in enumerate(self.grid):
+            residual_N = None if kept_P is None else kept_P[part]
+            sizes[piece] = self._encode(self.coder, vector_P[part], payloads_B, piece, 1.0, residual_N)
+        self.coder.raise_failed()  # nothing has travelled yet
+        self.outgoing.append(Outgoing(number, share, share, None, 1.0, payloads, payloads_B, sizes))
+
+    def _memory(self) -> tuple[torch.Tensor, Bare]:
+        """For the payloads of one more vector, as MPI takes it and bare; as many as a round has needed are kept."""
+        index = len(self.outgoing)
+        if index == len(self._payloads):
+            num = self.batches.num_offsets * self._stride if self.coder else self.grid.num_elements
+            payloads = self.comm.allocate(num, self._raw, pinned=self._on_device)
+            self._payloads.append((payloads, bare(payloads)))
+        return self._payloads[index]
+
+    def _full_sizes(self, coder: Coder) -> np.ndarray:
+        return np.array([coder.num_bytes(piece) for piece in range(self.grid.num_pieces)], dtype=np.int64)
+
+    def _encode(
+        self, coder: Coder, x_N: Bare, payloads_B: Bare, piece: int, scale: float, residual_N: Bare | None
+    ) -> int:
+        slot_B = coder.slot(payloads_B, self.batches.offset(piece))
+        return coder.encode_or_note(x_N, slot_B, piece, scale, residual_N)
+
+    # ------------------------------------------------------------ on their way
+
+    def prepare_first(self) -> None:
+        """What of the first batch can be done before it is known who else sends."""
+        if self._lazily and any(out.share for out in self.outgoing):
+            self._prepare_batch(0)
+
+    def agree(self, senders: Sequence[Sender]) -> None:
+        """How much each rank sends of each of its vectors, in elements of what travels [ranks, vectors, pieces].
+
+        Payloads that may be shorter than their longest are encoded before the first one travels. A call of all ranks.
+        """
+        pieces = range(self.grid.num_pieces)
+        self._num_vectors = max((sender.vector for sender in senders), default=-1) + 1
+        self._sizes = np.zeros((self.comm.size, self._num_vectors, len(pieces)), dtype=np.int64)
+        if self._lazily:
+            full = [self.coder.num_bytes(piece) if self.coder else self.grid.size(piece) for piece in pieces]
+            for sender in senders:
+                self._sizes[sender.rank, sender.vector] = full
+            return
+        for index, out in enumerate(self.outgoing):
+            for piece in pieces:
+                self._prepare(out, piece)
+            self._sizes[self.comm.rank, index] = out.sizes
+        self._sizes = self.comm.share(self._sizes.reshape(-1)).reshape(self._sizes.shape).astype(np.int64)
+
+    def arriving(self) -> Iterator[int]:
+        """Batch after batch as each has arrived, while later ones are on their way."""
+        under_way: deque[list[Pending]] = deque()
+        for batch in range(self.batches.num + AHEAD):
+            if batch < self.batches.num:
+                if batch and self._lazily:
+                    self._prepare_batch(batch)
+                under_way.append(self._send(batch))
+            if batch >= AHEAD:
+                for request in under_way.popleft():
+                    self.comm.wait(request)
+                yield batch - AHEAD
+
+    def came(self, piece: int, sender: Sender) -> Any:
+        """What a sender sent of a piece of mine that has arrived, where it lies: bare if it is a payload."""
+        length = int(self._sizes[sender.rank, sender.vector, piece])
+        offset = self.batches.offset(piece)
+        if sender.rank == self.comm.rank:
+            out, start = self.outgoing[sender.vector], offset * self._stride
+            return (out.payloads_B if self.coder else self._travels(out))[start : start + length]
+        batch, depth = offset // self.batches.width, self.batches.depth
+        start = ((sender.vector * self.comm.size + sender.rank) * depth + offset % depth) * self._stride
+        arrived, arrived_B = self._arrived[batch % (AHEAD + 1)]
+        return (arrived_B if self.coder else arrived)[start : start + length]
+
+    def _prepare(self, out: Outgoing, piece: int) -> None:
+        """The piece is in host memory as it will travel."""
+        if out.vector_P is None:
+            return
+        part = self.grid.part(piece)
+        if self.coder is not None:
+            assert isinstance(self.residual, RankResidual)
+            if piece == 0:
+                self.coder.start(self.coder.round, f"rank {self.comm.rank}")
+            residual_N = self.residual.part(part)
+            out.sizes[piece] = self._encode(
+                self.coder, out.vector_P[part], out.payloads_B, piece, out.scale, residual_N
+            )
+        elif self._host_P is not None and out.vector_P.device.type != "cpu":
+            self._host_P[part].copy_(out.vector_P[part])
+
+    def _prepare_batch(self, batch: int) -> None:
+        for out in self.outgoing:
+            for piece in self.batches.pieces(batch):
+                self._prepare(out, piece)
+                self.comm.progress()
+
+    def _send(self, batch: int) -> list[Pending]:
+        """Everybody's pieces of a batch on their way to their owners."""
+        me, ranks, room = self.comm.rank, range(self.comm.size), self.batches.depth * self._stride
+        arrived = self._room(batch)
+        requests = []
+        for number in range(self._num_vectors):
+            send, to = self._nothing, [(0, 0)] * len(ranks)
+            if number < len(self.outgoing):
+                send = self._travels(self.outgoing[number])[batch * len(ranks) * room :]
+                to = [(rank * room, self._length(batch, rank, self._sizes[me, number])) for rank in ranks]
+                to[me] = (0, 0)  # what is mine is read where it is
+            come = [
+                (rank * room, self._length(batch, me, self._sizes[rank, number]) if rank != me else 0) for rank in ranks
+            ]
+            requests.append(self.comm.alltoall(send, to, arrived[number], come))
+        return requests
+
+    def _length(self, batch: int, owner: int, sizes: np.ndarray) -> int:
+        return self.batches.length(batch, owner, sizes, self._stride)
+
+    def _travels(self, out: Outgoing) -> torch.Tensor:
+        """The memory that MPI reads."""
+        on_host = out.payloads if out.payloads is not None else out.vector_P
+        return self._host_P if on_host.device.type != "cpu" and self._host_P is not None else on_host
+
+    def _room(self, batch: int) -> torch.Tensor:
+        """Where a batch's pieces arrive: [vectors, ranks * depth * stride]."""
+        number, needed = batch % (AHEAD + 1), self._num_vectors * self.batches.width * self._stride
+        while len(self._arrived) <= number:
+            self._arrived.append((self._nothing, None))
+        if len(self._arrived[number][0]) < needed:
+            memory = self.comm.allocate(needed, self._raw, pinned=self._on_device)
+            self._arrived[number] = (memory, bare(memory))
+        return self._arrived[number][0][:needed].view(self._num_vectors, -1)
