@@ -138,7 +138,7 @@ def test_a_part_that_is_given_back_is_watched_no_longer():
         made |= {"_above": above, "_groups": groups, "_twins": [], "_windows": [], "depth": 0, "calls": 0}
         vars(one).update(made, _vigil=None if above else watch, _beat_s=1e9)
         assert one._watching is watch
-    whole._free_parts()
+    whole.free_parts()
     assert watch.lanes == [whole] and (whole._groups, region._groups) == ([], [])
 
 

@@ -38,7 +38,7 @@ from fedmpi.membership import Comms, Membership
 from fedmpi.models import make
 from fedmpi.module import saved
 from fedmpi.objectives import LossAndMetrics, resolve
-from fedmpi.opening import open_silos
+from fedmpi.opening import Opened, open_silos
 from fedmpi.placement import place
 from fedmpi.rounds import Federation, State
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
@@ -75,7 +75,6 @@ class Assembly:
     federation: Federation
     state: State
     threads: int
-    fingerprint: str  # of all silos' data
     unshared: dict[str, torch.Tensor]  # what the model starts with and no checkpoint has
     plan_seconds: dict[str, float]  # what `plan: auto` measured
 
@@ -93,10 +92,12 @@ def assemble(
     spec = specify(config, comm, out)
     first = members or comm.collectively(lambda: place(spec.source.silos, comm.hosts, config.server.dedicated))
     unshared = _unshared(spec.module, spec.entries)
-    built = build_federation(spec, first, Comms.of(comm), plan_before)
+    comms = Comms.of(comm)
+    opened = open_members(spec, first, comms)
+    built = build_federation(spec, opened, comms, plan_before=plan_before)
     with _or_leave(built.federation.exchange):
         state = begin(built.federation)
-    return Assembly(built.spec, built.federation, state, threads, built.fingerprint, unshared, built.plan_seconds)
+    return Assembly(built.spec, built.federation, state, threads, unshared, built.plan_seconds)
 
 
 def specify(config: Config, comm: Comm, out: Path) -> Spec:
@@ -120,39 +121,56 @@ def specify(config: Config, comm: Comm, out: Path) -> Spec:
     return Spec(config, source, objective, module, found, config.exchange, chosen, watch)
 
 
+def open_members(
+    spec: Spec, members: Membership, comms: Comms, held: Collection[str] = (), known: Mapping[str, np.ndarray] = {}
+) -> Opened:
+    """The members' data, opened where they were not and tried. All that can be said against a membership is said here,
+    alike on every rank, and nothing that is there is touched. A call of all ranks.
+
+    `held` are silos that this rank has open, `known` the facts of silos that some rank has.
+    """
+    config, comm = spec.config, comms.control
+    members = comm.collectively(lambda: members.checked(spec.source.silos, comms.world.hosts, config.server.dedicated))
+    opened = open_silos(spec.source, members, comm, held, known)
+    comm.collectively(lambda: config.entries(spec.module, members.ids))  # components that cannot do with them say so
+    comm.collectively(lambda: _weights(config, members.ids, opened.num_train))
+    _try_members(spec, members, opened.data, comm)
+    return opened
+
+
 class Built(NamedTuple):
-    """A federation, what it was built from, and what is said of it."""
+    """A federation and what it was built from."""
 
     federation: Federation
     spec: Spec  # with the plan that was chosen
-    fingerprint: str  # of all members' data
     plan_seconds: dict[str, float]  # by plan that was measured
 
 
 def build_federation(
-    spec: Spec, members: Membership, comms: Comms, plan_before: Callable[[], str] = lambda: ""
+    spec: Spec,
+    opened: Opened,
+    comms: Comms,
+    held: Mapping[str, LocalSilo] = {},
+    plan_before: Callable[[], str] = lambda: "",
 ) -> Built:
-    """The federation of these members: their data opened and tried, exchange and model made for them. A call of all
-    ranks; raises ConfigError alike on every one."""
-    config, comm = spec.config, comms.control
-    members = comm.collectively(lambda: members.checked(spec.source.silos, comms.world.hosts, config.server.dedicated))
-    opened, num_train, fingerprint = open_silos(spec.source, members, comm)
-    comm.collectively(lambda: config.entries(spec.module, members.ids))  # components that cannot do with them say so
-    _try_members(spec, members, opened, comm)
-    weights = comm.collectively(lambda: _weights(config, members.ids, num_train))
-    context = _context(spec, weights, list(opened), comm)
+    """The federation of these members, as before its first round: exchange and model are made for them. `held` are
+    silos that this rank has open. A call of all ranks; raises ConfigError alike on every one."""
+    config, comm, members = spec.config, comms.control, opened.members
+    weights = _weights(config, members.ids, opened.num_train)
+    hosted = members.hosted(comm.rank)
+    context = _context(spec, weights, hosted, comm)
     zeros_Q = torch.zeros(spec.layout.size, dtype=master_dtype(spec.entries), device=spec.device)
     section, plan_seconds = _choose_plan(spec.section, comms.leaders, zeros_Q, context, plan_before)
     exchange = choose.make(section, comms.leaders, zeros_Q, context)
     with _or_leave(exchange):
         model = _model(spec, exchange, comms)
         silos = comm.collectively(
-            lambda: {silo: _kept(silo, opened, weights[silo], spec.device) for silo in list(opened)}
+            lambda: {silo: _local(silo, opened.data, held, weights[silo], spec.device) for silo in hosted}
         )
         federation = Federation(
             membership=members,
             comms=comms,
-            num_train=num_train,
+            facts_KF=opened.facts_KF,
             silos=silos,
             watch=spec.watch,
             model=model,
@@ -170,7 +188,7 @@ def build_federation(
             gram=config.records.gram,
             finetune=config.evaluate.finetune,
         )
-    return Built(federation, replace(spec, section=section), fingerprint, plan_seconds)
+    return Built(federation, replace(spec, section=section), plan_seconds)
 
 
 @contextlib.contextmanager
@@ -319,9 +337,13 @@ def _check_machine(config: Config, chosen: torch.device) -> None:
             raise ConfigError("records.tensorboard: needs the package tensorboard (fedmpi[report])") from None
 
 
-def _kept(silo: str, opened: dict[str, SiloData], weight: float, chosen: torch.device) -> LocalSilo:
-    """The silo, its samples where they are trained on; of those that were opened it is one no longer."""
-    return LocalSilo(silo, SiloData(*device.keep_on(chosen, list(opened.pop(silo)))), weight)
+def _local(
+    silo: str, data: dict[str, SiloData], held: Mapping[str, LocalSilo], weight: float, chosen: torch.device
+) -> LocalSilo:
+    """The silo before it has trained, its samples where they are trained on and no longer in `data`."""
+    if silo in held:
+        return LocalSilo(silo, held[silo].data, weight)
+    return LocalSilo(silo, SiloData(*device.keep_on(chosen, list(data.pop(silo)))), weight)
 
 
 def _choose_plan(

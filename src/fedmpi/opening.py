@@ -7,7 +7,8 @@ import json
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,27 +20,59 @@ from fedmpi.types import Silo, SiloData, Source
 log = logging.getLogger("fedmpi")
 
 _SHOWN = 5  # silos or columns in a message, at most
+NUM_FACTS = 5  # that a silo's data are known by
+_NOTHING: Mapping[str, np.ndarray] = {}
 
 
-def open_silos(source: Source, members: Membership, comm: Comm) -> tuple[dict[str, SiloData], list[int], str]:
-    """This rank's silos; all members' numbers of training samples; a fingerprint of all data. A call of all ranks.
+@dataclass(frozen=True)
+class Opened:
+    """The members' data."""
 
+    members: Membership
+    data: dict[str, SiloData]  # of this rank's silos: those that it did not have open yet
+    facts_KF: np.ndarray  # of every member: numbers of training and of test samples, checksums
+
+    @property
+    def num_train(self) -> list[int]:
+        """Training samples of each member."""
+        return [int(n) for n in self.facts_KF[:, 0]]
+
+    @property
+    def facts(self) -> dict[str, np.ndarray]:
+        """By member."""
+        return dict(zip(self.members.ids, self.facts_KF, strict=True))
+
+
+def fingerprint(facts: np.ndarray) -> str:
+    """A checksum of what data are known by, of one silo or of all."""
+    return f"{zlib.crc32(np.ascontiguousarray(facts).tobytes()):08x}"
+
+
+def open_silos(
+    source: Source,
+    members: Membership,
+    comm: Comm,
+    held: Collection[str] = (),
+    known: Mapping[str, np.ndarray] = _NOTHING,
+) -> Opened:
+    """This rank's silos, but those that it has `held` open, and the facts of all members' data. A call of all ranks.
+
+    `known` are facts of silos that were open before, here or elsewhere: whoever opens one has to find the same.
     ConfigError has what is wrong with every silo of every rank.
     """
     silos = [silo for silo in source.silos if silo.id in members.teams]
     mine = [silo for silo in silos if members.rank(silo.id) == comm.rank]
-    opened = comm.collectively(lambda: _all(mine, source))
-    told = comm.collectively(
-        lambda: {silo: _facts(data, source.columns.get(silo, ())) for silo, data in opened.items()}
-    )
-    facts = np.zeros((len(silos), 5))
+    opened = comm.collectively(lambda: _all([silo for silo in mine if silo.id not in held], source))
+    told = comm.collectively(lambda: {silo: _facts(silo, data, source, known) for silo, data in opened.items()})
+    facts_KF = np.zeros((len(silos), NUM_FACTS))
     for i, silo in enumerate(silos):
-        facts[i] = told.get(silo.id, 0.0)
-    facts = comm.share(facts.reshape(-1)).reshape(facts.shape)
-    _same_columns(facts[:, 4], source, members, comm)
-    if comm.rank == 0 and not facts[:, 1].any():
+        if silo in mine:
+            facts_KF[i] = told[silo.id] if silo.id in told else known[silo.id]
+    facts_KF = comm.share(facts_KF.reshape(-1)).reshape(facts_KF.shape)
+    _same_columns(facts_KF[:, 4], source, members, comm)
+    if comm.rank == 0 and not facts_KF[:, 1].any():
         log.warning("no silo has test samples, so nothing is evaluated: give the data a test part")
-    return opened, [int(n) for n in facts[:, 0]], f"{zlib.crc32(facts.tobytes()):08x}"
+    return Opened(members, opened, facts_KF)
 
 
 def _all(mine: Sequence[Silo], source: Source) -> dict[str, SiloData]:
@@ -69,14 +102,18 @@ def _opened(silo: Silo, source: Source) -> SiloData:
     return data
 
 
-def _facts(data: SiloData, columns: tuple[str, ...]) -> list[float]:
+def _facts(silo: str, data: SiloData, source: Source, known: Mapping[str, np.ndarray]) -> np.ndarray:
     """Training samples, test samples, and checksums of inputs, targets and column names."""
     x, y = 0, 0
     for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
         x = zlib.crc32(samples.contiguous().numpy().view(np.uint8).data, x)
         y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
-    names = float(zlib.crc32(repr(columns).encode())) if columns else 0.0
-    return [len(data.x_train), len(data.x_test), float(x), float(y), names]
+    columns = source.columns.get(silo, ())
+    names = zlib.crc32(repr(columns).encode()) if columns else 0
+    found = np.array([len(data.x_train), len(data.x_test), x, y, names], dtype=np.float64)
+    if silo in known and not np.array_equal(found, known[silo]):
+        raise ConfigError(f"silo '{silo}': its data here are not those that it was trained on elsewhere")
+    return found
 
 
 def _same_columns(checksums_K: np.ndarray, source: Source, members: Membership, comm: Comm) -> None:

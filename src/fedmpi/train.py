@@ -50,6 +50,7 @@ from fedmpi.evaluate import load_own
 from fedmpi.exchange.base import Exchange, Kept
 from fedmpi.flat import changed_entries, signature
 from fedmpi.health import Health
+from fedmpi.opening import fingerprint
 from fedmpi.output import say
 from fedmpi.records import Record
 from fedmpi.rounds import State, run_round
@@ -130,7 +131,8 @@ class Run:
         fed = self.federation = parts.federation
         self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
-        self.fingerprint, self.unshared, self.plan_seconds = parts.fingerprint, parts.unshared, parts.plan_seconds
+        self.unshared, self.plan_seconds = parts.unshared, parts.plan_seconds
+        self.fingerprint = fingerprint(fed.facts_KF)
         self.model, self.state = fed.model.module, parts.state
         module = [type(self.model).__module__] if isinstance(self.config.model, torch.nn.Module) else []
         self.code = self.comm.collectively(lambda: sources.own_code(to_dict(self.config), *module))

@@ -35,7 +35,8 @@ def subject(module: torch.nn.Module, device: torch.device) -> Iterator[Subject]:
     try:
         one = Subject(copy.deepcopy(module).to(device), device, tied, is_copy=True)
     except Exception:  # modules may hold what cannot be copied, such as weights that are computed
-        one = Subject(module, torch.device("cpu"), tied, is_copy=False)
+        here = next((tensor.device for tensor in saved(module).values()), torch.device("cpu"))
+        one = Subject(module, here, tied, is_copy=False)
     first = {} if one.is_copy else {name: tensor.detach().clone() for name, tensor in saved(module).items()}
     try:
         yield one

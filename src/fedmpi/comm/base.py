@@ -124,6 +124,12 @@ class Comm:
         """
         return 0
 
+    def free_parts(self) -> None:
+        """Give back what was made of this communicator: duplicates, groups, shared vectors; nobody uses them any more.
+
+        A call of all ranks.
+        """
+
     def barrier(self) -> None:
         """Wait for all ranks; what each wrote into shared vectors before is what all read afterwards."""
 

@@ -130,7 +130,7 @@ class MpiComm(Comm):
         up, down, control = (sum(some) for some in zip(own, *(group.counted() for group in self._groups), strict=True))
         return up, down, control
 
-    def _free_parts(self) -> None:
+    def free_parts(self) -> None:
         """Give back what was made of this communicator; nobody uses it any more. A call of all ranks."""
         for part in (*self._twins, *self._groups):
             part._free()
@@ -141,7 +141,7 @@ class MpiComm(Comm):
         self.free_shared()
 
     def _free(self) -> None:
-        self._free_parts()
+        self.free_parts()
         for communicator in (self._node, self._control, self._world):
             if communicator is not None:
                 communicator.Free()
@@ -422,7 +422,7 @@ class MpiComm(Comm):
             request.Wait()
         self._sent.clear()
         if not self.open_runs:
-            self._free_parts()
+            self.free_parts()
         self._worst = self._passed_on = 0  # another run may follow
         self._world.Barrier()
 

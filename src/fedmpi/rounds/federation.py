@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class Federation:
 
     membership: Membership
     comms: Comms
-    num_train: Sequence[int]  # training samples of each silo
+    facts_KF: np.ndarray  # of each silo's data, by which they are known (opening.py)
     silos: dict[str, LocalSilo]  # those that this rank hosts
     watch: Watch
     model: FlatModel
@@ -71,6 +71,7 @@ class Federation:
 
     def __post_init__(self) -> None:
         self.ids = self.membership.ids  # all silos, in the federation's order
+        self.num_train = [int(n) for n in self.facts_KF[:, 0]]  # training samples of each
         self.comm: Comm = self.comms.control  # what all ranks agree over
         self.index = {silo: i for i, silo in enumerate(self.ids)}
         self.layout = self.exchange.layout  # of `State.params_Q` and of contributions
