@@ -7,10 +7,12 @@ import pytest
 
 from fedmpi.comm import Comm, SoloComm
 from fedmpi.errors import ConfigError, FedmpiError, NoCohort, SiloError, agreed
+from fedmpi.outcome import RoundOutcome
 from fedmpi.records import StatusTable
 from fedmpi.rounds import READY_RANK, READY_SILO
 from fedmpi.rounds.agreement import REFUSED, agree_ready
 from fedmpi.rounds.cohort import select_cohort
+from fedmpi.rounds.engine import Everybody
 
 
 class Pair(Comm):
@@ -75,7 +77,7 @@ def no_silo(*_):
 
 
 def test_a_selector_that_says_no_enters_no_collective_of_its_own():
-    state = SimpleNamespace(selector={}, record=None)
+    state = SimpleNamespace(selector={}, outcome=None)
     assert str(select_cohort(state, federation(Pair(), no_silo), 1)[2]) == "no silo is there"
 
 
@@ -86,5 +88,5 @@ def test_what_selectors_say_no_to_is_raised_alike(others, kind):
     fed.ready.set_rank(0, status=others)
     fed.ready.set_rank(1, status=REFUSED)
     with pytest.raises(kind, match="no silo is there") as caught:
-        agree_ready(fed, 1, [], NoCohort("no silo is there"))
+        agree_ready(fed, RoundOutcome.of(fed.ids, 1), Everybody(), NoCohort("no silo is there"))
     assert caught.value.agreed

@@ -313,6 +313,7 @@ NEEDS |= {"available": {"traces": {"a": [[2, 9]]}}, "qffl": {"lr": 0.1}}
 NEEDS |= {"fedrep": NEEDS["sgd"] | {"head_steps": 2}, "per_fedavg": NEEDS["sgd"] | {"inner_lr": 0.1}}
 NEEDS |= {"by_silo": {"silos": {"a": 3}}, "by_loss": {"target": 0.5}, "seconds": {"seconds": 1.5}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
+INSIDE["engine"] = {"name": "synchronous"}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
 
 
@@ -384,7 +385,7 @@ from fedmpi.selection import All
 class First:
     count: int = 1
     def init(self, num_silos): return {}
-    def select(self, ids, state, record, rng): return list(ids)[: self.count], state
+    def select(self, ids, state, outcome, rng): return list(ids)[: self.count], state
 
 @component
 class Checked(All):

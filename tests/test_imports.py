@@ -13,7 +13,8 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "output", "disk", "rng", "layout", "types", "trust", "sources", "components", "stopping", "worker"),
+    *("errors", "output", "disk", "rng", "layout", "types", "trust", "sources", "components", "outcome"),
+    *("stopping", "worker"),
     *("launcher", "module", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
     *("models", "data", "pretrained"),

@@ -108,8 +108,8 @@ class Shrinking:
     def init(self, num_train):
         return {}
 
-    def select(self, ids, state, record, rng):
-        return (ids if record is None else ids[:2]), state
+    def select(self, ids, state, outcome, rng):
+        return (ids if outcome is None else ids[:2]), state
 
 
 def test_a_selector_of_ones_own_that_gives_a_trimmed_mean_too_few_ends_the_run(tmp_path):

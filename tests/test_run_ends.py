@@ -45,7 +45,7 @@ class Counting:
     def init(self, num_train):
         return {"seen": np.zeros((len(num_train), 2)), "none": np.zeros(())}
 
-    def select(self, ids, state, record, rng):
+    def select(self, ids, state, outcome, rng):
         late = state.get("late", np.zeros(3, dtype=np.int32)) + 1
         size = 1 + int(late[0] + state["none"] + state["seen"][1, 1]) % len(ids)
         return ids[:size], {"seen": state["seen"] + 1, "none": state["none"] + 1, "late": late}
@@ -84,7 +84,7 @@ class Choosing:
     def init(self, num_train):
         return {}
 
-    def select(self, ids, state, record, rng):
+    def select(self, ids, state, outcome, rng):
         return list(ids) if self.gives == "no state" else (self.gives, state)
 
 

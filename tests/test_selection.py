@@ -10,6 +10,7 @@ import pytest
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, NoCohort
+from fedmpi.outcome import RoundOutcome
 from fedmpi.selection import SELECTORS, Selection
 from fedmpi.selection import losses as losses_
 from fedmpi.selection.draws import inclusion, systematic
@@ -42,13 +43,12 @@ def make(name, spec):
     return SELECTORS.build({"name": name, **spec}, "select")
 
 
-def record(number, cohort, seed=0):
-    """What a round says of its silos; figures that differ, one silo's update rejected."""
+def outcome(number, cohort, seed=0):
+    """What a round came to; figures that differ, one silo's update rejected."""
     rng = np.random.default_rng((seed, number))
-    silos = {silo: {"num_train": int(n)} for silo, n in zip(IDS, N, strict=True)}
-    for silo in cohort[: max(1, len(cohort) - (number == 2))]:
-        silos[silo] |= {"train_loss": float(rng.uniform(0.1, 2)), "delta_norm": float(rng.uniform(0, 3))}
-    return {"round": number, "cohort": list(cohort), "silos": silos}
+    taken = cohort[: max(1, len(cohort) - (number == 2))]
+    rows = {s: {"train_loss": float(rng.uniform(0.1, 2)), "delta_norm": float(rng.uniform(0, 3))} for s in taken}
+    return RoundOutcome.of(IDS, number, cohort, [silo for silo in cohort if silo not in taken], rows)
 
 
 def step(selector, state, last, rng):
@@ -67,7 +67,7 @@ def rounds(selector, number, state=None, last=None, first=1):
     found = []
     for r in range(first, first + number):
         chosen = step(selector, state, last, np.random.default_rng(r))
-        state, last = chosen.state, record(r, chosen.cohort)
+        state, last = chosen.state, outcome(r, chosen.cohort)
         found.append((chosen, last))
     return found
 
@@ -108,7 +108,7 @@ def test_going_on_from_what_a_checkpoint_holds_gives_the_same_cohorts(name, spec
     first = selector.init(N.astype(int).tolist())
     assert {n: (a.dtype, a.shape) for n, a in first.items()} == {n: (a.dtype, a.shape) for n, a in chosen.state.items()}
     state = {key: np.frombuffer(array.tobytes(), array.dtype) for key, array in chosen.state.items()}
-    again = rounds(selector, 4, state, json.loads(json.dumps(last)), first=5)
+    again = rounds(selector, 4, state, last, first=5)
     assert [(c.cohort, c.factors) for c, _ in again] == [(c.cohort, c.factors) for c, _ in found[4:]]
 
 
@@ -214,9 +214,10 @@ def test_systematic_draws_have_the_probabilities_that_they_are_given():
 def test_silos_that_were_never_heard_are_drawn_like_the_largest():
     selector = make("norm", {"floor": 0.1})
     state = selector.init([1] * K)
-    state = selector.observe(IDS, state, {"round": 1, "silos": {"a": {"delta_norm": 0.0}, "b": {"delta_norm": 2.0}}})
+    norms = {"a": {"delta_norm": 0.0}, "b": {"delta_norm": 2.0}}
+    state = selector.observe(IDS, state, RoundOutcome.of(IDS, 1, "ab", rows=norms))
     np.testing.assert_array_equal(selector.sizes(state), [0, 2, 2, 2, 2, 2])
-    later = selector.observe(IDS, state, {"round": 2, "silos": {"a": {}, "b": {"delta_norm": 1.0}}})
+    later = selector.observe(IDS, state, RoundOutcome.of(IDS, 2, "b", rows={"b": {"delta_norm": 1.0}}))
     np.testing.assert_array_equal(later["norm"][:2], [0, 1])
 
 
@@ -230,9 +231,10 @@ def test_power_of_choice_takes_the_candidates_with_the_highest_losses():
     last = make("power_of_choice", {"fraction": 0.3, "num_candidates": 6, "losses": "last"})
     assert last.candidates(IDS, state, None, rng) == []
     known = {"a": {"train_loss": 3.0}, "b": {"train_loss": 1.0}, "c": {"train_loss": 5.0}, "d": {"train_loss": 2.0}}
-    state = last.observe(IDS, last.init(N), {"silos": known})
+    state = last.observe(IDS, last.init(N), RoundOutcome.of(IDS, 1, "abcd", rows=known))
     assert last.select(IDS, state, None, rng).cohort == ["e", "f"]  # nobody knows them
-    state = last.observe(IDS, state, {"silos": {"e": {"train_loss": 0.1}, "f": {"train_loss": 0.2}}})
+    known = {"e": {"train_loss": 0.1}, "f": {"train_loss": 0.2}}
+    state = last.observe(IDS, state, RoundOutcome.of(IDS, 2, "ef", rows=known))
     assert last.select(IDS, state, None, rng).cohort == ["a", "c"]
 
 
@@ -246,8 +248,8 @@ def test_a_bandit_finds_the_silos_whose_loss_still_falls(name):
         for silo in chosen.cohort:
             taken[silo] += 1
             loss[silo] -= 0.5 if silo in "bf" else 0.01
-        silos = {silo: {"train_loss": loss[silo]} if silo in chosen.cohort else {} for silo in IDS}
-        state, last = chosen.state, {"round": number, "cohort": chosen.cohort, "silos": silos}
+        rows = {silo: {"train_loss": loss[silo]} for silo in chosen.cohort}
+        state, last = chosen.state, RoundOutcome.of(IDS, number, chosen.cohort, rows=rows)
     assert min(taken["b"], taken["f"]) > max(taken[silo] for silo in "acde") and min(taken.values()) > 0
 
 
@@ -284,8 +286,8 @@ def test_what_a_bandit_remembers_fades_round_by_round():
     selector = make("ucb", {"fraction": 0.3, "discount": 0.5})
     state = selector.init(N)
     for number, losses in enumerate(({"a": 3.0, "b": 2.0}, {"a": 1.0, "c": 5.0}, {"a": 1.5, "b": 1.0}), start=1):
-        told = {"round": number, "cohort": list(losses), "silos": {k: {"train_loss": v} for k, v in losses.items()}}
-        state = selector.observe(IDS, state, told)
+        told = {silo: {"train_loss": loss} for silo, loss in losses.items()}
+        state = selector.observe(IDS, state, RoundOutcome.of(IDS, number, list(losses), rows=told))
     assert state["plays"].tolist() == [1.75, 1.25, 0.5, 0.0, 0.0, 0.0]
     assert state["earned"].tolist() == [2.0 / 2 - 0.5, 1.0, 0.0, 0.0, 0.0, 0.0] and state["largest"].max() == 2.0
 
@@ -321,8 +323,7 @@ def test_only_who_is_there_is_chosen_and_what_others_did_is_not_forgotten():
     selector = make("available", {"traces": {"a": [[1, 2], [3, 9]]}, "inner": {"name": "norm", "fraction": 0.5}})
     found = rounds(selector, 3)
     assert "a" not in found[1][0].cohort and found[1][0].among == IDS[1:] and found[0][0].among == IDS
-    told = found[0][1]["silos"]["a"].get("delta_norm", np.nan)
-    np.testing.assert_array_equal(found[1][0].state["norm"][0], told)
+    np.testing.assert_array_equal(found[1][0].state["norm"][0], found[0][1].norm_K[0])
 
 
 def test_a_round_without_anybody_and_a_silo_that_is_none_are_errors_in_one_line():

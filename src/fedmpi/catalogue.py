@@ -26,6 +26,7 @@ from fedmpi.local.workload import WORKLOADS
 from fedmpi.metrics import METRICS
 from fedmpi.models import MODELS
 from fedmpi.objectives import DEFAULTS, LOSSES, Objective
+from fedmpi.rounds import ENGINES, POLICIES
 from fedmpi.schedules import SCHEDULES
 from fedmpi.selection import SELECTORS
 from fedmpi.server import OPTIMIZERS
@@ -44,6 +45,8 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "aggregators": (AGGREGATORS, "aggregate"),
     "metrics": (METRICS, "objective.metrics"),
     "servers": (OPTIMIZERS, "server.optimizer"),
+    "engines": (ENGINES, "engine"),
+    "policies": (POLICIES, "engine.policy"),
     "codecs": (CODECS, "exchange.up.codec"),
 }
 

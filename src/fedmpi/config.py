@@ -37,6 +37,7 @@ from fedmpi.local.optimizers import num_gradients
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
+from fedmpi.rounds import ENGINES, Engine, Synchronous
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, FedDyn, ServerOptimizer
 from fedmpi.types import Dataset
@@ -114,6 +115,7 @@ class Config:
     select: Annotated[Selector, SELECTORS] = All()  # who takes part
     aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()  # how deltas become one
     server: ServerSection = ServerSection()
+    engine: Annotated[Engine, ENGINES] = Synchronous()  # how rounds follow one another
     exchange: ExchangeSection = ExchangeSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -398,6 +400,8 @@ def differences(stored: Mapping[str, Any], config: Config) -> list[str]:
         if old.get(key) is None and new[key] in (None, stored.get("rounds")):  # it ends where it would have, or moves
             old.pop(key, None)
             del new[key]
+    # What a run directory of an earlier version says nothing of was as it is by default.
+    old = {key: value for key, value in flatten(to_dict(Config())).items() if key in new} | old
     missing = "not set"
     return [
         f"{key} is {old.get(key, missing)} there and {new.get(key, missing)} here"

@@ -51,9 +51,10 @@ from fedmpi.exchange.base import Exchange, Kept
 from fedmpi.flat import changed_entries, signature
 from fedmpi.health import Health
 from fedmpi.opening import fingerprint
+from fedmpi.outcome import RoundOutcome
 from fedmpi.output import say
 from fedmpi.records import Record
-from fedmpi.rounds import State, run_round
+from fedmpi.rounds import State
 from fedmpi.tensorfile import Key
 from fedmpi.trust import confined
 
@@ -191,12 +192,18 @@ class Run:
         exchange.take(self.resumed, state.params_Q, {silo: tensors for silo, tensors in filed.items() if tensors})
         record = self.comm.collectively(lambda: checkpoint.manifest(self.out, self.resumed).record if loads else None)
         record = json.loads(self.comm.broadcast_text(json.dumps(record), 0))
-        self.state = replace(self.state, round=self.resumed, selector=selector, record=record, written=self.resumed)
+        outcome = RoundOutcome.from_record(fed.ids, record) if record is not None else None
+        self.state = replace(
+            self.state, round=self.resumed, selector=selector, outcome=outcome, record=record, written=self.resumed
+        )
 
-    def _judge(self, number: int, loss: float | None, norm: float | None) -> None:
-        """Give up where a round shows that the run diverges; what was last good is on disk from the first doubt on."""
+    def _judge(self, outcome: RoundOutcome) -> None:
+        """Give up where a round that is not committed yet shows that the run diverges; what was last good is on disk
+        from the first doubt on."""
+        if outcome.loss is None and not outcome.not_finite:
+            return  # no target counted, which says nothing
         before = self._health.doubts
-        why = self._health.look(number, loss, norm)
+        why = self._health.look(outcome.round, outcome.loss, outcome.norm)
         if self._health.doubts and not before and self.state.round not in (self._sealed, self._pending):
             self._checkpoint(doubts=0)
         if why:
@@ -338,7 +345,11 @@ class Run:
         try:
             while self.state.round < self.config.rounds:
                 with rng.borrowed():
-                    self.state, record = run_round(self.state, fed, lambda: self._writer.written, self._judge)
+                    prepared = self.config.engine.step(self.state, fed)
+                    self._judge(prepared.outcome)
+                    self.state = prepared.commit(self._writer.written)
+                record = self.state.record
+                assert record is not None
                 self.comm.took(record["seconds"]["round"])
                 if self.comm.rank == 0:
                     phases = {name: fed.done.rank(name) for name in records.PHASES}

@@ -56,7 +56,7 @@ class OneByOne:
         return {"next": np.zeros(1, np.int64)}
 
     def select(
-        self, ids: Sequence[str], state: dict[str, np.ndarray], record: Any, rng: Any
+        self, ids: Sequence[str], state: dict[str, np.ndarray], outcome: Any, rng: Any
     ) -> tuple[list[str], dict[str, np.ndarray]]:
         return [ids[int(state["next"][0]) % len(ids)]], {"next": state["next"] + 1}
 

@@ -80,10 +80,10 @@ class Odd:
             raise MemoryError("no room")
         return {}
 
-    def select(self, ids, state, record, rng):
-        if os.environ.get("ODD") == RANK and record is not None:
+    def select(self, ids, state, outcome, rng):
+        if os.environ.get("ODD") == RANK and outcome is not None:
             raise LookupError("odd")
-        if os.environ.get("SAYS_NO") == RANK and record is not None:
+        if os.environ.get("SAYS_NO") == RANK and outcome is not None:
             raise FedmpiError("no silo suits me")
         return list(ids), state
 

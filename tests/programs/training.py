@@ -319,8 +319,8 @@ def verify_finds_the_rank_that_differs(comm, folder):
 class Astray(All):
     """In round 2 the last rank leaves out a silo."""
 
-    def select(self, ids, state, record, rng):
-        astray = record is not None and ranks.connect().rank == ranks.connect().size - 1
+    def select(self, ids, state, outcome, rng):
+        astray = outcome is not None and ranks.connect().rank == ranks.connect().size - 1
         return list(ids)[astray:], state
 
 

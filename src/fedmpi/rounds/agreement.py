@@ -12,6 +12,8 @@ import numpy as np
 from fedmpi.comm import ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped, agreed
 from fedmpi.exchange.base import LARGEST_NORM, UNIT
+from fedmpi.outcome import RoundOutcome
+from fedmpi.rounds.engine import Policy
 from fedmpi.rounds.federation import Federation
 from fedmpi.stopping import FAILED, STOP
 
@@ -20,9 +22,10 @@ WITHIN = 2e-7  # how far the ring may be from the exact mean, for deltas of 1
 
 
 def agree_ready(
-    fed: Federation, number: int, cohort: Sequence[str], error: FedmpiError | None, near: float = 1.0
+    fed: Federation, outcome: RoundOutcome, policy: Policy, error: FedmpiError | None, near: float = 1.0
 ) -> None:
-    """Everybody goes on, or everybody raises the same."""
+    """Everybody goes on, or everybody raises the same. Where no rank failed or is to stop, the policy decides."""
+    number, cohort = outcome.round, outcome.cohort
     status = fed.ready.rank("status")
     if (status == REFUSED).all():
         raise agreed(NoCohort(str(error)))
@@ -36,19 +39,18 @@ def agree_ready(
         raise agreed(ExchangeError(_difference(fed, cohort, others.tolist())))
     if not cohort:
         raise agreed(NoCohort(f"round {number}: the selector chose no silo"))
-    if not fed.ready.silo("taken").any():
-        rejected = [silo for silo, no in zip(fed.ids, fed.ready.silo("rejected"), strict=True) if no]
-        raise agreed(
-            Diverged(
-                f"round {number}: every update was rejected ({', '.join(rejected[:8])}): not finite or its norm beyond "
-                f"{LARGEST_NORM:.0f}{_beyond(fed)}; a smaller local.lr or local.clip may help"
+    if why := policy.objection(outcome):
+        if rejected := outcome.rejected:
+            why += (
+                f" ({', '.join(rejected[:8])}): not finite or its norm beyond {LARGEST_NORM:.0f}{_beyond(fed)}; a "
+                "smaller local.lr or local.clip may help"
             )
-        )
+        raise agreed(Diverged(f"round {number}: {why}"))
     if fed.exchange.ring:
         _has_room(fed, number, near)
     if (enough := getattr(fed.aggregator, "suits", None)) is not None:
         try:
-            enough(int(fed.ready.silo("taken").sum()))
+            enough(int(outcome.taken_K.sum()))
         except ConfigError as few:  # it is what the round has brought, not the configuration
             raise agreed(NoCohort(f"round {number}: {few}")) from None
 

@@ -41,10 +41,10 @@ def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[
     selector, draw = fed.selector, rng.generator(fed.seed, purpose="select", round=number)
     own, observe, asks = state.selector, getattr(fed.selector, "observe", None), getattr(selector, "candidates", None)
     if observe is not None:
-        own = observe(fed.ids, own, state.record)
-    candidates = asks(fed.ids, own, state.record, draw) if asks is not None else []
+        own = observe(fed.ids, own, state.outcome)
+    candidates = asks(fed.ids, own, state.outcome, draw) if asks is not None else []
     if not candidates:
-        return _chosen(selector.select(fed.ids, own, state.record, draw), fed, number), set()
+        return _chosen(selector.select(fed.ids, own, state.outcome, draw), fed, number), set()
     probe, error = _probe(state, fed, number, candidates)
     status = probe.rank("status")
     raise_failure(fed, status, error)
@@ -52,7 +52,7 @@ def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[
         raise agreed(Stopped(f"stopped in round {number}: {stop_reason(fed, status)}"))
     losses = dict(zip(fed.ids, probe.silo("loss").tolist(), strict=True))
     of_candidates = {silo: losses[silo] for silo in candidates}
-    found = selector.select(fed.ids, own, state.record, draw, of_candidates)  # type: ignore[call-arg]
+    found = selector.select(fed.ids, own, state.outcome, draw, of_candidates)  # type: ignore[call-arg]
     return _chosen(found, fed, number), {silo for silo, loss in of_candidates.items() if not math.isfinite(loss)}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fedmpi import rng
@@ -16,14 +14,13 @@ from fedmpi.rounds.federation import Federation
 from fedmpi.stopping import FAILED
 
 
-def evaluate(fed: Federation, number: int, params_P: torch.Tensor, written: Any) -> FedmpiError | None:
+def evaluate(fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiError | None:
     """Evaluate the new parameters on my silos' test data, if it is due, and the silos' own models where they have any;
     what happened is in `done`."""
     fed.done.clear()
     error: FedmpiError | None = None
     name = ""
     try:
-        fed.done.set_rank(fed.comm.rank, written=written())
         if number % fed.evaluate_every == 0 or number == fed.rounds:
             fed.model.load(params_P)
             tallies: dict[str, Tally] = {}

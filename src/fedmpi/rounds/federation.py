@@ -17,6 +17,7 @@ from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.membership import Comms, Membership
 from fedmpi.objectives import Criterion, LossAndMetrics
+from fedmpi.outcome import RoundOutcome
 from fedmpi.records import PHASES, Record, StatusTable, Timer
 from fedmpi.selection import Selector
 from fedmpi.server import Average, ServerOptimizer
@@ -39,7 +40,8 @@ class State:
     params_Q: torch.Tensor
     optimizer: Any  # the server optimizer's state
     selector: dict[str, np.ndarray]
-    record: Record | None = None  # of the last round
+    outcome: RoundOutcome | None = None  # of the last round
+    record: Record | None = None  # its log line
     average_P: torch.Tensor | None = None  # of the parameters over rounds, alike on every rank, if one is kept
     written: int = -1  # newest round whose checkpoint files are safe on every rank
 

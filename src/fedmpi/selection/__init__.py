@@ -8,8 +8,8 @@
 
 A selector is called with the same inputs on every rank and answers the same on every rank: no message is needed, but
 where it asks for fresh losses one small collective.
-Its state is a dict of arrays that goes in and comes out, and into the checkpoint. What it learns of silos is in the
-last round's record; it never sees a vector.
+Its state is a dict of arrays that goes in and comes out, and into the checkpoint. What it learns of silos is the last
+round's outcome; it never sees a vector.
 """
 
 from __future__ import annotations

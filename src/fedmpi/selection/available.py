@@ -13,6 +13,7 @@ import pydantic
 
 from fedmpi.components import Family, component
 from fedmpi.errors import ConfigError, NoCohort
+from fedmpi.outcome import RoundOutcome
 from fedmpi.selection.base import Selection, Selector, State
 from fedmpi.selection.draws import DRAWS, All
 from fedmpi.selection.losses import LOSSES
@@ -87,38 +88,40 @@ class Available:
     def init(self, num_train: Sequence[int]) -> State:
         return self.inner.init(num_train)
 
-    def observe(self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None) -> State:
+    def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
         """The inner selector's, of all silos."""
         observe = getattr(self.inner, "observe", None)
-        return state if observe is None else observe(ids, state, record)  # type: ignore[no-any-return]
+        return state if observe is None else observe(ids, state, outcome)  # type: ignore[no-any-return]
 
     def candidates(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> list[str]:
         """The inner selector's, of the silos that are there."""
         candidates = getattr(self.inner, "candidates", None)
-        there = self._there(ids, record)
-        return [] if candidates is None else candidates(*_part(ids, state, there), record, rng)  # type: ignore[no-any-return]
+        there = self._there(ids, outcome)
+        if candidates is None:
+            return []
+        return candidates(*_part(ids, state, there), _only(outcome, there), rng)  # type: ignore[no-any-return]
 
     def select(
         self,
         ids: Sequence[str],
         state: State,
-        record: Mapping[str, Any] | None,
+        outcome: RoundOutcome | None,
         rng: np.random.Generator,
         *losses: Mapping[str, float],
     ) -> Selection:
-        there = self._there(ids, record)
+        there = self._there(ids, outcome)
         some, part = _part(ids, state, there)
-        found = Selection(*self.inner.select(some, part, record, rng, *losses))
+        found = Selection(*self.inner.select(some, part, _only(outcome, there), rng, *losses))
         state = {name: _put(array, there, found.state[name], len(ids)) for name, array in state.items()}
         return found._replace(state=state, among=found.among or some)
 
-    def _there(self, ids: Sequence[str], record: Mapping[str, Any] | None) -> np.ndarray:
-        """Numbers of the silos that are there in the round after the record's."""
+    def _there(self, ids: Sequence[str], outcome: RoundOutcome | None) -> np.ndarray:
+        """Numbers of the silos that are there in the round after the last."""
         if unknown := self.traces.keys() - set(ids):
             raise ConfigError(f"select.traces: '{min(unknown)}' is no silo of this run")
-        number = record["round"] + 1 if record is not None else 1
+        number = outcome.round + 1 if outcome is not None else 1
         there = set(self._in_round(ids, number))
         if not there:
             raise NoCohort(f"round {number}: no silo is there (select.traces)")
@@ -134,6 +137,10 @@ def _part(ids: Sequence[str], state: State, there: np.ndarray) -> tuple[list[str
     """The silos that are there and what the state says of them."""
     part = {name: array[there] if len(array) == len(ids) else array for name, array in state.items()}
     return [ids[i] for i in there], part
+
+
+def _only(outcome: RoundOutcome | None, there: np.ndarray) -> RoundOutcome | None:
+    return None if outcome is None else outcome.only(there)
 
 
 def _put(array: np.ndarray, there: np.ndarray, new: np.ndarray, num_silos: int) -> np.ndarray:

@@ -1,18 +1,19 @@
-"""What selectors share: the selection, the protocol, what a record tells of silos, draws with known probabilities.
+"""What selectors share: the selection, the protocol, draws with known probabilities.
 
 Arrays in a selector's state that are as long as the federation have one entry per silo, in the federation's order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pydantic
 
 from fedmpi.components import PositiveFraction, PositiveInt, component
 from fedmpi.errors import ConfigError
+from fedmpi.outcome import RoundOutcome
 
 State = dict[str, np.ndarray]
 
@@ -35,9 +36,9 @@ class Selector(Protocol):
     """Which silos take part. Besides `select` one may have:
 
     unbiased                     True: `select` gives factors
-    observe(ids, state, record)  the state once it has seen the last round's record, None before the first; called
+    observe(ids, state, outcome) the state once it has seen the last round's outcome, None before the first; called
                                  before all else
-    candidates(ids, state, record, rng)
+    candidates(ids, state, outcome, rng)
                                  silos whose loss under the global parameters is to be found out, on `samples` of their
                                  training samples (None: all). `select` is then given what was found, {silo: loss}, as
                                  one more argument. `asks` is True where there are any
@@ -51,9 +52,9 @@ class Selector(Protocol):
         ...
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection | tuple[list[str], State]:
-        """The cohort, in the federation's order, and the new state. `record` is the last round's."""
+        """The cohort, in the federation's order, and the new state. `outcome` is the last round's."""
         ...
 
 
@@ -95,16 +96,9 @@ def cohort_of(ids: Sequence[str], indices: np.ndarray) -> list[str]:
     return [ids[i] for i in np.sort(indices)]
 
 
-def said(ids: Sequence[str], record: Mapping[str, Any] | None, name: str) -> np.ndarray:
-    """A figure of the record by silo, [K]; nan where it has none."""
-    rows = record["silos"] if record is not None else {}
-    values = [rows.get(silo, {}).get(name) for silo in ids]
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-
-
-def newest(known_K: np.ndarray, said_K: np.ndarray) -> np.ndarray:
-    """What was said, or else what is known."""
-    return np.where(np.isnan(said_K), known_K, said_K)
+def newest(known_K: np.ndarray, told_K: np.ndarray) -> np.ndarray:
+    """What was told, or else what is known."""
+    return np.where(np.isnan(told_K), known_K, told_K)
 
 
 def highest(scores_K: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

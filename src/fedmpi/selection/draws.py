@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from fedmpi.components import PositiveInt, component
+from fedmpi.outcome import RoundOutcome
 from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, with_replacement
 
 
@@ -23,7 +24,7 @@ class All:
         return len(ids)
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection:
         return Selection(list(ids), state)
 
@@ -54,7 +55,7 @@ class Uniform(Part):
         return {}
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection:
         size = self.size(len(ids))
         cohort = cohort_of(ids, rng.choice(len(ids), size=size, replace=False))
@@ -83,7 +84,7 @@ class Proportional(Part):
         return {"num_train": np.asarray(num_train, dtype=np.float64)}
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection:
         n_K, size = state["num_train"], self.size(len(ids))
         if self.replace:
@@ -102,7 +103,7 @@ class RoundRobin:
 
     >>> robin, state = RoundRobin(count=2), RoundRobin().init([5, 5, 5])
     >>> cohort, state, *_ = robin.select(["a", "b", "c"], state, None, None)
-    >>> cohort, robin.select(["a", "b", "c"], state, {"round": 1}, None).cohort
+    >>> cohort, robin.select(["a", "b", "c"], state, RoundOutcome.of("abc", 1), None).cohort
     (['a', 'b'], ['a', 'c'])
     """
 
@@ -120,11 +121,11 @@ class RoundRobin:
         return {"turn": np.zeros(len(num_train))}
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection:
         chosen = np.argsort(state["turn"], kind="stable")[: self.count]
         turn_K = state["turn"].copy()
-        before = record["round"] * self.count if record is not None else 0
+        before = outcome.round * self.count if outcome is not None else 0
         turn_K[chosen] = 1 + before + np.arange(len(chosen))
         return Selection(cohort_of(ids, chosen), {"turn": turn_K})
 

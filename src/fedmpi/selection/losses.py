@@ -5,13 +5,14 @@ cohort.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from fedmpi.components import PositiveFloat, PositiveFraction, PositiveInt, component
 from fedmpi.errors import ConfigError
-from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, highest, newest, said
+from fedmpi.outcome import RoundOutcome
+from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, highest, newest
 
 NO_LOSS = -np.inf  # of a silo that took part and told no finite loss
 
@@ -52,15 +53,16 @@ class PowerOfChoice(Part):
     def init(self, num_train: Sequence[int]) -> State:
         return {"num_train": np.asarray(num_train, dtype=np.float64), "loss": np.full(len(num_train), np.nan)}
 
-    def observe(self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None) -> State:
+    def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
         """Training losses of the last round are the newest."""
-        loss_K = newest(state["loss"], said(ids, record, "train_loss"))
-        took_part = set(record.get("cohort", ())) if record is not None else set()
-        told_none_K = np.array([silo in took_part for silo in ids]) & np.isnan(loss_K)
+        if outcome is None:
+            return state
+        loss_K = newest(state["loss"], outcome.loss_K)
+        told_none_K = outcome.cohort_K & np.isnan(loss_K)
         return {**state, "loss": np.where(told_none_K, NO_LOSS, loss_K)}
 
     def candidates(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> list[str]:
         """Those whose loss is asked for: none where the last known is taken."""
         return cohort_of(ids, self._drawn(state, rng)) if self.losses == "fresh" else []
@@ -69,7 +71,7 @@ class PowerOfChoice(Part):
         self,
         ids: Sequence[str],
         state: State,
-        record: Mapping[str, Any] | None,
+        outcome: RoundOutcome | None,
         rng: np.random.Generator,
         losses: Mapping[str, float] | None = None,
     ) -> Selection:
@@ -105,18 +107,17 @@ class _Bandit(Part):
         zeros = np.zeros(len(num_train))
         return {"plays": zeros, "earned": zeros, "largest": zeros, "loss": np.full(len(num_train), np.nan)}
 
-    def observe(self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None) -> State:
+    def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
         """What the last round's cohort has earned."""
-        if record is None:
+        if outcome is None:
             return state
-        cohort, loss_K = set(record["cohort"]), said(ids, record, "train_loss")
-        played_K = np.array([float(silo in cohort) for silo in ids])
-        reward_K = np.nan_to_num(state["loss"] - loss_K, nan=0.0)
+        played_K = outcome.cohort_K.astype(np.float64)
+        reward_K = np.nan_to_num(state["loss"] - outcome.loss_K, nan=0.0)
         return {
             "plays": self.discount * state["plays"] + played_K,
             "earned": self.discount * state["earned"] + reward_K,
             "largest": np.maximum(state["largest"], np.abs(reward_K)),
-            "loss": newest(state["loss"], loss_K),
+            "loss": newest(state["loss"], outcome.loss_K),
         }
 
     def earned(self, state: State) -> np.ndarray:
@@ -136,7 +137,7 @@ class Ucb(_Bandit):
     exploration: PositiveFloat = 1.0  # c
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection:
         plays_K = state["plays"]
         tried = plays_K > 0
@@ -158,7 +159,7 @@ class Thompson(_Bandit):
     deviation: PositiveFloat = 1.0  # of a reward; the paper's is 1
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection:
         known_K = state["plays"] + 1
         drawn_K = self.earned(state) / known_K + self.deviation * rng.standard_normal(len(ids)) / np.sqrt(known_K)

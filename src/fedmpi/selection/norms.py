@@ -1,20 +1,20 @@
 """Draws by the size of updates: silos that move the parameters most are drawn most often, and count less for it.
 
-What is known of a silo is the norm of its delta when it last took part (`delta_norm` in the record); a silo that was
-never heard counts as the largest. No vector and no message is needed, and the aggregate is unbiased whatever the norms
-were: probabilities are those that were drawn with. Old norms cost variance only, and so do `aggregate.weights` other
-than samples: silos are taken to count by n_k.
+What is known of a silo is the norm of its delta when it last took part; a silo that was never heard counts as the
+largest. No vector and no message is needed, and the aggregate is unbiased whatever the norms were: probabilities are
+those that were drawn with. Old norms cost variance only, and so do `aggregate.weights` other than samples: silos are
+taken to count by n_k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from fedmpi.components import PositiveFraction, component
-from fedmpi.selection.base import Part, Selection, State, cohort_of, mixed, newest, said, with_replacement
+from fedmpi.outcome import RoundOutcome
+from fedmpi.selection.base import Part, Selection, State, cohort_of, mixed, newest, with_replacement
 
 
 @component
@@ -33,9 +33,9 @@ class _ByNorm(Part):
         n_K = np.asarray(num_train, dtype=np.float64)
         return {"num_train": n_K, "norm": np.full(len(n_K), np.nan)}
 
-    def observe(self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None) -> State:
+    def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
         """The norms of the last round are the newest."""
-        return {**state, "norm": newest(state["norm"], said(ids, record, "delta_norm"))}
+        return state if outcome is None else {**state, "norm": newest(state["norm"], outcome.norm_K)}
 
     def sizes(self, state: State) -> np.ndarray:
         """n_k |delta_k|, with the largest norm for silos that were never heard."""
@@ -54,7 +54,7 @@ class Norm(_ByNorm):
     """
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection:
         return with_replacement(ids, state, mixed(self.sizes(state), self.floor), self.size(len(ids)), rng)
 
@@ -70,7 +70,7 @@ class Optimal(_ByNorm):
     """
 
     def select(
-        self, ids: Sequence[str], state: State, record: Mapping[str, Any] | None, rng: np.random.Generator
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection:
         size = self.size(len(ids))
         p_K = self.floor * size / len(ids) + (1 - self.floor) * least_variance(self.sizes(state), size)

@@ -1,0 +1,103 @@
+"""What a round came to, for whoever decides by it: arrays over silos, the same on every rank.
+
+It is no log line: selectors and the watch over divergence read this, and a record is made from it. What it holds can be
+had back from the record that a checkpoint stores, bit for bit, so a resumed run decides as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """A round's outcome. Arrays have one entry per silo, in the order of `ids`; nan where a silo has no figure, or none
+    that is finite."""
+
+    round: int
+    ids: Sequence[str]
+    cohort_K: np.ndarray  # bool: was it to take part?
+    rejected_K: np.ndarray  # bool: was its update left out, being not finite or absurd?
+    loss_K: np.ndarray  # mean training loss
+    norm_K: np.ndarray  # Euclidean, of the delta
+    samples_K: np.ndarray  # that it trained on, each as often as it was visited
+    steps_K: np.ndarray  # of its optimizer
+    loss: float | None = None  # training loss of all that were heard; None where none is finite
+    norm: float | None = None  # mean norm of their deltas
+    not_finite: Sequence[str] = ()  # silos that told a loss which is not finite
+    rows: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # of each silo; test figures where it was tested
+
+    @property
+    def taken_K(self) -> np.ndarray:
+        """bool: does its update count?"""
+        taken_K: np.ndarray = self.cohort_K & ~self.rejected_K
+        return taken_K
+
+    @property
+    def cohort(self) -> list[str]:
+        """The silos of the cohort."""
+        return self.names(self.cohort_K)
+
+    @property
+    def rejected(self) -> list[str]:
+        """The silos whose update was left out."""
+        return self.names(self.rejected_K)
+
+    def metric(self, name: str) -> np.ndarray:
+        """A test figure by silo, [K]; nan throughout where the round was not evaluated."""
+        return column(self.ids, self.rows, name)
+
+    def names(self, mask_K: np.ndarray) -> list[str]:
+        """The silos where the mask is set."""
+        return [self.ids[i] for i in np.flatnonzero(mask_K).tolist()]
+
+    def only(self, indices: np.ndarray) -> RoundOutcome:
+        """The outcome for some of the silos; figures of all stay."""
+        arrays = {name: getattr(self, name)[indices] for name in _ARRAYS}
+        return replace(self, ids=[self.ids[i] for i in indices.tolist()], **arrays)
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[str],
+        round: int,
+        cohort: Sequence[str] = (),
+        rejected: Sequence[str] = (),
+        rows: Mapping[str, Mapping[str, Any]] | None = None,
+        **of_all: Any,
+    ) -> RoundOutcome:
+        """An outcome from figures by silo, under the names that a record has for them."""
+        rows = rows or {}
+        by_silo: dict[str, Any] = {name: column(ids, rows, key) for name, key in _OF_SILO.items()}
+        took_part, left_out = set(cohort), set(rejected)
+        cohort_K, rejected_K = (np.array([silo in some for silo in ids], dtype=bool) for some in (took_part, left_out))
+        return cls(round, ids, cohort_K, rejected_K, **by_silo, rows=rows, **of_all)
+
+    @classmethod
+    def from_record(cls, ids: Sequence[str], record: Mapping[str, Any]) -> RoundOutcome:
+        """The outcome that a stored record was made from."""
+        of_all = {"loss": record["train_loss"], "norm": record["delta_norm"]}
+        not_finite = record.get("not_finite", ())
+        named = (record["round"], record["cohort"], record["rejected"], record["silos"])
+        return cls.of(ids, *named, **of_all, not_finite=not_finite)
+
+
+# What a record calls the figures of a silo.
+_OF_SILO = {"loss_K": "train_loss", "norm_K": "delta_norm", "samples_K": "num_samples", "steps_K": "num_steps"}
+_ARRAYS = ("cohort_K", "rejected_K", *_OF_SILO)
+
+
+def column(ids: Sequence[str], rows: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray:
+    """A figure by silo, [K]; nan where a row has none.
+
+    >>> column(["a", "b", "c"], {"a": {"loss": 1.5}, "b": {"loss": None}}, "loss")
+    array([1.5, nan, nan])
+    """
+    values = (rows.get(silo, {}).get(key) for silo in ids)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
