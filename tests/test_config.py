@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import fedmpi
+from fedmpi.attacks import ATTACKS
 from fedmpi.catalogue import FAMILIES, lines
 from fedmpi.components import Deferred, build, hints, to_dict
 from fedmpi.config import Config, differences, digest, flatten, load, origin_of
@@ -312,6 +313,7 @@ FEDDYN_BOTH = {"local": {"name": "feddyn", "lr": 0.1, "steps": 3}, "server": {"o
 NEEDS |= {"available": {"traces": {"a": [[2, 9]]}}, "qffl": {"lr": 0.1}}
 NEEDS |= {"fedrep": NEEDS["sgd"] | {"head_steps": 2}, "per_fedavg": NEEDS["sgd"] | {"inner_lr": 0.1}}
 NEEDS |= {"by_silo": {"silos": {"a": 3}}, "by_loss": {"target": 0.5}, "seconds": {"seconds": 1.5}}
+NEEDS |= {name: {"count": 1} for name in ATTACKS.members} | {"noise": {"count": 1, "sigma": 0.1}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 INSIDE["engine"] = {"name": "synchronous"}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
@@ -327,6 +329,10 @@ def test_every_member_comes_back_from_its_plain_values(key, name):
         with pytest.raises(ConfigError, match=r"^aggregate: \w+ reads each delta; it needs exchange.scope: silo"):
             build(Config, values)
         values["exchange"] = {"plan": "sharded", "scope": "silo"}
+    if key == "attack":
+        with pytest.raises(ConfigError, match=rf"^attack: {name} .* for experiments alone; say experimental: true"):
+            build(Config, values)
+        values |= {"experimental": True, "exchange": {"plan": "sharded", "scope": "silo"}}
     config = build(Config, FEDDYN_BOTH | values if name == "feddyn" else values)
     plain = to_dict(config)
     member = functools.reduce(operator.getitem, parents, plain)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fedmpi import device, pretrained, rng, stopping
+from fedmpi.attacks import HostileRule, edit_of, poisoned, said
 from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, agreed
@@ -59,6 +60,11 @@ class Spec:
     section: ExchangeSection  # the configuration's, with its plan named once it is chosen
     device: torch.device
     watch: stopping.Watch
+
+    @property
+    def known(self) -> list[str]:
+        """The silos that may ever take part: who of them is hostile does not depend on who is a member."""
+        return [silo.id for silo in self.source.silos]
 
     @property
     def layout(self) -> Layout:
@@ -106,6 +112,8 @@ def specify(config: Config, comm: Comm, out: Path) -> Spec:
     comm.collectively(lambda: _check_machine(config, chosen))
     source = comm.collectively(lambda: source_of(config))
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
+    if config.attack is not None and comm.rank == 0:
+        log.warning("an experiment, not for use: %s", said(config.attack, [silo.id for silo in source.silos]))
     comm.require_equal("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
     objective = comm.collectively(lambda: resolve(config.objective, source.task, source.num_classes))
     module = comm.collectively(lambda: build_module(config, source))
@@ -155,7 +163,7 @@ def build_federation(
 ) -> Built:
     """The federation of these members, as before its first round: exchange and model are made for them. `held` are
     silos that this rank has open. A call of all ranks; raises ConfigError alike on every one."""
-    config, comm, members = spec.config, comms.control, opened.members
+    config, comm, members, attack = spec.config, comms.control, opened.members, spec.config.attack
     weights = _weights(config, members.ids, opened.num_train)
     hosted = members.hosted(comm.rank)
     context = _context(spec, weights, hosted, comm)
@@ -175,7 +183,7 @@ def build_federation(
             watch=spec.watch,
             model=model,
             objective=spec.objective,
-            rule=config.local,
+            rule=config.local if attack is None else HostileRule(config.local, attack, spec.known),
             selector=config.select,
             aggregator=config.aggregate,
             optimizer=config.server.optimizer,
@@ -187,6 +195,7 @@ def build_federation(
             average=config.server.average,
             gram=config.records.gram,
             finetune=config.evaluate.finetune,
+            experiment="" if attack is None else said(attack, spec.known),
         )
     return Built(federation, replace(spec, section=section), plan_seconds)
 
@@ -230,6 +239,7 @@ def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], co
         layout.num_params if config.records.gram else 0,
         states,
         layout,
+        None if config.attack is None or not config.attack.omniscient else edit_of(config.attack, spec.known),
     )
 
 
@@ -256,7 +266,8 @@ def source_of(config: Config) -> Source:
             rng.set_all(rng.key(seed, purpose="data", silo=silo))
             return source.open(silo)
 
-    return replace(source, open=opened)
+    keyed = replace(source, open=opened)
+    return keyed if config.attack is None else poisoned(keyed, config.attack)
 
 
 def _weights(config: Config, ids: Sequence[str], num_train: Sequence[int]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from fedmpi.aggregate import AGGREGATORS
+from fedmpi.attacks import ATTACKS
 from fedmpi.codecs import CODECS
 from fedmpi.components import Family, did_you_mean, family_of, hints, section_of, to_dict
 from fedmpi.config import Config
@@ -43,6 +44,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "amounts": (WORKLOADS, "local.amount"),
     "selectors": (SELECTORS, "select"),
     "aggregators": (AGGREGATORS, "aggregate"),
+    "attacks": (ATTACKS, "attack"),
     "metrics": (METRICS, "objective.metrics"),
     "servers": (OPTIMIZERS, "server.optimizer"),
     "engines": (ENGINES, "engine"),

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean
+from fedmpi.attacks import ATTACKS, Attack
 from fedmpi.codecs import CODECS
 from fedmpi.components import NonNegativeInt, PositiveFloat, PositiveInt, build, component, to_dict
 from fedmpi.data import DATASETS
@@ -114,6 +115,8 @@ class Config:
     local: Annotated[LocalRule, RULES] = Sgd(lr=0.05, epochs=1)  # how a silo trains
     select: Annotated[Selector, SELECTORS] = All()  # who takes part
     aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()  # how deltas become one
+    attack: Annotated[Attack, ATTACKS] | None = None  # what hostile silos do; needs `experimental: true`
+    experimental: bool = False  # allows what is for experiments alone: attack
     server: ServerSection = ServerSection()
     engine: Annotated[Engine, ENGINES] = Synchronous()  # how rounds follow one another
     exchange: ExchangeSection = ExchangeSection()
@@ -127,6 +130,8 @@ class Config:
 
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
+        if self.attack is not None and (why := self.attack.conflicts(self)):
+            raise ValueError(f"attack: {ATTACKS.name_of(self.attack)} {why}")
         each = hasattr(self.aggregate, "combine")
         if each and (self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto")):
             name = AGGREGATORS.name_of(self.aggregate)

@@ -43,8 +43,11 @@ class Accumulator:
     def mean(self, piece: int, came: Came) -> torch.Tensor:
         """The mean of a piece, or the aggregator's row; valid until the next piece's."""
         mean_S = self._mean[: self.grid.size(piece)]
-        if self.facts.each is None:
+        if self.facts.each is None and self.facts.edit is None:
             self._sum_up(piece, came, mean_S)
+        elif self.facts.each is None:
+            factors_K = torch.tensor([sender.factor / self._weight for sender, _ in came]).to(mean_S)
+            torch.mv(self._decoded(piece, came).T, factors_K, out=mean_S)
         else:
             shares_K = torch.tensor([sender.share for sender, _ in came], device=self.device)
             mean_S.copy_(self.facts.each(self._decoded(piece, came), shares_K))
@@ -92,6 +95,8 @@ class Accumulator:
                 self.coder.add_or_note(values, bare(row_S.zero_()), piece, 1.0)
             else:
                 row_S.copy_(values)
+        if self.facts.edit is not None:
+            self.facts.edit(rows_KS, [self.facts.ids[sender.number] for sender, _ in came])
         return rows_KS
 
 

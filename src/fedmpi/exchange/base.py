@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from fedmpi.attacks import Edit
 from fedmpi.comm import Comm
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, agreed
@@ -59,6 +60,7 @@ class ExchangeContext(NamedTuple):
     gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
     states: int = 0  # vectors of the server optimizer's state
     layout: Layout | None = None  # of the vector; None: it is the delta and nothing else
+    edit: Edit | None = None  # what an attack does to silos' rows before anybody reads them
 
 
 class Exchange:

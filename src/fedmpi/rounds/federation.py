@@ -69,6 +69,7 @@ class Federation:
     average: Average | None = None  # what is evaluated; None: the parameters themselves
     gram: bool | Literal["matrix"] = False  # of the deltas: into the record? All of it?
     finetune: LocalRule | None = None  # for personal figures after the last round
+    experiment: str = ""  # what records say of a run that is one
     timer: Timer = field(default_factory=Timer)
 
     def __post_init__(self) -> None:

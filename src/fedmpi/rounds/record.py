@@ -72,6 +72,8 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
             row |= {"num_test": int(tests[i]), **scored[silo], **own.get(silo, {})}
         silos[silo] = row
     record: Record = {"round": outcome.round, "cohort": outcome.cohort, "rejected": outcome.rejected}
+    if fed.experiment:
+        record["experiment"] = fed.experiment
     if outcome.not_finite:
         record["not_finite"] = list(outcome.not_finite)
     record |= {"train_loss": outcome.loss, "delta_norm": outcome.norm, **_gradient_diversity(fed)}

@@ -1,0 +1,269 @@
+"""Attacks: what hostile silos do, for experiments with robust aggregation. There is none unless it is asked for twice:
+
+    attack: {name: alie, count: 5}  # the last five silos of the federation; or silos: [a, b]
+    experimental: true              # without it a configuration with an attack is refused
+
+An attack changes one of three things, by the method that it writes:
+
+    on_data    what a hostile silo trains on: label_flip
+    on_delta   what it sends, from what it has itself: sign_flip, noise
+    on_honest  what it sends, from what the honest silos send: alie, ipm, mimic (`omniscient`)
+
+Silos of a real federation do not see each other's deltas. What an omniscient attacker sends is put in its place where
+all deltas meet piece by piece, at the owner of a piece (plan sharded, scope silo); until then hostile silos train like
+the others, and the norms and losses in records are of that. All hostile silos send the same then, and each keeps the
+weight that it claims.
+
+Shapes in names: `P` parameters, `K` silos that were heard, `H` honest ones among them, `S` a slice of the coordinates.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pydantic
+import torch
+
+from fedmpi import rng
+from fedmpi.components import Family, PositiveFloat, PositiveInt, component, did_you_mean
+from fedmpi.errors import ConfigError
+from fedmpi.types import Contribution, SiloData, Source
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
+    from fedmpi.flat import FlatModel
+    from fedmpi.local import LocalRule, LocalSilo, Round
+
+
+@component
+class Attack:
+    """Which silos are hostile; what they do is left to members."""
+
+    omniscient: ClassVar[bool] = False  # does it read what the honest silos send?
+    tasks: ClassVar[Collection[str]] = ()  # for which it is defined; empty: all
+
+    silos: list[str] | None = None  # ids of the hostile silos; or give `count`
+    count: PositiveInt | None = None  # hostile silos: the last so many of the federation
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_both(self) -> Attack:
+        if (self.silos is None) == (self.count is None):
+            raise ValueError("give either 'silos' or 'count'")
+        return self
+
+    def conflicts(self, config: Config) -> str | None:
+        """Why the attack does not go with the rest of a configuration; None where it does."""
+        exchange = config.exchange
+        if not config.experimental:
+            return "makes silos hostile, which is for experiments alone; say experimental: true beside it"
+        if not self.omniscient:
+            return None
+        if exchange.scope != "silo" or exchange.plan != "sharded" or exchange.regions is not None:
+            return "reads what honest silos send; it needs exchange: {plan: sharded, scope: silo} and no regions"
+        if not exchange.up.plain:
+            return "reads what honest silos send, of which a codec sends parts another way; take no exchange.up.codec"
+        if getattr(config.local, "auxiliaries", ()):
+            return "reads what honest silos send, and is defined for deltas alone; take a rule that sends nothing else"
+        return None
+
+    def hostile(self, ids: Sequence[str]) -> frozenset[str]:
+        """The hostile ones of a federation's silos. ConfigError for one that is not there, and where all would be."""
+        chosen = frozenset(ids[len(ids) - min(self.count, len(ids)) :] if self.count else self.silos or ())
+        if unknown := sorted(chosen - set(ids)):
+            raise ConfigError(f"attack.silos: no silo '{unknown[0]}'{did_you_mean(unknown[0], ids)}")
+        if not 0 < len(chosen) < len(ids):
+            raise ConfigError(f"attack: {len(chosen)} of {len(ids)} silos are hostile; at least one, and not all")
+        return chosen
+
+    def on_data(self, data: SiloData, num_classes: int) -> SiloData:
+        """What a hostile silo trains on."""
+        return data
+
+    def on_delta(self, delta_P: torch.Tensor, key: int) -> None:
+        """What a hostile silo sends in place of its delta, in place; `key` is of this silo and round."""
+
+    def on_honest(self, deltas_HS: torch.Tensor, silos_H: Sequence[str], num_hostile: int) -> torch.Tensor:
+        """What every hostile silo sends [S], from what the honest ones sent."""
+        raise NotImplementedError
+
+
+@component
+class SignFlip(Attack):
+    """-scale * delta (Li et al. 2019, RSA: Byzantine-Robust Stochastic Aggregation Methods, section 5, sign-flipping,
+    whose sigma is -4; with 1 it is the bit flip of Karimireddy et al. 2022, section 6)."""
+
+    scale: PositiveFloat = 1.0  # what the flipped delta is multiplied with
+
+    def on_delta(self, delta_P: torch.Tensor, key: int) -> None:
+        delta_P.mul_(-self.scale)
+
+
+@component
+class LabelFlip(Attack):
+    """Labels y become C - 1 - y, in training alone (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous
+    Datasets via Bucketing, section 6: 9 - y; Tolpegin et al. 2020 flip one class into another).
+
+    Deviation: in that benchmark hostile silos hold samples of all labels (partition `sorted` with `mixed`) and send
+    gradients without momentum; here they follow the rule of all.
+    """
+
+    tasks: ClassVar[Collection[str]] = ("classification", "binary")
+
+    def on_data(self, data: SiloData, num_classes: int) -> SiloData:
+        y = data.y_train
+        flipped = max(num_classes, 2) - 1 - y
+        return data._replace(y_train=torch.where(y >= 0, flipped, y))  # what counts as no target stays none
+
+
+@component
+class Noise(Attack):
+    """Gaussian noise in place of the delta, drawn anew by seed, round and silo (Blanchard et al. 2017, Machine Learning
+    with Adversaries, section 5: mean 0, isotropic, standard deviation 200)."""
+
+    sigma: PositiveFloat  # standard deviation of every coordinate, in units of the delta
+
+    def on_delta(self, delta_P: torch.Tensor, key: int) -> None:
+        drawn_P = torch.randn(len(delta_P), generator=torch.Generator().manual_seed(key >> 1))
+        delta_P.copy_(drawn_P.mul_(self.sigma))  # drawn on the CPU, so that a GPU sends the same
+
+
+@component
+class Alie(Attack):
+    """A Little Is Enough: mean - z * std of the honest deltas, coordinate by coordinate (Baruch et al. 2019, Algorithm
+    3), small enough to hide among them.
+
+    Of n silos, m of them hostile: Phi(z_max) = (n - m - s) / (n - m), where s = floor(n/2 + 1) - m honest silos further
+    from the mean make the hostile ones a majority. std divides by n - m - 1. Deviations: n and m are the round's; a
+    quantile that would be 0 or 1 is kept half a silo away from it.
+
+    >>> round(Alie.z_max(25, 5), 4)
+    0.2533
+    """
+
+    omniscient: ClassVar[bool] = True
+
+    z: PositiveFloat | None = None  # standard deviations from the mean; null: z_max
+
+    @staticmethod
+    def z_max(num_silos: int, num_hostile: int) -> float:
+        """The paper's, from the numbers of all and of hostile silos."""
+        num_honest = num_silos - num_hostile
+        supporters = num_silos // 2 + 1 - num_hostile
+        quantile = (num_honest - supporters) / num_honest
+        least = 0.5 / num_honest
+        return statistics.NormalDist().inv_cdf(min(max(quantile, least), 1 - least))
+
+    def on_honest(self, deltas_HS: torch.Tensor, silos_H: Sequence[str], num_hostile: int) -> torch.Tensor:
+        num_honest = len(deltas_HS)
+        z = self.z_max(num_honest + num_hostile, num_hostile) if self.z is None else self.z
+        std_S, mean_S = torch.std_mean(deltas_HS, dim=0, correction=min(1, num_honest - 1))
+        return mean_S - z * std_S
+
+
+@component
+class Ipm(Attack):
+    """Inner product manipulation: -epsilon * mean of the honest deltas (Xie et al. 2020, Fall of Empires, section 4).
+
+    A small epsilon stays near the honest deltas (Krum); one above (n - m) / m turns the mean around.
+    """
+
+    omniscient: ClassVar[bool] = True
+
+    epsilon: PositiveFloat = 0.1  # length, in means of the honest deltas
+
+    def on_honest(self, deltas_HS: torch.Tensor, silos_H: Sequence[str], num_hostile: int) -> torch.Tensor:
+        return deltas_HS.mean(dim=0).mul_(-self.epsilon)
+
+
+@component
+class Mimic(Attack):
+    """Every hostile silo sends what one honest silo sends, which then counts for too much where silos differ
+    (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, section 3, "Mimic").
+
+    Deviation: the paper finds the target in a warm-up, along the direction in which honest deltas vary most; here it is
+    given, and where that silo is not heard in a round it is the first honest one that is.
+    """
+
+    omniscient: ClassVar[bool] = True
+
+    target: str | None = None  # id of the honest silo that is copied; null: the first of the federation
+
+    def hostile(self, ids: Sequence[str]) -> frozenset[str]:
+        chosen = super().hostile(ids)
+        if self.target is not None and self.target not in ids:
+            raise ConfigError(f"attack.target: no silo '{self.target}'{did_you_mean(self.target, ids)}")
+        if self.target in chosen:
+            raise ConfigError(f"attack.target: '{self.target}' is hostile itself")
+        return chosen
+
+    def on_honest(self, deltas_HS: torch.Tensor, silos_H: Sequence[str], num_hostile: int) -> torch.Tensor:
+        return deltas_HS[silos_H.index(self.target) if self.target in silos_H else 0]
+
+
+ATTACKS = Family(
+    "attack",
+    {"sign_flip": SignFlip, "label_flip": LabelFlip, "noise": Noise, "alie": Alie, "ipm": Ipm, "mimic": Mimic},
+    Attack,
+)
+
+
+# ---------------------------------------------------------------- where an attack takes place
+
+
+def poisoned(source: Source, attack: Attack) -> Source:
+    """The dataset as its hostile silos have it. ConfigError where the attack is not defined for it."""
+    hostile = attack.hostile([silo.id for silo in source.silos])
+    if attack.tasks and source.task not in attack.tasks:
+        raise ConfigError(f"attack: {ATTACKS.name_of(attack)} is for {' and '.join(attack.tasks)}, not {source.task}")
+
+    def open_silo(silo: str) -> SiloData:
+        data = source.open(silo)
+        return attack.on_data(data, source.num_classes) if silo in hostile else data
+
+    return replace(source, open=open_silo)
+
+
+def said(attack: Attack, ids: Sequence[str]) -> str:
+    """What records and the log say of a run with an attack."""
+    hostile = attack.hostile(ids)
+    return f"attack {ATTACKS.name_of(attack)} by {', '.join(silo for silo in ids if silo in hostile)}"
+
+
+class HostileRule:
+    """A local rule of which hostile silos send something else; all that the rule declares is its own."""
+
+    def __init__(self, rule: LocalRule, attack: Attack, ids: Sequence[str]) -> None:
+        self._rule, self._attack, self._hostile = rule, attack, attack.hostile(ids)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rule, name)
+
+    def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
+        """The rule's contribution, its delta the attack's if the silo is hostile; auxiliary vectors stay."""
+        contribution = self._rule.train(silo, model, params_P, round)
+        if silo.id in self._hostile:
+            key = rng.key(round.seed, purpose="attack", round=round.number, silo=silo.id)
+            self._attack.on_delta(contribution["delta"], key)
+        return contribution
+
+
+Edit = Callable[[torch.Tensor, Sequence[str]], None]
+
+
+def edit_of(attack: Attack, ids: Sequence[str]) -> Edit:
+    """What an omniscient attack does to the rows of any slice [K, S], in place, given whose they are.
+
+    Where no honest silo, or no hostile one, was heard, rows stay as they came.
+    """
+    hostile = attack.hostile(ids)
+
+    def edit(rows_KS: torch.Tensor, silos_K: Sequence[str]) -> None:
+        honest = [k for k, silo in enumerate(silos_K) if silo not in hostile]
+        others = [k for k, silo in enumerate(silos_K) if silo in hostile]
+        if honest and others:
+            rows_KS[others] = attack.on_honest(rows_KS[honest], [silos_K[k] for k in honest], len(others))
+
+    return edit
