@@ -230,6 +230,38 @@ def test_a_round_under_attack_is_the_mean_of_what_the_paper_has_hostile_silos_se
     assert f"an experiment, not for use: attack {name} by s1, s4" in caplog.text
 
 
+def test_hostile_silos_may_train_by_a_rule_of_their_own(tmp_path):
+    """As in Karimireddy et al.'s benchmark: honest silos send momentum, hostile ones the flipped gradient itself."""
+    kept = {"steps": 1, "epochs": None, "batch_size": None, "keep_optimizer": True}
+    honest = {"name": "sgd", "lr": 0.5, **kept, "optimizer": {"name": "SGD", "momentum": 0.9}}
+    attack = {
+        "name": "sign_flip",
+        "silos": ["s1", "s4"],
+        "local": {"name": "sgd", "lr": 0.25, "steps": 1, "batch_size": None},
+    }
+    uniform = {"name": "mean", "weights": "uniform"}
+    how = runs.config(
+        tmp_path, 2, {"sizes": [12] * 6}, local=honest, aggregate=uniform, attack=attack, experimental=True
+    )
+    with fedmpi.Run(how, comm=SoloComm()) as run:
+        w_P = run.parameters.double().numpy().copy()
+        list(run)
+        end_P = run.parameters.numpy()
+    source, momentum_KP = runs.Blobs(sizes=(12,) * 6).source(0), np.zeros((6, len(w_P)))
+    for _ in range(2):
+        data = [source.open(silo.id) for silo in source.silos]
+        gradients = [reference.softmax_gradient(w_P, d.x_train.double().numpy(), d.y_train.numpy()) for d in data]
+        momentum_KP = 0.9 * momentum_KP + np.array(gradients)
+        w_P = w_P + np.mean(
+            [
+                0.25 * g if k in (1, 4) else -0.5 * m
+                for k, (g, m) in enumerate(zip(gradients, momentum_KP, strict=True))
+            ],
+            0,
+        )
+    np.testing.assert_allclose(end_P, w_P, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", OMNISCIENT)
 @pytest.mark.parametrize("aggregate", [{"name": "mean", "weights": "uniform"}, "median"], ids=["mean", "median"])
 def test_aggregators_get_what_an_omniscient_attacker_sends(tmp_path, name, aggregate):
@@ -258,6 +290,15 @@ def test_aggregators_get_what_an_omniscient_attacker_sends(tmp_path, name, aggre
 def test_an_omniscient_attack_is_refused_where_it_would_not_take_place(tmp_path, fields, says):
     with pytest.raises(ConfigError, match=f"^attack: ipm reads what honest silos send.*{says}"):
         runs.config(tmp_path, attack={"name": "ipm", "count": 1}, experimental=True, **fields)
+
+
+def test_a_rule_of_hostile_silos_must_send_what_the_others_send_and_be_of_use(tmp_path):
+    own = {"name": "scaffold", "lr": 0.1, "steps": 1}
+    with pytest.raises(ConfigError, match="attack: label_flip has a local rule that sends other vectors"):
+        runs.config(tmp_path, attack={"name": "label_flip", "count": 1, "local": own}, experimental=True)
+    attack = {"name": "ipm", "count": 1, "local": own | {"name": "sgd"}}
+    with pytest.raises(ConfigError, match=r"attack: ipm sends nothing of what .*; take no attack\.local"):
+        runs.config(tmp_path, attack=attack, experimental=True, exchange={"plan": "sharded", "scope": "silo"})
 
 
 def test_without_an_attack_no_record_speaks_of_one_and_experimental_alone_changes_nothing(tmp_path):

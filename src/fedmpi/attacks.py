@@ -22,7 +22,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
 import torch
@@ -30,12 +30,13 @@ import torch
 from fedmpi import rng
 from fedmpi.components import Family, PositiveFloat, PositiveInt, component, did_you_mean
 from fedmpi.errors import ConfigError
+from fedmpi.local import RULES, LocalRule
 from fedmpi.types import Contribution, SiloData, Source
 
 if TYPE_CHECKING:
     from fedmpi.config import Config
     from fedmpi.flat import FlatModel
-    from fedmpi.local import LocalRule, LocalSilo, Round
+    from fedmpi.local import LocalSilo, Round
 
 
 @component
@@ -47,6 +48,7 @@ class Attack:
 
     silos: list[str] | None = None  # ids of the hostile silos; or give `count`
     count: PositiveInt | None = None  # hostile silos: the last so many of the federation
+    local: Annotated[LocalRule, RULES] | None = None  # how hostile silos train; null: as the others
 
     @pydantic.model_validator(mode="after")
     def _one_of_both(self) -> Attack:
@@ -59,8 +61,13 @@ class Attack:
         exchange = config.exchange
         if not config.experimental:
             return "makes silos hostile, which is for experiments alone; say experimental: true beside it"
+        own, others = (getattr(rule, "auxiliaries", ()) for rule in (self.local or config.local, config.local))
+        if own != others:
+            return "has a local rule that sends other vectors than the honest silos' rule"
         if not self.omniscient:
             return None
+        if self.local is not None:
+            return "sends nothing of what hostile silos train; take no attack.local"
         if exchange.scope != "silo" or exchange.plan != "sharded" or exchange.regions is not None:
             return "reads what honest silos send; it needs exchange: {plan: sharded, scope: silo} and no regions"
         if not exchange.up.plain:
@@ -106,8 +113,8 @@ class LabelFlip(Attack):
     """Labels y become C - 1 - y, in training alone (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous
     Datasets via Bucketing, section 6: 9 - y; Tolpegin et al. 2020 flip one class into another).
 
-    Deviation: in that benchmark hostile silos hold samples of all labels (partition `sorted` with `mixed`) and send
-    gradients without momentum; here they follow the rule of all.
+    In that benchmark hostile silos hold samples of all labels (partition `sorted` with `mixed`) and send gradients
+    without momentum (`local`), as its bit flip does.
     """
 
     tasks: ClassVar[Collection[str]] = ("classification", "binary")
@@ -243,10 +250,11 @@ class HostileRule:
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         """The rule's contribution, its delta the attack's if the silo is hostile; auxiliary vectors stay."""
-        contribution = self._rule.train(silo, model, params_P, round)
-        if silo.id in self._hostile:
-            key = rng.key(round.seed, purpose="attack", round=round.number, silo=silo.id)
-            self._attack.on_delta(contribution["delta"], key)
+        if silo.id not in self._hostile:
+            return self._rule.train(silo, model, params_P, round)
+        contribution = (self._attack.local or self._rule).train(silo, model, params_P, round)
+        key = rng.key(round.seed, purpose="attack", round=round.number, silo=silo.id)
+        self._attack.on_delta(contribution["delta"], key)
         return contribution
 
 
