@@ -20,11 +20,12 @@ from mpi import ENVIRONMENT, until
 from runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
-from fedmpi import checkpoint, output, records, results, stopping
+from fedmpi import checkpoint, output, results, stopping
 from fedmpi.cli import app
 from fedmpi.comm import Comm, MpiComm, SoloComm, process
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, FedmpiError, SiloError, Stopped, agreed
+from fedmpi.records import PHASES, metrics, read_metrics, trace
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
 EVENTFUL = {"local": {"sampler": OWN + "Eventful"}}
@@ -318,8 +319,8 @@ def full(monkeypatch):
 
         return attempt
 
-    monkeypatch.setattr(records.Trace, "write", guarded(records.Trace.write))
-    monkeypatch.setattr(records.Metrics, "_write", guarded(records.Metrics._write))
+    monkeypatch.setattr(trace.Trace, "write", guarded(trace.Trace.write))
+    monkeypatch.setattr(metrics.Metrics, "_write", guarded(metrics.Metrics._write))
     return state
 
 
@@ -327,12 +328,12 @@ def test_records_that_find_no_room_wait_and_training_goes_on(tmp_path, full, cap
     with fedmpi.Run(how := config(tmp_path / "a", 6, checkpoint={"every": 6}), comm=SoloComm()) as started:
         for record in started:
             full["full"] = record["round"] in (1, 2)  # so rounds 2 and 3 cannot be written
-    assert [record["round"] for record in records.read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+    assert [record["round"] for record in read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
     assert [" ".join(r.getMessage().split()[1:]) for r in caplog.records] == [
         "cannot be written (No space left on device): records wait for the next checkpoint",
         "cannot be written (No space left on device) and ends here",
     ]
-    assert len(json.loads((tmp_path / "a" / "trace.json").read_text())) == len(records.PHASES)
+    assert len(json.loads((tmp_path / "a" / "trace.json").read_text())) == len(PHASES)
     run(config(tmp_path / "b", 6, checkpoint=vars(how.checkpoint)))
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
 
@@ -348,7 +349,7 @@ def test_no_checkpoint_is_sealed_without_its_records(tmp_path, full):
     assert checkpoint.sealed_rounds(tmp_path) in ([], [2])
     full["full"] = False
     run(how)
-    assert [record["round"] for record in records.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [record["round"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 # ---------------------------------------------------------------- commands

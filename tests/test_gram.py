@@ -3,17 +3,25 @@
 import numpy as np
 import pytest
 import torch
+from runs import config, put_back
+from runs import run as run_config
 from test_exchange import on_ranks
 
-from fedmpi.components import build
+from fedmpi.components import build, component
+from fedmpi.config import Config
+from fedmpi.errors import ConfigError
 from fedmpi.exchange import accumulator, chunks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.choose import make
 from fedmpi.exchange.config import ExchangeSection
-from fedmpi.records import gradient_diversity, spread
+from fedmpi.outcome import RoundOutcome
+from fedmpi.records.measurements import Dissimilarity, gradient_diversity, spread
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Contribution
 
+__all__ = ["put_back"]
+
+HERE = "test_gram:"
 P, OWN = 17_000, 12_345  # behind OWN lies what is no delta
 OWNERS = {1: (0, 0, 0, 0, 0), 2: (0, 1, 0, 1, 1), 3: (2, 0, 2, 1, 0)}
 WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
@@ -94,3 +102,45 @@ def test_spread_is_seen_from_the_worse_end():
     values = np.append(np.arange(11.0), np.nan)
     assert spread(values, True) == {"std": pytest.approx(np.std(np.arange(11))), "p10": 1.0}
     assert spread(values, False)["p90"] == 9.0 and spread(np.array([np.nan]), True) is None
+
+
+def test_dissimilarity_is_the_mean_square_distance_to_the_mean():
+    deltas_KP = np.random.default_rng(1).normal(size=(4, 9))
+    outcome = RoundOutcome.of("abcd", 1, "abcd", gram_KK=deltas_KP @ deltas_KP.T)
+    wanted = ((deltas_KP - deltas_KP.mean(0)) ** 2).sum(1).mean()
+    assert Dissimilarity().of(outcome) == {"dissimilarity": pytest.approx(wanted)}
+    assert Dissimilarity().of(RoundOutcome.of("ab", 1, "ab", gram_KK=np.ones((2, 2)))) == {"dissimilarity": 0.0}
+
+
+@component
+class Heard:
+    """A measurement of one's own that needs no vector."""
+
+    needs = frozenset()
+
+    def of(self, outcome):
+        return {"heard": int(outcome.taken_K.sum()), "mean_steps": float(np.nanmean(outcome.steps_K))}
+
+
+def test_what_is_measured_is_in_the_record(tmp_path):
+    how = {"exchange": {"plan": "sharded", "scope": "silo"}}
+    measured = {"gram": True, "measure": ["dissimilarity", {"name": "gram", "matrix": True}, HERE + "Heard"]}
+    records, _ = run_config(config(tmp_path / "a", 2, records=measured, **how))
+    plain, _ = run_config(config(tmp_path / "b", 2, **how))
+    for with_, without in zip(records, plain, strict=True):
+        new = {name for name in with_ if name not in without}
+        assert new == {"diversity", "cosine", "cosines", "dissimilarity", "heard", "mean_steps"}
+        largest = max(row["delta_norm"] for row in with_["silos"].values())
+        assert with_["heard"] == 3 and 0 < with_["dissimilarity"] < largest**2
+        assert with_["delta_norm"] == without["delta_norm"]
+
+
+def test_what_needs_inner_products_is_refused_where_deltas_never_meet(tmp_path):
+    assert refused_config({"records": {"measure": ["dissimilarity"]}}).startswith("records.measure: deltas meet one by")
+    assert refused_config({"records": {"gram": True}}).startswith("records.gram: deltas meet one by one")
+
+
+def refused_config(values):
+    with pytest.raises(ConfigError) as caught:
+        build(Config, values)
+    return str(caught.value)

@@ -11,20 +11,36 @@ import time
 import numpy as np
 import pytest
 import torch
+from runs import config, put_back, run
 
-from fedmpi import disk, records
+import fedmpi
+from fedmpi import disk
+from fedmpi.comm import SoloComm
+from fedmpi.components import build, to_dict
+from fedmpi.config import Config
 from fedmpi.directory import save_tensors
+from fedmpi.errors import ConfigError
 from fedmpi.evaluate import worst_silo
 from fedmpi.metrics.scorers import pooled
-from fedmpi.records import PHASES, Metrics, Progress, StatusTable, Timer, Trace, read_metrics, silo_table
+from fedmpi.records import PHASES, RunInfo, Sink, StatusTable, Timer, peak_rss_bytes, read_metrics
+from fedmpi.records.metrics import Metrics
+from fedmpi.records.terminal import Progress, on_terminal, silo_table
+from fedmpi.records.trace import Trace
+
+__all__ = ["put_back"]
 
 # ---------------------------------------------------------------- metrics.jsonl
 
 
+def opened(sink, root, resumed=0, **more):
+    sink.open(RunInfo(root, resumed, **more))
+    return sink
+
+
 def write_metrics(root, rounds, resumed=0):
-    metrics = Metrics(root, resumed)
+    metrics = opened(Metrics(), root, resumed)
     for number in rounds:
-        metrics.write({"round": number, "loss": 1 / number}, np.zeros(1), {})
+        metrics.write({"round": number, "loss": 1 / number})
     metrics.sync()
     metrics.close()
 
@@ -92,8 +108,8 @@ def test_what_a_rename_commits_is_flushed_first_and_its_folder_afterwards(tmp_pa
     write_metrics(tmp_path, [1, 2])
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    Metrics(tmp_path, 2).close()
-    Trace(tmp_path, False).close()
+    opened(Metrics(), tmp_path, 2).close()
+    opened(Trace(), tmp_path).close()
     save_tensors({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
     names = ("metrics.jsonl", "trace.json", "model.safetensors")
     assert done == [step for n in names for step in (f"sync {n}", f"name {n}", f"sync {tmp_path.name}")]
@@ -121,15 +137,15 @@ def test_a_link_in_a_files_place_leaves_its_target_alone(tmp_path, name):
     (tmp_path / "precious").write_text("precious")
     for link in (name, f"{name}.part", f"{name}.part-{os.getpid()}"):
         (tmp_path / link).symlink_to("precious")
-    Metrics(tmp_path, 0).close()
-    Trace(tmp_path, False).close()
+    opened(Metrics(), tmp_path).close()
+    opened(Trace(), tmp_path).close()
     save_tensors({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
     assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_record_can_be_read_as_soon_as_it_is_written(tmp_path):
-    metrics = Metrics(tmp_path, 0)
-    metrics.write({"round": 1}, np.zeros(1), {})
+    metrics = opened(Metrics(), tmp_path)
+    metrics.write({"round": 1})
     assert rounds(tmp_path) == [1]
     metrics.close()
 
@@ -138,10 +154,16 @@ def test_a_record_can_be_read_as_soon_as_it_is_written(tmp_path):
 
 
 def write_trace(root, numbers, resumed=False, close=True):
-    trace = Trace(root, resumed)
+    phases = {name: np.array([0.5, 0.25]) for name in PHASES}
+    for_round = iter(numbers)
+
+    def timings():
+        number = next(for_round)
+        return np.array([10.0 * number, 10.0 * number + 1]), phases
+
+    trace = opened(Trace(), root, int(resumed), timings=timings)
     for number in numbers:
-        phases = {name: np.array([0.5, 0.25]) for name in PHASES}
-        trace.write({"round": number}, np.array([10.0 * number, 10.0 * number + 1]), phases)
+        trace.write({"round": number})
     if close:
         trace.close()
     else:
@@ -224,7 +246,7 @@ def test_the_phases_of_a_round_add_up_to_its_time(monkeypatch):
 
 
 def test_peak_memory_is_in_bytes():
-    assert 10 << 20 < records.peak_rss_bytes() < 1 << 40
+    assert 10 << 20 < peak_rss_bytes() < 1 << 40
 
 
 def test_the_worst_silo_is_by_the_metrics_own_sense_and_only_among_those_that_were_tested():
@@ -273,7 +295,7 @@ def test_under_a_launcher_it_is_the_launchers_output_that_counts(monkeypatch, va
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "readlink", readlink)
     monkeypatch.setattr(sys, "stdout", Screen())
-    assert records.on_terminal() is answer
+    assert on_terminal() is answer
 
 
 RECORD = {
@@ -286,8 +308,8 @@ RECORD = {
 def test_output_into_a_file_is_one_plain_line_a_round(tmp_path, monkeypatch):
     with open(tmp_path / "log", "w") as file:
         monkeypatch.setattr(sys, "stdout", file)
-        assert records.on_terminal() is False
-        progress = Progress(10, 6, "accuracy")
+        assert on_terminal() is False
+        progress = opened(Progress(), tmp_path, 6, rounds=10, metric="accuracy")
         progress.write(RECORD)
         progress.write({**{k: v for k, v in RECORD.items() if k not in ("loss", "accuracy")}, "train_loss": None})
         progress.close()
@@ -339,5 +361,90 @@ def test_the_figures_of_own_models_stand_beside_the_global_ones(tmp_path, monkey
     assert [row[-2:] for row in cells(console)] == [["0.7500", "0.9000"], ["-", "-"], ["0.7500", "0.9000"]]
     with open(tmp_path / "log", "w") as file:
         monkeypatch.setattr(sys, "stdout", file)
-        Progress(10, 6, "accuracy").write(record)
+        opened(Progress(), tmp_path, 6, rounds=10, metric="accuracy").write(record)
     assert "accuracy 0.7500  personal 0.9000  rejected b" in (tmp_path / "log").read_text()
+
+
+# ---------------------------------------------------------------- sinks
+
+
+class Mine(Sink):
+    """A user's own, which fails when it is told to."""
+
+    def __init__(self, prefix: str = "r", fails: int = 0) -> None:
+        self.prefix, self.fails = prefix, fails
+
+    def open(self, run):
+        self.path = run.root / "mine.txt"
+        self.tell(f"open {run.metric} {run.rounds} {run.resumed}")
+
+    def tell(self, line):
+        with open(self.path, "a") as file:
+            print(line, file=file)
+
+    def write(self, record):
+        if record["round"] == self.fails:
+            raise LookupError("no such project")
+        self.tell(f"{self.prefix} {record['round']}")
+
+    def close(self):
+        self.tell("close")
+
+
+class NoSink:
+    def close(self):
+        """It lacks `write`."""
+
+
+def told(root):
+    return (root / "mine.txt").read_text().splitlines()
+
+
+def test_a_sink_of_ones_own_gets_every_record_and_is_closed(tmp_path):
+    how = config(tmp_path, 2, records={"sinks": [{"name": "test_records:Mine", "prefix": "x"}]})
+    assert build(Config, to_dict(how)) == how
+    run(how)
+    assert told(tmp_path) == ["open accuracy 2 0", "x 1", "x 2", "close"]
+
+
+def test_a_sink_that_fails_is_left_out_and_training_goes_on(tmp_path, caplog):
+    records, _ = run(config(tmp_path, 3, records={"sinks": [{"name": "test_records:Mine", "fails": 2}]}))
+    assert len(records) == 3 and told(tmp_path) == ["open accuracy 3 0", "r 1", "close"]
+    assert caplog.text.count("Mine raised LookupError: no such project, and ends here") == 1
+
+
+def test_a_sink_can_be_added_to_a_run(tmp_path):
+    with fedmpi.Run(config(tmp_path, 2), comm=SoloComm()) as started:
+        rounds = iter(started)
+        next(rounds)
+        started.add_sink(Mine())
+        next(rounds)
+    assert told(tmp_path) == ["open accuracy 2 0", "r 2", "close"]
+
+
+@pytest.mark.parametrize(
+    ("sinks", "why"),
+    [
+        (["test_records:NoSink"], "records.sinks.0: 'test_records:NoSink' has no "),
+        ([{"name": "test_records:Mine", "prefx": 1}], "'Mine' has no 'prefx'; did you mean 'prefix'?"),
+        (["tensorbord"], "no sink 'tensorbord'; did you mean 'tensorboard'?"),
+    ],
+)
+def test_what_is_no_sink_is_refused_in_one_line(sinks, why):
+    with pytest.raises(ConfigError) as caught:
+        build(Config, {"records": {"sinks": sinks}})
+    assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sink_that_an_option_has_switched_on_is_there_once():
+    section = build(Config, {"records": {"trace": True, "sinks": ["trace"]}}).records
+    assert [type(sink) for sink in section.open_sinks()] == [Trace]
+    assert build(Config, {"records": {"trace": False}}).records.open_sinks() == []
+
+
+def test_every_line_says_its_schema_and_one_without_is_read(tmp_path):
+    run(config(tmp_path, 1))
+    path = tmp_path / "metrics.jsonl"
+    assert json.loads(path.read_text())["schema"] == 1
+    path.write_text('{"round": 1, "loss": 0.5}\n')
+    assert read_metrics(tmp_path) == [{"round": 1, "loss": 0.5}]

@@ -193,7 +193,7 @@ def build_federation(
             evaluate_every=config.evaluate.every,
             evaluate_batch=config.evaluate.batch_size,
             average=config.server.average,
-            gram=config.records.gram,
+            measurements=config.records.measurements,
             finetune=config.evaluate.finetune,
             experiment="" if attack is None else said(attack, spec.known),
         )
@@ -236,7 +236,7 @@ def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], co
         config.seed,
         getattr(config.aggregate, "combine", None),
         config.rounds,
-        layout.num_params if config.records.gram else 0,
+        layout.num_params if "gram" in config.records.needs else 0,
         states,
         layout,
         None if config.attack is None or not config.attack.omniscient else edit_of(config.attack, spec.known),
@@ -341,11 +341,6 @@ def _check_machine(config: Config, chosen: torch.device) -> None:
     for key, rule in (("local", config.local), ("evaluate.finetune", config.evaluate.finetune)):
         if getattr(rule, "precision", "") == "bf16" and chosen.type != "cuda":
             raise ConfigError(f"{key}.precision: bf16 needs a GPU; this rank trains on the CPU")
-    if config.records.tensorboard:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise ConfigError("records.tensorboard: needs the package tensorboard (fedmpi[report])") from None
 
 
 def _local(

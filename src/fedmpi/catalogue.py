@@ -27,6 +27,7 @@ from fedmpi.local.workload import WORKLOADS
 from fedmpi.metrics import METRICS
 from fedmpi.models import MODELS
 from fedmpi.objectives import DEFAULTS, LOSSES, Objective
+from fedmpi.records import MEASUREMENTS, SINKS
 from fedmpi.rounds import ENGINES, POLICIES
 from fedmpi.schedules import SCHEDULES
 from fedmpi.selection import SELECTORS
@@ -49,6 +50,8 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "servers": (OPTIMIZERS, "server.optimizer"),
     "engines": (ENGINES, "engine"),
     "policies": (POLICIES, "engine.policy"),
+    "measurements": (MEASUREMENTS, "records.measure"),
+    "sinks": (SINKS, "records.sinks"),
     "codecs": (CODECS, "exchange.up.codec"),
 }
 

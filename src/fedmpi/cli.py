@@ -116,23 +116,21 @@ def _on_ranks(work: Callable[[Comm], None]) -> None:
 
 
 def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> None:
-    from fedmpi.records import Progress, on_terminal, silo_table
+    from fedmpi.records.terminal import Progress, on_terminal, silo_table
     from fedmpi.train import Run
 
     with Run(config, *overrides, allow=allow, comm=comm) as run:
-        progress = None
+        progress = Progress()
         if comm.rank == 0:
             say(_headline(run))
             if run.resumed >= run.config.rounds:
                 say(f"nothing to do: {run.resumed} rounds are done; rounds=N goes on")
-            progress = Progress(run.config.rounds, run.resumed, run.metric)
+        run.add_sink(progress)
         try:
-            for record in run:
-                if progress is not None:
-                    progress.write(record)
+            for _ in run:
+                pass
         finally:
-            if progress is not None:
-                progress.close()
+            progress.close()
     if comm.rank == 0 and run.record is not None:
         from rich.console import Console
 

@@ -98,12 +98,18 @@ class Family:
             beside = f" beside {', '.join(map(str, rest))}" if rest else ""
             raise ConfigError(f"{path}: needs a 'name'{beside}, one of: {', '.join(self.members)}")
         found = self.find(name, path)
-        if dataclasses.is_dataclass(found):
-            if missing := [m for m in self._methods() if not hasattr(found, m)]:
-                raise ConfigError(f"{path}: '{name}' has no {', '.join(missing)}, so it cannot be a {self.what}")
+        made = dataclasses.is_dataclass(found)
+        if made or (self.deferred and isinstance(found, type)):
+            missing = [m for m in self._methods() if not hasattr(found, m)]
+        else:
+            missing = []
+        if missing:
+            raise ConfigError(f"{path}: '{name}' has no {', '.join(missing)}, so it cannot be a {self.what}")
+        if made:
             return build(found, rest, path, f"{self.what} '{name}'")
         if self.deferred and callable(found):
-            check_factory(found, name, path)
+            if name not in self.members:
+                check_factory(found, name, path, self.what)
             return Deferred(name, found, _fitting(found, rest, path))
         raise ConfigError(f"{path}: '{name}' is no dataclass, so it cannot be a {self.what}")
 

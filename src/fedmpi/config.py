@@ -38,6 +38,8 @@ from fedmpi.local.optimizers import num_gradients
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
+from fedmpi.records import MEASUREMENTS, SINKS, Measurement, Sink
+from fedmpi.records.measurements import Gram
 from fedmpi.rounds import ENGINES, Engine, Synchronous
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, FedDyn, ServerOptimizer
@@ -98,7 +100,26 @@ class RecordsSection:
 
     trace: bool = True  # trace.json; off for a thousand ranks
     tensorboard: bool = False  # events under OUT/tensorboard; needs the extra `report`
+    sinks: tuple[Annotated[Any, SINKS], ...] = ()  # where records go besides; your own: package.module:Class
     gram: bool | Literal["matrix"] = False  # deltas' diversity and cosines; matrix: all cosines; needs scope: silo
+    measure: tuple[Annotated[Measurement, MEASUREMENTS], ...] = ()  # what else of a round goes into its record
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """All that is measured."""
+        gram = (Gram(matrix=self.gram == "matrix"),) if self.gram else ()
+        return gram + tuple(other for other in self.measure if other not in gram)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What measurements need."""
+        return frozenset().union(*(measurement.needs for measurement in self.measurements))
+
+    def open_sinks(self) -> list[Sink]:
+        """One of each sink, to be opened."""
+        switched = [SINKS.build(name, "records") for name in ("trace", "tensorboard") if getattr(self, name)]
+        others = [sink for sink in self.sinks if sink not in switched]
+        return [sink.build(None) for sink in (*switched, *others)]
 
 
 @component
@@ -136,13 +157,12 @@ class Config:
         if each and (self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto")):
             name = AGGREGATORS.name_of(self.aggregate)
             raise ValueError(f"aggregate: {name} reads each delta; it needs exchange.scope: silo and plan sharded")
-        if self.records.gram:
+        if "gram" in self.records.needs:
+            key = "records.gram" if self.records.gram else "records.measure"
             if self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto"):
-                raise ValueError(
-                    "records.gram: deltas meet one by one under exchange.scope: silo and plan sharded alone"
-                )
+                raise ValueError(f"{key}: deltas meet one by one under exchange.scope: silo and plan sharded alone")
             if self.exchange.overlap:
-                raise ValueError("records.gram: with exchange.overlap deltas meet after their round's record")
+                raise ValueError(f"{key}: with exchange.overlap deltas meet after their round's record")
         if auxiliaries := getattr(self.local, "auxiliaries", ()):
             rule, names = RULES.name_of(self.local), ", ".join(a.name for a in auxiliaries)
             if each:
@@ -251,7 +271,7 @@ MAY_CHANGE = ("rounds", "checkpoint", "resume", "device", "comm", "out", "record
 HORIZON = ".schedule.rounds"  # how the keys end that say when a schedule is at its end; null: with the run
 
 # What may differ between the ranks of one run: where a site keeps its files. Of `init` and data the contents count.
-OF_A_SITE = ("out", "data.root", "device", "records.trace", "records.tensorboard", "init")
+OF_A_SITE = ("out", "data.root", "device", "records.trace", "records.tensorboard", "records.sinks", "init")
 
 ABOUT = "about"  # what a run's own config.yaml says besides the configuration; ignored when it is read as one
 

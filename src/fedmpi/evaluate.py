@@ -21,7 +21,8 @@ from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.local.personal import unprefixed
 from fedmpi.metrics.scorers import NOTHING, Scorer, pooled
 from fedmpi.objectives import LOSS, MOST_METRICS, LossAndMetrics, Tally
-from fedmpi.records import Record, StatusTable, spread
+from fedmpi.records import Record, StatusTable
+from fedmpi.records.measurements import spread
 
 log = logging.getLogger("fedmpi")
 

@@ -29,9 +29,10 @@ class RoundOutcome:
     loss: float | None = None  # training loss of all that were heard; None where none is finite
     norm: float | None = None  # mean norm of their deltas
     not_finite: Sequence[str] = ()  # silos that told a loss which is not finite
-    rows: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # of each silo; test figures where it was tested
+    # By silo; test figures of those with tests.
+    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # Inner products of the deltas that were taken, for measurements alone: no checkpoint has them.
+    gram_KK: np.ndarray | None = None
 
     @property
     def taken_K(self) -> np.ndarray:

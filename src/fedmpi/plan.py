@@ -96,7 +96,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     small += scores.num_counts
     small += 2 * num_ranks * section.overlap  # are deltas folded everywhere? How long did the exchange take?
     small += (num_ranks + len(owners)) * bool(getattr(config.select, "asks", False))  # losses of candidates
-    small += len(owners) ** 2 * bool(config.records.gram)
+    small += len(owners) ** 2 * ("gram" in config.records.needs)
     values = flatten(to_dict(config))
     return {
         "ranks": ranks,

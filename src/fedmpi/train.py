@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import fedmpi
-from fedmpi import checkpoint, disk, records, rng, sources, stopping
+from fedmpi import checkpoint, disk, rng, sources, stopping
 from fedmpi.assembly import assemble, digest_of
 from fedmpi.comm import Comm, connect, ranks_text
 from fedmpi.components import did_you_mean, to_dict
@@ -53,7 +53,8 @@ from fedmpi.health import Health
 from fedmpi.opening import fingerprint
 from fedmpi.outcome import RoundOutcome
 from fedmpi.output import say
-from fedmpi.records import Record
+from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
+from fedmpi.records.sink import Timings
 from fedmpi.rounds import State
 from fedmpi.tensorfile import Key
 from fedmpi.trust import confined
@@ -291,8 +292,8 @@ class Run:
                 keep_code(self.out, self.code, self.state.round)
                 write_config(self.out, to_dict(self.config), about)
                 disk.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
-            section = self.config.records
-            self._files = records.Files(self.out, self.state.round, section.trace, section.tensorboard)
+            info = RunInfo(self.out, self.state.round, rounds, self.metric, self._timings)
+            self._sinks = Sinks(info, self.config.records.open_sinks())
 
         def written() -> None:
             try:
@@ -310,7 +311,17 @@ class Run:
         self._pending_best: checkpoint.Best | None = None  # the one that is being written
         self._writer = self.comm.collectively(lambda: checkpoint.Writer(self.out, self.comm.rank))
 
+    def _timings(self) -> Timings:
+        """When each rank began the last round, and the seconds of its phases."""
+        done = self.federation.done
+        return done.rank("started_s"), {name: done.rank(name) for name in PHASES}
+
     # ------------------------------------------------------------ rounds
+
+    def add_sink(self, sink: Sink) -> None:
+        """Let `sink.write` have every record from now on, on rank 0; other ranks may call it and nothing happens."""
+        if self.comm.rank == 0:
+            self._sinks.add(sink)
 
     @property
     def parameters(self) -> torch.Tensor:
@@ -352,8 +363,7 @@ class Run:
                 assert record is not None
                 self.comm.took(record["seconds"]["round"])
                 if self.comm.rank == 0:
-                    phases = {name: fed.done.rank(name) for name in records.PHASES}
-                    self._files.write(record, fed.done.rank("started_s"), phases)
+                    self._sinks.write(record)
                 self._hold_best()
                 if self._pending is not None and self.state.written >= self._pending:
                     self._seal()
@@ -459,7 +469,7 @@ class Run:
             if self.comm.rank == 0:
                 if not self._directory.is_ours():  # on a file system without locks nothing else would tell
                     raise CheckpointError(f"another job has begun to train in {self.out}")
-                self._files.sync()
+                self._sinks.sync()
             if self._directory.leads:
                 if best is not None:
                     of_best = {"ranks": ranks, "score": best.score, "record": best.record}
@@ -578,8 +588,8 @@ class Run:
                 self._writer.close(writer_s)  # a thread with tensors must not outlive Python
             if "state" in vars(self):
                 self._keep_readable()
-            if "_files" in vars(self):
-                self._files.close()
+            if "_sinks" in vars(self):
+                self._sinks.close()
             if "_directory" in vars(self):
                 self._directory.release()
 

@@ -100,11 +100,14 @@ def check_object(found: Any, name: str, path: str) -> None:
         raise ConfigError(f"{path}: the run directory names '{name}', which is made elsewhere; say --allow its module")
 
 
-def check_factory(found: Any, name: str, path: str) -> None:
-    """ConfigError unless calling it is known to return a torch module."""
+def check_factory(found: Any, name: str, path: str, what: str = "model") -> None:
+    """ConfigError unless calling it is known to return a torch module, where it is to make a model."""
     limits = _limits.get()
-    if limits is None or limits.names(name.partition(":")[0]) or _returns_module(found, _DEPTH):
+    if limits is None or limits.names(name.partition(":")[0]) or (what == "model" and _returns_module(found, _DEPTH)):
         return
+    if what != "model":
+        module = name.partition(":")[0]
+        raise ConfigError(f"{path}: the run directory names the {what} '{name}'; if it is meant, say --allow {module}")
     raise ConfigError(
         f"{path}: the run directory names '{name}', which is no class of torch modules and no function that says "
         f"`-> torch.nn.Module`; if it is meant to be called, say --allow {name.partition(':')[0]}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.membership import Comms, Membership
 from fedmpi.objectives import Criterion, LossAndMetrics
 from fedmpi.outcome import RoundOutcome
-from fedmpi.records import PHASES, Record, StatusTable, Timer
+from fedmpi.records import PHASES, Measurement, Record, StatusTable, Timer
 from fedmpi.selection import Selector
 from fedmpi.server import Average, ServerOptimizer
 from fedmpi.stopping import Watch
@@ -67,7 +67,7 @@ class Federation:
     evaluate_every: int
     evaluate_batch: int
     average: Average | None = None  # what is evaluated; None: the parameters themselves
-    gram: bool | Literal["matrix"] = False  # of the deltas: into the record? All of it?
+    measurements: Sequence[Measurement] = ()  # of each round, for its record
     finetune: LocalRule | None = None  # for personal figures after the last round
     experiment: str = ""  # what records say of a run that is one
     timer: Timer = field(default_factory=Timer)

@@ -11,7 +11,7 @@ import numpy as np
 from fedmpi.evaluate import PERSONAL
 from fedmpi.metrics.scorers import pooled
 from fedmpi.outcome import RoundOutcome
-from fedmpi.records import PHASES, Record, gradient_diversity, plain
+from fedmpi.records import PHASES, SCHEMA, Record, plain
 from fedmpi.rounds.federation import Federation
 
 
@@ -71,12 +71,15 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
         if silo in scored:
             row |= {"num_test": int(tests[i]), **scored[silo], **own.get(silo, {})}
         silos[silo] = row
-    record: Record = {"round": outcome.round, "cohort": outcome.cohort, "rejected": outcome.rejected}
+    record: Record = {"schema": SCHEMA, "round": outcome.round, "cohort": outcome.cohort, "rejected": outcome.rejected}
     if fed.experiment:
         record["experiment"] = fed.experiment
     if outcome.not_finite:
         record["not_finite"] = list(outcome.not_finite)
-    record |= {"train_loss": outcome.loss, "delta_norm": outcome.norm, **_gradient_diversity(fed)}
+    measured: dict[str, Any] = {}
+    for measurement in fed.measurements:
+        measured |= measurement.of(replace(outcome, gram_KK=fed.exchange.gram))
+    record |= {"train_loss": outcome.loss, "delta_norm": outcome.norm, **measured}
     record |= figures
     seconds = {name: float(done.rank(name).max()) for name in PHASES}
     record["seconds"] = {"round": float(sum(done.rank(name) for name in PHASES).max()), **seconds}  # type: ignore[union-attr]
@@ -87,12 +90,3 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
     record["silos"] = silos
     record = {name: plain(value) for name, value in record.items()}
     return replace(outcome, rows=record["silos"]), record
-
-
-def _gradient_diversity(fed: Federation) -> dict[str, Any]:
-    """What the deltas' inner products say, where they were asked for."""
-    gram_KK = fed.exchange.gram
-    if gram_KK is None:
-        return {}
-    heard = [silo for silo, sent in zip(fed.ids, fed.ready.silo("sent"), strict=True) if sent]
-    return gradient_diversity(gram_KK, heard if fed.gram == "matrix" else None)

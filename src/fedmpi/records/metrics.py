@@ -1,0 +1,143 @@
+"""metrics.jsonl: a line for every round, sealed by a checksum, cut where a run resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from fedmpi import disk
+from fedmpi.records.record import Record
+from fedmpi.records.sink import RunInfo, Sink
+
+log = logging.getLogger("fedmpi")
+
+METRICS = "metrics.jsonl"
+MOST_BYTES = 1 << 40  # of a file that grows with rounds, silos and ranks: whatever a run has written is read again
+_CRC = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
+
+
+def line_of(record: Record) -> bytes:
+    """The record as its line of metrics.jsonl; its last field is the CRC-32 of what stands before that field."""
+    body = json.dumps(record)[:-1].encode()
+    return body + b', "crc32": "%08x"}\n' % zlib.crc32(body)
+
+
+def read_metrics(root: Path) -> list[Record]:
+    """The records in metrics.jsonl, oldest first; lines that are damaged are left out with a warning."""
+    try:
+        return [record for record, _ in _read(root)[0]]
+    except OSError as error:
+        log.warning("%s cannot be read: %s", root / METRICS, error.strerror or error)
+        return []
+
+
+def _read(root: Path) -> tuple[list[tuple[Record, bytes]], list[bytes]]:
+    """The records with their lines, and the lines that are none. OSError where the file cannot be read."""
+    whole: list[tuple[Record, bytes]] = []
+    damaged: list[bytes] = []
+    path = root / METRICS
+    try:
+        lines = disk.read_bytes(path, MOST_BYTES).split(b"\n")
+    except FileNotFoundError:
+        return whole, damaged
+    sealed = any(_CRC.search(line) for line in lines)  # else it is older than checksums
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        record = _record_in(line, sealed)
+        if record is None:
+            log.warning("%s, line %d is damaged and left out", path, number)
+            damaged.append(line)
+        else:
+            whole.append((record, line))
+    return whole, damaged
+
+
+def _record_in(line: bytes, sealed: bool) -> Record | None:
+    crc = _CRC.search(line)
+    if crc is not None:
+        line = line[: crc.start()]
+        if int(crc[1], 16) != zlib.crc32(line):
+            return None
+        line += b"}"
+    elif sealed:
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("round")) is int else None
+
+
+class Metrics(Sink):
+    """metrics.jsonl, cut at the round that the run resumes from. What is cut is kept beside it: damaged lines in
+    metrics.bad.jsonl, records of rounds that are done again in metrics.undone.jsonl."""
+
+    def open(self, run: RunInfo) -> None:
+        root, resumed_round = run.root, run.resumed
+        path = root / METRICS
+        try:
+            whole, damaged = _read(root)
+        except OSError as error:
+            put_aside(path, error)
+            whole, damaged = [], []
+        if damaged:
+            log.warning("%d damaged lines of %s are kept in metrics.bad.jsonl", len(damaged), path)
+        _keep_aside(root / "metrics.bad.jsonl", damaged)
+        _keep_aside(root / "metrics.undone.jsonl", [line for record, line in whole if record["round"] > resumed_round])
+        before = [line + b"\n" for record, line in whole if record["round"] <= resumed_round]
+        disk.replace_bytes(path, b"".join(before))
+        if missing := sorted(set(range(1, resumed_round + 1)) - {record["round"] for record, _ in whole}):
+            text = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+            log.warning("%s has no record of round %s; checkpoints have what is needed to go on", path, text)
+        self.path = path
+        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._waiting = b""  # for room on the disk
+
+    def write(self, record: Record) -> None:
+        """One line. One that cannot be written waits."""
+        full = bool(self._waiting)
+        self._waiting += line_of(record)
+        try:
+            self._write()
+        except OSError as error:
+            if not full:
+                log.warning(
+                    "%s cannot be written (%s): records wait for the next checkpoint", self.path, error.strerror
+                )
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def sync(self) -> None:
+        """The records are on disk: called before a checkpoint that follows them is sealed."""
+        self._write()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._write()
+        self._file.close()
+
+
+def _keep_aside(path: Path, lines: Sequence[bytes]) -> None:
+    """Lines at the end of a file; nothing for none."""
+    if lines:
+        before = disk.read_bytes(path, MOST_BYTES) if path.exists() else b""
+        disk.replace_bytes(path, before + b"".join(line + b"\n" for line in lines))
+
+
+def put_aside(path: Path, error: OSError) -> None:
+    """What cannot be read is not written over."""
+    aside = path.with_name(f"{path.name}.unread-{secrets.token_hex(4)}")
+    os.rename(path, aside)
+    log.warning("%s cannot be read (%s) and is now %s", path, error.strerror or error, aside.name)

@@ -1,0 +1,31 @@
+"""Records as TensorBoard events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedmpi.errors import ConfigError
+from fedmpi.records.record import Record
+from fedmpi.records.sink import RunInfo, Sink
+
+
+class TensorBoard(Sink):
+    """Scalars of every record as TensorBoard events under DIR/tensorboard (package tensorboard, extra `report`)."""
+
+    def open(self, run: RunInfo) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("records.tensorboard: needs the package tensorboard (fedmpi[report])") from None
+        self._writer: Any = SummaryWriter(str(run.root / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def write(self, record: Record) -> None:
+        """Every number of the record."""
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name not in ("round", "schema"):
+                self._writer.add_scalar(name, value, record["round"])
+        for name, value in record["seconds"].items():
+            self._writer.add_scalar(f"seconds/{name}", value, record["round"])
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,64 @@
+"""trace.json: where the time of every rank goes; opens in Perfetto (ui.perfetto.dev) or chrome://tracing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+from fedmpi import disk
+from fedmpi.records.metrics import MOST_BYTES, put_aside
+from fedmpi.records.record import Record
+from fedmpi.records.sink import RunInfo, Sink
+
+
+class Trace(Sink):
+    """trace.json: one event per phase, rank and round, in the Trace Event format, valid JSON once closed."""
+
+    def open(self, run: RunInfo) -> None:
+        self._run = run
+        path = run.root / "trace.json"
+        events: list[bytes] = []
+        lines: list[bytes] = []
+        if run.resumed and path.exists():
+            try:
+                lines = disk.read_bytes(path, MOST_BYTES).splitlines()
+            except OSError as error:
+                put_aside(path, error)
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):  # brackets, half an event
+                events.append(json.dumps(json.loads(line.rstrip(b","))).encode())
+        disk.replace_bytes(path, b"[\n" * bool(events) + b",\n".join(events))
+        self._file = open(path, "ab")  # noqa: SIM115
+        self._empty = not events
+
+    def write(self, record: Record) -> None:
+        """An event for every phase of every rank."""
+        starts_s, phases = self._run.timings()
+        for rank, start_s in enumerate(starts_s):
+            at = start_s
+            for name, seconds in phases.items():
+                event = {
+                    "name": name,
+                    "ph": "X",
+                    "pid": rank,
+                    "tid": 0,
+                    "ts": round_us(at),
+                    "dur": round_us(seconds[rank]),
+                    "args": {"round": record["round"]},
+                }
+                self._event(json.dumps(event))
+                at += seconds[rank]
+        self._file.flush()
+
+    def _event(self, text: str) -> None:
+        self._file.write((b"[\n" if self._empty else b",\n") + text.encode())
+        self._empty = False
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.write(b"[\n]\n" if self._empty else b"\n]\n")
+            self._file.close()
+
+
+def round_us(seconds: float) -> float:
+    return round(float(seconds) * 1e6, 1)
