@@ -182,7 +182,8 @@ def test_feedback_goes_with_every_codec_that_loses_something(monkeypatch: pytest
     monkeypatch.setattr(choose, "make", noted)
     found = exchange.exchange(SoloComm(), 5000, 1, [exchange.channel("int8")])
     assert [row["codec"] for row in found if row["feedback"]] == ["int8"]
-    assert made[-1].kept(torch.zeros(0))["silo-0"]["feedback"].any() and made[-1].server_tensors()["feedback"].any()
+    lost = {one.key: one.tensor for one in made[-1].holders.state()}
+    assert lost["up", "feedback"].any() and lost["down", "feedback"].any()
     assert made[-1].round == 2  # each round has a number of its own
 
 

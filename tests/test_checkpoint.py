@@ -13,6 +13,7 @@ import torch
 from fedmpi import checkpoint, disk
 from fedmpi.checkpoint import SERVER, Writer, folder_of, newest, prune, read_server, read_silos, seal
 from fedmpi.errors import CheckpointError
+from fedmpi.state import StateTensor
 
 SERVER_STATE = {
     checkpoint.PARAMS: torch.linspace(-1, 1, 5000),
@@ -30,11 +31,17 @@ def state(silo, personal=True, cursor=5):
     return kept
 
 
+def tensors_of(server, silos):
+    """What a rank writes: the server's tensors, and a row for each silo."""
+    rows = [StateTensor(key, tensor, "per_silo", silo) for silo, kept in silos.items() for key, tensor in kept.items()]
+    return [StateTensor(key, tensor) for key, tensor in server.items()] + rows
+
+
 def write(root, round, hosted, server=SERVER_STATE, score=None):
     """What the ranks do: each writes its part, the rows are gathered, the manifest comes last."""
     writers = [Writer(root, rank) for rank in range(len(hosted))]
     for writer, silos in zip(writers, hosted, strict=True):
-        writer.start(round, server if writer.rank == 0 else None, silos)
+        writer.start(round, tensors_of(server if writer.rank == 0 else {}, silos))
     for writer in writers:
         writer.join()
     assert [writer.written for writer in writers] == [round] * len(hosted)
@@ -78,7 +85,7 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     go, written = threading.Event(), checkpoint.write_file
     monkeypatch.setattr(checkpoint, "write_file", lambda *args: go.wait(20) and written(*args))
     writer, server, silo = Writer(tmp_path, 0), {("params",): torch.zeros(9)}, {("kept",): torch.zeros(3)}
-    writer.start(1, server, {"a": silo})
+    writer.start(1, tensors_of(server, {"a": silo}))
     assert writer.written == -1
     server["params",] += 1
     silo["kept",] += 1
@@ -87,7 +94,7 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     assert writer.written == 1 and read_server(tmp_path, 1)["params",].abs().max() == 0
     seal(tmp_path, 1, [writer.digests], [["a"]], {})
     assert read_silos(tmp_path, 1, ["a"])["a"]["kept",].tolist() == [0, 0, 0]
-    writer.start(2, server, {"a": silo})  # the copies of the round before are used again
+    writer.start(2, tensors_of(server, {"a": silo}))  # the copies of the round before are used again
     writer.join()
     assert read_server(tmp_path, 2)["params",].tolist() == [1] * 9
 
@@ -98,7 +105,7 @@ def test_no_thread_is_started_once_the_run_is_under_way(tmp_path, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread was started"))
     monkeypatch.setattr(_thread, "start_new_thread", lambda *args: pytest.fail("a thread was started"))
     for round in (1, 2):
-        writer.start(round, {"params": torch.zeros(9)}, {"a": {"kept": torch.zeros(3)}})
+        writer.start(round, tensors_of({("params",): torch.zeros(9)}, {"a": {("kept",): torch.zeros(3)}}))
         writer.join()
         assert writer.written == round
     writer.close(20)
@@ -219,13 +226,13 @@ def test_no_file_has_its_name_before_it_is_whole(tmp_path, monkeypatch, name):
 def test_a_folder_that_cannot_be_written_is_an_error_that_stays(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     writer = Writer(tmp_path, 0)
-    writer.start(3, SERVER_STATE, {})
+    writer.start(3, tensors_of(SERVER_STATE, {}))
     with pytest.raises(CheckpointError, match="cannot write a checkpoint into "):
         writer.join()
     with pytest.raises(CheckpointError, match="cannot write"):
         _ = writer.written
     with pytest.raises(CheckpointError, match="cannot write"):
-        writer.start(4, SERVER_STATE, {})
+        writer.start(4, tensors_of(SERVER_STATE, {}))
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
@@ -236,7 +243,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    writer.start(2, SERVER_STATE, {})
+    writer.start(2, tensors_of(SERVER_STATE, {}))
     with pytest.raises(CheckpointError, match="No space left on device"):
         writer.join()
     assert newest(tmp_path) == 1

@@ -63,7 +63,7 @@ def one_round(how, num_ranks, start_P, deltas_KP, each=None, server="fedavg"):
         params_P = start_P.clone()
         facts = ExchangeContext(sum(WEIGHTS), ids, [ids[k] for k in mine], 7, each, layout=LAYOUT)
         exchange = make(how, comm, params_P, facts)
-        state = optimizer.init(exchange.mine(params_P))
+        state = optimizer.init(exchange.shard(params_P))
         exchange.begin(1, len(mine))
         for k in mine:
             exchange.add(Contribution(ids[k], 1, WEIGHTS[k], deltas_KP[k].clone(), 0.0, 1, 1))

@@ -125,7 +125,7 @@ def run(how, start_P, rounds, weights, owners, num_ranks, server="fedavg"):
         ids = [str(k) for k in range(len(owners))]
         hosted = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
         exchange = make(how, comm, params_P, ExchangeContext(float(sum(weights)), ids, hosted))
-        state = optimizer.init(exchange.mine(params_P))
+        state = optimizer.init(exchange.shard(params_P))
         for number, cohort in enumerate(rounds, start=1):
             exchange.begin(number, sum(owners[k] == comm.rank for k in cohort))
             for k, delta_P in cohort.items():

@@ -68,7 +68,7 @@ def exchanged(section, num_ranks, device, each=None, optimizer="fedadam", rounds
         params_P = start_P.to(device, copy=True)
         facts = ExchangeContext(sum(WEIGHTS.values()), list(WEIGHTS), hosted, 7, each, rounds, 5000)
         exchange = choose.make(how, comm, params_P, facts)
-        params_P, state = exchange.home(params_P, server.init(exchange.mine(params_P)))
+        params_P, state = exchange.home(params_P, server.init(exchange.shard(params_P)))
         for number in range(1, rounds + 1):
             exchange.begin(number, len(hosted))
             for k, silo in enumerate(WEIGHTS):
@@ -76,11 +76,10 @@ def exchanged(section, num_ranks, device, each=None, optimizer="fedadam", rounds
                     delta_P = deltas[number - 1, k].to(device, copy=True)
                     exchange.add(Contribution(silo, number, WEIGHTS[silo], delta_P, 0.0, 1, 1))
             params_P, state = exchange.finish(params_P, Server(server), state)
-        state = exchange.settled(state)
-        kept = {silo: sorted(tensors) for silo, tensors in exchange.kept(params_P).items()}
+        exchange.settle()
+        kept = sorted((one.key, one.silo) for one in exchange.state(params_P))
         assert params_P.device.type == device and all(part.device.type == device for part in state)
-        whole = [exchange.whole(part) for part in state]
-        exchange.close()
+        whole = [exchange.gather(part) for part in state]
         return sha256(params_P), kept, [len(part) for part in whole]
 
     return on_ranks(num_ranks, work)

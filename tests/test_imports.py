@@ -13,13 +13,13 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "output", "disk", "rng", "layout", "types", "trust", "sources", "components", "outcome"),
-    *("stopping", "worker"),
+    *("errors", "output", "disk", "rng", "layout", "types", "state", "trust", "sources", "components"),
+    *("outcome", "stopping", "worker"),
     *("launcher", "module", "kernels"),
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
     *("models", "data", "pretrained"),
     *("membership", "local", "attacks", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
-    *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly", "train"),
+    *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly", "keeper", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}

@@ -43,16 +43,17 @@ def test_shards_of_moments_are_put_together_wherever_the_parameters_end(plan, nu
     def work(comm):
         params_Q = start_Q.clone()
         exchange = make(section(plan), comm, params_Q, ExchangeContext(1.0, ["a"], ["a"] if comm.rank == 0 else []))
-        state = optimizer.init(exchange.mine(params_Q[:num]))
+        state = optimizer.init(exchange.shard(params_Q[:num]))
         for number in (1, 2):
             exchange.begin(number, int(comm.rank == 0))
             if comm.rank == 0:
                 exchange.add(Contribution("a", number, 1.0, delta_Q.clone(), 0.0, 1, 1))
             params_Q, state = exchange.finish(params_Q, Server(optimizer, LAYOUT), state)
-        whole = [exchange.whole(part, num) for part in state]
+        whole = [exchange.gather(part).clone() for part in state]
         for part, whole_P in zip(state, whole, strict=True):
             kept = part.clone()
-            exchange.load(part, whole_P if comm.rank == 0 else torch.zeros(num))
+            part.zero_()
+            exchange.scatter(whole_P if comm.rank == 0 else None, part)
             assert torch.equal(part, kept)
         return params_Q, whole
 

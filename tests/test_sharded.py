@@ -17,6 +17,7 @@ from fedmpi.exchange.chunks import Coder, Grid
 from fedmpi.exchange.config import Channel, ExchangeSection
 from fedmpi.exchange.cost import num_vectors, traffic
 from fedmpi.server import OPTIMIZERS, Server
+from fedmpi.state import StateTensor
 from fedmpi.types import Contribution
 
 P = 20_000  # five pieces, the last one short
@@ -41,7 +42,7 @@ def fed_back(codec):
 
 
 def fed_back_of(exchange):
-    return {silo: tensors["feedback"] for silo, tensors in exchange.kept(torch.zeros(0)).items()}
+    return {one.silo: one.tensor for one in exchange.holders["up"].state()}
 
 
 def drawn(rounds, silos=5, seed=0):
@@ -61,7 +62,7 @@ def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owne
         hosted = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
         params_P = start_P.clone()
         exchange = make(how, comm, params_P, ExchangeContext(sum(WEIGHTS), ids, hosted, 7, each))
-        state = optimizer.init(exchange.mine(params_P))
+        state = optimizer.init(exchange.shard(params_P))
         for number, deltas_KP in enumerate(deltas_RKP, start=1):
             cohort = [k for k in (cohorts or {}).get(number, range(5)) if owners[k] == comm.rank]
             exchange.begin(number, len(cohort))
@@ -73,7 +74,8 @@ def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owne
             before = (comm.bytes_up, comm.bytes_down, comm.bytes_control)
             params_P, state = exchange.finish(params_P, Server(optimizer), state)
             spent = [b - a for a, b in zip(before, (comm.bytes_up, comm.bytes_down, comm.bytes_control), strict=True)]
-        server_P = [exchange.whole(part) for part in (*state, *exchange.server_tensors().values())]
+        lost = exchange.holders["down"].state() if "down" in exchange.holders else ()
+        server_P = [exchange.gather(part) for part in (*state, *(one.tensor for one in lost))]
         residuals = {silo: tensor.clone() for silo, tensor in fed_back_of(exchange).items()}
         return params_P, spent, residuals, server_P
 
@@ -203,7 +205,8 @@ def test_residuals_of_ranks_move_with_silos_and_add_up(num_ranks):
     def moved(comm):
         hosted = [silo for silo, owner in zip("abcde", OWNERS[3], strict=True) if owner == comm.rank]
         exchange = make(how, comm, start_P.clone(), ExchangeContext(1.0, list("abcde"), hosted, 7))
-        exchange.take(1, start_P, {silo: {"feedback": kept[silo]} for silo in hosted if silo in kept})
+        mine = [StateTensor(("feedback",), kept[silo], "per_silo", silo) for silo in hosted if silo in kept]
+        exchange.holders["up"].restore(mine)
         return sum(fed_back_of(exchange).values(), torch.zeros(P))
 
     torch.testing.assert_close(sum(on_ranks(3, moved)), sum(kept.values()))

@@ -7,10 +7,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import tensors_of
 
 from fedmpi import tensorfile
 from fedmpi.checkpoint import Writer, read_server, read_silos, seal
 from fedmpi.errors import CheckpointError
+from fedmpi.tensorfile import Table
 
 NAMES = [
     "head/weight",
@@ -59,7 +61,7 @@ def test_silos_and_the_server_keep_tensors_under_any_name_and_of_any_type(tmp_pa
     }
     silos["b/#"]["kept", "cursor"] = torch.ones(5, dtype=torch.bool)  # another shape and type than a's
     writer = Writer(tmp_path, 0)
-    writer.start(1, kept, silos)
+    writer.start(1, tensors_of(kept, silos))
     writer.join()
     seal(tmp_path, 1, [writer.digests], [list(silos)], {})
     found = read_silos(tmp_path, 1, silos)
@@ -71,7 +73,7 @@ def test_silos_and_the_server_keep_tensors_under_any_name_and_of_any_type(tmp_pa
 
 def rewritten(path, change):
     """A file of two tensors that is then changed with h5py, as an attacker would."""
-    tensorfile.write(path, [(("params",), torch.arange(4.0), None), (("rows",), torch.ones(2, 3), ["a", "b"])])
+    tensorfile.write(path, [Table(("params",), torch.arange(4.0)), Table(("rows",), torch.ones(2, 3), ["a", "b"])])
     with h5py.File(path, "r+") as file:
         change(file, path.parent / "secret")
     return path
@@ -136,6 +138,8 @@ HOSTILE = {
     "a shape that is none": index(lambda told: told[0].update(shape=[-4])),
     "a key that is none": index(lambda told: told[0].update(key=[["params"]])),
     "more silos than rows": index(lambda told: told[1].update(silos=["a", "b", "c"])),
+    "a placement that is none": index(lambda told: told[0].update(placement="elsewhere")),
+    "the server's, of silos": index(lambda told: told[0].update(placement="per_silo")),
     "no list": index(lambda told: told.__setitem__(0, 3)),
 }  # fmt: skip
 
@@ -152,5 +156,6 @@ def test_a_file_that_reaches_out_or_claims_more_than_it_holds_is_refused(tmp_pat
 def test_a_file_that_is_whole_is_read(tmp_path):
     path = rewritten(tmp_path / "server.h5", lambda file, secret: None)
     assert [entry.key for entry in tensorfile.contents(path)] == [("params",), ("rows",)]
-    assert tensorfile.read(path)["params",].tolist() == [0, 1, 2, 3]
+    (params,) = tensorfile.read(path)
+    assert params.key == ("params",) and params.tensor.tolist() == [0, 1, 2, 3]
     assert tensorfile.read_rows(path, ["b"]).keys() == {"b"}

@@ -217,7 +217,7 @@ def begin(fed: Federation) -> State:
     params_P = fed.layout.params(params_Q)
     params_P.copy_(model.params())
     average_P = params_P.clone() if fed.average is not None else None
-    begun = fed.comm.collectively(lambda: fed.optimizer.init(exchange.mine(params_P)))
+    begun = fed.comm.collectively(lambda: fed.optimizer.init(exchange.shard(params_P)))
     params_Q, optimizer = exchange.home(params_Q, begun)
     selector = fed.comm.collectively(lambda: fed.selector.init(fed.num_train))
     return State(0, params_Q, optimizer, selector, average_P=average_P)

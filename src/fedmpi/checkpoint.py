@@ -1,8 +1,8 @@
 """Checkpoints: everything the next round depends on, whole or not at all.
 
     checkpoints/round-000040/
-      server.h5        parameters, optimizer, selector, health         by rank 0
-      rank-0003.h5     what silos keep, a row a silo                   by every rank that hosts silos
+      server.h5        all tensors that are of no silo, whole          by rank 0
+      rank-0003.h5     tensors of silos, a row for each silo           by every rank that hosts silos
       manifest.json    every file with its SHA-256, and its own, last  by rank 0, and once per host without its disk
     checkpoints/best-000037/
       the same files   what is evaluated of the best round, where no checkpoint was due: to look at, not to resume from
@@ -31,16 +31,18 @@ import torch
 
 from fedmpi import disk, tensorfile
 from fedmpi.errors import CheckpointError
-from fedmpi.tensorfile import Key, Table
+from fedmpi.state import Key, StateTensor
+from fedmpi.tensorfile import Table
 from fedmpi.worker import Worker
 
 log = logging.getLogger("fedmpi")
 
-FORMAT = 2  # of checkpoints and of what a run says about itself; another is not read
+FORMAT = 3  # of checkpoints and of what a run says about itself; another is not read
 MANIFEST = "manifest.json"
 SERVER = "server.h5"
 PARAMS: Key = ("exchange", "params")  # in server.h5
-AVERAGE: Key = ("average",)  # of the parameters over rounds, in server.h5
+KEPT: Key = ("silos", "kept")  # and the name that its rule gives it: what a silo keeps, in its rank's file
+AVERAGE: Key = ("average", "params")  # of the parameters over rounds, in server.h5
 DIGEST_BYTES = 32 + 8  # SHA-256 and the file's size
 _NONE = bytes(DIGEST_BYTES)
 
@@ -57,9 +59,6 @@ def folder_of(root: Path, round: int, best: bool = False) -> Path:
 # ---------------------------------------------------------------- writing
 
 
-Tensors = Mapping[Key, torch.Tensor]
-
-
 @dataclass(frozen=True)
 class Best:
     """This rank's part of what is kept of a round to be evaluated."""
@@ -67,8 +66,7 @@ class Best:
     round: int
     record: Mapping[str, Any]
     score: float  # higher is better
-    server: Tensors | None
-    silos: Mapping[str, Tensors]
+    tensors: Sequence[StateTensor]
 
 
 class Writer:
@@ -82,20 +80,26 @@ class Writer:
         self._written = -1
         self._digests: tuple[bytes, ...] = (_NONE,) * 4
 
-    def start(self, round: int, server: Tensors | None, silos: Mapping[str, Tensors], best: Best | None = None) -> None:
-        """Copy this rank's part of the state and begin to write it, and what is kept of the best round before, which
-        stays as it is meanwhile. Waits for the write before, if it still runs."""
+    def start(self, round: int, tensors: Sequence[StateTensor], best: Best | None = None) -> None:
+        """Copy this rank's part of the state (state.gathered) and begin to write it, and what is kept of the best round
+        before, which stays as it is meanwhile. Waits for the write before, if it still runs."""
         self.join()
-        copies = server and {key: self._copy(key, tensor) for key, tensor in server.items()}
-        jobs = [(folder_of(self.root, round), self._tables(copies, silos))]
+        jobs = [(folder_of(self.root, round), self._tables(tensors, copied=True))]
         if best is not None:
-            jobs.append((folder_of(self.root, best.round, best=True), self._tables(best.server, best.silos)))
+            jobs.append((folder_of(self.root, best.round, best=True), self._tables(best.tensors, copied=False)))
         self._worker.start(lambda: self._write(round, jobs))
 
-    def _tables(self, server: Tensors | None, silos: Mapping[str, Tensors]) -> dict[str, list[Table]]:
-        """What each file holds."""
-        of_silos = {rank_file(self.rank): _rows(silos)} if silos else {}
-        return of_silos if server is None else {**of_silos, SERVER: [(key, t, None) for key, t in server.items()]}
+    def _tables(self, tensors: Sequence[StateTensor], copied: bool) -> dict[str, list[Table]]:
+        """What each file holds; of silos always a copy."""
+        files: dict[str, list[Table]] = {}
+        if rows := _rows([one for one in tensors if one.placement == "per_silo"]):
+            files[rank_file(self.rank)] = rows
+        if whole := [one for one in tensors if one.placement != "per_silo"]:
+            files[SERVER] = [
+                Table(one.key, self._copy(*one[:2]) if copied else one.tensor, None, one.placement, one.grows)
+                for one in whole
+            ]
+        return files
 
     def _copy(self, key: Key, tensor: torch.Tensor) -> torch.Tensor:
         kept = self._copies.get(key)
@@ -141,13 +145,15 @@ class Writer:
         return b"".join(self._digests)
 
 
-def _rows(silos: Mapping[str, Tensors]) -> list[Table]:
+def _rows(tensors: Iterable[StateTensor]) -> list[Table]:
     """What silos keep, those of one shape under one key together."""
-    alike: dict[tuple[Key, Any, Any], list[str]] = {}
-    for silo, kept in silos.items():
-        for key, tensor in kept.items():
-            alike.setdefault((key, tensor.shape, tensor.dtype), []).append(silo)
-    return [(key, torch.stack([silos[s][key].detach().cpu() for s in ids]), ids) for (key, *_), ids in alike.items()]
+    alike: dict[tuple[Key, Any, Any], list[StateTensor]] = {}
+    for one in tensors:
+        alike.setdefault((one.key, one.tensor.shape, one.tensor.dtype), []).append(one)
+    return [
+        Table(key, torch.stack([one.tensor.detach().cpu() for one in rows]), [one.silo for one in rows])
+        for (key, *_), rows in alike.items()
+    ]
 
 
 def write_file(path: Path, tables: Sequence[Table]) -> bytes:
@@ -237,7 +243,7 @@ class File:
 class Manifest:
     """What a manifest says of a round."""
 
-    format: Literal[2]
+    format: Literal[3]
     round: pydantic.StrictInt
     files: dict[Annotated[str, pydantic.Field(pattern=r"^(server|rank-\d{4,})\.h5$")], File]
     record: dict[str, Any] | None = None  # of the round; selectors go by it
@@ -346,6 +352,11 @@ def newest(root: Path, server: bool = True, silos: Collection[str] | None = None
 
 def read_server(root: Path, round: int, best: bool = False) -> dict[Key, torch.Tensor]:
     """All tensors of server.h5, by key. Raises CheckpointError."""
+    return {one.key: one.tensor for one in read_state(root, round, best)}
+
+
+def read_state(root: Path, round: int, best: bool = False) -> list[StateTensor]:
+    """All tensors of server.h5. Raises CheckpointError."""
     return tensorfile.read(folder_of(root, round, best) / SERVER)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import pydantic
 import torch
 
 from fedmpi.components import PositiveInt, component
+from fedmpi.state import StateTensor
 
 ENOUGH = 3  # earlier rounds, before a norm is compared with theirs
 
@@ -42,23 +43,45 @@ class Health:
         self._losses: list[float] = []  # sorted
         self._norms: list[float] = []  # sorted
 
-    def kept(self, doubts: int) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of it, as of a round with so many doubts."""
-        figures = {"first": [self._first], "losses": self._losses, "norms": self._norms, "doubts": [doubts]}
-        return {name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}
+    def state(self) -> Iterator[StateTensor]:
+        """All figures."""
+        for name, value in (("first", self._first), ("doubts", self.doubts)):
+            yield StateTensor((name,), torch.tensor([value], dtype=torch.float64))
+        for name, values in (("losses", self._losses), ("norms", self._norms)):
+            yield StateTensor((name,), torch.tensor(values, dtype=torch.float64), grows=True)
 
-    def take(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `kept` gave."""
-        self._first, self.doubts = kept["first"].item(), int(kept["doubts"].item())
-        self._losses, self._norms = kept["losses"].tolist(), kept["norms"].tolist()
+    def restore(self, stored: Sequence[StateTensor]) -> None:
+        """Those of a checkpoint."""
+        figures = {name: tensor.tolist() for (name,), tensor, *_ in stored}
+        (self._first,), self.doubts = figures["first"], int(figures["doubts"][0])
+        self._losses, self._norms = figures["losses"], figures["norms"]
+
+    def suspects(self, loss: float | None, norm: float | None) -> bool:
+        """Would the round look bad? Nothing is taken in."""
+        return (loss is None and self.section.not_finite) or bool(self._reasons(loss, norm))
 
     def look(self, number: int, loss: float | None, norm: float | None) -> str:
         """Take in a round; why the run should be given up, or nothing. None: not finite."""
-        section = self.section
-        if loss is None and section.not_finite:
+        if loss is None and self.section.not_finite:
             self.doubts += 1
             return f"round {number}: the run has diverged: its training loss is not finite (stop.not_finite)"
-        why = []
+        if why := self._reasons(loss, norm):
+            self.doubts += 1
+            if self.doubts >= self.section.patience:
+                rounds = f" in round {self.doubts} of such" if self.doubts > 1 else ""
+                return f"round {number}: the run has diverged: {' and '.join(why)}{rounds}"
+            return ""
+        self.doubts = 0
+        if loss is not None:
+            self._first = loss if math.isinf(self._first) else self._first
+            bisect.insort(self._losses, loss)
+        if norm is not None:
+            bisect.insort(self._norms, norm)
+        return ""
+
+    def _reasons(self, loss: float | None, norm: float | None) -> list[str]:
+        """What of a round looks bad."""
+        section, why = self.section, []
         # Cohorts differ: rounds of silos with an easy task may be far below all others, so it is not the best of them
         # that counts, and what an untrained model has is no divergence.
         median, factor = _median(self._losses, 1), section.loss_factor
@@ -73,19 +96,7 @@ class Health:
                 f"the mean norm of its deltas {norm:.4g} is more than stop.norm_factor = {section.norm_factor:g} times "
                 f"the median, {median:.4g}"
             )
-        if why:
-            self.doubts += 1
-            if self.doubts >= section.patience:
-                rounds = f" in round {self.doubts} of such" if self.doubts > 1 else ""
-                return f"round {number}: the run has diverged: {' and '.join(why)}{rounds}"
-            return ""
-        self.doubts = 0
-        if loss is not None:
-            self._first = loss if math.isinf(self._first) else self._first
-            bisect.insort(self._losses, loss)
-        if norm is not None:
-            bisect.insort(self._norms, norm)
-        return ""
+        return why
 
 
 def _median(values: Sequence[float], enough: int) -> float:

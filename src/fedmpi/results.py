@@ -28,7 +28,7 @@ from fedmpi.local import LocalSilo, Round
 from fedmpi.objectives import LossAndMetrics, Tally, resolve
 from fedmpi.placement import place
 from fedmpi.records import Record, StatusTable, plain
-from fedmpi.tensorfile import Key
+from fedmpi.state import Key
 from fedmpi.trust import confined
 from fedmpi.types import SiloData, Source
 
@@ -265,7 +265,9 @@ class _Stored:
 
     def silo(self, silo: str, kept: Mapping[Key, torch.Tensor], data: SiloData) -> LocalSilo:
         """The silo as the checkpoint has it."""
-        return LocalSilo(silo, data, 0.0, kept={key[1]: tensor for key, tensor in kept.items() if key[0] == "kept"})
+        return LocalSilo(
+            silo, data, 0.0, kept={key[-1]: tensor for key, tensor in kept.items() if key[:-1] == checkpoint.KEPT}
+        )
 
     def tuning(
         self, objective: LossAndMetrics, silo: LocalSilo, round: int, check: Callable[[], None] = lambda: None

@@ -1,6 +1,8 @@
 """One HDF5 file of tensors. Names are data: any strings, none of which HDF5 sees.
 
-    index      JSON, an entry for each dataset: {"key": [...], "dtype": "bfloat16", "shape": [...], "silos": [...]}
+    index      JSON, an entry for each dataset:
+               {"key": [...], "dtype": "bfloat16", "shape": [...], "placement": "replicated", "grows": false}
+               {"key": [...], "dtype": "float32", "shape": [...], "silos": [...]}, a row for each silo
     0, 1, ...  the tensors, in the index's order; as bytes where HDF5 has no plain number of that type
 
 Reading follows nothing out of the file: links, external and virtual storage, objects and text are refused, and so is
@@ -16,7 +18,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -24,8 +26,7 @@ import torch
 
 from fedmpi import disk
 from fedmpi.errors import CheckpointError
-
-Key = tuple[str, ...]
+from fedmpi.state import PLACEMENTS, Key, Placement, StateTensor
 
 INDEX = "index"
 _SLICE = 1 << 20  # elements written at a time: the interpreter is free in between
@@ -44,6 +45,8 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     silos: tuple[str, ...] | None = None  # whose the rows are; None: it has no rows
+    placement: Placement = "replicated"  # in the run that wrote it
+    grows: bool = False  # state.StateTensor
 
     @property
     def stored(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -57,7 +60,14 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Table = tuple[Key, torch.Tensor, Sequence[str] | None]
+class Table(NamedTuple):
+    """One dataset to be written."""
+
+    key: Key
+    tensor: torch.Tensor
+    silos: Sequence[str] | None = None  # whose the rows are; None: it has no rows
+    placement: Placement = "replicated"
+    grows: bool = False
 
 
 def write(path: Path, tables: Sequence[Table]) -> tuple[bytes, int]:
@@ -65,8 +75,9 @@ def write(path: Path, tables: Sequence[Table]) -> tuple[bytes, int]:
     with disk.replacing(path) as part:
         with h5py.File(part, "w") as file:
             index = []
-            for number, (key, tensor, silos) in enumerate(tables):
-                entry = Entry(tuple(key), tensor.dtype, tuple(tensor.shape), None if silos is None else tuple(silos))
+            for number, (key, tensor, silos, placement, grows) in enumerate(tables):
+                rows = None if silos is None else tuple(silos)
+                entry = Entry(tuple(key), tensor.dtype, tuple(tensor.shape), rows, placement, grows)
                 index.append(_to_json(entry))
                 array = _array(tensor)
                 dataset = file.create_dataset(str(number), shape=array.shape, dtype=entry.stored[0])
@@ -88,10 +99,14 @@ def contents(path: Path) -> list[Entry]:
         return entries
 
 
-def read(path: Path) -> dict[Key, torch.Tensor]:
+def read(path: Path) -> list[StateTensor]:
     """All tensors without rows. Raises CheckpointError."""
     with _opened(path) as (file, entries):
-        return {e.key: _tensor(file[str(i)][()], e.dtype, e.shape) for i, e in enumerate(entries) if e.silos is None}
+        return [
+            StateTensor(e.key, _tensor(file[str(i)][()], e.dtype, e.shape), e.placement, grows=e.grows)
+            for i, e in enumerate(entries)
+            if e.silos is None
+        ]
 
 
 def read_rows(path: Path, silos: Collection[str]) -> dict[str, dict[Key, torch.Tensor]]:
@@ -120,7 +135,8 @@ def _tensor(array: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Ten
 
 def _to_json(entry: Entry) -> dict[str, Any]:
     told = {"key": entry.key, "dtype": str(entry.dtype).removeprefix("torch."), "shape": entry.shape}
-    return told if entry.silos is None else {**told, "silos": entry.silos}
+    about = {"placement": entry.placement, "grows": entry.grows} if entry.silos is None else {"silos": entry.silos}
+    return {**told, **about}
 
 
 def _from_json(told: Any) -> Entry:
@@ -130,7 +146,12 @@ def _from_json(told: Any) -> Entry:
         raise ValueError("its index is none")
     if silos is not None and (len(silos) != shape[0] or len(set(silos)) != len(silos)):
         raise ValueError("its index has other silos than rows")
-    return Entry(key, _DTYPES[told["dtype"]], shape, None if silos is None else tuple(silos))
+    if silos is not None:
+        return Entry(key, _DTYPES[told["dtype"]], shape, tuple(silos))
+    placement, grows = told["placement"], told["grows"]
+    if placement not in PLACEMENTS or placement == "per_silo" or not isinstance(grows, bool):
+        raise ValueError("its index has a placement that is none")
+    return Entry(key, _DTYPES[told["dtype"]], shape, None, placement, grows)
 
 
 @contextlib.contextmanager

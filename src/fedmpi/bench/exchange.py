@@ -172,7 +172,7 @@ def _of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params
     made = choose.make(section, comm, params_P, facts)
     if section.plan == "window":  # there models, and so their deltas, live in shared memory
         delta_P = made.delta().copy_(delta_P)
-    params_P, state = made.home(params_P, FedAvg().init(made.mine(params_P)))
+    params_P, state = made.home(params_P, FedAvg().init(made.shard(params_P)))
     rounds = itertools.count(1)
 
     def run() -> None:

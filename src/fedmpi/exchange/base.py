@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ from fedmpi.exchange.exact import Each, Exact
 from fedmpi.flat import sha256
 from fedmpi.layout import Layout
 from fedmpi.server import Server
+from fedmpi.state import Holders, Placement, StateTensor
 from fedmpi.types import Contribution
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
 MANY = 64  # vectors: sums of more of them in float32 would show how they were rounded
 
 Lap = Callable[[str], None]
-Kept = dict[str, dict[str, torch.Tensor]]  # silo -> name -> tensor
+PARAMS = "params"  # their name in a checkpoint
 
 
 class ExchangeContext(NamedTuple):
@@ -64,12 +65,18 @@ class ExchangeContext(NamedTuple):
 
 
 class Exchange:
-    """One plan. Members write `finish`, and what differs of the rest."""
+    """One plan. Members write `finish`, and what differs of the rest.
+
+    Attributes: holders (what the plan keeps from round to round besides the parameters).
+    """
+
+    params_placement: Placement = "replicated"
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         self.section = section
         self.comm = comm
         self.facts = facts
+        self.holders = Holders()
         self.num_params = len(params_P)
         self.layout = Layout.whole(self.num_params) if facts.layout is None else facts.layout
         self.dtype, self.device = params_P.dtype, params_P.device
@@ -97,7 +104,7 @@ class Exchange:
 
     # ------------------------------------------------------------ where things are kept
 
-    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
+    def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
         """What this rank keeps of a server's vector: all of it, a part, or nothing."""
         return vector_P
 
@@ -111,49 +118,39 @@ class Exchange:
             return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
         return self.comm.allocate(self.num_params, self.dtype)
 
-    def whole(self, part: torch.Tensor, length: int | None = None) -> torch.Tensor:
-        """On rank 0 the vector of which every rank keeps its `mine`; of that length where it is shorter than what is
-        exchanged. A call of all ranks."""
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """On rank 0 the vector of which every rank keeps its `shard`. A call of all ranks."""
         return part
 
-    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
-        """`part` becomes what this rank keeps of rank 0's vector of the server's state. A call of all ranks."""
+    def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
+        """`part` becomes this rank's `shard` of the vector that rank 0 has. A call of all ranks."""
+        whole_P = torch.empty_like(part, device="cpu") if whole_P is None else whole_P
         self.comm.bcast(whole_P)
-        part.copy_(self.mine(whole_P))
+        part.copy_(whole_P)
 
-    def load_params(self, params_P: torch.Tensor, whole_P: torch.Tensor) -> None:
-        """The parameters become rank 0's. A call of all ranks."""
-        self.comm.bcast(whole_P)
-        params_P.copy_(whole_P)
+    def set_params(self, params_P: torch.Tensor, new_P: torch.Tensor | None) -> None:
+        """The parameters become new ones, which every rank has; or rank 0 alone, if `params_placement` is root. A call
+        of all ranks."""
+        assert new_P is not None
+        params_P.copy_(new_P)
 
-    def kept(self, params_P: torch.Tensor) -> Kept:
-        """What ranks keep for the next round (what feedback keeps on the way up), filed under silos, by name."""
-        return {}
+    def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
+        """What the next round depends on (state.Holder), with the parameters. A call of all ranks, while nothing is
+        under way."""
+        yield StateTensor((PARAMS,), params_P, self.params_placement)
+        yield from self.holders.state()
 
-    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
-        """What is filed under this rank's silos in the checkpoint of a round. A call of all ranks."""
-
-    def server_tensors(self) -> dict[str, torch.Tensor]:
-        """What the plan itself keeps of the server's, each as long as its `mine`."""
-        return {}
-
-    def vectors(self, params_P: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds that is whole on every rank: the parameters, and what the plan needs besides."""
-        return {"params": params_P}
-
-    def take_vectors(self, params_P: torch.Tensor, kept: Mapping[str, torch.Tensor], round: int) -> None:
-        """Rank 0's, from the checkpoint of that round, become everybody's. A call of all ranks."""
-        self.load_params(params_P, kept["params"])
+    def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
+        """Go on from the checkpoint of a round. A call of all ranks."""
+        named = {one.key: one.tensor for one in stored if not one.silo}
+        self.set_params(params_P, named.get((PARAMS,)))
+        self.holders.restore([one for one in stored if one.key != (PARAMS,)])
 
     # ------------------------------------------------------------ for one that runs behind training (behind.py)
 
     def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
         """Where the silo's training begins; valid until the next silo's."""
         return params_P
-
-    def settled(self, state: Any, lap: Lap = lambda phase: None) -> Any:
-        """The server's state after the last round, once nothing is under way. A call of all ranks."""
-        return state
 
     def figures(self) -> dict[str, float]:
         """Seconds of the round's record that are no phase."""
@@ -162,7 +159,7 @@ class Exchange:
     def leave(self) -> None:
         """Wait until nothing is under way, whatever comes of it; nothing is begun any more."""
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Wait until nothing is under way; raises what came of it."""
 
     # ------------------------------------------------------------ a round

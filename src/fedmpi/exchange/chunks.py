@@ -15,8 +15,9 @@ import torch
 
 from fedmpi import codecs, rng
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.base import ExchangeContext, Kept
+from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import Channel
+from fedmpi.state import StateTensor
 
 LONGEST = 1 << 18  # elements: 1 MiB of float32
 _GRAIN = 4096  # elements: codecs' blocks and chunks divide it
@@ -217,14 +218,17 @@ class RankResidual:
         """As codecs take it; None without feedback."""
         return None if self._bare_P is None else self._bare_P[part]
 
-    def kept(self) -> Kept:
-        return {} if self.residual_P is None or self._silo is None else {self._silo: {"feedback": self.residual_P}}
+    def state(self) -> Iterator[StateTensor]:
+        """The residual, if there is one."""
+        if self.residual_P is not None and self._silo is not None:
+            yield StateTensor(("feedback",), self.residual_P, "per_silo", self._silo)
 
-    def take(self, kept: Kept) -> None:
+    def restore(self, stored: Sequence[StateTensor]) -> None:
+        """The sum of what is filed under this rank's silos."""
         if self.residual_P is not None:
             self.residual_P.zero_()
-            for tensors in kept.values():
-                self.residual_P.add_(tensors["feedback"].to(self.residual_P.device))
+            for one in stored:
+                self.residual_P.add_(one.tensor.to(self.residual_P.device))
 
 
 class SiloResiduals:
@@ -256,8 +260,10 @@ class SiloResiduals:
             self._kept[silo] = residual_P
         self._next.clear()
 
-    def kept(self) -> Kept:
-        return {silo: {"feedback": tensor} for silo, tensor in self._kept.items()}
+    def state(self) -> Iterator[StateTensor]:
+        """What is kept of each."""
+        return (StateTensor(("feedback",), tensor, "per_silo", silo) for silo, tensor in self._kept.items())
 
-    def take(self, kept: Kept) -> None:
-        self._kept = {silo: tensors["feedback"].to(self._device) for silo, tensors in kept.items()}
+    def restore(self, stored: Sequence[StateTensor]) -> None:
+        """That of the silos that this rank hosts now."""
+        self._kept = {one.silo: one.tensor.to(self._device) for one in stored}

@@ -17,7 +17,7 @@ from fedmpi.codecs import bare
 from fedmpi.comm import Comm
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
-from fedmpi.exchange.base import Exchange, ExchangeContext, Kept, Lap
+from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
 from fedmpi.exchange.chunks import Coder, Grid, RankResidual
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.server import Server
@@ -36,7 +36,7 @@ class Whole(Exchange):
         self._sum = torch.zeros(length, dtype=self.sum_dtype, device=self.device)
         if not section.up.plain:
             self._coder = Coder(section.up, Grid(self.num_params, comm.size), facts.seed, self.device, "up")
-            self._residual = RankResidual(section.up, params_P, facts)
+            self._residual = self.holders["up"] = RankResidual(section.up, params_P, facts)
             self.coders.append(self._coder)
             length = self._coder.grid.num_pieces * self._coder.stride // 4 + self._limbs
         apart = self.on_device or self._coder is not None
@@ -59,13 +59,6 @@ class Whole(Exchange):
         self.fold(self._sum[: self.num_params], contribution.vector_Q, share, self._empty)
         self._weight += weights.counted(share)
         self._empty = False
-
-    def kept(self, params_P: torch.Tensor) -> Kept:
-        return {} if self._coder is None else self._residual.kept()
-
-    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
-        if self._coder is not None:
-            self._residual.take(kept)
 
     def _sent(self) -> torch.Tensor:
         """What this rank adds to the sum."""
@@ -127,11 +120,11 @@ class Replicated(Whole):
 class Root(Whole):
     """Rank 0 steps, and alone keeps the server's state."""
 
-    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
+    def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
         return vector_P if self.comm.rank == 0 else vector_P[:0]
 
-    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
-        if self.comm.rank == 0:
+    def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
+        if whole_P is not None:
             part.copy_(whole_P)
 
     def finish(

@@ -22,7 +22,7 @@ delta_{k,t}; the rest of it follows from them. Round t+1 changes none of it unti
 beside those of round t, so a stop, a silo that raises or updates that are all rejected leave round t as it was.
 
 What is on disk. A checkpoint of round t first waits for its exchange, and then holds both w_{t-1} (`params`, which the
-record speaks of) and w_t (`overlap/params`), the server's state and the residuals after round t, and every delta_{k,t}
+record speaks of) and w_t (`plan/params`), the server's state and the residuals after round t, and every delta_{k,t}
 with its silo. A run that goes on from there begins round t+1 as if w_t had just arrived: the same bits. The checkpoint
 of the last round has w_T as `params` and w_{T-1} beside it, from where more rounds go on as if T had not been the last.
 
@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,12 +43,13 @@ import numpy as np
 import torch
 
 from fedmpi.comm import Comm
-from fedmpi.exchange.base import Exchange, Kept, Lap
+from fedmpi.exchange.base import PARAMS, Exchange, Lap
 from fedmpi.server import Server
+from fedmpi.state import OfSilos, StateTensor, under, within
 from fedmpi.types import Contribution
 from fedmpi.worker import Worker
 
-OTHER, ABOUT = "overlap/params", "overlap/about"  # what they are called in a checkpoint
+PLAN, ABOUT = "plan", "about"  # what they are called in a checkpoint
 
 
 class Behind(Exchange):
@@ -60,6 +61,7 @@ class Behind(Exchange):
         self._other_P = params_P.clone()  # w_t once it has arrived; after the last round w_{T-1}
         self._start_P = torch.zeros_like(params_P)
         self._deltas: dict[str, torch.Tensor] = {}  # of the last whole round
+        self.holders["pending"] = OfSilos("delta", self._deltas, self.device)
         self._next: list[Contribution] = []  # of the round that is being trained
         self._spare: list[torch.Tensor] = []
         self._taken_P = torch.zeros_like(params_P) if plan.exact is not None else params_P[:0]
@@ -68,7 +70,6 @@ class Behind(Exchange):
         self._stream: Any = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._state: Any = None  # the server's, after the last exchange; None before the first
         self._sent = np.zeros(3)  # bytes up, down, control of exchanges that no record has yet
         self._seconds = self._told_s = 0.0  # that they took in the thread; and those of this round's record
         self._ended = False  # was the last exchange waited for within its round?
@@ -99,13 +100,15 @@ class Behind(Exchange):
         """Wait for the exchange of the round before and begin this one's. The parameters that have arrived come back,
         in the other of two vectors: `params_P` is where the next ones will be."""
         self._told_s = 0.0
-        arrived_P, state = self._other_P, self._arrived(state)
+        self._arrive()
+        arrived_P = self._other_P
         self._spare.extend(self._deltas.values())
-        self._deltas = {contribution.silo: contribution.vector_Q for contribution in self._next}
+        self._deltas.clear()
+        self._deltas.update({contribution.silo: contribution.vector_Q for contribution in self._next})
         self._begin(arrived_P, params_P, server, state)
         self._ended = self.round >= self.facts.rounds
         if self._ended:
-            state = self._arrived(state)
+            self._arrive()
             arrived_P, params_P = params_P, arrived_P
         self._other_P = params_P
         lap("exchange")
@@ -118,7 +121,8 @@ class Behind(Exchange):
     # ------------------------------------------------------------ the thread
 
     def _begin(self, old_P: torch.Tensor, new_P: torch.Tensor, server: Server, state: Any) -> None:
-        """In a thread: new = old stepped by this round's deltas. Deltas and `old_P` are only read."""
+        """In a thread: new = old stepped by this round's deltas, and the server's state in its own memory. Deltas and
+        `old_P` are only read."""
         plan, given, round, near = self._plan, self._next, self.round, self._near
         self._next = []
         if self._stream is not None:  # after what is queued by now
@@ -138,7 +142,7 @@ class Behind(Exchange):
                 with _on(self._stream):
                     new_P.copy_(old_P)
                     plan.comm.collectively(fold)
-                    _, self._state = plan.finish(new_P, server, state)
+                    plan.finish(new_P, server, state)
             finally:
                 self._sent += _counted(plan.comm) - before
                 self._seconds += time.perf_counter() - start_s
@@ -151,8 +155,8 @@ class Behind(Exchange):
         if self._worker.error is not None:
             raise self._worker.error
 
-    def _arrived(self, state: Any) -> Any:
-        """The server's state once nothing is under way; what it took goes into this round's record."""
+    def _arrive(self) -> None:
+        """Wait until nothing is under way; what it took goes into this round's record."""
         self._wait()
         up, down, control = self._sent.astype(int).tolist()
         self.comm.bytes_up += up
@@ -160,43 +164,28 @@ class Behind(Exchange):
         self.comm.bytes_control += control
         self._told_s += self._seconds
         self._sent[:], self._seconds = 0, 0.0
-        return state if self._state is None else self._state
 
     def leave(self) -> None:
         self._worker.close()
 
-    def close(self) -> None:
+    def settle(self) -> None:
         self._wait()
 
     # ------------------------------------------------------------ where things are kept
 
-    def settled(self, state: Any, lap: Lap = lambda phase: None) -> Any:
-        lap("checkpoint")
-        self._wait()
-        lap("exchange")
-        return state if self._state is None else self._state
-
-    def kept(self, params_P: torch.Tensor) -> Kept:
-        """Besides the plan's own the deltas that silos have made and parameters have not."""
-        found = {silo: dict(tensors) for silo, tensors in self._plan.kept(params_P).items()}
-        for silo, delta_P in self._deltas.items():
-            found.setdefault(silo, {})["pending"] = delta_P
-        return found
-
-    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
-        self._deltas = {silo: own.pop("pending").to(self.device) for silo, own in kept.items() if "pending" in own}
-        self._plan.take(round, params_P, {silo: own for silo, own in kept.items() if own})
-
-    def vectors(self, params_P: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Both parameters, which of them is which, and the bytes that the next record will count."""
+    def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
+        """The parameters, the deltas that silos have made and they have not, and the state of the plan, which is a
+        round ahead; which of the two parameters is which, and the bytes that the next record will count."""
         sums = self.comm.share(np.array([self._ended and self.comm.rank == 0, *self._sent]))
-        return {"params": params_P, OTHER: self._other_P, ABOUT: torch.from_numpy(sums).to(torch.int64)}
+        yield from super().state(params_P)
+        yield from under(PLAN, self._plan.state(self._other_P))
+        yield StateTensor((ABOUT,), torch.from_numpy(sums).to(torch.int64))
 
-    def take_vectors(self, params_P: torch.Tensor, kept: Mapping[str, torch.Tensor], round: int) -> None:
-        super().take_vectors(params_P, kept, round)
-        self.load_params(self._other_P, kept[OTHER])
-        self.comm.bcast(kept[ABOUT])
-        ended, *sent = kept[ABOUT].tolist()
+    def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
+        about = next(one.tensor for one in stored if one.key == (ABOUT,))
+        super().restore(params_P, round, [one for one in stored if one.key[0] in (PARAMS, *self.holders)])
+        self._plan.restore(self._other_P, round, within(PLAN, stored))
+        ended, *sent = about.tolist()
         self._sent[:] = sent if self.comm.rank == 0 else 0
         self._ended = round >= self.facts.rounds
         if self._ended != bool(ended):  # it is given more rounds, or fewer
@@ -208,17 +197,14 @@ class Behind(Exchange):
         self._other_P.copy_(params_P)
         return self._plan.home(params_P, state)
 
-    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
-        return self._plan.mine(vector_P)
+    def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
+        return self._plan.shard(vector_P)
 
-    def whole(self, part: torch.Tensor, length: int | None = None) -> torch.Tensor:
-        return self._plan.whole(part, length)
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        return self._plan.gather(part)
 
-    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
-        self._plan.load(part, whole_P)
-
-    def server_tensors(self) -> dict[str, torch.Tensor]:
-        return self._plan.server_tensors()
+    def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
+        self._plan.scatter(whole_P, part)
 
 
 def _counted(comm: Comm) -> np.ndarray:

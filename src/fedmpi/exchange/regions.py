@@ -17,7 +17,7 @@ which is the same where all silos take part.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,17 +26,19 @@ import torch
 
 from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
-from fedmpi.exchange.base import Exchange, ExchangeContext, Kept, Lap
+from fedmpi.exchange.base import PARAMS, Exchange, ExchangeContext, Lap
 from fedmpi.exchange.config import ExchangeSection, Level
 from fedmpi.exchange.dense import Replicated, Root
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.shared_memory import SharedMemory
 from fedmpi.server import FedAvg, NoState, Server
+from fedmpi.state import StateTensor
 from fedmpi.types import Contribution
 
 log = logging.getLogger("fedmpi")
 
 ACROSS = {"root": Root, "replicated": Replicated, "sharded": Sharded}
+REGION, SINCE = ("region", "params"), ("region", "weight")  # in a checkpoint between two exchanges across
 
 
 class Regional(Exchange):
@@ -77,8 +79,9 @@ class Regional(Exchange):
             self._start_P = params_P.clone()  # of the round: where all of this rank's outermost region have begun
             self._mean_P = self._start_P if len(self._inside) == 2 else params_P.clone()
         self._lossy = section.lossy
-        for exchange in self._exchanges():
+        for number, exchange in enumerate(self._exchanges()):
             exchange.asks = False  # a few ranks' error would leave the others waiting for them
+            self.holders[f"level {number}"] = exchange.holders
         self._done = 0  # the last round that was exchanged; the one that has begun may yet be broken off
         self._weight = 0.0  # of this rank's silos this round
         self._since = 0.0  # of this rank's region since it was last heard across
@@ -88,8 +91,8 @@ class Regional(Exchange):
     def delta(self) -> torch.Tensor:
         return self._inside[0].delta()
 
-    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
-        return vector_P[:0] if self._across is None else self._across.mine(vector_P)
+    def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
+        return vector_P[:0] if self._across is None else self._across.shard(vector_P)
 
     def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
         if len(self._start_P):
@@ -98,29 +101,23 @@ class Regional(Exchange):
             self._global_P.copy_(params_P)
         return self._inside[0].home(params_P, NoState())[0], state
 
-    def vectors(self, params_P: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"params": params_P if self._across is None else self._global_P}
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        return part if self._across is None else self._across.gather(part)
 
-    def whole(self, part: torch.Tensor, length: int | None = None) -> torch.Tensor:
-        return part if self._across is None else self._across.whole(part, length)
-
-    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
+    def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
         if self._across is not None:
-            self._across.load(part, whole_P)
+            self._across.scatter(whole_P, part)
 
-    def load_params(self, params_P: torch.Tensor, whole_P: torch.Tensor) -> None:
-        self.comm.bcast(whole_P)
+    def set_params(self, params_P: torch.Tensor, new_P: torch.Tensor | None) -> None:
+        assert new_P is not None
         if self._across is not None:
-            self._global_P.copy_(whole_P)
-        self._begin_from(params_P, whole_P)
+            self._global_P.copy_(new_P)
+        self._begin_from(params_P, new_P)
 
     def _begin_from(self, params_P: torch.Tensor, from_P: torch.Tensor) -> None:
         if len(self._start_P):
             self._start_P.copy_(from_P)
-        self._inside[0].load_params(params_P, from_P)
-
-    def server_tensors(self) -> dict[str, torch.Tensor]:
-        return {} if self._across is None else self._across.server_tensors()
+        self._inside[0].set_params(params_P, from_P)
 
     def _exchanges(self) -> list[Exchange]:
         """Those that this rank takes part in, from the inside out."""
@@ -130,36 +127,27 @@ class Regional(Exchange):
         for exchange in self._exchanges():
             exchange.raise_failed()
 
-    def kept(self, params_P: torch.Tensor) -> Kept:
-        """Residuals of each level; and between two exchanges across, where this region stands."""
-        found: Kept = {}
-        for number, exchange in enumerate(self._exchanges()):
-            for silo, tensors in exchange.kept(params_P).items():
-                found.setdefault(silo, {}).update({f"{name}_{number}": t for name, t in tensors.items()})
+    def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
+        """The parameters, residuals of each level; and between two exchanges across, where this region stands."""
+        yield from super().state(params_P if self._across is None else self._global_P)
         if self._done % self.every and self._region.rank == 0 and self.facts.hosted:
-            mid = {"region": params_P, "region_weight": torch.tensor([self._since], dtype=torch.float64)}
-            found.setdefault(self.facts.hosted[0], {}).update(mid)
-        return found
+            since = torch.tensor([self._since], dtype=torch.float64)
+            for key, tensor in ((REGION, params_P), (SINCE, since)):
+                yield StateTensor(key, tensor, "per_silo", self.facts.hosted[0])
 
-    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
+    def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
+        super().restore(params_P, round, [one for one in stored if one.key[0] in (PARAMS, *self.holders)])
         self._done = round
-        for number, exchange in enumerate(self._exchanges()):
-            ending = f"_{number}"
-            own = {
-                silo: {n.removesuffix(ending): t for n, t in tensors.items() if n.endswith(ending)}
-                for silo, tensors in kept.items()
-            }
-            exchange.take(round, params_P, {silo: tensors for silo, tensors in own.items() if tensors})
         if round % self.every == 0:
             return
-        rows = [tensors for tensors in kept.values() if "region" in tensors]
+        rows, weights = ([one.tensor for one in stored if one.key == key] for key in (REGION, SINCE))
         found = np.zeros(self._region.size)
         found[self._region.rank] = len(rows)
         found = self._region.share(found)
         self.comm.collectively(lambda: _one_row(found))
         owner = int(np.argmax(found))
-        region_P = rows[0]["region"].clone() if rows else torch.zeros(self.num_params, dtype=self.dtype)
-        since = rows[0]["region_weight"].clone() if rows else torch.zeros(1, dtype=torch.float64)
+        region_P = rows[0].clone() if rows else torch.zeros(self.num_params, dtype=self.dtype)
+        since = weights[0].clone() if weights else torch.zeros(1, dtype=torch.float64)
         self._region.bcast(region_P, owner)
         self._region.bcast(since, owner)
         self._since = float(since)

@@ -32,13 +32,14 @@ import torch
 from fedmpi.comm import Comm, Pending
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange.accumulator import Accumulator
-from fedmpi.exchange.base import Exchange, ExchangeContext, Kept, Lap
+from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
 from fedmpi.exchange.chunks import Batches, Grid, SiloResiduals, stripes_per_batch
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.download import Download
 from fedmpi.exchange.upload import Sender, Upload
 from fedmpi.exchange.weights import LIMBS
 from fedmpi.server import Server
+from fedmpi.state import Vectors
 from fedmpi.types import Contribution
 
 COLUMNS = 3 + LIMBS  # of the table of senders: rank, index, factor, and the share
@@ -56,6 +57,9 @@ class Sharded(Exchange):
         self._download = Download(*about)
         divide = self.divide if self.ring else None
         self._accumulator = Accumulator(self.grid, self._upload.coder, params_P, facts, divide)
+        self.holders["up"] = self._upload.residual
+        if self._download.residual is not None:
+            self.holders["down"] = Vectors({"feedback": self._download.residual}, "sharded")
         self.coders += [way.coder for way in (self._upload, self._download) if way.coder is not None]
         self._index = {silo: i for i, silo in enumerate(facts.ids)}
         self._by_silo = section.scope == "silo"
@@ -64,37 +68,48 @@ class Sharded(Exchange):
 
     # ------------------------------------------------------------ where things are kept
 
-    def mine(self, vector_P: torch.Tensor) -> torch.Tensor:
+    def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
         parts = [vector_P[self.grid.part(piece)] for piece in self.grid.owned(self.comm.rank)]
         return torch.cat(parts) if parts else vector_P[:0].clone()
 
-    def whole(self, part: torch.Tensor, length: int | None = None) -> torch.Tensor:
-        num = self.num_params if length is None else length
-        grid, me, ranks, host = self.grid, self.comm.rank, self.comm.size, part.cpu()
-        whole_P = torch.zeros(num if me == 0 else 0, dtype=part.dtype)
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        host = part.cpu()
+        num = self._length_of_all(host)
+        whole_P = torch.zeros(num if self.comm.rank == 0 else 0, dtype=part.dtype)
+        self._stripes_and_root(host, whole_P, num, gathers=True)
+        return whole_P
+
+    def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
+        host = torch.empty_like(part, device="cpu")
+        whole_P = host[:0] if whole_P is None else whole_P
+        self._stripes_and_root(host, whole_P, self._length_of_all(host), gathers=False)
+        part.copy_(host)
+
+    def _length_of_all(self, part: torch.Tensor) -> int:
+        """Of the vector of which every rank has its `shard`; it may be shorter than what is exchanged."""
+        lengths = np.zeros(self.comm.size)
+        lengths[self.comm.rank] = len(part)
+        return int(self.comm.share(lengths).sum())
+
+    def _stripes_and_root(self, part: torch.Tensor, whole_P: torch.Tensor, num: int, gathers: bool) -> None:
+        """Every owner's pieces of a vector of `num` elements into rank 0's, or rank 0's into the owners': stripe by
+        stripe, which takes no more memory than the parts themselves."""
+        grid, me, ranks = self.grid, self.comm.rank, self.comm.size
+        nothing = [(0, 0)] * ranks
         for stripe in range(grid.num_stripes):
             starts = [(stripe * ranks + rank) * grid.length for rank in range(ranks)]
             sizes = [max(0, min(grid.length, num - start)) for start in starts]
-            mine = host[stripe * grid.length :]
-            there = whole_P[stripe * ranks * grid.length :]
-            nothing = [(0, 0)] * ranks
-            come = [(rank * grid.length, size) for rank, size in enumerate(sizes)] if me == 0 else nothing
+            own, there = part[stripe * grid.length :], whole_P[stripe * ranks * grid.length :]
+            of_root, of_owner = nothing, [(0, sizes[me]), *nothing[1:]]
             if me == 0:
-                there[: sizes[0]] = mine[: sizes[0]]
-                come[0] = (0, 0)
-            to = [(0, sizes[me] if me else 0), *nothing[1:]]
-            self.comm.wait(self.comm.alltoall(mine, to, there, come))
-        return whole_P
-
-    def kept(self, params_P: torch.Tensor) -> Kept:
-        return self._upload.residual.kept()
-
-    def take(self, round: int, params_P: torch.Tensor, kept: Kept) -> None:
-        self._upload.residual.take(kept)
-
-    def server_tensors(self) -> dict[str, torch.Tensor]:
-        residual = self._download.residual
-        return {} if residual is None else {"feedback": residual}
+                source, target = (own, there) if gathers else (there, own)
+                target[: sizes[0]] = source[: sizes[0]]
+                of_root, of_owner = [(rank * grid.length, size) for rank, size in enumerate(sizes)], nothing
+                of_root[0] = (0, 0)
+            if gathers:
+                self.comm.wait(self.comm.alltoall(own, of_owner, there, of_root))
+            else:
+                self.comm.wait(self.comm.alltoall(there, of_root, own, of_owner))
 
     # ------------------------------------------------------------ this rank's vectors
 

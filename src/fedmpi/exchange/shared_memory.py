@@ -22,6 +22,8 @@ from fedmpi.types import Contribution
 class SharedMemory(Exchange):
     """Ranks of one node, in host memory."""
 
+    params_placement = "root"  # what rank 0 writes is what all read
+
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self._sums = comm.shared(self.num_params, self.sum_dtype)
@@ -57,13 +59,13 @@ class SharedMemory(Exchange):
         there[part].copy_(tensor[part])
         return there
 
-    def load(self, part: torch.Tensor, whole_P: torch.Tensor) -> None:
-        if self.comm.rank == 0:  # what it writes is what all see
+    def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
+        if self.comm.rank == 0 and whole_P is not None:  # what it writes is what all see
             part.copy_(whole_P)
         self.comm.barrier()
 
-    def load_params(self, params_P: torch.Tensor, whole_P: torch.Tensor) -> None:
-        self.load(params_P, whole_P)
+    def set_params(self, params_P: torch.Tensor, new_P: torch.Tensor | None) -> None:
+        self.scatter(new_P, params_P)
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)

@@ -1,0 +1,315 @@
+"""The checkpoints of a run: what they hold, when they are written and sealed, and how a run resumes from one."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedmpi import checkpoint, stopping
+from fedmpi.comm import ranks_text
+from fedmpi.config import Config
+from fedmpi.directory import RunDirectory, newest_whole
+from fedmpi.errors import CheckpointError, ConfigError, agreed
+from fedmpi.exchange.base import Exchange
+from fedmpi.health import Health
+from fedmpi.local import LocalSilo
+from fedmpi.outcome import RoundOutcome
+from fedmpi.records import Record
+from fedmpi.rounds import Federation, State
+from fedmpi.state import Arrays, Holder, Holders, StateTensor, Vectors, gathered, scattered, under
+
+FAILED = -2  # in place of the newest round that is written
+WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
+
+
+# ---------------------------------------------------------------- what a checkpoint holds
+
+
+class Exchanged:
+    """The parameters, and what the exchange keeps besides."""
+
+    def __init__(self, exchange: Exchange, state: State) -> None:
+        self._exchange, self._params_Q, self._round = exchange, state.params_Q, state.round
+
+    def state(self) -> Iterator[StateTensor]:
+        """Once nothing is under way."""
+        return self._exchange.state(self._params_Q)
+
+    def restore(self, stored: Sequence[StateTensor]) -> None:
+        """Into the parameters' memory."""
+        self._exchange.restore(self._params_Q, self._round, stored)
+
+
+class Silos:
+    """How far this rank's silos have come in their data, and what they keep: all of it, or what has one of `names`."""
+
+    def __init__(self, silos: dict[str, LocalSilo], names: Collection[str] | None = None) -> None:
+        self._silos, self._names = silos, names
+
+    def state(self) -> Iterator[StateTensor]:
+        """Of every silo."""
+        for silo in self._silos.values():
+            yield StateTensor(("cursor",), torch.tensor(silo.cursor), "per_silo", silo.id)
+            kept = (item for item in silo.kept.items() if self._names is None or item[0] in self._names)
+            yield from (StateTensor(("kept", name), tensor, "per_silo", silo.id) for name, tensor in kept)
+
+    def restore(self, stored: Sequence[StateTensor]) -> None:
+        """Of every silo."""
+        for silo in self._silos.values():
+            silo.kept = {}
+        for (what, *name), tensor, _, silo_id, _ in stored:
+            if what == "cursor":
+                self._silos[silo_id].cursor = int(tensor)
+            else:
+                self._silos[silo_id].kept[name[0]] = tensor
+
+
+def holders(state: State, fed: Federation, health: Health) -> Holders:
+    """Whatever the next round depends on. What is added here is in every checkpoint from then on."""
+    found: dict[str, Holder] = {
+        "exchange": Exchanged(fed.exchange, state),
+        "optimizer": Vectors(state.optimizer._asdict(), "sharded"),
+        "selector": Arrays(state.selector),
+        "health": health,
+        "silos": Silos(fed.silos),
+    }
+    if state.average_P is not None:
+        found["average"] = Vectors({"params": state.average_P}, "replicated")
+    return Holders(found)
+
+
+# ---------------------------------------------------------------- a run's
+
+
+class Keeper:
+    """The checkpoints of one run, which every rank calls alike.
+
+    Attributes: sealed (the newest round whose checkpoint is sealed; -1 for none).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        federation: Federation,
+        health: Health,
+        directory: RunDirectory,
+        score: Callable[[Record], float | None],
+    ) -> None:
+        self.comm = federation.comm
+        self.sealed = -1
+        self._config, self._fed, self._health, self._directory = config, federation, health, directory
+        self._out, self._score_of = directory.path, score
+        self._pending: int | None = None  # the round whose checkpoint is being written
+        self._pending_record: Record | None = None
+        self._best: checkpoint.Best | None = None  # the best round so far, where no checkpoint has it yet
+        self._pending_best: checkpoint.Best | None = None  # the one that is being written
+        self._writer: checkpoint.Writer | None = None
+        self._sync: Callable[[], None] = lambda: None
+
+    @property
+    def saved(self) -> str:
+        """What remains of a run that ends early."""
+        if self.sealed < 0:
+            return f"no round is on disk in {self._config.out} yet; the same command starts again"
+        return f"round {self.sealed} is on disk; the same command resumes"
+
+    def remember(self) -> None:
+        """What is to be said should the launcher kill this process."""
+        if self.comm.rank == 0 and self.comm.size > 1:
+            stopping.last_words(f"fedmpi: ended by the launcher: {self.saved}")
+
+    # ------------------------------------------------------------ resuming
+
+    def resume(self, state: State) -> State:
+        """The state of the newest round that is whole on all ranks, in the memory of `state`, which comes back as it is
+        where there is none. What lies beyond that round is deleted."""
+        self.sealed = self._newest()
+        if self.sealed >= 0:
+            state = self._restore(replace(state, round=self.sealed, written=self.sealed))
+        # Not before everything was read: until here nothing on disk has changed.
+        self.comm.collectively(
+            lambda: checkpoint.remove_after(self._out, self.sealed) if self._directory.leads else None
+        )
+        return state
+
+    def _newest(self) -> int:
+        """The newest round that is whole on every rank; each looks at the files it will read."""
+        round, lost = newest_whole(self._out, self.comm, self._fed.silos)
+        if round >= 0:
+            return round
+        # Nothing is whole everywhere. To start over would be to throw away what some rank can still see.
+        sealed = self.comm.collectively(lambda: checkpoint.sealed_rounds(self._out))
+        seen = np.zeros(self.comm.size)
+        seen[self.comm.rank] = 1 + max(sealed, default=-1)
+        seen = self.comm.share(seen)
+        if seen.any():
+            why = f"but none is whole on {ranks_text(lost)}; mend that, or choose another out="
+            raise agreed(ConfigError(f"{self._out} holds checkpoints up to round {int(seen.max()) - 1}, {why}"))
+        return -1
+
+    def _restore(self, state: State) -> State:
+        """The state of the checkpoint of its round."""
+        comm, round = self.comm, state.round
+        found = holders(state, self._fed, self._health)
+        of_silos = comm.collectively(lambda: checkpoint.read_silos(self._out, round, self._fed.silos))
+        stored = comm.collectively(lambda: checkpoint.read_state(self._out, round) if comm.rank == 0 else [])
+        tensors = scattered(stored, found, self._fed.exchange, comm)
+        for silo, kept in of_silos.items():
+            tensors += [StateTensor(key, tensor, "per_silo", silo) for key, tensor in kept.items()]
+        found.restore(tensors)
+        record = comm.collectively(lambda: checkpoint.manifest(self._out, round).record if comm.rank == 0 else None)
+        record = json.loads(comm.broadcast_text(json.dumps(record), 0))
+        selector = found["selector"]
+        assert isinstance(selector, Arrays)
+        outcome = None if record is None else RoundOutcome.from_record(self._fed.ids, record)
+        return replace(state, selector=selector.arrays, outcome=outcome, record=record)
+
+    # ------------------------------------------------------------ writing
+
+    def open(self, sync: Callable[[], None]) -> None:
+        """Begin to write. `sync` is rank 0's: what must be on disk before a checkpoint is sealed."""
+        self._sync = sync
+        self._scores = self.comm.collectively(lambda: checkpoint.scores(self._out) if self._directory.leads else {})
+        told = [score for score in self._scores.values() if score is not None] if self.comm.rank == 0 else []
+        self._best_score = float(self.comm.broadcast_text(repr(max(told, default=-math.inf)), 0))  # of all rounds
+        self._writer = self.comm.collectively(lambda: checkpoint.Writer(self._out, self.comm.rank))
+
+    @property
+    def writer(self) -> checkpoint.Writer:
+        """This rank's."""
+        assert self._writer is not None
+        return self._writer
+
+    @property
+    def written(self) -> int:
+        """The newest round whose file of this rank is safe; FAILED where writing failed, which `keep` raises on all
+        ranks once they have agreed upon it."""
+        try:
+            return self.writer.written
+        except CheckpointError:
+            return FAILED
+
+    def keep(self, state: State) -> None:
+        """Look at a round that is done: hold on to it if it is the best, seal what is safe by now, and begin to write a
+        checkpoint where one is due."""
+        self._hold_best(state)
+        if self._pending is not None and (state.written >= self._pending or state.written == FAILED):
+            self.seal()
+        if state.round % self._config.checkpoint.every == 0 and not self._health.doubts:
+            self.write(state)
+
+    def has(self, state: State) -> bool:
+        """Is there a checkpoint of the round, or one that is being written?"""
+        return state.round in (self.sealed, self._pending)
+
+    def _score(self, record: Record | None) -> float | None:
+        """How good a round is, higher is better; None where it was not evaluated, and between two exchanges across
+        regions: what was evaluated then is no one model."""
+        regions = self._config.exchange.regions
+        if record is None or (regions is not None and record["round"] % regions.every):
+            return None
+        return self._score_of(record)
+
+    def _hold_best(self, state: State) -> None:
+        """Hold on to what is evaluated of the round just done, if it is the best so far, until a checkpoint is written.
+
+        So the best round is on disk whenever a checkpoint is, and rounds between two of them cost a copy of the
+        parameters on rank 0 where they are the best, and no file: a run that is killed does them again.
+        """
+        score, fed = self._score(state.record), self._fed
+        if score is None or score <= self._best_score or self._health.doubts or state.record is None:
+            return
+        self._best_score = score
+        if state.round % self._config.checkpoint.every == 0:
+            self._best = None  # the checkpoint that follows is more
+            return
+        # Rules never write into what silos keep, so it need not be copied.
+        own = None if hasattr(fed.rule, "personal") else fed.model.first_personal.keys()
+        tensors = [*under("silos", Silos(fed.silos, own).state())]
+        if self.comm.rank == 0:
+            params_P = fed.layout.params(state.params_Q) if state.average_P is None else state.average_P
+            tensors.append(StateTensor(checkpoint.PARAMS, params_P.detach().to("cpu", copy=True)))
+        self._best = checkpoint.Best(state.round, state.record, score, tensors)
+
+    def write(self, state: State) -> None:
+        """Begin to write a checkpoint of the state."""
+        if self._pending is not None:
+            self.seal()
+        fed = self._fed
+        fed.timer.lap("checkpoint")
+        fed.exchange.settle()
+        fed.timer.lap("exchange")
+        tensors = gathered(holders(state, fed, self._health), fed.exchange, self.comm.rank)
+        # Its own errors come up with the next round's record, or when the checkpoint is sealed.
+        if self._best is not None and self._best.round == state.round:
+            self._best = None  # this checkpoint is more
+        self.comm.collectively(lambda: self.writer.start(state.round, tensors, self._best))
+        self._pending, self._pending_best, self._best = state.round, self._best, None
+        self._pending_record = state.record
+        # Where rounds are long, the moment until the files are safe is nothing, and a kill in the next round then costs
+        # that round alone. Where they are short, the seal follows with a later round's record.
+        round_s = (state.record or {"seconds": {"round": 0.0}})["seconds"]["round"]
+        period_s = round_s * self._config.checkpoint.every
+        done = self.comm.share(np.array([float(self._wait(WAIT_SHARE * period_s))]))
+        if done[0] == self.comm.size:
+            self.seal()
+
+    def seal(self) -> None:
+        """All ranks' files of the pending checkpoint are safe, now or after a wait: write the manifest, last. Nothing
+        where none is pending."""
+        round, record, best = self._pending, self._pending_record, self._pending_best
+        if round is None:
+            return
+        fed, ranks = self._fed, self.comm.size
+        self._wait(math.inf)
+        self.comm.collectively(self.writer.join)
+        rows = self.comm.gather(self.writer.digests)
+        hosted = fed.membership.by_rank(ranks)
+        self._scores[round] = self._score(record)
+        if best is not None:
+            self._scores[best.round] = best.score
+        about = {"ranks": ranks, "score": self._scores[round], "record": record}
+
+        def write() -> None:
+            if self.comm.rank == 0:
+                if not self._directory.is_ours():  # on a file system without locks nothing else would tell
+                    raise CheckpointError(f"another job has begun to train in {self._out}")
+                self._sync()
+            if self._directory.leads:
+                if best is not None:
+                    of_best = {"ranks": ranks, "score": best.score, "record": best.record}
+                    checkpoint.seal(self._out, best.round, rows, hosted, of_best, best=True)
+                checkpoint.seal(self._out, round, rows, hosted, about)
+                checkpoint.prune(self._out, self._config.checkpoint.keep, self._scores)
+
+        self.comm.collectively(write)
+        self._pending, self._pending_best, self.sealed = None, None, round
+        self.remember()
+
+    def _wait(self, limit_s: float) -> bool:
+        """Is what this rank writes of the pending checkpoint on disk, by now or within `limit_s`?"""
+        until_s = time.monotonic() + limit_s
+        while not (done := self.writer.wait(min(1.0, max(0.0, until_s - time.monotonic())))):
+            self.comm.beat(trains=True)  # a slow disk is not a silent rank
+            if time.monotonic() >= until_s:
+                break
+        return done
+
+    def finish(self, state: State) -> None:
+        """The last whole round is on disk, sealed; where the last ones are in doubt, the last before them, unless the
+        run is through with them."""
+        in_doubt = self._health.doubts > 0 and state.round < self._config.rounds
+        if not in_doubt and not self.has(state):
+            self.write(state)
+        self.seal()
+
+    def close(self, limit_s: float) -> None:
+        """Let this rank's writer end, within so many seconds. A call of one rank."""
+        if self._writer is not None:
+            self._writer.close(limit_s)  # a thread with tensors must not outlive Python
