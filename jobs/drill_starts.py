@@ -41,7 +41,7 @@ exchange: {plan: %s}
 checkpoint: {every: 1}
 device: {name: cpu}
 """
-PLANS = ("window", "auto", "replicated", "root", "sharded")
+PLANS = ("shared_memory", "measure", "replicated", "root", "sharded")
 FEDMPI = f"{sys.executable} -m fedmpi"
 
 
@@ -51,7 +51,7 @@ class Start:
 
     line: str
     mounts: str = ""  # what is done first, in a mount namespace
-    plan: str = "auto"
+    plan: str = "measure"
     hidden: int = 64
 
 

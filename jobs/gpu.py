@@ -197,7 +197,7 @@ def exchanges(comm: Any) -> Iterator[Case]:
     for plan in ("root", "replicated", "sharded"):
         sections[f"{plan}"] = {"plan": plan, "verify": True}
         sections[f"{plan}, in the ring"] = {"plan": plan, "reduction": "reproducible"}
-    sections["auto"] = {"plan": "auto"}
+    sections["measured"] = {"plan": "measure"}
     sections["regions"] = {"plan": "root", "regions": {}}
     for name in LOSSY:
         channel = {"codec": name, **FED}

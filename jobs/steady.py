@@ -38,7 +38,7 @@ from fedmpi.types import Contribution, Silo, SiloData, Source
 
 FED = "feedback: true"
 EXCHANGES = (
-    "{plan: window}",
+    "{plan: shared_memory}",
     "{plan: replicated}",
     "{plan: root}",
     "{plan: sharded}",

@@ -19,6 +19,8 @@ from fedmpi.bench.baselines import Tcp
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
 from fedmpi.exchange import choose
+from fedmpi.exchange.dense import Replicated, Root
+from fedmpi.exchange.sharded import Sharded
 
 PARAMS = 200_000
 GBIT = 10
@@ -26,7 +28,7 @@ FIELDS = (
     *("plan", "codec", "feedback", "ranks", "params", "seconds", "x_memcpy", "x_allreduce", "x_gloo", "x_tcp"),
     *("wire_bytes_per_param_up", "wire_bytes_per_param_down", "link_share"),
 )
-PLANS = [(plan, "identity", False) for plan in ("root", "replicated", "sharded", "window")]
+PLANS = [(plan, "identity", False) for plan in ("replicated", "shared_memory", "sharded", "root")]
 CODECS = [("sharded", codec, codec != "bf16") for codec in ("bf16", "int8", "int4", "topk")]
 ALONE = [("memcpy", None, None), *PLANS, *CODECS, ("allreduce", None, None)]
 ROWS = {1: ALONE, 2: [*ALONE, ("gloo", None, None), ("tcp", None, None)]}
@@ -92,7 +94,7 @@ def test_wire_bytes_are_those_that_were_sent() -> None:
 def test_link_share_is_that_of_the_busiest_rank() -> None:
     found = rows(2)
     for key, row in found.items():
-        if key[0] in ("memcpy", "window"):
+        if key[0] in ("memcpy", "shared_memory"):
             assert row["link_share"] is None
             continue
         # Two ranks: whatever the plan, a whole vector leaves each, half of it or all of it up.
@@ -105,10 +107,10 @@ def test_link_bytes_of_unequal_owners() -> None:
     """Three ranks that own 5, 3 and 2 of 10: each sends what others own, and its own to both others."""
     owned = np.array([5.0, 3.0, 2.0])
     up_R = down_R = 10 - owned
-    assert exchange.link_bytes("sharded", up_R, down_R, 10) == 15.0  # rank 0: 5 up and 10 down
-    assert exchange.link_bytes("sharded", np.zeros(3), down_R, 10) == 10.0  # rank 0 sends 5 twice; rank 2 receives 8
-    assert exchange.link_bytes("replicated", up_R, down_R, 12) == 16.0
-    assert exchange.link_bytes("root", up_R, down_R, 12) == 12.0
+    assert Sharded.link_bytes(up_R, down_R, 10) == 15.0  # rank 0: 5 up and 10 down
+    assert Sharded.link_bytes(np.zeros(3), down_R, 10) == 10.0  # rank 0 sends 5 twice; rank 2 receives 8
+    assert Replicated.link_bytes(up_R, down_R, 12) == 16.0
+    assert Root.link_bytes(up_R, down_R, 12) == 12.0
 
 
 def test_without_a_link_rate_there_is_no_share_and_the_table_begins_with_ratios() -> None:

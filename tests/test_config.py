@@ -16,6 +16,7 @@ from fedmpi.catalogue import FAMILIES, lines
 from fedmpi.components import Deferred, build, hints, to_dict
 from fedmpi.config import Config, differences, digest, flatten, load, origin_of
 from fedmpi.errors import ConfigError
+from fedmpi.exchange.plans import PLANS
 from fedmpi.local import Sgd
 from fedmpi.models import make
 from fedmpi.plan import plan
@@ -84,7 +85,7 @@ REFUSED = [
     ("model: {name: mlp, hidden: [8, x]}", "model.hidden.1: input should be a valid integer"),
     (
         "exchange: {plan: ring}",
-        "exchange.plan: input should be 'auto', 'root', 'replicated', 'sharded' or 'window', got 'ring'",
+        "exchange.plan: no plan 'ring'; there is: auto, measure, replicated, shared_memory, sharded, root",
     ),
     # out of range
     ("rounds: 0", "rounds: input should be greater than 0, got 0"),
@@ -316,7 +317,7 @@ NEEDS |= {"by_silo": {"silos": {"a": 3}}, "by_loss": {"target": 0.5}, "seconds":
 NEEDS |= {name: {"count": 1} for name in ATTACKS.members} | {"noise": {"count": 1, "sigma": 0.1}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 INSIDE["engine"] = {"name": "synchronous"}
-MEMBERS = [(key, name) for family, key in FAMILIES.values() if key for name in family.members]
+MEMBERS = [(key, name) for family, key in FAMILIES.values() if key and family is not PLANS for name in family.members]
 
 
 @pytest.mark.parametrize(("key", "name"), MEMBERS, ids=[f"{key}={name}" for key, name in MEMBERS])
@@ -465,7 +466,9 @@ def test_the_list_has_the_paper_and_what_stands_above_a_field():
 
 def test_list_shows_the_fields_of_sections():
     shown = lines("exchange")
-    assert any(line.startswith("  plan = replicated  # root: rank 0 steps; ") for line in shown)
+    assert any(
+        line.startswith("  plan = auto  # how ranks carry it out; auto: by placement and sizes; ") for line in shown
+    )
     assert any(line.startswith("    every = 1  # rounds from one exchange") for line in shown)
     assert all("  # " in line for line in shown[1:-1])
     assert "  device = {name: auto, share: false}  # Where a rank trains." in lines()
@@ -504,9 +507,7 @@ def test_list_shows_what_stands_at_any_key_and_any_member(key, line):
 
 def test_list_names_the_values_that_a_field_takes():
     shown = lines("exchange")
-    assert any(
-        "plan = " in line and line.endswith("(one of: auto, root, replicated, sharded, window)") for line in shown
-    )
+    assert any("  plan = " in line and line.endswith("(see: fedmpi list plans)") for line in shown)
     assert any("codec = " in line and line.endswith("(see: fedmpi list codecs)") for line in shown)
     assert any(line.endswith("of the federation's silos (0 to 1)") for line in lines("uniform"))
     assert any("stem = cifar" in line and "imagenet" in line for line in lines("resnet18"))

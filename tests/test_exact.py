@@ -11,9 +11,9 @@ from fedmpi.codecs import CODECS
 from fedmpi.components import build
 from fedmpi.exchange import chunks
 from fedmpi.exchange.base import ExchangeContext
-from fedmpi.exchange.choose import make
+from fedmpi.exchange.choose import cost, make
 from fedmpi.exchange.config import ExchangeSection
-from fedmpi.exchange.cost import num_vectors, traffic
+from fedmpi.exchange.cost import Sizes, num_vectors
 from fedmpi.exchange.exact import Places
 from fedmpi.flat import sha256
 from fedmpi.layout import Layout, Segment
@@ -143,7 +143,7 @@ def test_their_bytes_are_what_was_counted(way, scope, num_ranks):
     done = one_round(how, num_ranks, *drawn())
     hosted = [len(range(rank, SILOS, num_ranks)) for rank in range(num_ranks)]
     num = int(there(EXACT).sum())
-    said = traffic(how, P, 4, num_ranks, num_vectors(how, hosted), SILOS, num)
+    said = cost(how, Sizes(P, 4, num_ranks, num_vectors(how, hosted), SILOS, num)).traffic
     assert [said.up, said.down] == [sum(spent[way] for _, spent in done) for way in (0, 1)]
 
 

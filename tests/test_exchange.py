@@ -12,9 +12,9 @@ from fedmpi import comm as ranks
 from fedmpi.comm import MpiComm, SoloComm, blocks
 from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
 from fedmpi.exchange.base import LARGEST_NORM, UNIT, ExchangeContext
-from fedmpi.exchange.choose import make
+from fedmpi.exchange.choose import cost, make
 from fedmpi.exchange.config import ExchangeSection
-from fedmpi.exchange.cost import traffic
+from fedmpi.exchange.cost import Sizes
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Contribution
 
@@ -241,7 +241,8 @@ def test_traffic_is_what_the_ranks_counted(plan, reduction, num_ranks, dtype, mo
     start_P, deltas_KP, weights = drawn(2, 777, dtype=dtype)
     how = section(plan, reduction)
     done = run(how, start_P, all_of(deltas_KP) * 2, weights, [0, num_ranks - 1], num_ranks)
-    said = traffic(how, 777, dtype.itemsize, num_ranks, [int(r in (0, num_ranks - 1)) for r in range(num_ranks)])
+    vectors = [int(r in (0, num_ranks - 1)) for r in range(num_ranks)]
+    said = cost(how, Sizes(777, dtype.itemsize, num_ranks, vectors)).traffic
     assert (2 * said.up, 2 * said.down) == tuple(sum(counted[i] for _, counted, _ in done) for i in (0, 1))
     assert (said.up > 0) == (num_ranks > 1)
 

@@ -15,7 +15,7 @@ from fedmpi.aggregate import AGGREGATORS
 from fedmpi.codecs import CODECS
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
-from fedmpi.exchange import autotune, choose, chunks
+from fedmpi.exchange import choose, chunks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import sha256
@@ -118,12 +118,10 @@ def test_a_server_steps_on_the_device_as_on_the_cpu(name):
 
 
 def test_plans_are_measured_on_the_device():
-    how, facts = build(ExchangeSection, {"plan": "auto"}), ExchangeContext(1.0, ["a", "b"], ["a"], 7)
+    how, facts = build(ExchangeSection, {"plan": "measure"}), ExchangeContext(1.0, ["a", "b"], ["a"], 7)
     with stand_in.gpu():
-        zeros_P = torch.zeros(P, device="cuda")
-        able = choose.candidates(how, SoloComm(), zeros_P.device)
-        seconds = autotune.measure(how, SoloComm(), zeros_P, facts, able, 1)
-    assert sorted(seconds) == ["replicated", "root", "sharded"]
+        choice = choose.choose(how, SoloComm(), torch.zeros(P, device="cuda"), facts)
+    assert sorted(choice.seconds) == ["replicated", "root", "sharded"]
 
 
 @pytest.fixture

@@ -14,23 +14,19 @@ from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
-from fedmpi.exchange.choose import candidates
-from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.plan import plan
 
 
-def test_plan_window_is_refused_with_the_reason():
-    with pytest.raises(ConfigError, match=r"^exchange: overlap does not go with plan window, which writes the param"):
-        build(Config, {"exchange": {"plan": "window", "overlap": True}})
+def test_plan_shared_memory_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"^exchange: plan shared_memory takes no overlap, since it writes the param"):
+        build(Config, {"exchange": {"plan": "shared_memory", "overlap": True}})
 
 
-def test_auto_never_takes_window(tmp_path):
-    section = build(ExchangeSection, {"plan": "auto", "overlap": True})
-    assert candidates(section, SoloComm(), torch.device("cpu")) == ["root", "replicated", "sharded"]
-    config = build(Config, {"out": str(tmp_path), "rounds": 1, "exchange": {"plan": "auto", "overlap": True}})
+def test_shared_memory_is_never_measured(tmp_path):
+    config = build(Config, {"out": str(tmp_path), "rounds": 1, "exchange": {"plan": "measure", "overlap": True}})
     with fedmpi.Run(config, comm=SoloComm()) as run:
-        assert sorted(run.plan_seconds) == ["replicated", "root", "sharded"]
+        assert sorted(run.plan.seconds) == ["replicated", "root", "sharded"]
         assert len(list(run)) == 1
 
 

@@ -12,10 +12,10 @@ from fedmpi.components import build
 from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.exchange import chunks
 from fedmpi.exchange.base import ExchangeContext
-from fedmpi.exchange.choose import make
+from fedmpi.exchange.choose import cost, make
 from fedmpi.exchange.chunks import Coder, Grid
 from fedmpi.exchange.config import Channel, ExchangeSection
-from fedmpi.exchange.cost import num_vectors, traffic
+from fedmpi.exchange.cost import Sizes, num_vectors
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.state import StateTensor
 from fedmpi.types import Contribution
@@ -175,7 +175,7 @@ def test_traffic_of_a_linear_codec_under_plan_replicated_is_what_was_counted(num
     start_P, deltas_RKP = drawn(1)
     how = build(ExchangeSection, {"plan": "replicated", "up": {"codec": "randk"}})
     done = run(how, start_P, deltas_RKP, num_ranks)
-    said = traffic(how, P, 4, num_ranks)
+    said = cost(how, Sizes(P, 4, num_ranks)).traffic
     assert tuple(sum(rank[1][i] for rank in done) for i in range(3)) == (said.up, said.down, said.control)
 
 
@@ -187,7 +187,7 @@ def test_traffic_is_what_was_counted_or_the_most_it_can_be(name, scope, num_rank
     how = section({"codec": name}, {"codec": name}, scope=scope)
     done = run(how, start_P, deltas_RKP, num_ranks)
     hosted = [OWNERS[num_ranks].count(rank) for rank in range(num_ranks)]
-    said = traffic(how, P, 4, num_ranks, num_vectors(how, hosted), 5)
+    said = cost(how, Sizes(P, 4, num_ranks, num_vectors(how, hosted), 5)).traffic
     up, down, control = (sum(rank[1][i] for rank in done) for i in range(3))
     assert control == said.control
     if CODECS.members[name]().fixed:
@@ -273,10 +273,10 @@ def test_a_round_that_is_broken_off_leaves_the_residuals_as_they_were():
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"plan": "root", "up": {"codec": "int8"}}, "up.codec int8 goes with plan sharded, not root"),
-        ({"plan": "window", "scope": "silo"}, "scope: silo goes with plan sharded, not window"),
-        ({"plan": "root", "up": {"codec": "randk"}}, "up.codec randk goes with plan replicated or sharded, not root"),
-        ({"plan": "replicated", "down": {"codec": "bf16"}}, "down.codec bf16 goes with plan sharded"),
+        ({"plan": "root", "up": {"codec": "int8"}}, "plan root takes no up.codec int8; take sharded"),
+        ({"plan": "window", "scope": "silo"}, "plan shared_memory takes no scope: silo; take sharded"),
+        ({"plan": "root", "up": {"codec": "randk"}}, "plan root takes no up.codec randk; take replicated or sharded"),
+        ({"plan": "replicated", "down": {"codec": "bf16"}}, "plan replicated takes no down.codec bf16; take sharded"),
         ({"plan": "sharded", "up": {"feedback": True}}, "feedback needs a codec that loses something"),
         ({"plan": "sharded", "up": {"codec": "int8", "decay": 0.9}}, "decay is that of feedback"),
         ({"plan": "sharded", "reduction": "reproducible", "up": {"codec": "int8"}}, "needs scope: silo"),
@@ -290,7 +290,7 @@ def test_what_does_not_go_together_is_refused_with_the_reason(given, reason):
 def test_codecs_refuse_parameters_of_other_types():
     from fedmpi.comm import SoloComm
 
-    for how in (section({"codec": "int8"}), build(ExchangeSection, {"up": {"codec": "randk"}})):
+    for how in (section({"codec": "int8"}), build(ExchangeSection, {"plan": "replicated", "up": {"codec": "randk"}})):
         with pytest.raises(ConfigError, match="codecs take float32"):
             make(how, SoloComm(), torch.zeros(3, dtype=torch.float64), ExchangeContext(1.0))
 

@@ -1,6 +1,5 @@
-"""Plan window where memory that ranks share is short: known on all ranks before anything is allocated."""
+"""Plan shared_memory where memory that ranks share is short: known on all ranks before anything is allocated."""
 
-import logging
 import os
 from types import SimpleNamespace
 
@@ -8,9 +7,7 @@ import pytest
 import torch
 from test_exchange import on_ranks
 
-from fedmpi import assembly
 from fedmpi.comm import Comm, SoloComm
-from fedmpi.errors import ConfigError
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.shared_memory import SharedMemory
@@ -41,7 +38,7 @@ def test_memory_without_a_limit_has_room(docker):
     assert on_ranks(2, lambda ranks: ranks.room(1 << 50)) == ["", ""]
 
 
-def test_what_a_window_takes_is_counted(monkeypatch):
+def test_what_the_plan_takes_is_counted(monkeypatch):
     made = []
 
     def shared(self, num_elements, dtype, owner=None):
@@ -51,29 +48,9 @@ def test_what_a_window_takes_is_counted(monkeypatch):
     monkeypatch.setattr(Comm, "shared", shared)
     for reduction in ("fast", "reproducible"):
         made.clear()
-        section, params_P = ExchangeSection(plan="window", reduction=reduction), torch.zeros(100_000)
-        window = SharedMemory(section, SoloComm(), params_P, ExchangeContext(1.0))
-        window.delta()
-        window.home(params_P, NoState())
+        section, params_P = ExchangeSection(plan="shared_memory", reduction=reduction), torch.zeros(100_000)
+        exchange = SharedMemory(section, SoloComm(), params_P, ExchangeContext(1.0))
+        exchange.delta()
+        exchange.home(params_P, NoState())
         counted = SharedMemory.shared_bytes(section, params_P, 0, True)
         assert 0 <= sum(made) - counted <= 64  # weights beside the sums
-
-
-class Full(Comm):
-    def room(self, num_bytes):
-        return "/dev/shm on here is full"
-
-
-def test_auto_leaves_window_out_and_says_so(caplog):
-    with caplog.at_level(logging.WARNING):
-        zeros_P = torch.zeros(1000)
-        section, seconds = assembly._choose_plan(
-            ExchangeSection(plan="auto"), Full(), zeros_P, ExchangeContext(1.0, ["a"], ["a"]), str
-        )
-    assert section.plan != "window" and "window" not in seconds
-    assert "auto leaves out window: /dev/shm on here is full" in caplog.text
-
-
-def test_a_window_without_room_is_one_line():
-    with pytest.raises(ConfigError, match=r"window has no room: /dev/shm on here is full; take root, .* or auto"):
-        assembly._choose_plan(ExchangeSection(plan="window"), Full(), torch.zeros(9), ExchangeContext(1.0), str)

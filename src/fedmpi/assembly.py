@@ -19,8 +19,9 @@ from fedmpi.attacks import HostileRule, edit_of, poisoned, said
 from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, agreed
-from fedmpi.exchange import autotune, choose
 from fedmpi.exchange.base import Exchange, ExchangeContext
+from fedmpi.exchange.choose import Choice, choose
+from fedmpi.exchange.choose import make as make_exchange
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import (
     Allocate,
@@ -82,7 +83,7 @@ class Assembly:
     state: State
     threads: int
     unshared: dict[str, torch.Tensor]  # what the model starts with and no checkpoint has
-    plan_seconds: dict[str, float]  # what `plan: auto` measured
+    plan: Choice  # of the exchange
 
 
 @rng.borrowed()
@@ -91,7 +92,7 @@ def assemble(
 ) -> Assembly:
     """Everything that a run needs, checked. A call of all ranks; raises ConfigError alike on every one.
 
-    `plan_before` is rank 0's: the plan that `plan: auto` chose when the run was begun, or nothing. `members` are those
+    `plan_before` is rank 0's: the plan that the run was begun with, or nothing. `members` are those
     that the run begins with; None: all silos of the data.
     """
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
@@ -103,7 +104,7 @@ def assemble(
     built = build_federation(spec, opened, comms, plan_before=plan_before)
     with _or_leave(built.federation.exchange):
         state = begin(built.federation)
-    return Assembly(built.spec, built.federation, state, threads, unshared, built.plan_seconds)
+    return Assembly(built.spec, built.federation, state, threads, unshared, built.plan)
 
 
 def specify(config: Config, comm: Comm, out: Path) -> Spec:
@@ -151,7 +152,7 @@ class Built(NamedTuple):
 
     federation: Federation
     spec: Spec  # with the plan that was chosen
-    plan_seconds: dict[str, float]  # by plan that was measured
+    plan: Choice  # of the exchange
 
 
 def build_federation(
@@ -168,8 +169,8 @@ def build_federation(
     hosted = members.hosted(comm.rank)
     context = _context(spec, weights, hosted, comm)
     zeros_Q = torch.zeros(spec.layout.size, dtype=master_dtype(spec.entries), device=spec.device)
-    section, plan_seconds = _choose_plan(spec.section, comms.leaders, zeros_Q, context, plan_before)
-    exchange = choose.make(section, comms.leaders, zeros_Q, context)
+    plan = choose(spec.section, comms.leaders, zeros_Q, context, plan_before)
+    exchange = make_exchange(plan.section, comms.leaders, zeros_Q, context)
     with _or_leave(exchange):
         model = _model(spec, exchange, comms)
         silos = comm.collectively(
@@ -197,7 +198,7 @@ def build_federation(
             finetune=config.evaluate.finetune,
             experiment="" if attack is None else said(attack, spec.known),
         )
-    return Built(federation, replace(spec, section=section), plan_seconds)
+    return Built(federation, replace(spec, section=plan.section), plan)
 
 
 @contextlib.contextmanager
@@ -350,31 +351,6 @@ def _local(
     if silo in held:
         return LocalSilo(silo, held[silo].data, weight)
     return LocalSilo(silo, SiloData(*device.keep_on(chosen, list(data.pop(silo)))), weight)
-
-
-def _choose_plan(
-    section: ExchangeSection, comm: Comm, zeros_Q: torch.Tensor, facts: ExchangeContext, plan_before: Callable[[], str]
-) -> tuple[ExchangeSection, dict[str, float]]:
-    """The exchange with its plan named, and seconds by plan where they were measured. `auto` measures once in a run's
-    life: a resumed run keeps what it had."""
-    able, full = choose.candidates(section, comm, zeros_Q.device), ""
-    if "window" in able and (full := choose.no_room(section, comm, zeros_Q, facts)):
-        able.remove("window")
-        if section.plan == "auto" and comm.rank == 0:
-            log.warning("exchange.plan: auto leaves out window: %s", full)
-    if section.plan == "auto" and section.regions is not None:
-        return replace(section, plan=able[0]), {}
-    if section.plan == "auto":
-        before = comm.broadcast_text(comm.collectively(lambda: plan_before() if comm.rank == 0 else ""), 0)
-        if before in able:
-            return replace(section, plan=before), {}  # type: ignore[arg-type]
-        seconds = autotune.measure(section, comm, zeros_Q, facts, able) if len(able) > 1 else {}
-        return replace(section, plan=min(able, key=lambda plan: seconds.get(plan, 0.0))), seconds
-    if section.plan not in able:
-        needs = "works in host memory" if zeros_Q.device.type != "cpu" else "needs all ranks on one node"
-        why = f"has no room: {full}" if full else needs
-        raise agreed(ConfigError(f"exchange.plan: {section.plan} {why}; take {', '.join(able)} or auto"))
-    return section, {}
 
 
 def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ class Attack:
             return None
         if self.local is not None:
             return "sends nothing of what hostile silos train; take no attack.local"
-        if exchange.scope != "silo" or exchange.plan != "sharded" or exchange.regions is not None:
+        if not exchange.one_by_one or exchange.regions is not None:
             return "reads what honest silos send; it needs exchange: {plan: sharded, scope: silo} and no regions"
         if not exchange.up.plain:
             return "reads what honest silos send, of which a codec sends parts another way; take no exchange.up.codec"

@@ -20,6 +20,7 @@ from fedmpi.components import Family, did_you_mean, family_of, hints, section_of
 from fedmpi.config import Config
 from fedmpi.data import DATASETS, PARTITIONS
 from fedmpi.errors import ConfigError
+from fedmpi.exchange.plans import PLANS
 from fedmpi.local import RULES
 from fedmpi.local.optimizers import TORCH_OPTIMIZERS
 from fedmpi.local.samplers import SAMPLERS
@@ -53,6 +54,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "measurements": (MEASUREMENTS, "records.measure"),
     "sinks": (SINKS, "records.sinks"),
     "codecs": (CODECS, "exchange.up.codec"),
+    "plans": (PLANS, "exchange.plan"),
 }
 
 
@@ -120,7 +122,7 @@ def _field(cls: type, name: str) -> list[str]:
 def _family(name: str, whole: bool, only: str | None = None) -> list[str]:
     """A family's members, each in a sentence, and with `whole` their fields."""
     family, key = FAMILIES[name]
-    text = [f"{name} ({key}: {{name: ...}})"]
+    text = [f"{name} ({key}: {family.written})"]
     for member, cls in family.members.items():
         if only in (None, member):
             known = dataclasses.is_dataclass(cls)

@@ -145,17 +145,11 @@ def _headline(run: Any) -> str:
     where = f"{len(fed.ids)} silos on {run.comm.size} rank{'s' if run.comm.size > 1 else ''}"
     reads = " (one central set: every rank reads all of it)" if run.central else ""
     since = f", resumed after round {run.resumed}" if run.resumed else ""
-    plan = f"plan {fed.exchange.section.plan}{_measured(run)}"
+    plan = f"plan {run.plan.section.plan}" + (f" ({run.plan.why})" if run.plan.why else "")
     return (
         f"fedmpi: {where}{reads}, {fed.model.num_shared:,} shared parameters, {plan}, "
         f"{run.device}, {run.threads} thread{'s' if run.threads > 1 else ''} per rank, out {run.out}{since}"
     )
-
-
-def _measured(run: Any) -> str:
-    """What `plan: auto` has found."""
-    found = ", ".join(f"{plan} {1e3 * seconds:.2f} ms" for plan, seconds in run.plan_seconds.items())
-    return f" (measured: {found})" if found else ""
 
 
 @app.command()
@@ -202,8 +196,8 @@ def _print_plan(result: dict[str, Any]) -> None:
         console.print(f"silo {silo}: only on host {host} (placed above as if it were free)")
     console.print(f"parameters: {result['parameters']:,}, of which shared {result['shared_parameters']:,}")
     console.print(f"collectives on vectors: {result['collectives']}")
-    if result["plan_asked"] == "auto":
-        console.print(f"plan auto: measured when the run starts; the figures here are those of {result['plan']}")
+    if result["plan_why"]:
+        console.print(f"plan {result['plan_asked']}: {result['plan_why']}")
     if result["bytes_up"] is None:
         console.print("bytes of a round: they depend on where regions lie, which is known when ranks have hosts")
     else:

@@ -51,6 +51,8 @@ def component(cls: type[T]) -> type[T]:
 class Family:
     """The members of one kind of component, by name."""
 
+    written = "{name: ...}"  # how a configuration asks for one
+
     def __init__(
         self,
         what: str,

@@ -28,6 +28,7 @@ from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.plans import FORMERLY
 from fedmpi.flat import Entry, entries
 from fedmpi.health import StopSection
 from fedmpi.local import RULES, LocalRule, Sgd
@@ -154,12 +155,12 @@ class Config:
         if self.attack is not None and (why := self.attack.conflicts(self)):
             raise ValueError(f"attack: {ATTACKS.name_of(self.attack)} {why}")
         each = hasattr(self.aggregate, "combine")
-        if each and (self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto")):
+        if each and not self.exchange.one_by_one:
             name = AGGREGATORS.name_of(self.aggregate)
             raise ValueError(f"aggregate: {name} reads each delta; it needs exchange.scope: silo and plan sharded")
         if "gram" in self.records.needs:
             key = "records.gram" if self.records.gram else "records.measure"
-            if self.exchange.scope != "silo" or self.exchange.plan not in ("sharded", "auto"):
+            if not self.exchange.one_by_one:
                 raise ValueError(f"{key}: deltas meet one by one under exchange.scope: silo and plan sharded alone")
             if self.exchange.overlap:
                 raise ValueError(f"{key}: with exchange.overlap deltas meet after their round's record")
@@ -267,6 +268,8 @@ class Config:
 
 # What a resumed run may change: how long, where and how often it is written, on what it runs.
 MAY_CHANGE = ("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "init")
+
+PLAN = "exchange.plan"
 
 HORIZON = ".schedule.rounds"  # how the keys end that say when a schedule is at its end; null: with the run
 
@@ -417,10 +420,13 @@ def digest(config: Config) -> bytes:
     return hashlib.sha256(json.dumps(_without(OF_A_SITE, to_dict(config)), sort_keys=True).encode()).digest()
 
 
-def differences(stored: Mapping[str, Any], config: Config) -> list[str]:
-    """What a run directory was begun with and this configuration has otherwise, apart from what may change."""
+def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> list[str]:
+    """What a run directory was begun with and this configuration has otherwise, apart from what may change. `plan` is
+    the one that the run had, whoever named it: it is kept unless this configuration names another."""
     old = _without(MAY_CHANGE, {k: v for k, v in stored.items() if k != ABOUT})
     new = _without(MAY_CHANGE, to_dict(config))
+    if (begun_with := plan or old.get(PLAN)) is not None:
+        old[PLAN] = new[PLAN] if config.exchange.chosen else FORMERLY.get(begun_with, begun_with)
     for key in [k for k in new if k.endswith(HORIZON)]:
         if old.get(key) is None and new[key] in (None, stored.get("rounds")):  # it ends where it would have, or moves
             old.pop(key, None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ from fedmpi import pretrained, records
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
-from fedmpi.exchange.cost import memory, num_vectors, traffic
-from fedmpi.flat import layout_of, master_dtype, named_exact
+from fedmpi.exchange.base import Machine
+from fedmpi.exchange.choose import by_rule, cost
+from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.cost import Sizes, num_vectors
+from fedmpi.exchange.plans import MEASURE, PLANS
+from fedmpi.flat import Entry, layout_of, master_dtype, named_exact
 from fedmpi.local import plain_step
 from fedmpi.models import make
 from fedmpi.objectives import resolve
@@ -22,6 +26,38 @@ from fedmpi.placement import place
 from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
 
 _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Elements and bytes of a model's tensors, by what becomes of them."""
+
+    total: int  # elements of all
+    trained: int  # that get a gradient
+    shared: int  # that all silos have alike
+    travels: int  # of a vector that is exchanged: the shared ones, and behind them the rule's auxiliary vectors
+    word: int  # bytes of one
+    kept_bytes: int  # of what each silo keeps for itself from round to round
+    exact: int | None  # that travel beside a lossy codec; None: there is nothing of the kind
+
+    @classmethod
+    def of(cls, found: Sequence[Entry], config: Config) -> Counts:
+        """Those of a model whose tensors these are."""
+        named = named_exact(found, config.exchange.exact)
+        layout = layout_of(found, getattr(config.local, "auxiliaries", ()), named)
+        word = master_dtype(found).itemsize
+        kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
+        kept_bytes += getattr(config.local, "kept_vectors", 0) * layout.num_params * word
+        exact = sum(part.stop - part.start for part in layout.exact)
+        return cls(
+            total=sum(e.num_elements for e in found),
+            trained=sum(e.num_elements for e in found if e.trainable),
+            shared=layout.num_params,
+            travels=layout.size,
+            word=word,
+            kept_bytes=kept_bytes,
+            exact=exact if layout.exact or layout.still else None,
+        )
 
 
 def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str, Any]:
@@ -38,91 +74,129 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     found = config.entries(module, [silo.id for silo in source.silos])
     layers = any(e.kind == "personal" and e.num_elements for e in found)
     scores = Scores.of(objective, config.local, config.evaluate.finetune, layers)
-    named = named_exact(found, config.exchange.exact)
-    layout = layout_of(found, getattr(config.local, "auxiliaries", ()), named)
-    num_params, shared = layout.num_params, layout.size  # all that travels
-    total = sum(e.num_elements for e in found)
-    kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
-    word = master_dtype(found).itemsize
-    kept_bytes += getattr(config.local, "kept_vectors", 0) * num_params * word
-    section = config.exchange
-    if section.plan == "auto":  # what will be measured is not known here
-        likely = "sharded" if "replicated" not in section.candidates else "replicated"
-        section = replace(section, plan=likely)  # type: ignore[arg-type]
+    counts = Counts.of(found, config)
+    section, why = _planned(config, num_ranks, counts.travels)
     # Pinned silos cannot be placed on hosts that are not known yet.
     free = [type(silo)(silo.id, silo.num_samples) for silo in source.silos]
     owners = place(free, [""] * num_ranks, config.server.dedicated).ranks
-    flat = section.regions is None  # where regions lie is not known before ranks have hosts
     hosted = [owners.count(rank) for rank in range(num_ranks)]
-    vectors = num_vectors(section, hosted)
-    num_exact = sum(part.stop - part.start for part in layout.exact) if layout.exact or layout.still else None
-    on_wire = traffic(section, shared, word, num_ranks, vectors, len(owners), num_exact)
-    server_copies = _server_copies(config)
-    averaged = num_params * word if config.server.average is not None else 0
+    sizes = Sizes(
+        num_elements=counts.travels,
+        element_bytes=counts.word,
+        num_ranks=num_ranks,
+        vectors=num_vectors(section, hosted),
+        num_silos=len(owners),
+        num_exact=counts.exact,
+        num_states=_server_copies(config),
+        num_stepped=counts.shared,
+    )
     sample_bytes = 4 * int(torch.Size(source.shape).numel())
     ranks = []
     for rank in range(num_ranks):
         mine = [silo for silo, owner in zip(source.silos, owners, strict=True) if owner == rank]
         samples = sum(silo.num_samples or 0 for silo in mine)
-        steps = 1.0 if section.plan == "replicated" or rank == 0 else 0.0
-        if section.plan == "sharded":
-            steps = 1 / num_ranks
-        bytes_here = (
-            total * word  # the model
-            + sum(e.num_elements for e in found if e.trainable)
-            * word
-            * (1 + _local_copies(config))  # gradient, optimizer
-            + shared * word  # the global parameters
-            + averaged  # on every rank
-            + (shared * word * (2 + 2 * len(mine)) if section.overlap else 0)  # twice, a start, each silo's deltas
-            + memory(section, shared, word, num_ranks, len(mine), max(vectors))
-            + round(num_params * word * server_copies * steps)
-            # the checkpoint's copy, and the best round's parameters
-            + (shared * word * (1 + section.overlap) if rank == 0 else 0)
-            + (num_params * word * (1 + server_copies) + averaged if rank == 0 else 0)
-            + kept_bytes * (1 + len(mine))
-        )
+        vectors = _vectors(config, counts, section, replace(sizes, rank=rank, hosted=len(mine)))
         ranks.append(
             {
                 "rank": rank,
                 "silos": [silo.id for silo in mine],
                 "train_samples": samples,
                 "data_bytes": samples * sample_bytes,
-                "vector_bytes": bytes_here,
-                "memory_bytes": bytes_here + samples * sample_bytes + records.peak_rss_bytes(),
+                "vectors": vectors,
+                "vector_bytes": sum(vectors.values()),
+                "memory_bytes": sum(vectors.values()) + samples * sample_bytes + records.peak_rss_bytes(),
             }
         )
-    small = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + len(owners) * (len(READY_SILO) + len(scores.columns))
-    small += scores.num_counts
-    small += 2 * num_ranks * section.overlap  # are deltas folded everywhere? How long did the exchange take?
-    small += (num_ranks + len(owners)) * bool(getattr(config.select, "asks", False))  # losses of candidates
-    small += len(owners) ** 2 * ("gram" in config.records.needs)
-    values = flatten(to_dict(config))
+    on_wire = cost(section, sizes).traffic
+    flat = section.regions is None  # where regions lie is not known before ranks have hosts
+    control = 2 * 8 * _num_figures(config, scores, num_ranks, len(owners)) * num_ranks + on_wire.control
+    checkpoint = _checkpoint(config, counts, section, sizes)
     return {
         "ranks": ranks,
         "silos": len(source.silos),
         "undeclared": [silo.id for silo in source.silos if silo.num_samples is None],
         "pinned": {silo.id: silo.host for silo in source.silos if silo.host is not None},
         "central": source.central,
-        "parameters": total,
-        "shared_parameters": num_params,
+        "parameters": counts.total,
+        "shared_parameters": counts.shared,
         "bytes_up": on_wire.up if flat else None,
         "bytes_down": on_wire.down if flat else None,
-        "bytes_control": (2 * 8 * small * num_ranks + on_wire.control if num_ranks > 1 else 0) if flat else None,
+        "bytes_control": (control if num_ranks > 1 else 0) if flat else None,
         "plan": section.plan,
         "plan_asked": config.exchange.plan,
+        "plan_why": why,
         "collectives": on_wire.collectives if flat else f"in regions, then across: {on_wire.collectives}",
-        "checkpoint_bytes": shared * word * (1 + section.down.feedback)
-        + num_params * word * server_copies
-        + averaged
-        + (shared * word * (1 + len(owners)) if section.overlap else 0)
-        + (shared * word * sum(vectors) if section.up.feedback else 0)
-        + len(owners) * (kept_bytes + 8)
-        + _HEADER_BYTES * (1 + num_ranks),
+        "checkpoint_bytes": sum(checkpoint.values()) + _HEADER_BYTES * (1 + num_ranks),
         "checkpoints_kept": config.checkpoint.keep + 1,
         "out": str(Path(config.out)),
-        "config": {key: {"value": value, "from": origin_of(key, origins)} for key, value in values.items()},
+        "config": {
+            key: {"value": value, "from": origin_of(key, origins)} for key, value in flatten(to_dict(config)).items()
+        },
     }
+
+
+def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[ExchangeSection, str]:
+    """The exchange with the plan that it would have on one node, and what is to be said of it where the configuration
+    names none."""
+    section = config.exchange
+    if not section.chosen:
+        return section, ""
+
+    def ruled(machine: Machine) -> tuple[str, str]:
+        return by_rule(machine, num_elements, lambda name: PLANS.find(name).supports(section, machine))
+
+    on_device = config.device.name == "cuda"
+    name, why = ruled(Machine(num_ranks, on_device=on_device))
+    if section.plan == MEASURE and section.regions is None:
+        return replace(section, plan=name), f"measured when the run starts; the figures here are those of {name}"
+    elsewhere: dict[str, list[str]] = {}  # plan: where it would be that one
+    for where, machine in (
+        ("several nodes", Machine(num_ranks, one_node=False, on_device=on_device)),
+        ("GPUs", Machine(num_ranks, on_device=config.device.name != "cpu")),
+    ):
+        if (other := ruled(machine)[0]) != name:
+            elsewhere.setdefault(other, []).append(where)
+    more = "".join(f"; on {' or '.join(places)} {other}" for other, places in elsewhere.items())
+    return replace(section, plan=name), f"{name} ({why}){more}"
+
+
+def _vectors(config: Config, counts: Counts, section: ExchangeSection, sizes: Sizes) -> dict[str, int]:
+    """Bytes of the vectors that a rank holds, by name; none that would be 0."""
+    averaged = counts.shared * counts.word if config.server.average is not None else 0
+    vectors = {
+        "model": counts.total * counts.word,
+        "gradient": counts.trained * counts.word,
+        "local optimizer": counts.trained * counts.word * _local_copies(config),
+        **cost(section, sizes).memory,
+        "average over rounds": averaged,
+        "kept by silos": counts.kept_bytes * (1 + sizes.hosted),
+    }
+    if sizes.rank == 0:
+        vectors["checkpoint"] = sizes.vector_bytes * (1 + section.overlap) + sizes.state_bytes + averaged
+        vectors["best round"] = counts.shared * counts.word
+    return {name: num_bytes for name, num_bytes in vectors.items() if num_bytes}
+
+
+def _checkpoint(config: Config, counts: Counts, section: ExchangeSection, sizes: Sizes) -> dict[str, int]:
+    """Bytes of a checkpoint's tensors, by name."""
+    return {
+        "parameters": sizes.vector_bytes,
+        "server state": sizes.state_bytes,
+        "average over rounds": counts.shared * counts.word if config.server.average is not None else 0,
+        "residual down": sizes.vector_bytes * section.down.feedback,
+        "residuals up": sizes.vector_bytes * sum(sizes.vectors) * section.up.feedback,
+        "overlap": sizes.vector_bytes * (1 + sizes.num_silos) * section.overlap,
+        "kept by silos": sizes.num_silos * (counts.kept_bytes + 8),
+    }
+
+
+def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:
+    """Elements of the small tables that ranks agree on in a round, vectors' own not counted."""
+    num = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + num_silos * (len(READY_SILO) + len(scores.columns))
+    num += scores.num_counts
+    num += 2 * num_ranks * config.exchange.overlap  # are deltas folded everywhere? How long did the exchange take?
+    num += (num_ranks + num_silos) * bool(getattr(config.select, "asks", False))  # losses of candidates
+    return num + num_silos**2 * ("gram" in config.records.needs)
 
 
 def _server_copies(config: Config) -> int:

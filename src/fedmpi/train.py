@@ -119,7 +119,7 @@ class Run:
         fed = self.federation = parts.federation
         self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
-        self.unshared, self.plan_seconds = parts.unshared, parts.plan_seconds
+        self.unshared, self.plan = parts.unshared, parts.plan
         self.fingerprint = fingerprint(fed.facts_KF)
         self.model, self.state = fed.model.module, parts.state
         module = [type(self.model).__module__] if isinstance(self.config.model, torch.nn.Module) else []
@@ -154,7 +154,7 @@ class Run:
         begun = read_config(self.out)
         about = begun.about
         self._rounds_before = begun.config.get("rounds")
-        changed = differences(begun.config, self.config)
+        changed = differences(begun.config, self.config, about["plan"])
         if not changed and (others := sources.changes(about.get("code", {}), sources.digests(self.code))):
             text = f"code has changed since {self.out} was trained with it, and is kept in {self.out / CODE}: "
             text += ", ".join(others)
@@ -198,7 +198,7 @@ class Run:
             "maximize": self.maximize,
             "params": fed.model.num_shared,
             "plan": fed.exchange.section.plan,
-            "plan_seconds": self.plan_seconds,
+            "plan_seconds": dict(self.plan.seconds),
             "ranks": self.comm.size,
             "model": signature(fed.model.entries),
             "code": sources.digests(self.code),

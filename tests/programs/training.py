@@ -19,7 +19,7 @@ from fedmpi import comm as ranks
 from fedmpi.aggregate import Mean
 from fedmpi.components import build, component
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, SiloError
-from fedmpi.exchange.config import PLANS
+from fedmpi.exchange import plans
 from fedmpi.flat import sha256
 from fedmpi.plan import plan as promise
 from fedmpi.results import newest
@@ -35,6 +35,7 @@ BASE = {
     "checkpoint": {"every": 100},
     "device": {"name": "cpu"},
 }
+PLANS = tuple(plans.PLANS.members)
 # Every one of these must end with the same bits on 1, 2 and 4 ranks, and under every plan that can carry it out.
 RUNS = {
     "digits": {},
@@ -265,17 +266,17 @@ def feedback_of_ranks_is_restored(comm, folder):
 
 
 @case
-def auto_says_what_it_measured_and_is_kept(comm, folder):
-    config = configured(folder, f"auto-{comm.size}", exchange={"plan": "auto"})
+def measure_says_what_it_measured_and_is_kept(comm, folder):
+    config = configured(folder, f"auto-{comm.size}", exchange={"plan": "measure"})
     with fedmpi.Run(config, comm=comm) as started:
-        found, seconds = started.federation.exchange.section.plan, started.plan_seconds
+        found, seconds = started.federation.exchange.section.plan, dict(started.plan.seconds)
         next(iter(started))
     require_equal("measured", sorted(seconds), sorted(PLANS))
     require_equal("the fastest", found, min(PLANS, key=seconds.__getitem__))
     require_equal("ranks that chose", len(set(comm.gather(repr((found, seconds)).encode().ljust(300)))), 1)
     with fedmpi.Run(config, comm=comm) as again:
         require_equal("plan of the resumed run", again.federation.exchange.section.plan, found)
-        require_equal("measured again", again.plan_seconds, {})
+        require_equal("measured again", again.plan.seconds, {})
 
 
 @component

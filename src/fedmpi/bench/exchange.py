@@ -37,8 +37,10 @@ from fedmpi.components import to_dict
 from fedmpi.device import set_threads
 from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.exchange import choose
-from fedmpi.exchange.base import ExchangeContext
-from fedmpi.exchange.config import PLANS, Channel, ExchangeSection
+from fedmpi.exchange.base import Exchange, ExchangeContext, Machine
+from fedmpi.exchange.config import Channel, ExchangeSection
+from fedmpi.exchange.dense import Replicated
+from fedmpi.exchange.plans import PLANS
 from fedmpi.output import say
 from fedmpi.server import FedAvg, Server
 from fedmpi.types import Contribution
@@ -74,10 +76,12 @@ def channel(text: str) -> Channel:
 
 
 class Entrant:
-    """A row to be: what it is called, what it runs, and what its rounds have sent."""
+    """A row to be: what it is called, what it runs, how that moves vectors, and what its rounds have sent."""
 
-    def __init__(self, plan: str, run: Callable[[], object], up: Channel | None = None) -> None:
-        self.plan, self.run, self.up = plan, run, up
+    def __init__(
+        self, plan: str, run: Callable[[], object], up: Channel | None = None, moves: type[Exchange] = Exchange
+    ) -> None:
+        self.plan, self.run, self.up, self.moves = plan, run, up, moves
         self.name = plan if up is None else f"{plan} {label(up.codec)}"
         self.sent: list[tuple[int, int]] = []  # bytes up and down, of every round
 
@@ -106,7 +110,7 @@ def exchange(
         entrants = [
             Entrant("memcpy", lambda: other_P.copy_(delta_P)),
             *(_of_plan(section, comm, delta_P, params_P) for section in _sections(comm, channels, params_P)),
-            Entrant("allreduce", lambda: comm.plain_allreduce(delta_P, sums_P)),
+            Entrant("allreduce", lambda: comm.plain_allreduce(delta_P, sums_P), moves=Replicated),
             *_over_sockets(comm, num_params, stack),
         ]
         seconds = in_turns(comm, {each.name: partial(each.counted, comm) for each in entrants}, repeats)
@@ -115,8 +119,8 @@ def exchange(
     for each in entrants:
         median_s = medians[each.name]
         up_R, down_R = _sent(comm, each)
-        vectors = num_params * (comm.size if each.plan == "replicated" else comm.size - 1)
-        busiest_bytes = link_bytes(each.plan, up_R, down_R, 4 * num_params)
+        vectors = num_params * each.moves.vectors_sent(comm.size)
+        busiest_bytes = each.moves.link_bytes(up_R, down_R, 4 * num_params)
         row: Row = {
             "plan": each.plan,
             "codec": label(each.up.codec) if each.up else None,
@@ -155,13 +159,13 @@ def label(codec: Codec) -> str:
 
 def _sections(comm: Comm, channels: Sequence[Channel], params_P: torch.Tensor) -> list[ExchangeSection]:
     """Every plan with the values themselves, then plan sharded with each channel."""
-    plans = [plan for plan in PLANS if plan != "window" or comm.one_node()]
-    if "window" not in plans:
-        _leave_out(comm, "window", "ranks of several nodes share no memory")
-    elif full := choose.no_room(ExchangeSection(plan="window"), comm, params_P, ExchangeContext(1.0)):
-        plans.remove("window")
-        _leave_out(comm, "window", full)
-    found = [ExchangeSection(plan=plan) for plan in plans]
+    found, machine = [], Machine.of(comm, params_P.device)
+    for name, plan in PLANS.members.items():
+        section = ExchangeSection(plan=name)
+        why = plan.supports(section, machine) or choose.no_room(plan, section, comm, params_P, ExchangeContext(1.0))
+        found += [] if why else [section]
+        if why:
+            _leave_out(comm, name, why)
     found += [ExchangeSection(plan="sharded", up=channel, down=channel) for channel in channels]
     return list(dict.fromkeys(found))
 
@@ -170,7 +174,7 @@ def _of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params
     silo = f"silo-{comm.rank}"
     facts = ExchangeContext(float(comm.size), [f"silo-{rank}" for rank in range(comm.size)], [silo])
     made = choose.make(section, comm, params_P, facts)
-    if section.plan == "window":  # there models, and so their deltas, live in shared memory
+    if made.in_shared_memory:  # there models, and so their deltas, live where others read them
         delta_P = made.delta().copy_(delta_P)
     params_P, state = made.home(params_P, FedAvg().init(made.shard(params_P)))
     rounds = itertools.count(1)
@@ -181,7 +185,7 @@ def _of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params
         made.add(Contribution(silo, round, 1.0, delta_P, 0.0, 1, 1))
         made.finish(params_P, Server(FedAvg()), state)
 
-    return Entrant(section.plan, run, section.up)
+    return Entrant(section.plan, run, section.up, section.member)
 
 
 def _over_sockets(comm: Comm, num_params: int, stack: ExitStack) -> list[Entrant]:
@@ -194,7 +198,7 @@ def _over_sockets(comm: Comm, num_params: int, stack: ExitStack) -> list[Entrant
         peers = stack.enter_context(baselines.connected(comm))
         left.remove("tcp")
         found.append(Entrant("tcp", baselines.Tcp(comm, num_params, peers)))
-        found.insert(0, Entrant("gloo", stack.enter_context(baselines.gloo(comm, num_params, peers))))
+        found.insert(0, Entrant("gloo", stack.enter_context(baselines.gloo(comm, num_params, peers)), moves=Replicated))
     except FedmpiError as error:
         _leave_out(comm, " and ".join(left), str(error))
     return found
@@ -211,21 +215,3 @@ def _sent(comm: Comm, entrant: Entrant) -> tuple[Any, Any]:
     table[comm.rank] = np.mean(entrant.sent[1:], axis=0)
     up_R, down_R = comm.share(table.reshape(-1)).reshape(table.shape).T
     return up_R, down_R
-
-
-def link_bytes(plan: str, up_R: Any, down_R: Any, vector_bytes: int) -> float:
-    """The most that any rank sends, or receives, in a round.
-
-    A rank counts what it sends up and what comes down to it. What came up to it, and what it sent down, is what the
-    others' counts leave: each of them sends the same, and hears the same of it.
-    """
-    others = len(up_R) - 1
-    if others == 0:
-        return 0.0
-    if plan in ("replicated", "allreduce", "gloo"):
-        return 2 * others / len(up_R) * vector_bytes
-    if plan == "root":
-        return vector_bytes
-    sends = up_R + down_R.sum() - others * down_R
-    receives = down_R + up_R.sum() - others * up_R
-    return float(max(sends.max(), receives.max()))

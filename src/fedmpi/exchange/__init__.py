@@ -10,7 +10,7 @@
     shared_memory
                 the same on one node, straight out of the others' memory
     regions     a node, a site, a continent first; then across
-    overlap     any of them but window and regions behind the next round's training (`overlap: true`)
+    overlap     any of them but shared_memory and regions behind the next round's training (`overlap: true`)
     choose      which plan, and the exchange that it makes
     autotune    plans measured (`plan: auto`)
     cost        what a round sends and keeps in memory, computed

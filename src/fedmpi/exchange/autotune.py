@@ -1,36 +1,32 @@
-"""Seconds of a round's exchange under each plan, measured once on vectors of the real length."""
+"""Seconds of a round's exchange under each of some plans, on vectors of the real length."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import numpy as np
 import torch
 
 from fedmpi.comm import Comm
-from fedmpi.exchange.base import ExchangeContext
-from fedmpi.exchange.choose import make
-from fedmpi.exchange.config import ExchangeSection, PlanName
+from fedmpi.exchange.base import Exchange, ExchangeContext
 from fedmpi.server import FedAvg, Server
 from fedmpi.types import Contribution
 
 
 def measure(
-    section: ExchangeSection,
+    makes: Mapping[str, Callable[[], Exchange]],
     comm: Comm,
     params_P: torch.Tensor,
     facts: ExchangeContext,
-    able: Sequence[PlanName],
     repeats: int = 3,
 ) -> dict[str, float]:
-    """Seconds of a round's exchange under each candidate, the median of the slowest rank's; the same on every rank."""
-    found: dict[str, float] = {}
-    for plan in able:
+    """The median of the slowest rank's, by plan; the same on every rank. A call of all ranks."""
+    seconds: dict[str, float] = {}
+    for plan, make in makes.items():
         kept = comm.free_shared(1 << 30)
-        tried = make(replace(section, plan=plan, overlap=False, verify=False), comm, params_P, facts)
+        tried = make()
         work_P, delta_P = params_P.clone(), tried.delta()
         work_P, state = tried.home(work_P, FedAvg().init(work_P))
         silo = facts.hosted[0] if facts.hosted else (facts.ids[0] if facts.ids else "")
@@ -44,7 +40,7 @@ def measure(
             mine = np.zeros(comm.size)
             mine[comm.rank] = time.perf_counter() - start_s
             times.append(float(comm.share(mine).max()))
-        found[plan] = median(times[1:])
+        seconds[plan] = median(times[1:])
         del tried, work_P, delta_P, state
         comm.free_shared(kept)
-    return found
+    return seconds

@@ -19,17 +19,18 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from fedmpi.attacks import Edit
+from fedmpi.codecs import CODECS
 from fedmpi.comm import Comm
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange import weights
-from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.exact import Each, Exact
 from fedmpi.flat import sha256
 from fedmpi.layout import Layout
@@ -39,6 +40,7 @@ from fedmpi.types import Contribution
 
 if TYPE_CHECKING:
     from fedmpi.exchange.chunks import Coder
+    from fedmpi.exchange.config import ExchangeSection
 
 UNIT = 2.0**44  # ring integers per 1.0
 LARGEST_NORM = 2.0**18  # a delta beyond this is absurd, and more than the ring has room for
@@ -64,6 +66,31 @@ class ExchangeContext(NamedTuple):
     edit: Edit | None = None  # what an attack does to silos' rows before anybody reads them
 
 
+class Machine(NamedTuple):
+    """Where a run's ranks are."""
+
+    num_ranks: int = 1
+    one_node: bool = True  # do all of them share memory?
+    on_device: bool = False  # do any keep their vectors on a GPU?
+
+    @classmethod
+    def of(cls, comm: Comm, device: torch.device) -> Machine:
+        """The machine of these ranks, the same on all of them. A call of all ranks."""
+        gpus = comm.share(np.array([float(device.type != "cpu")]))
+        return cls(comm.size, comm.one_node(), bool(gpus[0]))
+
+
+def without(section: ExchangeSection, *, scope: bool = True, up: bool = True, down: bool = True) -> str:
+    """For `Exchange.supports`: the first of what is said here that a plan does without, which is all that is not left
+    out: silos' own vectors, codecs on the way up and down."""
+    if scope and section.scope == "silo":
+        return "takes no scope: silo"
+    for way, channel, refused in (("up", section.up, up), ("down", section.down, down)):
+        if refused and not channel.plain:
+            return f"takes no {way}.codec {CODECS.name_of(channel.codec)}"
+    return ""
+
+
 class Exchange:
     """One plan. Members write `finish`, and what differs of the rest.
 
@@ -71,6 +98,53 @@ class Exchange:
     """
 
     params_placement: Placement = "replicated"
+    in_shared_memory: ClassVar[bool] = False  # do silos train in memory that other ranks read?
+    one_by_one: ClassVar[bool] = False  # under `scope: silo`, does an aggregator see every silo's vector?
+
+    # ------------------------------------------------------------ what a plan declares
+
+    @classmethod
+    def supports(cls, section: ExchangeSection, machine: Machine) -> str:
+        """Why this plan cannot carry out the section there, as what follows its name: "needs all ranks on one node".
+        Empty if it can."""
+        return ""
+
+    @classmethod
+    def suits(cls, machine: Machine, num_elements: int) -> str:
+        """Why `plan: auto` takes this plan for vectors so long, unless it takes one that is asked before it; empty
+        where it does not."""
+        return ""
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        """What a round of it sends, and what it keeps in memory: the global parameters, the server's state, its own."""
+        raise NotImplementedError
+
+    @classmethod
+    def shared_bytes(cls, section: ExchangeSection, params_P: torch.Tensor, states: int, first: bool) -> int:
+        """Of shared memory that a rank makes; the `first` one of a node also for the server's `states`."""
+        return 0
+
+    @classmethod
+    def vectors_sent(cls, num_ranks: int) -> int:
+        """How many vectors cross each way in a round: what stays with its owner crosses nothing."""
+        return num_ranks - 1
+
+    @classmethod
+    def link_bytes(cls, up_R: np.ndarray, down_R: np.ndarray, vector_bytes: int) -> float:
+        """The most that any rank sends, or receives, in a round.
+
+        A rank counts what it sends up and what comes down to it. What came up to it, and what it sent down, is what the
+        others' counts leave: each of them sends the same, and hears the same of it.
+        """
+        others = len(up_R) - 1
+        if others == 0:
+            return 0.0
+        sends = up_R + down_R.sum() - others * down_R
+        receives = down_R + up_R.sum() - others * up_R
+        return float(max(sends.max(), receives.max()))
+
+    # ------------------------------------------------------------
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         self.section = section

@@ -8,7 +8,7 @@ vector's payload is does not depend on how many ranks there are, nor on how piec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ import torch
 from fedmpi import codecs, rng
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange.base import ExchangeContext
-from fedmpi.exchange.config import Channel
 from fedmpi.state import StateTensor
+
+if TYPE_CHECKING:
+    from fedmpi.exchange.config import Channel
 
 LONGEST = 1 << 18  # elements: 1 MiB of float32
 _GRAIN = 4096  # elements: codecs' blocks and chunks divide it
@@ -112,6 +114,11 @@ class Batches:
         return (len(pieces) - 1) * stride + last if last else 0
 
 
+def stride(codec: codecs.Codec, grid: Grid) -> int:
+    """Bytes from the payload of a piece to that of the next."""
+    return -(-codec.max_bytes(grid.length) // 4) * 4
+
+
 class Coder:
     """A channel's codec over the pieces of a vector. Payloads of all pieces lie `stride` bytes apart.
 
@@ -121,7 +128,7 @@ class Coder:
 
     def __init__(self, channel: Channel, grid: Grid, seed: int, device: torch.device, way: str) -> None:
         self.channel, self.codec, self.grid, self._seed, self._way = channel, channel.codec, grid, seed, way
-        self.stride = -(-self.codec.max_bytes(grid.length) // 4) * 4
+        self.stride = stride(self.codec, grid)
         sizes = (0, grid.length, grid.size(grid.num_pieces - 1))
         self._num_bytes = {size: self.codec.max_bytes(size) for size in sizes}
         self._key = 0

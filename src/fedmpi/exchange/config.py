@@ -10,9 +10,8 @@ import pydantic
 from fedmpi.codecs import CODECS, Codec, Identity
 from fedmpi.components import PositiveFraction, PositiveInt, component
 from fedmpi.errors import ConfigError
-
-PlanName = Literal["auto", "root", "replicated", "sharded", "window"]
-PLANS: tuple[PlanName, ...] = ("root", "replicated", "sharded", "window")
+from fedmpi.exchange.base import Exchange, Machine
+from fedmpi.exchange.plans import AUTO, MEASURE, PLANS
 
 
 @component
@@ -82,9 +81,7 @@ class Regions:
 class ExchangeSection:
     """How updates cross ranks."""
 
-    plan: PlanName = (
-        "replicated"  # root: rank 0 steps; replicated: all step; sharded: each its part; window: in one node's memory
-    )
+    plan: Annotated[str, PLANS] = AUTO  # how ranks carry it out; auto: by placement and sizes; measure: the fastest
     reduction: Literal["fast", "reproducible"] = "fast"  # reproducible: same bits for any number of ranks
     parameters: Annotated[str | list[str], pydantic.Field(union_mode="left_to_right")] = (
         "all"  # all, trainable, all_but_batch_norm or patterns
@@ -114,15 +111,24 @@ class ExchangeSection:
         return min(channel.codec.largest * (1 - 2**-10 * channel.feedback) for channel in self.channels)
 
     @property
-    def candidates(self) -> tuple[PlanName, ...]:
-        """The plans that can carry out what else is said here."""
-        if self.scope == "silo" or not self.down.plain or (not self.up.plain and not self.up.codec.linear):
-            return ("sharded",)
-        if self.regions is not None:
-            return ("sharded", "replicated", "root") if self.up.plain else ("sharded", "replicated")
-        if not self.up.plain:
-            return ("replicated", "sharded")
-        return tuple(plan for plan in PLANS if plan != "window") if self.overlap else PLANS
+    def chosen(self) -> bool:
+        """Does the plan turn out when the run starts?"""
+        return self.plan in (AUTO, MEASURE)
+
+    @property
+    def member(self) -> type[Exchange]:
+        """The plan that is named."""
+        return PLANS.find(self.plan)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Do silos' vectors meet as they are, and not only their sum?"""
+        return self.scope == "silo" and (self.chosen or self.member.one_by_one)
+
+    @property
+    def candidates(self) -> list[str]:
+        """The plans that can carry out what else is said here, on ranks of one node."""
+        return [name for name, plan in PLANS.members.items() if not plan.supports(self, Machine())]
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ExchangeSection:
@@ -131,13 +137,8 @@ class ExchangeSection:
             raise ValueError(f"exchange.parameters is {words}, got '{self.parameters}'")
         if self.overlap and self.regions is not None:
             raise ValueError("overlap does not go with regions yet: what runs behind training is one exchange")
-        if self.overlap and self.plan == "window":
-            raise ValueError("overlap does not go with plan window, which writes the parameters that silos are reading")
-        if self.plan not in ("auto", *self.candidates):
-            way = "up" if not self.up.plain and (self.down.plain or not self.up.codec.linear) else "down"
-            codec = f"{way}.codec {CODECS.name_of(getattr(self, way).codec)}"
-            what = "scope: silo" if self.scope == "silo" else "regions" if self.regions is not None else codec
-            raise ValueError(f"{what} goes with plan {' or '.join(self.candidates)}, not {self.plan}")
+        if not self.chosen and (why := self.member.supports(self, Machine())):
+            raise ValueError(f"plan {self.plan} {why}; take {' or '.join(self.candidates)}")
         if self.regions is not None and (self.scope == "silo" or self.reduction == "reproducible"):
             raise ValueError("regions fold what they hold: they go with scope: rank and reduction: fast")
         if self.reduction == "reproducible" and self.scope == "rank" and not (self.up.plain and self.down.plain):

@@ -9,19 +9,23 @@ are summed by MPI as they are, since all ranks encode with one key (replicated).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fedmpi.codecs import bare
 from fedmpi.comm import Comm
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
-from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
-from fedmpi.exchange.chunks import Coder, Grid, RankResidual
-from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.base import Exchange, ExchangeContext, Lap, Machine, without
+from fedmpi.exchange.chunks import SHORTEST, Coder, Grid, RankResidual, stride
+from fedmpi.exchange.cost import Cost, Sizes, Traffic, exact_bytes, limbs_bytes, word_bytes
 from fedmpi.server import Server
 from fedmpi.types import Contribution
+
+if TYPE_CHECKING:
+    from fedmpi.exchange.config import ExchangeSection
 
 
 class Whole(Exchange):
@@ -98,9 +102,50 @@ class Whole(Exchange):
         self.divide(summed, weight if self.ring else weight / weights.GRAIN, self._mean_P)
         return self._mean_P
 
+    @classmethod
+    def _held(cls, section: ExchangeSection, sizes: Sizes) -> dict[str, int]:
+        """What both plans keep, besides the server's state."""
+        vector, word = sizes.vector_bytes, word_bytes(section, sizes)
+        own = {"global parameters": vector}
+        if not section.up.plain:
+            grid = Grid(sizes.num_elements, sizes.num_ranks)
+            payload = grid.num_pieces * stride(section.up.codec, grid)
+            own |= {"sum": vector, "payloads sent": payload, "payloads received": payload, "mean": vector}
+            return own | ({"residual": vector} if section.up.feedback else {})
+        own |= {"sum": (sizes.num_elements + 1) * word, "received": (sizes.num_elements + 1) * word}
+        return own | ({"mean": vector} if section.reduction == "reproducible" else {})
+
 
 class Replicated(Whole):
-    """Every rank takes the same step."""
+    """Allreduce; every rank takes the same step."""
+
+    @classmethod
+    def supports(cls, section: ExchangeSection, machine: Machine) -> str:
+        return without(section, up=not section.up.codec.linear)
+
+    @classmethod
+    def suits(cls, machine: Machine, num_elements: int) -> str:
+        if machine.num_ranks == 1:
+            return "one rank"
+        return f"at most {SHORTEST:,} parameters" if num_elements <= SHORTEST else ""  # a vector of one piece
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        sums, control = sizes.num_elements * word_bytes(section, sizes), 0
+        if not section.up.plain:
+            grid = Grid(sizes.num_elements, sizes.num_ranks)
+            sums, control = grid.num_pieces * stride(section.up.codec, grid), 2 * 8 * sizes.num_ranks**2
+        each_way = sizes.num_ranks * (sums + limbs_bytes(section, sizes)) + exact_bytes(section, sizes)
+        memory = cls._held(section, sizes) | {"server state": sizes.state_bytes}
+        return Cost(Traffic(each_way, each_way, control, "Allreduce"), memory)
+
+    @classmethod
+    def vectors_sent(cls, num_ranks: int) -> int:
+        return num_ranks  # every rank's goes into the sum
+
+    @classmethod
+    def link_bytes(cls, up_R: np.ndarray, down_R: np.ndarray, vector_bytes: int) -> float:
+        return 2 * (len(up_R) - 1) / len(up_R) * vector_bytes
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
@@ -118,7 +163,22 @@ class Replicated(Whole):
 
 
 class Root(Whole):
-    """Rank 0 steps, and alone keeps the server's state."""
+    """Reduce to rank 0, which steps and alone keeps the server's state; Bcast."""
+
+    @classmethod
+    def supports(cls, section: ExchangeSection, machine: Machine) -> str:
+        return without(section)
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        others = sizes.num_ranks - 1
+        up = others * (sizes.num_elements * word_bytes(section, sizes) + limbs_bytes(section, sizes))
+        memory = cls._held(section, sizes) | {"server state": sizes.state_bytes if sizes.rank == 0 else 0}
+        return Cost(Traffic(up, others * sizes.vector_bytes, 0, "Reduce + Bcast"), memory)
+
+    @classmethod
+    def link_bytes(cls, up_R: np.ndarray, down_R: np.ndarray, vector_bytes: int) -> float:
+        return float(vector_bytes if len(up_R) > 1 else 0)
 
     def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
         return vector_P if self.comm.rank == 0 else vector_P[:0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from fedmpi.codecs import bare
 from fedmpi.comm import Comm, Pending
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.chunks import Batches, Coder, Grid
-from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.exact import Exact
+
+if TYPE_CHECKING:
+    from fedmpi.exchange.config import ExchangeSection
 
 
 class Download:

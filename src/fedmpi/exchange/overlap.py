@@ -44,6 +44,8 @@ import torch
 
 from fedmpi.comm import Comm
 from fedmpi.exchange.base import PARAMS, Exchange, Lap
+from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.server import Server
 from fedmpi.state import OfSilos, StateTensor, under, within
 from fedmpi.types import Contribution
@@ -54,6 +56,12 @@ PLAN, ABOUT = "plan", "about"  # what they are called in a checkpoint
 
 class Behind(Exchange):
     """Another exchange, `plan`, in a thread. `plan` has a twin of `comm`; parameters take turns in two vectors."""
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        traffic, memory = section.member.cost(section, sizes)
+        more = {"parameters that arrive": 1, "start": 1, "deltas of two rounds": 2 * sizes.hosted}
+        return Cost(traffic, memory | {name: num * sizes.vector_bytes for name, num in more.items()})
 
     def __init__(self, plan: Exchange, comm: Comm, params_P: torch.Tensor) -> None:
         super().__init__(plan.section, comm, params_P, plan.facts)

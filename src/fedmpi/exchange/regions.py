@@ -28,7 +28,7 @@ from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange.base import PARAMS, Exchange, ExchangeContext, Lap
 from fedmpi.exchange.config import ExchangeSection, Level
-from fedmpi.exchange.dense import Replicated, Root
+from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.shared_memory import SharedMemory
 from fedmpi.server import FedAvg, NoState, Server
@@ -37,12 +37,19 @@ from fedmpi.types import Contribution
 
 log = logging.getLogger("fedmpi")
 
-ACROSS = {"root": Root, "replicated": Replicated, "sharded": Sharded}
 REGION, SINCE = ("region", "params"), ("region", "weight")  # in a checkpoint between two exchanges across
 
 
 class Regional(Exchange):
     """An exchange in each region of each level, and one across."""
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        """Of a rank that leads a region; what is sent is as if no two ranks were in one."""
+        assert section.regions is not None
+        num_levels = len(section.regions.levels)
+        traffic, memory = section.member.cost(replace(section, regions=None), replace(sizes, hosted=1, vectors=()))
+        return Cost(traffic, memory | {"regions": (1 + 3 + (num_levels > 2)) * sizes.vector_bytes})
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
@@ -71,7 +78,7 @@ class Regional(Exchange):
         self._delta_P = self._start_P = self._mean_P = self._global_P = params_P[:0]
         if there is not None:
             outer = replace(section, regions=None, verify=False)  # what it gives is compared where all have it
-            self._across = ACROSS[section.plan](outer, there, params_P, facts)
+            self._across = section.member(outer, there, params_P, facts)
             self._global_P = params_P.clone()
         if self._across is not None or len(self._inside) > 1:
             self._delta_P = torch.zeros_like(params_P)
@@ -215,7 +222,7 @@ class Regional(Exchange):
         """What a region's first rank knows becomes what all of it know."""
         if exchange.comm.rank == 0 and target_P is not result_P:
             target_P.copy_(result_P)
-        if isinstance(exchange, SharedMemory):
+        if exchange.in_shared_memory:
             exchange.comm.barrier()
         else:
             exchange.comm.bcast(target_P)
@@ -225,7 +232,9 @@ def _in_memory(level: Level, comm: Comm, group: Comm, params_P: torch.Tensor) ->
     """Can the innermost regions exchange out of shared memory? Silos train in it, and values must travel plain. A call
     of all ranks of `comm`, in whose `group` this rank is."""
     able = level.up.plain and level.down.plain and group.one_node() and params_P.device.type == "cpu"
-    needed = SharedMemory.shared_bytes(ExchangeSection(plan="window"), params_P, 0, group.rank == 0) if able else 0
+    needed = (
+        SharedMemory.shared_bytes(ExchangeSection(plan="shared_memory"), params_P, 0, group.rank == 0) if able else 0
+    )
     if full := comm.room(needed):
         if comm.rank == 0:
             log.warning("exchange.regions: not out of shared memory: %s", full)
@@ -236,7 +245,7 @@ def _in_memory(level: Level, comm: Comm, group: Comm, params_P: torch.Tensor) ->
 def _inside(level: Level, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext, in_memory: bool) -> Exchange:
     """The exchange of one region."""
     if in_memory:
-        return SharedMemory(ExchangeSection(plan="window"), comm, params_P, facts)
+        return SharedMemory(ExchangeSection(plan="shared_memory"), comm, params_P, facts)
     return Sharded(ExchangeSection(plan="sharded", up=level.up, down=level.down), comm, params_P, facts)
 
 

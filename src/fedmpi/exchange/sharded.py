@@ -24,7 +24,7 @@ take turns with the very kernels it is to overlap with. `overlap` runs the whole
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,21 +32,75 @@ import torch
 from fedmpi.comm import Comm, Pending
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange.accumulator import Accumulator
-from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
-from fedmpi.exchange.chunks import Batches, Grid, SiloResiduals, stripes_per_batch
-from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.base import MANY, Exchange, ExchangeContext, Lap, Machine
+from fedmpi.exchange.chunks import Batches, Grid, SiloResiduals, stride, stripes_per_batch
+from fedmpi.exchange.cost import Cost, Sizes, Traffic, exact_bytes, word_bytes
 from fedmpi.exchange.download import Download
-from fedmpi.exchange.upload import Sender, Upload
+from fedmpi.exchange.upload import AHEAD, Sender, Upload
 from fedmpi.exchange.weights import LIMBS
 from fedmpi.server import Server
 from fedmpi.state import Vectors
 from fedmpi.types import Contribution
+
+if TYPE_CHECKING:
+    from fedmpi.exchange.config import ExchangeSection
 
 COLUMNS = 3 + LIMBS  # of the table of senders: rank, index, factor, and the share
 
 
 class Sharded(Exchange):
     """All-to-all of encoded pieces, step at their owners, all-gather."""
+
+    one_by_one: ClassVar[bool] = True
+
+    @classmethod
+    def suits(cls, machine: Machine, num_elements: int) -> str:
+        return "one node" if machine.one_node else "several nodes"
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        num_ranks, up, down = sizes.num_ranks, section.up, section.down
+        grid, word = Grid(sizes.num_elements, num_ranks), word_bytes(section, sizes)
+        pieces = [grid.size(piece) for piece in range(grid.num_pieces)]
+        payloads_up = [size * word if up.plain else up.codec.max_bytes(size) for size in pieces]
+        payloads_down = [size * sizes.element_bytes if down.plain else down.codec.max_bytes(size) for size in pieces]
+        sent = sum(
+            count * sum(size for piece, size in enumerate(payloads_up) if piece % num_ranks != rank)
+            for rank, count in enumerate(sizes.vectors or [1] * num_ranks)
+        )
+        table = COLUMNS * (sizes.num_silos if section.scope == "silo" else num_ranks)
+        if not up.codec.fixed:
+            table += num_ranks * sizes.most_vectors * grid.num_pieces
+        if not down.codec.fixed:
+            table += grid.num_stripes * num_ranks
+        if section.lossy:
+            table += num_ranks
+        beside = exact_bytes(section, sizes)
+        traffic = Traffic(
+            sent + beside,
+            (num_ranks - 1) * sum(payloads_down) + beside,
+            2 * 8 * table * num_ranks,
+            "Ialltoallv + Iallgatherv",
+        )
+        return Cost(traffic, cls._held(section, sizes, grid, word))
+
+    @classmethod
+    def _held(cls, section: ExchangeSection, sizes: Sizes, grid: Grid, word: int) -> dict[str, int]:
+        by_silo, up, down, vector = section.scope == "silo", section.up, section.down, sizes.vector_bytes
+        own = sizes.hosted if by_silo else min(1, sizes.hosted)
+        depth = stripes_per_batch(grid, up, down)
+        offsets = Batches(grid, depth).num_offsets
+        payload = grid.length * word if up.plain else stride(up.codec, grid)
+        memory = {"global parameters": vector, "server state": round(sizes.state_bytes / sizes.num_ranks)}
+        if not by_silo and (sizes.hosted > 1 or word != sizes.element_bytes):
+            memory["sum"] = sizes.num_elements * word
+            memory["sum in float64"] = 8 * sizes.num_elements * (sizes.hosted > MANY and word == 4)
+        memory["received"] = (AHEAD + 1) * sizes.most_vectors * sizes.num_ranks * depth * payload
+        memory["payloads up"] = 0 if up.plain and not by_silo else own * offsets * payload
+        memory["payloads down"] = 0 if down.plain else offsets * stride(down.codec, grid)
+        memory["residuals up"] = own * (1 + by_silo) * vector * up.feedback
+        memory["residuals down"] = vector // sizes.num_ranks * down.feedback
+        return memory
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)

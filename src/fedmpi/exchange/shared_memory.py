@@ -1,4 +1,4 @@
-"""Plan window: every rank adds up its own coordinates straight out of the others' shared memory.
+"""Plan shared_memory: every rank adds up its own coordinates straight out of the others' shared memory.
 
 Every rank owns 1/n of the coordinates, adds them up, steps them, and writes where all read. Parameters and server state
 are there once per node, whatever the number of ranks; nothing is sent.
@@ -6,21 +6,49 @@ are there once per node, whatever the number of ranks; nothing is sent.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from fedmpi.comm import Comm
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
-from fedmpi.exchange.base import BLOCK, Exchange, ExchangeContext, Lap
-from fedmpi.exchange.config import ExchangeSection
+from fedmpi.exchange.base import BLOCK, Exchange, ExchangeContext, Lap, Machine, without
+from fedmpi.exchange.cost import Cost, Sizes, Traffic, word_bytes
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
+if TYPE_CHECKING:
+    from fedmpi.exchange.config import ExchangeSection
+
 
 class SharedMemory(Exchange):
-    """Ranks of one node, in host memory."""
+    """On one node each rank adds up and steps its part straight out of the others' memory; nothing is sent."""
+
+    in_shared_memory: ClassVar[bool] = True
+
+    @classmethod
+    def supports(cls, section: ExchangeSection, machine: Machine) -> str:
+        if why := without(section):
+            return why
+        if section.regions is not None:
+            return "takes no regions"
+        if section.overlap:
+            return "takes no overlap, since it writes the parameters that silos are reading"
+        if machine.on_device:
+            return "works in host memory"
+        return "" if machine.one_node else "needs all ranks on one node"
+
+    @classmethod
+    def suits(cls, machine: Machine, num_elements: int) -> str:
+        return "one node" if machine.one_node else ""
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        memory = {"sum": (sizes.num_elements + 1) * word_bytes(section, sizes)}
+        if sizes.rank == 0:  # once for the node
+            memory |= {"global parameters": sizes.vector_bytes, "server state": sizes.state_bytes}
+        return Cost(Traffic(0, 0, 0, "shared memory of one node"), memory)
 
     params_placement = "root"  # what rank 0 writes is what all read
 
@@ -34,8 +62,8 @@ class SharedMemory(Exchange):
         self._total_B = torch.zeros(BLOCK, dtype=self.sum_dtype)
         self._mean_B = torch.zeros(BLOCK, dtype=self.dtype)
 
-    @staticmethod
-    def shared_bytes(section: ExchangeSection, params_P: torch.Tensor, states: int, first: bool) -> int:
+    @classmethod
+    def shared_bytes(cls, section: ExchangeSection, params_P: torch.Tensor, states: int, first: bool) -> int:
         """Of shared memory that a rank makes; the `first` one also for the parameters and the server's `states`."""
         integers = section.reduction == "reproducible" and section.scope == "rank"
         sums = 8 if integers else params_P.itemsize

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from fedmpi.codecs import Bare, bare
 from fedmpi.comm import Comm, Pending
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.chunks import Batches, Coder, Grid, RankResidual, SiloResiduals
-from fedmpi.exchange.config import ExchangeSection
+
+if TYPE_CHECKING:
+    from fedmpi.exchange.config import ExchangeSection
 
 AHEAD = 3  # batches on their way up while one is added up
 
