@@ -282,7 +282,7 @@ def test_aggregators_get_what_an_omniscient_attacker_sends(tmp_path, name, aggre
     ("fields", "says"),
     [
         ({}, "it needs exchange: {plan: sharded, scope: silo}"),
-        ({"exchange": {"plan": "auto", "scope": "silo"}}, "it needs exchange: {plan: sharded, scope: silo}"),
+        ({"exchange": {"plan": "auto", "scope": "rank"}}, "it needs exchange: {plan: sharded, scope: silo}"),
         ({"exchange": {"plan": "sharded", "scope": "silo", "up": {"codec": "bf16"}}}, "take no exchange.up.codec"),
         ({"exchange": {"plan": "sharded", "scope": "silo"}, "local": {"name": "scaffold"}}, "take a rule that sends"),
     ],
