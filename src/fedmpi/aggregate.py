@@ -8,7 +8,7 @@ silos sent of it, and nobody holds K whole vectors. They give every silo one vot
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pydantic
@@ -38,10 +38,12 @@ class Aggregator(Protocol):
     `combine(rows_KS, weights_K) -> row_S` besides, over any slice S of the coordinates; one with `start_loss` set finds
     the loss of the global parameters on the silo's training samples in the contribution.
 
-    `refuses_factors` says why a selector's factors (1/probability) would not make it unbiased; `scaled` is set where
-    `scale` is more than their sum's share: of one round's silos, so that it does not go over several rounds;
-    `suits(num_silos)` raises ConfigError where cohorts of so many silos are too small for it: it is asked of the
-    smallest cohort that the selector may give, and each round of the silos that were heard.
+    `reads` says what `scale` looks at of each silo: `norm`, `start_loss`; where it is empty, `scale` gives the same
+    for the silos' sums and means (`disclose`). `refuses_factors` says why a selector's factors (1/probability)
+    would not make it unbiased; `scaled` is set where `scale` is more than their sum's share: of one round's silos,
+    so that it does not go over several rounds; `suits(num_silos)` raises ConfigError where cohorts of so many silos
+    are too small for it: it is asked of the smallest cohort that the selector may give, and each round of the silos
+    that were heard.
     """
 
     def base(self, silo: str, num_samples: int) -> float:
@@ -67,6 +69,8 @@ class Mean:
     >>> Mean().base("a", 200), Mean(weights="uniform").base("a", 200), Mean(weights={"a": 3.0}).base("a", 200)
     (200.0, 1.0, 3.0)
     """
+
+    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
 
     # n_k; every silo the same; the steps that it took in the round; or your own, by silo id
     weights: Literal["samples", "uniform", "steps"] | dict[str, PositiveFloat] = "samples"
@@ -103,6 +107,7 @@ class FedNova:
     steps counts for no more; with equal steps it is the mean.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
     refuses_factors = "it multiplies two sums over the cohort, and the product of two estimates is biased"
     scaled = True
 
@@ -139,6 +144,7 @@ class Qffl:
 
     start_loss = True
     scaled = True
+    reads: ClassVar[frozenset[str]] = frozenset({"start_loss", "norm"})
     refuses_factors = "it divides by a sum over the cohort, which is not known of all silos"
 
     q: NonNegativeFloat = 1.0  # how much fairness counts
@@ -170,6 +176,7 @@ class Qffl:
 class _Votes:
     """One vote for every silo."""
 
+    reads: ClassVar[frozenset[str]] = frozenset({"delta"})
     refuses_factors = "every silo has one vote"
 
     def base(self, silo: str, num_samples: int) -> float:

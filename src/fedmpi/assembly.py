@@ -43,6 +43,7 @@ from fedmpi.objectives import LossAndMetrics, resolve
 from fedmpi.opening import Opened, open_silos
 from fedmpi.placement import place
 from fedmpi.rounds import Federation, State
+from fedmpi.rounds.disclosure import refuse_metrics
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
 
@@ -117,6 +118,7 @@ def specify(config: Config, comm: Comm, out: Path) -> Spec:
         log.warning("an experiment, not for use: %s", said(config.attack, [silo.id for silo in source.silos]))
     comm.require_equal("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
     objective = comm.collectively(lambda: resolve(config.objective, source.task, source.num_classes))
+    comm.collectively(lambda: refuse_metrics(config.disclose, objective.scorers))
     module = comm.collectively(lambda: build_module(config, source))
     if (init := config.init) is not None:
         left_out = comm.collectively(lambda: pretrained.start(module, init))
@@ -195,6 +197,7 @@ def build_federation(
             evaluate_batch=config.evaluate.batch_size,
             average=config.server.average,
             measurements=config.records.measurements,
+            disclose=config.disclose,
             finetune=config.evaluate.finetune,
             experiment="" if attack is None else said(attack, spec.known),
         )

@@ -42,6 +42,7 @@ from fedmpi.pretrained import InitSection
 from fedmpi.records import MEASUREMENTS, SINKS, Measurement, Sink
 from fedmpi.records.measurements import Gram
 from fedmpi.rounds import ENGINES, Engine, Synchronous
+from fedmpi.rounds.disclosure import Disclose, refuse_hidden
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, FedDyn, ServerOptimizer
 from fedmpi.types import Dataset
@@ -142,6 +143,7 @@ class Config:
     server: ServerSection = ServerSection()
     engine: Annotated[Engine, ENGINES] = Synchronous()  # how rounds follow one another
     exchange: ExchangeSection = ExchangeSection()
+    disclose: Disclose = "silo"  # which figures of single silos leave their rank: all, who took part, or sums alone
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     resume: ResumeSection = ResumeSection()
@@ -149,6 +151,17 @@ class Config:
     records: RecordsSection = RecordsSection()
     device: DeviceSection = DeviceSection()
     comm: CommSection = CommSection()
+
+    @pydantic.model_validator(mode="after")
+    def _disclosed(self) -> Config:
+        readers: list[tuple[str, Any]] = [("select", self.select), ("aggregate", self.aggregate)]
+        if isinstance(self.engine, Synchronous):
+            readers.append(("engine.policy", self.engine.policy))
+        readers += [("records.measure", measurement) for measurement in self.records.measurements]
+        refuse_hidden(self.disclose, readers)
+        if self.disclose != "silo" and self.exchange.scope == "silo":
+            raise ValueError(f"disclose: {self.disclose}, but with exchange.scope: silo each delta leaves its rank")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:

@@ -23,6 +23,7 @@ from fedmpi.metrics.scorers import NOTHING, Scorer, pooled
 from fedmpi.objectives import LOSS, MOST_METRICS, LossAndMetrics, Tally
 from fedmpi.records import Record, StatusTable
 from fedmpi.records.measurements import spread
+from fedmpi.records.table import Column, Pooling
 
 log = logging.getLogger("fedmpi")
 
@@ -128,11 +129,14 @@ class Scores:
 
     objective: LossAndMetrics
     personal: bool = True  # are there silos with models of their own?
+    pools: bool = False  # do only sums over silos leave a rank?
 
     @classmethod
-    def of(cls, objective: LossAndMetrics, rule: LocalRule, finetune: LocalRule | None, layers: bool) -> Scores:
+    def of(
+        cls, objective: LossAndMetrics, rule: LocalRule, finetune: LocalRule | None, layers: bool, pools: bool = False
+    ) -> Scores:
         """With room for personal figures where the rule, fine-tuning or `layers` of silos' own may leave any."""
-        return cls(objective, layers or finetune is not None or hasattr(rule, "personal"))
+        return cls(objective, layers or finetune is not None or hasattr(rule, "personal"), pools)
 
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:
@@ -141,6 +145,72 @@ class Scores:
         for i, scorer in enumerate(self.objective.scorers):
             one += [f"value/{i}", *(f"sum/{i}/{j}" for j in range(scorer.num_sums))]
         return tuple(prefix + name for prefix in self._prefixes for name in one)
+
+    @functools.cached_property
+    def pooling(self) -> Pooling | None:
+        """What of the rows leaves a rank; None: all of them."""
+        if not self.pools:
+            return None
+        names = ["silos", "tests", "targets", "loss", "failed"]
+        for i, scorer in enumerate(self.objective.scorers):
+            names += [f"{what}/{i}" for what in ("weight", "value", "there", "undefined", "raised")]
+            names += [f"sum/{i}/{j}" for j in range(scorer.num_sums)]
+        return Pooling((), tuple(prefix + name for prefix in self._prefixes for name in names), self._add_up)
+
+    def _add_up(self, column: Column) -> dict[str, float]:
+        """The sums over a rank's silos."""
+        sums: dict[str, float] = {}
+        for prefix in self._prefixes:
+            tested = column(f"{prefix}tests") > 0
+            raised = column(f"{prefix}raised")[tested].astype(np.int64)
+            failed = raised & (RAISED << len(self.objective.scorers)) > 0
+            loss, targets = column(f"{prefix}loss")[tested], column(f"{prefix}targets")[tested]
+            targets = np.where(failed, 0.0, targets)
+            found = {"silos": tested.sum(), "tests": column(f"{prefix}tests").sum(), "targets": targets.sum()}
+            found |= {"loss": (np.where(targets > 0, loss, 0.0) * targets).sum(), "failed": failed.sum()}
+            for i, scorer in enumerate(self.objective.scorers):
+                broken, there = raised & (RAISED << i) > 0, raised & (LOST << i) == 0
+                values = column(f"{prefix}value/{i}")[tested]
+                rows = [column(f"{prefix}sum/{i}/{j}")[tested] for j in range(scorer.num_sums)]
+                sums_KS = np.stack(rows, axis=1) if rows else np.zeros((len(values), 0))
+                defined = there & ~np.isnan(values)
+                pairs = zip(values[defined].tolist(), sums_KS[defined], strict=True)
+                weights = np.array([scorer.weight(value, row_S) for value, row_S in pairs])
+                counted = np.where(weights > 0, values[defined], 0.0)
+                found |= {f"weight/{i}": weights.sum(), f"value/{i}": (counted * weights).sum()}
+                found |= {f"there/{i}": there.sum(), f"raised/{i}": broken.sum()}
+                found[f"undefined/{i}"] = (np.isnan(values) & ~broken).sum()
+                found |= {f"sum/{i}/{j}": total for j, total in enumerate(sums_KS[there].sum(axis=0).tolist())}
+            sums |= {prefix + name: float(value) for name, value in found.items()}
+        return sums
+
+    def _pooled_figures(self, board: StatusTable, prefix: str) -> Record:
+        """The figures of all silos from sums; of silos where something is wrong their number."""
+
+        def total(name: str) -> float:
+            return board.sum(prefix + name)
+
+        if not total("tests"):
+            return {}
+        found: Record = {f"{prefix}loss": total("loss") / total("targets") if total("targets") else None}
+        undefined, threw = {}, {LOSS: int(total("failed"))}
+        start = self._prefixes.index(prefix) * self._num_counts
+        for i, scorer in enumerate(self.objective.scorers):
+            weight = total(f"weight/{i}")
+            values = np.array([total(f"value/{i}") / weight if weight else np.nan])
+            sums_KS = np.array([[total(f"sum/{i}/{j}") for j in range(scorer.num_sums)]])
+            rows = slice(0, 1 if total(f"there/{i}") else 0)
+            counts = board.counts[start : start + scorer.num_counts]
+            start += scorer.num_counts
+            figures = _of_all(scorer, values[rows], sums_KS[rows], counts)
+            found |= {prefix + key: value for key, value in figures.items()}
+            if scorer.maximize is not None:
+                undefined[prefix + scorer.name] = int(total(f"undefined/{i}"))
+                threw[prefix + scorer.name] = int(total(f"raised/{i}"))
+        for key, numbers in (("undefined", undefined), ("raised", threw)):
+            some = {name: number for name, number in numbers.items() if number}
+            found |= {prefix + key: some} if some else {}
+        return found
 
     @property
     def num_counts(self) -> int:
@@ -179,7 +249,9 @@ class Scores:
         self, board: StatusTable, ids: Sequence[str], prefix: str = ""
     ) -> tuple[dict[str, dict[str, Any]], Record]:
         """Each tested silo's figures, and those of all: of the global model, or with the prefix of the silos' own. Both
-        empty where nothing was tested."""
+        empty where nothing was tested, and no rows where only sums leave a rank."""
+        if self.pools:
+            return {}, self._pooled_figures(board, prefix)
         tests = board.silo(f"{prefix}tests")
         if not tests.any():
             return {}, {}

@@ -21,14 +21,16 @@ class RoundOutcome:
     round: int
     ids: Sequence[str]
     cohort_K: np.ndarray  # bool: was it to take part?
-    rejected_K: np.ndarray  # bool: was its update left out, being not finite or absurd?
+    rejected_K: np.ndarray | None  # bool: was its update left out, being not finite or absurd? None: not disclosed
     loss_K: np.ndarray  # mean training loss
     norm_K: np.ndarray  # Euclidean, of the delta
     samples_K: np.ndarray  # that it trained on, each as often as it was visited
     steps_K: np.ndarray  # of its optimizer
     loss: float | None = None  # training loss of all that were heard; None where none is finite
     norm: float | None = None  # mean norm of their deltas
-    not_finite: Sequence[str] = ()  # silos that told a loss which is not finite
+    not_finite: Sequence[str] = ()  # silos that told a loss which is not finite, as far as they are disclosed
+    num_rejected: int = 0
+    num_not_finite: int = 0
     # By silo; test figures of those with tests.
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # Inner products of the deltas that were taken, for measurements alone: no checkpoint has them.
@@ -37,8 +39,15 @@ class RoundOutcome:
     @property
     def taken_K(self) -> np.ndarray:
         """bool: does its update count?"""
+        if self.rejected_K is None:
+            raise LookupError("whose updates were taken is not disclosed (disclose: pooled)")
         taken_K: np.ndarray = self.cohort_K & ~self.rejected_K
         return taken_K
+
+    @property
+    def num_taken(self) -> int:
+        """How many updates count."""
+        return int(self.cohort_K.sum()) - self.num_rejected
 
     @property
     def cohort(self) -> list[str]:
@@ -47,8 +56,8 @@ class RoundOutcome:
 
     @property
     def rejected(self) -> list[str]:
-        """The silos whose update was left out."""
-        return self.names(self.rejected_K)
+        """The silos whose update was left out, as far as they are disclosed."""
+        return [] if self.rejected_K is None else self.names(self.rejected_K)
 
     def metric(self, name: str) -> np.ndarray:
         """A test figure by silo, [K]; nan throughout where the round was not evaluated."""
@@ -60,7 +69,7 @@ class RoundOutcome:
 
     def only(self, indices: np.ndarray) -> RoundOutcome:
         """The outcome for some of the silos; figures of all stay."""
-        arrays = {name: getattr(self, name)[indices] for name in _ARRAYS}
+        arrays = {name: array[indices] for name in _ARRAYS if (array := getattr(self, name)) is not None}
         return replace(self, ids=[self.ids[i] for i in indices.tolist()], **arrays)
 
     @classmethod
@@ -69,29 +78,43 @@ class RoundOutcome:
         ids: Sequence[str],
         round: int,
         cohort: Sequence[str] = (),
-        rejected: Sequence[str] = (),
+        rejected: Sequence[str] | None = (),
         rows: Mapping[str, Mapping[str, Any]] | None = None,
         **of_all: Any,
     ) -> RoundOutcome:
         """An outcome from figures by silo, under the names that a record has for them."""
         rows = rows or {}
         by_silo: dict[str, Any] = {name: column(ids, rows, key) for name, key in _OF_SILO.items()}
-        took_part, left_out = set(cohort), set(rejected)
-        cohort_K, rejected_K = (np.array([silo in some for silo in ids], dtype=bool) for some in (took_part, left_out))
+        if rejected is not None:
+            of_all = {"num_rejected": len(rejected)} | of_all
+        cohort_K, rejected_K = members(ids, cohort), None if rejected is None else members(ids, rejected)
         return cls(round, ids, cohort_K, rejected_K, **by_silo, rows=rows, **of_all)
 
     @classmethod
     def from_record(cls, ids: Sequence[str], record: Mapping[str, Any]) -> RoundOutcome:
         """The outcome that a stored record was made from."""
         of_all = {"loss": record["train_loss"], "norm": record["delta_norm"]}
+        named = (record["round"], record["cohort"], record.get("rejected"), record["silos"])
+        if "num_rejected" in record:
+            of_all["num_rejected"] = record["num_rejected"]
         not_finite = record.get("not_finite", ())
-        named = (record["round"], record["cohort"], record["rejected"], record["silos"])
-        return cls.of(ids, *named, **of_all, not_finite=not_finite)
+        number = record.get("num_not_finite", len(not_finite))
+        return cls.of(ids, *named, **of_all, not_finite=not_finite, num_not_finite=number)
 
 
 # What a record calls the figures of a silo.
 _OF_SILO = {"loss_K": "train_loss", "norm_K": "delta_norm", "samples_K": "num_samples", "steps_K": "num_steps"}
 _ARRAYS = ("cohort_K", "rejected_K", *_OF_SILO)
+
+
+def members(ids: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Which of the silos are named, [K].
+
+    >>> members(["a", "b"], ["b"])
+    array([False,  True])
+    """
+    some = set(names)
+    return np.array([silo in some for silo in ids], dtype=bool)
 
 
 def column(ids: Sequence[str], rows: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedmpi import pretrained, records
+from fedmpi import pretrained
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
@@ -23,7 +23,9 @@ from fedmpi.local import plain_step
 from fedmpi.models import make
 from fedmpi.objectives import resolve
 from fedmpi.placement import place
+from fedmpi.records import StatusTable, peak_rss_bytes
 from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
+from fedmpi.rounds.disclosure import ready_pooling, refuse_metrics
 
 _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
 
@@ -67,13 +69,14 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     """
     source = config.data.source(config.seed)
     objective = resolve(config.objective, source.task, source.num_classes)
+    refuse_metrics(config.disclose, objective.scorers)
     with torch.device("meta"):
         module = make(config.model, source)
     if config.init is not None:
         pretrained.fitting(module, config.init)
     found = config.entries(module, [silo.id for silo in source.silos])
     layers = any(e.kind == "personal" and e.num_elements for e in found)
-    scores = Scores.of(objective, config.local, config.evaluate.finetune, layers)
+    scores = Scores.of(objective, config.local, config.evaluate.finetune, layers, config.disclose != "silo")
     counts = Counts.of(found, config)
     section, why = _planned(config, num_ranks, counts.travels)
     # Pinned silos cannot be placed on hosts that are not known yet.
@@ -104,7 +107,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
                 "data_bytes": samples * sample_bytes,
                 "vectors": vectors,
                 "vector_bytes": sum(vectors.values()),
-                "memory_bytes": sum(vectors.values()) + samples * sample_bytes + records.peak_rss_bytes(),
+                "memory_bytes": sum(vectors.values()) + samples * sample_bytes + peak_rss_bytes(),
             }
         )
     on_wire = cost(section, sizes).traffic
@@ -192,8 +195,9 @@ def _checkpoint(config: Config, counts: Counts, section: ExchangeSection, sizes:
 
 def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:
     """Elements of the small tables that ranks agree on in a round, vectors' own not counted."""
-    num = num_ranks * (len(READY_RANK) + len(DONE_RANK)) + num_silos * (len(READY_SILO) + len(scores.columns))
-    num += scores.num_counts
+    ready = StatusTable(num_ranks, READY_RANK, num_silos, READY_SILO, pooling=ready_pooling(config.disclose))
+    done = StatusTable(num_ranks, DONE_RANK, num_silos, scores.columns, scores.num_counts, scores.pooling)
+    num = (ready.num_bytes + done.num_bytes) // 8
     num += 2 * num_ranks * config.exchange.overlap  # are deltas folded everywhere? How long did the exchange take?
     num += (num_ranks + num_silos) * bool(getattr(config.select, "asks", False))  # losses of candidates
     return num + num_silos**2 * ("gram" in config.records.needs)

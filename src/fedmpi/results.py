@@ -128,8 +128,8 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
         params_P = run.averaged_parameters(round, comm)
         kept = comm.collectively(lambda: run.kept(round, mine))
         objective = comm.collectively(lambda: resolve(run.config.objective, run.source.task, run.source.num_classes))
-        scores = Scores(objective)
-        board = StatusTable(comm.size, (), len(ids), scores.columns, scores.num_counts)
+        scores = Scores(objective, pools=run.config.disclose != "silo")
+        board = StatusTable(comm.size, (), len(ids), scores.columns, scores.num_counts, scores.pooling)
 
         def score() -> None:
             for silo in mine:
@@ -139,9 +139,9 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
 
         comm.collectively(score)
         board.share(comm.share)
-    rows: dict[str, dict[str, Any]] = {
-        silo: {"num_test": int(num)} for silo, num in zip(ids, board.silo("tests"), strict=True)
-    }
+    rows: dict[str, dict[str, Any]] = {}
+    if not scores.pools:
+        rows = {silo: {"num_test": int(num)} for silo, num in zip(ids, board.silo("tests"), strict=True)}
     record: Record = {"round": round}
     for prefix in ("", PERSONAL):
         of_silos, figures = scores.figures(board, ids, prefix)

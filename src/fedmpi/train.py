@@ -139,7 +139,7 @@ class Run:
         """Give up where a round that is not committed yet shows that the run diverges; what was last good is on disk
         from the first doubt on."""
         loss, norm = outcome.loss, outcome.norm
-        if loss is None and not outcome.not_finite:
+        if loss is None and not outcome.num_not_finite:
             return  # no target counted, which says nothing
         if not self._health.doubts and self._health.suspects(loss, norm) and not self._keeper.has(self.state):
             self._keeper.write(self.state)

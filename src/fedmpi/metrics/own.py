@@ -33,6 +33,10 @@ class Function(Scorer):
     pools = False
     whole = True
     num_counts = 0
+    adds_up = True
+
+    def weight(self, value: float, sums_S: np.ndarray) -> float:
+        return 1.0
 
     def update(self, state: Any, outputs: Tensor, targets: Tensor) -> Any:
         return float(self.function(outputs, targets))
@@ -46,6 +50,8 @@ class Function(Scorer):
 
 class OwnStates(Scorer):
     """A user's own class of one tensor of counts or sums."""
+
+    adds_up = True
 
     def __init__(self, name: str, metric: Any, maximize: bool) -> None:
         self.name, self.maximize, self._metric = name, maximize, metric
@@ -96,6 +102,10 @@ class Torchmetric(Scorer):
         self._counts, self._sums = counts, [n for n in self._ways if n not in counts]
         self.num_counts = sum(self._like[n].numel() for n in self._counts)
         self.num_sums = sum(self._like[n].numel() for n in self._sums)
+        self.adds_up = not self.pools or all(self._ways[n] == "sum" for n in self._sums)
+
+    def weight(self, value: float, sums_S: np.ndarray) -> float:
+        return 0.0 if self.pools else 1.0
 
     def _tried(self, num_classes: int) -> dict[str, Tensor]:
         """States as they are after two samples: some take their size from what they are given."""

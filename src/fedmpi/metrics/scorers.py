@@ -48,6 +48,8 @@ class Scorer:
     whole = False  # are all of a silo's outputs wanted at once?
     num_counts: int  # integers that are added up over silos
     num_sums = 0  # numbers that have a row per silo
+    # Is the figure of all also that of one row, with the rows' sums and the mean of their values by `weight`?
+    adds_up = False
 
     @property
     def key(self) -> str:
@@ -74,6 +76,10 @@ class Scorer:
         """The figure that a silo's value stands for."""
         return value
 
+    def weight(self, value: float, sums_S: np.ndarray) -> float:
+        """What a silo's value counts in the mean over silos; 0 where it is not needed."""
+        return 0.0
+
     def of_all(self, values_K: np.ndarray, sums_KS: np.ndarray, counts_C: np.ndarray) -> dict[str, Any]:
         """The record's figures of the silos that were tested, rows in silo order."""
         raise NotImplementedError
@@ -89,6 +95,10 @@ class Mean(Scorer):
     then: Callable[[float], float] | None = None  # what becomes of the mean
     num_counts = 0
     num_sums = 1
+    adds_up = True
+
+    def weight(self, value: float, sums_S: np.ndarray) -> float:
+        return float(sums_S[0])
 
     def init(self, device: torch.device | str) -> Any:
         return torch.zeros((), dtype=torch.float64, device=device), 0
@@ -122,6 +132,7 @@ class Counts(Scorer):
     count: Callable[[Tensor, Tensor], Tensor]
     figure: Callable[[np.ndarray], Any]
     within: Callable[[np.ndarray], float] | None = None  # how far the figure may be off
+    adds_up = True
 
     def init(self, device: torch.device | str) -> Any:
         return torch.zeros(self.num_counts, dtype=torch.int64, device=device)

@@ -53,6 +53,7 @@ class Measurement(Protocol):
     """Something that is measured of every round."""
 
     needs: frozenset[str]  # gram: the inner products of the silos' deltas, in the outcome
+    reads: frozenset[str]  # which arrays of the outcome: loss, norm, samples, steps, taken, metric; gram is one
 
     def of(self, outcome: RoundOutcome) -> dict[str, Any]:
         """Fields for the record."""
@@ -64,7 +65,7 @@ class Gram:
     """How alike the silos' deltas are: gradient diversity and cosines (Yin et al. 2018, Gradient Diversity,
     Definition 1, with deltas in place of gradients)."""
 
-    needs = frozenset({"gram"})
+    needs = reads = frozenset({"gram"})
 
     matrix: bool = False  # all cosines, and not only their mean and least
 
@@ -83,7 +84,7 @@ class Dissimilarity:
     {'dissimilarity': 2.5}
     """
 
-    needs = frozenset({"gram"})
+    needs = reads = frozenset({"gram"})
 
     def of(self, outcome: RoundOutcome) -> dict[str, Any]:
         gram_KK = outcome.gram_KK

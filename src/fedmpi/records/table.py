@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+Column = Callable[[str], np.ndarray]  # a column of silos' rows by name
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What leaves a rank in place of its silos' rows: some columns as they are, and sums over the rank's silos."""
+
+    shown: tuple[str, ...]  # columns that are shared silo by silo
+    sums: tuple[str, ...]  # names of the sums
+    add_up: Callable[[Column], Mapping[str, float]]  # the sums, of rows that are 0 where a silo has not filled them in
 
 
 class StatusTable:
@@ -13,6 +25,9 @@ class StatusTable:
     Every rank fills in its own rows; `share` makes them everybody's in one small collective. Sums are then taken in
     silo order on every rank, so a record does not depend on where silos live. Counts are whole numbers that are added
     up over all silos, which is exact in any order.
+
+    With `pooling` only its columns and sums leave a rank: once shared, other columns are nan, a rank's own too, so that
+    nobody comes to another result than the rest.
     """
 
     def __init__(
@@ -22,7 +37,10 @@ class StatusTable:
         num_silos: int,
         silo_columns: Sequence[str],
         num_counts: int = 0,
+        pooling: Pooling | None = None,
     ):
+        self._pooling = pooling
+        self._sums: dict[str, float] = {}
         self._rank_columns = {name: i for i, name in enumerate(rank_columns)}
         self._silo_columns = {name: i for i, name in enumerate(silo_columns)}
         self._split = num_ranks * len(rank_columns)
@@ -42,7 +60,11 @@ class StatusTable:
     @property
     def num_bytes(self) -> int:
         """What a rank hands to the collective."""
-        return self._values.nbytes
+        if (pooling := self._pooling) is None:
+            return self._values.nbytes
+        num_silos = (self._end - self._split) // max(1, len(self._silo_columns))
+        rest = self._split + len(self.counts) + len(pooling.sums) + num_silos * len(pooling.shown)
+        return rest * self._values.itemsize
 
     def clear(self) -> None:
         self._values[:] = 0.0
@@ -63,5 +85,26 @@ class StatusTable:
         """One value per silo, in the federation's order, [K]."""
         return self._view(False)[:, self._silo_columns[column]]
 
+    def sum(self, name: str) -> float:
+        """One of the pooled sums, of all silos; there is none unless rows are pooled."""
+        return self._sums[name]
+
+    @property
+    def pools(self) -> bool:
+        """Do other columns than those that are shown leave a rank as sums alone?"""
+        return self._pooling is not None
+
     def share(self, over: Callable[[np.ndarray], np.ndarray]) -> None:
-        self._values = over(self._values)
+        if (pooling := self._pooling) is None:
+            self._values = over(self._values)
+            return
+        sums = pooling.add_up(self.silo)
+        shown = [self.silo(name) for name in pooling.shown]
+        parts = [self._values[: self._split], *shown, self.counts, np.array([sums[name] for name in pooling.sums])]
+        ends = np.cumsum([len(part) for part in parts])
+        parts = np.split(over(np.concatenate(parts)), ends[:-1])
+        self._values[self._split : self._end] = np.nan
+        self._values[: self._split], self._values[self._end :] = parts[0], parts[-2]
+        for name, column in zip(pooling.shown, parts[1:-2], strict=True):
+            self._view(False)[:, self._silo_columns[name]] = column
+        self._sums = dict(zip(pooling.sums, parts[-1].tolist(), strict=True))

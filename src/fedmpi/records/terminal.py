@@ -59,10 +59,9 @@ class Progress(Sink):
             parts += [f"loss {_figure(record['loss'])}", f"{self._metric} {_figure(record.get(self._metric))}"]
         if (personal := f"personal_{self._metric}") in record:
             parts.append(f"personal {_figure(record[personal])}")
-        if record["rejected"]:
-            parts.append(f"rejected {', '.join(record['rejected'])}")
-        if "not_finite" in record:
-            parts.append(f"loss not finite: {', '.join(record['not_finite'])}")
+        for key, what in (("rejected", "rejected "), ("not_finite", "loss not finite: ")):
+            who = ", ".join(record.get(key, ())) or record.get(f"num_{key}")
+            parts += [f"{what}{who}"] if who else []
         return "  ".join([*parts, f"{record['seconds']['round']:.2f} s"])
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from fedmpi.comm import ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped, agreed
 from fedmpi.exchange.base import LARGEST_NORM, UNIT
 from fedmpi.outcome import RoundOutcome
+from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.engine import Policy
 from fedmpi.rounds.federation import Federation
 from fedmpi.stopping import FAILED, STOP
@@ -40,17 +41,18 @@ def agree_ready(
     if not cohort:
         raise agreed(NoCohort(f"round {number}: the selector chose no silo"))
     if why := policy.objection(outcome):
-        if rejected := outcome.rejected:
+        if outcome.num_rejected:
+            names = f" ({', '.join(outcome.rejected[:8])})" if outcome.rejected else ""
             why += (
-                f" ({', '.join(rejected[:8])}): not finite or its norm beyond {LARGEST_NORM:.0f}{_beyond(fed)}; a "
+                f"{names}: not finite or its norm beyond {LARGEST_NORM:.0f}{_beyond(fed)}; a "
                 "smaller local.lr or local.clip may help"
             )
         raise agreed(Diverged(f"round {number}: {why}"))
     if fed.exchange.ring:
-        _has_room(fed, number, near)
+        _has_room(fed, outcome, near)
     if (enough := getattr(fed.aggregator, "suits", None)) is not None:
         try:
-            enough(int(outcome.taken_K.sum()))
+            enough(outcome.num_taken)
         except ConfigError as few:  # it is what the round has brought, not the configuration
             raise agreed(NoCohort(f"round {number}: {few}")) from None
 
@@ -61,17 +63,17 @@ def _beyond(fed: Federation) -> str:
     return "" if largest == math.inf else f" or a value beyond the {largest:.5g} that a codec holds"
 
 
-def _has_room(fed: Federation, number: int, near: float) -> None:
+def _has_room(fed: Federation, outcome: RoundOutcome, near: float) -> None:
     """ExchangeError where those that were heard weigh so little of the cohort that the ring's units would show."""
-    heard = np.flatnonzero(fed.ready.silo("taken"))
-    share = float(fed.ready.silo("sent")[heard].sum()) / fed.exchange.facts.total_weight * near
-    if share < len(heard) ** 0.5 / UNIT / WITHIN:
-        names = ", ".join(fed.ids[int(i)] for i in heard[:8])
+    share = float(heard(fed.ready).sent.sum()) / fed.exchange.facts.total_weight * near
+    if share < outcome.num_taken**0.5 / UNIT / WITHIN:
+        known = outcome.names(outcome.taken_K)[:8] if outcome.rejected_K is not None else [str(outcome.num_taken)]
+        names = ", ".join(known)
         raise agreed(
             ExchangeError(
-                f"round {number}: exchange.reduction: reproducible has no room for updates that weigh {share:.1e} of "
-                f"their cohort, and only they were usable ({names}); take reduction: fast, or weights nearer to each "
-                "other"
+                f"round {outcome.round}: exchange.reduction: reproducible has no room for updates that weigh "
+                f"{share:.1e} of their cohort, and only they were usable ({names}); take reduction: fast, or weights "
+                "nearer to each other"
             )
         )
 

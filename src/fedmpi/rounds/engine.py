@@ -10,7 +10,7 @@ the silos. No engine writes anything to disk.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from fedmpi.components import Family, component
 from fedmpi.outcome import RoundOutcome
@@ -42,7 +42,7 @@ class Engine(Protocol):
 
 class Policy(Protocol):
     """Who decides that a round may go on with the silos that were heard. A rank that failed or was asked to stop ends
-    the round under every policy."""
+    the round under every policy. `reads` are the arrays of the outcome that it looks at, as a selector has them."""
 
     def objection(self, outcome: RoundOutcome) -> str:
         """Why those that were heard are not enough, or nothing. Every rank asks, and all know the same."""
@@ -53,8 +53,10 @@ class Policy(Protocol):
 class Everybody:
     """Every rank is waited for; a round goes on with all updates that are usable, one at least."""
 
+    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
+
     def objection(self, outcome: RoundOutcome) -> str:
-        return "" if outcome.taken_K.any() else "every update was rejected"
+        return "" if outcome.num_taken else "every update was rejected"
 
 
 POLICIES = Family("policy", {"all": Everybody}, Policy)

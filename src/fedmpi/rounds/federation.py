@@ -19,6 +19,7 @@ from fedmpi.membership import Comms, Membership
 from fedmpi.objectives import Criterion, LossAndMetrics
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import PHASES, Measurement, Record, StatusTable, Timer
+from fedmpi.rounds.disclosure import Disclose, ready_pooling
 from fedmpi.selection import Selector
 from fedmpi.server import Average, ServerOptimizer
 from fedmpi.stopping import Watch
@@ -68,6 +69,7 @@ class Federation:
     evaluate_batch: int
     average: Average | None = None  # what is evaluated; None: the parameters themselves
     measurements: Sequence[Measurement] = ()  # of each round, for its record
+    disclose: Disclose = "silo"  # which figures of single silos leave their rank
     finetune: LocalRule | None = None  # for personal figures after the last round
     experiment: str = ""  # what records say of a run that is one
     timer: Timer = field(default_factory=Timer)
@@ -80,11 +82,14 @@ class Federation:
         self.layout = self.exchange.layout  # of `State.params_Q` and of contributions
         rows = zip(self.ids, self.num_train, strict=True)
         self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # what each stands for
-        self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), READY_SILO)
-        self.scores = Scores.of(self.objective, self.rule, self.finetune, self.model.has_personal)
+        shown = ready_pooling(self.disclose)
+        self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), READY_SILO, pooling=shown)
+        pools = self.disclose != "silo"
+        self.scores = Scores.of(self.objective, self.rule, self.finetune, self.model.has_personal, pools)
         columns, counts = self.scores.columns, self.scores.num_counts
         self._criteria: dict[str, Criterion] = {}
-        self.done = StatusTable(self.comm.size, (*DONE_RANK, *self.exchange.figures()), len(self.ids), columns, counts)
+        ranks = (*DONE_RANK, *self.exchange.figures())
+        self.done = StatusTable(self.comm.size, ranks, len(self.ids), columns, counts, self.scores.pooling)
 
     def criterion(self, silo: LocalSilo) -> Criterion:
         """The training loss for a silo's targets, at which it looks once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmpi.evaluate import PERSONAL
 from fedmpi.metrics.scorers import pooled
-from fedmpi.outcome import RoundOutcome
+from fedmpi.outcome import RoundOutcome, members
 from fedmpi.records import PHASES, SCHEMA, Record, plain
 from fedmpi.rounds.federation import Federation
 
@@ -19,9 +19,10 @@ def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossle
     """What training has come to, before any vector travels. The `lossless` are silos whose loss was not finite before
     they trained; those with none afterwards are left out of the mean and join them."""
     ready = fed.ready
-    chosen = set(cohort)
-    cohort_K = np.array([silo in chosen for silo in fed.ids], dtype=bool)
-    rejected_K, taken, targets, losses = (ready.silo(name) for name in ("rejected", "taken", "targets", "loss"))
+    cohort_K = members(fed.ids, cohort)
+    if ready.pools:
+        return _pooled_outcome(fed, number, cohort_K)
+    rejected, taken, targets, losses = (ready.silo(name) for name in ("rejected", "taken", "targets", "loss"))
     finite = np.isfinite(losses)
     taken_K = taken > 0
     loss = pooled(np.where(finite, losses, 0.0), targets * taken * finite)
@@ -35,7 +36,7 @@ def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossle
         round=number,
         ids=fed.ids,
         cohort_K=cohort_K,
-        rejected_K=rejected_K > 0,
+        rejected_K=rejected > 0,
         loss_K=told("loss", taken_K & finite & (targets > 0)),  # where no target counts there is no loss
         norm_K=told("norm"),
         samples_K=told("samples"),
@@ -43,39 +44,51 @@ def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossle
         loss=plain(loss),
         norm=plain(norm),
         not_finite=[silo for silo in fed.ids if silo in no_loss],
+        num_rejected=int((rejected > 0).sum()),
+        num_not_finite=len(no_loss),
+    )
+
+
+def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> RoundOutcome:
+    """The outcome where of training only sums have left a rank."""
+    ready = fed.ready
+    blank_K = np.full(len(fed.ids), np.nan)
+    targets, taken = ready.sum("targets"), ready.sum("taken")
+    return RoundOutcome(
+        round=number,
+        ids=fed.ids,
+        cohort_K=cohort_K,
+        rejected_K=ready.silo("rejected") > 0 if fed.disclose == "cohort" else None,
+        loss_K=blank_K,
+        norm_K=blank_K,
+        samples_K=blank_K,
+        steps_K=blank_K,
+        loss=plain(ready.sum("loss") / targets) if targets else None,
+        norm=plain(ready.sum("norm") / taken) if taken else None,
+        num_rejected=int(ready.sum("rejected")),
+        num_not_finite=int(ready.sum("not_finite")),
     )
 
 
 def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, Record]:
     """The outcome with test figures, and what the round says of itself."""
     done = fed.done
-    tests = done.silo("tests").tolist()
-    # Ten thousand silos: no numpy per number.
-    taken, losses, norms, samples, steps = (
-        getattr(outcome, name).tolist() for name in ("taken_K", "loss_K", "norm_K", "samples_K", "steps_K")
-    )
     scored, figures = fed.scores.figures(done, fed.ids)
     own: dict[str, dict[str, Any]] = {}
     if fed.scores.personal:
         own, of_own = fed.scores.figures(done, fed.ids, PERSONAL)
         figures |= of_own
-    silos: dict[str, dict[str, Any]] = {}
-    ranks = fed.membership.ranks
-    for i, silo in enumerate(fed.ids):
-        row: dict[str, Any] = {"rank": ranks[i], "num_train": fed.num_train[i]}
-        if taken[i]:
-            row["train_loss"] = losses[i]
-            row["num_samples"] = int(samples[i])
-            row["num_steps"] = int(steps[i])
-            row["delta_norm"] = norms[i]
-        if silo in scored:
-            row |= {"num_test": int(tests[i]), **scored[silo], **own.get(silo, {})}
-        silos[silo] = row
-    record: Record = {"schema": SCHEMA, "round": outcome.round, "cohort": outcome.cohort, "rejected": outcome.rejected}
+    record: Record = {"schema": SCHEMA, "round": outcome.round, "cohort": outcome.cohort}
+    if outcome.rejected_K is not None:
+        record["rejected"] = outcome.rejected
+    else:
+        record["num_rejected"] = outcome.num_rejected
     if fed.experiment:
         record["experiment"] = fed.experiment
     if outcome.not_finite:
         record["not_finite"] = list(outcome.not_finite)
+    elif outcome.num_not_finite:
+        record["num_not_finite"] = outcome.num_not_finite
     measured: dict[str, Any] = {}
     for measurement in fed.measurements:
         measured |= measurement.of(replace(outcome, gram_KK=fed.exchange.gram))
@@ -87,6 +100,35 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
     for name, column in (("bytes_up", "up"), ("bytes_down", "down"), ("bytes_control", "control")):
         record[name] = int(done.rank(column).sum())
     record["peak_rss_bytes"] = [int(v) for v in done.rank("rss")]
-    record["silos"] = silos
+    record["silos"] = _rows(fed, outcome, scored, own)
     record = {name: plain(value) for name, value in record.items()}
     return replace(outcome, rows=record["silos"]), record
+
+
+def _rows(
+    fed: Federation,
+    outcome: RoundOutcome,
+    scored: Mapping[str, Mapping[str, Any]],
+    own: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """What a record says of each silo."""
+    ranks = fed.membership.ranks
+    rows: dict[str, dict[str, Any]] = {
+        silo: {"rank": rank, "num_train": num} for silo, rank, num in zip(fed.ids, ranks, fed.num_train, strict=True)
+    }
+    if fed.disclose != "silo":
+        return rows
+    # Ten thousand silos: no numpy per number.
+    taken, losses, norms, samples, steps = (
+        getattr(outcome, name).tolist() for name in ("taken_K", "loss_K", "norm_K", "samples_K", "steps_K")
+    )
+    tests = fed.done.silo("tests").tolist()
+    for i, (silo, row) in enumerate(rows.items()):
+        if taken[i]:
+            row["train_loss"] = losses[i]
+            row["num_samples"] = int(samples[i])
+            row["num_steps"] = int(steps[i])
+            row["delta_norm"] = norms[i]
+        if silo in scored:
+            row |= {"num_test": int(tests[i]), **scored[silo], **own.get(silo, {})}
+    return rows

@@ -15,6 +15,7 @@ from fedmpi.outcome import RoundOutcome
 from fedmpi.records import peak_rss_bytes
 from fedmpi.rounds.agreement import agree_ready, raise_failure
 from fedmpi.rounds.cohort import select_cohort, share_of_all
+from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.engine import POLICIES, Everybody, Policy
 from fedmpi.rounds.evaluation import evaluate
 from fedmpi.rounds.federation import Federation, State
@@ -97,10 +98,7 @@ class SynchronousRound:
 
 def _server(fed: Federation, number: int, selection: Selection, near: float) -> Server:
     """The server's step of this round, from what all ranks know of those that were heard."""
-    heard = fed.ready.silo("taken") > 0
-    weights, sent, normalizers, losses, norms = (
-        fed.ready.silo(name)[heard] for name in ("weight", "sent", "normalizer", "start_loss", "norm")
-    )
+    weights, sent, normalizers, losses, norms = heard(fed.ready)
     total = float(weights.sum())
     if selection.factors is not None:  # the sum is divided by the weight of all that it estimates
         among = selection.among or fed.ids

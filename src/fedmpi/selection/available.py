@@ -76,6 +76,11 @@ class Available:
         return bool(getattr(self.inner, "unbiased", False))
 
     @property
+    def reads(self) -> frozenset[str] | None:
+        """What the inner selector reads of single silos."""
+        return getattr(self.inner, "reads", None)
+
+    @property
     def asks(self) -> bool:
         """Does the inner selector ask for fresh losses?"""
         return bool(getattr(self.inner, "asks", False))

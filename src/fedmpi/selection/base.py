@@ -36,6 +36,8 @@ class Selector(Protocol):
     """Which silos take part. Besides `select` one may have:
 
     unbiased                     True: `select` gives factors
+    reads                        the arrays of the outcome that it looks at besides `cohort`: loss, norm, samples,
+                                 steps, taken, metric. `disclose: cohort` and `pooled` ask for it: some are nan then
     observe(ids, state, outcome) the state once it has seen the last round's outcome, None before the first; called
                                  before all else
     candidates(ids, state, outcome, rng)

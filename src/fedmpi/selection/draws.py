@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, wi
 @component
 class All:
     """Every silo, every round. The aggregate is that of all silos."""
+
+    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
 
     def init(self, num_train: Sequence[int]) -> State:
         return {}
@@ -44,6 +46,8 @@ class Uniform(Part):
     ['c', 'd']
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
+
     weights: Literal["renormalised", "inverse"] = "renormalised"  # over the cohort; or each counted K/S times
 
     @property
@@ -71,6 +75,8 @@ class Proportional(Part):
     `replace: false` draws S different silos, with probabilities of being in the cohort that are min(1, c n_k) exactly:
     systematic sampling (Madow 1949) after a random order. UNBIASED by their inverse.
     """
+
+    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
 
     unbiased = True
 
@@ -106,6 +112,8 @@ class RoundRobin:
     >>> cohort, robin.select(["a", "b", "c"], state, RoundOutcome.of("abc", 1), None).cohort
     (['a', 'b'], ['a', 'c'])
     """
+
+    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
 
     count: PositiveInt = 1  # silos per round
 

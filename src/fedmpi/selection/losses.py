@@ -33,6 +33,8 @@ class PowerOfChoice(Part):
     {name: mean, weights: uniform}`; weights by samples count n_k once more than its draw does.
     """
 
+    reads = frozenset({"loss"})
+
     num_candidates: PositiveInt | None = None  # d, at least m and at most K; null: 2 m
     losses: Literal["fresh", "last"] = "fresh"  # evaluated for this round; or as they were when last heard
     samples: PositiveInt | None = None  # with fresh losses: samples of each candidate; null: all
@@ -100,6 +102,8 @@ class _Bandit(Part):
 
     Rewards are divided by the largest so far. A first participation, and one whose update was rejected, earns 0.
     """
+
+    reads = frozenset({"loss"})
 
     discount: PositiveFraction = 1.0  # per round, of what was earned before: silos change as the model does
 

@@ -22,6 +22,7 @@ class _ByNorm(Part):
     """The norms of last participations, as state."""
 
     unbiased = True
+    reads = frozenset({"norm"})
 
     floor: PositiveFraction = 0.1  # of the probability, spread evenly, so that nobody's is 0
 

@@ -1,0 +1,243 @@
+"""What of single silos leaves their rank: all figures, who took part, or sums alone."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import OWN, config, everything, put_back
+
+import fedmpi
+from fedmpi import results
+from fedmpi.comm import SoloComm
+from fedmpi.components import build, component
+from fedmpi.config import Config
+from fedmpi.errors import ConfigError, Diverged
+from fedmpi.evaluate import Scores
+from fedmpi.objectives import Objective, Tally, resolve
+from fedmpi.outcome import RoundOutcome
+from fedmpi.records import StatusTable
+from fedmpi.records.terminal import Progress, silo_table
+from fedmpi.rounds import READY_RANK, READY_SILO
+from fedmpi.rounds.disclosure import heard, ready_pooling
+
+__all__ = ["put_back"]
+
+HERE = "test_disclosure:"
+OF_ONES_OWN = [{"name": OWN + name, "maximize": True} for name in ("needs_five", "nowhere")]
+METRICS: list[Any] = ["accuracy", "log_loss", "balanced_accuracy", *OF_ONES_OWN]
+HOW = {"objective": {"metrics": METRICS}, "select": {"name": "uniform", "fraction": 0.7}}
+
+
+class Overheard(SoloComm):
+    """One rank, and all numbers that it hands to a collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = []
+
+    def share(self, values, meanwhile=None):
+        self.numbers += np.asarray(values, dtype=np.float64).ravel().tolist()
+        return super().share(values, meanwhile)
+
+
+def trained(how):
+    """The records of a run, what left the rank, and the run."""
+    with fedmpi.Run(how, comm=(comm := Overheard())) as run:
+        return list(run), set(comm.numbers), run
+
+
+PRIVATE = ("train_loss", "delta_norm", "loss", "accuracy", "log_loss", "num_samples", "num_steps", "num_test")
+
+
+def private(records):
+    """The figures of single silos, but for those that figures of all may be by chance."""
+    found = {row[key] for record in records for row in record["silos"].values() for key in PRIVATE if key in row}
+    return {value for value in found if value is not None and value not in (0, 1) and not float(value).is_integer()}
+
+
+@pytest.mark.parametrize("other", [{}, {"local": {"name": "ditto", "lam": 0.1}, "select": "all"}])
+@pytest.mark.parametrize("disclose", ["cohort", "pooled"])
+def test_no_figure_of_a_single_silo_leaves_its_rank_and_those_of_all_are_the_same(tmp_path, disclose, other):
+    how = HOW | other
+    records, told, open_run = trained(config(tmp_path / "silo", 3, **how))
+    secrets = private(records)
+    assert len(secrets) > 20 and secrets <= told
+    hidden, told, run = trained(config(tmp_path / disclose, 3, disclose=disclose, **how))
+    assert not secrets & told
+    assert not secrets & set(numbers_in(hidden))
+    assert torch_equal(open_run, run)
+    for one, two in zip(records, hidden, strict=True):
+        assert two["cohort"] == one["cohort"]
+        assert all(row.keys() == {"rank", "num_train"} for row in two["silos"].values())
+        for key in ("train_loss", "delta_norm", "loss", *(k for k in one if "accuracy" in k or k == "log_loss")):
+            assert two[key] == pytest.approx(one[key], rel=1e-12), key
+        assert two["silo_mean_needs_five"] == pytest.approx(one["silo_mean_needs_five"])
+        assert two["raised"] == {name: len(silos) for name, silos in one["raised"].items()}
+        assert two["undefined"] == {name: len(silos) for name, silos in one["undefined"].items()}
+        assert ("rejected" in two) == (disclose == "cohort") and "worst" not in two and "spread" not in two
+
+
+def numbers_in(value):
+    """All numbers in a record."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for part in value for number in numbers_in(part)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def torch_equal(one, two):
+    return bool((one.parameters == two.parameters).all())
+
+
+def pack(rows, disclose):
+    """What a rank hands to the collective that tells of training, and what is known after it."""
+    board = StatusTable(2, READY_RANK, 3, READY_SILO, pooling=ready_pooling(disclose))
+    for silo, row in enumerate(rows):
+        board.set_silo(silo, **row)
+    packed = []
+
+    def over(values):
+        packed.append(values.copy())
+        return values
+
+    board.share(over)
+    assert board.num_bytes == packed[0].nbytes
+    return packed[0].tobytes(), board
+
+
+COMMON = {"taken": 1, "samples": 8, "steps": 2, "normalizer": 2, "weight": 1, "sent": 1, "targets": 4}
+
+
+def test_private_rows_with_the_same_sums_are_the_same_bytes():
+    one = [COMMON | {"loss": 1.0, "norm": 2.0}, COMMON | {"loss": 4.0, "norm": 3.0}]
+    two = [COMMON | {"loss": 4.0, "norm": 3.0}, COMMON | {"loss": 1.0, "norm": 2.0}]
+    three = [COMMON | {"loss": 2.5, "norm": 3.0}, COMMON | {"loss": 2.5, "norm": 2.0}]
+    for disclose in ("cohort", "pooled"):
+        assert pack(one, disclose)[0] == pack(two, disclose)[0] == pack(three, disclose)[0]
+    assert pack(one, "silo")[0] != pack(two, "silo")[0]
+    other = [COMMON | {"loss": 1.0, "norm": 2.0}, {"rejected": 1}, COMMON | {"loss": 4.0, "norm": 3.0}]
+    moved = [{"rejected": 1}, COMMON | {"loss": 1.0, "norm": 2.0}, COMMON | {"loss": 4.0, "norm": 3.0}]
+    assert pack(other, "pooled")[0] == pack(moved, "pooled")[0] and pack(other, "cohort")[0] != pack(moved, "cohort")[0]
+
+
+def test_a_rank_does_not_even_keep_its_own_rows():
+    rows = [COMMON | {"loss": 1.0, "norm": 2.0}, COMMON | {"loss": 4.0, "norm": 3.0}, {"rejected": 1}]
+    _, board = pack(rows, "cohort")
+    assert np.isnan(board.silo("loss")).all() and board.silo("taken").tolist() == [1, 1, 0]
+    _, board = pack(rows, "pooled")
+    assert all(np.isnan(board.silo(name)).all() for name in READY_SILO)
+
+
+def test_sums_say_of_those_that_were_heard_what_rows_say():
+    rows = [
+        {"taken": 1, "weight": 3.0, "sent": 6.0, "normalizer": 2.0, "loss": 0.5, "norm": 2.0},
+        {"taken": 1, "weight": 1.0, "sent": 5.0, "normalizer": 5.0, "loss": math.inf, "norm": 1.0},
+        {"rejected": 1, "weight": 7.0, "normalizer": 9.0, "norm": math.nan},
+    ]
+    each, all_ = heard(pack(rows, "silo")[1]), heard(pack(rows, "pooled")[1])
+    for name in ("weights", "sent"):
+        assert getattr(each, name).sum() == getattr(all_, name).sum()
+    assert (each.weights * each.normalizers).sum() == (all_.weights * all_.normalizers).sum()
+    assert (each.sent * each.norms**2).sum() == pytest.approx((all_.sent * all_.norms**2).sum(), rel=1e-15)
+    assert np.isnan(all_.start_losses).all() and pack(rows, "pooled")[1].sum("not_finite") == 1
+
+
+def test_private_test_figures_with_the_same_sums_are_the_same_bytes():
+    objective = resolve(Objective(metrics=("log_loss",)), "binary", 2)
+    scores = Scores(objective, personal=False, pools=True)
+
+    def packed(losses):
+        board = StatusTable(1, (), 3, scores.columns, scores.num_counts, scores.pooling)
+        for silo, loss in enumerate(losses):
+            parts = {"log_loss": (np.zeros(0), np.array([4.0]))}
+            scores.enter(board, silo, Tally(4, loss, 4, parts, {"log_loss": loss}))
+        found = []
+
+        def over(values):
+            found.append(values.tobytes())
+            return values
+
+        board.share(over)
+        return found[0]
+
+    assert packed([1.0, 2.0, 6.0]) == packed([6.0, 1.0, 2.0]) == packed([3.0, 3.0, 3.0]) != packed([1.0, 2.0, 7.0])
+
+
+@pytest.mark.parametrize("disclose", ["cohort", "pooled"])
+def test_a_run_that_is_taken_up_again_ends_with_the_same_bits(tmp_path, disclose):
+    how = HOW | {"disclose": disclose, "data": {"infinite": "s1"}, "select": "all"}
+    whole, *_ = trained(config(tmp_path / "whole", 4, **how))
+    with fedmpi.Run(config(tmp_path / "a", 4, **how), comm=SoloComm()) as run:
+        for record in run:
+            if record["round"] == 2:
+                break
+    assert run.state.outcome.num_rejected == 1 and run.state.outcome.num_taken == 2
+    again = RoundOutcome.from_record(run.state.outcome.ids, json.loads(json.dumps(run.record)))
+    for name, value in vars(run.state.outcome).items():
+        np.testing.assert_array_equal(value, getattr(again, name), err_msg=name)
+    rest, *_ = trained(config(tmp_path / "a", 4, **how))
+    assert everything(tmp_path / "a") == everything(tmp_path / "whole")
+    assert [r["loss"] for r in rest] == [r["loss"] for r in whole[2:]]
+    assert whole[0].get("rejected") == (["s1"] if disclose == "cohort" else None)
+    scored = results.evaluate(tmp_path / "a")
+    assert scored["silos"] == {} and scored["loss"] == pytest.approx(whole[-1]["loss"])
+    line = Progress()
+    line.open(fedmpi.records.RunInfo(tmp_path, rounds=4, metric="accuracy"))
+    assert ("rejected s1" if disclose == "cohort" else "rejected 1") in line._line(whole[0])
+    silo_table(whole[-1], "accuracy")
+
+
+def test_where_every_update_is_rejected_nobody_is_named(tmp_path):
+    how = {"data": {"sizes": [20], "infinite": "s0"}}
+    with pytest.raises(Diverged, match="every update was rejected: not finite"):
+        trained(config(tmp_path / "a", 1, disclose="pooled", **how))
+    with pytest.raises(Diverged, match=r"every update was rejected \(s0\): not finite"):
+        trained(config(tmp_path / "b", 1, disclose="cohort", **how))
+
+
+@component
+class Curious:
+    """A selector that does not say what it reads."""
+
+    def init(self, num_train):
+        return {}
+
+    def select(self, ids, state, outcome, rng):
+        return list(ids), state
+
+
+SHARDED = {"plan": "sharded", "scope": "silo"}
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"select": {"name": "ucb", "fraction": 0.5}}, "select reads the loss of each silo"),
+        ({"select": {"name": "norm", "fraction": 0.5}}, "select reads the norm of each silo"),
+        ({"select": {"name": "power_of_choice", "fraction": 0.5}}, "select reads the loss of each silo"),
+        (
+            {"select": {"name": "available", "traces": {}, "inner": {"name": "thompson"}}},
+            "select reads the loss of each silo",
+        ),
+        ({"select": HERE + "Curious"}, r"select does not say what it reads of single silos"),
+        ({"aggregate": {"name": "qffl", "lr": 0.1}}, "aggregate reads the norm and the start_loss of each silo"),
+        ({"aggregate": "median", "exchange": SHARDED}, "aggregate reads the delta of each silo"),
+        ({"exchange": SHARDED}, "with exchange.scope: silo each delta leaves its rank"),
+        ({"records": {"gram": True}, "exchange": SHARDED}, "records.measure reads the gram of each silo"),
+    ],
+)
+@pytest.mark.parametrize("disclose", ["cohort", "pooled"])
+def test_what_reads_figures_of_single_silos_is_refused_with_the_reason(values, why, disclose):
+    with pytest.raises(ConfigError, match=why) as caught:
+        build(Config, values | {"disclose": disclose})
+    assert f"disclose: {disclose}" in str(caught.value) and "\n" not in str(caught.value)
+    build(Config, values)  # under `silo` it goes
+
+
+def test_a_metric_that_is_no_sum_is_refused(tmp_path):
+    how = {"data": {"task": "regression"}, "model": {"name": "mlp", "hidden": [3]}, "objective": {"metrics": "r2"}}
+    with pytest.raises(ConfigError, match=r"^objective.metrics: r2 of all silos is made from rows of each"):
+        fedmpi.Run(config(tmp_path, 1, disclose="pooled", **how), comm=SoloComm())
