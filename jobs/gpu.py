@@ -38,7 +38,7 @@ from fedmpi.components import Deferred, build, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel
 from fedmpi.kernels import plain
-from fedmpi.local import RULES, LocalSilo, Round
+from fedmpi.local import RULES, LocalRule, LocalSilo, Round
 from fedmpi.server import OPTIMIZERS, FedAvg
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
@@ -161,7 +161,7 @@ class Vector(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(LocalRule):
     """Local training that only moves parameters, by the same amounts on any device. `late`: the device gets to it long
     after the host has gone on."""
 

@@ -32,7 +32,7 @@ from fedmpi.components import component
 from fedmpi.config import CheckpointSection, EvaluateSection
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import FlatModel
-from fedmpi.local import LocalSilo, Round
+from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.models import MLP
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
@@ -55,7 +55,7 @@ class Noise:
 
 
 @component
-class StandIn:
+class StandIn(LocalRule):
     """Local training that only takes its time."""
 
     naps: int = 0  # of a hundredth of a second

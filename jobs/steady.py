@@ -33,7 +33,7 @@ import fedmpi
 from fedmpi.comm import connect
 from fedmpi.components import build
 from fedmpi.flat import FlatModel
-from fedmpi.local import LocalSilo, Round
+from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
 FED = "feedback: true"
@@ -72,7 +72,7 @@ class Vector(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(LocalRule):
     """Local training that only moves parameters, by other amounts in every silo and round."""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:

@@ -7,9 +7,14 @@ from runs import OWN, config, put_back, refused, run  # noqa: F401
 
 from fedmpi import results
 from fedmpi.components import component
+from fedmpi.config import Config
 from fedmpi.errors import ConfigError, NoCohort
 from fedmpi.flat import sha256
-from fedmpi.local import Sgd
+from fedmpi.local import RULES, Sgd
+from fedmpi.local.samplers import SAMPLERS
+from fedmpi.local.workload import WORKLOADS
+from fedmpi.selection import SELECTORS
+from fedmpi.server import OPTIMIZERS
 
 HERE = "test_own_parts:"  # what configurations call this module's own components
 
@@ -199,3 +204,27 @@ def test_names_that_a_rule_keeps_tensors_under_are_nobody_else_s(tmp_path):
     local = {"name": HERE + "Namer", "names": names}
     run(config(tmp_path / "shared", 2, local=local))
     assert not any(key.startswith("personal_") for key in results.evaluate(tmp_path / "shared"))
+
+
+def test_what_a_class_that_inherits_nothing_does_not_say_is_as_the_family_s_base_has_it():
+    class Bare:
+        unbiased = True
+
+        def init(self, num_train):
+            return {}
+
+        def select(self, ids, state, outcome, rng):
+            return list(ids), state
+
+    chosen = Config(select=component(Bare)()).select
+    assert (chosen.unbiased, chosen.asks, chosen.samples, chosen.least("abc", 5)) == (True, False, None, 3)
+    assert chosen.observe("abc", {"x": 1}, None) == {"x": 1} and chosen.candidates("abc", {}, None, None) == []
+    chosen.suits(1)
+
+
+@pytest.mark.parametrize("family", [SELECTORS, RULES, OPTIMIZERS, SAMPLERS, WORKLOADS], ids=lambda family: family.what)
+def test_members_inherit_from_their_family_s_base_and_say_what_is_abstract_there(family):
+    for name, member in family.members.items():
+        assert issubclass(member, family.protocol), name
+        abstract = [m for m in dir(member) if getattr(getattr(member, m), "__isabstractmethod__", False)]
+        assert not abstract, f"{name} lacks {abstract}"

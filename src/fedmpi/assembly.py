@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from fedmpi.flat import (
     one_vector,
 )
 from fedmpi.layout import Layout
-from fedmpi.local import LocalSilo
+from fedmpi.local import LocalRule, LocalSilo
 from fedmpi.membership import Comms, Membership
 from fedmpi.models import make
 from fedmpi.module import saved
@@ -72,7 +72,7 @@ class Spec:
     def layout(self) -> Layout:
         """Of the vector that crosses ranks."""
         named = named_exact(self.entries, self.config.exchange.exact)
-        return layout_of(self.entries, getattr(self.config.local, "auxiliaries", ()), named)
+        return layout_of(self.entries, self.config.local.auxiliaries, named)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def build_federation(
             watch=spec.watch,
             model=model,
             objective=spec.objective,
-            rule=config.local if attack is None else HostileRule(config.local, attack, spec.known),
+            rule=config.local if attack is None else cast(LocalRule, HostileRule(config.local, attack, spec.known)),
             selector=config.select,
             aggregator=config.aggregate,
             optimizer=config.server.optimizer,
@@ -343,7 +343,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
 def _check_machine(config: Config, chosen: torch.device) -> None:
     """What configuration alone cannot tell."""
     for key, rule in (("local", config.local), ("evaluate.finetune", config.evaluate.finetune)):
-        if getattr(rule, "precision", "") == "bf16" and chosen.type != "cuda":
+        if rule is not None and rule.precision == "bf16" and chosen.type != "cuda":
             raise ConfigError(f"{key}.precision: bf16 needs a GPU; this rank trains on the CPU")
 
 

@@ -61,7 +61,7 @@ class Attack:
         exchange = config.exchange
         if not config.experimental:
             return "makes silos hostile, which is for experiments alone; say experimental: true beside it"
-        own, others = (getattr(rule, "auxiliaries", ()) for rule in (self.local or config.local, config.local))
+        own, others = (rule.auxiliaries for rule in (self.local or config.local, config.local))
         if own != others:
             return "has a local rule that sends other vectors than the honest silos' rule"
         if not self.omniscient:
@@ -72,7 +72,7 @@ class Attack:
             return "reads what honest silos send; it needs exchange: {plan: sharded, scope: silo} and no regions"
         if not exchange.up.plain:
             return "reads what honest silos send, of which a codec sends parts another way; take no exchange.up.codec"
-        if getattr(config.local, "auxiliaries", ()):
+        if config.local.auxiliaries:
             return "reads what honest silos send, and is defined for deltas alone; take a rule that sends nothing else"
         return None
 

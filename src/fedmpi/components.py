@@ -60,12 +60,14 @@ class Family:
         protocol: type | None = None,
         outside: bool = True,
         deferred: bool = False,
+        defaults: bool = False,
     ) -> None:
         self.what = what
         self.members = dict(members)
         self.protocol = protocol  # whose methods every member has
         self.outside = outside  # may a user bring their own as "package.module:Class"?
         self.deferred = deferred  # may it be any callable, called when it is needed?
+        self.defaults = defaults  # does what a member lacks, besides abstract methods, come from the protocol?
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(self._instance)
@@ -73,7 +75,15 @@ class Family:
     def _instance(self, value: Any) -> Any:
         if isinstance(value, (str, Mapping)):
             return self.build(value, self.what)
+        self._complete(type(value))
         return value
+
+    def _complete(self, cls: type) -> None:
+        """A class of one's own need not inherit from the family's base: what it lacks it has from there."""
+        for base in (self.protocol or object).__mro__[:-1] if self.defaults else ():
+            for name, default in vars(base).items():
+                if not (name.startswith("_") or hasattr(cls, name) or name in self._methods()):
+                    setattr(cls, name, default)
 
     def find(self, name: str, path: str) -> type:
         """The class called `name`; ConfigError names the nearest one."""
@@ -101,6 +111,8 @@ class Family:
             raise ConfigError(f"{path}: needs a 'name'{beside}, one of: {', '.join(self.members)}")
         found = self.find(name, path)
         made = dataclasses.is_dataclass(found)
+        if made:
+            self._complete(found)
         if made or (self.deferred and isinstance(found, type)):
             missing = [m for m in self._methods() if not hasattr(found, m)]
         else:
@@ -116,6 +128,9 @@ class Family:
         raise ConfigError(f"{path}: '{name}' is no dataclass, so it cannot be a {self.what}")
 
     def _methods(self) -> list[str]:
+        """What a member has to have."""
+        if self.defaults:
+            return [n for n, m in vars(self.protocol).items() if getattr(m, "__isabstractmethod__", False)]
         kinds = (types.FunctionType, property)
         return [n for n, m in vars(self.protocol or object).items() if isinstance(m, kinds) and not n.startswith("_")]
 

@@ -177,7 +177,7 @@ class Config:
                 raise ValueError(f"{key}: deltas meet one by one under exchange.scope: silo and plan sharded alone")
             if self.exchange.overlap:
                 raise ValueError(f"{key}: with exchange.overlap deltas meet after their round's record")
-        if auxiliaries := getattr(self.local, "auxiliaries", ()):
+        if auxiliaries := self.local.auxiliaries:
             rule, names = RULES.name_of(self.local), ", ".join(a.name for a in auxiliaries)
             if each:
                 raise ValueError(f"aggregate: {rule} sends {names} besides the delta, to be summed and not chosen")
@@ -200,7 +200,7 @@ class Config:
             raise ValueError("server.average: with exchange.overlap the parameters of a round arrive a round late")
         if self.server.average is not None and regions is not None and regions.every > 1:
             raise ValueError("server.average: with exchange.regions.every the parameters of regions differ in between")
-        if getattr(self.select, "unbiased", False):
+        if self.select.unbiased:
             weighs = f"{SELECTORS.name_of(self.select)} counts silos by 1/probability"
             if why := getattr(self.aggregate, "refuses_factors", ""):
                 raise ValueError(f"select: {weighs}, which makes no sense of aggregate {aggregator}: {why}")
@@ -208,13 +208,13 @@ class Config:
                 raise ValueError(f"select: {weighs} of a round, and exchange.regions.every is {regions.every} rounds")
         if getattr(self.aggregate, "scaled", False) and regions is not None and regions.every > 1:
             raise ValueError(f"aggregate: {aggregator} looks at one round, exchange.regions.every is {regions.every}")
-        if getattr(self.evaluate.finetune, "auxiliaries", ()):
+        if self.evaluate.finetune is not None and self.evaluate.finetune.auxiliaries:
             rule = RULES.name_of(self.evaluate.finetune)
             raise ValueError(f"evaluate.finetune: {rule} trains with what other silos send; take one that trains alone")
-        if self.evaluate.finetune is not None and hasattr(self.local, "personal"):
+        if self.evaluate.finetune is not None and self.local.is_personal:
             rule = RULES.name_of(self.local)
             raise ValueError(f"evaluate.finetune: the personal figures are those of the models that {rule} makes")
-        if self.exchange.reduction == "reproducible" and hasattr(getattr(self.local, "amount", None), "seconds"):
+        if self.exchange.reduction == "reproducible" and self.local.timed:
             raise ValueError("exchange.reduction: reproducible, but local.amount: seconds is what no clock repeats")
         if regions is not None and self.rounds % regions.every:
             raise ValueError(
@@ -232,7 +232,7 @@ class Config:
                 raise ValueError(f"server.optimizer: the rule feddyn needs server: {needed}")
             if not isinstance(self.aggregate, Mean) or self.aggregate.weights == "steps":
                 raise ValueError("aggregate: feddyn needs mean, with weights uniform (the paper's) or samples")
-            if getattr(self.select, "unbiased", False):
+            if self.select.unbiased:
                 raise ValueError(
                     f"select: {SELECTORS.name_of(self.select)} counts silos by 1/probability, and feddyn's server adds "
                     "up what the cohort's own h moved by; take a selector that draws silos alike"
@@ -268,14 +268,12 @@ class Config:
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
         """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""
         found = entries(module, self.exchange.parameters)
-        if (counts := getattr(self.select, "suits", None)) is not None:
-            counts(len(ids))
+        self.select.suits(len(ids))
         if (enough := getattr(self.aggregate, "suits", None)) is not None:
-            least = getattr(self.select, "least", None)
-            enough(len(ids) if least is None else least(ids, self.rounds))
+            enough(self.select.least(ids, self.rounds))
         for rule in (self.local, self.evaluate.finetune):
-            if (suits := getattr(rule, "suits", None)) is not None:
-                suits(module, found, ids)
+            if rule is not None:
+                rule.suits(module, found, ids)
         return found
 
 

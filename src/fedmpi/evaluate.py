@@ -49,8 +49,7 @@ def evaluate_silo(
 def personal_model(rule: LocalRule, silo: LocalSilo, params_P: torch.Tensor) -> tuple[torch.Tensor, LocalSilo] | None:
     """The parameters that the silo would use for itself, and the silo with the rest of that model; None where it has
     none but the global model."""
-    find = getattr(rule, "personal", None)
-    own_P = None if find is None else find(silo, params_P)
+    own_P = rule.personal(silo, params_P)
     return None if own_P is None else (own_P, replace(silo, kept=silo.kept | unprefixed(silo).kept))
 
 
@@ -136,7 +135,7 @@ class Scores:
         cls, objective: LossAndMetrics, rule: LocalRule, finetune: LocalRule | None, layers: bool, pools: bool = False
     ) -> Scores:
         """With room for personal figures where the rule, fine-tuning or `layers` of silos' own may leave any."""
-        return cls(objective, layers or finetune is not None or hasattr(rule, "personal"), pools)
+        return cls(objective, layers or finetune is not None or rule.is_personal, pools)
 
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:

@@ -230,7 +230,7 @@ class Keeper:
             self._best = None  # the checkpoint that follows is more
             return
         # Rules never write into what silos keep, so it need not be copied.
-        own = None if hasattr(fed.rule, "personal") else fed.model.first_personal.keys()
+        own = None if fed.rule.is_personal else fed.model.first_personal.keys()
         tensors = [*under("silos", Silos(fed.silos, own).state())]
         if self.comm.rank == 0:
             params_P = fed.layout.params(state.params_Q) if state.average_P is None else state.average_P

@@ -46,10 +46,10 @@ class Counts:
     def of(cls, found: Sequence[Entry], config: Config) -> Counts:
         """Those of a model whose tensors these are."""
         named = named_exact(found, config.exchange.exact)
-        layout = layout_of(found, getattr(config.local, "auxiliaries", ()), named)
+        layout = layout_of(found, config.local.auxiliaries, named)
         word = master_dtype(found).itemsize
         kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
-        kept_bytes += getattr(config.local, "kept_vectors", 0) * layout.num_params * word
+        kept_bytes += config.local.kept_vectors * layout.num_params * word
         exact = sum(part.stop - part.start for part in layout.exact)
         return cls(
             total=sum(e.num_elements for e in found),
@@ -199,7 +199,7 @@ def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int)
     done = StatusTable(num_ranks, DONE_RANK, num_silos, scores.columns, scores.num_counts, scores.pooling)
     num = (ready.num_bytes + done.num_bytes) // 8
     num += 2 * num_ranks * config.exchange.overlap  # are deltas folded everywhere? How long did the exchange take?
-    num += (num_ranks + num_silos) * bool(getattr(config.select, "asks", False))  # losses of candidates
+    num += (num_ranks + num_silos) * config.select.asks  # losses of candidates
     return num + num_silos**2 * ("gram" in config.records.needs)
 
 
@@ -210,7 +210,7 @@ def _server_copies(config: Config) -> int:
 
 def _local_copies(config: Config) -> int:
     """Vectors as long as the parameters in a silo's optimizer, found by one step of a small one."""
-    spec = getattr(config.local, "optimizer", None)
+    spec = config.local.optimizer
     if spec is None:
         return 0
     weight = torch.nn.Parameter(torch.zeros(64, 64))

@@ -16,9 +16,10 @@ that take the same step hold the same bits.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, Protocol, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -62,20 +63,21 @@ class Dynamic(NamedTuple):
     h_P: Tensor
 
 
-class ServerOptimizer(Protocol):
-    """What the round asks of a server optimizer; states are NamedTuples of tensors as long as the parameters.
+class ServerOptimizer:
+    """What the round asks of a server optimizer; states are NamedTuples of tensors as long as the parameters."""
 
-    One that must know of the round has `at(number, rounds, fraction) -> ServerOptimizer` besides, which gives what
-    takes this round's step: round `number` of 1 to `rounds`, in which `fraction` of all silos' weight was heard.
-    """
-
+    @abstractmethod
     def init(self, params_P: Tensor) -> Any:
         """The state before the first step."""
-        ...
 
+    def at(self, number: int, rounds: int, fraction: float) -> ServerOptimizer:
+        """What takes this round's step: round `number` of 1 to `rounds`, in which `fraction` of all silos' weight was
+        heard."""
+        return self
+
+    @abstractmethod
     def step(self, params_P: Tensor, mean_P: Tensor, state: Any) -> tuple[Tensor, Any]:
         """New parameters and new state, in the memory of `mean_P` and of `state`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Average:
 
 
 @component
-class Scheduled:
+class Scheduled(ServerOptimizer):
     """The field that every optimizer has besides its own: how `lr` goes over rounds."""
 
     schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over rounds
@@ -341,7 +343,7 @@ class FedYogi(Scheduled):
 
 
 @component
-class FedDyn:
+class FedDyn(ServerOptimizer):
     """h = h - alpha (m/K) delta, w + delta - h / alpha (Acar et al. 2021, Algorithm 1): the server of rule `feddyn`.
 
     m/K is the share of all silos that was heard: of their weight where aggregate.weights are not uniform (the paper's
@@ -368,7 +370,7 @@ class FedDyn:
 
 
 @dataclass(frozen=True)
-class _FedDynHeard:
+class _FedDynHeard(ServerOptimizer):
     alpha: float
     fraction: float
 
@@ -435,4 +437,5 @@ OPTIMIZERS = Family(
         "feddyn": FedDyn,
     },
     ServerOptimizer,
+    defaults=True,
 )

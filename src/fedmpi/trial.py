@@ -83,10 +83,9 @@ def tried(
 def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: Mapping[str, SiloData]) -> None:
     """ConfigError where a silo comes to a batch of one sample that the model cannot be trained on, as batch
     normalization cannot."""
-    smallest = getattr(rule, "smallest_batch", None)
-    if smallest is None or not one.is_copy:
+    if rule is None or not one.is_copy:
         return
-    found = [name for name, data in silos.items() if smallest(name, len(data.x_train), rounds) == 1]
+    found = [name for name, data in silos.items() if rule.smallest_batch(name, len(data.x_train), rounds) == 1]
     if not found:
         return
     name, x = found[0], silos[found[0]].x_train

@@ -26,6 +26,7 @@ RULES = Family(
     "local rule",
     {**gradient.RULES, **control_variates.RULES, **contrastive.RULES, **personal.RULES, **adagrad_norm.RULES},
     LocalRule,
+    defaults=True,
 )
 
 __all__ = ["RULES", "GradientRule", "LocalRule", "LocalSilo", "Round", "Sampler", "Sgd", "local_steps", "plain_step"]

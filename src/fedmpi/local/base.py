@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
@@ -26,7 +27,7 @@ from fedmpi.local.samplers import SAMPLERS, Sampler, Shuffle, no_order, order_of
 from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Whole
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.targets import Count
-from fedmpi.types import Contribution, SiloData
+from fedmpi.types import Auxiliary, Contribution, SiloData
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -58,27 +59,59 @@ class Round:
     count: Count = torch.Tensor.numel  # how many targets of a batch its loss is the mean of
 
 
-class LocalRule(Protocol):
-    """How a silo turns global parameters into a contribution.
+class LocalRule:
+    """How a silo turns global parameters into a contribution. Members say `train`, and what else is other than here."""
 
-    What a rule may have besides:
+    @property
+    def auxiliaries(self) -> tuple[Auxiliary, ...]:
+        """Vectors that travel with the delta. `train` finds what they are now in `round.auxiliary` and writes what the
+        silo sends into the contribution's vector of that name."""
+        return ()
 
-        auxiliaries   a tuple of `Auxiliary`: vectors that travel with the delta. `train` finds what they are now in
-                      `round.auxiliary` and writes what the silo sends into the contribution's vector of that name.
-        personal(silo, params_P)  the parameters [P] that the silo would use for itself, or None before it has any;
-                      records then give personal figures beside the global ones. What of the personal model is not
-                      shared is kept under `own_` and its name (personal.py).
-        smallest_batch(silo, num_samples, rounds)  samples of the smallest batch that a silo of so many trains on.
-        suits(module, entries, ids)  ConfigError where the rule cannot do with the model, what it shares or these silos.
-        kept_vectors  how many vectors as long as the parameters a silo keeps, for `fedmpi plan`.
-    """
+    @property
+    def kept_vectors(self) -> int:
+        """How many vectors as long as the parameters a silo keeps, for `fedmpi plan`."""
+        return 0
 
+    @property
+    def optimizer(self) -> Deferred | None:
+        """Of torch, that steps; None: there is none."""
+        return None
+
+    @property
+    def precision(self) -> str:
+        """In which a model computes: float32, or bf16, which needs a GPU."""
+        return "float32"
+
+    @property
+    def timed(self) -> bool:
+        """Does what a silo does hang on a clock?"""
+        return False
+
+    @property
+    def is_personal(self) -> bool:
+        """Does it make silos models of their own?"""
+        return type(self).personal is not LocalRule.personal
+
+    def personal(self, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
+        """The parameters [P] that the silo would use for itself, or None before it has any; records then give personal
+        figures beside the global ones. What of the personal model is not shared is kept under `own_` and its name
+        (personal.py)."""
+        return None
+
+    def smallest_batch(self, silo: str, num_samples: int, rounds: int) -> int | None:
+        """Samples of the smallest batch that a silo of so many trains on in so many rounds; None: not known."""
+        return None
+
+    def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
+        """ConfigError where the rule cannot do with the model, what it shares or these silos."""
+
+    @abstractmethod
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         """Train the silo from params_P, which is not written; the contribution's delta lives in the model's memory.
 
         Reads and writes the silo's cursor and kept state. Raises what `round.check` raises.
         """
-        ...
 
 
 LastBatch = Literal["keep", "drop", "merge"]
@@ -96,7 +129,7 @@ def shortest(num_samples: int, batch_size: int | None, last_batch: LastBatch) ->
 
 
 @component
-class GradientRule:
+class GradientRule(LocalRule):
     """The fields that every rule of gradient steps has: how much, with what, how fast."""
 
     lr: PositiveFloat  # step size at the schedule's start
@@ -121,6 +154,10 @@ class GradientRule:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either 'epochs' or 'steps'")
         return self
+
+    @property
+    def timed(self) -> bool:
+        return self.amount.limit_s < math.inf
 
     def rate(self, round: Round) -> float:
         """The learning rate of a round."""
@@ -154,7 +191,7 @@ class GradientRule:
         size = min(self.batch_size or n, n)
         steps_left = -1 if self.steps is None else amount or self.steps
         end = silo.cursor + (amount or self.epochs or 0) * n
-        until_s = time.monotonic() + getattr(self.amount, "seconds", math.inf)
+        until_s = time.monotonic() + self.amount.limit_s
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while steps_left > 0 or (steps_left < 0 and silo.cursor < end):
             start = silo.cursor % n
@@ -309,7 +346,7 @@ def local_steps(
     targets = int(num_targets)
     loss_mean, held = float(losses) / max(targets, 1), num_gradients(work.optimizer, num_steps)
     vector_Q = model.take_delta(params_P)
-    if getattr(work.amount, "reads_loss", False):
+    if work.amount.reads_loss:
         silo.kept[LOSS] = torch.tensor(loss_mean, dtype=torch.float64)
     about = (loss_mean, num_samples, num_steps, held)
     return Contribution(silo.id, round.number, silo.weight, vector_Q, *about, num_targets=targets, layout=model.layout)

@@ -9,7 +9,7 @@ import torch
 
 from fedmpi.components import NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.flat import Entry, FlatModel, refuse_frozen
-from fedmpi.local.base import GradientRule, LocalSilo, Round, local_steps, pulled, shortest, whole_gradient
+from fedmpi.local.base import GradientRule, LocalRule, LocalSilo, Round, local_steps, pulled, shortest, whole_gradient
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.types import Contribution
@@ -33,7 +33,7 @@ class Sgd(GradientRule):
 
 
 @component
-class FedSgd:
+class FedSgd(LocalRule):
     """FedSGD: one step along the gradient of all of the silo's samples (McMahan et al. 2017, section 2).
 
     In the form that averages parameters; C is the selector's fraction, E = 1, B infinite.

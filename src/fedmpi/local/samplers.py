@@ -3,7 +3,7 @@ same wherever it lives and whenever it is restarted."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import abstractmethod
 
 import numpy as np
 
@@ -12,16 +12,21 @@ from fedmpi.components import Family, component
 from fedmpi.errors import ConfigError
 
 
-class Sampler(Protocol):
-    """The order in which a silo visits its samples: each once an epoch, unless it has `repeats = True`."""
+class Sampler:
+    """The order in which a silo visits its samples."""
 
+    @property
+    def repeats(self) -> bool:
+        """May a sample come more than once an epoch?"""
+        return False
+
+    @abstractmethod
     def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
         """Indices of one epoch, [num_samples]; a function of its arguments alone."""
-        ...
 
 
 @component
-class Shuffle:
+class Shuffle(Sampler):
     """A new permutation every epoch."""
 
     def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
@@ -29,14 +34,14 @@ class Shuffle:
 
 
 @component
-class InOrder:
+class InOrder(Sampler):
     """As the file has them, every epoch."""
 
     def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
         return np.arange(num_samples)
 
 
-SAMPLERS = Family("sampler", {"shuffle": Shuffle, "in_order": InOrder}, Sampler)
+SAMPLERS = Family("sampler", {"shuffle": Shuffle, "in_order": InOrder}, Sampler, defaults=True)
 
 
 def order_of(sampler: Sampler, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
@@ -51,7 +56,7 @@ def order_of(sampler: Sampler, seed: int, silo: str, epoch: int, num_samples: in
         wrong = f"{len(given)} indices"
     elif len(outside := given[(given < 0) | (given >= num_samples)]):
         wrong = f"the index {outside[0]}"
-    elif not getattr(sampler, "repeats", False) and (twice := np.bincount(given, minlength=num_samples)).max() > 1:
+    elif not sampler.repeats and (twice := np.bincount(given, minlength=num_samples)).max() > 1:
         wrong = f"the index {twice.argmax()} {twice.max()} times"
         hint = " (repeats = True on the sampler allows that)"
     if wrong:

@@ -6,7 +6,9 @@ What silos do differs, and with the plain mean those that do more pull the model
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 from fedmpi import rng
 from fedmpi.components import Family, PositiveFloat, PositiveInt, component
@@ -18,20 +20,26 @@ if TYPE_CHECKING:
 LOSS = f"{RESERVED}train_loss"  # what a silo keeps its last round's mean training loss under
 
 
-class Amount(Protocol):
-    """How many epochs or steps a silo takes in a round.
+class Amount:
+    """How many epochs or steps a silo takes in a round."""
 
-    One with `reads_loss` set finds the silo's last training loss in `silo.kept[LOSS]`, once it has trained; one with
-    `seconds` has no batch begun after so long.
-    """
+    @property
+    def reads_loss(self) -> bool:
+        """Does it want the silo's last training loss in `silo.kept[LOSS]`, once it has trained?"""
+        return False
 
+    @property
+    def limit_s(self) -> float:
+        """No batch is begun after so many seconds of a silo's training."""
+        return math.inf
+
+    @abstractmethod
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
         """At least 1; `most` is the rule's `epochs` or `steps`."""
-        ...
 
 
 @component
-class Whole:
+class Whole(Amount):
     """All of it, every silo, every round."""
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
@@ -40,7 +48,7 @@ class Whole:
 
 
 @component
-class Drawn:
+class Drawn(Amount):
     """1 to `epochs` (or `steps`), all equally likely, drawn for every silo and round anew: devices that are now slow,
     now fast (as in the experiments of Wang et al. 2020, section 6.1, whose epochs are 2 to 5)."""
 
@@ -51,7 +59,7 @@ class Drawn:
 
 
 @component
-class BySilo:
+class BySilo(Amount):
     """A number of its own for every silo that is named; `epochs` (or `steps`) for the others."""
 
     silos: dict[str, PositiveInt]  # epochs or steps by silo id
@@ -62,7 +70,7 @@ class BySilo:
 
 
 @component
-class ByLoss:
+class ByLoss(Amount):
     """min(E, max(1, round(L_k / target))): L_k is the silo's mean training loss in the last round that it trained in.
 
     A rule of thumb, no paper's: silos work less the better they fit, as AdaComm's do all alike (Wang & Joshi 2019,
@@ -89,7 +97,7 @@ def round_between(wanted: float, most: int) -> int:
 
 
 @component
-class Seconds:
+class Seconds(Amount):
     """As many batches as begin within so many seconds, at most `epochs` (or `steps`), at least one.
 
     What a silo does then hangs on the machine: runs are not repeatable, and it does not go with
@@ -98,11 +106,19 @@ class Seconds:
 
     seconds: PositiveFloat  # of wall time, from the silo's first batch
 
+    @property
+    def limit_s(self) -> float:
+        """The seconds."""
+        return self.seconds
+
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
         """`most`; the clock is read between batches."""
         return most
 
 
 WORKLOADS = Family(
-    "amount", {"whole": Whole, "drawn": Drawn, "by_silo": BySilo, "by_loss": ByLoss, "seconds": Seconds}, Amount
+    "amount",
+    {"whole": Whole, "drawn": Drawn, "by_silo": BySilo, "by_loss": ByLoss, "seconds": Seconds},
+    Amount,
+    defaults=True,
 )

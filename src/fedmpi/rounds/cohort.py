@@ -39,10 +39,8 @@ def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[
     Whoever stops or fails while it evaluates says so in that collective, which every rank enters.
     """
     selector, draw = fed.selector, rng.generator(fed.seed, purpose="select", round=number)
-    own, observe, asks = state.selector, getattr(fed.selector, "observe", None), getattr(selector, "candidates", None)
-    if observe is not None:
-        own = observe(fed.ids, own, state.outcome)
-    candidates = asks(fed.ids, own, state.outcome, draw) if asks is not None else []
+    own = selector.observe(fed.ids, state.selector, state.outcome)
+    candidates = selector.candidates(fed.ids, own, state.outcome, draw)
     if not candidates:
         return _chosen(selector.select(fed.ids, own, state.outcome, draw), fed, number), set()
     probe, error = _probe(state, fed, number, candidates)
@@ -83,7 +81,7 @@ def _probe(
         for name in (silo for silo in candidates if silo in fed.silos):
             if fed.model.touched:  # by a module that counts in evaluation too
                 fed.model.load(fed.layout.params(state.params_Q))
-            silo, num = fed.silos[name], getattr(fed.selector, "samples", None)
+            silo, num = fed.silos[name], fed.selector.samples
             x, y = silo.data.x_train, silo.data.y_train
             if num is not None and num < len(x):
                 drawn = rng.generator(fed.seed, purpose="probe", round=number, silo=name)

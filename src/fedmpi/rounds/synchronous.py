@@ -108,7 +108,6 @@ def _server(fed: Federation, number: int, selection: Selection, near: float) -> 
         aggregator = type(fed.aggregator).__name__
         raise agreed(Diverged(f"round {number}: {aggregator} would multiply the mean of the updates by {scale}"))
     share = float(sent.sum()) / fed.exchange.facts.total_weight
-    at = getattr(fed.optimizer, "at", None)  # for one that must know of the round
-    optimizer = fed.optimizer if at is None else at(number, fed.rounds, share)
+    optimizer = fed.optimizer.at(number, fed.rounds, share)
     counts = float(sent.sum() / weights.sum()) if len(sent) else 1.0
     return Server(optimizer, fed.layout, scale, share * near, counts)

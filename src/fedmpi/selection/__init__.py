@@ -19,6 +19,6 @@ from fedmpi.selection.available import INNER, Available
 from fedmpi.selection.base import Selection, Selector, State
 from fedmpi.selection.draws import All, Uniform
 
-SELECTORS = Family("selector", {**INNER.members, "available": Available}, Selector)
+SELECTORS = Family("selector", {**INNER.members, "available": Available}, Selector, defaults=True)
 
 __all__ = ["SELECTORS", "All", "Selection", "Selector", "State", "Uniform"]

@@ -19,13 +19,13 @@ from fedmpi.selection.draws import DRAWS, All
 from fedmpi.selection.losses import LOSSES
 from fedmpi.selection.norms import NORMS
 
-INNER = Family("selector", {**DRAWS, **NORMS, **LOSSES}, Selector)
+INNER = Family("selector", {**DRAWS, **NORMS, **LOSSES}, Selector, defaults=True)
 
 Traces = dict[str, list[tuple[int, int]]]
 
 
 @component
-class Available:
+class Available(Selector):
     """Another selector, over the silos that are there: in one of their intervals, its first round to before its second.
 
     A file is read when the configuration is, and what it says is then part of the configuration: all ranks hold the
@@ -60,53 +60,47 @@ class Available:
 
     def suits(self, num_silos: int) -> None:
         """ConfigError where the inner selector asks for more silos than there are."""
-        if (suits := getattr(self.inner, "suits", None)) is not None:
-            suits(num_silos)
+        self.inner.suits(num_silos)
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
         """The inner selector's, of the silos that are there in the round that has fewest."""
-        least = getattr(self.inner, "least", lambda some, rounds: len(some))
         edges = {1, *(edge for some in self.traces.values() for interval in some for edge in interval)}
         there = [self._in_round(ids, number) for number in edges if number <= rounds]
-        return min((least(some, rounds) for some in there if some), default=len(ids))
+        return min((self.inner.least(some, rounds) for some in there if some), default=len(ids))
 
     @property
     def unbiased(self) -> bool:
         """Does the inner selector give factors?"""
-        return bool(getattr(self.inner, "unbiased", False))
+        return self.inner.unbiased
 
     @property
     def reads(self) -> frozenset[str] | None:
         """What the inner selector reads of single silos."""
-        return getattr(self.inner, "reads", None)
+        return self.inner.reads
 
     @property
     def asks(self) -> bool:
         """Does the inner selector ask for fresh losses?"""
-        return bool(getattr(self.inner, "asks", False))
+        return self.inner.asks
 
     @property
     def samples(self) -> int | None:
         """The inner selector's."""
-        return getattr(self.inner, "samples", None)
+        return self.inner.samples
 
     def init(self, num_train: Sequence[int]) -> State:
         return self.inner.init(num_train)
 
     def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
         """The inner selector's, of all silos."""
-        observe = getattr(self.inner, "observe", None)
-        return state if observe is None else observe(ids, state, outcome)  # type: ignore[no-any-return]
+        return self.inner.observe(ids, state, outcome)
 
     def candidates(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> list[str]:
         """The inner selector's, of the silos that are there."""
-        candidates = getattr(self.inner, "candidates", None)
         there = self._there(ids, outcome)
-        if candidates is None:
-            return []
-        return candidates(*_part(ids, state, there), _only(outcome, there), rng)  # type: ignore[no-any-return]
+        return self.inner.candidates(*_part(ids, state, there), _only(outcome, there), rng)
 
     def select(
         self,

@@ -5,8 +5,9 @@ Arrays in a selector's state that are as long as the federation have one entry p
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pydantic
@@ -32,36 +33,61 @@ class Selection(NamedTuple):
     among: list[str] | None = None  # the silos whose aggregate the factors estimate; None: all
 
 
-class Selector(Protocol):
-    """Which silos take part. Besides `select` one may have:
+class Selector:
+    """Which silos take part. Members say `init` and `select`, and what else is other than here."""
 
-    unbiased                     True: `select` gives factors
-    reads                        the arrays of the outcome that it looks at besides `cohort`: loss, norm, samples,
-                                 steps, taken, metric. `disclose: cohort` and `pooled` ask for it: some are nan then
-    observe(ids, state, outcome) the state once it has seen the last round's outcome, None before the first; called
-                                 before all else
-    candidates(ids, state, outcome, rng)
-                                 silos whose loss under the global parameters is to be found out, on `samples` of their
-                                 training samples (None: all). `select` is then given what was found, {silo: loss}, as
-                                 one more argument. `asks` is True where there are any
-    suits(num_silos)             ConfigError where a number of silos that it is given is more than there are
-    least(ids, rounds)           the fewest silos that a cohort of these rounds may have, for aggregators that need a
-                                 number of them; without it they are taken to be all
-    """
+    @property
+    def reads(self) -> frozenset[str] | None:
+        """The arrays of the outcome that it looks at besides `cohort`: loss, norm, samples, steps, taken, metric.
+        `disclose: cohort` and `pooled` ask for it, where some are nan; None: it does not say."""
+        return None
 
+    @property
+    def unbiased(self) -> bool:
+        """Does `select` give factors?"""
+        return False
+
+    @property
+    def asks(self) -> bool:
+        """Are there ever `candidates`?"""
+        return False
+
+    @property
+    def samples(self) -> int | None:
+        """On how many of a candidate's training samples its loss is found out; None: all."""
+        return None
+
+    def suits(self, num_silos: int) -> None:
+        """ConfigError where a number of silos that it is given is more than there are."""
+
+    def least(self, ids: Sequence[str], rounds: int) -> int:
+        """The fewest silos that a cohort of these rounds may have, for aggregators that need a number of them."""
+        return len(ids)
+
+    @abstractmethod
     def init(self, num_train: Sequence[int]) -> State:
         """The state before the first round, given every silo's number of training samples."""
-        ...
 
+    def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
+        """The state once it has seen the last round's outcome, None before the first; called before all else."""
+        return state
+
+    def candidates(
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
+    ) -> list[str]:
+        """Silos whose loss under the global parameters is to be found out. `select` is then given what was found,
+        {silo: loss}, as one more argument."""
+        return []
+
+    @abstractmethod
     def select(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> Selection | tuple[list[str], State]:
         """The cohort, in the federation's order, and the new state. `outcome` is the last round's."""
-        ...
 
 
 @component
-class Part:
+class Part(Selector):
     """The fields of selectors that take a part of the silos."""
 
     fraction: PositiveFraction = 1.0  # C, of the federation's silos

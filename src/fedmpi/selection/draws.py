@@ -9,11 +9,11 @@ import numpy as np
 
 from fedmpi.components import PositiveInt, component
 from fedmpi.outcome import RoundOutcome
-from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, with_replacement
+from fedmpi.selection.base import Part, Selection, Selector, State, at_most, cohort_of, with_replacement
 
 
 @component
-class All:
+class All(Selector):
     """Every silo, every round. The aggregate is that of all silos."""
 
     reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
@@ -101,7 +101,7 @@ class Proportional(Part):
 
 
 @component
-class RoundRobin:
+class RoundRobin(Selector):
     """`count` silos each round, in the federation's order and around again: those whose last turn is longest ago. Of
     fewer that are there (`available`) all.
 
