@@ -99,8 +99,8 @@ class Attack:
 
 @component
 class SignFlip(Attack):
-    """-scale * delta (Li et al. 2019, RSA: Byzantine-Robust Stochastic Aggregation Methods, section 5, sign-flipping,
-    whose sigma is -4; with 1 it is the bit flip of Karimireddy et al. 2022, section 6)."""
+    """-scale * delta (Li et al. 2019, RSA: Byzantine-Robust Stochastic Aggregation Methods, sign-flipping attack, whose
+    sigma is -4; with 1 it is the bit flip of Karimireddy et al. 2022)."""
 
     scale: PositiveFloat = 1.0  # what the flipped delta is multiplied with
 
@@ -111,7 +111,7 @@ class SignFlip(Attack):
 @component
 class LabelFlip(Attack):
     """Labels y become C - 1 - y, in training alone (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous
-    Datasets via Bucketing, section 6: 9 - y; Tolpegin et al. 2020 flip one class into another).
+    Datasets via Bucketing, experiments on MNIST: 9 - y; Tolpegin et al. 2020 flip one class into another).
 
     In that benchmark hostile silos hold samples of all labels (partition `sorted` with `mixed`) and send gradients
     without momentum (`local`), as its bit flip does.
@@ -128,7 +128,7 @@ class LabelFlip(Attack):
 @component
 class Noise(Attack):
     """Gaussian noise in place of the delta, drawn anew by seed, round and silo (Blanchard et al. 2017, Machine Learning
-    with Adversaries, section 5: mean 0, isotropic, standard deviation 200)."""
+    with Adversaries, experiments: mean 0, isotropic, standard deviation 200)."""
 
     sigma: PositiveFloat  # standard deviation of every coordinate, in units of the delta
 
@@ -172,7 +172,8 @@ class Alie(Attack):
 
 @component
 class Ipm(Attack):
-    """Inner product manipulation: -epsilon * mean of the honest deltas (Xie et al. 2020, Fall of Empires, section 4).
+    """Inner product manipulation: -epsilon * mean of the honest deltas (Xie et al. 2020, Fall of Empires: Breaking
+    Byzantine-Tolerant SGD by Inner Product Manipulation).
 
     A small epsilon stays near the honest deltas (Krum); one above (n - m) / m turns the mean around.
     """
@@ -188,7 +189,7 @@ class Ipm(Attack):
 @component
 class Mimic(Attack):
     """Every hostile silo sends what one honest silo sends, which then counts for too much where silos differ
-    (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, section 3, "Mimic").
+    (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, mimic attack).
 
     Deviation: the paper finds the target in a warm-up, along the direction in which honest deltas vary most; here it is
     given, and where that silo is not heard in a round it is the first honest one that is.

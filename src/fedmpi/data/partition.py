@@ -144,9 +144,9 @@ class Sorted:
     """Sorted by label and cut into equal consecutive parts: most silos have one label, some two.
 
     The non-iid setting of Karimireddy et al. 2022 (Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing,
-    section 6), where honest silos share the sorted set out. `mixed` silos at the end stand for that benchmark's hostile
-    ones: they get a random 1/(K - mixed) of the whole set each, in copies, and nothing to be tested on, so that the
-    honest silos still hold every sample.
+    experiments), where honest silos share the sorted set out. `mixed` silos at the end stand for that benchmark's
+    hostile ones: they get a random 1/(K - mixed) of the whole set each, in copies, and nothing to be tested on, so that
+    the honest silos still hold every sample.
 
     Deviations: samples of one label are dealt out at random, not in the file's order; a silo is tested on its own
     labels, in place of one central test set.
