@@ -263,10 +263,11 @@ def test_hostile_silos_may_train_by_a_rule_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", OMNISCIENT)
+@pytest.mark.parametrize("plan", ["sharded", "auto"])
 @pytest.mark.parametrize("aggregate", [{"name": "mean", "weights": "uniform"}, "median"], ids=["mean", "median"])
-def test_aggregators_get_what_an_omniscient_attacker_sends(tmp_path, name, aggregate):
+def test_aggregators_get_what_an_omniscient_attacker_sends(tmp_path, name, aggregate, plan):
     attack = {"name": name, "silos": HOSTILE}
-    exchange = {"plan": "sharded", "scope": "silo"}
+    exchange = {"plan": plan, "scope": "silo"}
     how = {"attack": attack, "experimental": True, "exchange": exchange, "records": {"gram": "matrix"}}
     w_P, deltas, end_P, record = one_round(tmp_path, aggregate=aggregate, **how)
     arrived_KP = sent(name, deltas)
