@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import reference
 import torch
-import yaml
 from runs import OWN, Normed, config, everything, figures, put_back, rank_distance, refused, run  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedmpi
-from fedmpi import checkpoint, directory, results
+from fedmpi import checkpoint, results
 from fedmpi.comm import Comm, SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
@@ -308,18 +307,24 @@ def test_a_flipped_bit_of_the_configuration_file_is_noticed_by_all_that_read_it(
 
 
 @pytest.mark.parametrize("format", [1, 2, 4])
-def test_a_directory_of_another_format_is_refused_by_both_versions(tmp_path, format):
-    run(config(tmp_path, 1))
+def test_a_directory_of_another_format_is_refused_by_both_versions_and_left_as_it_is(tmp_path, monkeypatch, format):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", format)
+        run(config(tmp_path, 1))
     path = tmp_path / "config.yaml"
-    text, _, _ = path.read_text().rpartition("# sha256")
-    if format == 1:
-        path.write_text(text.replace("  format: 3\n", ""))
-    else:
-        directory.write_config(tmp_path, {}, {**yaml.safe_load(text)["about"], "format": format})
-    for look in (results.inspect, lambda root: refused(config(root, 2)) and results.inspect(root)):
-        with pytest.raises(ConfigError, match=f"is of format {format}, written by fedmpi .* reads and writes format 3"):
+    if format == 1:  # which did not say so
+        text, _, _ = path.read_text().rpartition("# sha256")
+        path.write_text(text.replace("  format: 1\n", ""))
+    files = [path, *(found for found in tmp_path.glob("checkpoints/*/*"))]
+    before = [found.read_bytes() for found in files]
+    says = f"{tmp_path} is of format {format}, written by fedmpi {fedmpi.__version__}; this fedmpi {fedmpi.__version__}"
+    says += " reads and writes format 3: finish the run with that version, or choose another out="
+    for look in (results.inspect, results.evaluate, lambda root: results.export(root, tmp_path / "m.pt")):
+        with pytest.raises(ConfigError) as caught:
             look(tmp_path)
-    assert f"is of format {format}" in refused(config(tmp_path, 2))
+        assert str(caught.value) == says
+    assert refused(config(tmp_path, 2)) == says
+    assert len(files) == 4 and [found.read_bytes() for found in files] == before
 
 
 def test_what_is_not_shared_is_checked_before_it_is_used_and_mended_by_resuming(tmp_path, start):

@@ -135,7 +135,7 @@ class OfSilos:
 
 
 class Arrays:
-    """Arrays by name, of any size, alike on all ranks: what a selector keeps."""
+    """Arrays by name, alike on all ranks, which may grow, come and go: what a selector keeps."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         self.arrays = dict(arrays)
@@ -153,7 +153,7 @@ def _numbers(name: str, array: Any) -> torch.Tensor:
     try:
         return torch.from_numpy(np.asarray(array))
     except TypeError:
-        raise CheckpointError(f"the selector keeps '{name}' as {np.asarray(array).dtype}, which is no number") from None
+        raise CheckpointError(f"'{name}' is kept as {np.asarray(array).dtype}, which is no number") from None
 
 
 # ---------------------------------------------------------------- from ranks to whole tensors, and back
