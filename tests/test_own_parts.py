@@ -13,7 +13,7 @@ from fedmpi.flat import sha256
 from fedmpi.local import RULES, Sgd
 from fedmpi.local.samplers import SAMPLERS
 from fedmpi.local.workload import WORKLOADS
-from fedmpi.selection import SELECTORS
+from fedmpi.selection import SELECTORS, All
 from fedmpi.server import OPTIMIZERS
 
 HERE = "test_own_parts:"  # what configurations call this module's own components
@@ -228,3 +228,13 @@ def test_members_inherit_from_their_family_s_base_and_say_what_is_abstract_there
         assert issubclass(member, family.protocol), name
         abstract = [m for m in dir(member) if getattr(getattr(member, m), "__isabstractmethod__", False)]
         assert not abstract, f"{name} lacks {abstract}"
+
+
+def test_a_component_of_one_s_own_says_what_it_does_not_go_with():
+    class Picky(All):
+        def conflicts(self, config):
+            return "rounds: this selector needs an even number" if config.rounds % 2 else super().conflicts(config)
+
+    assert Config(select=component(Picky)(), rounds=2).select.least("ab", 2) == 2
+    with pytest.raises(ValueError, match="rounds: this selector needs an even number"):
+        Config(select=component(Picky)(), rounds=3)

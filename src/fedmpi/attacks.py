@@ -28,7 +28,7 @@ import pydantic
 import torch
 
 from fedmpi import rng
-from fedmpi.components import Family, PositiveFloat, PositiveInt, component, did_you_mean
+from fedmpi.components import Family, PositiveFloat, PositiveInt, called, component, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.local import RULES, LocalRule
 from fedmpi.types import Contribution, SiloData, Source
@@ -57,7 +57,11 @@ class Attack:
         return self
 
     def conflicts(self, config: Config) -> str | None:
-        """Why the attack does not go with the rest of a configuration; None where it does."""
+        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        why = self._conflicts(config)
+        return why and f"attack: {called(self)} {why}"
+
+    def _conflicts(self, config: Config) -> str | None:
         exchange = config.exchange
         if not config.experimental:
             return "makes silos hostile, which is for experiments alone; say experimental: true beside it"

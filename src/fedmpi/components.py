@@ -48,6 +48,9 @@ def component(cls: type[T]) -> type[T]:
     return typing.cast(type[T], made)
 
 
+_FAMILIES: list[Family] = []
+
+
 class Family:
     """The members of one kind of component, by name."""
 
@@ -68,6 +71,7 @@ class Family:
         self.outside = outside  # may a user bring their own as "package.module:Class"?
         self.deferred = deferred  # may it be any callable, called when it is needed?
         self.defaults = defaults  # does what a member lacks, besides abstract methods, come from the protocol?
+        _FAMILIES.append(self)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(self._instance)
@@ -141,10 +145,14 @@ class Family:
         """What `name` asks for this member."""
         if isinstance(member, Deferred):
             return member.name
-        for name, cls in self.members.items():
-            if type(member) is cls:
-                return name
-        return f"{type(member).__module__}:{type(member).__qualname__}"
+        own = f"{type(member).__module__}:{type(member).__qualname__}"
+        return next((name for name, cls in self.members.items() if type(member) is cls), own)
+
+
+def called(member: Any) -> str:
+    """What a configuration calls this component, of whatever family it is."""
+    home = next((family for family in _FAMILIES if type(member) in family.members.values()), _FAMILIES[0])
+    return home.name_of(member)
 
 
 def family_of(annotation: Any) -> Family | None:

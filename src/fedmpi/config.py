@@ -22,8 +22,7 @@ import yaml
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean
 from fedmpi.attacks import ATTACKS, Attack
-from fedmpi.codecs import CODECS
-from fedmpi.components import NonNegativeInt, PositiveFloat, PositiveInt, build, component, to_dict
+from fedmpi.components import NonNegativeInt, PositiveFloat, PositiveInt, build, called, component, to_dict
 from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.errors import ConfigError
@@ -32,10 +31,6 @@ from fedmpi.exchange.plans import FORMERLY
 from fedmpi.flat import Entry, entries
 from fedmpi.health import StopSection
 from fedmpi.local import RULES, LocalRule, Sgd
-from fedmpi.local.base import GradientRule
-from fedmpi.local.control_variates import FedDyn as FedDynRule
-from fedmpi.local.control_variates import Scaffold
-from fedmpi.local.optimizers import num_gradients
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
@@ -44,7 +39,7 @@ from fedmpi.records.measurements import Gram
 from fedmpi.rounds import ENGINES, Engine, Synchronous
 from fedmpi.rounds.disclosure import Disclose, refuse_hidden
 from fedmpi.selection import SELECTORS, All, Selector
-from fedmpi.server import OPTIMIZERS, Average, FedAvg, FedDyn, ServerOptimizer
+from fedmpi.server import OPTIMIZERS, Average, FedAvg, ServerOptimizer
 from fedmpi.types import Dataset
 
 
@@ -79,6 +74,18 @@ class EvaluateSection:
     every: PositiveInt = 1  # rounds between evaluations; the last round is always evaluated
     batch_size: PositiveInt = 1024  # samples at a time
     finetune: Annotated[LocalRule, RULES] | None = None  # how silos train the last model on for personal figures
+
+    def conflicts(self, config: Config) -> str | None:
+        """Fine-tuning that is none, or that is not what personal figures are of."""
+        if self.finetune is None:
+            return None
+        if self.finetune.auxiliaries:
+            rule = called(self.finetune)
+            return f"evaluate.finetune: {rule} trains with what other silos send; take one that trains alone"
+        if config.local.is_personal:
+            rule = called(config.local)
+            return f"evaluate.finetune: the personal figures are those of the models that {rule} makes"
+        return None
 
 
 @component
@@ -116,6 +123,17 @@ class RecordsSection:
     def needs(self) -> frozenset[str]:
         """What measurements need."""
         return frozenset().union(*(measurement.needs for measurement in self.measurements))
+
+    def conflicts(self, config: Config) -> str | None:
+        """Inner products of deltas that do not meet."""
+        key = "records.gram" if self.gram else "records.measure"
+        if "gram" not in self.needs:
+            return None
+        if not config.exchange.one_by_one:
+            return f"{key}: deltas meet one by one under exchange.scope: silo and plan sharded alone"
+        if config.exchange.overlap:
+            return f"{key}: with exchange.overlap deltas meet after their round's record"
+        return None
 
     def open_sinks(self) -> list[Sink]:
         """One of each sink, to be opened."""
@@ -165,105 +183,28 @@ class Config:
 
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
-        if self.attack is not None and (why := self.attack.conflicts(self)):
-            raise ValueError(f"attack: {ATTACKS.name_of(self.attack)} {why}")
-        each = hasattr(self.aggregate, "combine")
-        if each and not self.exchange.one_by_one:
-            name = AGGREGATORS.name_of(self.aggregate)
-            raise ValueError(f"aggregate: {name} reads each delta; it needs exchange.scope: silo and plan sharded")
-        if "gram" in self.records.needs:
-            key = "records.gram" if self.records.gram else "records.measure"
-            if not self.exchange.one_by_one:
-                raise ValueError(f"{key}: deltas meet one by one under exchange.scope: silo and plan sharded alone")
-            if self.exchange.overlap:
-                raise ValueError(f"{key}: with exchange.overlap deltas meet after their round's record")
-        if auxiliaries := self.local.auxiliaries:
-            rule, names = RULES.name_of(self.local), ", ".join(a.name for a in auxiliaries)
-            if each:
-                raise ValueError(f"aggregate: {rule} sends {names} besides the delta, to be summed and not chosen")
-            if self.exchange.overlap:
-                raise ValueError(f"exchange.overlap: the {names} of {rule} must not arrive a round late")
-            if self.exchange.regions is not None and self.exchange.regions.every > 1:
-                raise ValueError(f"exchange.regions.every: the {names} of {rule} must reach all silos every round")
-            for way in ("up", "down"):
-                codec = getattr(self.exchange, way).codec
-                if codec.chooses:
-                    raise ValueError(
-                        f"exchange.{way}: {CODECS.name_of(codec)} would choose between the delta and the {names} of "
-                        f"{rule}, whose units differ; take a codec that sends all values, or chunk_topk or randk"
-                    )
-        self._feddyn()
-        self._benchmark()
-        self._fednova()
-        aggregator, regions = AGGREGATORS.name_of(self.aggregate), self.exchange.regions
-        if self.server.average is not None and self.exchange.overlap:
-            raise ValueError("server.average: with exchange.overlap the parameters of a round arrive a round late")
-        if self.server.average is not None and regions is not None and regions.every > 1:
-            raise ValueError("server.average: with exchange.regions.every the parameters of regions differ in between")
-        if self.select.unbiased:
-            weighs = f"{SELECTORS.name_of(self.select)} counts silos by 1/probability"
-            if why := getattr(self.aggregate, "refuses_factors", ""):
-                raise ValueError(f"select: {weighs}, which makes no sense of aggregate {aggregator}: {why}")
-            if regions is not None and regions.every > 1:
-                raise ValueError(f"select: {weighs} of a round, and exchange.regions.every is {regions.every} rounds")
-        if getattr(self.aggregate, "scaled", False) and regions is not None and regions.every > 1:
-            raise ValueError(f"aggregate: {aggregator} looks at one round, exchange.regions.every is {regions.every}")
-        if self.evaluate.finetune is not None and self.evaluate.finetune.auxiliaries:
-            rule = RULES.name_of(self.evaluate.finetune)
-            raise ValueError(f"evaluate.finetune: {rule} trains with what other silos send; take one that trains alone")
-        if self.evaluate.finetune is not None and self.local.is_personal:
-            rule = RULES.name_of(self.local)
-            raise ValueError(f"evaluate.finetune: the personal figures are those of the models that {rule} makes")
-        if self.exchange.reduction == "reproducible" and self.local.timed:
-            raise ValueError("exchange.reduction: reproducible, but local.amount: seconds is what no clock repeats")
-        if regions is not None and self.rounds % regions.every:
-            raise ValueError(
-                f"rounds: after {self.rounds} the regions differ; take a multiple of exchange.regions.every, "
-                f"{regions.every}"
-            )
+        self._aggregates()
+        parts = (self.attack, self.records, self.local, self.server.optimizer, self.server.average)
+        for part in (*parts, self.select, self.evaluate, self.exchange):
+            if part is not None and (why := part.conflicts(self)):
+                raise ValueError(why)
         return self
 
-    def _feddyn(self) -> None:
-        """FedDyn is a rule and a server's step, which need each other."""
-        rule, optimizer = self.local, self.server.optimizer
-        if isinstance(rule, FedDynRule):
-            if not isinstance(optimizer, FedDyn) or optimizer.alpha != rule.alpha:
-                needed = f"{{optimizer: {{name: feddyn, alpha: {rule.alpha}}}}}"
-                raise ValueError(f"server.optimizer: the rule feddyn needs server: {needed}")
-            if not isinstance(self.aggregate, Mean) or self.aggregate.weights == "steps":
-                raise ValueError("aggregate: feddyn needs mean, with weights uniform (the paper's) or samples")
-            if self.select.unbiased:
-                raise ValueError(
-                    f"select: {SELECTORS.name_of(self.select)} counts silos by 1/probability, and feddyn's server adds "
-                    "up what the cohort's own h moved by; take a selector that draws silos alike"
-                )
-            if self.exchange.overlap or (self.exchange.regions is not None and self.exchange.regions.every > 1):
-                raise ValueError("exchange: feddyn's server must hear of every round; no overlap, regions.every: 1")
-        elif isinstance(optimizer, FedDyn):
-            raise ValueError(f"local: the server's feddyn needs local: {{name: feddyn, alpha: {optimizer.alpha}, ...}}")
-
-    def _benchmark(self) -> None:
-        """The benchmark's SCAFFOLD is told the server's step size, which has to be so."""
-        rule, optimizer = self.local, self.server.optimizer
-        if not isinstance(rule, Scaffold) or rule.variant != "benchmark":
-            return
-        if not isinstance(optimizer, FedAvg) or optimizer.lr != rule.server_lr:
-            raise ValueError(
-                f"server.optimizer: scaffold's variant benchmark needs fedavg with lr {rule.server_lr}, its "
-                "local.server_lr"
-            )
-
-    def _fednova(self) -> None:
-        """FedNova has to know how many gradients a delta holds."""
-        rule = self.local
-        if not isinstance(self.aggregate, FedNova) or not isinstance(rule, GradientRule) or not rule.keep_optimizer:
-            return
-        one, two = (num_gradients(rule.optimizer, steps) for steps in (1, 2))
-        if one is not None and two != 2 * one:  # as it is with momentum
+    def _aggregates(self) -> None:
+        """What does not go with an aggregator."""
+        name, regions, each = called(self.aggregate), self.exchange.regions, hasattr(self.aggregate, "combine")
+        if each and not self.exchange.one_by_one:
+            raise ValueError(f"aggregate: {name} reads each delta; it needs exchange.scope: silo and plan sharded")
+        if each and (names := ", ".join(auxiliary.name for auxiliary in self.local.auxiliaries)):
+            rule = called(self.local)
+            raise ValueError(f"aggregate: {rule} sends {names} besides the delta, to be summed and not chosen")
+        if isinstance(self.aggregate, FedNova) and self.local.carries_over:
             raise ValueError(
                 "aggregate: fednova divides by the gradients that a round's delta holds, and with "
                 "local.keep_optimizer momentum carries earlier rounds' into it"
             )
+        if getattr(self.aggregate, "scaled", False) and regions is not None and regions.every > 1:
+            raise ValueError(f"aggregate: {name} looks at one round, exchange.regions.every is {regions.every}")
 
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
         """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""

@@ -19,7 +19,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ import torch
 from fedmpi.components import Decay, Family, Fraction, NonNegativeFloat, PositiveFloat, component
 from fedmpi.layout import Layout
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
 
 Tensor = torch.Tensor
 
@@ -74,6 +77,10 @@ class ServerOptimizer:
         """What takes this round's step: round `number` of 1 to `rounds`, in which `fraction` of all silos' weight was
         heard."""
         return self
+
+    def conflicts(self, config: Config) -> str | None:
+        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        return None
 
     @abstractmethod
     def step(self, params_P: Tensor, mean_P: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -149,6 +156,14 @@ class Average:
     """
 
     decay: Fraction = 0.99  # what a round weighs less than the next; 0: the last round's parameters
+
+    def conflicts(self, config: Config) -> str | None:
+        """Parameters that are not those of the whole federation after the round."""
+        if config.exchange.overlap:
+            return "server.average: with exchange.overlap the parameters of a round arrive a round late"
+        if config.exchange.regions is not None and config.exchange.regions.every > 1:
+            return "server.average: with exchange.regions.every the parameters of regions differ in between"
+        return None
 
     def follow(self, average_P: Tensor, params_P: Tensor, number: int) -> Tensor:
         """The average after round `number`, in the memory of the one before."""
@@ -355,6 +370,12 @@ class FedDyn(ServerOptimizer):
     """
 
     alpha: PositiveFloat = 0.01  # of the dynamic regulariser; the rule's too
+
+    def conflicts(self, config: Config) -> str | None:
+        """Without its rule there is no h."""
+        if config.local.server_step is FedDyn:
+            return None
+        return f"local: the server's feddyn needs local: {{name: feddyn, alpha: {self.alpha}, ...}}"
 
     def init(self, params_P: Tensor) -> Dynamic:
         """h = 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
@@ -12,6 +12,9 @@ from fedmpi.components import PositiveFraction, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.base import Exchange, Machine
 from fedmpi.exchange.plans import AUTO, MEASURE, PLANS
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
 
 
 @component
@@ -129,6 +132,15 @@ class ExchangeSection:
     def candidates(self) -> list[str]:
         """The plans that can carry out what else is said here, on ranks of one node."""
         return [name for name, plan in PLANS.members.items() if not plan.supports(self, Machine())]
+
+    def conflicts(self, config: Config) -> str | None:
+        """A run that would end between two exchanges across regions."""
+        if self.regions is not None and config.rounds % self.regions.every:
+            return (
+                f"rounds: after {config.rounds} the regions differ; take a multiple of exchange.regions.every, "
+                f"{self.regions.every}"
+            )
+        return None
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ExchangeSection:

@@ -12,14 +12,14 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pydantic
 import torch
 
 from fedmpi import rng
-from fedmpi.components import Deferred, PositiveFloat, PositiveInt, component, did_you_mean
+from fedmpi.components import Deferred, PositiveFloat, PositiveInt, called, component, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.flat import HALF, Entry, FlatModel, refuse_frozen
 from fedmpi.local.optimizers import KEPT, TORCH_OPTIMIZERS, num_gradients, plain_step, put_back, state_to_keep
@@ -28,6 +28,10 @@ from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Whole
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.targets import Count
 from fedmpi.types import Auxiliary, Contribution, SiloData
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
+    from fedmpi.server import ServerOptimizer
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -103,6 +107,35 @@ class LocalRule:
         """Samples of the smallest batch that a silo of so many trains on in so many rounds; None: not known."""
         return None
 
+    @property
+    def carries_over(self) -> bool:
+        """Do gradients of earlier rounds go into a round's delta?"""
+        return False
+
+    @property
+    def server_step(self) -> type[ServerOptimizer] | None:
+        """The server's half of the same algorithm, which goes with no other rule."""
+        return None
+
+    def conflicts(self, config: Config) -> str | None:
+        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        exchange, rule, names = config.exchange, called(self), ", ".join(a.name for a in self.auxiliaries)
+        if exchange.reduction == "reproducible" and self.timed:
+            return "exchange.reduction: reproducible, but local.amount: seconds is what no clock repeats"
+        if not names:
+            return None
+        if exchange.overlap:
+            return f"exchange.overlap: the {names} of {rule} must not arrive a round late"
+        if exchange.regions is not None and exchange.regions.every > 1:
+            return f"exchange.regions.every: the {names} of {rule} must reach all silos every round"
+        for way, channel in (("up", exchange.up), ("down", exchange.down)):
+            if channel.codec.chooses:
+                return (
+                    f"exchange.{way}: {called(channel.codec)} would choose between the delta and the {names} of "
+                    f"{rule}, whose units differ; take a codec that sends all values, or chunk_topk or randk"
+                )
+        return None
+
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
         """ConfigError where the rule cannot do with the model, what it shares or these silos."""
 
@@ -158,6 +191,13 @@ class GradientRule(LocalRule):
     @property
     def timed(self) -> bool:
         return self.amount.limit_s < math.inf
+
+    @property
+    def carries_over(self) -> bool:
+        if not self.keep_optimizer:
+            return False
+        one, two = (num_gradients(self.optimizer, steps) for steps in (1, 2))
+        return one is not None and two != 2 * one  # as it is with momentum
 
     def rate(self, round: Round) -> float:
         """The learning rate of a round."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import pydantic
 import torch
 
-from fedmpi.components import Decay, NonNegativeFloat, PositiveFloat, component
+from fedmpi import server
+from fedmpi.aggregate import Mean
+from fedmpi.components import Decay, NonNegativeFloat, PositiveFloat, called, component
 from fedmpi.flat import FlatModel
 from fedmpi.local.base import (
     GradientRule,
@@ -23,6 +25,9 @@ from fedmpi.local.base import (
 )
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.types import Auxiliary, Contribution
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
 
 
 def _reads_gradients(rule: GradientRule) -> None:
@@ -70,6 +75,17 @@ class Scaffold(GradientRule):
     option: Literal["I", "II"] = "II"  # how c_k is renewed
     variant: Literal["paper", "benchmark"] = "paper"  # benchmark: FLamby's
     server_lr: PositiveFloat = 1.0  # of the benchmark's variant alone: as server.optimizer's lr
+
+    def conflicts(self, config: Config) -> str | None:
+        """The benchmark's is told the server's step size, which has to be so."""
+        optimizer = config.server.optimizer
+        told = isinstance(optimizer, server.FedAvg) and optimizer.lr == self.server_lr
+        if self.variant == "benchmark" and not told:
+            return (
+                f"server.optimizer: scaffold's variant benchmark needs fedavg with lr {self.server_lr}, its "
+                "local.server_lr"
+            )
+        return super().conflicts(config)
 
     @property
     def auxiliaries(self) -> tuple[Auxiliary, ...]:
@@ -137,6 +153,24 @@ class FedDyn(GradientRule):
 
     alpha: PositiveFloat = 0.01  # of the dynamic regulariser; the server's too
     kept_vectors: ClassVar[int] = 1
+    server_step: ClassVar[type[server.ServerOptimizer]] = server.FedDyn
+
+    def conflicts(self, config: Config) -> str | None:
+        """Its server, whose h is a mean over all silos of every round."""
+        optimizer, exchange = config.server.optimizer, config.exchange
+        if not isinstance(optimizer, server.FedDyn) or optimizer.alpha != self.alpha:
+            needed = f"{{optimizer: {{name: feddyn, alpha: {self.alpha}}}}}"
+            return f"server.optimizer: the rule feddyn needs server: {needed}"
+        if not isinstance(config.aggregate, Mean) or config.aggregate.weights == "steps":
+            return "aggregate: feddyn needs mean, with weights uniform (the paper's) or samples"
+        if config.select.unbiased:
+            return (
+                f"select: {called(config.select)} counts silos by 1/probability, and feddyn's server adds "
+                "up what the cohort's own h moved by; take a selector that draws silos alike"
+            )
+        if exchange.overlap or (exchange.regions is not None and exchange.regions.every > 1):
+            return "exchange: feddyn's server must hear of every round; no overlap, regions.every: 1"
+        return super().conflicts(config)
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         h_P = kept_vector(silo, "dynamic", params_P)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pydantic
 
-from fedmpi.components import PositiveFraction, PositiveInt, component
+from fedmpi.components import PositiveFraction, PositiveInt, called, component
 from fedmpi.errors import ConfigError
 from fedmpi.outcome import RoundOutcome
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
 
 State = dict[str, np.ndarray]
 
@@ -55,6 +58,17 @@ class Selector:
     @property
     def samples(self) -> int | None:
         """On how many of a candidate's training samples its loss is found out; None: all."""
+        return None
+
+    def conflicts(self, config: Config) -> str | None:
+        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        regions, weighs = config.exchange.regions, f"{called(self)} counts silos by 1/probability"
+        if not self.unbiased:
+            return None
+        if why := getattr(config.aggregate, "refuses_factors", ""):
+            return f"select: {weighs}, which makes no sense of aggregate {called(config.aggregate)}: {why}"
+        if regions is not None and regions.every > 1:
+            return f"select: {weighs} of a round, and exchange.regions.every is {regions.every} rounds"
         return None
 
     def suits(self, num_silos: int) -> None:
