@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fedmpi.comm import Comm, SoloComm
+from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError, FedmpiError, NoCohort, SiloError, agreed
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import StatusTable
@@ -15,7 +15,7 @@ from fedmpi.rounds.cohort import select_cohort
 from fedmpi.rounds.engine import Everybody
 
 
-class Pair(Comm):
+class Pair(SoloComm):
     """Rank 1 of two whose other one is elsewhere: to call a collective would be to wait for ever."""
 
     rank, size, fatal = 1, 2, (MemoryError,)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedmpi import device
-from fedmpi.comm import Comm
+from fedmpi.comm import SoloComm
 
 
-class Two(Comm):
+class Two(SoloComm):
     """A rank that another one is like, but for the name of its host."""
 
     def __init__(self, other: "Two | None", host: str) -> None:

@@ -22,7 +22,7 @@ from runs import OWN, config, everything, put_back, run  # noqa: F401
 import fedmpi
 from fedmpi import checkpoint, output, results, stopping
 from fedmpi.cli import app
-from fedmpi.comm import Comm, MpiComm, SoloComm, process
+from fedmpi.comm import MpiComm, SoloComm, process
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, FedmpiError, SiloError, Stopped, agreed
 from fedmpi.records import PHASES, metrics, read_metrics, trace
@@ -147,7 +147,7 @@ def test_where_somebody_types_signals_are_as_they_were_and_python_goes_on(hook, 
     assert capsys.readouterr().err == "fedmpi: stopped in round 2\n"
 
 
-class Pair(Comm):
+class Pair(SoloComm):
     """One of two ranks, whose job's end is only noted."""
 
     size = 2

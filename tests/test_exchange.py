@@ -1,15 +1,13 @@
 """The exchange: what ranks fold, send and divide, over one rank and over ranks that are threads of this process."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import reference
 import torch
 
 from fedmpi import comm as ranks
-from fedmpi.comm import MpiComm, SoloComm, blocks
+from fedmpi.comm import SoloComm, blocks
+from fedmpi.comm.threads import on_ranks
 from fedmpi.errors import ConfigError, ExchangeError, FedmpiError
 from fedmpi.exchange.base import LARGEST_NORM, UNIT, ExchangeContext
 from fedmpi.exchange.choose import cost, make
@@ -17,91 +15,6 @@ from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import Sizes
 from fedmpi.server import OPTIMIZERS, Server
 from fedmpi.types import Contribution
-
-
-class Library:
-    """What mpi4py.MPI is to one rank, for ranks that are threads: they meet, and each sees what all brought."""
-
-    SUM = IN_PLACE = None
-    Exception = ConnectionError
-
-    def __init__(self, rank, slots, barrier):
-        self.rank, self.size, self.COMM_WORLD = rank, len(slots), self
-        self._slots, self._barrier = slots, barrier
-
-    def Dup(self):
-        return self
-
-    def _all(self, value):
-        self._slots[self.rank] = value
-        self._barrier.wait(20)
-        found = list(self._slots)
-        self._barrier.wait(20)
-        return found
-
-    def Allreduce(self, send, recv, op):
-        recv[:] = sum(self._all(send.copy()))
-
-    def Iallreduce(self, send, recv, op):
-        self.Allreduce(send, recv, op)
-        return self
-
-    def Reduce(self, send, recv, op, root):
-        total = sum(self._all(send.copy()))
-        assert (recv is not None) == (self.rank == root)
-        if recv is not None:
-            recv[:] = total
-
-    def Bcast(self, buffer, root):
-        buffer[:] = self._all(buffer.copy())[root]
-
-    def Allgather(self, send, recv):
-        recv[:] = b"".join(self._all(send))
-
-    def Ialltoallv(self, send, recv):
-        (mine, (counts, starts)), (out, (lengths, places)) = send, recv
-        parts = self._all([mine[s : s + n].copy() for s, n in zip(starts, counts, strict=True)])
-        for rank, (place, length) in enumerate(zip(places, lengths, strict=True)):
-            assert len(parts[rank][self.rank]) == length
-            out[place : place + length] = parts[rank][self.rank]
-        return self
-
-    def Iallgatherv(self, send, recv):
-        vector, (counts, starts) = recv
-        parts = self._all(vector[starts[self.rank] :][: counts[self.rank]].copy())
-        for part, start, count in zip(parts, starts, counts, strict=True):
-            assert len(part) == count
-            vector[start : start + count] = part
-        return self
-
-    def Iprobe(self):
-        return False
-
-    def Ibarrier(self):
-        self._barrier.wait(20)
-        return self
-
-    def Test(self):
-        return True
-
-
-def on_ranks(num_ranks, work):
-    """work(comm) on every rank at once; the results in rank order."""
-    slots, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
-
-    def rank(number):
-        try:
-            return work(MpiComm(Library(number, slots, barrier)))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(num_ranks) as pool:
-        done = [pool.submit(rank, number) for number in range(num_ranks)]
-    errors = [error for future in done if (error := future.exception()) is not None]
-    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-        raise error
-    return [future.result() for future in done]
 
 
 def section(plan="replicated", reduction="fast", **fields):

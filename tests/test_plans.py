@@ -13,7 +13,7 @@ from runs import config, put_back, refused, run  # noqa: F401
 from test_exchange import on_ranks
 
 import fedmpi
-from fedmpi.comm import MpiComm, SoloComm
+from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
@@ -138,8 +138,7 @@ def test_a_named_plan_that_the_machine_cannot_carry_out_is_one_line():
     )
 
 
-def test_ranks_with_and_without_a_gpu_choose_alike(monkeypatch):
-    monkeypatch.setattr(MpiComm, "one_node", lambda comm: True)
+def test_ranks_with_and_without_a_gpu_choose_alike():
     choices = on_ranks(3, lambda comm: Machine.of(comm, torch.device("cuda" if comm.rank == 1 else "cpu")).on_device)
     assert choices == [True] * 3
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import fedmpi
 from fedmpi import checkpoint, results
-from fedmpi.comm import Comm, SoloComm
+from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, FedmpiError
@@ -388,7 +388,7 @@ def test_a_round_that_is_checkpointed_is_not_copied_as_the_best_besides(tmp_path
     assert results.choose(tmp_path, "best") == 1 + values.index(max(values))
 
 
-class Listening(Comm):
+class Listening(SoloComm):
     """What is said to the other ranks that there might be."""
 
     def __init__(self):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_exchange import on_ranks
 
-from fedmpi.comm import Comm, SoloComm
+from fedmpi.comm import SoloComm
+from fedmpi.comm.machine import room
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.shared_memory import SharedMemory
@@ -26,7 +27,7 @@ def docker(monkeypatch):
 
 def test_ranks_of_a_host_need_room_for_what_they_want_together(docker):
     def work(ranks):
-        return ranks.room(30 * MIB), ranks.room(40 * MIB), ranks.room(50 * MIB if ranks.rank else 0), ranks.room(0)
+        return room(ranks, 30 * MIB), room(ranks, 40 * MIB), room(ranks, 50 * MIB if ranks.rank else 0), room(ranks, 0)
 
     enough, short, alone, nothing = zip(*on_ranks(2, work), strict=True)
     assert set(enough + alone + nothing) == {""}
@@ -35,7 +36,7 @@ def test_ranks_of_a_host_need_room_for_what_they_want_together(docker):
 
 def test_memory_without_a_limit_has_room(docker):
     docker.f_blocks = 0
-    assert on_ranks(2, lambda ranks: ranks.room(1 << 50)) == ["", ""]
+    assert on_ranks(2, lambda ranks: room(ranks, 1 << 50)) == ["", ""]
 
 
 def test_what_the_plan_takes_is_counted(monkeypatch):
@@ -45,7 +46,7 @@ def test_what_the_plan_takes_is_counted(monkeypatch):
         made.append(num_elements * dtype.itemsize)
         return [torch.zeros(num_elements, dtype=dtype)]
 
-    monkeypatch.setattr(Comm, "shared", shared)
+    monkeypatch.setattr(SoloComm, "shared", shared)
     for reduction in ("fast", "reproducible"):
         made.clear()
         section, params_P = ExchangeSection(plan="shared_memory", reduction=reduction), torch.zeros(100_000)

@@ -30,22 +30,24 @@ def waiting(rank, clock, num_ranks=3, timeout_s=10.0):
     return watch, SimpleNamespace(depth=1, calls=1, sleeps_while_waiting=False)
 
 
-def passes(watch, lane, clock, seconds, speak=(), trains=False):
+def passes(watch, lane, clock, seconds, speak=(), trains=False, named=[]):  # noqa: B006
     """The first thing that it has to say within so many seconds, in which these ranks are heard."""
     for _ in range(int(seconds)):
         clock.now_s += 1.0
         watch.pulse(trains=False)
         for rank in speak:
             watch.hear(rank, trains)
-        if why := watch.judge(lane):
-            return why
+        if (late := watch.judge(lane)) is not None:
+            named.append(late.ranks)
+            return str(late)
     return ""
 
 
 def test_a_rank_that_falls_silent_is_named(clock):
     watch, lane = waiting(0, clock)
     assert passes(watch, lane, clock, 60, speak=(1, 2), trains=True) == ""
-    assert "silent: rank 2 on here" in passes(watch, lane, clock, 12, speak=(1,), trains=True)
+    assert "silent: rank 2 on here" in passes(watch, lane, clock, 12, speak=(1,), trains=True, named=(ranks := []))
+    assert ranks == [(2,)]
 
 
 def test_others_listen_to_rank_0(clock):
@@ -99,7 +101,8 @@ def test_a_call_that_blocks_is_given_up():
         time.sleep(0.1)
         watch.pulse(trains=False)
     assert not said
-    assert told.wait(10) and "inside one call" in said[0] and "silent: rank 1 on here" in said[0]
+    assert told.wait(10) and "inside one call" in str(said[0]) and "silent: rank 1 on here" in str(said[0])
+    assert said[0].ranks == (1,)
     watch.lanes.clear()
 
 
@@ -114,7 +117,7 @@ def test_hosts_that_do_not_answer_do_not_hold_up_the_end(clock, monkeypatch):
     monkeypatch.setattr(vigil, "_answers", answers)
     told = []
     watch = Vigil(0, ["here", *(f"far-{n}" for n in range(99))], [os.getpid()] * 100, told.append)
-    assert "silent: rank 1 on far-0, rank 2 on far-1" in watch._said("has waited", [])
+    assert "silent: rank 1 on far-0, rank 2 on far-1" in str(watch._timeout("has waited", []))
     assert asked == ["far-0", "far-1"]
 
 
@@ -126,7 +129,9 @@ def test_a_rank_that_cannot_watch_ends_the_job_before_others_wait_for_it(monkeyp
     monkeypatch.setattr(_thread, "start_new_thread", refuses)
     rank = SimpleNamespace(size=2, rank=1, hosts=("a", "a"), gather=lambda row: [row, row], _give_up=said.append)
     MpiComm.keep_vigil(rank)
-    assert said == ["rank 1 cannot start a thread: can't start new thread; raise ulimit -v or -u"]
+    assert [str(error) for error in said] == [
+        "rank 1 cannot start a thread: can't start new thread; raise ulimit -v or -u"
+    ]
 
 
 def test_a_part_that_is_given_back_is_watched_no_longer():

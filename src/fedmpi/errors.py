@@ -11,12 +11,15 @@ FedmpiError                 exit 1
 ├── Diverged                exit 1   every update of a round was rejected, or loss or norms explode
 ├── NoCohort                exit 1   a round has no silo to train; the rounds before are on disk
 ├── ExchangeError           exit 1   ranks disagree about what they exchange
+├── RankLost            exit 1   other ranks are gone; carries which
+├── CommTimeout         exit 1   other ranks were waited for, for too long; carries which were silent
 ├── CheckpointError         exit 1   a checkpoint could not be written or read
 └── Stopped                 exit 3   a signal or `fedmpi stop`; the last whole round is on disk
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 E = TypeVar("E", bound="FedmpiError")
@@ -65,6 +68,28 @@ class ExchangeError(FedmpiError):
     """Ranks hold different rounds, plans, lengths, types or results."""
 
 
+class RankLost(FedmpiError):
+    """Other ranks are gone; `ranks` are those that are known.
+
+    >>> print(RankLost([3, 1]), RankLost([]), sep="; ")
+    lost ranks 1, 3; lost a rank, and it is not known which
+    """
+
+    def __init__(self, ranks: Sequence[int], why: str = "") -> None:
+        self.ranks = tuple(sorted(ranks))
+        what = f"lost {ranks_text(self.ranks)}" if ranks else "lost a rank, and it is not known which"
+        super().__init__(f"{what}: {why}" if why else what)
+
+
+class CommTimeout(FedmpiError):
+    """Other ranks were waited for, for too long; `ranks` are those that were silent, none where all are there but do
+    not wait for the same thing."""
+
+    def __init__(self, ranks: Sequence[int], why: str) -> None:
+        self.ranks = tuple(sorted(ranks))
+        super().__init__(why)
+
+
 class CheckpointError(FedmpiError):
     """A checkpoint could not be written, or none of those found can be used."""
 
@@ -73,3 +98,13 @@ class Stopped(FedmpiError):
     """The run ends early because somebody asked it to."""
 
     exit_code = 3
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Their names in a message.
+
+    >>> ranks_text([0, 2])
+    'ranks 0, 2'
+    """
+    head = ", ".join(str(r) for r in ranks[:8])
+    return f"rank{'s' if len(ranks) > 1 else ''} {head}{', ...' if len(ranks) > 8 else ''}"

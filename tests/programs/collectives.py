@@ -1,4 +1,4 @@
-"""What `comm.MpiComm` promises, on every rank of a launch: see cases.py."""
+"""What every communicator promises, on every rank of a launch (see cases.py) and of threads (test_comm.py)."""
 
 import time
 
@@ -216,25 +216,18 @@ def same_names_the_ranks_that_differ(comm):
         require_equal("message", text, f"it differs: rank 0 against rank{'s' if comm.size > 2 else ''} {others}")
 
 
-def another():
-    """A communicator of the case's own: no notices, counters at 0."""
-    from mpi4py import MPI
-
-    return ranks.MpiComm(MPI)
-
-
 def quiet(comm):
     """No message is under way on this communicator."""
-    comm._world.Barrier()
-    left = comm._control.Iprobe()
-    comm._world.Barrier()  # before anybody sends the next
+    comm.barrier()
+    left = isinstance(comm, ranks.MpiComm) and comm._control.Iprobe()
+    comm.barrier()  # before anybody sends the next
     assert not left, "a notice is left"
 
 
 @case
 def notices_reach_everybody_from_anybody(comm):
     for source in range(comm.size):
-        fresh = another()
+        fresh = comm.dup()
         before = fresh.notices()
         fresh.gather(b"-")  # nobody is ahead
         require_equal("before", before, 0)
@@ -253,7 +246,7 @@ def notices_reach_everybody_from_anybody(comm):
 
 @case
 def the_worst_notice_wins(comm):
-    fresh = another()
+    fresh = comm.dup()
     fresh.notify(2 if fresh.rank == fresh.size - 1 else 1)
     deadline = time.monotonic() + 10
     while fresh.size > 1 and fresh.rank not in (fresh.size - 1,) and fresh.notices() < 2:
@@ -265,7 +258,7 @@ def the_worst_notice_wins(comm):
 
 @case
 def finish_drains_what_nobody_read(comm):
-    fresh = another()
+    fresh = comm.dup()
     fresh.notify(1)
     fresh.notify(2)
     fresh.finish()
@@ -277,7 +270,7 @@ def finish_drains_what_nobody_read(comm):
 
 @case
 def counters_count_what_collectives_were_given(comm):
-    fresh = another()
+    fresh = comm.dup()  # counts from 0
     vector, out = torch.zeros(1001), torch.zeros(1001)
     before = fresh.bytes_control
     fresh.reduce(vector, out)
@@ -298,6 +291,111 @@ def places_on_this_host(comm):
     require_equal("local", (comm.local_rank, comm.local_size), (comm.rank, comm.size))
     require_equal("hosts", len(set(comm.hosts)), 1)
     require_equal("number of hosts", len(comm.hosts), comm.size)
+
+
+def parts(comm, rank):
+    """How much a rank sends to each: nothing to the first ones, and to itself."""
+    return [max(0, to + rank - 1) for to in range(comm.size)]
+
+
+def laid(lengths, gap=2):
+    """Parts one behind the other, with room between them."""
+    return [(sum(lengths[:i]) + gap * i, length) for i, length in enumerate(lengths)]
+
+
+@case
+def alltoall_gives_each_rank_its_part(comm):
+    sent = laid(parts(comm, comm.rank))
+    received = laid([parts(comm, rank)[comm.rank] for rank in range(comm.size)], gap=1)
+    send = torch.arange(100.0) + 1000 * comm.rank
+    recv, before = torch.full((100,), -1.0), comm.bytes_up
+    comm.wait(comm.alltoall(send, sent, recv, received))
+    wanted = torch.full((100,), -1.0)
+    for rank, (start, length) in enumerate(received):
+        there = laid(parts(comm, rank))[comm.rank][0]
+        wanted[start : start + length] = torch.arange(there, there + length) + 1000.0 * rank
+    require_equal("received", recv.tolist(), wanted.tolist())
+    away = sum(length for rank, (_, length) in enumerate(sent) if rank != comm.rank)
+    require_equal("counted", comm.bytes_up - before, 4 * away)
+
+
+@case
+def allgather_gives_all_ranks_all_parts(comm):
+    spans = laid([3 * rank for rank in range(comm.size)])
+    vector, before = torch.full((40,), -1.0), comm.bytes_down
+    start, length = spans[comm.rank]
+    vector[start : start + length] = comm.rank
+    comm.wait(comm.allgather(vector, spans))
+    wanted = torch.full((40,), -1.0)
+    for rank, (start, length) in enumerate(spans):
+        wanted[start : start + length] = rank
+    require_equal("vector", vector.tolist(), wanted.tolist())
+    away = sum(length for rank, (_, length) in enumerate(spans) if rank != comm.rank)
+    require_equal("counted", comm.bytes_down - before, 4 * away)
+
+
+@case
+def several_collectives_are_under_way_at_once(comm):
+    size, spans = comm.size, laid([2] * comm.size, gap=0)
+    vectors = [torch.full((2 * size,), float(10 * number + comm.rank)) for number in range(4)]
+    arrived = [torch.zeros(2 * size) for _ in vectors]
+    begun = [comm.alltoall(v, spans, a, spans) for v, a in zip(vectors, arrived, strict=True)]
+    values = np.zeros(size)
+    values[comm.rank] = comm.rank + 1
+    pending, total = comm.ishare(values)
+    comm.progress()
+    for one in (pending, *reversed(begun)):
+        comm.wait(one)
+    require_equal("shared", total.tolist(), [rank + 1.0 for rank in range(size)])
+    for number, found in enumerate(arrived):
+        require_equal("arrived", found.tolist(), [10.0 * number + rank for rank in range(size) for _ in range(2)])
+
+
+@case
+def split_makes_groups_in_rank_order(comm):
+    before = comm.counted()
+    odd = comm.split(comm.rank % 2, last=comm.rank == 0)
+    mine = [rank for rank in range(comm.size) if rank % 2 == comm.rank % 2]
+    order = [*mine[1:], 0] if 0 in mine else mine
+    require_equal("ranks", odd.gather(bytes([comm.rank])), [bytes([rank]) for rank in order])
+    require_equal("mine", order[odd.rank], comm.rank)
+    odd.bcast(torch.zeros(5))
+    down = comm.counted()[1] - before[1]
+    require_equal("counted here too", down, 20 if odd.rank else 0)
+    alone = comm.split(0 if comm.rank == comm.size - 1 else -1)
+    require_equal("left out", alone is None, comm.rank != comm.size - 1)
+
+
+@case
+def what_ranks_share_is_seen_after_a_barrier(comm):
+    kept = comm.free_shared()
+    assert comm.one_node() and comm.node() == 0 and comm.room(1 << 20) == ""
+    mine = comm.shared(3, torch.float32)
+    one = comm.shared(2, torch.int64, owner=comm.size - 1)
+    require_equal("first", [v.tolist() for v in mine] + [v.tolist() for v in one], [[0.0] * 3] * comm.size + [[0, 0]])
+    comm.barrier()
+    mine[comm.rank].fill_(comm.rank + 1)
+    if comm.rank == 0:
+        one[0].fill_(7)
+    comm.barrier()
+    require_equal("each", [v.tolist() for v in mine], [[r + 1.0] * 3 for r in range(comm.size)])
+    require_equal("the owner's", one[0].tolist(), [7, 7])
+    del mine, one
+    require_equal("left", comm.free_shared(), kept)
+
+
+@case
+def allocated_vectors_are_zeroed(comm):
+    for dtype in TYPES.values():
+        vector = comm.allocate(1000, dtype)
+        require_equal("vector", (vector.dtype, vector.tolist()), (dtype, [0] * 1000))
+
+
+@case
+def who_is_left_goes_on_where_nobody_is_lost(comm):
+    left = comm.shrink()
+    require_equal("ranks", (left.rank, left.size), (comm.rank, comm.size))
+    require_equal("rows", left.gather(bytes([comm.rank])), [bytes([rank]) for rank in range(comm.size)])
 
 
 def bcast_beyond_2_to_the_31(comm):

@@ -7,17 +7,21 @@ vigil      how long a rank waits for the others
 machine    cores and shared memory of this machine
 """
 
-from fedmpi.comm.base import BLOCK_BYTES, Comm, CountsDispls, Pending, SoloComm, blocks, ranks_text
+from fedmpi.comm.base import BLOCK_BYTES, Comm, Control, CountsDispls, Pending, Transport, blocks
 from fedmpi.comm.mpi import MpiComm
 from fedmpi.comm.process import connect, is_first, launched, leave, told
+from fedmpi.comm.solo import SoloComm
+from fedmpi.errors import ranks_text
 
 __all__ = [
     "BLOCK_BYTES",
     "Comm",
+    "Control",
     "CountsDispls",
     "MpiComm",
     "Pending",
     "SoloComm",
+    "Transport",
     "blocks",
     "connect",
     "is_first",

@@ -7,8 +7,10 @@ import os
 import socket
 from pathlib import Path
 
-SHM = Path("/dev/shm")  # where MPI libraries make what ranks share
-SPARE_BYTES = 1 << 20  # of shared memory, for what MPI libraries put around it
+from fedmpi.comm.base import Control
+
+_SHM = Path("/dev/shm")  # where MPI libraries make what ranks share
+_SPARE_BYTES = 1 << 20  # of shared memory, for what MPI libraries put around it
 
 
 def cores() -> tuple[bytes, int]:
@@ -20,11 +22,32 @@ def cores() -> tuple[bytes, int]:
 def shared_memory() -> tuple[int, bytes]:
     """Free bytes of the memory that ranks may share, and which memory that is: containers have their own, or not."""
     try:
-        there, found = os.statvfs(SHM), os.stat(SHM).st_dev
+        there, found = os.statvfs(_SHM), os.stat(_SHM).st_dev
     except OSError:  # not on this system: MPI knows another way
         there, found = None, 0
     free = there.f_bavail * there.f_frsize if there is not None and there.f_blocks else 1 << 62  # no blocks: no limit
     return free, hashlib.sha256(f"{machine_name()} {found}".encode()).digest()
+
+
+def room(control: Control, num_bytes: int) -> str:
+    """Why this rank cannot have `num_bytes` of shared memory, and the others what they ask for; empty if all can.
+
+    One rank that finds none would leave the others waiting for it in the allocation; and where the allocation goes well
+    all the same, a page that is not there kills whoever touches it.
+    """
+    free, place = shared_memory()
+    rows = control.gather(num_bytes.to_bytes(8, "little") + free.to_bytes(8, "little") + place)
+    needed: dict[bytes, int] = {}
+    for row in rows:
+        needed[row[16:]] = needed.get(row[16:], 0) + int.from_bytes(row[:8], "little")
+    for host, row in zip(control.hosts, rows, strict=True):
+        need, free = needed[row[16:]], int.from_bytes(row[8:16], "little")
+        if need and need + _SPARE_BYTES > free:
+            return (
+                f"{_SHM} on {host} has {free / 2**20:.0f} MiB free and its ranks need {need / 2**20:.0f} MiB "
+                "(in a container: --shm-size)"
+            )
+    return ""
 
 
 def machine_name() -> str:

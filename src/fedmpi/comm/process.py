@@ -16,9 +16,10 @@ import traceback
 from types import TracebackType
 
 from fedmpi import launcher, stopping
-from fedmpi.comm.base import Comm, SoloComm
+from fedmpi.comm.base import Comm
 from fedmpi.comm.mpi import MpiComm, library
-from fedmpi.errors import ConfigError, FedmpiError
+from fedmpi.comm.solo import SoloComm
+from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost
 from fedmpi.output import say
 
 LATE_S = 10.0  # how long ranks that end alike wait for each other
@@ -115,12 +116,14 @@ def leave(comm: Comm, error: FedmpiError) -> None:
     if comm.size == 1:
         return
     # The error has frames with tensors: the thread below must not be the last to let go of them as Python ends.
-    text, code = str(error), error.exit_code
+    text, code, is_lost = str(error), error.exit_code, isinstance(error, (CommTimeout, RankLost))
     gone = threading.Event()
 
     def give_up() -> None:
         if comm.rank:
             say(f"fedmpi: rank {comm.rank}: {text}", error=True)
+        if is_lost:
+            launcher.end_later()
         comm.abort(code)
 
     # A run that was not closed may be in the midst of an exchange, and what is not agreed may be this rank's own.

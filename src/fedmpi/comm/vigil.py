@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from fedmpi.errors import CommTimeout
+
 SET_UP = 10  # times as long before the first round
 PROBE_S = 2.0  # for a host to answer at all
 PROBES_S = 10.0  # for all of them: where names are not found either, each takes as long as that
@@ -33,9 +35,11 @@ class Lane(Protocol):
 
 
 class Vigil:
-    """What one rank knows of the others. `give_up` ends the job and says why."""
+    """What one rank knows of the others. `give_up` ends the job, of which the clock's thread can tell nobody else."""
 
-    def __init__(self, rank: int, hosts: Sequence[str], pids: Sequence[int], give_up: Callable[[str], None]) -> None:
+    def __init__(
+        self, rank: int, hosts: Sequence[str], pids: Sequence[int], give_up: Callable[[CommTimeout], None]
+    ) -> None:
         self.rank = rank
         self.lanes: list[Lane] = []
         self._hosts, self._pids, self._give_up = hosts, pids, give_up
@@ -83,18 +87,18 @@ class Vigil:
         if trains:
             self._trained_s = self._pulse_s
 
-    def judge(self, lane: Lane) -> str:
-        """Why this rank waits no longer; empty if it does."""
+    def judge(self, lane: Lane) -> CommTimeout | None:
+        """Why this rank waits no longer; None if it does."""
         now_s, limit_s = self._pulse_s, self.limit_s
         if lane.calls != self._calls or not lane.depth:
             self._calls, self._entered_s = lane.calls, now_s
         others = range(1, len(self._hosts)) if self.rank == 0 else (0,)
         silent = [rank for rank in others if now_s - max(self._heard_s[rank], self._since_s) > limit_s]
         if silent:
-            return self._said(f"heard nothing for {limit_s:.0f} s", silent)
+            return self._timeout(f"heard nothing for {limit_s:.0f} s", silent)
         if now_s - max(self._entered_s, self._trained_s, self._since_s) > limit_s:
-            return self._said(f"has waited for {limit_s:.0f} s, and nobody trains", [])
-        return ""
+            return self._timeout(f"has waited for {limit_s:.0f} s, and nobody trains", [])
+        return None
 
     # ------------------------------------------------------------ the clock
 
@@ -113,14 +117,14 @@ class Vigil:
                 so_far_s = so_far_s + passed_s if lane.depth and moves == before else 0.0
                 waited[id(lane)] = moves, so_far_s
                 if so_far_s > self.limit_s:
-                    self._give_up(self._said(f"has been inside one call for {self.limit_s:.0f} s", []))
+                    self._give_up(self._timeout(f"has been inside one call for {self.limit_s:.0f} s", []))
 
-    def _said(self, what: str, silent: Sequence[int]) -> str:
+    def _timeout(self, what: str, silent: Sequence[int]) -> CommTimeout:
         gone = sorted({*silent, *self._gone()})
         names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in gone[:8]) + (", ..." if gone[8:] else "")
         blame = f"silent: {names}" if gone else "every rank is there, but they do not wait for the same thing"
         me = f"rank {self.rank} on {self._hosts[self.rank]}"
-        return f"{me} {what}; {blame} (comm.timeout_s is {self.timeout_s:g})"
+        return CommTimeout(gone, f"{me} {what}; {blame} (comm.timeout_s is {self.timeout_s:g})")
 
     def _gone(self) -> list[int]:
         """Ranks that cannot run: their process is stopped or gone, their host does not answer."""

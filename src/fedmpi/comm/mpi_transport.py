@@ -1,0 +1,153 @@
+"""Vectors over MPI: collectives in blocks of a few MiB (a 100 MB Allreduce in 4 MiB blocks takes half as long as in one
+piece, and counts beyond 2^31 never reach MPI), and windows of memory that the ranks of a node share."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedmpi.comm import machine
+from fedmpi.comm.base import CountsDispls, Pending, blocks, summable
+from fedmpi.comm.mpi_control import MpiControl, bounded, translated
+from fedmpi.errors import ExchangeError, agreed
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_AHEAD = 4  # blocks under way where waiting is sleeping
+
+
+class MpiTransport(MpiControl):
+    """What ranks of an MPI job send each other."""
+
+    def __init__(self, mpi: Any, world: MPI.Comm) -> None:
+        super().__init__(mpi, world)
+        self._world = world
+        self._node: MPI.Comm | None = None  # the ranks that share this one's memory; made when somebody asks
+        self._windows: list[MPI.Win] = []
+
+    def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
+        return torch.zeros(num_elements, dtype=dtype, pin_memory=pinned)
+
+    @bounded
+    def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        mine, out = summable(send), summable(recv)
+        call, begun = self._world.Ireduce if self.sleeps_while_waiting else self._world.Reduce, deque[Pending | None]()
+        for part in blocks(len(mine), mine.itemsize):
+            self.calls += 1
+            self.beat()
+            begun.append(call(mine[part], out[part] if self.rank == 0 else None, op=self._mpi.SUM, root=0))
+            self._until(begun, _AHEAD)
+            self.bytes_up += mine[part].nbytes if self.rank else 0
+        self._until(begun)
+
+    @bounded
+    def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        mine, out = summable(send), summable(recv)
+        world, begun = self._world, deque[Pending | None]()
+        call = world.Iallreduce if self.sleeps_while_waiting else world.Allreduce
+        for part in blocks(len(mine), mine.itemsize):
+            self.calls += 1
+            self.beat()
+            begun.append(call(mine[part], out[part], op=self._mpi.SUM))
+            self._until(begun, _AHEAD)
+            self.bytes_up += mine[part].nbytes if self.size > 1 else 0
+            self.bytes_down += out[part].nbytes if self.size > 1 else 0
+        self._until(begun)
+
+    @bounded
+    def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        self._world.Allreduce(summable(send), summable(recv), op=self._mpi.SUM)
+
+    @bounded
+    def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
+        array = summable(vector)
+        call, begun = self._world.Ibcast if self.sleeps_while_waiting else self._world.Bcast, deque[Pending | None]()
+        for part in blocks(len(array), array.itemsize):
+            self.calls += 1
+            self.beat()
+            begun.append(call(array[part], root=root))
+            self._until(begun, _AHEAD)
+            self.bytes_down += array[part].nbytes if self.rank != root else 0
+        self._until(begun)
+
+    def _until(self, begun: deque[Pending | None], most: int = 0) -> None:
+        """Wait until at most `most` are under way; calls that block are over."""
+        while len(begun) > most:
+            if (oldest := begun.popleft()) is not None:
+                self.wait(oldest)
+
+    @translated
+    def alltoall(self, send: torch.Tensor, sent: CountsDispls, recv: torch.Tensor, received: CountsDispls) -> Pending:
+        mine, out = summable(send), summable(recv)
+        self.bytes_up += mine.itemsize * sum(length for r, (_, length) in enumerate(sent) if r != self.rank)
+        request: Pending = self._world.Ialltoallv([mine, _counts(sent)], [out, _counts(received)])
+        return request
+
+    @translated
+    def allgather(self, vector: torch.Tensor, parts: CountsDispls) -> Pending:
+        array = summable(vector)
+        self.bytes_down += array.itemsize * sum(length for r, (_, length) in enumerate(parts) if r != self.rank)
+        request: Pending = self._world.Iallgatherv(self._mpi.IN_PLACE, [array, _counts(parts)])
+        return request
+
+    @translated
+    def progress(self) -> None:
+        self._world.Iprobe()
+
+    # ------------------------------------------------------------ memory that ranks of a node share
+
+    @bounded
+    def one_node(self) -> bool:
+        if self._node is None:
+            self._node = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
+        return bool(self._node.size == self.size)
+
+    @bounded
+    def node(self) -> int:
+        self.one_node()
+        assert self._node is not None
+        first = np.array([self.rank], dtype=np.int64)
+        self._node.Bcast(first, root=0)
+        return int(first[0])
+
+    def room(self, num_bytes: int) -> str:
+        return machine.room(self, num_bytes)
+
+    @bounded
+    def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
+        if not self.one_node():
+            raise agreed(ExchangeError("ranks of several nodes cannot share memory"))
+        num_elements = max(1, num_elements)
+        num_bytes = num_elements * dtype.itemsize
+        window = self._mpi.Win.Allocate_shared(num_bytes if owner in (None, self.rank) else 0, 1, comm=self._node)
+        window.Lock_all()
+        self._windows.append(window)
+        vectors = []
+        for rank in range(self.size) if owner is None else (owner,):
+            memory, _ = window.Shared_query(rank)
+            vectors.append(torch.frombuffer(memory, dtype=dtype, count=num_elements))
+        return vectors
+
+    @bounded
+    def free_shared(self, keep: int = 0) -> int:
+        while len(self._windows) > keep:
+            window = self._windows.pop()
+            window.Unlock_all()
+            window.Free()
+        return len(self._windows)
+
+    @translated
+    def barrier(self) -> None:
+        for window in self._windows:
+            window.Sync()
+        self.wait(self._world.Ibarrier())
+        for window in self._windows:
+            window.Sync()
+
+
+def _counts(spans: CountsDispls) -> tuple[list[int], list[int]]:
+    return [length for _, length in spans], [start for start, _ in spans]
