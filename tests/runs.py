@@ -236,11 +236,11 @@ def refused(how):
     return str(caught.value)
 
 
-def everything(out):
+def everything(out, ids=("s0", "s1", "s2")):
     """All that the next round would depend on, and the round."""
     round = results.newest(out)
     server = checkpoint.read_server(out, round)
-    silos = checkpoint.read_silos(out, round, ["s0", "s1", "s2"])
+    silos = checkpoint.read_silos(out, round, ids)
     found = server | {f"{silo}/{name}": t for silo, kept in silos.items() for name, t in kept.items()}
     return round, {n: (tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in found.items()}
 

@@ -19,7 +19,8 @@ ORDER = [
     *("codecs", "selection", "schedules", "aggregate", "server", "flat", "comm", "targets", "metrics", "objectives"),
     *("models", "data", "pretrained"),
     *("membership", "local", "attacks", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
-    *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly", "keeper", "train"),
+    *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
+    *("moving", "keeper", "rebuild", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}

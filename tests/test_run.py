@@ -220,7 +220,7 @@ def test_one_harmed_checkpoint_does_not_stand_in_the_way(tmp_path, harmed, name,
             {"WIDTH": "7"},
             "the model's base.bias is ['float32', [6], 'shared'] there and ['float32', [7], 'shared'] here",
         ),
-        ({"BLOBS": "9"}, "the silos' data are not the same"),
+        ({"BLOBS": "9"}, "the data of silo 's0' (and 2 more) are not the same"),
     ],
 )
 def test_the_directory_of_another_run_is_refused_with_what_differs(tmp_path, monkeypatch, change, says):

@@ -13,7 +13,7 @@ from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.exchange import chunks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.choose import cost, make
-from fedmpi.exchange.chunks import Coder, Grid
+from fedmpi.exchange.chunks import OF_RANK, Coder, Grid
 from fedmpi.exchange.config import Channel, ExchangeSection
 from fedmpi.exchange.cost import Sizes, num_vectors
 from fedmpi.server import OPTIMIZERS, Server
@@ -42,7 +42,7 @@ def fed_back(codec):
 
 
 def fed_back_of(exchange):
-    return {one.silo: one.tensor for one in exchange.holders["up"].state()}
+    return {one.silo: one.tensor for one in exchange.holders["up"].state() if one.key[-1] == "feedback"}
 
 
 def drawn(rounds, silos=5, seed=0):
@@ -205,11 +205,16 @@ def test_residuals_of_ranks_move_with_silos_and_add_up(num_ranks):
     def moved(comm):
         hosted = [silo for silo, owner in zip("abcde", OWNERS[3], strict=True) if owner == comm.rank]
         exchange = make(how, comm, start_P.clone(), ExchangeContext(1.0, list("abcde"), hosted, 7))
-        mine = [StateTensor(("feedback",), kept[silo], "per_silo", silo) for silo in hosted if silo in kept]
+        mine = [
+            StateTensor((OF_RANK, name), tensor, "per_silo", silo)
+            for silo in hosted if silo in kept
+            for name, tensor in (("feedback", kept[silo]), ("weight", torch.tensor(weight, dtype=torch.float64)))
+        ]  # fmt: skip
         exchange.holders["up"].restore(mine)
         return sum(fed_back_of(exchange).values(), torch.zeros(P))
 
-    torch.testing.assert_close(sum(on_ranks(3, moved)), sum(kept.values()))
+    for weight in (1.0, 0.5):  # of all silos then: a residual is in its units
+        torch.testing.assert_close(sum(on_ranks(3, moved)), sum(kept.values()) * weight)
 
 
 def test_what_cannot_be_encoded_before_sizes_are_known_is_an_error_on_all_too():

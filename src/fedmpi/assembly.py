@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -89,16 +90,23 @@ class Assembly:
 
 @rng.borrowed()
 def assemble(
-    config: Config, comm: Comm, out: Path, plan_before: Callable[[], str], members: Membership | None = None
+    config: Config,
+    comm: Comm,
+    out: Path,
+    plan_before: Callable[[], str],
+    members: Membership | None = None,
+    members_before: Callable[[], MembersBefore | None] = lambda: None,
 ) -> Assembly:
     """Everything that a run needs, checked. A call of all ranks; raises ConfigError alike on every one.
 
-    `plan_before` is rank 0's: the plan that the run was begun with, or nothing. `members` are those
-    that the run begins with; None: all silos of the data.
+    `plan_before` is rank 0's: the plan that the run was begun with, or nothing. `members` are those that it goes on
+    with; None: those that it had, which `members_before` tells rank 0, and at first all silos.
     """
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
     spec = specify(config, comm, out)
-    first = members or comm.collectively(lambda: place(spec.source.silos, comm.hosts, config.server.dedicated))
+    told = comm.collectively(lambda: members_before() if comm.rank == 0 else None)
+    told = json.loads(comm.broadcast_text(json.dumps(told), 0))
+    first = comm.collectively(lambda: _first_members(spec, comm.hosts, members, told))
     unshared = _unshared(spec.module, spec.entries)
     comms = Comms.of(comm)
     opened = open_members(spec, first, comms)
@@ -106,6 +114,27 @@ def assemble(
     with _or_leave(built.federation.exchange):
         state = begin(built.federation)
     return Assembly(built.spec, built.federation, state, threads, unshared, built.plan)
+
+
+MembersBefore = tuple[int, list[list[str]]]  # epoch, and the silos of each rank
+
+
+def _first_members(
+    spec: Spec, hosts: Sequence[str], given: Membership | None, told: MembersBefore | None
+) -> Membership:
+    """The members that a run begins or goes on with."""
+    silos, dedicated = spec.source.silos, spec.config.server.dedicated
+    before = None if told is None else Membership.of(*told, [silo.id for silo in silos])
+    if given is not None:
+        changed = before is not None and given.teams != before.teams
+        return replace(given, epoch=max(given.epoch, before.epoch + 1)) if changed and before is not None else given
+    if before is None or (before.epoch == 0 and len(before.teams) == len(silos)):
+        return place(silos, hosts, dedicated)
+    with contextlib.suppress(ConfigError):
+        if told is not None and len(told[1]) == len(hosts):
+            return before.checked(silos, hosts, dedicated)
+    again = place([silo for silo in silos if silo.id in before.teams], hosts, dedicated)  # on other ranks or hosts
+    return replace(again, epoch=before.epoch)
 
 
 def specify(config: Config, comm: Comm, out: Path) -> Spec:

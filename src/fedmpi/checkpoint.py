@@ -31,6 +31,7 @@ import torch
 
 from fedmpi import disk, tensorfile
 from fedmpi.errors import CheckpointError
+from fedmpi.membership import Membership
 from fedmpi.state import Key, StateTensor
 from fedmpi.tensorfile import Table
 from fedmpi.worker import Worker
@@ -67,6 +68,7 @@ class Best:
     record: Mapping[str, Any]
     score: float  # higher is better
     tensors: Sequence[StateTensor]
+    members: Membership  # of the round
 
 
 class Writer:
@@ -249,6 +251,12 @@ class Manifest:
     record: dict[str, Any] | None = None  # of the round; selectors go by it
     score: pydantic.StrictFloat | None = None  # how good the round is, higher is better; None: it was not evaluated
     ranks: pydantic.StrictInt = 1
+    epoch: pydantic.StrictInt = 0  # of the round's membership
+
+    @property
+    def hosted(self) -> list[list[str]]:
+        """The silos of each rank that the run had."""
+        return [self.files[name].silos if (name := rank_file(r)) in self.files else [] for r in range(self.ranks)]
 
 
 _MANIFEST = pydantic.TypeAdapter(Manifest)
@@ -305,13 +313,19 @@ def kept_as_best(root: Path, round: int) -> bool:
 
 
 def check(
-    root: Path, round: int, server: bool = True, silos: Collection[str] | None = None, best: bool = False
+    root: Path,
+    round: int,
+    server: bool = True,
+    silos: Collection[str] | None = None,
+    best: bool = False,
+    others: bool = False,
 ) -> Manifest:
     """The manifest, once the files that will be read are found to be whole: that of the server, and those that hold
-    these silos (None: all files). Raises CheckpointError."""
+    these silos (None: all files); with `others` there may be silos of which it has none. Raises CheckpointError."""
     found, folder = manifest(root, round, best), folder_of(root, round, best)
     wanted = None if silos is None else set(silos)
-    if wanted and (missing := sorted(wanted - {silo for file in found.files.values() for silo in file.silos})):
+    there = {silo for file in found.files.values() for silo in file.silos}
+    if wanted and not others and (missing := sorted(wanted - there)):
         raise CheckpointError(f"{folder}: no state of silo {', '.join(missing[:4])}")
     for name, file in found.files.items():
         if server if name == SERVER else wanted is None or not wanted.isdisjoint(file.silos):
@@ -335,14 +349,20 @@ def _check_file(path: Path, file: File) -> None:
         raise CheckpointError(f"{path} has other silos than its manifest says")
 
 
-def newest(root: Path, server: bool = True, silos: Collection[str] | None = None, below: int | None = None) -> int:
-    """The newest round, below `below`, that is whole as far as this rank is concerned (`check`); -1 for none. Others
-    are skipped with a warning."""
+def newest(
+    root: Path,
+    server: bool = True,
+    silos: Collection[str] | None = None,
+    below: int | None = None,
+    others: bool = False,
+) -> int:
+    """The newest round, below `below`, that is whole as far as this rank is concerned (`check`); -1 for none. What is
+    not is skipped with a warning."""
     for round in reversed(sealed_rounds(root)):
         if below is not None and round >= below:
             continue
         try:
-            check(root, round, server, silos)
+            check(root, round, server, silos, others=others)
         except CheckpointError as error:
             log.warning("skipped checkpoint of round %d: %s", round, error)
             continue

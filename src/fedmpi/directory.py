@@ -24,7 +24,7 @@ import fedmpi
 from fedmpi import checkpoint, disk, stopping
 from fedmpi.comm import Comm
 from fedmpi.config import ABOUT
-from fedmpi.errors import ConfigError
+from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.flat import FlatModel
 
 log = logging.getLogger("fedmpi")
@@ -160,6 +160,14 @@ class RunDirectory:
         except ConfigError:  # what is wrong there is said later
             return ""
 
+    def members_before(self) -> tuple[int, list[list[str]]] | None:
+        """The epoch and the silos of each rank of the newest checkpoint here; None if there is none."""
+        for round in reversed(checkpoint.sealed_rounds(self.path)):
+            with contextlib.suppress(CheckpointError):  # said when it is to be read
+                found = checkpoint.manifest(self.path, round)
+                return found.epoch, found.hosted
+        return None
+
     def release(self) -> None:
         """Let the next job have it."""
         if self._descriptor is not None:
@@ -180,15 +188,16 @@ def keep_code(root: Path, code: Mapping[str, bytes], round: int) -> None:
             disk.replace_bytes(folder / name, content)
 
 
-def newest_whole(root: Path, comm: Comm, mine: Collection[str]) -> tuple[int, list[int]]:
+def newest_whole(root: Path, comm: Comm, mine: Collection[str], others: bool = False) -> tuple[int, list[int]]:
     """The newest round whose checkpoint is whole on every rank, each of which looks at the files that it will read: the
-    server's on rank 0, and those with its silos. Without one -1, and the ranks that see none. A call of all ranks."""
+    server's on rank 0, and those with its silos; with `others` it may have none of some of them. Without one -1, and
+    the ranks that see none. A call of all ranks."""
     below: int | None = None
     idle = comm.rank != 0 and not mine  # reads nothing, so it has no say
     while True:
         found = np.zeros(comm.size)
         found[comm.rank] = comm.collectively(
-            lambda: np.inf if idle else checkpoint.newest(root, comm.rank == 0, mine, below)  # noqa: B023
+            lambda: np.inf if idle else checkpoint.newest(root, comm.rank == 0, mine, below, others)  # noqa: B023
         )
         found = comm.share(found)
         least = found.min()

@@ -407,8 +407,9 @@ class FlatModel:
 
     def leave(self) -> None:
         """The module's tensors get memory of their own: the exchange's goes with the run. The model is spent."""
-        for vector in (vector for vector in self._shared if len(vector)):
+        for number, vector in ((i, vector) for i, vector in enumerate(self._shared) if len(vector)):
             memory, own = vector.untyped_storage().data_ptr(), vector.clone()
+            self._shared[number] = own
             for tensor in {id(t): t for t in self.tensors.values()}.values():
                 if tensor.untyped_storage().data_ptr() == memory:
                     offset = tensor.storage_offset() - vector.storage_offset()

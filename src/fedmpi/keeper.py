@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
@@ -19,9 +20,12 @@ from fedmpi.errors import CheckpointError, ConfigError, agreed
 from fedmpi.exchange.base import Exchange
 from fedmpi.health import Health
 from fedmpi.local import LocalSilo
+from fedmpi.membership import Membership
+from fedmpi.moving import heirs, remaining
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import Record
 from fedmpi.rounds import Federation, State
+from fedmpi.selection import carried
 from fedmpi.state import Arrays, Holder, Holders, StateTensor, Vectors, gathered, scattered, under
 
 FAILED = -2  # in place of the newest round that is written
@@ -44,6 +48,30 @@ class Exchanged:
     def restore(self, stored: Sequence[StateTensor]) -> None:
         """Into the parameters' memory."""
         self._exchange.restore(self._params_Q, self._round, stored)
+
+
+class SameData:
+    """What the data of this rank's silos are known by: a run goes on with the same."""
+
+    def __init__(self, fed: Federation) -> None:
+        self._fed = fed
+
+    def state(self) -> Iterator[StateTensor]:
+        """A checksum of every silo."""
+        for silo in self._fed.silos:
+            yield StateTensor(("checksum",), self._checksum(silo), "per_silo", silo)
+
+    def others(self, stored: Sequence[StateTensor]) -> list[str]:
+        """The silos whose data are not those that a checkpoint knows them by."""
+        known = (one for one in stored if one.key == ("data", "checksum") and one.silo in self._fed.silos)
+        return [one.silo for one in known if not torch.equal(one.tensor, self._checksum(one.silo))]
+
+    def restore(self, stored: Sequence[StateTensor]) -> None:
+        """Data stay what they are; whether they are the same is asked before anything is restored."""
+
+    def _checksum(self, silo: str) -> torch.Tensor:
+        facts_F = self._fed.facts_KF[self._fed.index[silo]]
+        return torch.tensor(zlib.crc32(facts_F.tobytes()))
 
 
 class Silos:
@@ -73,6 +101,7 @@ class Silos:
 def holders(state: State, fed: Federation, health: Health) -> Holders:
     """Whatever the next round depends on. What is added here is in every checkpoint from then on."""
     found: dict[str, Holder] = {
+        "data": SameData(fed),
         "exchange": Exchanged(fed.exchange, state),
         "optimizer": Vectors(state.optimizer._asdict(), "sharded"),
         "selector": Arrays(state.selector),
@@ -82,6 +111,24 @@ def holders(state: State, fed: Federation, health: Health) -> Holders:
     if state.average_P is not None:
         found["average"] = Vectors({"params": state.average_P}, "replicated")
     return Holders(found)
+
+
+def restored(
+    state: State,
+    fed: Federation,
+    health: Health,
+    whole: Sequence[StateTensor],
+    of_silos: Sequence[StateTensor],
+    before: Membership,
+) -> State:
+    """The state, which has begun in its memory, as it was when it was gathered: `whole` is rank 0's, `of_silos` what is
+    kept of the silos that this rank has now. `before` are the members of then. A call of all ranks."""
+    found = holders(state, fed, health)
+    found.restore([*scattered(whole, found, fed.exchange, fed.comm), *of_silos])
+    selector = found["selector"]
+    assert isinstance(selector, Arrays)
+    arrays = carried(fed.selector, selector.arrays, before.ids, fed.ids, fed.num_train)
+    return replace(state, selector=arrays)
 
 
 # ---------------------------------------------------------------- a run's
@@ -100,13 +147,18 @@ class Keeper:
         health: Health,
         directory: RunDirectory,
         score: Callable[[Record], float | None],
+        order: Sequence[str],
+        others: bool = False,
     ) -> None:
         self.comm = federation.comm
         self.sealed = -1
         self._config, self._fed, self._health, self._directory = config, federation, health, directory
         self._out, self._score_of = directory.path, score
+        self._order = order  # of all silos that the data have
+        self._others = others  # may a checkpoint be of other members than the run's?
         self._pending: int | None = None  # the round whose checkpoint is being written
         self._pending_record: Record | None = None
+        self._pending_members = federation.membership
         self._best: checkpoint.Best | None = None  # the best round so far, where no checkpoint has it yet
         self._pending_best: checkpoint.Best | None = None  # the one that is being written
         self._writer: checkpoint.Writer | None = None
@@ -140,7 +192,7 @@ class Keeper:
 
     def _newest(self) -> int:
         """The newest round that is whole on every rank; each looks at the files it will read."""
-        round, lost = newest_whole(self._out, self.comm, self._fed.silos)
+        round, lost = newest_whole(self._out, self.comm, self._fed.silos, self._others)
         if round >= 0:
             return round
         # Nothing is whole everywhere. To start over would be to throw away what some rank can still see.
@@ -155,20 +207,37 @@ class Keeper:
 
     def _restore(self, state: State) -> State:
         """The state of the checkpoint of its round."""
-        comm, round = self.comm, state.round
-        found = holders(state, self._fed, self._health)
-        of_silos = comm.collectively(lambda: checkpoint.read_silos(self._out, round, self._fed.silos))
-        stored = comm.collectively(lambda: checkpoint.read_state(self._out, round) if comm.rank == 0 else [])
-        tensors = scattered(stored, found, self._fed.exchange, comm)
-        for silo, kept in of_silos.items():
-            tensors += [StateTensor(key, tensor, "per_silo", silo) for key, tensor in kept.items()]
-        found.restore(tensors)
-        record = comm.collectively(lambda: checkpoint.manifest(self._out, round).record if comm.rank == 0 else None)
-        record = json.loads(comm.broadcast_text(json.dumps(record), 0))
-        selector = found["selector"]
-        assert isinstance(selector, Arrays)
-        outcome = None if record is None else RoundOutcome.from_record(self._fed.ids, record)
-        return replace(state, selector=selector.arrays, outcome=outcome, record=record)
+        comm, round, fed = self.comm, state.round, self._fed
+        about = comm.collectively(lambda: checkpoint.manifest(self._out, round) if comm.rank == 0 else None)
+        told = None if about is None else (about.record, about.epoch, about.hosted)
+        record, epoch, hosted = json.loads(comm.broadcast_text(json.dumps(told), 0))
+        before = Membership.of(epoch, hosted, self._order)
+        if before.ids != fed.ids and not self._others:
+            who = ", ".join(sorted(set(before.ids) ^ set(fed.ids))[:4])
+            raise agreed(
+                ConfigError(f"{self._out}: round {round} has other members ({who}); give the run a membership")
+            )
+        heir_of = heirs(before, fed.membership)
+        mine = [silo for silo in before.ids if heir_of.get(silo, silo) in fed.silos]
+        stored = comm.collectively(lambda: checkpoint.read_silos(self._out, round, mine))
+        of_silos = [
+            StateTensor(key, tensor, "per_silo", silo)
+            for silo, tensors in stored.items()
+            for key, tensor in tensors.items()
+        ]
+        comm.collectively(lambda: self._require_same(SameData(fed).others(of_silos)))
+        whole = comm.collectively(lambda: checkpoint.read_state(self._out, round) if comm.rank == 0 else [])
+        outcome = None if record is None else RoundOutcome.from_record(fed.ids, record)
+        state = replace(state, outcome=outcome, record=record)
+        return restored(state, fed, self._health, whole, remaining(of_silos, before, heir_of), before)
+
+    def _require_same(self, others: Sequence[str]) -> None:
+        if others:
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            raise ConfigError(
+                f"{self._out} holds checkpoints of another run: the data of silo '{others[0]}'{more} are not the same; "
+                "choose another out="
+            )
 
     # ------------------------------------------------------------ writing
 
@@ -204,6 +273,10 @@ class Keeper:
         if state.round % self._config.checkpoint.every == 0 and not self._health.doubts:
             self.write(state)
 
+    def follow(self, federation: Federation) -> None:
+        """The run goes on with another federation. What was written of the one before is on disk first."""
+        self._fed = federation
+
     def has(self, state: State) -> bool:
         """Is there a checkpoint of the round, or one that is being written?"""
         return state.round in (self.sealed, self._pending)
@@ -235,7 +308,7 @@ class Keeper:
         if self.comm.rank == 0:
             params_P = fed.layout.params(state.params_Q) if state.average_P is None else state.average_P
             tensors.append(StateTensor(checkpoint.PARAMS, params_P.detach().to("cpu", copy=True)))
-        self._best = checkpoint.Best(state.round, state.record, score, tensors)
+        self._best = checkpoint.Best(state.round, state.record, score, tensors, fed.membership)
 
     def write(self, state: State) -> None:
         """Begin to write a checkpoint of the state."""
@@ -251,7 +324,7 @@ class Keeper:
             self._best = None  # this checkpoint is more
         self.comm.collectively(lambda: self.writer.start(state.round, tensors, self._best))
         self._pending, self._pending_best, self._best = state.round, self._best, None
-        self._pending_record = state.record
+        self._pending_record, self._pending_members = state.record, fed.membership
         # Where rounds are long, the moment until the files are safe is nothing, and a kill in the next round then costs
         # that round alone. Where they are short, the seal follows with a later round's record.
         round_s = (state.record or {"seconds": {"round": 0.0}})["seconds"]["round"]
@@ -266,15 +339,15 @@ class Keeper:
         round, record, best = self._pending, self._pending_record, self._pending_best
         if round is None:
             return
-        fed, ranks = self._fed, self.comm.size
+        ranks = self.comm.size
         self._wait(math.inf)
         self.comm.collectively(self.writer.join)
         rows = self.comm.gather(self.writer.digests)
-        hosted = fed.membership.by_rank(ranks)
+        members = self._pending_members
         self._scores[round] = self._score(record)
         if best is not None:
             self._scores[best.round] = best.score
-        about = {"ranks": ranks, "score": self._scores[round], "record": record}
+        about = {"ranks": ranks, "epoch": members.epoch, "score": self._scores[round], "record": record}
 
         def write() -> None:
             if self.comm.rank == 0:
@@ -283,9 +356,9 @@ class Keeper:
                 self._sync()
             if self._directory.leads:
                 if best is not None:
-                    of_best = {"ranks": ranks, "score": best.score, "record": best.record}
-                    checkpoint.seal(self._out, best.round, rows, hosted, of_best, best=True)
-                checkpoint.seal(self._out, round, rows, hosted, about)
+                    of_best = {**about, "epoch": best.members.epoch, "score": best.score, "record": best.record}
+                    checkpoint.seal(self._out, best.round, rows, best.members.by_rank(ranks), of_best, best=True)
+                checkpoint.seal(self._out, round, rows, members.by_rank(ranks), about)
                 checkpoint.prune(self._out, self._config.checkpoint.keep, self._scores)
 
         self.comm.collectively(write)

@@ -32,6 +32,16 @@ class Membership:
     teams: Mapping[str, tuple[int, ...]]  # silo -> its ranks, the one that speaks for it first
     leader: int = 0  # the rank that serves
 
+    @classmethod
+    def of(cls, epoch: int, hosted: Sequence[Sequence[str]], order: Sequence[str]) -> Membership:
+        """From the silos of each rank, in the order of all.
+
+        >>> Membership.of(2, [["b"], ["c", "a"]], "abcd").teams
+        {'a': (1,), 'b': (0,), 'c': (1,)}
+        """
+        ranks = {silo: rank for rank, silos in enumerate(hosted) for silo in silos}
+        return cls(epoch, {silo: (ranks[silo],) for silo in order if silo in ranks})
+
     @functools.cached_property
     def ids(self) -> list[str]:
         """All silos."""

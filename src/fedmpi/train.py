@@ -45,15 +45,17 @@ from fedmpi.evaluate import load_own
 from fedmpi.flat import changed_entries, signature
 from fedmpi.health import Health
 from fedmpi.keeper import Keeper
-from fedmpi.opening import fingerprint
+from fedmpi.membership import Membership
 from fedmpi.outcome import RoundOutcome
 from fedmpi.output import say
+from fedmpi.rebuild import admitted, rebuilt
 from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
 from fedmpi.records.sink import Timings
 from fedmpi.trust import confined
 
 log = logging.getLogger("fedmpi")
 
+RANKS_FILE = "ranks.json"
 WRITER_S = 30.0  # how long a run that failed waits for the checkpoint that it was writing
 ALONE_S = 1.0  # the same of a rank that ends alone, while the others wait for it
 
@@ -71,15 +73,21 @@ class Run:
     """A federated run; iterate over it for its records. A context manager, since checkpoints are written behind it.
 
     `config` is a Config or a YAML file with overrides; from the config.yaml of a run directory code is imported as
-    trust.py says, and what `allow` names. All ranks of the MPI job build it together. Raises ConfigError,
-    alike on every rank, before anything is trained.
+    trust.py says, and what `allow` names. `membership` says which silos take part, and on which ranks; without it all
+    do, or those that did when the run was left. All ranks of the MPI job build it together. Raises ConfigError, alike
+    on every rank, before anything is trained.
 
     Attributes: config; out (the run directory); parameters (the global shared parameters, [P]); record (the last one);
     resumed (the round it went on from); metric and maximize (which figure tells the best round, and in which sense).
     """
 
     def __init__(
-        self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = (), comm: Comm | None = None
+        self,
+        config: Config | str | Path,
+        *overrides: str,
+        allow: Sequence[str] = (),
+        comm: Comm | None = None,
+        membership: Membership | None = None,
     ) -> None:
         stopping.listen()  # before MPI: a batch system may signal a job while it starts
         try:
@@ -102,8 +110,8 @@ class Run:
         self._rounds_before: int | None = None  # what the run that the directory holds was begun with
         try:
             with confined(named_by, allow):
-                self._assemble()
-            self._resume()
+                self._assemble(membership)
+            self._resume(others=membership is not None)
             self._describe()
         except BaseException as error:
             self._release(error)
@@ -111,27 +119,30 @@ class Run:
 
     # ------------------------------------------------------------ set-up
 
-    def _assemble(self) -> None:
+    def _assemble(self, members: Membership | None) -> None:
         """A directory that is ours, and what the run is made of."""
         self._directory = RunDirectory(Path(self.config.out), self.comm)
         self.out = self._directory.path
-        parts = assemble(self.config, self.comm, self.out, self._directory.plan_before)
-        fed = self.federation = parts.federation
+        before = self._directory.members_before
+        parts = assemble(self.config, self.comm, self.out, self._directory.plan_before, members, before)
+        fed, self._spec = parts.federation, parts.spec
+        self.federation = fed
         self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
         self.unshared, self.plan = parts.unshared, parts.plan
-        self.fingerprint = fingerprint(fed.facts_KF)
         self.model, self.state = fed.model.module, parts.state
         module = [type(self.model).__module__] if isinstance(self.config.model, torch.nn.Module) else []
         self.code = self.comm.collectively(lambda: sources.own_code(to_dict(self.config), *module))
         digest_of_code = hashlib.sha256(repr(sources.digests(self.code)).encode()).digest()
         self.comm.require_equal("the code that the configuration names", digest_of_code, ConfigError)
 
-    def _resume(self) -> None:
-        """Go on from the newest round that is whole on all ranks, if there is one."""
+    def _resume(self, others: bool) -> None:
+        """Go on from the newest round that is whole on all ranks, if there is one; of `others`: may it have had other
+        members?"""
         self.comm.collectively(self._check_stored if self.comm.rank == 0 else lambda: None)
         self._health = Health(self.config.stop)
-        self._keeper = Keeper(self.config, self.federation, self._health, self._directory, self._score)
+        order = [silo.id for silo in self._spec.source.silos]
+        self._keeper = Keeper(self.config, self.federation, self._health, self._directory, self._score, order, others)
         self.state = self._keeper.resume(self.state)
         self.resumed = self.state.round
 
@@ -162,8 +173,6 @@ class Run:
                 raise ConfigError(f"{text}; put it back, say resume.code=warn, or choose another out=")
             log.warning("%s", text)
         changed += changed_entries(about["model"], self.federation.model.entries)
-        if not changed and about.get("data") != self.fingerprint:
-            changed = ["the silos' data are not the same"]
         if not changed and about["unshared"] != digest_of(self.unshared).hex():
             changed = ["what the model does not share starts otherwise (was `init` given then?)"]
         if changed:
@@ -181,18 +190,9 @@ class Run:
 
     def _describe(self) -> None:
         """Write what the run is into its directory."""
-        fed = self.federation
-        row = json.dumps({"pid": os.getpid(), "device": str(self.device), "threads": self.threads})
-        rows = self.comm.gather(row.encode().ljust(256))
-        ranks = [
-            {"rank": r, "host": host, **json.loads(text), "silos": silos}
-            for r, (host, text, silos) in enumerate(
-                zip(self.comm.hosts, rows, fed.membership.by_rank(self.comm.size), strict=True)
-            )
-        ]
+        fed, ranks = self.federation, self._ranks()
         about = {
             "versions": versions(),
-            "data": self.fingerprint,
             "unshared": digest_of(self.unshared).hex(),
             "metric": self.metric,
             "maximize": self.maximize,
@@ -213,7 +213,7 @@ class Run:
             if not over:
                 keep_code(self.out, self.code, self.state.round)
                 write_config(self.out, to_dict(self.config), about)
-                disk.replace_text(self.out / "ranks.json", json.dumps(ranks, indent=1))
+                disk.replace_text(self.out / RANKS_FILE, ranks)
             info = RunInfo(self.out, self.state.round, rounds, self.metric, self._timings)
             self._sinks = Sinks(info, self.config.records.open_sinks())
 
@@ -230,6 +230,53 @@ class Run:
         """When each rank began the last round, and the seconds of its phases."""
         done = self.federation.done
         return done.rank("started_s"), {name: done.rank(name) for name in PHASES}
+
+    def _ranks(self) -> str:
+        """What ranks.json holds. A call of all ranks."""
+        row = json.dumps({"pid": os.getpid(), "device": str(self.device), "threads": self.threads})
+        rows = self.comm.gather(row.encode().ljust(256))
+        hosted = self.membership.by_rank(self.comm.size)
+        ranks = [
+            {"rank": rank, "host": host, **json.loads(text), "silos": silos}
+            for rank, (host, text, silos) in enumerate(zip(self.comm.hosts, rows, hosted, strict=True))
+        ]
+        return json.dumps(ranks, indent=1)
+
+    # ------------------------------------------------------------ members
+
+    @property
+    def membership(self) -> Membership:
+        """Which silos take part, and on which ranks."""
+        return self.federation.membership
+
+    @rng.borrowed()
+    def rebuild(self, membership: Membership) -> None:
+        """Go on with other members, or with silos on other ranks, from the next round on. A call of all ranks, between
+        two rounds.
+
+            for record in run:
+                if record["round"] == 10:
+                    run.rebuild(run.membership.without("c").moved("a", 1))
+
+        A silo that moves takes along what it keeps; its data are opened by the rank that it comes to. One that joins is
+        a silo of the data that was no member, or has left before: it begins as all did. What follows has the bits of a
+        run that is resumed from this round with this membership. Tensors that were read of the run before, such as
+        `parameters`, are not to be looked at afterwards. A run that is killed before the next checkpoint goes on from
+        the last one, with the members of then.
+
+        Raises ConfigError, alike on every rank, for a membership that cannot be; the run is then as it was.
+        """
+        fed, state = self.federation, self.state
+        self.comm.set_up(self.config.comm.timeout_s)  # data are opened
+        opened = admitted(self._spec, fed, state, membership)
+        self._keeper.seal()
+        self._spoiled = True  # until the new federation stands
+        self.state = replace(state, params_Q=state.params_Q.clone(), optimizer=None)
+        self.federation, self.state = rebuilt(self._spec, fed, state, self._health, opened)
+        self._spoiled = False
+        self._keeper.follow(self.federation)
+        ranks = self._ranks()
+        self.comm.collectively(lambda: disk.replace_text(self.out / RANKS_FILE, ranks) if self.comm.rank == 0 else None)
 
     # ------------------------------------------------------------ rounds
 
@@ -261,13 +308,13 @@ class Run:
 
     def __iter__(self) -> Iterator[Record]:
         """Train round after round up to `rounds`; each record comes when its round is committed on every rank."""
-        fed = self.federation
-        fed.timer.reset()
+        self.federation.timer.reset()
         stopping.mind_interrupts()  # from now on there are rounds to lose
         self._keeper.remember()
         self.comm.took(0.0)
         try:
             while self.state.round < self.config.rounds:
+                fed = self.federation  # which may be another one for every round
                 with rng.borrowed():
                     prepared = self.config.engine.step(self.state, fed)
                     self._judge(prepared.outcome)

@@ -21,6 +21,7 @@ from fedmpi.components import build, component
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, SiloError
 from fedmpi.exchange import plans
 from fedmpi.flat import sha256
+from fedmpi.membership import Membership
 from fedmpi.plan import plan as promise
 from fedmpi.results import newest
 from fedmpi.selection import All
@@ -87,10 +88,10 @@ def configured(folder, name, *changes, **more):
     return build(fedmpi.Config, values)
 
 
-def trained(comm, config, until=None):
+def trained(comm, config, until=None, membership=None):
     """SHA-256 of the parameters that are left after training, and the records."""
     records = []
-    with fedmpi.Run(config, comm=comm) as started:
+    with fedmpi.Run(config, comm=comm, membership=membership) as started:
         for record in started:
             records.append(record)
             if record["round"] == until:
@@ -460,6 +461,113 @@ def resumed(name):
 
 for run_name in ("personal_bias", "fedadam", "codecs", "average"):
     CASES[f"resumes_on_other_ranks_{run_name}"] = resumed(run_name)
+
+
+# What silos keep and what ranks keep for them, by rules, residuals and plans.
+MOVES = {
+    "scaffold": {
+        "local": {
+            **{"name": "scaffold", "lr": 0.1, "epochs": 1, "batch_size": 64},
+            "optimizer": {"name": "SGD", "momentum": 0.5},
+        },
+        "select": {"name": "ucb", "fraction": 0.7},
+        "exchange": {"plan": "sharded"},
+    },
+    "ditto": {
+        "local": {"name": "ditto", "lam": 0.1, "lr": 0.1, "epochs": 1, "batch_size": 64, "keep_optimizer": True},
+        "select": {"name": "power_of_choice", "fraction": 0.5, "losses": "last"},
+        "exchange": {"plan": "window"},
+        "server": {"optimizer": {"name": "fedavgm", "lr": 0.7}},
+    },
+    "residuals_of_ranks": {
+        "exchange": {"plan": "sharded", "up": {"codec": "int4", "feedback": True}, "down": {"codec": "bf16"}},
+    },
+    "residuals_of_silos": {
+        "exchange": {"plan": "sharded", "scope": "silo", "up": RUNS["codecs"]["exchange"]["up"]},
+    },
+    "overlap": {"exchange": {"plan": "replicated", "overlap": True}},
+}
+
+
+def turned(now, size):
+    """Every rank gets the silos of the one before it."""
+    for silo in now.ids:
+        now = now.moved(silo, (now.rank(silo) + 1) % size)
+    return now
+
+
+def changes_members(name):
+    def work(comm, folder):
+        """Ranks take each other's silos, one leaves and one joins: the bits of a restart with them."""
+        silos = [f"silo-{i}" for i in range(6)]
+        begun = Membership(0, {silo: (i % comm.size,) for i, silo in enumerate(silos[:5])})
+
+        def config(which):
+            data = {**BASE["data"], "silos": 6}
+            return configured(folder, f"members-{which}-{name}-{comm.size}", {"data": data}, MOVES[name])
+
+        with fedmpi.Run(config("rebuilt"), comm=comm, membership=begun) as started:
+            before = sorted(started.federation.silos)
+            for record in started:
+                if record["round"] == 2:
+                    changed = turned(started.membership, comm.size).without("silo-0").with_silo("silo-5", 0)
+                    started.rebuild(changed)
+        require_equal("silos", [*started.membership.teams], silos[1:])
+        require_equal("this rank's", [*started.federation.silos], started.membership.hosted(comm.rank))
+        assert comm.size == 1 or sorted(started.federation.silos) != before
+        trained(comm, config("left"), until=2, membership=begun)
+        sha, records = trained(comm, config("left"), membership=started.membership)
+        require_equal("rounds", [record["round"] for record in records], [3, 4])
+        require_equal("parameters", sha256(started.averaged_parameters), sha)
+        where = {silo: row["rank"] for silo, row in started.record["silos"].items()}
+        require_equal("ranks in the record", where, {s: started.membership.rank(s) for s in silos[1:]})
+        for one in (records[-1], started.record):
+            del one["seconds"], one["peak_rss_bytes"]
+        require_equal("last record", started.record, records[-1])
+        return sha
+
+    return work
+
+
+for run_name in MOVES:
+    CASES[f"changes_members_{run_name}"] = changes_members(run_name)
+
+
+@case
+def silos_that_change_ranks_change_no_bit(comm, folder):
+    """Where sums do not depend on who adds them up."""
+    config = configured(folder, f"turned-{comm.size}", RUNS["personal_bias"], exchange={"reduction": "reproducible"})
+    with fedmpi.Run(config, comm=comm) as started:
+        for _ in started:
+            started.rebuild(turned(started.membership, comm.size))
+    require_equal("membership", started.membership.epoch, len(started.federation.ids) * ROUNDS)
+    return sha256(started.parameters)
+
+
+@case
+def what_cannot_be_a_member_is_one_line_and_the_run_goes_on(comm, folder):
+    config = configured(folder, f"refused-{comm.size}", exchange={"plan": "window"})
+    sha, _ = trained(comm, configured(folder, f"refused-not-{comm.size}", exchange={"plan": "window"}))
+    with fedmpi.Run(config, comm=comm) as started:
+        first = started.membership
+        wrong = (
+            (
+                first.moved("silo-1", comm.size),
+                f"silo 'silo-1' is on rank {comm.size}, and there are {comm.size} ranks",
+            ),
+            (first.with_silo("silo-9", 0), "the data have no silo 'silo-9'"),
+            (first.without(*first.ids), "no silo takes part"),
+        )
+        for _ in started:
+            for members, says in wrong:
+                try:
+                    started.rebuild(members)
+                except ConfigError as error:
+                    assert f"membership: {says}" in str(error) and error.agreed, error
+                else:
+                    raise AssertionError(f"not refused: {says}")
+        require_equal("membership", started.membership, first)
+    require_equal("parameters", sha256(started.parameters), sha)
 
 
 if __name__ == "__main__":

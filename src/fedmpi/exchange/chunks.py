@@ -27,6 +27,7 @@ SHORTEST = 1 << 16  # elements: below that calls cost more than what they do, an
 _AT_LEAST = 32  # pieces, where they can be had: enough to keep several under way and to share among ranks
 MESSAGE_BYTES = 1 << 17  # shorter ones cost latency, and far shorter ones more than what is in them
 _ALL = 0xFFFFFFFFFFFFFFFF
+OF_RANK = "rank"  # begins the keys of what is filed under one of a rank's silos for all of them
 
 
 class Grid:
@@ -217,6 +218,7 @@ class RankResidual:
 
     def __init__(self, channel: Channel, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         self._silo = facts.hosted[0] if facts.hosted else None
+        self._total_weight = facts.total_weight
         used = channel.feedback and self._silo is not None
         self.residual_P = torch.zeros_like(params_P) if used else None
         self._bare_P = None if self.residual_P is None else codecs.bare(self.residual_P)
@@ -226,16 +228,21 @@ class RankResidual:
         return None if self._bare_P is None else self._bare_P[part]
 
     def state(self) -> Iterator[StateTensor]:
-        """The residual, if there is one."""
+        """The residual, if there is one, and the weight that its units go by."""
         if self.residual_P is not None and self._silo is not None:
-            yield StateTensor(("feedback",), self.residual_P, "per_silo", self._silo)
+            yield StateTensor((OF_RANK, "feedback"), self.residual_P, "per_silo", self._silo)
+            total = torch.tensor(self._total_weight, dtype=torch.float64)
+            yield StateTensor((OF_RANK, "weight"), total, "per_silo", self._silo)
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """The sum of what is filed under this rank's silos."""
-        if self.residual_P is not None:
-            self.residual_P.zero_()
-            for one in stored:
-                self.residual_P.add_(one.tensor.to(self.residual_P.device))
+        """The sum of what is filed under this rank's silos, in units of the weight that all silos have now."""
+        if self.residual_P is None:
+            return
+        self.residual_P.zero_()
+        weights = {one.silo: float(one.tensor) for one in stored if one.key[1] == "weight"}
+        for one in (one for one in stored if one.key[1] == "feedback"):
+            part_P, before = one.tensor.to(self.residual_P.device), weights[one.silo]
+            self.residual_P.add_(part_P if before == self._total_weight else part_P * (before / self._total_weight))
 
 
 class SiloResiduals:

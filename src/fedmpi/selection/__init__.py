@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from fedmpi.components import Family
 from fedmpi.selection.available import INNER, Available
-from fedmpi.selection.base import Selection, Selector, State
+from fedmpi.selection.base import Selection, Selector, State, carried
 from fedmpi.selection.draws import All, Uniform
 
 SELECTORS = Family("selector", {**INNER.members, "available": Available}, Selector, defaults=True)
 
-__all__ = ["SELECTORS", "All", "Selection", "Selector", "State", "Uniform"]
+__all__ = ["SELECTORS", "All", "Selection", "Selector", "State", "Uniform", "carried"]

@@ -167,3 +167,27 @@ def with_replacement(
     times_K = rng.multinomial(size, p_K)
     chosen = np.flatnonzero(times_K)
     return Selection(cohort_of(ids, chosen), state, (times_K[chosen] / (size * p_K[chosen])).tolist())
+
+
+def carried(
+    selector: Selector, state: State, before: Sequence[str], ids: Sequence[str], num_train: Sequence[int]
+) -> State:
+    """A selector's state once other silos are members: those that stay keep what is known of them, and those that join
+    begin as all did.
+
+    >>> from fedmpi.selection.draws import RoundRobin
+    >>> carried(RoundRobin(), {"turn": np.array([3.0, 1.0, 2.0])}, "abc", "acd", [5, 5, 5])["turn"]
+    array([3., 2., 0.])
+    """
+    if list(before) == list(ids):
+        return state
+    number = {silo: i for i, silo in enumerate(before)}
+    there = np.array([number.get(silo, -1) for silo in ids])
+    stays = there >= 0
+    fresh = selector.init(num_train)
+    found = dict(state)
+    for name, array in state.items():
+        if np.ndim(array) and len(array) == len(before) and name in fresh and len(fresh[name]) == len(ids):
+            found[name] = np.array(fresh[name], dtype=array.dtype)
+            found[name][stays] = array[there[stays]]
+    return found
