@@ -6,21 +6,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from runs import OWN, config, everything, put_back
+from test_selection import CASES as SELECTOR_CASES
+from test_selection import step
 
 import fedmpi
 from fedmpi import results
+from fedmpi.aggregate import AGGREGATORS, CohortSummary
 from fedmpi.comm import SoloComm
 from fedmpi.components import build, component
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, Diverged
 from fedmpi.evaluate import Scores
+from fedmpi.metrics import METRICS as METRIC_FAMILY
 from fedmpi.objectives import Objective, Tally, resolve
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import StatusTable
 from fedmpi.records.terminal import Progress, silo_table
 from fedmpi.rounds import READY_RANK, READY_SILO
 from fedmpi.rounds.disclosure import heard, ready_pooling
+from fedmpi.selection import SELECTORS
 
 __all__ = ["put_back"]
 
@@ -241,3 +247,76 @@ def test_a_metric_that_is_no_sum_is_refused(tmp_path):
     how = {"data": {"task": "regression"}, "model": {"name": "mlp", "hidden": [3]}, "objective": {"metrics": "r2"}}
     with pytest.raises(ConfigError, match=r"^objective.metrics: r2 of all silos is made from rows of each"):
         fedmpi.Run(config(tmp_path, 1, disclose="pooled", **how), comm=SoloComm())
+
+
+# ---------------------------------------------------------------- what members declare
+
+
+def told(hide):
+    """An outcome in which the arrays of these names are nan."""
+    rng = np.random.default_rng(5)
+    names = {"train_loss": "loss", "delta_norm": "norm", "num_samples": "samples", "num_steps": "steps"}
+    rows = {silo: {key: float(rng.uniform(1, 3)) for key in names} for silo in "bcdf"}
+    rows = {silo: {key: v for key, v in row.items() if names[key] not in hide} for silo, row in rows.items()}
+    return RoundOutcome.of("abcdef", 3, "bcdf", (), rows)
+
+
+@pytest.mark.parametrize("case", SELECTOR_CASES, ids=lambda case: case[0])
+def test_a_selector_reads_no_more_than_it_declares(case):
+    name, spec = case
+    selector = SELECTORS.build({"name": name, **spec}, "select")
+    answers = []
+    for hide in (set(), {"loss", "norm", "samples", "steps"} - selector.reads):
+        state = selector.init([12, 30, 18, 7, 25, 60])
+        answers.append(step(selector, state, told(hide), np.random.default_rng(3)))
+    assert answers[0].cohort == answers[1].cohort and answers[0].factors == answers[1].factors
+    for key, array in answers[0].state.items():
+        np.testing.assert_array_equal(array, answers[1].state[key])
+    assert bool(getattr(selector, "asks", False)) <= ("loss" in selector.reads)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in AGGREGATORS.members.items() if not getattr(cls, "reads", 1)])
+def test_an_aggregator_that_reads_nothing_of_single_silos_needs_sums_alone(name):
+    aggregator = AGGREGATORS.members[name]
+    rows = [
+        {"taken": 1, "weight": w, "sent": s, "normalizer": n, "norm": x}
+        for w, s, n, x in ((3.0, 1.5, 2.0, 2.0), (1.0, 0.2, 5.0, 1.0), (4.0, 4.0, 1.0, 0.5))
+    ]
+    each, all_ = (heard(pack(rows, disclose)[1]) for disclose in ("silo", "pooled"))
+    scales = [aggregator().scale(CohortSummary(*known, 11.0)) for known in (each, all_)]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-14)
+
+
+def scorers_of(task, num_classes):
+    members: dict[str, Any] = METRIC_FAMILY.members
+    names = [name for name, cls in members.items() if task in cls.tasks]
+    return [(task, num_classes, name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("task", "num_classes", "name"),
+    [*scorers_of("binary", 2), *scorers_of("classification", 8), *scorers_of("regression", 1)],
+)
+def test_a_metric_that_adds_up_gives_the_same_figure_from_sums(task, num_classes, name):
+    names = [name, *(["accuracy"] if name == "confusion_matrix" else [])]  # it is no number
+    objective = resolve(build(Objective, {"metrics": names}), task, num_classes)
+    if not all(scorer.adds_up for scorer in objective.scorers):
+        assert name == "r2"
+        return
+    generator = torch.Generator().manual_seed(1)
+    both = [Scores(objective, personal=False, pools=pools) for pools in (False, True)]
+    boards = [StatusTable(1, (), 3, scores.columns, scores.num_counts, scores.pooling) for scores in both]
+    for silo, num in enumerate((5, 9, 30)):
+        outputs = torch.randn(num, num_classes if task == "classification" else 1, generator=generator)
+        targets = torch.randint(num_classes, (num,), generator=generator)
+        targets = {"binary": targets.float(), "regression": outputs + 1 / num}.get(task, targets)
+        tally = objective.score(torch.nn.Identity(), outputs, targets, 4, torch.device("cpu"))
+        for scores, board in zip(both, boards, strict=True):
+            scores.enter(board, silo, tally)
+    found = []
+    for scores, board in zip(both, boards, strict=True):
+        board.share(lambda values: values)
+        found.append(scores.figures(board, "abc")[1])
+    for key, value in found[1].items():
+        np.testing.assert_allclose(value, found[0][key], rtol=1e-12, err_msg=key)
+    assert found[1].keys() == found[0].keys() - {"worst", "spread"}
