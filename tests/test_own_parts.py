@@ -231,10 +231,11 @@ def test_members_inherit_from_their_family_s_base_and_say_what_is_abstract_there
 
 
 def test_a_component_of_one_s_own_says_what_it_does_not_go_with():
+    @component
     class Picky(All):
         def conflicts(self, config):
             return "rounds: this selector needs an even number" if config.rounds % 2 else super().conflicts(config)
 
-    assert Config(select=component(Picky)(), rounds=2).select.least("ab", 2) == 2
+    assert Config(select=Picky(), rounds=2).select.least("ab", 2) == 2
     with pytest.raises(ValueError, match="rounds: this selector needs an even number"):
-        Config(select=component(Picky)(), rounds=3)
+        Config(select=Picky(), rounds=3)
