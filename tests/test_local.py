@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import equations
@@ -379,3 +381,28 @@ def test_moon_says_which_model_it_cannot_compare() -> None:
     single = torch.nn.Sequential(torch.nn.Linear(3, 1))
     with pytest.raises(ConfigError, match=r"local: moon compares what a model makes of samples, and this one is"):
         RULES.build({"name": "moon", **USUAL}, "local").suits(single, entries(single), [])
+
+
+@pytest.mark.slow
+def test_optimizers_are_made_and_step_without_torch_s_compiler_which_would_come_without_that_patch():
+    """Where torch changes under local/optimizers.py, or does not import its compiler any more, one of the two fails."""
+    code = """
+import inspect, sys, torch
+from fedmpi.local import plain_step
+
+def step():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = torch.ones(3)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with torch.no_grad():
+        plain_step(optimizer)()
+    optimizer.zero_grad()
+    return "torch._dynamo" in sys.modules
+
+spared = not step()
+for method in ("add_param_group", "zero_grad"):
+    del inspect.unwrap(getattr(torch.optim.Optimizer, method)).__dynamo_disable
+print(spared, step())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "True"], done.stderr

@@ -45,7 +45,6 @@ class Source:
     open: Callable[[str], SiloData]  # by silo id; reads that silo's files and no other's unless `central`
     central: bool = False  # one set that was partitioned: every rank reads all of it
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of opened silos whose files name what x holds
-    floor: dict[str, float] = field(default_factory=dict)  # figures to beat, by metric (for `data check`)
 
 
 class Dataset(Protocol):

@@ -26,7 +26,6 @@ from fedmpi.train import Run
 from fedmpi.types import Silo, SiloData, Source
 
 EVERY = 10  # rounds between checkpoints
-FEWEST = EVERY + 1  # rounds: one of them has a writer behind it
 _BUSY = 3  # of EVERY: rounds in which a checkpoint may still be on its way to disk
 _FEATURES, _CLASSES, _SAMPLES = 784, 10, 640
 

@@ -22,7 +22,6 @@ def central_source(
     scale: Callable[[Images], npt.NDArray[np.float32]],
     shape: tuple[int, ...],
     num_classes: int,
-    floor: dict[str, float],
 ) -> Source:
     """The source of a partitioned set: `labels` and `images` are (train, test).
 
@@ -37,4 +36,4 @@ def central_source(
         return SiloData(*tensors(0, parts[silo].train), *tensors(1, parts[silo].test))
 
     silos = tuple(Silo(id=silo, num_samples=len(part.train)) for silo, part in parts.items())
-    return Source("classification", shape, num_classes, silos, open_silo, central=True, floor=floor)
+    return Source("classification", shape, num_classes, silos, open_silo, central=True)

@@ -18,7 +18,6 @@ from fedmpi.types import Source
 
 TEST_FRACTION = 0.2  # of every class
 SPLIT_SEED = 0  # a constant: the test set is the same whatever the run's seed
-FLOOR = {"accuracy": 0.103}  # always the most frequent digit
 
 
 @component
@@ -36,7 +35,7 @@ class Digits:
         labels, images = (y_N[~test], y_N[test]), (pixels_N64[~test], pixels_N64[test])
         parts = divide(self.partition, *labels, self.silos, seed if self.seed is None else self.seed)
         return central_source(
-            parts, labels, lambda: images, lambda x: x.astype(np.float32) / np.float32(16), (1, 8, 8), 10, FLOOR
+            parts, labels, lambda: images, lambda x: x.astype(np.float32) / np.float32(16), (1, 8, 8), 10
         )
 
 

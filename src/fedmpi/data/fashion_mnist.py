@@ -15,4 +15,3 @@ class FashionMnist(IdxImages):
     folder: ClassVar[str] = "fashion_mnist"
     mean: ClassVar[float] = 0.2860
     std: ClassVar[float] = 0.3530
-    floor: ClassVar[dict[str, float]] = {"accuracy": 0.1}  # any one class: they are equally frequent

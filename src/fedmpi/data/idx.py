@@ -26,7 +26,6 @@ class IdxImages:
     folder: ClassVar[str]  # the dataset's name, and its folder's
     mean: ClassVar[float]  # of the training pixels in [0, 1]; a constant, so that no silo's data shape another's
     std: ClassVar[float]  # of the same
-    floor: ClassVar[dict[str, float]]  # figures to beat
 
     silos: PositiveInt = 4  # number of silos
     partition: Annotated[Partition, PARTITIONS] = Iid()  # how samples are divided over silos
@@ -44,7 +43,7 @@ class IdxImages:
 
         for file in ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
             locate(self.root, self.folder, file)  # missing images are said now, not after placement
-        return central_source(parts, labels, images, self._standardise, (1, 28, 28), 10, self.floor)
+        return central_source(parts, labels, images, self._standardise, (1, 28, 28), 10)
 
     def _read(self, file: str) -> npt.NDArray[np.uint8]:
         return read_idx(locate(self.root, self.folder, file), self.folder)

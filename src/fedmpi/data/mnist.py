@@ -15,4 +15,3 @@ class Mnist(IdxImages):
     folder: ClassVar[str] = "mnist"
     mean: ClassVar[float] = 0.1307
     std: ClassVar[float] = 0.3081
-    floor: ClassVar[dict[str, float]] = {"accuracy": 0.1135}  # always the most frequent digit, 1
