@@ -196,12 +196,18 @@ def test_a_run_that_is_taken_up_again_ends_with_the_same_bits(tmp_path, disclose
     silo_table(whole[-1], "accuracy")
 
 
-def test_where_every_update_is_rejected_nobody_is_named(tmp_path):
-    how = {"data": {"sizes": [20], "infinite": "s0"}}
+def test_where_every_update_is_rejected_nobody_is_named_but_under_cohort(tmp_path):
+    how = {"local": {"schedule": {"name": OWN + "Cliff", "at": 1}}}
     with pytest.raises(Diverged, match="every update was rejected: not finite"):
         trained(config(tmp_path / "a", 1, disclose="pooled", **how))
-    with pytest.raises(Diverged, match=r"every update was rejected \(s0\): not finite"):
+    with pytest.raises(Diverged, match=r"every update was rejected \(s0, s1, s2\): not finite"):
         trained(config(tmp_path / "b", 1, disclose="cohort", **how))
+
+
+@pytest.mark.parametrize("how", [{"data": {"sizes": [20]}}, {"select": {"name": "uniform", "count": 1}}])
+def test_a_cohort_of_one_silo_has_no_sums_to_hide_behind(tmp_path, how):
+    with pytest.raises(ConfigError, match=r"^disclose: pooled, but a cohort may be a single silo"):
+        fedmpi.Run(config(tmp_path, 1, disclose="pooled", **how), comm=SoloComm())
 
 
 @component

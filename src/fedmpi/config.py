@@ -210,6 +210,11 @@ class Config:
         """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""
         found = entries(module, self.exchange.parameters)
         self.select.suits(len(ids))
+        if self.disclose != "silo" and self.select.least(ids, self.rounds) < 2:
+            raise ConfigError(
+                f"disclose: {self.disclose}, but a cohort may be a single silo, and sums over it are its figures; take "
+                "a select that draws two or more, or disclose: silo"
+            )
         if (enough := getattr(self.aggregate, "suits", None)) is not None:
             enough(self.select.least(ids, self.rounds))
         for rule in (self.local, self.evaluate.finetune):
