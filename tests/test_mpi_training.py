@@ -43,6 +43,11 @@ def test_resumed_on_other_ranks_ends_with_the_undisturbed_bits(reports: dict[int
     assert set(shas.values()) == {reports[1].check(f"reproducible_{name}")}, shas
 
 
+def test_silos_that_change_ranks_after_every_round_change_no_bit(reports: dict[int, Report]) -> None:
+    shas = {report.check("silos_that_change_ranks_change_no_bit") for report in reports.values()}
+    assert shas == {reports[1].check("reproducible_personal_bias")}
+
+
 def test_figures_of_all_have_the_same_bits_on_any_number_of_ranks(reports: dict[int, Report]) -> None:
     case = "figures_of_all_have_the_same_bits_on_any_number_of_ranks"
     assert len({report.check(case) for report in reports.values()}) == 1

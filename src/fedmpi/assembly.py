@@ -216,6 +216,7 @@ def build_federation(
             model=model,
             objective=spec.objective,
             rule=config.local if attack is None else cast(LocalRule, HostileRule(config.local, attack, spec.known)),
+            runner=config.runner,
             selector=config.select,
             aggregator=config.aggregate,
             optimizer=config.server.optimizer,

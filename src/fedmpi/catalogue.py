@@ -21,7 +21,7 @@ from fedmpi.config import Config
 from fedmpi.data import DATASETS, PARTITIONS
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.plans import PLANS
-from fedmpi.local import RULES
+from fedmpi.local import RULES, RUNNERS
 from fedmpi.local.optimizers import TORCH_OPTIMIZERS
 from fedmpi.local.samplers import SAMPLERS
 from fedmpi.local.workload import WORKLOADS
@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "schedules": (SCHEDULES, "local.schedule"),
     "samplers": (SAMPLERS, "local.sampler"),
     "amounts": (WORKLOADS, "local.amount"),
+    "runners": (RUNNERS, "runner"),
     "selectors": (SELECTORS, "select"),
     "aggregators": (AGGREGATORS, "aggregate"),
     "attacks": (ATTACKS, "attack"),

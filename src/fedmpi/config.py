@@ -30,7 +30,7 @@ from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.plans import FORMERLY
 from fedmpi.flat import Entry, entries
 from fedmpi.health import StopSection
-from fedmpi.local import RULES, LocalRule, Sgd
+from fedmpi.local import RULES, RUNNERS, LocalRule, Sequential, Sgd, SiloRunner
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
@@ -154,6 +154,7 @@ class Config:
     model: Annotated[Any, MODELS] = Logistic()  # what is trained
     objective: Objective = Objective()  # loss and metric; by the data's task unless given
     local: Annotated[LocalRule, RULES] = Sgd(lr=0.05, epochs=1)  # how a silo trains
+    runner: Annotated[SiloRunner, RUNNERS] = Sequential()  # how the silos of a rank take turns
     select: Annotated[Selector, SELECTORS] = All()  # who takes part
     aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()  # how deltas become one
     attack: Annotated[Attack, ATTACKS] | None = None  # what hostile silos do; needs `experimental: true`

@@ -2,6 +2,7 @@
 
     base        what they share: the silo, the round, batches, the loop over them, the gradient of one
     samplers    the order of a silo's samples
+    runners     how the silos of a rank train: one after the other
     optimizers  torch's, what is kept of one, how many gradients its steps hold
     gradient    steps from the global parameters: FedAvg's own, FedSGD, FedProx
     control     steps corrected by vectors that silos keep or that travel with the delta: SCAFFOLD, FedDyn, Mime
@@ -20,6 +21,7 @@ from fedmpi.local import adagrad_norm, contrastive, control_variates, gradient, 
 from fedmpi.local.base import GradientRule, LocalRule, LocalSilo, Round, local_steps
 from fedmpi.local.gradient import Sgd
 from fedmpi.local.optimizers import plain_step
+from fedmpi.local.runners import RUNNERS, Sequential, SiloRunner
 from fedmpi.local.samplers import Sampler
 
 RULES = Family(
@@ -29,4 +31,17 @@ RULES = Family(
     defaults=True,
 )
 
-__all__ = ["RULES", "GradientRule", "LocalRule", "LocalSilo", "Round", "Sampler", "Sgd", "local_steps", "plain_step"]
+__all__ = [
+    "RULES",
+    "RUNNERS",
+    "GradientRule",
+    "LocalRule",
+    "LocalSilo",
+    "Round",
+    "Sampler",
+    "Sequential",
+    "Sgd",
+    "SiloRunner",
+    "local_steps",
+    "plain_step",
+]

@@ -14,7 +14,7 @@ from fedmpi.comm import Comm
 from fedmpi.evaluate import Scores, Tuning
 from fedmpi.exchange.base import Exchange
 from fedmpi.flat import FlatModel
-from fedmpi.local import LocalRule, LocalSilo, Round
+from fedmpi.local import LocalRule, LocalSilo, Round, SiloRunner
 from fedmpi.membership import Comms, Membership
 from fedmpi.objectives import Criterion, LossAndMetrics
 from fedmpi.outcome import RoundOutcome
@@ -59,6 +59,7 @@ class Federation:
     model: FlatModel
     objective: LossAndMetrics
     rule: LocalRule
+    runner: SiloRunner
     selector: Selector
     aggregator: Aggregator
     optimizer: ServerOptimizer

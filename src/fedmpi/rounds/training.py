@@ -38,12 +38,22 @@ def train_silos(
     trained: dict[str, LocalSilo] = {}
     error: FedmpiError | None = None
     status, name = 0, ""
+    losses_before: dict[str, float] = {}
+
+    def begin(silo: LocalSilo) -> tuple[torch.Tensor, Round]:
+        nonlocal name
+        name = silo.id
+        return _begin(state, fed, number, silo, losses_before)
+
     try:
         fed.watch.check()
-        for name, factor in mine:
-            before = fed.silos[name]
-            silo = replace(before, kept=dict(before.kept))  # the round may yet be broken off: state waits for agree
-            contribution, besides = _contribution(state, fed, number, silo, factor, near)
+        # The round may yet be broken off: what silos keep waits for agree.
+        drafts = [replace(silo, kept=dict(silo.kept)) for silo in (fed.silos[name] for name, _ in mine)]
+        contributions = fed.runner.run(fed.rule, fed.model, drafts, begin)
+        for (name, factor), silo, contribution in zip(mine, drafts, contributions, strict=True):
+            _check(contribution, silo, fed)
+            contribution.start_loss = losses_before.get(name, 0.0)
+            besides = _weigh(contribution, fed, silo.weight * factor, near)
             fed.ready.set_silo(
                 fed.index[name],
                 samples=contribution.num_samples,
@@ -87,34 +97,34 @@ def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
     return max(1.0, weight / stands_for) * max(1.0, all_stand_for)
 
 
-def _contribution(
-    state: State, fed: Federation, number: int, silo: LocalSilo, factor: float, near: float
-) -> tuple[Contribution, float]:
-    """What a silo sends: the rule's delta with the aggregator's weight, and auxiliary vectors so that this weight makes
-    of them what is theirs; the norm of these before that."""
+def _begin(
+    state: State, fed: Federation, number: int, silo: LocalSilo, losses_before: dict[str, float]
+) -> tuple[torch.Tensor, Round]:
+    """Where a silo's training begins, and what its rule may know of the round; the loss before it, where the aggregator
+    asks for it, goes into `losses_before`."""
     start_Q = fed.exchange.start(silo.id, state.params_Q)
     params_P = fed.layout.params(start_Q)
     auxiliary = {segment.name: start_Q[segment.place] for segment in fed.layout.auxiliaries}
-    loss_before = 0.0
     if getattr(fed.aggregator, "start_loss", False):
         fed.model.load(params_P)
-        loss_before = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
+        losses_before[silo.id] = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
     criterion = fed.criterion(silo)
-    round = Round(number, fed.rounds, fed.seed, criterion.loss, fed.watch.check, auxiliary, criterion.count)
-    fed.model.thaw()
-    contribution = fed.rule.train(silo, fed.model, params_P, round)
-    _check(contribution, silo, fed)
-    contribution.start_loss = loss_before
+    return params_P, Round(number, fed.rounds, fed.seed, criterion.loss, fed.watch.check, auxiliary, criterion.count)
+
+
+def _weigh(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> float:
+    """Give a contribution the aggregator's weight, and make of auxiliary vectors what this weight turns into what is
+    theirs; the norm of these before that comes back, infinite where they end in something that is none."""
     others_A = contribution.vector_Q[fed.layout.num_params :]
     besides = float(torch.linalg.vector_norm(others_A))
-    contribution.weight = stands_for = silo.weight * factor
+    contribution.weight = stands_for
     contribution.weight = weight = fed.aggregator.weight(contribution)
     for segment in fed.layout.auxiliaries:
         if segment.normaliser == "population":
             contribution[segment.name].mul_(fed.exchange.facts.total_weight / near / (weight * len(fed.ids)))
         elif weight != stands_for:
             contribution[segment.name].mul_(stands_for / weight)
-    return contribution, besides if bool(torch.isfinite(torch.linalg.vector_norm(others_A))) else math.inf
+    return besides if bool(torch.isfinite(torch.linalg.vector_norm(others_A))) else math.inf
 
 
 def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
