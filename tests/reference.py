@@ -81,6 +81,11 @@ def fedyogi(w, delta, m, v, lr, beta1, beta2, tau):
     return w + lr * m / (np.sqrt(v) + tau), m, v
 
 
+def fedexp(w, delta, m, v, squares=0.0, eps=1e-3):
+    eta = squares / (2 * (float(delta @ delta) + eps))
+    return w + max(1.0, eta) * delta, m, v
+
+
 def feddyn(w, delta, m, v, alpha, fraction=1.0):
     m = m - alpha * fraction * delta
     return w + delta - m / alpha, m, v
@@ -94,6 +99,7 @@ SERVERS = {
     "fedadam": fedadam,
     "fedyogi": fedyogi,
     "feddyn": feddyn,
+    "fedexp": fedexp,
 }
 
 

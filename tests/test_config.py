@@ -315,6 +315,7 @@ NEEDS |= {"available": {"traces": {"a": [[2, 9]]}}, "qffl": {"lr": 0.1}}
 NEEDS |= {"fedrep": NEEDS["sgd"] | {"head_steps": 2}, "per_fedavg": NEEDS["sgd"] | {"inner_lr": 0.1}}
 NEEDS |= {"by_silo": {"silos": {"a": 3}}, "by_loss": {"target": 0.5}, "seconds": {"seconds": 1.5}}
 NEEDS |= {name: {"count": 1} for name in ATTACKS.members} | {"noise": {"count": 1, "sigma": 0.1}}
+NEEDS |= {"clip": {"norm": 1.0}, "max_norm": {"norm": 1.0}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 INSIDE["engine"] = {"name": "synchronous"}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key and family is not PLANS for name in family.members]
@@ -323,7 +324,8 @@ MEMBERS = [(key, name) for family, key in FAMILIES.values() if key and family is
 @pytest.mark.parametrize(("key", "name"), MEMBERS, ids=[f"{key}={name}" for key, name in MEMBERS])
 def test_every_member_comes_back_from_its_plain_values(key, name):
     parents = key.split(".")
-    values = {"name": name, **NEEDS.get(name, NEEDS["sgd"] if key == "local" else {})}
+    needs = NEEDS | ({"noise": {"sigma": 0.1}} if key == "updates" else {})
+    values = {"name": name, **needs.get(name, NEEDS["sgd"] if key == "local" else {})}
     for parent in reversed(parents):
         values = {parent: INSIDE.get(parent, {}) | values if parent != parents[-1] else values}
     if key == "records.measure":

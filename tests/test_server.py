@@ -122,6 +122,7 @@ EQUATIONS = [
     ("fedyogi", {}, {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}, 1e-6),
     ("feddyn", {}, {"alpha": 0.01}, 0.0),
     ("feddyn", {"alpha": 0.3}, {}, 0.0),
+    ("fedexp", {}, {}, 0.0),  # by itself; with norms of deltas in equations/updates.py
     ("fedyogi", {"lr": 0.1, "beta1": 0.2, "beta2": 0.7, "tau": 0.1, "v0": 0.5}, {}, 0.5),
 ]
 

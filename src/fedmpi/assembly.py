@@ -45,6 +45,7 @@ from fedmpi.opening import Opened, open_silos
 from fedmpi.placement import place
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.disclosure import refuse_metrics
+from fedmpi.transforms import Updates
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
 
@@ -228,6 +229,7 @@ def build_federation(
             average=config.server.average,
             measurements=config.records.measurements,
             disclose=config.disclose,
+            updates=Updates(config.updates),
             finetune=config.evaluate.finetune,
             experiment="" if attack is None else said(attack, spec.known),
         )
@@ -254,7 +256,7 @@ def begin(fed: Federation) -> State:
     begun = fed.comm.collectively(lambda: fed.optimizer.init(exchange.shard(params_P)))
     params_Q, optimizer = exchange.home(params_Q, begun)
     selector = fed.comm.collectively(lambda: fed.selector.init(fed.num_train))
-    return State(0, params_Q, optimizer, selector, average_P=average_P)
+    return State(0, params_Q, optimizer, selector, average_P=average_P, updates=fed.updates.init())
 
 
 def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], comm: Comm) -> ExchangeContext:

@@ -33,6 +33,7 @@ from fedmpi.rounds import ENGINES, POLICIES
 from fedmpi.schedules import SCHEDULES
 from fedmpi.selection import SELECTORS
 from fedmpi.server import OPTIMIZERS
+from fedmpi.transforms import TRANSFORMS
 
 # family -> where its members go in a configuration
 FAMILIES: dict[str, tuple[Family, str]] = {
@@ -46,6 +47,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "amounts": (WORKLOADS, "local.amount"),
     "runners": (RUNNERS, "runner"),
     "selectors": (SELECTORS, "select"),
+    "transforms": (TRANSFORMS, "updates"),
     "aggregators": (AGGREGATORS, "aggregate"),
     "attacks": (ATTACKS, "attack"),
     "metrics": (METRICS, "objective.metrics"),

@@ -39,7 +39,8 @@ from fedmpi.records.measurements import Gram
 from fedmpi.rounds import ENGINES, Engine, Synchronous
 from fedmpi.rounds.disclosure import Disclose, refuse_hidden
 from fedmpi.selection import SELECTORS, All, Selector
-from fedmpi.server import OPTIMIZERS, Average, FedAvg, ServerOptimizer
+from fedmpi.server import OPTIMIZERS, Average, FedAvg, ReadsNorms, ServerOptimizer
+from fedmpi.transforms import TRANSFORMS, Transform
 from fedmpi.types import Dataset
 
 
@@ -156,6 +157,7 @@ class Config:
     local: Annotated[LocalRule, RULES] = Sgd(lr=0.05, epochs=1)  # how a silo trains
     runner: Annotated[SiloRunner, RUNNERS] = Sequential()  # how the silos of a rank take turns
     select: Annotated[Selector, SELECTORS] = All()  # who takes part
+    updates: tuple[Annotated[Transform, TRANSFORMS], ...] = ()  # what happens to updates before they are exchanged
     aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()  # how deltas become one
     attack: Annotated[Attack, ATTACKS] | None = None  # what hostile silos do; needs `experimental: true`
     experimental: bool = False  # allows what is for experiments alone: attack
@@ -177,6 +179,7 @@ class Config:
         if isinstance(self.engine, Synchronous):
             readers.append(("engine.policy", self.engine.policy))
         readers += [("records.measure", measurement) for measurement in self.records.measurements]
+        readers += [(f"updates.{i}", transform) for i, transform in enumerate(self.updates)]
         refuse_hidden(self.disclose, readers)
         if self.disclose != "silo" and self.exchange.scope == "silo":
             raise ValueError(f"disclose: {self.disclose}, but with exchange.scope: silo each delta leaves its rank")
@@ -186,7 +189,7 @@ class Config:
     def _goes_together(self) -> Config:
         self._aggregates()
         parts = (self.attack, self.records, self.local, self.server.optimizer, self.server.average)
-        for part in (*parts, self.select, self.evaluate, self.exchange):
+        for part in (*parts, self.select, self.evaluate, self.exchange, *self.updates):
             if part is not None and (why := part.conflicts(self)):
                 raise ValueError(why)
         return self
@@ -218,6 +221,12 @@ class Config:
             )
         if (enough := getattr(self.aggregate, "suits", None)) is not None:
             enough(self.select.least(ids, self.rounds))
+        statistics = [entry.name for entry in found if entry.kind == "shared" and entry.buffer]
+        if isinstance(self.server.optimizer, ReadsNorms) and statistics:
+            raise ConfigError(
+                f"server.optimizer: {called(self.server.optimizer)} goes by how long deltas are, and '{statistics[0]}' "
+                "is a statistic of another unit; take exchange.parameters: all_but_batch_norm or trainable"
+            )
         for rule in (self.local, self.evaluate.finetune):
             if rule is not None:
                 rule.suits(module, found, ids)

@@ -105,6 +105,7 @@ def holders(state: State, fed: Federation, health: Health) -> Holders:
         "exchange": Exchanged(fed.exchange, state),
         "optimizer": Vectors(state.optimizer._asdict(), "sharded"),
         "selector": Arrays(state.selector),
+        "updates": Arrays(state.updates),
         "health": health,
         "silos": Silos(fed.silos),
     }
@@ -125,10 +126,10 @@ def restored(
     kept of the silos that this rank has now. `before` are the members of then. A call of all ranks."""
     found = holders(state, fed, health)
     found.restore([*scattered(whole, found, fed.exchange, fed.comm), *of_silos])
-    selector = found["selector"]
-    assert isinstance(selector, Arrays)
+    selector, updates = found["selector"], found["updates"]
+    assert isinstance(selector, Arrays) and isinstance(updates, Arrays)
     arrays = carried(fed.selector, selector.arrays, before.ids, fed.ids, fed.num_train)
-    return replace(state, selector=arrays)
+    return replace(state, selector=arrays, updates=updates.arrays)
 
 
 # ---------------------------------------------------------------- a run's

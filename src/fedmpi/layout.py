@@ -17,7 +17,7 @@ A part of the vector has a layout of its own:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar, cast
@@ -146,3 +146,15 @@ def joined(places: Iterable[slice]) -> tuple[slice, ...]:
             adjoins = found and found[-1].stop == place.start
             found.append(slice(found.pop().start if adjoins else place.start, place.stop))
     return tuple(found)
+
+
+def within(places: Sequence[slice], start: int, num: int) -> Iterator[slice]:
+    """Where places of a vector lie in its `num` elements from `start` on.
+
+    >>> list(within([slice(0, 3), slice(7, 9)], 2, 6))
+    [slice(0, 1, None), slice(5, 6, None)]
+    """
+    for place in places:
+        there = slice(max(0, place.start - start), min(num, place.stop - start))
+        if there.start < there.stop:
+            yield there

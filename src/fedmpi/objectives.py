@@ -334,7 +334,19 @@ def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
 # names that a silo's row in a record, and a record, have for other things
 TAKEN_OF_SILOS = ("rank", "loss", "train_loss", "delta_norm", "num_train", "num_test", "num_samples", "num_steps")
 TAKEN = (
-    *("loss", "train_loss", "delta_norm", "round", "cohort", "rejected", "worst", "spread", "seconds", "silos"),
+    *(
+        "loss",
+        "train_loss",
+        "delta_norm",
+        "round",
+        "cohort",
+        "rejected",
+        "rejected_by",
+        "worst",
+        "spread",
+        "seconds",
+        "silos",
+    ),
     *("auc_within", "diversity", "cosine", "cosines", "undefined", "raised", "not_finite", "peak_rss_bytes"),
     *("bytes_up", "bytes_down", "bytes_control"),
 )

@@ -26,6 +26,7 @@ from fedmpi.placement import place
 from fedmpi.records import StatusTable, peak_rss_bytes
 from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
 from fedmpi.rounds.disclosure import ready_pooling, refuse_metrics
+from fedmpi.transforms import Updates
 
 _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
 
@@ -195,7 +196,8 @@ def _checkpoint(config: Config, counts: Counts, section: ExchangeSection, sizes:
 
 def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:
     """Elements of the small tables that ranks agree on in a round, vectors' own not counted."""
-    ready = StatusTable(num_ranks, READY_RANK, num_silos, READY_SILO, pooling=ready_pooling(config.disclose))
+    of_silo = (*READY_SILO, *Updates(config.updates).told)
+    ready = StatusTable(num_ranks, READY_RANK, num_silos, of_silo, pooling=ready_pooling(config.disclose))
     done = StatusTable(num_ranks, DONE_RANK, num_silos, scores.columns, scores.num_counts, scores.pooling)
     num = (ready.num_bytes + done.num_bytes) // 8
     num += 2 * num_ranks * config.exchange.overlap  # are deltas folded everywhere? How long did the exchange take?

@@ -16,22 +16,25 @@ that take the same step hold the same bits.
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from fedmpi.components import Decay, Family, Fraction, NonNegativeFloat, PositiveFloat, component
-from fedmpi.layout import Layout
+from fedmpi.aggregate import Mean
+from fedmpi.components import Decay, Family, Fraction, NonNegativeFloat, PositiveFloat, called, component
+from fedmpi.layout import Layout, within
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 
 if TYPE_CHECKING:
     from fedmpi.config import Config
 
 Tensor = torch.Tensor
+OnMean = Callable[[Tensor, int], None]
 
 BLOCK_CPU = 1 << 18  # elements; five blocks of float32 stay in cache, four times as fast as whole vectors
 BLOCK_DEVICE = 1 << 24  # elements; large enough that launching kernels costs nothing
@@ -87,6 +90,24 @@ class ServerOptimizer:
         """New parameters and new state, in the memory of `mean_P` and of `state`."""
 
 
+class ReadsNorms(ServerOptimizer):
+    """The base of optimizers whose step depends on how long the deltas are, and how long their mean is. By themselves
+    they take the step that both leave alone."""
+
+    @abstractmethod
+    def knowing(self, squares: float, square: float) -> ServerOptimizer:
+        """What takes this round's step: `squares` is sum_k p_k |delta_k|^2, p_k being what the mean weighs the deltas
+        with, and `square` is |mean|^2."""
+
+    def conflicts(self, config: Config) -> str | None:
+        why, regions = f"server.optimizer: {called(self)} goes by the norms of", config.exchange.regions
+        if not isinstance(config.aggregate, Mean):
+            return f"{why} deltas and of their weighted mean; it needs aggregate: mean"
+        if regions is not None and regions.every > 1:
+            return f"{why} one round, and exchange.regions.every is {regions.every}"
+        return None
+
+
 @dataclass(frozen=True)
 class Server:
     """The server's step of one round, over any slice of the exchanged vector: the parameters, which the optimizer
@@ -101,12 +122,34 @@ class Server:
     scale: float = 1.0  # of the mean delta, before the optimizer sees it
     share: float = 1.0  # of all weight that the mean is taken over, as shares are counted this round
     sent: float = 1.0  # what the mean was taken over, in units of what the silos that were heard stand for
+    on_mean: OnMean | None = None  # changes elements of the mean delta, given where they begin, before anything else
+    squares: float = 0.0  # sum_k p_k |delta_k|^2, for optimizers that read norms
+
+    @property
+    def reads_norms(self) -> bool:
+        """Must `look` see all of the mean, and `knowing` hear of it, before the first step?"""
+        return isinstance(self.optimizer, ReadsNorms)
+
+    def look(self, mean_S: Tensor, start: int = 0) -> float:
+        """The sum of squares of those that are parameters of S elements from `start` on, changed by `on_mean` in their
+        memory."""
+        num = len(mean_S) if self.layout is None else max(0, min(len(mean_S), self.layout.num_params - start))
+        if num and self.on_mean is not None:
+            self.on_mean(mean_S[:num], start)
+        parts = (mean_S[i : min(i + BLOCK_CPU, num)].double() for i in range(0, num, BLOCK_CPU))
+        return math.fsum(float(torch.dot(part, part)) for part in parts)
+
+    def knowing(self, square: float) -> Server:
+        """The server that takes the steps, given the sum of what `look` gave."""
+        assert isinstance(self.optimizer, ReadsNorms)
+        optimizer = self.optimizer.knowing(self.scale * self.squares, self.scale**2 * square)
+        return replace(self, optimizer=optimizer, on_mean=None)
 
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
         """New values of S elements from `start` on and new state, in the memory of `mean_S` and of `state`."""
         layout, stop = self.layout, start + len(mean_S)
         border = stop if layout is None else layout.num_params
-        plain = self.scale == 1.0 and (layout is None or layout.steps_alone)
+        plain = self.scale == 1.0 and self.on_mean is None and (layout is None or layout.steps_alone)
         if start < stop <= border and plain:  # most pieces; to slice costs more
             new, _ = self.optimizer.step(params_S, mean_S, state)
             if new.data_ptr() != mean_S.data_ptr():
@@ -116,7 +159,9 @@ class Server:
         if start < border:
             part = slice(0, min(stop, border) - start)
             mean = mean_S[part]
-            means = [(there, params_S[there] + mean[there]) for there in _within(averaged, start, part.stop)]
+            if self.on_mean is not None:
+                self.on_mean(mean, start)
+            means = [(there, params_S[there] + mean[there]) for there in within(averaged, start, part.stop)]
             if self.scale != 1.0:
                 mean.mul_(self.scale)
             new, _ = self.optimizer.step(params_S[part], mean, type(state)(*(t[part] for t in state)))
@@ -124,7 +169,7 @@ class Server:
                 mean.copy_(new)
             for there, values in means:
                 mean[there] = values
-            for there in _within(non_negative, start, part.stop):
+            for there in within(non_negative, start, part.stop):
                 mean[there].clamp_(min=0.0)
         for auxiliary in () if layout is None else layout.auxiliaries:
             part = slice(max(0, auxiliary.start - start), max(0, min(stop, auxiliary.stop) - start))
@@ -132,14 +177,6 @@ class Server:
             if part.start < part.stop:
                 mean_S[part].mul_(gain).add_(params_S[part], alpha=auxiliary.decay)
         return mean_S, state
-
-
-def _within(parts: Sequence[slice], start: int, num: int) -> Iterator[slice]:
-    """Where parts of a vector lie in its `num` elements from `start` on."""
-    for whole in parts:
-        there = slice(max(0, whole.start - start), min(num, whole.stop - start))
-        if there.start < there.stop:
-            yield there
 
 
 @component
@@ -358,6 +395,36 @@ class FedYogi(Scheduled):
 
 
 @component
+class FedExP(ReadsNorms):
+    """w + eta mean with eta = max(1, sum_k p_k |delta_k|^2 / (2 (|mean|^2 + eps))): extrapolation, the further the more
+    the deltas point apart (Jhunjhunwala et al. 2023, FedExP, Algorithm 1).
+
+    The paper's p_k are 1/K; here they are the aggregator's weights. It evaluates the mean of the last two rounds'
+    parameters; here that is `server.average`, whatever its decay. With a codec |delta_k| is of what a silo made, and
+    |mean| of what arrived.
+
+    >>> optimizer = FedExP(eps=0.0).knowing(squares=8.0, square=1.0)
+    >>> optimizer.step(torch.zeros(2), torch.tensor([1.0, 0.0]), NoState())[0]
+    tensor([4., 0.])
+    """
+
+    eps: NonNegativeFloat = 1e-3  # beside |mean|^2; the larger, the more careful
+
+    def init(self, params_P: Tensor) -> NoState:
+        """Nothing."""
+        return NoState()
+
+    def knowing(self, squares: float, square: float) -> ServerOptimizer:
+        """Plain steps of length eta; of twelve digits, since a norm's last bits depend on the processor."""
+        below = 2 * (square + self.eps)
+        return FedAvg(lr=max(1.0, float(f"{squares / below:.12g}")) if below else 1.0)
+
+    def step(self, params_P: Tensor, mean_P: Tensor, state: NoState) -> tuple[Tensor, NoState]:
+        """As with eta = 1: new parameters, in the memory of `mean_P`."""
+        return FedAvg().step(params_P, mean_P, state)
+
+
+@component
 class FedDyn(ServerOptimizer):
     """h = h - alpha (m/K) delta, w + delta - h / alpha (Acar et al. 2021, Algorithm 1): the server of rule `feddyn`.
 
@@ -456,6 +523,7 @@ OPTIMIZERS = Family(
         "fedadam": FedAdam,
         "fedyogi": FedYogi,
         "feddyn": FedDyn,
+        "fedexp": FedExP,
     },
     ServerOptimizer,
     defaults=True,

@@ -5,6 +5,7 @@ Shapes in names: `P` shared parameters, `K` silos of the federation, `N` samples
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -86,6 +87,7 @@ class Contribution:
     normalizer: float | None = None  # how many gradients the delta holds, |a_k|_1 of FedNova; None: num_steps
     start_loss: float = 0.0  # of the global parameters on the training samples, where the aggregator asks for it
     num_targets: int | None = None  # visited this round that `loss` is the mean of; None: num_samples
+    norm: float = math.nan  # of the delta, as the last check has found it
     layout: Layout | None = None  # of the vector; None: it is the delta and nothing else
 
     def __getitem__(self, name: str) -> torch.Tensor:

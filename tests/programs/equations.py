@@ -10,11 +10,12 @@ from equations.personal import CASES as PERSONAL
 from equations.rules import CASES as RULES
 from equations.selection import CASES as SELECTION
 from equations.server import CASES as SERVER
+from equations.updates import CASES as UPDATES
 from programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE}
+CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE, **UPDATES}
 
 if __name__ == "__main__":
     comm = connect()

@@ -154,7 +154,9 @@ class Replicated(Whole):
         if self._coder is not None:
             self.ask()
         lap("exchange")
-        new_P, state = server.step(params_P, self._mean(), state)
+        mean_P = self._mean()
+        server = server.knowing(server.look(mean_P)) if server.reads_norms else server
+        new_P, state = server.step(params_P, mean_P, state)
         params_P.copy_(new_P)
         lap("step")
         self.verify(params_P)
@@ -193,7 +195,9 @@ class Root(Whole):
         self.comm.reduce(self._sent(), self._recv)
         lap("exchange")
         if self.comm.rank == 0:
-            new_P, state = server.step(params_P, self._mean(), state)
+            mean_P = self._mean()
+            server = server.knowing(server.look(mean_P)) if server.reads_norms else server
+            new_P, state = server.step(params_P, mean_P, state)
             params_P.copy_(new_P)
         lap("step")
         host_P = params_P if self._host_P is None else self._host_P

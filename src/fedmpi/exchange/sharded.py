@@ -199,9 +199,14 @@ class Sharded(Exchange):
         senders = self._senders()
         if self.exact is not None:
             still = self.exact.before(params_P)
-        for batch in self._upload.arriving():
+        batches, means_S = self._upload.arriving(), None
+        if server.reads_norms:
+            means_S, server = self._look(server, senders)
+            batches = iter(range(self._batches.num))
+        for batch in batches:
             for piece in self._batches.pieces(batch, self.comm.rank):
-                self._step(piece, senders, params_P, server, state)
+                mean_S = self._mean(piece, senders) if means_S is None else means_S[self.grid.kept(piece)]
+                self._step(piece, mean_S, params_P, server, state)
             self._download.send(batch, params_P)
             self._download.land(params_P)
         told = self._tell() if self.asks and self.coders else None
@@ -243,12 +248,26 @@ class Sharded(Exchange):
         self._upload.agree(senders)
         return senders
 
-    def _step(self, piece: int, senders: list[Sender], params_P: torch.Tensor, server: Server, state: Any) -> None:
-        """A piece of mine: made one of all that arrived, stepped, and ready to travel."""
-        part, kept = self.grid.part(piece), self.grid.kept(piece)
+    def _look(self, server: Server, senders: list[Sender]) -> tuple[torch.Tensor, Server]:
+        """The means of my pieces, and the server that knows how long the whole mean is. A call of all ranks."""
+        means_S = torch.zeros(self.grid.num_owned(self.comm.rank), dtype=self.dtype, device=self.device)
+        squares = np.zeros(self.comm.size)
+        for batch in self._upload.arriving():
+            for piece in self._batches.pieces(batch, self.comm.rank):
+                mean_S = means_S[self.grid.kept(piece)].copy_(self._mean(piece, senders))
+                squares[self.comm.rank] += server.look(mean_S, self.grid.part(piece).start)
+        return means_S, server.knowing(float(self.comm.share(squares).sum()))
+
+    def _mean(self, piece: int, senders: list[Sender]) -> torch.Tensor:
+        """A piece of mine, made one of all that arrived; valid until the next one's."""
         mean_S = self._accumulator.mean(piece, [(sender, self._upload.came(piece, sender)) for sender in senders])
         if self.exact is not None:
-            self.exact.put(mean_S, part.start)
+            self.exact.put(mean_S, self.grid.part(piece).start)
+        return mean_S
+
+    def _step(self, piece: int, mean_S: torch.Tensor, params_P: torch.Tensor, server: Server, state: Any) -> None:
+        """A piece of mine: stepped, and ready to travel."""
+        part, kept = self.grid.part(piece), self.grid.kept(piece)
         new_S, _ = server.step(params_P[part], mean_S, type(state)(*(tensor[kept] for tensor in state)), part.start)
         self._download.put(piece, new_S, params_P, self.exact)
 

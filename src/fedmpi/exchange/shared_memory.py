@@ -6,8 +6,10 @@ are there once per node, whatever the number of ranks; nothing is sent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 
 from fedmpi.comm import Comm
@@ -126,18 +128,17 @@ class SharedMemory(Exchange):
         if not given:
             raise ExchangeError("no weight arrived: nothing to divide by")
         mine = shard(self.num_params, self.comm.rank, self.comm.size)
-        for start in range(mine.start, mine.stop, BLOCK):
-            part = slice(start, min(start + BLOCK, mine.stop))
-            total, mean = self._total_B[: part.stop - start], self._mean_B[: part.stop - start]
-            if self.ring:
-                total.copy_(given[0][0][part])
-                for sums, _ in given[1:]:
-                    total.add_(sums[part])
-                self.divide(total, weight, mean)
-            else:
-                torch.mul(given[0][0][part], given[0][1] / weight, out=mean)
-                for sums, share in given[1:]:
-                    mean.add_(sums[part], alpha=share / weight)
+        parts = [slice(start, min(start + BLOCK, mine.stop)) for start in range(mine.start, mine.stop, BLOCK)]
+        means: list[torch.Tensor] = []
+        if server.reads_norms:  # of the whole mean, before anybody steps
+            means = [self._mean(given, weight, part).clone() for part in parts]
+            squares = np.zeros(self.comm.size)
+            squares[self.comm.rank] = sum(
+                server.look(mean, part.start) for mean, part in zip(means, parts, strict=True)
+            )
+            server = server.knowing(float(self.comm.share(squares).sum()))
+        for number, part in enumerate(parts):
+            mean = means[number] if means else self._mean(given, weight, part)
             new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[part] for tensor in state)), part.start)
             params_P[part].copy_(new_S)
         lap("step")
@@ -145,6 +146,21 @@ class SharedMemory(Exchange):
         self.verify(params_P)
         lap("exchange")
         return params_P, state
+
+    def _mean(self, given: Sequence[tuple[torch.Tensor, float]], weight: float, part: slice) -> torch.Tensor:
+        """A block of the mean; valid until the next one's."""
+        (first, first_share), *others = given
+        total, mean = self._total_B[: part.stop - part.start], self._mean_B[: part.stop - part.start]
+        if self.ring:
+            total.copy_(first[part])
+            for sums, _ in others:
+                total.add_(sums[part])
+            self.divide(total, weight, mean)
+        else:
+            torch.mul(first[part], first_share / weight, out=mean)
+            for sums, share in others:
+                mean.add_(sums[part], alpha=share / weight)
+        return mean
 
 
 def shard(num_elements: int, rank: int, num_ranks: int) -> slice:

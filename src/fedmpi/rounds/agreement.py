@@ -17,6 +17,7 @@ from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.engine import Policy
 from fedmpi.rounds.federation import Federation
 from fedmpi.stopping import FAILED, STOP
+from fedmpi.transforms import CHECKS
 
 REFUSED = FAILED + 1  # of a rank whose selector chose no cohort
 WITHIN = 2e-7  # how far the ring may be from the exact mean, for deltas of 1
@@ -42,11 +43,7 @@ def agree_ready(
         raise agreed(NoCohort(f"round {number}: the selector chose no silo"))
     if why := policy.objection(outcome):
         if outcome.num_rejected:
-            names = f" ({', '.join(outcome.rejected[:8])})" if outcome.rejected else ""
-            why += (
-                f"{names}: not finite or its norm beyond {LARGEST_NORM:.0f}{_beyond(fed)}; a "
-                "smaller local.lr or local.clip may help"
-            )
+            why += _why_rejected(fed)
         raise agreed(Diverged(f"round {number}: {why}"))
     if fed.exchange.ring:
         _has_room(fed, outcome, near)
@@ -55,6 +52,18 @@ def agree_ready(
             enough(outcome.num_taken)
         except ConfigError as few:  # it is what the round has brought, not the configuration
             raise agreed(NoCohort(f"round {number}: {few}")) from None
+
+
+def _why_rejected(fed: Federation) -> str:
+    """Whose updates, by what, and what may help."""
+    by = fed.rejected_by
+    if others := sorted(set(by.values()) - {CHECKS}):
+        return f" ({', '.join(f'{silo} by {name}' for silo, name in list(by.items())[:8])}); see updates: {others[0]}"
+    names = f" ({', '.join(list(by)[:8])})" if by else ""
+    return (
+        f"{names}: not finite or its norm beyond {LARGEST_NORM:.0f}{_beyond(fed)}; a smaller "
+        "local.lr or local.clip may help"
+    )
 
 
 def _beyond(fed: Federation) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedmpi.rounds.disclosure import Disclose, ready_pooling
 from fedmpi.selection import Selector
 from fedmpi.server import Average, ServerOptimizer
 from fedmpi.stopping import Watch
+from fedmpi.transforms import Updates
 
 READY_RANK = ("status", "fingerprint")
 READY_SILO = (
@@ -44,6 +45,7 @@ class State:
     outcome: RoundOutcome | None = None  # of the last round
     record: Record | None = None  # its log line
     average_P: torch.Tensor | None = None  # of the parameters over rounds, alike on every rank, if one is kept
+    updates: Mapping[str, np.ndarray] = field(default_factory=dict)  # the state of `Federation.updates`
     written: int = -1  # newest round whose checkpoint files are safe on every rank
 
 
@@ -71,6 +73,7 @@ class Federation:
     average: Average | None = None  # what is evaluated; None: the parameters themselves
     measurements: Sequence[Measurement] = ()  # of each round, for its record
     disclose: Disclose = "silo"  # which figures of single silos leave their rank
+    updates: Updates = field(default_factory=Updates)  # what happens to updates before they are exchanged
     finetune: LocalRule | None = None  # for personal figures after the last round
     experiment: str = ""  # what records say of a run that is one
     timer: Timer = field(default_factory=Timer)
@@ -83,14 +86,23 @@ class Federation:
         self.layout = self.exchange.layout  # of `State.params_Q` and of contributions
         rows = zip(self.ids, self.num_train, strict=True)
         self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # what each stands for
+        of_silo = (*READY_SILO, *self.updates.told)
         shown = ready_pooling(self.disclose)
-        self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), READY_SILO, pooling=shown)
+        self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), of_silo, pooling=shown)
         pools = self.disclose != "silo"
         self.scores = Scores.of(self.objective, self.rule, self.finetune, self.model.has_personal, pools)
         columns, counts = self.scores.columns, self.scores.num_counts
         self._criteria: dict[str, Criterion] = {}
         ranks = (*DONE_RANK, *self.exchange.figures())
         self.done = StatusTable(self.comm.size, ranks, len(self.ids), columns, counts, self.scores.pooling)
+
+    @property
+    def rejected_by(self) -> dict[str, str]:
+        """The transform that said no to an update of this round, by silo; nothing where that is not disclosed."""
+        if self.disclose == "pooled":
+            return {}
+        numbers = zip(self.ids, self.ready.silo("rejected").tolist(), strict=True)
+        return {silo: self.updates.names[int(number) - 1] for silo, number in numbers if number}
 
     def criterion(self, silo: LocalSilo) -> Criterion:
         """The training loss for a silo's targets, at which it looks once."""

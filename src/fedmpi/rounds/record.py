@@ -13,6 +13,7 @@ from fedmpi.metrics.scorers import pooled
 from fedmpi.outcome import RoundOutcome, members
 from fedmpi.records import PHASES, SCHEMA, Record, plain
 from fedmpi.rounds.federation import Federation
+from fedmpi.transforms import CHECKS
 
 
 def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossless: Collection[str]) -> RoundOutcome:
@@ -85,6 +86,8 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
         record["num_rejected"] = outcome.num_rejected
     if fed.experiment:
         record["experiment"] = fed.experiment
+    if set((by := fed.rejected_by).values()) - {CHECKS}:
+        record["rejected_by"] = by
     if outcome.not_finite:
         record["not_finite"] = list(outcome.not_finite)
     elif outcome.num_not_finite:

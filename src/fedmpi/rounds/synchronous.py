@@ -48,7 +48,7 @@ class Synchronous:
         outcome = training_outcome(fed, number, cohort, lossless)
         agree_ready(fed, outcome, self.policy, error, near)
         timer.lap("wait")
-        server = _server(fed, number, selection, near)
+        server = _server(state, fed, number, selection, near)
         return SynchronousRound(state, fed, outcome, selection, trained, server, sent)
 
 
@@ -93,10 +93,11 @@ class SynchronousRound:
         raise_failure(fed, fed.done.rank("status"), error)
         outcome, record = make_record(fed, self.outcome)
         safe = int(fed.done.rank("written").min())
-        return State(number, params_Q, optimizer, self.selection.state, outcome, record, average_P, safe)
+        updates = fed.updates.follow(state.updates, fed.ready.silo)
+        return State(number, params_Q, optimizer, self.selection.state, outcome, record, average_P, updates, safe)
 
 
-def _server(fed: Federation, number: int, selection: Selection, near: float) -> Server:
+def _server(state: State, fed: Federation, number: int, selection: Selection, near: float) -> Server:
     """The server's step of this round, from what all ranks know of those that were heard."""
     weights, sent, normalizers, losses, norms = heard(fed.ready)
     total = float(weights.sum())
@@ -110,4 +111,7 @@ def _server(fed: Federation, number: int, selection: Selection, near: float) -> 
     share = float(sent.sum()) / fed.exchange.facts.total_weight
     optimizer = fed.optimizer.at(number, fed.rounds, share)
     counts = float(sent.sum() / weights.sum()) if len(sent) else 1.0
-    return Server(optimizer, fed.layout, scale, share * near, counts)
+    steps = fed.updates.steps(state.updates, fed.seed, number, fed.layout)
+    shares = sent / sent.sum()
+    on_mean, squares = steps.on_mean(float(shares.max())), float((shares * norms**2).sum())
+    return Server(optimizer, fed.layout, scale, share * near, counts, on_mean, squares)

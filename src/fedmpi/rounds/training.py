@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -35,6 +34,7 @@ def train_silos(
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
     fed.exchange.begin(number, len(mine), near)
+    steps = fed.updates.steps(state.updates, fed.seed, number, fed.layout)
     trained: dict[str, LocalSilo] = {}
     error: FedmpiError | None = None
     status, name = 0, ""
@@ -53,7 +53,8 @@ def train_silos(
         for (name, factor), silo, contribution in zip(mine, drafts, contributions, strict=True):
             _check(contribution, silo, fed)
             contribution.start_loss = losses_before.get(name, 0.0)
-            besides = _weigh(contribution, fed, silo.weight * factor, near)
+            contribution.weight = silo.weight * factor
+            contribution.weight = fed.aggregator.weight(contribution)
             fed.ready.set_silo(
                 fed.index[name],
                 samples=contribution.num_samples,
@@ -63,19 +64,26 @@ def train_silos(
                 start_loss=contribution.start_loss,
                 weight=silo.weight * factor,
             )
-            norm = float(torch.linalg.vector_norm(contribution["delta"]))
-            usable = not math.isnan(besides) and math.isfinite(contribution.weight)
             grown = _grown(contribution.weight, silo.weight * factor, stands_for)
-            room = grown if fed.exchange.ring else 1.0
-            usable = usable and max(norm, besides) * room < LARGEST_NORM  # not so for nan
-            if usable and fed.exchange.holds(contribution.vector_Q, grown):
-                fed.exchange.add(contribution)
-                trained[name] = silo
-                fed.ready.set_silo(
-                    fed.index[name], taken=True, loss=contribution.loss, norm=norm, sent=contribution.weight
-                )
-            else:
-                fed.ready.set_silo(fed.index[name], rejected=True)
+            rejected, norms = steps.on_silo(contribution, LARGEST_NORM / (grown if fed.exchange.ring else 1.0))
+            fed.ready.set_silo(fed.index[name], **norms)
+            if not rejected and not (
+                _rescaled(contribution, fed, silo.weight * factor, near)
+                and fed.exchange.holds(contribution.vector_Q, grown)
+            ):
+                rejected = fed.updates.by_checks
+            if rejected:
+                fed.ready.set_silo(fed.index[name], rejected=rejected)
+                continue
+            fed.exchange.add(contribution)
+            trained[name] = silo
+            fed.ready.set_silo(
+                fed.index[name],
+                taken=True,
+                loss=contribution.loss,
+                norm=contribution.norm,
+                sent=contribution.weight,
+            )
     except BrokenOff as broken:
         status = broken.status
     except (Exception, SystemExit) as raised:
@@ -112,19 +120,17 @@ def _begin(
     return params_P, Round(number, fed.rounds, fed.seed, criterion.loss, fed.watch.check, auxiliary, criterion.count)
 
 
-def _weigh(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> float:
-    """Give a contribution the aggregator's weight, and make of auxiliary vectors what this weight turns into what is
-    theirs; the norm of these before that comes back, infinite where they end in something that is none."""
-    others_A = contribution.vector_Q[fed.layout.num_params :]
-    besides = float(torch.linalg.vector_norm(others_A))
-    contribution.weight = stands_for
-    contribution.weight = weight = fed.aggregator.weight(contribution)
+def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> bool:
+    """Scale auxiliary vectors so that the aggregator's weight makes of them what is theirs. Are they finite then?"""
+    if not fed.layout.auxiliaries:
+        return True
+    weight = contribution.weight
     for segment in fed.layout.auxiliaries:
         if segment.normaliser == "population":
             contribution[segment.name].mul_(fed.exchange.facts.total_weight / near / (weight * len(fed.ids)))
         elif weight != stands_for:
             contribution[segment.name].mul_(stands_for / weight)
-    return besides if bool(torch.isfinite(torch.linalg.vector_norm(others_A))) else math.inf
+    return bool(torch.isfinite(torch.linalg.vector_norm(contribution.vector_Q[fed.layout.num_params :])))
 
 
 def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
