@@ -51,7 +51,15 @@ install_what_tests_need() {
       say "pip failed, see above"
   fi
   PATH=$PATH:$mpich/bin
+
+  # Robust aggregators to compare with. Its dependencies would put a torch for GPUs in the place of ours.
+  if ! is_byzfl_there; then
+    say "installing byzfl without its dependencies with pip, over the network"
+    python -m pip install -qq --no-input --disable-pip-version-check --no-deps byzfl==0.0.11 >&2 ||
+      say "pip failed, see above"
+  fi
 }
+is_byzfl_there() { python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("byzfl") is None)'; }
 [ -n "$FEDMPI_FAST" ] || install_what_tests_need
 
 if [ -z "${FEDMPI_DATA-}" ] && [ -d ../shared/data ]; then
@@ -81,6 +89,7 @@ elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require strace "strace is not there or may not trace" strace -o /dev/null true
   require netns "network namespaces take root and the ip command" unshare --net ip link
   require mpich "pip could not install it" test -x "$mpich/bin/mpiexec"
+  require byzfl "pip could not install it" is_byzfl_there
   require data "no data in FEDMPI_DATA or ../shared/data" test -d "${FEDMPI_DATA-}"
 fi
 export FEDMPI_REQUIRE

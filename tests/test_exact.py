@@ -54,14 +54,14 @@ def drawn(moves=False):
     return start_P, deltas_KP
 
 
-def one_round(how, num_ranks, start_P, deltas_KP, each=None, server="fedavg"):
+def one_round(how, num_ranks, start_P, deltas_KP, aggregator=None, server="fedavg"):
     optimizer = OPTIMIZERS.build(server, "")
 
     def work(comm):
         ids = list("abcde")
         mine = [k for k in range(SILOS) if k % num_ranks == comm.rank]
         params_P = start_P.clone()
-        facts = ExchangeContext(sum(WEIGHTS), ids, [ids[k] for k in mine], 7, each, layout=LAYOUT)
+        facts = ExchangeContext(sum(WEIGHTS), ids, [ids[k] for k in mine], 7, aggregator, layout=LAYOUT)
         exchange = make(how, comm, params_P, facts)
         state = optimizer.init(exchange.shard(params_P))
         exchange.begin(1, len(mine))
@@ -122,7 +122,7 @@ def test_a_linear_codec_that_mpi_sums_leaves_them_alone_too(num_ranks):
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_an_aggregator_that_reads_each_reads_them_as_they_are(num_ranks):
     start_P, deltas_KP = drawn()
-    median = AGGREGATORS.build("median", "").combine
+    median = AGGREGATORS.build("median", "")
     for params_P, _ in one_round(section("int4", "up", "silo"), num_ranks, start_P, deltas_KP, median):
         exact = there(EXACT)
         assert torch.equal(params_P[exact], (start_P + deltas_KP.median(dim=0).values)[exact])

@@ -6,7 +6,7 @@ import torch
 from runs import config, put_back, run  # noqa: F401
 
 import fedmpi
-from fedmpi.aggregate import AGGREGATORS, CohortSummary
+from fedmpi.aggregate import AGGREGATORS, Aggregator, CohortSummary
 from fedmpi.comm import SoloComm
 from fedmpi.components import component
 from fedmpi.errors import Diverged
@@ -91,7 +91,7 @@ def test_fairness_rejects_by_name_whoever_s_loss_of_the_global_parameters_is_not
 
 
 @component
-class Endless:
+class Endless(Aggregator):
     """A mean that is multiplied with what is no number."""
 
     def base(self, silo, num_samples):

@@ -7,10 +7,11 @@ from runs import config, put_back
 from runs import run as run_config
 from test_exchange import on_ranks
 
+from fedmpi.aggregate import base
 from fedmpi.components import build, component
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
-from fedmpi.exchange import accumulator, chunks
+from fedmpi.exchange import chunks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.choose import make
 from fedmpi.exchange.config import ExchangeSection
@@ -30,7 +31,7 @@ WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
     monkeypatch.setattr(chunks, "SHORTEST", 4096)
-    monkeypatch.setattr(accumulator, "PART", 1000)
+    monkeypatch.setattr(base, "PART", 1000)
 
 
 def run(num_ranks, deltas_KP, cohort, gram, up):

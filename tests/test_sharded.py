@@ -52,7 +52,7 @@ def drawn(rounds, silos=5, seed=0):
     return torch.randn(P, generator=draw), deltas
 
 
-def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owners=None, each=None):
+def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owners=None, aggregator=None):
     """What each rank ends with: parameters, counted bytes, residuals, whole server vectors, bytes of one round."""
     optimizer = OPTIMIZERS.build(server, "")
     owners = owners or OWNERS[num_ranks]
@@ -61,7 +61,7 @@ def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owne
         ids = list("abcde")
         hosted = [silo for silo, owner in zip(ids, owners, strict=True) if owner == comm.rank]
         params_P = start_P.clone()
-        exchange = make(how, comm, params_P, ExchangeContext(sum(WEIGHTS), ids, hosted, 7, each))
+        exchange = make(how, comm, params_P, ExchangeContext(sum(WEIGHTS), ids, hosted, 7, aggregator))
         state = optimizer.init(exchange.shard(params_P))
         for number, deltas_KP in enumerate(deltas_RKP, start=1):
             cohort = [k for k in (cohorts or {}).get(number, range(5)) if owners[k] == comm.rank]
@@ -306,7 +306,7 @@ def test_an_aggregator_that_reads_each_sees_every_silo_s_values_on_any_number_of
     start_P, deltas_RKP = drawn(2)
     aggregator = AGGREGATORS.build({"name": name, **({"fraction": 0.2} if name == "trimmed_mean" else {})}, "")
     deltas_RKP[:, 3] = 1e6 * torch.randn(P)  # sends anything at all
-    done = [run(section(up, scope="silo"), start_P, deltas_RKP, n, each=aggregator.combine) for n in OWNERS]
+    done = [run(section(up, scope="silo"), start_P, deltas_RKP, n, aggregator=aggregator) for n in OWNERS]
     assert len({rank[0].numpy().tobytes() for ranks in done for rank in ranks}) == 1
     rows = deltas_RKP.bfloat16().float() if up else deltas_RKP
     wanted = {

@@ -270,7 +270,7 @@ def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], co
         list(weights),
         hosted,
         config.seed,
-        getattr(config.aggregate, "combine", None),
+        None if config.aggregate.needs == "sum" else config.aggregate,
         config.rounds,
         layout.num_params if "gram" in config.records.needs else 0,
         states,

@@ -20,7 +20,7 @@ import pydantic
 import torch
 import yaml
 
-from fedmpi.aggregate import AGGREGATORS, Aggregator, FedNova, Mean
+from fedmpi.aggregate import AGGREGATORS, Aggregator, Mean
 from fedmpi.attacks import ATTACKS, Attack
 from fedmpi.components import NonNegativeInt, PositiveFloat, PositiveInt, build, called, component, to_dict
 from fedmpi.data import DATASETS
@@ -187,28 +187,11 @@ class Config:
 
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
-        self._aggregates()
-        parts = (self.attack, self.records, self.local, self.server.optimizer, self.server.average)
+        parts = (self.aggregate, self.attack, self.records, self.local, self.server.optimizer, self.server.average)
         for part in (*parts, self.select, self.evaluate, self.exchange, *self.updates):
             if part is not None and (why := part.conflicts(self)):
                 raise ValueError(why)
         return self
-
-    def _aggregates(self) -> None:
-        """What does not go with an aggregator."""
-        name, regions, each = called(self.aggregate), self.exchange.regions, hasattr(self.aggregate, "combine")
-        if each and not self.exchange.one_by_one:
-            raise ValueError(f"aggregate: {name} reads each delta; it needs exchange.scope: silo and plan sharded")
-        if each and (names := ", ".join(auxiliary.name for auxiliary in self.local.auxiliaries)):
-            rule = called(self.local)
-            raise ValueError(f"aggregate: {rule} sends {names} besides the delta, to be summed and not chosen")
-        if isinstance(self.aggregate, FedNova) and self.local.carries_over:
-            raise ValueError(
-                "aggregate: fednova divides by the gradients that a round's delta holds, and with "
-                "local.keep_optimizer momentum carries earlier rounds' into it"
-            )
-        if getattr(self.aggregate, "scaled", False) and regions is not None and regions.every > 1:
-            raise ValueError(f"aggregate: {name} looks at one round, exchange.regions.every is {regions.every}")
 
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
         """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""
@@ -219,9 +202,13 @@ class Config:
                 f"disclose: {self.disclose}, but a cohort may be a single silo, and sums over it are its figures; take "
                 "a select that draws two or more, or disclose: silo"
             )
-        if (enough := getattr(self.aggregate, "suits", None)) is not None:
-            enough(self.select.least(ids, self.rounds))
+        self.aggregate.suits(self.select.least(ids, self.rounds))
         statistics = [entry.name for entry in found if entry.kind == "shared" and entry.buffer]
+        if not self.aggregate.averages and statistics:
+            raise ConfigError(
+                f"aggregate: {called(self.aggregate)} gives a direction, and '{statistics[0]}' is a statistic that is "
+                "averaged; leave it out of exchange.parameters"
+            )
         if isinstance(self.server.optimizer, ReadsNorms) and statistics:
             raise ConfigError(
                 f"server.optimizer: {called(self.server.optimizer)} goes by how long deltas are, and '{statistics[0]}' "

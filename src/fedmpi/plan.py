@@ -93,6 +93,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         num_exact=counts.exact,
         num_states=_server_copies(config),
         num_stepped=counts.shared,
+        aggregator=None if config.aggregate.needs == "sum" else config.aggregate,
     )
     sample_bytes = 4 * int(torch.Size(source.shape).numel())
     ranks = []

@@ -5,18 +5,20 @@ Sums of very many vectors are added in float64, and those of integers in their r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedmpi.aggregate.base import Aggregator, Cohort, Weights, products
 from fedmpi.codecs import bare
+from fedmpi.comm import Comm
 from fedmpi.exchange.base import MANY, ExchangeContext
 from fedmpi.exchange.chunks import Coder, Grid
+from fedmpi.exchange.exact import Exact
 from fedmpi.exchange.upload import Sender
-
-PART = 1 << 13  # elements of every row that are made float64 at a time, so that they stay in cache
+from fedmpi.state import Arrays
 
 Came = Sequence[tuple[Sender, Any]]  # what arrived of a piece: bare where it is a payload
 Divide = Callable[[torch.Tensor, float, torch.Tensor], None]
@@ -26,35 +28,102 @@ class Accumulator:
     """The rows of one piece after the other: their weighted mean, or what an aggregator makes of them."""
 
     def __init__(
-        self, grid: Grid, coder: Coder | None, params_P: torch.Tensor, facts: ExchangeContext, divide: Divide | None
+        self,
+        grid: Grid,
+        rank: int,
+        coder: Coder | None,
+        params_P: torch.Tensor,
+        facts: ExchangeContext,
+        divide: Divide | None,
     ) -> None:
         self.facts, self.coder, self.grid, self.device = facts, coder, grid, params_P.device
-        self.gram_KK: np.ndarray | None = None  # inner products of the round's rows, as far as pieces have arrived
+        self.aggregator = facts.aggregator
+        self.learns = self.aggregator is not None and self.aggregator.needs == "gram"
+        self.state = Arrays({} if self.aggregator is None else self.aggregator.init())  # what it keeps besides
+        self.centre: torch.Tensor | None = None  # of my pieces: the last round's result, if the aggregator reads it
+        if self.aggregator is not None and self.aggregator.centre:
+            self.centre = torch.zeros(grid.num_owned(rank), dtype=params_P.dtype, device=self.device)
+        self.gram_KK: np.ndarray | None = None  # inner products of the silos' rows, for the round's record
+        self._products: dict[int, np.ndarray] = {}  # of the rows of each piece
+        self._weights: Weights = None
         self._mean = torch.zeros(grid.length, dtype=params_P.dtype, device=self.device)
         self._rows = torch.zeros(0, dtype=params_P.dtype, device=self.device)
         self._divide = divide  # of sums in the ring
         self._total = torch.zeros(grid.length, dtype=torch.int64, device=self.device) if divide else None
 
-    def begin(self, num_senders: int, weight: float) -> None:
-        """A round in which so many vectors arrive, of this weight together."""
-        self._weight = weight
-        self.gram_KK = np.zeros((num_senders, num_senders)) if self.facts.gram else None
+    def begin(self, senders: Sequence[Sender], weight: float, round: int) -> None:
+        """A round in which these vectors arrive, of this weight together."""
+        ids = self.facts.ids
+        self._weight, self._num = weight, len(senders)
+        self._cohort = Cohort([ids[s.number] for s in senders] if self.aggregator else (), round, self.facts.seed)
+        self.gram_KK = np.zeros((self._num, self._num)) if self.facts.gram else None
 
-    def mean(self, piece: int, came: Came) -> torch.Tensor:
+    # ------------------------------------------------------------ what each row weighs
+
+    def learn(self, piece: int, came: Came, exact: Exact | None) -> None:
+        """The inner products of a piece's rows, before any of them is combined."""
+        rows_KS = self._decoded(piece, came)
+        if exact is not None:
+            exact.blank(rows_KS, self.grid.part(piece).start)
+        self._products[piece] = products(rows_KS)
+
+    def weigh(self, comm: Comm, exact: Exact | None) -> None:
+        """The aggregator's weights, out of all that was learned. A call of all ranks."""
+        assert self.aggregator is not None
+        if not self.learns:
+            self._weights, self.state.arrays = self.aggregator.row_weights(None, self._cohort, self.state.arrays)
+            return
+        # Piece by piece, so that the sum is in one order for any number of ranks.
+        num = self._num + (self.centre is not None)
+        grams = np.zeros((self.grid.num_pieces, num, num))
+        for piece, gram in self._products.items():
+            grams[piece] = gram
+        self._products.clear()
+        gram = comm.share(grams.reshape(-1)).reshape(grams.shape).sum(axis=0)
+        if exact is not None:
+            gram = gram + exact.products()
+        if self.gram_KK is not None:
+            self.gram_KK = gram[: self._num, : self._num]
+        self._weights, self.state.arrays = self.aggregator.row_weights(gram, self._cohort, self.state.arrays)
+        _as_on_rank_0((self._weights, self.state.arrays), comm)
+
+    def parts_of_centre(self, rank: int) -> list[tuple[int, torch.Tensor]] | None:
+        """My pieces of the centre, each with where it starts in the vector."""
+        if self.centre is None:
+            return None
+        pieces = self.grid.owned(rank)
+        return [(self.grid.part(piece).start, self.centre[self.grid.kept(piece)]) for piece in pieces]
+
+    # ------------------------------------------------------------ one row of many
+
+    def mean(self, piece: int, came: Came, exact: Exact | None) -> torch.Tensor:
         """The mean of a piece, or the aggregator's row; valid until the next piece's."""
-        mean_S = self._mean[: self.grid.size(piece)]
-        if self.facts.each is None and self.facts.edit is None:
+        mean_S, part = self._mean[: self.grid.size(piece)], self.grid.part(piece)
+        if self.aggregator is None and self.facts.edit is None:
             self._sum_up(piece, came, mean_S)
-        elif self.facts.each is None:
+        elif self.aggregator is None:
             factors_K = torch.tensor([sender.factor / self._weight for sender, _ in came]).to(mean_S)
             torch.mv(self._decoded(piece, came).T, factors_K, out=mean_S)
         else:
-            shares_K = torch.tensor([sender.share for sender, _ in came], device=self.device)
-            mean_S.copy_(self.facts.each(self._decoded(piece, came), shares_K))
-        start = self.grid.part(piece).start
-        if self.gram_KK is not None and start < self.facts.gram:
-            self.gram_KK += products(self._decoded(piece, came)[:, : self.facts.gram - start])
+            mean_S.copy_(self.combine(self._decoded(piece, came)))
+        if self.gram_KK is not None and not self.learns and part.start < self.facts.gram:
+            self.gram_KK += products(self._decoded(piece, came)[: self._num, : self.facts.gram - part.start])
+        if exact is not None:
+            exact.put(mean_S, part.start)
+        if self.centre is not None:
+            self.centre[self.grid.kept(piece)] = mean_S
         return mean_S
+
+    def combine(self, rows_KS: torch.Tensor) -> torch.Tensor:
+        """The aggregator's row of these."""
+        assert self.aggregator is not None
+        return self.aggregator.combine(rows_KS, self._weights)
+
+    def shared_gram(self, comm: Comm) -> np.ndarray | None:
+        """The inner products of the round's deltas, for its record. A call of all ranks."""
+        if self.gram_KK is None or self.learns:
+            return self.gram_KK
+        return comm.share(self.gram_KK.reshape(-1)).reshape(self.gram_KK.shape)
 
     def _sum_up(self, piece: int, came: Came, mean_S: torch.Tensor) -> None:
         """The weighted mean, one sender after the other."""
@@ -85,25 +154,46 @@ class Accumulator:
                 mean_S.add_(values_S.to(self.device), alpha=sender.factor / weight)
 
     def _decoded(self, piece: int, came: Came) -> torch.Tensor:
-        """Every sender's values of a piece, [K, S]."""
-        size = self.grid.size(piece)
-        if len(self._rows) < len(came) * size:
-            self._rows = torch.zeros(len(came) * size, dtype=self._rows.dtype, device=self.device)
-        rows_KS = self._rows[: len(came) * size].view(len(came), size)
-        for row_S, (_, values) in zip(rows_KS, came, strict=True):
+        """Every sender's values of a piece, and behind them the centre's if there is one, [K, S]."""
+        size, num = self.grid.size(piece), len(came) + (self.centre is not None)
+        if len(self._rows) < num * size:
+            self._rows = torch.zeros(num * size, dtype=self._rows.dtype, device=self.device)
+        rows_KS = self._rows[: num * size].view(num, size)
+        for row_S, (_, values) in zip(rows_KS, came, strict=False):
             if self.coder is not None:
                 self.coder.add_or_note(values, bare(row_S.zero_()), piece, 1.0)
             else:
                 row_S.copy_(values)
         if self.facts.edit is not None:
-            self.facts.edit(rows_KS, [self.facts.ids[sender.number] for sender, _ in came])
+            self.facts.edit(rows_KS[: len(came)], [self.facts.ids[sender.number] for sender, _ in came])
+        if self.centre is not None:
+            rows_KS[-1] = self.centre[self.grid.kept(piece)]
         return rows_KS
 
 
-def products(rows_KS: torch.Tensor) -> np.ndarray:
-    """Inner products of rows in float64, a part of them at a time, [K, K]."""
-    gram_KK = torch.zeros(len(rows_KS), len(rows_KS), dtype=torch.float64, device=rows_KS.device)
-    for start in range(0, rows_KS.shape[1], PART):
-        exact_KB = rows_KS[:, start : start + PART].double()
-        gram_KK.addmm_(exact_KB, exact_KB.T)
-    return gram_KK.cpu().numpy()
+def num_learned(aggregator: Aggregator, num_silos: int, num_pieces: int) -> int:
+    """Numbers that ranks share in a round in which so many silos are heard, for what each row weighs."""
+    if aggregator.needs != "gram":
+        return 0
+    rows = num_silos + aggregator.centre
+    weights = aggregator.row_weights(np.eye(rows), Cohort([""] * num_silos), aggregator.init())
+    return num_pieces * rows**2 + sum(array.size for array in _arrays(weights))
+
+
+def _arrays(value: Any) -> Iterator[np.ndarray]:
+    """Those that weights or a state are made of."""
+    if isinstance(value, np.ndarray):
+        yield value
+    else:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _arrays(part)
+
+
+def _as_on_rank_0(values: Any, comm: Comm) -> None:
+    """Arrays become rank 0's: another processor may round otherwise, and choose otherwise. A call of all ranks."""
+    arrays = [*_arrays(values)]
+    flat = np.concatenate([np.zeros(0), *(array.astype(np.float64).reshape(-1) for array in arrays)])
+    flat = comm.share(flat if comm.rank == 0 else np.zeros_like(flat))
+    for array in arrays:
+        array[...] = flat[: array.size].reshape(array.shape)
+        flat = flat[array.size :]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from fedmpi.aggregate import Aggregator
 from fedmpi.attacks import Edit
 from fedmpi.codecs import CODECS
 from fedmpi.comm import Comm
@@ -31,7 +32,7 @@ from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange import weights
 from fedmpi.exchange.cost import Cost, Sizes
-from fedmpi.exchange.exact import Each, Exact
+from fedmpi.exchange.exact import Exact
 from fedmpi.flat import sha256
 from fedmpi.layout import Layout
 from fedmpi.server import Server
@@ -58,7 +59,7 @@ class ExchangeContext(NamedTuple):
     ids: Sequence[str] = ()  # all silos, in the federation's order
     hosted: Sequence[str] = ()  # those of this rank
     seed: int = 0
-    each: Each | None = None  # what becomes of deltas that an aggregator reads one by one; None: their weighted mean
+    aggregator: Aggregator | None = None  # one that reads deltas one by one; None: they become their weighted mean
     rounds: int = 0  # of the whole run
     gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
     states: int = 0  # vectors of the server optimizer's state
@@ -165,7 +166,7 @@ class Exchange:
         self._many = False  # does this rank fold so many silos that float32 is too short?
         self._wide_P: torch.Tensor | None = None  # float64, for that
         lossy = not (section.up.plain and section.down.plain) and (self.layout.exact or self.layout.still)
-        self.exact = Exact(self.layout, comm, facts.each) if lossy else None  # what no codec touches
+        self.exact = Exact(self.layout, comm) if lossy else None  # what no codec touches
         self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
         self._largest = section.largest  # values that codecs hold are smaller
         self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks

@@ -12,6 +12,7 @@ import torch
 from fedmpi.exchange.weights import behind
 
 if TYPE_CHECKING:
+    from fedmpi.aggregate import Aggregator
     from fedmpi.exchange.config import ExchangeSection
 
 _DTYPES = {4: torch.float32, 8: torch.float64}
@@ -31,6 +32,7 @@ class Sizes:
     hosted: int = 1  # silos of that rank
     num_states: int = 0  # vectors of the server optimizer's state
     num_stepped: int = 0  # elements of each
+    aggregator: Aggregator | None = None  # one that reads deltas one by one
 
     @property
     def vector_bytes(self) -> int:

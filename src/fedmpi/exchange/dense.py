@@ -93,7 +93,7 @@ class Whole(Exchange):
                 self._coder.decode(payload, self._mean_P[part], piece)
             self._mean_P.div_(weight / weights.GRAIN)
             if self.exact is not None:
-                self.exact.mean((), (), weight / weights.GRAIN, one_by_one=False)
+                self.exact.mean((), weight / weights.GRAIN, one_by_one=False)
                 self.exact.put(self._mean_P, 0)
             return self._mean_P
         summed = self._recv[: self.num_params]

@@ -4,7 +4,7 @@
                                 stripe stripe ...
 
         upload       piece 4 of every sender  --all-to-all-->  rank 1, its owner           (upload.py)
-        accumulator  rank 1 adds what arrived, in the order of senders: piece 4 of the mean (accumulator.py)
+        accumulator  rank 1 makes one of what arrived, in the order of senders             (accumulator.py)
         server       rank 1 takes its step on piece 4
         download     piece 4 of the parameters  --all-gather-->  every rank                (download.py)
 
@@ -24,6 +24,7 @@ take turns with the very kernels it is to overlap with. `overlap` runs the whole
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -31,7 +32,7 @@ import torch
 
 from fedmpi.comm import Comm, Pending
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.accumulator import Accumulator
+from fedmpi.exchange.accumulator import Accumulator, num_learned
 from fedmpi.exchange.base import MANY, Exchange, ExchangeContext, Lap, Machine
 from fedmpi.exchange.chunks import Batches, Grid, SiloResiduals, stride, stripes_per_batch
 from fedmpi.exchange.cost import Cost, Sizes, Traffic, exact_bytes, word_bytes
@@ -75,6 +76,8 @@ class Sharded(Exchange):
             table += grid.num_stripes * num_ranks
         if section.lossy:
             table += num_ranks
+        if sizes.aggregator is not None:
+            table += num_learned(sizes.aggregator, sizes.num_silos, grid.num_pieces)
         beside = exact_bytes(section, sizes)
         traffic = Traffic(
             sent + beside,
@@ -95,11 +98,17 @@ class Sharded(Exchange):
         if not by_silo and (sizes.hosted > 1 or word != sizes.element_bytes):
             memory["sum"] = sizes.num_elements * word
             memory["sum in float64"] = 8 * sizes.num_elements * (sizes.hosted > MANY and word == 4)
-        memory["received"] = (AHEAD + 1) * sizes.most_vectors * sizes.num_ranks * depth * payload
+        learns = sizes.aggregator is not None and sizes.aggregator.needs == "gram"
+        rooms = Batches(grid, depth).num if learns else AHEAD + 1
+        memory["received"] = rooms * sizes.most_vectors * sizes.num_ranks * depth * payload
         memory["payloads up"] = 0 if up.plain and not by_silo else own * offsets * payload
         memory["payloads down"] = 0 if down.plain else offsets * stride(down.codec, grid)
         memory["residuals up"] = own * (1 + by_silo) * vector * up.feedback
         memory["residuals down"] = vector // sizes.num_ranks * down.feedback
+        if sizes.aggregator is not None:
+            rows = max(1, sizes.num_silos) + sizes.aggregator.centre
+            memory["rows of a piece"] = rows * grid.length * sizes.element_bytes
+            memory["centre"] = vector // sizes.num_ranks * sizes.aggregator.centre
         return memory
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
@@ -110,10 +119,13 @@ class Sharded(Exchange):
         self._upload = Upload(*about, self.sum_dtype)
         self._download = Download(*about)
         divide = self.divide if self.ring else None
-        self._accumulator = Accumulator(self.grid, self._upload.coder, params_P, facts, divide)
+        self._accumulator = Accumulator(self.grid, comm.rank, self._upload.coder, params_P, facts, divide)
         self.holders["up"] = self._upload.residual
         if self._download.residual is not None:
             self.holders["down"] = Vectors({"feedback": self._download.residual}, "sharded")
+        if self._accumulator.centre is not None:
+            self.holders["centre"] = Vectors({"result": self._accumulator.centre}, "sharded")
+        self.holders["aggregator"] = self._accumulator.state
         self.coders += [way.coder for way in (self._upload, self._download) if way.coder is not None]
         self._index = {silo: i for i, silo in enumerate(facts.ids)}
         self._by_silo = section.scope == "silo"
@@ -197,12 +209,13 @@ class Sharded(Exchange):
         for coder in self.coders:
             coder.start(self.round)
         senders = self._senders()
+        batches = self._weighed(senders)
         if self.exact is not None:
-            still = self.exact.before(params_P)
-        batches, means_S = self._upload.arriving(), None
+            self.exact.step(params_P)
+        means_S = None
         if server.reads_norms:
-            means_S, server = self._look(server, senders)
-            batches = iter(range(self._batches.num))
+            means_S, server = self._look(server, senders, batches)
+            batches = range(self._batches.num)
         for batch in batches:
             for piece in self._batches.pieces(batch, self.comm.rank):
                 mean_S = self._mean(piece, senders) if means_S is None else means_S[self.grid.kept(piece)]
@@ -214,9 +227,8 @@ class Sharded(Exchange):
         if told is not None:
             self._hear(*told)
         if self.exact is not None and self._download.coder is not None:
-            self.exact.land(params_P, still)
-        gram_KK = self._accumulator.gram_KK
-        self.gram = None if gram_KK is None else self.comm.share(gram_KK.reshape(-1)).reshape(gram_KK.shape)
+            self.exact.land(params_P)
+        self.gram = self._accumulator.shared_gram(self.comm)
         if isinstance(self._upload.residual, SiloResiduals):
             self._upload.residual.commit()
         lap("exchange")
@@ -241,18 +253,40 @@ class Sharded(Exchange):
         if weight == 0.0:
             raise ExchangeError("no weight arrived: nothing to divide by")
         if self.exact is not None:
-            shares = [sender.share for sender in senders]
-            self.exact.mean([sender.number for sender in senders], shares, weight, self._by_silo)
-            self.exact.step()
-        self._accumulator.begin(len(senders), weight)
+            numbers, shares = [sender.number for sender in senders], [sender.share for sender in senders]
+            if self.facts.aggregator is None:
+                self.exact.mean(numbers, weight, self._by_silo)
+            else:
+                self.exact.gather(numbers, shares, self._accumulator.parts_of_centre(self.comm.rank))
+        self._accumulator.begin(senders, weight, self.round)
         self._upload.agree(senders)
         return senders
 
-    def _look(self, server: Server, senders: list[Sender]) -> tuple[torch.Tensor, Server]:
+    def _weighed(self, senders: list[Sender]) -> Iterable[int]:
+        """The batches as they arrive, once it is known what the rows in them weigh. An aggregator that must know of all
+        deltas before sees each batch twice: what has arrived stays where it is. A call of all ranks."""
+        batches: Iterable[int] = self._upload.arriving()
+        if self.facts.aggregator is None:
+            return batches
+        if self._accumulator.learns:
+            for batch in batches:
+                for piece in self._batches.pieces(batch, self.comm.rank):
+                    self._accumulator.learn(piece, self._came(piece, senders), self.exact)
+            batches = range(self._batches.num)
+        self._accumulator.weigh(self.comm, self.exact)
+        if self.exact is not None:
+            self.exact.combine(self._accumulator.combine)
+        return batches
+
+    def _came(self, piece: int, senders: list[Sender]) -> list[tuple[Sender, Any]]:
+        """What arrived of a piece of mine."""
+        return [(sender, self._upload.came(piece, sender)) for sender in senders]
+
+    def _look(self, server: Server, senders: list[Sender], batches: Iterable[int]) -> tuple[torch.Tensor, Server]:
         """The means of my pieces, and the server that knows how long the whole mean is. A call of all ranks."""
         means_S = torch.zeros(self.grid.num_owned(self.comm.rank), dtype=self.dtype, device=self.device)
         squares = np.zeros(self.comm.size)
-        for batch in self._upload.arriving():
+        for batch in batches:
             for piece in self._batches.pieces(batch, self.comm.rank):
                 mean_S = means_S[self.grid.kept(piece)].copy_(self._mean(piece, senders))
                 squares[self.comm.rank] += server.look(mean_S, self.grid.part(piece).start)
@@ -260,10 +294,7 @@ class Sharded(Exchange):
 
     def _mean(self, piece: int, senders: list[Sender]) -> torch.Tensor:
         """A piece of mine, made one of all that arrived; valid until the next one's."""
-        mean_S = self._accumulator.mean(piece, [(sender, self._upload.came(piece, sender)) for sender in senders])
-        if self.exact is not None:
-            self.exact.put(mean_S, self.grid.part(piece).start)
-        return mean_S
+        return self._accumulator.mean(piece, self._came(piece, senders), self.exact)
 
     def _step(self, piece: int, mean_S: torch.Tensor, params_P: torch.Tensor, server: Server, state: Any) -> None:
         """A piece of mine: stepped, and ready to travel."""

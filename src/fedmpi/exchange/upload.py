@@ -69,13 +69,18 @@ class Upload:
         by_silo = section.scope == "silo"
         self.residual = SiloResiduals(self.device) if by_silo else RankResidual(section.up, params_P, facts)
         self.outgoing: list[Outgoing] = []
+        # An aggregator that weighs deltas by all of them reads what arrived twice: it stays where it is.
+        held = facts.aggregator is not None and facts.aggregator.needs == "gram"
+        self._num_rooms = max(1, batches.num) if held else AHEAD + 1
         self._lazily = section.up.codec.fixed  # is every payload's size known before it is encoded?
         self._raw = torch.uint8 if self.coder else dtype
         self._stride = self.coder.stride if self.coder else grid.length
         self._payloads: list[tuple[torch.Tensor, Bare]] = []  # memory for those of each vector, reused
         self._host_P = comm.allocate(len(params_P), dtype, pinned=True) if on_device else None
         self._nothing = torch.zeros(0, dtype=self._raw)
-        self._arrived: list[tuple[torch.Tensor, Bare]] = []  # of each batch under way: [vectors, ranks, depth, stride]
+        self._arrived: list[
+            tuple[torch.Tensor, Bare]
+        ] = []  # of each batch under way or held: [vectors, ranks, depth, stride]
         self._sizes = np.zeros((0, 0, 0), dtype=np.int64)
         self._num_vectors = 0  # of the rank that sends most vectors
 
@@ -178,7 +183,7 @@ class Upload:
             return (out.payloads_B if self.coder else self._travels(out))[start : start + length]
         batch, depth = offset // self.batches.width, self.batches.depth
         start = ((sender.vector * self.comm.size + sender.rank) * depth + offset % depth) * self._stride
-        arrived, arrived_B = self._arrived[batch % (AHEAD + 1)]
+        arrived, arrived_B = self._arrived[batch % self._num_rooms]
         return (arrived_B if self.coder else arrived)[start : start + length]
 
     def _prepare(self, out: Outgoing, piece: int) -> None:
@@ -230,7 +235,7 @@ class Upload:
 
     def _room(self, batch: int) -> torch.Tensor:
         """Where a batch's pieces arrive: [vectors, ranks * depth * stride]."""
-        number, needed = batch % (AHEAD + 1), self._num_vectors * self.batches.width * self._stride
+        number, needed = batch % self._num_rooms, self._num_vectors * self.batches.width * self._stride
         while len(self._arrived) <= number:
             self._arrived.append((self._nothing, None))
         if len(self._arrived[number][0]) < needed:

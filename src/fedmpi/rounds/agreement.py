@@ -47,11 +47,10 @@ def agree_ready(
         raise agreed(Diverged(f"round {number}: {why}"))
     if fed.exchange.ring:
         _has_room(fed, outcome, near)
-    if (enough := getattr(fed.aggregator, "suits", None)) is not None:
-        try:
-            enough(outcome.num_taken)
-        except ConfigError as few:  # it is what the round has brought, not the configuration
-            raise agreed(NoCohort(f"round {number}: {few}")) from None
+    try:
+        fed.aggregator.suits(outcome.num_taken)
+    except ConfigError as few:  # it is what the round has brought, not the configuration
+        raise agreed(NoCohort(f"round {number}: {few}")) from None
 
 
 def _why_rejected(fed: Federation) -> str:

@@ -113,7 +113,7 @@ def _begin(
     start_Q = fed.exchange.start(silo.id, state.params_Q)
     params_P = fed.layout.params(start_Q)
     auxiliary = {segment.name: start_Q[segment.place] for segment in fed.layout.auxiliaries}
-    if getattr(fed.aggregator, "start_loss", False):
+    if fed.aggregator.start_loss:
         fed.model.load(params_P)
         losses_before[silo.id] = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
     criterion = fed.criterion(silo)

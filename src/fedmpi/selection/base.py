@@ -65,7 +65,7 @@ class Selector:
         regions, weighs = config.exchange.regions, f"{called(self)} counts silos by 1/probability"
         if not self.unbiased:
             return None
-        if why := getattr(config.aggregate, "refuses_factors", ""):
+        if why := config.aggregate.refuses_factors:
             return f"select: {weighs}, which makes no sense of aggregate {called(config.aggregate)}: {why}"
         if regions is not None and regions.every > 1:
             return f"select: {weighs} of a round, and exchange.regions.every is {regions.every} rounds"
