@@ -9,6 +9,7 @@ import torch
 from runs import config, everything, figures, refused
 
 import fedmpi
+from fedmpi import results
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
 from fedmpi.flat import sha256
@@ -87,6 +88,15 @@ def test_a_run_that_is_left_goes_on_with_the_members_that_it_had(tmp_path):
     trained(tmp_path / "left", "turns", members, until=AT + 1, change=CHANGES["one for another"])
     again, sha_again, members_again = trained(tmp_path / "left", "turns")
     assert (again, sha_again, members_again) == (records[AT + 1 :], sha, after)
+
+
+def test_a_checkpoint_is_evaluated_on_the_members_of_its_round(tmp_path):
+    members = first("s0", "s1", "s2")
+    records, *_ = trained(tmp_path, "models of their own", members, change=CHANGES["one for another"])
+    for record in (records[-1], records[1]):
+        found = results.evaluate(tmp_path, record["round"], allow=["runs"])
+        assert list(found["silos"]) == list(record["silos"])
+        assert (found["loss"], found["personal_loss"]) == (record["loss"], record["personal_loss"])
 
 
 def test_a_silo_that_comes_back_begins_as_one_that_is_new(tmp_path):

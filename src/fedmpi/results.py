@@ -62,14 +62,14 @@ def inspect(root: Path) -> dict[str, Any]:
     }
 
 
-def _best(root: Path, silos: Collection[str] | None = None) -> int | None:
+def _best(root: Path, silos: Collection[str] | None = None, others: bool = False) -> int | None:
     """The best of the rounds on disk that is whole, as far as `check` looks at these silos; of equals the first. Others
     are skipped with a warning."""
     scored = [(score, -r) for r, score in checkpoint.scores(root).items() if score is not None]
     for _, negative in sorted(scored, reverse=True):
         round = -negative
         try:
-            checkpoint.check(root, round, silos=silos, best=checkpoint.kept_as_best(root, round))
+            checkpoint.check(root, round, silos=silos, best=checkpoint.kept_as_best(root, round), others=others)
         except CheckpointError as error:
             log.warning("skipped checkpoint of round %d: %s", round, error)
             continue
@@ -77,23 +77,23 @@ def _best(root: Path, silos: Collection[str] | None = None) -> int | None:
     return None
 
 
-def newest(root: Path, silos: Collection[str] | None = ()) -> int:
+def newest(root: Path, silos: Collection[str] | None = (), others: bool = False) -> int:
     """The newest round whose checkpoint is whole: the server's file, and those with these silos; None: all. Raises
     ConfigError when there is none."""
-    round = checkpoint.newest(root, silos=silos)
+    round = checkpoint.newest(root, silos=silos, others=others)
     if round < 0:
         of_silos = f" with silo {', '.join(silos)}; look where that silo's files are" if silos else ""
         raise ConfigError(f"{root} holds no whole checkpoint{of_silos}")
     return round
 
 
-def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None) -> int:
+def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None, others: bool = False) -> int:
     """The round of a checkpoint that is there: by number, the best by the run's metric, or the newest. Looked at are
-    the server's file and those with these silos; None: all."""
+    the server's file and those with these silos; None: all. With `others` some of them may have been no members."""
     if which == "newest":
-        return newest(root, silos)
+        return newest(root, silos, others)
     if which == "best":
-        if (best := _best(root, silos)) is None:
+        if (best := _best(root, silos, others)) is None:
             metric = read_config(root).about["metric"]
             raise ConfigError(f"{root}: no whole checkpoint has a value of {metric}, so none is best")
         return best
@@ -101,7 +101,7 @@ def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None)
     if which not in there:
         raise ConfigError(f"{root}: no checkpoint of round {which}; there is: {', '.join(map(str, there)) or 'none'}")
     try:
-        checkpoint.check(root, which, silos=silos, best=checkpoint.kept_as_best(root, which))
+        checkpoint.check(root, which, silos=silos, best=checkpoint.kept_as_best(root, which), others=others)
     except CheckpointError as error:
         raise ConfigError(f"{error}; choose another round, there is: {', '.join(map(str, there))}") from None
     return which
@@ -109,7 +109,7 @@ def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None)
 
 @rng.borrowed()
 def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (), comm: Comm | None = None) -> Record:
-    """Loss and metric of a checkpoint on every silo's test data and pooled, of the silos' own models too where they
+    """Loss and metric of a checkpoint on every member's test data and pooled, of the silos' own models too where they
     have any, with the figures of the run. Each rank opens the data of its silos, placed as in training; one process
     alone opens all. A call of all ranks of `comm`, with the same record on every one. Code that the directory names is
     imported as trust.py says, and from modules that `allow` names."""
@@ -122,6 +122,8 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
             members = comm.collectively(lambda: place(run.source.silos, comm.hosts, run.config.server.dedicated))
             mine = members.hosted(comm.rank)
         round = _choose(root, which, comm, mine)
+        were = _members(root, round, comm)
+        ids, mine = ([silo for silo in some if silo in were] for some in (ids, mine))
         comm.set_up(run.config.comm.timeout_s)
         if comm.size > 1:
             set_threads(comm, run.config.exchange.reduction == "reproducible")
@@ -202,22 +204,29 @@ def export(
 def _choose(root: Path, which: RoundChoice, comm: Comm, mine: Collection[str]) -> int:
     """The round that is chosen, of which every rank has what it needs. A call of all ranks."""
     if which == "newest":
-        round, lost = newest_whole(root, comm, mine)
+        round, lost = newest_whole(root, comm, mine, others=True)
         if round < 0:
             where = f" that {ranks_text(lost)} can read" if comm.size > 1 else ""
             raise agreed(ConfigError(f"{root} holds no whole checkpoint{where}"))
         return round
-    chosen = comm.collectively(lambda: choose(root, which, mine) if comm.rank == 0 else -1)
+    chosen = comm.collectively(lambda: choose(root, which, mine, others=True) if comm.rank == 0 else -1)
     round = int(comm.broadcast_text(str(chosen), 0))
     best = checkpoint.kept_as_best
     reads = comm.rank == 0 or mine
     try:
         comm.collectively(
-            lambda: checkpoint.check(root, round, comm.rank == 0, mine, best(root, round)) if reads else None
+            lambda: checkpoint.check(root, round, comm.rank == 0, mine, best(root, round), True) if reads else None
         )
     except FedmpiError as error:
         raise agreed(ConfigError(f"{error}; choose another round")) from None
     return round
+
+
+def _members(root: Path, round: int, comm: Comm) -> set[str]:
+    """The silos that took part then. A call of all ranks."""
+    best = comm.collectively(lambda: comm.rank == 0 and checkpoint.kept_as_best(root, round))
+    hosted = comm.collectively(lambda: checkpoint.manifest(root, round, best).hosted if comm.rank == 0 else [])
+    return {silo for silos in json.loads(comm.broadcast_text(json.dumps(hosted), 0)) for silo in silos}
 
 
 @dataclass(frozen=True)
