@@ -247,6 +247,31 @@ def test_what_does_not_go_together_is_refused_in_one_line(tmp_path, other, messa
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("transform", "what"),
+    [
+        ({"name": "clip", "norm": 1, "quantile": 0.5}, "norm"),
+        ({"name": "max_norm", "times": 2}, "norm"),
+        ({"name": "noise", "sigma": 1, "where": "mean"}, "share"),
+    ],
+)
+def test_what_reads_figures_of_single_silos_needs_them_disclosed(tmp_path, transform, what):
+    with pytest.raises(fedmpi.errors.ConfigError, match=rf"^disclose: pooled, but updates\.0 reads the {what} of each"):
+        config(tmp_path, updates=[transform], disclose="pooled")
+
+
+def test_fedexp_and_rejections_need_no_figure_of_a_single_silo(tmp_path):
+    ends, by = [], []
+    for disclose in ("silo", "cohort", "pooled"):
+        updates = [{"name": "max_norm", "norm": 0.2}]
+        server = {"optimizer": {"name": "fedexp", "eps": 1e-6}}
+        records, done = run(config(tmp_path / disclose, 3, updates=updates, disclose=disclose, server=server))
+        by.append([record.get("rejected_by") for record in records])
+        ends.append(done.parameters)
+    assert all(torch.allclose(end, ends[0], rtol=1e-5, atol=1e-6) for end in ends)
+    assert by[0] == by[1] and any(by[0]) and not any(by[2])
+
+
 def test_fedexp_refuses_statistics_among_the_parameters(tmp_path):
     how = {"model": {"name": "runs:Normed"}, "server": {"optimizer": "fedexp"}}
     assert "'norm.running_mean' is a statistic" in refused(config(tmp_path, 1, **how))
