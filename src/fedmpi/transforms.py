@@ -235,9 +235,6 @@ class MaxNorm(Transform):
         """No median is known."""
         return {} if self.times is None else {"median": np.array([math.inf])}
 
-    def bound(self, state: State, before: float) -> float:
-        return min(before, self._largest(state))
-
     def _largest(self, state: State) -> float:
         return self.norm if self.norm is not None else (self.times or 1.0) * float(state["median"][0])
 
