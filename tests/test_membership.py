@@ -19,7 +19,7 @@ from fedmpi.selection import SELECTORS, carried
 from fedmpi.types import Silo
 
 AT, ROUNDS = 3, 6
-SIZES = {"sizes": (20, 30, 50, 24)}
+SIZES = {"sizes": (20, 30, 50, 24, 36)}
 MOMENTUM = {"name": "sgd", "lr": 0.05, "epochs": 1, "optimizer": {"name": "SGD", "momentum": 0.9}}
 UP = {"codec": {"name": "topk", "ratio": 0.2}, "feedback": True}
 DOWN = {"codec": "int8", "feedback": True}
@@ -39,8 +39,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 CHANGES = {
     "one leaves": lambda now: now.without("s0"),
-    "one joins": lambda now: now.with_silo("s3", 0),
-    "one for another": lambda now: now.without("s2").with_silo("s3", 0),
+    "one joins": lambda now: now.with_silo("s4", 0),
+    "one for another": lambda now: now.without("s2").with_silo("s4", 0),
 }
 # Every run with one change, and one with all.
 CASES = [*zip(RUNS, itertools.cycle(CHANGES)), ("scaffold", "one leaves"), ("scaffold", "one for another")]
@@ -71,7 +71,7 @@ def trained(out, name, members=None, until=ROUNDS, change=None):
 
 @pytest.mark.parametrize(("name", "change"), CASES)
 def test_members_that_change_between_rounds_end_as_a_restart_with_them_does(tmp_path, name, change):
-    members = first("s0", "s1", "s2")
+    members = first("s0", "s1", "s2", "s3")
     records, sha, after = trained(tmp_path / "rebuilt", name, members, change=CHANGES[change])
     trained(tmp_path / "left", name, members, until=AT)
     again, sha_again, _ = trained(tmp_path / "left", name, after)
@@ -83,7 +83,7 @@ def test_members_that_change_between_rounds_end_as_a_restart_with_them_does(tmp_
 
 def test_a_run_that_is_left_goes_on_with_the_members_that_it_had(tmp_path):
     """Of a command that says nothing of them, whose data have more."""
-    members = first("s0", "s1", "s2")
+    members = first("s0", "s1", "s2", "s3")
     records, sha, after = trained(tmp_path / "whole", "turns", members, change=CHANGES["one for another"])
     trained(tmp_path / "left", "turns", members, until=AT + 1, change=CHANGES["one for another"])
     again, sha_again, members_again = trained(tmp_path / "left", "turns")
@@ -91,7 +91,7 @@ def test_a_run_that_is_left_goes_on_with_the_members_that_it_had(tmp_path):
 
 
 def test_a_checkpoint_is_evaluated_on_the_members_of_its_round(tmp_path):
-    members = first("s0", "s1", "s2")
+    members = first("s0", "s1", "s2", "s3")
     records, *_ = trained(tmp_path, "models of their own", members, change=CHANGES["one for another"])
     for record in (records[-1], records[1]):
         found = results.evaluate(tmp_path, record["round"], allow=["runs"])
@@ -109,7 +109,7 @@ def test_a_silo_that_comes_back_begins_as_one_that_is_new(tmp_path):
         run.rebuild(run.membership.with_silo(gone, 0))
         back = run.federation.silos
         assert (back[gone].cursor, back[gone].kept) == (0, {})
-        assert list(back) == ["s0", "s1", "s2", "s3"] and run.membership.epoch == 2
+        assert list(back) == ["s0", "s1", "s2", "s3", "s4"] and run.membership.epoch == 2
         assert all((back[silo].cursor, back[silo].kept) == kept[silo] for silo in kept if silo != gone)
 
 
@@ -191,6 +191,8 @@ def test_a_joining_silo_that_no_component_can_do_with_is_refused_and_the_run_goe
             run.rebuild(run.membership.without("s0"))
         assert run.federation is before
         next(rounds)
+    with pytest.raises(ConfigError, match="the run is closed"):
+        run.rebuild(run.membership)
     records, undisturbed = trained_alone(tmp_path / "b")
     assert sha256(run.parameters) == undisturbed and figures(run.record) == figures(records[-1])
 

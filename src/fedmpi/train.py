@@ -266,6 +266,8 @@ class Run:
 
         Raises ConfigError, alike on every rank, for a membership that cannot be; the run is then as it was.
         """
+        if self._closed:
+            raise ConfigError("membership: the run is closed")
         fed, state = self.federation, self.state
         self.comm.set_up(self.config.comm.timeout_s)  # data are opened
         opened = admitted(self._spec, fed, state, membership)
