@@ -4,6 +4,7 @@ Arguments: FOLDER, shared by all launches, and the number of ranks of the launch
 """
 
 import contextlib
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -134,6 +135,22 @@ def fast_repeats_and_plans_agree(comm, folder):
     assert torch.allclose(found["root"], found["replicated"], atol=1e-6), (
         (found["root"] - found["replicated"]).abs().max()
     )
+
+
+@case
+def sums_alone_say_the_same_of_all_silos_on_every_rank(comm, folder):
+    """`disclose: pooled` gives the parameters and figures of all that `silo` gives, alike on every rank."""
+    done = {}
+    for disclose in ("silo", "pooled"):
+        done[disclose] = trained(comm, configured(folder, f"{disclose}-{comm.size}", disclose=disclose, rounds=2))
+    (sha, records), (other, pooled) = done.values()
+    assert sha == other
+    for one, two in zip(records, pooled, strict=True):
+        for key in ("train_loss", "delta_norm", "loss", "accuracy"):
+            assert abs(one[key] - two[key]) <= 1e-12 * abs(one[key]), (key, one[key], two[key])
+        assert two["num_rejected"] == 0 and all(len(row) == 2 for row in two["silos"].values())
+    figures = [{k: v for k, v in record.items() if k not in ("seconds", "peak_rss_bytes")} for record in pooled]
+    comm.require_equal("the records", hashlib.sha256(json.dumps(figures).encode()).digest())
 
 
 @case
