@@ -11,9 +11,10 @@
                 the same on one node, straight out of the others' memory
     regions     a node, a site, a continent first; then across
     overlap     any of them but shared_memory and regions behind the next round's training (`overlap: true`)
-    choose      which plan, and the exchange that it makes
-    autotune    plans measured (`plan: auto`)
-    cost        what a round sends and keeps in memory, computed
+    plans       the family of them, by name
+    choose      which plan (`auto` goes by rule), and the exchange that it makes
+    autotune    plans measured (`plan: measure`)
+    cost        what a plan's cost depends on; each plan computes its own
 
 A rank folds its silos into one weighted partial sum before anything is sent (`scope: rank`), so the cost depends on
 ranks, not on silos. Under `scope: silo` every silo's delta travels by itself, through a codec of its own residual.
