@@ -1,6 +1,10 @@
 """What pytest needs to know before it collects, and what test files share."""
 
+import importlib.util
 import os
+import sys
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +84,17 @@ def root() -> Path:
     if not (folder / "heart_disease").is_dir():
         absent("data", f"no datasets in {folder}; FEDMPI_DATA names their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def byzfl() -> Iterator[Callable[[str], Any]]:
+    """Imports a part of byzfl, "attacks" or "aggregators"; the package itself imports what plots and loads data."""
+    found = importlib.util.find_spec("byzfl")
+    if found is None:
+        absent("byzfl", "byzfl is not installed: pip install --no-deps byzfl==0.0.11")
+    package = types.ModuleType("byzfl")
+    package.__path__ = list(found.submodule_search_locations or [])
+    sys.modules["byzfl"] = package
+    yield lambda part: importlib.import_module(f"byzfl.{part}")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "byzfl"]:
+        del sys.modules[name]

@@ -98,8 +98,8 @@ def test_z_max_is_the_papers_and_finite_where_no_quantile_is():
     np.testing.assert_allclose(after[6], honest.mean(0) - 1.5 * honest.std(0, ddof=1), rtol=1e-5, atol=1e-6)
 
 
-def test_attacks_are_byzfls():
-    byzfl = pytest.importorskip("byzfl", reason="byzfl is not installed")
+def test_attacks_are_byzfls(byzfl):
+    byzfl = byzfl("attacks")
     honest = rows(5)
     pairs = [
         (Alie(count=1, z=1.5), byzfl.ALittleIsEnough(-1.5)),
