@@ -385,11 +385,16 @@ def test_a_grid_is_drawn(job, tmp_path):
     assert (tmp_path / "out" / "figure.svg").exists()
 
 
-@pytest.mark.parametrize("name", ["heart", "fashion", "epochs", "personal", "codecs"])
+@pytest.mark.parametrize("name", ["heart", "fashion", "epochs", "personal", "codecs", "robust"])
 def test_the_grids_that_come_along_can_be_built(job, name):
     grid, root, cells = job("compare").cells(TOP / "configs" / f"compare_{name}.yaml", None)
     assert root == Path(f"runs/compare_{name}") and len({cell.name for cell in cells}) == len(cells)
     assert {name for known in (grid.published or {}).values() for name in known} <= set(grid.algorithms)
+    if name == "robust":
+        for cell in cells:
+            attack, ids = cell.config.attack, [f"silo-{k:02d}" for k in range(25)]
+            assert (cell.config.rounds, cell.config.experimental, attack.hostile(ids)) == (600, True, set(ids[20:]))
+        assert len(cells) == 16 and all(len(known) == 8 for known in grid.published.values())
     if name == "fashion":
         for cell in cells:
             local, data = cell.config.local, cell.config.data

@@ -1,15 +1,9 @@
 """Robust aggregators: against their equations on whole vectors, against byzfl, and over ranks that are threads."""
 
-import importlib
-import importlib.util
-import sys
-import types
-
 import numpy as np
 import pytest
 import torch
 from equations import robust
-from mpi import absent
 from runs import config, put_back, refused, run  # noqa: F401
 from test_exact import EXACT, LAYOUT
 from test_exact import P as P_EXACT
@@ -122,19 +116,9 @@ def test_a_member_is_its_equation(name, seed):
 
 
 @pytest.fixture(scope="module")
-def byzfl():
-    """Its aggregators alone: the package itself imports what plots and loads data sets."""
-    found = importlib.util.find_spec("byzfl")
-    if found is None:
-        absent("byzfl", "byzfl is not installed: pip install --no-deps byzfl==0.0.11")
-    package = types.ModuleType("byzfl")
-    package.__path__ = list(found.submodule_search_locations)
-    sys.modules["byzfl"] = package
-    try:
-        yield importlib.import_module("byzfl.aggregators")
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "byzfl"]:
-            del sys.modules[name]
+def byzfl(byzfl):
+    """Its aggregators alone."""
+    return byzfl("aggregators")
 
 
 # Krum's nearest others are K - f - 2 in the paper and here, K - f - 1 in byzfl: its f is one more.
