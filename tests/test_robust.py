@@ -413,3 +413,26 @@ def test_a_vote_of_signs_is_refused_where_statistics_would_be_voted_on(tmp_path)
 
     how = {"aggregate": "sign_vote", "exchange": SHARDED, "model": OWN + "Normed"}
     assert "sign_vote gives a direction, and 'norm.running_mean' is a statistic" in refused(config(tmp_path, 2, **how))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"name": "centered_clipping", "tau": 0.05},
+        {"name": "bucketing", "inner": {"name": "centered_clipping", "tau": 0.05}},
+        {"name": "norm_bound", "norm": 0.02, "quantile": 0.5, "rate": 1.0},
+    ],
+)
+def test_a_run_that_is_resumed_goes_on_with_what_the_aggregator_keeps(given, tmp_path):
+    def how(rounds):
+        return config(tmp_path / "resumed", rounds, aggregate=given, exchange=SHARDED)
+
+    whole = run(config(tmp_path / "whole", 4, aggregate=given, exchange=SHARDED))[1]
+    half = run(how(2))[1]
+    resumed = run(how(4))[1]
+    assert torch.equal(resumed.parameters, whole.parameters) and not torch.equal(half.parameters, whole.parameters)
+    kept, again = (
+        {one.key: one.tensor for one in done.federation.exchange.holders.state()} for done in (whole, resumed)
+    )
+    assert kept.keys() == again.keys() & {("centre", "result"), ("aggregator", "norm")} and kept
+    assert all(torch.equal(kept[key], again[key]) and kept[key].any() for key in kept)
