@@ -15,7 +15,18 @@ from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.exchange import chunks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.choose import make
-from fedmpi.state import Arrays, Holders, OfSilos, StateTensor, Vectors, gathered, scattered, under, within
+from fedmpi.state import (
+    Arrays,
+    Holders,
+    OfSilos,
+    StateTensor,
+    Vectors,
+    gathered,
+    handed_over,
+    scattered,
+    under,
+    within,
+)
 
 P = 20_000  # five pieces of which the last is short
 CPU = torch.device("cpu")
@@ -228,6 +239,18 @@ def test_rows_of_silos_keep_the_dict_of_their_owner():
     holder.restore([StateTensor(("delta",), torch.zeros(3), "per_silo", "b")])
     assert kept.keys() == {"b"} and holder.rows is rows
     assert [(one.key, one.silo) for one in holder.state()] == [(("delta",), "b")]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_what_a_silos_new_rank_has_no_use_for_is_handed_to_rank_0(num_ranks):
+    def work(comm):
+        some = [StateTensor(("level 1", name), OWN[silo], "per_silo", silo) for silo in hosted(comm) for name in "xy"]
+        return handed_over(some, comm)
+
+    taken, *others = on_ranks(num_ranks, work)
+    assert others == [[]] * (num_ranks - 1)
+    assert sorted((one.silo, one.key[1]) for one in taken) == sorted((silo, name) for silo in SILOS for name in "xy")
+    assert all(torch.equal(one.tensor, OWN[one.silo]) and one.placement == "per_silo" for one in taken)
 
 
 # ---------------------------------------------------------------- in a run

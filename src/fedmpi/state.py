@@ -182,8 +182,7 @@ def scattered(stored: Sequence[StateTensor], holder: Holder, sharding: Sharding,
     """
     here = {one.key: one for one in holder.state() if one.placement != "per_silo"}
     told: list[tuple[Key, str, list[int], Placement, bool]] = [
-        (s.key, str(s.tensor.dtype).removeprefix("torch."), [*s.tensor.shape], here.get(s.key, s).placement, s.grows)
-        for s in stored
+        (s.key, _name(s.tensor.dtype), [*s.tensor.shape], here.get(s.key, s).placement, s.grows) for s in stored
     ]
     told = json.loads(comm.broadcast_text(json.dumps(told), 0))
     shapes = {
@@ -204,6 +203,31 @@ def scattered(stored: Sequence[StateTensor], holder: Holder, sharding: Sharding,
             comm.bcast(tensor.reshape(-1).view(torch.uint8))
         if tensor is not None:
             taken.append(StateTensor(key, tensor, placement))
+    return taken
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def handed_over(orphans: Sequence[StateTensor], comm: Comm) -> list[StateTensor]:
+    """On rank 0 the tensors of silos for which the ranks that host them have no use in this run, but rank 0 has. A call
+    of all ranks."""
+    counts = np.zeros(comm.size)
+    counts[comm.rank] = len(orphans)
+    taken = [*orphans] if comm.rank == 0 else []
+    for owner in np.flatnonzero(comm.share(counts)).tolist():
+        if owner == 0:
+            continue
+        told = [
+            (one.key, one.silo, str(one.tensor.dtype).removeprefix("torch."), [*one.tensor.shape]) for one in orphans
+        ]
+        for number, (key, silo, dtype, shape) in enumerate(json.loads(comm.broadcast_text(json.dumps(told), owner))):
+            mine = comm.rank == owner
+            tensor = orphans[number].tensor if mine else torch.empty(shape, dtype=getattr(torch, dtype))
+            comm.bcast(tensor.reshape(-1).view(torch.uint8), owner)
+            if comm.rank == 0:
+                taken.append(StateTensor(tuple(key), tensor, "per_silo", silo))
     return taken
 
 

@@ -1,5 +1,6 @@
 """Runs whose ranks aggregate in regions first: see cases.py. Argument: FOLDER."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,8 +18,14 @@ from fedmpi import comm as ranks
 from fedmpi.codecs import BFloat16
 from fedmpi.components import build, component
 from fedmpi.errors import ConfigError, FedmpiError, Stopped
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.choose import make
+from fedmpi.exchange.config import ExchangeSection
 from fedmpi.flat import sha256
 from fedmpi.placement import place
+from fedmpi.server import FedAvg, NoState, Server
+from fedmpi.state import StateTensor
+from fedmpi.types import Contribution
 
 CASES = {}
 SILOS = {"name": "digits", "silos": 6, "partition": {"name": "dirichlet", "alpha": 0.5}}
@@ -126,6 +133,46 @@ def left_between_two_exchanges_and_gone_on_with(comm, folder):
     if comm.rank == 0:  # in between no checkpoint has one model that was evaluated
         scored = [number for number, score in checkpoint.scores(folder / f"whole-{comm.size}").items() if score]
         assert scored and not any(number % 2 for number in scored), scored
+
+
+@case
+def what_feedback_keeps_of_regions_stays_when_silos_change_ranks(comm, folder):
+    """Rank 0 leads the even ranks; the silo under which it files what it keeps moves to rank 2."""
+    ids = [f"s{rank}" for rank in range(comm.size)]
+    by = {"even": ids[::2], **({"odd": ids[1::2]} if comm.size > 1 else {})}
+    told = {"plan": "sharded", "up": FEDBACK, "regions": {"levels": [{"by": by}]}}
+    place_of = {0: 2, 2: 0} if comm.size > 2 else {}
+
+    def exchange(hosted):
+        facts = ExchangeContext(float(comm.size), ids, [ids[hosted]])
+        return make(build(ExchangeSection, told), comm, torch.zeros(5000), facts)
+
+    def lost(some):
+        """What is kept across regions, added up over ranks."""
+        tensors = [one.tensor for one in some.holders.state() if one.key[0] == "level 1" and one.key[-1] == "feedback"]
+        return comm.share(sum(tensors, torch.zeros(5000)).double().numpy())
+
+    before, params_P = exchange(comm.rank), torch.zeros(5000)
+    before.begin(1, 1)
+    delta_P = torch.linspace(-1, 1, 5000).pow(3) * (1 + comm.rank)
+    before.add(Contribution(ids[comm.rank], 1, 1.0, delta_P, 0.0, 1, 1))
+    params_P, _ = before.finish(params_P, Server(FedAvg()), NoState())
+    wanted = lost(before)
+    assert np.abs(wanted).max() > 1e-4
+    tensors = [one for one in before.state(params_P) if one.silo]
+    moved = place_of.get(comm.rank, comm.rank)
+    own = []
+    for owner in range(comm.size):  # each silo's to its new rank
+        mine = tensors if comm.rank == owner else []
+        shapes = [(one.key, str(one.tensor.dtype)[6:], list(one.tensor.shape)) for one in mine]
+        for number, (key, dtype, shape) in enumerate(json.loads(comm.broadcast_text(json.dumps(shapes), owner))):
+            tensor = mine[number].tensor.clone() if mine else torch.empty(shape, dtype=getattr(torch, dtype))
+            comm.bcast(tensor, owner)
+            if moved == owner:
+                own.append(StateTensor(tuple(key), tensor, "per_silo", ids[owner]))
+    after = exchange(moved)
+    after.restore(torch.zeros(5000), 1, [StateTensor(("params",), params_P.clone()), *own])
+    np.testing.assert_array_equal(lost(after), wanted)
 
 
 @case

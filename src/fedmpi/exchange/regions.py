@@ -32,7 +32,7 @@ from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.shared_memory import SharedMemory
 from fedmpi.server import FedAvg, NoState, Server
-from fedmpi.state import StateTensor
+from fedmpi.state import StateTensor, handed_over
 from fedmpi.types import Contribution
 
 log = logging.getLogger("fedmpi")
@@ -143,7 +143,11 @@ class Regional(Exchange):
                 yield StateTensor(key, tensor, "per_silo", self.facts.hosted[0])
 
     def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
-        super().restore(params_P, round, [one for one in stored if one.key[0] in (PARAMS, *self.holders)])
+        here = [one for one in stored if one.key[0] in (PARAMS, *self.holders)]
+        # A silo may have come to a rank that leads no region. What is filed under it of a region goes to a rank that
+        # leads one: residuals add up.
+        others = [one for one in stored if one.key[0] not in (PARAMS, REGION[0], *self.holders)]
+        super().restore(params_P, round, here + handed_over(others, self.comm))
         self._done = round
         if round % self.every == 0:
             return
