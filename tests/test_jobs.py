@@ -158,7 +158,7 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     done = checkout.run("jobs/test.sh --fast -k x", FEDMPI_REQUIRE="slurm")
     assert done.returncode == 6 and done.stdout == "fast: 1, requires: \n", done.stderr
     calls = (checkout.top / "calls").read_text()
-    assert "pytest -q -n 2 --dist worksteal -k x\n" in calls and "mypy" in calls and "ruff format --check" in calls
+    assert "pytest -q -n 3 --dist worksteal -k x\n" in calls and "mypy" in calls and "ruff format --check" in calls
     assert "mpirun" not in calls and "bench" not in calls
 
 

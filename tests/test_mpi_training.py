@@ -20,7 +20,7 @@ def reports(folder: Path) -> dict[int, Report]:
     """Each launch resumes what the one before has left: on more ranks, on fewer."""
     order = [2, 4, 1]
     before = [[], *([str(n)] for n in order)]
-    return {n: launch("training", n, str(folder), *last) for n, last in zip(order, before, strict=False)}
+    return {n: launch("training", n, str(folder), *last, timeout_s=300) for n, last in zip(order, before, strict=False)}
 
 
 @pytest.mark.parametrize("n", RANKS)
