@@ -93,6 +93,25 @@ def test_an_exchange_of_vectors_on_a_device_has_the_bits_of_one_on_the_cpu(name,
         assert exchanged(SECTIONS[name], num_ranks, "cuda") == wanted
 
 
+@pytest.mark.parametrize("num_ranks", (1, 3))
+def test_collectives_take_vectors_on_a_device(num_ranks):
+    def work(comm):
+        for length in (5, 9, 3):  # memory on the way is used again
+            send = (torch.arange(float(length)) + comm.rank).to("cuda")
+            sums, at_0, sent = (torch.full((length,), -1.0).to("cuda") for _ in range(3))
+            comm.allreduce(send, sums)
+            comm.reduce(send, at_0)
+            comm.bcast(send if comm.rank == comm.size - 1 else sent, comm.size - 1)
+            total = sum(torch.arange(float(length)) + rank for rank in range(comm.size)).tolist()
+            assert sums.cpu().tolist() == total
+            assert at_0.cpu().tolist() == (total if comm.rank == 0 else [-1.0] * length)
+            last = send if comm.rank == comm.size - 1 else sent
+            assert last.cpu().tolist() == (torch.arange(float(length)) + comm.size - 1).tolist()
+
+    with stand_in.gpu():
+        on_ranks(num_ranks, work)
+
+
 class Weighed:
     """An aggregator of one's own that uses the weights."""
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from fedmpi.comm.staging import Staging
 from fedmpi.errors import CommTimeout, ConfigError, ExchangeError, FedmpiError, RankLost, agreed, ranks_text
 
 T = TypeVar("T")
@@ -154,35 +155,57 @@ class Control(Protocol):
 
 
 class Transport(Protocol):
-    """Vectors: contiguous, of the dtypes that `summable` allows."""
+    """Vectors: contiguous, of the dtypes that `summable` allows. Those on a GPU may be reduced, summed and broadcast,
+    and pass through page-locked memory of this communicator; the others are in host memory."""
 
     rank: int
     size: int
     local_rank: int  # among the ranks of this host
     local_size: int
+    staging: Staging
     bytes_up: int = 0  # vector payload this rank handed to collectives
     bytes_down: int = 0  # vector payload this rank got from collectives
 
-    @abstractmethod
-    def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
-        """A zeroed vector in memory that this communicator reads and writes without a copy; page-locked if `pinned`,
-        for vectors that a GPU copies to and from."""
+    def allocate(
+        self, num_elements: int, dtype: torch.dtype, device: torch.device | None = None, pinned: bool = False
+    ) -> torch.Tensor:
+        """A zeroed vector for collectives, in host memory where no device is said; page-locked if `pinned`, for what a
+        plan copies to and from a GPU itself, piece by piece."""
+        return torch.zeros(num_elements, dtype=dtype, device=device, pin_memory=pinned)
 
-    @abstractmethod
     def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         """Rank 0's `recv` becomes the sum of all ranks' `send`; elsewhere `recv` is not touched."""
+        host = self.staging.host(recv, "recv")
+        self._reduce(self.staging.loaded(send, "send"), host)
+        if host is not recv and self.rank == 0:
+            recv.copy_(host)
 
-    @abstractmethod
     def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         """Every rank's `recv` becomes the sum of all ranks' `send`."""
+        host = self.staging.host(recv, "recv")
+        self._allreduce(self.staging.loaded(send, "send"), host)
+        if host is not recv:
+            recv.copy_(host)
+
+    def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
+        """Every rank's `vector` becomes that of `root`."""
+        host = self.staging.loaded(vector, "recv") if self.rank == root else self.staging.host(vector, "recv")
+        self._bcast(host, root)
+        if host is not vector and self.rank != root:
+            vector.copy_(host)
+
+    @abstractmethod
+    def _reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _bcast(self, vector: torch.Tensor, root: int) -> None: ...
 
     @abstractmethod
     def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         """The same in one call on the whole vector, for benches to compare with; at most 2^31 - 1 elements."""
-
-    @abstractmethod
-    def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
-        """Every rank's `vector` becomes that of `root`."""
 
     @abstractmethod
     def alltoall(self, send: torch.Tensor, sent: CountsDispls, recv: torch.Tensor, received: CountsDispls) -> Pending:

@@ -20,6 +20,7 @@ from fedmpi.comm.base import LOST, Comm
 from fedmpi.comm.machine import cores
 from fedmpi.comm.mpi_control import bounded
 from fedmpi.comm.mpi_transport import MpiTransport
+from fedmpi.comm.staging import Staging
 from fedmpi.comm.vigil import Vigil
 from fedmpi.errors import ConfigError, FedmpiError, agreed
 from fedmpi.output import flush, say
@@ -67,7 +68,7 @@ class MpiComm(MpiTransport):
         twin._world, twin._control = self._world.Dup(), self._control.Dup()
         twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
         twin.bytes_up = twin.bytes_down = twin.bytes_control = twin._worst = twin._passed_on = 0
-        twin.sleeps_while_waiting = True
+        twin.staging, twin.sleeps_while_waiting = Staging(), True
         twin.depth, twin._beat_s, twin._above = 0, math.inf, None  # another thread speaks for this rank
         if self._vigil is not None:
             self._vigil.lanes.append(twin)

@@ -12,6 +12,7 @@ import torch
 from fedmpi.comm import machine
 from fedmpi.comm.base import CountsDispls, Pending, blocks, summable
 from fedmpi.comm.mpi_control import MpiControl, bounded, translated
+from fedmpi.comm.staging import Staging
 from fedmpi.errors import ExchangeError, agreed
 
 if TYPE_CHECKING:
@@ -25,15 +26,13 @@ class MpiTransport(MpiControl):
 
     def __init__(self, mpi: Any, world: MPI.Comm) -> None:
         super().__init__(mpi, world)
+        self.staging = Staging()
         self._world = world
         self._node: MPI.Comm | None = None  # the ranks that share this one's memory; made when somebody asks
         self._windows: list[MPI.Win] = []
 
-    def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
-        return torch.zeros(num_elements, dtype=dtype, pin_memory=pinned)
-
     @bounded
-    def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+    def _reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = summable(send), summable(recv)
         call, begun = self._world.Ireduce if self.sleeps_while_waiting else self._world.Reduce, deque[Pending | None]()
         for part in blocks(len(mine), mine.itemsize):
@@ -45,7 +44,7 @@ class MpiTransport(MpiControl):
         self._until(begun)
 
     @bounded
-    def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+    def _allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = summable(send), summable(recv)
         world, begun = self._world, deque[Pending | None]()
         call = world.Iallreduce if self.sleeps_while_waiting else world.Allreduce
@@ -63,7 +62,7 @@ class MpiTransport(MpiControl):
         self._world.Allreduce(summable(send), summable(recv), op=self._mpi.SUM)
 
     @bounded
-    def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
+    def _bcast(self, vector: torch.Tensor, root: int) -> None:
         array = summable(vector)
         call, begun = self._world.Ibcast if self.sleeps_while_waiting else self._world.Bcast, deque[Pending | None]()
         for part in blocks(len(array), array.itemsize):

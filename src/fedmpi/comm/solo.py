@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedmpi.comm.base import Comm, CountsDispls, Over, Pending, summable
+from fedmpi.comm.staging import Staging
 
 
 class SoloComm(Comm):
@@ -28,7 +29,7 @@ class SoloComm(Comm):
     fatal = ()
 
     def __init__(self) -> None:
-        self.hosts = (socket.gethostname(),)
+        self.hosts, self.staging = (socket.gethostname(),), Staging()
 
     def dup(self) -> SoloComm:
         return SoloComm()
@@ -46,20 +47,17 @@ class SoloComm(Comm):
 
     # ------------------------------------------------------------ vectors
 
-    def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
-        return torch.zeros(num_elements, dtype=dtype, pin_memory=pinned)
+    def _reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+        self._allreduce(send, recv)
 
-    def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
-        self.allreduce(send, recv)
-
-    def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+    def _allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         summable(send), summable(recv)
         recv.copy_(send)
 
     def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
-        self.allreduce(send, recv)
+        self._allreduce(send, recv)
 
-    def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
+    def _bcast(self, vector: torch.Tensor, root: int) -> None:
         summable(vector)
 
     def alltoall(self, send: torch.Tensor, sent: CountsDispls, recv: torch.Tensor, received: CountsDispls) -> Pending:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fedmpi.comm.base import LOST, Comm, CountsDispls, Pending, summable
+from fedmpi.comm.staging import Staging
 from fedmpi.errors import CommTimeout, ExchangeError, RankLost
 
 T = TypeVar("T")
@@ -135,6 +136,7 @@ class ThreadComm(Comm):
         self.rank = self.local_rank = rank
         self.size = self.local_size = len(meeting.ranks)
         self.hosts = (socket.gethostname(),) * self.size
+        self.staging = Staging()
         self._calls: dict[str, int] = {}
         self._groups: list[Comm] = []
         self._vectors: list[Any] = []  # keys of what is shared
@@ -169,10 +171,7 @@ class ThreadComm(Comm):
 
     # ------------------------------------------------------------ vectors
 
-    def allocate(self, num_elements: int, dtype: torch.dtype, pinned: bool = False) -> torch.Tensor:
-        return torch.zeros(num_elements, dtype=dtype, pin_memory=pinned)
-
-    def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+    def _reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = summable(send), summable(recv)
         total = sum(self._all("vectors", "reduce", mine.copy()))
         if self.rank == 0:
@@ -180,7 +179,7 @@ class ThreadComm(Comm):
         else:
             self.bytes_up += mine.nbytes
 
-    def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
+    def _allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         mine, out = summable(send), summable(recv)
         out[:] = sum(self._all("vectors", "allreduce", mine.copy()))
         if self.size > 1:
@@ -190,7 +189,7 @@ class ThreadComm(Comm):
     def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         summable(recv)[:] = sum(self._all("vectors", "allreduce", summable(send).copy()))
 
-    def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
+    def _bcast(self, vector: torch.Tensor, root: int) -> None:
         array = summable(vector)
         array[:] = self._all("vectors", "bcast", array.copy())[root]
         self.bytes_down += array.nbytes if self.rank != root else 0

@@ -11,7 +11,7 @@ that brings it near to that of the round's cohort: a silo that is alone in it is
 
 A rank that folds very many silos in float32 does it in float64.
 
-Vectors live on the rank's device; where that is a GPU they pass through page-locked host memory.
+Vectors live on the rank's device.
 """
 
 from __future__ import annotations
@@ -160,7 +160,6 @@ class Exchange:
         # Silos' own vectors are added in the silos' order, which is as good as a ring.
         self.ring = section.reduction == "reproducible" and section.scope == "rank"
         self.sum_dtype = torch.int64 if self.ring else self.dtype
-        self.on_device = self.device.type != "cpu"
         self.round = 0
         self._near = 1.0  # what the round's shares are multiplied with
         self._many = False  # does this rank fold so many silos that float32 is too short?
@@ -189,9 +188,7 @@ class Exchange:
 
     def delta(self) -> torch.Tensor:
         """Memory for a model's shared parameters, out of which its deltas can be sent. A call of all ranks."""
-        if self.on_device:
-            return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
-        return self.comm.allocate(self.num_params, self.dtype)
+        return self.comm.allocate(self.num_params, self.dtype, self.device)
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """On rank 0 the vector of which every rank keeps its `shard`. A call of all ranks."""

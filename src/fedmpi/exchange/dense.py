@@ -43,10 +43,9 @@ class Whole(Exchange):
             self._residual = self.holders["up"] = RankResidual(section.up, params_P, facts)
             self.coders.append(self._coder)
             length = self._coder.grid.num_pieces * self._coder.stride // 4 + self._limbs
-        apart = self.on_device or self._coder is not None
-        self._send = comm.allocate(length, self.sum_dtype, pinned=self.on_device) if apart else self._sum
-        self._recv = comm.allocate(length, self.sum_dtype, pinned=self.on_device)
-        self._host_P = comm.allocate(self.num_params, self.dtype, pinned=True) if self.on_device else None
+        apart = self._coder is not None
+        self._send = comm.allocate(length, self.sum_dtype, self.device) if apart else self._sum
+        self._recv = comm.allocate(length, self.sum_dtype, self.device)
         whole_mean = self.ring or apart
         self._mean_P = torch.zeros_like(params_P) if whole_mean else self._recv[: self.num_params]
         self._weight = 0  # of this rank's silos
@@ -79,8 +78,6 @@ class Whole(Exchange):
                 payload = self._coder.slot(self._send[: -self._limbs].view(torch.uint8), piece)
                 self._coder.encode_or_note(bare(self._sum)[part], payload, piece, 1.0, self._residual.part(part))
             self._send[-self._limbs :] = self._sum[-self._limbs :]
-        elif self.on_device:
-            self._send.copy_(self._sum)
         return self._send
 
     def _mean(self) -> torch.Tensor:
@@ -97,8 +94,6 @@ class Whole(Exchange):
                 self.exact.put(self._mean_P, 0)
             return self._mean_P
         summed = self._recv[: self.num_params]
-        if self.on_device and not self.ring:
-            summed = self._mean_P.copy_(summed)
         self.divide(summed, weight if self.ring else weight / weights.GRAIN, self._mean_P)
         return self._mean_P
 
@@ -200,12 +195,7 @@ class Root(Whole):
             new_P, state = server.step(params_P, mean_P, state)
             params_P.copy_(new_P)
         lap("step")
-        host_P = params_P if self._host_P is None else self._host_P
-        if self._host_P is not None and self.comm.rank == 0:
-            host_P.copy_(params_P)
-        self.comm.bcast(host_P)
-        if host_P is not params_P:
-            params_P.copy_(host_P)
+        self.comm.bcast(params_P)
         self.verify(params_P)
         lap("exchange")
         return params_P, state
