@@ -65,7 +65,9 @@ def federation(comm, select):
         ids=["a"],
         seed=0,
         index={"a": 0},
-        selector=SimpleNamespace(select=select),
+        selector=SimpleNamespace(
+            select=select, observe=lambda ids, state, outcome: state, candidates=lambda *known: []
+        ),
         ready=StatusTable(comm.size, READY_RANK, 1, READY_SILO),
         watch=SimpleNamespace(tell=lambda *news: told.append(news)),
         exchange=SimpleNamespace(fingerprint=lambda cohort: 0.0),

@@ -10,6 +10,7 @@ from fedmpi.aggregate import AGGREGATORS, Aggregator, CohortSummary
 from fedmpi.comm import SoloComm
 from fedmpi.components import component
 from fedmpi.errors import Diverged
+from fedmpi.outcome import RoundOutcome
 from fedmpi.selection import SELECTORS
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
@@ -71,9 +72,9 @@ def test_a_silo_that_never_tells_a_finite_loss_is_not_chosen_for_ever():
     selector = SELECTORS.build({"name": "power_of_choice", "count": 1, "num_candidates": 3, "losses": "last"}, "select")
     state = selector.init([5, 5, 5])
     told = {"s0": {"train_loss": 3.0}, "s1": {"train_loss": None}, "s2": {"train_loss": 1.0}}
-    state = selector.observe(IDS, state, {"round": 1, "cohort": IDS, "silos": told})
+    state = selector.observe(IDS, state, RoundOutcome.of(IDS, 1, IDS, rows=told))
     assert selector.select(IDS, state, None, np.random.default_rng(0)).cohort == ["s0"]
-    again = selector.observe(IDS, state, {"round": 2, "cohort": ["s0"], "silos": {"s0": {"train_loss": None}}})
+    again = selector.observe(IDS, state, RoundOutcome.of(IDS, 2, ["s0"], rows={"s0": {"train_loss": None}}))
     assert again["loss"][0] == 3.0  # its last finite one counts
 
 
