@@ -167,7 +167,7 @@ def what_feedback_keeps_of_regions_stays_when_silos_change_ranks(comm, folder):
         shapes = [(one.key, str(one.tensor.dtype)[6:], list(one.tensor.shape)) for one in mine]
         for number, (key, dtype, shape) in enumerate(json.loads(comm.broadcast_text(json.dumps(shapes), owner))):
             tensor = mine[number].tensor.clone() if mine else torch.empty(shape, dtype=getattr(torch, dtype))
-            comm.bcast(tensor, owner)
+            comm.bcast(tensor.reshape(-1).view(torch.uint8), owner)
             if moved == owner:
                 own.append(StateTensor(tuple(key), tensor, "per_silo", ids[owner]))
     after = exchange(moved)

@@ -146,7 +146,7 @@ class Regional(Exchange):
         here = [one for one in stored if one.key[0] in (PARAMS, *self.holders)]
         # A silo may have come to a rank that leads no region. What is filed under it of a region goes to a rank that
         # leads one: residuals add up.
-        others = [one for one in stored if one.key[0] not in (PARAMS, REGION[0], *self.holders)]
+        others = [one for one in stored if one.silo and one.key[0] not in (REGION[0], *self.holders)]
         super().restore(params_P, round, here + handed_over(others, self.comm))
         self._done = round
         if round % self.every == 0:
