@@ -46,6 +46,9 @@ KERNEL_PARAMS, PARAMS, ROUNDS = 200_000, 300_000, 3
 TAKES: dict[str, dict[str, Any]] = {  # what members ask for besides
     "qffl": {"lr": 0.1},
     "trimmed_mean": {"fraction": 0.3},
+    **{name: {"hostile": 0} for name in ("krum", "multi_krum", "bulyan")},
+    "bucketing": {"inner": "centered_clipping"},
+    "nearest_neighbour_mixing": {"hostile": 1, "inner": "median"},
     "fedrep": {"head_epochs": 1},
     "per_fedavg": {"inner_lr": 0.05},
 }

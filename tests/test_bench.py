@@ -185,7 +185,7 @@ def test_feedback_goes_with_every_codec_that_loses_something(monkeypatch: pytest
     found = exchange.exchange(SoloComm(), 5000, 1, [exchange.channel("int8")])
     assert [row["codec"] for row in found if row["feedback"]] == ["int8"]
     lost = {one.key: one.tensor for one in made[-1].holders.state()}
-    assert lost["up", "feedback"].any() and lost["down", "feedback"].any()
+    assert lost["up", "rank", "feedback"].any() and lost["down", "feedback"].any()
     assert made[-1].round == 2  # each round has a number of its own
 
 

@@ -5,13 +5,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import stand_in
 import torch
 from test_codecs import every_codec, vector
 from test_exchange import on_ranks
 
-from fedmpi.aggregate import AGGREGATORS
+from fedmpi.aggregate import AGGREGATORS, Aggregator
 from fedmpi.codecs import CODECS
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
@@ -28,7 +29,6 @@ P = 10_000
 WEIGHTS = {"a": 3.0, "b": 1.0, "c": 2.0}
 OWNERS = {1: (0, 0, 0), 2: (0, 1, 0)}
 LINEAR = [name for name in CODECS.members if CODECS.build(name, "codec").linear and name != "identity"]
-EACH = [name for name in AGGREGATORS.members if hasattr(AGGREGATORS.members[name], "combine")]
 LOSSY = [name for name in CODECS.members if name != "identity"]
 
 
@@ -57,7 +57,7 @@ SECTIONS = {
 }
 
 
-def exchanged(section, num_ranks, device, each=None, optimizer="fedadam", rounds=3):
+def exchanged(section, num_ranks, device, aggregator=None, optimizer="fedadam", rounds=3):
     """The parameters after some rounds, as bytes, by rank."""
     how, server = build(ExchangeSection, section), OPTIMIZERS.build(optimizer, "")
     owners, draw = OWNERS[num_ranks], torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def exchanged(section, num_ranks, device, each=None, optimizer="fedadam", rounds
     def work(comm):
         hosted = [silo for silo, owner in zip(WEIGHTS, owners, strict=True) if owner == comm.rank]
         params_P = start_P.to(device, copy=True)
-        facts = ExchangeContext(sum(WEIGHTS.values()), list(WEIGHTS), hosted, 7, each, rounds, 5000)
+        facts = ExchangeContext(sum(WEIGHTS.values()), list(WEIGHTS), hosted, 7, aggregator, rounds, 5000)
         exchange = choose.make(how, comm, params_P, facts)
         params_P, state = exchange.home(params_P, server.init(exchange.shard(params_P)))
         for number in range(1, rounds + 1):
@@ -112,20 +112,32 @@ def test_collectives_take_vectors_on_a_device(num_ranks):
         on_ranks(num_ranks, work)
 
 
-class Weighed:
-    """An aggregator of one's own that uses the weights."""
+class Weighed(Aggregator):
+    """An aggregator of one's own that weighs silos by where they stand in the cohort."""
 
-    def combine(self, rows_KS, weights_K):
-        return weights_K @ rows_KS / weights_K.sum()
+    needs = "rows"
+
+    def row_weights(self, gram_KK, cohort, state):
+        order_K = 1.0 + np.arange(len(cohort.silos))
+        return order_K / order_K.sum(), state
 
 
-@pytest.mark.parametrize("name", [*EACH, "own"])
+TAKES = {
+    **{name: {"hostile": 0} for name in ("krum", "multi_krum", "bulyan")},
+    "qffl": {"lr": 0.1},
+    "bucketing": {"inner": "centered_clipping"},
+    "nearest_neighbour_mixing": {"hostile": 1, "inner": "median"},
+}
+AGGREGATING = {name: AGGREGATORS.build({"name": name, **TAKES.get(name, {})}, "") for name in AGGREGATORS.members}
+EACH = {name: one for name, one in AGGREGATING.items() if one.needs != "sum"} | {"own": Weighed()}
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_an_aggregator_that_reads_each_delta_finds_rows_and_weights_on_the_device(name):
-    each = Weighed().combine if name == "own" else AGGREGATORS.build(name, "").combine
     section = {"plan": "sharded", "scope": "silo"}
-    wanted = exchanged(section, 2, "cpu", each)
+    wanted = exchanged(section, 2, "cpu", EACH[name])
     with stand_in.gpu():
-        assert exchanged(section, 2, "cuda", each) == wanted
+        assert exchanged(section, 2, "cuda", EACH[name]) == wanted
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.members)
@@ -211,7 +223,7 @@ def test_the_exchanges_that_are_compared_cover_every_member(gpu):
     assert {f"aggregate {name}" for name in AGGREGATORS.members} <= cases.keys()
     assert {f"server {name}" for name in OPTIMIZERS.members if name != "feddyn"} <= cases.keys()
     with stand_in.gpu():
-        for name in ("auto", "regions", "aggregate trimmed_mean", "sharded, topk both ways"):
+        for name in ("measured", "regions", "aggregate trimmed_mean", "sharded, topk both ways"):
             assert cases[name]()[:2] == (True, 0.0), name
 
 
