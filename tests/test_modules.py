@@ -22,6 +22,7 @@ from fedmpi.local import LocalSilo, Round, Sgd
 from fedmpi.local.base import whole_gradient
 from fedmpi.local.samplers import InOrder
 from fedmpi.models import make
+from fedmpi.opening import fingerprint
 from fedmpi.plan import plan
 from fedmpi.types import SiloData
 
@@ -97,7 +98,7 @@ def test_data_of_ones_own_that_draw_without_a_generator_are_the_same_in_every_ru
         all_set(seed)
         how = config(tmp_path / str(seed), data={"name": "modules:Drawn"}, rounds=1)
         records, done = run(how)
-        fingerprints.add(done.fingerprint)
+        fingerprints.add(fingerprint(done.federation.facts_KF))
         assert results.evaluate(tmp_path / str(seed))["loss"] == records[-1]["loss"]
     assert len(fingerprints) == 1
 
@@ -223,6 +224,10 @@ def test_views_stay_views_of_what_they_are_views_of(tmp_path):
     model.leave()
     module.table.fill_(7.0)
     assert (module.last == 7).all() and (module.column == 7).all()
+    params_P = model.params()
+    model.load(params_P + 1)  # after it has left it is a model like any other
+    assert torch.equal(model.params(), params_P + 1) and torch.equal(module.last, module.table[3])
+    assert torch.equal(model.take_delta(params_P), torch.ones_like(params_P))
     twin = FlatModel(Views()).twin()
     assert len(twin.entries) == 3 and twin.module.last.data_ptr() == twin.module.table[3].data_ptr()
     records, done = run(drift(tmp_path, "modules:Views"))

@@ -151,7 +151,7 @@ def test_looking_at_a_silos_model_between_rounds_changes_nothing(tmp_path, kind)
                 [record["silos"][silo]["personal_mae"] for silo in IDS]
             )
     _, plain = done(config(tmp_path / "b", local, rounds=3, **other))
-    assert torch.equal(looked_at.parameters, plain.params_P)
+    assert torch.equal(looked_at.parameters, plain.parameters)
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(tensor, looked_at.model.state_dict()[name])
 

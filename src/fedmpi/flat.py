@@ -406,14 +406,19 @@ class FlatModel:
         return found
 
     def leave(self) -> None:
-        """The module's tensors get memory of their own: the exchange's goes with the run. The model is spent."""
+        """The model gets memory of its own: the exchange's goes with the run."""
         for number, vector in ((i, vector) for i, vector in enumerate(self._shared) if len(vector)):
-            memory, own = vector.untyped_storage().data_ptr(), vector.clone()
+            memory = vector.untyped_storage().data_ptr()
+            whole = vector.new_zeros(len(vector) + self._in_place * self._behind)
+            own = whole[: len(vector)].copy_(vector)
             self._shared[number] = own
+            if self._in_place:
+                self._travels = whole
             for tensor in {id(t): t for t in self.tensors.values()}.values():
                 if tensor.untyped_storage().data_ptr() == memory:
                     offset = tensor.storage_offset() - vector.storage_offset()
                     tensor.data = own.as_strided(tensor.shape, tensor.stride(), offset)
+            self._places.move(vector, own)
 
 
 def _personal(number: int) -> str:

@@ -14,7 +14,7 @@ import copy
 import random
 from collections import deque
 from collections.abc import Collection, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -252,7 +252,7 @@ class Places:
             if slot.name in self._names
         ]
         # The same, as fast to go through as Python can: it is done several times for every silo of a round.
-        self._glance = [(p.slot.held, p.slot.key, p.tensor, p.address, p) for p in self._places]
+        self._glance = self._at_a_glance()
         self._watched: list[tuple[str, Tensor, int]] = []
         self._look_around()
         named = list(module.named_modules())
@@ -277,6 +277,20 @@ class Places:
         ]
         self._keys = [(held, frozenset(held)) for _, part in own for held in (vars(part), part._buffers)]
         self._empty = [(part._buffers, key) for _, part in own for key, value in part._buffers.items() if value is None]
+
+    def _at_a_glance(self) -> list[tuple[Any, str, Tensor, int, _Place]]:
+        return [(p.slot.held, p.slot.key, p.tensor, p.address, p) for p in self._places]
+
+    def move(self, old: Tensor, new: Tensor) -> None:
+        """What lies in the memory of the vector `old` lies in that of `new` from now on, where `old` begins there, and
+        `settle` brings it back there."""
+        memory = old.untyped_storage().data_ptr()
+        for number, place in enumerate(self._places):
+            if place.home.untyped_storage().data_ptr() == memory:
+                offset = new.storage_offset() + place.home.storage_offset() - old.storage_offset()
+                home = new.as_strided(place.home.shape, place.home.stride(), offset)
+                self._places[number] = replace(place, address=home.data_ptr(), home=home)
+        self._glance = self._at_a_glance()
 
     def watch(self, names: Collection[str]) -> None:
         """These are not to be written: frozen parameters that are not shared, which all silos of a rank have alike."""
