@@ -156,7 +156,7 @@ def test_a_stopped_rank_ends_the_job(place: Place, silent: int) -> None:
         done = job.wait(90)
     assert time.monotonic() - began_s < 4 * SET_UP + 20  # it may have been stopped before the first round began
     assert done.rc == 1, done.tails
-    lines = own_lines(done)
+    lines = [line for line in own_lines(done) if not line.startswith("no round is on disk in ")]  # how to go on
     assert lines and all(f"silent: rank {silent} on " in line for line in lines), done.tails
 
 

@@ -142,7 +142,7 @@ def sums_alone_say_the_same_of_all_silos_on_every_rank(comm, folder):
     """`disclose: pooled` gives the parameters and figures of all that `silo` gives, alike on every rank."""
     done = {}
     for disclose in ("silo", "pooled"):
-        done[disclose] = trained(comm, configured(folder, f"{disclose}-{comm.size}", disclose=disclose, rounds=2))
+        done[disclose] = trained(comm, configured(folder, f"says-{disclose}-{comm.size}", disclose=disclose, rounds=2))
     (sha, records), (other, pooled) = done.values()
     assert sha == other
     for one, two in zip(records, pooled, strict=True):

@@ -129,6 +129,10 @@ class MpiTransport(MpiControl):
         for rank in range(self.size) if owner is None else (owner,):
             memory, _ = window.Shared_query(rank)
             vectors.append(torch.frombuffer(memory, dtype=dtype, count=num_elements))
+        # Of one rank alone Open MPI hands out memory that was used before. Pages of a new segment are zero, and are to
+        # lie near whoever touches them first.
+        if self.size == 1:
+            vectors[0].zero_()
         return vectors
 
     @bounded
