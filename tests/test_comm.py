@@ -2,7 +2,9 @@
 MPI jobs in test_mpi_collectives.py. And what ranks say of others that are gone."""
 
 import inspect
+import resource
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from programs.collectives import CASES
 
-from fedmpi.comm import Comm, MpiComm, SoloComm
+from fedmpi.comm import Comm, MpiComm, SoloComm, machine, process
 from fedmpi.comm.threads import ThreadComm, on_ranks
 from fedmpi.errors import CommTimeout, ConfigError, ExchangeError, RankLost
 
@@ -131,3 +133,16 @@ def test_what_mpi_says_of_a_lost_rank_comes_out_as_rank_lost(call):
 def test_an_mpi_that_cannot_go_on_without_a_rank_says_so_in_one_line():
     with pytest.raises(ConfigError, match=r"^this MPI cannot go on without a lost rank .*\Z"):
         mpi_rank(NotImplementedError("MPI_Comm_shrink"), []).shrink()
+
+
+def test_too_little_address_space_for_mpi_is_said_before_it_starts(monkeypatch):
+    """Else Open MPI goes on without the memory that its ranks share, and the first message never comes."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(process, "launched", lambda: 2)
+    monkeypatch.setattr(process, "library", lambda: pytest.fail("MPI was started"))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (used + 2**27, resource.RLIM_INFINITY))
+    with pytest.raises(ConfigError, match=r"ulimit -v leaves \d+ MiB of address space, and MPI takes up to 320 MiB"):
+        process.connect.__wrapped__()
+    for limit in (resource.RLIM_INFINITY, used + 2**30):
+        monkeypatch.setattr(resource, "getrlimit", lambda which, limit=limit: (limit, limit))
+        assert machine.tight() == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fedmpi.comm.base import Control
 
 _SHM = Path("/dev/shm")  # where MPI libraries make what ranks share
 _SPARE_BYTES = 1 << 20  # of shared memory, for what MPI libraries put around it
+_MPI_BYTES = 320 << 20  # of address space, for MPI on a few ranks and what is imported beside it
 
 
 def cores() -> tuple[bytes, int]:
@@ -48,6 +50,23 @@ def room(control: Control, num_bytes: int) -> str:
                 "(in a container: --shm-size)"
             )
     return ""
+
+
+def tight() -> str:
+    """Why MPI should not be started in this process: a limit of its address space (ulimit -v) leaves too little. Empty
+    where there is room.
+
+    Open MPI whose shared memory cannot be mapped says so and goes on, and the first message never comes.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:  # not Linux
+        return ""
+    if limit == resource.RLIM_INFINITY or limit - used >= _MPI_BYTES:
+        return ""
+    left, needed = max(0, limit - used) / 2**20, _MPI_BYTES / 2**20
+    return f"ulimit -v leaves {left:.0f} MiB of address space, and MPI takes up to {needed:.0f} MiB; raise it"
 
 
 def machine_name() -> str:

@@ -17,6 +17,7 @@ from types import TracebackType
 
 from fedmpi import launcher, stopping
 from fedmpi.comm.base import Comm
+from fedmpi.comm.machine import tight
 from fedmpi.comm.mpi import MpiComm, library
 from fedmpi.comm.solo import SoloComm
 from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost
@@ -31,7 +32,8 @@ def connect() -> Comm:
     every rank.
 
     Raises ConfigError when the launcher's number of ranks is not the world's: mixing one MPI's launcher with another's
-    library gives N worlds of one rank, which would each train alone and write over each other.
+    library gives N worlds of one rank, which would each train alone and write over each other. And where a limit leaves
+    too little address space for MPI.
     """
     launcher.follow()
     if not os.environ.get("HOME"):  # Open MPI does not start without, and looks there for settings only
@@ -41,6 +43,8 @@ def connect() -> Comm:
     # Over TCP it announces messages beyond 64 KiB and waits for an answer, which comes behind whatever the other side
     # is sending on the same connection: half the link's rate when both send. A piece is sent at once.
     os.environ.setdefault("OMPI_MCA_btl_tcp_eager_limit", str(1 << 20))
+    if launched() > 1 and (why := tight()):
+        raise ConfigError(why)
     try:
         mpi = library()
     except (ImportError, RuntimeError) as error:
