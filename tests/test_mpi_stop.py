@@ -59,7 +59,7 @@ def test_ctrl_c_at_mpirun_says_what_remains(place: Place) -> None:
     """The launcher leaves its ranks half a second, and passes on nothing that they say in it."""
     with place.start(2, "interrupted", "checkpoint.every=1", **TEN_MINUTES, AFTER=str(STEPS)) as job:
         place.busy(job, "interrupted")
-        until(lambda: place.rounds("interrupted") == [1], 20)
+        until(lambda: place.rounds("interrupted") == [1], 60)
         os.kill(job.process.pid, signal.SIGINT)
         done = job.wait(20)
     assert own_lines(done) == ["fedmpi: ended by the launcher: round 1 is on disk; the same command resumes"], (
