@@ -1,18 +1,13 @@
 """Where what lies in the one flat vector that crosses ranks: named segments, each with a role.
 
-    delta       the model's shared parameters (of a contribution, how far they moved); P elements, the first ones
-    auxiliary   a vector as long as the parameters that travels behind them (a control variate, ...)
-    exact       a part of the delta that no codec touches: statistics, frozen parameters, what `exchange.exact` names
+delta       the model's shared parameters (of a contribution, how far they moved); P elements, the first ones
+auxiliary   a vector as long as the parameters that travels behind them (a control variate, ...)
+exact       a part of the delta that no codec touches: statistics, frozen parameters, what `exchange.exact` names
 
-    >>> layout = Layout((Segment("delta", 0, 4, "delta"), Segment("1.running_var", 2, 4, "exact", averaged=True),
-    ...                  Segment("control", 4, 8, "auxiliary", "population")))
-    >>> layout.num_params, layout.size, layout.exact, list(layout.of(range(8), "control"))
-    (4, 8, (slice(2, 4, None),), [4, 5, 6, 7])
-
-A part of the vector has a layout of its own:
-
-    >>> [(s.name, s.start, s.stop) for s in layout.part(3, 6).segments]
-    [('delta', 0, 1), ('1.running_var', 0, 1), ('control', 1, 3)]
+>>> layout = Layout((Segment("delta", 0, 4, "delta"), Segment("1.running_var", 2, 4, "exact", averaged=True),
+...                  Segment("control", 4, 8, "auxiliary", "population")))
+>>> layout.num_params, layout.size, layout.exact, list(layout.of(range(8), "control"))
+(4, 8, (slice(2, 4, None),), [4, 5, 6, 7])
 """
 
 from __future__ import annotations
@@ -116,14 +111,6 @@ class Layout:
     def names(self) -> list[str]:
         """Of what travels: the delta and auxiliary vectors."""
         return [segment.name for segment in self.segments if segment.role != "exact"]
-
-    def part(self, start: int, stop: int) -> Layout:
-        """The layout of the vector's elements `start` to `stop`, counted from there."""
-        cut = (
-            replace(segment, start=max(segment.start, start) - start, stop=min(segment.stop, stop) - start)
-            for segment in self.segments
-        )
-        return Layout(tuple(segment for segment in cut if segment.start < segment.stop))
 
     def as_delta(self) -> Layout:
         """The same vector as a delta all through, for sums that become plain means; variances stay what they are."""
