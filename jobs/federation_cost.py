@@ -78,9 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
                     comm.share(np.zeros(1))
                     start = time.perf_counter()
                     work[name]()
-                    mine = np.zeros(comm.size)
-                    mine[comm.rank] = time.perf_counter() - start
-                    seconds[name].append(float(comm.share(mine).max()))
+                    seconds[name].append(float(comm.gather_number(time.perf_counter() - start).max()))
         comm.barrier()
     if comm.rank == 0:
         median = {name: statistics.median(values[1:]) for name, values in seconds.items()}

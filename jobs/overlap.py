@@ -23,7 +23,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 import fedmpi
@@ -103,9 +102,7 @@ def rounds_of(comm: Any, args: argparse.Namespace, local: StandIn, overlap: bool
 
 
 def slowest(comm: Any, seconds: float) -> float:
-    mine = np.zeros(comm.size)
-    mine[comm.rank] = seconds
-    return float(comm.share(mine).max())
+    return float(comm.gather_number(seconds).max())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -426,7 +426,6 @@ def _try_metrics(
     tried, failed = comm.share(seen).reshape(2, -1)
     for name, there, nowhere in zip(names, tried, failed, strict=True):
         if there and there == nowhere:
-            first = np.zeros(comm.size)
-            first[comm.rank] = name in errors
-            text = comm.broadcast_text(errors.get(name, ""), int(np.argmax(comm.share(first))))
+            first = int(np.argmax(comm.gather_number(name in errors)))
+            text = comm.broadcast_text(errors.get(name, ""), first)
             raise agreed(ConfigError(f"objective.metrics: '{name}' raised on every silo's samples: {text}"))

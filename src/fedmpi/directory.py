@@ -96,10 +96,8 @@ class RunDirectory:
         self._descriptor = comm.collectively(lambda: self._lock() if comm.rank == 0 else None)
         try:
             sees = comm.collectively(lambda: comm.rank == 0 or self.is_ours())
-            blind = np.zeros(comm.size)
-            blind[comm.rank] = not sees
-            blind = comm.share(blind)
-            first_blind = [r for r in np.flatnonzero(blind) if comm.hosts[r] == comm.hosts[comm.rank]][:1]
+            blind = np.flatnonzero(comm.gather_number(not sees))
+            first_blind = [r for r in blind if comm.hosts[r] == comm.hosts[comm.rank]][:1]
             self.leads = comm.rank == 0 or comm.rank in first_blind
             comm.collectively(lambda: self._writable() if self.leads else None)
         except Exception:
@@ -195,11 +193,10 @@ def newest_whole(root: Path, comm: Comm, mine: Collection[str], others: bool = F
     below: int | None = None
     idle = comm.rank != 0 and not mine  # reads nothing, so it has no say
     while True:
-        found = np.zeros(comm.size)
-        found[comm.rank] = comm.collectively(
+        newest = comm.collectively(
             lambda: np.inf if idle else checkpoint.newest(root, comm.rank == 0, mine, below, others)  # noqa: B023
         )
-        found = comm.share(found)
+        found = comm.gather_number(newest)
         least = found.min()
         if least < 0:
             return -1, np.flatnonzero(found < 0).tolist()

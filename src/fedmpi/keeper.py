@@ -198,9 +198,7 @@ class Keeper:
             return round
         # Nothing is whole everywhere. To start over would be to throw away what some rank can still see.
         sealed = self.comm.collectively(lambda: checkpoint.sealed_rounds(self._out))
-        seen = np.zeros(self.comm.size)
-        seen[self.comm.rank] = 1 + max(sealed, default=-1)
-        seen = self.comm.share(seen)
+        seen = self.comm.gather_number(1 + max(sealed, default=-1))
         if seen.any():
             why = f"but none is whole on {ranks_text(lost)}; mend that, or choose another out="
             raise agreed(ConfigError(f"{self._out} holds checkpoints up to round {int(seen.max()) - 1}, {why}"))

@@ -213,15 +213,11 @@ def _name(dtype: torch.dtype) -> str:
 def handed_over(orphans: Sequence[StateTensor], comm: Comm) -> list[StateTensor]:
     """On rank 0 the tensors of silos for which the ranks that host them have no use in this run, but rank 0 has. A call
     of all ranks."""
-    counts = np.zeros(comm.size)
-    counts[comm.rank] = len(orphans)
     taken = [*orphans] if comm.rank == 0 else []
-    for owner in np.flatnonzero(comm.share(counts)).tolist():
+    for owner in np.flatnonzero(comm.gather_number(len(orphans))).tolist():
         if owner == 0:
             continue
-        told = [
-            (one.key, one.silo, str(one.tensor.dtype).removeprefix("torch."), [*one.tensor.shape]) for one in orphans
-        ]
+        told = [(one.key, one.silo, _name(one.tensor.dtype), [*one.tensor.shape]) for one in orphans]
         for number, (key, silo, dtype, shape) in enumerate(json.loads(comm.broadcast_text(json.dumps(told), owner))):
             mine = comm.rank == owner
             tensor = orphans[number].tensor if mine else torch.empty(shape, dtype=getattr(torch, dtype))

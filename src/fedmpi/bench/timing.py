@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError
 
@@ -27,9 +25,7 @@ def in_turns(comm: Comm, candidates: Candidates, repeats: int) -> dict[str, list
             start_s = time.perf_counter()
             run()
             comm.barrier()
-            mine = np.zeros(comm.size)
-            mine[comm.rank] = time.perf_counter() - start_s
-            slowest_s = float(comm.share(mine).max())
+            slowest_s = float(comm.gather_number(time.perf_counter() - start_s).max())
             if repeat:
                 seconds[name].append(slowest_s)
     return seconds

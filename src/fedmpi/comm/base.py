@@ -97,6 +97,12 @@ class Control(Protocol):
 
     # ------------------------------------------------------------ what follows
 
+    def gather_number(self, value: float) -> np.ndarray:
+        """Every rank's number, in rank order, on every rank."""
+        mine = np.zeros(self.size)
+        mine[self.rank] = value
+        return self.share(mine)
+
     def collectively(self, work: Callable[[], T]) -> T:
         """This rank's `work()`, once every rank's has come through; otherwise every rank raises the same error.
 
@@ -112,10 +118,8 @@ class Control(Protocol):
             raise
         except (Exception, SystemExit) as raised:
             error = raised
-        codes = np.zeros(self.size)
-        if error is not None:
-            codes[self.rank] = error.exit_code if isinstance(error, FedmpiError) else 1
-        codes = self.share(codes)
+        code = 0 if error is None else error.exit_code if isinstance(error, FedmpiError) else 1
+        codes = self.gather_number(code)
         if len(failed := np.flatnonzero(codes)):
             text = "" if error is None else str(error)
             if error is not None and not isinstance(error, FedmpiError):

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from statistics import median
 
-import numpy as np
 import torch
 
 from fedmpi.comm import Comm
@@ -37,9 +36,7 @@ def measure(
             tried.begin(round, 1)
             tried.add(Contribution(silo, round, 1.0, delta_P, 0.0, 1, 1))
             tried.finish(work_P, Server(FedAvg()), state)
-            mine = np.zeros(comm.size)
-            mine[comm.rank] = time.perf_counter() - start_s
-            times.append(float(comm.share(mine).max()))
+            times.append(float(comm.gather_number(time.perf_counter() - start_s).max()))
         seconds[plan] = median(times[1:])
         del tried, work_P, delta_P, state
         comm.free_shared(kept)

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from fedmpi.codecs import bare
@@ -80,9 +79,7 @@ class Download:
             lengths = [batches.length(batch, rank, self._full_sizes, stride) for rank in ranks]
         else:  # a batch is one stripe then, a piece from each rank
             stride, vector = self.coder.stride, self._payloads
-            mine = np.zeros(len(ranks))
-            mine[self.comm.rank] = self._put_bytes
-            sizes = lengths = self.comm.share(mine).astype(int).tolist()
+            sizes = lengths = self.comm.gather_number(self._put_bytes).astype(int).tolist()
         self._put_bytes = 0
         room = batches.depth * stride
         parts = [(rank * room, length) for rank, length in enumerate(lengths)]

@@ -187,7 +187,7 @@ class Regional(Exchange):
                     torch.sub(result_P, self._start_P, out=self._delta_P)
                     exchange.add(self._as_one(weight, self._delta_P))
                 result_P = self._mean_P.copy_(self._start_P)
-            weight = _total(exchange.comm, weight)
+            weight = float(exchange.comm.gather_number(weight).sum())
             if weight > 0:
                 exchange.finish(result_P, Server(FedAvg(), self.layout.as_delta()), NoState())
         # The others' turn of this rank's outermost region, as its first rank knows it.
@@ -256,12 +256,6 @@ def _inside(level: Level, comm: Comm, params_P: torch.Tensor, facts: ExchangeCon
 def _leads(comm: Comm, facts: ExchangeContext) -> None:
     if comm.rank == 0 and not facts.hosted:
         raise ConfigError("exchange.regions: rank 0 leads its region, so it has to host a silo")
-
-
-def _total(comm: Comm, weight: float) -> float:
-    mine = np.zeros(comm.size)
-    mine[comm.rank] = weight
-    return float(comm.share(mine).sum())
 
 
 def _one_row(found: np.ndarray) -> None:

@@ -153,9 +153,7 @@ class Sharded(Exchange):
 
     def _length_of_all(self, part: torch.Tensor) -> int:
         """Of the vector of which every rank has its `shard`; it may be shorter than what is exchanged."""
-        lengths = np.zeros(self.comm.size)
-        lengths[self.comm.rank] = len(part)
-        return int(self.comm.share(lengths).sum())
+        return int(self.comm.gather_number(len(part)).sum())
 
     def _stripes_and_root(self, part: torch.Tensor, whole_P: torch.Tensor, num: int, gathers: bool) -> None:
         """Every owner's pieces of a vector of `num` elements into rank 0's, or rank 0's into the owners': stripe by
@@ -285,12 +283,12 @@ class Sharded(Exchange):
     def _look(self, server: Server, senders: list[Sender], batches: Iterable[int]) -> tuple[torch.Tensor, Server]:
         """The means of my pieces, and the server that knows how long the whole mean is. A call of all ranks."""
         means_S = torch.zeros(self.grid.num_owned(self.comm.rank), dtype=self.dtype, device=self.device)
-        squares = np.zeros(self.comm.size)
+        square = 0.0
         for batch in batches:
             for piece in self._batches.pieces(batch, self.comm.rank):
                 mean_S = means_S[self.grid.kept(piece)].copy_(self._mean(piece, senders))
-                squares[self.comm.rank] += server.look(mean_S, self.grid.part(piece).start)
-        return means_S, server.knowing(float(self.comm.share(squares).sum()))
+                square += server.look(mean_S, self.grid.part(piece).start)
+        return means_S, server.knowing(float(self.comm.gather_number(square).sum()))
 
     def _mean(self, piece: int, senders: list[Sender]) -> torch.Tensor:
         """A piece of mine, made one of all that arrived; valid until the next one's."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 
 from fedmpi.comm import Comm
@@ -132,11 +131,8 @@ class SharedMemory(Exchange):
         means: list[torch.Tensor] = []
         if server.reads_norms:  # of the whole mean, before anybody steps
             means = [self._mean(given, weight, part).clone() for part in parts]
-            squares = np.zeros(self.comm.size)
-            squares[self.comm.rank] = sum(
-                server.look(mean, part.start) for mean, part in zip(means, parts, strict=True)
-            )
-            server = server.knowing(float(self.comm.share(squares).sum()))
+            square = sum(server.look(mean, part.start) for mean, part in zip(means, parts, strict=True))
+            server = server.knowing(float(self.comm.gather_number(square).sum()))
         for number, part in enumerate(parts):
             mean = means[number] if means else self._mean(given, weight, part)
             new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[part] for tensor in state)), part.start)

@@ -98,9 +98,7 @@ def raise_failure(fed: Federation, status: np.ndarray, error: FedmpiError | None
     because of a notice has nothing to say."""
     if (status < FAILED).all():
         return
-    told = np.zeros(fed.comm.size)
-    told[fed.comm.rank] = 0 if error is None else error.exit_code
-    told = fed.comm.share(told)
+    told = fed.comm.gather_number(0 if error is None else error.exit_code)
     first = int(np.flatnonzero(told)[0]) if told.any() else 0
     text = fed.comm.broadcast_text("" if error is None else str(error), first)
     kind = ConfigError if told[first] == ConfigError.exit_code else SiloError
@@ -117,7 +115,5 @@ def _difference(fed: Federation, cohort: Sequence[str], others: list[int]) -> st
 
 
 def stop_reason(fed: Federation, status: np.ndarray) -> str:
-    mine = np.zeros(fed.comm.size)
-    mine[fed.comm.rank] = bool(fed.watch.reason)
-    first = int(np.argmax(fed.comm.share(mine)))
+    first = int(np.argmax(fed.comm.gather_number(bool(fed.watch.reason))))
     return f"{fed.comm.broadcast_text(fed.watch.reason, first)} (rank {first})"
