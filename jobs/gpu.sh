@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that runs on a GPU, against the CPU: a table, and runs/gpu.json. At most 8 minutes. Without a GPU it says so.
-#   bash jobs/gpu.sh [--quick] [ARGUMENT ...]      those of jobs/gpu.py; --quick: does it run?
+#   bash jobs/gpu.sh [--quick] [ARGUMENT ...]      those of jobs/bench/gpu.py; --quick: does it run?
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
@@ -11,5 +11,5 @@ RANKS=2
 . jobs/setup.sh
 mkdir -p runs
 status=0
-timeout --foreground -k 10 460 mpirun -n 2 python jobs/gpu.py --required --seconds 420 --json runs/gpu.json "$@" || status=$?
+timeout --foreground -k 10 460 mpirun -n 2 python jobs/bench/gpu.py --required --seconds 420 --json runs/gpu.json "$@" || status=$?
 exit $status

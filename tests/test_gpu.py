@@ -175,13 +175,13 @@ def test_kernels_have_a_deterministic_form_on_a_device(codec, deterministic):
     assert torch.equal(out_there.cpu(), out) and torch.equal(payload_there.cpu()[:num_bytes], payload[:num_bytes])
 
 
-# ---------------------------------------------------------------- jobs/gpu.py
+# ---------------------------------------------------------------- jobs/bench/gpu.py
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """The job's module, for one rank, with short vectors."""
-    spec = importlib.util.spec_from_file_location("jobs_gpu", Path(__file__).parents[1] / "jobs" / "gpu.py")
+    spec = importlib.util.spec_from_file_location("jobs_gpu", Path(__file__).parents[1] / "jobs" / "bench" / "gpu.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)

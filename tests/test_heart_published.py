@@ -20,7 +20,8 @@ def runs(n: int, root: Path) -> dict:
     return {(row["method"], row["seed"]): row for row in rows}
 
 
-# All of them on one rank; on several a rule that keeps state and servers that do. All seeds: jobs/reproduce_heart.sh.
+# All of them on one rank; on several ranks the rule and the servers that keep state.
+# All seeds: jobs/experiments/reproduce_heart.sh.
 METHODS = {
     1: ("FedAvg100", "FedProx100", "Scaffold100", "FedAdam100", "FedYogi100", "FedAdagrad100"),
     2: ("FedAdam100", "Scaffold100"),

@@ -191,13 +191,13 @@ def test_reproduce_heart_prints_published_beside_ours(checkout: Checkout) -> Non
     checkout.fake("mpirun", "echo noise\n" + "\n".join(f"echo '{line}'" for line in rows))
     checkout.fake("python", f'case "$1" in -) exec "{sys.executable}" "$@" ;; esac')
     folder = checkout.top / "elsewhere/flamby_heart"
-    missing = checkout.run("jobs/reproduce_heart.sh", FEDMPI_DATA=str(folder.parent))
+    missing = checkout.run("jobs/experiments/reproduce_heart.sh", FEDMPI_DATA=str(folder.parent))
     assert missing.returncode == 1 and "set FEDMPI_DATA" in missing.stderr and checkout.calls("mpirun") == []
     folder.mkdir(parents=True)
     (folder / "heart_traces.npz").touch()
-    assert checkout.run("jobs/reproduce_heart.sh --quick", FEDMPI_DATA=str(folder.parent)).returncode == 0
+    assert checkout.run("jobs/experiments/reproduce_heart.sh --quick", FEDMPI_DATA=str(folder.parent)).returncode == 0
     assert checkout.calls("mpirun") == [f"-n 2 python tests/programs/heart.py {folder.parent} replicated 42 FedAvg100"]
-    done = checkout.run("jobs/reproduce_heart.sh FedAvg100 FedProx100", FEDMPI_DATA=str(folder.parent))
+    done = checkout.run("jobs/experiments/reproduce_heart.sh FedAvg100 FedProx100", FEDMPI_DATA=str(folder.parent))
     assert done.returncode == 0, done.stderr
     assert checkout.calls("mpirun") == [
         f"-n 2 python tests/programs/heart.py {folder.parent} replicated all FedAvg100 FedProx100"
@@ -215,7 +215,7 @@ def job(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def opened(name, connects=True):
-        spec = importlib.util.spec_from_file_location(f"jobs_{name}", TOP / "jobs" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(f"jobs_{name}", next((TOP / "jobs").rglob(f"{name}.py")))
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
@@ -530,7 +530,9 @@ def test_gpu_says_that_there_is_none_and_starts_two_ranks_where_there_is_one(che
     assert (done.returncode, done.stdout) == (0, "gpu: no GPU\n") and checkout.calls("mpirun") == []
     checkout.fake("nvidia-smi", 'echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"')
     assert checkout.run("jobs/gpu.sh --quick", PATH=path).returncode == 4
-    assert checkout.calls("mpirun") == ["-n 2 python jobs/gpu.py --required --seconds 420 --json runs/gpu.json --quick"]
+    assert checkout.calls("mpirun") == [
+        "-n 2 python jobs/bench/gpu.py --required --seconds 420 --json runs/gpu.json --quick"
+    ]
 
 
 def test_the_ratio_of_two_commits_is_that_of_their_medians(job):

@@ -40,11 +40,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quick(checkout: Path, name: str, *arguments: str) -> str:
-    """What jobs/NAME --quick prints."""
+    """What the script with --quick prints."""
     inside = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PRTE_"))}
     path = os.pathsep.join(filter(None, [str(checkout / "src"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        ["bash", f"jobs/{name}", "--quick", *arguments],
+        ["bash", name, "--quick", *arguments],
         cwd=checkout,
         env={**inside, **ENVIRONMENT, "PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
@@ -58,28 +58,28 @@ def quick(checkout: Path, name: str, *arguments: str) -> str:
 
 
 def test_every_script_has_a_test_of_its_quick_form() -> None:
-    scripts = {path.name for path in (TOP / "jobs").glob("*.sh")}
     text = Path(__file__).read_text() + (TOP / "tests" / "test_jobs.py").read_text()
-    for name in sorted(scripts - APART):
-        assert f'"{name}"' in text or f'"jobs/{name} --quick' in text, f"jobs/{name} is run by no test"
-    for path in (TOP / "jobs").glob("*.py"):
-        assert "--quick" in path.read_text() or path.name == "first_batch.py", f"jobs/{path.name} has no --quick"
+    for path in sorted((TOP / "jobs").rglob("*.sh")):
+        name = str(path.relative_to(TOP))
+        assert path.name in APART or f'"{name}"' in text or f'"{name} --quick' in text, f"{name} is run by no test"
+    for path in (TOP / "jobs").rglob("*.py"):
+        assert "--quick" in path.read_text() or path.name == "first_batch.py", f"{path} has no --quick"
 
 
 def test_startup_says_how_long_the_first_batch_takes(checkout: Path) -> None:
-    figures = json.loads(quick(checkout, "startup.sh"))
+    figures = json.loads(quick(checkout, "jobs/bench/startup.sh"))
     assert figures["repeats"] == 1 and figures["first_batch_s"] > 0 < figures["imports_s"]
     assert figures["ratio"] == pytest.approx(figures["first_batch_s"] / figures["imports_s"], rel=0.05)
 
 
 def test_memory_is_told_by_number_of_silos(checkout: Path) -> None:
-    said = quick(checkout, "memory.sh")
+    said = quick(checkout, "jobs/bench/memory.sh")
     rows = re.findall(r"^(\d+) silos: rank 0 ([\d.]+) MiB, rank 1 ([\d.]+) MiB$", said, re.MULTILINE)
     assert [row[0] for row in rows] == ["4", "8"] and all(float(b) > 50 for row in rows for b in row[1:]), said
 
 
 def test_a_killed_run_resumes_to_the_same_bits(checkout: Path) -> None:
-    said = quick(checkout, "kill_resume.sh")
+    said = quick(checkout, "jobs/experiments/kill_resume.sh")
     shas = dict(re.findall(r"^(undisturbed|killed) +([0-9a-f]{64})", said, re.MULTILINE))
     assert "kill 1 after round" in said and shas["undisturbed"] == shas["killed"]
 
@@ -96,7 +96,7 @@ def test_two_commits_are_compared_in_turns(checkout: Path) -> None:
         [*who, "commit", "-qm", "two", "--allow-empty"],
     ):
         subprocess.run(["git", *command], cwd=checkout, check=True, timeout=60)
-    said = quick(checkout, "compare_commits.sh", "--ranks", "1", "--json", "found.json", "HEAD~1")
+    said = quick(checkout, "jobs/bench/compare_commits.sh", "--ranks", "1", "--json", "found.json", "HEAD~1")
     found = json.loads((checkout / "found.json").read_text())
     rows = {row["what"]: row for row in found["rows"]}
     assert {"exchange root identity", "exchange sharded identity", "federation: a round"} <= rows.keys()
@@ -112,7 +112,7 @@ def test_starts_without_what_a_program_counts_on_come_to_an_end(checkout: Path) 
     path = os.pathsep.join([str(checkout / ".venv/bin"), os.environ["PATH"]])
     source = os.pathsep.join(filter(None, [str(checkout / "src"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [PYTHON, "jobs/drill_starts.py", "--quick"],
+        [PYTHON, "jobs/experiments/drill_starts.py", "--quick"],
         cwd=checkout,
         env={**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": source},
         stdin=subprocess.DEVNULL,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mpi import PYTHON, mpirun
 
-JOB = Path(__file__).parents[1] / "jobs" / "steady.py"
+JOB = Path(__file__).parents[1] / "jobs" / "bench" / "steady.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What damage on disk does to a run: bits and bytes flipped and ends cut off, in every file of a run directory.
 
-    python jobs/drill_flips.py [--trials 500] [--seed 0] [--quick]
+    python jobs/experiments/drill_flips.py [--trials 500] [--seed 0] [--quick]
 
 Runs with `ucb`, `power_of_choice` and `fednova` are broken off after round 6 of 9. In every trial a copy is harmed
 once, looked at with inspect and eval, and resumed. One line a file and harm, how many trials each:

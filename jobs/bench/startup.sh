@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Start-up: from `mpirun -n 4` to the first batch, next to importing torch and mpi4py at the same n. In turns, medians.
-#   bash jobs/startup.sh [REPEATS | --quick]      --quick: once, on two ranks: does it run?
+#   bash jobs/bench/startup.sh [REPEATS | --quick]      --quick: once, on two ranks: does it run?
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 n=4 repeats=${1:-5}
 [ "$repeats" != --quick ] || n=2 repeats=1
 RANKS=$n
@@ -12,7 +12,7 @@ trap 'rm -rf "$out"' EXIT
 ours=() imports=()
 for i in $(seq "$repeats"); do
   start=$(date +%s.%N)
-  timeout 120 mpirun -n $n python jobs/first_batch.py "$out/$i" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
+  timeout 120 mpirun -n $n python jobs/bench/first_batch.py "$out/$i" >"$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
   ours+=("$(awk -v s="$start" '/first batch/ { t = $3 - s; if (t > m) m = t } END { print m }' "$out/log")")
   start=$(date +%s.%N)
   timeout 120 mpirun -n $n python -c 'import torch, mpi4py'

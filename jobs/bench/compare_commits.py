@@ -1,9 +1,9 @@
-"""Two commits on this machine, in turns: A B, B A, A B, ... What jobs/compare_commits.sh starts.
+"""Two commits on this machine, in turns: A B, B A, A B, ... What jobs/bench/compare_commits.sh starts.
 
-    python jobs/compare_commits.py [--quick] [--turns 5] [--ranks 2] [--params 25e6] [--json FILE] A [B]
+    python jobs/bench/compare_commits.py [--quick] [--turns 5] [--ranks 2] [--params 25e6] [--json FILE] A [B]
 
 Each is checked out into a folder of its own and run with this environment; configurations and jobs are its own.
-A row is a plan with its codec in `fedmpi bench exchange`, or a round in jobs/federation_cost.py: medians
+A row is a plan with its codec in `fedmpi bench exchange`, or a round in jobs/bench/federation_cost.py: medians
 over turns of each commit's seconds, and B's over A's, with the least and the most of a turn.
 """
 
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-TOP = Path(__file__).parents[1]
+TOP = Path(__file__).parents[2]
 PLANS = {name: name for name in ("root", "replicated", "sharded", "shared_memory")} | {"window": "shared_memory"}
 Seconds = dict[str, float]
 
@@ -52,9 +52,10 @@ def measured(folder: Path, given: argparse.Namespace) -> Seconds:
     for row in json.loads(_said([*launch, *exchange], folder, env)):
         if row["plan"] in PLANS:
             found[f"exchange {PLANS[row['plan']]} {row['codec']}"] = row["seconds"]["median"]
+    job = next(folder.glob("jobs/**/federation_cost.py"))  # jobs lay in one folder once
     cost = [
         sys.executable,
-        str(folder / "jobs/federation_cost.py"),
+        str(job),
         *(["--quick"] if given.quick else [str(given.rounds)]),
     ]
     config = folder / "configs" / ("digits.yaml" if given.quick else "fashion.yaml")

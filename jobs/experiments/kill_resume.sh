@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # kill -9 the whole job at random moments of one run, resume it each time, compare with a run that nobody disturbed.
-#   bash jobs/kill_resume.sh [KILLS] [CONFIG] [KEY=VALUE ...]
-#   bash jobs/kill_resume.sh --quick      one kill of a short run on two ranks: does it run?
+#   bash jobs/experiments/kill_resume.sh [KILLS] [CONFIG] [KEY=VALUE ...]
+#   bash jobs/experiments/kill_resume.sh --quick      one kill of a short run on two ranks: does it run?
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 n=4 rounds=120
 if [ "${1-}" = --quick ]; then
   n=2 rounds=30

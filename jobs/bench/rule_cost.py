@@ -1,6 +1,6 @@
 """What a local rule costs: its rounds against those of plain SGD with as many local steps.
 
-    mpirun -n 2 python jobs/rule_cost.py [--steps 20] [--turns 9] [--only RULE,RULE] [--quick] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/bench/rule_cost.py [--steps 20] [--turns 9] [--only RULE,RULE] [--quick] [KEY=VALUE ...]
 
 Fashion-MNIST, 4 silos, a LeNet-like CNN, batches of 64; every rule that its lr and steps are enough for, the others are
 named. All runs are open at once and take turns, a round each, in another order every turn; seconds are the slowest

@@ -1,6 +1,6 @@
 """Starts where something that every program counts on is not there: does each come to an end, with a true exit code?
 
-    python jobs/drill_starts.py [--starts 60] [--seed 0] [--only shm,memory,stdout,home,disk] [--quick]
+    python jobs/experiments/drill_starts.py [--starts 60] [--seed 0] [--only shm,memory,stdout,home,disk] [--quick]
 
     shm      /dev/shm holds 1 MiB                                (in a mount namespace of its own: root or user ones)
     memory   RLIMIT_AS from 0.5 to 4 GiB a rank

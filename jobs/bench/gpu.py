@@ -1,6 +1,6 @@
 """Everything that runs on a GPU, once, against the CPU: what jobs/gpu.sh starts.
 
-    mpirun -n 2 python jobs/gpu.py [--quick] [--required] [--seconds 400] [--only PART,...] [--json FILE]
+    mpirun -n 2 python jobs/bench/gpu.py [--quick] [--required] [--seconds 400] [--only PART,...] [--json FILE]
 
     kernels     every codec's kernels against `plain`, bit for bit, and their seconds in those of a copy on the device
     exchange    the same deltas through every plan, codec, aggregator and server optimizer, on both

@@ -1,6 +1,6 @@
 """Two commits on this machine: do ten configurations (rules, plans, codecs) end with the same bits?
 
-    python jobs/compare_bits.py [--quick] A [B]      with .venv/bin on PATH; B: HEAD unless given
+    python jobs/bench/compare_bits.py [--quick] A [B]      with .venv/bin on PATH; B: HEAD unless given
 
 Each commit trains them with its own code; a row is a configuration with the SHA-256 of its parameters under both, or
 the line with which a commit refuses it. The exit code is 1 where a row differs.
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-TOP = Path(__file__).parents[1]
+TOP = Path(__file__).parents[2]
 DIGITS = {
     "rounds": 4,
     "seed": 3,

@@ -1,6 +1,6 @@
 """The exchange inside `train`: seconds from deltas in place to parameters in place, and whether memory stands still.
 
-    mpirun -n 2 python jobs/steady.py [--params 25e6] [--rounds 30] [--quick] [EXCHANGE ...]
+    mpirun -n 2 python jobs/bench/steady.py [--params 25e6] [--rounds 30] [--quick] [EXCHANGE ...]
 
 EXCHANGE is what stands under `exchange:` in a configuration, such as '{plan: sharded, up: {codec: int8}}'; all plans
 and the usual codecs unless given. Silos only move their parameters a little, so that rounds are nothing but exchange.

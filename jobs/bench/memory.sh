@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Memory per rank with 4 and with 40 silos on the same 2 ranks and the same data: it should not differ.
-#   bash jobs/memory.sh [--quick]      --quick: one round on digits with 4 and 8 silos: does it run?
+#   bash jobs/bench/memory.sh [--quick]      --quick: one round on digits with 4 and 8 silos: does it run?
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . jobs/setup.sh
 config=configs/fashion.yaml rounds=2 most=40
 [ "${1-}" != --quick ] || config=configs/digits.yaml rounds=1 most=8

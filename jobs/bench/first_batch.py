@@ -1,6 +1,6 @@
-"""Says when each rank takes its first batch: what jobs/startup.sh runs.
+"""Says when each rank takes its first batch: what jobs/bench/startup.sh runs.
 
-mpirun -n 4 python jobs/first_batch.py OUT [KEY=VALUE ...]
+mpirun -n 4 python jobs/bench/first_batch.py OUT [KEY=VALUE ...]
 """
 
 import sys
@@ -24,7 +24,7 @@ def first(self: GradientRule, *arguments: Any, **named: Any) -> Iterator[tuple[t
 
 def main() -> None:
     GradientRule.batches = first  # type: ignore[method-assign]
-    config = Path(__file__).parents[1] / "configs" / "digits.yaml"
+    config = Path(__file__).parents[2] / "configs" / "digits.yaml"
     with Run(config, "rounds=1", f"out={sys.argv[1]}", *sys.argv[2:]) as run:
         list(run)
 

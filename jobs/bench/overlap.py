@@ -1,6 +1,6 @@
 """How much of the exchange `exchange.overlap` hides behind local training.
 
-    mpirun -n 2 python jobs/overlap.py [--params 25e6] [--rounds 8] [--plan replicated] [--quick]
+    mpirun -n 2 python jobs/bench/overlap.py [--params 25e6] [--rounds 8] [--plan replicated] [--quick]
 
 Local training is a stand-in, over twice as long as the exchange: one sleeps, as if a GPU worked; one computes on the
 rank's core, which the exchange then takes time of. Each is run without and with overlap, in turns, twice. Medians over

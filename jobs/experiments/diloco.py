@@ -1,6 +1,6 @@
 """DiLoCo against synchronous AdamW on the same tokens: losses, their ratio, and the bytes that were sent.
 
-    mpirun -n 2 python jobs/diloco.py [--rounds 60] [--steps 50] [--quick] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/experiments/diloco.py [--rounds 60] [--steps 50] [--quick] [KEY=VALUE ...]
 
 DiLoCo is configs/diloco_shakespeare.yaml. Synchronous AdamW is made from it: the same silos visit the same batches in
 the same order, but exchange after every one; the mean of their gradients is one step of one AdamW with the inner
@@ -34,7 +34,7 @@ from fedmpi.components import (
 )
 from fedmpi.server import Moments, Scheduled
 
-CONFIG = Path(__file__).parents[1] / "configs" / "diloco_shakespeare.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "diloco_shakespeare.yaml"
 QUICK = ["data.length=16", "data.stride=64", "model.layers=1", "model.width=16"]
 
 

@@ -1,6 +1,6 @@
 """What federation costs: rounds of `fedmpi.Run` against a plain loop that does the same local work and no exchange.
 
-    mpirun -n 2 python jobs/federation_cost.py [ROUNDS] [--quick] [--config FILE] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/bench/federation_cost.py [ROUNDS] [--quick] [--config FILE] [KEY=VALUE ...]
 
 Both do, on every rank, in turns: every silo of the rank from the global parameters through its local epochs, then the
 evaluation of its test data. The plain loop is what one would write in torch without fedmpi. Medians over rounds of the
@@ -23,7 +23,7 @@ import torch
 import fedmpi
 from fedmpi.comm import connect
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def plain_round(module: torch.nn.Module, silos: dict[str, Any], work: Any, batch: int) -> None:

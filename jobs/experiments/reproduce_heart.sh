@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Fed-Heart-Disease from the published starts and batch orders: accuracy per hospital, published (FLamby's benchmark)
 # beside ours, means over five seeds; and the largest distance of any final weight from the published one.
-#   bash jobs/reproduce_heart.sh [--quick] [METHOD ...]     FedAvg100, FedProx100, ...; all six if none is named
+#   bash jobs/experiments/reproduce_heart.sh [--quick] [METHOD ...]     FedAvg100, FedProx100, ...; all six if none is named
 #                                                           --quick: one seed of FedAvg100 alone: does it run?
 # The data are read from FEDMPI_DATA (or ./data): heart_disease/ and flamby_heart/.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${FEDMPI_DATA:-data}
 [ -f "$data/flamby_heart/heart_traces.npz" ] ||
   { echo "reproduce_heart: no flamby_heart/heart_traces.npz in $data; set FEDMPI_DATA" >&2; exit 1; }
