@@ -14,7 +14,7 @@ if [ "${1-}" = --fast ]; then
   shift
 fi
 export FEDMPI_FAST
-EXTRAS="report test" RANKS=4
+EXTRAS="report test docs" RANKS=4
 . jobs/setup.sh
 
 say() { echo "test: $*" >&2; }
@@ -90,6 +90,7 @@ elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require netns "network namespaces take root and the ip command" unshare --net ip link
   require mpich "pip could not install it" test -x "$mpich/bin/mpiexec"
   require byzfl "pip could not install it" is_byzfl_there
+  require docs "pip could not install mkdocs-material and codespell" python -m mkdocs --version
   require data "no data in FEDMPI_DATA or ../shared/data" test -d "${FEDMPI_DATA-}"
 fi
 export FEDMPI_REQUIRE

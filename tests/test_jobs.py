@@ -147,7 +147,7 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     done = checkout.run("jobs/test.sh -k x", FEDMPI_DATA=str(checkout.top / "data"))
     assert done.returncode == 5  # mypy runs beside the tests, and is asked last
     assert "tests that need netns may be skipped" in done.stderr
-    assert re.search("requires mpi,(slurm,)?strace,mpich,byzfl,data$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search("requires mpi,(slurm,)?strace,mpich,byzfl,docs,data$", done.stdout, re.MULTILINE), done.stdout
     calls = (checkout.top / "calls").read_text()
     assert "pytest -q -n 3 --dist loadscope --no-loadscope-reorder -k x" in calls and "apt-get" not in calls
     checkout.fake("pytest", "exit 0")

@@ -1,0 +1,117 @@
+"""README and docs/: blocks run, links lead somewhere, pages are short, the reference is up to date, the site builds."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mpi import absent
+
+TOP = Path(__file__).parents[2]
+PROGRAM = TOP / "tests/programs/page.py"
+TOP_PAGES = [TOP / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+LATER = ("README.md",)  # to be rewritten
+PAGES = [page for page in TOP_PAGES if page.exists() and page.name not in LATER] + sorted((TOP / "docs").rglob("*.md"))
+MOST_LINES = 300
+
+_spec = importlib.util.spec_from_file_location("page", PROGRAM)
+page_program = importlib.util.module_from_spec(_spec)
+sys.modules["page"] = page_program
+_spec.loader.exec_module(page_program)
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(TOP).as_posix())
+
+
+def to_run(page):
+    return [b for b in page_program.blocks(page) if b.language in page_program.RUN and b.reason is None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if to_run(p)], ids=lambda page: page.relative_to(TOP).as_posix())
+def test_the_blocks_of_a_page_run(page):
+    launches = any("mpirun" in block.text or "mpiexec" in block.text for block in to_run(page))
+    if launches and not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()):
+        absent("mpi", "the page starts ranks, and there is no mpirun")
+    env = {**os.environ, "PYTHONPATH": f"{TOP / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, PROGRAM, page], capture_output=True, text=True, timeout=240, env=env, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert len(re.findall(r"^/.*:\d+: \w+, ", done.stdout, re.MULTILINE)) == len(to_run(page))
+
+
+@each_page
+def test_every_block_names_its_language_and_every_skip_its_reason(page):
+    known = (*page_program.RUN, *page_program.SHOWN)
+    for block in page_program.blocks(page):
+        assert block.language in known, f"{page}:{block.line}: the language is '{block.language}', of {known}"
+        assert block.reason is None or len(block.reason.split()) >= 3, f"{page}:{block.line}: give a reason"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("```bash\nfalse\ntrue\n```\n", "exit code 1"),
+        ("```python\nassert 1 == 2\n```\n", "AssertionError"),
+        ("```yaml\nlocal: {name: sgd, lr: 0.1, epochs: 1, rte: 1}\n```\n", "rte"),
+    ],
+)
+def test_a_block_that_fails_fails_the_page(tmp_path, text, why):
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- not run: an example of it -->\n```bash\nfalse\n```\n\n{text}")
+    done = subprocess.run([sys.executable, PROGRAM, page], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and why in done.stderr and f"{page}:6:" in done.stderr
+
+
+@each_page
+def test_a_page_is_short(page):
+    assert len(page.read_text().splitlines()) < MOST_LINES
+
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page):
+    """What a link into a page may name: its headings as code hosts and mkdocs write them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    heads = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", head.lower()).strip()) for head in heads}
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in LINK.findall(text):
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page}: {link}"
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{page}: {link}: no such heading"
+
+
+def test_the_spelling_is_right():
+    if importlib.util.find_spec("codespell_lib") is None:
+        absent("docs", "codespell is not installed (pip install fedmpi[docs])")
+    folders = ("src", "docs", "jobs", "tests", "configs", "slurm", "examples", *(page.name for page in TOP_PAGES))
+    there = [folder for folder in folders if (TOP / folder).exists()]
+    command = [sys.executable, "-m", "codespell_lib", "--config", "setup.cfg", *there]
+    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (TOP / "mkdocs.yml").exists(), reason="there is no mkdocs.yml")
+def test_the_site_builds_without_a_warning(tmp_path):
+    if importlib.util.find_spec("material") is None:
+        absent("docs", "mkdocs-material is not installed (pip install fedmpi[docs])")
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(TOP / "src")}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=200, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site/index.html").exists()
