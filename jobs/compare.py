@@ -52,17 +52,25 @@ DIVERGED = "diverged.txt"  # in the directory of a run that did: why
 class Grid:
     """What is compared."""
 
-    algorithms: Changes  # name: {key: value}
-    base: str | dict[str, Any] = ""  # what they change: a configuration's file, or its keys
-    partitions: Changes | None = None  # name: {key: value}; null: one, as the base has it
-    seeds: list[NonNegativeInt] | None = None  # null: the base's
-    out: str | None = None  # null: runs/ and the name of the grid's file
-    # of a record, to be compared; null: the run's metric; personal_accuracy: of what silos would use, which is the
-    # global model where they have none of their own
+    algorithms: Changes
+    """name: {key: value}"""
+    base: str | dict[str, Any] = ""
+    """what they change: a configuration's file, or its keys"""
+    partitions: Changes | None = None
+    """name: {key: value}; null: one, as the base has it"""
+    seeds: list[NonNegativeInt] | None = None
+    """null: the base's"""
+    out: str | None = None
+    """null: runs/ and the name of the grid's file"""
     figure: str | None = None
-    over: Literal["samples", "silos"] = "samples"  # pooled over all test samples, or the mean of the silos' figures
-    target: float | None = None  # of that figure
-    published: dict[str, dict[str, float]] | None = None  # partition: {algorithm: figure}
+    """of a record, to be compared; null: the run's metric; personal_accuracy: of what silos would use, which is the
+    global model where they have none of their own"""
+    over: Literal["samples", "silos"] = "samples"
+    """pooled over all test samples, or the mean of the silos' figures"""
+    target: float | None = None
+    """of that figure"""
+    published: dict[str, dict[str, float]] | None = None
+    """partition: {algorithm: figure}"""
 
 
 class Cell(NamedTuple):

@@ -28,9 +28,12 @@ class Blobs:
     """Two clouds of points a silo; what may be wrong with data can be asked for."""
 
     sizes: tuple[int, ...] = (20, 30, 50)
-    infinite: str = ""  # a silo one of whose samples is not finite
-    shape: tuple[int, ...] = (4,)  # what the dataset says
-    declared: int | None = None  # what it says of the sizes
+    infinite: str = ""
+    """a silo one of whose samples is not finite"""
+    shape: tuple[int, ...] = (4,)
+    """what the dataset says"""
+    declared: int | None = None
+    """what it says of the sizes"""
     task: Any = "classification"
 
     def source(self, seed):

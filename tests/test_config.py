@@ -13,8 +13,8 @@ import yaml
 import fedmpi
 from fedmpi.aggregate import AGGREGATORS
 from fedmpi.attacks import ATTACKS
-from fedmpi.catalogue import FAMILIES, lines
-from fedmpi.components import Deferred, build, hints, to_dict
+from fedmpi.catalogue import FAMILIES, descriptions, lines
+from fedmpi.components import Deferred, build, component, hints, to_dict
 from fedmpi.config import Config, differences, digest, flatten, load, origin_of
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.plans import PLANS
@@ -453,10 +453,53 @@ def test_the_list_says_a_sentence_of_every_member_and_explains_every_field(famil
     assert text[at].endswith(".") and text[at].count("(") == text[at].count(")")
     below = itertools.takewhile(lambda line: line.startswith("    "), text[at + 1 :])
     fields = [line for line in below if line[4] != " "]  # not those of what is in a field
+    described = descriptions(cls)
     assert [line.split()[0] for line in fields] == list(hints(cls)) and all("  # " in line for line in fields)
+    assert all(f"  # {described[line.split()[0]]}" in line for line in fields)
 
 
-def test_the_list_has_the_paper_and_what_stands_above_a_field():
+@component
+class Parent:
+    """What another is made from."""
+
+    kept: int = 1
+    """said of the parent's
+    in two lines"""
+    said_again: int = 2
+    """said of the parent's"""
+    unsaid: int = 3  # a comment is for the code's readers
+
+
+@component
+class Child(Parent):
+    """Made from another."""
+
+    said_again: int = 4
+    """said of the child's"""
+    own: float = 0.5
+    """its own"""
+
+
+def test_the_list_says_what_stands_below_a_field_or_below_the_parents(monkeypatch):
+    monkeypatch.setitem(FAMILIES["schedules"][0].members, "child", Child)
+    assert lines("child")[1:-1] == [
+        "  child: Made from another.",
+        "    kept = 1  # said of the parent's in two lines",
+        "    said_again = 4  # said of the child's",
+        "    unsaid = 3",
+        "    own = 0.5  # its own",
+    ]
+
+
+def test_a_component_without_source_is_listed_without_descriptions(monkeypatch):
+    source = '@component\nclass Typed:\n    "Made in a session."\n    rate: float = 0.5\n    "of it"\n'
+    session = {"component": component, "__name__": "session"}
+    exec(source, session)
+    monkeypatch.setitem(FAMILIES["schedules"][0].members, "typed", session["Typed"])
+    assert lines("typed")[1:-1] == ["  typed: Made in a session.", "    rate = 0.5"]
+
+
+def test_the_list_has_the_paper_and_what_stands_below_a_field():
     told = "\n".join(lines("aggregators") + lines("rules") + lines("servers"))
     for paper in (
         "Wang et al. 2020",

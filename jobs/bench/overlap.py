@@ -57,8 +57,10 @@ class Noise:
 class StandIn(LocalRule):
     """Local training that only takes its time."""
 
-    naps: int = 0  # of a hundredth of a second
-    products: int = 0  # of two matrices
+    naps: int = 0
+    """of a hundredth of a second"""
+    products: int = 0
+    """of two matrices"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         model.load(params_P)

@@ -43,12 +43,18 @@ class AdamW(Scheduled):
     """AdamW on the server (Loshchilov & Hutter 2019, Algorithm 2), of gradients that arrive as deltas of one SGD step
     with lr 1; with bias correction, as torch.optim.AdamW."""
 
-    lr: NonNegativeFloat = 1e-3  # step size
-    steps: PositiveInt = 1  # to a round of the schedule
-    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay of the mean of gradients, and of their squares
-    eps: PositiveFloat = 1e-8  # added to the square root
-    weight_decay: NonNegativeFloat = 1e-2  # of the parameters, times lr
-    number: NonNegativeInt = 0  # of the round; `at` sets it
+    lr: NonNegativeFloat = 1e-3
+    """step size"""
+    steps: PositiveInt = 1
+    """to a round of the schedule"""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """decay of the mean of gradients, and of their squares"""
+    eps: PositiveFloat = 1e-8
+    """added to the square root"""
+    weight_decay: NonNegativeFloat = 1e-2
+    """of the parameters, times lr"""
+    number: NonNegativeInt = 0
+    """of the round; `at` sets it"""
 
     def init(self, params_P: torch.Tensor) -> Moments:
         return Moments(torch.zeros_like(params_P), torch.zeros_like(params_P))

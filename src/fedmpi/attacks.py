@@ -46,9 +46,12 @@ class Attack:
     omniscient: ClassVar[bool] = False  # does it read what the honest silos send?
     tasks: ClassVar[Collection[str]] = ()  # for which it is defined; empty: all
 
-    silos: list[str] | None = None  # ids of the hostile silos; or give `count`
-    count: PositiveInt | None = None  # hostile silos: the last so many of the federation
-    local: Annotated[LocalRule, RULES] | None = None  # how hostile silos train; null: as the others
+    silos: list[str] | None = None
+    """ids of the hostile silos; or give `count`"""
+    count: PositiveInt | None = None
+    """hostile silos: the last so many of the federation"""
+    local: Annotated[LocalRule, RULES] | None = None
+    """how hostile silos train; null: as the others"""
 
     @pydantic.model_validator(mode="after")
     def _one_of_both(self) -> Attack:
@@ -106,7 +109,8 @@ class SignFlip(Attack):
     """-scale * delta (Li et al. 2019, RSA: Byzantine-Robust Stochastic Aggregation Methods, sign-flipping attack, whose
     sigma is -4; with 1 it is the bit flip of Karimireddy et al. 2022)."""
 
-    scale: PositiveFloat = 1.0  # what the flipped delta is multiplied with
+    scale: PositiveFloat = 1.0
+    """what the flipped delta is multiplied with"""
 
     def on_delta(self, delta_P: torch.Tensor, key: int) -> None:
         delta_P.mul_(-self.scale)
@@ -134,7 +138,8 @@ class Noise(Attack):
     """Gaussian noise in place of the delta, drawn anew by seed, round and silo (Blanchard et al. 2017, Machine Learning
     with Adversaries, experiments: mean 0, isotropic, standard deviation 200)."""
 
-    sigma: PositiveFloat  # standard deviation of every coordinate, in units of the delta
+    sigma: PositiveFloat
+    """standard deviation of every coordinate, in units of the delta"""
 
     def on_delta(self, delta_P: torch.Tensor, key: int) -> None:
         drawn_P = torch.randn(len(delta_P), generator=torch.Generator().manual_seed(key >> 1))
@@ -156,7 +161,8 @@ class Alie(Attack):
 
     omniscient: ClassVar[bool] = True
 
-    z: PositiveFloat | None = None  # standard deviations from the mean; null: z_max
+    z: PositiveFloat | None = None
+    """standard deviations from the mean; null: z_max"""
 
     @staticmethod
     def z_max(num_silos: int, num_hostile: int) -> float:
@@ -184,7 +190,8 @@ class Ipm(Attack):
 
     omniscient: ClassVar[bool] = True
 
-    epsilon: PositiveFloat = 0.1  # length, in means of the honest deltas
+    epsilon: PositiveFloat = 0.1
+    """length, in means of the honest deltas"""
 
     def on_honest(self, deltas_HS: torch.Tensor, silos_H: Sequence[str], num_hostile: int) -> torch.Tensor:
         return deltas_HS.mean(dim=0).mul_(-self.epsilon)
@@ -201,7 +208,8 @@ class Mimic(Attack):
 
     omniscient: ClassVar[bool] = True
 
-    target: str | None = None  # id of the honest silo that is copied; null: the first of the federation
+    target: str | None = None
+    """id of the honest silo that is copied; null: the first of the federation"""
 
     def hostile(self, ids: Sequence[str]) -> frozenset[str]:
         chosen = super().hostile(ids)

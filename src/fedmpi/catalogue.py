@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import inspect
 import json
 import re
-import textwrap
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal
+
+import pydantic
 
 from fedmpi.aggregate import AGGREGATORS
 from fedmpi.attacks import ATTACKS
@@ -118,7 +118,8 @@ def _in_members(family: Family, name: str) -> list[str]:
 def _field(cls: type, name: str) -> list[str]:
     """One field, and what is in it."""
     lines, names = _fields(cls), list(hints(cls))
-    inner = section_of(hints(cls)[name])
+    known = hints(cls)[name]
+    inner = section_of(known) if family_of(known) is None else None
     return [lines[names.index(name)], *(f"  {line}" for line in (_nested(inner) if inner is not None else []))]
 
 
@@ -155,7 +156,7 @@ def _nested(cls: type) -> list[str]:
 @functools.cache
 def _fields(cls: type) -> list[str]:
     text = []
-    comments = _comments(cls)
+    described = descriptions(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         known = hints(cls)[field.name]
         factory = getattr(field.default, "default_factory", None) or field.default_factory  # pydantic's or its own
@@ -165,7 +166,7 @@ def _fields(cls: type) -> list[str]:
             default = f" = {_short(to_dict(field.default, known), section_of(known) is not None)}"
         else:
             default = " (required)"
-        comment = comments.get(field.name) or _doc(known)
+        comment = described.get(field.name) or (_doc(known) if dataclasses.is_dataclass(known) else "")
         comment = " ".join(filter(None, (comment, _allowed(known, f"{default} {comment}"))))
         text.append(f"  {field.name}{default}" + (f"  # {comment}" if comment else ""))
     return text
@@ -219,23 +220,18 @@ def _doc(annotation: object) -> str:
     return re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(paragraph.split()))[0]
 
 
-def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field, or right above it, in the class or those it is made from."""
+def descriptions(cls: type) -> dict[str, str]:
+    """The docstring below each field, of the class or of those it is made from.
+
+    pydantic reads it (`use_attribute_docstrings`) from a dataclass of the same name and place. `component` does not ask
+    for it: parsing the source of all members would add over 200 ms to every start. Without source there are none.
+    """
+    config = pydantic.ConfigDict(use_attribute_docstrings=True)
     found: dict[str, str] = {}
-    for part in reversed(cls.__mro__[:-1]):
-        try:
-            source = textwrap.dedent(inspect.getsource(part))
-        except (OSError, TypeError):
-            continue
-        lines = source.splitlines()
-        for statement in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
-                above = first
-                while lines[above - 1].strip().startswith("# "):
-                    above -= 1
-                behind = [line.partition("  # ")[2] for line in lines[first:last] if "  # " in line]
-                said = behind or [line.strip().removeprefix("# ") for line in lines[above:first]]
-                if said:
-                    found[statement.target.id] = " ".join(said)
+    for part in reversed(cls.__mro__):
+        names = vars(part).get("__dataclass_fields__", {}).keys() & vars(part).get("__annotations__", {}).keys()
+        place = {"__module__": part.__module__, "__qualname__": part.__qualname__, "__pydantic_config__": config}
+        twin = dataclasses.make_dataclass(part.__name__, [(name, Any) for name in names], namespace=place)
+        fields = pydantic.TypeAdapter(twin).json_schema().get("properties", {})
+        found |= {name: " ".join(said["description"].split()) for name, said in fields.items() if "description" in said}
     return found

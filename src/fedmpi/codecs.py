@@ -308,7 +308,8 @@ class Int8(Codec):
     (7, [127, -64, 13])
     """
 
-    rounding: Rounding = "nearest"  # stochastic: unbiased, up or down by chance
+    rounding: Rounding = "nearest"
+    """stochastic: unbiased, up or down by chance"""
 
     @property
     def unbiased(self) -> bool:
@@ -333,7 +334,8 @@ class Int4(Codec):
     Stochastic rounding needs no damping: its error is at most 0.75 of a block's square norm on average.
     """
 
-    rounding: Rounding = "nearest"  # stochastic: unbiased, up or down by chance
+    rounding: Rounding = "nearest"
+    """stochastic: unbiased, up or down by chance"""
 
     @property
     def unbiased(self) -> bool:
@@ -360,7 +362,8 @@ class QSGD(Codec):
     paper's magnitude and sign.
     """
 
-    levels: Annotated[int, pydantic.Field(ge=1, le=127)] = 7  # s of the paper: steps from 0 to the norm
+    levels: Annotated[int, pydantic.Field(ge=1, le=127)] = 7
+    """s of the paper: steps from 0 to the norm"""
 
     @property
     def unbiased(self) -> bool:
@@ -410,8 +413,10 @@ class Uniform(Codec):
     brings the rest across.
     """
 
-    step: PositiveFloat = 1e-4  # s, in units of what is encoded: of weighted deltas, where weights are folded in
-    max_bits: Annotated[int, pydantic.Field(ge=2, le=16)] = 16  # sign included
+    step: PositiveFloat = 1e-4
+    """s, in units of what is encoded: of weighted deltas, where weights are folded in"""
+    max_bits: Annotated[int, pydantic.Field(ge=2, le=16)] = 16
+    """sign included"""
 
     @property
     def fixed(self) -> bool:
@@ -527,9 +532,12 @@ class TopK(Codec):
 
     chooses = True
 
-    ratio: PositiveFraction = 0.01  # of the values that travel, at least one
-    indices: Literal["packed", "int32"] = "packed"  # int32: 4 bytes each
-    values: Values = Identity()  # how the chosen values travel: identity, bf16, int8, ...
+    ratio: PositiveFraction = 0.01
+    """of the values that travel, at least one"""
+    indices: Literal["packed", "int32"] = "packed"
+    """int32: 4 bytes each"""
+    values: Values = Identity()
+    """how the chosen values travel: identity, bf16, int8, ..."""
 
     @property
     def _plain(self) -> bool:
@@ -577,9 +585,12 @@ class Threshold(Codec):
 
     chooses = True
 
-    threshold: PositiveFloat = 1e-3  # in units of what is encoded: of weighted deltas, where weights are folded in
-    max_ratio: PositiveFraction = 0.01  # of the values that may travel, at least one
-    values: Values = Identity()  # how the chosen values travel: identity, bf16, int8, ...
+    threshold: PositiveFloat = 1e-3
+    """in units of what is encoded: of weighted deltas, where weights are folded in"""
+    max_ratio: PositiveFraction = 0.01
+    """of the values that may travel, at least one"""
+    values: Values = Identity()
+    """how the chosen values travel: identity, bf16, int8, ..."""
 
     @property
     def fixed(self) -> bool:
@@ -623,8 +634,10 @@ class ChunkTopK(Codec):
     chunk's least chosen one to its largest: two float32 a chunk. None loses more than its own value.
     """
 
-    keep: Annotated[int, pydantic.Field(ge=1, le=CHUNK)] = 64  # of 4096; in proportion, rounded up, in the last chunk
-    bits: Literal[4, 2] = 4  # a value, its sign included
+    keep: Annotated[int, pydantic.Field(ge=1, le=CHUNK)] = 64
+    """of 4096; in proportion, rounded up, in the last chunk"""
+    bits: Literal[4, 2] = 4
+    """a value, its sign included"""
 
     def max_bytes(self, num_values: int) -> int:
         whole, rest = divmod(num_values, CHUNK)
@@ -648,7 +661,8 @@ class RandK(Codec):
     unbiased with omega = n / k - 1; feedback sends the values as they are.
     """
 
-    ratio: PositiveFraction = 0.01  # of the values that travel, at least one
+    ratio: PositiveFraction = 0.01
+    """of the values that travel, at least one"""
 
     @property
     def linear(self) -> bool:

@@ -42,7 +42,10 @@ NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def component(cls: type[T]) -> type[T]:
-    """The class as a frozen dataclass that checks its fields, takes them by name only and knows no others."""
+    """The class as a frozen dataclass that checks its fields, takes them by name only and knows no others.
+
+    The docstring below a field is its description, which `fedmpi list` shows (catalogue.descriptions).
+    """
     config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, coerce_numbers_to_str=True)
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
     return typing.cast(type[T], made)

@@ -48,33 +48,42 @@ from fedmpi.types import Dataset
 class ServerSection:
     """The step that the aggregate is for, and whether rank 0 is kept free for it."""
 
-    optimizer: Annotated[ServerOptimizer, OPTIMIZERS] = FedAvg()  # how the aggregate moves the parameters
-    average: Average | None = None  # over rounds, of the parameters: evaluated and saved in their place
-    dedicated: bool = False  # rank 0 hosts no silo
+    optimizer: Annotated[ServerOptimizer, OPTIMIZERS] = FedAvg()
+    """how the aggregate moves the parameters"""
+    average: Average | None = None
+    """over rounds, of the parameters: evaluated and saved in their place"""
+    dedicated: bool = False
+    """rank 0 hosts no silo"""
 
 
 @component
 class CheckpointSection:
     """What is kept on disk to restart from."""
 
-    every: PositiveInt = 5  # rounds between checkpoints; one is always written at the end and on a stop
-    keep: PositiveInt = 3  # newest checkpoints kept, besides the best round, which need not be due for one
+    every: PositiveInt = 5
+    """rounds between checkpoints; one is always written at the end and on a stop"""
+    keep: PositiveInt = 3
+    """newest checkpoints kept, besides the best round, which need not be due for one"""
 
 
 @component
 class ResumeSection:
     """What is done where a resumed run is not quite what was begun."""
 
-    code: Literal["refuse", "warn"] = "refuse"  # where code of your own has changed since; it is kept in OUT/code
+    code: Literal["refuse", "warn"] = "refuse"
+    """where code of your own has changed since; it is kept in OUT/code"""
 
 
 @component
 class EvaluateSection:
     """Evaluation of the global model on the silos' test data."""
 
-    every: PositiveInt = 1  # rounds between evaluations; the last round is always evaluated
-    batch_size: PositiveInt = 1024  # samples at a time
-    finetune: Annotated[LocalRule, RULES] | None = None  # how silos train the last model on for personal figures
+    every: PositiveInt = 1
+    """rounds between evaluations; the last round is always evaluated"""
+    batch_size: PositiveInt = 1024
+    """samples at a time"""
+    finetune: Annotated[LocalRule, RULES] | None = None
+    """how silos train the last model on for personal figures"""
 
     def conflicts(self, config: Config) -> str | None:
         """Fine-tuning that is none, or that is not what personal figures are of."""
@@ -93,26 +102,34 @@ class EvaluateSection:
 class CommSection:
     """How ranks wait for each other."""
 
-    timeout_s: PositiveFloat = 300.0  # for a rank that says nothing, beyond the longest round; ranks that train say so
+    timeout_s: PositiveFloat = 300.0
+    """for a rank that says nothing, beyond the longest round; ranks that train say so"""
 
 
 @component
 class DeviceSection:
     """Where a rank trains."""
 
-    name: str = "auto"  # auto (a GPU where there is one), cpu or cuda
-    share: bool = False  # may several ranks use one GPU?
+    name: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda"""
+    share: bool = False
+    """may several ranks use one GPU?"""
 
 
 @component
 class RecordsSection:
     """What is written besides metrics.jsonl and trace.json, and what records have besides the rest."""
 
-    trace: bool = True  # trace.json; off for a thousand ranks
-    tensorboard: bool = False  # events under OUT/tensorboard; needs the extra `report`
-    sinks: tuple[Annotated[Any, SINKS], ...] = ()  # where records go besides; your own: package.module:Class
-    gram: bool | Literal["matrix"] = False  # deltas' diversity and cosines; matrix: all cosines; needs scope: silo
-    measure: tuple[Annotated[Measurement, MEASUREMENTS], ...] = ()  # what else of a round goes into its record
+    trace: bool = True
+    """trace.json; off for a thousand ranks"""
+    tensorboard: bool = False
+    """events under OUT/tensorboard; needs the extra `report`"""
+    sinks: tuple[Annotated[Any, SINKS], ...] = ()
+    """where records go besides; your own: package.module:Class"""
+    gram: bool | Literal["matrix"] = False
+    """deltas' diversity and cosines; matrix: all cosines; needs scope: silo"""
+    measure: tuple[Annotated[Measurement, MEASUREMENTS], ...] = ()
+    """what else of a round goes into its record"""
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -147,24 +164,40 @@ class RecordsSection:
 class Config:
     """A whole run."""
 
-    rounds: PositiveInt = 20  # rounds to have done at the end
-    seed: NonNegativeInt = 0  # of every random number
-    out: str = "runs/run"  # the run directory; one that holds a checkpoint is resumed
-    init: str | InitSection | None = None  # a file of parameters to start from; `fedmpi list init`
-    data: Annotated[Dataset, DATASETS] = Digits()  # whose samples
-    model: Annotated[Any, MODELS] = Logistic()  # what is trained
-    objective: Objective = Objective()  # loss and metric; by the data's task unless given
-    local: Annotated[LocalRule, RULES] = Sgd(lr=0.05, epochs=1)  # how a silo trains
-    runner: Annotated[SiloRunner, RUNNERS] = Sequential()  # how the silos of a rank take turns
-    select: Annotated[Selector, SELECTORS] = All()  # who takes part
-    updates: tuple[Annotated[Transform, TRANSFORMS], ...] = ()  # what happens to updates before they are exchanged
-    aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()  # how deltas become one
-    attack: Annotated[Attack, ATTACKS] | None = None  # what hostile silos do; needs `experimental: true`
-    experimental: bool = False  # allows what is for experiments alone: attack
+    rounds: PositiveInt = 20
+    """rounds to have done at the end"""
+    seed: NonNegativeInt = 0
+    """of every random number"""
+    out: str = "runs/run"
+    """the run directory; one that holds a checkpoint is resumed"""
+    init: str | InitSection | None = None
+    """a file of parameters to start from; `fedmpi list init`"""
+    data: Annotated[Dataset, DATASETS] = Digits()
+    """whose samples"""
+    model: Annotated[Any, MODELS] = Logistic()
+    """what is trained"""
+    objective: Objective = Objective()
+    """loss and metric; by the data's task unless given"""
+    local: Annotated[LocalRule, RULES] = Sgd(lr=0.05, epochs=1)
+    """how a silo trains"""
+    runner: Annotated[SiloRunner, RUNNERS] = Sequential()
+    """how the silos of a rank take turns"""
+    select: Annotated[Selector, SELECTORS] = All()
+    """who takes part"""
+    updates: tuple[Annotated[Transform, TRANSFORMS], ...] = ()
+    """what happens to updates before they are exchanged"""
+    aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()
+    """how deltas become one"""
+    attack: Annotated[Attack, ATTACKS] | None = None
+    """what hostile silos do; needs `experimental: true`"""
+    experimental: bool = False
+    """allows what is for experiments alone: attack"""
     server: ServerSection = ServerSection()
-    engine: Annotated[Engine, ENGINES] = Synchronous()  # how rounds follow one another
+    engine: Annotated[Engine, ENGINES] = Synchronous()
+    """how rounds follow one another"""
     exchange: ExchangeSection = ExchangeSection()
-    disclose: Disclose = "silo"  # which figures of single silos leave their rank: all, who took part, or sums alone
+    disclose: Disclose = "silo"
+    """which figures of single silos leave their rank: all, who took part, or sums alone"""
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     resume: ResumeSection = ResumeSection()

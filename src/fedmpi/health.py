@@ -27,10 +27,14 @@ Factor = Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)]
 class StopSection:
     """When a run gives up because it diverges: it ends with exit code 1, the last good round on disk. null: never."""
 
-    not_finite: bool = True  # at once, when the training loss is not finite
-    loss_factor: Factor | None = 100.0  # when the training loss is so many times its median and above the first
-    norm_factor: Factor | None = 100.0  # when the mean norm of deltas is so many times its median
-    patience: PositiveInt = 3  # rounds, one after the other, of which one of the two holds
+    not_finite: bool = True
+    """at once, when the training loss is not finite"""
+    loss_factor: Factor | None = 100.0
+    """when the training loss is so many times its median and above the first"""
+    norm_factor: Factor | None = 100.0
+    """when the mean norm of deltas is so many times its median"""
+    patience: PositiveInt = 3
+    """rounds, one after the other, of which one of the two holds"""
 
 
 class Health:

@@ -82,8 +82,10 @@ def _fill(module: nn.Module, source: Source) -> None:
 class Logistic:
     """Logistic regression, or linear regression: one linear layer, logits out; parameters are weights, then bias."""
 
-    inputs: PositiveInt | None = None  # values of a sample; null: as the data
-    classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
+    inputs: PositiveInt | None = None
+    """values of a sample; null: as the data"""
+    classes: PositiveInt | None = None
+    """classes, or targets of a regression; null: as the data"""
 
     def build(self, source: Source) -> nn.Module:
         """Flatten, linear."""
@@ -95,10 +97,14 @@ class Logistic:
 class MLP:
     """Linear layers with an activation between them; the default is the 2NN of McMahan et al. 2017, section 3."""
 
-    hidden: tuple[PositiveInt, ...] = (200, 200)  # widths of the hidden layers
-    activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"  # after every hidden layer
-    inputs: PositiveInt | None = None  # values of a sample; null: as the data
-    classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
+    hidden: tuple[PositiveInt, ...] = (200, 200)
+    """widths of the hidden layers"""
+    activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"
+    """after every hidden layer"""
+    inputs: PositiveInt | None = None
+    """values of a sample; null: as the data"""
+    classes: PositiveInt | None = None
+    """classes, or targets of a regression; null: as the data"""
 
     def build(self, source: Source) -> nn.Module:
         """Flatten, hidden layers, linear."""
@@ -118,10 +124,14 @@ class CNN:
     (LeCun et al. 1998) has other pooling, activations and connections. Images below 16x16 need `padding`.
     """
 
-    kernel: PositiveInt = 5  # side of both convolutions, pixels
-    padding: NonNegativeInt = 0  # zeros around both convolutions' inputs, pixels; 8x8 images need 2
-    inputs: PositiveInt | None = None  # channels of an image; null: as the data
-    classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
+    kernel: PositiveInt = 5
+    """side of both convolutions, pixels"""
+    padding: NonNegativeInt = 0
+    """zeros around both convolutions' inputs, pixels; 8x8 images need 2"""
+    inputs: PositiveInt | None = None
+    """channels of an image; null: as the data"""
+    classes: PositiveInt | None = None
+    """classes, or targets of a regression; null: as the data"""
 
     def build(self, source: Source) -> nn.Module:
         """Two convolutions, each with 2x2 max pooling and ReLU; three linear layers."""
@@ -165,11 +175,16 @@ class ResNet18:
     as in Reddi et al. 2021. The cifar stem is one 3x3 convolution without pooling; imagenet is the paper's.
     """
 
-    stem: Literal["cifar", "imagenet"] = "cifar"  # first layers: 3x3, or 7x7 of stride 2 and pooling
-    groups: PositiveInt = 2  # of channels that are normalized together; divides `width`
-    width: PositiveInt = 64  # channels of the first stage; doubled three times
-    inputs: PositiveInt | None = None  # channels of an image; null: as the data
-    classes: PositiveInt | None = None  # classes, or targets of a regression; null: as the data
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """first layers: 3x3, or 7x7 of stride 2 and pooling"""
+    groups: PositiveInt = 2
+    """of channels that are normalized together; divides `width`"""
+    width: PositiveInt = 64
+    """channels of the first stage; doubled three times"""
+    inputs: PositiveInt | None = None
+    """channels of an image; null: as the data"""
+    classes: PositiveInt | None = None
+    """classes, or targets of a regression; null: as the data"""
 
     def __post_init__(self) -> None:
         if self.width % self.groups:
@@ -203,12 +218,18 @@ class Transformer:
     Layer normalization before each part, learned positions, GELU, hidden width 4 x width, no dropout.
     """
 
-    layers: PositiveInt = 4  # blocks
-    heads: PositiveInt = 4  # attention heads of a block; divides `width`
-    width: PositiveInt = 128  # numbers that stand for a symbol
-    context: PositiveInt | None = None  # symbols that can be looked at; null: as long as the samples
-    tied: bool = True  # does the embedding serve as output layer too (Press & Wolf 2017)?
-    classes: PositiveInt | None = None  # symbols of the vocabulary; null: as the data
+    layers: PositiveInt = 4
+    """blocks"""
+    heads: PositiveInt = 4
+    """attention heads of a block; divides `width`"""
+    width: PositiveInt = 128
+    """numbers that stand for a symbol"""
+    context: PositiveInt | None = None
+    """symbols that can be looked at; null: as long as the samples"""
+    tied: bool = True
+    """does the embedding serve as output layer too (Press & Wolf 2017)?"""
+    classes: PositiveInt | None = None
+    """symbols of the vocabulary; null: as the data"""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -49,12 +49,16 @@ Tensor = torch.Tensor
 class Objective:
     """What is minimised and what is measured; null takes the task's own."""
 
-    loss: str | None = None  # minimised in training: a name or "package.module:function"; null: by task
-    # measured on test sets: names, or mappings such as {name: top_k, k: 5} and {name: "mine:dice", maximize: true}
+    loss: str | None = None
+    """minimised in training: a name or "package.module:function"; null: by task"""
     metrics: list[Annotated[Metric, METRICS]] | None = None
-    best: str | None = None  # key in the record of the metric that decides; null: the first that is a number
-    ignore_index: int | None = -100  # class of targets that count nowhere; null: all count
-    classes: Literal["first", "last"] | None = None  # dimension of the logits: 1, or the last; null: as shapes tell
+    """measured on test sets: names, or mappings such as {name: top_k, k: 5} and {name: "mine:dice", maximize: true}"""
+    best: str | None = None
+    """key in the record of the metric that decides; null: the first that is a number"""
+    ignore_index: int | None = -100
+    """class of targets that count nowhere; null: all count"""
+    classes: Literal["first", "last"] | None = None
+    """dimension of the logits: 1, or the last; null: as shapes tell"""
 
     MOVED: ClassVar[Mapping[str, str]] = {
         "metric": "write metrics: [NAME]",

@@ -23,9 +23,12 @@ _SHOWN = 3  # names of a kind in a message
 class InitSection:
     """A file of parameters to start from."""
 
-    path: str  # .safetensors, or a torch file of a state_dict (.pt, .pth, .bin), which runs no code
-    strict: bool = True  # are names and shapes to be the model's? false: take what fits, say what does not
-    prefix: str = ""  # begins the model's names and not the file's, such as "body."; or the other way round
+    path: str
+    """.safetensors, or a torch file of a state_dict (.pt, .pth, .bin), which runs no code"""
+    strict: bool = True
+    """are names and shapes to be the model's? false: take what fits, say what does not"""
+    prefix: str = ""
+    """begins the model's names and not the file's, such as "body."; or the other way round"""
 
 
 def start(module: torch.nn.Module, init: str | InitSection) -> str:

@@ -33,7 +33,8 @@ class Constant:
     0.05
     """
 
-    warmup: NonNegativeInt = 0  # rounds that rise to eta0 in equal steps
+    warmup: NonNegativeInt = 0
+    """rounds that rise to eta0 in equal steps"""
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
         """The rate in round `round` of 1 to `rounds`."""
@@ -48,9 +49,12 @@ class Linear:
     [0.9, 0.5, 0.1]
     """
 
-    floor: Fraction = 0.1  # share of eta0 below which the rate never falls
-    warmup: NonNegativeInt = 0  # rounds that rise to eta0 in equal steps
-    rounds: PositiveInt | None = None  # T; null: those of the run
+    floor: Fraction = 0.1
+    """share of eta0 below which the rate never falls"""
+    warmup: NonNegativeInt = 0
+    """rounds that rise to eta0 in equal steps"""
+    rounds: PositiveInt | None = None
+    """T; null: those of the run"""
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
         """The rate in round `round` of 1 to `rounds`."""
@@ -71,9 +75,12 @@ class Cosine:
     [1.0, 0.5]
     """
 
-    floor: Fraction = 0.0  # share of eta0 that the rate falls towards
-    warmup: NonNegativeInt = 0  # rounds that rise to eta0 in equal steps
-    rounds: PositiveInt | None = None  # T; null: those of the run
+    floor: Fraction = 0.0
+    """share of eta0 that the rate falls towards"""
+    warmup: NonNegativeInt = 0
+    """rounds that rise to eta0 in equal steps"""
+    rounds: PositiveInt | None = None
+    """T; null: those of the run"""
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
         """The rate in round `round` of 1 to `rounds`."""

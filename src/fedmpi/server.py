@@ -192,7 +192,8 @@ class Average:
     tensor([2.])
     """
 
-    decay: Fraction = 0.99  # what a round weighs less than the next; 0: the last round's parameters
+    decay: Fraction = 0.99
+    """what a round weighs less than the next; 0: the last round's parameters"""
 
     def conflicts(self, config: Config) -> str | None:
         """Parameters that are not those of the whole federation after the round."""
@@ -214,7 +215,8 @@ class Average:
 class Scheduled(ServerOptimizer):
     """The field that every optimizer has besides its own: how `lr` goes over rounds."""
 
-    schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over rounds
+    schedule: Annotated[Schedule, SCHEDULES] = Constant()
+    """of lr over rounds"""
 
     def at(self, number: int, rounds: int, fraction: float) -> Self:
         """The optimizer of one round, with the round's learning rate."""
@@ -238,7 +240,8 @@ class FedAvg(Scheduled):
     tensor([1.5000, 1.5000])
     """
 
-    lr: PositiveFloat = 1.0  # step size; 1 is the plain mean of the silos' parameters
+    lr: PositiveFloat = 1.0
+    """step size; 1 is the plain mean of the silos' parameters"""
 
     def init(self, params_P: Tensor) -> NoState:
         """Nothing."""
@@ -265,9 +268,12 @@ class FedAvgM(Scheduled):
     tensor([2.5000])
     """
 
-    lr: PositiveFloat = 1.0  # step size
-    beta: Decay = 0.9  # decay of the sum of the deltas
-    nesterov: bool = False  # look ahead: step by delta + beta v in place of v
+    lr: PositiveFloat = 1.0
+    """step size"""
+    beta: Decay = 0.9
+    """decay of the sum of the deltas"""
+    nesterov: bool = False
+    """look ahead: step by delta + beta v in place of v"""
 
     def init(self, params_P: Tensor) -> Momentum:
         """v = 0."""
@@ -296,9 +302,12 @@ class FedGM(Scheduled):
     tensor([3.2500])
     """
 
-    lr: PositiveFloat = 1.0  # step size
-    beta: Decay = 0.9  # decay of the mean of the deltas
-    gamma: NonNegativeFloat = 1.0  # of that mean, besides the delta; 0 is fedavg
+    lr: PositiveFloat = 1.0
+    """step size"""
+    beta: Decay = 0.9
+    """decay of the mean of the deltas"""
+    gamma: NonNegativeFloat = 1.0
+    """of that mean, besides the delta; 0 is fedavg"""
 
     def init(self, params_P: Tensor) -> MeanDelta:
         """m = 0."""
@@ -319,10 +328,14 @@ class FedAdagrad(Scheduled):
     beta1 is 0 by default, as in the paper's experiments; Algorithm 2 has it for every variant.
     """
 
-    lr: PositiveFloat = 1e-2  # step size
-    beta1: Decay = 0.0  # decay of the mean of the deltas
-    tau: PositiveFloat = 1e-3  # added to the square root: smaller is more adaptive
-    v0: NonNegativeFloat | None = None  # where v starts; null: tau**2
+    lr: PositiveFloat = 1e-2
+    """step size"""
+    beta1: Decay = 0.0
+    """decay of the mean of the deltas"""
+    tau: PositiveFloat = 1e-3
+    """added to the square root: smaller is more adaptive"""
+    v0: NonNegativeFloat | None = None
+    """where v starts; null: tau**2"""
 
     def init(self, params_P: Tensor) -> Moments:
         """m = 0, v = v0."""
@@ -348,11 +361,16 @@ class FedAdam(Scheduled):
     tensor([2.])
     """
 
-    lr: PositiveFloat = 1e-2  # step size
-    beta1: Decay = 0.9  # decay of the mean of the deltas
-    beta2: Decay = 0.99  # decay of the mean of their squares
-    tau: PositiveFloat = 1e-3  # added to the square root: smaller is more adaptive
-    v0: NonNegativeFloat | None = None  # where v starts; null: tau**2
+    lr: PositiveFloat = 1e-2
+    """step size"""
+    beta1: Decay = 0.9
+    """decay of the mean of the deltas"""
+    beta2: Decay = 0.99
+    """decay of the mean of their squares"""
+    tau: PositiveFloat = 1e-3
+    """added to the square root: smaller is more adaptive"""
+    v0: NonNegativeFloat | None = None
+    """where v starts; null: tau**2"""
 
     def init(self, params_P: Tensor) -> Moments:
         """m = 0, v = v0."""
@@ -374,11 +392,16 @@ class FedYogi(Scheduled):
     v = v - (1 - beta2) delta**2 sign(v - delta**2)
     """
 
-    lr: PositiveFloat = 1e-2  # step size
-    beta1: Decay = 0.9  # decay of the mean of the deltas
-    beta2: Decay = 0.99  # how slowly v follows their squares
-    tau: PositiveFloat = 1e-3  # added to the square root: smaller is more adaptive
-    v0: NonNegativeFloat | None = None  # where v starts; null: tau**2
+    lr: PositiveFloat = 1e-2
+    """step size"""
+    beta1: Decay = 0.9
+    """decay of the mean of the deltas"""
+    beta2: Decay = 0.99
+    """how slowly v follows their squares"""
+    tau: PositiveFloat = 1e-3
+    """added to the square root: smaller is more adaptive"""
+    v0: NonNegativeFloat | None = None
+    """where v starts; null: tau**2"""
 
     def init(self, params_P: Tensor) -> Moments:
         """m = 0, v = v0."""
@@ -408,7 +431,8 @@ class FedExP(ReadsNorms):
     tensor([4., 0.])
     """
 
-    eps: NonNegativeFloat = 1e-3  # beside |mean|^2; the larger, the more careful
+    eps: NonNegativeFloat = 1e-3
+    """beside |mean|^2; the larger, the more careful"""
 
     def init(self, params_P: Tensor) -> NoState:
         """Nothing."""
@@ -436,7 +460,8 @@ class FedDyn(ServerOptimizer):
     (tensor([1.5000]), Dynamic(h_P=tensor([-0.2500])))
     """
 
-    alpha: PositiveFloat = 0.01  # of the dynamic regulariser; the rule's too
+    alpha: PositiveFloat = 0.01
+    """of the dynamic regulariser; the rule's too"""
 
     def conflicts(self, config: Config) -> str | None:
         """Without its rule there is no h."""

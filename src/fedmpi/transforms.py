@@ -120,10 +120,14 @@ class Clip(Transform):
 
     changes: ClassVar[bool] = True
 
-    norm: PositiveFloat  # C; where a quantile is given, in the first round
-    quantile: Annotated[float, pydantic.Field(gt=0, lt=1)] | None = None  # of the norms, which C follows; null: C stays
-    lr: PositiveFloat = 0.2  # of the steps in log C, with a quantile
-    vectors: tuple[str, ...] = (DELTA,)  # what is clipped, each by itself
+    norm: PositiveFloat
+    """C; where a quantile is given, in the first round"""
+    quantile: Annotated[float, pydantic.Field(gt=0, lt=1)] | None = None
+    """of the norms, which C follows; null: C stays"""
+    lr: PositiveFloat = 0.2
+    """of the steps in log C, with a quantile"""
+    vectors: tuple[str, ...] = (DELTA,)
+    """what is clipped, each by itself"""
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
@@ -174,8 +178,10 @@ class Noise(Transform):
 
     changes: ClassVar[bool] = True
 
-    sigma: NonNegativeFloat  # standard deviation; where a clip comes before it, in units of the clip's norm
-    where: Literal["silo", "mean"] = "silo"  # to each silo's delta, or once to the mean
+    sigma: NonNegativeFloat
+    """standard deviation; where a clip comes before it, in units of the clip's norm"""
+    where: Literal["silo", "mean"] = "silo"
+    """to each silo's delta, or once to the mean"""
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
@@ -218,8 +224,10 @@ class MaxNorm(Transform):
     round `times` rejects nobody.
     """
 
-    norm: PositiveFloat | None = None  # largest norm
-    times: PositiveFloat | None = None  # or: largest norm, in medians of the last round's norms
+    norm: PositiveFloat | None = None
+    """largest norm"""
+    times: PositiveFloat | None = None
+    """or: largest norm, in medians of the last round's norms"""
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> MaxNorm:

@@ -22,9 +22,12 @@ class GeometricMedian(Aggregator):
 
     needs = "gram"
 
-    hostile: NonNegativeInt = 0  # silos that may send anything; fewer than half
-    iterations: PositiveInt = 100  # Weiszfeld steps
-    smoothing: PositiveFloat = 1e-6  # nu: a distance below it counts as it
+    hostile: NonNegativeInt = 0
+    """silos that may send anything; fewer than half"""
+    iterations: PositiveInt = 100
+    """Weiszfeld steps"""
+    smoothing: PositiveFloat = 1e-6
+    """nu: a distance below it counts as it"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
         """b_k over their sum."""
@@ -52,9 +55,12 @@ class CenteredClipping(Aggregator):
     needs = "gram"
     centre = True
 
-    hostile: NonNegativeInt = 0  # silos that may send anything; fewer than half
-    tau: PositiveFloat = 10.0  # clipping radius, in units of the delta's norm
-    iterations: PositiveInt = 1  # times that v moves in a round
+    hostile: NonNegativeInt = 0
+    """silos that may send anything; fewer than half"""
+    tau: PositiveFloat = 10.0
+    """clipping radius, in units of the delta's norm"""
+    iterations: PositiveInt = 1
+    """times that v moves in a round"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
         """What the new v is made of: the silos' deltas and the old v, [K + 1]."""
@@ -84,10 +90,14 @@ class NormBound(Aggregator):
 
     needs = "gram"
 
-    hostile: NonNegativeInt = 0  # silos that may send anything; fewer than half
-    norm: PositiveFloat = 1.0  # C; with a quantile the first one
-    quantile: Fraction | None = None  # share of deltas that C is to leave as they are; null: C stays
-    rate: NonNegativeFloat = 0.2  # how fast C follows
+    hostile: NonNegativeInt = 0
+    """silos that may send anything; fewer than half"""
+    norm: PositiveFloat = 1.0
+    """C; with a quantile the first one"""
+    quantile: Fraction | None = None
+    """share of deltas that C is to leave as they are; null: C stays"""
+    rate: NonNegativeFloat = 0.2
+    """how fast C follows"""
 
     def init(self) -> State:
         """C."""

@@ -44,8 +44,8 @@ class TrimmedMean(Aggregator):
 
     needs = "rows"
 
-    # beta: of the silos, left out at each end, rounded down
     fraction: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.1
+    """beta: of the silos, left out at each end, rounded down"""
 
     def combine(self, rows_KS: torch.Tensor, weights: Weights) -> torch.Tensor:
         """Of K rows one."""
@@ -79,7 +79,8 @@ class SignVote(Aggregator):
     needs = "rows"
     averages = False
 
-    hostile: NonNegativeInt = 0  # silos that may send anything; fewer than half
+    hostile: NonNegativeInt = 0
+    """silos that may send anything; fewer than half"""
 
     def combine(self, rows_KS: torch.Tensor, weights: Weights) -> torch.Tensor:
         """Of K rows one."""

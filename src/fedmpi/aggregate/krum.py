@@ -29,7 +29,8 @@ class Krum(Aggregator):
 
     needs = "gram"
 
-    hostile: NonNegativeInt  # f: silos that may send anything
+    hostile: NonNegativeInt
+    """f: silos that may send anything"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
         """1 of the chosen, 0 of the others."""
@@ -49,8 +50,10 @@ class MultiKrum(Aggregator):
 
     needs = "gram"
 
-    hostile: NonNegativeInt  # f: silos that may send anything
-    m: PositiveInt | None = None  # deltas that are averaged; null: K - f
+    hostile: NonNegativeInt
+    """f: silos that may send anything"""
+    m: PositiveInt | None = None
+    """deltas that are averaged; null: K - f"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
         """1/m of the chosen, 0 of the others."""
@@ -82,7 +85,8 @@ class Bulyan(Aggregator):
 
     needs = "gram"
 
-    hostile: NonNegativeInt  # f: silos that may send anything
+    hostile: NonNegativeInt
+    """f: silos that may send anything"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
         """Which rows are chosen [K]."""

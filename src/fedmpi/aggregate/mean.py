@@ -29,8 +29,8 @@ class Mean(Aggregator):
 
     reads = frozenset[str]()  # of single silos
 
-    # n_k; every silo the same; the steps that it took in the round; or your own, by silo id
     weights: Literal["samples", "uniform", "steps"] | dict[str, PositiveFloat] = "samples"
+    """n_k; every silo the same; the steps that it took in the round; or your own, by silo id"""
 
     @property
     def refuses_factors(self) -> str:
@@ -68,7 +68,8 @@ class FedNova(Aggregator):
     refuses_factors = "it multiplies two sums over the cohort, and the product of two estimates is biased"
     scaled = True
 
-    weights: Literal["samples", "uniform"] = "samples"  # p_k by n_k, or every silo the same
+    weights: Literal["samples", "uniform"] = "samples"
+    """p_k by n_k, or every silo the same"""
 
     def conflicts(self, config: Config) -> str | None:
         """It has to know how many gradients a delta holds."""
@@ -113,8 +114,10 @@ class Qffl(Aggregator):
     reads = frozenset({"start_loss", "norm"})
     refuses_factors = "it divides by a sum over the cohort, which is not known of all silos"
 
-    q: NonNegativeFloat = 1.0  # how much fairness counts
-    lr: PositiveFloat  # 1/L: the silos' learning rate
+    q: NonNegativeFloat = 1.0
+    """how much fairness counts"""
+    lr: PositiveFloat
+    """1/L: the silos' learning rate"""
 
     def base(self, silo: str, num_samples: int) -> float:
         """Every silo alike."""

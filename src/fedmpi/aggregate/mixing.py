@@ -113,8 +113,10 @@ class Bucketing(Mixing):
     inner rule's `hostile` stays f. The last bucket may hold fewer.
     """
 
-    size: PositiveInt = 2  # s: silos of a bucket
-    inner: Annotated[Aggregator, AGGREGATORS]  # the rule that reads the buckets
+    size: PositiveInt = 2
+    """s: silos of a bucket"""
+    inner: Annotated[Aggregator, AGGREGATORS]
+    """the rule that reads the buckets"""
 
     def matrix(self, gram_KK: np.ndarray | None, cohort: Cohort) -> np.ndarray:
         """1/s where a silo is in a bucket."""
@@ -135,8 +137,10 @@ class NearestNeighbourMixing(Mixing):
     """In place of every delta the mean of the K - f that are nearest to it, itself among them (Allouah et al. 2023,
     Fixing by Mixing, Algorithm 2: NNM)."""
 
-    hostile: NonNegativeInt  # f: silos that may send anything; fewer than half
-    inner: Annotated[Aggregator, AGGREGATORS]  # the rule that reads what is mixed
+    hostile: NonNegativeInt
+    """f: silos that may send anything; fewer than half"""
+    inner: Annotated[Aggregator, AGGREGATORS]
+    """the rule that reads what is mixed"""
 
     @property
     def needs(self) -> Needs:

@@ -24,9 +24,12 @@ SPLIT_SEED = 0  # a constant: the test set is the same whatever the run's seed
 class Digits:
     """Digits of 43 writers (Alpaydin and Kaynak 1998, UCI "optical recognition", test part); x in [0, 1], [1, 8, 8]."""
 
-    silos: PositiveInt = 4  # number of silos
-    partition: Annotated[Partition, PARTITIONS] = Iid()  # how samples are divided over silos
-    seed: int | None = None  # of the partition; null: the run's seed
+    silos: PositiveInt = 4
+    """number of silos"""
+    partition: Annotated[Partition, PARTITIONS] = Iid()
+    """how samples are divided over silos"""
+    seed: int | None = None
+    """of the partition; null: the run's seed"""
 
     def source(self, seed: int) -> Source:
         """Silos "silo-0" on; every rank reads the whole set (central)."""

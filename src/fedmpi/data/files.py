@@ -26,10 +26,14 @@ Value = int | float | str  # as a file writes it; 1, "1" and 1.0 are the same
 class FileSilo:
     """One silo and its file."""
 
-    id: str  # stable name of the data owner
-    path: Path  # .h5, .npz or .csv; relative to root
-    host: str | None = None  # the only host that may open it; null: any
-    num_samples: PositiveInt | None = None  # training samples, for placement; null: learned by who opens it
+    id: str
+    """stable name of the data owner"""
+    path: Path
+    """.h5, .npz or .csv; relative to root"""
+    host: str | None = None
+    """the only host that may open it; null: any"""
+    num_samples: PositiveInt | None = None
+    """training samples, for placement; null: learned by who opens it"""
 
 
 @component
@@ -42,17 +46,28 @@ class Files:
     Shape, classes and levels are said here, for all silos alike: nothing is learned from another silo's data.
     """
 
-    silos: tuple[FileSilo, ...]  # id, path, host, num_samples of each
-    task: Task  # classification, binary, regression or next_token
-    shape: tuple[PositiveInt, ...]  # of one sample, without the batch axis
-    num_classes: PositiveInt | None = None  # classes, symbols, or regression targets; null: from classes, else 1
-    classes: tuple[Value, ...] | None = None  # labels as the files write them, number 0 first, such as [1, 2, 3]
-    test_fraction: Decay = 0.2  # of a file's rows, where it has no test part (0 to 1)
-    target: str = "target"  # CSV: column of the label
-    features: tuple[str, ...] | None = None  # CSV: numeric columns; null: all others, in the order of their names
-    levels: dict[str, tuple[Value, ...]] = field(default_factory=dict)  # CSV: columns to one-hot, with their values
-    separator: str = ","  # CSV: what stands between columns: "," ";" "|" or a tab
-    root: Path | None = None  # folder of relative paths; null: $FEDMPI_DATA, else ./data
+    silos: tuple[FileSilo, ...]
+    """id, path, host, num_samples of each"""
+    task: Task
+    """classification, binary, regression or next_token"""
+    shape: tuple[PositiveInt, ...]
+    """of one sample, without the batch axis"""
+    num_classes: PositiveInt | None = None
+    """classes, symbols, or regression targets; null: from classes, else 1"""
+    classes: tuple[Value, ...] | None = None
+    """labels as the files write them, number 0 first, such as [1, 2, 3]"""
+    test_fraction: Decay = 0.2
+    """of a file's rows, where it has no test part (0 to 1)"""
+    target: str = "target"
+    """CSV: column of the label"""
+    features: tuple[str, ...] | None = None
+    """CSV: numeric columns; null: all others, in the order of their names"""
+    levels: dict[str, tuple[Value, ...]] = field(default_factory=dict)
+    """CSV: columns to one-hot, with their values"""
+    separator: str = ","
+    """CSV: what stands between columns: "," ";" "|" or a tab"""
+    root: Path | None = None
+    """folder of relative paths; null: $FEDMPI_DATA, else ./data"""
 
     def __post_init__(self) -> None:
         """ValueError where the fields do not fit each other."""

@@ -30,7 +30,8 @@ DROPPED = (10, 11, 12)  # mostly missing outside Cleveland
 class HeartDisease:
     """Fed-Heart-Disease (Ogier du Terrail et al. 2022, FLamby): 13 features, is a vessel narrowed or not; x is [13]."""
 
-    root: Path | None = None  # folder that holds heart_disease/; null: $FEDMPI_DATA, else ./data
+    root: Path | None = None
+    """folder that holds heart_disease/; null: $FEDMPI_DATA, else ./data"""
 
     def source(self, seed: int) -> Source:
         """Silos cleveland, hungary, switzerland, longbeach; looks at no file. The split does not depend on the seed."""

@@ -27,10 +27,14 @@ class IdxImages:
     mean: ClassVar[float]  # of the training pixels in [0, 1]; a constant, so that no silo's data shape another's
     std: ClassVar[float]  # of the same
 
-    silos: PositiveInt = 4  # number of silos
-    partition: Annotated[Partition, PARTITIONS] = Iid()  # how samples are divided over silos
-    seed: int | None = None  # of the partition; null: the run's seed
-    root: Path | None = None  # folder that holds the dataset's folder; null: $FEDMPI_DATA, else ./data
+    silos: PositiveInt = 4
+    """number of silos"""
+    partition: Annotated[Partition, PARTITIONS] = Iid()
+    """how samples are divided over silos"""
+    seed: int | None = None
+    """of the partition; null: the run's seed"""
+    root: Path | None = None
+    """folder that holds the dataset's folder; null: $FEDMPI_DATA, else ./data"""
 
     def source(self, seed: int) -> Source:
         """Silos "silo-0" on; every rank reads labels now and, with the first silo it opens, all images (central)."""

@@ -62,8 +62,10 @@ class Quantity:
     Drawn again, at most 1000 times, until every silo has `min_samples`.
     """
 
-    beta: PositiveFloat = 0.5  # Dirichlet concentration; smaller is more unequal
-    min_samples: NonNegativeInt = 10  # training samples that every silo gets at least
+    beta: PositiveFloat = 0.5
+    """Dirichlet concentration; smaller is more unequal"""
+    min_samples: NonNegativeInt = 10
+    """training samples that every silo gets at least"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """Parts of unequal size."""
@@ -86,9 +88,12 @@ class Dirichlet:
     equal sizes instead; the skew is of the same kind, the sizes are not.
     """
 
-    alpha: PositiveFloat = 0.5  # Dirichlet concentration; smaller is more skewed
-    min_samples: NonNegativeInt = 10  # training samples that every silo gets at least
-    cap: bool = True  # a silo with N/K samples gets nothing of the classes that follow
+    alpha: PositiveFloat = 0.5
+    """Dirichlet concentration; smaller is more skewed"""
+    min_samples: NonNegativeInt = 10
+    """training samples that every silo gets at least"""
+    cap: bool = True
+    """a silo with N/K samples gets nothing of the classes that follow"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """Parts with unequal labels and sizes."""
@@ -118,7 +123,8 @@ class Labels:
     are the older form; a shard may straddle two labels.)
     """
 
-    labels: PositiveInt = 2  # different labels that a silo has
+    labels: PositiveInt = 2
+    """different labels that a silo has"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """Parts with few labels each."""
@@ -154,7 +160,8 @@ class Sorted:
 
     overlaps: ClassVar[bool] = True
 
-    mixed: NonNegativeInt = 0  # silos at the end that hold copies of samples of all labels
+    mixed: NonNegativeInt = 0
+    """silos at the end that hold copies of samples of all labels"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """The sorted parts, then the mixed ones."""
@@ -265,9 +272,12 @@ class Shared:
 
     overlaps: ClassVar[bool] = True
 
-    partition: Annotated[Partition, PARTITIONS] = Iid()  # how samples are divided first
-    share: PositiveFraction = 0.05  # beta: size of what is shared, of all training samples
-    portion: PositiveFraction = 1.0  # alpha: of what is shared, that each silo gets
+    partition: Annotated[Partition, PARTITIONS] = Iid()
+    """how samples are divided first"""
+    share: PositiveFraction = 0.05
+    """beta: size of what is shared, of all training samples"""
+    portion: PositiveFraction = 1.0
+    """alpha: of what is shared, that each silo gets"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """The other partition's parts with more to train on."""

@@ -25,12 +25,18 @@ class Shakespeare:
     the border. x and y are int64 [windows, length], y one character ahead. One file holds all speakers: central.
     """
 
-    length: PositiveInt = 80  # characters of a window
-    stride: PositiveInt = 80  # characters from one training window to the next; test windows do not overlap
-    min_chars: PositiveInt = 10_000  # characters spoken; who says less is no silo
-    silos: PositiveInt | None = None  # at most so many speakers, those who say most; null: all
-    test_fraction: Fraction = 0.1  # last part of each speaker's text
-    root: Path | None = None  # folder that holds tinyshakespeare/; null: $FEDMPI_DATA, else ./data
+    length: PositiveInt = 80
+    """characters of a window"""
+    stride: PositiveInt = 80
+    """characters from one training window to the next; test windows do not overlap"""
+    min_chars: PositiveInt = 10_000
+    """characters spoken; who says less is no silo"""
+    silos: PositiveInt | None = None
+    """at most so many speakers, those who say most; null: all"""
+    test_fraction: Fraction = 0.1
+    """last part of each speaker's text"""
+    root: Path | None = None
+    """folder that holds tinyshakespeare/; null: $FEDMPI_DATA, else ./data"""
 
     def source(self, seed: int) -> Source:
         """Silos by size, ids from the speakers' names ("KING-RICHARD-III"); every rank reads the file (central)."""

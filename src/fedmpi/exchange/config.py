@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 class Channel:
     """How vectors travel one way."""
 
-    codec: Annotated[Codec, CODECS] = Identity()  # how a vector becomes bytes
-    feedback: bool = False  # what the codec lost this round is added next round
-    decay: PositiveFraction = 1.0  # of what is kept for the next round
+    codec: Annotated[Codec, CODECS] = Identity()
+    """how a vector becomes bytes"""
+    feedback: bool = False
+    """what the codec lost this round is added next round"""
+    decay: PositiveFraction = 1.0
+    """of what is kept for the next round"""
 
     @property
     def plain(self) -> bool:
@@ -48,9 +51,12 @@ class Channel:
 class Level:
     """One level of regions."""
 
-    by: Literal["node"] | dict[str, list[str]] = "node"  # ranks that share memory, or region: [hosts or silos]
-    up: Channel = Channel()  # inside of a region
-    down: Channel = Channel()  # inside of a region
+    by: Literal["node"] | dict[str, list[str]] = "node"
+    """ranks that share memory, or region: [hosts or silos]"""
+    up: Channel = Channel()
+    """inside of a region"""
+    down: Channel = Channel()
+    """inside of a region"""
 
     @pydantic.field_validator("by", mode="before")
     @classmethod
@@ -74,28 +80,36 @@ class Level:
 class Regions:
     """Groups of ranks that aggregate inside first."""
 
-    levels: Annotated[list[Level], pydantic.Field(min_length=1)] = pydantic.Field(  # from the inside out
-        default_factory=lambda: [Level()]
-    )
-    every: PositiveInt = 1  # rounds from one exchange across regions to the next
+    levels: Annotated[list[Level], pydantic.Field(min_length=1)] = pydantic.Field(default_factory=lambda: [Level()])
+    """from the inside out"""
+    every: PositiveInt = 1
+    """rounds from one exchange across regions to the next"""
 
 
 @component
 class ExchangeSection:
     """How updates cross ranks."""
 
-    plan: Annotated[str, PLANS] = AUTO  # how ranks carry it out; auto: by placement and sizes; measure: the fastest
-    reduction: Literal["fast", "reproducible"] = "fast"  # reproducible: same bits for any number of ranks
-    parameters: Annotated[str | list[str], pydantic.Field(union_mode="left_to_right")] = (
-        "all"  # all, trainable, all_but_batch_norm or patterns
-    )
-    scope: Literal["rank", "silo"] = "rank"  # rank: a rank's silos are folded into one sum; silo: each by itself
-    up: Channel = Channel()  # deltas, to where they are added up
-    down: Channel = Channel()  # the server's step, back to all
-    regions: Regions | None = None  # groups that aggregate inside first; up, down and plan are then those across
-    overlap: bool = False  # the exchange runs behind the next round's training and arrives one round late
-    exact: tuple[str, ...] = ()  # patterns of what no codec touches, besides statistics, which none ever does
-    verify: bool = False  # compare the parameters' SHA-256 across ranks after every round
+    plan: Annotated[str, PLANS] = AUTO
+    """how ranks carry it out; auto: by placement and sizes; measure: the fastest"""
+    reduction: Literal["fast", "reproducible"] = "fast"
+    """reproducible: same bits for any number of ranks"""
+    parameters: Annotated[str | list[str], pydantic.Field(union_mode="left_to_right")] = "all"
+    """all, trainable, all_but_batch_norm or patterns"""
+    scope: Literal["rank", "silo"] = "rank"
+    """rank: a rank's silos are folded into one sum; silo: each by itself"""
+    up: Channel = Channel()
+    """deltas, to where they are added up"""
+    down: Channel = Channel()
+    """the server's step, back to all"""
+    regions: Regions | None = None
+    """groups that aggregate inside first; up, down and plan are then those across"""
+    overlap: bool = False
+    """the exchange runs behind the next round's training and arrives one round late"""
+    exact: tuple[str, ...] = ()
+    """patterns of what no codec touches, besides statistics, which none ever does"""
+    verify: bool = False
+    """compare the parameters' SHA-256 across ranks after every round"""
 
     @property
     def channels(self) -> list[Channel]:

@@ -25,7 +25,8 @@ class AdaGradNorm(GradientRule):
     is never longer than 1.
     """
 
-    eps: PositiveFloat = 1e-2  # b^2 before the first gradient
+    eps: PositiveFloat = 1e-2
+    """b^2 before the first gradient"""
 
     @pydantic.model_validator(mode="after")
     def _not_clipped(self) -> AdaGradNorm:

@@ -165,22 +165,31 @@ def shortest(num_samples: int, batch_size: int | None, last_batch: LastBatch) ->
 class GradientRule(LocalRule):
     """The fields that every rule of gradient steps has: how much, with what, how fast."""
 
-    lr: PositiveFloat  # step size at the schedule's start
-    epochs: PositiveInt | None = None  # passes over the silo's samples per round; or give `steps`
-    steps: PositiveInt | None = None  # batches per round; they run on across rounds, an epoch's last may be short
-    batch_size: PositiveInt | None = 32  # samples per step; null: the whole silo
-    # of an epoch, where it is short: keep it, drop its samples, or merge them into the batch before; a single sample is
-    # too few for batch normalization
+    lr: PositiveFloat
+    """step size at the schedule's start"""
+    epochs: PositiveInt | None = None
+    """passes over the silo's samples per round; or give `steps`"""
+    steps: PositiveInt | None = None
+    """batches per round; they run on across rounds, an epoch's last may be short"""
+    batch_size: PositiveInt | None = 32
+    """samples per step; null: the whole silo"""
     last_batch: LastBatch = "keep"
-    optimizer: Annotated[Deferred, TORCH_OPTIMIZERS] = Deferred(
-        "SGD", torch.optim.SGD, {}
-    )  # of torch.optim, new every round
-    schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over rounds
-    clip: PositiveFloat | None = None  # largest norm of what a step goes along, a rule's corrections in it; null: any
-    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast on CUDA
-    sampler: Annotated[Sampler, SAMPLERS] = Shuffle()  # the order of a silo's samples
-    keep_optimizer: bool = False  # a silo's optimizer goes on where its last round left it, in place of a new one
-    amount: Annotated[Amount, WORKLOADS] = Whole()  # how much of `epochs` or `steps` a silo does in a round
+    """of an epoch, where it is short: keep it, drop its samples, or merge them into the batch before; a single sample
+    is too few for batch normalization"""
+    optimizer: Annotated[Deferred, TORCH_OPTIMIZERS] = Deferred("SGD", torch.optim.SGD, {})
+    """of torch.optim, new every round"""
+    schedule: Annotated[Schedule, SCHEDULES] = Constant()
+    """of lr over rounds"""
+    clip: PositiveFloat | None = None
+    """largest norm of what a step goes along, a rule's corrections in it; null: any"""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast on CUDA"""
+    sampler: Annotated[Sampler, SAMPLERS] = Shuffle()
+    """the order of a silo's samples"""
+    keep_optimizer: bool = False
+    """a silo's optimizer goes on where its last round left it, in place of a new one"""
+    amount: Annotated[Amount, WORKLOADS] = Whole()
+    """how much of `epochs` or `steps` a silo does in a round"""
 
     @pydantic.model_validator(mode="after")
     def _one_amount(self) -> GradientRule:

@@ -29,9 +29,12 @@ class Moon(GradientRule):
     normalisation), with the silo's personal parameters as they are now.
     """
 
-    mu: NonNegativeFloat = 1.0  # of the contrastive term; 0 is FedAvg
-    temperature: PositiveFloat = 0.5  # tau
-    features: str | None = None  # the module whose output is the representation; null: what enters the last Linear
+    mu: NonNegativeFloat = 1.0
+    """of the contrastive term; 0 is FedAvg"""
+    temperature: PositiveFloat = 0.5
+    """tau"""
+    features: str | None = None
+    """the module whose output is the representation; null: what enters the last Linear"""
     kept_vectors: ClassVar[int] = 1
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:

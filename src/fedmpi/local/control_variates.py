@@ -72,9 +72,12 @@ class Scaffold(GradientRule):
     server_lr times how far the silo went from it; steps go along g - c_k, and nothing but deltas travels.
     """
 
-    option: Literal["I", "II"] = "II"  # how c_k is renewed
-    variant: Literal["paper", "benchmark"] = "paper"  # benchmark: FLamby's
-    server_lr: PositiveFloat = 1.0  # of the benchmark's variant alone: as server.optimizer's lr
+    option: Literal["I", "II"] = "II"
+    """how c_k is renewed"""
+    variant: Literal["paper", "benchmark"] = "paper"
+    """benchmark: FLamby's"""
+    server_lr: PositiveFloat = 1.0
+    """of the benchmark's variant alone: as server.optimizer's lr"""
 
     def conflicts(self, config: Config) -> str | None:
         """The benchmark's is told the server's step size, which has to be so."""
@@ -151,7 +154,8 @@ class FedDyn(GradientRule):
     are not uniform, silos count by them and not alike, in the mean and in the server's h.
     """
 
-    alpha: PositiveFloat = 0.01  # of the dynamic regulariser; the server's too
+    alpha: PositiveFloat = 0.01
+    """of the dynamic regulariser; the server's too"""
     kept_vectors: ClassVar[int] = 1
     server_step: ClassVar[type[server.ServerOptimizer]] = server.FedDyn
 
@@ -194,7 +198,8 @@ class GradientCorrection(GradientRule):
     silo corrects nothing in its first round. A silo's mean gradient is (w_t - w_k) / (lr |a|_1) without the correction.
     """
 
-    alpha: NonNegativeFloat = 1.0  # of the correction; 0 is FedAvg
+    alpha: NonNegativeFloat = 1.0
+    """of the correction; 0 is FedAvg"""
     auxiliaries: ClassVar[tuple[Auxiliary, ...]] = (Auxiliary("gradient", "cohort", decay=0.0, gain=1.0),)
     kept_vectors: ClassVar[int] = 1
 
@@ -224,7 +229,8 @@ class MimeLite(GradientRule):
     are otherwise.
     """
 
-    beta: Decay = 0.9  # decay of m
+    beta: Decay = 0.9
+    """decay of m"""
 
     @property
     def auxiliaries(self) -> tuple[Auxiliary, ...]:

@@ -41,12 +41,18 @@ class FedSgd(LocalRule):
     Deviations: gradient clipping; the gradient may be added up from so many samples at a time.
     """
 
-    lr: PositiveFloat  # step size at the schedule's start
-    schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of lr over rounds
-    clip: PositiveFloat | None = None  # largest norm of the gradient; null: as it is
-    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast on CUDA
-    batch_size: PositiveInt | None = None  # samples at a time, which add up to the one gradient; null: all at once
-    last_batch: Literal["keep", "merge"] = "keep"  # a short one: keep it, or merge it into the one before it
+    lr: PositiveFloat
+    """step size at the schedule's start"""
+    schedule: Annotated[Schedule, SCHEDULES] = Constant()
+    """of lr over rounds"""
+    clip: PositiveFloat | None = None
+    """largest norm of the gradient; null: as it is"""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast on CUDA"""
+    batch_size: PositiveInt | None = None
+    """samples at a time, which add up to the one gradient; null: all at once"""
+    last_batch: Literal["keep", "merge"] = "keep"
+    """a short one: keep it, or merge it into the one before it"""
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
         """ConfigError for a model without parameters to train."""
@@ -92,8 +98,10 @@ class FedProx(GradientRule):
     for what Wang et al. 2020 make of it (local/optimizers.py), with any optimizer that is linear in the gradients.
     """
 
-    mu: NonNegativeFloat = 0.01  # of the proximal term, at first if adaptive; 0 is FedAvg
-    adaptive: bool = False  # does mu follow the silo's loss?
+    mu: NonNegativeFloat = 0.01
+    """of the proximal term, at first if adaptive; 0 is FedAvg"""
+    adaptive: bool = False
+    """does mu follow the silo's loss?"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         kept = silo.kept.get("proximal") if self.adaptive else None  # mu, the last loss, how often in a row it fell

@@ -51,9 +51,12 @@ class Ditto(GradientRule):
     """
 
     kept_vectors: ClassVar[int] = 1
-    lam: NonNegativeFloat = 0.1  # lambda: how strongly v_k is drawn to the global model
-    personal_lr: PositiveFloat | None = None  # of v_k's steps; null: as lr
-    personal_steps: PositiveInt | None = None  # s, of v_k per round, whatever `amount`; null: as the global model's
+    lam: NonNegativeFloat = 0.1
+    """lambda: how strongly v_k is drawn to the global model"""
+    personal_lr: PositiveFloat | None = None
+    """of v_k's steps; null: as lr"""
+    personal_steps: PositiveInt | None = None
+    """s, of v_k per round, whatever `amount`; null: as the global model's"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         own = unprefixed(silo)
@@ -95,8 +98,10 @@ class Apfl(GradientRule):
     """
 
     kept_vectors: ClassVar[int] = 1
-    alpha: Fraction = 0.5  # share of v_k; at the start, where it adapts
-    adapt: bool = True  # does alpha follow its gradient, a number of its own for every silo?
+    alpha: Fraction = 0.5
+    """share of v_k; at the start, where it adapts"""
+    adapt: bool = True
+    """does alpha follow its gradient, a number of its own for every silo?"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         module, device = model.module, model.device
@@ -156,10 +161,12 @@ class FedRep(GradientRule):
     are weighted by samples. Batches run on from the head's to the body's. A step is one gradient of one part.
     """
 
-    # passes over the silo's samples for the head, whatever `amount` leaves to the body; or give `head_steps`
     head_epochs: PositiveInt | None = None
-    head_steps: PositiveInt | None = None  # batches for the head
-    head_lr: PositiveFloat | None = None  # of the head's steps; null: as lr
+    """passes over the silo's samples for the head, whatever `amount` leaves to the body; or give `head_steps`"""
+    head_steps: PositiveInt | None = None
+    """batches for the head"""
+    head_lr: PositiveFloat | None = None
+    """of the head's steps; null: as lr"""
 
     @pydantic.model_validator(mode="after")
     def _one_head(self) -> FedRep:
@@ -227,7 +234,8 @@ class PerFedAvg(GradientRule):
     torch.optim; deltas are weighted by samples. Two gradients a step, of half a batch each.
     """
 
-    inner_lr: PositiveFloat  # alpha, of the step that a silo will take for itself
+    inner_lr: PositiveFloat
+    """alpha, of the step that a silo will take for itself"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         module = model.module

@@ -62,7 +62,8 @@ class Drawn(Amount):
 class BySilo(Amount):
     """A number of its own for every silo that is named; `epochs` (or `steps`) for the others."""
 
-    silos: dict[str, PositiveInt]  # epochs or steps by silo id
+    silos: dict[str, PositiveInt]
+    """epochs or steps by silo id"""
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
         """The silo's own."""
@@ -77,7 +78,8 @@ class ByLoss(Amount):
     equation 17: the square root of the loss over the first round's). A silo's first round is as long as can be.
     """
 
-    target: PositiveFloat  # a silo at this loss takes one epoch or step; one at twice the loss takes two
+    target: PositiveFloat
+    """a silo at this loss takes one epoch or step; one at twice the loss takes two"""
     reads_loss = True
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
@@ -104,7 +106,8 @@ class Seconds(Amount):
     `exchange.reduction: reproducible`.
     """
 
-    seconds: PositiveFloat  # of wall time, from the silo's first batch
+    seconds: PositiveFloat
+    """of wall time, from the silo's first batch"""
 
     @property
     def limit_s(self) -> float:

@@ -124,7 +124,8 @@ class TopK:
     """Share of targets whose logit is among the k largest; its key is `top_5_accuracy` for k = 5."""
 
     tasks: ClassVar[tuple[Task, ...]] = CLASS_TASKS
-    k: PositiveInt = 5  # how many classes are looked at
+    k: PositiveInt = 5
+    """how many classes are looked at"""
 
     def scorer(self, task: Task, num_classes: int) -> Scorer:
         if self.k >= num_classes:
@@ -148,7 +149,8 @@ class Auc:
     """
 
     tasks: ClassVar[tuple[Task, ...]] = LABELLED
-    bins: PositiveInt | None = None  # of log-odds; null: 4096, fewer with more than 16 classes
+    bins: PositiveInt | None = None
+    """of log-odds; null: 4096, fewer with more than 16 classes"""
 
     def scorer(self, task: Task, num_classes: int) -> Scorer:
         num = 1 if task == "binary" else num_classes

@@ -67,7 +67,8 @@ class Gram:
 
     needs = reads = frozenset({"gram"})
 
-    matrix: bool = False  # all cosines, and not only their mean and least
+    matrix: bool = False
+    """all cosines, and not only their mean and least"""
 
     def of(self, outcome: RoundOutcome) -> dict[str, Any]:
         assert outcome.gram_KK is not None

@@ -30,7 +30,8 @@ class Synchronous:
     """Round after round: the cohort trains, its updates become one, the server steps (McMahan et al. 2017,
     Algorithm 1)."""
 
-    policy: Annotated[Policy, POLICIES] = Everybody()  # who decides that a round may go on
+    policy: Annotated[Policy, POLICIES] = Everybody()
+    """who decides that a round may go on"""
 
     def step(self, state: State, fed: Federation) -> SynchronousRound:
         comm, timer, number = fed.comm, fed.timer, state.round + 1

@@ -41,8 +41,10 @@ class Available(Selector):
     ['b']
     """
 
-    traces: Traces  # silo: [[from, to), ...] in rounds from 1 on, or a JSON or CSV file of them
-    inner: Annotated[Selector, INNER] = All()  # who takes part of those that are there
+    traces: Traces
+    """silo: [[from, to), ...] in rounds from 1 on, or a JSON or CSV file of them"""
+    inner: Annotated[Selector, INNER] = All()
+    """who takes part of those that are there"""
 
     @pydantic.field_validator("traces", mode="before")
     @classmethod

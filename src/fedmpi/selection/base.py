@@ -104,8 +104,10 @@ class Selector:
 class Part(Selector):
     """The fields of selectors that take a part of the silos."""
 
-    fraction: PositiveFraction = 1.0  # C, of the federation's silos
-    count: PositiveInt | None = None  # S itself, in place of a fraction; of fewer silos that are there all
+    fraction: PositiveFraction = 1.0
+    """C, of the federation's silos"""
+    count: PositiveInt | None = None
+    """S itself, in place of a fraction; of fewer silos that are there all"""
 
     @pydantic.model_validator(mode="after")
     def _one_size(self) -> Part:

@@ -48,7 +48,8 @@ class Uniform(Part):
 
     reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
 
-    weights: Literal["renormalised", "inverse"] = "renormalised"  # over the cohort; or each counted K/S times
+    weights: Literal["renormalised", "inverse"] = "renormalised"
+    """over the cohort; or each counted K/S times"""
 
     @property
     def unbiased(self) -> bool:
@@ -80,7 +81,8 @@ class Proportional(Part):
 
     unbiased = True
 
-    replace: bool = True  # may a silo be drawn more than once?
+    replace: bool = True
+    """may a silo be drawn more than once?"""
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
         """One, drawn every time; S without replacement."""
@@ -115,7 +117,8 @@ class RoundRobin(Selector):
 
     reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
 
-    count: PositiveInt = 1  # silos per round
+    count: PositiveInt = 1
+    """silos per round"""
 
     def suits(self, num_silos: int) -> None:
         """ConfigError for a count beyond the number of silos."""

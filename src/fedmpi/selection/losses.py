@@ -35,9 +35,12 @@ class PowerOfChoice(Part):
 
     reads = frozenset({"loss"})
 
-    num_candidates: PositiveInt | None = None  # d, at least m and at most K; null: 2 m
-    losses: Literal["fresh", "last"] = "fresh"  # evaluated for this round; or as they were when last heard
-    samples: PositiveInt | None = None  # with fresh losses: samples of each candidate; null: all
+    num_candidates: PositiveInt | None = None
+    """d, at least m and at most K; null: 2 m"""
+    losses: Literal["fresh", "last"] = "fresh"
+    """evaluated for this round; or as they were when last heard"""
+    samples: PositiveInt | None = None
+    """with fresh losses: samples of each candidate; null: all"""
 
     def suits(self, num_silos: int) -> None:
         """ConfigError for numbers that do not fit the number of silos or each other."""
@@ -105,7 +108,8 @@ class _Bandit(Part):
 
     reads = frozenset({"loss"})
 
-    discount: PositiveFraction = 1.0  # per round, of what was earned before: silos change as the model does
+    discount: PositiveFraction = 1.0
+    """per round, of what was earned before: silos change as the model does"""
 
     def init(self, num_train: Sequence[int]) -> State:
         zeros = np.zeros(len(num_train))
@@ -138,7 +142,8 @@ class Ucb(_Bandit):
     BIASED towards silos whose loss still falls.
     """
 
-    exploration: PositiveFloat = 1.0  # c
+    exploration: PositiveFloat = 1.0
+    """c"""
 
     def select(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
@@ -160,7 +165,8 @@ class Thompson(_Bandit):
     BIASED towards silos whose loss still falls.
     """
 
-    deviation: PositiveFloat = 1.0  # of a reward; the paper's is 1
+    deviation: PositiveFloat = 1.0
+    """of a reward; the paper's is 1"""
 
     def select(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator

@@ -24,7 +24,8 @@ class _ByNorm(Part):
     unbiased = True
     reads = frozenset({"norm"})
 
-    floor: PositiveFraction = 0.1  # of the probability, spread evenly, so that nobody's is 0
+    floor: PositiveFraction = 0.1
+    """of the probability, spread evenly, so that nobody's is 0"""
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
         """One: how many different silos are drawn is chance."""
