@@ -1,7 +1,7 @@
 """A hook of mkdocs: what a page's Markdown needs to become a page of the site.
 
 Formulas, which pymdownx.arithmatex marks, become MathML: browsers show them without any script or network. Links to
-files outside docs/, which a code host follows, become the files' names.
+files outside docs/, which a code host follows, become the files' names. A bar that a table's code escapes is a bar.
 """
 
 import html
@@ -11,6 +11,7 @@ from typing import Any
 from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:configs|src|examples|jobs|slurm|tests)/[^)#\s]*|[A-Z]+(?:\.\w+)?)\)")
 
 
@@ -21,7 +22,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """The page's HTML with MathML in place of formulas."""
-    return FORMULA.sub(_mathml, content)
+    return CELL.sub(lambda match: match[0].replace(r"\|", "|"), FORMULA.sub(_mathml, content))
 
 
 def _mathml(match: re.Match[str]) -> str:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,12 @@ def run(block: Block, names: dict[str, Any]) -> None:
         run_bash(block.text)
     elif block.language == "yaml":
         run_yaml(block.text)
+    elif file is None:
+        exec(compile(block.text, "<block>", "exec"), names)
     else:
-        module = names if file is None else {"__name__": Path(file).stem}
-        exec(compile(block.text, file or "<block>", "exec"), module)
+        # Known by its name while it runs: dataclasses look their module up.
+        module = sys.modules[Path(file).stem] = types.ModuleType(Path(file).stem)
+        exec(compile(block.text, file, "exec"), module.__dict__)
 
 
 def main(page: Path) -> int:
