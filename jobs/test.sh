@@ -85,7 +85,7 @@ elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
       say "tests that need $1 may be skipped: $2"
     fi
   }
-  require slurm "SLURM is not all there, or lacks what root adds once (tests/slurm.py)" slurm_is_there
+  require slurm "SLURM is not all there, or lacks what root adds once (tests/support/slurm.py)" slurm_is_there
   require strace "strace is not there or may not trace" strace -o /dev/null true
   require netns "network namespaces take root and the ip command" unshare --net ip link
   require mpich "pip could not install it" test -x "$mpich/bin/mpiexec"

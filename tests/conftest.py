@@ -9,32 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi import FAST, absent
-from programs.place import Place
+from support.mpi import FAST, absent
+from support.programs.place import Place
 
 # Programs that the MPI tests launch; they are run on ranks, not collected.
-collect_ignore_glob = ["programs/*"]
+collect_ignore_glob = ["support/programs/*"]
 
 
-LAUNCHES = ("command", "overlap", "training", "regions")
+# Files that keep the cores busy with ranks for minutes.
+LAUNCHES = ("mpi/test_command.py", "mpi/test_overlap.py", "mpi/test_training.py", "mpi/test_regions.py")
+# Files that wait more than they compute.
+SLEEPS = ("mpi/test_slurm.py", "mpi/test_stop.py")
 # Files of whole runs and of processes: half of the seconds of a tenth of the tests.
-RUNS = ("ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_models", "trust")
-
-
-def _launches(file: str) -> bool:
-    """Does it keep the cores busy with ranks for minutes?"""
-    return file.rpartition("/")[2] in [f"test_mpi_{name}.py" for name in LAUNCHES]
-
-
-def _sleeps(file: str) -> bool:
-    return file.endswith(("test_slurm.py", "test_mpi_stop.py"))
+RUNS = tuple(
+    f"/test_{name}.py" for name in ("ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_models", "trust")
+)
 
 
 def _is_fast(item: pytest.Item) -> bool:
     """Is it one of those that start no ranks, need no network, no SLURM and no data sets, and are not slow?"""
-    name = item.path.name
-    elsewhere = name.startswith("test_mpi_") or name in ("test_slurm.py", "test_testbed.py", "test_heart_published.py")
-    elsewhere = elsewhere or name.removeprefix("test_").removesuffix(".py") in RUNS
+    elsewhere = item.path.parent.name == "mpi" or str(item.path).endswith(RUNS)
     return not elsewhere and item.get_closest_marker("slow") is None
 
 
@@ -42,13 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, then what leaves the cores to it; with FEDMPI_FAST only what is fast."""
     if FAST:
         items[:] = filter(_is_fast, items)
-    items.sort(key=lambda item: (not _launches(str(item.path)), not _sleeps(str(item.path))))
+    items.sort(key=lambda item: (not str(item.path).endswith(LAUNCHES), not str(item.path).endswith(SLEEPS)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker has the files that launch ranks for minutes: two of these at once would only be in each other's way.
-    The others do the rest, file by file, for launches within a file are shared; of test_mpi_stop one by one."""
+    The others do the rest, file by file, for launches within a file are shared; of mpi/test_stop.py one by one."""
     if FAST:
         return None  # xdist's own will do
     from xdist.scheduler import LoadScopeScheduling
@@ -56,9 +50,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if file.endswith("test_mpi_stop.py"):
+            if file.endswith("mpi/test_stop.py"):
                 return nodeid
-            return "ranks" if _launches(file) else file
+            return "ranks" if file.endswith(LAUNCHES) else file
 
     return Files(config, log)
 

@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import reference
-import runs
 import torch
-from runs import put_back  # noqa: F401
+from support import reference, runs
+from support.runs import put_back  # noqa: F401
 
 import fedmpi
 from fedmpi import rng

@@ -9,11 +9,11 @@ import threading
 
 import pytest
 import torch
+from support.runs import tensors_of
 
 from fedmpi import checkpoint, disk
 from fedmpi.checkpoint import SERVER, Writer, folder_of, newest, prune, read_server, read_silos, seal
 from fedmpi.errors import CheckpointError
-from fedmpi.state import StateTensor
 
 SERVER_STATE = {
     checkpoint.PARAMS: torch.linspace(-1, 1, 5000),
@@ -29,12 +29,6 @@ def state(silo, personal=True, cursor=5):
         kept |= {("kept", "personal_0"): torch.full((7,), float(ord(silo)))}
         kept |= {("kept", "integers"): torch.tensor([ord(silo), 2**40])}
     return kept
-
-
-def tensors_of(server, silos):
-    """What a rank writes: the server's tensors, and a row for each silo."""
-    rows = [StateTensor(key, tensor, "per_silo", silo) for silo, kept in silos.items() for key, tensor in kept.items()]
-    return [StateTensor(key, tensor) for key, tensor in server.items()] + rows
 
 
 def write(root, round, hosted, server=SERVER_STATE, score=None):

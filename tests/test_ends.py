@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from mpi import ENVIRONMENT, until
-from runs import OWN, config, everything, put_back, run  # noqa: F401
+from support.mpi import ENVIRONMENT, until
+from support.runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
 from fedmpi import checkpoint, output, results, stopping

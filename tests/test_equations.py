@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from equations import check
-from mpi import launch
-from programs.equations import CASES
+from support.equations import check
+from support.mpi import launch
+from support.programs.equations import CASES
 
 from fedmpi.comm import SoloComm
 

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from modules import with_vectors
+from support.modules import with_vectors
 from torch import nn
 
 from fedmpi.errors import ConfigError

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stand_in
 import torch
-from test_codecs import every_codec, vector
-from test_exchange import on_ranks
+from support import stand_in
+from support.codecs import every_codec, vector
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator
 from fedmpi.codecs import CODECS
 from fedmpi.comm import SoloComm
+from fedmpi.comm.threads import on_ranks
 from fedmpi.components import build
 from fedmpi.exchange import choose, chunks
 from fedmpi.exchange.base import ExchangeContext

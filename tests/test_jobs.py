@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mpi
 import pytest
 import torch
 import yaml
-from mpi import absent
+from support import mpi
+from support.mpi import absent
 
 import fedmpi
 from fedmpi import results
@@ -168,10 +168,10 @@ def test_fast_tests_start_no_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         mpi.Job(1, "true")
     with pytest.raises(pytest.skip.Exception, match="starts ranks"):
         mpi.launch("collectives", 7)
-    # Only through tests/mpi.py does a test start ranks: others that name mpirun are left out whole, or fake it.
-    known = {"mpi.py", "conftest.py", "test_jobs.py", "test_slurm.py", "slurm.py", "test_testbed.py"}
-    for path in (TOP / "tests").glob("*.py"):
-        if path.name not in known and not path.name.startswith("test_mpi_"):
+    # Only support/mpi.py starts ranks: others that name mpirun are left out whole, or fake it.
+    known = {"support/mpi.py", "support/slurm.py", "conftest.py", "test_jobs.py"}
+    for path in (TOP / "tests").rglob("*.py"):
+        if path.relative_to(TOP / "tests").as_posix() not in known and path.parent.name != "mpi":
             starts = re.search(r"(Popen|subprocess\.run)\([^)]*(mpirun|mpiexec|(?<!\.)launcher)", path.read_text())
             assert not starts, f"{path.name} starts ranks by itself"
 
@@ -196,11 +196,13 @@ def test_reproduce_heart_prints_published_beside_ours(checkout: Checkout) -> Non
     folder.mkdir(parents=True)
     (folder / "heart_traces.npz").touch()
     assert checkout.run("jobs/experiments/reproduce_heart.sh --quick", FEDMPI_DATA=str(folder.parent)).returncode == 0
-    assert checkout.calls("mpirun") == [f"-n 2 python tests/programs/heart.py {folder.parent} replicated 42 FedAvg100"]
+    assert checkout.calls("mpirun") == [
+        f"-n 2 python tests/support/programs/heart.py {folder.parent} replicated 42 FedAvg100"
+    ]
     done = checkout.run("jobs/experiments/reproduce_heart.sh FedAvg100 FedProx100", FEDMPI_DATA=str(folder.parent))
     assert done.returncode == 0, done.stderr
     assert checkout.calls("mpirun") == [
-        f"-n 2 python tests/programs/heart.py {folder.parent} replicated all FedAvg100 FedProx100"
+        f"-n 2 python tests/support/programs/heart.py {folder.parent} replicated all FedAvg100 FedProx100"
     ]
     assert re.search(r"^FedAvg100  ( +0.5000  0.5000){3} +0.5000  0.2500 +3.0e-07$", done.stdout, re.MULTILINE), done
     assert "3 runs; largest difference of a mean accuracy: 2.5e-01" in done.stdout

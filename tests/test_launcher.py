@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from mpi import until
+from support.mpi import until
 
 PARENT = """
 import ctypes, os, subprocess, sys, threading

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import config, everything, figures, refused
+from support.runs import config, everything, figures, refused
 
 import fedmpi
 from fedmpi import results
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_evaluated_on_the_members_of_its_round(tmp_path):
     members = first("s0", "s1", "s2", "s3")
     records, *_ = trained(tmp_path, "models of their own", members, change=CHANGES["one for another"])
     for record in (records[-1], records[1]):
-        found = results.evaluate(tmp_path, record["round"], allow=["runs"])
+        found = results.evaluate(tmp_path, record["round"], allow=["support"])
         assert list(found["silos"]) == list(record["silos"])
         assert (found["loss"], found["personal_loss"]) == (record["loss"], record["personal_loss"])
 

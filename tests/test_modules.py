@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from modules import Follower, Freezes, Remembers, Tied, Unsaved, Views, Weights
-from runs import config, figures, put_back, refused, run  # noqa: F401
 from safetensors.torch import load_file
+from support.modules import Follower, Freezes, Remembers, Tied, Unsaved, Views, Weights
+from support.runs import config, figures, put_back, refused, run  # noqa: F401
 
 from fedmpi import results
 from fedmpi.components import build, to_dict
@@ -31,14 +31,14 @@ HALVES = {"rounds": 12, "local": {"lr": 0.1, "epochs": 1, "batch_size": 32}, "da
 
 def drift(out, model, **other):
     local = {"lr": 0.01, "epochs": None, "steps": 2, "batch_size": 8}
-    return config(out, data={"name": "modules:Drifts"}, model=model, local=local, **other)
+    return config(out, data={"name": "support.modules:Drifts"}, model=model, local=local, **other)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_of_half_precision_learns_digits_as_one_of_float32_does(dtype, tmp_path):
     found = {}
     for name in ("float32", dtype):
-        records, _ = run(config(tmp_path / name, **HALVES, model={"name": "modules:Cast", "dtype": name}))
+        records, _ = run(config(tmp_path / name, **HALVES, model={"name": "support.modules:Cast", "dtype": name}))
         found[name] = records
     norms = [record["delta_norm"] for record in found[dtype]]
     assert len(set(norms)) == len(norms) and norms[-1] < norms[0], "every round has a delta of its own"
@@ -65,7 +65,9 @@ def test_numbers_drawn_without_a_generator_are_keyed_and_the_process_gets_its_ow
         expected = draws()
         all_set(seed)
         how = drift(
-            tmp_path / out, {"name": "modules:Jitter", "always": always}, select={"name": "uniform", "fraction": 0.75}
+            tmp_path / out,
+            {"name": "support.modules:Jitter", "always": always},
+            select={"name": "uniform", "fraction": 0.75},
         )
         records, done = run(how)
         assert draws() == expected
@@ -80,7 +82,7 @@ def test_numbers_drawn_without_a_generator_are_keyed_and_the_process_gets_its_ow
 
 def test_a_silo_draws_the_same_whoever_drew_before(tmp_path):
     """Which is what makes numbers of ranks alike: there every rank has other silos."""
-    _, done = run(drift(tmp_path, {"name": "modules:Jitter", "always": True}, rounds=1), rounds=1)
+    _, done = run(drift(tmp_path, {"name": "support.modules:Jitter", "always": True}, rounds=1), rounds=1)
     fed, deltas = done.federation, []
     for silos in (["s0", "s1", "s2"], ["s2"]):
         draws()
@@ -96,7 +98,7 @@ def test_data_of_ones_own_that_draw_without_a_generator_are_the_same_in_every_ru
     fingerprints = set()
     for seed in (1, 2):
         all_set(seed)
-        how = config(tmp_path / str(seed), data={"name": "modules:Drawn"}, rounds=1)
+        how = config(tmp_path / str(seed), data={"name": "support.modules:Drawn"}, rounds=1)
         records, done = run(how)
         fingerprints.add(fingerprint(done.federation.facts_KF))
         assert results.evaluate(tmp_path / str(seed))["loss"] == records[-1]["loss"]
@@ -118,8 +120,8 @@ def trained(out, model, **other):
 
 @pytest.mark.parametrize("how", ["assigned", "data"])
 def test_a_buffer_that_is_assigned_anew_counts_like_one_that_is_written_in_place(how, tmp_path):
-    plain = trained(tmp_path / "plain", {"name": "modules:Statistic", "how": "in place"})
-    other = trained(tmp_path / "other", {"name": "modules:Statistic", "how": how})
+    plain = trained(tmp_path / "plain", {"name": "support.modules:Statistic", "how": "in place"})
+    other = trained(tmp_path / "other", {"name": "support.modules:Statistic", "how": how})
     assert other[:2] == plain[:2]
     kept = [{n: t.tolist() for n, t in silo.kept.items()} for silo in other[2].federation.silos.values()]
     assert kept == [{"fedmpi/integers_int16": [6]}] * 4, "an integer buffer too"
@@ -130,7 +132,9 @@ def test_a_buffer_that_is_assigned_anew_counts_like_one_that_is_written_in_place
 @pytest.mark.parametrize(("how", "plain"), [("always in place", "always"), ("always", "always in place")])
 def test_what_an_evaluation_writes_goes_to_no_other_silo(how, plain, tmp_path):
     """Alone with its rank a silo would not find it: figures would hang on the number of ranks."""
-    first, second = (trained(tmp_path / name, {"name": "modules:Statistic", "how": name}) for name in (how, plain))
+    first, second = (
+        trained(tmp_path / name, {"name": "support.modules:Statistic", "how": name}) for name in (how, plain)
+    )
     assert first[:2] == second[:2]
     record, done = first[1][-1], first[2]
     fed = done.federation
@@ -146,8 +150,8 @@ def test_what_an_evaluation_writes_goes_to_no_other_silo(how, plain, tmp_path):
 
 @pytest.mark.parametrize("how", ["data", "flatten"])
 def test_weights_whose_memory_is_exchanged_in_forward_train_as_those_that_stay(how, tmp_path):
-    plain = trained(tmp_path / "plain", {"name": "modules:Weights", "how": ""})
-    assert trained(tmp_path / "other", {"name": "modules:Weights", "how": how})[:2] == plain[:2]
+    plain = trained(tmp_path / "plain", {"name": "support.modules:Weights", "how": ""})
+    assert trained(tmp_path / "other", {"name": "support.modules:Weights", "how": how})[:2] == plain[:2]
     model = FlatModel(Weights(how))
     params_P = model.params()
     model.module(torch.ones(2, 3))
@@ -177,7 +181,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "how"), REFUSED)
 def test_what_cannot_be_mended_is_refused_by_name_before_the_first_round(name, how, tmp_path):
-    said = refused(drift(tmp_path, {"name": f"modules:{name}", "how": how}))
+    said = refused(drift(tmp_path, {"name": f"support.modules:{name}", "how": how}))
     assert said.startswith(REFUSED[name, how])
 
 
@@ -197,7 +201,7 @@ def test_weights_tied_by_memory_train_as_those_tied_by_object(rule, tmp_path):
     local = {"name": "sgd", "lr": 0.001, "steps": 2, "batch_size": 8, "optimizer": "Adam" if not rule else "SGD"} | rule
     found = []
     for how in ("object", "data", "parameter", "numpy"):
-        how_ = drift(tmp_path / how, {"name": "modules:Tied", "how": how}, rounds=3)
+        how_ = drift(tmp_path / how, {"name": "support.modules:Tied", "how": how}, rounds=3)
         how_ = build(Config, {**to_dict(how_), "local": local})
         records, done = run(how_)
         assert results.evaluate(tmp_path / how)["loss"] == records[-1]["loss"]
@@ -230,14 +234,14 @@ def test_views_stay_views_of_what_they_are_views_of(tmp_path):
     assert torch.equal(model.take_delta(params_P), torch.ones_like(params_P))
     twin = FlatModel(Views()).twin()
     assert len(twin.entries) == 3 and twin.module.last.data_ptr() == twin.module.table[3].data_ptr()
-    records, done = run(drift(tmp_path, "modules:Views"))
+    records, done = run(drift(tmp_path, "support.modules:Views"))
     assert results.evaluate(tmp_path)["loss"] == records[-1]["loss"]
     assert done.model.last.abs().min() > 0.5
 
 
 @pytest.mark.parametrize("how", ["buffer", "attribute"])
 def test_what_is_not_saved_goes_from_no_silo_to_another_and_is_said(how, tmp_path, caplog):
-    first = trained(tmp_path / "all", {"name": "modules:Unsaved", "how": how}, rounds=1)
+    first = trained(tmp_path / "all", {"name": "support.modules:Unsaved", "how": how}, rounds=1)
     assert "model: 'mean' changes in training and is not saved" in caplog.text
     fed = first[2].federation
     for name in ("s3", "s0"):  # as if it were alone with its rank
@@ -260,7 +264,7 @@ def test_what_is_not_saved_goes_from_no_silo_to_another_and_is_said(how, tmp_pat
     ],
 )
 def test_what_a_module_remembers_in_plain_attributes_goes_from_no_silo_to_another(how, tmp_path, caplog):
-    first = trained(tmp_path / "all", {"name": "modules:Remembers", "how": how}, rounds=1)
+    first = trained(tmp_path / "all", {"name": "support.modules:Remembers", "how": how}, rounds=1)
     known = how in ("list", "dict", "number", "array", "generator", "torch generator")
     assert ("model: 'mean' changes in training and is not saved" in caplog.text) == known
     fed = first[2].federation
@@ -280,7 +284,7 @@ def test_what_a_module_remembers_in_plain_attributes_goes_from_no_silo_to_anothe
 
 @pytest.mark.parametrize("how", ["in place", "data"])
 def test_a_frozen_parameter_that_training_writes_is_shared_or_refused_by_name(how, tmp_path):
-    model = {"name": "modules:Follower", "how": how}
+    model = {"name": "support.modules:Follower", "how": how}
     said = refused(drift(tmp_path / "a", model, exchange={"parameters": "trainable"}))
     assert said.startswith("model: the frozen parameter 'slow.weight' is written in a forward pass and is not shared")
     trained(tmp_path / "b", model)
@@ -294,23 +298,23 @@ def test_a_frozen_parameter_that_training_writes_is_shared_or_refused_by_name(ho
 
 
 def test_a_table_that_is_made_when_it_is_needed_is_nobodys_business(tmp_path, caplog):
-    trained(tmp_path, "modules:Cache")
+    trained(tmp_path, "support.modules:Cache")
     assert "changes in training" not in caplog.text
 
 
 def test_lazy_layers_are_made_before_the_vector(tmp_path):
-    _, records, done = trained(tmp_path, "modules:Lazy")
+    _, records, done = trained(tmp_path, "support.modules:Lazy")
     assert len(done.parameters) == 4 * 3 + 4 + 4 * 4 + 4 + 1
     assert records[-1]["train_loss"] < records[0]["train_loss"]
     assert plan(done.config, {}, 2)["shared_parameters"] == len(done.parameters)
 
 
 def test_an_extra_state_is_left_alone_and_one_that_changes_is_refused(tmp_path):
-    trained(tmp_path / "a", {"name": "modules:Extra", "inputs": 3, "outputs": 1})
+    trained(tmp_path / "a", {"name": "support.modules:Extra", "inputs": 3, "outputs": 1})
     assert sorted(load_file(tmp_path / "a" / "model.safetensors")) == ["bias", "weight"]
     results.export(tmp_path / "a", tmp_path / "m.pt")
     assert torch.load(tmp_path / "m.pt", weights_only=False)["_extra_state"]["version"] == 3
-    said = refused(drift(tmp_path / "b", {"name": "modules:Extra", "inputs": 3, "outputs": 1, "counts": True}))
+    said = refused(drift(tmp_path / "b", {"name": "support.modules:Extra", "inputs": 3, "outputs": 1, "counts": True}))
     assert said.startswith("model: the extra state of 'Extra' changes")
 
 
@@ -323,7 +327,7 @@ def test_looking_whether_all_is_in_place_costs_microseconds():
 # ---------------------------------------------------------------- a last batch of one sample
 
 
-def blobs(out, model="modules:Normed", sizes=(17, 16), **local):
+def blobs(out, model="support.modules:Normed", sizes=(17, 16), **local):
     other = {key: local.pop(key) for key in ("evaluate", "rounds") if key in local}
     return config(out, data={"sizes": list(sizes)}, model=model, local=local, **{"rounds": 2, **other})
 
@@ -341,7 +345,7 @@ def blobs(out, model="modules:Normed", sizes=(17, 16), **local):
         ({"epochs": None, "steps": 2, "rounds": 2}, "17 samples in batches of 8"),
         ({"name": "scaffold", "epochs": None, "steps": 1, "option": "I"}, "17 samples in batches of 8"),
         ({"name": "per_fedavg", "inner_lr": 0.1}, "17 samples in batches of 8"),
-        ({"model": {"name": "modules:Normed", "own": True}}, "not a number comes out"),
+        ({"model": {"name": "support.modules:Normed", "own": True}}, "not a number comes out"),
         (
             {"last_batch": "merge", "evaluate": {"finetune": {"name": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 8}}},
             "evaluate.finetune.last_batch",
@@ -360,7 +364,7 @@ def test_a_batch_of_one_sample_is_refused_where_the_model_cannot_have_one(local,
         {"batch_size": None},
         {"epochs": None, "steps": 1},  # two rounds of which never come to the epoch's end
         {"model": "logistic"},
-        {"model": "modules:PlainNorm"},
+        {"model": "support.modules:PlainNorm"},
         {"name": "scaffold", "option": "I", "last_batch": "drop"},
         {"name": "mime_lite", "last_batch": "merge"},
         {"name": "per_fedavg", "inner_lr": 0.1, "last_batch": "merge"},
@@ -415,7 +419,7 @@ def test_a_whole_gradient_is_the_same_however_its_samples_are_cut():
 
 
 def test_a_layer_that_a_forward_pass_freezes_is_trained_by_the_next_silo_too(tmp_path):
-    done = trained(tmp_path / "all", {"name": "modules:Freezes"}, rounds=1)[2]
+    done = trained(tmp_path / "all", {"name": "support.modules:Freezes"}, rounds=1)[2]
     fed, deltas = done.federation, []
     for silo in fed.silos.values():  # each as if it were alone with its rank
         fresh = FlatModel(Freezes())

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.modules import Fixed
 
 from fedmpi.components import build, to_dict
 from fedmpi.errors import ConfigError
@@ -27,21 +28,6 @@ def evaluate(objective, *args):
         tally.figures(objective.scorers)[objective.best.name],
         tally.samples,
     )
-
-
-class Fixed(torch.nn.Module):
-    """Gives what it is given; a frozen part keeps its own mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.frozen = torch.nn.Dropout(0.5).eval()
-        self.noise = torch.nn.Dropout(0.5)
-        self.batches = []
-
-    def forward(self, x):
-        assert not torch.is_grad_enabled() and not self.training and not self.noise.training
-        self.batches.append(len(x))
-        return self.noise(self.frozen(x))
 
 
 def test_set(task):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import config, refused, run
+from support.runs import config, refused, run
 from torch import nn
 
 from fedmpi.comm import SoloComm

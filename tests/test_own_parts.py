@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from runs import OWN, config, put_back, refused, run  # noqa: F401
+from support.runs import OWN, config, put_back, refused, run  # noqa: F401
 
 from fedmpi import results
 from fedmpi.components import component

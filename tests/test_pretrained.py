@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 import torch
-from runs import config
 from safetensors.torch import save_file
+from support.runs import config
 from torch import nn
 
 import fedmpi

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference
 import torch
-from runs import OWN, Normed, config, everything, figures, put_back, rank_distance, refused, run  # noqa: F401
 from safetensors.torch import load_file, save_file
+from support import reference
+from support.runs import OWN, Normed, config, everything, figures, put_back, rank_distance, refused, run  # noqa: F401
 from torch import nn
 
 import fedmpi

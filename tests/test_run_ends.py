@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import OWN, config, everything, put_back, run  # noqa: F401
+from support.runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
 from fedmpi import results, stopping

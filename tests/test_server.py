@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-import reference
 import torch
+from support import reference
 
 from fedmpi import server
 from fedmpi.components import to_dict

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from equations import IDS, samples
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_personal import TUNE, Normed, config, done
+from support.equations import IDS, samples
+from support.personal import TUNE, Normed, config, done
 
 import fedmpi
 from fedmpi import results
@@ -16,7 +16,7 @@ from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
 
-NORMED = {"model": "test_personal:Normed"}
+NORMED = {"model": "support.personal:Normed"}
 HEAD = {"exchange": {"parameters": ["*", "!head.*"]}, **NORMED}
 SGD = {"name": "sgd", "epochs": 1}
 # What every silo has for itself, and which layers of it stay with the silo.

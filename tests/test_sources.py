@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import config, refused, run
+from support.mpi import TESTS
+from support.runs import config, refused, run
 
 from fedmpi import results, sources
 from fedmpi.errors import ConfigError
@@ -45,8 +46,8 @@ def test_what_is_imported_from_the_same_folder_and_package_is_found_and_kept(cod
     run(config("out", 1, **OWN_CODE))
     kept = {p.relative_to("out/code").as_posix(): p.read_text() for p in Path("out/code").rglob("*.py")}
     reached = {n: t for n, t in FILES.items() if n not in ("mine_other.py", "mine_pkg/unused.py")}
-    runs = Path(__file__).with_name("runs.py").read_text()
-    assert kept == {**reached, "runs.py": runs}
+    own = {f"support/{name}": (TESTS / "support" / name).read_text() for name in ("__init__.py", "runs.py")}
+    assert kept == {**reached, **own}
 
 
 @pytest.mark.parametrize("name", ["mine_net.py", "mine_loss.py", "mine_scale.py", "mine_pkg/deep.py"])
@@ -61,7 +62,7 @@ def test_code_that_has_changed_is_named_and_refused_or_warned_of(code, caplog, n
     with pytest.raises(ConfigError, match="code has changed"):
         run(config("out", 4, **OWN_CODE))
     assert "code has changed" not in caplog.text
-    results.evaluate(Path("out"), allow=["runs"])
+    results.evaluate(Path("out"), allow=["support"])
     assert (
         name not in ("mine_net.py", "mine_pkg/deep.py")
         or f"code has changed since out was trained with it (see out/code): {name}" in caplog.text

@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from runs import config, put_back, run  # noqa: F401
-from test_exchange import on_ranks, section
+from support.exchanges import section
+from support.runs import config, put_back, run  # noqa: F401
 
 import fedmpi
 from fedmpi import checkpoint, keeper
 from fedmpi.comm import SoloComm
+from fedmpi.comm.threads import on_ranks
 from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.exchange import chunks
 from fedmpi.exchange.base import ExchangeContext

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import tensors_of
+from support.runs import tensors_of
 
 from fedmpi import tensorfile
 from fedmpi.checkpoint import Writer, read_server, read_silos, seal

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import config, everything, figures, put_back, refused, run  # noqa: F401
+from support.runs import config, everything, figures, put_back, refused, run  # noqa: F401
 
 import fedmpi
 from fedmpi.components import component
@@ -272,7 +272,7 @@ def test_fedexp_and_rejections_need_no_figure_of_a_single_silo(tmp_path):
 
 
 def test_fedexp_refuses_statistics_among_the_parameters(tmp_path):
-    how = {"model": {"name": "runs:Normed"}, "server": {"optimizer": "fedexp"}}
+    how = {"model": {"name": "support.runs:Normed"}, "server": {"optimizer": "fedexp"}}
     assert "'norm.running_mean' is a statistic" in refused(config(tmp_path, 1, **how))
     run(config(tmp_path, 1, **how, exchange={"parameters": "trainable"}))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import run
+from support.runs import run
 from typer.testing import CliRunner
 
 import fedmpi
@@ -59,7 +59,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.syspath_prepend(str(tmp_path / "away"))
     monkeypatch.syspath_prepend(".")
-    run(build(Config, {"rounds": 1, "out": "outs/a", "data": "runs:Blobs"}))
+    run(build(Config, {"rounds": 1, "out": "outs/a", "data": "support.runs:Blobs"}))
     yield tmp_path / "work"
     for name in [name for name in sys.modules if name.startswith(("mine_", "outs"))]:
         del sys.modules[name]
@@ -150,11 +150,13 @@ def test_a_configuration_in_a_run_directory_is_a_run_directorys_with_or_without_
 
 def test_the_users_own_configuration_may_name_anything(home):
     Path("own.yaml").write_text(
-        yaml.safe_dump({"data": "runs:Blobs", "model": {"name": "torch.nn:Linear", **REFUSED["torch.nn:Linear"]}})
+        yaml.safe_dump(
+            {"data": "support.runs:Blobs", "model": {"name": "torch.nn:Linear", **REFUSED["torch.nn:Linear"]}}
+        )
     )
     assert CliRunner().invoke(app, ["plan", "own.yaml"]).exit_code == 0
     with fedmpi.Run("own.yaml", "rounds=1", "out=outs/c", comm=SoloComm()) as run:
         assert len(list(run)) == 1
     with pytest.raises(ConfigError, match="--allow"):
         results.evaluate(Path("outs/c"))
-    assert results.evaluate(Path("outs/c"), allow=["torch", "runs"])["round"] == 1
+    assert results.evaluate(Path("outs/c"), allow=["torch", "support"])["round"] == 1

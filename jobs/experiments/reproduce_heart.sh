@@ -19,7 +19,7 @@ RANKS=2
 
 rows=$(mktemp)
 trap 'rm -f "$rows"' EXIT
-timeout --foreground -k 10 3600 mpirun -n 2 python tests/programs/heart.py "$data" replicated "$seeds" "$@" >"$rows"
+timeout --foreground -k 10 3600 mpirun -n 2 python tests/support/programs/heart.py "$data" replicated "$seeds" "$@" >"$rows"
 python - "$rows" <<'END'
 import json
 import sys

@@ -9,19 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from mpi import absent
+from support.mpi import absent
+from support.programs import page as page_program
 
 TOP = Path(__file__).parents[2]
-PROGRAM = TOP / "tests/programs/page.py"
+PROGRAM = TOP / "tests/support/programs/page.py"
 TOP_PAGES = [TOP / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 LATER = ("README.md",)  # to be rewritten
 PAGES = [page for page in TOP_PAGES if page.exists() and page.name not in LATER] + sorted((TOP / "docs").rglob("*.md"))
 MOST_LINES = 300
-
-_spec = importlib.util.spec_from_file_location("page", PROGRAM)
-page_program = importlib.util.module_from_spec(_spec)
-sys.modules["page"] = page_program
-_spec.loader.exec_module(page_program)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(TOP).as_posix())
 

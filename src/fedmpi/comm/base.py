@@ -5,7 +5,7 @@
     Comm        both, and what becomes of the ranks themselves: duplicates, groups, the end
 
 A member implements all that is abstract here in one file (solo.py, threads.py, mpi.py) and passes the contract
-(tests/programs/collectives.py). Errors of others come out as RankLost and CommTimeout.
+(tests/support/programs/collectives.py). Errors of others come out as RankLost and CommTimeout.
 """
 
 from __future__ import annotations

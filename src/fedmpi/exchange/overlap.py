@@ -10,8 +10,9 @@ in its training of round t. In round t+1
 
 So what a silo goes on from changes by (w_t - w_{t-1}) - delta_{k,t} when w_t arrives: everybody's progress in place of
 its own. To go on from w_{t-1} itself and add what arrives would make the same progress twice: where local training goes
-far that hardly converges (tests/test_overlap.py shows both). Silos that go on and are all alike are exactly where they
-were without overlap; of silos that differ, what is one's own is felt for a round more, so it takes a few rounds more.
+far that hardly converges (tests/exchange/test_overlap.py shows both). Silos that go on and are all alike are exactly
+where they were without overlap; of silos that differ, what is one's own is felt for a round more, so it takes a few
+rounds more.
 
 Round t comes out of `finish` with w_{t-1}, and that is what its record evaluates. In the last round T there is nothing
 to hide behind: its exchange is waited for within it, and the run ends with w_T.

@@ -1,0 +1,127 @@
+"""Every script of jobs/ runs in its quick form, on ranks where it starts some."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.mpi import ENVIRONMENT, FEDMPI, PYTHON, launcher
+
+TOP = Path(__file__).parents[2]
+# What no quick form is for: setup.sh is sourced by the others, test.sh would start these tests again.
+APART = {"setup.sh", "test.sh", "quickstart.sh", "reproduce_heart.sh"}  # tests/test_jobs.py has them
+
+# What setup.sh writes once all is installed.
+STAMP = """
+printf '%s\\n' "$PWD/.venv" | cat - setup.cfg jobs/constraints.txt | cksum >.venv/fedmpi-installed
+extras=$(sed -n '/extras_require/,$ s/^\\([a-z]*\\) =$/\\1/p' setup.cfg | sort | paste -sd,)
+echo "with $extras" >>.venv/fedmpi-installed
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout whose .venv is the environment of these tests: its jobs find all that they install."""
+    top = tmp_path_factory.mktemp("checkout")
+    for folder in ("jobs", "configs", "src"):
+        shutil.copytree(TOP / folder, top / folder)  # with what numba has compiled
+    shutil.copy(TOP / "setup.cfg", top)
+    (top / ".venv/bin").mkdir(parents=True)
+    mpirun = " ".join(launcher()) or "mpirun"
+    for name, command in (("python", PYTHON), ("fedmpi", FEDMPI), ("mpirun", mpirun)):
+        (top / ".venv/bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (top / ".venv/bin" / name).chmod(0o755)
+    (top / "stamp.sh").write_text(STAMP)
+    subprocess.run(["bash", "stamp.sh"], cwd=top, check=True, timeout=20)
+    return top
+
+
+def quick(checkout: Path, name: str, *arguments: str) -> str:
+    """What the script with --quick prints."""
+    inside = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PRTE_"))}
+    path = os.pathsep.join(filter(None, [str(checkout / "src"), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        ["bash", name, "--quick", *arguments],
+        cwd=checkout,
+        env={**inside, **ENVIRONMENT, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert "pip" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_every_script_has_a_test_of_its_quick_form() -> None:
+    text = Path(__file__).read_text() + (TOP / "tests" / "test_jobs.py").read_text()
+    for path in sorted((TOP / "jobs").rglob("*.sh")):
+        name = str(path.relative_to(TOP))
+        assert path.name in APART or f'"{name}"' in text or f'"{name} --quick' in text, f"{name} is run by no test"
+    for path in (TOP / "jobs").rglob("*.py"):
+        assert "--quick" in path.read_text() or path.name == "first_batch.py", f"{path} has no --quick"
+
+
+def test_startup_says_how_long_the_first_batch_takes(checkout: Path) -> None:
+    figures = json.loads(quick(checkout, "jobs/bench/startup.sh"))
+    assert figures["repeats"] == 1 and figures["first_batch_s"] > 0 < figures["imports_s"]
+    assert figures["ratio"] == pytest.approx(figures["first_batch_s"] / figures["imports_s"], rel=0.05)
+
+
+def test_memory_is_told_by_number_of_silos(checkout: Path) -> None:
+    said = quick(checkout, "jobs/bench/memory.sh")
+    rows = re.findall(r"^(\d+) silos: rank 0 ([\d.]+) MiB, rank 1 ([\d.]+) MiB$", said, re.MULTILINE)
+    assert [row[0] for row in rows] == ["4", "8"] and all(float(b) > 50 for row in rows for b in row[1:]), said
+
+
+def test_a_killed_run_resumes_to_the_same_bits(checkout: Path) -> None:
+    said = quick(checkout, "jobs/experiments/kill_resume.sh")
+    shas = dict(re.findall(r"^(undisturbed|killed) +([0-9a-f]{64})", said, re.MULTILINE))
+    assert "kill 1 after round" in said and shas["undisturbed"] == shas["killed"]
+
+
+def test_two_commits_are_compared_in_turns(checkout: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("there is no git")
+    (checkout / ".gitignore").write_text("__pycache__\n.venv\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        [*who, "commit", "-qm", "one"],
+        [*who, "commit", "-qm", "two", "--allow-empty"],
+    ):
+        subprocess.run(["git", *command], cwd=checkout, check=True, timeout=60)
+    said = quick(checkout, "jobs/bench/compare_commits.sh", "--ranks", "1", "--json", "found.json", "HEAD~1")
+    found = json.loads((checkout / "found.json").read_text())
+    rows = {row["what"]: row for row in found["rows"]}
+    assert {"exchange root identity", "exchange sharded identity", "federation: a round"} <= rows.keys()
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(row["b_s"] / row["a_s"]) and row["least"] == row["most"] == row["ratio"]
+    assert said.splitlines()[0].split()[1:3] == [found["a"], found["b"]] and found["a"] != found["b"]
+    left = subprocess.run(["git", "worktree", "list"], cwd=checkout, capture_output=True, text=True, timeout=60).stdout
+    assert len(left.splitlines()) == 1
+
+
+def test_starts_without_what_a_program_counts_on_come_to_an_end(checkout: Path) -> None:
+    """A tiny /dev/shm, little memory, a closed stdout, no HOME, a full disk: one start each."""
+    path = os.pathsep.join([str(checkout / ".venv/bin"), os.environ["PATH"]])
+    source = os.pathsep.join(filter(None, [str(checkout / "src"), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [PYTHON, "jobs/experiments/drill_starts.py", "--quick"],
+        cwd=checkout,
+        env={**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": source},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row[0]: row[1:] for row in map(str.split, done.stdout.splitlines()[1:])}
+    assert list(rows) == ["shm", "memory", "stdout", "home", "disk"]
+    for condition in ("stdout", "home"):
+        assert rows[condition] == ["1", "0", "0", "0", "0"], done.stdout

@@ -1,0 +1,27 @@
+"""Rounds after the first few allocate nothing of the model's size, and a run does not grow."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.mpi import PYTHON, mpirun
+
+JOB = Path(__file__).parents[2] / "jobs" / "bench" / "steady.py"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    done = mpirun(2, PYTHON, str(JOB), "--params", "3e5", "--rounds", "100", timeout_s=240)
+    assert done.rc == 0, done.tails
+    return [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]  # mpirun may colour a last line
+
+
+def test_an_exchange_touches_no_fresh_memory_of_the_vector_s_size(rows: list[dict]) -> None:
+    # MPI_Allreduce of a block takes scratch of its own each time, which is a vector where vectors are a block.
+    fresh = {row["exchange"]: row["fresh_memory"] for row in rows if "replicated" not in row["exchange"]}
+    assert len(fresh) >= 6 and max(fresh.values()) < 0.15, fresh
+
+
+def test_ranks_do_not_grow_from_round_to_round(rows: list[dict]) -> None:
+    grown = {row["exchange"]: row["growth_bytes"] for row in rows}
+    assert max(grown.values()) < 600_000, grown  # over 90 rounds
