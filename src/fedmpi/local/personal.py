@@ -1,6 +1,6 @@
 """Rules that leave a silo with a model of its own.
 
-    personal layers      FedPer and FedBN need no rule: `exchange.parameters` says what stays (README); FedRep is one
+    personal layers      FedPer and FedBN need no rule, see docs/personalization.md; FedRep is one
     a whole own model    Ditto, APFL: kept beside what is shared, never sent
     a good start         Per-FedAvg: a model that a silo's own few steps make good; Reptile is `sgd` and a server.lr
 
