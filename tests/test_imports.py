@@ -32,7 +32,7 @@ ORDER = [
     *("models", "data", "pretrained"),
     *("membership", "local", "attacks", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
-    *("moving", "keeper", "rebuild", "train"),
+    *("moving", "keeper", "rebuild", "mirror", "heal", "train"),
     *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}

@@ -103,6 +103,7 @@ def _on_ranks(work: Callable[[Comm], None]) -> None:
         work(comm)
     except FedmpiError as error:
         # Errors of this kind are raised on every rank alike; one speaks, all leave together.
+        comm = ranks.connect() if comm is not None else None  # those that are left
         if comm.rank == 0 if comm is not None else ranks.is_first():
             say(ranks.told(error), error=True)
         if comm is not None:
@@ -131,7 +132,7 @@ def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> N
                 pass
         finally:
             progress.close()
-    if comm.rank == 0 and run.record is not None:
+    if run.comm.rank == 0 and run.record is not None:
         from rich.console import Console
 
         live = on_terminal()

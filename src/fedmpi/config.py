@@ -31,6 +31,7 @@ from fedmpi.exchange.plans import FORMERLY
 from fedmpi.flat import Entry, entries
 from fedmpi.health import StopSection
 from fedmpi.local import RULES, RUNNERS, LocalRule, Sequential, Sgd, SiloRunner
+from fedmpi.membership import OnFailure
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
@@ -205,6 +206,15 @@ class Config:
     records: RecordsSection = RecordsSection()
     device: DeviceSection = DeviceSection()
     comm: CommSection = CommSection()
+    on_failure: OnFailure | None = None
+    """when a rank dies under a fault-tolerant MPI (mpirun --with-ft ulfm): adopt: other ranks take over its silos if
+    they can open their data; continue: its silos leave; stop: the run ends; null: adopt, but stop with exchange.overlap
+    or exchange.regions"""
+
+    @property
+    def heals(self) -> OnFailure:
+        """What `on_failure` comes to."""
+        return self.on_failure or ("stop" if self.exchange.overlap or self.exchange.regions else "adopt")
 
     @pydantic.model_validator(mode="after")
     def _disclosed(self) -> Config:
@@ -216,6 +226,14 @@ class Config:
         refuse_hidden(self.disclose, readers)
         if self.disclose != "silo" and self.exchange.scope == "silo":
             raise ValueError(f"disclose: {self.disclose}, but with exchange.scope: silo each delta leaves its rank")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _outlived(self) -> Config:
+        section = self.exchange
+        for name, there in (("overlap", section.overlap), ("regions", section.regions is not None)):
+            if there and self.on_failure not in (None, "stop"):
+                raise ValueError(f"on_failure: {self.on_failure} does not go with exchange.{name}; take stop")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -94,6 +94,23 @@ class RunDirectory:
         self.path = path
         self._ticket = comm.broadcast_text(uuid.uuid4().hex, 0)
         self._descriptor = comm.collectively(lambda: self._lock() if comm.rank == 0 else None)
+        self._look(comm)
+
+    def hand_over(self, comm: Comm) -> None:
+        """To the ranks that are left of those that had it; rank 0 may be another one. A call of all of them."""
+        self._ticket = comm.broadcast_text(uuid.uuid4().hex, 0)
+
+        def take() -> None:
+            if comm.rank == 0 and self._descriptor is None:
+                self._descriptor = self._lock(asked=True)
+            elif self._descriptor is not None:
+                self._sign(self._descriptor)
+
+        comm.collectively(take)
+        self._look(comm)
+
+    def _look(self, comm: Comm) -> None:
+        """Who sees the directory, and can it be written into?"""
         try:
             sees = comm.collectively(lambda: comm.rank == 0 or self.is_ours())
             blind = np.flatnonzero(comm.gather_number(not sees))
@@ -104,8 +121,8 @@ class RunDirectory:
             self.release()
             raise
 
-    def _lock(self) -> int:
-        """Make the directory ours; the lock goes with the process."""
+    def _lock(self, asked: bool = False) -> int:
+        """Make the directory ours; the lock goes with the process. `asked`: may a request to stop be meant for us?"""
         with contextlib.ExitStack() as opened:
             try:
                 disk.make_folder(self.path)
@@ -113,21 +130,25 @@ class RunDirectory:
                 descriptor = os.open(self.path / stopping.LOCK_FILE, lock, disk.FILE_MODE)
                 opened.callback(os.close, descriptor)
                 self._take(descriptor)
-                (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
+                if not asked:
+                    (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
                 disk.remove_parts(self.path)
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, self._ticket.encode(), 0)
-                os.fsync(descriptor)
+                self._sign(descriptor)
             except OSError as error:
                 raise ConfigError(f"out: cannot write into {self.path}: {error.strerror}") from None
             opened.pop_all()
         return descriptor
 
+    def _sign(self, descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, self._ticket.encode(), 0)
+        os.fsync(descriptor)
+
     def _take(self, descriptor: int) -> None:
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # by `fedmpi stop`, which looks whether there is a job?
+            except BlockingIOError:  # by `fedmpi stop`, which looks whether there is a job? Or by one that is dying?
                 time.sleep(0.1)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -105,3 +105,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """One more line at the end of a file; as good as the disk is: nobody waits for it, and what fails is left out."""
+    with contextlib.suppress(OSError), open(path, "a") as file:
+        file.write(line + "\n")

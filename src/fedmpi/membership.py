@@ -12,11 +12,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fedmpi.comm import Comm
 from fedmpi.components import did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.types import Silo
+
+OnFailure = Literal["adopt", "continue", "stop"]
 
 
 @dataclass(frozen=True)

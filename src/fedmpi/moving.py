@@ -53,10 +53,10 @@ def moved(
     for one in tensors:
         going[after.rank(heir_of.get(one.silo, one.silo))].append(one)
     staying, going[comm.rank] = going[comm.rank], []
-    return staying + [one for packed in _exchanged([*map(_packed, going)], comm) for one in _unpacked(packed)]
+    return staying + [one for packed in exchanged([*map(packed, going)], comm) for one in unpacked(packed)]
 
 
-def _exchanged(packed: Sequence[torch.Tensor], comm: Comm) -> list[torch.Tensor]:
+def exchanged(packed: Sequence[torch.Tensor], comm: Comm) -> list[torch.Tensor]:
     """What every rank has packed for this one."""
     lengths_RR = np.zeros((comm.size, comm.size))  # bytes from rank to rank
     lengths_RR[comm.rank] = [len(bytes_B) for bytes_B in packed]
@@ -79,25 +79,27 @@ def _side_by_side(parts: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     return [(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
 
 
-def _packed(tensors: Sequence[StateTensor]) -> torch.Tensor:
+def packed(tensors: Sequence[StateTensor]) -> torch.Tensor:
     """Tensors as bytes: the length of a list of what they are, the list, and their own bytes."""
     if not tensors:
         return torch.empty(0, dtype=torch.uint8)
-    told = [(t.key, t.silo, str(t.tensor.dtype).removeprefix("torch."), [*t.tensor.shape]) for t in tensors]
+    told = [
+        (t.key, t.silo, t.placement, str(t.tensor.dtype).removeprefix("torch."), [*t.tensor.shape]) for t in tensors
+    ]
     text = json.dumps(told).encode()
     head = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
     return torch.cat([head, *(one.tensor.detach().cpu().reshape(-1).view(torch.uint8) for one in tensors)])
 
 
-def _unpacked(bytes_B: torch.Tensor) -> list[StateTensor]:
+def unpacked(bytes_B: torch.Tensor) -> list[StateTensor]:
     """The tensors that were packed."""
     if not len(bytes_B):
         return []
     end = 8 + int.from_bytes(bytes_B[:8].numpy().tobytes(), "little")
     found = []
-    for key, silo, name, shape in json.loads(bytes_B[8:end].numpy().tobytes()):
+    for key, silo, placement, name, shape in json.loads(bytes_B[8:end].numpy().tobytes()):
         dtype: torch.dtype = getattr(torch, name)
         start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         tensor = bytes_B[start:end].clone().view(dtype).reshape(shape)  # a clone begins where any type may
-        found.append(StateTensor(tuple(key), tensor, "per_silo", silo))
+        found.append(StateTensor(tuple(key), tensor, placement, silo))
     return found

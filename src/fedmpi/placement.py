@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedmpi.errors import ConfigError
 from fedmpi.membership import Membership, same_host
@@ -47,3 +47,35 @@ def place(silos: Sequence[Silo], hosts: Sequence[str], dedicated: bool = False) 
         busy, ranks[i] = heapq.heappop(free)
         heapq.heappush(free, (busy + sizes[i], ranks[i]))
     return Membership(0, {silo.id: (rank,) for silo, rank in zip(silos, ranks, strict=True)})
+
+
+def adopted(
+    stay: Mapping[str, tuple[int, ...]],
+    orphans: Sequence[Silo],
+    silos: Sequence[Silo],
+    num_train: Mapping[str, int],
+    hosts: Sequence[str],
+    dedicated: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """The ranks that take over silos whose rank is gone, the largest silo first, each to the rank with the least to do;
+    without those that no rank may open. `stay` are the teams of the others, `silos` all of them.
+
+    >>> a, b, c = Silo("a"), Silo("b"), Silo("c", host="n2")
+    >>> adopted({"a": (0,)}, [b, c], [a, b, c], {"a": 3, "b": 2, "c": 1}, ["n1", "n1"])
+    {'b': (1,)}
+    """
+    pins = {silo.id: silo.host for silo in silos}
+    able = range(1 if dedicated and len(hosts) > 1 else 0, len(hosts))
+    teams = dict(stay)
+    for silo in sorted(orphans, key=lambda one: -num_train[one.id]):
+        hosted = {rank: [s for s, team in teams.items() if team[0] == rank] for rank in able}
+        # A rank that hosts pinned silos hosts no others, unless it is alone.
+        may = [
+            rank
+            for rank in able
+            if same_host(silo.host, hosts[rank])
+            and (len(able) == 1 or all((pins[s] is None) == (silo.host is None) for s in hosted[rank]))
+        ]
+        if may:
+            teams[silo.id] = (min(may, key=lambda rank: (sum(num_train[s] for s in hosted[rank]), rank)),)
+    return {silo.id: teams[silo.id] for silo in orphans if silo.id in teams}

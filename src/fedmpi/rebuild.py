@@ -29,8 +29,7 @@ def admitted(spec: Spec, fed: Federation, state: State, members: Membership) -> 
     fed.comm.collectively(lambda: _between_crossings(fed, state))
     fed.model.load(fed.layout.params(state.params_Q))  # a trial of what training has left would say nothing
     fed.model.load_personal({})
-    facts = dict(zip(fed.ids, fed.facts_KF, strict=True))
-    return open_members(spec, members, fed.comms, fed.silos, facts)
+    return open_members(spec, members, fed.comms, fed.silos, fed.facts)
 
 
 def rebuilt(spec: Spec, fed: Federation, state: State, health: Health, opened: Opened) -> tuple[Federation, State]:

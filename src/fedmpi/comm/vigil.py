@@ -42,6 +42,7 @@ class Vigil:
     ) -> None:
         self.rank = rank
         self.lanes: list[Lane] = []
+        self._over = False
         self._hosts, self._pids, self._give_up = hosts, pids, give_up
         self._heard_s = [0.0] * len(hosts)
         self._trained_s = 0.0  # when somebody last said that it trains
@@ -69,6 +70,11 @@ class Vigil:
     def period_s(self) -> float:
         """Between two words of a rank."""
         return min(30.0, self.timeout_s / 10)
+
+    def end(self) -> None:
+        """Look at nothing any more."""
+        self._over = True
+        self.lanes.clear()
 
     # ------------------------------------------------------------ pulses
 
@@ -105,7 +111,7 @@ class Vigil:
     def _run(self) -> None:
         waited: dict[int, tuple[int, float]] = {}
         before_s = time.monotonic()
-        while True:
+        while not self._over:
             tick_s = min(1.0, self.timeout_s / 10)
             time.sleep(tick_s)
             now_s = time.monotonic()

@@ -97,6 +97,11 @@ class Federation:
         self.done = StatusTable(self.comm.size, ranks, len(self.ids), columns, counts, self.scores.pooling)
 
     @property
+    def facts(self) -> dict[str, np.ndarray]:
+        """What each silo's data are known by."""
+        return dict(zip(self.ids, self.facts_KF, strict=True))
+
+    @property
     def rejected_by(self) -> dict[str, str]:
         """The transform that said no to an update of this round, by silo; nothing where that is not disclosed."""
         if self.disclose == "pooled":

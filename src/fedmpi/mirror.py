@@ -1,0 +1,130 @@
+"""The last commit, kept in the memory of the ranks, so that ranks that are left can go on from it.
+
+After every commit a rank copies its own part of the state, and sends what no other rank has to its buddies, the two
+ranks after it. When a rank dies its part is still with a buddy; when all three die, the newest checkpoint is what
+remains.
+
+Two commits are kept. Ranks that notice a death in different calls differ by one commit at most, and go on from the
+newest one that all of them have. `keep` ends with a barrier: a rank that leaves it knows that everybody has the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from fedmpi.health import Health
+from fedmpi.keeper import holders
+from fedmpi.moving import exchanged, packed, unpacked
+from fedmpi.rounds import Federation, State
+from fedmpi.state import Key, StateTensor
+
+BUDDIES = 2  # ranks that keep what a rank alone has
+AT = "at"  # in a key: what follows is the length of the whole vector, and where the rank's parts of it lie
+Runs = list[tuple[int, int]]  # where the parts of a vector that a rank has begin, and how long they are
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit, as a rank keeps it."""
+
+    state: State  # without its vectors
+    whole: list[StateTensor]  # what every rank has
+    mine: list[StateTensor]  # what this rank alone has: its silos' tensors, its parts of vectors
+    others: dict[int, list[StateTensor]]  # the same of the ranks whose buddy this one is, by rank
+
+    @property
+    def round(self) -> int:
+        return self.state.round
+
+
+@dataclass
+class Mirror:
+    """The newest two commits of a federation. A call of `keep` is one of all ranks."""
+
+    fed: Federation
+    generation: int = 0  # how many federations of the run were mirrored before
+    commits: list[Commit] = field(default_factory=list)  # the newest last
+    _totals: dict[Key, int] = field(default_factory=dict)  # elements of vectors that are divided among ranks
+    _runs: dict[int, Runs] = field(default_factory=dict)  # of vectors of that many elements, this rank's
+
+    def keep(self, state: State, health: Health) -> None:
+        """Keep a commit. Raises RankLost where that was not done everywhere; what is kept by then is whole."""
+        comm = self.fed.comm
+        found = list(holders(state, self.fed, health).state())
+        self._measure(found)
+        spare = self.commits[0] if len(self.commits) > 1 else None
+        memory = {(t.key, t.silo): t.tensor for t in (*spare.whole, *spare.mine)} if spare is not None else {}
+        copies = [one._replace(tensor=_copied(one.tensor, memory.get((one.key, one.silo)))) for one in found]
+        mine = [one for one in copies if self._is_mine(one)]
+        whole = [one for one in copies if not self._is_mine(one)]
+        told = [self._told(one) for one in mine]
+        outgoing = [torch.empty(0, dtype=torch.uint8) for _ in range(comm.size)]
+        for buddy in buddies(comm.rank, comm.size):
+            outgoing[buddy] = packed(told)
+        arrived = exchanged(outgoing, comm)
+        others = {rank: unpacked(arrived[rank]) for rank in range(comm.size) if comm.rank in buddies(rank, comm.size)}
+        bare = replace(state, params_Q=torch.empty(0), optimizer=None, average_P=None, written=-1)
+        self.commits = [*self.commits[-1:], Commit(bare, whole, told, others)]
+        comm.share(np.zeros(1))
+
+    def _measure(self, found: Sequence[StateTensor]) -> None:
+        """How long divided vectors are; once, for those that are new. A call of all ranks."""
+        new = [one for one in found if one.placement == "sharded" and one.key not in self._totals]
+        if not self._totals or new:
+            comm = self.fed.comm
+            sizes = comm.share(np.array([1.0, *(len(one.tensor) for one in new)]))[1:]
+            for one, size in zip(new, sizes, strict=True):
+                # Where every rank has the whole vector, its shard of as long a one is as long.
+                alone = int(size) == len(one.tensor) * comm.size and self._has_all(len(one.tensor))
+                self._totals[one.key] = -1 if alone else int(size)
+
+    def _has_all(self, length: int) -> bool:
+        return len(self.fed.exchange.shard(torch.empty(length))) == length and self.fed.comm.size > 1
+
+    def _is_mine(self, one: StateTensor) -> bool:
+        return one.placement == "per_silo" or (one.placement == "sharded" and self._totals[one.key] >= 0)
+
+    def _told(self, one: StateTensor) -> StateTensor:
+        """The tensor with where its parts lie in the key, if it is one of a divided vector."""
+        if one.placement != "sharded":
+            return one
+        total = self._totals[one.key]
+        if total not in self._runs:
+            self._runs[total] = _runs(self.fed.exchange.shard(torch.arange(total)))
+        lies = [str(number) for run in self._runs[total] for number in run]
+        return one._replace(key=(*one.key, AT, str(total), *lies))
+
+
+def buddies(rank: int, num_ranks: int) -> list[int]:
+    """The ranks that keep what a rank alone has.
+
+    >>> buddies(2, 4), buddies(0, 2), buddies(0, 1)
+    ([3, 0], [1], [])
+    """
+    return [(rank + step) % num_ranks for step in range(1, min(BUDDIES, num_ranks - 1) + 1)]
+
+
+def _runs(places_N: torch.Tensor) -> Runs:
+    """Consecutive numbers as (first, how many).
+
+    >>> _runs(torch.tensor([4, 5, 6, 10, 11]))
+    [(4, 3), (10, 2)]
+    """
+    if not len(places_N):
+        return []
+    ends = torch.nonzero(places_N.diff() != 1).reshape(-1) + 1
+    starts = torch.cat([torch.tensor([0]), ends]).tolist()
+    stops = [*ends.tolist(), len(places_N)]
+    return [(int(places_N[a]), b - a) for a, b in zip(starts, stops, strict=True)]
+
+
+def _copied(tensor: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
+    """A copy in host memory, in memory that is there if it fits: fresh pages cost more than the copy."""
+    tensor = tensor.detach()
+    if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
+        return tensor.to("cpu", copy=True)
+    return memory.copy_(tensor)

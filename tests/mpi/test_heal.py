@@ -1,0 +1,87 @@
+"""Ranks that die at any point of a run, and the run that goes on: no batch is lost, and no bit is another."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.mpi import PROGRAMS, PYTHON, Done, launcher, mpirun
+from support.runs import run
+
+from fedmpi.checkpoint import sealed_rounds
+from fedmpi.config import load
+from fedmpi.errors import ConfigError
+from fedmpi.flat import sha256
+from fedmpi.records import read_metrics
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = str(PROGRAMS / "heal.py")
+ROUNDS = ("rounds=10", "exchange.reduction=reproducible", "local.epochs=1", "checkpoint.every=2", "device.name=cpu")
+
+
+def launch(n: int, out: Path, deaths: str, *overrides: str) -> tuple[Done, list[dict]]:
+    if "--oversubscribe" not in launcher():
+        pytest.skip("asks Open MPI's mpirun for --with-ft ulfm")
+    done = mpirun(
+        n, "--with-ft", "ulfm", PYTHON, PROGRAM, str(out), deaths, *ROUNDS, *overrides, cwd=ROOT, timeout_s=150
+    )
+    return done, [json.loads(line) for line in done.out.splitlines() if line[:1] == "{"]
+
+
+CASES = {
+    # deaths in another phase each, rank 0 among them, two at once, one while another is made up for
+    "sharded": (5, "2:2:train,0:4:exchange,3:7:evaluate", ["exchange.plan=sharded", "server.optimizer=fedadam"]),
+    "shared": (5, "4:2:ready,1:4:step,3:7:exchange", ["exchange.plan=shared_memory", "server.optimizer=fedadam"]),
+    "feedback": (
+        4,
+        "1:3:mirror,3:6:tell",
+        ["exchange.scope=silo", "exchange.up={codec: int8, feedback: true}", "exchange.plan=sharded"],
+    ),
+    "kept": (4, "0:3:tell,2:6:write", ["exchange.plan=replicated", "local={name: scaffold, lr: 0.05, epochs: 1}"]),
+    "alone": (2, "1:3:train", []),
+    "at_once": (5, "0:3:train,2:3:train,3:3:heal", ["exchange.plan=root"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_whose_ranks_die_ends_with_the_bits_of_one_whose_ranks_do_not(case, tmp_path):
+    n, deaths, overrides = CASES[case]
+    done, rows = launch(n, tmp_path / "died", deaths, *overrides)
+    assert len(rows) == 1, done.tails
+    (row,) = rows
+    config = load(str(ROOT / "configs" / "digits.yaml"), [f"out={tmp_path / 'whole'}", *ROUNDS, *overrides])[0]
+    records, whole = run(config)
+    dead = {int(death.partition(":")[0]) for death in deaths.split(",")}
+    assert row["ranks"] == n - len(dead), done.tails
+    assert row["seen"] == list(range(1, 11))
+    assert row["sha256"] == sha256(whole.parameters), done.tails
+    told = read_metrics(tmp_path / "died")
+    assert [record["round"] for record in told] == row["seen"]
+    samples = [[sum(s["num_samples"] for s in record["silos"].values()) for record in some] for some in (told, records)]
+    assert samples[0] == samples[1]  # no batch is lost
+    assert sealed_rounds(tmp_path / "died")[-1] == 10
+    events = [json.loads(line) for line in (tmp_path / "died" / "events.jsonl").read_text().splitlines()]
+    assert sum(len(event["ranks"]) for event in events) == len(dead)
+
+
+def test_silos_of_a_lost_rank_leave_where_they_are_not_to_be_taken_over(tmp_path):
+    done, rows = launch(3, tmp_path / "out", "1:3:train", "on_failure=continue")
+    assert len(rows) == 1, done.tails
+    (event,) = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
+    (gone,) = event["silos"]
+    assert event["silos"] == {gone: None} and event["ranks"] == [1] and event["round"] == 2
+    records = read_metrics(tmp_path / "out")
+    assert [gone in record["silos"] for record in records] == [True] * 2 + [False] * 8
+    assert gone not in rows[0]["silos"] and rows[0]["seen"] == list(range(1, 11))
+
+
+def test_a_lost_rank_ends_a_run_that_is_to_stop(tmp_path):
+    done, rows = launch(3, tmp_path / "out", "1:4:train", "on_failure=stop", "checkpoint.every=1")
+    assert rows == [] and "lost rank 1" in done.err, done.tails
+    assert sealed_rounds(tmp_path / "out")[0] == 1
+
+
+@pytest.mark.parametrize("part", ["exchange.overlap=true", "exchange.regions={levels: [{by: node}]}"])
+def test_what_cannot_go_on_without_a_rank_says_so(part):
+    with pytest.raises(ConfigError, match="on_failure: adopt does not go with exchange"):
+        load(str(ROOT / "configs" / "digits.yaml"), [part, "on_failure=adopt"])
+    assert load(str(ROOT / "configs" / "digits.yaml"), [part])[0].heals == "stop"

@@ -1,0 +1,61 @@
+"""A run whose ranks die where they are told to, under an MPI that outlives them. Who is rank 0 at the end prints what
+came of it.
+
+python heal.py OUT RANK:ROUND:POINT[,...] [KEY=VALUE ...]    ranks are those that the launcher started
+
+Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (within it), evaluate,
+mirror (while the commit is kept), tell (once it is kept), write (when a checkpoint is due), heal (while a lost rank is
+made up for).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import fedmpi
+from fedmpi import heal, mirror, train
+from fedmpi.comm import connect
+from fedmpi.flat import sha256
+from fedmpi.keeper import Keeper
+from fedmpi.rounds import synchronous, training
+from fedmpi.server import Server
+
+out, deaths, *overrides = sys.argv[1:]
+first = connect()
+rank = first.rank
+mine = [(int(round), point) for r, round, point in (d.split(":") for d in deaths.split(",") if d) if int(r) == rank]
+rounds: list[int] = []  # done
+
+
+def dies_at(owner, name, point):
+    """The call dies where it is this rank's turn."""
+    call = getattr(owner, name)
+
+    def dying(*arguments, **named):
+        now = len(rounds) + 1
+        if (now, point) in mine:
+            time.sleep(0.05 * (rank % 2))  # the others are in different calls by now
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **named)
+
+    setattr(owner, name, dying)
+
+
+dies_at(training, "_check", "train")
+dies_at(synchronous, "agree_ready", "ready")
+dies_at(synchronous.SynchronousRound, "commit", "exchange")
+dies_at(Server, "step", "step")
+dies_at(synchronous, "evaluate", "evaluate")
+dies_at(mirror, "exchanged", "mirror")
+dies_at(train.Run, "_tell", "tell")
+dies_at(Keeper, "write", "write")
+dies_at(heal, "_handed_on", "heal")
+
+with fedmpi.Run("configs/digits.yaml", f"out={out}", *overrides) as run:
+    for record in run:
+        rounds.append(record["round"])
+if run.comm.rank == 0:
+    row = {"seen": rounds, "sha256": sha256(run.parameters), "ranks": run.comm.size, "silos": run.membership.ids}
+    print(json.dumps(row), flush=True)
