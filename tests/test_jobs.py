@@ -442,6 +442,18 @@ def test_diloco_and_synchronous_adamw_visit_the_same_tokens(job, capsys, text_at
     assert 0.5 < figures["ratio"] < 2 and figures["diloco_loss"] < 5
 
 
+def test_diloco_in_fragments_sees_the_same_tokens_and_sends_a_part_of_the_bytes(job, capsys, text_at_hand):
+    diloco = job("diloco")
+    whole, _ = diloco.both(2, 4, SMALL, "out")
+    often, rarely = (diloco.in_fragments(whole, 2)[name] for name in ("often", "rarely_late"))
+    assert (often.rounds, often.local.steps, often.exchange.fragments, often.exchange.overlap) == (4, 2, 2, False)
+    assert (rarely.rounds, rarely.local.steps, rarely.exchange.fragments, rarely.exchange.overlap) == (2, 4, 2, True)
+    diloco.main(["--quick", "--fragments", "2", *SMALL])
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures["samples"].values()) == {2 * 2 * 2 * 16}
+    assert figures["ratios"]["whole"] == 1 and all(0.5 < ratio < 2 for ratio in figures["ratios"].values())
+
+
 def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path, text_at_hand):
     given = [*SMALL, "local.sampler=in_order", "local.batch_size=5", "local.lr=1e-2"]
     given.append("local.schedule={name: linear, floor: 0.25}")

@@ -32,6 +32,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "residuals of silos": {"exchange": {"plan": "sharded", "scope": "silo", "up": UP}, "select": {"name": "norm"}},
     "overlap": {"exchange": {"plan": "replicated", "overlap": True}, "server": {"optimizer": "fedavgm"}},
+    "fragments": {
+        "exchange": {"plan": "sharded", "scope": "silo", "fragments": 4, "up": UP, "down": DOWN},
+        "server": {"optimizer": "fedavgm"},
+        "select": {"name": "uniform", "count": 2},
+    },
+    "fragments late": {"exchange": {"fragments": 3, "overlap": True}, "server": {"optimizer": "fedavgm"}},
     "shared memory": {"exchange": {"plan": "window"}, "local": {"name": "feddyn"}, "server": {"optimizer": "feddyn"}},
     "models of their own": {"local": {"name": "ditto"}, "server": {"average": {"decay": 0.5}}},
     "last losses": {"select": {"name": "power_of_choice", "count": 2, "losses": "last"}, "aggregate": "fednova"},

@@ -1,13 +1,19 @@
 """DiLoCo against synchronous AdamW on the same tokens: losses, their ratio, and the bytes that were sent.
 
-    mpirun -n 2 python jobs/experiments/diloco.py [--rounds 60] [--steps 50] [--quick] [KEY=VALUE ...]
+    mpirun -n 2 python jobs/experiments/diloco.py [--rounds 60] [--steps 50] [--fragments 4] [--quick] [KEY=VALUE ...]
 
 DiLoCo is configs/diloco_shakespeare.yaml. Synchronous AdamW is made from it: the same silos visit the same batches in
 the same order, but exchange after every one; the mean of their gradients is one step of one AdamW with the inner
 optimizer's arguments and rates, which is training on the pooled batches. Both begin with the same parameters.
 
-The last line is JSON: `ratio` is DiLoCo's test loss over the other's, pooled over the silos, after the same tokens;
-bytes are counted, up and down, all ranks. KEY=VALUE are overrides of the configuration, such as model.width=128.
+With `--fragments 4` DiLoCo is compared with itself in fragments instead, a quarter of the parameters an exchange, on
+the same tokens, without overlap and with it (`late`). Exchanges are four times as many, a quarter of the steps apart,
+so that each parameter is exchanged as often as before (`often`); or they are as many as before, so that all bytes are
+a quarter (`rarely`).
+
+The last line is JSON: `ratio` is DiLoCo's test loss over the other's, pooled over the silos, after the same tokens,
+with `--fragments` over that of DiLoCo whole; bytes are counted, up and down, all ranks. KEY=VALUE are overrides of the
+configuration, such as model.width=128.
 """
 
 import argparse
@@ -88,6 +94,45 @@ def both(rounds: int, steps: int, overrides: list[str], out: str) -> tuple[fedmp
     return diloco, dataclasses.replace(synchronous, server=dataclasses.replace(synchronous.server, optimizer=adamw))
 
 
+def in_fragments(whole: fedmpi.Config, fragments: int) -> dict[str, fedmpi.Config]:
+    """The same tokens with a part of the parameters an exchange, by how often and whether with overlap."""
+    found: dict[str, fedmpi.Config] = {}
+    local: Any = whole.local
+    for name, times in (("often", fragments), ("rarely", 1)):
+        if local.steps % times:
+            raise SystemExit(f"--steps {local.steps} is no multiple of --fragments {fragments}")
+        for late in (False, True):
+            key = name + "_late" * late
+            found[key] = dataclasses.replace(
+                whole,
+                rounds=whole.rounds * times,
+                out=f"{whole.out}-{key}",
+                local=dataclasses.replace(local, steps=local.steps // times),
+                exchange=dataclasses.replace(whole.exchange, fragments=fragments, overlap=late),
+                evaluate=dataclasses.replace(whole.evaluate, every=times),
+                checkpoint=dataclasses.replace(whole.checkpoint, every=whole.rounds * times),
+            )
+    return found
+
+
+def compare_fragments(whole: fedmpi.Config, fragments: int, comm: Any) -> dict[str, Any]:
+    """Losses after the same tokens, and bytes of an exchange, by name; `whole` is without fragments."""
+    runs = {"whole": whole, **in_fragments(whole, fragments)}
+    found = {name: trained(config, comm) for name, config in runs.items()}
+    if comm.rank == 0:
+        for name, run in found.items():
+            print(f"{name:12} test loss: {run['losses']}", file=sys.stderr, flush=True)
+    return {
+        "ratios": {name: round(run["losses"][-1] / found["whole"]["losses"][-1], 4) for name, run in found.items()},
+        "losses": {name: run["losses"][-1] for name, run in found.items()},
+        "bytes_an_exchange": {name: run["bytes"] // run["exchanges"] for name, run in found.items()},
+        "bytes": {name: run["bytes"] for name, run in found.items()},
+        "samples": {name: run["samples"] for name, run in found.items()},
+        "fragments": fragments,
+        "ranks": comm.size,
+    }
+
+
 def trained(config: fedmpi.Config, comm: Any) -> dict[str, Any]:
     """Test losses as training went on, samples visited, bytes sent."""
     found: dict[str, Any] = {"losses": [], "bytes": 0, "exchanges": 0, "samples": 0}
@@ -101,10 +146,31 @@ def trained(config: fedmpi.Config, comm: Any) -> dict[str, Any]:
     return found
 
 
+def compare_synchronous(one: fedmpi.Config, other: fedmpi.Config, steps: int, comm: Any) -> dict[str, Any]:
+    """Losses after the same tokens, and all bytes."""
+    diloco, synchronous = (trained(config, comm) for config in (one, other))
+    sent, without = synchronous["bytes"], diloco["bytes"]
+    if comm.rank == 0:
+        for name, found in (("DiLoCo", diloco), ("synchronous AdamW", synchronous)):
+            print(f"{name:18} test loss every {steps} steps: {found['losses']}", file=sys.stderr, flush=True)
+    return {
+        "ratio": round(diloco["losses"][-1] / synchronous["losses"][-1], 4),
+        "diloco_loss": diloco["losses"][-1],
+        "synchronous_loss": synchronous["losses"][-1],
+        "bytes_ratio": round(without / sent, 5) if sent else None,
+        "diloco_bytes": without,
+        "synchronous_bytes": sent,
+        "samples": [diloco["samples"], synchronous["samples"]],
+        "exchanges": [diloco["exchanges"], synchronous["exchanges"]],
+        "ranks": comm.size,
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="exchanges of DiLoCo")
     parser.add_argument("--steps", type=int, default=50, help="inner steps between two of them")
+    parser.add_argument("--fragments", type=int, default=0, help="compare with this many fragments")
     parser.add_argument("--quick", action="store_true", help="2 exchanges of 2 steps of a tiny model: does it run?")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args(arguments)
@@ -113,23 +179,12 @@ def main(arguments: list[str] | None = None) -> None:
     comm = connect()
     with tempfile.TemporaryDirectory() as folder:
         configs = both(given.rounds, given.steps, given.overrides, comm.broadcast_text(folder, 0))
-        diloco, synchronous = (trained(config, comm) for config in configs)
+        if given.fragments:
+            figures = compare_fragments(configs[0], given.fragments, comm)
+        else:
+            figures = compare_synchronous(*configs, given.steps, comm)
         comm.barrier()
     if comm.rank == 0:
-        for name, found in (("DiLoCo", diloco), ("synchronous AdamW", synchronous)):
-            print(f"{name:18} test loss every {given.steps} steps: {found['losses']}", file=sys.stderr, flush=True)
-        sent, without = synchronous["bytes"], diloco["bytes"]
-        figures = {
-            "ratio": round(diloco["losses"][-1] / synchronous["losses"][-1], 4),
-            "diloco_loss": diloco["losses"][-1],
-            "synchronous_loss": synchronous["losses"][-1],
-            "bytes_ratio": round(without / sent, 5) if sent else None,
-            "diloco_bytes": without,
-            "synchronous_bytes": sent,
-            "samples": [diloco["samples"], synchronous["samples"]],
-            "exchanges": [diloco["exchanges"], synchronous["exchanges"]],
-            "ranks": comm.size,
-        }
         print(json.dumps(figures), flush=True)
     comm.finish()
 

@@ -152,6 +152,8 @@ class RecordsSection:
             return f"{key}: deltas meet one by one under exchange.scope: silo and plan sharded alone"
         if config.exchange.overlap:
             return f"{key}: with exchange.overlap deltas meet after their round's record"
+        if config.exchange.fragments > 1:
+            return f"{key}: with exchange.fragments no whole deltas meet"
         return None
 
     def open_sinks(self) -> list[Sink]:

@@ -112,6 +112,20 @@ class Layout:
         """Of what travels: the delta and auxiliary vectors."""
         return [segment.name for segment in self.segments if segment.role != "exact"]
 
+    def part(self, place: slice) -> Layout:
+        """Of a part of the vector, as a vector of its own.
+
+        >>> layout = Layout((Segment("delta", 0, 6, "delta"), Segment("bn.running_var", 2, 5, "exact", averaged=True)))
+        >>> layout.part(slice(3, 6)).size, layout.part(slice(3, 6)).averaged
+        (3, (slice(0, 2, None),))
+        """
+        cut = (
+            replace(one, start=max(0, one.start - place.start), stop=min(one.stop, place.stop) - place.start)
+            for one in self.segments
+            if max(one.start, place.start) < min(one.stop, place.stop)
+        )
+        return Layout(tuple(cut))
+
     def as_delta(self) -> Layout:
         """The same vector as a delta all through, for sums that become plain means; variances stay what they are."""
         kept = (replace(segment, averaged=False, still=False) for segment in self.segments if segment.non_negative)

@@ -17,6 +17,7 @@ from fedmpi.exchange.base import Machine
 from fedmpi.exchange.choose import by_rule, cost
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import Sizes, num_vectors
+from fedmpi.exchange.fragments import parts
 from fedmpi.exchange.plans import MEASURE, PLANS
 from fedmpi.flat import Entry, layout_of, master_dtype, named_exact
 from fedmpi.local import plain_step
@@ -41,7 +42,7 @@ class Counts:
     travels: int  # of a vector that is exchanged: the shared ones, and behind them the rule's auxiliary vectors
     word: int  # bytes of one
     kept_bytes: int  # of what each silo keeps for itself from round to round
-    exact: int | None  # that travel beside a lossy codec; None: there is nothing of the kind
+    exact: int | None  # that travel beside a lossy codec in a round, at most; None: there is nothing of the kind
 
     @classmethod
     def of(cls, found: Sequence[Entry], config: Config) -> Counts:
@@ -51,7 +52,8 @@ class Counts:
         word = master_dtype(found).itemsize
         kept_bytes = sum(e.num_elements * e.dtype.itemsize for e in found if e.kind in ("personal", "integers"))
         kept_bytes += config.local.kept_vectors * layout.num_params * word
-        exact = sum(part.stop - part.start for part in layout.exact)
+        rounds = [layout.part(part).exact for part in parts(layout.size, config.exchange.fragments)]
+        exact = max(sum(part.stop - part.start for part in exact) for exact in rounds)
         return cls(
             total=sum(e.num_elements for e in found),
             trained=sum(e.num_elements for e in found if e.trainable),
@@ -148,7 +150,9 @@ def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[Exchang
         return section, ""
 
     def ruled(machine: Machine) -> tuple[str, str]:
-        return by_rule(machine, num_elements, lambda name: PLANS.find(name).supports(section, machine))
+        return by_rule(
+            machine, section.at_a_time(num_elements), lambda name: PLANS.find(name).supports(section, machine)
+        )
 
     on_device = config.device.name == "cuda"
     name, why = ruled(Machine(num_ranks, on_device=on_device))
@@ -190,7 +194,8 @@ def _checkpoint(config: Config, counts: Counts, section: ExchangeSection, sizes:
         "average over rounds": counts.shared * counts.word if config.server.average is not None else 0,
         "residual down": sizes.vector_bytes * section.down.feedback,
         "residuals up": sizes.vector_bytes * sum(sizes.vectors) * section.up.feedback,
-        "overlap": sizes.vector_bytes * (1 + sizes.num_silos) * section.overlap,
+        "parameters that arrive": sizes.vector_bytes * section.overlap,
+        "progress of silos": sizes.vector_bytes * sizes.num_silos * section.goes_on,
         "kept by silos": sizes.num_silos * (counts.kept_bytes + 8),
     }
 

@@ -103,6 +103,8 @@ class ReadsNorms(ServerOptimizer):
         why, regions = f"server.optimizer: {called(self)} goes by the norms of", config.exchange.regions
         if not isinstance(config.aggregate, Mean):
             return f"{why} deltas and of their weighted mean; it needs aggregate: mean"
+        if config.exchange.fragments > 1:
+            return f"{why} whole deltas of one round; it needs exchange.fragments: 1"
         if regions is not None and regions.every > 1:
             return f"{why} one round, and exchange.regions.every is {regions.every}"
         return None

@@ -199,6 +199,11 @@ class Noise(Transform):
         if self.where == "mean":
             self._add(mean_S, start, self._scale(about) * (share if about.bound < math.inf else 1.0), about, "")
 
+    def conflicts(self, config: Config) -> str | None:
+        if self.where == "mean" and config.exchange.fragments > 1:
+            return "updates: noise on the mean goes by what a silo moves in one round, and a fragment holds several"
+        return super().conflicts(config)
+
     def _scale(self, about: About) -> float:
         return self.sigma * (about.bound if about.bound < math.inf else 1.0)
 

@@ -108,6 +108,8 @@ class Aggregator:
             return f"aggregate: {called(self)} reads each delta; it needs exchange.scope: silo and plan sharded"
         if reads_deltas and (names := ", ".join(auxiliary.name for auxiliary in config.local.auxiliaries)):
             return f"aggregate: {called(config.local)} sends {names} besides the delta, to be summed and not chosen"
+        if self.scaled and config.exchange.fragments > 1:
+            return f"aggregate: {called(self)} looks at one round, and a fragment holds several rounds of a silo"
         if self.scaled and regions is not None and regions.every > 1:
             return f"aggregate: {called(self)} looks at one round, exchange.regions.every is {regions.every}"
         return None

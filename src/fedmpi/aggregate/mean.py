@@ -32,6 +32,12 @@ class Mean(Aggregator):
     weights: Literal["samples", "uniform", "steps"] | dict[str, PositiveFloat] = "samples"
     """n_k; every silo the same; the steps that it took in the round; or your own, by silo id"""
 
+    def conflicts(self, config: Config) -> str | None:
+        """Steps are those of one round."""
+        if self.weights == "steps" and config.exchange.fragments > 1:
+            return "aggregate: weights: steps counts those of one round, and a fragment holds several rounds of a silo"
+        return super().conflicts(config)
+
     @property
     def refuses_factors(self) -> str:
         """Steps are known only of the silos that were heard."""

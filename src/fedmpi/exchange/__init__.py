@@ -11,6 +11,8 @@
                 the same on one node, straight out of the others' memory
     regions     a node, a site, a continent first; then across
     overlap     any of them but shared_memory and regions behind the next round's training (`overlap: true`)
+    fragments   any of them but regions on a part of the vector each round (`fragments: 4`)
+    progress    where silos stand whom new parameters reach late, or part by part
     plans       the family of them, by name
     choose      which plan (`auto` goes by rule), and the exchange that it makes
     autotune    plans measured (`plan: measure`)

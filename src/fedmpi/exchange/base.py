@@ -100,6 +100,7 @@ class Exchange:
 
     params_placement: Placement = "replicated"
     in_shared_memory: ClassVar[bool] = False  # do silos train in memory that other ranks read?
+    rounds_held: int = 1  # rounds of a silo's progress that one of its vectors may hold when it is sent
     one_by_one: ClassVar[bool] = False  # under `scope: silo`, does an aggregator see every silo's vector?
 
     # ------------------------------------------------------------ what a plan declares
@@ -218,7 +219,7 @@ class Exchange:
         self.set_params(params_P, named.get((PARAMS,)))
         self.holders.restore([one for one in stored if one.key != (PARAMS,)])
 
-    # ------------------------------------------------------------ for one that runs behind training (behind.py)
+    # ------------------------------------------------------------ for one whose parameters arrive late or in parts
 
     def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
         """Where the silo's training begins; valid until the next silo's."""

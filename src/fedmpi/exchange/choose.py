@@ -23,8 +23,8 @@ from fedmpi.exchange.autotune import measure
 from fedmpi.exchange.base import Exchange, ExchangeContext, Machine
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import Cost, Sizes, Traffic
-from fedmpi.exchange.overlap import Behind
 from fedmpi.exchange.plans import FORMERLY, MEASURE, PLANS
+from fedmpi.exchange.progress import Progress
 from fedmpi.exchange.regions import Regional
 
 log = logging.getLogger("fedmpi")
@@ -43,8 +43,8 @@ def make(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: Ex
     """The exchange of a plan that is named. A call of all ranks."""
     if section.regions is not None:
         return Regional(section, comm, params_P, facts)
-    if section.overlap:
-        return Behind(section.member(section, comm.dup(), params_P, facts), comm, params_P)
+    if section.goes_on:
+        return Progress(section, comm, params_P, facts)
     return section.member(section, comm, params_P, facts)
 
 
@@ -54,7 +54,7 @@ def cost(section: ExchangeSection, sizes: Sizes) -> Cost:
     >>> cost(ExchangeSection(plan="root"), Sizes(1000, 4, 4)).traffic
     Traffic(up=12072, down=12000, control=0, collectives='Reduce + Bcast')
     """
-    plan = Regional if section.regions is not None else Behind if section.overlap else section.member
+    plan = Regional if section.regions is not None else Progress if section.goes_on else section.member
     found = plan.cost(section, sizes)
     return found if sizes.num_ranks > 1 else found._replace(traffic=Traffic(0, 0, 0, "none"))
 
@@ -115,7 +115,7 @@ def choose(
     if section.plan == MEASURE and section.regions is None:
         choice = _measured(section, comm, params_P, facts, [name for name in PLANS.members if not refuses(name)])
     else:
-        name, why = by_rule(machine, len(params_P), refuses)
+        name, why = by_rule(machine, section.at_a_time(len(params_P)), refuses)
         choice = Choice(replace(section, plan=name), why)
     if before and comm.rank == 0:
         now = choice.section.plan

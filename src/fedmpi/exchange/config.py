@@ -106,6 +106,8 @@ class ExchangeSection:
     """groups that aggregate inside first; up, down and plan are then those across"""
     overlap: bool = False
     """the exchange runs behind the next round's training and arrives one round late"""
+    fragments: PositiveInt = 1
+    """parts of the shared parameters, of which one is exchanged each round, in turn"""
     exact: tuple[str, ...] = ()
     """patterns of what no codec touches, besides statistics, which none ever does"""
     verify: bool = False
@@ -126,6 +128,15 @@ class ExchangeSection:
     def largest(self) -> float:
         """Values have to be smaller for all codecs to hold them, and what feedback adds of a rounding."""
         return min(channel.codec.largest * (1 - 2**-10 * channel.feedback) for channel in self.channels)
+
+    @property
+    def goes_on(self) -> bool:
+        """Do silos go on from parameters of their own, since the global ones arrive late or part by part?"""
+        return self.overlap or self.fragments > 1
+
+    def at_a_time(self, num_elements: int) -> int:
+        """Elements that a round exchanges at most, of a vector of so many."""
+        return -(-num_elements // self.fragments)
 
     @property
     def chosen(self) -> bool:
@@ -163,6 +174,8 @@ class ExchangeSection:
             raise ValueError(f"exchange.parameters is {words}, got '{self.parameters}'")
         if self.overlap and self.regions is not None:
             raise ValueError("overlap does not go with regions yet: what runs behind training is one exchange")
+        if self.fragments > 1 and self.regions is not None:
+            raise ValueError("fragments do not go with regions: a region's parameters are exchanged whole")
         if not self.chosen and (why := self.member.supports(self, Machine())):
             raise ValueError(f"plan {self.plan} {why}; take {' or '.join(self.candidates)}")
         if self.regions is not None and (self.scope == "silo" or self.reduction == "reproducible"):

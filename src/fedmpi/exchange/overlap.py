@@ -1,34 +1,24 @@
 """Overlap: the exchange of a round runs behind the training of the next one and arrives one round late.
 
-Let w_t be the parameters after the exchange of round t (sum, mean, server step), and delta_{k,t} what silo k moved by
-in its training of round t. In round t+1
-
-    training   begins at w_{t-1} + delta_{k,t}, silo k's own end point as seen from the newest parameters that have
-               arrived; at w_{t-1} for a silo that did not take part in round t, or whose update was rejected
-    delta      delta_{k,t+1} is the end less that beginning: the round's own progress
-    meanwhile  a thread makes w_t out of w_{t-1} and the deltas of round t, and is waited for after training
-
-So what a silo goes on from changes by (w_t - w_{t-1}) - delta_{k,t} when w_t arrives: everybody's progress in place of
-its own. To go on from w_{t-1} itself and add what arrives would make the same progress twice: where local training goes
-far that hardly converges (tests/exchange/test_overlap.py shows both). Silos that go on and are all alike are exactly
-where they were without overlap; of silos that differ, what is one's own is felt for a round more, so it takes a few
-rounds more.
+Let w_t be the parameters after the exchange of round t (sum, mean, server step). In round t+1 silos train from where
+they stand (progress.py), since w_t is not there yet; meanwhile a thread makes w_t out of w_{t-1} and what silos sent in
+round t, and is waited for after training.
 
 Round t comes out of `finish` with w_{t-1}, and that is what its record evaluates. In the last round T there is nothing
 to hide behind: its exchange is waited for within it, and the run ends with w_T.
 
-What is committed. When round t is agreed upon its deltas are known, its exchange is under way, and nothing breaks that
-off. The state of round t is w_{t-1}, the server's state and the residuals of feedback before that exchange, and every
-delta_{k,t}; the rest of it follows from them. Round t+1 changes none of it until its own `finish`: new deltas are kept
-beside those of round t, so a stop, a silo that raises or updates that are all rejected leave round t as it was.
+What is committed. When round t is agreed upon, what was sent is known, its exchange is under way, and nothing breaks
+that off. The state of round t is w_{t-1}, the server's state and the residuals of feedback before that exchange, and
+what silos sent; the rest of it follows from them. Round t+1 changes none of it until its own `finish`, so a stop, a
+silo that raises or updates that are all rejected leave round t as it was.
 
 What is on disk. A checkpoint of round t first waits for its exchange, and then holds both w_{t-1} (`params`, which the
-record speaks of) and w_t (`plan/params`), the server's state and the residuals after round t, and every delta_{k,t}
-with its silo. A run that goes on from there begins round t+1 as if w_t had just arrived: the same bits. The checkpoint
-of the last round has w_T as `params` and w_{T-1} beside it, from where more rounds go on as if T had not been the last.
+record speaks of) and w_t (`plan/params`), the server's state and the residuals after round t. A run that goes on from
+there begins round t+1 as if w_t had just arrived: the same bits. The checkpoint of the last round has w_T as `params`
+and w_{T-1} beside it, from where more rounds go on as if T had not been the last.
 
 Threads. The plan that does the work has a twin of the communicator, which nobody else uses while the thread runs. It
-sleeps where it waits. Ranks meet once their deltas are folded, before any vector travels; an error on one of them is
+sleeps where it waits. Ranks meet once their vectors are folded, before any vector travels; an error on one of them is
 then an error of all, and so are the plans' own. It comes up where the exchange is waited for.
 """
 
@@ -45,10 +35,8 @@ import torch
 
 from fedmpi.comm import Comm
 from fedmpi.exchange.base import PARAMS, Exchange, Lap
-from fedmpi.exchange.config import ExchangeSection
-from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.server import Server
-from fedmpi.state import OfSilos, StateTensor, under, within
+from fedmpi.state import StateTensor, under, within
 from fedmpi.types import Contribution
 from fedmpi.worker import Worker
 
@@ -56,23 +44,14 @@ PLAN, ABOUT = "plan", "about"  # what they are called in a checkpoint
 
 
 class Behind(Exchange):
-    """Another exchange, `plan`, in a thread. `plan` has a twin of `comm`; parameters take turns in two vectors."""
-
-    @classmethod
-    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
-        traffic, memory = section.member.cost(section, sizes)
-        more = {"parameters that arrive": 1, "start": 1, "deltas of two rounds": 2 * sizes.hosted}
-        return Cost(traffic, memory | {name: num * sizes.vector_bytes for name, num in more.items()})
+    """Another exchange, `plan`, in a thread. `plan` has a twin of `comm`; parameters take turns in two vectors. What is
+    added stays where it is until it has arrived, a round later."""
 
     def __init__(self, plan: Exchange, comm: Comm, params_P: torch.Tensor) -> None:
         super().__init__(plan.section, comm, params_P, plan.facts)
         self._plan = plan
         self._other_P = params_P.clone()  # w_t once it has arrived; after the last round w_{T-1}
-        self._start_P = torch.zeros_like(params_P)
-        self._deltas: dict[str, torch.Tensor] = {}  # of the last whole round
-        self.holders["pending"] = OfSilos("delta", self._deltas, self.device)
         self._next: list[Contribution] = []  # of the round that is being trained
-        self._spare: list[torch.Tensor] = []
         self._taken_P = torch.zeros_like(params_P) if plan.exact is not None else params_P[:0]
         self._worker = Worker("exchange")
         # One for the whole run: torch keeps what a stream has used for that stream alone.
@@ -85,23 +64,12 @@ class Behind(Exchange):
 
     # ------------------------------------------------------------ a round
 
-    def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
-        delta_P = self._deltas.get(silo)
-        if delta_P is None:
-            return params_P
-        torch.add(params_P, delta_P, out=self._start_P)
-        for part in self.layout.non_negative:
-            self._start_P[part].clamp_(min=0.0)
-        return self._start_P
-
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)
-        self._spare.extend(contribution.vector_Q for contribution in self._next)
         self._next = []
 
     def add(self, contribution: Contribution) -> None:
-        kept_P = self._spare.pop() if self._spare else torch.empty_like(contribution.vector_Q)
-        self._next.append(replace(contribution, vector_Q=kept_P.copy_(contribution.vector_Q)))
+        self._next.append(contribution)
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
@@ -111,9 +79,6 @@ class Behind(Exchange):
         self._told_s = 0.0
         self._arrive()
         arrived_P = self._other_P
-        self._spare.extend(self._deltas.values())
-        self._deltas.clear()
-        self._deltas.update({contribution.silo: contribution.vector_Q for contribution in self._next})
         self._begin(arrived_P, params_P, server, state)
         self._ended = self.round >= self.facts.rounds
         if self._ended:
@@ -130,8 +95,8 @@ class Behind(Exchange):
     # ------------------------------------------------------------ the thread
 
     def _begin(self, old_P: torch.Tensor, new_P: torch.Tensor, server: Server, state: Any) -> None:
-        """In a thread: new = old stepped by this round's deltas, and the server's state in its own memory. Deltas and
-        `old_P` are only read."""
+        """In a thread: new = old stepped by what silos sent this round, and the server's state in its own memory. What
+        was sent and `old_P` are only read."""
         plan, given, round, near = self._plan, self._next, self.round, self._near
         self._next = []
         if self._stream is not None:  # after what is queued by now
@@ -142,8 +107,9 @@ class Behind(Exchange):
             for contribution in given:
                 if plan.exact is None:
                     plan.add(contribution)
-                else:  # which takes values out of it, and silos go on from the delta as it is
-                    plan.add(replace(contribution, vector_Q=self._taken_P.copy_(contribution.vector_Q)))
+                else:  # which takes values out of it, and silos go on from what it is
+                    taken = self._taken_P[: len(contribution.vector_Q)]
+                    plan.add(replace(contribution, vector_Q=taken.copy_(contribution.vector_Q)))
 
         def work() -> None:
             start_s, before = time.perf_counter(), _counted(plan.comm)
@@ -183,8 +149,8 @@ class Behind(Exchange):
     # ------------------------------------------------------------ where things are kept
 
     def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
-        """The parameters, the deltas that silos have made and they have not, and the state of the plan, which is a
-        round ahead; which of the two parameters is which, and the bytes that the next record will count."""
+        """The parameters, and the state of the plan, which is a round ahead; which of the two parameters is which, and
+        the bytes that the next record will count."""
         sums = self.comm.share(np.array([self._ended and self.comm.rank == 0, *self._sent]))
         yield from super().state(params_P)
         yield from under(PLAN, self._plan.state(self._other_P))
@@ -192,7 +158,7 @@ class Behind(Exchange):
 
     def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
         about = next(one.tensor for one in stored if one.key == (ABOUT,))
-        super().restore(params_P, round, [one for one in stored if one.key[0] in (PARAMS, *self.holders)])
+        super().restore(params_P, round, [one for one in stored if one.key == (PARAMS,)])
         self._plan.restore(self._other_P, round, within(PLAN, stored))
         ended, *sent = about.tolist()
         self._sent[:] = sent if self.comm.rank == 0 else 0

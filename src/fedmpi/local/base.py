@@ -126,6 +126,8 @@ class LocalRule:
             return None
         if exchange.overlap:
             return f"exchange.overlap: the {names} of {rule} must not arrive a round late"
+        if exchange.fragments > 1:
+            return f"exchange.fragments: the {names} of {rule} must travel with the whole delta"
         if exchange.regions is not None and exchange.regions.every > 1:
             return f"exchange.regions.every: the {names} of {rule} must reach all silos every round"
         for way, channel in (("up", exchange.up), ("down", exchange.down)):

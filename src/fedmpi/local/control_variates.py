@@ -172,8 +172,8 @@ class FedDyn(GradientRule):
                 f"select: {called(config.select)} counts silos by 1/probability, and feddyn's server adds "
                 "up what the cohort's own h moved by; take a selector that draws silos alike"
             )
-        if exchange.overlap or (exchange.regions is not None and exchange.regions.every > 1):
-            return "exchange: feddyn's server must hear of every round; no overlap, regions.every: 1"
+        if exchange.goes_on or (exchange.regions is not None and exchange.regions.every > 1):
+            return "exchange: feddyn's server must hear of every round; no overlap, no fragments, regions.every: 1"
         return super().conflicts(config)
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:

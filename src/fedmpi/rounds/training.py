@@ -64,7 +64,7 @@ def train_silos(
                 start_loss=contribution.start_loss,
                 weight=silo.weight * factor,
             )
-            grown = _grown(contribution.weight, silo.weight * factor, stands_for)
+            grown = _grown(contribution.weight, silo.weight * factor, stands_for) * fed.exchange.rounds_held
             rejected, norms = steps.on_silo(contribution, LARGEST_NORM / (grown if fed.exchange.ring else 1.0))
             fed.ready.set_silo(fed.index[name], **norms)
             if not rejected and not (

@@ -265,14 +265,14 @@ def while_under_way(comm, folder, name, trouble, kind, kept):
     try:
         with troubling(trouble):
             for record in started:
-                busy = started.federation.exchange._worker.pending  # type: ignore[attr-defined]
+                busy = started.federation.exchange._inner._worker.pending  # type: ignore[attr-defined]
                 require_equal(f"under way after round {record['round']}", busy, record["round"] in (1, 3))
     except kind:
         pass
     else:
         raise AssertionError(f"{trouble}: no {kind.__name__}")
     started.close()
-    assert not started.federation.exchange._worker.pending  # type: ignore[attr-defined]
+    assert not started.federation.exchange._inner._worker.pending  # type: ignore[attr-defined]
     comm.collectively(lambda: require_equal("kept", max(checkpoint.sealed_rounds(started.out)), kept))
     sha, records = trained(comm, config)
     require_equal("rounds gone on with", [r["round"] for r in records], list(range(kept + 1, 5)))

@@ -1,0 +1,159 @@
+"""Fragments: each round exchanges one part of the shared parameters, in turn, so that it sends 1/F of the bytes.
+
+Streaming DiLoCo's partial synchronization (Douillard et al. 2025, Streaming DiLoCo with overlapping communication,
+arXiv 2501.18512, Algorithm 2), for any local rule and any server optimizer that steps by coordinates. Round t exchanges
+part (t-1) mod F. What silos send of it is how far they have come from the global parameters since the part was last
+exchanged, F rounds of training; of the other parts they go on from where they stand (progress.py). The server's
+optimizer steps that part alone, with its state of that part alone.
+
+Deviations from the paper:
+
+- A part is a run of P/F elements of the flat vector, wherever tensors end; the paper takes whole transformer blocks,
+  every F-th one. So every round sends the same, whatever the model; no step depends on which elements lie together.
+- Parts have their turns at the ends of rounds: the paper's H, inner steps between two exchanges of a part, is F times
+  a round's local steps.
+- With `overlap` the paper's tau is one round. It mixes the parameters that arrive with the silo's own by alpha; here
+  the silo moves by the server's step in place of what it had sent itself, and keeps what it has done since.
+
+Each part has a plan of its own, over a layout of its own: so codecs cut and encode it by itself, feedback keeps what it
+has lost until its next turn, statistics that lie in it travel exactly beside it, and an aggregator that reads deltas
+chooses for each part. In a checkpoint the server's vectors are whole; what plans keep for silos and aggregators is
+filed by part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedmpi.comm import Comm
+from fedmpi.errors import ConfigError, agreed
+from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
+from fedmpi.exchange.cost import Cost, Sizes
+from fedmpi.server import OnMean, Server
+from fedmpi.state import Key, StateTensor, under, within
+from fedmpi.types import Contribution
+
+if TYPE_CHECKING:
+    from fedmpi.exchange.config import ExchangeSection
+
+WHOLE = "whole"  # begins the keys of what lies side by side for all parts
+
+
+def parts(num_elements: int, num_parts: int) -> list[slice]:
+    """Runs of a vector whose lengths differ by one at most. ConfigError where some would be empty.
+
+    >>> parts(10, 4)
+    [slice(0, 2, None), slice(2, 5, None), slice(5, 7, None), slice(7, 10, None)]
+    """
+    if num_parts > num_elements:
+        raise agreed(ConfigError(f"exchange.fragments: {num_parts}, but only {num_elements} parameters are shared"))
+    cuts = [num_elements * number // num_parts for number in range(num_parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+
+def turn(round: int, num_parts: int) -> int:
+    """The number of the part that a round exchanges."""
+    return (round - 1) % num_parts
+
+
+class Parts(Exchange):
+    """A plan for each part, one of which works each round. Contributions hold that part alone, [S]; parameters and the
+    server's state are whole."""
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        """Of a round of the longest part."""
+        length = section.at_a_time(sizes.num_elements)
+        traffic, memory = section.member.cost(section, replace(sizes, num_elements=length, num_stepped=length))
+        return Cost(traffic, {name: section.fragments * num_bytes for name, num_bytes in memory.items()})
+
+    def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
+        super().__init__(section, comm, params_P, facts)
+        self.parts = parts(self.num_params, section.fragments)
+        self._layouts = [self.layout.part(part) for part in self.parts]
+        self._plans = [
+            section.member(replace(section, verify=False), comm, params_P[part], facts._replace(layout=layout))
+            for part, layout in zip(self.parts, self._layouts, strict=True)
+        ]
+        self.params_placement = self._plans[0].params_placement
+        pairs = zip(self._plans, self.parts, strict=True)
+        lengths = [len(plan.shard(torch.empty(part.stop - part.start, device="meta"))) for plan, part in pairs]
+        ends = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
+        self._kept = [slice(start, stop) for start, stop in pairwise(ends)]  # in this rank's shard
+        self.holders["parts"] = _OfParts(self._plans, self._kept)
+
+    # ------------------------------------------------------------ where things are kept
+
+    def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
+        return torch.cat([plan.shard(vector_P[part]) for plan, part in zip(self._plans, self.parts, strict=True)])
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        return torch.cat([plan.gather(part[kept]) for plan, kept in zip(self._plans, self._kept, strict=True)])
+
+    def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
+        for plan, there, kept in zip(self._plans, self.parts, self._kept, strict=True):
+            plan.scatter(None if whole_P is None else whole_P[there], part[kept])
+
+    def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        return self._plans[0].home(params_P, state)  # any of them does it for vectors of any length
+
+    def set_params(self, params_P: torch.Tensor, new_P: torch.Tensor | None) -> None:
+        self._plans[0].set_params(params_P, new_P)
+
+    # ------------------------------------------------------------ a round
+
+    def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
+        super().begin(round, num_contributions, near)
+        self._plans[turn(round, len(self._plans))].begin(round, num_contributions, near)
+
+    def add(self, contribution: Contribution) -> None:
+        self._plans[turn(self.round, len(self._plans))].add(contribution)
+
+    def finish(
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
+    ) -> tuple[torch.Tensor, Any]:
+        number = turn(self.round, len(self._plans))
+        part, kept, on_mean = self.parts[number], self._kept[number], None
+        if server.on_mean is not None:
+            on_mean = _moved(server.on_mean, part.start)
+        there = replace(server, layout=self._layouts[number], on_mean=on_mean)
+        of_part = type(state)(*(tensor[kept] for tensor in state))
+        self._plans[number].finish(params_P[part], there, of_part, lap)  # both in their memory
+        self.verify(params_P)
+        return params_P, state
+
+
+def _moved(on_mean: OnMean, by: int) -> OnMean:
+    """The same for a mean whose elements are counted from `by` on."""
+    return lambda mean_S, start: on_mean(mean_S, start + by)
+
+
+class _OfParts:
+    """What the plans of all parts keep: vectors that ranks have shards of side by side, all else by part."""
+
+    def __init__(self, plans: Sequence[Exchange], kept: Sequence[slice]) -> None:
+        self._plans, self._kept = plans, kept
+
+    def state(self) -> Iterator[StateTensor]:
+        """Of all parts."""
+        whole: dict[Key, list[torch.Tensor]] = {}
+        for number, plan in enumerate(self._plans):
+            for one in plan.holders.state():
+                if one.placement == "sharded":
+                    whole.setdefault(one.key, []).append(one.tensor)
+                else:
+                    yield one._replace(key=(str(number), *one.key))
+        sharded = (StateTensor(key, torch.cat(tensors), "sharded") for key, tensors in whole.items())
+        yield from under(WHOLE, sharded)
+
+    def restore(self, stored: Sequence[StateTensor]) -> None:
+        """Each plan takes what is its part's."""
+        sharded = within(WHOLE, stored)
+        for number, (plan, kept) in enumerate(zip(self._plans, self._kept, strict=True)):
+            own = [one._replace(tensor=one.tensor[kept]) for one in sharded]
+            plan.holders.restore([*own, *within(str(number), stored)])

@@ -1,0 +1,154 @@
+"""Where silos stand whom new parameters reach late (overlap.py) or part by part (fragments.py): they go on from
+parameters of their own.
+
+Let w be the global parameters as they have arrived, and a_k how far silo k has come from them. In every round
+
+    training   begins at w + a_k; at w for a silo that has no a_k
+    sent       a_k after training, of the part that the round exchanges
+    after it   a_k becomes 0 in the part that arrives: that of this round, or with `overlap` of the round before
+
+Every silo receives the part that arrives, whether it took part in the round or not, or its update was rejected: a silo
+that missed a part's turn loses what it had done there since the last one, and no a_k is older than one turn. Training
+that is rejected or broken off leaves a_k as it was.
+
+With overlap and one part a_k is the last round's delta, so what a silo goes on from changes by
+(w_t - w_{t-1}) - delta_{k,t} when w_t arrives: everybody's progress in place of its own. To go on from w_{t-1} itself
+and add what arrives would make the same progress twice: where local training goes far that hardly converges
+(tests/exchange/test_overlap.py shows both). Silos that go on and are all alike are exactly where they were without
+overlap; of silos that differ, what is one's own is felt for a round more, so it takes a few rounds more.
+
+What is evaluated is w alone. Checks and transforms see the delta of one round, over all parts. A rule's global
+parameters (where a proximal term pulls to, say) are those that the silo's round began at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedmpi.comm import Comm
+from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
+from fedmpi.exchange.cost import Cost, Sizes
+from fedmpi.exchange.fragments import Parts, parts, turn
+from fedmpi.exchange.overlap import Behind
+from fedmpi.server import Server
+from fedmpi.state import OfSilos, StateTensor
+from fedmpi.types import Contribution
+
+if TYPE_CHECKING:
+    from fedmpi.exchange.config import ExchangeSection
+
+PENDING = "pending"  # what is kept of silos, in a checkpoint
+
+
+class Progress(Exchange):
+    """Keeps a_k for the exchange of one part after the other, now or behind the next round's training."""
+
+    @classmethod
+    def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
+        traffic, memory = Parts.cost(section, sizes)
+        more = {"parameters that arrive": int(section.overlap), "start": 1, "progress of two rounds": 2 * sizes.hosted}
+        return Cost(traffic, memory | {name: num * sizes.vector_bytes for name, num in more.items() if num})
+
+    def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
+        super().__init__(section, comm, params_P, facts)
+        self._late = section.overlap
+        self._parts = parts(self.num_params, section.fragments)
+        plan = Parts if section.fragments > 1 else section.member
+        inner = plan(section, comm.dup() if self._late else comm, params_P, facts)
+        self._inner = Behind(inner, comm, params_P) if self._late else inner
+        self.params_placement, self.rounds_held = self._inner.params_placement, section.fragments
+        self._start_P = torch.zeros_like(params_P)
+        self._progress: dict[str, torch.Tensor] = {}  # a_k
+        self.holders[PENDING] = OfSilos("delta", self._progress, self.device)
+        self._next: dict[str, torch.Tensor] = {}  # of the round that is being trained
+        self._spare: list[torch.Tensor] = []
+
+    # ------------------------------------------------------------ a round
+
+    def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
+        progress_P = self._progress.get(silo)
+        if progress_P is None:
+            return params_P
+        torch.add(params_P, progress_P, out=self._start_P)
+        for part in self.layout.non_negative:
+            self._start_P[part].clamp_(min=0.0)
+        return self._start_P
+
+    def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
+        super().begin(round, num_contributions, near)
+        self._spare.extend(self._next.values())
+        self._next.clear()
+        self._inner.begin(round, num_contributions, near)
+
+    def add(self, contribution: Contribution) -> None:
+        new_P = self._spare.pop() if self._spare else torch.empty_like(contribution.vector_Q)
+        new_P.copy_(contribution.vector_Q)
+        old_P = self._progress.get(contribution.silo)
+        if old_P is not None:
+            arrives = self._part(self.round - 1)  # 0 in `old_P` by now, unless it is late
+            for there in (slice(0, arrives.start), slice(arrives.stop, self.num_params)):
+                new_P[there].add_(old_P[there])
+        self._next[contribution.silo] = new_P
+        self._inner.add(replace(contribution, vector_Q=new_P[self._part(self.round)]))
+
+    def finish(
+        self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
+    ) -> tuple[torch.Tensor, Any]:
+        params_P, state = self._inner.finish(params_P, server, state, lap)
+        arrived = self._part(self.round - self._late)
+        for silo in [*self._progress]:
+            progress_P = self._progress[silo]
+            if silo not in self._next:
+                progress_P[arrived] = 0.0
+            if silo in self._next or not progress_P.any():
+                self._spare.append(self._progress.pop(silo))
+        self._progress.update(self._next)
+        if not self._late:
+            for progress_P in self._next.values():
+                progress_P[arrived] = 0.0
+        self._next.clear()
+        self.gram = self._inner.gram
+        return params_P, state
+
+    def _part(self, round: int) -> slice:
+        """What a round exchanges."""
+        return self._parts[turn(round, len(self._parts))]
+
+    def figures(self) -> dict[str, float]:
+        return self._inner.figures()
+
+    def leave(self) -> None:
+        self._inner.leave()
+
+    def settle(self) -> None:
+        self._inner.settle()
+
+    # ------------------------------------------------------------ where things are kept
+
+    def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
+        """What the exchange keeps, and every a_k."""
+        yield from self._inner.state(params_P)
+        yield from self.holders.state()
+
+    def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
+        self._inner.restore(params_P, round, [one for one in stored if one.key[0] != PENDING])
+        self.holders.restore([one for one in stored if one.key[0] == PENDING])
+
+    def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        return self._inner.home(params_P, state)
+
+    def set_params(self, params_P: torch.Tensor, new_P: torch.Tensor | None) -> None:
+        self._inner.set_params(params_P, new_P)
+
+    def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
+        return self._inner.shard(vector_P)
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        return self._inner.gather(part)
+
+    def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
+        self._inner.scatter(whole_P, part)
