@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 import fedmpi
-from fedmpi import codecs, device
+from fedmpi import device
 from fedmpi.aggregate import AGGREGATORS
-from fedmpi.codecs import CODECS
+from fedmpi.codecs import CODECS, base
 from fedmpi.comm import connect
 from fedmpi.components import Deferred, build, component
 from fedmpi.errors import ConfigError
@@ -113,11 +113,11 @@ class _only_plain:
     """The codecs use the plain kernels."""
 
     def __enter__(self) -> None:
-        self._kernels = codecs._kernels
-        codecs._kernels = lambda on: (plain, codecs._array)  # type: ignore[assignment]
+        self._kernels = base._kernels
+        base._kernels = lambda on: (plain, base.to_array)  # type: ignore[assignment]
 
     def __exit__(self, *error: Any) -> None:
-        codecs._kernels = self._kernels
+        base._kernels = self._kernels
 
 
 class _nothing:

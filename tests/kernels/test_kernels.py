@@ -5,12 +5,12 @@ import pytest
 import torch
 from support.codecs import LENGTHS, buffer, every_codec, vector
 
-from fedmpi import codecs
-from fedmpi.codecs import CODECS
+from fedmpi.codecs import CODECS, base
+from fedmpi.codecs.topk import index_bytes
 from fedmpi.errors import ExchangeError
 from fedmpi.kernels import cpu, cuda, plain
 
-ROOMS = {"cpu": (cpu, codecs._array), "plain": (plain, codecs._array), "cuda": (cuda, codecs._tensor)}
+ROOMS = {"cpu": (cpu, base.to_array), "plain": (plain, base.to_array), "cuda": (cuda, base.to_tensor)}
 
 
 def special(num):
@@ -24,7 +24,7 @@ def special(num):
 
 
 def everything(codec, room, monkeypatch, x, feedback):
-    monkeypatch.setattr(codecs, "_kernels", lambda device: ROOMS[room])
+    monkeypatch.setattr(base, "_kernels", lambda device: ROOMS[room])
     num = len(x)
     payload, residual, out, total = buffer(codec, num), x.flip(0) * 0.1, torch.ones(num), x * 0.3
     num_bytes = codec.encode(x, payload, 2**63 + 77, 0.7, residual if feedback else None)
@@ -130,7 +130,7 @@ def test_packed_indices_come_back(num):
     rng = np.random.default_rng(num)
     for k in range(0, num + 1, max(1, num // 50)):
         indices = np.sort(rng.choice(num, k, replace=False)).astype(np.int64)
-        bound = codecs._index_bytes(k, num, True)
+        bound = index_bytes(k, num, True)
         bytes_, back = {}, {}
         for name, room in (("cpu", cpu), ("plain", plain), ("cuda", cuda)):
             payload, found = np.zeros(bound + 8, np.uint8), np.zeros(k, np.int64)
@@ -172,6 +172,6 @@ def test_draws_cover_every_run_once():
 def test_the_bound_of_a_threshold_holds_for_any_number():
     codec = CODECS.build({"name": "threshold", "max_ratio": 0.5}, "codec")
     for num in (1, 2, 5, 64, 1000, 4096):
-        most = codecs._count(0.5, num)
+        most = base.num_chosen(0.5, num)
         bound = codec.max_bytes(num)
-        assert all(4 + codecs._index_bytes(k, num, True) + 4 * k <= bound for k in range(most + 1))
+        assert all(4 + index_bytes(k, num, True) + 4 * k <= bound for k in range(most + 1))

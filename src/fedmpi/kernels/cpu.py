@@ -136,25 +136,32 @@ def _unpack(payload: Array, width: int, codes: Array) -> None:
 
 
 @jit
-def _step(v: Array, magnitude: Any, m: int, rule: int, levels: Any, spare: Array) -> Any:
-    """What one level stands for: by the largest magnitude (0), the Euclidean norm (1), or the mean magnitude (2).
+def _norm(v: Array, spare: Array) -> Any:
+    """The Euclidean norm, added up in float64."""
+    half = v.size // 2
+    for j in range(half):
+        spare[j] = np.float64(v[j]) * np.float64(v[j]) + np.float64(v[j + half]) * np.float64(v[j + half])
+    return np.float32(np.sqrt(_fold(spare)))
 
-    Sums fold the upper half of the block onto the lower until one number is left, in float64.
-    """
-    if rule == 0:
-        return magnitude / levels
-    m2 = v.size // 2
-    if rule == 1:
-        for j in range(m2):
-            spare[j] = np.float64(v[j]) * np.float64(v[j]) + np.float64(v[j + m2]) * np.float64(v[j + m2])
-    else:
-        for j in range(m2):
-            spare[j] = np.float64(abs(v[j])) + np.float64(abs(v[j + m2]))
-    while m2 > 1:
-        m2 //= 2
-        for j in range(m2):
-            spare[j] += spare[j + m2]
-    return np.float32(np.sqrt(spare[0])) / levels if rule == 1 else np.float32(spare[0] / m)
+
+@jit
+def _mean(v: Array, m: int, spare: Array) -> Any:
+    """The mean magnitude of the first m, behind which zeros stand, added up in float64."""
+    half = v.size // 2
+    for j in range(half):
+        spare[j] = np.float64(abs(v[j])) + np.float64(abs(v[j + half]))
+    return np.float32(_fold(spare) / m)
+
+
+@jit
+def _fold(spare: Array) -> Any:
+    """The sum: the upper half is added to the lower until one number is left."""
+    half = spare.size
+    while half > 1:
+        half //= 2
+        for j in range(half):
+            spare[j] += spare[j + half]
+    return spare[0]
 
 
 @jit
@@ -224,8 +231,9 @@ def _nearest_rows(
 
 
 @jit
-def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array, bits: int, levels: Any) -> Any:
-    """Blocks of a row, in 8 or 4 bits: the largest magnitude is `levels` steps. No damping."""
+def encode_nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array, bits: int) -> Any:
+    """Blocks of a row, in 8 or 4 bits: the largest magnitude is 127 or 7 steps."""
+    levels = np.float32((1 << (bits - 1)) - 1)
     num_whole, num_left = x.size // ROW, x.size % ROW
     start, width = num_whole * ROW, ROW * bits // 8
     scales = payload[: 4 * (num_whole + (num_left > 0))].view(np.float32)
@@ -248,82 +256,107 @@ def _nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array,
 
 
 @jit
-def encode_blocks(
+def encode_stochastic(
     x: Array,
     scale: Any,
     residual: Array,
     into: Array,
     payload: Array,
     key: Any,
-    block: int,
-    bits: int,
     levels: int,
-    rule: int,
-    stochastic: bool,
+    norm: bool,
     damping: Any,
 ) -> Any:
-    n = x.size
-    high = np.float32(levels)
-    if rule == 0 and not stochastic and block == ROW and bits >= 4:
-        return _nearest(x, scale, residual, into, payload, bits, high)
-    num_blocks = (n + block - 1) // block
+    """Blocks of a row; one step is the Euclidean norm, or the largest magnitude, divided by `levels`."""
+    n, high = x.size, np.float32(levels)
+    bits = 2 if levels == 1 else 4 if levels <= 7 else 8
+    num_blocks = (n + ROW - 1) // ROW
     scales = payload[: 4 * num_blocks].view(np.float32)
-    v, spare, u = np.zeros(block, np.float32), np.zeros(block // 2, np.float64), np.zeros(256, np.float32)
-    magnitude, codes = np.zeros(1, np.int32), np.zeros(block, np.int8)
-    unwanted = np.zeros(block, np.float32)
+    v, spare, u = np.zeros(ROW, np.float32), np.zeros(ROW // 2, np.float64), np.zeros(ROW, np.float32)
+    magnitude, codes, unwanted = np.zeros(1, np.int32), np.zeros(ROW, np.int8), np.zeros(ROW, np.float32)
     parts = 8 // bits
-    mask = (1 << bits) - 1
     at = 4 * num_blocks
     for b in range(num_blocks):
-        start, stop = b * block, min(n, (b + 1) * block)
+        start, stop = b * ROW, min(n, (b + 1) * ROW)
         m = stop - start
         magnitude[0] = _load(x[start:stop], scale, _part(residual, start, stop), v)
         if magnitude[0] >= NOT_FINITE:
             return -1
         v[m:] = 0
-        s = _step(v, magnitude.view(np.float32)[0], m, rule, high, spare)
+        s = (_norm(v, spare) if norm else magnitude.view(np.float32)[0]) / high
         span = (m + parts - 1) // parts
         packed = payload[at : at + span]
         q = packed.view(np.int8) if parts == 1 else codes
-        rest = into[start:stop] if into.size else unwanted
+        rest = into[start:stop] if into.size else unwanted[:m]
         scales[b] = s * damping
         if s < SMALLEST:
             scales[b] = 0
-            q[:m] = 0
-            if into.size:
-                for j in range(m):
-                    rest[j] = v[j]
-        elif bits == 1:
+            for j in range(m):
+                q[j] = 0
+                rest[j] = v[j]
+        else:
+            _uniforms(key, b, u)
+            for j in range(m):
+                r = min(max(np.floor(v[j] / s + u[j]), -high), high)
+                rest[j] = v[j] - r * scales[b]
+                q[j] = np.int8(np.int32(r))
+        if parts > 1:
+            q[m:] = 0
+            _lay(q, bits, packed)
+        at += span
+    return at
+
+
+@jit
+def encode_signs(x: Array, scale: Any, residual: Array, into: Array, payload: Array) -> Any:
+    """Blocks of 4096; the scale is the mean magnitude."""
+    n = x.size
+    num_blocks = (n + BLOCK - 1) // BLOCK
+    scales = payload[: 4 * num_blocks].view(np.float32)
+    v, spare, q = np.zeros(BLOCK, np.float32), np.zeros(BLOCK // 2, np.float64), np.zeros(BLOCK, np.int8)
+    unwanted = np.zeros(BLOCK, np.float32)
+    at = 4 * num_blocks
+    for b in range(num_blocks):
+        start, stop = b * BLOCK, min(n, (b + 1) * BLOCK)
+        m = stop - start
+        if _load(x[start:stop], scale, _part(residual, start, stop), v) >= NOT_FINITE:
+            return -1
+        v[m:] = 0
+        s = _mean(v, m, spare)
+        rest = into[start:stop] if into.size else unwanted[:m]
+        span = (m + 7) // 8
+        q[:] = 0
+        if s < SMALLEST:
+            scales[b] = 0
+            for j in range(m):
+                rest[j] = v[j]
+        else:
+            scales[b] = s
             for j in range(m):
                 q[j] = np.int8(v[j] >= 0)
             for j in range(m):
                 rest[j] = v[j] - s if v[j] >= 0 else v[j] + s
-        elif not stochastic:
-            raise NotImplementedError  # no codec rounds to nearest but int8 and int4
-        else:
-            for i in range(0, m, 256):
-                _uniforms(key, (start + i) // 256, u)
-                row = v[i : min(m, i + 256)]
-                rest_row, q_row = rest[i : i + row.size], q[i : i + row.size]
-                for j in range(row.size):
-                    r = min(max(np.floor(row[j] / s + u[j]), -high), high)
-                    rest_row[j] = row[j] - r * scales[b]
-                    q_row[j] = np.int8(np.int32(r))
-        if bits == 4:
-            q[m:] = 0
-            upper = q[span : 2 * span]
-            for j in range(span):
-                packed[j] = np.uint8((q[j] & np.int8(15)) | np.int8(upper[j] << np.int8(4)))
-        elif parts > 1:
-            q[m:] = 0
-            for j in range(span):
-                packed[j] = np.uint8(q[j] & mask)
-            for p in range(1, parts):
-                row8 = q[p * span : min(block, (p + 1) * span)]
-                for j in range(row8.size):
-                    packed[j] |= np.uint8((row8[j] & mask) << (bits * p))
+        _lay(q, 1, payload[at : at + span])
         at += span
     return at
+
+
+@jit
+def _lay(q: Array, bits: int, packed: Array) -> None:
+    """Codes of fewer than 8 bits: byte j takes codes j, j + span, j + 2 span, ..., lowest first."""
+    span = packed.size
+    if bits == 4:
+        upper = q[span : 2 * span]
+        for j in range(span):
+            packed[j] = np.uint8((q[j] & np.int8(15)) | np.int8(upper[j] << np.int8(4)))
+        return
+    mask = (1 << bits) - 1
+    for j in range(span):
+        packed[j] = np.uint8(q[j] & mask)
+    for p in range(1, 8 // bits):
+        row = q[p * span : (p + 1) * span]
+        for j in range(row.size):
+            packed[j] |= np.uint8((row[j] & mask) << (bits * p))
 
 
 @jit
@@ -735,16 +768,22 @@ def _select_exactly(x: Array, scale: Any, k: int, floor: int, indices: Array, co
 
 
 @jit
+def _shape(k: int, n: int) -> tuple[int, int, int]:
+    """Lower bits of an index; bytes of all of them; bytes in all."""
+    low = 0
+    while (n // k) >> (low + 1):
+        low += 1
+    middle = (k * low + 7) // 8
+    return low, middle, middle + (((n - 1) >> low) + k + 7) // 8
+
+
+@jit
 def pack_sorted(indices: Array, n: int, payload: Array) -> Any:
     """Ascending indices below n in Elias-Fano form, 2 + log2(n / k) bits each: lower bits, then upper ones in unary."""
     k = indices.size
     if k == 0:
         return 0
-    low = 0
-    while (n // k) >> (low + 1):
-        low += 1
-    middle = (k * low + 7) // 8
-    end = middle + (((n - 1) >> low) + k + 7) // 8
+    low, middle, end = _shape(k, n)
     _pack(indices, low, payload)
     payload[middle:end] = 0
     for i in range(k):
@@ -758,11 +797,7 @@ def unpack_sorted(payload: Array, n: int, indices: Array) -> Any:
     k = indices.size
     if k == 0:
         return 0
-    low = 0
-    while (n // k) >> (low + 1):
-        low += 1
-    middle = (k * low + 7) // 8
-    end = middle + (((n - 1) >> low) + k + 7) // 8
+    low, middle, end = _shape(k, n)
     if low:
         _unpack(payload, low, indices)
     else:

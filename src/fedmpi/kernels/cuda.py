@@ -110,41 +110,65 @@ def _sizes(n: int, block: int, like: Tensor) -> Tensor:
     return torch.clamp(n - block * _range((n + block - 1) // block, like), max=block)
 
 
-def encode_blocks(
+def encode_nearest(x: Tensor, scale: float, residual: Tensor, into: Tensor, payload: Tensor, bits: int) -> int:
+    v, finite = _load(x, scale, residual)
+    if not finite:
+        return -1
+    rows = _rows(v, 256)
+    s = rows.abs().amax(dim=1) / _levels((1 << (bits - 1)) - 1, x)
+    q = _in_steps(rows, s).round_().add_(0.0)  # no negative zero
+    return _write_blocks(v, q, s, bits, into, payload)
+
+
+def encode_stochastic(
     x: Tensor,
     scale: float,
     residual: Tensor,
     into: Tensor,
     payload: Tensor,
     key: int,
-    block: int,
-    bits: int,
     levels: int,
-    rule: int,
-    stochastic: bool,
+    norm: bool,
     damping: float,
 ) -> int:
-    n = x.numel()
     v, finite = _load(x, scale, residual)
     if not finite:
         return -1
-    rows = _rows(v, block)
-    high = torch.full((1,), float(levels), device=x.device)
-    if rule == 0:
-        s = rows.abs().amax(dim=1) / high
-    elif rule == 1:
+    rows = _rows(v, 256)
+    if norm:
         exact = rows.double()
-        s = _fold(exact * exact).sqrt().float() / high
+        s = _fold(exact * exact).sqrt().float() / _levels(levels, x)
     else:
-        s = (_fold(rows.double().abs()) / _sizes(n, block, x)).float()
+        s = rows.abs().amax(dim=1) / _levels(levels, x)
+    q = (_in_steps(rows, s) + _rows(uniforms(key, x.numel(), x), 256)).floor_().clamp_(-levels, levels)
+    bits = 2 if levels == 1 else 4 if levels <= 7 else 8
+    return _write_blocks(v, q, s, bits, into, payload, damping)
+
+
+def encode_signs(x: Tensor, scale: float, residual: Tensor, into: Tensor, payload: Tensor) -> int:
+    v, finite = _load(x, scale, residual)
+    if not finite:
+        return -1
+    rows = _rows(v, 4096)
+    s = (_fold(rows.double().abs()) / _sizes(x.numel(), 4096, x)).float()
+    return _write_blocks(v, torch.where(rows >= 0, 1.0, -1.0), s, 1, into, payload)
+
+
+def _levels(levels: int, like: Tensor) -> Tensor:
+    """On the device, where a division by it is rounded as float32."""
+    return torch.full((1,), float(levels), device=like.device)
+
+
+def _in_steps(rows: Tensor, s: Tensor) -> Tensor:
+    return rows / torch.where(s < SMALLEST, 1.0, s)[:, None]
+
+
+def _write_blocks(
+    v: Tensor, q: Tensor, s: Tensor, bits: int, into: Tensor, payload: Tensor, damping: float = 1.0
+) -> int:
+    """The payload of integers q in steps of s, a row a block; `into` takes what they lose of v."""
+    n, block = v.numel(), q.shape[1]
     dead = s < SMALLEST
-    t = rows / torch.where(dead, 1.0, s)[:, None]
-    if bits == 1:
-        q = torch.where(rows >= 0, 1.0, -1.0)
-    elif stochastic:
-        q = (t + _rows(uniforms(key, n, x), block)).floor_().clamp_(-levels, levels)
-    else:
-        q = t.round_().add_(0.0)  # no negative zero
     q.masked_fill_(dead[:, None], 0.0)
     s = torch.where(dead, 0.0, s * _f32(damping))
     _rest(v, (q * s[:, None]).flatten()[:n], into)
@@ -156,7 +180,7 @@ def encode_blocks(
         if m and part.shape[0]:
             parts, span = 8 // bits, -(-m * bits // 8)
             columns = F.pad(part & ((1 << bits) - 1), (0, span * parts - m)).view(-1, parts, span)
-            laid = (columns << (bits * _range(parts, x))[:, None]).sum(1).to(torch.uint8)
+            laid = (columns << (bits * _range(parts, v))[:, None]).sum(1).to(torch.uint8)
             payload[at : at + laid.numel()] = laid.flatten()
             at += laid.numel()
     return at

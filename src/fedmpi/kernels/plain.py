@@ -77,40 +77,61 @@ def _fold(rows: Array) -> Array:
     return rows[:, 0]
 
 
-def encode_blocks(
+def encode_nearest(x: Array, scale: float, residual: Array, into: Array, payload: Array, bits: int) -> int:
+    """Integers of so many bits, by the largest magnitude of every 256; nearest, ties to even."""
+    v, finite = _load(x, scale, residual)
+    if not finite:
+        return -1
+    rows = _rows(v, 256)
+    s = np.abs(rows).max(axis=1, initial=0) / f32((1 << (bits - 1)) - 1)
+    q = np.rint(_in_steps(rows, s)) + f32(0)  # no negative zero
+    return _write_blocks(v, q, s, bits, into, payload)
+
+
+def encode_stochastic(
     x: Array,
     scale: float,
     residual: Array,
     into: Array,
     payload: Array,
     key: int,
-    block: int,
-    bits: int,
     levels: int,
-    rule: int,
-    stochastic: bool,
+    norm: bool,
     damping: float,
 ) -> int:
+    """Up or down by chance to levels of the Euclidean norm, or of the largest magnitude, of every 256."""
+    v, finite = _load(x, scale, residual)
+    if not finite:
+        return -1
+    rows = _rows(v, 256)
+    exact = rows.astype(np.float64)
+    size = np.sqrt(_fold(exact * exact)).astype(f32) if norm else np.abs(rows).max(axis=1, initial=0)
+    s = size / f32(levels)
+    q = np.clip(np.floor(_in_steps(rows, s) + _rows(uniforms(key, len(x)), 256)), -levels, levels)
+    bits = 2 if levels == 1 else 4 if levels <= 7 else 8
+    return _write_blocks(v, q, s, bits, into, payload, damping)
+
+
+def encode_signs(x: Array, scale: float, residual: Array, into: Array, payload: Array) -> int:
+    """Signs times the mean magnitude of every 4096."""
     n = len(x)
     v, finite = _load(x, scale, residual)
     if not finite:
         return -1
-    rows = _rows(v, block)
-    exact = rows.astype(np.float64)
-    if rule == 0:
-        s = np.abs(rows).max(axis=1, initial=0) / f32(levels)
-    elif rule == 1:
-        s = np.sqrt(_fold(exact * exact)).astype(f32) / f32(levels)
-    else:
-        s = (_fold(np.abs(exact)) / np.minimum(block, n - block * np.arange(len(rows)))).astype(f32)
+    rows = _rows(v, 4096)
+    sizes = np.minimum(4096, n - 4096 * np.arange(len(rows)))
+    s = (_fold(np.abs(rows.astype(np.float64))) / sizes).astype(f32)
+    return _write_blocks(v, np.where(rows >= 0, f32(1), f32(-1)), s, 1, into, payload)
+
+
+def _in_steps(rows: Array, s: Array) -> Array:
+    return rows / np.where(s < SMALLEST, f32(1), s)[:, None]
+
+
+def _write_blocks(v: Array, q: Array, s: Array, bits: int, into: Array, payload: Array, damping: float = 1.0) -> int:
+    """The payload of integers q in steps of s, a row a block; `into` takes what they lose of v."""
+    n, block = len(v), q.shape[1]
     dead = s < SMALLEST
-    t = rows / np.where(dead, f32(1), s)[:, None]
-    if bits == 1:
-        q = np.where(rows >= 0, f32(1), f32(-1))
-    elif stochastic:
-        q = np.clip(np.floor(t + _rows(uniforms(key, n), block)), -levels, levels)
-    else:
-        q = np.rint(t) + f32(0)  # no negative zero
     q[dead] = 0
     s = np.where(dead, f32(0), s * f32(damping))
     _rest(v, (q * s[:, None]).ravel()[:n], into)
