@@ -27,6 +27,7 @@ import pydantic
 import torch
 
 from fedmpi import rng
+from fedmpi.aggregate.centres import next_bound
 from fedmpi.components import Family, NonNegativeFloat, PositiveFloat, called, component
 from fedmpi.layout import DELTA, Layout, within
 from fedmpi.server import FedDyn, OnMean
@@ -153,9 +154,7 @@ class Clip(Transform):
     def follow(self, norms_N: np.ndarray, state: State) -> State:
         if self.quantile is None or not len(norms_N):
             return state
-        largest = self._largest(state)
-        moved = largest * math.exp(-self.lr * (float(np.mean(norms_N <= largest)) - self.quantile))
-        return {"norm": np.array([float(f"{moved:.12g}")])}  # exp's last bit depends on the processor
+        return {"norm": np.array([next_bound(self._largest(state), norms_N, self.quantile, self.lr)])}
 
     def conflicts(self, config: Config) -> str | None:
         travel = [DELTA, *(auxiliary.name for auxiliary in config.local.auxiliaries)]

@@ -85,7 +85,7 @@ class NormBound(Aggregator):
     Federated Learning?, section 4: norm thresholding): 1/K sum_k x_k min(1, C/|x_k|).
 
     With a `quantile` C follows the norms (Andrew et al. 2021, Differentially Private Learning with Adaptive Clipping,
-    Algorithm 1 without noise): C exp(-rate (b - quantile)) after a round in which the share b of deltas was not longer.
+    Algorithm 1 without noise; `next_bound`).
     """
 
     needs = "gram"
@@ -109,13 +109,19 @@ class NormBound(Aggregator):
         norms_K = np.sqrt(np.diag(gram_KK))
         bound = float(state.get("norm", self.norm))
         if self.quantile is not None:
-            share = float((norms_K <= bound).mean())
-            state = {"norm": np.array(bound * math.exp(-self.rate * (share - self.quantile)))}
+            state = {"norm": np.array(next_bound(bound, norms_K, self.quantile, self.rate))}
         return _clipped(norms_K, bound) / len(norms_K), state
 
     def suits(self, num_silos: int) -> None:
         """ConfigError where so many silos are not the more."""
         enough("norm_bound", self.hostile, 2 * self.hostile + 1, num_silos)
+
+
+def next_bound(bound: float, norms_N: np.ndarray, quantile: float, rate: float) -> float:
+    """C exp(-rate (b - quantile)) after a round in which the share b of norms was at most C: C moves to that quantile
+    of the norms (Andrew et al. 2021, Algorithm 1, without its noise on b). Twelve digits: exp's last bit depends on the
+    processor."""
+    return float(f"{bound * math.exp(-rate * (float(np.mean(norms_N <= bound)) - quantile)):.12g}")
 
 
 def _clipped(lengths_K: np.ndarray, most: float) -> np.ndarray:
