@@ -253,7 +253,10 @@ def said(attack: Attack, ids: Sequence[str]) -> str:
 
 
 class HostileRule:
-    """A local rule of which hostile silos send something else; all that the rule declares is its own."""
+    """A local rule of which hostile silos send something else; all that the rule declares is its own.
+
+    What it declares is handed through by `__getattr__`: a rule of one's own may declare more than `LocalRule` has.
+    """
 
     def __init__(self, rule: LocalRule, attack: Attack, ids: Sequence[str]) -> None:
         self._rule, self._attack, self._hostile = rule, attack, attack.hostile(ids)

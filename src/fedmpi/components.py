@@ -194,7 +194,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
     known = hints(cls)
     for name in values:
         if name not in known:
-            moved = getattr(cls, "MOVED", {}).get(name)
+            moved = getattr(cls, "MOVED", {}).get(name)  # components of all families have no base in common
             hint = f"; {moved}" if moved else _nearest_key(str(name), known, values[name])
             raise ConfigError(f"{where}{what} has no '{name}'{hint}")
     ready: dict[str, Any] = {}

@@ -95,16 +95,17 @@ def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: M
     if not why or _forward(pair, two.to(one.device)):
         return
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    who, size = f"silo '{name}'{more}", getattr(rule, "batch_size", None)
+    who = f"silo '{name}'{more}"
     cannot = f"and the model cannot be trained on one sample ({why})"
     if len(x) == 1:
         raise ConfigError(f"{who} has one training sample, {cannot}; leave it out, or normalize by groups or layers")
-    if size == 1:
+    if not rule.whole_batches:
+        raise ConfigError(f"{who}: {key} trains on a batch of one sample, {cannot}")
+    if rule.batch_size == 1:
         raise ConfigError(f"{who}: {key}.batch_size is 1, {cannot}; take 2 or more")
-    ways = "drop or merge" if hasattr(rule, "steps") else "merge"
     raise ConfigError(
-        f"{who}: {len(x)} samples in batches of {size} leave one of a single sample, {cannot}; set {key}.last_batch to "
-        f"{ways}, or another {key}.batch_size"
+        f"{who}: {len(x)} samples in batches of {rule.batch_size} leave one of a single sample, {cannot}; set "
+        f"{key}.last_batch to {' or '.join(rule.whole_batches)}, or another {key}.batch_size"
     )
 
 

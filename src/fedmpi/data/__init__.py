@@ -36,7 +36,7 @@ def check(dataset: Dataset, seed: int = 0, only: Collection[str] | None = None) 
 
     `only` names the silos to open where others' files are elsewhere. ConfigError or DataMissing says what is wrong.
     """
-    verify(DATASETS.name_of(dataset), getattr(dataset, "root", None))
+    verify(DATASETS.name_of(dataset), getattr(dataset, "root", None))  # a field of those that come as files
     source = dataset.source(seed)
     rows = []
     for silo in source.silos:

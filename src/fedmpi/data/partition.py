@@ -14,8 +14,9 @@ Shapes in names: `N` training samples, `M` test samples, `C` classes, `K` silos.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,16 +39,19 @@ class Part(NamedTuple):
     test: IntArray
 
 
-class Partition(Protocol):
-    """How labels are divided over silos. One whose silos have training samples in common has `overlaps = True`."""
+class Partition:
+    """How labels are divided over silos. Members say `split`."""
 
+    overlaps: ClassVar[bool] = False  # may silos have training samples in common?
+
+    @abstractmethod
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """One part a silo; every training and every test index in exactly one of them."""
         ...
 
 
 @component
-class Iid:
+class Iid(Partition):
     """Shuffled, then cut into equal parts (McMahan et al. 2017, section 3, "IID")."""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
@@ -56,7 +60,7 @@ class Iid:
 
 
 @component
-class Quantity:
+class Quantity(Partition):
     """Sizes from Dirichlet(beta), labels iid (Li et al. 2022, NIID-Bench, "quantity skew").
 
     Drawn again, at most 1000 times, until every silo has `min_samples`.
@@ -78,7 +82,7 @@ class Quantity:
 
 
 @component
-class Dirichlet:
+class Dirichlet(Partition):
     """Each class is shared out by Dirichlet(alpha) (Hsu et al. 2019, in the form of Li et al. 2022, NIID-Bench).
 
     For every class k, p_k ~ Dir_K(alpha) and silo j gets the share p_kj of it; drawn again, at most 1000 times, until
@@ -114,7 +118,7 @@ class Dirichlet:
 
 
 @component
-class Labels:
+class Labels(Partition):
     """Each silo has `labels` labels and no others (Li et al. 2022, NIID-Bench, "#C=k").
 
     Silo i gets label i mod C and then labels at random, different ones; the samples of a label are divided randomly
@@ -146,7 +150,7 @@ class Labels:
 
 
 @component
-class Sorted:
+class Sorted(Partition):
     """Sorted by label and cut into equal consecutive parts: most silos have one label, some two.
 
     The non-iid setting of Karimireddy et al. 2022 (Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing,
@@ -194,11 +198,7 @@ def divide(partition: Partition, y_train_N: Ints, y_test_M: Ints, num_silos: int
             raise ConfigError(f"silo {silo} has no samples ({len(y_train_N)} over {num_silos} silos by {partition})")
     for y, pieces in ((y_train_N, [p.train for p in parts]), (y_test_M, [p.test for p in parts])):
         found = np.sort(np.concatenate(pieces))
-        if (
-            y is y_train_N
-            and getattr(partition, "overlaps", False)
-            and all(len(np.unique(p)) == len(p) for p in pieces)
-        ):
+        if y is y_train_N and partition.overlaps and all(len(np.unique(p)) == len(p) for p in pieces):
             found = np.unique(found)
         if not np.array_equal(found, np.arange(len(y))):
             raise ConfigError(f"partition {partition} does not give every sample to exactly one silo")
@@ -251,11 +251,12 @@ PARTITIONS = Family(
     "partition",
     {"iid": Iid, "dirichlet": Dirichlet, "labels": Labels, "sorted": Sorted, "quantity": Quantity},
     Partition,
+    defaults=True,
 )
 
 
 @component
-class Shared:
+class Shared(Partition):
     """Another partition, and more to train on that all silos share (Zhao et al. 2018, section 4: data sharing).
 
     Federated learning with non-IID data. What is shared is a set G of `share` of all training samples, as many of every

@@ -108,6 +108,11 @@ class LocalRule:
         return None
 
     @property
+    def whole_batches(self) -> tuple[str, ...]:
+        """The values of its field `last_batch` that leave no short batch; empty: it has no such field."""
+        return ()
+
+    @property
     def carries_over(self) -> bool:
         """Do gradients of earlier rounds go into a round's delta?"""
         return False
@@ -166,6 +171,8 @@ def shortest(num_samples: int, batch_size: int | None, last_batch: LastBatch) ->
 @component
 class GradientRule(LocalRule):
     """The fields that every rule of gradient steps has: how much, with what, how fast."""
+
+    whole_batches = ("drop", "merge")
 
     lr: PositiveFloat
     """step size at the schedule's start"""

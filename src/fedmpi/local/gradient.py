@@ -41,6 +41,8 @@ class FedSgd(LocalRule):
     Deviations: gradient clipping; the gradient may be added up from so many samples at a time.
     """
 
+    whole_batches = ("merge",)
+
     lr: PositiveFloat
     """step size at the schedule's start"""
     schedule: Annotated[Schedule, SCHEDULES] = Constant()

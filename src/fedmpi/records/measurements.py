@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -49,19 +50,21 @@ def gradient_diversity(gram_KK: np.ndarray, silos: Sequence[str] | None = None) 
     return found
 
 
-class Measurement(Protocol):
-    """Something that is measured of every round."""
+class Measurement:
+    """Something that is measured of every round. Members say `of`, and what they need and read."""
 
-    needs: frozenset[str]  # gram: the inner products of the silos' deltas, in the outcome
-    reads: frozenset[str]  # which arrays of the outcome: loss, norm, samples, steps, taken, metric; gram is one
+    needs: ClassVar[frozenset[str]] = frozenset()  # gram: the inner products of the silos' deltas, in the outcome
+    # Which arrays of the outcome: loss, norm, samples, steps, taken, metric; gram is one. None: it does not say.
+    reads: ClassVar[frozenset[str] | None] = None
 
+    @abstractmethod
     def of(self, outcome: RoundOutcome) -> dict[str, Any]:
         """Fields for the record."""
         ...
 
 
 @component
-class Gram:
+class Gram(Measurement):
     """How alike the silos' deltas are: gradient diversity and cosines (Yin et al. 2018, Gradient Diversity,
     Definition 1, with deltas in place of gradients)."""
 
@@ -76,7 +79,7 @@ class Gram:
 
 
 @component
-class Dissimilarity:
+class Dissimilarity(Measurement):
     """How far the silos' deltas lie apart: the mean of |delta_k - mean delta|^2 over the K that were heard, each alike
     (Li et al. 2020, Federated Optimization in Heterogeneous Networks, section 5.3.3, with deltas for gradients).
 
@@ -94,4 +97,4 @@ class Dissimilarity:
         return {"dissimilarity": max(0.0, float(np.trace(gram_KK) / num - gram_KK.sum() / num**2)) if num else None}
 
 
-MEASUREMENTS = Family("measurement", {"gram": Gram, "dissimilarity": Dissimilarity}, Measurement)
+MEASUREMENTS = Family("measurement", {"gram": Gram, "dissimilarity": Dissimilarity}, Measurement, defaults=True)

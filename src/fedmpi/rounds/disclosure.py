@@ -35,7 +35,7 @@ def refuse_hidden(disclose: Disclose, readers: Sequence[tuple[str, Any]]) -> Non
     if disclose == "silo":
         return
     for key, component in readers:
-        reads = getattr(component, "reads", None)
+        reads = component.reads
         if reads is None:
             raise ValueError(
                 f"disclose: {disclose}, and {key} does not say what it reads of single silos (reads = frozenset(...))"

@@ -10,6 +10,7 @@ the silos. No engine writes anything to disk.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, Protocol
 
 from fedmpi.components import Family, component
@@ -40,17 +41,20 @@ class Engine(Protocol):
         ...
 
 
-class Policy(Protocol):
+class Policy:
     """Who decides that a round may go on with the silos that were heard. A rank that failed or was asked to stop ends
-    the round under every policy. `reads` are the arrays of the outcome that it looks at, as a selector has them."""
+    the round under every policy. Members say `objection`, and what they read."""
 
+    reads: ClassVar[frozenset[str] | None] = None  # arrays of the outcome, as a selector has them; None: not said
+
+    @abstractmethod
     def objection(self, outcome: RoundOutcome) -> str:
         """Why those that were heard are not enough, or nothing. Every rank asks, and all know the same."""
         ...
 
 
 @component
-class Everybody:
+class Everybody(Policy):
     """Every rank is waited for; a round goes on with all updates that are usable, one at least."""
 
     reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
@@ -59,4 +63,4 @@ class Everybody:
         return "" if outcome.num_taken else "every update was rejected"
 
 
-POLICIES = Family("policy", {"all": Everybody}, Policy)
+POLICIES = Family("policy", {"all": Everybody}, Policy, defaults=True)
