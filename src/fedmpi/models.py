@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +29,6 @@ from fedmpi.errors import ConfigError
 from fedmpi.types import Source
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
-
-
-class Model(Protocol):
-    """What a component of this family is."""
-
-    def build(self, source: Source) -> nn.Module:
-        """A new module for the data; torch's generator decides its numbers, torch's default device its place."""
-        ...
 
 
 def make(model: Any, source: Source) -> nn.Module:
@@ -357,6 +349,8 @@ def _image(inputs: int | None, source: Source) -> tuple[int, int, int]:
     return _same("inputs", inputs, channels, "images have", "channels"), height, width
 
 
+# Members have `build(source)`: a new module for the data; torch's generator decides its numbers, torch's default device
+# its place.
 MODELS = Family(
     "model",
     {"logistic": Logistic, "mlp": MLP, "cnn": CNN, "resnet18": ResNet18, "transformer": Transformer},
