@@ -310,6 +310,7 @@ def test_a_flipped_bit_of_the_configuration_file_is_noticed_by_all_that_read_it(
 def test_a_directory_of_another_format_is_refused_by_both_versions_and_left_as_it_is(tmp_path, monkeypatch, format):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", format)
+        patch.setattr(fedmpi, "__version__", "0.1.0")
         run(config(tmp_path, 1))
     path = tmp_path / "config.yaml"
     if format == 1:  # which did not say so
@@ -317,7 +318,7 @@ def test_a_directory_of_another_format_is_refused_by_both_versions_and_left_as_i
         path.write_text(text.replace("  format: 1\n", ""))
     files = [path, *(found for found in tmp_path.glob("checkpoints/*/*"))]
     before = [found.read_bytes() for found in files]
-    says = f"{tmp_path} is of format {format}, written by fedmpi {fedmpi.__version__}; this fedmpi {fedmpi.__version__}"
+    says = f"{tmp_path} is of format {format}, written by fedmpi 0.1.0; this fedmpi {fedmpi.__version__}"
     says += " reads and writes format 3: finish the run with that version, or choose another out="
     for look in (results.inspect, results.evaluate, lambda root: results.export(root, tmp_path / "m.pt")):
         with pytest.raises(ConfigError) as caught:
