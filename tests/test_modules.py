@@ -14,11 +14,11 @@ from support.modules import Follower, Freezes, Remembers, Tied, Unsaved, Views, 
 from support.runs import config, figures, put_back, refused, run  # noqa: F401
 
 from fedmpi import results
-from fedmpi.components import build, component, to_dict
+from fedmpi.components import build, to_dict
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel, sha256
-from fedmpi.local import LocalRule, LocalSilo, Round, Sgd
+from fedmpi.local import LocalSilo, Round, Sgd
 from fedmpi.local.base import whole_gradient
 from fedmpi.local.samplers import InOrder
 from fedmpi.models import make
@@ -374,22 +374,6 @@ def test_a_batch_of_one_sample_is_refused_where_the_model_cannot_have_one(local,
 def test_what_the_model_can_have_trains(local, tmp_path):
     records, _ = run(blobs(tmp_path, **local))
     assert len(records) == 2 and not any(record["rejected"] for record in records)
-
-
-@component
-class OneByOne(LocalRule):
-    """A rule of one's own without fields that would mend it."""
-
-    def smallest_batch(self, silo, num_samples, rounds):
-        return 1
-
-    def train(self, silo, model, params_P, round):
-        raise AssertionError("it is refused before it trains")
-
-
-def test_a_rule_without_fields_for_batches_is_told_of_a_lone_sample(tmp_path):
-    said = refused(replace(blobs(tmp_path), local=OneByOne()))
-    assert "local trains on a batch of one sample, and the model cannot be trained on one sample" in said
 
 
 def test_fedsgd_merges_a_lone_sample(tmp_path):

@@ -23,7 +23,7 @@ from fedmpi.data import DATASETS, PARTITIONS, check, digits, fetch, heart_diseas
 from fedmpi.data.fashion_mnist import FashionMnist
 from fedmpi.data.files import Files
 from fedmpi.data.mnist import Mnist
-from fedmpi.data.partition import Dirichlet, Iid, Labels, Part, Quantity, Shared, Sorted, divide
+from fedmpi.data.partition import Dirichlet, Iid, Labels, Part, Partition, Quantity, Shared, Sorted, divide
 from fedmpi.errors import ConfigError, DataMissing
 
 Y_TRAIN, Y_TEST = np.repeat(np.arange(10), 300), np.repeat(np.arange(10), 50)
@@ -145,7 +145,7 @@ def test_partition_draws_again_until_every_silo_has_min_samples(partition):
     assert mixtures(dataclasses.replace(partition, min_samples=0))[1].min() < partition.min_samples
 
 
-class Loses:
+class Loses(Partition):
     def split(self, y_train, y_test, num_silos, rng):
         return [Part(np.array([k]), np.array([k])) for k in range(num_silos)]
 
