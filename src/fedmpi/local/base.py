@@ -256,7 +256,7 @@ class GradientRule(LocalRule):
             if epoch != silo.cursor // n:
                 epoch = silo.cursor // n
                 given = order_of(self.sampler, seed, silo.id, epoch, n)
-                order = torch.from_numpy(np.asarray(given, dtype=np.int64)).to(x.device)
+                order = torch.from_numpy(np.ascontiguousarray(given, dtype=np.int64)).to(x.device)
             if len(order) < min(start + size, n):  # one that ends early is enough where the run ends there too
                 raise no_order(self.sampler, silo.id, epoch, f"{len(order)} indices", n)
             rows = order[start : start + size]

@@ -1,0 +1,28 @@
+"""A metric: the Brier score, the mean squared distance between predicted probabilities and the true class.
+
+A metric of states has `init`, `update` and `compute`, and says whether it is to be maximized. States are added up over
+batches and silos, so the figure of all silos is that of the pooled test samples. A function `f(outputs, targets)` works
+too, but only its mean over silos is known then.
+
+    objective: {metrics: [accuracy, {name: "examples.extending.metric:Brier"}]}
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class Brier:
+    """Lower is better; 0 for certain and right."""
+
+    maximize = False
+
+    def init(self):
+        return torch.zeros(2, dtype=torch.float64)  # sum of squared distances, samples
+
+    def update(self, state, outputs, targets):
+        truth = F.one_hot(targets, outputs.shape[1])
+        distance = (outputs.softmax(1) - truth).square().sum()
+        return state + torch.stack([distance.double(), torch.tensor(len(targets), dtype=torch.float64)])
+
+    def compute(self, state):
+        return state[0] / state[1]

@@ -1,0 +1,24 @@
+"""An update transform: clamps every coordinate of a delta.
+
+The base is `Transform` in fedmpi/transforms.py: `on_silo` works on a silo's update in place and returns False to
+reject it; `on_mean` works on slices of the mean; `follow` updates the state after a round.
+
+    updates: [{name: "examples.extending.transform:Clamp", limit: 0.05}]
+"""
+
+from fedmpi.components import PositiveFloat, component
+from fedmpi.transforms import Transform
+
+
+@component
+class Clamp(Transform):
+    """Values of a delta lie between -limit and limit."""
+
+    changes = True  # updates differ from what the silo trained
+
+    limit: PositiveFloat
+    """Largest magnitude of a value."""
+
+    def on_silo(self, update, state, about):
+        update["delta"].clamp_(-self.limit, self.limit)
+        return True
