@@ -15,8 +15,7 @@ from support.programs import page as page_program
 TOP = Path(__file__).parents[2]
 PROGRAM = TOP / "tests/support/programs/page.py"
 TOP_PAGES = [TOP / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-LATER = ("README.md",)  # to be rewritten
-PAGES = [page for page in TOP_PAGES if page.exists() and page.name not in LATER] + sorted((TOP / "docs").rglob("*.md"))
+PAGES = [page for page in TOP_PAGES if page.exists()] + sorted((TOP / "docs").rglob("*.md"))
 MOST_LINES = 300
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(TOP).as_posix())
@@ -111,3 +110,37 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site/index.html").exists()
+
+
+# What stands in a message in place of something that the code fills in.
+VALUES = r"'[^']*'|\b\d+\b|\[\d+\]|\b(?:median|pooled|rank|ranks|n1|n2|nan|x_train)\b|\S+\.(?:gz|pt|jsonl)\b|[;,] "
+
+
+def test_messages_in_troubleshooting_are_messages_of_the_code():
+    """Each heading's message, cut where values stand, is in the source (or is the launcher's own)."""
+    source = " ".join(
+        re.sub(r'"\s*f?"', "", re.sub(r"\s+", " ", path.read_text())) for path in (TOP / "src").rglob("*.py")
+    )
+    for line in (TOP / "docs/troubleshooting.md").read_text().splitlines():
+        if line.startswith("### ") and "(Open MPI)" not in line:
+            for message in re.findall(r"`([^`]*)`", line):
+                parts = re.split(VALUES, message)
+                parts = [part.strip(" ;,.:?()") for part in parts if len(part.strip(" ;,.:?()")) > 8]
+                assert parts or len(message) < 40, message
+                for part in parts:
+                    assert part in source, f"{message}: '{part}' is in no source"
+
+
+def test_the_configuration_reference_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("reference", TOP / "jobs/reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    for path, text in reference.pages().items():
+        assert path.exists() and path.read_text() == text, f"{path} is stale; run: python jobs/reference.py"
+
+
+@each_page
+def test_files_of_the_repository_that_a_page_names_exist(page):
+    text = page.read_text()
+    for path in re.findall(r"(?<![\w./-])((?:tests|jobs|configs|examples|slurm)/[\w./-]*\w/?)", text):
+        assert (TOP / path).exists(), f"{page}: {path}"
