@@ -253,6 +253,34 @@ def test_arrays_of_any_real_type_are_read(tmp_path, name, x, y, fields):
     assert torch.equal(data.x_train, torch.from_numpy(X).float()) and data.y_train.tolist() == [0, 1, 0, 1]
 
 
+SURVIVAL = "age,years,event\n50,1.5,1\n60,0.5,0\n70,2,1\n"
+TIMES = {"task": "regression", "num_classes": 2, "shape": [1], "target": ["years", "event"]}
+
+
+def test_columns_of_a_csv_file_that_target_names_are_the_targets_in_its_order(tmp_path):
+    data = opened(tmp_path, "a.csv", SURVIVAL, **TIMES)
+    assert data.x_train.tolist() == [[50], [60], [70]]
+    assert data.y_train.tolist() == [[1.5, 1], [0.5, 0], [2, 1]]
+    swapped = opened(tmp_path, "a.csv", SURVIVAL, **(TIMES | {"target": ["event", "years"]}))
+    assert swapped.y_train.tolist() == [[1, 1.5], [0, 0.5], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "says"),
+    [
+        (SURVIVAL, {"num_classes": 3}, "target names 2 columns, but num_classes is 3"),
+        (SURVIVAL, {"target": "years"}, "target names 1 column, but num_classes is 2"),
+        (SURVIVAL, {"task": "binary", "num_classes": None}, "target names 2 columns, but task binary has one target"),
+        (SURVIVAL, {"target": ["years", "years"]}, "column 'years' is named twice in target"),
+        (SURVIVAL, {"features": ["event"]}, "'event' is the target; it cannot be a feature too"),
+        (SURVIVAL.replace("event", "died"), {}, "no column 'event' (data.target)"),
+        (SURVIVAL.replace("0.5,0", "0.5,"), {}, "columns 'years', 'event': line 3 is empty, which is no number"),
+    ],
+)
+def test_several_target_columns_that_cannot_be_are_refused(tmp_path, content, fields, says):
+    assert says in refusal(tmp_path, "a.csv", content, **(TIMES | fields))
+
+
 @pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.csv"])
 def test_classes_counted_from_one_are_learned_from_every_format(tmp_path, name):
     labels = np.array([1, 3, 2, 3])

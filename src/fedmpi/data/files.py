@@ -58,8 +58,8 @@ class Files:
     """labels as the files write them, number 0 first, such as [1, 2, 3]"""
     test_fraction: Decay = 0.2
     """of a file's rows, where it has no test part (0 to 1)"""
-    target: str = "target"
-    """CSV: column of the label"""
+    target: str | tuple[str, ...] = "target"
+    """CSV: column of the label; of a regression with several targets their columns, such as [time, event]"""
     features: tuple[str, ...] | None = None
     """CSV: numeric columns; null: all others, in the order of their names"""
     levels: dict[str, tuple[Value, ...]] = field(default_factory=dict)
@@ -107,8 +107,15 @@ class Files:
             raise ValueError("files: features and levels are for CSV files, and there is none")
         if (twice := _twice([*(self.features or ()), *self.levels])) is not None:
             raise ValueError(f"files: column '{twice}' is named twice in features and levels")
-        if self.target in (*(self.features or ()), *self.levels):
-            raise ValueError(f"files: '{self.target}' is the target; it cannot be a feature too")
+        if (twice := _twice(self._targets())) is not None:
+            raise ValueError(f"files: column '{twice}' is named twice in target")
+        for name in self._targets():
+            if name in (*(self.features or ()), *self.levels):
+                raise ValueError(f"files: '{name}' is the target; it cannot be a feature too")
+        num, wanted = len(self._targets()), self._outputs() if self.task == "regression" else 1
+        if all(of_csv) and num != wanted:
+            why = f"num_classes is {wanted}" if self.task == "regression" else f"task {self.task} has one target"
+            raise ValueError(f"files: target names {num} column{'s' if num != 1 else ''}, but {why}")
         if all(of_csv) and self.features is not None:
             num = len(self.features) + sum(map(len, self.levels.values()))
             if self.shape != (num,):
@@ -121,6 +128,9 @@ class Files:
         return Source(
             self.task, self.shape, self._outputs(), silos, lambda silo: self._open(silo, columns), columns=columns
         )
+
+    def _targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
 
     def _outputs(self) -> int:
         return self.num_classes or (len(self.classes) if self.classes and self.task != "binary" else 1)
@@ -136,7 +146,7 @@ class Files:
         except OSError as error:
             raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None
         where = f"silo '{silo}': {path}"
-        content = formats.read(path, where, Columns(self.target, self.features, self.levels, self.separator))
+        content = formats.read(path, where, Columns(self._targets(), self.features, self.levels, self.separator))
         columns[silo] = content.columns
         if "x" in content.arrays:
             x, y = self._checked(content, "x", "y", where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ class Content:
     arrays: Arrays
     columns: tuple[str, ...] = ()  # that x is made of, where the file names them
     lines: tuple[int, ...] = ()  # of every row, in a CSV file
-    target: str = ""  # the column that y is, there
+    targets: Sequence[str] = ()  # the columns that y is, there
 
     def name(self, key: str) -> str:
         """How a message names an array."""
-        return f"column '{self.target}'" if key == "y" and self.lines else key
+        if key != "y" or not self.lines:
+            return key
+        return f"column{'s' if len(self.targets) > 1 else ''} " + ", ".join(f"'{name}'" for name in self.targets)
 
     def place(self, key: str, row: int) -> str:
         """How a message names a row of an array."""
@@ -54,7 +56,7 @@ def read(path: Path, where: str, columns: Columns) -> Content:
     try:
         if ending == ".csv":
             table = read_csv(path, where, columns)
-            return Content({"x": table.x_NX, "y": table.y_N}, table.columns, table.lines, columns.target)
+            return Content({"x": table.x_NX, "y": table.y}, table.columns, table.lines, columns.targets)
     except (OSError, MemoryError) as error:
         raise ConfigError(f"{where} {_why(error, ending)}") from None
     try:

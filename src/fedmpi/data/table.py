@@ -28,7 +28,7 @@ Cells = npt.NDArray[np.str_]
 class Columns:
     """Which columns make x and y; as `Files` says."""
 
-    target: str
+    targets: Sequence[str]
     features: Sequence[str] | None
     levels: Mapping[str, Sequence[Any]]
     separator: str
@@ -37,7 +37,7 @@ class Columns:
         """The columns that are numbers in x, in its order: those that are named, else all others by name."""
         if self.features is not None:
             return list(self.features)
-        return sorted(set(names) - {self.target, *self.levels})
+        return sorted(set(names) - {*self.targets, *self.levels})
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Table:
     """What a CSV file holds."""
 
     x_NX: npt.NDArray[np.float32]  # numeric columns first, then a column per level of each column in `levels`
-    y_N: Cells  # as the file writes them
+    y: Cells  # [N], or [N, targets] where there are several; as the file writes them
     columns: tuple[str, ...]  # the columns that x is made of
     lines: tuple[int, ...]  # of the file, for every row
 
@@ -58,16 +58,17 @@ def read_csv(path: Path, where: str, columns: Columns) -> Table:
     """
     names, rows, lines = _rows(_text(path, where), where, columns.separator)
     numeric = columns.numeric(names)
-    _check_names(names, [columns.target, *numeric, *columns.levels], where, columns)
+    _check_names(names, [*columns.targets, *numeric, *columns.levels], where, columns)
     cells = {
-        n: np.array([row[names.index(n)] for row in rows], str) for n in {columns.target, *numeric, *columns.levels}
+        n: np.array([row[names.index(n)] for row in rows], str) for n in {*columns.targets, *numeric, *columns.levels}
     }
     x = _numbers({name: cells[name] for name in numeric}, where, lines)
     for name, values in columns.levels.items():
         code = codes(cells[name], values, f"{where}: column '{name}'", lambda row: f"line {lines[row]}")
         x += [(code == i).astype(np.float32) for i in range(len(values))]
     x_NX = np.stack(x, axis=1) if x else np.empty((len(rows), 0), np.float32)
-    return Table(x_NX, cells[columns.target], (*numeric, *columns.levels), tuple(lines))
+    y = np.stack([cells[name] for name in columns.targets], axis=1)
+    return Table(x_NX, y if len(columns.targets) > 1 else y[:, 0], (*numeric, *columns.levels), tuple(lines))
 
 
 def _text(path: Path, where: str) -> str:
@@ -122,12 +123,14 @@ def _rows(text: str, where: str, separator: str) -> tuple[list[str], list[list[s
 def _check_names(names: list[str], wanted: list[str], where: str, columns: Columns) -> None:
     """Every column that is wanted is there, once."""
     if missing := [name for name in wanted if name not in names]:
-        asked = {columns.target, *(columns.features or ()), *columns.levels}
+        asked = {*columns.targets, *(columns.features or ()), *columns.levels}
         others = [name for name in names if name and name not in asked]
         close = {name: hint for name in missing if "did you mean" in (hint := did_you_mean(name, others))}
-        of_target = {columns.target: " (data.target)"}
+        of_target = dict.fromkeys(columns.targets, " (data.target)")
         told = ", ".join(f"'{name}'{of_target.get(name, '')}{close.get(name, '')}" for name in missing[:_SHOWN])
-        left = "" if not others or (len(close) == len(missing) and columns.target in names) else listed(others)
+        left = (
+            "" if not others or (len(close) == len(missing) and set(columns.targets) <= set(names)) else listed(others)
+        )
         left = left and f"; its others are: {left}"
         raise ConfigError(f"{where} has no column{'s' if len(missing) > 1 else ''} {told}{left}")
     for name in wanted:
