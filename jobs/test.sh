@@ -14,7 +14,7 @@ if [ "${1-}" = --fast ]; then
   shift
 fi
 export FEDMPI_FAST
-EXTRAS="report test docs" RANKS=4
+EXTRAS="report test docs examples" RANKS=4
 . jobs/setup.sh
 
 say() { echo "test: $*" >&2; }

@@ -17,7 +17,10 @@ collect_ignore_glob = ["support/programs/*"]
 
 
 # Files that keep the cores busy with ranks for minutes.
-LAUNCHES = ("mpi/test_command.py", "mpi/test_overlap.py", "mpi/test_training.py", "mpi/test_regions.py")
+LAUNCHES = (
+    *("mpi/test_command.py", "mpi/test_overlap.py", "mpi/test_training.py", "mpi/test_regions.py"),
+    "examples/test_examples.py",
+)
 # Files that wait more than they compute.
 SLEEPS = ("mpi/test_slurm.py", "mpi/test_stop.py")
 # Files of whole runs and of processes: half of the seconds of a tenth of the tests.

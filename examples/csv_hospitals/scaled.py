@@ -1,0 +1,20 @@
+"""A network for columns in units of their own: years, mmHg, mg/dl."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ScaledMlp(nn.Module):
+    """[N, columns] -> one logit a row [N]. Centres and scales are constants, no statistics of anybody's data."""
+
+    centres: Tensor
+    scales: Tensor
+
+    def __init__(self, centres: list[float], scales: list[float], hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("centres", torch.tensor(centres), persistent=False)  # not saved, not exchanged
+        self.register_buffer("scales", torch.tensor(scales), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(len(centres), hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers((x - self.centres) / self.scales).squeeze(-1)
