@@ -14,7 +14,7 @@ if [ "${1-}" = --fast ]; then
   shift
 fi
 export FEDMPI_FAST
-EXTRAS="report test docs examples" RANKS=4
+EXTRAS="report test docs" RANKS=4
 . jobs/setup.sh
 
 say() { echo "test: $*" >&2; }
@@ -60,6 +60,7 @@ install_what_tests_need() {
   fi
 }
 is_byzfl_there() { python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("byzfl") is None)'; }
+is_transformers_there() { python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transformers") is None)'; }
 [ -n "$FEDMPI_FAST" ] || install_what_tests_need
 
 if [ -z "${FEDMPI_DATA-}" ] && [ -d ../shared/data ]; then
@@ -91,6 +92,7 @@ elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require mpich "pip could not install it" test -x "$mpich/bin/mpiexec"
   require byzfl "pip could not install it" is_byzfl_there
   require docs "pip could not install mkdocs-material and codespell" python -m mkdocs --version
+  require transformers "it takes 170 MB: pip install fedmpi[examples]" is_transformers_there
   require data "no data in FEDMPI_DATA or ../shared/data" test -d "${FEDMPI_DATA-}"
 fi
 export FEDMPI_REQUIRE
