@@ -76,14 +76,15 @@ class Mirror:
         new = [one for one in found if one.placement == "sharded" and one.key not in self._totals]
         if not self._totals or new:
             comm = self.fed.comm
-            sizes = comm.share(np.array([1.0, *(len(one.tensor) for one in new)]))[1:]
-            for one, size in zip(new, sizes, strict=True):
-                # Where every rank has the whole vector, its shard of as long a one is as long.
-                alone = int(size) == len(one.tensor) * comm.size and self._has_all(len(one.tensor))
-                self._totals[one.key] = -1 if alone else int(size)
+            told = [(len(one.tensor), self._has_all(len(one.tensor))) for one in new]
+            shared = comm.share(np.array([1.0, *(float(number) for pair in told for number in pair)]))[1:]
+            for one, (size, have_all) in zip(new, shared.reshape(-1, 2), strict=True):
+                self._totals[one.key] = -1 if have_all == comm.size else int(size)
 
     def _has_all(self, length: int) -> bool:
-        return len(self.fed.exchange.shard(torch.empty(length))) == length and self.fed.comm.size > 1
+        """Is this rank's shard of so long a vector all of it? Of what every rank has whole that is so on each; of a
+        vector that is divided into as many pieces as there are ranks, on the first one."""
+        return 0 < length == len(self.fed.exchange.shard(torch.empty(length)))
 
     def _is_mine(self, one: StateTensor) -> bool:
         return one.placement == "per_silo" or (one.placement == "sharded" and self._totals[one.key] >= 0)

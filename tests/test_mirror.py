@@ -1,0 +1,31 @@
+"""What ranks keep for each other of a commit (mirror.py); whole runs whose ranks die are in mpi/test_heal.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedmpi.comm.threads import on_ranks
+from fedmpi.exchange.chunks import Grid
+from fedmpi.mirror import Mirror
+from fedmpi.state import StateTensor
+
+
+@pytest.mark.parametrize("num_elements", [4 << 16, (4 << 16) + 1, 1000])
+def test_what_is_divided_is_told_from_what_every_rank_has(num_elements):
+    """Also where all parts are equal, and as long as the first rank's piece of so short a vector."""
+
+    def work(comm):
+        grid = Grid(num_elements, comm.size)
+
+        def shard(vector):
+            return torch.cat([vector[:0], *(vector[grid.part(piece)] for piece in grid.owned(comm.rank))])
+
+        for divide, total in ((shard, num_elements), (lambda vector: vector, -1)):
+            mirror = Mirror(SimpleNamespace(comm=comm, exchange=SimpleNamespace(shard=divide)))
+            mirror._measure([StateTensor(("v",), divide(torch.zeros(num_elements)), "sharded")])
+            totals.append((mirror._totals["v",], total))
+
+    totals = []
+    on_ranks(4, work)
+    assert len(totals) == 8 and all(found == wanted for found, wanted in totals), totals
