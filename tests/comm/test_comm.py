@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.programs.collectives import CASES
 
-from fedmpi.comm import Comm, MpiComm, SoloComm, machine, process
+from fedmpi.comm import Comm, MpiComm, SoloComm, machine, mpi, process
 from fedmpi.comm.threads import ThreadComm, on_ranks
 from fedmpi.errors import CommTimeout, ConfigError, ExchangeError, RankLost
 
@@ -133,6 +133,36 @@ def test_what_mpi_says_of_a_lost_rank_comes_out_as_rank_lost(call):
 def test_an_mpi_that_cannot_go_on_without_a_rank_says_so_in_one_line():
     with pytest.raises(ConfigError, match=r"^this MPI cannot go on without a lost rank .*\Z"):
         mpi_rank(NotImplementedError("MPI_Comm_shrink"), []).shrink()
+
+
+def test_one_more_that_dies_as_ranks_shrink_lets_none_of_them_wait_for_another(monkeypatch):
+    """Ranks that are through, and those that are not, take what is left of the same communicator the next time."""
+    made = []
+
+    class Left(MpiComm):
+        def __init__(self, mpi, world):
+            self.world, self.oversubscribed, self.revoked = world, False, 0
+            self._vigil, self.depth, self.calls = None, 0, 0
+            made.append(self)
+
+        def share(self, values, meanwhile=None):
+            if len(made) == 1:
+                raise RankLost([1])
+
+        def _revoke(self):
+            self.revoked += 1
+
+    first = SimpleNamespace()
+    first.Shrink = lambda: first
+    monkeypatch.setattr(mpi, "MpiComm", Left)
+    comm = Left(SimpleNamespace(Exception=Broken), None)
+    made.clear()
+    comm._mpi, comm._first = SimpleNamespace(Exception=Broken), first
+    left = comm.shrink()
+    assert left is made[1] and [one.world for one in made] == [first] * 2 and made[0].revoked == 1
+    made[1]._mpi = comm._mpi
+    assert left.shrink() is made[2] and made[2].world is first
+    assert made[1].revoked == 1 and comm.depth == made[1].depth == 0
 
 
 def test_too_little_address_space_for_mpi_is_said_before_it_starts(monkeypatch):

@@ -51,6 +51,7 @@ class MpiComm(MpiTransport):
         super().__init__(mpi, mpi.COMM_WORLD.Dup() if world is None else world)
         self._groups: list[MpiComm] = []  # that were split off
         self._twins: list[MpiComm] = []
+        self._first = self._world  # of which this one is what is left
         name = socket.gethostname().encode()[:256]
         rows = self.gather(name.ljust(256, b"\0") + (mine := cores())[0])
         self.hosts = tuple(row[:256].rstrip(b"\0").decode() for row in rows)
@@ -78,6 +79,7 @@ class MpiComm(MpiTransport):
         self.collectively(self._check_threads)
         twin = copy.copy(self)
         twin._world, twin._control = self._world.Dup(), self._control.Dup()
+        twin._first = twin._world
         twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
         twin.bytes_up = twin.bytes_down = twin.bytes_control = twin._worst = twin._passed_on = 0
         twin.staging, twin.sleeps_while_waiting = Staging(), True
@@ -92,34 +94,44 @@ class MpiComm(MpiTransport):
             raise ConfigError("exchange.overlap: needs an MPI that threads may call at once (MPI_THREAD_MULTIPLE)")
 
     def shrink(self) -> Comm:
-        world = self._world
-        while True:
-            try:
-                self._revoke(world)
-                world = world.Shrink()
-                left = MpiComm(self._mpi, world)
-                left.share(np.zeros(1))
-                break
-            except (NotImplementedError, AttributeError):
-                raise agreed(
-                    ConfigError(
-                        "this MPI cannot go on without a lost rank (MPI_Comm_shrink is missing): take Open MPI 5 with "
-                        "mpirun --with-ft ulfm, or start again from the checkpoint"
-                    )
-                ) from None
-            except (self._mpi.Exception, RankLost):
-                continue  # one more died meanwhile
+        left: MpiComm | None = None
+        self.depth += 1  # it waits for all that are left
+        try:
+            while True:
+                try:
+                    for comm in (self, *([left] if left is not None else [])):
+                        comm._revoke()
+                    # Always of the first one: should one more die as this ends, ranks that are through and ranks that
+                    # are not would shrink two different ones, and wait for each other.
+                    left = None
+                    left = MpiComm(self._mpi, self._first.Shrink())
+                    left._first = self._first
+                    left.share(np.zeros(1))
+                    if self._vigil is not None:
+                        left.keep_vigil()
+                    break
+                except (self._mpi.Exception, RankLost):
+                    continue  # one more died meanwhile
+        except (NotImplementedError, AttributeError):
+            raise agreed(
+                ConfigError(
+                    "this MPI cannot go on without a lost rank (MPI_Comm_shrink is missing): take Open MPI 5 with "
+                    "mpirun --with-ft ulfm, or start again from the checkpoint"
+                )
+            ) from None
+        finally:
+            self.depth -= 1
+            self.calls += 1
         left.oversubscribed = left.oversubscribed or self.oversubscribed
         if self._vigil is not None:
             self._vigil.end()
-            left.keep_vigil()
         return left
 
-    def _revoke(self, world: Any) -> None:
+    def _revoke(self) -> None:
         """Whoever waits for something on this communicator or its parts gets an error instead."""
         for part in (*self._twins, *self._groups):
-            part._revoke(part._world)
-        for communicator in (self._node, self._control, world):
+            part._revoke()
+        for communicator in (self._node, self._control, self._world):
             if communicator is not None:
                 communicator.Revoke()
 
