@@ -94,7 +94,11 @@ class RunDirectory:
         self.path = path
         self._ticket = comm.broadcast_text(uuid.uuid4().hex, 0)
         self._descriptor = comm.collectively(lambda: self._lock() if comm.rank == 0 else None)
-        self._look(comm)
+        try:
+            self._look(comm)
+        except Exception:
+            self.release()
+            raise
 
     def hand_over(self, comm: Comm) -> None:
         """To the ranks that are left of those that had it; rank 0 may be another one. A call of all of them."""
@@ -111,15 +115,11 @@ class RunDirectory:
 
     def _look(self, comm: Comm) -> None:
         """Who sees the directory, and can it be written into?"""
-        try:
-            sees = comm.collectively(lambda: comm.rank == 0 or self.is_ours())
-            blind = np.flatnonzero(comm.gather_number(not sees))
-            first_blind = [r for r in blind if comm.hosts[r] == comm.hosts[comm.rank]][:1]
-            self.leads = comm.rank == 0 or comm.rank in first_blind
-            comm.collectively(lambda: self._writable() if self.leads else None)
-        except Exception:
-            self.release()
-            raise
+        sees = comm.collectively(lambda: comm.rank == 0 or self.is_ours())
+        blind = np.flatnonzero(comm.gather_number(not sees))
+        first_blind = [r for r in blind if comm.hosts[r] == comm.hosts[comm.rank]][:1]
+        self.leads = comm.rank == 0 or comm.rank in first_blind
+        comm.collectively(lambda: self._writable() if self.leads else None)
 
     def _lock(self, asked: bool = False) -> int:
         """Make the directory ours; the lock goes with the process. `asked`: may a request to stop be meant for us?"""

@@ -410,18 +410,26 @@ class Run:
     def _heal(self, error: Exception) -> None:
         """Go on with the ranks that are left, from the newest commit that all of them have in memory. Raises `error`
         where nobody is lost."""
-        began_s, before = time.monotonic(), self.federation.membership
+        began_s = time.monotonic()
         self._spoiled = True
-        self._keeper.close(ALONE_S)
+        losses: list[Loss] = []
+        made: tuple[int, Loss] | None = None  # by the last attempt: a generation, and what it makes up for
         while True:
             try:
+                self._keeper.close(ALONE_S)
                 self._succeed(self.comm.shrink())
                 mirror, group = agreed_mirror(self._mirrors, self.comm)
+                if made is not None and made[0] == mirror.generation:
+                    losses.append(made[1])  # all had it before one more was lost
+                made = None
                 if not group.lost:
                     raise agreed(FedmpiError(f"no rank is lost, and yet: {error}"))
                 commit = newest_common(mirror, group)
                 opened = self._reopened(mirror.fed, group)
                 self.federation, self.state = healed(self._spec, mirror, self._health, group, commit, opened)
+                before, after = mirror.fed.membership, self.membership
+                loss = Loss(commit.round, group.lost, before, after, group.old_ranks, time.monotonic() - began_s)
+                made = mirror.generation + 1, loss
                 self._mirrors = [mirror]
                 self._mirror_anew()
                 self._go_on()
@@ -431,8 +439,8 @@ class Run:
                     raise
                 # One more is lost.
         self._spoiled = False
-        told = Loss(self.state.round, group.lost, before, self.membership, group.old_ranks, time.monotonic() - began_s)
-        if self.comm.rank == 0:
+        losses.append(replace(loss, seconds=time.monotonic() - began_s))
+        for told in losses if self.comm.rank == 0 else ():
             say(f"fedmpi: {told}", error=True)
             disk.append_line(self.out / EVENTS_FILE, told.line)
 
@@ -450,8 +458,8 @@ class Run:
         try:
             members = inherited(self._spec, fed, group, how)
             return open_members(self._spec, members, comms, fed.silos, fed.facts)
-        except ConfigError as error:
-            if how != "adopt":
+        except FedmpiError as error:
+            if how != "adopt" or not error.agreed:
                 raise
             if self.comm.rank == 0:
                 say(f"fedmpi: nobody can take over what is lost, and it leaves: {error}", error=True)

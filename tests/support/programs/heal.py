@@ -4,8 +4,9 @@ came of it.
 python heal.py OUT RANK:ROUND:POINT[,...] [KEY=VALUE ...]    ranks are those that the launcher started
 
 Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (within it), evaluate,
-mirror (while the commit is kept), tell (once it is kept), write (when a checkpoint is due), heal (while a lost rank is
-made up for).
+mirror (while the commit is kept), tell (once it is kept), write (when a checkpoint is due); and while a lost rank is
+made up for: shrink (as the ranks that are left have met), heal, take (once they have the state). At late a rank does
+not die: it takes the ranks that are left for not having met.
 """
 
 import json
@@ -17,6 +18,8 @@ import time
 import fedmpi
 from fedmpi import heal, mirror, train
 from fedmpi.comm import connect
+from fedmpi.comm.mpi import MpiComm
+from fedmpi.errors import RankLost
 from fedmpi.flat import sha256
 from fedmpi.keeper import Keeper
 from fedmpi.rounds import synchronous, training
@@ -51,7 +54,20 @@ dies_at(synchronous, "evaluate", "evaluate")
 dies_at(mirror, "exchanged", "mirror")
 dies_at(train.Run, "_tell", "tell")
 dies_at(Keeper, "write", "write")
+dies_at(MpiComm, "keep_vigil", "shrink")
 dies_at(heal, "_handed_on", "heal")
+dies_at(Keeper, "take_over", "take")
+
+
+def late(comm, *arguments, share=MpiComm.share):
+    total = share(comm, *arguments)
+    if (len(rounds) + 1, "late") in mine and sys._getframe(1).f_code.co_name == "shrink":
+        mine.clear()
+        raise RankLost([])
+    return total
+
+
+MpiComm.share = late
 
 with fedmpi.Run("configs/digits.yaml", f"out={out}", *overrides) as run:
     for record in run:
