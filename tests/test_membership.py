@@ -15,6 +15,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.flat import sha256
 from fedmpi.membership import Membership
 from fedmpi.moving import heirs
+from fedmpi.placement import adopted
 from fedmpi.selection import SELECTORS, carried
 from fedmpi.types import Silo
 
@@ -176,6 +177,12 @@ HOSTS = ("site.org", "other.org", "other.org")
 def test_a_membership_that_cannot_be_is_one_line_that_names_the_silo(teams, dedicated, says):
     with pytest.raises(ConfigError, match=rf"^membership: {says}"):
         Membership(0, teams).checked(SILOS, HOSTS, dedicated)
+
+
+def test_the_last_rank_that_is_left_hosts_silos_though_it_serves():
+    for hosts in (["n"], ["n", "n"]):
+        taken = adopted({}, [Silo("c")], [Silo("c")], {"c": 5}, hosts, dedicated=True)
+        assert Membership(1, taken).checked([Silo("c")], hosts, dedicated=True).rank("c") == len(hosts) - 1
 
 
 def test_members_have_the_order_of_the_data_whoever_came_first():

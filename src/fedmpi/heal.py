@@ -69,7 +69,7 @@ def _require_quorum(hosts: Sequence[str], left: Sequence[int]) -> None:
     """A host that is gone as a whole may be one that only the network took away, with ranks that go on by themselves:
     then those with most of the ranks go on, or with half of them and rank 0.
 
-    >>> _require_quorum(["a", "a", "b"], [0])    # rank 1 died; of b nobody is heard
+    >>> _require_quorum(["a", "b", "b"], [0])    # of b nobody is heard
     Traceback (most recent call last):
     fedmpi.errors.FedmpiError: 1 of 3 ranks are left, and host b is gone as a whole: its ranks may be going on by \
 themselves, so these end; start again from the checkpoint

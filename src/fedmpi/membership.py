@@ -113,7 +113,7 @@ class Membership:
                 raise ConfigError(f"membership: silo '{silo}' has {len(team)} ranks; give every silo one")
             if not 0 <= (rank := team[0]) < len(hosts):
                 raise ConfigError(f"membership: silo '{silo}' is on rank {rank}, and there are {len(hosts)} ranks")
-            if dedicated and rank == self.leader:
+            if dedicated and rank == self.leader and len(hosts) > 1:  # else it is the last one that is left
                 raise ConfigError(f"membership: silo '{silo}' is on rank 0, which server.dedicated keeps free of silos")
             if not same_host(declared[silo].host, hosts[rank]):
                 raise ConfigError(

@@ -24,6 +24,7 @@ from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost
 from fedmpi.output import say
 
 LATE_S = 10.0  # how long ranks that end alike wait for each other
+LEAVES_S = 0.5  # how long a rank stays that ends without MPI
 
 
 _left: list[Comm] = []  # the ranks that are left of those that the launcher started, once one was lost
@@ -86,6 +87,8 @@ def _finalize() -> None:
     """End MPI, unless a rank was lost: it might wait for that one."""
     if not _left:
         library().Finalize()
+    elif _left[-1].size > 1:
+        time.sleep(LEAVES_S)  # who is still in the last barrier would take this rank for one more that is lost
 
 
 def launched() -> int:

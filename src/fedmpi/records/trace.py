@@ -35,6 +35,8 @@ class Trace(Sink):
         """An event for every phase of every rank."""
         starts_s, phases = self._run.timings()
         for rank, start_s in enumerate(starts_s):
+            if not start_s:
+                continue  # a rank that was lost had it; the record is written for it
             at = start_s
             for name, seconds in phases.items():
                 event = {
