@@ -13,7 +13,7 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "output", "disk", "rng", "layout", "types", "state", "trust", "sources", "components"),
+    *("errors", "output", "disk", "fencing", "rng", "layout", "types", "state", "trust", "sources", "components"),
     *("outcome", "stopping", "worker"),
     *("launcher", "module", "kernels"),
     *(
@@ -33,7 +33,7 @@ ORDER = [
     *("membership", "local", "attacks", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
     *("moving", "keeper", "rebuild", "mirror", "heal", "train"),
-    *("plan", "results", "catalogue", "bench", "cli", "__init__", "__main__"),
+    *("plan", "results", "launchline", "remains", "supervisor", "catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}
 

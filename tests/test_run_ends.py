@@ -1,7 +1,10 @@
 """What whole runs stand up to: divergence, stops, failures, what components of one's own give, weights that go far."""
 
+import errno
 import os
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,10 @@ import torch
 from support.runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
-from fedmpi import results, stopping
+from fedmpi import checkpoint, fencing, results, stopping
 from fedmpi.comm import SoloComm
 from fedmpi.components import component
-from fedmpi.errors import Diverged, FedmpiError, NoCohort, SiloError, Stopped
+from fedmpi.errors import ConfigError, Diverged, FedmpiError, NoCohort, SiloError, Stopped
 from fedmpi.local import Sgd
 from fedmpi.types import Silo, SiloData, Source
 
@@ -226,8 +229,129 @@ def test_a_silo_that_raises_is_named_with_its_traceback(tmp_path, monkeypatch):
     assert everything(tmp_path)[0] >= 1
 
 
+def failing(monkeypatch, rounds, error):
+    """Writing a checkpoint of one of these rounds raises `error`."""
+    write_file = checkpoint.write_file
+
+    def write(path, tables):
+        if int(path.parent.name[-6:]) in rounds:
+            raise error
+        return write_file(path, tables)
+
+    monkeypatch.setattr(checkpoint, "write_file", write)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+READ_ONLY = OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("error", [FULL, READ_ONLY])
+def test_training_ends_after_so_many_failed_checkpoints_in_a_row(tmp_path, monkeypatch, caplog, error):
+    how = config(tmp_path / "a", 8, checkpoint={"every": 1, "max_failures": 2})
+    failing(monkeypatch, {2, 4, 5, 6, 7, 8}, error)
+    with pytest.raises(FedmpiError) as ended:
+        run(how)
+    assert ended.value.exit_code == 1
+    assert str(ended.value) == (
+        f"2 checkpoints in a row failed, round 5: cannot write a checkpoint into {tmp_path / 'a'}: {error}; "
+        "round 3 is on disk; the same command resumes"
+    )
+    assert not getattr(ended.value, "__notes__", [])  # one line
+    told = [record.getMessage() for record in caplog.records if "max_failures" in record.getMessage()]
+    assert [line.partition(":")[0] for line in told] == ["round 2", "round 4"]
+    assert "failure 1 of 2 in a row (checkpoint.max_failures); training goes on; round 3 is on disk" in told[1]
+    assert results.newest(tmp_path / "a") == 3
+    assert not (tmp_path / "a" / "checkpoints" / "round-000005").exists()  # its room is given back
+    monkeypatch.undo()
+    run(how)
+    run(config(tmp_path / "b", 8, checkpoint={"every": 1}))
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_the_last_checkpoint_of_a_run_may_not_fail(tmp_path, monkeypatch):
+    failing(monkeypatch, {5}, FULL)
+    with pytest.raises(FedmpiError, match=r"No space left on device; round 4 is on disk; the same command resumes$"):
+        run(config(tmp_path, 5, checkpoint={"every": 2, "max_failures": 9}))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_best_round_is_not_lost_with_the_checkpoint_that_had_it(tmp_path, monkeypatch):
+    """Held on to until a checkpoint is written, whichever that is."""
+    folders, write_file = [], checkpoint.write_file
+
+    def write(path, tables):
+        folders.append(path.parent.name)
+        if folders.count("best-000001") and path.parent.name == "best-000001" and "round-000004" not in folders:
+            raise FULL
+        return write_file(path, tables)
+
+    monkeypatch.setattr(checkpoint, "write_file", write)
+    scores = iter([5.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(fedmpi.Run, "_score", lambda self, record: next(scores) if record["round"] else None)
+    monkeypatch.setattr(checkpoint, "prune", lambda *args: None)
+    scores = iter([5.0, *[1.0] * 20])
+    run(config(tmp_path, 4, checkpoint={"every": 2}))
+    assert checkpoint.sealed_rounds(tmp_path, best=True) == [1] and checkpoint.sealed_rounds(tmp_path) == [4]
+
+
+BREAKS = {
+    # SIGKILL where the server's file of round 4 is written but has not its name yet, or the manifest's.
+    "server.h5": """
+def replace(source, target, replaced=os.replace):
+    if target.name == "server.h5" and target.parent.name == "round-000004":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replaced(source, target)
+os.replace = replace
+""",
+    "manifest.json": """
+def replace(source, target, replaced=os.replace):
+    if target.name == "manifest.json" and target.parent.name == "round-000004":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replaced(source, target)
+os.replace = replace
+""",
+    # No file may grow beyond what is there: what a full disk does, down in the library that writes.
+    "full": """
+import resource
+def write(path, tables, written=checkpoint.write_file):
+    if path.parent.name == "round-000003":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    return written(path, tables)
+checkpoint.write_file = write
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_run_that_breaks_inside_the_write_goes_on_from_the_checkpoint_before(tmp_path, how):
+    overrides = ["rounds=8", "out=a", "checkpoint.every=1", "checkpoint.max_failures=2", "device.name=cpu"]
+    (tmp_path / "c.yaml").write_text("data: {name: digits, silos: 2}\nlocal: {name: sgd, lr: 0.1, steps: 1}\n")
+    program = "import os, signal, sys\nfrom fedmpi import checkpoint, cli\n" + BREAKS[how] + "cli.app()"
+    command = [sys.executable, "-c", program, "train", "c.yaml", *overrides]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    if how == "full":
+        assert done.returncode == 1, done.stderr
+        (line,) = (line for line in done.stderr.splitlines() if line.startswith("fedmpi: "))
+        assert line.startswith("fedmpi: 2 checkpoints in a row failed, round 4: cannot write a checkpoint into a: ")
+        assert line.endswith("round 2 is on disk; the same command resumes")
+    else:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert [path.name.partition(".part")[0] for path in (tmp_path / "a").rglob("*.part-*")] == [how]
+    assert results.newest(tmp_path / "a") == (2 if how == "full" else 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for out in ("a", "b"):
+            with fedmpi.Run("c.yaml", *overrides, f"out={out}", comm=SoloComm()) as run_:
+                list(run_)
+    ids = ("silo-0", "silo-1")
+    assert everything(tmp_path / "a", ids) == everything(tmp_path / "b", ids)
+    assert not list((tmp_path / "a").rglob("*.part-*"))
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_one_before_is_whole(tmp_path):
-    how, obstacle = config(tmp_path / "a", checkpoint={"every": 1}), tmp_path / "a" / "checkpoints" / "round-000002"
+    once = {"every": 1, "max_failures": 1}
+    how, obstacle = config(tmp_path / "a", checkpoint=once), tmp_path / "a" / "checkpoints" / "round-000002"
     with pytest.raises(FedmpiError, match="cannot write a checkpoint into"), fedmpi.Run(how, comm=SoloComm()) as run_:
         for record in run_:
             if record["round"] == 1:
@@ -237,6 +361,25 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_one_before_is_
     run(how)
     run(config(tmp_path / "b"))
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_an_old_start_writes_nothing_once_a_newer_one_has_begun(tmp_path, monkeypatch):
+    how = config(tmp_path, 6, checkpoint={"every": 1})
+    with pytest.raises(FedmpiError) as ended, fedmpi.Run(how, comm=SoloComm()) as run_:
+        for record in run_:
+            if record["round"] == 3:
+                kept = results.newest(tmp_path)
+                assert fencing.raise_epoch(tmp_path, {}) == 1
+    assert ended.value.exit_code == 1 and str(ended.value) == (
+        f"this start (epoch 0) of {tmp_path} is superseded by a newer one (epoch 1); it writes nothing more"
+    )
+    assert results.newest(tmp_path) == kept
+    monkeypatch.setenv(fencing.VARIABLE, "0")
+    with pytest.raises(ConfigError, match=r"this start \(epoch 0\) .* is superseded"):
+        run(how)
+    monkeypatch.setenv(fencing.VARIABLE, "1")
+    run(how)
+    assert results.newest(tmp_path) == 6
 
 
 @component

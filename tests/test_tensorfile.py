@@ -1,6 +1,8 @@
 """Files of tensors: any name and type comes back, and nothing outside the file is ever read."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import h5py
@@ -159,3 +161,34 @@ def test_a_file_that_is_whole_is_read(tmp_path):
     (params,) = tensorfile.read(path)
     assert params.key == ("params",) and params.tensor.tolist() == [0, 1, 2, 3]
     assert tensorfile.read_rows(path, ["b"]).keys() == {"b"}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from fedmpi import tensorfile
+from fedmpi.tensorfile import Table
+
+path = Path(sys.argv[1])
+tables = [Table((str(n),), torch.full((40, n + 1), float(n))) for n in range(60)]
+tables.append(Table(("long",), torch.arange(3e6)))  # written in parts
+for size in (0, 1, 600, 5000, 70_000, 300_000, 9_000_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        tensorfile.write(path, tables)
+    except OSError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+tensorfile.write(path, tables)
+assert all(torch.equal(one.tensor, table.tensor) for one, table in zip(tensorfile.read(path), tables, strict=True))
+"""
+
+
+def test_a_process_lives_on_after_a_write_that_failed_wherever_it_did(tmp_path):
+    """No file may grow beyond what is there: a full disk as the library that writes sees it."""
+    command = [sys.executable, "-c", FULL, str(tmp_path / "t.h5")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["[Errno 27] File too large"] * 7
+    assert [path.name for path in tmp_path.iterdir()] == ["t.h5"]

@@ -21,7 +21,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -72,11 +72,13 @@ class Best:
 
 
 class Writer:
-    """One rank's writer and its thread. `start` copies and returns; `written` says which round's file is safe."""
+    """One rank's writer and its thread. `start` copies and returns; `written` says which round's file is safe.
+    `allowed` is called before a write and raises where there must be none."""
 
-    def __init__(self, root: Path, rank: int) -> None:
+    def __init__(self, root: Path, rank: int, allowed: Callable[[], None] = lambda: None) -> None:
         self.root = root
         self.rank = rank
+        self._allowed = allowed
         self._copies: dict[Key, torch.Tensor] = {}
         self._worker = Worker("checkpoint")
         self._written = -1
@@ -111,6 +113,7 @@ class Writer:
 
     def _write(self, round: int, jobs: Iterable[tuple[Path, Mapping[str, list[Table]]]]) -> None:
         found: list[bytes] = []
+        self._allowed()
         for folder, files in jobs:
             if folder.is_symlink():  # what it stands for is not ours
                 folder.unlink()
@@ -123,7 +126,7 @@ class Writer:
     def written(self) -> int:
         """The newest round whose file of this rank is safe; -1 for none. Raises CheckpointError if writing failed."""
         if (error := self._worker.error) is not None:
-            what = str(error) or type(error).__name__
+            what = str(error).partition("\n")[0] or type(error).__name__
             raise CheckpointError(f"cannot write a checkpoint into {self.root}: {what}") from error
         return self._written
 
@@ -135,6 +138,10 @@ class Writer:
         """Wait until what was started is on disk. Raises CheckpointError if writing failed."""
         self._worker.wait()
         _ = self.written
+
+    def forget_failure(self) -> None:
+        """The write that failed is over, and the next one may begin."""
+        self._worker.error = None
 
     def close(self, limit_s: float) -> None:
         """Let the thread end, once what was started is on disk or after `limit_s`."""

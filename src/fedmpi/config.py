@@ -65,6 +65,8 @@ class CheckpointSection:
     """rounds between checkpoints; one is always written at the end and on a stop"""
     keep: PositiveInt = 3
     """newest checkpoints kept, besides the best round, which need not be due for one"""
+    max_failures: PositiveInt = 3
+    """so many failed writes in a row end the run; the last write of a run may not fail"""
 
 
 @component

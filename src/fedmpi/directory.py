@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import fedmpi
-from fedmpi import checkpoint, disk, stopping
+from fedmpi import checkpoint, disk, fencing, stopping
 from fedmpi.comm import Comm
 from fedmpi.config import ABOUT
 from fedmpi.errors import CheckpointError, ConfigError
@@ -86,8 +86,8 @@ class RunDirectory:
 
     Raises ConfigError, alike on every rank, where another job has it or a rank that writes cannot.
 
-    Attributes: path; leads (does this rank write manifests: rank 0, or the first rank of a host that does not see rank
-    0's directory but has one of its own).
+    Attributes: path; epoch (of this start, see fencing.py); leads (does this rank write manifests: rank 0, or the first
+    rank of a host that does not see rank 0's directory but has one of its own).
     """
 
     def __init__(self, path: Path, comm: Comm) -> None:
@@ -111,10 +111,12 @@ class RunDirectory:
                 self._sign(self._descriptor)
 
         comm.collectively(take)
-        self._look(comm)
+        self._look(comm, self.epoch)
 
-    def _look(self, comm: Comm) -> None:
-        """Who sees the directory, and can it be written into?"""
+    def _look(self, comm: Comm, own: int | None = None) -> None:
+        """Who sees the directory, and can it be written into? `own` is the epoch of a start that has one."""
+        epoch = comm.collectively(lambda: fencing.joined(self.path, own) if comm.rank == 0 else 0)
+        self.epoch = int(comm.broadcast_text(str(epoch), 0))
         sees = comm.collectively(lambda: comm.rank == 0 or self.is_ours())
         blind = np.flatnonzero(comm.gather_number(not sees))
         first_blind = [r for r in blind if comm.hosts[r] == comm.hosts[comm.rank]][:1]
@@ -152,6 +154,9 @@ class RunDirectory:
                 time.sleep(0.1)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if os.environ.get(fencing.VARIABLE, ""):  # the supervisor looked for a job before its first start
+                log.warning("%s is still locked by an earlier start, which can write no more", self.path)
+                return
             raise ConfigError(f"out: another job is training in {self.path}") from None
         except OSError as error:
             why = error.strerror
@@ -171,6 +176,10 @@ class RunDirectory:
             return (self.path / stopping.LOCK_FILE).read_text() == self._ticket
         except OSError:
             return False
+
+    def require_newest(self) -> None:
+        """Raise CheckpointError on a rank that sees a newer start of the run."""
+        fencing.require_newest(self.path, self.epoch)
 
     def plan_before(self) -> str:
         """The plan that the run in this directory was begun with; empty if there is none."""

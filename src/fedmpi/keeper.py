@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import time
 import zlib
@@ -16,7 +18,7 @@ from fedmpi import checkpoint, stopping
 from fedmpi.comm import ranks_text
 from fedmpi.config import Config
 from fedmpi.directory import RunDirectory, newest_whole
-from fedmpi.errors import CheckpointError, ConfigError, agreed
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
 from fedmpi.exchange.base import Exchange
 from fedmpi.health import Health
 from fedmpi.local import LocalSilo
@@ -27,6 +29,8 @@ from fedmpi.records import Record
 from fedmpi.rounds import Federation, State
 from fedmpi.selection import carried
 from fedmpi.state import Arrays, Holder, Holders, StateTensor, Vectors, gathered, scattered, under
+
+log = logging.getLogger("fedmpi")
 
 FAILED = -2  # in place of the newest round that is written
 WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
@@ -163,6 +167,7 @@ class Keeper:
         self._best: checkpoint.Best | None = None  # the best round so far, where no checkpoint has it yet
         self._pending_best: checkpoint.Best | None = None  # the one that is being written
         self._writer: checkpoint.Writer | None = None
+        self._failures = 0  # writes that failed since the last one that did not
         self._sync: Callable[[], None] = lambda: None
 
     @property
@@ -195,6 +200,7 @@ class Keeper:
         """Follow the keeper of ranks of which one is lost: what they had sealed stays, what they were writing goes."""
         rounds = self.comm.collectively(lambda: checkpoint.sealed_rounds(self._out) if self.comm.rank == 0 else [])
         self.sealed = int(self.comm.gather_number(max(rounds, default=-1))[0])
+        self.comm.collectively(self._require_ours)
         self.comm.collectively(
             lambda: checkpoint.remove_after(self._out, self.sealed) if self._directory.leads else None
         )
@@ -254,7 +260,10 @@ class Keeper:
         self._scores = self.comm.collectively(lambda: checkpoint.scores(self._out) if self._directory.leads else {})
         told = [score for score in self._scores.values() if score is not None] if self.comm.rank == 0 else []
         self._best_score = float(self.comm.broadcast_text(repr(max(told, default=-math.inf)), 0))  # of all rounds
-        self._writer = self.comm.collectively(lambda: checkpoint.Writer(self._out, self.comm.rank))
+        self._stored_score = self._best_score  # of those on disk
+        self._writer = self.comm.collectively(
+            lambda: checkpoint.Writer(self._out, self.comm.rank, self._directory.require_newest)
+        )
 
     @property
     def writer(self) -> checkpoint.Writer:
@@ -317,8 +326,8 @@ class Keeper:
             tensors.append(StateTensor(checkpoint.PARAMS, params_P.detach().to("cpu", copy=True)))
         self._best = checkpoint.Best(state.round, state.record, score, tensors, fed.membership)
 
-    def write(self, state: State) -> None:
-        """Begin to write a checkpoint of the state."""
+    def write(self, state: State, last: bool = False) -> None:
+        """Begin to write a checkpoint of the state; the `last` one may not fail."""
         if self._pending is not None:
             self.seal()
         fed = self._fed
@@ -338,15 +347,56 @@ class Keeper:
         period_s = round_s * self._config.checkpoint.every
         done = self.comm.share(np.array([float(self._wait(WAIT_SHARE * period_s))]))
         if done[0] == self.comm.size:
-            self.seal()
+            self.seal(last)
 
-    def seal(self) -> None:
+    def seal(self, last: bool = False) -> None:
         """All ranks' files of the pending checkpoint are safe, now or after a wait: write the manifest, last. Nothing
-        where none is pending."""
-        round, record, best = self._pending, self._pending_record, self._pending_best
-        if round is None:
+        where none is pending.
+
+        Where that fails, training goes on without, with a warning, until `checkpoint.max_failures` in a row have failed
+        or the `last` one has: that is a CheckpointError on every rank."""
+        if (round := self._pending) is None:
             return
-        ranks = self.comm.size
+        try:
+            self._seal(round)
+        except FedmpiError as error:
+            if not error.agreed:
+                raise
+            self._give_up(round, error, last)
+        else:
+            self._failures, self.sealed = 0, round
+            self.remember()
+
+    def _give_up(self, round: int, error: FedmpiError, last: bool) -> None:
+        """The checkpoint of the round could not be written: go on without it, or end the run. A call of all ranks."""
+        held = [one for one in (self._pending_best, self._best) if one is not None]
+        self._best = max(held, key=lambda one: one.score, default=None)
+        self._best_score = self._stored_score if self._best is None else max(self._stored_score, self._best.score)
+        self._pending, self._pending_best = None, None
+        self._failures += 1
+        self.comm.collectively(self._require_ours)
+        self.writer.forget_failure()
+        if self._directory.leads and checkpoint.folder_of(self._out, round).is_dir():
+            with contextlib.suppress(OSError):  # a full disk needs the room; the next start deletes what is left
+                checkpoint.remove(self._out, round)
+        most = self._config.checkpoint.max_failures
+        if last or self._failures >= most:
+            many = f"{self._failures} checkpoints in a row failed, " if self._failures > 1 else ""
+            raise agreed(CheckpointError(f"{many}round {round}: {error}; {self.saved}")) from None
+        if self.comm.rank == 0:
+            more = f"failure {self._failures} of {most} in a row (checkpoint.max_failures); training goes on"
+            log.warning("round %d: %s; %s; %s", round, error, more, self.saved)
+
+    def _require_ours(self) -> None:
+        """CheckpointError where another start or job has the run directory by now."""
+        self._directory.require_newest()
+        # On a file system without locks nothing else would tell.
+        if self.comm.rank == 0 and not self._directory.is_ours():
+            raise CheckpointError(f"another job has begun to train in {self._out}")
+
+    def _seal(self, round: int) -> None:
+        """Write the manifest of the pending checkpoint. A call of all ranks."""
+        record, best, ranks = self._pending_record, self._pending_best, self.comm.size
         self._wait(math.inf)
         self.comm.collectively(self.writer.join)
         rows = self.comm.gather(self.writer.digests)
@@ -354,12 +404,12 @@ class Keeper:
         self._scores[round] = self._score(record)
         if best is not None:
             self._scores[best.round] = best.score
+        scores = (self._scores[round], None if best is None else best.score)
         about = {"ranks": ranks, "epoch": members.epoch, "score": self._scores[round], "record": record}
 
         def write() -> None:
             if self.comm.rank == 0:
-                if not self._directory.is_ours():  # on a file system without locks nothing else would tell
-                    raise CheckpointError(f"another job has begun to train in {self._out}")
+                self._require_ours()
                 self._sync()
             if self._directory.leads:
                 if best is not None:
@@ -368,9 +418,15 @@ class Keeper:
                 checkpoint.seal(self._out, round, rows, members.by_rank(ranks), about)
                 checkpoint.prune(self._out, self._config.checkpoint.keep, self._scores)
 
-        self.comm.collectively(write)
-        self._pending, self._pending_best, self.sealed = None, None, round
-        self.remember()
+        def written() -> None:
+            try:
+                write()
+            except OSError as error:
+                raise CheckpointError(f"cannot write a checkpoint into {self._out}: {error}") from None
+
+        self.comm.collectively(written)
+        self._pending, self._pending_best = None, None
+        self._stored_score = max(self._stored_score, *(score for score in scores if score is not None), -math.inf)
 
     def _wait(self, limit_s: float) -> bool:
         """Is what this rank writes of the pending checkpoint on disk, by now or within `limit_s`?"""
@@ -386,8 +442,8 @@ class Keeper:
         run is through with them."""
         in_doubt = self._health.doubts > 0 and state.round < self._config.rounds
         if not in_doubt and not self.has(state):
-            self.write(state)
-        self.seal()
+            self.write(state, last=True)
+        self.seal(last=True)
 
     def close(self, limit_s: float) -> None:
         """Let this rank's writer end, within so many seconds. A call of one rank."""

@@ -16,7 +16,7 @@ from pathlib import Path
 WAITS_S = 10.0  # for a launcher to end a job that one of its ranks has aborted
 STARTERS = ("mpirun", "mpiexec", "prterun")  # what a user or a script waits for; the others serve on their hosts
 LAUNCHERS = (*STARTERS, "prted", "orted", "hydra_pmi_proxy", "slurmstepd")
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 
 
 def follow() -> bool:
@@ -33,11 +33,20 @@ def follow() -> bool:
         return False  # not Linux, or a kernel that does not tell
     if not name.startswith(LAUNCHERS) or str(os.getpid()) not in started:
         return False
-    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         return False
     if os.getppid() != parent:  # it was gone before the kernel was told
         os._exit(1)
     return True
+
+
+def born(pid: int) -> int:
+    """When the process began, in clock ticks since the host's boot: with `pid` it names one process, ever. 0 where that
+    is unknown or the process is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return 0
 
 
 def end_later(seconds: float = WAITS_S) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -73,7 +74,7 @@ class Table(NamedTuple):
 def write(path: Path, tables: Sequence[Table]) -> tuple[bytes, int]:
     """Write the file so that it is there whole or not at all; its SHA-256 and size come back."""
     with disk.replacing(path) as part:
-        with h5py.File(part, "w") as file:
+        with _filled(part) as file:
             index = []
             for number, (key, tensor, silos, placement, grows) in enumerate(tables):
                 rows = None if silos is None else tuple(silos)
@@ -91,6 +92,60 @@ def write(path: Path, tables: Sequence[Table]) -> tuple[bytes, int]:
             digest = hashlib.file_digest(raw, "sha256").digest()
             size = raw.tell()
     return digest, size
+
+
+class _Target(io.RawIOBase):
+    """A file for HDF5 to write into, to which no write fails: after a failed write HDF5 neither closes the file nor
+    frees what it holds, and the process crashes at its end. The first error is kept; nothing is written after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.error: OSError | None = None
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while len(rest) and self.error is None:  # a disk that fills up takes a part
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size) if self.error is None else size or 0
+        except OSError as error:
+            self.error = error
+            return size or 0
+
+    def readinto(self, buffer: Any) -> int:
+        """Zeros where nothing could be written."""
+        view = memoryview(buffer).cast("B")
+        size = self._file.readinto(view) or 0
+        view[size:] = bytes(len(view) - size)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _filled(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file in the place of an empty one. Raises OSError where it could not be written, once HDF5 has let go
+    of it."""
+    with contextlib.closing(_Target(path)) as target:
+        with h5py.File(target, "w") as file:
+            yield file
+        if target.error is not None:
+            raise target.error
 
 
 def contents(path: Path) -> list[Entry]:

@@ -26,7 +26,7 @@ from types import TracebackType
 import torch
 
 import fedmpi
-from fedmpi import checkpoint, disk, rng, sources, stopping
+from fedmpi import checkpoint, disk, launcher, rng, sources, stopping
 from fedmpi.assembly import assemble, digest_of, open_members
 from fedmpi.comm import Comm, connect, go_on_with
 from fedmpi.components import did_you_mean, to_dict
@@ -258,7 +258,8 @@ class Run:
 
     def _ranks(self) -> str:
         """What ranks.json holds. A call of all ranks."""
-        row = json.dumps({"pid": os.getpid(), "device": str(self.device), "threads": self.threads})
+        pid = os.getpid()
+        row = json.dumps({"pid": pid, "born": launcher.born(pid), "device": str(self.device), "threads": self.threads})
         rows = self.comm.gather(row.encode().ljust(256))
         hosted = self.membership.by_rank(self.comm.size)
         ranks = [
@@ -600,8 +601,11 @@ class Run:
             more = Stopped(f"{error}; {self.saved}")
             more.agreed = error.agreed
             raise more from None
-        if isinstance(error, (Exception, KeyboardInterrupt)) and not isinstance(error, (Diverged, NoCohort)):
-            error.add_note(self.saved)  # those two would come again
+        says_so = isinstance(error, CheckpointError) and error.agreed  # or would come again
+        if isinstance(error, (Exception, KeyboardInterrupt)) and not (
+            says_so or isinstance(error, (Diverged, NoCohort))
+        ):
+            error.add_note(self.saved)
 
 
 def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> Config:

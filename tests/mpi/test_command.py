@@ -141,7 +141,7 @@ def test_a_rank_is_gone(place: Place, undisturbed: str, how: str) -> None:
 
 def test_a_checkpoint_that_cannot_be_written(place: Place) -> None:
     """Training does not silently go on without; every rank ends."""
-    with place.start(2, "full", "checkpoint.every=1", SLEEP_S="0.002") as job:
+    with place.start(2, "full", "checkpoint.every=1", "checkpoint.max_failures=1", SLEEP_S="0.002") as job:
         until((place.folder / "full" / "ranks.json").exists, 60)
         (place.folder / "full" / "checkpoints" / "round-000001").touch()  # in the place of the folder
         done = job.wait(30)
