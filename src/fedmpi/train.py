@@ -123,6 +123,7 @@ class Run:
         self._spoiled = False  # has a round failed after its parameters were overwritten?
         self._listens = True  # to signals
         self._stopped = False  # does the run end because it was asked to?
+        self._breaks_off = False  # does it end before its last round, on what all ranks raise?
         self.comm.open_runs += 1
         self._mirrors: list[Mirror] = []  # of the state; two until a first round has followed a loss
         self._added: list[Sink] = []  # by `add_sink`
@@ -360,7 +361,7 @@ class Run:
             # What one rank alone raises leaves the others where they are: no collective can follow.
             alike = self.comm.alike(error)
             if alike and isinstance(error, (Stopped, Diverged, NoCohort)):
-                self._stopped = isinstance(error, Stopped)
+                self._stopped, self._breaks_off = isinstance(error, Stopped), True
                 self._keeper.finish(self.state)
                 raise
             self._spoiled = True
@@ -501,12 +502,18 @@ class Run:
 
     def close(self) -> None:
         """Write the last checkpoint and, once all rounds are done, model.safetensors. A call of all ranks. After a
-        round that failed it writes nothing: the newest checkpoint stays what it is."""
+        round that failed it writes nothing: the newest checkpoint stays what it is. Ranks that are lost meanwhile are
+        made up for, unless the run breaks off: a rank that did not come to know of it would train on."""
         if self._closed:
             return
         try:
-            if not self._spoiled:
-                self._conclude()
+            while not (self._spoiled or self._closed):
+                try:
+                    self._conclude()
+                except Exception as error:
+                    if self._closed or self._breaks_off or not self._outlives(error):
+                        raise
+                    self._heal(error)
         except BaseException as error:
             self._release(error)
             raise

@@ -32,8 +32,8 @@ CASES = {
     "sharded": (5, "2:2:train,0:4:exchange,3:7:evaluate", ["exchange.plan=sharded", "server.optimizer=fedadam"]),
     "shared": (5, "4:2:ready,1:4:step,3:7:exchange", ["exchange.plan=shared_memory", "server.optimizer=fedadam"]),
     "feedback": (
-        4,
-        "1:3:mirror,3:6:tell",
+        5,
+        "1:3:mirror,3:6:tell,0:11:end",
         ["exchange.scope=silo", "exchange.up={codec: int8, feedback: true}", "exchange.plan=sharded"],
     ),
     "kept": (4, "0:3:tell,2:6:write", ["exchange.plan=replicated", "local={name: scaffold, lr: 0.05, epochs: 1}"]),

@@ -4,9 +4,9 @@ came of it.
 python heal.py OUT RANK:ROUND:POINT[,...] [KEY=VALUE ...]    ranks are those that the launcher started
 
 Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (within it), evaluate,
-mirror (while the commit is kept), tell (once it is kept), write (when a checkpoint is due); and while a lost rank is
-made up for: shrink (as the ranks that are left have met), heal, take (once they have the state). At late a rank does
-not die: it takes the ranks that are left for not having met.
+mirror (while the commit is kept), tell (once it is kept), write (when a checkpoint is due), end (after the last round);
+and while a lost rank is made up for: shrink (as the ranks that are left have met), heal, take (once they have the
+state). At late a rank does not die: it takes the ranks that are left for not having met.
 """
 
 import json
@@ -54,6 +54,7 @@ dies_at(synchronous, "evaluate", "evaluate")
 dies_at(mirror, "exchanged", "mirror")
 dies_at(train.Run, "_tell", "tell")
 dies_at(Keeper, "write", "write")
+dies_at(train.Run, "_conclude", "end")
 dies_at(MpiComm, "keep_vigil", "shrink")
 dies_at(heal, "_handed_on", "heal")
 dies_at(Keeper, "take_over", "take")
