@@ -1,4 +1,4 @@
-"""The command. Only `train` starts MPI; everything else reads files and works on a login node."""
+"""The command. Only `train` and a grid of `compare` start MPI; all else reads files and works on a login node."""
 
 from __future__ import annotations
 
@@ -256,6 +256,39 @@ def inspect(
         print(f"configuration  {directory / 'config.yaml'}")
 
     _answer(work)
+
+
+@app.command()
+def compare(
+    what: Annotated[list[Path], typer.Argument(metavar="GRID|RUN...", help="a grid's YAML file, or run directories")],
+    out: Annotated[str | None, typer.Option("--out", help="folder of a grid's runs, table and figure")] = None,
+    only: Annotated[
+        str, typer.Option("--only", metavar="NAME,NAME", help="algorithms, partitions or seeds of a grid")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="two rounds of each cell with the first seed")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a grid of runs (algorithm x partition x seed) and print one table, or print run directories side by side.
+
+    Under mpirun or srun a grid's runs are trained on all ranks. Runs that are done are not trained again.
+    """
+    if len(what) == 1 and what[0].suffix in (".yaml", ".yml"):
+        from fedmpi.compare import compare_grid
+
+        names = [name for name in only.split(",") if name]
+        _on_ranks(lambda comm: compare_grid(what[0], out, names, quick, as_json, comm))
+    else:
+        options = {"--out": out is not None, "--only": bool(only), "--quick": quick}
+        _answer(lambda: _compare_runs(what, [name for name, given in options.items() if given], as_json))
+
+
+def _compare_runs(roots: list[Path], grid_only: list[str], as_json: bool) -> None:
+    from fedmpi.compare.runs import compare_runs, lines
+
+    if grid_only:
+        raise ConfigError(f"{grid_only[0]} goes with a grid: one YAML file, no run directories")
+    rows = compare_runs(roots)
+    print(json.dumps(rows) if as_json else "\n".join(lines(rows)))
 
 
 @app.command()

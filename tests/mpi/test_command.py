@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
+import yaml
 from support.mpi import FEDMPI, mpirun, until
-from support.programs.place import SILOS, STEPS, TEN_MINUTES, Place, own_lines
+from support.programs.place import CONFIG, SILOS, STEPS, TEN_MINUTES, Place, own_lines
 
 from fedmpi.results import inspect
 
@@ -36,6 +37,29 @@ def test_more_rounds_go_on_from_a_finished_run(place: Place, undisturbed: str) -
     assert place.train(1, "longer", "rounds=2").rc == 0
     assert place.train(2, "longer").rc == 0
     assert place.sha("longer") == undisturbed
+
+
+def test_a_grid_trains_on_all_ranks_and_one_of_them_prints_it(place: Place) -> None:
+    """Rows are those of `fedmpi train`; with all runs done another number of ranks only prints."""
+    base = CONFIG | {"rounds": 2, "local": CONFIG["local"] | {"steps": 5}}
+    base["data"] = CONFIG["data"] | {"root": str(place.data)}
+    grid = {"base": base, "algorithms": {"slow": {"local.lr": 0.01}, "given": {}}, "out": "grid"}
+    (place.folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    command = (FEDMPI, "compare", "grid.yaml", "--json")
+    done = mpirun(2, *command, cwd=place.folder, timeout_s=60)
+    assert done.rc == 0 and done.out.count("\n") == 1 and done.err.count("compare: 2 of 2: ") == 1, done.tails
+    rows = json.loads(done.out)
+    assert [(row["algorithm"], row["ranks"]) for row in rows] == [("given", "2"), ("slow", "2")]
+    assert all(row["megabytes"] > 0 for row in rows)
+    assert place.train(1, "by_itself", "rounds=2", "local.steps=5").rc == 0
+    shas = [inspect(place.folder / out)["params_sha256"] for out in ("grid/as_given/given/0", "by_itself")]
+    assert shas[0] == shas[1]
+    again = mpirun(3, *command, cwd=place.folder, timeout_s=60)
+    assert again.rc == 0 and json.loads(again.out) == rows and " of 2" not in again.err, again.tails
+    grid["algorithms"]["wrong"] = {"local.lrr": 1}
+    (place.folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    refused = mpirun(2, *command, cwd=place.folder, timeout_s=60)
+    assert refused.rc == 2 and len(own_lines(refused)) == 1 and "did you mean 'lr'?" in refused.err, refused.tails
 
 
 # ---------------------------------------------------------------- bad input: one line, exit 2
