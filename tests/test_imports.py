@@ -33,7 +33,8 @@ ORDER = [
     *("membership", "local", "attacks", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
     *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
     *("moving", "keeper", "rebuild", "mirror", "heal", "train"),
-    *("plan", "results", "launchline", "remains", "supervisor", "catalogue", "bench", "cli", "__init__", "__main__"),
+    *("plan", "results", "compare", "launchline", "remains", "supervisor"),
+    *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}
 
