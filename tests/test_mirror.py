@@ -29,3 +29,12 @@ def test_what_is_divided_is_told_from_what_every_rank_has(num_elements):
     totals = []
     on_ranks(4, work)
     assert len(totals) == 8 and all(found == wanted for found, wanted in totals), totals
+
+
+def test_what_a_silo_keeps_stays_with_its_rank_where_nobody_may_take_it_over():
+    of_silo = StateTensor(("silos", "kept", "own"), torch.zeros(1), "per_silo", "a")
+    of_rank = StateTensor(("exchange", "up", "rank", "feedback"), torch.zeros(1), "per_silo", "a")
+    part = StateTensor(("optimizer", "v_P", "at", "1", "0", "1"), torch.zeros(1), "sharded")
+    for adopts, stays in ((True, []), (False, [of_silo])):
+        mirror = Mirror(SimpleNamespace(), adopts=adopts)
+        assert [one for one in (of_silo, of_rank, part) if not mirror._outlives(one)] == stays

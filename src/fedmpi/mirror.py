@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from fedmpi.exchange.chunks import OF_RANK
 from fedmpi.health import Health
 from fedmpi.keeper import holders
 from fedmpi.moving import exchanged, packed, unpacked
@@ -47,6 +48,7 @@ class Mirror:
 
     fed: Federation
     generation: int = 0  # how many federations of the run were mirrored before
+    adopts: bool = True  # may a silo of a lost rank go on elsewhere? Else what it keeps stays with its rank
     commits: list[Commit] = field(default_factory=list)  # the newest last
     _totals: dict[Key, int] = field(default_factory=dict)  # elements of vectors that are divided among ranks
     _runs: dict[int, Runs] = field(default_factory=dict)  # of vectors of that many elements, this rank's
@@ -64,7 +66,7 @@ class Mirror:
         told = [self._told(one) for one in mine]
         outgoing = [torch.empty(0, dtype=torch.uint8) for _ in range(comm.size)]
         for buddy in buddies(comm.rank, comm.size):
-            outgoing[buddy] = packed(told)
+            outgoing[buddy] = packed([one for one in told if self._outlives(one)])
         arrived = exchanged(outgoing, comm)
         others = {rank: unpacked(arrived[rank]) for rank in range(comm.size) if comm.rank in buddies(rank, comm.size)}
         bare = replace(state, params_Q=torch.empty(0), optimizer=None, average_P=None, written=-1)
@@ -88,6 +90,10 @@ class Mirror:
 
     def _is_mine(self, one: StateTensor) -> bool:
         return one.placement == "per_silo" or (one.placement == "sharded" and self._totals[one.key] >= 0)
+
+    def _outlives(self, one: StateTensor) -> bool:
+        """Is it of use where its rank is lost?"""
+        return self.adopts or one.placement == "sharded" or OF_RANK in one.key
 
     def _told(self, one: StateTensor) -> StateTensor:
         """The tensor with where its parts lie in the key, if it is one of a divided vector."""

@@ -400,7 +400,7 @@ class Run:
             self._mirrors = []
         else:
             generation = self._mirrors[-1].generation + 1 if self._mirrors else 0
-            self._mirrors.append(Mirror(self.federation, generation))
+            self._mirrors.append(Mirror(self.federation, generation, self.config.heals == "adopt"))
             self._mirrors[-1].keep(self.state, self._health)
 
     def _outlives(self, error: Exception) -> bool:
