@@ -12,7 +12,7 @@ half that goes on as well, the job ends, and the newest checkpoint is what remai
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -155,7 +155,7 @@ def _handed_on(
         going[0 if one.placement == "sharded" else members.rank(heir_of.get(one.silo, one.silo))].append(one)
     arrived = [one for part in exchanged([*map(packed, going)], comm) for one in unpacked(part)]
     parts = [one for one in arrived if one.placement == "sharded"]
-    there = [one.silo for one in arrived if one.key == _CURSOR]
+    there = {one.silo for one in arrived if one.key == _CURSOR}
     comm.collectively(lambda: _require_all(members.hosted(comm.rank), there))
     whole = comm.collectively(lambda: [*commit.whole, *_joined(parts)] if comm.rank == 0 else [])
     return whole, [one for one in arrived if one.placement == "per_silo"]
@@ -184,7 +184,7 @@ def _joined(parts: Sequence[StateTensor]) -> Iterator[StateTensor]:
         yield StateTensor(key, vector, "sharded")
 
 
-def _require_all(silos: Sequence[str], there: Sequence[str]) -> None:
+def _require_all(silos: Sequence[str], there: Collection[str]) -> None:
     if lack := [silo for silo in silos if silo not in there]:
         raise FedmpiError(f"a rank and its buddies are lost, and with them what silo '{lack[0]}' keeps; {_AGAIN}")
 

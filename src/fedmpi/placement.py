@@ -66,16 +66,18 @@ def adopted(
     """
     pins = {silo.id: silo.host for silo in silos}
     able = range(1 if dedicated and len(hosts) > 1 else 0, len(hosts))
-    teams = dict(stay)
+    load, kinds = dict.fromkeys(able, 0), {rank: set[bool]() for rank in able}  # of its silos: are they pinned?
+    for name, (rank, *_) in stay.items():
+        if rank in load:
+            load[rank] += num_train[name]
+            kinds[rank].add(pins[name] is not None)
+    found: dict[str, int] = {}
     for silo in sorted(orphans, key=lambda one: -num_train[one.id]):
-        hosted = {rank: [s for s, team in teams.items() if team[0] == rank] for rank in able}
+        kind = {silo.host is not None}
         # A rank that hosts pinned silos hosts no others, unless it is alone.
-        may = [
-            rank
-            for rank in able
-            if same_host(silo.host, hosts[rank])
-            and (len(able) == 1 or all((pins[s] is None) == (silo.host is None) for s in hosted[rank]))
-        ]
+        may = [r for r in able if same_host(silo.host, hosts[r]) and (len(able) == 1 or kinds[r] <= kind)]
         if may:
-            teams[silo.id] = (min(may, key=lambda rank: (sum(num_train[s] for s in hosted[rank]), rank)),)
-    return {silo.id: teams[silo.id] for silo in orphans if silo.id in teams}
+            rank = found[silo.id] = min(may, key=lambda r: (load[r], r))
+            load[rank] += num_train[silo.id]
+            kinds[rank] |= kind
+    return {silo.id: (found[silo.id],) for silo in orphans if silo.id in found}
