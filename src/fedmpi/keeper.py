@@ -196,14 +196,13 @@ class Keeper:
         )
         return state
 
-    def take_over(self) -> None:
-        """Follow the keeper of ranks of which one is lost: what they had sealed stays, what they were writing goes."""
+    def take_over(self, round: int) -> None:
+        """Follow the keeper of ranks of which one is lost, after this round: what they had sealed stays, also where the
+        new rank 0 does not see it yet, and what they were writing goes."""
         rounds = self.comm.collectively(lambda: checkpoint.sealed_rounds(self._out) if self.comm.rank == 0 else [])
         self.sealed = int(self.comm.gather_number(max(rounds, default=-1))[0])
         self.comm.collectively(self._require_ours)
-        self.comm.collectively(
-            lambda: checkpoint.remove_after(self._out, self.sealed) if self._directory.leads else None
-        )
+        self.comm.collectively(lambda: checkpoint.remove_after(self._out, round) if self._directory.leads else None)
 
     def _newest(self) -> int:
         """The newest round that is whole on every rank; each looks at the files it will read."""

@@ -475,7 +475,7 @@ class Run:
             self._sinks.close()
             del self._sinks
         self._keeper = self._make_keeper(others=True)
-        self._keeper.take_over()
+        self._keeper.take_over(done)
 
         def write() -> None:
             disk.replace_text(self.out / RANKS_FILE, ranks)
