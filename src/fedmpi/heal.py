@@ -73,7 +73,8 @@ def _require_quorum(hosts: Sequence[str], left: Sequence[int]) -> None:
     Traceback (most recent call last):
     fedmpi.errors.FedmpiError: 1 of 3 ranks are left, and host b is gone as a whole: its ranks may be going on by \
 themselves, so these end; start again from the checkpoint
-    >>> _require_quorum(["a", "a", "b"], [0, 1])
+    >>> _require_quorum(["a", "a", "b"], [0, 1]), _require_quorum(["a", "b"], [0])
+    (None, None)
     >>> _require_quorum(["a", "a", "a"], [2])    # the others died where somebody is left: nobody else goes on
     """
     there = {hosts[rank] for rank in left}
