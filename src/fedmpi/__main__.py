@@ -11,7 +11,7 @@ def main() -> None:
 
     launcher.follow()
     output.open_streams()
-    if sys.argv[1:2] == ["train"]:
+    if sys.argv[1:2] in (["train"], ["run"]):
         from fedmpi import stopping
 
         stopping.own_process()

@@ -93,6 +93,56 @@ def train(config: ConfigPath, overrides: Overrides = None, allow: Allow = None) 
     _on_ranks(lambda comm: _train(comm, config, overrides or [], allow or []))
 
 
+@app.command(epilog=EXIT_CODES)
+def run(
+    config: ConfigPath,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]... -- LAUNCHER...",
+            help="overrides, then what starts the ranks, such as `mpirun -n 4`; without a launcher one process trains",
+        ),
+    ] = None,
+    starts: Annotated[
+        int, typer.Option("--starts", min=1, help="give up after so many starts in a row without a newer checkpoint")
+    ] = 10,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            "--grace",
+            min=0.0,
+            metavar="S",
+            help="no record and no checkpoint for so many seconds beyond twice the longest round: the start hangs and "
+            "is ended; ten times as long before its first round. Else comm.timeout_s",
+        ),
+    ] = None,
+    min_ranks: Annotated[
+        int, typer.Option("--min-ranks", min=1, help="wait rather than start fewer ranks, when hosts do not answer")
+    ] = 1,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="the launcher line has a command of its own: append nothing to it")
+    ] = False,
+    allow: Allow = None,
+) -> None:
+    """Train under a supervisor, which starts the ranks again from the newest checkpoint when they die or hang:
+    `fedmpi run CONFIG rounds=50 -- mpirun -n 4`
+
+    `fedmpi train CONFIG [KEY=VALUE]...` is appended to the launcher line, unless that contains `fedmpi train` itself.
+    Exit code 0 means that all rounds are on disk. SIGUSR1, SIGTERM and Ctrl-C are passed on to the ranks; a second one
+    ends them at once.
+    """
+
+    def work() -> None:
+        from fedmpi.supervisor import Options, supervise
+
+        given = words or []
+        first = next((index for index, word in enumerate(given) if "=" not in word), len(given))
+        options = Options(starts, grace, min_ranks, as_is)
+        supervise(config, given[:first], given[first:], options, allow or [])
+
+    _answer(work)
+
+
 def _on_ranks(work: Callable[[Comm], None]) -> None:
     """Run it on every rank that was launched; whatever goes wrong, none of them is left behind."""
     from fedmpi import comm as ranks

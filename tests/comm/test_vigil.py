@@ -114,7 +114,7 @@ def test_hosts_that_do_not_answer_do_not_hold_up_the_end(clock, monkeypatch):
         clock.now_s += 6.0  # its name is looked for
         return False
 
-    monkeypatch.setattr(vigil, "_answers", answers)
+    monkeypatch.setattr(vigil, "answers", answers)
     told = []
     watch = Vigil(0, ["here", *(f"far-{n}" for n in range(99))], [os.getpid()] * 100, told.append)
     assert "silent: rank 1 on far-0, rank 2 on far-1" in str(watch._timeout("has waited", []))

@@ -136,7 +136,7 @@ class Vigil:
         """Ranks that cannot run: their process is stopped or gone, their host does not answer."""
         here = self._hosts[self.rank]
         until_s = time.monotonic() + PROBES_S
-        far = {h: time.monotonic() > until_s or _answers(h) for h in dict.fromkeys(self._hosts) if h != here}
+        far = {h: time.monotonic() > until_s or answers(h) for h in dict.fromkeys(self._hosts) if h != here}
         return [
             rank
             for rank, (host, pid) in enumerate(zip(self._hosts, self._pids, strict=True))
@@ -152,10 +152,11 @@ def _runs(pid: int) -> bool:
     return state not in "TtZX"
 
 
-def _answers(host: str) -> bool:
-    """Does the host take a connection, or refuse one? A name that nobody knows here says nothing against it."""
+def answers(host: str, port: int = 9) -> bool:
+    """Does the host take a connection within 2 s, or refuse one? A name that nobody knows here says nothing against
+    it."""
     try:
-        socket.create_connection((host, 9), timeout=PROBE_S).close()
+        socket.create_connection((host, port), timeout=PROBE_S).close()
     except (ConnectionRefusedError, socket.gaierror):
         return True
     except OSError:

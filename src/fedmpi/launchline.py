@@ -1,0 +1,120 @@
+"""The launcher line of a supervised run: the hosts and ranks it names, and the same line for fewer hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmpi import disk
+from fedmpi.errors import ConfigError
+
+HOSTS = ("--host", "-host", "-H", "--hosts", "-hosts")
+HOSTFILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
+RANKS = ("-n", "-np", "--n", "--np", "--ntasks")
+
+
+@dataclass(frozen=True)
+class LaunchLine:
+    """A launcher and its options, without the command that it starts.
+
+    >>> line = LaunchLine.of(["mpirun", "-n", "6", "--host", "a:4,b:2"])
+    >>> line.slots, line.num_ranks
+    ({'a': 4, 'b': 2}, 6)
+    >>> line.without({"b"}, Path("unused"))
+    (['mpirun', '-n', '4', '--host', 'a:4'], 4)
+    """
+
+    words: tuple[str, ...]
+    slots: Mapping[str, int]  # by host, in the line's order; empty where the line names no hosts
+    num_ranks: int | None  # None where the line does not say
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> LaunchLine:
+        """Raises ConfigError for a hostfile that cannot be read."""
+        slots: dict[str, int] = {}
+        num_ranks = None
+        for name, value in _options(words):
+            found: list[tuple[str, int]] = []
+            if name in HOSTS:
+                found = [_host(text) for text in value.split(",") if text]
+            elif name in HOSTFILES:
+                found = [_host(text) for text in _lines(value)]
+            elif name in RANKS and value.isdigit():
+                num_ranks = int(value)
+            for host, num in found:
+                slots[host] = slots.get(host, 0) + num
+        return cls(tuple(words), slots, num_ranks)
+
+    def without(self, lost: Collection[str], hostfile: Path) -> tuple[list[str], int | None]:
+        """The words and the number of ranks without the lost hosts: as many as there are slots, or where the line has
+        more ranks than slots, as many a slot as before. A hostfile of the rest is written to `hostfile`."""
+        left = sum(num for host, num in self.slots.items() if host not in lost)
+        total = sum(self.slots.values())
+        num_ranks = self.num_ranks
+        if lost and num_ranks is not None:
+            num_ranks = min(num_ranks, left) if num_ranks <= total else num_ranks * left // total
+        words = list(self.words)
+        for index, name, value in _places(self.words) if lost else ():
+            if name in HOSTS:
+                new = ",".join(text for text in value.split(",") if _host(text)[0] not in lost)
+            elif name in HOSTFILES:
+                kept = [text for text in _lines(value) if _host(text)[0] not in lost]
+                disk.replace_text(hostfile, "".join(f"{text}\n" for text in kept))
+                new = str(hostfile)
+            elif name in RANKS and value.isdigit():
+                new = str(num_ranks)
+            else:
+                continue
+            words[index] = words[index][: len(words[index]) - len(value)] + new  # --host=a,b too
+        return words, num_ranks
+
+
+def _options(words: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, value) for _, name, value in _places(words)]
+
+
+def _places(words: Sequence[str]) -> list[tuple[int, str, str]]:
+    """Index of the word with the value, option and value, of the options that matter."""
+    found = []
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in (*HOSTS, *HOSTFILES, *RANKS):
+            if equals:
+                found.append((index, name, value))
+            elif index + 1 < len(words):
+                found.append((index + 1, name, words[index + 1]))
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
+    except OSError as error:
+        raise ConfigError(f"hostfile {path}: {error.strerror or error}") from None
+    return [line for line in lines if line]
+
+
+def _host(text: str) -> tuple[str, int]:
+    """
+    >>> _host("node7 slots=4 max_slots=8"), _host("node7:2"), _host("node7")
+    (('node7', 4), ('node7', 2), ('node7', 1))
+    """
+    name, _, rest = text.strip().partition(" ")
+    host, _, num = name.partition(":")
+    said = re.search(r"\bslots\s*=\s*(\d+)", rest)
+    return host, int(said[1]) if said else int(num) if num.isdigit() else 1
+
+
+def own_command(words: Sequence[str]) -> tuple[str, ...] | None:
+    """What follows `fedmpi train` in the line; None where the line has no such command.
+
+    >>> own_command(["mpirun", "-n", "2", "/opt/bin/fedmpi", "train", "a.yaml", "rounds=3"])
+    ('a.yaml', 'rounds=3')
+    """
+    for index, word in enumerate(words[:-1]):
+        if os.path.basename(word) == "fedmpi" and words[index + 1] == "train":
+            return tuple(words[index + 2 :])
+    return None

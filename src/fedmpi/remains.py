@@ -1,0 +1,147 @@
+"""Ending what is left of a start: the launcher's processes here, and the ranks that ranks.json names, on every host.
+
+A process is known by host, number and the time when it began (launcher.born): another process that has got the number
+since is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmpi import disk, launcher
+
+TERM_S = 2.0  # from SIGTERM to SIGKILL
+KILL_S = 10.0  # for processes to be gone after SIGKILL: one that waits for a dead disk stays
+REMOTE_S = 10.0  # for another host
+# $1 ... are PID:BORN. Field 22 of stat is the 20th after the name, which may have blanks and brackets.
+REMOTE = (
+    'for p in {rows}; do s=$(sed "s/.*) //" /proc/${{p%:*}}/stat 2>/dev/null | cut -d" " -f20); '
+    '[ "$s" = "${{p#*:}}" ] && kill -KILL ${{p%:*}}; done; true'
+)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A row of ranks.json."""
+
+    rank: int
+    host: str
+    pid: int
+    born: int
+
+
+def ranks_of(root: Path) -> list[Rank]:
+    """The ranks of the newest start that came so far; none where there is no such file, or it says no start times."""
+    rows: list[Any] = []
+    with contextlib.suppress(OSError, ValueError):
+        if "ranks.json" in os.listdir(root):
+            rows = json.loads(disk.read_bytes(root / "ranks.json"))
+    with contextlib.suppress(LookupError, TypeError):
+        return [Rank(row["rank"], row["host"], row["pid"], row["born"]) for row in rows if row["born"]]
+    return []
+
+
+def alive(rank: Rank) -> bool:
+    """Does the rank's process run on this host?"""
+    return launcher.born(rank.pid) == rank.born and _state(rank.pid)[0] not in "ZX"
+
+
+def end(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> list[Rank]:
+    """End the launcher's session and the ranks: SIGTERM to the launcher, which can reach its other hosts; SIGKILL to
+    what is left after 2 s. Returns the ranks on hosts that could not be reached."""
+    if child.poll() is None:
+        _signal(child.pid, signal.SIGTERM)
+        _until_gone(child, [], TERM_S)
+    here = socket.gethostname()
+    mine = [rank for rank in ranks if rank.host == here]
+    until_s = time.monotonic() + KILL_S
+    while time.monotonic() < until_s:
+        left = [*_session(child), *(rank.pid for rank in mine if alive(rank))]
+        if not left and child.poll() is not None:
+            break
+        for pid in left:
+            _signal(pid, signal.SIGKILL)
+        if not left:  # no /proc: the group has to do
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL)
+        _until_gone(child, mine, 0.2)
+    return _end_elsewhere([rank for rank in ranks if rank.host != here])
+
+
+def left_here(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> int:
+    """How many processes of the start run on this host."""
+    here = socket.gethostname()
+    return len({*_session(child), *(rank.pid for rank in ranks if rank.host == here and alive(rank))})
+
+
+def _until_gone(child: subprocess.Popen[bytes], ranks: Sequence[Rank], limit_s: float) -> None:
+    until_s = time.monotonic() + limit_s
+    while time.monotonic() < until_s and (child.poll() is None or left_here(child, ranks)):
+        time.sleep(0.02)
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+def _session(child: subprocess.Popen[bytes]) -> list[int]:
+    """Processes of the launcher's session. Open MPI gives each rank a group of its own, but no session."""
+    session = str(child.pid)
+    with contextlib.suppress(OSError):
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if (stat := _state(pid))[3:4] == [session] and stat[0] not in "ZX"]
+    return []
+
+
+def _state(pid: int) -> list[str]:
+    """State, parent, group, session, ... of a process; X where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["X"]
+
+
+def _end_elsewhere(ranks: Sequence[Rank]) -> list[Rank]:
+    """SIGKILL to the ranks of other hosts, on all hosts at once, by srun inside a SLURM job and by ssh elsewhere."""
+    jobs = []
+    missed: list[Rank] = []
+    for host in dict.fromkeys(rank.host for rank in ranks):
+        some = [rank for rank in ranks if rank.host == host]
+        line = REMOTE.format(rows=" ".join(f"{rank.pid}:{rank.born}" for rank in some))
+        words = _reach(host, line)
+        nothing = subprocess.DEVNULL
+        try:
+            process = subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+        except OSError:
+            missed += some
+        else:
+            jobs.append((process, some))
+    until_s = time.monotonic() + REMOTE_S
+    for process, some in jobs:
+        try:
+            done = process.wait(max(0.0, until_s - time.monotonic())) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            done = False
+        missed += [] if done else some
+    return missed
+
+
+def _reach(host: str, line: str) -> list[str]:
+    """The command that runs a shell line on the host."""
+    if os.environ.get("SLURM_JOB_ID") and shutil.which("srun"):
+        return ["srun", "--overlap", "--mpi=none", "-N1", "-n1", f"--nodelist={host}", "sh", "-c", line]
+    return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host, line]

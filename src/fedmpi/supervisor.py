@@ -1,0 +1,424 @@
+"""`fedmpi run CONFIG -- mpirun ...`: starts ranks, and starts them again from the last commit when they die or hang.
+
+What a start has come to is read from the run directory alone: mpirun may exit 0 when all ranks have died, and may wait
+for ever for a host that is gone. Progress is a newer checkpoint or a newer record; a start that makes none for too long
+hangs and is ended. Every start has an epoch of its own (fencing.py), so that what could not be ended cannot commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fedmpi import checkpoint, disk, fencing, launcher, remains, stopping
+from fedmpi.comm.vigil import SET_UP, answers
+from fedmpi.config import Config
+from fedmpi.errors import ConfigError, FedmpiError, Stopped
+from fedmpi.launchline import LaunchLine, own_command
+from fedmpi.output import say
+from fedmpi.records.metrics import METRICS
+
+EVENTS = "supervisor.jsonl"  # in the run directory
+LOCK_FILE = ".supervisor"  # there too
+HOSTFILE = "hosts"  # there too: those that answered at the last start, where some did not
+PORTS = (22, 9)  # a host that is there takes or refuses a connection to one of these
+POLL_S = 0.2  # between two looks at the run directory
+LEAVE_S = 60.0  # for a launcher to end once all rounds and the model are on disk
+BACK_OFF_S = 60.0  # longest wait before a start that follows starts without progress
+ONCE_S = 2.0  # signals so close to each other are one
+FREE_S = 5.0  # for a job that is about to end to leave the run directory
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may say of the supervision."""
+
+    starts: int = 10  # so many in a row without a newer checkpoint, and it gives up
+    grace_s: float | None = None  # without progress, beyond twice the longest round; None: comm.timeout_s
+    min_ranks: int = 1  # fewer than these are not started
+    as_is: bool = False  # the line has a command of its own
+
+
+@dataclass
+class Progress:
+    """How far a run is, as its directory says. Names are looked up by listing: an NFS client remembers for half a
+    minute that a name was not there."""
+
+    root: Path
+    commit: int = -1  # the newest round with a manifest; -1 for none
+    record: int = 0  # the newest round in metrics.jsonl
+    longest_s: float = 0.0  # of all rounds seen
+    file: int = 0  # inode of metrics.jsonl; every start writes a new one
+    _offset: int = 0  # how far that was read
+
+    def look(self) -> bool:
+        """Has anything come since the last look?"""
+        before = (self.commit, self.record, self.file)
+        with contextlib.suppress(OSError):
+            folders = os.listdir(self.root / "checkpoints")
+            rounds = sorted(
+                (int(m[1]) for name in folders if (m := re.fullmatch(r"round-(\d{6,})", name))), reverse=True
+            )
+            self.commit = next((r for r in rounds if self._sealed(r)), -1)
+        with contextlib.suppress(OSError):
+            if METRICS in os.listdir(self.root):
+                self._follow(self.root / METRICS)
+        return before != (self.commit, self.record, self.file)
+
+    def _sealed(self, round: int) -> bool:
+        with contextlib.suppress(OSError):
+            return checkpoint.MANIFEST in os.listdir(checkpoint.folder_of(self.root, round))
+        return False
+
+    def _follow(self, path: Path) -> None:
+        """Read the records that have come; all of them where a start has replaced the file."""
+        with open(path, "rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self.file or about.st_size < self._offset:
+                self.file, self._offset, self.record = about.st_ino, 0, 0
+            file.seek(self._offset)
+            lines = file.read().rpartition(b"\n")[0]
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                record = json.loads(line)
+                self.record = int(record["round"])
+                self.longest_s = max(self.longest_s, float(record["seconds"]["round"]))
+        self._offset += len(lines) + bool(lines)
+
+    def useful_s(self, after: int) -> float:
+        """Seconds of the rounds beyond `after` that are committed."""
+        total = 0.0
+        with contextlib.suppress(OSError):
+            for line in (self.root / METRICS).read_bytes().splitlines():
+                with contextlib.suppress(ValueError, LookupError, TypeError):
+                    record = json.loads(line)
+                    total += record["seconds"]["round"] if after < record["round"] <= self.commit else 0.0
+        return total
+
+
+class Supervisor:
+    """One supervised run; `run` returns once it is over. Raises FedmpiError with the exit code of the command."""
+
+    def __init__(self, config: Config, command: Sequence[str], line: Sequence[str], options: Options) -> None:
+        """`command` trains; it is appended to `line` unless that has one of its own."""
+        if line and shutil.which(line[0]) is None:
+            raise ConfigError(f"'{line[0]}' is no command here; write fedmpi run CONFIG [key=value ...] -- mpirun -n 4")
+        self.root, self.rounds = Path(config.out), config.rounds
+        self._command = [] if options.as_is else list(command)
+        self._line, self._options = LaunchLine.of(line), options
+        self._grace_s = config.comm.timeout_s if options.grace_s is None else options.grace_s
+        self._progress = Progress(self.root)
+        self._starts, self._epoch = 0, 0
+        self._asked, self._asked_s = 0, -math.inf  # how often it was asked to stop, and when last
+        self._begun_s = time.monotonic()
+
+    # ------------------------------------------------------------ events
+
+    def _tell(self, event: str, text: str, *, aloud: bool = True, **more: Any) -> None:
+        """A line of supervisor.jsonl, and one for people unless an error follows that says the same."""
+        if aloud:
+            say(f"fedmpi run: {text}", error=True)
+        row = {"time": round(time.time(), 3), "event": event, "start": self._starts, "epoch": self._epoch}
+        row |= {"round": self._progress.commit, **more, "text": text}
+        with contextlib.suppress(OSError), open(self.root / EVENTS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    # ------------------------------------------------------------ the whole
+
+    def run(self) -> None:
+        """Train to the last round. Raises Stopped where it was asked to stop, ConfigError where the ranks say that the
+        configuration is bad, FedmpiError where it gives up."""
+        with self._locked(), self._listening():
+            self._progress.look()
+            before = max(0, self._progress.commit)
+            self._wait_until_free()
+            try:
+                self._until_done()
+            finally:
+                self._tell_goodput(before)
+
+    def _until_done(self) -> None:
+        """Start after start."""
+        best, idle = self._progress.commit, 0  # starts in a row without a newer checkpoint
+        while True:
+            self._rest(min(BACK_OFF_S, 2.0 ** (idle - 1)) if idle else 0.0)
+            if self._asked:
+                raise self._stopped()
+            code = self._one_start()
+            done = self._done()
+            progress = self._progress.commit > best
+            if code == ConfigError.exit_code and not progress:
+                why = f"{self.root}: the ranks refuse the configuration (exit 2, see above): not started again"
+                self._tell("refused", why, aloud=False, code=code)
+                raise ConfigError(why)
+            if done:
+                self._tell("done", f"all {self.rounds} rounds are on disk in {self.root}", code=code)
+                if "model.safetensors" not in os.listdir(self.root):
+                    how = f"fedmpi export {self.root} --to model.safetensors"
+                    self._tell("no model", f"model.safetensors is missing: {how}")
+                return
+            if self._asked or code == Stopped.exit_code:
+                raise self._stopped()
+            best, idle = max(best, self._progress.commit), 0 if progress else idle + 1
+            if idle >= self._options.starts:
+                why = f"{self.root}: {idle} starts in a row brought no newer checkpoint; {self._saved()}"
+                self._tell("gave up", why, aloud=False)
+                raise FedmpiError(why)
+
+    def _done(self) -> bool:
+        """Are all rounds on disk, as `fedmpi inspect --done` has it?"""
+        self._progress.look()
+        return self._progress.commit >= self.rounds and checkpoint.newest(self.root, silos=()) >= self.rounds
+
+    def _saved(self) -> str:
+        commit = self._progress.commit
+        return f"round {commit} is on disk; the same command resumes" if commit >= 0 else "no round is on disk"
+
+    def _stopped(self) -> FedmpiError:
+        """What is raised after a stop on request."""
+        self._tell("stopped", f"stopped on request; {self._saved()}", aloud=False)
+        kind = Stopped if self._progress.commit >= 0 else FedmpiError
+        return kind(f"stopped on request; {self._saved()}")
+
+    def _tell_goodput(self, before: int) -> None:
+        wall_s = time.monotonic() - self._begun_s
+        useful_s, rounds = self._progress.useful_s(before), max(0, self._progress.commit) - before
+        share = useful_s / wall_s if wall_s else 0.0
+        self._tell(
+            "goodput",
+            f"{rounds} rounds in {wall_s:.1f} s and {self._starts} starts; goodput {share:.0%}: {useful_s:.1f} s went "
+            "into rounds that count",
+            seconds=round(wall_s, 3),
+            useful_s=round(useful_s, 3),
+            goodput=round(share, 4),
+        )
+
+    # ------------------------------------------------------------ one start
+
+    def _one_start(self) -> int | None:
+        """Start the ranks, wait until they have ended or hang, end what is left. Returns the launcher's exit code; None
+        where it was ended or there were too few hosts."""
+        lost = self._lost_hosts()
+        words, num_ranks = self._line.without(lost, self.root / HOSTFILE)
+        if lost:
+            names = ", ".join(sorted(lost))
+            self._tell("hosts", f"no answer from {names}; their silos go to the rest", hosts=sorted(lost))
+            left = sum(num for host, num in self._line.slots.items() if host not in lost)
+            if left == 0 or (left if num_ranks is None else num_ranks) < self._options.min_ranks:
+                self._tell("too few", f"too few ranks are left (--min-ranks {self._options.min_ranks}): waits")
+                return None
+        self._starts += 1
+        self._raise_epoch()
+        command = [*words, *(["env", f"{fencing.VARIABLE}={self._epoch}", *self._command] if self._command else [])]
+        self._progress.look()
+        resumed, begun = self._progress.commit, time.monotonic()
+        since = f"from round {resumed}" if resumed >= 0 else "from the beginning"
+        kind = "started" if self._starts == 1 else "restarted"
+        self._tell(kind, f"{kind} {since} (start {self._starts}): {' '.join(command)}", ranks=num_ranks)
+        environment = {**os.environ, fencing.VARIABLE: str(self._epoch)}
+        if lost and "FEDMPI_RANKS" in environment:
+            environment["FEDMPI_RANKS"] = str(num_ranks)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # by which all its processes here are known
+            preexec_fn=_follow_parent,
+        )
+        model = _inode(self.root / "model.safetensors")
+        code, silent_s = self._watch(child, resumed, model)
+        ranks = remains.ranks_of(self.root)
+        behind = remains.left_here(child, ranks)
+        unreached = remains.end(child, [] if code == 0 and self._progress.commit >= self.rounds else ranks)
+        self._progress.look()
+        self._tell_end(code, silent_s, time.monotonic() - begun, behind)
+        if unreached:
+            names = ", ".join(f"rank {rank.rank} on {rank.host}" for rank in unreached)
+            self._tell("left", f"could not reach {names}: the next epoch keeps what is left there from writing")
+        return code
+
+    def _watch(self, child: subprocess.Popen[bytes], resumed: int, model: int) -> tuple[int | None, float]:
+        """The launcher's exit code, None where it hangs, and how long there was no progress."""
+        silent_s, asked, trains, old_file = 0.0, 0, False, self._progress.file
+        begun_s = before_s = time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(POLL_S), silent_s
+            now_s = time.monotonic()
+            silent_s += min(now_s - before_s, 5.0)  # the supervisor may itself have been stopped meanwhile
+            before_s = now_s
+            if self._progress.look():
+                silent_s = 0.0
+            if self._progress.file != old_file and not trains:
+                trains = True
+                self._tell("trains", f"the ranks train, {now_s - begun_s:.1f} s after the start")
+            recorded = trains and self._progress.record > max(0, resumed)
+            if self._asked > asked:
+                asked, silent_s = self._asked, 0.0
+                if asked > 1:
+                    return None, 0.0
+                self._pass_on(child)
+            if silent_s > self._limit_s(recorded, model):
+                return None, silent_s
+
+    def _limit_s(self, recorded: bool, model: int) -> float:
+        """How long there may be no progress. Before the first round of a start it is longer: data are read."""
+        if self._progress.commit >= self.rounds and _inode(self.root / "model.safetensors") != model:
+            return LEAVE_S
+        return self._grace_s * (1 if recorded or self._asked else SET_UP) + 2 * self._progress.longest_s
+
+    def _tell_end(self, code: int | None, silent_s: float, seconds: float, behind: int) -> None:
+        progress = self._progress
+        undone = max(0, progress.record - max(0, progress.commit))
+        what, event = f"the launcher ended with exit code {code}", "ended"
+        if code is None:
+            what = "ended at once" if self._asked > 1 else f"hung: no progress for {silent_s:.0f} s, all is ended"
+            event = "ended" if self._asked > 1 else "hung"
+        elif behind:
+            what += f", {behind} process{'es' if behind > 1 else ''} left behind ended"
+        if progress.commit < self.rounds and code != Stopped.exit_code:
+            what += f"; lost {undone} round{'s' if undone != 1 else ''} and the one under way"
+            event = "died" if event == "ended" and code is not None else event
+        self._tell(event, f"{what} ({seconds:.1f} s after it began)", code=code, lost=undone, behind=behind)
+
+    def _lost_hosts(self) -> set[str]:
+        """The hosts of the line that do not answer."""
+        others = list(self._line.slots)
+        if not others:
+            return set()
+        with ThreadPoolExecutor(min(32, len(others))) as pool:
+            there = pool.map(lambda host: any(answers(host, port) for port in PORTS), others)
+            return {host for host, answer in zip(others, there, strict=True) if not answer}
+
+    def _raise_epoch(self) -> None:
+        if self._epoch and fencing.highest(self.root) != self._epoch:
+            raise ConfigError(f"out: another supervisor has taken over {self.root}")
+        try:
+            self._epoch = fencing.raise_epoch(self.root, {"start": self._starts, "round": self._progress.commit})
+        except OSError as error:
+            why = error.strerror or error
+            raise FedmpiError(f"cannot raise the epoch of {self.root}: {why}; {self._saved()}") from None
+
+    # ------------------------------------------------------------ stops
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now_s = time.monotonic()
+        if now_s - self._asked_s > ONCE_S:  # SLURM signals every process of a job, and the batch script passes it on
+            self._asked, self._asked_s = self._asked + 1, now_s
+
+    def _pass_on(self, child: subprocess.Popen[bytes]) -> None:
+        """Ask the ranks to stop: SIGUSR1, since SIGTERM makes mpirun kill them; and the file of `fedmpi stop`, for
+        launchers that pass nothing on."""
+        self._tell("asked", "asked to stop: the ranks stop at the next batch; ask again to end them at once")
+        with contextlib.suppress(OSError):
+            (self.root / stopping.STOP_FILE).touch()
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(signal.SIGUSR1)
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        self._asked += stopping.received() is not None  # while modules were imported
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _rest(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        if seconds:
+            self._tell("waits", f"waits {seconds:.0f} s: the last start made no progress")
+        while not self._asked and (left_s := until_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, POLL_S))
+
+    # ------------------------------------------------------------ the directory
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The run directory has one supervisor."""
+        try:
+            disk.make_folder(self.root)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self.root / LOCK_FILE, flags, disk.FILE_MODE)
+        except OSError as error:
+            raise ConfigError(f"out: cannot write into {self.root}: {error.strerror}") from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"out: another supervisor runs {self.root}") from None
+            except OSError:
+                pass  # no locks on this file system: the epoch tells
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _wait_until_free(self) -> None:
+        """A job that somebody else has started is not taken over; one that a supervisor has left behind just ends."""
+        until_s = time.monotonic() + FREE_S
+        while stopping.is_training(self.root):
+            if time.monotonic() > until_s:
+                raise ConfigError(f"out: another job is training in {self.root}")
+            time.sleep(POLL_S)
+
+
+def _inode(path: Path) -> int:
+    """0 where the file is not there."""
+    with contextlib.suppress(OSError):
+        if path.name in os.listdir(path.parent):
+            return path.stat().st_ino
+    return 0
+
+
+def _follow_parent() -> None:
+    """In the launcher, before it begins: SIGTERM should the supervisor be killed. Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(launcher.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def train_command(config: str, overrides: Sequence[str], allow: Sequence[str]) -> list[str]:
+    """What the launcher is to start; with its full path, because mpirun puts its own folder in front of PATH."""
+    script = Path(sys.executable).parent / "fedmpi"
+    program = [str(script)] if script.exists() else [sys.executable, "-m", "fedmpi"]
+    allowed = [word for module in allow for word in ("--allow", module)]
+    return [*program, "train", *allowed, config, *overrides]
+
+
+def supervise(
+    config_file: str, overrides: Sequence[str], line: Sequence[str], options: Options, allow: Sequence[str] = ()
+) -> None:
+    """Run the configuration under the launcher line to its end. Raises FedmpiError with the command's exit code."""
+    from fedmpi.config import load, run_directory
+    from fedmpi.trust import confined
+
+    own = own_command(line)
+    if own is not None:
+        options = Options(options.starts, options.grace_s, options.min_ranks, as_is=True)
+        allowed = {index + 1 for index, word in enumerate(own) if word == "--allow"}
+        trains = [word for index, word in enumerate(own) if index not in allowed and not word.startswith("--allow")]
+        if trains != [config_file, *overrides]:
+            raise ConfigError(
+                f"the line trains '{' '.join(trains)}' and the supervisor is to watch "
+                f"'{' '.join((config_file, *overrides))}'; leave `fedmpi train ...` out of the line"
+            )
+    with confined(run_directory(Path(config_file)), allow):
+        config = load(config_file, overrides)[0]
+    Supervisor(config, train_command(config_file, overrides, allow), line, options).run()

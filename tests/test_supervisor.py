@@ -1,0 +1,351 @@
+"""The supervisor with a launcher that plays mpirun: what it believes, what it ends, when it starts again."""
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from support.mpi import PROGRAMS
+
+from fedmpi import checkpoint, fencing, launcher, remains, supervisor
+from fedmpi.config import Config
+from fedmpi.errors import ConfigError, FedmpiError, Stopped
+from fedmpi.launchline import LaunchLine
+from fedmpi.supervisor import Options, Progress, Supervisor, supervise
+
+FAKE = PROGRAMS / "fake_launcher.py"
+ROUNDS = 6
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """Milliseconds where people wait seconds; a manifest is all that a fake checkpoint has."""
+    for name, value in {"POLL_S": 0.02, "BACK_OFF_S": 0.0, "LEAVE_S": 0.1, "FREE_S": 0.1, "ONCE_S": 0.1}.items():
+        monkeypatch.setattr(supervisor, name, value)
+    monkeypatch.setattr(remains, "TERM_S", 0.2)
+    monkeypatch.setattr(checkpoint, "newest", lambda root, silos: max(checkpoint.sealed_rounds(root), default=-1))
+
+
+def supervised(out, words, **options):
+    options = {"grace_s": 1.0, **options}
+    line = [sys.executable, "-IS", str(FAKE), str(out), words]
+    return Supervisor(Config(rounds=ROUNDS, out=str(out)), ["true"], line, Options(**options))
+
+
+def events(out, *names):
+    rows = [json.loads(line) for line in (out / "supervisor.jsonl").read_text().splitlines()]
+    return [row for row in rows if not names or row["event"] in names]
+
+
+def kinds(out):
+    """Without the one that a fast launcher may leave no time for."""
+    return [row["event"] for row in events(out) if row["event"] != "trains"]
+
+
+def ask(out, number, times=1):
+    """Send the supervisor, which is this process, a signal once the first start has come so far."""
+
+    def work():
+        for sent in range(times):
+            while not (out / "pid-1").exists() or (sent and "asked" not in kinds(out)):
+                time.sleep(0.02)
+            time.sleep(0.2 * sent)
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def gone(pid_file):
+    """Or nobody has looked after its end yet."""
+    pid = int(pid_file.read_text())
+    return not remains.alive(remains.Rank(0, "", pid, launcher.born(pid)))
+
+
+def test_it_ends_when_all_rounds_are_on_disk(tmp_path, capfd):
+    supervised(tmp_path, "6:0").run()
+    assert kinds(tmp_path) == ["started", "ended", "done", "no model", "goodput"]
+    (told,) = events(tmp_path, "goodput")
+    assert told["useful_s"] == pytest.approx(0.06)
+    assert told["goodput"] == pytest.approx(0.06 / told["seconds"], rel=0.02)  # the file has milliseconds
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) in (5, 6) and all(line.startswith("fedmpi run: ") for line in lines)
+    supervised(tmp_path, "unused,0:0").run()  # once more: the ranks say that there is nothing to do
+    with pytest.raises(ConfigError, match="refuse"):  # or that it is another run's directory
+        supervised(tmp_path, "unused,unused,0:2").run()
+
+
+def test_exit_0_is_not_believed_and_another_code_is_no_failure_after_the_last_commit(tmp_path):
+    supervised(tmp_path, "2+3:0,4:1").run()
+    first, second = events(tmp_path, "died", "ended")
+    assert (first["event"], first["code"], first["lost"], first["round"]) == ("died", 0, 3, 2)
+    assert (second["event"], second["code"], second["round"]) == ("ended", 1, 6)
+    assert [row["text"].partition(" (")[0] for row in events(tmp_path, "started", "restarted")] == [
+        "started from the beginning",
+        "restarted from round 2",
+    ]
+    assert "lost 3 rounds and the one under way" in first["text"]
+
+
+@pytest.mark.parametrize("how", ["hang", "deaf"])
+def test_a_start_that_makes_no_progress_is_ended(tmp_path, how):
+    supervised(tmp_path, f"2:{how},4:0").run()
+    (hung,) = events(tmp_path, "hung")
+    assert hung["code"] is None and hung["round"] == 2 and gone(tmp_path / "pid-1")
+
+
+def test_a_start_has_longer_before_its_first_round(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "SET_UP", 3)
+    began_s = time.monotonic()
+    supervised(tmp_path, "0:hang,6:0", grace_s=0.2).run()
+    assert time.monotonic() - began_s > 0.6 and kinds(tmp_path)[:2] == ["started", "hung"]
+    assert "trains" in [row["event"] for row in events(tmp_path)]  # which is no round yet
+
+
+def test_a_launcher_that_does_not_end_after_the_last_round_is_ended(tmp_path):
+    supervised(tmp_path, "6:finalize", grace_s=60.0).run()
+    assert kinds(tmp_path) == ["started", "hung", "done", "goodput"] and gone(tmp_path / "pid-1")
+
+
+def test_what_a_launcher_leaves_behind_is_ended(tmp_path):
+    supervised(tmp_path, "2:child,4:0").run()
+    assert gone(tmp_path / "child")
+    assert events(tmp_path, "died")[0]["behind"] == 1
+
+
+def test_a_launcher_that_is_killed_is_started_again(tmp_path):
+    supervised(tmp_path, "3:kill,3:0").run()
+    assert events(tmp_path, "died")[0]["code"] == -signal.SIGKILL
+
+
+def test_it_gives_up_after_so_many_starts_without_a_newer_checkpoint(tmp_path):
+    with pytest.raises(
+        FedmpiError, match=r"2 starts in a row brought no newer checkpoint; round 3 is on disk"
+    ) as error:
+        supervised(tmp_path, "1:1,0+2:1,2:1,0:1,0:1,3:0", starts=2).run()
+    assert error.value.exit_code == 1 and fencing.highest(tmp_path) == 5
+    assert kinds(tmp_path)[-2:] == ["gave up", "goodput"]
+
+
+def test_a_wait_before_a_start_doubles_with_starts_without_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", 60.0)
+    waits = []
+    monkeypatch.setattr(Supervisor, "_rest", lambda self, seconds: waits.append(seconds))
+    supervised(tmp_path, "1:1,0:1,0:1,0:1,1:1,4:0").run()
+    assert waits == [0, 0, 1, 2, 4, 0]
+
+
+def test_a_bad_configuration_is_not_tried_again(tmp_path):
+    with pytest.raises(ConfigError, match="the ranks refuse the configuration"):
+        supervised(tmp_path, "0:2,6:0").run()
+    assert fencing.highest(tmp_path) == 1
+    supervised(tmp_path, "unused,2:2,4:0").run()  # a start that made progress had none
+
+
+def test_a_stop_is_passed_on_and_final(tmp_path):
+    ask(tmp_path, signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"^stopped on request; round 2 is on disk; the same command resumes$") as error:
+        supervised(tmp_path, "2:asked,4:0", grace_s=30.0).run()
+    assert error.value.exit_code == 3 and signal.getsignal(signal.SIGTERM) == before
+    assert fencing.highest(tmp_path) == 1 and (tmp_path / "stop").exists()
+    assert kinds(tmp_path) == ["started", "asked", "ended", "stopped", "goodput"]
+
+
+def test_a_second_stop_ends_the_ranks_at_once_and_one_without_a_checkpoint_is_a_failure(tmp_path):
+    asking = ask(tmp_path, signal.SIGINT, times=2)
+    with pytest.raises(FedmpiError, match="no round is on disk") as error:
+        supervised(tmp_path, "0:deaf", grace_s=30.0).run()
+    asking.join(20)
+    assert error.value.exit_code == 1 and gone(tmp_path / "pid-1")
+    assert "ended at once" in events(tmp_path, "ended")[0]["text"]
+
+
+def test_a_stop_that_somebody_else_asked_for_is_final_too(tmp_path):
+    with pytest.raises(Stopped):
+        supervised(tmp_path, "2:3,4:0").run()
+
+
+def test_a_directory_has_one_supervisor_and_no_other_job(tmp_path):
+    first = supervised(tmp_path, "6:0")
+    with first._locked(), pytest.raises(ConfigError, match="another supervisor runs"):
+        supervised(tmp_path, "6:0").run()
+    with supervised(tmp_path, "")._locked():
+        pass
+    with open(tmp_path / ".lock", "w") as job:
+        fcntl.flock(job, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another job is training"):
+            supervised(tmp_path, "6:0").run()
+    assert fencing.highest(tmp_path) == 0
+
+
+def test_a_supervisor_that_was_overtaken_starts_nothing_more(tmp_path, monkeypatch):
+    """Where the file system has no locks."""
+    started = Supervisor._one_start
+
+    def overtaken(self):
+        code = started(self)
+        fencing.raise_epoch(tmp_path, {})
+        return code
+
+    monkeypatch.setattr(Supervisor, "_one_start", overtaken)
+    with pytest.raises(ConfigError, match="another supervisor has taken over"):
+        supervised(tmp_path, "1:1,5:0").run()
+
+
+# ---------------------------------------------------------------- hosts
+
+
+def test_hosts_that_do_not_answer_are_left_out_until_they_do(tmp_path, monkeypatch):
+    answering = iter([{"a"}, {"a", "b"}])
+    now: set[str] = set()
+
+    def lost(self):
+        now.clear()
+        now.update(next(answering))
+        return set(self._line.slots) - now
+
+    monkeypatch.setattr(Supervisor, "_lost_hosts", lost)
+    run = supervised(tmp_path, "2:1,4:0")
+    run._line = LaunchLine.of([*run._line.words, "-n", "4", "--host", "a:2,b:2"])
+    run.run()
+    first, second = (row["text"] for row in events(tmp_path, "started", "restarted"))
+    assert " -n 2 --host a:2 " in first and " -n 4 --host a:2,b:2 " in second
+    assert events(tmp_path, "hosts")[0]["hosts"] == ["b"]
+
+
+def test_fewer_ranks_than_wanted_are_not_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "answers", lambda host, port: host == "a")
+    run = supervised(tmp_path, "6:0", starts=3, min_ranks=3)
+    run._line = LaunchLine.of([*run._line.words, "-n", "4", "--host", "a:2,b:2"])
+    with pytest.raises(FedmpiError, match="3 starts in a row"):
+        run.run()
+    assert fencing.highest(tmp_path) == 0 and kinds(tmp_path).count("too few") == 3
+
+
+def test_a_hostfile_is_written_anew(tmp_path):
+    (tmp_path / "all").write_text("# ours\na slots=3\nb slots=1 max_slots=2\nc\n")
+    line = LaunchLine.of(["mpirun", "-np", "5", "--hostfile", str(tmp_path / "all")])
+    assert line.slots == {"a": 3, "b": 1, "c": 1}
+    words, num_ranks = line.without({"b"}, tmp_path / "left")
+    assert words == ["mpirun", "-np", "4", "--hostfile", str(tmp_path / "left")] and num_ranks == 4
+    assert (tmp_path / "left").read_text() == "a slots=3\nc\n"
+    assert line.without(set(), tmp_path / "unused") == (list(line.words), 5) and not (tmp_path / "unused").exists()
+    assert LaunchLine.of(["mpirun", "--host=a,b"]).without({"a"}, tmp_path)[0] == ["mpirun", "--host=b"]
+    with pytest.raises(ConfigError, match="hostfile nowhere"):
+        LaunchLine.of(["mpirun", "--hostfile", "nowhere"])
+
+
+# ---------------------------------------------------------------- ending what is left
+
+
+@pytest.fixture
+def sleeper():
+    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def write_ranks(root, *rows):
+    names = ("rank", "host", "pid", "born")
+    (root / "ranks.json").write_text(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+
+
+def over():
+    """A launcher that has ended."""
+    child = subprocess.Popen(["true"], start_new_session=True)
+    child.wait()
+    return child
+
+
+def test_a_rank_of_this_host_is_ended_by_its_number_and_start_time(tmp_path, sleeper):
+    here, born = socket.gethostname(), launcher.born(sleeper.pid)
+    write_ranks(tmp_path, (0, here, sleeper.pid, born + 1))
+    assert remains.end(over(), remains.ranks_of(tmp_path)) == []
+    assert sleeper.poll() is None  # another process has that number by now
+    write_ranks(tmp_path, (0, here, sleeper.pid, born))
+    child = over()
+    assert remains.left_here(child, remains.ranks_of(tmp_path)) == 1
+    threading.Thread(target=sleeper.wait).start()  # its parent looks after it
+    assert remains.end(child, remains.ranks_of(tmp_path)) == [] and sleeper.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("way", ["ssh", "srun"])
+def test_ranks_of_other_hosts_are_ended_from_here(tmp_path, monkeypatch, sleeper, way):
+    """By a command that is the true one but runs here."""
+    script = tmp_path / way
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\nexec sh -c "$last"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if way == "srun":
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    born = launcher.born(sleeper.pid)
+    write_ranks(tmp_path, (0, "far", sleeper.pid, born + 1), (1, "farther", sleeper.pid, born + 1))
+    assert remains.end(over(), remains.ranks_of(tmp_path)) == [] and sleeper.poll() is None
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+    write_ranks(tmp_path, (0, "far", sleeper.pid, born + 1), (1, "far", sleeper.pid, born))
+    assert remains.end(over(), remains.ranks_of(tmp_path)) == [] and sleeper.wait(10) == -signal.SIGKILL
+    call = shlex.split((tmp_path / "calls").read_text().splitlines()[-1].partition(" for p")[0])
+    assert "far" in call if way == "ssh" else "--nodelist=far" in call
+
+
+def test_a_host_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    (tmp_path / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    write_ranks(tmp_path, (0, socket.gethostname(), 1, 1), (3, "far", 1, 1))
+    assert [rank.rank for rank in remains.end(over(), remains.ranks_of(tmp_path))] == [3]
+
+
+# ---------------------------------------------------------------- what it reads, and the command
+
+
+def test_progress_is_what_is_new_in_the_directory(tmp_path):
+    progress = Progress(tmp_path)
+    assert not progress.look() and progress.commit == -1
+    records = tmp_path / "metrics.jsonl"
+    records.write_text('{"round": 1, "seconds": {"round": 2.5}}\n{"round": 2, "sec')
+    assert progress.look() and not progress.look()
+    assert (progress.record, progress.longest_s) == (1, 2.5)
+    with open(records, "a") as file:
+        file.write('onds": {"round": 0.5}}\n')
+    assert progress.look() and (progress.record, progress.longest_s) == (2, 2.5)
+    (tmp_path / "checkpoints" / "round-000002").mkdir(parents=True)
+    assert not progress.look()  # unfinished
+    (tmp_path / "checkpoints" / "round-000002" / "manifest.json").touch()
+    assert progress.look() and progress.commit == 2
+    (tmp_path / "new").write_text('{"round": 1, "seconds": {"round": 0.5}}\n')
+    os.replace(tmp_path / "new", records)
+    assert progress.look() and progress.record == 1
+    assert progress.useful_s(0) == 0.5 and progress.useful_s(1) == 0.0
+
+
+def test_a_line_of_its_own_trains_what_is_watched(tmp_path):
+    (tmp_path / "c.yaml").write_text("rounds: 1\n")
+    config = str(tmp_path / "c.yaml")
+    with pytest.raises(
+        ConfigError, match=r"the line trains '.*c.yaml rounds=3' and the supervisor is to watch '.*c.yaml'"
+    ):
+        supervise(config, [], ["mpirun", "fedmpi", "train", config, "rounds=3"], Options())
+    with pytest.raises(ConfigError, match="'nowhere' is no command here"):
+        supervise(config, [], ["nowhere", "-n", "2"], Options())
+    with pytest.raises(ConfigError, match="cannot read"):
+        supervise(str(tmp_path / "none.yaml"), [], ["mpirun"], Options())
+
+
+@pytest.mark.parametrize("as_is", [False, True])
+def test_the_command_is_appended_with_its_epoch_unless_the_line_has_one(tmp_path, as_is):
+    supervised(tmp_path, "6:0", as_is=as_is).run()
+    (started,) = events(tmp_path, "started")
+    assert started["text"].endswith(" 6:0" if as_is else " 6:0 env FEDMPI_EPOCH=1 true")
