@@ -2,17 +2,30 @@
 # What a change has to pass: style, types, tests. Arguments go to pytest:
 #
 #   jobs/test.sh [-k slurm ...]     (-n 0: one after the other, to be seen and debugged)
-#   jobs/test.sh --fast [...]       within 90 s on two cores: no test that starts ranks, none that needs network, SLURM or data
+#   jobs/test.sh --fast [...]       within 90 s on two cores: only tests with the marker `fast`, which start no ranks and need
+#                                   no network, SLURM or data
+#   jobs/test.sh --coverage [...]   also prints which lines and branches of src/ no test ran; slower. Counted is what runs
+#                                   in pytest's own processes, not in ranks and commands that tests start
+#
+# Markers, for -m (such as -m "mpi and not slow"); tests/conftest.py sets all but `slow` from a test's file and fixtures:
+#
+#   fast    none of those below, no whole run and no process     netns   connects ranks by network namespaces: takes root
+#   slow    takes seconds of a core                              slurm   starts a SLURM of its own
+#   mpi     starts ranks                                         data    reads data sets
 #
 #   FEDMPI_REQUIRE=slurm,data   tests that may not be skipped; else mpi, and what can run of slurm, strace, netns, mpich and data
 #   FEDMPI_DATA=DIR             where the data sets are; else ../shared/data, if that is there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-FEDMPI_FAST=
-if [ "${1-}" = --fast ]; then
-  FEDMPI_FAST=1
+FEDMPI_FAST='' coverage=() limit=2400
+while :; do
+  case "${1-}" in
+    --fast) FEDMPI_FAST=1 ;;
+    --coverage) coverage=(--cov --cov-report=term-missing) limit=7200 ;;
+    *) break ;;
+  esac
   shift
-fi
+done
 export FEDMPI_FAST
 EXTRAS="report test docs" RANKS=4
 . jobs/setup.sh
@@ -118,11 +131,11 @@ step 60 ruff format --check
 ) &
 types=$!
 if [ -n "$FEDMPI_FAST" ]; then
-  step 600 pytest -q -n 3 --dist worksteal "$@"
+  step 600 pytest -q -n 3 --dist worksteal "${coverage[@]}" "$@"
 else
   step 300 fedmpi bench codecs --params 1e4 >&2 # compiles kernels once: ranks that start together would each do it
   # Three at a time, on two cores: many wait. tests/conftest.py says which.
-  step 2400 pytest -q -n 3 --dist loadscope --no-loadscope-reorder "$@"
+  step "$limit" pytest -q -n 3 --dist loadscope --no-loadscope-reorder "${coverage[@]}" "$@"
 fi
 code=0
 wait "$types" || code=$?

@@ -4,11 +4,12 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import mpi
 from support.mpi import FAST, absent
 from support.programs.place import Place
 
@@ -23,23 +24,41 @@ LAUNCHES = (
 )
 # Files that wait more than they compute.
 SLEEPS = ("mpi/test_slurm.py", "mpi/test_stop.py")
+# What a test needs, by the fixture that brings it, and by its file.
+FIXTURES = {"place": "mpi", "undisturbed": "mpi", "slurm": "slurm", "root": "data", "text_at_hand": "data"}
+FILES = {"mpi/test_testbed.py": "netns"}
 # Files of whole runs and of processes: half of the seconds of a tenth of the tests.
 RUNS = tuple(
     f"/test_{name}.py" for name in ("ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_models", "trust")
 )
+NOT_FAST = {"slow", "mpi", "slurm", "netns", "data"}
 
 
-def _is_fast(item: pytest.Item) -> bool:
-    """Is it one of those that start no ranks, need no network, no SLURM and no data sets, and are not slow?"""
-    elsewhere = item.path.parent.name == "mpi" or str(item.path).endswith(RUNS)
-    return not elsewhere and item.get_closest_marker("slow") is None
+def needs(path: str, fixtures: Collection[str]) -> set[str]:
+    """The markers `mpi`, `slurm`, `netns` and `data` of a test, from its file and its fixtures.
+
+    Elsewhere than in tests/mpi a test that starts ranks has the marker `mpi` in its source.
+    """
+    marks = {mark for fixture, mark in FIXTURES.items() if fixture in fixtures}
+    marks |= {mark for file, mark in FILES.items() if path.endswith(file)}
+    return marks | ({"mpi"} if Path(path).parent.name == "mpi" else set())
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, then what leaves the cores to it; with FEDMPI_FAST only what is fast."""
+    """Set markers; sort files: the longest, then those that mostly wait. FEDMPI_FAST keeps only `fast`."""
+    for item in items:
+        for mark in needs(str(item.path), item.fixturenames if isinstance(item, pytest.Function) else ()):
+            item.add_marker(mark)
+        if not str(item.path).endswith(RUNS) and not NOT_FAST & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("fast")
     if FAST:
-        items[:] = filter(_is_fast, items)
+        items[:] = [item for item in items if item.get_closest_marker("fast")]
     items.sort(key=lambda item: (not str(item.path).endswith(LAUNCHES), not str(item.path).endswith(SLEEPS)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    mpi.may_start = item.get_closest_marker("mpi") is not None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -32,6 +32,7 @@ def test_is_the_papers(case: str, alone: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("n", (2, 4))
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.mpi
 def test_the_same_numbers_on_several_ranks(case: str, n: int, folder: Path, alone: Callable[[str], Any]) -> None:
     found = np.array(launch("equations", n, str(folder), timeout_s=300).check(case))
     assert np.abs(found - np.array(alone(case))).max() < 1e-12

@@ -142,7 +142,9 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     done = checkout.run("jobs/test.sh -k x", FEDMPI_DATA=str(checkout.top / "data"))
     assert done.returncode == 5  # mypy runs beside the tests, and is asked last
     assert "tests that need netns may be skipped" in done.stderr
-    assert re.search("requires mpi,(slurm,)?strace,mpich,byzfl,docs,data$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(
+        "requires mpi,(slurm,)?strace,mpich,byzfl,docs,(transformers,)?data$", done.stdout, re.MULTILINE
+    ), done.stdout
     calls = (checkout.top / "calls").read_text()
     assert "pytest -q -n 3 --dist loadscope --no-loadscope-reorder -k x" in calls and "apt-get" not in calls
     checkout.fake("pytest", "exit 0")
@@ -154,7 +156,24 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     assert done.returncode == 6 and done.stdout == "fast: 1, requires: \n", done.stderr
     calls = (checkout.top / "calls").read_text()
     assert "pytest -q -n 3 --dist worksteal -k x\n" in calls and "mypy" in calls and "ruff format --check" in calls
-    assert "mpirun" not in calls and "bench" not in calls
+    assert "mpirun" not in calls and "bench" not in calls and "--cov" not in calls
+    checkout.calls("pytest")
+    for options in ("--coverage", "--fast --coverage"):
+        checkout.run(f"jobs/test.sh {options} -k x", FEDMPI_REQUIRE="")
+        assert [call.endswith(" --cov --cov-report=term-missing -k x") for call in checkout.calls("pytest")] == [True]
+
+
+def test_markers_follow_from_file_and_fixtures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = request.config.pluginmanager.get_plugin(str(TOP / "tests/conftest.py")).needs
+    assert needs("tests/mpi/test_stop.py", ["tmp_path"]) == {"mpi"}
+    assert needs("tests/mpi/test_slurm.py", ["slurm", "tmp_path"]) == {"mpi", "slurm"}
+    assert needs("tests/mpi/test_testbed.py", []) == {"mpi", "netns"}
+    assert needs("tests/data/test_data.py", ["root"]) == {"data"} and needs("tests/data/test_data.py", []) == set()
+    assert needs("tests/test_ends.py", ["undisturbed", "place"]) == {"mpi"}
+    assert {mark.name for mark in request.node.iter_markers()} == set()  # tests of whole processes are not fast
+    monkeypatch.setattr(mpi, "FAST", False)
+    with pytest.raises(AssertionError, match=r"mark it with pytest\.mark\.mpi"):
+        mpi.Job(1, "true")
 
 
 def test_fast_tests_start_no_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

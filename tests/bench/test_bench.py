@@ -62,6 +62,7 @@ def rows(n: int) -> dict[tuple[str, str | None], Row]:
 
 
 @pytest.mark.parametrize("n", (1, 2))
+@pytest.mark.mpi
 def test_rows_and_their_fields(n: int) -> None:
     found = rows(n)
     assert [(row["plan"], row["codec"], row["feedback"]) for row in found.values()] == ROWS[n]
@@ -79,6 +80,7 @@ def test_rows_and_their_fields(n: int) -> None:
     assert n > 1 or "no row for gloo and tcp: one rank has nobody to send to" in said[0]
 
 
+@pytest.mark.mpi
 def test_wire_bytes_are_those_that_were_sent() -> None:
     for key, row in rows(2).items():
         for way in ("up", "down"):
@@ -91,6 +93,7 @@ def test_wire_bytes_are_those_that_were_sent() -> None:
         assert row["wire_bytes_per_param_up"] is row["wire_bytes_per_param_down"] is row["link_share"] is None, key
 
 
+@pytest.mark.mpi
 def test_link_share_is_that_of_the_busiest_rank() -> None:
     found = rows(2)
     for key, row in found.items():
@@ -113,6 +116,7 @@ def test_link_bytes_of_unequal_owners() -> None:
     assert Root.link_bytes(up_R, down_R, 12) == 12.0
 
 
+@pytest.mark.mpi
 def test_without_a_link_rate_there_is_no_share_and_the_table_begins_with_ratios() -> None:
     done = bench(2, "exchange", "--params", "2e4", "--repeats", "1", "--codec", "{name: topk, ratio: 0.02}")
     assert done.rc == 0, done.tails
@@ -130,6 +134,7 @@ def test_without_a_link_rate_there_is_no_share_and_the_table_begins_with_ratios(
     assert not any("int8" in line for line in lines)
 
 
+@pytest.mark.mpi
 def test_a_rival_that_cannot_be_had_is_left_out_aloud() -> None:
     done = bench(
         2, "exchange", "--params", "2e4", "--repeats", "1", "--codec", "identity", "--json", GLOO_SOCKET_IFNAME="none0"
@@ -164,6 +169,7 @@ def test_refused_codecs(text: str) -> None:
     [("--codec", "int9", REFUSED["int9"]), ("--link-gbit", "0", "--link-gbit 0: give a positive number")],
     ids=("codec", "link"),
 )
+@pytest.mark.mpi
 def test_what_is_refused_is_one_line_from_all_ranks(option: str, value: str, says: str) -> None:
     done = bench(2, "exchange", option, value)
     assert (done.rc, done.out) == (2, ""), done.tails
@@ -229,6 +235,7 @@ def test_deltas_are_no_constant_and_differ_by_rank() -> None:
     assert float(first.std()) == pytest.approx(1e-3, rel=0.05)
 
 
+@pytest.mark.mpi
 def test_checkpoint() -> None:
     done = bench(2, "checkpoint", "--params", "2e5", "--rounds", "12", "--json")
     assert done.rc == 0, done.tails

@@ -27,6 +27,7 @@ def to_run(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if to_run(p)], ids=lambda page: page.relative_to(TOP).as_posix())
+@pytest.mark.mpi
 def test_the_blocks_of_a_page_run(page):
     launches = any("mpirun" in block.text or "mpiexec" in block.text for block in to_run(page))
     if launches and not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()):

@@ -72,6 +72,7 @@ def test_a_recipe_trains(name, tmp_path, at_top):
 
 
 @pytest.mark.slow
+@pytest.mark.mpi
 def test_recipes_train_alike_on_one_rank_and_on_two(tmp_path):
     """Robust rule, codec and plan exchange something then."""
     names = ["robust_rule", "codec", "plan", "server_optimizer", "selector", "dataset"]

@@ -86,6 +86,7 @@ RUNS = [(example, 2) for example in HEADERS] + [(example, 1) for example in HEAD
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("example", "ranks"), RUNS, ids=[f"{e.file.stem}-{ranks}" for e, ranks in RUNS])
+@pytest.mark.mpi
 def test_an_example_reaches_what_its_header_says(example, ranks, tmp_path):
     figure, floor = example.reaches
     said, records = example.run(tmp_path, ranks)

@@ -316,6 +316,7 @@ def test_an_amount_is_of_the_shared_model_where_the_own_one_has_a_number(values)
 
 @pytest.mark.parametrize("case", ["ditto", "apfl", "fedrep"])
 @pytest.mark.parametrize("n", (2, 3))
+@pytest.mark.mpi
 def test_what_is_personal_is_never_handed_to_mpi(case, n, tmp_path_factory):
     """And ranks evaluate the checkpoint each where its silos' data are, see programs/personal.py."""
     folder = tmp_path_factory.getbasetemp() / "secrets"

@@ -46,7 +46,7 @@ def test_a_grid_trains_on_all_ranks_and_one_of_them_prints_it(place: Place) -> N
     grid = {"base": base, "algorithms": {"slow": {"local.lr": 0.01}, "given": {}}, "out": "grid"}
     (place.folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     command = (FEDMPI, "compare", "grid.yaml", "--json")
-    done = mpirun(2, *command, cwd=place.folder, timeout_s=60)
+    done = mpirun(2, *command, cwd=place.folder, timeout_s=120)
     assert done.rc == 0 and done.out.count("\n") == 1 and done.err.count("compare: 2 of 2: ") == 1, done.tails
     rows = json.loads(done.out)
     assert [(row["algorithm"], row["ranks"]) for row in rows] == [("given", "2"), ("slow", "2")]
@@ -58,7 +58,7 @@ def test_a_grid_trains_on_all_ranks_and_one_of_them_prints_it(place: Place) -> N
     assert again.rc == 0 and json.loads(again.out) == rows and " of 2" not in again.err, again.tails
     grid["algorithms"]["wrong"] = {"local.lrr": 1}
     (place.folder / "grid.yaml").write_text(yaml.safe_dump(grid))
-    refused = mpirun(2, *command, cwd=place.folder, timeout_s=60)
+    refused = mpirun(2, *command, cwd=place.folder, timeout_s=120)
     assert refused.rc == 2 and len(own_lines(refused)) == 1 and "did you mean 'lr'?" in refused.err, refused.tails
 
 

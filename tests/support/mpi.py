@@ -34,6 +34,7 @@ FEDMPI = str(Path(sys.executable).parent / "fedmpi")
 OTHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FEDMPI_RANKS")  # what an outer launcher would tell ours
 
 FAST = bool(os.environ.get("FEDMPI_FAST"))  # no test starts ranks, see conftest.py
+may_start = True  # has the running test the marker `mpi`? conftest.py sets it for each test
 
 # More ranks than cores are what these tests are about; a container's root is as good a user as any.
 ENVIRONMENT = {
@@ -85,6 +86,7 @@ class Job:
     def __init__(self, n: int, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
         if FAST:
             pytest.skip("starts ranks, which FEDMPI_FAST leaves out")
+        assert may_start, "this test starts ranks: mark it with pytest.mark.mpi"
         if not launcher():
             absent("mpi", "no mpirun beside Python nor on PATH")
         self.n = n
