@@ -4,6 +4,7 @@
 #   jobs/test.sh [-k slurm ...]     (-n 0: one after the other, to be seen and debugged)
 #   jobs/test.sh --fast [...]       within 90 s on two cores: only tests with the marker `fast`, which start no ranks and need
 #                                   no network, SLURM or data
+#   jobs/test.sh --all [...]        also the tests with the marker `long`, which repeat on more inputs what others show
 #   jobs/test.sh --coverage [...]   also prints which lines and branches of src/ no test ran; slower. Counted is what runs
 #                                   in pytest's own processes, not in ranks and commands that tests start
 #
@@ -12,15 +13,17 @@
 #   fast    none of those below, no whole run and no process     netns   connects ranks by network namespaces: takes root
 #   slow    takes seconds of a core                              slurm   starts a SLURM of its own
 #   mpi     starts ranks                                         data    reads data sets
+#   long    takes a minute or so, and shows on other inputs what others show
 #
 #   FEDMPI_REQUIRE=slurm,data   tests that may not be skipped; else mpi, and what can run of slurm, strace, netns, mpich and data
 #   FEDMPI_DATA=DIR             where the data sets are; else ../shared/data, if that is there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-FEDMPI_FAST='' coverage=() limit=2400
+FEDMPI_FAST='' coverage=() limit=2400 chosen=(-m "not long")
 while :; do
   case "${1-}" in
     --fast) FEDMPI_FAST=1 ;;
+    --all) chosen=() limit=3600 ;;
     --coverage) coverage=(--cov --cov-report=term-missing) limit=7200 ;;
     *) break ;;
   esac
@@ -135,7 +138,8 @@ if [ -n "$FEDMPI_FAST" ]; then
 else
   step 300 fedmpi bench codecs --params 1e4 >&2 # compiles kernels once: ranks that start together would each do it
   # Three at a time, on two cores: many wait. tests/conftest.py says which.
-  step "$limit" pytest -q -n 3 --dist loadscope --no-loadscope-reorder "${coverage[@]}" "$@"
+  [ ${#chosen[@]} = 0 ] || say "left out are the tests with the marker long: jobs/test.sh --all runs them too"
+  step "$limit" pytest -q -n 3 --dist loadscope --no-loadscope-reorder "${chosen[@]}" "${coverage[@]}" "$@"
 fi
 code=0
 wait "$types" || code=$?

@@ -31,7 +31,15 @@ FILES = {"mpi/test_testbed.py": "netns"}
 RUNS = tuple(
     f"/test_{name}.py" for name in ("ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_models", "trust")
 )
-NOT_FAST = {"slow", "mpi", "slurm", "netns", "data"}
+NOT_FAST = {"slow", "mpi", "slurm", "netns", "data", "long"}
+# Tests that take minutes and show the same as others on other inputs: by file, what is not `long` in it.
+LONG = {
+    "docs/test_docs.py::test_the_blocks_of_a_page_run": ("README", "quickstart", "own-data", "failures"),
+    "docs/test_extending.py::test_a_recipe_trains": ("local_rule", "robust_rule", "codec", "selector"),
+    "examples/test_examples.py::test_an_example_reaches": ("hospitals-2", "python_rounds-1", "fedsam-2"),
+    "mpi/test_heal.py::test_a_run_whose_ranks_die": ("sharded", "at_once"),
+    "mpi/test_supervisor.py": ("rank",),
+}
 
 
 def needs(path: str, fixtures: Collection[str]) -> set[str]:
@@ -50,6 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in needs(str(item.path), item.fixturenames if isinstance(item, pytest.Function) else ()):
             item.add_marker(mark)
+        if any(test in item.nodeid and not any(kept in item.name for kept in short) for test, short in LONG.items()):
+            item.add_marker("long")
         if not str(item.path).endswith(RUNS) and not NOT_FAST & {mark.name for mark in item.iter_markers()}:
             item.add_marker("fast")
     if FAST:

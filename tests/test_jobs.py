@@ -146,7 +146,10 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
         "requires mpi,(slurm,)?strace,mpich,byzfl,docs,(transformers,)?data$", done.stdout, re.MULTILINE
     ), done.stdout
     calls = (checkout.top / "calls").read_text()
-    assert "pytest -q -n 3 --dist loadscope --no-loadscope-reorder -k x" in calls and "apt-get" not in calls
+    assert "pytest -q -n 3 --dist loadscope --no-loadscope-reorder -m not long -k x" in calls
+    assert "apt-get" not in calls and "left out are the tests with the marker long" in done.stderr
+    checkout.run("jobs/test.sh --all -k x", FEDMPI_REQUIRE="")
+    assert "pytest -q -n 3 --dist loadscope --no-loadscope-reorder -k x" in (checkout.top / "calls").read_text()
     checkout.fake("pytest", "exit 0")
     done = checkout.run("jobs/test.sh", FEDMPI_REQUIRE="")
     assert done.returncode == 4, done.stderr
