@@ -142,7 +142,7 @@ def test_one_more_that_dies_as_ranks_shrink_lets_none_of_them_wait_for_another(m
     class Left(MpiComm):
         def __init__(self, mpi, world):
             self.world, self.oversubscribed, self.revoked = world, False, 0
-            self._vigil, self.depth, self.calls = None, 0, 0
+            self._vigil, self.depth, self.calls, self.outlives_ranks = None, 0, 0, True
             made.append(self)
 
         def share(self, values, meanwhile=None):

@@ -146,7 +146,8 @@ class Job:
         """What it has said up to now."""
         for file in self._outputs:
             file.seek(0)
-        out, err = (file.read().replace("\0", "") for file in self._outputs)  # Open MPI ends what it says with one
+        # Open MPI ends what it says with a zero byte, and where it takes its output for a terminal's with colours off.
+        out, err = (file.read().replace("\0", "").replace("\x1b[0m", "") for file in self._outputs)
         rc = self.process.poll()
         return Done(-1 if rc is None else rc, out, err, time.monotonic() - self.started_s)
 

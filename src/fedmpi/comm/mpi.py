@@ -99,6 +99,9 @@ class MpiComm(MpiTransport):
         try:
             while True:
                 try:
+                    if not self.outlives_ranks:  # nobody can have died, and the communicator stays what it is
+                        left = MpiComm(self._mpi, self._world.Shrink())
+                        break
                     for comm in (self, *([left] if left is not None else [])):
                         comm._revoke()
                     # Always of the first one: should one more die as this ends, ranks that are through and ranks that
