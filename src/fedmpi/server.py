@@ -123,7 +123,7 @@ class Server:
     layout: Layout | None = None  # of the exchanged vector; None: all of it is parameters, and all is stepped
     scale: float = 1.0  # of the mean delta, before the optimizer sees it
     share: float = 1.0  # of all weight that the mean is taken over, as shares are counted this round
-    sent: float = 1.0  # what the mean was taken over, in units of what the silos that were heard stand for
+    sent: float = 1.0  # weight that was sent / base weight of the silos that were heard
     on_mean: OnMean | None = None  # changes elements of the mean delta, given where they begin, before anything else
     squares: float = 0.0  # sum_k p_k |delta_k|^2, for optimizers that read norms
 

@@ -1,17 +1,16 @@
-"""What the plans share: a round's sums, from `begin` over `add` to `finish`; buffers are allocated once.
+"""The base class of the plans. A round calls `begin`, then `add` for each contribution, then `finish`.
 
-What is folded is sum_k (w_k/W) delta_k, and the sum of w_k/W goes along (weights.py): the receiver divides, so a silo
-that is late or left out needs no second message. W is the weight of all silos of the run, divided by the power of two
-that brings it near to that of the round's cohort: a silo that is alone in it is not lost beside those that are not.
+A rank folds its contributions into sum_k (w_k/W) delta_k and sends the sum of w_k/W with it (weights.py). The receiver
+divides, so a late or rejected silo needs no second message. W is the weight of all silos of the run, divided by a power
+of two that brings it close to the cohort's weight, so that a small cohort loses no precision.
 
-    fast           the sum in the vectors' own dtype; same bits for the same number of ranks
-    reproducible   the sum in the ring of integers modulo 2^64, where order does not matter: same bits for any number
-                   of ranks. A silo's weighted delta is encoded by itself, in units of 2^-44: room for sums up to 2^18
-                   (norms of single deltas beyond it are rejected), 6e-14 apart.
+    fast           sums in the vectors' dtype; the same bits for the same number of ranks
+    reproducible   sums integers modulo 2^64, where order does not matter: the same bits for any number of ranks. Each
+                   silo's weighted delta is rounded to multiples of 2^-44 (6e-14). Sums up to 2^18 fit; a delta with a
+                   larger norm is rejected.
 
-A rank that folds very many silos in float32 does it in float64.
-
-Vectors live on the rank's device.
+A rank that folds more than `MANY` silos in float32 sums in float64. Buffers are allocated once. Vectors live on the
+rank's device.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ if TYPE_CHECKING:
 UNIT = 2.0**44  # ring integers per 1.0
 LARGEST_NORM = 2.0**18  # a delta beyond this is absurd, and more than the ring has room for
 BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
-MANY = 64  # vectors: sums of more of them in float32 would show how they were rounded
+MANY = 64  # vectors; float32 sums of more of them lose precision
 
 Lap = Callable[[str], None]
 PARAMS = "params"  # their name in a checkpoint
 
 
 class ExchangeContext(NamedTuple):
-    """What an exchange may know of the run."""
+    """What an exchange knows of the run."""
 
     total_weight: float  # W, of all silos
     ids: Sequence[str] = ()  # all silos, in the federation's order
@@ -76,14 +75,15 @@ class Machine(NamedTuple):
 
     @classmethod
     def of(cls, comm: Comm, device: torch.device) -> Machine:
-        """The machine of these ranks, the same on all of them. A call of all ranks."""
+        """The machine of these ranks; equal on every rank. Collective."""
         gpus = comm.share(np.array([float(device.type != "cpu")]))
         return cls(comm.size, comm.one_node(), bool(gpus[0]))
 
 
 def without(section: ExchangeSection, *, scope: bool = True, up: bool = True, down: bool = True) -> str:
-    """For `Exchange.supports`: the first of what is said here that a plan does without, which is all that is not left
-    out: silos' own vectors, codecs on the way up and down."""
+    """For `Exchange.supports`: why a plan without `scope: silo`, up codecs or down codecs cannot carry out the section.
+
+    A plan passes False for what it has. Empty if it can."""
     if scope and section.scope == "silo":
         return "takes no scope: silo"
     for way, channel, refused in (("up", section.up, up), ("down", section.down, down)):
@@ -93,9 +93,9 @@ def without(section: ExchangeSection, *, scope: bool = True, up: bool = True, do
 
 
 class Exchange:
-    """One plan. Members write `finish`, and what differs of the rest.
+    """Base class of the plans. A plan overrides `finish` and whatever else differs.
 
-    Attributes: holders (what the plan keeps from round to round besides the parameters).
+    Attributes: holders (state that the plan keeps between rounds, besides the parameters).
     """
 
     params_placement: Placement = "replicated"
@@ -107,37 +107,37 @@ class Exchange:
 
     @classmethod
     def supports(cls, section: ExchangeSection, machine: Machine) -> str:
-        """Why this plan cannot carry out the section there, as what follows its name: "needs all ranks on one node".
-        Empty if it can."""
+        """Why this plan cannot carry out the section on this machine, as text that follows the plan's name: "needs all
+        ranks on one node". Empty if it can."""
         return ""
 
     @classmethod
     def suits(cls, machine: Machine, num_elements: int) -> str:
-        """Why `plan: auto` takes this plan for vectors so long, unless it takes one that is asked before it; empty
-        where it does not."""
+        """Why `plan: auto` chooses this plan for vectors of `num_elements`; empty if it does not. The first plan with a
+        reason wins."""
         return ""
 
     @classmethod
     def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
-        """What a round of it sends, and what it keeps in memory: the global parameters, the server's state, its own."""
+        """Bytes that a round sends, and the vectors that the plan keeps: global parameters, server state, its own."""
         raise NotImplementedError
 
     @classmethod
     def shared_bytes(cls, section: ExchangeSection, params_P: torch.Tensor, states: int, first: bool) -> int:
-        """Of shared memory that a rank makes; the `first` one of a node also for the server's `states`."""
+        """Bytes of shared memory that a rank allocates. The `first` rank of a node also holds the server's `states`."""
         return 0
 
     @classmethod
     def vectors_sent(cls, num_ranks: int) -> int:
-        """How many vectors cross each way in a round: what stays with its owner crosses nothing."""
+        """Vectors that cross the network each way in a round. A part that stays with its owner does not cross."""
         return num_ranks - 1
 
     @classmethod
     def link_bytes(cls, up_R: np.ndarray, down_R: np.ndarray, vector_bytes: int) -> float:
-        """The most that any rank sends, or receives, in a round.
+        """The most bytes that any rank sends, or receives, in a round.
 
-        A rank counts what it sends up and what comes down to it. What came up to it, and what it sent down, is what the
-        others' counts leave: each of them sends the same, and hears the same of it.
+        A rank counts the bytes that it sends up and that it receives on the way down. What it received on the way up
+        and sent down follows from the other ranks' counts, because each of them exchanges the same amount with it.
         """
         others = len(up_R) - 1
         if others == 0:
@@ -180,41 +180,41 @@ class Exchange:
     # ------------------------------------------------------------ where things are kept
 
     def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
-        """What this rank keeps of a server's vector: all of it, a part, or nothing."""
+        """This rank's part of a server vector [P]: all of it, a slice, or nothing."""
         return vector_P
 
     def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-        """Parameters and server state in the memory where the plan keeps them. A call of all ranks."""
+        """Move parameters and server state into the plan's memory. Collective."""
         return params_P, state
 
     def delta(self) -> torch.Tensor:
-        """Memory for a model's shared parameters, out of which its deltas can be sent. A call of all ranks."""
+        """Memory for the model's shared parameters, from which deltas are sent without a copy. Collective."""
         return self.comm.allocate(self.num_params, self.dtype, self.device)
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
-        """On rank 0 the vector of which every rank keeps its `shard`. A call of all ranks."""
+        """The whole vector on rank 0, from every rank's `shard` of it. Collective."""
         return part
 
     def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
-        """`part` becomes this rank's `shard` of the vector that rank 0 has. A call of all ranks."""
+        """Fill `part` with this rank's `shard` of rank 0's vector. Collective."""
         whole_P = torch.empty_like(part, device="cpu") if whole_P is None else whole_P
         self.comm.bcast(whole_P)
         part.copy_(whole_P)
 
     def set_params(self, params_P: torch.Tensor, new_P: torch.Tensor | None) -> None:
-        """The parameters become new ones, which every rank has; or rank 0 alone, if `params_placement` is root. A call
-        of all ranks."""
+        """Overwrite the parameters with `new_P`, which every rank has, or only rank 0 if `params_placement` is root.
+        Collective."""
         assert new_P is not None
         params_P.copy_(new_P)
 
     def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
-        """What the next round depends on (state.Holder), with the parameters. A call of all ranks, while nothing is
-        under way."""
+        """The state that the next round depends on (state.Holder), parameters included. Collective; no exchange may be
+        in flight."""
         yield StateTensor((PARAMS,), params_P, self.params_placement)
         yield from self.holders.state()
 
     def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
-        """Go on from the checkpoint of a round. A call of all ranks."""
+        """Restore the state of a round's checkpoint. Collective."""
         named = {one.key: one.tensor for one in stored if not one.silo}
         self.set_params(params_P, named.get((PARAMS,)))
         self.holders.restore([one for one in stored if one.key != (PARAMS,)])
@@ -222,32 +222,32 @@ class Exchange:
     # ------------------------------------------------------------ for one whose parameters arrive late or in parts
 
     def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
-        """Where the silo's training begins; valid until the next silo's."""
+        """The parameters that the silo's training starts from; valid until the next silo starts."""
         return params_P
 
     def figures(self) -> dict[str, float]:
-        """Seconds of the round's record that are no phase."""
+        """Seconds for the round's record that belong to no phase."""
         return {}
 
     def leave(self) -> None:
-        """Wait until nothing is under way, whatever comes of it; nothing is begun any more."""
+        """Wait for the exchange in flight and ignore its errors; start no other."""
 
     def settle(self) -> None:
-        """Wait until nothing is under way; raises what came of it."""
+        """Wait for the exchange in flight and raise its error, if any."""
 
     # ------------------------------------------------------------ a round
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
-        """Forget the last round. Of a rank's only contribution the delta stays as it is until `finish`. `near` is the
-        power of two by which the cohort weighs less than all silos (weights.nearness); 1 with codecs, whose residuals
-        and thresholds are in units of all weight."""
+        """Start a round and forget the one before. A rank's only contribution keeps its delta unchanged until `finish`.
+        `near` is the power of two that scales the cohort's weight up to that of all silos (weights.nearness); 1 with
+        codecs, whose residuals and thresholds are in units of the total weight."""
         self.round, self._near = round, near
         self._many = num_contributions > MANY and self.sum_dtype == torch.float32
         if self.exact is not None:
             self.exact.begin()
 
     def holds(self, delta_P: torch.Tensor, room: float) -> bool:
-        """Can all codecs hold the delta, which in a sum of silos takes up so many times its room?"""
+        """Can all codecs represent the delta? `room` is the factor by which it grows in the sum; 1 if it does not."""
         if self._largest == math.inf:
             return True
         largest = self._largest / (room if self.section.scope == "rank" else 1.0)
@@ -259,36 +259,36 @@ class Exchange:
         return float(sizes_P.max()) < largest
 
     def add(self, contribution: Contribution) -> None:
-        """Take one silo's delta; its memory is free afterwards."""
+        """Add one silo's contribution. Its memory may be reused afterwards."""
         raise NotImplementedError
 
     def fingerprint(self, cohort: Sequence[str]) -> float:
-        """32 bits over what ranks must agree on before vectors travel; exact as a float64."""
+        """A 32-bit checksum of what ranks must agree on before vectors are sent; exact as a float64."""
         return float(zlib.crc32(repr((self.round, self._facts_text, list(cohort))).encode()))
 
     def declared(self, cohort: Sequence[str]) -> dict[str, Any]:
-        """What the fingerprint is taken of, by name."""
+        """The values behind the fingerprint, by name."""
         return {"round": self.round, "cohort": list(cohort), **self._declared}
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        """All ranks together: sum, mean, server step. params_P is overwritten with the new parameters on every rank."""
+        """Sum, mean and server step. Overwrites params_P with the new parameters on every rank. Collective."""
         raise NotImplementedError
 
     def raise_failed(self) -> None:
-        """What a codec could not encode or decode on this rank in the last `finish`. The others wait for something, so
-        all has travelled when anybody raises it."""
+        """Raise what a codec could not encode or decode on this rank in the last `finish`. It is raised only after all
+        vectors were sent, because the other ranks wait for them."""
         for coder in self.coders:
             coder.raise_failed()
 
     def ask(self) -> None:
-        """Everybody raises what one rank's codec refused."""
+        """Raise on every rank what one rank's codec refused. Collective."""
         if self.asks:
             self.comm.collectively(self.raise_failed)
 
     def verify(self, params_P: torch.Tensor) -> None:
-        """If asked to: ExchangeError unless all ranks hold the same bits."""
+        """With `exchange.verify`: ExchangeError unless all ranks hold the same bits."""
         if self.section.verify:
             self.comm.require_equal("exchange.verify: the parameters", bytes.fromhex(sha256(params_P)))
 
@@ -299,7 +299,7 @@ class Exchange:
         return contribution.weight / self.facts.total_weight * self._near
 
     def fold(self, sum_P: torch.Tensor, delta_P: torch.Tensor, share: float, empty: bool) -> None:
-        """sum_P += share * delta_P, or = where it is empty; in the ring if there is one."""
+        """sum_P += share * delta_P, or sum_P = share * delta_P if `empty`; in integers if `reproducible`."""
         if self.ring:
             if empty:
                 sum_P.zero_()
@@ -319,25 +319,25 @@ class Exchange:
             sum_P.add_(delta_P, alpha=share)
 
     def folded(self, sum_P: torch.Tensor) -> torch.Tensor:
-        """The sum, once all silos of this rank are in it."""
+        """The sum of all of this rank's silos."""
         if self._many and self._wide_P is not None:
             sum_P.copy_(self._wide_P)
         return sum_P
 
     def weigh(self, share: float) -> float:
-        """A share as it is added up: an integer in the ring, of any length."""
+        """A share as it is summed: an integer of any length if `reproducible`."""
         return weights.counted(share) if self.ring else share
 
     def cut(self, weight: float) -> list[float]:
-        """A weight as float64 that travel."""
+        """A weight as the float64 numbers that are sent."""
         return [*weights.cut(int(weight))] if self.ring else [weight, *[0.0] * (weights.LIMBS - 1)]
 
     def joined(self, limbs: Sequence[float]) -> float:
-        """What `cut` has cut."""
+        """The weight that `cut` split."""
         return weights.whole(limbs) if self.ring else limbs[0]
 
     def divide(self, sum_N: torch.Tensor, weight: float, mean_N: torch.Tensor) -> None:
-        """mean = sum / weight, out of the ring if there is one; `mean_N` may be the sum."""
+        """mean_N = sum_N / weight, converted from integers if `reproducible`; `mean_N` may be `sum_N`."""
         if not self.ring:
             torch.div(sum_N, weight, out=mean_N)
             return

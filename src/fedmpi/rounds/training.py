@@ -29,8 +29,8 @@ def train_silos(
     stands_for: float,
     refused: FedmpiError | None,
 ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
-    """Train my silos of the cohort and fold what they contribute; what happened is in `ready`. There is no cohort where
-    my selector `refused`."""
+    """Train this rank's silos of the cohort and fold their contributions. `ready` records what happened. The cohort is
+    empty if this rank's selector `refused`."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
     fed.exchange.begin(number, len(mine), near)
@@ -98,9 +98,9 @@ def train_silos(
 
 
 def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
-    """Factor by which a delta grows in the sum that it may have to leave room for others in.
+    """Factor by which a delta grows in the weighted sum; 1 unless weights count steps or a selector scales them.
 
-    Shares add up to 1 by themselves, but not where steps or a selector's factors are counted.
+    The integer ring and codecs must have room for the grown delta.
     """
     return max(1.0, weight / stands_for) * max(1.0, all_stand_for)
 
@@ -108,8 +108,8 @@ def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
 def _begin(
     state: State, fed: Federation, number: int, silo: LocalSilo, losses_before: dict[str, float]
 ) -> tuple[torch.Tensor, Round]:
-    """Where a silo's training begins, and what its rule may know of the round; the loss before it, where the aggregator
-    asks for it, goes into `losses_before`."""
+    """The parameters that a silo starts from, and what its rule knows of the round. Also measures the loss before
+    training if the aggregator needs it, into `losses_before`."""
     start_Q = fed.exchange.start(silo.id, state.params_Q)
     params_P = fed.layout.params(start_Q)
     auxiliary = {segment.name: start_Q[segment.place] for segment in fed.layout.auxiliaries}
@@ -121,7 +121,7 @@ def _begin(
 
 
 def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> bool:
-    """Scale auxiliary vectors so that the aggregator's weight makes of them what is theirs. Are they finite then?"""
+    """Scale auxiliary vectors so that the aggregator's weight turns them into their own mean. Are they finite?"""
     if not fed.layout.auxiliaries:
         return True
     weight = contribution.weight
@@ -134,7 +134,7 @@ def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, ne
 
 
 def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
-    """TypeError for what a rule gave that cannot be added up or kept."""
+    """Raise TypeError if a rule returned something that cannot be summed or kept."""
     rule, length = type(fed.rule).__name__, fed.layout.size
     if not isinstance(contribution, Contribution):
         raise TypeError(f"the rule {rule} returned {type(contribution).__name__} in place of a Contribution")
