@@ -1,8 +1,8 @@
-"""What can go wrong, as a tree; the command's exit code is written on each branch.
+"""The exceptions, as a tree, with the exit code of the command for each.
 
-An error that every rank raises, at the same place, is `agreed`: ranks then end together, and may still write their last
-checkpoint. Any other one may be a single rank's own, while the rest waits for it in a collective: that rank enters no
-collective any more, and ends the job.
+An `agreed` error is raised by every rank at the same place. The ranks then end together and can still write their last
+checkpoint. Any other error may be one rank's alone, while the others wait for it in a collective. That rank enters no
+further collective and ends the job.
 
 FedmpiError                 exit 1
 ├── ConfigError             exit 2   the user's configuration, data or machine does not fit; nothing was lost
@@ -11,8 +11,8 @@ FedmpiError                 exit 1
 ├── Diverged                exit 1   every update of a round was rejected, or loss or norms explode
 ├── NoCohort                exit 1   a round has no silo to train; the rounds before are on disk
 ├── ExchangeError           exit 1   ranks disagree about what they exchange
-├── RankLost            exit 1   other ranks are gone; carries which
-├── CommTimeout         exit 1   other ranks were waited for, for too long; carries which were silent
+├── RankLost                exit 1   other ranks have died; carries which
+├── CommTimeout             exit 1   a wait for other ranks took too long; carries which were silent
 ├── CheckpointError         exit 1   a checkpoint could not be written or read
 └── Stopped                 exit 3   a signal or `fedmpi stop`; the last whole round is on disk
 """
@@ -26,14 +26,14 @@ E = TypeVar("E", bound="FedmpiError")
 
 
 class FedmpiError(Exception):
-    """Anything fedmpi says no to."""
+    """Base class of all errors that fedmpi raises on purpose."""
 
     exit_code = 1
     agreed = False  # does every rank raise it, at the same place?
 
 
 def agreed(error: E) -> E:
-    """The error, for `raise` where it follows from what all ranks know alike: sums, gathered rows, the configuration.
+    """Mark an error as agreed: it follows from what all ranks know, such as sums, gathered rows or the configuration.
 
     >>> agreed(FedmpiError("no silo is left")).agreed
     True
@@ -53,15 +53,15 @@ class DataMissing(ConfigError):
 
 
 class SiloError(FedmpiError):
-    """A silo raised while it worked; every rank learns of it and ends."""
+    """A silo raised an exception; every rank learns of it and ends."""
 
 
 class Diverged(FedmpiError):
-    """No update of a round was usable, or the run no longer learns (health.py)."""
+    """No update of a round was usable, or the run diverges (health.py)."""
 
 
 class NoCohort(FedmpiError):
-    """A round has no silo to train, or its selector chose what is none; the state is that of the round before."""
+    """A round has no silo to train, or its selector chose an unknown one. The state is that of the round before."""
 
 
 class ExchangeError(FedmpiError):
@@ -69,7 +69,7 @@ class ExchangeError(FedmpiError):
 
 
 class RankLost(FedmpiError):
-    """Other ranks are gone; `ranks` are those that are known.
+    """Other ranks have died; `ranks` are those that are known.
 
     >>> print(RankLost([3, 1]), RankLost([]), sep="; ")
     lost ranks 1, 3; lost a rank, and it is not known which
@@ -82,8 +82,8 @@ class RankLost(FedmpiError):
 
 
 class CommTimeout(FedmpiError):
-    """Other ranks were waited for, for too long; `ranks` are those that were silent, none where all are there but do
-    not wait for the same thing."""
+    """A wait for other ranks took too long. `ranks` are the silent ones; none if all ranks are alive but wait for
+    different things."""
 
     def __init__(self, ranks: Sequence[int], why: str) -> None:
         self.ranks = tuple(sorted(ranks))
@@ -95,7 +95,7 @@ class CheckpointError(FedmpiError):
 
 
 class Stopped(FedmpiError):
-    """The run ends early because somebody asked it to."""
+    """The run ends early on request: a signal or `fedmpi stop`."""
 
     exit_code = 3
 

@@ -1,10 +1,10 @@
-"""What ranks say to each other, as Protocols; and what follows from it, the same for every way of saying it.
+"""Communication between ranks, as two Protocols, and the functions that every implementation shares.
 
-    Control     small things: sums of float64, rows of bytes, texts, and notices that need no answer
-    Transport   vectors: collectives on contiguous buffers, and memory that ranks of a node share
-    Comm        both, and what becomes of the ranks themselves: duplicates, groups, the end
+    Control     control traffic: sums of float64, rows of bytes, texts, and notices that need no answer
+    Transport   vectors: collectives on contiguous buffers, and shared memory of a node
+    Comm        both, with duplicates, groups and the end of a job
 
-A member implements all that is abstract here in one file (solo.py, threads.py, mpi.py) and passes the contract
+An implementation defines all abstract methods in one file (solo.py, threads.py, mpi.py) and passes the contract
 (tests/support/programs/collectives.py). Errors of others come out as RankLost and CommTimeout.
 """
 
@@ -32,20 +32,20 @@ CountsDispls = Sequence[tuple[int, int]]  # where a rank's part begins and how l
 
 
 class Pending(Protocol):
-    """A collective that is under way."""
+    """A non-blocking collective in flight."""
 
     def Test(self) -> bool: ...
 
 
 class Over:
-    """One that has nothing to wait for."""
+    """A collective that has completed."""
 
     def Test(self) -> bool:
         return True
 
 
 class Control(Protocol):
-    """Small things. What is said here counts as `bytes_control`."""
+    """Control traffic; counted in `bytes_control`."""
 
     rank: int
     size: int
@@ -60,7 +60,7 @@ class Control(Protocol):
 
     @abstractmethod
     def ishare(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
-        """Begin a `share`; what it gives stands in the array once it is over."""
+        """Start a `share`; the array holds the result once it has completed."""
 
     @abstractmethod
     def gather(self, row: bytes) -> list[bytes]:
@@ -68,7 +68,7 @@ class Control(Protocol):
 
     @abstractmethod
     def broadcast_text(self, text: str, speaker: int) -> str:
-        """What rank `speaker` says, on every rank."""
+        """The text of rank `speaker`, on every rank."""
 
     @abstractmethod
     def wait(self, pending: Pending) -> None:
@@ -98,7 +98,7 @@ class Control(Protocol):
     # ------------------------------------------------------------ what follows
 
     def gather_number(self, value: float) -> np.ndarray:
-        """Every rank's number, in rank order, on every rank."""
+        """Every rank's number, in rank order, on every rank. Collective."""
         mine = np.zeros(self.size)
         mine[self.rank] = value
         return self.share(mine)
@@ -159,8 +159,8 @@ class Control(Protocol):
 
 
 class Transport(Protocol):
-    """Vectors: contiguous, of the dtypes that `summable` allows. Those on a GPU may be reduced, summed and broadcast,
-    and pass through page-locked memory of this communicator; the others are in host memory."""
+    """Collectives on contiguous vectors of the dtypes that `summable` allows. GPU vectors may be reduced, summed and
+    broadcast; they pass through page-locked memory of this communicator. All others are in host memory."""
 
     rank: int
     size: int
@@ -213,11 +213,11 @@ class Transport(Protocol):
 
     @abstractmethod
     def alltoall(self, send: torch.Tensor, sent: CountsDispls, recv: torch.Tensor, received: CountsDispls) -> Pending:
-        """Begin to send each rank its part of `send`, and to receive each rank's into `recv`."""
+        """Start to send each rank its part of `send` and to receive each rank's part into `recv`."""
 
     @abstractmethod
     def allgather(self, vector: torch.Tensor, parts: CountsDispls) -> Pending:
-        """Begin to send this rank's part of `vector` to all, and to receive theirs into it."""
+        """Start to send this rank's part of `vector` to all ranks and to receive theirs into it."""
 
     @abstractmethod
     def wait(self, pending: Pending) -> None:
@@ -225,7 +225,7 @@ class Transport(Protocol):
 
     @abstractmethod
     def progress(self) -> None:
-        """Let what is under way move on."""
+        """Give collectives in flight the chance to progress."""
 
     # ------------------------------------------------------------ memory that ranks of a node share
 
@@ -262,7 +262,7 @@ class Transport(Protocol):
 
 
 class Comm(Control, Transport, Protocol):
-    """The ranks of a run, as one of them sees the others."""
+    """The ranks of a run, seen from one of them."""
 
     oversubscribed: bool = False  # do more ranks run on these cores than there are? One that waits then sleeps soon
     sleeps_while_waiting: bool = False  # a duplicate does, so that core and interpreter are free for training
@@ -304,7 +304,7 @@ class Comm(Control, Transport, Protocol):
 
     @abstractmethod
     def finish(self) -> None:
-        """Everybody is here and no message is under way; the last call of a run."""
+        """Wait for all ranks, with no message in flight; the last call of a run. Collective."""
 
     @abstractmethod
     def abort(self, code: int) -> None:
