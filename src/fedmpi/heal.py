@@ -12,24 +12,26 @@ half that goes on as well, the job ends, and the newest checkpoint is what remai
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from fedmpi.assembly import Spec, begin, build_federation
+from fedmpi.assembly import Spec
 from fedmpi.comm import Comm
 from fedmpi.errors import FedmpiError, agreed, ranks_text
 from fedmpi.health import Health
-from fedmpi.keeper import restored
 from fedmpi.membership import Comms, Membership, OnFailure
 from fedmpi.mirror import AT, Commit, Mirror, buddies
-from fedmpi.moving import exchanged, heirs, packed, remaining, unpacked
+from fedmpi.moving import exchanged, heirs, packed, unpacked
 from fedmpi.opening import Opened
-from fedmpi.outcome import RoundOutcome
 from fedmpi.placement import adopted
+from fedmpi.rebuild import begun_again, leave_memory
 from fedmpi.rounds import Federation, State
 from fedmpi.state import StateTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,11 @@ class Regrouped:
 def agreed_mirror(mirrors: Sequence[Mirror], left: Comm) -> tuple[Mirror, Regrouped]:
     """The newest mirror that all ranks have a commit in, and the ranks that are left of its federation. A call of all
     of them. Raises FedmpiError where they may not go on."""
-    newest = max(mirror.generation for mirror in mirrors if mirror.commits)
-    generation = int(left.gather_number(newest).min())
-    found = [mirror for mirror in mirrors if mirror.generation == generation]
-    if left.gather_number(not found).any():
-        raise agreed(FedmpiError(f"no round is in the memory of all ranks that are left; {_AGAIN}"))
-    before = found[0].fed.comm
+    mirror = _newest_of_all({mirror.generation: mirror for mirror in mirrors if mirror.commits}, left)
+    before = mirror.fed.comm
     old_ranks = [int(rank) for rank in left.gather_number(before.rank)]
     _require_quorum(before.hosts, old_ranks)
-    return found[0], Regrouped(left, before, old_ranks)
+    return mirror, Regrouped(left, before, old_ranks)
 
 
 def _require_quorum(hosts: Sequence[str], left: Sequence[int]) -> None:
@@ -92,13 +90,15 @@ themselves, so these end; start again from the checkpoint
 
 def newest_common(mirror: Mirror, group: Regrouped) -> Commit:
     """The newest commit that every rank has. A call of all ranks."""
-    newest = mirror.commits[-1].round if mirror.commits else -1
-    round = int(group.comm.gather_number(newest).min())
-    found = [commit for commit in mirror.commits if commit.round == round]
-    lacks = group.comm.gather_number(not found)
-    if lacks.any():
+    return _newest_of_all({commit.round: commit for commit in mirror.commits}, group.comm)
+
+
+def _newest_of_all(numbered: Mapping[int, T], comm: Comm) -> T:
+    """The one with the highest number that every rank has. A call of all ranks."""
+    number = int(comm.gather_number(max(numbered, default=-1)).min())
+    if comm.gather_number(number not in numbered).any():
         raise agreed(FedmpiError(f"no round is in the memory of all ranks that are left; {_AGAIN}"))
-    return found[-1]
+    return numbered[number]
 
 
 _AGAIN = "start again from the checkpoint"
@@ -125,19 +125,9 @@ def healed(
 ) -> tuple[Federation, State]:
     """The federation of these members on the ranks that are left, with the state of the commit; the one before is
     spent. A call of all ranks."""
-    fed, members = mirror.fed, opened.members
-    before = fed.membership
-    fed.model.thaw()
-    fed.model.load_personal({})
-    fed.model.leave()  # the memory of the ranks before
-    whole, of_silos = _handed_on(commit, fed, group, members)
-    built = build_federation(spec, opened, Comms.of(group.comm), fed.silos)
-    new, state = built.federation, commit.state
-    new.timer = fed.timer
-    outcome = None if state.record is None else RoundOutcome.from_record(new.ids, state.record)
-    begun = replace(begin(new), round=state.round, outcome=outcome, record=state.record, written=-1)
-    stays = remaining(of_silos, before, heirs(before, members))
-    return new, restored(begun, new, health, whole, stays, before)
+    whole, of_silos = _handed_on(commit, mirror.fed, group, opened.members)
+    leave_memory(mirror.fed)
+    return begun_again(spec, mirror.fed, Comms.of(group.comm), commit.state, health, opened, whole, of_silos)
 
 
 def _handed_on(

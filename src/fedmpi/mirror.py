@@ -56,21 +56,22 @@ class Mirror:
     def keep(self, state: State, health: Health) -> None:
         """Keep a commit. Raises RankLost where that was not done everywhere; what is kept by then is whole."""
         comm = self.fed.comm
-        found = list(holders(state, self.fed, health).state())
-        self._measure(found)
+        kept = list(holders(state, self.fed, health).state())
+        self._measure(kept)
+        alone = [self._is_mine(one) for one in kept]
         spare = self.commits[0] if len(self.commits) > 1 else None
         memory = {(t.key, t.silo): t.tensor for t in (*spare.whole, *spare.mine)} if spare is not None else {}
-        copies = [one._replace(tensor=_copied(one.tensor, memory.get((one.key, one.silo)))) for one in found]
-        mine = [one for one in copies if self._is_mine(one)]
-        whole = [one for one in copies if not self._is_mine(one)]
-        told = [self._told(one) for one in mine]
-        outgoing = [torch.empty(0, dtype=torch.uint8) for _ in range(comm.size)]
-        for buddy in buddies(comm.rank, comm.size):
-            outgoing[buddy] = packed([one for one in told if self._outlives(one)])
+        told = [self._told(one) if is_mine else one for one, is_mine in zip(kept, alone, strict=True)]
+        copies = [one._replace(tensor=_copied(one.tensor, memory.get((one.key, one.silo)))) for one in told]
+        mine = [one for one, is_mine in zip(copies, alone, strict=True) if is_mine]
+        whole = [one for one, is_mine in zip(copies, alone, strict=True) if not is_mine]
+        to_buddies = packed([one for one in mine if self._outlives(one)])
+        mates, nothing = buddies(comm.rank, comm.size), torch.empty(0, dtype=torch.uint8)
+        outgoing = [to_buddies if rank in mates else nothing for rank in range(comm.size)]
         arrived = exchanged(outgoing, comm)
         others = {rank: unpacked(arrived[rank]) for rank in range(comm.size) if comm.rank in buddies(rank, comm.size)}
         bare = replace(state, params_Q=torch.empty(0), optimizer=None, average_P=None, written=-1)
-        self.commits = [*self.commits[-1:], Commit(bare, whole, told, others)]
+        self.commits = [*self.commits[-1:], Commit(bare, whole, mine, others)]
         comm.share(np.zeros(1))
 
     def _measure(self, found: Sequence[StateTensor]) -> None:

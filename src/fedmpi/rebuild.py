@@ -9,13 +9,14 @@ It ends with the bits of a run that is resumed with these members from a checkpo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedmpi.assembly import Spec, begin, build_federation, open_members
 from fedmpi.errors import ConfigError
 from fedmpi.health import Health
 from fedmpi.keeper import holders, restored
-from fedmpi.membership import Membership
+from fedmpi.membership import Comms, Membership
 from fedmpi.moving import heirs, moved, remaining
 from fedmpi.opening import Opened
 from fedmpi.outcome import RoundOutcome
@@ -43,16 +44,37 @@ def rebuilt(spec: Spec, fed: Federation, state: State, health: Health, opened: O
     of_silos = moved(stays, members, heir_of, comm)
 
     fed.exchange.leave()
+    leave_memory(fed)
+    fed.comms.world.free_parts()
+    return begun_again(spec, fed, fed.comms, state, health, opened, whole, of_silos)
+
+
+def leave_memory(fed: Federation) -> None:
+    """The model, as it is between two rounds, gets memory of its own: that of the exchange goes with the federation."""
     fed.model.thaw()
     fed.model.load_personal({})  # a silo that is new begins with what the model began with
     fed.model.leave()
-    fed.comms.world.free_parts()
-    built = build_federation(spec, opened, fed.comms, fed.silos)
-    new = built.federation
+
+
+def begun_again(
+    spec: Spec,
+    fed: Federation,
+    comms: Comms,
+    state: State,
+    health: Health,
+    opened: Opened,
+    whole: Sequence[StateTensor],
+    of_silos: Sequence[StateTensor],
+) -> tuple[Federation, State]:
+    """The opened members' federation in place of `fed`, which is spent, with the state that was gathered: `whole` is
+    rank 0's, `of_silos` what is kept of the silos that this rank has now. A call of all ranks."""
+    before = fed.membership
+    new = build_federation(spec, opened, comms, fed.silos).federation
     new.timer = fed.timer
     outcome = None if state.record is None else RoundOutcome.from_record(new.ids, state.record)
     begun = replace(begin(new), round=state.round, outcome=outcome, record=state.record, written=state.written)
-    return new, restored(begun, new, health, whole, remaining(of_silos, before, heir_of), before)
+    stays = remaining(of_silos, before, heirs(before, opened.members))
+    return new, restored(begun, new, health, whole, stays, before)
 
 
 def _between_crossings(fed: Federation, state: State) -> None:

@@ -136,8 +136,7 @@ class Supervisor:
             say(f"fedmpi run: {text}", error=True)
         row = {"time": round(time.time(), 3), "event": event, "start": self._starts, "epoch": self._epoch}
         row |= {"round": self._progress.commit, **more, "text": text}
-        with contextlib.suppress(OSError), open(self.root / EVENTS, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        disk.append_line(self.root / EVENTS, json.dumps(row))
 
     # ------------------------------------------------------------ the whole
 
