@@ -94,7 +94,7 @@ class Choosing:
 @pytest.mark.parametrize(
     ("gives", "why"),
     [
-        ("no state", r"is to return a cohort and its new state \(a dict of arrays\), and gave \['s0', 's1', 's2'\]"),
+        ("no state", r"must return a cohort and its new state \(a dict of arrays\), and returned \['s0', 's1', 's2'\]"),
         (["s0", "nobody"], r"chose \['s0', 'nobody'\]: 'nobody' is no silo"),
         (["s0", "s0"], r"chose \['s0', 's0'\]: a silo twice"),
         (["s1", "s0"], r"chose \['s1', 's0'\]: a silo twice, or not in the federation's order"),

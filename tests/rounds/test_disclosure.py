@@ -251,7 +251,7 @@ def test_what_reads_figures_of_single_silos_is_refused_with_the_reason(values, w
 
 def test_a_metric_that_is_no_sum_is_refused(tmp_path):
     how = {"data": {"task": "regression"}, "model": {"name": "mlp", "hidden": [3]}, "objective": {"metrics": "r2"}}
-    with pytest.raises(ConfigError, match=r"^objective.metrics: r2 of all silos is made from rows of each"):
+    with pytest.raises(ConfigError, match=r"^objective.metrics: r2 needs the rows of each silo"):
         fedmpi.Run(config(tmp_path, 1, disclose="pooled", **how), comm=SoloComm())
 
 

@@ -1,17 +1,17 @@
-"""One federated round, the same lines on every rank in the same order.
+"""One federated round. Every rank runs the same lines in the same order.
 
-    cohort        selected by every rank alike: no message, or one small collective for fresh losses of candidates
-    contributions local training of my silos in the cohort, folded as they come
+    cohort        every rank selects the same silos: no message, or one small collective for the candidates' losses
+    contributions this rank's silos of the cohort train; each contribution is added to the rank's sum at once
     ready         one small collective: who is ready, who stopped or failed, losses, weights
     exchange      the vectors, and the server's step
-    agree         one small collective: evaluation, timings, bytes: the record; the round commits here
+    agree         one small collective: evaluation, timings, bytes; gives the record, and commits the round
 
-A round is a transaction: an engine prepares it, up to `ready`, and nothing changes before it is committed (engine.py).
-Whoever leaves it early, because of a signal or because a silo raised, says so in `ready`, which every rank enters; then
-all leave, and the state is still that of the last round. Nothing is under `if rank`.
+A round is a transaction: an engine prepares it up to `ready`, and nothing changes until it is committed (engine.py). A
+rank that leaves early, because of a signal or an exception, says so in `ready`. Every rank enters `ready`, so all leave
+together, with the state of the last round. No collective stands under `if rank`.
 
-With `exchange.overlap` the parameters that come out of a round, and that it evaluates, are those of the round before:
-the exchange that it has begun goes on behind the next one's training (exchange/overlap.py).
+With `exchange.overlap` a round returns and evaluates the parameters of the round before: its own exchange runs during
+the next round's training (exchange/overlap.py).
 """
 
 from fedmpi.components import Family

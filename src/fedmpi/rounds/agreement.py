@@ -1,4 +1,4 @@
-"""How ranks agree that a round goes on: everybody does, or everybody raises the same."""
+"""Agreement on a round: all ranks go on, or all raise the same error."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from fedmpi.rounds.federation import Federation
 from fedmpi.stopping import FAILED, STOP
 from fedmpi.transforms import CHECKS
 
-REFUSED = FAILED + 1  # of a rank whose selector chose no cohort
-WITHIN = 2e-7  # how far the ring may be from the exact mean, for deltas of 1
+REFUSED = FAILED + 1  # status of a rank whose selector chose no cohort
+WITHIN = 2e-7  # largest rounding error of the ring's mean, for deltas of norm 1
 
 
 def agree_ready(
     fed: Federation, outcome: RoundOutcome, policy: Policy, error: FedmpiError | None, near: float = 1.0
 ) -> None:
-    """Everybody goes on, or everybody raises the same. Where no rank failed or is to stop, the policy decides."""
+    """Return on every rank, or raise the same error on every rank. If no rank failed or stops, the policy decides.
+    Collective. `near` is the factor of `exchange.weights.nearness`.
+
+    Raises SiloError or ConfigError (a rank failed), Stopped, NoCohort, Diverged (the policy objects), or ExchangeError
+    (ranks prepared different exchanges, or the integer ring is too coarse for this round's weights).
+    """
     number, cohort = outcome.round, outcome.cohort
     status = fed.ready.rank("status")
     if (status == REFUSED).all():
@@ -49,12 +54,12 @@ def agree_ready(
         _has_room(fed, outcome, near)
     try:
         fed.aggregator.suits(outcome.num_taken)
-    except ConfigError as few:  # it is what the round has brought, not the configuration
+    except ConfigError as few:  # the round brought too few updates; the configuration is fine
         raise agreed(NoCohort(f"round {number}: {few}")) from None
 
 
 def _why_rejected(fed: Federation) -> str:
-    """Whose updates, by what, and what may help."""
+    """Text for an error: which updates were rejected, by which transform, and what may help."""
     by = fed.rejected_by
     if others := sorted(set(by.values()) - {CHECKS}):
         return f" ({', '.join(f'{silo} by {name}' for silo, name in list(by.items())[:8])}); see updates: {others[0]}"
@@ -66,13 +71,13 @@ def _why_rejected(fed: Federation) -> str:
 
 
 def _beyond(fed: Federation) -> str:
-    """What else updates are rejected for: that a codec does not hold them."""
+    """Text for an error: the largest value that the codec can encode, if it has a limit."""
     largest = fed.exchange.section.largest
     return "" if largest == math.inf else f" or a value beyond the {largest:.5g} that a codec holds"
 
 
 def _has_room(fed: Federation, outcome: RoundOutcome, near: float) -> None:
-    """ExchangeError where those that were heard weigh so little of the cohort that the ring's units would show."""
+    """Raise ExchangeError if the accepted updates weigh so little that the ring's rounding would show in the mean."""
     share = float(heard(fed.ready).sent.sum()) / fed.exchange.facts.total_weight * near
     if share < outcome.num_taken**0.5 / UNIT / WITHIN:
         known = outcome.names(outcome.taken_K)[:8] if outcome.rejected_K is not None else [str(outcome.num_taken)]
@@ -87,15 +92,16 @@ def _has_room(fed: Federation, outcome: RoundOutcome, near: float) -> None:
 
 
 def as_error(raised: BaseException, where: str) -> FedmpiError:
-    """What went wrong on this rank, for all: one line where it says itself what is wrong, else the traceback."""
+    """An exception as an error that all ranks can raise: one line for a FedmpiError, the traceback for anything else.
+    `where` names rank, silo and round."""
     if isinstance(raised, FedmpiError):
         return (ConfigError if isinstance(raised, ConfigError) else SiloError)(f"{where}: {raised}")
     return SiloError(f"{where}:\n{traceback.format_exc()}")
 
 
 def raise_failure(fed: Federation, status: np.ndarray, error: FedmpiError | None) -> None:
-    """SiloError (or ConfigError) on every rank, with what the first rank that raised has to say. A rank that only left
-    because of a notice has nothing to say."""
+    """Raise the error of the first rank that failed on every rank, as SiloError or ConfigError. Return if none failed.
+    Collective. A rank that left because of another's notice passes `error` None."""
     if (status < FAILED).all():
         return
     told = fed.comm.gather_number(0 if error is None else error.exit_code)
@@ -106,14 +112,15 @@ def raise_failure(fed: Federation, status: np.ndarray, error: FedmpiError | None
 
 
 def _difference(fed: Federation, cohort: Sequence[str], others: list[int]) -> str:
-    """What rank 0 and the first of the others are about to exchange."""
+    """Text for an error: how the exchange of the first of `others` differs from rank 0's. Collective."""
     mine = json.dumps(fed.exchange.declared(cohort))
     here, there = (json.loads(fed.comm.broadcast_text(mine, rank)) for rank in (0, others[0]))
     names = [name for name in here if here[name] != there[name]]
     texts = [f"{name} is {str(here[name])[:80]} there and {str(there[name])[:80]} here" for name in names]
-    return f"what is to be exchanged differs, rank 0 (there) against {ranks_text(others)} (here): {'; '.join(texts)}"
+    return f"the exchange differs between ranks, rank 0 (there) against {ranks_text(others)} (here): {'; '.join(texts)}"
 
 
 def stop_reason(fed: Federation, status: np.ndarray) -> str:
+    """Why the first rank that was asked to stop stops, with its number. Collective."""
     first = int(np.argmax(fed.comm.gather_number(bool(fed.watch.reason))))
     return f"{fed.comm.broadcast_text(fed.watch.reason, first)} (rank {first})"

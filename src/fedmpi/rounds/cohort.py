@@ -1,4 +1,4 @@
-"""Which silos a round trains: the selector's answer, after a small collective where it asks for losses."""
+"""Selection of a round's cohort, with a small collective if the selector asks for the candidates' losses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 
 
 def select_cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[str], FedmpiError | None]:
-    """The round's cohort, with the silos whose loss is not finite; or why there is none: what a selector says no to on
-    this rank, `ready` tells all."""
+    """The round's selection, the candidates whose loss is not finite, and None. If the selector raises on this rank: an
+    empty selection, an empty set and the error, which `ready` then tells all ranks. Errors that all ranks raise pass
+    through."""
     try:
         return *_cohort(state, fed, number), None
     except FedmpiError as error:
@@ -33,10 +34,10 @@ def select_cohort(state: State, fed: Federation, number: int) -> tuple[Selection
 
 
 def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[str]]:
-    """The round's cohort; where its selector wants to know losses of the global parameters, after a small collective,
-    and with the silos whose loss is not finite.
+    """The round's selection and the candidates whose loss is not finite.
 
-    Whoever stops or fails while it evaluates says so in that collective, which every rank enters.
+    If the selector names candidates, their losses of the global parameters are shared in one small collective. A rank
+    that stops or fails while it evaluates says so there; every rank enters it.
     """
     selector, draw = fed.selector, rng.generator(fed.seed, purpose="select", round=number)
     own = selector.observe(fed.ids, state.selector, state.outcome)
@@ -55,10 +56,10 @@ def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[
 
 
 def _chosen(found: Any, fed: Federation, number: int) -> Selection:
-    """What a selector gave, if it is a cohort and a state."""
+    """Check a selector's result: silos of the federation, each once, in its order, and a state. Raises NoCohort."""
     who = f"round {number}: the selector {type(fed.selector).__name__}"
     if not isinstance(found, tuple) or len(found) < 2 or not isinstance(found[1], Mapping):
-        raise NoCohort(f"{who} is to return a cohort and its new state (a dict of arrays), and gave {found!r:.80}")
+        raise NoCohort(f"{who} must return a cohort and its new state (a dict of arrays), and returned {found!r:.80}")
     cohort = [found[0]] if isinstance(found[0], str) else list(found[0])
     chosen = set(cohort)
     if cohort != [silo for silo in fed.ids if silo in chosen]:
@@ -71,7 +72,7 @@ def _chosen(found: Any, fed: Federation, number: int) -> Selection:
 def _probe(
     state: State, fed: Federation, number: int, candidates: Sequence[str]
 ) -> tuple[StatusTable, FedmpiError | None]:
-    """Losses of the global parameters on the training samples of the candidates: mine, then everybody's."""
+    """Losses of the global parameters on the candidates' training samples, from all ranks; and this rank's error."""
     probe = StatusTable(fed.comm.size, PROBE_RANK, len(fed.ids), PROBE_SILO)
     error: FedmpiError | None = None
     status, name = 0, ""
@@ -79,7 +80,7 @@ def _probe(
         fed.watch.check()
         fed.model.load(fed.layout.params(state.params_Q))
         for name in (silo for silo in candidates if silo in fed.silos):
-            if fed.model.touched:  # by a module that counts in evaluation too
+            if fed.model.touched:  # the module changes its own buffers even in evaluation
                 fed.model.load(fed.layout.params(state.params_Q))
             silo, num = fed.silos[name], fed.selector.samples
             x, y = silo.data.x_train, silo.data.y_train
@@ -99,14 +100,14 @@ def _probe(
 
 
 def start_loss(fed: Federation, number: int, silo: LocalSilo, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Of what the model shares by now, with the silo's own rest."""
+    """Mean loss on `x`, `y` of the parameters now loaded in the model, with the silo's personal layers."""
     rng.set_all(rng.key(fed.seed, purpose="loss", round=number, silo=silo.id))
     fed.model.load_personal(silo.kept)
     return fed.objective.mean_loss(fed.model.module, x, y, fed.evaluate_batch, fed.model.device, fed.watch.check)
 
 
 def share_of_all(fed: Federation, cohort: Sequence[str], factors: Sequence[float] | None) -> float:
-    """The share of all weight that the cohort stands for, its selector's factors counted."""
+    """Weight of the cohort, times the selector's factors, as a share of the weight of all silos; 1 for all silos."""
     if len(cohort) == len(fed.ids) and factors is None:
         return 1.0
     weights = fed.weights_K[[fed.index[silo] for silo in cohort]]

@@ -1,12 +1,12 @@
-"""Which figures of single silos leave their rank, and what leaves it in their place.
+"""`disclose`: which figures of single silos leave their rank, and which sums replace them.
 
-    silo     all of them: every rank knows every silo's loss, norm and test figures
-    cohort   which silos took part and whose update was rejected; of all else sums
-    pooled   sums alone, and who was drawn, which no message tells
+    silo     every rank knows every silo's loss, norm and test figures
+    cohort   every rank knows the cohort and whose updates were rejected; everything else is summed
+    pooled   only sums; the cohort is still known, because every rank draws it
 
-The figures of all silos are then the same up to rounding. A sum is over the silos of all ranks; MPI adds it up on its
-way, so that of a rank with one silo somebody who reads the network learns that silo's. Numbers of training samples are
-known to all under each: placement and weights rest on them.
+Pooled figures are the same at every level, up to rounding. MPI adds the sums up on the way, so who reads the network
+learns the figures of a rank that hosts one silo. Every rank always knows the silos' numbers of training samples:
+placement and weights need them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedmpi.records.table import Column, Pooling
 
 Disclose = Literal["silo", "cohort", "pooled"]
 
-# What components may say that they read of single silos, and what each level has of it.
+# What each level discloses of single silos. Components name what they read in `reads`.
 SHOWN: dict[Disclose, frozenset[str]] = {"cohort": frozenset({"taken"}), "pooled": frozenset()}
 READY_SUMS = (
     *("taken", "rejected", "targets", "loss", "not_finite", "norm", "samples", "steps", "weight", "sent"),
@@ -31,7 +31,8 @@ READY_SUMS = (
 
 
 def refuse_hidden(disclose: Disclose, readers: Sequence[tuple[str, Any]]) -> None:
-    """ValueError where a component, given with its key, reads of single silos what does not leave their rank."""
+    """Raise ValueError if a component reads per-silo figures that `disclose` hides. `readers` are (configuration key,
+    component) pairs."""
     if disclose == "silo":
         return
     for key, component in readers:
@@ -48,7 +49,7 @@ def refuse_hidden(disclose: Disclose, readers: Sequence[tuple[str, Any]]) -> Non
 
 
 def ready_pooling(disclose: Disclose) -> Pooling | None:
-    """What of training leaves a rank."""
+    """The training columns that are disclosed and the sums of the rest; None if all columns are disclosed."""
     shown = {"cohort": ("taken", "rejected"), "pooled": ()}
     return None if disclose == "silo" else Pooling(shown[disclose], READY_SUMS, _add_up)
 
@@ -76,18 +77,17 @@ def _add_up(column: Column) -> dict[str, float]:
 
 
 class Heard(NamedTuple):
-    """What is known of the silos whose updates were taken: arrays [S], or [1] with sums and means where rows are
-    pooled."""
+    """Figures of the silos whose updates were accepted: arrays [S], or arrays [1] of sums and means if pooled."""
 
     weights: np.ndarray
     sent: np.ndarray
-    normalizers: np.ndarray  # pooled: their mean by weight
+    normalizers: np.ndarray  # pooled: mean weighted by `weights`
     start_losses: np.ndarray  # pooled: nan
-    norms: np.ndarray  # pooled: the root of the mean square by what was sent
+    norms: np.ndarray  # pooled: root mean square weighted by `sent`
 
 
 def heard(ready: StatusTable) -> Heard:
-    """Of the round that `ready` tells of."""
+    """Figures of the accepted updates of the round in `ready`."""
     if not ready.pools:
         taken = ready.silo("taken") > 0
         return Heard(*(ready.silo(name)[taken] for name in ("weight", "sent", "normalizer", "start_loss", "norm")))
@@ -98,12 +98,12 @@ def heard(ready: StatusTable) -> Heard:
 
 
 def refuse_metrics(disclose: Disclose, scorers: Sequence[Any]) -> None:
-    """ConfigError for a metric whose figure of all silos is no sum."""
+    """Raise ConfigError for a metric that sums over silos cannot give, unless `disclose` is silo."""
     if disclose == "silo":
         return
     for scorer in scorers:
         if not scorer.adds_up:
             raise ConfigError(
-                f"objective.metrics: {scorer.name} of all silos is made from rows of each, and disclose: {disclose} "
+                f"objective.metrics: {scorer.name} needs the rows of each silo, and disclose: {disclose} "
                 "lets only sums leave a rank; take another metric, or disclose: silo"
             )

@@ -1,11 +1,10 @@
-"""What an engine is: how rounds follow one another, and who decides that one may go on.
+"""Protocols of the engine, which runs rounds, and of the policy, which decides whether a round may go on.
 
-    prepared = engine.step(state, federation)   silos have trained and all ranks agree; nothing has changed yet
-    prepared.outcome                            what training has come to
+    prepared = engine.step(state, federation)   silos train and all ranks agree; nothing changes yet
+    prepared.outcome                            the result of training
     state = prepared.commit(written)            the exchange, the server's step, evaluation
 
-A prepared round that is not committed is dropped by forgetting it: the state that it was made from is whole, and so are
-the silos. No engine writes anything to disk.
+To drop a prepared round, do not commit it: its state and its silos are unchanged. No engine writes to disk.
 """
 
 from __future__ import annotations
@@ -23,41 +22,41 @@ class PreparedRound(Protocol):
 
     @property
     def outcome(self) -> RoundOutcome:
-        """What training has come to, the same on every rank."""
+        """The result of training, equal on every rank."""
         ...
 
     def commit(self, written: int = -1) -> State:
-        """The state after the round. A call of all ranks, once; the state that the round was made from is spent, even
-        where this raises. `written`: the newest round whose checkpoint this rank has on disk, for all to know."""
+        """The state after the round. Collective, called once. It overwrites the state that the round started from, even
+        if it raises. `written` is the newest round whose checkpoint this rank has on disk; all ranks learn it."""
         ...
 
 
 class Engine(Protocol):
-    """How rounds follow one another."""
+    """Runs rounds, one after another."""
 
     def step(self, state: State, federation: Federation) -> PreparedRound:
-        """The round after this state, up to where it would change anything. A call of all ranks. Raises alike on every
-        one: Stopped, Diverged, NoCohort or SiloError; the state is whole all the same."""
+        """The next round, prepared: silos have trained and nothing has changed. Collective. Raises the same error on
+        every rank, Stopped, Diverged, NoCohort or SiloError, and leaves the state unchanged."""
         ...
 
 
 class Policy:
-    """Who decides that a round may go on with the silos that were heard. A rank that failed or was asked to stop ends
-    the round under every policy. Members say `objection`, and what they read."""
+    """Decides whether a round may go on with the updates that arrived. A rank that failed or was asked to stop ends the
+    round under every policy. Members define `objection` and `reads`."""
 
-    reads: ClassVar[frozenset[str] | None] = None  # arrays of the outcome, as a selector has them; None: not said
+    reads: ClassVar[frozenset[str] | None] = None  # per-silo figures that it reads, as for a selector; None: unknown
 
     @abstractmethod
     def objection(self, outcome: RoundOutcome) -> str:
-        """Why those that were heard are not enough, or nothing. Every rank asks, and all know the same."""
+        """Why the round may not go on; empty if it may. Every rank asks with the same outcome."""
         ...
 
 
 @component
 class Everybody(Policy):
-    """Every rank is waited for; a round goes on with all updates that are usable, one at least."""
+    """Waits for every rank. A round goes on if at least one update is usable, with all that are."""
 
-    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def objection(self, outcome: RoundOutcome) -> str:
         return "" if outcome.num_taken else "every update was rejected"

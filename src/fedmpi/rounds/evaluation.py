@@ -1,4 +1,4 @@
-"""Evaluation of the new parameters, and of the silos' own models, on this rank's silos."""
+"""Evaluation of the new parameters, and of personal models, on this rank's silos."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fedmpi.stopping import FAILED
 
 
 def evaluate(fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiError | None:
-    """Evaluate the new parameters on my silos' test data, if it is due, and the silos' own models where they have any;
-    what happened is in `done`."""
+    """Evaluate the new parameters, and any personal models, on the test data of this rank's silos, if it is due.
+    Results go to `fed.done`. Returns this rank's error, or None."""
     fed.done.clear()
     error: FedmpiError | None = None
     name = ""
@@ -25,9 +25,9 @@ def evaluate(fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiErro
             fed.model.load(params_P)
             tallies: dict[str, Tally] = {}
             for name, silo in fed.silos.items():
-                if fed.model.touched:  # by a module that counts in evaluation too
+                if fed.model.touched:  # the module changes its own buffers even in evaluation
                     fed.model.load(params_P)
-                # Between batches news is passed on, so that a stop is agreed in time; the round still commits.
+                # `look` passes a stop on between batches, so that all ranks learn of it soon; the round still commits.
                 rng.set_all(evaluation_key(fed.seed, number, name))
                 tallies[name] = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
                 fed.scores.enter(fed.done, fed.index[name], tallies[name])
@@ -48,13 +48,13 @@ def evaluate(fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiErro
 def _evaluate_personal(
     fed: Federation, number: int, silo: LocalSilo, params_P: torch.Tensor, tally: Tally
 ) -> Tally | None:
-    """What the model came to that the silo would use for itself; None where that is the global one. `tally` is of the
-    parameters with the silo's layers."""
+    """Results of the silo's personal model; None if it has none. `tally` holds the results of the global parameters
+    with the silo's personal layers."""
     if not len(silo.data.x_test):
         return None
     look = fed.watch.look
 
-    def check() -> None:  # a stop is passed on, and waits for the round
+    def check() -> None:  # passes a stop on without leaving the round
         look()
 
     found = own_model(fed.rule, fed.model, silo, params_P, fed.tuning(silo, number, check))

@@ -1,4 +1,4 @@
-"""What a round changes, and what stays the same from round to round."""
+"""State, which a round changes, and Federation, which stays the same from round to round."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "wr
 
 @dataclass(frozen=True)
 class State:
-    """What a round changes."""
+    """The state of training between two rounds."""
 
     round: int  # rounds done
-    # The global shared parameters [P], on the rank's device; with overlap, the newest to arrive. And behind them the
+    # The global shared parameters [P] on the rank's device (with overlap, the newest that arrived), followed by the
     # local rule's auxiliary vectors, each [P].
     params_Q: torch.Tensor
     optimizer: Any  # the server optimizer's state
     selector: dict[str, np.ndarray]
     outcome: RoundOutcome | None = None  # of the last round
     record: Record | None = None  # its log line
-    average_P: torch.Tensor | None = None  # of the parameters over rounds, alike on every rank, if one is kept
+    average_P: torch.Tensor | None = None  # average of the parameters over rounds, equal on every rank; None: not kept
     updates: Mapping[str, np.ndarray] = field(default_factory=dict)  # the state of `Federation.updates`
     written: int = -1  # newest round whose checkpoint files are safe on every rank
 
 
 @dataclass
 class Federation:
-    """What stays the same from round to round: the silos, the rules and this rank's part."""
+    """The fixed part of a run: silos, rules and this rank's share of them."""
 
     membership: Membership
     comms: Comms
-    facts_KF: np.ndarray  # of each silo's data, by which they are known (opening.py)
-    silos: dict[str, LocalSilo]  # those that this rank hosts
+    facts_KF: np.ndarray  # sizes and checksums of each silo's data, which identify them (opening.py)
+    silos: dict[str, LocalSilo]  # the silos that this rank hosts
     watch: Watch
     model: FlatModel
     objective: LossAndMetrics
@@ -70,22 +70,22 @@ class Federation:
     rounds: int
     evaluate_every: int
     evaluate_batch: int
-    average: Average | None = None  # what is evaluated; None: the parameters themselves
-    measurements: Sequence[Measurement] = ()  # of each round, for its record
+    average: Average | None = None  # how parameters are averaged for evaluation; None: evaluated as they are
+    measurements: Sequence[Measurement] = ()  # extra figures for each round's record
     disclose: Disclose = "silo"  # which figures of single silos leave their rank
-    updates: Updates = field(default_factory=Updates)  # what happens to updates before they are exchanged
-    finetune: LocalRule | None = None  # for personal figures after the last round
-    experiment: str = ""  # what records say of a run that is one
+    updates: Updates = field(default_factory=Updates)  # transforms of updates before the exchange
+    finetune: LocalRule | None = None  # fine-tunes a personal model per silo after the last round
+    experiment: str = ""  # label in the records of an experiment
     timer: Timer = field(default_factory=Timer)
 
     def __post_init__(self) -> None:
         self.ids = self.membership.ids  # all silos, in the federation's order
         self.num_train = [int(n) for n in self.facts_KF[:, 0]]  # training samples of each
-        self.comm: Comm = self.comms.control  # what all ranks agree over
+        self.comm: Comm = self.comms.control  # connects all ranks
         self.index = {silo: i for i, silo in enumerate(self.ids)}
         self.layout = self.exchange.layout  # of `State.params_Q` and of contributions
         rows = zip(self.ids, self.num_train, strict=True)
-        self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # what each stands for
+        self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # base weights
         of_silo = (*READY_SILO, *self.updates.told)
         shown = ready_pooling(self.disclose)
         self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), of_silo, pooling=shown)
@@ -98,25 +98,25 @@ class Federation:
 
     @property
     def facts(self) -> dict[str, np.ndarray]:
-        """What each silo's data are known by."""
+        """By silo, the figures that identify its data, [F]."""
         return dict(zip(self.ids, self.facts_KF, strict=True))
 
     @property
     def rejected_by(self) -> dict[str, str]:
-        """The transform that said no to an update of this round, by silo; nothing where that is not disclosed."""
+        """By silo, the transform that rejected its update of this round; empty if `disclose` hides it."""
         if self.disclose == "pooled":
             return {}
         numbers = zip(self.ids, self.ready.silo("rejected").tolist(), strict=True)
         return {silo: self.updates.names[int(number) - 1] for silo, number in numbers if number}
 
     def criterion(self, silo: LocalSilo) -> Criterion:
-        """The training loss for a silo's targets, at which it looks once."""
+        """The training loss of a silo, made from its training targets at the first call."""
         if silo.id not in self._criteria:
             self._criteria[silo.id] = self.objective.criterion(silo.data.y_train)
         return self._criteria[silo.id]
 
     def tuning(self, silo: LocalSilo, number: int, check: Callable[[], None] = lambda: None) -> Tuning | None:
-        """How the silo trains the model on for itself after the last round, if it is to."""
+        """How to fine-tune the model for a silo after the last round; None if that is not due."""
         if self.finetune is None or number < self.rounds:
             return None
         criterion = self.criterion(silo)

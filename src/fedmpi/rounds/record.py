@@ -1,4 +1,4 @@
-"""What a round came to, and the record that is made of it, from figures that every rank has."""
+"""The outcome of a round and its record, from figures that every rank has."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedmpi.transforms import CHECKS
 
 
 def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossless: Collection[str]) -> RoundOutcome:
-    """What training has come to, before any vector travels. The `lossless` are silos whose loss was not finite before
-    they trained; those with none afterwards are left out of the mean and join them."""
+    """The outcome of training, before any vector is sent. `lossless` names the silos whose loss was not finite before
+    training. A silo whose loss is not finite afterwards is left out of the mean loss and listed with them."""
     ready = fed.ready
     cohort_K = members(fed.ids, cohort)
     if ready.pools:
@@ -38,7 +38,7 @@ def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossle
         ids=fed.ids,
         cohort_K=cohort_K,
         rejected_K=rejected > 0,
-        loss_K=told("loss", taken_K & finite & (targets > 0)),  # where no target counts there is no loss
+        loss_K=told("loss", taken_K & finite & (targets > 0)),  # no targets, no loss
         norm_K=told("norm"),
         samples_K=told("samples"),
         steps_K=told("steps"),
@@ -51,7 +51,7 @@ def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossle
 
 
 def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> RoundOutcome:
-    """The outcome where of training only sums have left a rank."""
+    """The outcome if only sums of the training figures left their ranks."""
     ready = fed.ready
     blank_K = np.full(len(fed.ids), np.nan)
     targets, taken = ready.sum("targets"), ready.sum("taken")
@@ -72,7 +72,7 @@ def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> Round
 
 
 def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, Record]:
-    """The outcome with test figures, and what the round says of itself."""
+    """The outcome with test figures added, and the round's record."""
     done = fed.done
     scored, figures = fed.scores.figures(done, fed.ids)
     own: dict[str, dict[str, Any]] = {}
@@ -114,14 +114,14 @@ def _rows(
     scored: Mapping[str, Mapping[str, Any]],
     own: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """What a record says of each silo."""
+    """The record's row of each silo."""
     ranks = fed.membership.ranks
     rows: dict[str, dict[str, Any]] = {
         silo: {"rank": rank, "num_train": num} for silo, rank, num in zip(fed.ids, ranks, fed.num_train, strict=True)
     }
     if fed.disclose != "silo":
         return rows
-    # Ten thousand silos: no numpy per number.
+    # Lists: indexing numpy arrays one element at a time is slow for ten thousand silos.
     taken, losses, norms, samples, steps = (
         getattr(outcome, name).tolist() for name in ("taken_K", "loss_K", "norm_K", "samples_K", "steps_K")
     )

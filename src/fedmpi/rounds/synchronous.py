@@ -1,4 +1,4 @@
-"""The round that waits for every silo of its cohort."""
+"""The synchronous engine: each round waits for every silo of its cohort."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from fedmpi.server import Server
 
 @component
 class Synchronous:
-    """Round after round: the cohort trains, its updates become one, the server steps (McMahan et al. 2017,
+    """Synchronous rounds: the cohort trains, its updates are aggregated, the server steps (McMahan et al. 2017,
     Algorithm 1)."""
 
     policy: Annotated[Policy, POLICIES] = Everybody()
-    """who decides that a round may go on"""
+    """decides whether a round may go on"""
 
     def step(self, state: State, fed: Federation) -> SynchronousRound:
         comm, timer, number = fed.comm, fed.timer, state.round + 1
         sent = comm.counted()
-        timer.lap("checkpoint")  # all that lies between rounds
+        timer.lap("checkpoint")  # the time between rounds
         selection, lossless, refused = select_cohort(state, fed, number)
         cohort, _, factors, _ = selection
         timer.lap("select")
@@ -61,9 +61,9 @@ class SynchronousRound:
     fed: Federation
     outcome: RoundOutcome
     selection: Selection
-    trained: dict[str, LocalSilo]  # this rank's silos of the cohort, as training has left them
-    server: Server  # the step that is due
-    sent: tuple[int, int, int]  # bytes up, down and of control traffic before the round
+    trained: dict[str, LocalSilo]  # this rank's silos of the cohort, after training
+    server: Server  # the server's step
+    sent: tuple[int, int, int]  # bytes sent up, down and as control traffic before this round
 
     def commit(self, written: int = -1) -> State:
         state, fed, number = self.state, self.fed, self.outcome.round
@@ -78,7 +78,7 @@ class SynchronousRound:
         error = evaluate(fed, number, params_P)
         timer.lap("evaluate")
         up, down, control = comm.counted()
-        now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # with the one that follows
+        now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # and the share below
         fed.done.set_rank(
             comm.rank,
             written=written,
@@ -99,10 +99,10 @@ class SynchronousRound:
 
 
 def _server(state: State, fed: Federation, number: int, selection: Selection, near: float) -> Server:
-    """The server's step of this round, from what all ranks know of those that were heard."""
+    """The server's step of this round, from the figures of the accepted updates, which every rank has."""
     weights, sent, normalizers, losses, norms = heard(fed.ready)
     total = float(weights.sum())
-    if selection.factors is not None:  # the sum is divided by the weight of all that it estimates
+    if selection.factors is not None:  # the sum estimates that of all silos drawn from: divide by their weight
         among = selection.among or fed.ids
         total = sum(fed.aggregator.base(silo, fed.num_train[fed.index[silo]]) for silo in among)
     scale = fed.aggregator.scale(CohortSummary(weights, sent, normalizers, losses, norms, total))

@@ -1,4 +1,4 @@
-"""Training of this rank's silos of the cohort, and what they contribute."""
+"""Training of this rank's silos of the cohort; their contributions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def train_silos(
 
     try:
         fed.watch.check()
-        # The round may yet be broken off: what silos keep waits for agree.
+        # The round may still be dropped: what silos keep changes only when it commits.
         drafts = [replace(silo, kept=dict(silo.kept)) for silo in (fed.silos[name] for name, _ in mine)]
         contributions = fed.runner.run(fed.rule, fed.model, drafts, begin)
         for (name, factor), silo, contribution in zip(mine, drafts, contributions, strict=True):
@@ -108,8 +108,8 @@ def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
 def _begin(
     state: State, fed: Federation, number: int, silo: LocalSilo, losses_before: dict[str, float]
 ) -> tuple[torch.Tensor, Round]:
-    """The parameters that a silo starts from, and what its rule knows of the round. Also measures the loss before
-    training if the aggregator needs it, into `losses_before`."""
+    """The parameters that a silo starts from, [P], and what its rule knows of the round. If the aggregator needs the
+    loss before training, it goes into `losses_before`."""
     start_Q = fed.exchange.start(silo.id, state.params_Q)
     params_P = fed.layout.params(start_Q)
     auxiliary = {segment.name: start_Q[segment.place] for segment in fed.layout.auxiliaries}
@@ -121,7 +121,7 @@ def _begin(
 
 
 def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> bool:
-    """Scale auxiliary vectors so that the aggregator's weight turns them into their own mean. Are they finite?"""
+    """Scale auxiliary vectors so that the aggregator's weights give their own mean. False if they are not finite."""
     if not fed.layout.auxiliaries:
         return True
     weight = contribution.weight
