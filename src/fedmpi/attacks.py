@@ -1,20 +1,21 @@
-"""Attacks: what hostile silos do, for experiments with robust aggregation. There is none unless it is asked for twice:
+"""Attacks: simulate hostile silos, for experiments with robust aggregation. An attack must be enabled twice:
 
     attack: {name: alie, count: 5}  # the last five silos of the federation; or silos: [a, b]
     experimental: true              # without it a configuration with an attack is refused
 
-An attack changes one of three things, by the method that it writes:
+An attack changes one of three things; it overrides the method of that name:
 
-    on_data    what a hostile silo trains on: label_flip
-    on_delta   what it sends, from what it has itself: sign_flip, noise
-    on_honest  what it sends, from what the honest silos send: alie, ipm, mimic (`omniscient`)
+    on_data    the data a hostile silo trains on: label_flip
+    on_delta   what it sends, computed from its own delta: sign_flip, noise
+    on_honest  what it sends, computed from the honest silos' deltas: alie, ipm, mimic (`omniscient`)
 
-Silos of a real federation do not see each other's deltas. What an omniscient attacker sends is put in its place where
-all deltas meet piece by piece, at the owner of a piece (plan sharded, scope silo); until then hostile silos train like
-the others, and the norms and losses in records are of that. All hostile silos send the same then, and each keeps the
-weight that it claims.
+In a real federation silos do not see each other's deltas. An omniscient attack therefore runs where all deltas meet
+slice by slice, at the rank that owns the slice (plan sharded, scope silo), and replaces the hostile rows there. Until
+then hostile silos train like the others, and the norms and losses in records come from that training. All hostile silos
+then send the same, and each keeps its weight.
 
-Shapes in names: `P` parameters, `K` silos that were heard, `H` honest ones among them, `S` a slice of the coordinates.
+Shapes in names: `P` parameters, `K` silos whose deltas arrived, `H` honest ones among them, `S` a slice of the
+coordinates.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ if TYPE_CHECKING:
 
 @component
 class Attack:
-    """Which silos are hostile; what they do is left to members."""
+    """Which silos are hostile; subclasses define what they do."""
 
-    omniscient: ClassVar[bool] = False  # does it read what the honest silos send?
-    tasks: ClassVar[Collection[str]] = ()  # for which it is defined; empty: all
+    omniscient: ClassVar[bool] = False  # whether it reads the honest silos' deltas
+    tasks: ClassVar[Collection[str]] = ()  # tasks it is defined for; empty: all
 
     silos: list[str] | None = None
     """ids of the hostile silos; or give `count`"""
     count: PositiveInt | None = None
-    """hostile silos: the last so many of the federation"""
+    """number of hostile silos: the last ones of the federation"""
     local: Annotated[LocalRule, RULES] | None = None
-    """how hostile silos train; null: as the others"""
+    """local rule of hostile silos; null: the same as the others"""
 
     @pydantic.model_validator(mode="after")
     def _one_of_both(self) -> Attack:
@@ -60,7 +61,7 @@ class Attack:
         return self
 
     def conflicts(self, config: Config) -> str | None:
-        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        """Why the rest of the configuration is incompatible, in one line; None if it is compatible."""
         why = self._conflicts(config)
         return why and f"attack: {called(self)} {why}"
 
@@ -84,7 +85,7 @@ class Attack:
         return None
 
     def hostile(self, ids: Sequence[str]) -> frozenset[str]:
-        """The hostile ones of a federation's silos. ConfigError for one that is not there, and where all would be."""
+        """The hostile silos among `ids`. Raises ConfigError for an unknown id, and if no or all silos are hostile."""
         chosen = frozenset(ids[len(ids) - min(self.count, len(ids)) :] if self.count else self.silos or ())
         if unknown := sorted(chosen - set(ids)):
             raise ConfigError(f"attack.silos: no silo '{unknown[0]}'{did_you_mean(unknown[0], ids)}")
@@ -93,24 +94,24 @@ class Attack:
         return chosen
 
     def on_data(self, data: SiloData, num_classes: int) -> SiloData:
-        """What a hostile silo trains on."""
+        """Returns the data that a hostile silo trains on."""
         return data
 
     def on_delta(self, delta_P: torch.Tensor, key: int) -> None:
-        """What a hostile silo sends in place of its delta, in place; `key` is of this silo and round."""
+        """Overwrites a hostile silo's delta [P] in place; `key` is the random key of this silo and round."""
 
     def on_honest(self, deltas_HS: torch.Tensor, silos_H: Sequence[str], num_hostile: int) -> torch.Tensor:
-        """What every hostile silo sends [S], from what the honest ones sent."""
+        """What every hostile silo sends [S], from the honest silos' deltas [H, S]."""
         raise NotImplementedError
 
 
 @component
 class SignFlip(Attack):
-    """-scale * delta (Li et al. 2019, RSA: Byzantine-Robust Stochastic Aggregation Methods, sign-flipping attack, whose
-    sigma is -4; with 1 it is the bit flip of Karimireddy et al. 2022)."""
+    """Sends -scale * delta (Li et al. 2019, RSA: Byzantine-Robust Stochastic Aggregation Methods, sign-flipping attack
+    with sigma = -4; scale 1 is the bit flip of Karimireddy et al. 2022)."""
 
     scale: PositiveFloat = 1.0
-    """what the flipped delta is multiplied with"""
+    """factor of the flipped delta"""
 
     def on_delta(self, delta_P: torch.Tensor, key: int) -> None:
         delta_P.mul_(-self.scale)
@@ -118,11 +119,11 @@ class SignFlip(Attack):
 
 @component
 class LabelFlip(Attack):
-    """Labels y become C - 1 - y, in training alone (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous
+    """Trains on labels C - 1 - y instead of y (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous
     Datasets via Bucketing, experiments on MNIST: 9 - y; Tolpegin et al. 2020 flip one class into another).
 
-    In that benchmark hostile silos hold samples of all labels (partition `sorted` with `mixed`) and send gradients
-    without momentum (`local`), as its bit flip does.
+    In that benchmark, hostile silos hold samples of all labels (partition `sorted` with `mixed`) and send gradients
+    without momentum (`local`), as in its bit flip.
     """
 
     tasks: ClassVar[Collection[str]] = ("classification", "binary")
@@ -130,12 +131,12 @@ class LabelFlip(Attack):
     def on_data(self, data: SiloData, num_classes: int) -> SiloData:
         y = data.y_train
         flipped = max(num_classes, 2) - 1 - y
-        return data._replace(y_train=torch.where(y >= 0, flipped, y))  # what counts as no target stays none
+        return data._replace(y_train=torch.where(y >= 0, flipped, y))  # negative labels, which mean none, stay
 
 
 @component
 class Noise(Attack):
-    """Gaussian noise in place of the delta, drawn anew by seed, round and silo (Blanchard et al. 2017, Machine Learning
+    """Sends Gaussian noise instead of the delta, keyed by seed, round and silo (Blanchard et al. 2017, Machine Learning
     with Adversaries, experiments: mean 0, isotropic, standard deviation 200)."""
 
     sigma: PositiveFloat
@@ -143,17 +144,17 @@ class Noise(Attack):
 
     def on_delta(self, delta_P: torch.Tensor, key: int) -> None:
         drawn_P = torch.randn(len(delta_P), generator=torch.Generator().manual_seed(key >> 1))
-        delta_P.copy_(drawn_P.mul_(self.sigma))  # drawn on the CPU, so that a GPU sends the same
+        delta_P.copy_(drawn_P.mul_(self.sigma))  # drawn on the CPU, so that every device sends the same
 
 
 @component
 class Alie(Attack):
-    """A Little Is Enough: mean - z * std of the honest deltas, coordinate by coordinate (Baruch et al. 2019, Algorithm
-    3), small enough to hide among them.
+    """A Little Is Enough: sends mean - z * std of the honest deltas, per coordinate (Baruch et al. 2019, Algorithm 3),
+    a shift small enough to hide among them.
 
-    Of n silos, m of them hostile: Phi(z_max) = (n - m - s) / (n - m), where s = floor(n/2 + 1) - m honest silos further
-    from the mean make the hostile ones a majority. std divides by n - m - 1. Deviations: n and m are the round's; a
-    quantile that would be 0 or 1 is kept half a silo away from it.
+    With n silos, m of them hostile: Phi(z_max) = (n - m - s) / (n - m), where s = floor(n/2 + 1) - m honest silos
+    further from the mean give the hostile ones a majority. std divides by n - m - 1. Deviations: n and m are those of
+    the round; the quantile is kept half a silo away from 0 and 1.
 
     >>> round(Alie.z_max(25, 5), 4)
     0.2533
@@ -166,7 +167,7 @@ class Alie(Attack):
 
     @staticmethod
     def z_max(num_silos: int, num_hostile: int) -> float:
-        """The paper's, from the numbers of all and of hostile silos."""
+        """z_max of the paper, from the numbers of all silos and of hostile ones."""
         num_honest = num_silos - num_hostile
         supporters = num_silos // 2 + 1 - num_hostile
         quantile = (num_honest - supporters) / num_honest
@@ -185,13 +186,13 @@ class Ipm(Attack):
     """Inner product manipulation: -epsilon * mean of the honest deltas (Xie et al. 2020, Fall of Empires: Breaking
     Byzantine-Tolerant SGD by Inner Product Manipulation).
 
-    A small epsilon stays near the honest deltas (Krum); one above (n - m) / m turns the mean around.
+    A small epsilon stays near the honest deltas (fools Krum); one above (n - m) / m reverses the mean.
     """
 
     omniscient: ClassVar[bool] = True
 
     epsilon: PositiveFloat = 0.1
-    """length, in means of the honest deltas"""
+    """length of the sent delta, in units of the honest mean"""
 
     def on_honest(self, deltas_HS: torch.Tensor, silos_H: Sequence[str], num_hostile: int) -> torch.Tensor:
         return deltas_HS.mean(dim=0).mul_(-self.epsilon)
@@ -199,11 +200,11 @@ class Ipm(Attack):
 
 @component
 class Mimic(Attack):
-    """Every hostile silo sends what one honest silo sends, which then counts for too much where silos differ
-    (Karimireddy et al. 2022, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, mimic attack).
+    """Every hostile silo copies one honest silo, which then gets too much weight if silos differ (Karimireddy et al.
+    2022, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, mimic attack).
 
-    Deviation: the paper finds the target in a warm-up, along the direction in which honest deltas vary most; here it is
-    given, and where that silo is not heard in a round it is the first honest one that is.
+    Deviation: the paper finds the target in a warm-up, along the direction in which honest deltas vary most; here the
+    target is given. If it does not answer in a round, the first honest silo that does is copied.
     """
 
     omniscient: ClassVar[bool] = True
@@ -230,11 +231,11 @@ ATTACKS = Family(
 )
 
 
-# ---------------------------------------------------------------- where an attack takes place
+# ---------------------------------------------------------------- applying an attack
 
 
 def poisoned(source: Source, attack: Attack) -> Source:
-    """The dataset as its hostile silos have it. ConfigError where the attack is not defined for it."""
+    """The dataset with hostile silos' data attacked. Raises ConfigError if the attack is not defined for its task."""
     hostile = attack.hostile([silo.id for silo in source.silos])
     if attack.tasks and source.task not in attack.tasks:
         raise ConfigError(f"attack: {ATTACKS.name_of(attack)} is for {' and '.join(attack.tasks)}, not {source.task}")
@@ -247,15 +248,15 @@ def poisoned(source: Source, attack: Attack) -> Source:
 
 
 def said(attack: Attack, ids: Sequence[str]) -> str:
-    """What records and the log say of a run with an attack."""
+    """One line that names the attack and its silos, for records and the log."""
     hostile = attack.hostile(ids)
     return f"attack {ATTACKS.name_of(attack)} by {', '.join(silo for silo in ids if silo in hostile)}"
 
 
 class HostileRule:
-    """A local rule of which hostile silos send something else; all that the rule declares is its own.
+    """A local rule whose hostile silos send something else; every other attribute is the wrapped rule's.
 
-    What it declares is handed through by `__getattr__`: a rule of one's own may declare more than `LocalRule` has.
+    `__getattr__` passes attributes through, because a user's rule may declare more than `LocalRule` has.
     """
 
     def __init__(self, rule: LocalRule, attack: Attack, ids: Sequence[str]) -> None:
@@ -265,7 +266,7 @@ class HostileRule:
         return getattr(self._rule, name)
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        """The rule's contribution, its delta the attack's if the silo is hostile; auxiliary vectors stay."""
+        """The rule's contribution; a hostile silo's delta is attacked, its auxiliary vectors are not."""
         if silo.id not in self._hostile:
             return self._rule.train(silo, model, params_P, round)
         contribution = (self._attack.local or self._rule).train(silo, model, params_P, round)
@@ -278,9 +279,9 @@ Edit = Callable[[torch.Tensor, Sequence[str]], None]
 
 
 def edit_of(attack: Attack, ids: Sequence[str]) -> Edit:
-    """What an omniscient attack does to the rows of any slice [K, S], in place, given whose they are.
+    """Returns the function that applies an omniscient attack to rows [K, S] of any slice, in place, given their silos.
 
-    Where no honest silo, or no hostile one, was heard, rows stay as they came.
+    Rows stay unchanged if no honest or no hostile silo answered.
     """
     hostile = attack.hostile(ids)
 

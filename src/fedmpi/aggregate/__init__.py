@@ -1,14 +1,14 @@
-"""Aggregators: how deltas become one.
+"""Aggregators: combine the silos' deltas into one vector.
 
-    base        what the exchange and the round ask of them, in two phases; inner products and distances
+    base        the interface that the exchange and the round use; inner products and distances
     mean        weighted means: only the sum of deltas crosses ranks
-    coordinate  one coordinate after the other: median, trimmed mean, vote of signs
-    krum        who is near to whom: Krum, multi-Krum, Bulyan
-    centres     a centre near most: geometric median, centered clipping, norm bounding
-    mixing      what mixes rows before another rule reads them: bucketing, nearest-neighbour mixing
+    coordinate  coordinate-wise rules: median, trimmed mean, majority vote of signs
+    krum        selection by distance: Krum, multi-Krum, Bulyan
+    centres     a robust centre: geometric median, centered clipping, norm bounding
+    mixing      mix rows before another rule reads them: bucketing, nearest-neighbour mixing
 
-Those that read each delta (`exchange.scope: silo`) give every silo one vote, whatever its samples. The owner of a piece
-sees what all silos sent of it, and nobody holds K whole vectors.
+Aggregators that read each delta (`exchange.scope: silo`) give every silo one vote, whatever its number of samples. Each
+rank sees all silos' values for its own slice of the coordinates; no rank holds K whole vectors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the exchange and the round ask of an aggregator.
+"""The interface of an aggregator, and linear algebra that several of them share.
 
-K rows, one of each silo that was heard; S coordinates, any slice of them; B rows that rows were mixed to.
+K rows, one for each silo whose delta arrived; S coordinates, any slice of them; B rows after mixing.
 """
 
 from __future__ import annotations
@@ -20,89 +20,89 @@ if TYPE_CHECKING:
 
 Needs = Literal["sum", "rows", "gram"]
 State = dict[str, np.ndarray]  # small; the same on every rank
-Weights = Any  # what `row_weights` gives and `combine` takes: an array, [K] of a linear rule, or a NamedTuple of them
+Weights = Any  # returned by `row_weights`, read by `combine`: an array, [K] if linear, or a NamedTuple of arrays
 
-PART = 1 << 13  # coordinates of every row that are made float64 at a time, so that they stay in cache
-MANY = 64  # rows: sums of more of them in float32 would show how they were rounded
+PART = 1 << 13  # coordinates of every row converted to float64 at a time, so that they stay in cache
+MANY = 64  # rows; float32 sums over more rows would show rounding error
 
 
 class CohortSummary(NamedTuple):
-    """What is known of the silos that were heard in a round, on every rank, in the federation's order: arrays [S]."""
+    """What every rank knows about the silos whose deltas arrived in a round: arrays [S] in federation order."""
 
-    weights: np.ndarray  # what each stands for: its share of the federation times the selector's factor
-    sent: np.ndarray  # the weights that the deltas were added with, `Aggregator.weight`
+    weights: np.ndarray  # base weight times the selector's factor
+    sent: np.ndarray  # weight the delta was summed with, `Aggregator.weight`
     normalizers: np.ndarray  # Contribution.normalizer
     start_losses: np.ndarray
-    norms: np.ndarray  # of the deltas
-    total: float  # what the weights are to be divided by: their own sum, or that of all silos where factors are given
+    norms: np.ndarray  # L2 norms of the deltas
+    total: float  # divisor of the weights: their sum, or the sum over all silos if the selector gives factors
 
 
 class Cohort(NamedTuple):
-    """Whose rows an aggregator reads, in their order, and when."""
+    """The silos whose rows an aggregator reads, in row order, and the round."""
 
     silos: Sequence[str]
     round: int = 0
-    seed: int = 0  # of the run, for what is drawn
+    seed: int = 0  # of the run, for random draws
 
 
 class Aggregator:
-    """How deltas become one; members say what is other than one vote for every silo.
+    """How deltas are combined; the defaults give every silo one vote, members override what differs.
 
-    `needs` says how much the exchange has to bring together:
+    `needs` says what the exchange must bring together:
 
-        sum    the sum of weight(contribution) * delta, which ranks fold before they send. What the server's optimizer
-               gets is the mean under these weights, times `scale` of all that were heard.
-        rows   each delta, piece by piece at the piece's owner (`exchange.scope: silo`, plan sharded).
-        gram   the same, and before that the inner products of all deltas: no step is taken before they are known.
+        sum    sum of weight(contribution) * delta; ranks add up their silos before they send. The server optimizer
+               receives the mean under these weights, times `scale` of all silos whose deltas arrived.
+        rows   each delta, slice by slice, at the rank that owns the slice (`exchange.scope: silo`, plan sharded).
+        gram   as `rows`, plus the inner products of all deltas, which are computed before any slice is combined.
 
-    One that reads deltas works in two phases. `row_weights(gram_KK, cohort, state)` sees all of the round and no
-    coordinate; `combine(rows_KS, weights)` makes one row of any slice of the coordinates. Where a rule iterates it does
-    so in `row_weights`, on inner products: no vector is as long as the model.
+    Aggregators that read deltas work in two phases. `row_weights(gram_KK, cohort, state)` sees the whole round but no
+    coordinates; `combine(rows_KS, weights)` combines any slice of the coordinates. Iterative rules iterate in
+    `row_weights`, on inner products, so they need no vector as long as the model.
     """
 
     @property
     def needs(self) -> Needs:
-        """What the exchange has to bring together."""
+        """What the exchange must bring together: `sum`, `rows` or `gram`."""
         return "sum"
 
     @property
     def reads(self) -> frozenset[str] | None:
-        """What `scale` looks at of each silo: norm, start_loss; empty where it gives the same for the silos' sums and
-        means, and then `disclose: cohort` and `pooled` take it. None: it does not say."""
+        """Per-silo facts that `scale` reads: norm, start_loss. Empty if the silos' sums and means give the same result;
+        `disclose: cohort` and `pooled` accept only that. None: not declared."""
         return None if self.needs == "sum" else frozenset({"delta"})
 
     @property
     def centre(self) -> bool:
-        """Is the result of the last round one more row, behind those of the silos? In the first round it is 0."""
+        """Whether the last round's result is one more row, after those of the silos; 0 in the first round."""
         return False
 
     @property
     def linear(self) -> bool:
-        """Is the result the sum of rows times weights [K]?"""
+        """Whether the result is the sum of rows times weights [K]."""
         return type(self).combine is Aggregator.combine
 
     @property
     def averages(self) -> bool:
-        """Is the result of the size of what was sent? Else it is nothing for statistics, which are no steps."""
+        """Whether the result has the magnitude of the inputs. If not, it does not apply to averaged statistics."""
         return True
 
     @property
     def start_loss(self) -> bool:
-        """Has the contribution to say what the loss of the global parameters is on the silo's training samples?"""
+        """Whether the contribution must carry the loss of the global parameters on the silo's training samples."""
         return False
 
     @property
     def scaled(self) -> bool:
-        """Is `scale` more than a share of weight? It is of one round's silos then and does not go over several."""
+        """Whether `scale` is more than a share of weight. It then belongs to one round and cannot span several."""
         return False
 
     @property
     def refuses_factors(self) -> str:
-        """Why a selector's factors (1/probability) would not make it unbiased; empty where they do."""
+        """Why a selector's factors (1/probability) would not make the result unbiased; empty if they would."""
         return "every silo has one vote"
 
     def conflicts(self, config: Config) -> str | None:
-        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        """Why the rest of the configuration is incompatible, in one line; None if it is compatible."""
         regions, reads_deltas = config.exchange.regions, self.needs != "sum"
         if reads_deltas and not config.exchange.one_by_one:
             return f"aggregate: {called(self)} reads each delta; it needs exchange.scope: silo and plan sharded"
@@ -115,36 +115,36 @@ class Aggregator:
         return None
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where cohorts of so many silos are too small. It is asked of the smallest cohort that the
-        selector may give, and in each round of the silos that were heard."""
+        """Raises ConfigError if a cohort of `num_silos` is too small. Checked at set-up for the smallest cohort that
+        the selector may give, and in each round for the silos whose deltas arrived."""
 
-    # ------------------------------------------------------------ what needs only the sum
+    # ------------------------------------------------------------ for aggregators that need only the sum
 
     def base(self, silo: str, num_samples: int) -> float:
-        """What a silo stands for in the federation, given its number of training samples."""
+        """Base weight of a silo in the federation, from its number of training samples."""
         return 1.0
 
     def weight(self, contribution: Contribution) -> float:
-        """What the silo's delta is added with; `contribution.weight` is its base times the selector's factor."""
+        """Weight the silo's delta is summed with; `contribution.weight` is its base times the selector's factor."""
         return 1.0
 
     def scale(self, heard: CohortSummary) -> float:
-        """What the mean is multiplied with."""
+        """Factor that the mean is multiplied by."""
         return 1.0
 
-    # ------------------------------------------------------------ what reads deltas
+    # ------------------------------------------------------------ for aggregators that read deltas
 
     def init(self) -> State:
-        """What is kept from round to round besides the centre, before the first."""
+        """State before the first round, besides the centre."""
         return {}
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
-        """What `combine` is given with each slice, and the new state; the same on every rank. `gram_KK` are the rows'
-        inner products in float64, the centre's behind the silos'; None unless they are needed."""
+        """Weights that `combine` gets with each slice, and the new state; the same on every rank. `gram_KK`: the rows'
+        inner products in float64, the centre's row last; None unless `needs` is `gram`."""
         return np.full(len(cohort.silos), 1 / len(cohort.silos)), state
 
     def combine(self, rows_KS: torch.Tensor, weights: Weights) -> torch.Tensor:
-        """One row of any slice of the coordinates: the weighted sum.
+        """Combines rows [K, S] of any slice of the coordinates into one [S]: by default their weighted sum.
 
         >>> Aggregator().combine(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), np.array([0.25, 0.75]))
         tensor([2.5000, 3.5000])
@@ -153,7 +153,7 @@ class Aggregator:
 
 
 def weighted(rows_KS: torch.Tensor, weights_K: np.ndarray) -> torch.Tensor:
-    """The sum of rows times weights, in the order of rows; rows of weight 0 are not looked at."""
+    """Sum of rows [K, S] times weights [K], added in row order; rows of weight 0 are not read."""
     wide = len(rows_KS) > MANY and rows_KS.dtype == torch.float32
     total_S = torch.zeros(rows_KS.shape[1], dtype=torch.float64 if wide else rows_KS.dtype, device=rows_KS.device)
     for row_S, weight in zip(rows_KS, weights_K.tolist(), strict=True):
@@ -163,7 +163,7 @@ def weighted(rows_KS: torch.Tensor, weights_K: np.ndarray) -> torch.Tensor:
 
 
 def distances(gram_KK: np.ndarray) -> np.ndarray:
-    """|x_i - x_j|^2 of rows with these inner products, [K, K].
+    """Squared distances |x_i - x_j|^2 [K, K] of rows with inner products `gram_KK`.
 
     >>> distances(np.array([[1.0, 0.0], [0.0, 4.0]]))
     array([[0., 5.],
@@ -176,14 +176,14 @@ def distances(gram_KK: np.ndarray) -> np.ndarray:
 
 
 def distances_from(sum_K: np.ndarray, gram_KK: np.ndarray) -> np.ndarray:
-    """|x_k - v| of rows with these inner products, v being the sum of the rows times `sum_K`."""
+    """Distances |x_k - v| [K] of rows with inner products `gram_KK`, where v is the sum of the rows times `sum_K`."""
     inner_K = gram_KK @ sum_K
     distances_K: np.ndarray = np.sqrt(np.maximum(np.diag(gram_KK) - 2 * inner_K + sum_K @ inner_K, 0.0))
     return distances_K
 
 
 def products(rows_KS: torch.Tensor) -> np.ndarray:
-    """Inner products of rows in float64, a part of them at a time, [K, K]."""
+    """Inner products [K, K] of rows [K, S], in float64, computed block by block."""
     gram_KK = torch.zeros(len(rows_KS), len(rows_KS), dtype=torch.float64, device=rows_KS.device)
     for start in range(0, rows_KS.shape[1], PART):
         exact_KB = rows_KS[:, start : start + PART].double()
@@ -192,7 +192,7 @@ def products(rows_KS: torch.Tensor) -> np.ndarray:
 
 
 def enough(what: str, hostile: int, least: int, num_silos: int) -> None:
-    """ConfigError where there are fewer silos than a rule needs against so many hostile ones."""
+    """Raises ConfigError if a rule needs more than `num_silos` silos against so many hostile ones."""
     if num_silos < least:
         raise ConfigError(f"aggregate: {what} with hostile: {hostile} needs {least} silos or more, and has {num_silos}")
 

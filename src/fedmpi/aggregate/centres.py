@@ -1,4 +1,4 @@
-"""Rules that let a delta count for less the farther it is away. They iterate on inner products alone."""
+"""Robust centres: the farther away a delta is, the less it counts. Iterations run on inner products alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fedmpi.components import Fraction, NonNegativeFloat, NonNegativeInt, Positi
 
 @component
 class GeometricMedian(Aggregator):
-    """The point with the least sum of distances to all deltas, by smoothed Weiszfeld steps from 0 (Pillutla et al.
-    2022, Robust Aggregation for Federated Learning, Algorithm 2): v = sum_k b_k x_k / sum_k b_k with
+    """Geometric median: the point with the least sum of distances to all deltas, by smoothed Weiszfeld steps from 0
+    (Pillutla et al. 2022, Robust Aggregation for Federated Learning, Algorithm 2): v = sum_k b_k x_k / sum_k b_k with
     b_k = 1 / max(nu, |x_k - v|).
 
-    Holds against less than half of the silos. Deviations: every silo has the same weight; 100 steps in place of about
-    three, since a step costs no message here.
+    Robust if fewer than half of the silos are hostile. Deviations: all silos have equal weight; 100 steps instead of
+    about three, since a step costs no message here.
     """
 
     needs = "gram"
@@ -27,10 +27,10 @@ class GeometricMedian(Aggregator):
     iterations: PositiveInt = 100
     """Weiszfeld steps"""
     smoothing: PositiveFloat = 1e-6
-    """nu: a distance below it counts as it"""
+    """nu: smaller distances are replaced by it"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
-        """b_k over their sum."""
+        """b_k divided by their sum, [K]."""
         assert gram_KK is not None
         weights_K = np.zeros(len(gram_KK))
         for _ in range(self.iterations):
@@ -39,17 +39,18 @@ class GeometricMedian(Aggregator):
         return weights_K, state
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are not the more."""
+        """Raises ConfigError unless most silos are honest."""
         enough("geometric_median", self.hostile, 2 * self.hostile + 1, num_silos)
 
 
 @component
 class CenteredClipping(Aggregator):
-    """From the last round's result v on the mean of what is clipped around it (Karimireddy et al. 2021, Learning from
-    History for Byzantine Robust Optimization, section 4): v + 1/K sum_k (x_k - v) min(1, tau/|x_k - v|).
+    """Moves the last round's result v by the mean of the differences to it, each clipped to tau (Karimireddy et al.
+    2021, Learning from History for Byzantine Robust Optimization, section 4):
+    v + 1/K sum_k (x_k - v) min(1, tau/|x_k - v|).
 
-    The first v is 0. It is a vector that is kept like the server's state. Silos with momentum of their own
-    (local.keep_optimizer) are the paper's.
+    v starts at 0 and is stored like the server's state. The paper assumes silos with momentum of their own
+    (local.keep_optimizer).
     """
 
     needs = "gram"
@@ -60,10 +61,10 @@ class CenteredClipping(Aggregator):
     tau: PositiveFloat = 10.0
     """clipping radius, in units of the delta's norm"""
     iterations: PositiveInt = 1
-    """times that v moves in a round"""
+    """updates of v per round"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
-        """What the new v is made of: the silos' deltas and the old v, [K + 1]."""
+        """Weights of the silos' deltas and, last, of the old v, [K + 1]."""
         assert gram_KK is not None
         num = len(gram_KK) - 1
         weights_K = np.zeros(num + 1)
@@ -75,17 +76,17 @@ class CenteredClipping(Aggregator):
         return weights_K, state
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are not the more."""
+        """Raises ConfigError unless most silos are honest."""
         enough("centered_clipping", self.hostile, 2 * self.hostile + 1, num_silos)
 
 
 @component
 class NormBound(Aggregator):
-    """The mean of deltas that are shortened to a norm C where they are longer (Sun et al. 2019, Can You Really Backdoor
-    Federated Learning?, section 4: norm thresholding): 1/K sum_k x_k min(1, C/|x_k|).
+    """The mean of deltas clipped to norm C (Sun et al. 2019, Can You Really Backdoor Federated Learning?, section 4:
+    norm thresholding): 1/K sum_k x_k min(1, C/|x_k|).
 
-    With a `quantile` C follows the norms (Andrew et al. 2021, Differentially Private Learning with Adaptive Clipping,
-    Algorithm 1 without noise; `next_bound`).
+    With a `quantile`, C follows that quantile of the norms (Andrew et al. 2021, Differentially Private Learning with
+    Adaptive Clipping, Algorithm 1 without noise; `next_bound`).
     """
 
     needs = "gram"
@@ -93,18 +94,18 @@ class NormBound(Aggregator):
     hostile: NonNegativeInt = 0
     """silos that may send anything; fewer than half"""
     norm: PositiveFloat = 1.0
-    """C; with a quantile the first one"""
+    """C; with a quantile, its initial value"""
     quantile: Fraction | None = None
-    """share of deltas that C is to leave as they are; null: C stays"""
+    """share of deltas that C should leave unclipped; null: C is constant"""
     rate: NonNegativeFloat = 0.2
-    """how fast C follows"""
+    """learning rate of C"""
 
     def init(self) -> State:
-        """C."""
+        """C, if it adapts."""
         return {} if self.quantile is None else {"norm": np.array(self.norm)}
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
-        """min(1, C/|x_k|) / K."""
+        """min(1, C/|x_k|) / K, [K]."""
         assert gram_KK is not None
         norms_K = np.sqrt(np.diag(gram_KK))
         bound = float(state.get("norm", self.norm))
@@ -113,19 +114,20 @@ class NormBound(Aggregator):
         return _clipped(norms_K, bound) / len(norms_K), state
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are not the more."""
+        """Raises ConfigError unless most silos are honest."""
         enough("norm_bound", self.hostile, 2 * self.hostile + 1, num_silos)
 
 
 def next_bound(bound: float, norms_N: np.ndarray, quantile: float, rate: float) -> float:
-    """C exp(-rate (b - quantile)) after a round in which the share b of norms was at most C: C moves to that quantile
-    of the norms (Andrew et al. 2021, Algorithm 1, without its noise on b). Twelve digits: exp's last bit depends on the
-    processor."""
+    """The bound for the next round: C exp(-rate (b - quantile)), where b is the share of norms [N] that were at most C.
+
+    C moves to that quantile of the norms (Andrew et al. 2021, Algorithm 1, without its noise on b). Rounded to twelve
+    digits, because the last bit of exp depends on the processor."""
     return float(f"{bound * math.exp(-rate * (float(np.mean(norms_N <= bound)) - quantile)):.12g}")
 
 
 def _clipped(lengths_K: np.ndarray, most: float) -> np.ndarray:
-    """What a vector of each length is multiplied with to be no longer than `most`."""
+    """Factors [K] that clip vectors of these lengths to at most `most`."""
     factors_K: np.ndarray = most / np.maximum(lengths_K, most)
     return factors_K
 

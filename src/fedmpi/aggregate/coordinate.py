@@ -1,4 +1,4 @@
-"""Rules that look at one coordinate after the other."""
+"""Coordinate-wise rules."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fedmpi.errors import ConfigError
 
 @component
 class Median(Aggregator):
-    """The coordinate-wise median; of an even number the middle two's mean (Yin et al. 2018, Algorithm 1, Option I).
+    """Coordinate-wise median; for an even number, the mean of the middle two (Yin et al. 2018, Algorithm 1, Option I).
 
-    Holds against less than half of the silos sending anything at all.
+    Robust if fewer than half of the silos are hostile, whatever they send.
 
     >>> Median().combine(torch.tensor([[1.0], [9.0], [2.0]]), torch.ones(3))
     tensor([2.])
@@ -26,7 +26,7 @@ class Median(Aggregator):
     needs = "rows"
 
     def combine(self, rows_KS: torch.Tensor, weights: Weights) -> torch.Tensor:
-        """Of K rows one."""
+        """The median of K rows, [S]."""
         ordered = rows_KS.sort(dim=0).values
         k = len(ordered)
         return (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
@@ -34,9 +34,9 @@ class Median(Aggregator):
 
 @component
 class TrimmedMean(Aggregator):
-    """The coordinate-wise mean without the largest and the smallest (Yin et al. 2018, Algorithm 1, Option II).
+    """Coordinate-wise mean without the largest and smallest values (Yin et al. 2018, Algorithm 1, Option II).
 
-    Holds against up to `fraction` of the silos sending anything at all; floor(fraction K) are left out at each end.
+    Robust if up to `fraction` of the silos are hostile; floor(fraction K) values are dropped at each end.
 
     >>> TrimmedMean(fraction=0.25).combine(torch.tensor([[1.0], [2.0], [4.0], [99.0]]), torch.ones(4))
     tensor([3.])
@@ -45,15 +45,15 @@ class TrimmedMean(Aggregator):
     needs = "rows"
 
     fraction: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.1
-    """beta: of the silos, left out at each end, rounded down"""
+    """beta: share of silos dropped at each end, rounded down"""
 
     def combine(self, rows_KS: torch.Tensor, weights: Weights) -> torch.Tensor:
-        """Of K rows one."""
+        """The trimmed mean of K rows, [S]."""
         out = self._out(len(rows_KS))
         return rows_KS.sort(dim=0).values[out : len(rows_KS) - out].mean(dim=0)
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are too few for anything to be left out."""
+        """Raises ConfigError if the fraction of so many silos is less than one silo."""
         if self.fraction and not self._out(num_silos):
             raise ConfigError(
                 f"aggregate.fraction: {self.fraction:g} of {num_silos} silos is less than one silo: none is left out; "
@@ -66,11 +66,11 @@ class TrimmedMean(Aggregator):
 
 @component
 class SignVote(Aggregator):
-    """The sign that most silos' values have, coordinate by coordinate (Bernstein et al. 2019, signSGD with Majority
-    Vote, Algorithm 1): -1, 0 or 1, so that server.optimizer.lr is the length of the step.
+    """Coordinate-wise majority vote of signs (Bernstein et al. 2019, signSGD with Majority Vote, Algorithm 1): -1, 0 or
+    1, so server.optimizer.lr is the step length.
 
-    Holds against less than half of the silos, in each coordinate in which the honest agree. A tie moves nothing.
-    Deviation: signs are taken of deltas where they arrive, so what travels is the codec's; `sign` sends a bit a value.
+    Robust if fewer than half of the silos are hostile, in coordinates where the honest ones agree. A tie gives 0.
+    Deviation: the receiver takes the signs, so the codec decides what is sent; codec `sign` sends one bit per value.
 
     >>> SignVote().combine(torch.tensor([[1.0, -3.0], [9.0, 0.0], [-2.0, -1.0]]), None)
     tensor([ 1., -1.])
@@ -83,11 +83,11 @@ class SignVote(Aggregator):
     """silos that may send anything; fewer than half"""
 
     def combine(self, rows_KS: torch.Tensor, weights: Weights) -> torch.Tensor:
-        """Of K rows one."""
+        """The majority sign of K rows, [S]."""
         return rows_KS.sign().sum(dim=0).sign()
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are not the more."""
+        """Raises ConfigError unless most silos are honest."""
         enough("sign_vote", self.hostile, 2 * self.hostile + 1, num_silos)
 
 

@@ -1,4 +1,4 @@
-"""Rules that choose the silos whose deltas lie near to most others', by the distances of whole deltas."""
+"""Rules that select the silos whose deltas are closest to most others, by distances between whole deltas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedmpi.errors import ConfigError
 
 
 def scores(squares_KK: np.ndarray, hostile: int) -> np.ndarray:
-    """Krum's: of each row the sum of its squared distances to the K - f - 2 nearest others, at least one."""
+    """Krum scores [K]: for each row, the sum of squared distances to its K - f - 2 nearest others (at least one)."""
     apart_KK = squares_KK.copy()
     np.fill_diagonal(apart_KK, np.inf)
     num_near = max(1, len(apart_KK) - hostile - 2)
@@ -21,10 +21,10 @@ def scores(squares_KK: np.ndarray, hostile: int) -> np.ndarray:
 
 @component
 class Krum(Aggregator):
-    """The delta whose squared distances to its K - f - 2 nearest others add up to the least (Blanchard et al. 2017,
-    Machine Learning with Adversaries, section 3): Krum. Of two alike the first in the federation's order.
+    """Krum: the delta with the least sum of squared distances to its K - f - 2 nearest others (Blanchard et al. 2017,
+    Machine Learning with Adversaries, section 3). On a tie, the first in federation order.
 
-    Holds against f hostile silos of K >= 2 f + 3, where honest deltas differ by less than what they have in common.
+    Robust against f hostile silos if K >= 2 f + 3 and honest deltas differ by less than what they have in common.
     """
 
     needs = "gram"
@@ -33,30 +33,30 @@ class Krum(Aggregator):
     """f: silos that may send anything"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
-        """1 of the chosen, 0 of the others."""
+        """1 for the selected silo, 0 for the others, [K]."""
         assert gram_KK is not None
         weights_K = np.zeros(len(gram_KK))
         weights_K[np.argmin(scores(distances(gram_KK), self.hostile))] = 1.0
         return weights_K, state
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are too few."""
+        """Raises ConfigError for fewer than 2 f + 3 silos."""
         enough("krum", self.hostile, 2 * self.hostile + 3, num_silos)
 
 
 @component
 class MultiKrum(Aggregator):
-    """The mean of the m deltas with the least scores of Krum (Blanchard et al. 2017, section 4: Multi-Krum)."""
+    """Multi-Krum: the mean of the m deltas with the lowest Krum scores (Blanchard et al. 2017, section 4)."""
 
     needs = "gram"
 
     hostile: NonNegativeInt
     """f: silos that may send anything"""
     m: PositiveInt | None = None
-    """deltas that are averaged; null: K - f"""
+    """number of deltas averaged; null: K - f"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
-        """1/m of the chosen, 0 of the others."""
+        """1/m for the selected silos, 0 for the others, [K]."""
         assert gram_KK is not None
         m = len(gram_KK) - self.hostile if self.m is None else self.m
         weights_K = np.zeros(len(gram_KK))
@@ -64,7 +64,7 @@ class MultiKrum(Aggregator):
         return weights_K, state
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are too few, or m too many of them."""
+        """Raises ConfigError for fewer than 2 f + 3 silos, or if m is above K - f."""
         enough("multi_krum", self.hostile, 2 * self.hostile + 3, num_silos)
         if self.m is not None and self.m > num_silos - self.hostile:
             raise ConfigError(
@@ -75,12 +75,12 @@ class MultiKrum(Aggregator):
 
 @component
 class Bulyan(Aggregator):
-    """Krum again and again until K - 2 f deltas are chosen, and of these, coordinate by coordinate, the mean of the
+    """Bulyan of Krum: repeats Krum until K - 2 f deltas are selected; then takes, per coordinate, the mean of the
     K - 4 f values nearest to their median (El Mhamdi et al. 2018, The Hidden Vulnerability of Distributed Learning in
-    Byzantium, section 4: Bulyan of Krum).
+    Byzantium, section 4).
 
-    Holds against f hostile silos of K >= 4 f + 3, in every coordinate. Deviation: where so many are chosen that less
-    than one nearest other would count for the rest, one does.
+    Robust against f hostile silos if K >= 4 f + 3, in every coordinate. Deviation: the number of nearest others in the
+    Krum score is at least one, also when few deltas are left.
     """
 
     needs = "gram"
@@ -89,7 +89,7 @@ class Bulyan(Aggregator):
     """f: silos that may send anything"""
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
-        """Which rows are chosen [K]."""
+        """Which rows are selected: booleans [K]."""
         assert gram_KK is not None
         squares_KK, left = distances(gram_KK), np.arange(len(gram_KK))
         while len(left) > 2 * self.hostile:
@@ -99,7 +99,7 @@ class Bulyan(Aggregator):
         return chosen_K, state
 
     def combine(self, rows_KS: torch.Tensor, weights: Weights) -> torch.Tensor:
-        """Of the chosen rows one."""
+        """Mean of the selected rows' values nearest to their median, [S]."""
         ordered_CS = rows_KS[torch.from_numpy(weights).to(rows_KS.device)].sort(dim=0).values
         num = len(ordered_CS)
         median_S = (ordered_CS[(num - 1) // 2] + ordered_CS[num // 2]) / 2
@@ -107,7 +107,7 @@ class Bulyan(Aggregator):
         return ordered_CS.gather(0, nearest_CS[: num - 2 * self.hostile]).mean(dim=0)
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are too few."""
+        """Raises ConfigError for fewer than 4 f + 3 silos."""
         enough("bulyan", self.hostile, 4 * self.hostile + 3, num_silos)
 
 

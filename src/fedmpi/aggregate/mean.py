@@ -1,4 +1,4 @@
-"""Weighted means: of deltas as they are, by the gradients that they hold, or by how badly a silo fares."""
+"""Weighted means: of the deltas themselves, normalised by local steps, or weighted by the silos' losses."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 class Mean(Aggregator):
     """The weighted mean: sum_k (n_k/n) delta_k over the cohort (McMahan et al. 2017, Algorithm 1).
 
-    Algorithm 1 as first printed divides by the samples of all silos; like its later version and everybody's code this
-    divides by the cohort's. Where a selector gives factors (1/probability), it divides by those of all silos.
+    Algorithm 1 as first printed divides by the samples of all silos; its later version, common implementations and this
+    class divide by the cohort's. If a selector gives factors (1/probability), the divisor is the sum over all silos.
 
     >>> Mean().base("a", 200), Mean(weights="uniform").base("a", 200), Mean(weights={"a": 3.0}).base("a", 200)
     (200.0, 1.0, 3.0)
     """
 
-    reads = frozenset[str]()  # of single silos
+    reads = frozenset[str]()  # nothing per silo
 
     weights: Literal["samples", "uniform", "steps"] | dict[str, PositiveFloat] = "samples"
-    """n_k; every silo the same; the steps that it took in the round; or your own, by silo id"""
+    """samples: n_k; uniform: the same for every silo; steps: local steps of the round; or your own, by silo id"""
 
     def conflicts(self, config: Config) -> str | None:
-        """Steps are those of one round."""
+        """Refuses `steps` with fragments: steps are counted per round."""
         if self.weights == "steps" and config.exchange.fragments > 1:
             return "aggregate: weights: steps counts those of one round, and a fragment holds several rounds of a silo"
         return super().conflicts(config)
 
     @property
     def refuses_factors(self) -> str:
-        """Steps are known only of the silos that were heard."""
+        """Steps are known only for the silos whose deltas arrived."""
         return "weights: steps divides by the steps of the cohort" if self.weights == "steps" else ""
 
     def base(self, silo: str, num_samples: int) -> float:
-        """n_k, 1, or the user's number. ConfigError for a silo that the user has left out."""
+        """n_k, 1, or the user's weight. Raises ConfigError for a silo without a weight."""
         if isinstance(self.weights, dict):
             if silo not in self.weights:
                 raise ConfigError(f"aggregate.weights: silo '{silo}' has none")
@@ -52,11 +52,11 @@ class Mean(Aggregator):
         return float(num_samples) if self.weights == "samples" else 1.0
 
     def weight(self, contribution: Contribution) -> float:
-        """The base, or the steps taken."""
+        """Base times the selector's factor, times the local steps if `weights: steps`."""
         return contribution.weight * (contribution.num_steps if self.weights == "steps" else 1)
 
     def scale(self, heard: CohortSummary) -> float:
-        """1 where the weights of those that were heard add up to the whole."""
+        """1 if the weights of the silos that answered add up to the whole."""
         return 1.0 if self.weights == "steps" else float(heard.weights.sum()) / heard.total
 
 
@@ -65,20 +65,20 @@ class FedNova(Aggregator):
     """Normalised averaging (Wang et al. 2020, Tackling the Objective Inconsistency Problem, Algorithm 1 and eq. 8-9):
     w + tau_eff sum_k p_k delta_k / |a_k|_1, tau_eff = sum_k p_k |a_k|_1, p_k the silo's share of the cohort's weight.
 
-    |a_k|_1 is what the local rule says its delta holds of gradients: the steps taken, or what momentum and a proximal
-    term make of them; of optimizers that are not linear in the gradients (Adam) it is the steps. A silo that takes more
-    steps counts for no more; with equal steps it is the mean.
+    |a_k|_1 is the gradient weight that the local rule reports: the number of steps, adjusted for momentum and a
+    proximal term; for optimizers that are not linear in the gradients (Adam), the number of steps. More local steps do
+    not give a silo more weight; with equal steps the result is the mean.
     """
 
-    reads = frozenset[str]()  # of single silos
+    reads = frozenset[str]()  # nothing per silo
     refuses_factors = "it multiplies two sums over the cohort, and the product of two estimates is biased"
     scaled = True
 
     weights: Literal["samples", "uniform"] = "samples"
-    """p_k by n_k, or every silo the same"""
+    """p_k: by n_k, or the same for every silo"""
 
     def conflicts(self, config: Config) -> str | None:
-        """It has to know how many gradients a delta holds."""
+        """Refuses optimizers kept between rounds: it must know how many gradients a delta contains."""
         if config.local.carries_over:
             return (
                 "aggregate: fednova divides by the gradients that a round's delta holds, and with "
@@ -95,21 +95,21 @@ class FedNova(Aggregator):
         return contribution.weight / contribution.num_gradients
 
     def scale(self, heard: CohortSummary) -> float:
-        """tau_eff, and what turns the mean under the sent weights into their sum."""
+        """tau_eff times the factor that turns the mean under the sent weights into the sum of eq. 8."""
         tau_eff = float((heard.weights * heard.normalizers).sum()) / heard.total
         return tau_eff * float(heard.sent.sum()) / heard.total
 
 
 @component
 class Qffl(Aggregator):
-    """q-FedAvg (Li et al. 2020, Fair Resource Allocation in Federated Learning, Algorithm 2): the higher a silo's loss
-    F_k of the global parameters, the more it counts, w + sum_k F_k^q L delta_k / sum_k h_k with
+    """q-FedAvg (Li et al. 2020, Fair Resource Allocation in Federated Learning, Algorithm 2): a silo counts the more,
+    the higher its loss F_k of the global parameters: w + sum_k F_k^q L delta_k / sum_k h_k with
     h_k = q F_k^(q-1) |L delta_k|^2 + L F_k^q and L = 1/lr.
 
-    q = 0 is the mean over silos, each alike; a large q leads to minimax fairness. F_k is evaluated on all training
-    samples of the silo before it trains. As in the authors' code 1e-10 is added to F_k. Deviation: Algorithm 2 draws
-    silos in proportion to n_k, here they are all, or drawn alike: a selector that counts them by 1/probability is not
-    for a sum that is divided by the cohort's.
+    q = 0 is the unweighted mean over silos; a large q approaches minimax fairness. F_k is evaluated on all training
+    samples of the silo before it trains. As in the authors' code, 1e-10 is added to F_k. Deviation: Algorithm 2 samples
+    silos in proportion to n_k; here all take part, or a uniform sample. Selectors that weight by 1/probability are
+    refused, since the sum is divided by the cohort's.
 
     >>> Qffl(lr=0.1).weight(Contribution("a", 1, 1.0, torch.ones(1), 0.0, 1, 1, start_loss=2.0))
     2.0000000001
@@ -121,20 +121,20 @@ class Qffl(Aggregator):
     refuses_factors = "it divides by a sum over the cohort, which is not known of all silos"
 
     q: NonNegativeFloat = 1.0
-    """how much fairness counts"""
+    """strength of fairness; 0: none"""
     lr: PositiveFloat
     """1/L: the silos' learning rate"""
 
     def base(self, silo: str, num_samples: int) -> float:
-        """Every silo alike."""
+        """1 for every silo."""
         return 1.0
 
     def weight(self, contribution: Contribution) -> float:
-        """F_k^q; not finite where the loss is not, and the update is then rejected."""
+        """F_k^q; not finite if the loss is not, and the update is then rejected."""
         return float(self._powers(np.array([contribution.start_loss]), self.q)[0])
 
     def scale(self, heard: CohortSummary) -> float:
-        """L / sum_k h_k, and what turns the mean under the sent weights into their sum."""
+        """L / sum_k h_k, times the factor that turns the mean under the sent weights into their sum."""
         steepness = 1 / self.lr
         squares = (steepness * heard.norms) ** 2
         h = steepness * heard.sent

@@ -1,7 +1,7 @@
-"""What mixes deltas before another rule reads them: {name: bucketing, size: 2, inner: {name: krum, hostile: 5}}.
+"""Mix deltas before another rule reads them: {name: bucketing, size: 2, inner: {name: krum, hostile: 5}}.
 
-A mixing is a matrix M [B, K]. On rows it is M rows, on their inner products M G M'; so where the inner rule is linear
-with weights w [B], the whole is linear with w M, and rows are mixed only for those that are not.
+A mixing is a matrix M [B, K]: rows become M rows, their inner products M G M'. If the inner rule is linear with weights
+w [B], the whole is linear with weights w M; so rows are actually mixed only for inner rules that are not linear.
 """
 
 from __future__ import annotations
@@ -29,51 +29,51 @@ from fedmpi.errors import ConfigError
 
 
 class Mixed(NamedTuple):
-    """The weights of a mixing around a rule that is not linear."""
+    """Weights of a mixing around a rule that is not linear."""
 
     matrix_BK: np.ndarray
     inner: Weights
 
 
 class Mixing(Aggregator):
-    """What all mixings have; members write `matrix`, and `mixed` where they make fewer rows."""
+    """Base of all mixings; members implement `matrix`, and `mixed` if they return fewer rows."""
 
     inner: Aggregator
 
     def matrix(self, gram_KK: np.ndarray | None, cohort: Cohort) -> np.ndarray:
-        """M, [B, K]; its rows add up to 1."""
+        """M [B, K]; each row sums to 1."""
         raise NotImplementedError
 
     def mixed(self, num_silos: int) -> int:
-        """B of so many silos."""
+        """B: number of mixed rows for `num_silos` rows."""
         return num_silos
 
     @property
     def needs(self) -> Needs:
-        """What the inner rule needs."""
+        """As the inner rule's."""
         return self.inner.needs
 
     @property
     def centre(self) -> bool:
-        """Does the inner rule keep one? It is not mixed."""
+        """As the inner rule's; the centre itself is not mixed."""
         return self.inner.centre
 
     @property
     def linear(self) -> bool:
-        """Is the inner rule?"""
+        """As the inner rule's."""
         return self.inner.linear
 
     @property
     def averages(self) -> bool:
-        """Does the inner rule?"""
+        """As the inner rule's."""
         return self.inner.averages
 
     def init(self) -> State:
-        """The inner rule's."""
+        """The inner rule's state."""
         return self.inner.init()
 
     def row_weights(self, gram_KK: np.ndarray | None, cohort: Cohort, state: State) -> tuple[Weights, State]:
-        """The inner rule's, of what is mixed."""
+        """The inner rule's weights for the mixed rows; as weights [K] of the original rows if the rule is linear."""
         num = len(cohort.silos)
         matrix_BK = self.matrix(None if gram_KK is None else gram_KK[:num, :num], cohort)
         inner = cohort._replace(silos=[f"row {row}" for row in range(len(matrix_BK))])
@@ -84,13 +84,13 @@ class Mixing(Aggregator):
         return weights @ matrix_BK if self.linear else Mixed(matrix_BK, weights), state
 
     def combine(self, rows_KS: torch.Tensor, weights: Weights) -> torch.Tensor:
-        """The inner rule's row of what is mixed."""
+        """The inner rule applied to the mixed rows, [S]."""
         if not isinstance(weights, Mixed):
             return weighted(rows_KS, weights)
         return self.inner.combine(torch.stack([weighted(rows_KS, row_K) for row_K in weights.matrix_BK]), weights.inner)
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where what so many silos are mixed to is too little for the inner rule."""
+        """Raises ConfigError if the mixed rows are too few for the inner rule."""
         try:
             self.inner.suits(self.mixed(num_silos))
         except ConfigError as error:
@@ -106,20 +106,20 @@ class Mixing(Aggregator):
 
 @component
 class Bucketing(Mixing):
-    """Means of `size` deltas each, which a draw of every round puts together, in place of the deltas (Karimireddy et
-    al. 2022, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, Algorithm 1).
+    """Replaces the deltas by means of `size` deltas each, grouped at random in every round (Karimireddy et al. 2022,
+    Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, Algorithm 1).
 
-    Honest deltas that differ by their data come nearer to each other; f hostile silos spoil f buckets at most, so the
-    inner rule's `hostile` stays f. The last bucket may hold fewer.
+    Averaging brings honest deltas on different data closer together. f hostile silos spoil at most f buckets, so the
+    inner rule's `hostile` stays f. The last bucket may hold fewer silos.
     """
 
     size: PositiveInt = 2
-    """s: silos of a bucket"""
+    """s: silos per bucket"""
     inner: Annotated[Aggregator, AGGREGATORS]
     """the rule that reads the buckets"""
 
     def matrix(self, gram_KK: np.ndarray | None, cohort: Cohort) -> np.ndarray:
-        """1/s where a silo is in a bucket."""
+        """1/s where a silo is in the bucket, [B, K]."""
         num = len(cohort.silos)
         order = rng.generator(cohort.seed, purpose="bucketing", round=cohort.round).permutation(num)
         matrix_BK = np.zeros((self.mixed(num), num))
@@ -128,27 +128,27 @@ class Bucketing(Mixing):
         return matrix_BK
 
     def mixed(self, num_silos: int) -> int:
-        """Buckets."""
+        """Number of buckets."""
         return -(-num_silos // self.size)
 
 
 @component
 class NearestNeighbourMixing(Mixing):
-    """In place of every delta the mean of the K - f that are nearest to it, itself among them (Allouah et al. 2023,
-    Fixing by Mixing, Algorithm 2: NNM)."""
+    """Nearest-neighbour mixing: replaces every delta by the mean of the K - f deltas nearest to it, itself included
+    (Allouah et al. 2023, Fixing by Mixing, Algorithm 2: NNM)."""
 
     hostile: NonNegativeInt
     """f: silos that may send anything; fewer than half"""
     inner: Annotated[Aggregator, AGGREGATORS]
-    """the rule that reads what is mixed"""
+    """the rule that reads the mixed deltas"""
 
     @property
     def needs(self) -> Needs:
-        """Distances."""
+        """Inner products, for the distances."""
         return "gram"
 
     def matrix(self, gram_KK: np.ndarray | None, cohort: Cohort) -> np.ndarray:
-        """1/(K - f) where a silo is near."""
+        """1/(K - f) for the nearest rows, [K, K]."""
         assert gram_KK is not None
         near = len(gram_KK) - self.hostile
         matrix_KK: np.ndarray = np.zeros_like(gram_KK)
@@ -157,7 +157,7 @@ class NearestNeighbourMixing(Mixing):
         return matrix_KK
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where so many silos are too few for it, or for the inner rule."""
+        """Raises ConfigError if there are too few silos for the mixing or for the inner rule."""
         enough("nearest_neighbour_mixing", self.hostile, 2 * self.hostile + 1, num_silos)
         super().suits(num_silos)
 
