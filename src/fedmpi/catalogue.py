@@ -1,4 +1,4 @@
-"""What `fedmpi list` prints: every family, its members, their fields with defaults and one line each; and sections."""
+"""The text of `fedmpi list`: every family, its members, their fields with defaults and descriptions; and sections."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ FAMILIES: dict[str, tuple[Family, str]] = {
 
 
 def lines(what: str | None = None) -> list[str]:
-    """The text, for all families, or for one family, one of its members, or a key of a configuration such as `exchange`
-    or `local.optimizer`. Raises ConfigError for what is none of these."""
+    """The text for all families, or for one family, one member, or a configuration key such as `exchange` or
+    `local.optimizer`. Raises ConfigError for any other name."""
     if what is None:
         text = ["configuration", *_fields(Config), ""]
         for name in FAMILIES:
@@ -86,7 +86,7 @@ def lines(what: str | None = None) -> list[str]:
 
 
 def _at(key: str) -> list[str]:
-    """What stands at a dotted key of a configuration; nothing where it is none."""
+    """Text for a dotted configuration key; empty if there is no such key."""
     section: type = Config
     parts = key.split(".")
     for n, part in enumerate(parts):
@@ -105,7 +105,7 @@ def _at(key: str) -> list[str]:
 
 
 def _in_members(family: Family, name: str) -> list[str]:
-    """A field as the members have it that do."""
+    """A field, as each member that has it defines it."""
     having = {
         member: cls for member, cls in family.members.items() if dataclasses.is_dataclass(cls) and name in hints(cls)
     }
@@ -116,7 +116,7 @@ def _in_members(family: Family, name: str) -> list[str]:
 
 
 def _field(cls: type, name: str) -> list[str]:
-    """One field, and what is in it."""
+    """One field, and its subfields if it is a section."""
     lines, names = _fields(cls), list(hints(cls))
     known = hints(cls)[name]
     inner = section_of(known) if family_of(known) is None else None
@@ -124,7 +124,7 @@ def _field(cls: type, name: str) -> list[str]:
 
 
 def _family(name: str, whole: bool, only: str | None = None) -> list[str]:
-    """A family's members, each in a sentence, and with `whole` their fields."""
+    """A family's members with one sentence each; with `whole`, also their fields."""
     family, key = FAMILIES[name]
     text = [f"{name} ({key}: {family.written})"]
     for member, cls in family.members.items():
@@ -137,7 +137,7 @@ def _family(name: str, whole: bool, only: str | None = None) -> list[str]:
 
 
 def _objectives() -> list[str]:
-    """The losses and metrics of each task, its own first."""
+    """Losses and metrics of each task, the default first."""
     text = []
     for task, (loss, metric) in DEFAULTS.items():
         losses = [name for name, tasks in LOSSES.items() if task in tasks]
@@ -149,7 +149,7 @@ def _objectives() -> list[str]:
 
 
 def _nested(cls: type) -> list[str]:
-    """The fields of a section, those of sections in it below them."""
+    """The fields of a section, with nested sections below."""
     return [line for name in hints(cls) for line in _field(cls, name)]
 
 
@@ -173,7 +173,7 @@ def _fields(cls: type) -> list[str]:
 
 
 def _allowed(annotation: Any, told: str) -> str:
-    """The values that a field takes, where they are few and what is told of it does not name them all."""
+    """The values that a field accepts, if they are few and `told` does not name them all."""
     if (family := family_of(annotation)) is not None:
         return next((f"(see: fedmpi list {name})" for name, (known, _) in FAMILIES.items() if known is family), "")
     values = [
@@ -193,7 +193,7 @@ def _allowed(annotation: Any, told: str) -> str:
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """An annotation and all that it is made of."""
+    """An annotation and all its parts, recursively."""
     yield annotation
     for part in typing.get_args(annotation):
         yield from _parts(part)
@@ -213,7 +213,7 @@ def _short(value: object, whole: bool = False) -> str:
 
 
 def _doc(annotation: object) -> str:
-    """The first sentence of a class's docstring, which has the paper."""
+    """The first sentence of a class's docstring, which cites the paper."""
     if not inspect.isclass(annotation):
         return ""
     paragraph = (inspect.getdoc(annotation) or "").partition("\n\n")[0]
@@ -221,10 +221,10 @@ def _doc(annotation: object) -> str:
 
 
 def descriptions(cls: type) -> dict[str, str]:
-    """The docstring below each field, of the class or of those it is made from.
+    """The docstrings below each field, of the class and its bases.
 
-    pydantic reads it (`use_attribute_docstrings`) from a dataclass of the same name and place. `component` does not ask
-    for it: parsing the source of all members would add over 200 ms to every start. Without source there are none.
+    pydantic reads them (`use_attribute_docstrings`) from a dataclass of the same name and module. `component` does not
+    enable that: parsing the source of all members would add over 200 ms to every start. Empty without source.
     """
     config = pydantic.ConfigDict(use_attribute_docstrings=True)
     found: dict[str, str] = {}

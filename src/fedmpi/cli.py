@@ -1,4 +1,4 @@
-"""The command. Only `train` and a grid of `compare` start MPI; all else reads files and works on a login node."""
+"""The command line. Only `train`, `eval`, `bench` and a grid of `compare` start MPI; the rest works on a login node."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ EXIT_CODES = (
 
 app = typer.Typer(
     name="fedmpi",
-    help="Federated training under mpirun or srun: one model over data that stay where they are. " + EXIT_CODES,
+    help="Federated training under mpirun or srun: one model, trained on data that stay where they are. " + EXIT_CODES,
     add_completion=False,
-    rich_markup_mode="markdown",  # which fills paragraphs; else their lines end where those of the source do
+    rich_markup_mode="markdown",  # re-flows paragraphs; otherwise lines break as in the source
     no_args_is_help=True,
-    pretty_exceptions_enable=False,  # the entry point must see errors, to end the other ranks
+    pretty_exceptions_enable=False,  # the entry point must see errors, to abort the other ranks
 )
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; see `fedmpi list` for what goes into it")]
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `fedmpi list` shows its keys")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as rounds=50 local.lr=0.1 out=runs/a")
 ]
@@ -42,8 +42,8 @@ Allow = Annotated[
     typer.Option(
         "--allow",
         metavar="MODULE",
-        help="code of this module may run if a run directory's configuration names it; that below the current folder "
-        "may without; may be repeated",
+        help="module whose code may run if a run directory's configuration names it; modules below the current folder "
+        "always may; may be repeated",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="one line of JSON instead of text")]
@@ -58,7 +58,7 @@ def _version(wanted: bool) -> None:
 
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=_version, is_eager=True, help="say which this is, and exit")
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
 ]
 
 
@@ -68,7 +68,7 @@ def _command(version: Version = False) -> None:
 
 
 def _answer(work: Callable[[], None]) -> None:
-    """Run it; what fedmpi says no to is one line and an exit code, and so is an answer that cannot be written."""
+    """Runs `work`. A FedmpiError, or output that cannot be written, becomes one line on stderr and an exit code."""
     try:
         work()
         sys.stdout.flush()
@@ -85,10 +85,10 @@ def _answer(work: Callable[[], None]) -> None:
 
 @app.command(epilog=EXIT_CODES)
 def train(config: ConfigPath, overrides: Overrides = None, allow: Allow = None) -> None:
-    """Train. Under mpirun or srun every rank is one or more silos; alone, one process is all of them.
+    """Train. Under mpirun or srun every rank hosts one or more silos; without a launcher, one process hosts all.
 
-    OUT holding a checkpoint is resumed, with the same bits as if it had never stopped; on another number of ranks too.
-    SIGUSR1, SIGTERM and `fedmpi stop OUT` end it at the next batch with the last whole round on disk.
+    If OUT holds a checkpoint, the run resumes from it, on any number of ranks, with the same bits as without the stop.
+    SIGUSR1, SIGTERM and `fedmpi stop OUT` stop it at the next batch, with the last whole round on disk.
     """
     _on_ranks(lambda comm: _train(comm, config, overrides or [], allow or []))
 
@@ -100,11 +100,11 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]... -- LAUNCHER...",
-            help="overrides, then what starts the ranks, such as `mpirun -n 4`; without a launcher one process trains",
+            help="overrides, then the launcher that starts the ranks, such as `mpirun -n 4`; none: one process trains",
         ),
     ] = None,
     starts: Annotated[
-        int, typer.Option("--starts", min=1, help="give up after so many starts in a row without a newer checkpoint")
+        int, typer.Option("--starts", min=1, help="give up after this many starts in a row without a newer checkpoint")
     ] = 10,
     grace: Annotated[
         float | None,
@@ -112,24 +112,24 @@ def run(
             "--grace",
             min=0.0,
             metavar="S",
-            help="no record and no checkpoint for so many seconds beyond twice the longest round: the start hangs and "
-            "is ended; ten times as long before its first round. Else comm.timeout_s",
+            help="a start counts as hung after this many seconds without a record or checkpoint, beyond twice the "
+            "longest round (before its first round: ten times as long), and is ended. Default: comm.timeout_s",
         ),
     ] = None,
     min_ranks: Annotated[
-        int, typer.Option("--min-ranks", min=1, help="wait rather than start fewer ranks, when hosts do not answer")
+        int, typer.Option("--min-ranks", min=1, help="wait rather than start fewer ranks when hosts do not answer")
     ] = 1,
     as_is: Annotated[
-        bool, typer.Option("--as-is", help="the launcher line has a command of its own: append nothing to it")
+        bool, typer.Option("--as-is", help="the launcher line already has its command: append nothing")
     ] = False,
     allow: Allow = None,
 ) -> None:
-    """Train under a supervisor, which starts the ranks again from the newest checkpoint when they die or hang:
+    """Train under a supervisor, which restarts the ranks from the newest checkpoint when they die or hang:
     `fedmpi run CONFIG rounds=50 -- mpirun -n 4`
 
-    `fedmpi train CONFIG [KEY=VALUE]...` is appended to the launcher line, unless that contains `fedmpi train` itself.
+    `fedmpi train CONFIG [KEY=VALUE]...` is appended to the launcher line, unless it contains `fedmpi train` already.
     Exit code 0 means that all rounds are on disk. SIGUSR1, SIGTERM and Ctrl-C are passed on to the ranks; a second one
-    ends them at once.
+    kills them at once.
     """
 
     def work() -> None:
@@ -144,7 +144,7 @@ def run(
 
 
 def _on_ranks(work: Callable[[Comm], None]) -> None:
-    """Run it on every rank that was launched; whatever goes wrong, none of them is left behind."""
+    """Runs `work` on every launched rank; on any error no rank is left behind."""
     from fedmpi import comm as ranks
 
     comm: Comm | None = None
@@ -152,15 +152,15 @@ def _on_ranks(work: Callable[[Comm], None]) -> None:
         comm = ranks.connect()
         work(comm)
     except FedmpiError as error:
-        # Errors of this kind are raised on every rank alike; one speaks, all leave together.
-        comm = ranks.connect() if comm is not None else None  # those that are left
+        # Every rank raises this kind of error; rank 0 reports it and all leave together.
+        comm = ranks.connect() if comm is not None else None  # the ranks that are left
         if comm.rank == 0 if comm is not None else ranks.is_first():
             say(ranks.told(error), error=True)
         if comm is not None:
             ranks.leave(comm, error)
         raise typer.Exit(error.exit_code) from None
     except BaseException as error:
-        # One rank's own: an exception would abort the others by itself, but not an exit or Ctrl-C, which are none.
+        # Raised on one rank only. An exception aborts the other ranks by itself; SystemExit and Ctrl-C do not.
         if comm is not None and comm.size > 1:
             sys.excepthook(type(error), error, error.__traceback__)
         raise
@@ -211,7 +211,7 @@ def plan(
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """What `train` would need and do: silos, bytes, memory, disk, collectives, and where every value comes from."""
+    """Show what `train` would need and do: silos, bytes, memory, disk, collectives, and the source of every value."""
 
     def work() -> None:
         from fedmpi.config import load, run_directory
@@ -278,10 +278,10 @@ def inspect(
     directory: RunDir,
     as_json: Json = False,
     done: Annotated[
-        bool, typer.Option("--done", help="exit 1 unless all rounds are on disk; a launcher may exit 0 without")
+        bool, typer.Option("--done", help="exit 1 unless all rounds are on disk (some launchers exit 0 anyway)")
     ] = False,
 ) -> None:
-    """What a run has come to: rounds, metrics, SHA-256 of the global parameters, configuration. Reads files only."""
+    """Show a run's results: rounds, metrics, SHA-256 of the global parameters, configuration. Only reads files."""
 
     def work() -> None:
         from fedmpi.results import inspect as read
@@ -320,7 +320,7 @@ def compare(
 ) -> None:
     """Train a grid of runs (algorithm x partition x seed) and print one table, or print run directories side by side.
 
-    Under mpirun or srun a grid's runs are trained on all ranks. Runs that are done are not trained again.
+    Under mpirun or srun all ranks train each run of a grid. Finished runs are not trained again.
     """
     if len(what) == 1 and what[0].suffix in (".yaml", ".yml"):
         from fedmpi.compare import compare_grid
@@ -343,9 +343,9 @@ def _compare_runs(roots: list[Path], grid_only: list[str], as_json: bool) -> Non
 
 @app.command()
 def stop(directory: RunDir) -> None:
-    """Ask the job that trains in DIR to stop: it ends with exit code 3 and its last whole round on disk.
+    """Ask the job that trains in DIR to stop. It exits with code 3, with its last whole round on disk.
 
-    Exit code 2 where no job trains there."""
+    Exits with 2 if no job trains there."""
 
     def work() -> None:
         from fedmpi.stopping import STOP_FILE, is_training
@@ -373,13 +373,13 @@ def _which(text: str) -> Any:
     return int(text)
 
 
-Which = Annotated[str, typer.Option("--round", help="a checkpoint: its number, newest or best (of all evaluated)")]
+Which = Annotated[str, typer.Option("--round", help="a checkpoint: its number, `newest` or `best` (of all evaluated)")]
 
 
 @app.command("eval")
 def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False, allow: Allow = None) -> None:
     """Evaluate a checkpoint on all silos' test data. Under mpirun or srun every rank evaluates the silos that it would
-    train; alone, this process opens the data of all.
+    train; without a launcher, one process opens the data of all.
     """
 
     def work(comm: Comm) -> None:
@@ -413,14 +413,14 @@ def export(
     round: Which = "newest",
     silo: Annotated[
         str | None,
-        typer.Option("--silo", metavar="ID", help="what this silo would use for itself, with what is its own"),
+        typer.Option("--silo", metavar="ID", help="the model of this silo, with its personal tensors"),
     ] = None,
     shared: Annotated[
-        bool, typer.Option("--shared", help="the tensors that are shared only, as the metadata say")
+        bool, typer.Option("--shared", help="only the shared tensors; the file's metadata say so")
     ] = False,
     allow: Allow = None,
 ) -> None:
-    """Write a checkpoint's model as a state_dict. Where every silo has layers of its own, give --silo or --shared."""
+    """Write a checkpoint's model as a state_dict. If silos have personal layers, give --silo or --shared."""
 
     def work() -> None:
         from fedmpi.results import export as write
@@ -436,7 +436,7 @@ def export(
 def catalogue(
     family: Annotated[str | None, typer.Argument(help="one family, or a section such as exchange")] = None,
 ) -> None:
-    """Everything a configuration can name: families, their members, fields, defaults."""
+    """List everything a configuration can name: families, their members, fields, defaults."""
 
     def work() -> None:
         from fedmpi.catalogue import lines
@@ -446,11 +446,11 @@ def catalogue(
     _answer(work)
 
 
-bench = typer.Typer(help="Measure on this machine, everything in turns within one run.", no_args_is_help=True)
+bench = typer.Typer(help="Benchmarks on this machine, interleaved in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 Params = Annotated[str, typer.Option("--params", help="length of the vector, such as 25e6")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="how often each is timed")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="how many times each candidate is timed")]
 
 
 @bench.command("exchange")
@@ -458,24 +458,24 @@ def bench_exchange(
     params: Params = "25e6",
     repeats: Repeats = 15,
     link_gbit: Annotated[
-        float | None, typer.Option("--link-gbit", metavar="G", help="rate of a rank's link, for link_share")
+        float | None, typer.Option("--link-gbit", metavar="G", help="rate of a rank's link in Gbit/s, for link_share")
     ] = None,
     codec: Annotated[
         list[str] | None,
         typer.Option(
-            help="for plan sharded, both ways, with feedback where it loses something and may have it; a name or a "
-            "mapping such as '{name: topk, ratio: 0.02}'; may be repeated. Else bf16 without feedback, int8, int4, topk"
+            help="codec of plan sharded, both ways, with feedback if it is lossy and supports it; a name or a mapping "
+            "such as '{name: topk, ratio: 0.02}'; may be repeated. Default: bf16 without feedback, int8, int4, topk"
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Every plan and codecs, from a delta to new parameters on all ranks, in turns with what else could carry them:
-    MPI_Allreduce and gloo, which only add up, and raw TCP, which only moves the bytes of plan sharded. Under mpirun.
+    """Time every plan and codec from a delta to new parameters on all ranks, interleaved with baselines: MPI_Allreduce
+    and gloo, which only sum, and raw TCP, which only moves the bytes of plan sharded. Run it under mpirun.
 
-    x_RIVAL is a row's time / the rival's: small is good. Wire bytes are counted while it is timed, over all ranks, per
-    parameter and per vector that crosses: n - 1 vectors of n ranks each way (nobody sends to itself), n in plan
-    replicated. link_share is the bits that the busiest rank sends or receives / (seconds x G); where MPI or gloo add
-    up, the fewest bits that will do.
+    x_RIVAL is a row's time / the baseline's; smaller is better. Wire bytes are counted during timing, over all ranks,
+    per parameter and per vector sent: n ranks send n - 1 vectors each way (none sends to itself), n in plan replicated.
+    link_share is the bits that the busiest rank sends or receives / (seconds x G); for MPI and gloo, the fewest
+    bits that a sum needs.
     """
 
     def work(comm: Comm) -> None:
@@ -490,14 +490,14 @@ def bench_exchange(
             print(json.dumps(rows) if as_json else timing.table(rows, exchange.COLUMNS), flush=True)
         comm.finish()
 
-    # Or torch says of every connection on which network it could not find a peer's name. It asks when it is loaded.
+    # Otherwise torch warns for each connection whose peer name it cannot resolve. It reads this when it is loaded.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _on_ranks(work)
 
 
 @bench.command("codecs")
 def bench_codecs(params: Params = "25e6", repeats: Repeats = 7, as_json: Json = False) -> None:
-    """Every codec on one core: encode with feedback, decode and weighted add, bytes per parameter."""
+    """Time every codec on one core: encode with feedback, decode and weighted add, bytes per parameter."""
 
     def work() -> None:
         from fedmpi.bench import codecs, timing
@@ -511,13 +511,13 @@ def bench_codecs(params: Params = "25e6", repeats: Repeats = 7, as_json: Json = 
 @bench.command("checkpoint")
 def bench_checkpoint(
     params: Params = "25e6",
-    rounds: Annotated[int, typer.Option("--rounds", min=11, help="how many are run; every 10th is checkpointed")] = 30,
+    rounds: Annotated[int, typer.Option("--rounds", min=11, help="rounds to run; every 10th writes a checkpoint")] = 30,
     as_json: Json = False,
 ) -> None:
-    """What checkpoints cost a run on the ranks that mpirun has started; they go to TMPDIR, and away again.
+    """Measure what checkpoints cost a run, on the ranks that mpirun started. They go to TMPDIR and are removed.
 
-    waited is the share of the rounds' time that they wait for checkpoints; ratio compares the round that has a writer
-    behind it with one that has none.
+    waited is the share of the rounds' time spent waiting for checkpoints; ratio is the time of rounds during which one
+    is written / the time of other rounds.
     """
 
     def work(comm: Comm) -> None:
@@ -530,16 +530,16 @@ def bench_checkpoint(
     _on_ranks(work)
 
 
-data = typer.Typer(help="Datasets: fetch official files, check what is there.", no_args_is_help=True)
+data = typer.Typer(help="Datasets: download official files, check local ones.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="a dataset, see `fedmpi list datasets`")]
-Root = Annotated[Path | None, typer.Option("--root", help="folder of datasets; else FEDMPI_DATA, else ./data")]
+Root = Annotated[Path | None, typer.Option("--root", help="folder of datasets; default: FEDMPI_DATA, else ./data")]
 
 
 @data.command()
 def fetch(name: DataName, root: Root = None) -> None:
-    """Download a dataset's official files, checksummed; without a network, say which file to put where."""
+    """Download a dataset's official files and verify checksums; without a network, say which file to put where."""
 
     def work() -> None:
         from fedmpi.data import fetch as download
