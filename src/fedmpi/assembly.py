@@ -1,5 +1,5 @@
-"""What a run is made of: data, model and rules, put together from the configuration and looked at before anything is
-trained. A resumed run puts the same together again."""
+"""Builds a run from its configuration: data, model and rules, all checked before training starts. A resumed run is
+built the same way."""
 
 from __future__ import annotations
 
@@ -54,38 +54,38 @@ log = logging.getLogger("fedmpi")
 
 @dataclass(frozen=True)
 class Spec:
-    """What a federation is made of, whoever its members are; the same on every rank."""
+    """What a federation is made of, independent of its current members; the same on every rank."""
 
     config: Config
     source: Source
     objective: LossAndMetrics
     module: torch.nn.Module
     entries: Sequence[Entry]  # of the module's tensors
-    section: ExchangeSection  # the configuration's, with its plan named once it is chosen
+    section: ExchangeSection  # as configured; `plan` is filled in once it is chosen
     device: torch.device
     watch: stopping.Watch
 
     @property
     def known(self) -> list[str]:
-        """The silos that may ever take part: who of them is hostile does not depend on who is a member."""
+        """Ids of all silos that may ever take part. Which of them are hostile does not depend on current members."""
         return [silo.id for silo in self.source.silos]
 
     @property
     def layout(self) -> Layout:
-        """Of the vector that crosses ranks."""
+        """Layout of the vector that crosses ranks."""
         named = named_exact(self.entries, self.config.exchange.exact)
         return layout_of(self.entries, self.config.local.auxiliaries, named)
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """A federation with the state that it begins in, and what a run says of them."""
+    """A federation with its initial state, and what the run reports about itself."""
 
     spec: Spec
     federation: Federation
     state: State
     threads: int
-    unshared: dict[str, torch.Tensor]  # what the model starts with and no checkpoint has
+    unshared: dict[str, torch.Tensor]  # initial values of the model that no checkpoint stores
     plan: Choice  # of the exchange
 
 
@@ -98,10 +98,10 @@ def assemble(
     members: Membership | None = None,
     members_before: Callable[[], MembersBefore | None] = lambda: None,
 ) -> Assembly:
-    """Everything that a run needs, checked. A call of all ranks; raises ConfigError alike on every one.
+    """Builds and checks everything a run needs. Collective; raises ConfigError on every rank alike.
 
-    `plan_before` is rank 0's: the plan that the run was begun with, or nothing. `members` are those that it goes on
-    with; None: those that it had, which `members_before` tells rank 0, and at first all silos.
+    `plan_before` is called on rank 0 and returns the plan the run began with, or an empty string. `members` are the
+    members to continue with. If None, they are those that `members_before` returns on rank 0; in a new run, all silos.
     """
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
     spec = specify(config, comm, out)
@@ -117,13 +117,13 @@ def assemble(
     return Assembly(built.spec, built.federation, state, threads, unshared, built.plan)
 
 
-MembersBefore = tuple[int, list[list[str]]]  # epoch, and the silos of each rank
+MembersBefore = tuple[int, list[list[str]]]  # epoch, and silo ids of each rank
 
 
 def _first_members(
     spec: Spec, hosts: Sequence[str], given: Membership | None, told: MembersBefore | None
 ) -> Membership:
-    """The members that a run begins or goes on with."""
+    """Members at the start of a run, or on resume."""
     silos, dedicated = spec.source.silos, spec.config.server.dedicated
     before = None if told is None else Membership.of(*told, [silo.id for silo in silos])
     if given is not None:
@@ -134,12 +134,12 @@ def _first_members(
     with contextlib.suppress(ConfigError):
         if told is not None and len(told[1]) == len(hosts):
             return before.checked(silos, hosts, dedicated)
-    again = place([silo for silo in silos if silo.id in before.teams], hosts, dedicated)  # on other ranks or hosts
+    again = place([silo for silo in silos if silo.id in before.teams], hosts, dedicated)  # ranks or hosts changed
     return replace(again, epoch=before.epoch)
 
 
 def specify(config: Config, comm: Comm, out: Path) -> Spec:
-    """What does not depend on who takes part. A call of all ranks."""
+    """Builds what does not depend on the members. Collective."""
     chosen = device.choose(config.device.name, config.device.share, comm)
     comm.collectively(lambda: _check_machine(config, chosen))
     source = comm.collectively(lambda: source_of(config))
@@ -154,7 +154,7 @@ def specify(config: Config, comm: Comm, out: Path) -> Spec:
         left_out = comm.collectively(lambda: pretrained.start(module, init))
         if left_out and comm.rank == 0:
             log.warning(left_out)
-    # A start of their own would make ranks train different models: other files in `init`, other torch versions.
+    # Different initial values would make ranks train different models: other files in `init`, other torch versions.
     comm.require_equal("the model's first parameters", digest_of(saved(module)), ConfigError)
     found = comm.collectively(lambda: entries(module, config.exchange.parameters))
     comm.collectively(lambda: _starts_finite(module, found))
@@ -165,15 +165,15 @@ def specify(config: Config, comm: Comm, out: Path) -> Spec:
 def open_members(
     spec: Spec, members: Membership, comms: Comms, held: Collection[str] = (), known: Mapping[str, np.ndarray] = {}
 ) -> Opened:
-    """The members' data, opened where they were not and tried. All that can be said against a membership is said here,
-    alike on every rank, and nothing that is there is touched. A call of all ranks.
+    """Opens the members' data where it is not open yet, and tries it with the model. Collective.
 
-    `held` are silos that this rank has open, `known` the facts of silos that some rank has.
+    Every check of a membership happens here, alike on every rank, and leaves existing state unchanged. `held`: silos
+    that this rank has open; `known`: facts of silos, from any rank. Raises ConfigError on every rank.
     """
     config, comm = spec.config, comms.control
     members = comm.collectively(lambda: members.checked(spec.source.silos, comms.world.hosts, config.server.dedicated))
     opened = open_silos(spec.source, members, comm, held, known)
-    comm.collectively(lambda: config.entries(spec.module, members.ids))  # components that cannot do with them say so
+    comm.collectively(lambda: config.entries(spec.module, members.ids))  # components raise if they do not support them
     comm.collectively(lambda: _weights(config, members.ids, opened.num_train))
     _try_members(spec, members, opened.data, comm)
     return opened
@@ -194,8 +194,9 @@ def build_federation(
     held: Mapping[str, LocalSilo] = {},
     plan_before: Callable[[], str] = lambda: "",
 ) -> Built:
-    """The federation of these members, as before its first round: exchange and model are made for them. `held` are
-    silos that this rank has open. A call of all ranks; raises ConfigError alike on every one."""
+    """Builds the federation of these members, with its own exchange and model, as before its first round.
+
+    `held`: silos that this rank has open. Collective; raises ConfigError on every rank alike."""
     config, comm, members, attack = spec.config, comms.control, opened.members, spec.config.attack
     weights = _weights(config, members.ids, opened.num_train)
     hosted = members.hosted(comm.rank)
@@ -238,7 +239,7 @@ def build_federation(
 
 @contextlib.contextmanager
 def _or_leave(exchange: Exchange) -> Iterator[None]:
-    """Whatever fails within, nothing of the exchange is left under way."""
+    """Stops the exchange's pending communication if the block raises."""
     try:
         yield
     except Exception:
@@ -247,7 +248,7 @@ def _or_leave(exchange: Exchange) -> Iterator[None]:
 
 
 def begin(fed: Federation) -> State:
-    """The state before the first round. A call of all ranks."""
+    """The state before the first round. Collective."""
     model, exchange = fed.model, fed.exchange
     params_Q = torch.zeros(exchange.num_params, dtype=model.dtype, device=model.device)
     params_P = fed.layout.params(params_Q)
@@ -260,7 +261,7 @@ def begin(fed: Federation) -> State:
 
 
 def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], comm: Comm) -> ExchangeContext:
-    """What the exchange may know of the run."""
+    """Facts about the run that the exchange needs."""
     config, found = spec.config, spec.entries
     one = torch.zeros(1, dtype=master_dtype(found))
     states = comm.collectively(lambda: len(config.server.optimizer.init(one)))
@@ -280,7 +281,7 @@ def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], co
 
 
 def _model(spec: Spec, exchange: Exchange, comms: Comms) -> FlatModel:
-    """The model, in memory that its deltas can be sent out of. A call of all ranks."""
+    """The model, in memory that its deltas can be sent from directly. Collective."""
     allocate: Allocate = comms.leaders.allocate
     if spec.device.type == "cpu" and one_vector(spec.entries):
         own = exchange.delta()
@@ -290,8 +291,8 @@ def _model(spec: Spec, exchange: Exchange, comms: Comms) -> FlatModel:
 
 
 def source_of(config: Config) -> Source:
-    """The dataset. One of your own that draws from torch's, numpy's or Python's own generators finds the same numbers
-    in every run and on every rank, a silo's samples included."""
+    """The dataset. The global generators of torch, numpy and Python are seeded around a user's dataset, so it draws the
+    same numbers in every run and on every rank, for each silo's samples too."""
     seed = config.seed
     with rng.borrowed():
         rng.set_all(rng.key(seed, purpose="data"))
@@ -307,7 +308,7 @@ def source_of(config: Config) -> Source:
 
 
 def _weights(config: Config, ids: Sequence[str], num_train: Sequence[int]) -> dict[str, float]:
-    """What each silo weighs."""
+    """Base weight of each silo. Raises ConfigError unless it is positive and finite."""
     weights = {silo: config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)}
     for name, weight in weights.items():
         if not 0 < weight < float("inf"):
@@ -316,7 +317,7 @@ def _weights(config: Config, ids: Sequence[str], num_train: Sequence[int]) -> di
 
 
 def build_module(config: Config, source: Source) -> torch.nn.Module:
-    """The model with its first parameters, which depend on the seed alone."""
+    """The model with initial parameters that depend only on the seed. Raises ConfigError for meta tensors."""
     with rng.borrowed():
         rng.set_all(rng.key(config.seed, purpose="init"))
         module = make(config.model, source)
@@ -327,10 +328,10 @@ def build_module(config: Config, source: Source) -> torch.nn.Module:
 
 
 def _try_members(spec: Spec, members: Membership, opened: Mapping[str, SiloData], comm: Comm) -> None:
-    """A few samples of every member through a copy of the model, and every metric. A call of all ranks."""
+    """Runs a few samples of every member through a copy of the model, and every metric. Collective."""
     config, objective = spec.config, spec.objective
     rng.set_all(rng.key(config.seed, purpose="trial"))
-    speaks = comm.rank == members.ranks[0]  # it has a silo, and all ranks have the same model
+    speaks = comm.rank == members.ranks[0]  # a rank with a silo; the model is the same on all ranks
     with subject(spec.module, spec.device) as one:
         comm.collectively(lambda: _try_out(config, one, objective, opened, frozen_alone(spec.entries), speaks))
         _try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
@@ -344,7 +345,7 @@ def _try_out(
     still: Collection[str],
     speaks: bool,
 ) -> None:
-    """A few samples of this rank's silos through the model. What is no error is said by the rank that `speaks`."""
+    """Runs a few samples of this rank's silos through the model. Only the rank that `speaks` logs warnings."""
     if (changing := tried(one, objective, opened, still)) and speaks:
         log.warning(
             "model: %s changes in training and is not saved; every silo's round begins with its first values",
@@ -355,7 +356,7 @@ def _try_out(
 
 
 def _starts_finite(module: torch.nn.Module, found: Sequence[Entry]) -> None:
-    """ConfigError for a start that nothing can be learned from."""
+    """Raises ConfigError if initial values are not finite."""
     tensors = saved(module)
     for entry in found:
         if (entry.trainable or entry.kind == "shared") and not bool(torch.isfinite(tensors[entry.name]).all()):
@@ -364,7 +365,7 @@ def _starts_finite(module: torch.nn.Module, found: Sequence[Entry]) -> None:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """SHA-256 of tensors and their names, in whatever order."""
+    """SHA-256 of tensors and their names, independent of their order."""
     whole = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         whole.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
@@ -373,7 +374,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def _check_machine(config: Config, chosen: torch.device) -> None:
-    """What configuration alone cannot tell."""
+    """Checks what depends on the machine, not on the configuration alone."""
     for key, rule in (("local", config.local), ("evaluate.finetune", config.evaluate.finetune)):
         if rule is not None and rule.precision == "bf16" and chosen.type != "cuda":
             raise ConfigError(f"{key}.precision: bf16 needs a GPU; this rank trains on the CPU")
@@ -382,15 +383,15 @@ def _check_machine(config: Config, chosen: torch.device) -> None:
 def _local(
     silo: str, data: dict[str, SiloData], held: Mapping[str, LocalSilo], weight: float, chosen: torch.device
 ) -> LocalSilo:
-    """The silo before it has trained, its samples where they are trained on and no longer in `data`."""
+    """The silo before training, its samples on the training device and removed from `data`."""
     if silo in held:
         return LocalSilo(silo, held[silo].data, weight)
     return LocalSilo(silo, SiloData(*device.keep_on(chosen, list(data.pop(silo)))), weight)
 
 
 def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torch.Tensor]:
-    """A copy of what the model starts with and no checkpoint has: frozen parameters that are not shared, and the
-    values from which silos start their personal ones."""
+    """Copies of the initial values that no checkpoint stores: frozen parameters that are not shared, and the values
+    from which silos start their personal ones."""
     state = module.state_dict()
     return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
 
@@ -398,10 +399,10 @@ def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torc
 def _try_metrics(
     one: Subject, objective: LossAndMetrics, opened: Mapping[str, SiloData], batch: int, comm: Comm
 ) -> None:
-    """Every metric on two samples, before anything is trained, and where it raises on a whole batch, silo after silo: a
-    metric may be undefined on some, but one that raises everywhere is refused. A call of all ranks.
+    """Tries every metric on two samples; if it raises, on a whole batch, silo by silo. Collective.
 
-    What is built in says by itself what does not fit; it is not tried on more than two.
+    A metric may be undefined on some samples, but one that raises everywhere is refused. Built-in metrics report by
+    themselves what does not fit, so they are not tried on more than two samples.
     """
     errors: dict[str, str] = {}
 
@@ -419,7 +420,7 @@ def _try_metrics(
 
     comm.collectively(attempt)
     names = [scorer.name for scorer in objective.scorers]
-    seen = np.zeros(2 * len(names))  # by metric: how many ranks tried it, and on how many it raised everywhere
+    seen = np.zeros(2 * len(names))  # per metric: number of ranks that tried it, and on which it raised every time
     if opened:
         seen[: len(names)] = 1
         seen[len(names) :] = [name in errors for name in names]

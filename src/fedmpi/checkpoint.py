@@ -1,16 +1,16 @@
-"""Checkpoints: everything the next round depends on, whole or not at all.
+"""Checkpoints: everything the next round depends on, written atomically.
 
     checkpoints/round-000040/
-      server.h5        all tensors that are of no silo, whole          by rank 0
-      rank-0003.h5     tensors of silos, a row for each silo           by every rank that hosts silos
-      manifest.json    every file with its SHA-256, and its own, last  by rank 0, and once per host without its disk
+      server.h5        all tensors that belong to no silo               by rank 0
+      rank-0003.h5     tensors of silos, one row per silo               by every rank that hosts silos
+      manifest.json    SHA-256 of every file and of itself, last        by rank 0, and once per host with its own disk
     checkpoints/best-000037/
-      the same files   what is evaluated of the best round, where no checkpoint was due: to look at, not to resume from
+      the same files   what evaluation needs of the best round, if it has no checkpoint; a run cannot resume from it
 
-A file is written beside its final name, flushed, and renamed; the manifest follows when every rank's file is safe.
-So a folder without a manifest is an unfinished checkpoint, and what disagrees with its checksum a torn one. Whatever
-is wrong with a checkpoint, it is a CheckpointError, and the one before is taken.
-Files are written by a thread, from copies; the thread never calls MPI.
+A file is written beside its final name, flushed, and renamed. The manifest follows when the files of all ranks are
+safe. So a folder without a manifest is an unfinished checkpoint, and a file that disagrees with its checksum is torn.
+Any problem with a checkpoint raises CheckpointError, and the one before is used.
+A thread writes the files, from copies; it never calls MPI.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from fedmpi.worker import Worker
 
 log = logging.getLogger("fedmpi")
 
-FORMAT = 3  # of checkpoints and of what a run says about itself; another is not read
+FORMAT = 3  # of checkpoints and of a run's description; other versions are refused
 MANIFEST = "manifest.json"
 SERVER = "server.h5"
 PARAMS: Key = ("exchange", "params")  # in server.h5
-KEPT: Key = ("silos", "kept")  # and the name that its rule gives it: what a silo keeps, in its rank's file
-AVERAGE: Key = ("average", "params")  # of the parameters over rounds, in server.h5
+KEPT: Key = ("silos", "kept")  # prefix of a silo's state, followed by the rule's name for it; in the rank's file
+AVERAGE: Key = ("average", "params")  # mean of the parameters over rounds, in server.h5
 DIGEST_BYTES = 32 + 8  # SHA-256 and the file's size
 _NONE = bytes(DIGEST_BYTES)
 
@@ -53,7 +53,7 @@ def rank_file(rank: int) -> str:
 
 
 def folder_of(root: Path, round: int, best: bool = False) -> Path:
-    """Where round's checkpoint lies under the run directory `root`; with `best` what is kept of it to be evaluated."""
+    """The round's checkpoint folder under the run directory `root`; with `best`, the folder kept for evaluation."""
     return root / "checkpoints" / f"{'best' if best else 'round'}-{round:06d}"
 
 
@@ -62,7 +62,7 @@ def folder_of(root: Path, round: int, best: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class Best:
-    """This rank's part of what is kept of a round to be evaluated."""
+    """This rank's part of a round that is kept for evaluation."""
 
     round: int
     record: Mapping[str, Any]
@@ -72,8 +72,9 @@ class Best:
 
 
 class Writer:
-    """One rank's writer and its thread. `start` copies and returns; `written` says which round's file is safe.
-    `allowed` is called before a write and raises where there must be none."""
+    """One rank's checkpoint writer, with its thread. `start` copies and returns; `written` is the newest safe round.
+
+    `allowed` is called before each write and raises if writing is not allowed."""
 
     def __init__(self, root: Path, rank: int, allowed: Callable[[], None] = lambda: None) -> None:
         self.root = root
@@ -85,8 +86,9 @@ class Writer:
         self._digests: tuple[bytes, ...] = (_NONE,) * 4
 
     def start(self, round: int, tensors: Sequence[StateTensor], best: Best | None = None) -> None:
-        """Copy this rank's part of the state (state.gathered) and begin to write it, and what is kept of the best round
-        before, which stays as it is meanwhile. Waits for the write before, if it still runs."""
+        """Copies this rank's part of the state (state.gathered) and starts to write it.
+
+        Also writes `best`, whose tensors must not change meanwhile. Waits for the previous write, if it still runs."""
         self.join()
         jobs = [(folder_of(self.root, round), self._tables(tensors, copied=True))]
         if best is not None:
@@ -94,7 +96,7 @@ class Writer:
         self._worker.start(lambda: self._write(round, jobs))
 
     def _tables(self, tensors: Sequence[StateTensor], copied: bool) -> dict[str, list[Table]]:
-        """What each file holds; of silos always a copy."""
+        """The content of each file; silos' tensors are always copied."""
         files: dict[str, list[Table]] = {}
         if rows := _rows([one for one in tensors if one.placement == "per_silo"]):
             files[rank_file(self.rank)] = rows
@@ -115,7 +117,7 @@ class Writer:
         found: list[bytes] = []
         self._allowed()
         for folder, files in jobs:
-            if folder.is_symlink():  # what it stands for is not ours
+            if folder.is_symlink():  # do not write into the link's target
                 folder.unlink()
             digests = {name: write_file(folder / name, tables) for name, tables in files.items()}
             found += [digests.get(rank_file(self.rank), _NONE), digests.get(SERVER, _NONE)]
@@ -124,38 +126,38 @@ class Writer:
 
     @property
     def written(self) -> int:
-        """The newest round whose file of this rank is safe; -1 for none. Raises CheckpointError if writing failed."""
+        """The newest round whose file of this rank is safe; -1 for none. Raises CheckpointError if a write failed."""
         if (error := self._worker.error) is not None:
             what = str(error).partition("\n")[0] or type(error).__name__
             raise CheckpointError(f"cannot write a checkpoint into {self.root}: {what}") from error
         return self._written
 
     def wait(self, limit_s: float) -> bool:
-        """Is what was started on disk, by now or within `limit_s`?"""
+        """Waits up to `limit_s` seconds; True if the started write is on disk."""
         return self._worker.wait(limit_s)
 
     def join(self) -> None:
-        """Wait until what was started is on disk. Raises CheckpointError if writing failed."""
+        """Waits until the started write is on disk. Raises CheckpointError if it failed."""
         self._worker.wait()
         _ = self.written
 
     def forget_failure(self) -> None:
-        """The write that failed is over, and the next one may begin."""
+        """Clears a failed write, so that the next one may start."""
         self._worker.error = None
 
     def close(self, limit_s: float) -> None:
-        """Let the thread end, once what was started is on disk or after `limit_s`."""
+        """Ends the thread once the started write is on disk, or after `limit_s` seconds."""
         self._worker.close(limit_s)
 
     @property
     def digests(self) -> bytes:
-        """This rank's row for the manifests: its rank file's digest, then the server file's; zeros for none; then the
-        same of what was written of the best round."""
+        """This rank's row for the manifests: digest of its rank file, then of the server file, zeros for no file; then
+        the same two for the best round."""
         return b"".join(self._digests)
 
 
 def _rows(tensors: Iterable[StateTensor]) -> list[Table]:
-    """What silos keep, those of one shape under one key together."""
+    """Silos' tensors as tables: tensors with equal key, shape and dtype become rows of one."""
     alike: dict[tuple[Key, Any, Any], list[StateTensor]] = {}
     for one in tensors:
         alike.setdefault((one.key, one.tensor.shape, one.tensor.dtype), []).append(one)
@@ -166,9 +168,9 @@ def _rows(tensors: Iterable[StateTensor]) -> list[Table]:
 
 
 def write_file(path: Path, tables: Sequence[Table]) -> bytes:
-    """Write one file so that it is there whole or not at all; its SHA-256 and size come back."""
+    """Writes one file atomically; returns its SHA-256 and size."""
     digest, size = tensorfile.write(path, tables)
-    disk.sync(path.parent.parent)  # the round's folder may be new too
+    disk.sync(path.parent.parent)  # the round's folder may be new as well
     return digest + size.to_bytes(8, "little")
 
 
@@ -180,7 +182,7 @@ def seal(
     about: Mapping[str, Any],
     best: bool = False,
 ) -> None:
-    """Write the manifest of a round whose files are all safe. `rows` are the ranks' `digests`, `silos` their silos."""
+    """Writes the manifest of a round whose files are all safe. `rows`: the ranks' `digests`; `silos`: ids by rank."""
     rows = [row[2 * DIGEST_BYTES :] if best else row for row in rows]
     files: dict[str, Any] = {SERVER: _entry(rows[0][DIGEST_BYTES:])}
     for rank, (row, some) in enumerate(zip(rows, silos, strict=True)):
@@ -203,10 +205,10 @@ def _entry(row: bytes) -> dict[str, Any]:
 
 
 def prune(root: Path, keep: int, scores: Mapping[int, float | None]) -> None:
-    """Delete all sealed checkpoints but the newest `keep` and the best (highest score), and what was kept of rounds
-    that are the best no longer."""
+    """Deletes all sealed checkpoints except the newest `keep` and the best (highest score), and evaluation copies of
+    rounds that are no longer the best."""
     sealed, bests = sealed_rounds(root), sealed_rounds(root, best=True)
-    # Of equals the first.
+    # On a tie, the first.
     scored = [(score, -r) for r in {*sealed, *bests} if (score := scores.get(r)) is not None]
     top = -max(scored)[1] if scored else None
     for round in sealed:
@@ -218,18 +220,18 @@ def prune(root: Path, keep: int, scores: Mapping[int, float | None]) -> None:
 
 
 def remove(root: Path, round: int, best: bool = False) -> None:
-    """Delete a checkpoint; its manifest goes first, so that a crash leaves an unfinished one, not a torn one."""
+    """Deletes a checkpoint. Its manifest goes first, so that a crash leaves an unfinished one, not a torn one."""
     folder = folder_of(root, round, best)
     if folder.is_symlink() or not folder.is_dir():
         folder.unlink(missing_ok=True)
         return
-    with contextlib.suppress(IsADirectoryError, PermissionError):  # whatever lies in its place goes with the rest
+    with contextlib.suppress(IsADirectoryError, PermissionError):  # rmtree removes whatever lies there
         (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_after(root: Path, round: int) -> None:
-    """Delete what lies beyond the round that a run resumes from, and what was never finished."""
+    """Deletes checkpoints of later rounds than the one a run resumes from, and unfinished ones."""
     for folder in sorted((root / "checkpoints").glob("*-*")):
         number = _number(folder)
         if number is not None and (number > round or not (folder / MANIFEST).exists()):
@@ -241,28 +243,28 @@ def remove_after(root: Path, round: int) -> None:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class File:
-    """What a manifest says of a file."""
+    """A file's entry in a manifest."""
 
     sha256: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
     bytes: Annotated[int, pydantic.Field(ge=0, strict=True)]
-    silos: list[str] = pydantic.Field(default_factory=list)  # whose rows it has
+    silos: list[str] = pydantic.Field(default_factory=list)  # ids of its rows
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class Manifest:
-    """What a manifest says of a round."""
+    """A round's manifest."""
 
     format: Literal[3]
     round: pydantic.StrictInt
     files: dict[Annotated[str, pydantic.Field(pattern=r"^(server|rank-\d{4,})\.h5$")], File]
-    record: dict[str, Any] | None = None  # of the round; selectors go by it
-    score: pydantic.StrictFloat | None = None  # how good the round is, higher is better; None: it was not evaluated
+    record: dict[str, Any] | None = None  # of the round; selectors read it on resume
+    score: pydantic.StrictFloat | None = None  # higher is better; None: not evaluated
     ranks: pydantic.StrictInt = 1
     epoch: pydantic.StrictInt = 0  # of the round's membership
 
     @property
     def hosted(self) -> list[list[str]]:
-        """The silos of each rank that the run had."""
+        """The silo ids of each rank of the run."""
         return [self.files[name].silos if (name := rank_file(r)) in self.files else [] for r in range(self.ranks)]
 
 
@@ -275,14 +277,14 @@ def _number(folder: Path) -> int | None:
 
 
 def sealed_rounds(root: Path, best: bool = False) -> list[int]:
-    """The rounds that have a manifest, oldest first; with `best` those of which that is kept which is evaluated."""
+    """Rounds that have a manifest, oldest first; with `best`, those kept for evaluation."""
     folders = (path.parent for path in (root / "checkpoints").glob(f"{'best' if best else 'round'}-*/{MANIFEST}"))
     found = (_number(folder) for folder in folders if not folder.is_symlink())
     return sorted(number for number in found if number is not None)
 
 
 def manifest(root: Path, round: int, best: bool = False) -> Manifest:
-    """The manifest of a round. Raises CheckpointError for whatever is wrong with it."""
+    """The manifest of a round. Raises CheckpointError if it is unreadable, damaged or inconsistent."""
     path = folder_of(root, round, best) / MANIFEST
     try:
         body, sha, digest = disk.read_bytes(path).decode().rpartition(_OWN_SHA)
@@ -302,8 +304,8 @@ def manifest(root: Path, round: int, best: bool = False) -> Manifest:
 
 
 def scores(root: Path) -> dict[int, float | None]:
-    """How good each round is that is on disk, higher is better; None where it was not evaluated. Those whose manifest
-    is unreadable are left out with a warning."""
+    """Score of each round on disk, higher is better; None if not evaluated. Rounds with an unreadable manifest are left
+    out with a warning."""
     found: dict[int, float | None] = {}
     for best in (True, False):
         for round in sealed_rounds(root, best):
@@ -315,7 +317,7 @@ def scores(root: Path) -> dict[int, float | None]:
 
 
 def kept_as_best(root: Path, round: int) -> bool:
-    """Is of this round only that on disk which is evaluated?"""
+    """True if only the round's evaluation copy is on disk, not its checkpoint."""
     return round not in sealed_rounds(root) and round in sealed_rounds(root, best=True)
 
 
@@ -327,8 +329,10 @@ def check(
     best: bool = False,
     others: bool = False,
 ) -> Manifest:
-    """The manifest, once the files that will be read are found to be whole: that of the server, and those that hold
-    these silos (None: all files); with `others` there may be silos of which it has none. Raises CheckpointError."""
+    """Checks the files that will be read and returns the manifest. Raises CheckpointError.
+
+    Checks the server's file if `server`, and the files that hold `silos` (None: all files). A silo without stored state
+    is an error unless `others`."""
     found, folder = manifest(root, round, best), folder_of(root, round, best)
     wanted = None if silos is None else set(silos)
     there = {silo for file in found.files.values() for silo in file.silos}
@@ -363,8 +367,8 @@ def newest(
     below: int | None = None,
     others: bool = False,
 ) -> int:
-    """The newest round, below `below`, that is whole as far as this rank is concerned (`check`); -1 for none. What is
-    not is skipped with a warning."""
+    """The newest round, below `below`, that is whole for this rank (see `check`); -1 for none. Others are skipped with
+    a warning."""
     for round in reversed(sealed_rounds(root)):
         if below is not None and round >= below:
             continue
@@ -383,12 +387,12 @@ def read_server(root: Path, round: int, best: bool = False) -> dict[Key, torch.T
 
 
 def read_state(root: Path, round: int, best: bool = False) -> list[StateTensor]:
-    """All tensors of server.h5. Raises CheckpointError."""
+    """All tensors of server.h5, with their placement. Raises CheckpointError."""
     return tensorfile.read(folder_of(root, round, best) / SERVER)
 
 
 def read_silos(root: Path, round: int, ids: Iterable[str], best: bool = False) -> dict[str, dict[Key, torch.Tensor]]:
-    """What each of these silos kept, from whichever rank files hold it. Raises CheckpointError if one is not there."""
+    """Stored tensors of these silos, by id, from whichever rank files hold them. Raises CheckpointError if missing."""
     wanted, folder = set(ids), folder_of(root, round, best)
     kept: dict[str, dict[Key, torch.Tensor]] = {}
     for name, file in manifest(root, round, best).files.items() if wanted else ():

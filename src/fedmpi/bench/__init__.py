@@ -1,8 +1,8 @@
-"""Benches: what things cost on this machine, beside what else one could do, in one run and in turns.
+"""Benchmarks on this machine, next to baselines, interleaved in one run.
 
 exchange     every plan, and codecs, from a delta to new parameters on all ranks
-rivals       what they are compared with: gloo, raw TCP
+baselines    what they are compared with: gloo, raw TCP
 codecs       encode, decode and bytes on one core
 checkpoint   how long rounds wait for checkpoints
-turns        the clock, and tables for people
+timing       interleaved timing, and tables
 """

@@ -1,6 +1,6 @@
-"""What the exchange is compared with, between the same processes: raw TCP sockets, and gloo's all_reduce.
+"""Baselines for the exchange, between the same processes: raw TCP sockets, and gloo's all_reduce.
 
-Everything is connected before anything is timed. What cannot be had is a FedmpiError, on every rank alike.
+All connections are made before timing starts. A baseline that is unavailable raises FedmpiError on every rank.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fedmpi.errors import FedmpiError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(seconds=60)  # for a connection, and for one all_reduce of gloo
+PATIENCE = timedelta(seconds=60)  # time limit of a connection, and of one all_reduce of gloo
 SEND_BYTES = 256 << 10
 SIOCGIFADDR = 0x8915
 _ADDRESS_BYTES = 32
 
 
 class Tcp:
-    """Raw TCP in the pattern of plan sharded: what link and kernel can do, without MPI.
+    """Raw TCP in the pattern of plan sharded: what link and kernel can do without MPI.
 
-    Every rank sends each other rank its 1/n of a float32 vector, all at once, and then to each the 1/n that is its
-    own: the bytes that plan sharded sends with identity. Nothing is added up. A rank begins with the second half when
-    it has all of the first.
+    Every rank sends each other rank its 1/n of a float32 vector, all at once, then sends its own 1/n to each of them:
+    the bytes that plan sharded sends with identity. Nothing is summed. A rank starts the second half when it has
+    received all of the first.
     """
 
     def __init__(self, comm: Comm, num_params: int, peers: dict[int, socket.socket]) -> None:
@@ -46,7 +46,7 @@ class Tcp:
         self.came = {rank: memoryview(bytearray(mine.stop - mine.start)) for rank in peers}
 
     def __call__(self) -> None:
-        """One round."""
+        """Runs one round and counts its bytes."""
         theirs = {rank: self._part[rank] for rank in self._peers}
         num_bytes = sum(part.stop - part.start for part in theirs.values())
         mine = self.params[self._part[self._comm.rank]]
@@ -56,7 +56,7 @@ class Tcp:
         self._comm.bytes_down += num_bytes
 
     def _swap(self, send: dict[int, memoryview], receive: dict[int, memoryview]) -> None:
-        """Until everything is sent and everything has come."""
+        """Sends and receives until both are complete. Raises ConnectionError if a peer closes."""
         send, receive = dict(send), dict(receive)
         with selectors.DefaultSelector() as ready:
             for rank, peer in self._peers.items():
@@ -85,10 +85,10 @@ def _left(send: memoryview, receive: memoryview) -> int:
 
 @contextmanager
 def connected(comm: Comm) -> Iterator[dict[int, socket.socket]]:
-    """Non-blocking sockets to all other ranks, by rank; hosts find each other by their names. A call of all ranks.
+    """Yields non-blocking sockets to all other ranks, by rank; hosts are found by name. Collective.
 
-    Each may have SEND_BYTES and as much again under way. That fills any link between neighbours; were it left to the
-    kernel, several senders would fill the queue before the same receiver, and what is dropped there is sent twice.
+    The send buffer is SEND_BYTES, which the kernel doubles. That saturates any link between neighbours. With kernel
+    defaults, several senders fill the queue before one receiver, and dropped packets are sent again.
     """
     peers: dict[int, socket.socket] = {}
     with socket.create_server(("", 0), backlog=comm.size) as door:
@@ -102,7 +102,7 @@ def connected(comm: Comm) -> Iterator[dict[int, socket.socket]]:
                 if comm.hosts[rank] == comm.hosts[comm.rank]:
                     address = "127.0.0.1"
                 elif address.startswith("127."):
-                    address = comm.hosts[rank]  # what a host calls itself may mean something only there
+                    address = comm.hosts[rank]  # a loopback address is valid only on its own host
                 peers[rank] = socket.create_connection((address, int(port)), PATIENCE.seconds)
                 peers[rank].sendall(comm.rank.to_bytes(4, "little"))
             for _ in range(comm.rank + 1, comm.size):
@@ -123,7 +123,7 @@ def connected(comm: Comm) -> Iterator[dict[int, socket.socket]]:
 
 
 def _own_address() -> str:
-    """Of this host, by its name."""
+    """This host's address, by its name."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -132,9 +132,9 @@ def _own_address() -> str:
 
 @contextmanager
 def gloo(comm: Comm, num_params: int, peers: dict[int, socket.socket]) -> Iterator[Callable[[], object]]:
-    """torch.distributed's all_reduce of a float32 vector over gloo. A call of all ranks.
+    """Yields torch.distributed's all_reduce of a float32 vector over gloo. Collective.
 
-    It is told to use the interface of the sockets in `peers`; by itself it takes the one that the host's name leads to.
+    It uses the network interface of the sockets in `peers`; by default gloo takes the one of the host's name.
     """
     import torch.distributed as dist
 
@@ -150,7 +150,7 @@ def gloo(comm: Comm, num_params: int, peers: dict[int, socket.socket]) -> Iterat
     def store(port: int) -> Any:
         return make(root, port, comm.size, comm.rank == 0, PATIENCE, wait_for_workers=False)
 
-    first = _together(comm, what, lambda: store(0) if comm.rank == 0 else None)  # 0: a port that is free
+    first = _together(comm, what, lambda: store(0) if comm.rank == 0 else None)  # 0: any free port
     port = int(comm.broadcast_text(str(first.port) if first else "", 0))
     met = _together(comm, what, lambda: first or store(port))
     about: dict[str, Any] = {"rank": comm.rank, "world_size": comm.size, "timeout": PATIENCE}
@@ -165,7 +165,7 @@ def gloo(comm: Comm, num_params: int, peers: dict[int, socket.socket]) -> Iterat
 
 
 def _interface(address: str) -> str | None:
-    """Which of this host's interfaces has the address."""
+    """The interface of this host with that address; None if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # one without an address
@@ -176,7 +176,7 @@ def _interface(address: str) -> str | None:
 
 
 def _together(comm: Comm, what: str, work: Callable[[], T]) -> T:
-    """`comm.collectively`, where what goes wrong is no surprise and is said in one line."""
+    """`comm.collectively`, with OSError and RuntimeError turned into a one-line FedmpiError."""
 
     def said() -> T:
         try:

@@ -1,10 +1,10 @@
-"""What checkpoints cost a run: the share of their time that rounds wait for them.
+"""The cost of checkpoints: the share of time that rounds wait for them.
 
     waited   seconds that rounds waited for checkpoints / seconds that rounds took
-    ratio    the median round with the writer behind it / the median of those without
+    ratio    median time of rounds while a checkpoint is being written / median of the others
 
-An MLP on random images, trained for ten batches of 64 a round by two silos; a checkpoint every ten rounds. They are
-written to TMPDIR, which all ranks should see, and removed afterwards.
+Two silos train an MLP on random images, ten batches of 64 per round, with a checkpoint every ten rounds. Checkpoints go
+to TMPDIR, which all ranks should see, and are removed afterwards.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fedmpi.train import Run
 from fedmpi.types import Silo, SiloData, Source
 
 EVERY = 10  # rounds between checkpoints
-_BUSY = 3  # of EVERY: rounds in which a checkpoint may still be on its way to disk
+_BUSY = 3  # of EVERY: rounds in which a checkpoint may still be being written
 _FEATURES, _CLASSES, _SAMPLES = 784, 10, 640
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Random images: only sizes matter here."""
+    """Random images; only sizes matter here."""
 
     def source(self, seed: int) -> Source:
         """Two silos."""
@@ -46,7 +46,7 @@ class Noise:
 
 
 def checkpoint(comm: Comm, num_params: int, rounds: int = 30) -> Row:
-    """The figures of one run of about so many parameters. A call of all ranks."""
+    """Figures of one run with about `num_params` parameters. Collective."""
     out = comm.broadcast_text(tempfile.mkdtemp(prefix="fedmpi-bench-") if comm.rank == 0 else "", 0)
     config = Config(
         rounds=rounds,
@@ -76,7 +76,7 @@ def checkpoint(comm: Comm, num_params: int, rounds: int = 30) -> Row:
 
 
 def width(num_params: int) -> int:
-    """Of two hidden layers that make about so many parameters: h^2 + (784 + 10 + 2) h + 10.
+    """Width of two hidden layers that give about `num_params` parameters: h^2 + (784 + 10 + 2) h + 10.
 
     >>> width(25_000_000), width(1)
     (4617, 1)

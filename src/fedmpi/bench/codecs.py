@@ -1,4 +1,4 @@
-"""What codecs cost on one core."""
+"""The cost of codecs on one core."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ COLUMNS = ["codec", "x_memcpy_encode", "x_memcpy_add", "wire_bytes_per_param", "
 
 
 def codecs(num_params: int, repeats: int = 7, seed: int = 0) -> list[Row]:
-    """One row per codec with its defaults, on one thread: encode with feedback, decode and weighted add, bytes counted.
+    """One row per codec with default settings, on one thread: encode with feedback, decode and weighted add, bytes.
 
-    Ratios are to one copy of the vector.
+    Ratios are relative to one copy of the vector.
     """
     torch.set_num_threads(1)
     draw = torch.Generator().manual_seed(seed)

@@ -1,18 +1,18 @@
-"""From a delta to new parameters on every rank: plans, codecs and their rivals in turns, in one run.
+"""Time from a delta to new parameters on every rank: plans, codecs and baselines, interleaved in one run.
 
-    seconds        from a rank's delta in place to the new parameters in place on every rank, FedAvg's step included.
-                   The rivals do less: `memcpy` copies the vector on every rank, `allreduce` and `gloo` only add up,
+    seconds        from a rank's delta in memory to the new parameters on every rank, including FedAvg's step. The
+                   baselines do less: `memcpy` copies the vector on every rank, `allreduce` and `gloo` only sum,
                    `tcp` only moves bytes.
-    x_RIVAL        this row's median / the rival's: small is good
-    wire bytes     counted while it is timed: bytes, summed over ranks / (parameters x vectors that cross). n - 1
-                   vectors of n ranks cross each way, since nobody sends to itself; in plan replicated n, since every
-                   rank hands one to MPI and gets one. So float32 is 4 and int8 1.0156 with any number of ranks. None
-                   where nothing is sent, and where MPI or gloo send what nobody counts.
-    link_share     bits that the busiest rank sends, or receives, in a round / (seconds x the link's rate). In plan
-                   sharded and `tcp` they are counted. How MPI and gloo carry a sum is theirs to know; there it is the
-                   least that will do: 2 (n - 1) / n vectors for an Allreduce, one for a Reduce and a Bcast.
+    x_RIVAL        this row's median / the baseline's; smaller is better
+    wire bytes     counted during timing: bytes over all ranks / (parameters x vectors sent). n ranks send n - 1
+                   vectors each way, since none sends to itself; n in plan replicated, where every rank passes one to
+                   MPI and gets one back. So float32 gives 4 and int8 1.0156 for any number of ranks. None where
+                   nothing is sent, and where MPI or gloo send bytes that are not counted.
+    link_share     bits that the busiest rank sends or receives in a round / (seconds x link rate). Counted in plan
+                   sharded and `tcp`. For MPI and gloo, whose algorithm is internal, the minimum is assumed:
+                   2 (n - 1) / n vectors for an Allreduce, one for a Reduce and a Bcast.
 
-Deltas are normal numbers of scale 1e-3, other ones on each rank.
+Deltas are normal with standard deviation 1e-3, different on each rank.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ CHANNELS = (
 
 
 def channel(text: str) -> Channel:
-    """A codec as YAML names it, with feedback where it loses something and may have it. Raises ConfigError.
+    """Parses a codec given as YAML; adds feedback if it is lossy and supports it. Raises ConfigError.
 
     >>> channel("{name: topk, ratio: 0.02}").feedback, channel("identity").feedback
     (True, False)
@@ -76,17 +76,17 @@ def channel(text: str) -> Channel:
 
 
 class Entrant:
-    """A row to be: what it is called, what it runs, how that moves vectors, and what its rounds have sent."""
+    """A row before it is measured: its name, what it runs, how that moves vectors, and bytes sent per round."""
 
     def __init__(
         self, plan: str, run: Callable[[], object], up: Channel | None = None, moves: type[Exchange] = Exchange
     ) -> None:
         self.plan, self.run, self.up, self.moves = plan, run, up, moves
         self.name = plan if up is None else f"{plan} {label(up.codec)}"
-        self.sent: list[tuple[int, int]] = []  # bytes up and down, of every round
+        self.sent: list[tuple[int, int]] = []  # bytes up and down, for every round
 
     def counted(self, comm: Comm) -> None:
-        """One round."""
+        """Runs one round and records its bytes."""
         up, down = comm.bytes_up, comm.bytes_down
         self.run()
         self.sent.append((comm.bytes_up - up, comm.bytes_down - down))
@@ -99,9 +99,10 @@ def exchange(
     channels: Sequence[Channel] = CHANNELS,
     link_gbit: float | None = None,
 ) -> list[Row]:
-    """Rows, alike on every rank: memcpy, the plans, plan sharded with each channel both ways, allreduce, gloo, tcp.
+    """Rows, equal on every rank: memcpy, the plans, plan sharded with each channel both ways, allreduce, gloo, tcp.
 
-    `link_gbit` is the rate of a rank's link. A call of all ranks. What cannot be had has no row, and a line on stderr.
+    `link_gbit`: rate of a rank's link in Gbit/s. Collective. What is unavailable gets a line on stderr instead of a
+    row.
     """
     set_threads(comm, reproducible=False)
     delta_P = noise(comm.rank, num_params)
@@ -139,12 +140,12 @@ def exchange(
 
 
 def noise(rank: int, num_params: int) -> torch.Tensor:
-    """A rank's delta."""
+    """The delta of a rank [P]."""
     return torch.randn(num_params, generator=torch.Generator().manual_seed(rank)).mul_(1e-3)
 
 
 def label(codec: Codec) -> str:
-    """What `channel` makes this codec of: its name, or a mapping with what is not as it is by default.
+    """The text from which `channel` makes this codec: its name, or a mapping with the values that are not defaults.
 
     >>> label(TopK()), label(TopK(ratio=0.02))
     ('topk', '{name: topk, ratio: 0.02}')
@@ -158,7 +159,7 @@ def label(codec: Codec) -> str:
 
 
 def _sections(comm: Comm, channels: Sequence[Channel], params_P: torch.Tensor) -> list[ExchangeSection]:
-    """Every plan with the values themselves, then plan sharded with each channel."""
+    """Every plan without compression, then plan sharded with each channel."""
     found, machine = [], Machine.of(comm, params_P.device)
     for name, plan in PLANS.members.items():
         section = ExchangeSection(plan=name)
@@ -174,7 +175,7 @@ def _of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params
     silo = f"silo-{comm.rank}"
     facts = ExchangeContext(float(comm.size), [f"silo-{rank}" for rank in range(comm.size)], [silo])
     made = choose.make(section, comm, params_P, facts)
-    if made.in_shared_memory:  # there models, and so their deltas, live where others read them
+    if made.in_shared_memory:  # there the delta must lie in the shared window
         delta_P = made.delta().copy_(delta_P)
     params_P, state = made.home(params_P, FedAvg().init(made.shard(params_P)))
     rounds = itertools.count(1)
@@ -189,7 +190,7 @@ def _of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params
 
 
 def _over_sockets(comm: Comm, num_params: int, stack: ExitStack) -> list[Entrant]:
-    """gloo and raw TCP, as far as they can be had; the stack closes them."""
+    """gloo and raw TCP, if available; `stack` closes them."""
     found: list[Entrant] = []
     left = ["gloo", "tcp"]
     try:
@@ -210,7 +211,7 @@ def _leave_out(comm: Comm, names: str, why: str) -> None:
 
 
 def _sent(comm: Comm, entrant: Entrant) -> tuple[Any, Any]:
-    """Bytes up and down that each rank counted in a round, the mean of those that were timed. A call of all ranks."""
+    """Bytes up and down per round, by rank [R]: means over the timed rounds. Collective."""
     table = np.zeros((comm.size, 2))
     table[comm.rank] = np.mean(entrant.sent[1:], axis=0)
     up_R, down_R = comm.share(table.reshape(-1)).reshape(table.shape).T

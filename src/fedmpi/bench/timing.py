@@ -1,6 +1,6 @@
-"""Timing in turns: each repeat runs every candidate once, all ranks together, so noise is the same for all of them.
+"""Interleaved timing: each repeat runs every candidate once, on all ranks together, so noise affects all alike.
 
-A time is the slowest rank's; medians are compared. Ratios come first, seconds after.
+A time is that of the slowest rank; medians are compared. Ratios come first, seconds after.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Candidates = dict[str, Callable[[], object]]
 
 
 def in_turns(comm: Comm, candidates: Candidates, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repeat, after one that does not count."""
+    """Seconds of every repeat, by candidate, after one warm-up that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
         for name, run in candidates.items():
@@ -32,7 +32,7 @@ def in_turns(comm: Comm, candidates: Candidates, repeats: int) -> dict[str, list
 
 
 def table(rows: list[Row], columns: list[str]) -> str:
-    """Rows for people, as the OSU benchmarks print them.
+    """Rows as a text table, in the style of the OSU benchmarks.
 
     >>> print(table([{"plan": "root", "feedback": False, "x_tcp": None, "seconds": {"median": 0.25}}],
     ...             ["plan", "feedback", "x_tcp", "median_s"]))
@@ -55,7 +55,7 @@ def _cell(row: Row, column: str) -> str:
 
 
 def check_params(text: str) -> int:
-    """25e6 or 25000000 as an integer. Raises ConfigError."""
+    """Parses 25e6 or 25000000 as an integer. Raises ConfigError unless it is positive."""
     try:
         value = int(float(text))
     except (ValueError, OverflowError):
