@@ -43,7 +43,7 @@ class Sampling:
         return torch.from_numpy(given) if self.torch else given
 
 
-WANTED = r"; wanted are the 30 integers from 0 to 29"
+WANTED = r"; expected the 30 integers from 0 to 29"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_sampler_that_gives_no_order_of_the_samples_is_refused_in_one_line(tmp
     with pytest.raises(ConfigError) as caught:
         run(config(tmp_path, 3, local={"sampler": {"name": HERE + "Sampling", "what": what}}))
     assert "\n" not in str(caught.value)
-    assert caught.match(rf"round 2: sampler '.*Sampling': silo 's1', epoch 1: gave {why}{WANTED}")
+    assert caught.match(rf"round 2: sampler '.*Sampling': silo 's1', epoch 1: returned {why}{WANTED}")
 
 
 def test_a_sampler_may_repeat_samples_where_it_says_so(tmp_path):

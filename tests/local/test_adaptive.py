@@ -154,5 +154,5 @@ def test_adagrad_norm_never_steps_further_than_its_rate_and_is_not_clipped():
         assert SUM not in kept or float(silo.kept[SUM]) > float(kept[SUM])
         sums.append(float(silo.kept[SUM]))
     assert np.all(np.diff(sums) > 0)
-    with pytest.raises(ConfigError, match=r"local: clip: adagrad_norm divides by the gradients' norms"):
+    with pytest.raises(ConfigError, match=r"local: clip: adagrad_norm divides gradients by their norms"):
         RULES.build({"name": "adagrad_norm", "lr": 0.5, "steps": 1, "clip": 1.0}, "local")

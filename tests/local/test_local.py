@@ -384,7 +384,7 @@ def test_moon_says_which_model_it_cannot_compare() -> None:
         RULES.build({"name": "moon", "features": "2", **USUAL}, "local").suits(module, entries(module), [])
     RULES.build({"name": "moon", "features": "1", **USUAL}, "local").suits(module, entries(module), [])
     single = torch.nn.Sequential(torch.nn.Linear(3, 1))
-    with pytest.raises(ConfigError, match=r"local: moon compares what a model makes of samples, and this one is"):
+    with pytest.raises(ConfigError, match=r"local: moon compares hidden representations, and this model is"):
         RULES.build({"name": "moon", **USUAL}, "local").suits(single, entries(single), [])
 
 

@@ -1,17 +1,17 @@
 """Local rules: how a silo turns global parameters into a contribution. A rule knows no cohort and no rank.
 
-    base        what they share: the silo, the round, batches, the loop over them, the gradient of one
-    samplers    the order of a silo's samples
-    runners     how the silos of a rank train: one after the other
-    optimizers  torch's, what is kept of one, how many gradients its steps hold
-    gradient    steps from the global parameters: FedAvg's own, FedSGD, FedProx
-    control     steps corrected by vectors that silos keep or that travel with the delta: SCAFFOLD, FedDyn, Mime
-    contrast    steps that compare what models make of a batch: MOON
-    personal    a model of its own for every silo: Ditto, APFL, FedRep, Per-FedAvg
-    adaptive    steps whose length a silo finds for itself: AdaGrad-norm
-    amounts     how much of its work a silo does in a round, whatever its rule
+    base              the base classes, the silo, the round, batches, the training loop, the gradient of a batch
+    samplers          the order of a silo's samples
+    runners           how a rank trains its silos: one after the other
+    optimizers        torch's optimizers, their kept state, FedNova's normaliser
+    gradient          gradient steps from the global parameters: FedAvg's, FedSGD, FedProx
+    control_variates  steps corrected by vectors that silos keep or that are sent with the delta: SCAFFOLD, FedDyn, Mime
+    contrastive       steps with a loss that compares representations: MOON
+    personal          a personal model per silo: Ditto, APFL, FedRep, Per-FedAvg
+    adagrad_norm      an adaptive step size per silo: AdaGrad-norm
+    workload          how much of its work a silo does in a round, under any rule
 
-A rule is one class in one of these files and one line in the dict at its bottom.
+A rule is one class in one of these files and one line in the dict at the file's bottom.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Steps whose length a silo finds for itself."""
+"""AdaGrad-norm: each silo adapts its own step size."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from fedmpi.local.base import GradientRule, LocalSilo, Round, local_steps
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.types import Contribution
 
-SUM = "squared_norms"  # what a silo keeps b^2 under
+SUM = "squared_norms"  # key of b^2 in the silo's kept state
 
 
 @component
 class AdaGradNorm(GradientRule):
-    """Steps of lr / b along g, b^2 being eps and the squared norms of all gradients so far, this one's too (Ward et al.
-    2019, AdaGrad Stepsizes, Algorithm 1): lr need not fit the problem.
+    """Steps of lr / b along g, where b^2 is eps plus the squared norms of all gradients so far, this one included (Ward
+    et al. 2019, AdaGrad Stepsizes, Algorithm 1). lr need not be tuned to the problem.
 
-    The sum is the silo's own and runs on over all rounds that it trains in. Deviations: any optimizer of torch.optim,
-    which then finds g / b for g; the silo's rate falls with the rounds that it took part in, so that silos which train
-    more often move less: what FedNova divides by is the sum of 1 / b, as momentum weights it. No clipping, since g / b
-    is never longer than 1.
+    Each silo has its own sum, which continues over all rounds that the silo trains in, so a silo that trains more often
+    takes shorter steps. FedNova's normaliser is then the sum of 1 / b, weighted by momentum. Deviation: any optimizer
+    of torch.optim, which gets g / b as the gradient. No clipping: g / b is never longer than 1.
     """
 
     eps: PositiveFloat = 1e-2
@@ -31,7 +30,9 @@ class AdaGradNorm(GradientRule):
     @pydantic.model_validator(mode="after")
     def _not_clipped(self) -> AdaGradNorm:
         if self.clip is not None:
-            raise ValueError("clip: adagrad_norm divides by the gradients' norms, nothing is left to be clipped")
+            raise ValueError(
+                "clip: adagrad_norm divides gradients by their norms, so there is nothing to clip; leave it out"
+            )
         return self
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:

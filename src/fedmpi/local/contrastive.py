@@ -1,4 +1,4 @@
-"""Gradient steps that compare what models make of a batch."""
+"""MOON: gradient steps with a loss that compares representations of several models."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from fedmpi.types import Contribution
 
 @component
 class Moon(GradientRule):
-    """Steps on the loss and mu times a model-contrastive one (Li, He and Song 2021, MOON, Algorithm 1).
+    """Steps on the loss plus mu times a model-contrastive loss (Li, He and Song 2021, MOON, Algorithm 1).
 
-    The latter is the batch's mean of -log(e^(sim(z, z_glob)/tau) / (e^(sim(z, z_glob)/tau) + e^(sim(z, z_prev)/tau))),
-    sim being the cosine of the angle between representations of the model as it is, as the server sent it, and as the
-    silo last sent it.
+    The contrastive loss is the batch's mean of
+    -log(e^(sim(z, z_glob)/tau) / (e^(sim(z, z_glob)/tau) + e^(sim(z, z_prev)/tau))), where sim is the cosine
+    similarity, and z, z_glob and z_prev are representations by the current model, the global model, and the model that
+    the silo last sent.
 
-    A representation is what enters the model's last Linear layer, or what the module called `features` returns; the
-    paper has a projection head there, which is the model's to bring. Deviations: in a silo's first round there is
-    no last model, and no term; the two fixed models run as in evaluation (no dropout, running statistics of
-    normalisation), with the silo's personal parameters as they are now.
+    The representation is the input of the model's last Linear layer, or the output of the module named `features`. The
+    paper uses a projection head there; the model must bring its own. Deviations: no contrastive loss in a silo's first
+    round, which has no previous model; the two fixed models run in evaluation mode (no dropout, running statistics of
+    normalisation), with the silo's current personal parameters.
     """
 
     mu: NonNegativeFloat = 1.0
-    """of the contrastive term; 0 is FedAvg"""
+    """weight of the contrastive loss; 0 gives FedAvg"""
     temperature: PositiveFloat = 0.5
     """tau"""
     features: str | None = None
-    """the module whose output is the representation; null: what enters the last Linear"""
+    """module whose output is the representation; null: the input of the last Linear layer"""
     kept_vectors: ClassVar[int] = 1
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
-        """ConfigError for a model that has no representation."""
+        """Raise ConfigError if the model has no representation to compare."""
         super().suits(module, entries, ids)
         if self.features is not None:
             known = dict(module.named_modules())
@@ -51,7 +52,7 @@ class Moon(GradientRule):
         if last is None:
             raise ConfigError("local.features: the model has no Linear layer; name the module whose output to compare")
         if {id(p) for p in module.parameters()} <= {id(p) for p in last.parameters()}:
-            raise ConfigError("local: moon compares what a model makes of samples, and this one is a single layer")
+            raise ConfigError("local: moon compares hidden representations, and this model is a single layer")
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         previous_P, module = kept_vector(silo, "previous", params_P), model.module
@@ -84,7 +85,7 @@ class Moon(GradientRule):
         return contribution
 
     def _watch(self, module: torch.nn.Module, seen: list[torch.Tensor]) -> torch.utils.hooks.RemovableHandle:
-        """From now on every forward pass leaves its representation in `seen`, alone."""
+        """Install a hook: every forward pass replaces the contents of `seen` by its representation."""
 
         def keep(found: torch.Tensor) -> None:
             seen[:] = [found]
@@ -97,7 +98,7 @@ class Moon(GradientRule):
 
 
 def _last_linear(module: torch.nn.Module) -> torch.nn.Linear | None:
-    """In the order in which the model has registered them."""
+    """The Linear layer that the model registered last, or None."""
     found = [part for part in module.modules() if isinstance(part, torch.nn.Linear)]
     return found[-1] if found else None
 

@@ -1,4 +1,4 @@
-"""Gradient steps corrected by vectors that silos keep, or that travel with the delta."""
+"""Gradient steps corrected by vectors that silos keep or that are sent with the delta."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 
 def _reads_gradients(rule: GradientRule) -> None:
-    """Refuse what hides the mean gradient from a rule that finds it by how far the parameters moved."""
+    """Raise ValueError for settings under which the distance moved does not give the round's mean gradient."""
     if num_gradients(rule.optimizer, 1) is None:
         raise ValueError(f"optimizer: this rule needs one that is linear in the gradients, not {rule.optimizer.name}")
     if rule.keep_optimizer:
-        raise ValueError("keep_optimizer: earlier rounds' gradients would be taken for this one's")
+        raise ValueError(
+            "keep_optimizer: this rule would count gradients of earlier rounds as this round's; leave it false"
+        )
 
 
 def _mean_gradient(
@@ -45,13 +47,14 @@ def _mean_gradient(
     by_P: torch.Tensor | None,
     before_P: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The mean of the silo's gradients in the round without the correction `by`; what it was `before` if lr is 0.
+    """The mean of the silo's gradients in the round, without the correction `by`; a new vector [P]. If lr is 0: a copy
+    of `before`.
 
-    What was descended along on average, a new vector [P]: (w_t - w_k) / (lr |a|_1), the steps' gradients weighted
-    as the optimizer weights them. With plain SGD |a|_1 is the number of steps; momentum moves further with the same
-    gradients, and by dividing by the steps alone a control variate would be taken 1 / (1 - rho) times too large.
+    It is (w_t - w_k) / (lr |a|_1) - by, so gradients are weighted as the optimizer weights them. |a|_1 is the number of
+    steps for plain SGD. Momentum rho moves further with the same gradients: dividing by the number of steps would make
+    a control variate 1 / (1 - rho) times too large.
     """
-    if not (rate := rule.rate(round)):  # the end of a schedule: nothing has moved
+    if not (rate := rule.rate(round)):  # the end of a schedule: no step moved the parameters
         return contribution["delta"].clone() if before_P is None else before_P.clone()
     mean_P = contribution["delta"] * (-1 / (contribution.num_gradients * rate))
     return mean_P if by_P is None else mean_P.sub_(by_P)
@@ -61,26 +64,26 @@ def _mean_gradient(
 class Scaffold(GradientRule):
     """Steps along g - c_k + c (Karimireddy et al. 2020, SCAFFOLD, Algorithm 1, Options I and II).
 
-    c_k is the silo's control variate and c their mean over all silos. c_k becomes the gradient at w_t over all of the
-    silo's samples (I, one more pass over them) or c_k - c + (w_t - w_k) / (lr |a|_1) (II); c moves by 1/K of the sum of
-    what the c_k changed. |a|_1 is the number of steps for plain SGD, as in the paper. Deviations: under momentum |a|_1
-    is what momentum makes of the steps (local/optimizers.py), without which Option II diverges; deltas are weighted by
+    c_k is the silo's control variate, c the mean over all silos. The new c_k is the gradient at w_t over all of the
+    silo's samples (option I, one more pass over them) or c_k - c + (w_t - w_k) / (lr |a|_1) (option II). c changes by
+    1/K times the sum of the changes of c_k. |a|_1 is the number of steps for plain SGD, as in the paper. Deviations:
+    with momentum |a|_1 is FedNova's (local/optimizers.py), because option II diverges otherwise; deltas are weighted by
     samples unless the aggregator's weights are uniform.
 
-    `variant: benchmark` is what FLamby's benchmark runs under this name (Ogier du Terrail et al. 2022), for its
-    numbers: before a round c_k grows by (w_t - e_k) / (server_lr lr |a|_1), where e_k is the last round's w_t plus
-    server_lr times how far the silo went from it; steps go along g - c_k, and nothing but deltas travels.
+    `variant: benchmark` is the algorithm that FLamby's benchmark runs under this name (Ogier du Terrail et al. 2022),
+    to reproduce its numbers. Before a round c_k grows by (w_t - e_k) / (server_lr lr |a|_1), where e_k is the last
+    round's w_t plus server_lr times the silo's last delta. Steps go along g - c_k; only deltas are sent.
     """
 
     option: Literal["I", "II"] = "II"
-    """how c_k is renewed"""
+    """how c_k is computed: I from a full gradient, II from the delta"""
     variant: Literal["paper", "benchmark"] = "paper"
-    """benchmark: FLamby's"""
+    """benchmark: FLamby's variant"""
     server_lr: PositiveFloat = 1.0
-    """of the benchmark's variant alone: as server.optimizer's lr"""
+    """only for the benchmark variant: the lr of server.optimizer"""
 
     def conflicts(self, config: Config) -> str | None:
-        """The benchmark's is told the server's step size, which has to be so."""
+        """The benchmark variant needs the server's step size to equal `server_lr`."""
         optimizer = config.server.optimizer
         told = isinstance(optimizer, server.FedAvg) and optimizer.lr == self.server_lr
         if self.variant == "benchmark" and not told:
@@ -103,7 +106,7 @@ class Scaffold(GradientRule):
         if self.option == "II":
             _reads_gradients(self)
         elif self.variant == "benchmark":
-            raise ValueError("option: I is not of the benchmark's variant")
+            raise ValueError("option: the benchmark variant has option II only")
         return self
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
@@ -145,22 +148,22 @@ class Scaffold(GradientRule):
 
 @component
 class FedDyn(GradientRule):
-    """Steps on the loss, minus <h_k, w>, plus alpha/2 |w - w_t|^2 (Acar et al. 2021, FedDyn, Algorithm 1).
+    """Steps on the loss - <h_k, w> + alpha/2 |w - w_t|^2 (Acar et al. 2021, FedDyn, Algorithm 1).
 
-    After the round h_k, the paper's grad L_k(theta_k^{t-1}), falls by alpha (w_k - w_t). The rule needs the server
-    `feddyn` with the same alpha.
+    h_k is the paper's grad L_k(theta_k^{t-1}). After the round it decreases by alpha (w_k - w_t). The rule needs the
+    server optimizer `feddyn` with the same alpha.
 
-    Deviations: the subproblem is solved for a set amount of work in place of exactly; where the aggregator's weights
-    are not uniform, silos count by them and not alike, in the mean and in the server's h.
+    Deviations: the subproblem gets a fixed number of steps or epochs instead of an exact solution; the mean and the
+    server's h use the aggregator's weights, which need not be uniform.
     """
 
     alpha: PositiveFloat = 0.01
-    """of the dynamic regulariser; the server's too"""
+    """weight of the dynamic regulariser; equal to the server's alpha"""
     kept_vectors: ClassVar[int] = 1
     server_step: ClassVar[type[server.ServerOptimizer]] = server.FedDyn
 
     def conflicts(self, config: Config) -> str | None:
-        """Its server, whose h is a mean over all silos of every round."""
+        """feddyn needs its own server optimizer, whose h is a mean over all silos in every round."""
         optimizer, exchange = config.server.optimizer, config.exchange
         if not isinstance(optimizer, server.FedDyn) or optimizer.alpha != self.alpha:
             needed = f"{{optimizer: {{name: feddyn, alpha: {self.alpha}}}}}"
@@ -170,10 +173,12 @@ class FedDyn(GradientRule):
         if config.select.unbiased:
             return (
                 f"select: {called(config.select)} counts silos by 1/probability, and feddyn's server adds "
-                "up what the cohort's own h moved by; take a selector that draws silos alike"
+                "up the changes of the cohort's h; take a selector that draws silos with equal probability"
             )
         if exchange.goes_on or (exchange.regions is not None and exchange.regions.every > 1):
-            return "exchange: feddyn's server must hear of every round; no overlap, no fragments, regions.every: 1"
+            return (
+                "exchange: feddyn's server needs the updates of every round; no overlap, no fragments, regions.every: 1"
+            )
         return super().conflicts(config)
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
@@ -191,15 +196,15 @@ class FedDyn(GradientRule):
 
 @component
 class GradientCorrection(GradientRule):
-    """Steps along g + alpha (g' - g_k'), the cohort's mean gradient of the last round and the silo's own last one.
+    """Steps along g + alpha (g' - g_k'): g' is the cohort's mean gradient of the last round, g_k' the silo's last one.
 
-    SCAFFOLD's correction (Karimireddy et al. 2020, Algorithm 1, Option II) with the last round's gradients in place of
-    control variates that remember: with alpha 1, everybody in every round and uniform weights the two are the same. A
-    silo corrects nothing in its first round. A silo's mean gradient is (w_t - w_k) / (lr |a|_1) without the correction.
+    SCAFFOLD's correction (Karimireddy et al. 2020, Algorithm 1, Option II) with gradients of the last round instead of
+    control variates. With alpha 1, full participation and uniform weights the two are the same. A silo's mean gradient
+    is (w_t - w_k) / (lr |a|_1) minus the correction. There is no correction in a silo's first round.
     """
 
     alpha: NonNegativeFloat = 1.0
-    """of the correction; 0 is FedAvg"""
+    """weight of the correction; 0 gives FedAvg"""
     auxiliaries: ClassVar[tuple[Auxiliary, ...]] = (Auxiliary("gradient", "cohort", decay=0.0, gain=1.0),)
     kept_vectors: ClassVar[int] = 1
 
@@ -223,10 +228,9 @@ class GradientCorrection(GradientRule):
 class MimeLite(GradientRule):
     """Steps along (1 - beta) g + beta m (Karimireddy et al. 2021, Mime, Algorithm 1: MimeLite with SGDm).
 
-    Breaking the centralized barrier for cross-device federated learning. m is the server's momentum: it stands still
-    during the round and then becomes beta m plus 1 - beta of the mean of the silos' whole gradients at w_t. It takes
-    one more pass over the silo's samples. Deviation: the mean is weighted by samples, unless the aggregator's weights
-    are otherwise.
+    Breaking the centralized barrier for cross-device federated learning. m is the server's momentum. It is constant
+    during a round and then becomes beta m + (1 - beta) times the mean of the silos' full gradients at w_t, which take
+    one more pass over the silo's samples. Deviation: the mean uses the aggregator's weights, samples by default.
     """
 
     beta: Decay = 0.9
@@ -239,11 +243,13 @@ class MimeLite(GradientRule):
     @pydantic.model_validator(mode="after")
     def _plain(self) -> MimeLite:
         if self.optimizer.target is not torch.optim.SGD or self.optimizer.arguments.get("momentum", 0):
-            raise ValueError("optimizer: in mime_lite momentum is the server's, the silos' steps are SGD's without")
+            raise ValueError(
+                "optimizer: mime_lite keeps the momentum on the server; local steps need SGD without momentum"
+            )
         return self
 
     def most_batches(self, silo: str, rounds: int) -> float:
-        return math.inf  # every round sees all samples
+        return math.inf  # the full gradient reads all samples
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         whole_gradient(silo, model, params_P, round, self.batch_size, self.precision, self.last_batch != "keep")

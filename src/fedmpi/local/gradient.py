@@ -14,18 +14,18 @@ from fedmpi.local.optimizers import num_gradients
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.types import Contribution
 
-MU_STEP = 0.1  # by which an adaptive mu rises and falls
-FALLS = 5  # of the loss in a row, before it falls
+MU_STEP = 0.1  # change of an adaptive mu
+FALLS = 5  # decreases of the loss in a row that lower it
 
 
 @component
 class Sgd(GradientRule):
     """Gradient steps from the global parameters: ClientUpdate of FedAvg (McMahan et al. 2017, Algorithm 1).
 
-    With the aggregator `mean` and the server `fedavg` this IS FedAvg. Under a selector that takes one silo after
-    another it is cyclic weight transfer (Chang et al. 2018, Distributed deep learning networks among institutions for
-    medical imaging): the mean of one silo is that silo's parameters, which the next one goes on from. Deviations: any
-    optimizer of torch.optim in place of plain SGD, a step count in place of epochs, gradient clipping.
+    With the aggregator `mean` and the server `fedavg` this is FedAvg. With a selector that takes one silo after another
+    it is cyclic weight transfer (Chang et al. 2018, Distributed deep learning networks among institutions for medical
+    imaging): each silo continues from the parameters of the silo before. Deviations: any optimizer of torch.optim
+    instead of plain SGD, a number of steps instead of epochs, gradient clipping.
     """
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
@@ -34,11 +34,11 @@ class Sgd(GradientRule):
 
 @component
 class FedSgd(LocalRule):
-    """FedSGD: one step along the gradient of all of the silo's samples (McMahan et al. 2017, section 2).
+    """FedSGD: one step along the gradient over all of the silo's samples (McMahan et al. 2017, section 2).
 
-    In the form that averages parameters; C is the selector's fraction, E = 1, B infinite.
+    This is the form that averages parameters: C is the selector's fraction, E = 1, B infinite.
 
-    Deviations: gradient clipping; the gradient may be added up from so many samples at a time.
+    Deviations: gradient clipping; the gradient may be accumulated over batches.
     """
 
     whole_batches = ("merge",)
@@ -46,22 +46,22 @@ class FedSgd(LocalRule):
     lr: PositiveFloat
     """step size at the schedule's start"""
     schedule: Annotated[Schedule, SCHEDULES] = Constant()
-    """of lr over rounds"""
+    """learning rate over rounds"""
     clip: PositiveFloat | None = None
-    """largest norm of the gradient; null: as it is"""
+    """largest norm of the gradient; null: no clipping"""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: autocast on CUDA"""
     batch_size: PositiveInt | None = None
-    """samples at a time, which add up to the one gradient; null: all at once"""
+    """samples per batch of the accumulated gradient; null: all at once"""
     last_batch: Literal["keep", "merge"] = "keep"
-    """a short one: keep it, or merge it into the one before it"""
+    """a short last batch: keep it, or merge it into the batch before"""
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
-        """ConfigError for a model without parameters to train."""
+        """Raise ConfigError if the model has no parameters to train."""
         refuse_frozen(entries)
 
     def smallest_batch(self, silo: str, num_samples: int, rounds: int) -> int:
-        """Samples of the smallest batch."""
+        """Number of samples of the smallest batch."""
         return shortest(num_samples, self.batch_size, self.last_batch)
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
@@ -88,22 +88,23 @@ class FedSgd(LocalRule):
 
 @component
 class FedProx(GradientRule):
-    """Steps on the loss and mu/2 |w - w_t|^2, mu set or adaptive (Li et al. 2020, Algorithm 2; section 5.3).
+    """Steps on the loss + mu/2 |w - w_t|^2, with a fixed or adaptive mu (Li et al. 2020, Federated Optimization in
+    Heterogeneous Networks, Algorithm 2; section 5.3).
 
-    Federated Optimization in Heterogeneous Networks. An adaptive mu rises by 0.1 when the loss does, and falls by 0.1
-    when the loss has fallen five times in a row.
+    An adaptive mu grows by 0.1 when the loss grows, and shrinks by 0.1 after the loss has decreased five times in a
+    row.
 
-    Deviations: silos are weighted by their samples, and taken with equal probability, as in FedAvg; the subproblem is
-    solved for a set amount of work in place of gamma-inexactly. An adaptive mu is the silo's own: it follows the mean
-    training loss of the silo's batches, from one round that it took part in to the next, in place of the global loss;
-    after it fell, five more must follow; it never lies below 0. To FedNova a step of SGD with the proximal term counts
-    for what Wang et al. 2020 make of it (local/optimizers.py), with any optimizer that is linear in the gradients.
+    Deviations: silos are weighted by their samples and drawn with equal probability, as in FedAvg; the subproblem gets
+    a fixed number of steps or epochs instead of a gamma-inexact solution. Each silo has its own adaptive mu, which
+    follows the silo's mean training loss over the rounds it took part in, instead of the global loss; it starts to
+    count again after it shrank, and stays at 0 or above. FedNova's normaliser counts the proximal term as Wang et al.
+    2020 do (local/optimizers.py), for any optimizer that is linear in the gradients.
     """
 
     mu: NonNegativeFloat = 0.01
-    """of the proximal term, at first if adaptive; 0 is FedAvg"""
+    """weight of the proximal term (the first one, if adaptive); 0 gives FedAvg"""
     adaptive: bool = False
-    """does mu follow the silo's loss?"""
+    """adapt mu to the silo's loss"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         kept = silo.kept.get("proximal") if self.adaptive else None  # mu, the last loss, how often in a row it fell

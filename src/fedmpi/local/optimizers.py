@@ -1,5 +1,4 @@
-"""The optimizers of local rules: torch's and one that it lacks, what is kept of one from round to round, and how many
-gradients its steps hold."""
+"""Optimizers of local rules: torch.optim and EmaSGD, the state kept between rounds, and FedNova's normaliser."""
 
 from __future__ import annotations
 
@@ -16,13 +15,14 @@ from fedmpi.components import Deferred, Family, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.flat import HALF, RESERVED
 
-KEPT = f"{RESERVED}optimizer_"  # and NUMBER_NAME: what a silo keeps an optimizer's state under
+KEPT = f"{RESERVED}optimizer_"  # then NUMBER_NAME: keys of an optimizer's state in a silo's kept state
 
 
 class EmaSGD(torch.optim.Optimizer):
-    """m = beta m + (1 - beta) g, w - lr m: momentum as an exponential mean, from m = 0 and without bias correction.
+    """SGD with an exponential mean of gradients: m = beta m + (1 - beta) g, w = w - lr m; m starts at 0, no bias
+    correction.
 
-    torch's own SGD sums its gradients up (buf = momentum buf + g), and with `dampening` it starts from the first one.
+    torch.optim.SGD instead sums gradients (buf = momentum buf + g); with `dampening` buf starts at the first gradient.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class EmaSGD(torch.optim.Optimizer):
 
 
 def _spare_compiler() -> None:
-    """Making an optimizer makes torch import its compiler and sympy, 800 modules and over a second on every rank, only
-    to tell the compiler to leave a few methods alone. Without the compiler there is nobody to tell.
+    """Keep torch from importing its compiler when an optimizer is made.
+
+    torch imports it and sympy, 800 modules and over a second on every rank, only to exclude a few methods from
+    compilation.
     """
     if "torch._dynamo" not in sys.modules:
         for method in ("add_param_group", "zero_grad"):
@@ -62,7 +64,7 @@ def _spare_compiler() -> None:
 
 
 def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """The optimizer's own step, without the wrappers that import the compiler too; to be called without gradients."""
+    """The optimizer's step without the wrappers that import the compiler. Call it under torch.no_grad()."""
     return functools.partial(inspect.unwrap(type(optimizer).step), optimizer)
 
 
@@ -70,7 +72,7 @@ _spare_compiler()
 
 
 class _TorchOptimizers(Family):
-    """All of torch.optim that steps without a closure, {name: SGD, momentum: 0.9}, and EmaSGD."""
+    """The optimizers of torch.optim that need no closure, as {name: SGD, momentum: 0.9}, and EmaSGD."""
 
     def __init__(self) -> None:
         closed = ("Optimizer", "LBFGS", "SparseAdam")
@@ -106,14 +108,15 @@ TORCH_OPTIMIZERS = _TorchOptimizers()
 def num_gradients(
     optimizer: Deferred, num_steps: int, pull: float = 0.0, lengths: Sequence[float] | None = None
 ) -> float | None:
-    """|a|_1: how many gradients lie in what so many steps of an optimizer moved, in units of lr (Wang et al. 2020,
-    Tackling the Objective Inconsistency Problem, section 4). None where a step is not linear in the gradients.
+    """FedNova's normaliser |a|_1: the sum of the weights that gradients have in the delta of `num_steps` steps, in
+    units of lr (Wang et al. 2020, Tackling the Objective Inconsistency Problem, section 4). None if a step is not
+    linear in the gradients.
 
-    Of SGD the steps; with momentum rho (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho); with a proximal term, of
-    which `pull` is lr mu, (1 - (1 - pull)^tau) / pull. All of these, Nesterov's form, dampening and EmaSGD come out of
-    one recursion: h(j), how far a gradient has moved the parameters j steps after its own. Weight decay belongs to the
-    loss. `lengths`, [num_steps], is what each gradient was multiplied with before the optimizer found it. Gradients of
-    earlier rounds that a kept buffer holds are not counted.
+    tau steps of SGD give tau; with momentum rho (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho); with a proximal term
+    (1 - (1 - pull)^tau) / pull, where `pull` is lr mu. One recursion gives all of these, Nesterov momentum, dampening
+    and EmaSGD: h(j) is how far a gradient has moved the parameters j steps after its own. Weight decay counts as part
+    of the loss. `lengths` [num_steps] are factors that gradients were multiplied with before the optimizer saw them.
+    Gradients of earlier rounds in a kept momentum buffer are not counted.
 
     >>> sgd = torch.optim.SGD
     >>> num_gradients(Deferred("SGD", sgd, {}), 3), num_gradients(Deferred("SGD", sgd, {"momentum": 0.5}), 3)
@@ -144,7 +147,7 @@ def num_gradients(
 
 
 def state_to_keep(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """A copy of an optimizer's state, by names to keep it under. Halves as float32, which holds them exactly."""
+    """A copy of an optimizer's state, by key for the silo's kept state. Half precision is stored as float32."""
     kept = {}
     for number, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for name, value in optimizer.state.get(param, {}).items():
@@ -156,7 +159,7 @@ def state_to_keep(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def put_back(optimizer: torch.optim.Optimizer, kept: Mapping[str, torch.Tensor]) -> None:
-    """An optimizer that is new goes on from what `state_to_keep` gave; what was kept is not written later."""
+    """Load what `state_to_keep` returned into a new optimizer. It copies: later steps do not change `kept`."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in kept.items():
         if name.startswith(KEPT):

@@ -1,11 +1,11 @@
-"""Rules that leave a silo with a model of its own.
+"""Rules that give each silo a personal model.
 
-    personal layers      FedPer and FedBN need no rule, see docs/personalization.md; FedRep is one
-    a whole own model    Ditto, APFL: kept beside what is shared, never sent
-    a good start         Per-FedAvg: a model that a silo's own few steps make good; Reptile is `sgd` and a server.lr
+    personal layers         FedRep; FedPer and FedBN need no rule, see docs/personalization.md
+    a full personal model   Ditto, APFL: kept beside the shared parameters, never sent
+    a good starting point   Per-FedAvg: good after a few steps of the silo's own; Reptile is `sgd` with a server lr
 
-A whole model of its own is kept under `own_params` [P]; whatever else training it keeps (layers that are not shared,
-statistics, optimizers) under `own_` and its name.
+A full personal model is kept as `own_params` [P]. Its other state (personal layers, statistics, optimizer) is kept as
+`own_` and its name.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ OWN = "own_"
 
 
 def unprefixed(silo: LocalSilo, prefix: str = OWN) -> LocalSilo:
-    """The silo as it trains another model than the federation's: with what is kept under the prefix."""
+    """The silo with the kept state of its second model: entries that start with `prefix`, renamed without it."""
     return replace(silo, kept={n.removeprefix(prefix): t for n, t in silo.kept.items() if n.startswith(prefix)})
 
 
 def prefixed(kept: Mapping[str, torch.Tensor], prefix: str = OWN) -> dict[str, torch.Tensor]:
-    """What `unprefixed` finds again."""
+    """The same entries with `prefix` before their names; the inverse of `unprefixed`."""
     return {prefix + name: tensor for name, tensor in kept.items()}
 
 
 @component
 class Ditto(GradientRule):
     """A personal model v_k beside the global one: v_k steps along g(v_k) + lam (v_k - w_t), w as in FedAvg (Li et al.
-    2021, Ditto, Algorithm 1). lam 0 is training alone; the larger, the closer to the global model.
+    2021, Ditto, Algorithm 1). lam 0 trains v_k alone; a larger lam keeps it closer to the global model.
 
-    Deviations: v_k starts from the w_t of the first round that the silo trains in, in place of w_0; both models see the
-    same batches; any optimizer of torch.optim. Two gradients a step: twice the time of `sgd`.
+    Deviations: v_k starts from w_t of the silo's first round instead of w_0; both models see the same batches; any
+    optimizer of torch.optim. Two gradients per step: twice the time of `sgd`.
     """
 
     kept_vectors: ClassVar[int] = 1
     lam: NonNegativeFloat = 0.1
-    """lambda: how strongly v_k is drawn to the global model"""
+    """lambda: strength of the pull of v_k towards the global model"""
     personal_lr: PositiveFloat | None = None
-    """of v_k's steps; null: as lr"""
+    """step size of v_k; null: lr"""
     personal_steps: PositiveInt | None = None
-    """s, of v_k per round, whatever `amount`; null: as the global model's"""
+    """s: steps of v_k per round, independent of `amount`; null: as many as the global model's"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         own = unprefixed(silo)
@@ -78,30 +78,30 @@ class Ditto(GradientRule):
         return replace(self, lr=lr, steps=self.personal_steps, epochs=None, amount=Whole())
 
     def personal(self, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
-        """v_k."""
+        """v_k [P]; None before the silo has trained."""
         return silo.kept.get("own_params")
 
 
 @component
 class Apfl(GradientRule):
-    """A personal model alpha v_k + (1 - alpha) w, of which v_k is the silo's own; w as in FedAvg (Deng et al. 2020,
-    Adaptive Personalized Federated Learning, Algorithm 1).
+    """A personal model alpha v_k + (1 - alpha) w: v_k is the silo's own, w as in FedAvg (Deng et al. 2020, Adaptive
+    Personalized Federated Learning, Algorithm 1).
 
-    In every step, all from where the last one ended, w follows g(w), v_k the gradient of the mixture's loss by v_k,
-    which is alpha g(mixture), and alpha that by alpha, <v_k - w, g(mixture)>, within 0 to 1, at the rate lr. With
-    `adapt: false` alpha stays: the interpolation of Mansour et al. 2020 (MAPPER), who take alpha from a grid and let w
-    follow the mixture's gradient.
+    Each step updates w along g(w); v_k along the gradient of the mixture's loss by v_k, alpha g(mixture); and alpha
+    along the one by alpha, <v_k - w, g(mixture)>, with step size lr and clamped to 0..1. All three use the values
+    before the step. With `adapt: false` alpha is fixed: the interpolation of Mansour et al. 2020 (MAPPER), who take
+    alpha from a grid and update w along the mixture's gradient.
 
-    Deviations: v_k starts from the w_t of the first round that the silo trains in; w is weighted by samples; any
-    optimizer of torch.optim, v_k's new every round; statistics (batch normalization) are v_k's own in training and
-    mixed like everything else in use. Two gradients a step: twice the time of `sgd`.
+    Deviations: v_k starts from w_t of the silo's first round; w is weighted by samples; any optimizer of torch.optim,
+    v_k's starts anew every round; statistics (batch normalization) are v_k's own in training and mixed like the
+    parameters in use. Two gradients per step: twice the time of `sgd`.
     """
 
     kept_vectors: ClassVar[int] = 1
     alpha: Fraction = 0.5
-    """share of v_k; at the start, where it adapts"""
+    """share of v_k (the first one, if it adapts)"""
     adapt: bool = True
-    """does alpha follow its gradient, a number of its own for every silo?"""
+    """train alpha along its gradient, separately for each silo"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         module, device = model.module, model.device
@@ -130,7 +130,7 @@ class Apfl(GradientRule):
             optimizer.zero_grad()
             gradient(model, (x, y), lambda x, y: round.loss(functional_call(module, found, (x,)), y), self.precision)
             for name in statistics:
-                if found[name] is not tensors[name]:  # of half precision, so a copy
+                if found[name] is not tensors[name]:  # a half-precision copy
                     tensors[name].copy_(found[name])
             if self.clip is not None:
                 torch.nn.utils.clip_grad_norm_(leaves.values(), self.clip)
@@ -146,7 +146,7 @@ class Apfl(GradientRule):
         return contribution
 
     def personal(self, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
-        """alpha v_k + (1 - alpha) w."""
+        """alpha v_k + (1 - alpha) w, [P]; None before the silo has trained."""
         if "own_params" not in silo.kept:
             return None
         return torch.lerp(params_P, silo.kept["own_params"].to(params_P.device), float(silo.kept["own_alpha"]))
@@ -154,19 +154,19 @@ class Apfl(GradientRule):
 
 @component
 class FedRep(GradientRule):
-    """First the head, the body standing still, then the body, the head standing still: what `exchange.parameters` keeps
-    personal is the head, and the body's delta is what is sent (Collins et al. 2021, Algorithm 1).
+    """Train the head with the body frozen, then the body with the head frozen (Collins et al. 2021, Algorithm 1). The
+    head is what `exchange.parameters` leaves out; only the body's delta is sent.
 
-    `epochs` or `steps` are the body's, of which the paper takes one. Deviations: any optimizer of torch.optim; deltas
-    are weighted by samples. Batches run on from the head's to the body's. A step is one gradient of one part.
+    `epochs` or `steps` count for the body; the paper takes one. Deviations: any optimizer of torch.optim; deltas are
+    weighted by samples; the body's batches continue after the head's. A step is one gradient of one part.
     """
 
     head_epochs: PositiveInt | None = None
-    """passes over the silo's samples for the head, whatever `amount` leaves to the body; or give `head_steps`"""
+    """passes over the silo's samples for the head, independent of `amount`; or give `head_steps`"""
     head_steps: PositiveInt | None = None
     """batches for the head"""
     head_lr: PositiveFloat | None = None
-    """of the head's steps; null: as lr"""
+    """step size of the head; null: lr"""
 
     @pydantic.model_validator(mode="after")
     def _one_head(self) -> FedRep:
@@ -175,16 +175,16 @@ class FedRep(GradientRule):
         return self
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
-        """ConfigError where there is no head, or no body."""
+        """Raise ConfigError if the model has no personal head or no shared body to train."""
         super().suits(module, entries, ids)
         kinds = {entry.kind for entry in entries if entry.trainable}
         if "personal" not in kinds:
             raise ConfigError(
-                "local: fedrep trains a head that stays with its silo, but all that is trained is shared; leave one "
-                "out with exchange.parameters, such as ['*', '!head.*']"
+                "local: fedrep trains a head that stays with its silo, but all trained parameters are shared; leave "
+                "the head out with exchange.parameters, such as ['*', '!head.*']"
             )
         if "shared" not in kinds:
-            raise ConfigError("local: fedrep trains a body that is shared, but nothing that is shared is trained")
+            raise ConfigError("local: fedrep trains a shared body, but no trained parameter is shared")
 
     def most_batches(self, silo: str, rounds: int) -> float:
         return math.inf if self.head_steps is None else super().most_batches(silo, rounds) + self.head_steps * rounds
@@ -212,7 +212,7 @@ class FedRep(GradientRule):
 
 @contextlib.contextmanager
 def _only(model: FlatModel, kind: str) -> Iterator[None]:
-    """Only what is of this kind is trained."""
+    """Freeze all parameters but those of this kind; trainable again on exit."""
     still = [model.tensors[e.name] for e in model.entries if e.trainable and e.kind != kind]
     for tensor in still:
         tensor.requires_grad_(False)
@@ -225,17 +225,17 @@ def _only(model: FlatModel, kind: str) -> Iterator[None]:
 
 @component
 class PerFedAvg(GradientRule):
-    """A model that one gradient step of a silo's own makes good: steps of lr along g(w - inner_lr g(w, D), D') (Fallah
-    et al. 2020, Personalized Federated Learning: A Meta-Learning Approach, Algorithm 1, first order: the paper's
-    approximation (i), which leaves the Hessian out).
+    """A global model that is good after one gradient step per silo: steps of lr along g(w - inner_lr g(w, D), D')
+    (Fallah et al. 2020, Personalized Federated Learning: A Meta-Learning Approach, Algorithm 1, first order: the
+    paper's approximation (i), without the Hessian).
 
-    What a silo then uses is its own step away: `evaluate.finetune: {name: sgd, lr: INNER_LR, steps: 1}` scores it.
-    Deviations: D and D' are the halves of one batch, of fewer than four samples both all of it; any optimizer of
-    torch.optim; deltas are weighted by samples. Two gradients a step, of half a batch each.
+    A silo's personal model is one step away; `evaluate.finetune: {name: sgd, lr: INNER_LR, steps: 1}` scores it.
+    Deviations: D and D' are the halves of one batch (both the whole batch if it has fewer than four samples); any
+    optimizer of torch.optim; deltas are weighted by samples. Two gradients per step, of half a batch each.
     """
 
     inner_lr: PositiveFloat
-    """alpha, of the step that a silo will take for itself"""
+    """alpha: step size of the silo's own step"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         module = model.module
@@ -246,7 +246,7 @@ class PerFedAvg(GradientRule):
             first, second = (slice(half), slice(half, None)) if len(x) > 3 else (slice(None), slice(None))
             loss = round.loss(module(x[first]), y[first])
             grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            moved = {  # the gradients count as constants, so that what is left of the chain rule is first order
+            moved = {  # autograd.grad returns constants here, which makes this first order
                 name: param if grad is None else param - self.inner_lr * grad
                 for (name, param), grad in zip(trained.items(), grads, strict=True)
             }

@@ -1,9 +1,9 @@
-"""Silo runners: how the silos of a rank train.
+"""Silo runners: how a rank trains its silos.
 
     for contribution in runner.run(rule, model, silos, begin): ...
 
-A rule knows one silo. Whoever trains several at once (in one batch of models, on several streams) is a member here; it
-may hold what `begin` gives and hands contributions out in memory of its own.
+A rule trains one silo. A runner that trains several at once (as a batch of models, on several streams) would be a
+member of this family, with its own memory for start parameters and contributions.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from fedmpi.flat import FlatModel
 from fedmpi.local.base import LocalRule, LocalSilo, Round
 from fedmpi.types import Contribution
 
-# Where a silo's training begins, [P], valid until the next silo is asked for; and what its rule may know of the round.
+# Start parameters of a silo [P], valid until the next call, and what its rule knows of the round.
 Begin = Callable[[LocalSilo], tuple[torch.Tensor, Round]]
 
 
 class SiloRunner(Protocol):
-    """How the silos of a rank train."""
+    """Trains the silos of a rank."""
 
     def run(
         self, rule: LocalRule, model: FlatModel, silos: Iterable[LocalSilo], begin: Begin
     ) -> Iterator[Contribution]:
-        """What each silo contributes, in their order; valid until the next one is asked for. `begin` is called once for
-        each, in this order, before it trains. Raises what the rule and `begin` raise."""
+        """Yield each silo's contribution, in order; each is valid until the next. `begin` is called once per silo, in
+        order, before it trains. Raises what the rule and `begin` raise."""
         ...
 
 
 @component
 class Sequential:
-    """One after the other, in the rank's one model."""
+    """Trains one silo after the other, in the rank's only model."""
 
     def run(
         self, rule: LocalRule, model: FlatModel, silos: Iterable[LocalSilo], begin: Begin

@@ -1,5 +1,5 @@
-"""Samplers: the order in which a silo visits its samples. Orders are keyed by (seed, silo, epoch), so a silo trains the
-same wherever it lives and whenever it is restarted."""
+"""Samplers: the order in which a silo visits its samples. Orders are keyed by (seed, silo, epoch), so a silo sees the
+same order on any rank and after a restart."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Sampler:
 
     @property
     def repeats(self) -> bool:
-        """May a sample come more than once an epoch?"""
+        """Whether a sample may come more than once per epoch."""
         return False
 
     @abstractmethod
     def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
-        """Indices of one epoch, [num_samples]; a function of its arguments alone."""
+        """Sample indices of one epoch, integers [num_samples]; depends on the arguments only."""
 
 
 @component
@@ -35,7 +35,7 @@ class Shuffle(Sampler):
 
 @component
 class InOrder(Sampler):
-    """As the file has them, every epoch."""
+    """The order of the file, every epoch."""
 
     def order(self, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
         return np.arange(num_samples)
@@ -45,7 +45,8 @@ SAMPLERS = Family("sampler", {"shuffle": Shuffle, "in_order": InOrder}, Sampler,
 
 
 def order_of(sampler: Sampler, seed: int, silo: str, epoch: int, num_samples: int) -> np.ndarray:
-    """The sampler's order of an epoch. ConfigError in one line where one of your own gives what is none."""
+    """The sampler's order of an epoch, integers [num_samples] or fewer. Raises ConfigError if a user's sampler returns
+    something else."""
     given = np.asarray(sampler.order(seed, silo, epoch, num_samples))
     if type(sampler) in SAMPLERS.members.values():
         return given
@@ -65,8 +66,8 @@ def order_of(sampler: Sampler, seed: int, silo: str, epoch: int, num_samples: in
 
 
 def no_order(sampler: Sampler, silo: str, epoch: int, wrong: str, num_samples: int, hint: str = "") -> ConfigError:
-    """What is said of a sampler that gave something else than an order."""
+    """The ConfigError for a sampler that returned something else than an order."""
     return ConfigError(
-        f"sampler '{SAMPLERS.name_of(sampler)}': silo '{silo}', epoch {epoch}: gave {wrong}; wanted are the "
+        f"sampler '{SAMPLERS.name_of(sampler)}': silo '{silo}', epoch {epoch}: returned {wrong}; expected the "
         f"{num_samples} integers from 0 to {num_samples - 1}{hint}"
     )

@@ -1,7 +1,7 @@
-"""How much a silo does in a round, out of the `epochs` or `steps` that its rule is given.
+"""How many of its rule's `epochs` or `steps` a silo takes in a round.
 
-What silos do differs, and with the plain mean those that do more pull the model to where they want it (Wang et al.
-2020, section 3); `aggregate: fednova` divides each delta by the steps that it holds.
+When silos take different numbers of steps, the plain mean is biased towards those that take more (Wang et al. 2020,
+section 3); `aggregate: fednova` divides each delta by its number of steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedmpi.flat import RESERVED
 if TYPE_CHECKING:
     from fedmpi.local.base import LocalSilo, Round
 
-LOSS = f"{RESERVED}train_loss"  # what a silo keeps its last round's mean training loss under
+LOSS = f"{RESERVED}train_loss"  # key of the last round's mean training loss in a silo's kept state
 
 
 class Amount:
@@ -25,22 +25,22 @@ class Amount:
 
     @property
     def reads_loss(self) -> bool:
-        """Does it want the silo's last training loss in `silo.kept[LOSS]`, once it has trained?"""
+        """Whether `silo.kept[LOSS]` must hold the silo's last training loss after its first round."""
         return False
 
     @property
     def limit_s(self) -> float:
-        """No batch is begun after so many seconds of a silo's training."""
+        """Seconds of a silo's training after which no batch starts."""
         return math.inf
 
     @abstractmethod
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
-        """At least 1; `most` is the rule's `epochs` or `steps`."""
+        """Epochs or steps of this round, at least 1; `most` is the rule's number."""
 
 
 @component
 class Whole(Amount):
-    """All of it, every silo, every round."""
+    """All epochs or steps, for every silo in every round."""
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
         """`most`."""
@@ -49,33 +49,33 @@ class Whole(Amount):
 
 @component
 class Drawn(Amount):
-    """1 to `epochs` (or `steps`), all equally likely, drawn for every silo and round anew: devices that are now slow,
-    now fast (as in the experiments of Wang et al. 2020, section 6.1, whose epochs are 2 to 5)."""
+    """A uniform draw from 1 to `epochs` (or `steps`) for each silo and round: devices whose speed varies (as in the
+    experiments of Wang et al. 2020, section 6.1, whose epochs are 2 to 5)."""
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
-        """Keyed by seed, round and silo."""
+        """A draw keyed by seed, round and silo."""
         draw = rng.generator(round.seed, purpose="amount", round=round.number, silo=silo.id)
         return int(draw.integers(1, most, endpoint=True))
 
 
 @component
 class BySilo(Amount):
-    """A number of its own for every silo that is named; `epochs` (or `steps`) for the others."""
+    """A number for each named silo; `epochs` (or `steps`) for the others."""
 
     silos: dict[str, PositiveInt]
     """epochs or steps by silo id"""
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
-        """The silo's own."""
+        """The silo's number, or `most`."""
         return self.silos.get(silo.id, most)
 
 
 @component
 class ByLoss(Amount):
-    """min(E, max(1, round(L_k / target))): L_k is the silo's mean training loss in the last round that it trained in.
+    """min(E, max(1, round(L_k / target))), where L_k is the silo's mean training loss in its last round.
 
-    A rule of thumb, no paper's: silos work less the better they fit, as AdaComm's do all alike (Wang & Joshi 2019,
-    equation 17: the square root of the loss over the first round's). A silo's first round is as long as can be.
+    A rule of thumb, from no paper: a silo works less the better it fits. AdaComm does so for all silos together (Wang &
+    Joshi 2019, equation 17: the square root of the loss over the first round's). A silo's first round takes all of E.
     """
 
     target: PositiveFloat
@@ -83,14 +83,14 @@ class ByLoss(Amount):
     reads_loss = True
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
-        """By the loss that the silo keeps."""
+        """From the loss that the silo keeps; `most` before it has one."""
         if LOSS not in silo.kept:
             return most
         return round_between(float(silo.kept[LOSS]) / self.target, most)
 
 
 def round_between(wanted: float, most: int) -> int:
-    """The nearest integer of 1 to `most`; halves go to the even one, what is no number to `most`.
+    """The nearest integer within 1..`most`; halves round to even, nan gives `most`.
 
     >>> [round_between(w, 4) for w in (0.2, 2.5, 9.0, float("inf"), float("nan"))]
     [1, 2, 4, 4, 4]
@@ -100,18 +100,18 @@ def round_between(wanted: float, most: int) -> int:
 
 @component
 class Seconds(Amount):
-    """As many batches as begin within so many seconds, at most `epochs` (or `steps`), at least one.
+    """Batches start for this many seconds, at most `epochs` (or `steps`), at least one batch.
 
-    What a silo does then hangs on the machine: runs are not repeatable, and it does not go with
-    `exchange.reduction: reproducible`.
+    The amount depends on the machine's speed, so runs are not repeatable; `exchange.reduction: reproducible` refuses
+    it.
     """
 
     seconds: PositiveFloat
-    """of wall time, from the silo's first batch"""
+    """wall time, from the silo's first batch"""
 
     @property
     def limit_s(self) -> float:
-        """The seconds."""
+        """`seconds`."""
         return self.seconds
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
