@@ -353,6 +353,33 @@ def test_damage_on_disk_is_noticed_wherever_it_is(job, capsys):
     assert same + skipped + refused == 24 and same and skipped and refused and bad == [0, 0]
 
 
+def test_drills_are_listed_and_judged(job, capsys, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(TOP / "jobs/experiments")
+    drill = job("drill", connects=False)
+    with pytest.raises(SystemExit) as ended:
+        drill.main(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    for name in drill.DRILLS:
+        assert re.search(rf"^  {name} +\w.*\S$", said, re.MULTILINE), name
+
+    def cannot(drilled):
+        raise drill.Cannot("no such thing here")
+
+    def slow(drilled):
+        raise drill.TooLong("not over within 1 s")
+
+    monkeypatch.setattr(drill.shutil, "which", lambda name: name)
+    good, bad = (lambda drilled: drilled.check(True, "fine")), (lambda drilled: drilled.check(False, "odd"))
+    monkeypatch.setattr(drill, "DRILLS", {"good": good, "unable": cannot, "bad": bad, "slow": slow})
+    out = ["--out", str(tmp_path)]
+    assert drill.main(["good", *out]) == 0 and drill.main(["good", "unable", *out]) == 77
+    assert drill.main(["all", *out]) == 1 and drill.main(["slow", *out]) == 1
+    said = capsys.readouterr().out
+    assert "CANNOT unable: no such thing here\n" in said and "NOT           not over within 1 s\nFAIL slow" in said
+    assert "ok            fine\nPASS good" in said and "NOT           odd\nFAIL bad" in said
+
+
 def test_the_exchange_inside_training_is_told_beside_a_copy(job, capsys, monkeypatch):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(name, "131072")  # or it would start itself anew

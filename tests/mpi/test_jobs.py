@@ -64,7 +64,8 @@ def test_every_script_has_a_test_of_its_quick_form() -> None:
         name = str(path.relative_to(TOP))
         assert path.name in APART or f'"{name}"' in text or f'"{name} --quick' in text, f"{name} is run by no test"
     for path in (TOP / "jobs").rglob("*.py"):
-        assert "--quick" in path.read_text() or path.name in ("first_batch.py", "reference.py"), (
+        code = path.read_text()
+        assert "--quick" in code or "__main__" not in code or path.name in ("first_batch.py", "reference.py"), (
             f"{path} has no --quick"
         )
 
@@ -85,6 +86,14 @@ def test_a_killed_run_resumes_to_the_same_bits(checkout: Path) -> None:
     said = quick(checkout, "jobs/experiments/kill_resume.sh")
     shas = dict(re.findall(r"^(undisturbed|killed) +([0-9a-f]{64})", said, re.MULTILINE))
     assert "kill 1 after round" in said and shas["undisturbed"] == shas["killed"]
+
+
+def test_a_drill_kills_a_rank_and_tells_what_was_lost(checkout: Path) -> None:
+    said = quick(checkout, "jobs/drill.sh", "kill-silo", "--limit-s", "150")
+    assert said.splitlines()[-1].startswith("PASS kill-silo, "), said
+    assert re.search(r"SIGKILL to rank 2, after round 3\n.* lost \[2\], healed in .*silo-\d to rank [0-2]", said), said
+    assert re.search(r"lost +0 rounds, 0 of \d+ batches\n +next round +\d+\.\d+ s after the fault", said), said
+    assert re.search(r"ok +SHA-256 [0-9a-f]{12} is the undisturbed run's", said), said
 
 
 def test_two_commits_are_compared_in_turns(checkout: Path) -> None:
