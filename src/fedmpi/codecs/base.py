@@ -1,4 +1,4 @@
-"""What the exchange asks of a codec, and what codecs share: kernels by device, v = scale x + residual."""
+"""Interface of a codec, and what codecs share: kernels by device, v = scale x + residual."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from fedmpi.components import called
 from fedmpi.errors import ExchangeError
 
 Tensor = torch.Tensor
-Bare = Any  # an array, of a CPU tensor's memory; elsewhere the tensor itself
+Bare = Any  # a NumPy array that shares a CPU tensor's memory; on other devices the tensor itself
 Rounding = Literal["nearest", "stochastic"]
 
 PIECE_CPU, PIECE_DEVICE = 1 << 16, 1 << 24  # values combined at a time
 
 
 class Codec:
-    """What the exchange asks of a codec; members write `max_bytes`, `_encode` and `_decode`."""
+    """Interface of a codec; members implement `max_bytes`, `_encode` and `_decode`."""
 
     @property
     def fixed(self) -> bool:
-        """Is every payload `max_bytes` long? Else it is at most that, and lengths have to travel."""
+        """Whether every payload has exactly `max_bytes`. Otherwise lengths must be sent too."""
         return True
 
     @property
     def linear(self) -> bool:
-        """Are payloads float32 vectors whose sum decodes to the sum, if all have one key?"""
+        """Whether payloads are float32 vectors whose sum decodes to the sum, given the same key."""
         return False
 
     @property
     def chooses(self) -> bool:
-        """Do all values of a piece compete for room in the payload? They then have to be of one unit."""
+        """Whether values compete for space in the payload. All values of a piece must then have the same unit."""
         return False
 
     @property
     def unbiased(self) -> bool:
-        """Is what decodes x on average over keys (without feedback)?"""
+        """Whether the decoded vector equals x on average over keys (without feedback)."""
         return False
 
     @property
     def largest(self) -> float:
-        """What is encoded has to be smaller, in magnitude."""
+        """Upper bound (exclusive) on the magnitude of encoded values."""
         return math.inf
 
     def damping(self, num_values: int) -> float:
-        """What feedback multiplies the decoded vector with. ConfigError with the reason where feedback diverges,
-        which one of your own may have to say; all that come along converge."""
+        """Factor of the decoded vector under feedback. Raises ConfigError, with the reason, if feedback diverges; the
+        built-in codecs all converge, a user's codec may not."""
         return 1.0
 
     def max_bytes(self, num_values: int) -> int:
-        """The longest payload."""
+        """Length of the longest payload for so many values, in bytes."""
         raise NotImplementedError
 
     def encode(
@@ -66,10 +66,11 @@ class Codec:
         residual_N: Tensor | Bare | None = None,
         into_N: Tensor | Bare | None = None,
     ) -> int:
-        """Bytes written. `into_N` takes the new residual: in place of the old one if it is left out.
+        """Writes the payload of `scale` * x + residual and returns the number of bytes written.
 
-        A residual left out with an `into_N` given counts as zero. ExchangeError for NaN, infinity or what the format
-        cannot hold, and for buffers that do not fit; what then stands in payload and `into_N` is of no use.
+        The new residual goes to `into_N`, or replaces `residual_N` if `into_N` is None. With `into_N` alone, the old
+        residual is zero. Raises ExchangeError for NaN, infinity, values beyond the format's range, and buffers that do
+        not fit; payload and `into_N` are then undefined.
         """
         into_N = residual_N if into_N is None else into_N
         if isinstance(x_N, Tensor):
@@ -89,11 +90,11 @@ class Codec:
         return num_bytes
 
     def decode(self, payload_B: Tensor | Bare, out_N: Tensor | Bare, key: int = 0) -> None:
-        """Writes every element of `out_N`. Only codecs without indices or signs in the payload read the key."""
+        """Decodes into `out_N`, every element. The key is read only by codecs that need it, such as randk."""
         self._open(payload_B, out_N, 1.0, False, key)
 
     def add(self, payload_B: Tensor | Bare, sum_N: Tensor | Bare, key: int = 0, weight: float = 1.0) -> None:
-        """Adds weight times what decodes to `sum_N`; the product and the sum are each rounded to float32."""
+        """Adds weight * decoded to `sum_N`; product and sum are each rounded to float32."""
         self._open(payload_B, sum_N, weight, True, key)
 
     def _open(self, payload_B: Bare, out_N: Bare, weight: float, accumulate: bool, key: int) -> None:
@@ -129,7 +130,7 @@ class Codec:
 
 
 def warm(codec: Codec, device: torch.device | str = "cpu") -> None:
-    """Compiles (or loads from disk) what the codec will run, so that no round pays for it."""
+    """Compiles (or loads from disk) the codec's kernels, so that no round pays for it."""
     x_N, sum_N = torch.ones(5, device=device), torch.zeros(5, device=device)
     payload_B = torch.zeros(codec.max_bytes(5), dtype=torch.uint8, device=device)
     codec.encode(x_N, payload_B, 0, residual_N=sum_N)
@@ -138,15 +139,15 @@ def warm(codec: Codec, device: torch.device | str = "cpu") -> None:
 
 
 def bare(vector: Tensor) -> Bare:
-    """What kernels work on. Slices of an array cost a tenth of a tensor's, and pieces are many."""
+    """The form that kernels take. Slicing an array costs a tenth of slicing a tensor, and there are many pieces."""
     return vector.detach().numpy() if vector.device.type == "cpu" else vector
 
 
 @functools.cache
 def _kernels(device: str) -> tuple[Any, Callable[[Any], Any]]:
-    """The kernels for a kind of device, and what turns an argument into what they take."""
+    """The kernels for a device type, and the function that converts their arguments."""
     if device == "cpu":
-        from fedmpi.kernels import cpu  # here, as numba takes a second to load
+        from fedmpi.kernels import cpu  # imported here, because numba takes a second to load
 
         return cpu, to_array
     from fedmpi.kernels import cuda
@@ -167,8 +168,8 @@ def to_tensor(argument: Any) -> Any:
 
 
 def run_kernel(name: str, *arguments: Any) -> Any:
-    """The kernel of that name, where the vectors among its arguments live."""
-    arrays = np.ndarray in map(type, arguments)  # pieces are many, and most come as arrays
+    """Runs the kernel of that name on the device of its vectors."""
+    arrays = np.ndarray in map(type, arguments)  # the common case comes first: there are many pieces
     on = "cpu" if arrays else next(a.device.type for a in arguments if isinstance(a, Tensor))
     kernels, taken = _kernels(on)
     return getattr(kernels, name)(*map(taken, arguments))
@@ -179,7 +180,7 @@ def floats(payload: Tensor, num: int) -> Tensor:
 
 
 def combine(x: Tensor, scale: float, residual: Tensor, out: Tensor) -> bool:
-    """out = x * scale + residual, unless out is empty; is it finite? `out` may be the residual."""
+    """out = x * scale + residual, unless `out` is empty; returns whether all is finite. `out` may be the residual."""
     piece = PIECE_CPU if x.device.type == "cpu" else PIECE_DEVICE
     scratch = torch.empty_like(x[:piece])
     for start in range(0, x.numel(), piece):
@@ -187,7 +188,7 @@ def combine(x: Tensor, scale: float, residual: Tensor, out: Tensor) -> bool:
         v = torch.mul(part, scale, out=scratch[: part.numel()])
         if residual.numel():
             v.add_(residual[start : start + piece])
-        if not math.isfinite(float(v.sum())) and not bool(v.isfinite().all()):  # a sum may overflow by itself
+        if not math.isfinite(float(v.sum())) and not bool(v.isfinite().all()):  # the sum alone may overflow
             return False
         if out.numel():
             out[start : start + piece].copy_(v)

@@ -1,4 +1,4 @@
-"""Blocks of values with a scale each: integers of 8 or 4 bits, levels of a norm, signs."""
+"""Block codecs, with one scale per block: integers of 8 or 4 bits, QSGD levels, signs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pydantic
 from fedmpi.codecs.base import Bare, Codec, Rounding, run_kernel
 from fedmpi.components import component
 
-BLOCK = 256  # values that share a scale
-CHUNK = 4096  # signs that share one
+BLOCK = 256  # values per scale
+CHUNK = 4096  # signs per scale
 
 
 def block_bytes(num_values: int, block: int, bits: int) -> int:
-    """A float32 per block, then the codes in whole bytes."""
+    """Payload bytes: a float32 scale per block, then the codes, rounded up to whole bytes."""
     return 4 * -(-num_values // block) + -(-num_values * bits // 8)
 
 
@@ -24,7 +24,7 @@ class _Integers(Codec):
     bits: ClassVar[int]
 
     rounding: Rounding = "nearest"
-    """stochastic: unbiased, up or down by chance"""
+    """stochastic: unbiased, rounds up or down at random"""
 
     @property
     def unbiased(self) -> bool:
@@ -45,9 +45,9 @@ class _Integers(Codec):
 
 @component
 class Int8(_Integers):
-    """Integers of 8 bits, -127 to 127, in blocks of 256 with one float32 scale each, the largest magnitude / 127.
+    """8-bit integers, -127 to 127, in blocks of 256 with one float32 scale each: the largest magnitude / 127.
 
-    Steps below 2**-126 are zero. Stochastic rounding needs no damping: omega is 0.004.
+    Steps below 2**-126 become zero. Stochastic rounding needs no damping: omega is 0.004.
 
     >>> import torch
     >>> x, payload = torch.tensor([1.0, -0.5, 0.1]), torch.zeros(7, dtype=torch.uint8)
@@ -60,9 +60,9 @@ class Int8(_Integers):
 
 @component
 class Int4(_Integers):
-    """Integers of 4 bits, -7 to 7, in blocks of 256 with one float32 scale each, the largest magnitude / 7.
+    """4-bit integers, -7 to 7, in blocks of 256 with one float32 scale each: the largest magnitude / 7.
 
-    Stochastic rounding needs no damping: its error is at most 0.75 of a block's square norm on average.
+    Stochastic rounding needs no damping: its mean error is at most 0.75 of a block's squared norm.
     """
 
     bits: ClassVar[int] = 4
@@ -70,15 +70,15 @@ class Int4(_Integers):
 
 @component
 class QSGD(Codec):
-    """QSGD (Alistarh et al. 2017, Section 3.1): l / levels of a bucket's Euclidean norm, l by stochastic rounding.
+    """QSGD (Alistarh et al. 2017, Section 3.1): stochastic rounding to multiples of norm / levels, per bucket of 256.
 
-    Buckets of 256. omega = min(256 / levels**2, 16 / levels) (Lemma 3.1). Levels go in 2, 4 or 8 bits, the narrowest
-    that holds them; the paper's Elias code is left out. A signed value is rounded down or up, which has the law of the
-    paper's magnitude and sign.
+    omega = min(256 / levels**2, 16 / levels) (Lemma 3.1). Levels take 2, 4 or 8 bits, the narrowest that holds them.
+    Deviations: no Elias coding; a signed value is rounded down or up, which has the same distribution as the paper's
+    magnitude and sign.
     """
 
     levels: Annotated[int, pydantic.Field(ge=1, le=127)] = 7
-    """s of the paper: steps from 0 to the norm"""
+    """s in the paper: steps from 0 to the norm"""
 
     @property
     def unbiased(self) -> bool:

@@ -1,4 +1,4 @@
-"""Halves: float32 cast to 16 bits."""
+"""Half precision: float32 cast to 16 bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedmpi.components import component
 
 @component
 class BFloat16(Codec):
-    """bfloat16: 8 bits of mantissa, the range of float32; nearest, ties to even."""
+    """bfloat16: 8-bit significand, the range of float32; rounds to nearest, ties to even."""
 
     @property
     def largest(self) -> float:
@@ -28,7 +28,7 @@ class BFloat16(Codec):
 
 @component
 class Float16(Codec):
-    """float16: 11 bits of mantissa, nearest, ties to even; refuses what would round to more than 65504."""
+    """float16: 11-bit significand; rounds to nearest, ties to even; refuses values that would round above 65504."""
 
     @property
     def largest(self) -> float:

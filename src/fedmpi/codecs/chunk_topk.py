@@ -1,4 +1,4 @@
-"""The largest values of every chunk, in a payload whose length is fixed."""
+"""The largest values of every chunk, in a payload of fixed length."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ CHUNK = 4096
 
 @component
 class ChunkTopK(Codec):
-    """The `keep` largest magnitudes of every 4096, with 12-bit indices and values of 4 or 2 bits, for ever as long.
+    """The `keep` largest magnitudes of every 4096, with 12-bit indices and values of 4 or 2 bits; fixed payload size.
 
-    As in SparseLoCo (Sarfi et al. 2025). Values are a sign and the nearest of 8 or 2 magnitudes, evenly spaced from the
-    chunk's least chosen one to its largest: two float32 a chunk. None loses more than its own value.
+    As in SparseLoCo (Sarfi et al. 2025). A value is a sign and the nearest of 8 or 2 magnitudes, evenly spaced between
+    the chunk's smallest and largest selected one; sent as two float32 per chunk. No value's error exceeds it.
     """
 
     keep: Annotated[int, pydantic.Field(ge=1, le=CHUNK)] = 64
-    """of 4096; in proportion, rounded up, in the last chunk"""
+    """values kept of 4096; in the last chunk in proportion, rounded up"""
     bits: Literal[4, 2] = 4
-    """a value, its sign included"""
+    """bits per value, sign included"""
 
     def max_bytes(self, num_values: int) -> int:
         whole, rest = divmod(num_values, CHUNK)

@@ -1,4 +1,4 @@
-"""Codecs that send every value; the chosen values of others travel by one of them."""
+"""Codecs that send every value; sparse codecs encode their selected values with one of them."""
 
 from __future__ import annotations
 

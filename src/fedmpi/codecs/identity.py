@@ -1,4 +1,4 @@
-"""float32 as it is."""
+"""float32 unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmpi.components import component
 
 @component
 class Identity(Codec):
-    """The float32 values themselves."""
+    """float32 values, unchanged."""
 
     @property
     def linear(self) -> bool:

@@ -1,4 +1,4 @@
-"""Values at places that the key draws."""
+"""Values at random indices, drawn from the key."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fedmpi.components import PositiveFraction, component
 
 @component
 class RandK(Codec):
-    """Values at places drawn from the key, which both sides have: float32, no indices, and MPI may sum the payloads.
+    """Random-k: float32 values at indices drawn from the key, which both sides have, so no indices are sent.
 
-    Random-k sparsification (Konecny et al. 2016, random mask; Stich et al. 2018, rand_k), but stratified: one place of
-    each of k equal runs of the vector, so every value has the same chance up to the rounding of n / k. Times n / k,
-    unbiased with omega = n / k - 1; feedback sends the values as they are.
+    Random-k sparsification (Konecny et al. 2016, random mask; Stich et al. 2018, rand_k), but stratified: one index in
+    each of k equal runs of the vector, so every value has the same probability, up to the rounding of n / k. Values are
+    scaled by n / k: unbiased with omega = n / k - 1; with feedback they are sent unscaled. MPI may sum the payloads.
     """
 
     ratio: PositiveFraction = 0.01
-    """of the values that travel, at least one"""
+    """share of values that are sent; at least one value"""
 
     @property
     def linear(self) -> bool:

@@ -1,4 +1,4 @@
-"""Chosen values with their indices: the largest, or those above a threshold."""
+"""Selected values with their indices: the largest, or those above a threshold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedmpi.components import PositiveFloat, PositiveFraction, component
 
 
 def index_bytes(num_chosen: int, num_values: int, packed: bool) -> int:
-    """Of int32, or of Elias-Fano form (`kernels.plain`), to a multiple of 4."""
+    """Bytes of the indices: int32, or packed in Elias-Fano form (`kernels.plain`), rounded up to a multiple of 4."""
     if not packed or not num_chosen:
         return 4 * num_chosen
     low = (num_values // num_chosen).bit_length() - 1
@@ -25,7 +25,7 @@ def index_bytes(num_chosen: int, num_values: int, packed: bool) -> int:
 def _write_chosen(
     index_K: Tensor, packed: bool, values: Codec, x: Tensor, scale: float, into: Tensor, payload: Tensor, key: Any
 ) -> int:
-    """The payload of chosen coordinates; what their codec loses goes to `into`, which holds v."""
+    """Writes the payload of selected coordinates; `into` holds v and keeps what the values' codec loses."""
     n, k = x.numel(), index_K.numel()
     at = index_bytes(k, n, packed)
     if packed:
@@ -33,7 +33,7 @@ def _write_chosen(
         payload[end:at] = 0
     else:
         payload[:at].view(torch.int32).copy_(index_K)
-    if isinstance(values, Identity) and into.numel():  # nothing is lost of what was chosen
+    if isinstance(values, Identity) and into.numel():  # selected values are exact
         floats(payload[at:], k).copy_(into.index_select(0, index_K))
         into.index_fill_(0, index_K, 0.0)
         at += 4 * k
@@ -77,7 +77,7 @@ def _read_chosen(
 
 @component
 class TopK(Codec):
-    """The largest magnitudes, exactly (Stich et al. 2018, Section 2.1: top_k); of equals the first.
+    """Top-k: the largest magnitudes, exactly (Stich et al. 2018, Section 2.1: top_k); on a tie the first.
 
     Packed indices take about 2 + log2(1 / ratio) bits each (Elias 1974; Fano 1971).
     """
@@ -85,15 +85,15 @@ class TopK(Codec):
     chooses = True
 
     ratio: PositiveFraction = 0.01
-    """of the values that travel, at least one"""
+    """share of values that are sent; at least one value"""
     indices: Literal["packed", "int32"] = "packed"
-    """int32: 4 bytes each"""
+    """packed: Elias-Fano; int32: 4 bytes each"""
     values: Values = Identity()
-    """how the chosen values travel: identity, bf16, int8, ..."""
+    """codec of the selected values: identity, bf16, int8, ..."""
 
     @property
     def _plain(self) -> bool:
-        """What has kernels of its own."""
+        """Whether fused kernels exist for these settings."""
         return self.indices == "packed" and type(self.values) is Identity
 
     @property
@@ -130,19 +130,19 @@ class TopK(Codec):
 
 @component
 class Threshold(Codec):
-    """Magnitudes of at least `threshold` (Strom 2015; Sahu et al. 2021, hard threshold), the largest where many are.
+    """Magnitudes of at least `threshold` (Strom 2015; Sahu et al. 2021, hard threshold); the largest if too many.
 
-    The values travel, not Strom's fixed +-threshold. The size is bounded by `max_ratio`, beyond which it is `topk`.
+    Sends the values, not Strom's fixed +-threshold. `max_ratio` bounds the size; if more values qualify, it is `topk`.
     """
 
     chooses = True
 
     threshold: PositiveFloat = 1e-3
-    """in units of what is encoded: of weighted deltas, where weights are folded in"""
+    """in units of the encoded vector: of weighted deltas, if weights are folded in"""
     max_ratio: PositiveFraction = 0.01
-    """of the values that may travel, at least one"""
+    """largest share of values that may be sent; at least one value"""
     values: Values = Identity()
-    """how the chosen values travel: identity, bf16, int8, ..."""
+    """codec of the selected values: identity, bf16, int8, ..."""
 
     @property
     def fixed(self) -> bool:
@@ -157,7 +157,7 @@ class Threshold(Codec):
 
     def max_bytes(self, num_values: int) -> int:
         k = num_chosen(self.max_ratio, num_values)
-        return 4 + index_bytes(k, num_values, True) + 8 + self.values.max_bytes(k)  # 8: fewer may pack worse
+        return 4 + index_bytes(k, num_values, True) + 8 + self.values.max_bytes(k)  # 8: fewer indices may pack worse
 
     def _encode(self, x: Bare, payload: Bare, key: Any, scale: float, residual: Bare, into: Bare) -> int:
         x, payload, residual, into = (to_tensor(vector) for vector in (x, payload, residual, into))

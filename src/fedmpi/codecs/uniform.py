@@ -1,4 +1,4 @@
-"""A grid of one step for all values, in as many bits as they need."""
+"""A uniform grid with one step for all values, bit-packed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pydantic
 from fedmpi.codecs.base import Bare, Codec, run_kernel
 from fedmpi.components import PositiveFloat, component
 
-BLOCK = 256  # values that take equally many bits
+BLOCK = 256  # values that share a bit width
 
 
 @component
 class Uniform(Codec):
-    """The grid sign(w) step floor(|w| / step + 0.5), bit-packed.
+    """Uniform quantization: sign(w) step floor(|w| / step + 0.5), bit-packed.
 
-    Every 256 values take as many bits as their largest needs (a byte says how many): none where all are below half a
-    step. Values beyond `max_bits`, that is beyond (2**(max_bits - 1) - 1) steps, are cut to that, and only feedback
-    brings the rest across.
+    Every block of 256 values uses the bits that its largest needs (one byte states how many); none if all are below
+    half a step. Values beyond `max_bits`, that is beyond (2**(max_bits - 1) - 1) steps, are clipped; only feedback
+    sends the rest later.
     """
 
     step: PositiveFloat = 1e-4
-    """s, in units of what is encoded: of weighted deltas, where weights are folded in"""
+    """step, in units of the encoded vector: of weighted deltas, if weights are folded in"""
     max_bits: Annotated[int, pydantic.Field(ge=2, le=16)] = 16
-    """sign included"""
+    """largest width in bits, sign included"""
 
     @property
     def fixed(self) -> bool:
