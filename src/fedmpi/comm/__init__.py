@@ -1,9 +1,11 @@
-"""The ranks and what they say to each other.
+"""Communication between the ranks of a run.
 
-base       what every communicator offers, and what follows from it; one rank by itself
+base       the interfaces Control, Transport and Comm, and functions that all implementations share
+solo       one rank without MPI
+threads    ranks as threads of one process, for tests
 mpi        the ranks of an MPI job; the only module that imports mpi4py, and only when it is called
-process    a process among those of its job: `connect`, and how it ends without leaving the others in a collective
-vigil      how long a rank waits for the others
+process    joins the launched ranks (`connect`), and ends a rank without leaving the others in a collective
+vigil      timeouts: how long a rank waits for the others
 machine    cores and shared memory of this machine
 """
 

@@ -4,8 +4,8 @@
     Transport   vectors: collectives on contiguous buffers, and shared memory of a node
     Comm        both, with duplicates, groups and the end of a job
 
-An implementation defines all abstract methods in one file (solo.py, threads.py, mpi.py) and passes the contract
-(tests/support/programs/collectives.py). Errors of others come out as RankLost and CommTimeout.
+An implementation defines all abstract methods in one file (solo.py, threads.py, mpi.py) and passes the contract test
+(tests/support/programs/collectives.py). Failures of other ranks are raised as RankLost and CommTimeout.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fedmpi.errors import CommTimeout, ConfigError, ExchangeError, FedmpiError, 
 T = TypeVar("T")
 
 BLOCK_BYTES = 4 << 20
-LOST: tuple[type[BaseException], ...] = (MemoryError, RankLost, CommTimeout)  # after which a rank agrees with nobody
-_TELL, _TOLD = 8, 2000  # at most so many different texts of ranks make one message, of so many characters each
+LOST: tuple[type[BaseException], ...] = (MemoryError, RankLost, CommTimeout)  # errors that rule out further agreement
+_TELL, _TOLD = 8, 2000  # at most so many different texts in one message, and characters per text
 
-CountsDispls = Sequence[tuple[int, int]]  # where a rank's part begins and how long it is, in elements; one per rank
+CountsDispls = Sequence[tuple[int, int]]  # (start, length) of each rank's part, in elements; one per rank
 
 
 class Pending(Protocol):
@@ -49,53 +49,55 @@ class Control(Protocol):
 
     rank: int
     size: int
-    hosts: tuple[str, ...]  # of all ranks
-    fatal: tuple[type[BaseException], ...]  # errors after which a rank can agree with nobody upon anything
-    bytes_control: int = 0  # both ways
+    hosts: tuple[str, ...]  # host name of each rank
+    fatal: tuple[type[BaseException], ...]  # errors after which a rank cannot agree with the others
+    bytes_control: int = 0  # sent and received
 
     @abstractmethod
     def share(self, values: np.ndarray, meanwhile: Callable[[], Any] | None = None) -> np.ndarray:
-        """The sum over ranks of a small float64 array; with entries that one rank sets and the others leave 0,
-        everybody's entries. `meanwhile` is called while others are waited for."""
+        """The sum of a small float64 array over all ranks. Collective.
+
+        If each rank sets its own entries and leaves the others 0, this is an allgather. `meanwhile` is called while
+        waiting."""
 
     @abstractmethod
     def ishare(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
-        """Start a `share`; the array holds the result once it has completed."""
+        """Starts a `share`; the returned array holds the result once the request has completed. Collective."""
 
     @abstractmethod
     def gather(self, row: bytes) -> list[bytes]:
-        """The rows of all ranks, in rank order, on every rank; rows have one length everywhere."""
+        """The rows of all ranks, in rank order, on every rank; all rows must have the same length. Collective."""
 
     @abstractmethod
     def broadcast_text(self, text: str, speaker: int) -> str:
-        """The text of rank `speaker`, on every rank."""
+        """The text of rank `speaker`, on every rank. Collective."""
 
     @abstractmethod
     def wait(self, pending: Pending) -> None:
-        """Until it is over."""
+        """Waits until the request has completed."""
 
     @abstractmethod
     def set_up(self, timeout_s: float) -> None:
-        """A run is being put together, whose ranks wait for each other as long as that beyond its longest round."""
+        """Starts the timeouts of a new run; ranks may be silent for `timeout_s` beyond the longest round."""
 
     @abstractmethod
     def took(self, seconds: float) -> None:
-        """A round took so long; 0 when the first one begins."""
+        """Records how long a round took, for the timeouts; 0 when the first one begins."""
 
     @abstractmethod
     def beat(self, trains: bool = False) -> None:
-        """Let the others know that this rank is there, if it is time to, and whether it does something of its own.
-        Raises CommTimeout where others have been silent for too long."""
+        """Sends a heartbeat if one is due; `trains` says whether this rank is working on its own.
+        Raises CommTimeout if other ranks have been silent for too long."""
 
     @abstractmethod
     def notify(self, status: int) -> None:
-        """Let every other rank's `notices` answer at least `status` soon."""
+        """Makes every other rank's `notices` return at least `status` soon. Not collective."""
 
     @abstractmethod
     def notices(self) -> int:
-        """The worst notice of other ranks so far."""
+        """The highest status that other ranks have notified so far."""
 
-    # ------------------------------------------------------------ what follows
+    # ------------------------------------------------------------ built on the above
 
     def gather_number(self, value: float) -> np.ndarray:
         """Every rank's number, in rank order, on every rank. Collective."""
@@ -104,11 +106,11 @@ class Control(Protocol):
         return self.share(mine)
 
     def collectively(self, work: Callable[[], T]) -> T:
-        """This rank's `work()`, once every rank's has come through; otherwise every rank raises the same error.
+        """Runs `work` on every rank and returns this rank's result; if it fails on any rank, all raise the same error.
 
-        The set-up of a run goes through here: a file that is missing on one rank is one clear line, not a hang. Where
-        several ranks raise ConfigError, the line has what each says. `work` calls no collective. What is `fatal`
-        goes up as it is, for the job to end: no memory, a lost rank.
+        Set-up steps run through here: a file missing on one rank gives one clear line, not a hang. If several ranks
+        raise ConfigError, the line has the text of each. `work` must not call collectives. Errors in `fatal` (no
+        memory, a lost rank) are raised unchanged, to end the job. Collective.
         """
         result: T | None = None
         error: BaseException | None = None
@@ -124,7 +126,7 @@ class Control(Protocol):
             text = "" if error is None else str(error)
             if error is not None and not isinstance(error, FedmpiError):
                 text = "".join(traceback.format_exception(error))
-            # A bug is told once. What is wrong with the input is told by every rank: who mends it mends all of it.
+            # A bug is reported by one rank. Input errors are reported by all: the user can then fix them in one go.
             is_input = codes[failed[0]] == ConfigError.exit_code
             if not is_input:
                 speaks = f"rank {failed[0]}: " if len(failed) < self.size else ""
@@ -133,7 +135,7 @@ class Control(Protocol):
         return result  # type: ignore[return-value]
 
     def _told(self, text: str, ranks: list[int]) -> str:
-        """What `ranks` say, in one line: each text once, with those who say it; without where all say the same."""
+        """One line with each distinct text and the ranks that raise it; without ranks if all agree. Collective."""
         rows = self.gather(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
         speakers: dict[bytes, list[int]] = {}
         for rank in ranks:
@@ -147,52 +149,52 @@ class Control(Protocol):
         return "; ".join(told)
 
     def require_equal(self, what: str, digest: bytes, error: type[FedmpiError] = ExchangeError) -> None:
-        """Raise `error` on every rank, naming ranks, unless all hold the same digest."""
+        """Raises `error` on every rank, naming the ranks that differ, unless all digests are equal. Collective."""
         rows = self.gather(digest)
         others = [r for r, row in enumerate(rows) if row != rows[0]]
         if others:
             raise agreed(error(f"{what} differs: rank 0 against {ranks_text(others)}"))
 
     def alike(self, error: BaseException | None) -> bool:
-        """Do all ranks raise this error, so that they can still do something together?"""
+        """True if all ranks raise this error, so that collectives still work."""
         return self.size == 1 or (isinstance(error, FedmpiError) and error.agreed)
 
 
 class Transport(Protocol):
-    """Collectives on contiguous vectors of the dtypes that `summable` allows. GPU vectors may be reduced, summed and
-    broadcast; they pass through page-locked memory of this communicator. All others are in host memory."""
+    """Collectives on contiguous vectors of the dtypes that `summable` accepts. GPU vectors may be reduced, allreduced
+    and broadcast, through page-locked memory of this communicator; all other vectors must be in host memory."""
 
     rank: int
     size: int
-    local_rank: int  # among the ranks of this host
+    local_rank: int  # rank among the ranks of this host
     local_size: int
     staging: Staging
-    bytes_up: int = 0  # vector payload this rank handed to collectives
-    bytes_down: int = 0  # vector payload this rank got from collectives
+    bytes_up: int = 0  # bytes this rank passed to vector collectives
+    bytes_down: int = 0  # bytes this rank received from vector collectives
 
     def allocate(
         self, num_elements: int, dtype: torch.dtype, device: torch.device | None = None, pinned: bool = False
     ) -> torch.Tensor:
-        """A zeroed vector for collectives, in host memory where no device is said; page-locked if `pinned`, for what a
-        plan copies to and from a GPU itself, piece by piece."""
+        """A zeroed vector for collectives, in host memory if `device` is None. Use `pinned` (page-locked) memory for
+        blocks that are copied to and from a GPU."""
         return torch.zeros(num_elements, dtype=dtype, device=device, pin_memory=pinned)
 
     def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
-        """Rank 0's `recv` becomes the sum of all ranks' `send`; elsewhere `recv` is not touched."""
+        """Sums all ranks' `send` into rank 0's `recv`; `recv` is unchanged on other ranks. Collective."""
         host = self.staging.host(recv, "recv")
         self._reduce(self.staging.loaded(send, "send"), host)
         if host is not recv and self.rank == 0:
             recv.copy_(host)
 
     def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
-        """Every rank's `recv` becomes the sum of all ranks' `send`."""
+        """Sums all ranks' `send` into every rank's `recv`. Collective."""
         host = self.staging.host(recv, "recv")
         self._allreduce(self.staging.loaded(send, "send"), host)
         if host is not recv:
             recv.copy_(host)
 
     def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
-        """Every rank's `vector` becomes that of `root`."""
+        """Copies the vector of `root` to every rank. Collective."""
         host = self.staging.loaded(vector, "recv") if self.rank == root else self.staging.host(vector, "recv")
         self._bcast(host, root)
         if host is not vector and self.rank != root:
@@ -209,106 +211,106 @@ class Transport(Protocol):
 
     @abstractmethod
     def plain_allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
-        """The same in one call on the whole vector, for benches to compare with; at most 2^31 - 1 elements."""
+        """`allreduce` in one call on the whole vector, as a baseline for benchmarks; at most 2^31 - 1 elements."""
 
     @abstractmethod
     def alltoall(self, send: torch.Tensor, sent: CountsDispls, recv: torch.Tensor, received: CountsDispls) -> Pending:
-        """Start to send each rank its part of `send` and to receive each rank's part into `recv`."""
+        """Starts to send each rank its part of `send` and to receive each rank's part into `recv`. Collective."""
 
     @abstractmethod
     def allgather(self, vector: torch.Tensor, parts: CountsDispls) -> Pending:
-        """Start to send this rank's part of `vector` to all ranks and to receive theirs into it."""
+        """Starts to send this rank's part of `vector` to all ranks and to receive theirs into it. Collective."""
 
     @abstractmethod
     def wait(self, pending: Pending) -> None:
-        """Until it is over."""
+        """Waits until the request has completed."""
 
     @abstractmethod
     def progress(self) -> None:
-        """Give collectives in flight the chance to progress."""
+        """Lets MPI make progress on collectives in flight."""
 
-    # ------------------------------------------------------------ memory that ranks of a node share
+    # ------------------------------------------------------------ shared memory of a node
 
     @abstractmethod
     def node(self) -> int:
-        """The first of the ranks that share memory with this one. A call of all ranks."""
+        """The lowest rank that shares memory with this one. Collective."""
 
     @abstractmethod
     def one_node(self) -> bool:
-        """Can all ranks share memory?"""
+        """Whether all ranks can share memory. Collective."""
 
     @abstractmethod
     def room(self, num_bytes: int) -> str:
-        """Why this rank cannot have `num_bytes` of shared memory, and the others what they ask for; empty if all can.
-        The same on all ranks. A call of all ranks, on any number of nodes."""
+        """Why some rank cannot get the shared memory it asks for; empty if all can. The same text on every rank.
+
+        `num_bytes` is this rank's request. Collective, on any number of nodes."""
 
     @abstractmethod
     def shared(self, num_elements: int, dtype: torch.dtype, owner: int | None = None) -> list[torch.Tensor]:
-        """Vectors that all ranks of the node read and write: one per rank, in rank order, or only `owner`'s. Zeroed.
+        """Zeroed vectors that all ranks of the node read and write: one per rank in rank order, or only `owner`'s.
 
-        Writes are seen by others after `barrier`. A call of all ranks, which must be on one node.
+        Other ranks see writes after `barrier`. Collective; all ranks must be on one node.
         """
 
     @abstractmethod
     def free_shared(self, keep: int = 0) -> int:
-        """Give back the shared vectors made after the first `keep`; nobody may hold them any more. How many are left.
+        """Frees the shared vectors made after the first `keep`; no rank may use them any more. Collective.
 
-        A call of all ranks.
+        Returns how many are left.
         """
 
     @abstractmethod
     def barrier(self) -> None:
-        """Wait for all ranks; what each wrote into shared vectors before is what all read afterwards."""
+        """Waits for all ranks; writes to shared vectors before it are visible to all after it. Collective."""
 
 
 class Comm(Control, Transport, Protocol):
     """The ranks of a run, seen from one of them."""
 
-    oversubscribed: bool = False  # do more ranks run on these cores than there are? One that waits then sleeps soon
-    sleeps_while_waiting: bool = False  # a duplicate does, so that core and interpreter are free for training
-    outlives_ranks: bool = False  # can the ranks that are left go on (`shrink`) where one is lost?
-    open_runs: int = 0  # a process that ends with one must not leave the others waiting
+    oversubscribed: bool = False  # whether ranks outnumber the cores they run on; waiting ranks then sleep early
+    sleeps_while_waiting: bool = False  # True for duplicates, to leave core and interpreter to training
+    outlives_ranks: bool = False  # whether the remaining ranks can continue (`shrink`) after one is lost
+    open_runs: int = 0  # runs in progress; a process that ends with any must abort the others
 
     @abstractmethod
     def dup(self) -> Comm:
-        """The same ranks for one more thread: own communicators, until `finish`, and own counters. A call of all ranks.
+        """The same ranks for one more thread, with own communicators, until `finish`, and own counters. Collective.
 
-        Raises ConfigError where MPI does not let two threads call it at once.
+        Raises ConfigError if MPI does not let two threads call it at once.
         """
 
     @abstractmethod
     def split(self, color: int, last: bool = False) -> Comm | None:
-        """Those ranks that give the same color, in rank order but `last` ones behind; None for a negative one.
+        """The ranks that pass the same color, in rank order but `last` ones at the end; None for a negative color.
 
-        A call of all ranks. What is sent among them counts as sent here.
+        Collective. Bytes sent in the group count here as well.
         """
 
     @abstractmethod
     def shrink(self) -> Comm:
-        """The ranks that are left after RankLost, in rank order. A call of all of these: what others of them wait for
-        here, they wait for no longer, and get RankLost too.
+        """The remaining ranks after RankLost, in rank order. Collective over these ranks; their pending calls on this
+        communicator end with RankLost.
 
-        Raises ConfigError where the ranks that are left cannot go on.
+        Raises ConfigError if the remaining ranks cannot continue.
         """
 
     @abstractmethod
     def free_parts(self) -> None:
-        """Give back what was made of this communicator: duplicates, groups, shared vectors; nobody uses them any more.
-
-        A call of all ranks.
+        """Frees what was made from this communicator: duplicates, groups, shared vectors; no rank may use them
+        any more. Collective.
         """
 
     @abstractmethod
     def counted(self) -> tuple[int, int, int]:
-        """Bytes up, down and of small things so far, those of groups that were split off among them."""
+        """Bytes of vectors up, of vectors down, and of control traffic so far, including groups made by `split`."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Wait for all ranks, with no message in flight; the last call of a run. Collective."""
+        """Waits for all ranks, with no message in flight; the last call of a run. Collective."""
 
     @abstractmethod
     def abort(self, code: int) -> None:
-        """End every rank, now."""
+        """Ends every rank immediately, with this exit code."""
 
 
 def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
@@ -323,11 +325,11 @@ def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
 
 
 def summable(vector: torch.Tensor) -> np.ndarray:
-    """The tensor's own memory as an array that may be summed; int64 as uint64, whose sums wrap by definition."""
+    """The tensor's memory as an array for sums; int64 as uint64, whose overflow wraps. Else raises ExchangeError."""
     if vector.device.type != "cpu" or not vector.is_contiguous():
         raise ExchangeError(f"a collective needs contiguous host memory, got {vector.device} {vector.stride()}")
     if vector.dtype not in (torch.float32, torch.float64, torch.int64, torch.uint8):
-        # mpi4py hands bfloat16 to MPI as bytes, and the sum is silently wrong.
+        # mpi4py passes bfloat16 to MPI as bytes, and the sum would be silently wrong.
         raise ExchangeError(f"no collective sums {vector.dtype}")
     array: np.ndarray = vector.detach().numpy()
     return array.view(np.uint64) if vector.dtype == torch.int64 else array

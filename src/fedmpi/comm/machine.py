@@ -1,4 +1,4 @@
-"""Cores and shared memory of this machine, as far as ranks on it share them."""
+"""Cores and shared memory of this machine, as its ranks share them."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from pathlib import Path
 
 from fedmpi.comm.base import Control
 
-_SHM = Path("/dev/shm")  # where MPI libraries make what ranks share
-_SPARE_BYTES = 1 << 20  # of shared memory, for what MPI libraries put around it
-_MPI_BYTES = 320 << 20  # of address space, for MPI on a few ranks and what is imported beside it
+_SHM = Path("/dev/shm")  # where MPI libraries create shared memory
+_SPARE_BYTES = 1 << 20  # of shared memory, for the MPI library's own data
+_MPI_BYTES = 320 << 20  # of address space, for MPI on a few ranks and other imports
 
 
 def cores() -> tuple[bytes, int]:
-    """What ranks on the same cores have in common, and how many cores these are."""
+    """A digest that is equal for ranks on the same cores, and the number of these cores."""
     mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
     return hashlib.sha256(f"{machine_name()} {mine}".encode()).digest(), len(mine)
 
 
 def shared_memory() -> tuple[int, bytes]:
-    """Free bytes of the memory that ranks may share, and which memory that is: containers have their own, or not."""
+    """Free bytes of shared memory, and a digest that identifies it: containers on one machine may have their own."""
     try:
         there, found = os.statvfs(_SHM), os.stat(_SHM).st_dev
-    except OSError:  # not on this system: MPI knows another way
+    except OSError:  # no /dev/shm on this system: MPI uses another mechanism
         there, found = None, 0
     free = there.f_bavail * there.f_frsize if there is not None and there.f_blocks else 1 << 62  # no blocks: no limit
     return free, hashlib.sha256(f"{machine_name()} {found}".encode()).digest()
 
 
 def room(control: Control, num_bytes: int) -> str:
-    """Why this rank cannot have `num_bytes` of shared memory, and the others what they ask for; empty if all can.
+    """Why some rank cannot get the shared memory it asks for; empty if all can. Collective; the same on every rank.
 
-    One rank that finds none would leave the others waiting for it in the allocation; and where the allocation goes well
-    all the same, a page that is not there kills whoever touches it.
+    Without this check, a rank whose allocation fails would leave the others waiting in theirs; and where allocation
+    succeeds without enough memory, touching a missing page kills the process.
     """
     free, place = shared_memory()
     rows = control.gather(num_bytes.to_bytes(8, "little") + free.to_bytes(8, "little") + place)
@@ -53,10 +53,9 @@ def room(control: Control, num_bytes: int) -> str:
 
 
 def tight() -> str:
-    """Why MPI should not be started in this process: a limit of its address space (ulimit -v) leaves too little. Empty
-    where there is room.
+    """Why MPI should not be started in this process: the limit of address space (ulimit -v) is too low. Empty if not.
 
-    Open MPI whose shared memory cannot be mapped says so and goes on, and the first message never comes.
+    If Open MPI cannot map its shared memory, it prints a warning and continues, and the first message never arrives.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     try:
@@ -70,7 +69,7 @@ def tight() -> str:
 
 
 def machine_name() -> str:
-    """The machine's name for this boot: containers with names of their own run on one machine."""
+    """A name of the machine and its boot; containers on one machine have the same, whatever their host names."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:

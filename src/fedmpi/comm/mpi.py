@@ -1,7 +1,7 @@
 """The ranks of an MPI job; the only module that imports mpi4py, and only when `library` is called.
 
 world    vectors (mpi_transport.py)
-control  small things (mpi_control.py)
+control  control traffic (mpi_control.py)
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from fedmpi.output import flush, say
 
 
 def tolerant() -> bool:
-    """Was this job started to outlive its ranks, as by `mpirun --with-ft ulfm`?"""
+    """Whether this job was started to survive lost ranks, as by `mpirun --with-ft ulfm`."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "0") in ("1", "true", "yes")  # noqa: SIM112
 
 
 def library() -> Any:
-    """mpi4py.MPI; initialises MPI at the first call. Raises ImportError or RuntimeError where there is none."""
+    """mpi4py.MPI; initialises MPI at the first call. Raises ImportError or RuntimeError if there is none."""
     import mpi4py
 
     if tolerant():
-        mpi4py.rc.finalize = False  # which may wait for a rank that is gone (process.py)
+        mpi4py.rc.finalize = False  # Finalize may wait for a lost rank (process.py)
     from mpi4py import MPI
 
     return MPI
@@ -49,9 +49,9 @@ class MpiComm(MpiTransport):
 
     def __init__(self, mpi: Any, world: Any = None) -> None:
         super().__init__(mpi, mpi.COMM_WORLD.Dup() if world is None else world)
-        self._groups: list[MpiComm] = []  # that were split off
+        self._groups: list[MpiComm] = []  # made by `split`
         self._twins: list[MpiComm] = []
-        self._first = self._world  # of which this one is what is left
+        self._first = self._world  # the communicator before any rank was lost
         name = socket.gethostname().encode()[:256]
         rows = self.gather(name.ljust(256, b"\0") + (mine := cores())[0])
         self.hosts = tuple(row[:256].rstrip(b"\0").decode() for row in rows)
@@ -83,7 +83,7 @@ class MpiComm(MpiTransport):
         twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
         twin.bytes_up = twin.bytes_down = twin.bytes_control = twin._worst = twin._passed_on = 0
         twin.staging, twin.sleeps_while_waiting = Staging(), True
-        twin.depth, twin._beat_s, twin._above = 0, math.inf, None  # another thread speaks for this rank
+        twin.depth, twin._beat_s, twin._above = 0, math.inf, None  # the other thread sends the heartbeats
         if self._vigil is not None:
             self._vigil.lanes.append(twin)
         self._twins.append(twin)
@@ -95,17 +95,17 @@ class MpiComm(MpiTransport):
 
     def shrink(self) -> Comm:
         left: MpiComm | None = None
-        self.depth += 1  # it waits for all that are left
+        self.depth += 1  # Shrink waits for all ranks that are left
         try:
             while True:
                 try:
-                    if not self.outlives_ranks:  # nobody can have died, and the communicator stays what it is
+                    if not self.outlives_ranks:  # no rank can be lost, so nothing needs revoking
                         left = MpiComm(self._mpi, self._world.Shrink())
                         break
                     for comm in (self, *([left] if left is not None else [])):
                         comm._revoke()
-                    # Always of the first one: should one more die as this ends, ranks that are through and ranks that
-                    # are not would shrink two different ones, and wait for each other.
+                    # Always shrink the first communicator: if another rank dies now, ranks that have finished and ranks
+                    # that have not would shrink two different ones, and wait for each other.
                     left = None
                     left = MpiComm(self._mpi, self._first.Shrink())
                     left._first = self._first
@@ -114,7 +114,7 @@ class MpiComm(MpiTransport):
                         left.keep_vigil()
                     break
                 except (self._mpi.Exception, RankLost):
-                    continue  # one more died meanwhile
+                    continue  # another rank died meanwhile
         except (NotImplementedError, AttributeError):
             raise agreed(
                 ConfigError(
@@ -131,7 +131,7 @@ class MpiComm(MpiTransport):
         return left
 
     def _revoke(self) -> None:
-        """Whoever waits for something on this communicator or its parts gets an error instead."""
+        """Makes pending and future calls on this communicator and its parts fail on every rank."""
         for part in (*self._twins, *self._groups):
             part._revoke()
         for communicator in (self._node, self._control, self._world):
@@ -159,12 +159,12 @@ class MpiComm(MpiTransport):
                 communicator.Free()
 
     def keep_vigil(self) -> None:
-        """From now on no call of this communicator or its parts waits for ever. A call of all ranks."""
+        """Starts the timeouts: from now on no call on this communicator or its parts waits for ever. Collective."""
         if self.size > 1:
             pids = [int.from_bytes(row, "little") for row in self.gather(os.getpid().to_bytes(8, "little"))]
             try:
                 self._vigil = Vigil(self.rank, self.hosts, pids, self._give_up)
-            except (RuntimeError, MemoryError) as error:  # the others go on, and would wait for this rank
+            except (RuntimeError, MemoryError) as error:  # the other ranks continue, and would wait for this one
                 why = f"rank {self.rank} cannot start a thread: {error}; raise ulimit -v or -u"
                 self._give_up(FedmpiError(why))
                 return
@@ -172,23 +172,23 @@ class MpiComm(MpiTransport):
             self._beat_s = 0.0
 
     def _give_up(self, error: FedmpiError) -> None:
-        """End the job where nobody could catch the error: the rank is inside MPI, or others wait for it."""
+        """Aborts the job where no caller could catch the error: the rank is inside MPI, or others wait for it."""
         say(f"fedmpi: {error}", error=True)
         launcher.end_later()
         self.abort(error.exit_code)
 
     @bounded
     def finish(self) -> None:
-        self._drain_all()  # so that Finalize finds no message
+        self._drain_all()  # so that no message is left at Finalize
         if not self.open_runs:
             self.free_parts()
         self._world.Barrier()
 
     def abort(self, code: int) -> None:
         flush()
-        # Should MPI not come back from it: this clock runs even where a call holds the interpreter. It needs memory and
-        # a thread, of which there may be no more.
+        # In case Abort does not return: this timer runs even if a call holds the interpreter. It needs memory and a
+        # thread, which may be unavailable.
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback_later(10, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        time.sleep(0.1)  # a launcher hears of the abort by another way than of what was said last, and is to print both
+        time.sleep(0.1)  # the launcher receives output and aborts on separate channels; let it print the output first
         self._mpi.COMM_WORLD.Abort(code)

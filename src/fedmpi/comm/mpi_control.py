@@ -1,7 +1,6 @@
-"""Small things over MPI: an Allreduce of float64, once a barrier was waited for politely, rows, texts, and notices and
-pulses, point to point.
+"""Control traffic over MPI: float64 sums, rows and texts as collectives; notices and heartbeats point to point.
 
-Every call of MPI is made inside `bounded` or `translated`: what MPI says of a lost rank comes out as RankLost.
+Every MPI call runs inside `bounded` or `translated`, which turn MPI's errors about lost ranks into RankLost.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NOTICE, _LAST, _PULSE = 71, 72, 73  # tags on the control communicator
-_LOST = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")  # what an MPI says that can go on without a rank
+_LOST = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")  # error classes that mean a lost rank
 
 
 def bounded(call: F) -> F:
-    """Whoever is inside it for too long gives up (vigil.py)."""
+    """Puts a call under the timeouts of vigil.py, and raises RankLost if MPI reports a lost rank."""
 
     @functools.wraps(call)
     def inside(self: MpiControl, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +46,7 @@ def bounded(call: F) -> F:
 
 
 def translated(call: F) -> F:
-    """Raises RankLost where MPI says so."""
+    """Raises RankLost if MPI reports a lost rank."""
 
     @functools.wraps(call)
     def inside(self: MpiControl, *args: Any, **kwargs: Any) -> Any:
@@ -60,22 +59,22 @@ def translated(call: F) -> F:
 
 
 class MpiControl(Comm):
-    """What ranks of an MPI job tell each other, on a communicator of its own."""
+    """Control traffic between the ranks of an MPI job, on its own communicator."""
 
     def __init__(self, mpi: Any, world: MPI.Comm) -> None:
-        self.depth = self.calls = 0  # for the vigil: calls that this rank is inside of, and those that it has left
+        self.depth = self.calls = 0  # for the timeouts: calls in progress, and calls completed
         self._vigil: Vigil | None = None
-        self._above: MpiControl | None = None  # the communicator that this one was split off
-        self._beat_s = math.inf  # when to send the next word
+        self._above: MpiControl | None = None  # the communicator that this one was split from
+        self._beat_s = math.inf  # time of the next heartbeat
         self._mpi = mpi
         self._control: MPI.Comm = world.Dup()
         self._worst = 0
-        self._passed_on = 0  # rank 0: the worst notice it has relayed
+        self._passed_on = 0  # rank 0: the highest notice it has relayed
         self._sent: list[tuple[Any, np.ndarray]] = []  # requests keep their buffers
         self.rank, self.size = world.rank, world.size
 
     def meaning(self, error: Exception) -> Exception:
-        """RankLost with those that MPI knows, if that is what its error says."""
+        """RankLost with the ranks that MPI knows to have failed, if the error means that; else the error itself."""
         if error.Get_error_class() not in [getattr(self._mpi, name, None) for name in _LOST]:  # type: ignore[attr-defined]
             return error
         try:
@@ -91,10 +90,10 @@ class MpiControl(Comm):
         try:
             while not pending.Test():
                 spins += 1
-                if self.sleeps_while_waiting or spins > most:  # the core may be another rank's too
+                if self.sleeps_while_waiting or spins > most:  # another rank may need this core
                     self.beat()
                     time.sleep(pause_s)
-                    # To wake costs what others could use; what is on its way fills the sockets meanwhile.
+                    # Waking up takes time from other ranks; incoming data fills the sockets meanwhile.
                     pause_s = min(2 * pause_s, 4e-4) if self.oversubscribed else pause_s
                 elif spins > 100:
                     os.sched_yield()
@@ -110,8 +109,8 @@ class MpiControl(Comm):
         try:
             request = self._control.Ibarrier()
             pause_s, spins = 2e-5, 0
-            # A rank that waits for slower ones gives its core away: they may share it. Only the barrier is waited for
-            # like that: what is non-blocking moves on when it is tested, and a sum has many more steps to move on by.
+            # Ranks may share cores, so a waiting rank sleeps. Only the barrier is awaited like this: non-blocking calls
+            # progress only when they are tested, and a sum has many more steps than a barrier.
             while not request.Test():
                 if meanwhile is not None:
                     meanwhile()
@@ -130,7 +129,7 @@ class MpiControl(Comm):
     @translated
     def ishare(self, values: np.ndarray) -> tuple[Pending, np.ndarray]:
         if self.sleeps_while_waiting:
-            # Beside another thread's calls Open MPI's non-blocking sums come out wrong (5.0.11, seen).
+            # Open MPI's non-blocking sums give wrong results beside another thread's calls (seen in 5.0.11).
             return Over(), self.share(values)
         values = np.ascontiguousarray(values, dtype=np.float64)
         total = np.empty_like(values)
@@ -145,7 +144,7 @@ class MpiControl(Comm):
 
     @bounded
     def broadcast_text(self, text: str, speaker: int) -> str:
-        coded = text.encode(errors="surrogatepass")  # a file's name may be no text
+        coded = text.encode(errors="surrogatepass")  # file names need not be valid text
         length = np.array([len(coded)], dtype=np.int64)
         self._control.Bcast(length, root=speaker)
         said = bytearray(coded if self.rank == speaker else bytes(int(length[0])))
@@ -156,7 +155,7 @@ class MpiControl(Comm):
 
     @translated
     def notify(self, status: int) -> None:
-        # Through rank 0: a batch system signals every rank at once, and n to n would be n^2 messages.
+        # Relayed by rank 0: a batch system signals every rank at once, and all-to-all would take n^2 messages.
         if self.rank:
             self._post(status, 0)
         else:
@@ -184,7 +183,7 @@ class MpiControl(Comm):
         self._sent.append((self._control.Isend(buffer, dest=to, tag=tag), buffer))
 
     def _drain_all(self) -> None:
-        """Notices that nobody has read yet are read now, up to each sender's last word, so that none is left."""
+        """Reads all unread notices, up to each sender's last one, so that no message is left."""
         if self.rank:
             self._post(0, 0, _LAST)
             self._drain(0)
@@ -204,11 +203,11 @@ class MpiControl(Comm):
         while status.tag != _LAST:
             self._control.Recv(buffer, source=sender, status=status)
 
-    # ------------------------------------------------------------ pulses
+    # ------------------------------------------------------------ heartbeats
 
     @property
     def _watching(self) -> Vigil | None:
-        """What looks at this communicator and its parts, and at theirs."""
+        """The vigil of this communicator, or of the one it was split from."""
         return self._vigil if self._above is None else self._above._watching
 
     def set_up(self, timeout_s: float) -> None:
@@ -229,7 +228,7 @@ class MpiControl(Comm):
 
     @translated
     def _pulse(self, vigil: Vigil, trains: bool) -> None:
-        """Through rank 0, as all notices go."""
+        """Sends and reads heartbeats, relayed by rank 0 like all notices. Raises CommTimeout."""
         anybody = vigil.pulse(trains)
         self._sent = [pair for pair in self._sent if not pair[0].Test()]
         for rank in range(1, self.size) if self.rank == 0 else (0,):

@@ -1,5 +1,6 @@
-"""Vectors over MPI: collectives in blocks of a few MiB (a 100 MB Allreduce in 4 MiB blocks takes half as long as in one
-piece, and counts beyond 2^31 never reach MPI), and windows of memory that the ranks of a node share."""
+"""Vectors over MPI: collectives in blocks of a few MiB, and shared-memory windows of a node.
+
+Blocks: a 100 MB Allreduce takes half as long in 4 MiB blocks as in one call, and counts stay below 2^31."""
 
 from __future__ import annotations
 
@@ -18,17 +19,17 @@ from fedmpi.errors import ExchangeError, agreed
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_AHEAD = 4  # blocks under way where waiting is sleeping
+_AHEAD = 4  # blocks in flight where waiting means sleeping
 
 
 class MpiTransport(MpiControl):
-    """What ranks of an MPI job send each other."""
+    """Vector collectives between the ranks of an MPI job."""
 
     def __init__(self, mpi: Any, world: MPI.Comm) -> None:
         super().__init__(mpi, world)
         self.staging = Staging()
         self._world = world
-        self._node: MPI.Comm | None = None  # the ranks that share this one's memory; made when somebody asks
+        self._node: MPI.Comm | None = None  # ranks that share memory with this one; created on first use
         self._windows: list[MPI.Win] = []
 
     @bounded
@@ -74,7 +75,7 @@ class MpiTransport(MpiControl):
         self._until(begun)
 
     def _until(self, begun: deque[Pending | None], most: int = 0) -> None:
-        """Wait until at most `most` are under way; calls that block are over."""
+        """Waits until at most `most` requests are in flight; blocking calls (None) have completed."""
         while len(begun) > most:
             if (oldest := begun.popleft()) is not None:
                 self.wait(oldest)
@@ -97,7 +98,7 @@ class MpiTransport(MpiControl):
     def progress(self) -> None:
         self._world.Iprobe()
 
-    # ------------------------------------------------------------ memory that ranks of a node share
+    # ------------------------------------------------------------ shared memory of a node
 
     @bounded
     def one_node(self) -> bool:
@@ -129,8 +130,8 @@ class MpiTransport(MpiControl):
         for rank in range(self.size) if owner is None else (owner,):
             memory, _ = window.Shared_query(rank)
             vectors.append(torch.frombuffer(memory, dtype=dtype, count=num_elements))
-        # Of one rank alone Open MPI hands out memory that was used before. Pages of a new segment are zero, and are to
-        # lie near whoever touches them first.
+        # For a single rank, Open MPI hands out used memory. The pages of a new segment are zero already, and should be
+        # placed near the rank that touches them first.
         if self.size == 1:
             vectors[0].zero_()
         return vectors

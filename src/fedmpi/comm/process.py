@@ -1,4 +1,4 @@
-"""A process among those of its job: how it joins the others, and how it ends without leaving them in a collective."""
+"""Joins a process to the ranks of its job, and ends it without leaving the others in a collective."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from fedmpi.comm.solo import SoloComm
 from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost
 from fedmpi.output import say
 
-LATE_S = 10.0  # how long ranks that end alike wait for each other
-LEAVES_S = 0.5  # how long a rank stays that ends without MPI
+LATE_S = 10.0  # how long ranks that end together wait for each other
+LEAVES_S = 0.5  # how long a rank stays before it ends without MPI
 
 
-_left: list[Comm] = []  # the ranks that are left of those that the launcher started, once one was lost
+_left: list[Comm] = []  # communicators of the remaining ranks, the newest last; empty until a rank is lost
 
 
 def connect() -> Comm:
-    """All ranks that the launcher started, without those that were lost; initialises MPI at the first call. From then
-    on an uncaught exception ends every rank.
+    """All ranks that the launcher started, without lost ones; initialises MPI at the first call. From then on an
+    uncaught exception on one rank aborts all.
 
-    Raises ConfigError when the launcher's number of ranks is not the world's: mixing one MPI's launcher with another's
-    library gives N worlds of one rank, which would each train alone and write over each other. And where a limit leaves
-    too little address space for MPI.
+    Raises ConfigError if the launcher's number of ranks differs from MPI's: with the launcher of one MPI and the
+    library of another, N worlds of one rank would each train alone and overwrite each other's files. Also raises it if
+    a limit leaves too little address space for MPI.
     """
     return _left[-1] if _left else _connect()
 
@@ -44,12 +44,12 @@ def connect() -> Comm:
 @functools.cache
 def _connect() -> Comm:
     launcher.follow()
-    if not os.environ.get("HOME"):  # Open MPI does not start without, and looks there for settings only
+    if not os.environ.get("HOME"):  # Open MPI does not start without it; it only looks for settings there
         os.environ["HOME"] = _home()
-    # Its one-sided component complains about itself wherever windows are made; it is for other networks.
+    # Open MPI's ucx one-sided component prints warnings about windows on networks it is not made for.
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
-    # Over TCP it announces messages beyond 64 KiB and waits for an answer, which comes behind whatever the other side
-    # is sending on the same connection: half the link's rate when both send. A piece is sent at once.
+    # Over TCP, Open MPI announces messages above 64 KiB and waits for an answer, which queues behind the data that the
+    # other side sends: half the link's rate when both send. With a higher limit a block is sent at once.
     os.environ.setdefault("OMPI_MCA_btl_tcp_eager_limit", str(1 << 20))
     if launched() > 1 and (why := tight()):
         raise ConfigError(why)
@@ -71,12 +71,12 @@ def _connect() -> Comm:
             "together (under SLURM try srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH, or mpirun)"
         )
     abort_on_uncaught(comm)
-    atexit.register(_abort_if_open, comm)  # before MPI's own, which would wait for the others
+    atexit.register(_abort_if_open, comm)  # runs before MPI's own handler, which would wait for the others
     return comm
 
 
 def go_on_with(left: Comm, lost: Comm) -> None:
-    """From now on these ranks are all there are, in place of those of `lost`."""
+    """Continues with the ranks of `left` in place of those of `lost`."""
     left.open_runs, lost.open_runs = lost.open_runs, 0
     _left.append(left)
     abort_on_uncaught(left)
@@ -84,16 +84,16 @@ def go_on_with(left: Comm, lost: Comm) -> None:
 
 
 def _finalize() -> None:
-    """End MPI, unless a rank was lost: it might wait for that one."""
+    """Finalizes MPI, unless a rank was lost: Finalize might wait for it."""
     if not _left:
         library().Finalize()
     elif _left[-1].size > 1:
-        time.sleep(LEAVES_S)  # who is still in the last barrier would take this rank for one more that is lost
+        time.sleep(LEAVES_S)  # ranks still in the last barrier would count this one as lost
 
 
 def launched() -> int:
-    """How many ranks the launcher says it started; 0 when it does not say."""
-    # FEDMPI_RANKS is set by batch scripts. Inside mpirun's ranks SLURM's variables describe mpirun's daemons.
+    """Number of ranks that the launcher says it started; 0 if it does not say."""
+    # Batch scripts set FEDMPI_RANKS. Inside mpirun's ranks, SLURM's variables describe mpirun's daemons.
     for name in ("FEDMPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         value = os.environ.get(name, "")
         if value.isdigit():
@@ -102,21 +102,22 @@ def launched() -> int:
 
 
 def is_first() -> bool:
-    """Does the launcher call this process rank 0, as far as it says? For what is said where MPI is of no use."""
+    """Whether the launcher says this process is rank 0; for messages when MPI cannot be used."""
     names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def abort_on_uncaught(comm: Comm) -> None:
-    """One rank that dies of an exception leaves the others in a collective for ever, unless it ends them. What all
-    raise alike, such as a stop, ends all in order; a rank alone in the world ends as Python would have it."""
+    """Installs an exception hook that aborts all ranks, because the others would wait in a collective for ever.
+
+    Errors that all ranks raise, such as a stop, end all ranks in order; a single rank ends as usual in Python."""
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, FedmpiError):
             if comm.rank == 0:
                 say(told(error), error=True)
-            typed = comm.size == 1 and hasattr(sys, "ps1")  # where somebody types, Python goes on
+            typed = comm.size == 1 and hasattr(sys, "ps1")  # in an interactive session Python continues
             if not typed:
                 leave(comm, error)
                 raise SystemExit(error.exit_code)
@@ -128,24 +129,25 @@ def abort_on_uncaught(comm: Comm) -> None:
                 if code == 1:
                     text = "".join(traceback.format_exception(kind, error, trace))
                     say(f"fedmpi: rank {comm.rank} failed\n{text}", error=True)
-            finally:  # there may be no memory left to say it
+            finally:  # even if there is no memory left for the message
                 comm.abort(code)
 
     sys.excepthook = hook
 
 
 def told(error: FedmpiError) -> str:
-    """What a user is told of it."""
+    """The error as text for the user, with its notes."""
     return "\n".join([f"fedmpi: {error}", *getattr(error, "__notes__", ())])
 
 
 def leave(comm: Comm, error: FedmpiError) -> None:
-    """All ranks have raised the same, if it is agreed: meet, so that MPI can end. Should one not come, or were it this
-    rank's own, end all and say why, for rank 0 has not."""
+    """Ends this rank after `error`: together with the others if all raised it, else aborts them and says why.
+
+    Also aborts if another rank does not come within LATE_S seconds."""
     stopping.ignore()
     if comm.size == 1:
         return
-    # The error has frames with tensors: the thread below must not be the last to let go of them as Python ends.
+    # The error's frames hold tensors; the thread below must not be the last to release them as Python ends.
     text, code, is_lost = str(error), error.exit_code, isinstance(error, (CommTimeout, RankLost))
     gone = threading.Event()
 
@@ -156,12 +158,12 @@ def leave(comm: Comm, error: FedmpiError) -> None:
             launcher.end_later()
         comm.abort(code)
 
-    # A run that was not closed may be in the midst of an exchange, and what is not agreed may be this rank's own.
+    # An unclosed run may be in the middle of an exchange, and an error that is not agreed may be on this rank only.
     if comm.open_runs or not error.agreed:
         if comm.rank:
-            time.sleep(5.0 if error.agreed else 0.5)  # rank 0 has spoken for all that are there
+            time.sleep(5.0 if error.agreed else 0.5)  # let rank 0 report first
         give_up()
-    # Not threading.Timer, whose `start` waits without a limit where there is no memory for the thread.
+    # Not threading.Timer, whose `start` waits without limit if there is no memory for the thread.
     with contextlib.suppress(RuntimeError, MemoryError):
         _thread.start_new_thread(lambda: None if gone.wait(LATE_S) else give_up(), ())
     comm.finish()
@@ -169,7 +171,7 @@ def leave(comm: Comm, error: FedmpiError) -> None:
 
 
 def _abort_if_open(comm: Comm) -> None:
-    """sys.exit() in the middle of a run is no exception that a hook would see."""
+    """Aborts all ranks on sys.exit() in the middle of a run, which the exception hook does not see."""
     if comm.open_runs and comm.size > 1:
         say(f"fedmpi: rank {comm.rank} exits in the middle of a run", error=True)
         comm.abort(1)
@@ -178,5 +180,5 @@ def _abort_if_open(comm: Comm) -> None:
 def _home() -> str:
     try:
         return pwd.getpwuid(os.getuid()).pw_dir
-    except KeyError:  # a container's user without a name
+    except KeyError:  # a user without a name, as in containers
         return tempfile.gettempdir()

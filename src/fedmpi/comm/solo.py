@@ -1,4 +1,4 @@
-"""One rank by itself: what a collective would do with nobody else. No MPI is needed for it."""
+"""One rank by itself: every collective is trivial. Needs no MPI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmpi.comm.staging import Staging
 
 
 class SoloComm(Comm):
-    """One rank by itself.
+    """A single rank; needs no MPI.
 
     >>> comm = SoloComm()
     >>> comm.allocate(3, torch.float32), comm.share(np.ones(2)), comm.room(1 << 40)
@@ -89,7 +89,7 @@ class SoloComm(Comm):
 
     def barrier(self) -> None: ...
 
-    # ------------------------------------------------------------ small things
+    # ------------------------------------------------------------ control traffic
 
     def share(self, values: np.ndarray, meanwhile: Callable[[], Any] | None = None) -> np.ndarray:
         return np.array(values, dtype=np.float64)

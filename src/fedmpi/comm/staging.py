@@ -1,4 +1,4 @@
-"""Page-locked host memory through which vectors on a GPU travel, where MPI reads host memory only."""
+"""Page-locked host memory for vectors on a GPU, where MPI reads host memory only."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 
 
 class Staging:
-    """One vector for each role and dtype, as long as the longest so far; nothing where vectors are in host memory."""
+    """One page-locked vector per role and dtype, as long as the longest so far; none for vectors in host memory."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def host(self, vector: torch.Tensor, role: str) -> torch.Tensor:
-        """Host memory for the vector: its own, or page-locked memory that the next one of this role uses again."""
+        """Host memory for the vector: its own, or page-locked memory that the next vector of this role reuses."""
         if vector.device.type == "cpu":
             return vector
         kept = self._kept.get((role, vector.dtype))
@@ -21,6 +21,6 @@ class Staging:
         return kept[: len(vector)]
 
     def loaded(self, vector: torch.Tensor, role: str) -> torch.Tensor:
-        """The same with the vector's values."""
+        """As `host`, with the vector's values copied in."""
         host = self.host(vector, role)
         return host if host is vector else host.copy_(vector)

@@ -1,9 +1,9 @@
-"""Ranks that are threads of one process: exchanges on several ranks without MPI, and ranks that can be lost.
+"""Ranks as threads of one process: tests exchanges on several ranks, and lost ranks, without MPI.
 
-    on_ranks(3, lambda comm: comm.gather(bytes([comm.rank])))    # what each rank returns, in rank order
+    on_ranks(3, lambda comm: comm.gather(bytes([comm.rank])))    # results by rank
 
-For tests and for trying things out. A whole run needs a process per rank: signals, the module that is trained and
-torch's random numbers are the process's own.
+For tests and experiments only. A whole run needs one process per rank, because signals, the trained module and torch's
+random state belong to the process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fedmpi.errors import CommTimeout, ExchangeError, RankLost
 
 T = TypeVar("T")
 
-LIMIT_S = 20.0  # how long ranks wait for each other
+LIMIT_S = 20.0  # time limit of a call, in seconds
 
 
 def on_ranks(num_ranks: int, work: Callable[[Comm], T], limit_s: float = LIMIT_S) -> list[T]:
-    """work(comm) on every rank at once; the results in rank order. Raises what the first rank raised that was not just
-    left by others.
+    """Runs work(comm) on every rank at once; returns the results in rank order. Raises the first rank's error, RankLost
+    last, which only follows from another rank's.
 
     >>> on_ranks(2, lambda comm: comm.share(np.eye(2)[comm.rank]).tolist())
     [[1.0, 1.0], [1.0, 1.0]]
@@ -52,20 +52,20 @@ def on_ranks(num_ranks: int, work: Callable[[Comm], T], limit_s: float = LIMIT_S
 
 
 class _Meeting:
-    """Where the ranks of one communicator leave what they bring to a call, and find what the others brought."""
+    """State that the ranks of one communicator share: what each contributed to a call, until all have read it."""
 
     def __init__(self, ranks: Any, limit_s: float) -> None:
-        self.ranks, self.limit_s = list(ranks), limit_s  # their numbers among all threads
+        self.ranks, self.limit_s = list(ranks), limit_s  # numbers of their threads
         self.changed = threading.Condition()
-        self.lost: set[int] = set()  # of all threads
-        self.made: dict[Any, Any] = {}  # what all share and the first one makes: vectors, groups
+        self.lost: set[int] = set()  # numbers of lost threads
+        self.made: dict[Any, Any] = {}  # shared objects, made by the first rank that asks: vectors, groups
         self.notices: dict[int, int] = {}
-        self._brought: dict[Any, dict[int, Any]] = {}  # by call: what each rank brought
-        self._left: dict[Any, int] = {}  # by call: ranks that have not seen it yet
+        self._brought: dict[Any, dict[int, Any]] = {}  # by call and rank: the contribution
+        self._left: dict[Any, int] = {}  # by call: number of ranks that have not read it yet
         self._parts: list[_Meeting] = []
 
     def lose(self, number: int) -> None:
-        """The thread of that number is gone: nobody waits for it any more."""
+        """Marks a thread as lost, so that no rank waits for it."""
         with self.changed:
             self.lost.add(number)
             self.changed.notify_all()
@@ -74,7 +74,7 @@ class _Meeting:
             part.lose(number)
 
     def make(self, key: Any, what: Callable[[], T]) -> T:
-        """What the first rank that asks for it makes."""
+        """The object under this key; the first rank that asks makes it."""
         with self.changed:
             if key not in self.made:
                 self.made[key] = what()
@@ -90,19 +90,19 @@ class _Meeting:
             self.changed.notify_all()
 
     def missing(self, call: Any) -> list[int]:
-        """Ranks that have brought nothing yet."""
+        """Ranks that have not contributed to the call yet."""
         brought = self._brought.get(call, {})
         return [rank for rank in range(len(self.ranks)) if rank not in brought]
 
     def is_whole(self, call: Any) -> bool:
-        """Has everybody brought something? Raises RankLost where somebody never will."""
+        """Whether every rank has contributed. Raises RankLost if a lost rank has not."""
         missing = self.missing(call)
         if gone := [rank for rank in missing if self.ranks[rank] in self.lost]:
             raise RankLost(gone)
         return not missing
 
     def take(self, call: Any) -> list[Any]:
-        """What all brought, in rank order."""
+        """All contributions, in rank order."""
         with self.changed:
             brought = self._brought[call]
             self._left[call] = self._left.get(call, len(self.ranks)) - 1
@@ -112,7 +112,7 @@ class _Meeting:
 
 
 class _UnderWay:
-    """A call that this rank has begun; `land` is given what all ranks brought."""
+    """A non-blocking call in flight; `land` receives the contributions of all ranks."""
 
     def __init__(self, meeting: _Meeting, call: Any, land: Callable[[list[Any]], None]) -> None:
         self.meeting, self.call = meeting, call
@@ -127,7 +127,7 @@ class _UnderWay:
 
 
 class ThreadComm(Comm):
-    """One thread among several. Vectors and small things have calls of their own, as communicators of MPI have."""
+    """One thread among several. Vectors and control traffic have separate call counters, like communicators in MPI."""
 
     fatal = LOST
 
@@ -139,7 +139,7 @@ class ThreadComm(Comm):
         self.staging = Staging()
         self._calls: dict[str, int] = {}
         self._groups: list[Comm] = []
-        self._vectors: list[Any] = []  # keys of what is shared
+        self._vectors: list[Any] = []  # keys of shared vectors
 
     def _next(self, lane: str) -> tuple[str, int]:
         self._calls[lane] = self._calls.get(lane, 0) + 1
@@ -157,7 +157,7 @@ class ThreadComm(Comm):
         return _UnderWay(self._meeting, call, landed)
 
     def _all(self, lane: str, kind: str, value: Any) -> list[Any]:
-        """What every rank brings."""
+        """The contributions of all ranks, in rank order."""
         brought: list[Any] = []
         self.wait(self._begin(lane, kind, value, brought.extend))
         return brought
@@ -248,7 +248,7 @@ class ThreadComm(Comm):
     def barrier(self) -> None:
         self._all("vectors", "barrier", None)
 
-    # ------------------------------------------------------------ small things
+    # ------------------------------------------------------------ control traffic
 
     def share(self, values: np.ndarray, meanwhile: Callable[[], Any] | None = None) -> np.ndarray:
         pending, total = self.ishare(values)

@@ -1,13 +1,13 @@
-"""How long a rank waits for the others, and what it knows of them when it gives up.
+"""Timeouts: how long a rank waits for the others, and which ranks it names when it gives up.
 
-    pulses     every rank sends rank 0 a word now and then, from its safe points and from where it waits; rank 0 sends
-               one to all. Each says whether somebody trains. Who is silent for too long is named
-    the clock  a thread looks at every communicator of this rank: a call that blocks for too long is given up, since
-               whoever blocks inside MPI can send no word
+    heartbeats  every rank sends rank 0 a message now and then, from its safe points and while it waits; rank 0 sends
+                one to all. Each says whether some rank is training. A rank that is silent for too long is named
+    the clock   a thread watches every communicator of this rank and gives up a call that blocks for too long, since a
+                rank that blocks inside MPI cannot send heartbeats
 
-A round may take an hour: as long as ranks say that they train, the others wait. What takes too long is `limit_s`: what
-the configuration says beyond the longest round so far. Before the first round, where data are read and nobody can say
-anything meanwhile, it is ten times that.
+A round may take an hour: while ranks report that they train, the others wait. The time limit is `limit_s`: the
+configured timeout plus the longest round so far. Before the first round, when data are read and ranks cannot send
+heartbeats, it is ten times the timeout.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import Protocol
 
 from fedmpi.errors import CommTimeout
 
-SET_UP = 10  # times as long before the first round
-PROBE_S = 2.0  # for a host to answer at all
-PROBES_S = 10.0  # for all of them: where names are not found either, each takes as long as that
+SET_UP = 10  # factor of the timeout before the first round
+PROBE_S = 2.0  # time limit for a host to answer
+PROBES_S = 10.0  # and for all hosts together: an unresolvable name can take as long alone
 
 
 class Lane(Protocol):
-    """A communicator as the clock sees it."""
+    """A communicator, as the clock thread sees it."""
 
-    depth: int  # calls that one is inside of
-    calls: int  # that were left
-    sleeps_while_waiting: bool  # is it another thread's than the one that sends words?
+    depth: int  # number of nested calls in progress
+    calls: int  # number of completed calls
+    sleeps_while_waiting: bool  # whether it is used by another thread than the one that sends heartbeats
 
 
 class Vigil:
-    """What one rank knows of the others. `give_up` ends the job, of which the clock's thread can tell nobody else."""
+    """What one rank knows of the others. `give_up` must abort the job, because the clock thread cannot raise."""
 
     def __init__(
         self, rank: int, hosts: Sequence[str], pids: Sequence[int], give_up: Callable[[CommTimeout], None]
@@ -45,21 +45,21 @@ class Vigil:
         self._over = False
         self._hosts, self._pids, self._give_up = hosts, pids, give_up
         self._heard_s = [0.0] * len(hosts)
-        self._trained_s = 0.0  # when somebody last said that it trains
-        self._entered_s, self._calls = 0.0, -1  # when the call that one is inside of began, and which that is
-        self._pulse_s, self._pulses = 0.0, 0  # the last word, and how many there were
+        self._trained_s = 0.0  # time of the last report that some rank trains
+        self._entered_s, self._calls = 0.0, -1  # start of the call in progress, and its number
+        self._pulse_s, self._pulses = 0.0, 0  # time of the last heartbeat, and how many were sent
         self.set_up(300.0)
         _thread.start_new_thread(self._run, ())
 
     def set_up(self, timeout_s: float) -> None:
-        """A run is being put together."""
+        """Starts the set-up of a run, with `timeout_s` as its timeout."""
         self.timeout_s, self._longest_s, self._begun = timeout_s, 0.0, False
         self._since_s = time.monotonic()
 
     def round(self, seconds: float) -> None:
-        """One of its rounds took so long; 0 when the first one begins."""
+        """Records the duration of a round; 0 when the first one begins."""
         if not self._begun:
-            self._since_s = time.monotonic()  # who was busy with its data is not silent
+            self._since_s = time.monotonic()  # ranks that were reading data do not count as silent
         self._longest_s, self._begun = max(self._longest_s, seconds), True
 
     @property
@@ -68,21 +68,21 @@ class Vigil:
 
     @property
     def period_s(self) -> float:
-        """Between two words of a rank."""
+        """Seconds between two heartbeats of a rank."""
         return min(30.0, self.timeout_s / 10)
 
     def end(self) -> None:
-        """Look at nothing any more."""
+        """Stops watching."""
         self._over = True
         self.lanes.clear()
 
-    # ------------------------------------------------------------ pulses
+    # ------------------------------------------------------------ heartbeats
 
     def pulse(self, trains: bool) -> bool:
-        """This rank is about to send a word. Does anybody train, as far as it knows?"""
+        """Notes that this rank sends a heartbeat; returns whether any rank trains, as far as it knows."""
         now_s = time.monotonic()
         if now_s - self._pulse_s > 3 * self.period_s:
-            self._since_s = now_s  # one that did not listen cannot say who was silent
+            self._since_s = now_s  # this rank was not listening, so it cannot say who was silent
         self._pulse_s, self._pulses = now_s, self._pulses + 1
         if trains:
             self._trained_s = now_s
@@ -94,7 +94,7 @@ class Vigil:
             self._trained_s = self._pulse_s
 
     def judge(self, lane: Lane) -> CommTimeout | None:
-        """Why this rank waits no longer; None if it does."""
+        """The error if this rank has waited too long; None otherwise."""
         now_s, limit_s = self._pulse_s, self.limit_s
         if lane.calls != self._calls or not lane.depth:
             self._calls, self._entered_s = lane.calls, now_s
@@ -115,9 +115,9 @@ class Vigil:
             tick_s = min(1.0, self.timeout_s / 10)
             time.sleep(tick_s)
             now_s = time.monotonic()
-            passed_s, before_s = min(now_s - before_s, 2 * tick_s), now_s  # it may itself have been stopped meanwhile
+            passed_s, before_s = min(now_s - before_s, 2 * tick_s), now_s  # this process may have been suspended
             for lane in list(self.lanes):
-                # Who waits and sends words meanwhile judges for itself.
+                # A rank that sends heartbeats while it waits checks its own limits (`judge`).
                 moves = lane.calls if lane.sleeps_while_waiting else lane.calls + self._pulses
                 before, so_far_s = waited.get(id(lane), (-1, 0.0))
                 so_far_s = so_far_s + passed_s if lane.depth and moves == before else 0.0
@@ -133,7 +133,7 @@ class Vigil:
         return CommTimeout(gone, f"{me} {what}; {blame} (comm.timeout_s is {self.timeout_s:g})")
 
     def _gone(self) -> list[int]:
-        """Ranks that cannot run: their process is stopped or gone, their host does not answer."""
+        """Ranks that cannot run: their process is stopped or gone, or their host does not answer."""
         here = self._hosts[self.rank]
         until_s = time.monotonic() + PROBES_S
         far = {h: time.monotonic() > until_s or answers(h) for h in dict.fromkeys(self._hosts) if h != here}
@@ -148,13 +148,13 @@ def _runs(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return not Path("/proc/self/stat").exists()  # no such files on this system: who knows
+        return not Path("/proc/self/stat").exists()  # without /proc nothing is known: assume that it runs
     return state not in "TtZX"
 
 
 def answers(host: str, port: int = 9) -> bool:
-    """Does the host take a connection within 2 s, or refuse one? A name that nobody knows here says nothing against
-    it."""
+    """Whether the host accepts or refuses a connection within PROBE_S. True also if the name cannot be resolved here,
+    since that proves nothing."""
     try:
         socket.create_connection((host, port), timeout=PROBE_S).close()
     except (ConnectionRefusedError, socket.gaierror):
