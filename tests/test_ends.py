@@ -381,7 +381,9 @@ def test_stop_says_when_nobody_is_there_to_be_stopped(tmp_path, capsys):
 
 def test_a_directory_tells_of_what_was_trained_in_it_whatever_is_asked_for_later(tmp_path, capsys):
     run(config(tmp_path, 4))
-    before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "ranks.json", "metrics.jsonl")}
+    before = {
+        name: (tmp_path / name).read_bytes() for name in ("config.yaml", "ranks.json", "silos.json", "metrics.jsonl")
+    }
     for rounds in (2, 4):
         assert run(config(tmp_path, rounds))[0] == []
         assert {name: (tmp_path / name).read_bytes() for name in before} == before

@@ -30,7 +30,18 @@ ORDER = [
         "objectives",
     ),
     *("models", "data", "pretrained"),
-    *("membership", "local", "attacks", "tensorfile", "checkpoint", "records", "placement", "device", "health"),
+    *(
+        "membership",
+        "local",
+        "attacks",
+        "tensorfile",
+        "checkpoint",
+        "records",
+        "placement",
+        "device",
+        "health",
+        "roster",
+    ),
     *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
     *("moving", "keeper", "rebuild", "mirror", "heal", "train"),
     *("plan", "results", "compare", "launchline", "remains", "supervisor"),
@@ -88,7 +99,7 @@ def loaded_after(code, *names):
 def test_importing_the_package_or_the_command_loads_nothing_heavy():
     heavy = ("torch", "mpi4py", "h5py", "numpy", "pydantic")
     assert loaded_after("import fedmpi", *heavy) == []
-    assert loaded_after("import fedmpi.cli, fedmpi.stopping", *heavy) == []
+    assert loaded_after("import fedmpi.cli, fedmpi.stopping, fedmpi.roster", *heavy) == []
 
 
 @pytest.mark.slow
@@ -102,7 +113,7 @@ for args in (["list"], ["list", "servers"], ["plan", "c.yaml", "--ranks", "4"], 
     app(args, standalone_mode=False)
 with fedmpi.Run("c.yaml", comm=SoloComm()) as run:
     list(run)
-for args in (["inspect", "runs/c"], ["inspect", "runs/c", "--json"], ["stop", "runs/c"], ["eval", "runs/c"]):
+for args in (["inspect", "runs/c"], ["silos", "runs/c", "--json"], ["stop", "runs/c"], ["eval", "runs/c"]):
     app(args, standalone_mode=False)
 app(["export", "runs/c", "--to", "m.safetensors"], standalone_mode=False)
 """

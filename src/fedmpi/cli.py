@@ -365,6 +365,25 @@ def stop(directory: RunDir) -> None:
     _answer(work)
 
 
+@app.command()
+def silos(directory: RunDir, as_json: Json = False) -> None:
+    """Who takes part in the run of DIR: every silo's state, rounds, last contribution, samples, rank, host, device, and
+    fingerprints of its data and code. Reads one file only: the run may be finished, running or dead."""
+
+    def work() -> None:
+        from fedmpi import roster
+
+        found = roster.tell(directory)
+        if as_json:
+            print(json.dumps(found))
+            return
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(roster.table(found))
+
+    _answer(work)
+
+
 def _which(text: str) -> Any:
     if text in ("best", "newest"):
         return text

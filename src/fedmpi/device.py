@@ -78,6 +78,18 @@ def _machine(comm: Comm) -> str:
         return comm.hosts[comm.rank]
 
 
+def capabilities(device: torch.device) -> dict[str, str | int | None]:
+    """What a rank trains on: the device, the GPU's name, and the bytes of memory that the GPU has, or the host."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return {"device": str(device), "gpu": gpu.name[:64], "memory_bytes": gpu.total_memory}
+    try:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # not on this system
+        memory_bytes = 0
+    return {"device": str(device), "gpu": None, "memory_bytes": memory_bytes or None}
+
+
 def keep_on(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """A silo's samples on the device, when they take at most half of what is free there; else in page-locked memory."""
     if device.type != "cuda":

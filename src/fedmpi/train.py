@@ -18,10 +18,11 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from fedmpi.assembly import assemble, digest_of, open_members
 from fedmpi.comm import Comm, connect, go_on_with
 from fedmpi.components import did_you_mean, to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
+from fedmpi.device import capabilities
 from fedmpi.directory import (
     CODE,
     UNSHARED_FILE,
@@ -59,13 +61,14 @@ from fedmpi.health import Health
 from fedmpi.keeper import Keeper
 from fedmpi.membership import Comms, Membership
 from fedmpi.mirror import Mirror
-from fedmpi.opening import Opened
+from fedmpi.opening import Opened, fingerprint
 from fedmpi.outcome import RoundOutcome
 from fedmpi.output import say
 from fedmpi.rebuild import admitted, rebuilt
 from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
 from fedmpi.records.metrics import read_metrics
 from fedmpi.records.sink import Timings
+from fedmpi.roster import Roster
 from fedmpi.rounds import Federation
 from fedmpi.trust import confined
 
@@ -127,6 +130,7 @@ class Run:
         self.comm.open_runs += 1
         self._mirrors: list[Mirror] = []  # of the state; two until a first round has followed a loss
         self._added: list[Sink] = []  # by `add_sink`
+        self._roster: Roster | None = None  # rank 0's, once there are rounds to tell of
         self._rounds_before: int | None = None  # what the run that the directory holds was begun with
         try:
             with confined(named_by, allow):
@@ -236,7 +240,8 @@ class Run:
             if not over:
                 keep_code(self.out, self.code, self.state.round)
                 write_config(self.out, to_dict(self.config), about)
-                disk.replace_text(self.out / RANKS_FILE, ranks)
+                self._roster = Roster(self.out, self.state.round, rounds)
+                self._register(ranks)
             self._open_sinks(self.state.round)
 
         def written() -> None:
@@ -257,17 +262,29 @@ class Run:
         done = self.federation.done
         return done.rank("started_s"), {name: done.rank(name) for name in PHASES}
 
-    def _ranks(self) -> str:
-        """What ranks.json holds. A call of all ranks."""
+    def _ranks(self) -> list[dict[str, Any]]:
+        """The rows of ranks.json. A call of all ranks."""
         pid = os.getpid()
-        row = json.dumps({"pid": pid, "born": launcher.born(pid), "device": str(self.device), "threads": self.threads})
-        rows = self.comm.gather(row.encode().ljust(256))
+        row = {"pid": pid, "born": launcher.born(pid), **capabilities(self.device), "threads": self.threads}
+        rows = self.comm.gather(json.dumps(row).encode().ljust(320))
         hosted = self.membership.by_rank(self.comm.size)
-        ranks = [
+        return [
             {"rank": rank, "host": host, **json.loads(text), "silos": silos}
             for rank, (host, text, silos) in enumerate(zip(self.comm.hosts, rows, hosted, strict=True))
         ]
-        return json.dumps(ranks, indent=1)
+
+    def _register(self, ranks: Sequence[dict[str, Any]], lost: Mapping[str, str] = {}, why: str | None = None) -> None:
+        """Tell of the members from now on in ranks.json and silos.json; see Roster.register. Rank 0's."""
+        disk.replace_text(self.out / RANKS_FILE, json.dumps(ranks, indent=1))
+        if self._roster is not None:
+            fed = self.federation
+            code = hashlib.sha256(repr((fedmpi.__version__, sources.digests(self.code))).encode()).hexdigest()[:8]
+            shown = self.config.disclose == "silo"
+            about = {
+                silo: {"num_train": int(facts[0]), "data": fingerprint(facts) if shown else None, "code": code}
+                for silo, facts in fed.facts.items()
+            }
+            self._roster.register(self.membership, self._spec.known, about, ranks, self.state.round, lost, why)
 
     # ------------------------------------------------------------ members
 
@@ -306,7 +323,7 @@ class Run:
         self._keeper.follow(self.federation)
         self._mirror_anew()
         ranks = self._ranks()
-        self.comm.collectively(lambda: disk.replace_text(self.out / RANKS_FILE, ranks) if self.comm.rank == 0 else None)
+        self.comm.collectively(lambda: self._register(ranks) if self.comm.rank == 0 else None)
 
     # ------------------------------------------------------------ rounds
 
@@ -389,6 +406,9 @@ class Run:
         self.comm.took(record["seconds"]["round"])
         if self.comm.rank == 0:
             self._sinks.write(record)
+        if self._roster is not None:
+            rejected = {*record.get("rejected", ())}
+            self._roster.heard(self.state.round, [silo for silo in record["cohort"] if silo not in rejected])
         if not self._keeper.has(self.state):
             self._keeper.keep(self.state)
 
@@ -434,7 +454,7 @@ class Run:
                 made = mirror.generation + 1, loss
                 self._mirrors = [mirror]
                 self._mirror_anew()
-                self._go_on()
+                self._go_on([*losses, loss])
                 break
             except Exception as another:
                 if not self._outlives(another):
@@ -468,17 +488,21 @@ class Run:
             members = inherited(self._spec, fed, group, "continue")
             return open_members(self._spec, members, comms, fed.silos, fed.facts)
 
-    def _go_on(self) -> None:
+    def _go_on(self, losses: Sequence[Loss]) -> None:
         """Checkpoints, records and ranks.json are those of the ranks that are left. A call of all of them."""
         done, ranks, record = self.state.round, self._ranks(), self.state.record
         if "_sinks" in vars(self):
             self._sinks.close()
             del self._sinks
+        why = {silo: f"rank {lost.before.rank(silo)} was lost" for lost in losses for silo in lost.silos}
         self._keeper = self._make_keeper(others=True)
         self._keeper.take_over(done)
 
         def write() -> None:
-            disk.replace_text(self.out / RANKS_FILE, ranks)
+            if self._roster is not None:
+                self._roster.save()
+            self._roster = Roster(self.out, done, self.config.rounds)
+            self._register(ranks, why)
             self._open_sinks(done)
             for sink in self._added:
                 self._sinks.add(sink)
@@ -590,6 +614,8 @@ class Run:
                 self._keep_readable()
             if "_sinks" in vars(self):
                 self._sinks.close()
+            if self._roster is not None and self._directory.is_ours():
+                self._roster.save()
             if "_directory" in vars(self):
                 self._directory.release()
 

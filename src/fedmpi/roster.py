@@ -1,0 +1,181 @@
+"""Who takes part in a run, as silos.json of its directory tells: for people and programs that look, never for a resume.
+
+Rank 0 writes it when silos are registered, when a member leaves or comes, and now and then for what was last heard of
+them; each time whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmpi import disk, stopping
+from fedmpi.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmpi.membership import Membership
+
+log = logging.getLogger("fedmpi")
+
+FILE = "silos.json"
+FORMAT = 1
+MOST_BYTES = 1 << 28
+HEARD_S = 5.0  # between two writes for what was last heard, at least
+SHARE = 0.01  # of the time, at most, that they take
+
+Row = dict[str, Any]
+
+
+class Roster:
+    """Rank 0's. It begins with what an earlier start has left, as of the round that is gone on from.
+
+    Each silo has a row: `id`; `state` (active, retired, lost or absent: it never took part) and `why`; `rank`, `host`
+    and what else `ranks` tell of the machine; `num_train`; `since` and `until`, its first and last round; `heard`,
+    round and Unix time of its last contribution; `data` and `code`, fingerprints as of when it was registered.
+    """
+
+    def __init__(self, root: Path, done: int, rounds: int) -> None:
+        self._path, self._rounds, self._done = root / FILE, rounds, done
+        self._rows: dict[str, Row] = {}
+        self._next_s, self._warned = 0.0, False
+        try:
+            before = read(root)
+        except ConfigError:  # it is written anew
+            return
+        for row in before["silos"]:
+            if row["heard"] is not None and row["heard"]["round"] > done:
+                row["heard"] = None
+            if row["until"] is not None and row["until"] > done:  # the round in which it left is done again
+                row |= {"state": "active", "why": None, "until": None}
+            if row["since"] is not None and row["since"] > done + 1:  # and the one from which it took part
+                row |= {"state": "absent" if row["heard"] is None else "retired", "why": None, "since": None}
+            self._rows[row["id"]] = row
+
+    def register(
+        self,
+        members: Membership,
+        known: Sequence[str],
+        about: Mapping[str, Row],
+        ranks: Sequence[Row],
+        done: int,
+        lost: Mapping[str, str],
+        why: str | None = None,
+    ) -> None:
+        """The members from now on, `done` rounds being done. `known` are all silos that may take part; `about` has
+        `num_train`, `data` and `code` of each member, `ranks` a row of each rank. Of those that have left since, `lost`
+        says why each was lost; the others are retired, `why` if somebody said so. OSError where it cannot be written.
+        """
+        rows: dict[str, Row] = {}
+        for silo in known:
+            row = self._rows.get(silo, {"id": silo, "state": "absent", "why": None, **dict.fromkeys(_FIELDS)})
+            if silo in members.teams:
+                if row["state"] != "active":
+                    row |= {"state": "active", "why": None, "since": done + 1, "until": None, "code": None}
+                told = about[silo]
+                row |= {**told, "code": row["code"] or told["code"]}
+                row |= {name: value for name, value in ranks[members.rank(silo)].items() if name in _OF_RANK}
+            elif row["state"] == "active":
+                state, reason = ("lost", lost[silo]) if silo in lost else ("retired", why)
+                row |= {"state": state, "why": reason, "until": done}
+            rows[silo] = row
+        self._rows, self._done = rows, done
+        self._write()
+
+    def heard(self, done: int, silos: Collection[str]) -> None:
+        """These have contributed to the round that is done."""
+        told = {"round": done, "time": round(time.time(), 3)}
+        for silo in silos:
+            self._rows[silo]["heard"] = told
+        self._done = done
+        if time.monotonic() >= self._next_s or done >= self._rounds:
+            self.save()
+
+    def save(self) -> None:
+        """Write it; where that fails the next time will do, and the run goes on."""
+        began_s = time.monotonic()
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s cannot be written (%s): it says what was before", self._path, error.strerror)
+            self._warned = True
+        took_s = time.monotonic() - began_s
+        self._next_s = began_s + max(HEARD_S, took_s / SHARE)
+
+    def _write(self) -> None:
+        whole = {"format": FORMAT, "round": self._done, "rounds": self._rounds, "silos": [*self._rows.values()]}
+        disk.replace_text(self._path, json.dumps(whole))
+
+
+_OF_RANK = ("rank", "host", "device", "gpu", "memory_bytes", "threads")
+_FIELDS = (*_OF_RANK, "num_train", "since", "until", "heard", "data", "code")
+
+
+def read(root: Path) -> dict[str, Any]:
+    """What the file says. ConfigError in one line where there is none, or it is damaged."""
+    path = root / FILE
+    try:
+        found = json.loads(disk.read_bytes(path, MOST_BYTES))
+        if found["format"] != FORMAT:
+            raise ConfigError(f"{path} is of format {found['format']}; this fedmpi reads format {FORMAT}")
+        for row in found["silos"]:
+            if not isinstance(row["id"], str) or not {"state", "why", *_FIELDS} <= row.keys():
+                raise ValueError
+            if any(not isinstance(row[name], int | None) for name in ("since", "until")):
+                raise ValueError
+            heard = row["heard"]
+            if heard is not None and not (isinstance(heard["round"], int) and isinstance(heard["time"], int | float)):
+                raise ValueError
+            if row["memory_bytes"] is not None and not isinstance(row["memory_bytes"], int):
+                raise ValueError
+        if not isinstance(found["round"], int) or not isinstance(found["rounds"], int):
+            raise ValueError
+    except FileNotFoundError:
+        raise ConfigError(f"{root} has no {FILE}: its run has not begun, or an earlier fedmpi has begun it") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ConfigError(f"{path} is damaged; the job that trains there writes it again") from None
+    whole: dict[str, Any] = found
+    return whole
+
+
+def tell(root: Path) -> dict[str, Any]:
+    """What the file says, and `training`: does a job train there now? None where that cannot be told from this host.
+    ConfigError in one line."""
+    if not (root / "config.yaml").exists():
+        raise ConfigError(f"{root} is no run directory")
+    found = read(root)
+    return {"training": stopping.is_training(root), **{n: found[n] for n in ("round", "rounds", "silos")}}
+
+
+def table(found: Mapping[str, Any]) -> Any:
+    """What `tell` says, a row per silo, for rich to print."""
+    from rich.table import Table
+
+    training = {True: "a job is training", False: "no job is training", None: "a job may be training on another host"}
+    shown = Table(title=f"round {found['round']} of {found['rounds']}; {training[found['training']]}")
+    names = ("silo", "state", "rounds", "last heard", "samples", "rank", "host", "device", "memory", "data", "code")
+    for name in names:
+        shown.add_column(name, justify="right" if name in ("samples", "rank", "memory") else "left")
+    for row in found["silos"]:
+        state = f"{row['state']}: {row['why']}" if row["why"] else row["state"]
+        since, until = row["since"], row["until"]
+        took_part = None if since is None else f"{since}-" if until is None else f"{since}-{max(until, since - 1)}"
+        memory = row["memory_bytes"] and f"{row['memory_bytes'] / 2**30:.1f} GiB"
+        device = f"{row['device']} ({row['gpu']})" if row["gpu"] else row["device"]
+        figures = (took_part, _when(row["heard"]), row["num_train"], row["rank"], row["host"], device, memory)
+        cells = (*figures, row["data"], row["code"])
+        shown.add_row(row["id"], state, *("-" if cell is None else str(cell) for cell in cells))
+    return shown
+
+
+def _when(heard: Mapping[str, Any] | None) -> str | None:
+    """Round and local time."""
+    if heard is None:
+        return None
+    return f"round {heard['round']}, {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(heard['time']))}"
