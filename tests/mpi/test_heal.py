@@ -7,6 +7,7 @@ import pytest
 from support.mpi import PROGRAMS, PYTHON, Done, launcher, mpirun
 from support.runs import run
 
+from fedmpi import roster
 from fedmpi.checkpoint import sealed_rounds
 from fedmpi.config import load
 from fedmpi.errors import ConfigError
@@ -72,6 +73,8 @@ def test_silos_of_a_lost_rank_leave_where_they_are_not_to_be_taken_over(tmp_path
     assert event["silos"] == {gone: None} and event["ranks"] == [1] and event["round"] == 2
     records = read_metrics(tmp_path / "out")
     assert [gone in record["silos"] for record in records] == [True] * 2 + [False] * 8
+    told = {row["id"]: row for row in roster.read(tmp_path / "out")["silos"]}[gone]
+    assert (told["state"], told["why"], told["until"]) == ("lost", "rank 1 was lost", 2)
     assert gone not in rows[0]["silos"] and rows[0]["seen"] == list(range(1, 11))
 
 
