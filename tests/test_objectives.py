@@ -205,10 +205,10 @@ def test_your_own_functions_see_the_whole_test_set(tmp_path, monkeypatch):
         (
             {"maximize": True},
             "binary",
-            "objective: configuration has no 'maximize'; say it of the metric, metrics: [{name: "
+            "objective: configuration has no 'maximize'; write it with the metric, metrics: [{name: "
             '"package.module:function", maximize: true}]',
         ),
-        ({"metrics": ["auc", "auc"]}, "binary", "objective.metrics: 'auc' is there twice"),
+        ({"metrics": ["auc", "auc"]}, "binary", "objective.metrics: 'auc' is given twice"),
         (
             {"metrics": [{"name": "operator:loss", "maximize": True}]},
             "binary",

@@ -120,7 +120,7 @@ def test_a_pretrained_body_gets_a_new_head(tmp_path):
     module = WithHead()
     head = module.head.weight.detach().clone()
     said = start(module, InitSection(path=path, strict=False, prefix="body."))
-    assert said == f"init: {path}: 9 of the model's 11 tensors are taken; the file lacks 2 (head.weight, head.bias)"
+    assert said == f"init: {path}: 9 of the model's 11 tensors are loaded; the file lacks 2 (head.weight, head.bias)"
     assert values(module.body) == {0.5, 0.0} and torch.equal(head, module.head.weight)
     assert "file lacks 2" in refusal(WithHead(), InitSection(path=path, prefix="body."))  # strict still
 
@@ -198,4 +198,4 @@ def test_a_run_starts_from_what_fits_and_says_so_once(tmp_path, caplog):
     with fedmpi.Run(config(tmp_path / "a", 2, init=init), comm=SoloComm()) as begun:
         assert bool((begun.model.linear.weight == 0.5).all())
     assert [r.getMessage().partition(": ")[0] for r in caplog.records] == ["init"]
-    assert "1 of the model's 2 tensors are taken; the file lacks 1 (linear.bias)" in caplog.text
+    assert "1 of the model's 2 tensors are loaded; the file lacks 1 (linear.bias)" in caplog.text

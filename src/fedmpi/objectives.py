@@ -1,4 +1,4 @@
-"""What is minimised and what is measured: losses and metrics, chosen by task or by name.
+"""Losses and metrics, chosen by task or by name.
 
     objective = resolve(Objective(), source.task, source.num_classes)
     objective.loss(outputs, targets).backward()
@@ -11,13 +11,13 @@
 | regression     | [N] or [N, targets]                    | like outputs, float32  | mse                  | mae        |
 | next_token     | logits [N, T, symbols]                 | [N, T], int64          | cross_entropy        | accuracy   |
 
-Logits have their classes in dimension 1, as torch has them, or in the last one. Shapes tell which it is; where they do
-not, `classes` must. Targets that are `ignore_index` count in no loss and no metric.
+The class dimension of logits is 1, as in torch, or the last one. It is found from the shapes; if they are ambiguous,
+`classes` must say. Targets equal to `ignore_index` count in no loss and no metric.
 
-A loss that is built in is a mean over targets, so a test set is scored batch by batch and no outputs are kept. Your own
-function, "package.module:function", is called as `function(outputs, targets)` and need be no mean of batches (such as a
-survival loss): to score a test set it gets all of its outputs and targets at once, on the CPU. Of all silos there is
-then the mean weighted by their targets. As a training loss it gets batches on the model's device and returns a scalar.
+Built-in losses are means over targets, so a test set is scored batch by batch and no outputs are kept. A user's loss,
+"package.module:function", is called as `function(outputs, targets)` and need not be a mean over batches (a survival
+loss, for example). In training it gets batches on the model's device and returns a scalar. To score a test set it gets
+all outputs and targets at once, on the CPU; the loss of all silos is then the mean weighted by their targets.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ Tensor = torch.Tensor
 
 @component
 class Objective:
-    """What is minimised and what is measured; null takes the task's own."""
+    """The training loss and the metrics; null takes the task's default."""
 
     loss: str | None = None
-    """minimised in training: a name or "package.module:function"; null: by task"""
+    """training loss: a name or "package.module:function"; null: by task"""
     metrics: list[Annotated[Metric, METRICS]] | None = None
-    """measured on test sets: names, or mappings such as {name: top_k, k: 5} and {name: "mine:dice", maximize: true}"""
+    """metrics on test sets: names, or mappings such as {name: top_k, k: 5} and {name: "mine:dice", maximize: true}"""
     best: str | None = None
-    """key in the record of the metric that decides; null: the first that is a number"""
+    """record key of the metric that decides the best round; null: the first numeric one"""
     ignore_index: int | None = -100
-    """class of targets that count nowhere; null: all count"""
+    """target class to ignore in losses and metrics; null: none"""
     classes: Literal["first", "last"] | None = None
-    """dimension of the logits: 1, or the last; null: as shapes tell"""
+    """class dimension of the logits: 1 or the last; null: found from the shapes"""
 
     MOVED: ClassVar[Mapping[str, str]] = {
         "metric": "write metrics: [NAME]",
-        "maximize": 'say it of the metric, metrics: [{name: "package.module:function", maximize: true}]',
+        "maximize": 'write it with the metric, metrics: [{name: "package.module:function", maximize: true}]',
     }
 
 
@@ -70,22 +70,22 @@ Terms = Callable[..., Tensor]
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean", ignore: int = IGNORES_NOTHING) -> Tensor:
-    """Of logits [M, classes]; one term a target."""
+    """Cross entropy of logits [M, classes] and classes [M]; one term per target."""
     return F.cross_entropy(outputs, targets, reduction=reduction, ignore_index=ignore)
 
 
 def binary_cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Of logits; one term a sample."""
+    """Binary cross entropy of logits; one term per sample."""
     return F.binary_cross_entropy_with_logits(outputs, targets, reduction=reduction)
 
 
 def mse(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean squared error; one term a number."""
+    """Mean squared error; one term per number."""
     return F.mse_loss(outputs, targets, reduction=reduction)
 
 
 def mae(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean absolute error; one term a number."""
+    """Mean absolute error; one term per number."""
     return F.l1_loss(outputs, targets, reduction=reduction)
 
 
@@ -101,13 +101,13 @@ DEFAULTS: dict[Task, tuple[str, Metric]] = {
     "regression": ("mse", Mae()),
     "next_token": ("cross_entropy", Accuracy()),
 }
-MOST_METRICS = 24  # two bits for each in a float64
-LOSS = "loss"  # what an own loss that raised is called beside the metrics
+MOST_METRICS = 24  # two bits each in a float64
+LOSS = "loss"  # key in `Tally.raised` of a user's loss
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A training loss for the targets of one silo, and how many targets of a batch it is the mean of."""
+    """A silo's training loss, and a function that counts the targets of a batch that it averages over."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
     count: Count = torch.Tensor.numel
@@ -115,17 +115,17 @@ class Criterion:
 
 @dataclass
 class Tally:
-    """What the evaluation of one silo came to."""
+    """Results of one silo's evaluation."""
 
     samples: int
-    loss: float = math.nan  # the mean over the targets that count
-    targets: int = 0  # that count
-    parts: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # by metric: its counts and sums
-    values: dict[str, float] = field(default_factory=dict)  # by metric, before they are shown
-    raised: dict[str, str] = field(default_factory=dict)  # by metric, or `loss`: what its code raised
+    loss: float = math.nan  # mean over the targets, ignored ones left out
+    targets: int = 0  # number of targets, ignored ones left out
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # by metric: counts and sums
+    values: dict[str, float] = field(default_factory=dict)  # by metric, before conversion for display
+    raised: dict[str, str] = field(default_factory=dict)  # by metric, or `loss`: the exception of its code
 
     def fail(self, name: str, error: Exception) -> None:
-        """A metric, or the loss, raised; what does not fit the data goes up."""
+        """Record that a metric, or the loss, raised. Raises a ConfigError again: the data do not fit."""
         if isinstance(error, ConfigError):
             raise error
         self.raised[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -140,24 +140,24 @@ class LossAndMetrics:
     """A task's loss and metrics, ready to be called."""
 
     targets: Targets
-    loss_name: str  # what the loss is called in records
+    loss_name: str  # name of the loss in records
     loss_function: Terms
-    own_loss: bool  # is the loss a user's own?
+    own_loss: bool  # whether the loss is a user's
     scorers: tuple[Scorer, ...]
-    best: Scorer  # tells the best round
+    best: Scorer  # the metric that decides the best round
 
     @property
     def metric_name(self) -> str:
-        """What the metric that decides is called in records."""
+        """Record key of the metric that decides the best round."""
         return self.best.key
 
     @property
     def maximize(self) -> bool:
-        """Is more of it better?"""
+        """Whether a higher value of that metric is better."""
         return bool(self.best.maximize)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The training loss: a scalar, the mean over the targets of the batch that count."""
+        """The training loss: a scalar, the mean over the batch's targets, ignored ones left out."""
         one_tensor(outputs)
         if self.own_loss:
             loss: Tensor = self.loss_function(outputs, targets)
@@ -168,12 +168,12 @@ class LossAndMetrics:
         return self.loss_function(outputs, targets)
 
     def _rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs beside targets, halves as float32: float16 ends at 65504, and sums are of many terms."""
+        """Outputs and targets with matching shapes; half precision as float32, because float16 overflows at 65504."""
         outputs, targets = self.targets.rows(outputs, targets)
         return outputs.float() if outputs.dtype in HALF else outputs, targets
 
     def criterion(self, targets: Tensor) -> Criterion:
-        """The training loss for batches of these targets. Where a batch may hold none that counts, its loss is 0."""
+        """The training loss for batches of these targets. A batch with only ignored targets has loss 0."""
         if not self.targets.some_ignored(targets):
             return Criterion(self.loss)
         return Criterion(self.loss if self.own_loss else self._guarded, self.targets.counter(targets))
@@ -187,7 +187,7 @@ class LossAndMetrics:
         self, model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int, device: torch.device | str,
         between: Callable[[], Any] = lambda: None,
     ) -> float:  # fmt: skip
-        """The loss alone, as `score` has it; what an own loss raises goes up."""
+        """The loss only, computed as in `score`. Raises what a user's loss raises."""
         tally = Tally(len(x))
         with _evaluating(model):
             self._run(tally, (), model, x, y, batch_size, device, between)
@@ -197,10 +197,10 @@ class LossAndMetrics:
         self, model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int, device: torch.device | str,
         between: Callable[[], Any] = lambda: None,
     ) -> Tally:  # fmt: skip
-        """Loss and metrics of one silo's whole test set.
+        """Loss and metrics of one silo's test set.
 
         `between` is called before every batch. The model is on `device`; x and y may be elsewhere. Sums are float64.
-        Modes of modules are as they were. What a user's own loss or metric raises stands in the tally.
+        Modules keep their training modes. Exceptions of a user's loss or metric are recorded in the tally.
         """
         tally = Tally(len(x))
         with _evaluating(model):
@@ -249,7 +249,7 @@ class LossAndMetrics:
                 try:
                     state = scorer.update(states[name], outputs, targets) if scorer.whole else states[name]
                     tally.parts[name] = scorer.parts(state)
-                    tally.values[name] = scorer.value(state)  # may fail where the state does not
+                    tally.values[name] = scorer.value(state)  # may raise even if the state is fine
                 except Exception as error:
                     tally.fail(name, error)
         if not self.own_loss:
@@ -258,13 +258,13 @@ class LossAndMetrics:
         try:
             tally.loss = float(self.loss_function(outputs, targets))
         except Exception as error:
-            if not scorers:  # the loss is all that is asked for
+            if not scorers:  # mean_loss
                 raise
             tally.fail(LOSS, error)
 
 
 def one_tensor(outputs: Any) -> Tensor:
-    """The outputs, which are one tensor. ConfigError says what else a model has returned.
+    """The outputs, if they are one tensor. Raises ConfigError that says what the model returned instead.
 
     >>> one_tensor({"logits": torch.zeros(1)})
     Traceback (most recent call last):
@@ -282,7 +282,7 @@ def one_tensor(outputs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """All modules in evaluation and no gradients; modes as they were afterwards."""
+    """Evaluation mode without gradients; on exit each module gets its mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -294,7 +294,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def resolve(objective: Objective, task: Task, num_classes: int) -> LossAndMetrics:
-    """The loss and metrics for a task. ConfigError: no such name, or a name that is for other tasks.
+    """The loss and metrics for a task. Raises ConfigError for an unknown name, or one for another task.
 
     >>> resolve(Objective(), "regression", 1).metric_name
     'mae'
@@ -310,20 +310,20 @@ def resolve(objective: Objective, task: Task, num_classes: int) -> LossAndMetric
     scorers = tuple(for_task(m, task, num_classes, f"objective.metrics.{i}") for i, m in enumerate(wanted))
     for scorer in scorers if own else ():
         if isinstance(scorer, Torchmetric):
-            scorer.of_logits = False  # a loss of one's own may want probabilities of the model
+            scorer.of_logits = False  # with a user's loss the model may return probabilities
     targets = Targets(task, objective.classes, objective.ignore_index if task in CLASS_TASKS else None)
     return LossAndMetrics(targets, loss_name, function, own, scorers, _best(objective.best, scorers))
 
 
 def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
-    """The metric that decides. ConfigError for names that are there twice, or that are others' in records."""
+    """The metric that decides the best round. Raises ConfigError for names given twice or already used in records."""
     names = [s.name for s in scorers]
     for one in names:
         if names.count(one) > 1:
-            raise ConfigError(f"objective.metrics: '{one}' is there twice")
+            raise ConfigError(f"objective.metrics: '{one}' is given twice")
     for scorer in scorers:
         if scorer.name in TAKEN_OF_SILOS or scorer.key in TAKEN or scorer.name.startswith(("personal_", SILO_MEAN)):
-            other = f"records call something else '{scorer.name}'"
+            other = f"records use '{scorer.name}' for something else"
             raise ConfigError(f"objective.metrics: {other}; give your metric another name")
     numbers = {s.key: s for s in scorers if s.maximize is not None}
     if name is None and not numbers:
@@ -335,7 +335,7 @@ def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
     return numbers[name]
 
 
-# names that a silo's row in a record, and a record, have for other things
+# names with another meaning in a silo's row, and in a record
 TAKEN_OF_SILOS = ("rank", "loss", "train_loss", "delta_norm", "num_train", "num_test", "num_samples", "num_steps")
 TAKEN = (
     *(

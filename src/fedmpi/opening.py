@@ -1,5 +1,5 @@
-"""The silos of a run, opened by the ranks that host them, and what the ranks tell each other of them: sizes, checksums
-and the names of columns, no sample."""
+"""Opens the silos of a run on the ranks that host them. Ranks tell each other sizes, checksums and column names; no
+sample leaves its rank."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fedmpi.types import Silo, SiloData, Source
 
 log = logging.getLogger("fedmpi")
 
-_SHOWN = 5  # silos or columns in a message, at most
-NUM_FACTS = 5  # that a silo's data are known by
+_SHOWN = 5  # most silos or columns in a message
+NUM_FACTS = 5  # figures that identify a silo's data, F
 _NOTHING: Mapping[str, np.ndarray] = {}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The members' data."""
+    """The opened data of the members."""
 
     members: Membership
-    data: dict[str, SiloData]  # of this rank's silos: those that it did not have open yet
-    facts_KF: np.ndarray  # of every member: numbers of training and of test samples, checksums
+    data: dict[str, SiloData]  # this rank's newly opened silos
+    facts_KF: np.ndarray  # per member: numbers of training and test samples, checksums
 
     @property
     def num_train(self) -> list[int]:
@@ -39,12 +39,12 @@ class Opened:
 
     @property
     def facts(self) -> dict[str, np.ndarray]:
-        """By member."""
+        """`facts_KF` by silo id, each [F]."""
         return dict(zip(self.members.ids, self.facts_KF, strict=True))
 
 
 def fingerprint(facts: np.ndarray) -> str:
-    """A checksum of what data are known by, of one silo or of all."""
+    """A checksum of the facts of one silo or of all, eight hex digits."""
     return f"{zlib.crc32(np.ascontiguousarray(facts).tobytes()):08x}"
 
 
@@ -55,10 +55,11 @@ def open_silos(
     held: Collection[str] = (),
     known: Mapping[str, np.ndarray] = _NOTHING,
 ) -> Opened:
-    """This rank's silos, but those that it has `held` open, and the facts of all members' data. A call of all ranks.
+    """Open this rank's silos, except those that it already holds (`held`), and share the facts of all members' data.
+    Collective.
 
-    `known` are facts of silos that were open before, here or elsewhere: whoever opens one has to find the same.
-    ConfigError has what is wrong with every silo of every rank.
+    `known` are facts of silos that were open before, on any rank: their data must still be the same. Raises ConfigError
+    with the faults of all silos on all ranks.
     """
     silos = [silo for silo in source.silos if silo.id in members.teams]
     mine = [silo for silo in silos if members.rank(silo.id) == comm.rank]
@@ -112,13 +113,13 @@ def _facts(silo: str, data: SiloData, source: Source, known: Mapping[str, np.nda
     names = zlib.crc32(repr(columns).encode()) if columns else 0
     found = np.array([len(data.x_train), len(data.x_test), x, y, names], dtype=np.float64)
     if silo in known and not np.array_equal(found, known[silo]):
-        raise ConfigError(f"silo '{silo}': its data here are not those that it was trained on elsewhere")
+        raise ConfigError(f"silo '{silo}': its data on this rank differ from those that it was trained on before")
     return found
 
 
 def _same_columns(checksums_K: np.ndarray, source: Source, members: Membership, comm: Comm) -> None:
-    """ConfigError where files that name their columns name others: as many, and yet the mean of what does not belong
-    together would look like a model. Most of the silos are right."""
+    """Raise ConfigError if files name different columns. As many columns of other meaning would still train, to a
+    model that is wrong. The names that most silos have are taken as right."""
     named = [int(i) for i in np.flatnonzero(checksums_K)]
     if len(kinds := Counter(checksums_K[named].tolist())) < 2:
         return
@@ -139,7 +140,7 @@ def _same_columns(checksums_K: np.ndarray, source: Source, members: Membership, 
 
 
 def _difference(silo: str, columns: Sequence[str], other: str, wanted: Sequence[str]) -> str:
-    """What one silo's columns are beside another's."""
+    """Text for an error: how the columns of two silos differ."""
     lacks, has = ([n for n in a if n not in b] for a, b in ((wanted, columns), (columns, wanted)))
     listed = [
         ", ".join(f"'{n}'" for n in some[:_SHOWN]) + (", ..." if len(some) > _SHOWN else "") for some in (has, lacks)

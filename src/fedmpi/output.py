@@ -1,7 +1,7 @@
-"""Lines for people, on standard output and standard error: one that cannot be written never ends the work it tells of.
+"""Messages on standard output and standard error. A message that cannot be written never ends a run.
 
-A reader that went away (`| head -1`), a closed descriptor and a full disk behind `> log` are the log's trouble, not the
-run's. A command whose output is its result, such as `fedmpi inspect`, flushes for itself and fails.
+The causes are a reader that went away (`| head -1`), a closed descriptor, or a full disk behind `> log`. A command
+whose output is its result, such as `fedmpi inspect`, flushes the output itself and fails.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import sys
 
 
 def open_streams() -> None:
-    """Open what is closed of descriptors 0, 1 and 2: else a file opened later, such as a checkpoint, would get the
-    number of standard output, and whatever a library prints would go into it."""
+    """Open descriptors 0, 1 and 2 on /dev/null if they are closed. A file opened later, such as a checkpoint, would
+    otherwise get the number of standard output, and a library's prints would go into it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    atexit.register(flush)  # what cannot be written must not become the exit code, as Python would have it
+    atexit.register(flush)  # at exit Python turns a failed flush into exit code 120
 
 
 def say(text: str, error: bool = False) -> None:
@@ -36,15 +36,15 @@ def say(text: str, error: bool = False) -> None:
     try:
         try:
             print(text, file=stream, flush=True)
-        except UnicodeError:  # a silo's name where the locale is C
+        except UnicodeError:  # a silo's name in the C locale
             print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
     except (OSError, ValueError) as failed:
         if not isinstance(failed, OSError) or failed.errno in (errno.EPIPE, errno.EBADF):
-            _mute(error)  # for good; a full disk may have room again later
+            _mute(error)  # for good; not for a full disk, which may have room again
 
 
 def _mute(error: bool) -> None:
-    """From now on the stream writes into nothing."""
+    """Redirect the stream to /dev/null."""
     stream, number = (sys.stderr, 2) if error else (sys.stdout, 1)
     with contextlib.suppress(OSError, ValueError):
         if stream.fileno() == number:
@@ -54,7 +54,7 @@ def _mute(error: bool) -> None:
 
 
 def flush() -> None:
-    """Write out what is in the buffers, as far as that can be done."""
+    """Flush both streams. Raises nothing."""
     for stream, error in ((sys.stdout, False), (sys.stderr, True)):
         try:
             if stream is not None:

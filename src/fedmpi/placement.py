@@ -1,4 +1,4 @@
-"""Which rank hosts which silo. A function of declared facts, so every rank computes the same without a message."""
+"""Placement of silos on ranks. It depends on declared facts only, so every rank computes it without a message."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fedmpi.types import Silo
 
 
 def place(silos: Sequence[Silo], hosts: Sequence[str], dedicated: bool = False) -> Membership:
-    """The membership that a run begins with: longest processing time first, each silo to the rank with the least to do
-    so far.
+    """The membership at the start of a run: longest processing time first, each silo on the rank with the fewest
+    samples so far.
 
-    `hosts` is every rank's host. A silo with a `host` goes to a rank there (its name may be given without the domain);
-    the others go to ranks that host no pinned one. A silo whose size is not declared counts as the mean of the others.
-    Raises ConfigError when a pinned host has no rank, or nobody is left to host silos.
+    `hosts` is every rank's host name. A silo with a `host` goes to a rank there (the domain may be left out); the
+    others go to ranks without pinned silos. A silo of undeclared size counts as the mean of the others. Raises
+    ConfigError if a pinned host has no rank, or no rank is left for other silos.
 
     >>> place([Silo("a", 10), Silo("b", 40), Silo("c", 20), Silo("d", 10)], ["n1", "n1"]).ranks
     [1, 0, 1, 1]
@@ -37,7 +37,7 @@ def place(silos: Sequence[Silo], hosts: Sequence[str], dedicated: bool = False) 
             raise ConfigError(f"silo '{silos[i].id}' is pinned to host '{silos[i].host}', but ranks are on: {there}")
         ranks[i] = min(here, key=lambda r: (load[r], r))
         load[ranks[i]] += sizes[i]
-    # A rank that a site pinned its silos to opens those and no others; one process by itself is all silos.
+    # A rank with pinned silos opens no others: it is its site's. A rank that is alone hosts everything.
     pinned_to = {ranks[i] for i in largest_first if silos[i].host is not None}
     free = [(0.0, r) for r in able if r not in pinned_to or len(able) == 1]
     heapq.heapify(free)
@@ -57,8 +57,8 @@ def adopted(
     hosts: Sequence[str],
     dedicated: bool = False,
 ) -> dict[str, tuple[int, ...]]:
-    """The ranks that take over silos whose rank is gone, the largest silo first, each to the rank with the least to do;
-    without those that no rank may open. `stay` are the teams of the others, `silos` all of them.
+    """The ranks that take over the `orphans`, silos whose rank is gone: the largest silo first, each to the rank with
+    the fewest samples. Silos that no rank may open are left out. `stay` are the teams of the other silos.
 
     >>> a, b, c = Silo("a"), Silo("b"), Silo("c", host="n2")
     >>> adopted({"a": (0,)}, [b, c], [a, b, c], {"a": 3, "b": 2, "c": 1}, ["n1", "n1"])
@@ -66,7 +66,7 @@ def adopted(
     """
     pins = {silo.id: silo.host for silo in silos}
     able = range(1 if dedicated and len(hosts) > 1 else 0, len(hosts))
-    load, kinds = dict.fromkeys(able, 0), {rank: set[bool]() for rank in able}  # of its silos: are they pinned?
+    load, kinds = dict.fromkeys(able, 0), {rank: set[bool]() for rank in able}  # whether its silos are pinned
     for name, (rank, *_) in stay.items():
         if rank in load:
             load[rank] += num_train[name]

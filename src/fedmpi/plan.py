@@ -1,4 +1,4 @@
-"""What a run will need, before it is submitted: computed on a login node, without MPI and without training."""
+"""`fedmpi plan`: what a run will need. Computed on a login node, without MPI and without training."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
 
 @dataclass(frozen=True)
 class Counts:
-    """Elements and bytes of a model's tensors, by what becomes of them."""
+    """Numbers of elements of a model's tensors."""
 
-    total: int  # elements of all
-    trained: int  # that get a gradient
-    shared: int  # that all silos have alike
-    travels: int  # of a vector that is exchanged: the shared ones, and behind them the rule's auxiliary vectors
-    word: int  # bytes of one
-    kept_bytes: int  # of what each silo keeps for itself from round to round
-    exact: int | None  # that travel beside a lossy codec in a round, at most; None: there is nothing of the kind
+    total: int  # all
+    trained: int  # with a gradient
+    shared: int  # shared by all silos
+    travels: int  # in an exchanged vector: the shared ones and the rule's auxiliary vectors
+    word: int  # bytes per element
+    kept_bytes: int  # bytes that each silo keeps from round to round
+    exact: int | None  # most elements per round that bypass a lossy codec; None: there are none
 
     @classmethod
     def of(cls, found: Sequence[Entry], config: Config) -> Counts:
-        """Those of a model whose tensors these are."""
+        """Counts of a model with these tensors."""
         named = named_exact(found, config.exchange.exact)
         layout = layout_of(found, config.local.auxiliaries, named)
         word = master_dtype(found).itemsize
@@ -66,9 +66,9 @@ class Counts:
 
 
 def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str, Any]:
-    """Silos per rank, bytes per round, memory per rank, disk per checkpoint, collectives, and every value's origin.
+    """Silos per rank, bytes per round, memory per rank, disk per checkpoint, collectives, and the origin of each value.
 
-    Raises ConfigError for whatever `train` would refuse that can be seen from here.
+    Raises ConfigError for what `train` would refuse, as far as it shows without data and ranks.
     """
     source = config.data.source(config.seed)
     objective = resolve(config.objective, source.task, source.num_classes)
@@ -115,7 +115,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
             }
         )
     on_wire = cost(section, sizes).traffic
-    flat = section.regions is None  # where regions lie is not known before ranks have hosts
+    flat = section.regions is None  # regions depend on the ranks' hosts, not known yet
     control = 2 * 8 * _num_figures(config, scores, num_ranks, len(owners)) * num_ranks + on_wire.control
     checkpoint = _checkpoint(config, counts, section, sizes)
     return {
@@ -143,8 +143,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
 
 
 def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[ExchangeSection, str]:
-    """The exchange with the plan that it would have on one node, and what is to be said of it where the configuration
-    names none."""
+    """The exchange with the plan that it would get on one node, and how the plan is chosen; empty if the configuration
+    names it."""
     section = config.exchange
     if not section.chosen:
         return section, ""
@@ -158,7 +158,7 @@ def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[Exchang
     name, why = ruled(Machine(num_ranks, on_device=on_device))
     if section.plan == MEASURE and section.regions is None:
         return replace(section, plan=name), f"measured when the run starts; the figures here are those of {name}"
-    elsewhere: dict[str, list[str]] = {}  # plan: where it would be that one
+    elsewhere: dict[str, list[str]] = {}  # plan: the kinds of machine that would get it
     for where, machine in (
         ("several nodes", Machine(num_ranks, one_node=False, on_device=on_device)),
         ("GPUs", Machine(num_ranks, on_device=config.device.name != "cpu")),
@@ -170,7 +170,7 @@ def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[Exchang
 
 
 def _vectors(config: Config, counts: Counts, section: ExchangeSection, sizes: Sizes) -> dict[str, int]:
-    """Bytes of the vectors that a rank holds, by name; none that would be 0."""
+    """Bytes of the vectors that a rank holds, by name; zeros are left out."""
     averaged = counts.shared * counts.word if config.server.average is not None else 0
     vectors = {
         "model": counts.total * counts.word,
@@ -201,12 +201,12 @@ def _checkpoint(config: Config, counts: Counts, section: ExchangeSection, sizes:
 
 
 def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:
-    """Elements of the small tables that ranks agree on in a round, vectors' own not counted."""
+    """Elements of the small tables that ranks share in a round."""
     of_silo = (*READY_SILO, *Updates(config.updates).told)
     ready = StatusTable(num_ranks, READY_RANK, num_silos, of_silo, pooling=ready_pooling(config.disclose))
     done = StatusTable(num_ranks, DONE_RANK, num_silos, scores.columns, scores.num_counts, scores.pooling)
     num = (ready.num_bytes + done.num_bytes) // 8
-    num += 2 * num_ranks * config.exchange.overlap  # are deltas folded everywhere? How long did the exchange take?
+    num += 2 * num_ranks * config.exchange.overlap  # whether deltas are folded everywhere; the exchange's seconds
     num += (num_ranks + num_silos) * config.select.asks  # losses of candidates
     return num + num_silos**2 * ("gram" in config.records.needs)
 
@@ -217,7 +217,7 @@ def _server_copies(config: Config) -> int:
 
 
 def _local_copies(config: Config) -> int:
-    """Vectors as long as the parameters in a silo's optimizer, found by one step of a small one."""
+    """Vectors as long as the parameters in a silo's optimizer, counted after one step on a small parameter."""
     spec = config.local.optimizer
     if spec is None:
         return 0

@@ -1,7 +1,7 @@
-"""Parameters that somebody else has trained, for a model to start from.
+"""Pretrained parameters to start from.
 
-init: body.safetensors                                     every name and shape is the model's
-init: {path: body.pt, strict: false, prefix: "body."}      what fits is taken: a body, with a new head
+init: body.safetensors                                     names and shapes equal the model's
+init: {path: body.pt, strict: false, prefix: "body."}      takes the tensors that fit: a body, with a new head
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ class InitSection:
     """A file of parameters to start from."""
 
     path: str
-    """.safetensors, or a torch file of a state_dict (.pt, .pth, .bin), which runs no code"""
+    """.safetensors, or a torch file of a state_dict (.pt, .pth, .bin); no code in it is run"""
     strict: bool = True
-    """are names and shapes to be the model's? false: take what fits, say what does not"""
+    """names and shapes must equal the model's; false: take the tensors that fit, report the others"""
     prefix: str = ""
-    """begins the model's names and not the file's, such as "body."; or the other way round"""
+    """prefix that the model's names have and the file's lack, such as "body."; or the other way round"""
 
 
 def start(module: torch.nn.Module, init: str | InitSection) -> str:
-    """Give the module the file's tensors; what was left out, in one line, or nothing. ConfigError: they do not fit."""
+    """Load the file's tensors into the module. Returns a line about tensors left out, or an empty string. Raises
+    ConfigError if they do not fit."""
     ready, told = fitting(module, init)
     module.load_state_dict(ready, strict=False)
     return told
 
 
 def fitting(module: torch.nn.Module, init: str | InitSection) -> tuple[dict[str, Tensor], str]:
-    """The file's tensors by the module's names, those that share memory under each of theirs, and what was left out.
+    """The file's tensors by the module's names (tied tensors under each of their names), and a line about tensors left
+    out.
 
-    The module may be on the meta device. ConfigError when the file cannot be read or does not fit.
+    The module may be on the meta device. Raises ConfigError if the file cannot be read or does not fit.
     """
     init = init if isinstance(init, InitSection) else InitSection(path=init)
     wanted = {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
@@ -55,7 +57,7 @@ def fitting(module: torch.nn.Module, init: str | InitSection) -> tuple[dict[str,
             if not torch.equal(given[name], given[found[0]]):
                 raise ConfigError(f"{where}: '{found[0]}' and '{name}' are one tensor in the model and differ there")
         if not found:
-            missing += [name for name in names[:1] if not name.endswith("num_batches_tracked")]  # old files have none
+            missing += [name for name in names[:1] if not name.endswith("num_batches_tracked")]  # absent in old files
         elif not _alike(given[found[0]], wanted[found[0]]):
             other_shape.append(f"{found[0]} (there {_kind(given[found[0]])}, in the model {_kind(wanted[found[0]])})")
         else:
@@ -71,7 +73,7 @@ def fitting(module: torch.nn.Module, init: str | InitSection) -> tuple[dict[str,
     if init.strict or not ready:
         advice = _advice(_read(Path(init.path)), wanted, init, len(ready))
         raise ConfigError(f"{where} fits {len(ready)} of the model's {len(wanted)} tensors: {told}{advice}")
-    return ready, f"{where}: {len(ready)} of the model's {len(wanted)} tensors are taken; {told}"
+    return ready, f"{where}: {len(ready)} of the model's {len(wanted)} tensors are loaded; {told}"
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -92,13 +94,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ConfigError(
             f"init: {path} holds more than tensors (a whole module?); save model.state_dict() instead"
         ) from None
-    except Exception as error:  # safetensors and torch have errors of many kinds for files that are damaged
+    except Exception as error:  # safetensors and torch raise many types for damaged files
         raise ConfigError(f"init: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return _tensors(held, path)
 
 
 def _tensors(held: object, path: Path) -> dict[str, Tensor]:
-    """A state_dict, or the only one in what is held besides epochs, optimizers and the like."""
+    """The state_dict in a torch file: the whole file, or its only entry that is one (beside epochs, optimizers)."""
     if isinstance(held, Mapping):
         tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
         inner = [
@@ -112,7 +114,7 @@ def _tensors(held: object, path: Path) -> dict[str, Tensor]:
 
 
 def _renamed(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The file's tensors by the names that the model would have for them."""
+    """The file's tensors with the prefix added or removed, whichever fits more of the model's names."""
     if not prefix:
         return dict(given)
     prefix = prefix.removesuffix(".") + "."
@@ -127,7 +129,7 @@ def _num_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int:
 
 
 def _by_memory(wanted: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of each tensor: tied ones are one."""
+    """Groups of names, one per tensor; tied names form one group."""
     groups: dict[object, list[str]] = {}
     for name, tensor in wanted.items():
         whole = tensor.numel() and not tensor.is_meta and not torch.nn.parameter.is_lazy(tensor)
@@ -137,7 +139,7 @@ def _by_memory(wanted: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _alike(given: Tensor, wanted: Tensor) -> bool:
-    """Can one be copied into the other? Integers where floats are wanted cannot: they are quantized."""
+    """Whether one can be copied into the other. Integers do not fit floats: such weights are quantized."""
     if torch.nn.parameter.is_lazy(wanted):
         return True
     return given.shape == wanted.shape and given.is_floating_point() == wanted.is_floating_point()
@@ -153,7 +155,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _advice(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], init: InitSection, num_fit: int) -> str:
-    """A prefix that would make more of them fit, or that what fits can be taken."""
+    """Advice for an error: a prefix with which more tensors fit, or `strict: false`."""
     parts = {n.split(".")[0] for n in (*given, *wanted) if "." in n} | {
         ".".join(n.split(".")[:2]) for n in (*given, *wanted) if n.count(".") > 1
     }

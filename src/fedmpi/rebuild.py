@@ -1,10 +1,10 @@
-"""A federation that is built again between two rounds, since its members have changed, and goes on with its state.
+"""Rebuilds a federation between two rounds, after its members changed; training goes on with its state.
 
-    admitted   whoever is new is opened and tried; what is refused leaves everything as it was
-    rebuilt    the state is gathered: whole on rank 0, and what is kept of silos on the ranks that get them; exchange,
-               model and tables are made for the new members; they take up the state as out of a checkpoint
+    admitted   opens new members' data and tries the model on them; a refusal changes nothing
+    rebuilt    gathers the state (the whole on rank 0, kept state on the ranks that now host the silos), makes exchange,
+               model and tables for the new members, and restores the state as from a checkpoint
 
-It ends with the bits of a run that is resumed with these members from a checkpoint of the round.
+The result has the same bits as a run that resumes with these members from a checkpoint of the round.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fedmpi.state import StateTensor, gathered
 
 
 def admitted(spec: Spec, fed: Federation, state: State, members: Membership) -> Opened:
-    """The members' data, opened where they were not and tried. A call of all ranks; ConfigError, alike on every one,
-    for members that cannot be, and the federation is as it was."""
+    """The members' data: new ones are opened and tried. Collective. Raises ConfigError on every rank if members are
+    refused; the federation is then unchanged."""
     fed.comm.collectively(lambda: _between_crossings(fed, state))
-    fed.model.load(fed.layout.params(state.params_Q))  # a trial of what training has left would say nothing
+    fed.model.load(fed.layout.params(state.params_Q))  # the trial needs the global parameters, not the last silo's
     fed.model.load_personal({})
     return open_members(spec, members, fed.comms, fed.silos, fed.facts)
 
 
 def rebuilt(spec: Spec, fed: Federation, state: State, health: Health, opened: Opened) -> tuple[Federation, State]:
-    """The federation of these members, and the state in its memory; `fed` is spent. A call of all ranks."""
+    """The federation of these members, and the state in its memory. `fed` cannot be used afterwards. Collective."""
     comm, before, members = fed.comm, fed.membership, opened.members
     heir_of = heirs(before, members)
     fed.exchange.settle()
@@ -50,9 +50,9 @@ def rebuilt(spec: Spec, fed: Federation, state: State, health: Health, opened: O
 
 
 def leave_memory(fed: Federation) -> None:
-    """The model, as it is between two rounds, gets memory of its own: that of the exchange goes with the federation."""
+    """Copy the model out of the exchange's memory, which is freed with the federation. Call between two rounds."""
     fed.model.thaw()
-    fed.model.load_personal({})  # a silo that is new begins with what the model began with
+    fed.model.load_personal({})  # new silos start from the model's first personal layers
     fed.model.leave()
 
 
@@ -66,8 +66,8 @@ def begun_again(
     whole: Sequence[StateTensor],
     of_silos: Sequence[StateTensor],
 ) -> tuple[Federation, State]:
-    """The opened members' federation in place of `fed`, which is spent, with the state that was gathered: `whole` is
-    rank 0's, `of_silos` what is kept of the silos that this rank has now. A call of all ranks."""
+    """The opened members' federation with the gathered state: `whole` is on rank 0, `of_silos` is the kept state of the
+    silos that this rank hosts now. `fed` cannot be used afterwards. Collective."""
     before = fed.membership
     new = build_federation(spec, opened, comms, fed.silos).federation
     new.timer = fed.timer
@@ -81,11 +81,11 @@ def _between_crossings(fed: Federation, state: State) -> None:
     regions = fed.exchange.section.regions
     if regions is not None and state.round % regions.every:
         raise ConfigError(
-            f"membership: after round {state.round} regions differ; change members after a round that goes across, a "
-            f"multiple of exchange.regions.every, {regions.every}"
+            f"membership: after round {state.round} regions hold different parameters; change members after a round "
+            f"that averages over regions, a multiple of exchange.regions.every ({regions.every})"
         )
 
 
 def _copied(one: StateTensor) -> StateTensor:
-    """In memory of its own: that of the exchange goes with it."""
+    """A copy on the CPU, outside the exchange's memory."""
     return one._replace(tensor=one.tensor.detach().to("cpu", copy=True))

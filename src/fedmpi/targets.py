@@ -1,4 +1,4 @@
-"""How outputs lie beside targets: where the class dimension is, which shapes agree, which targets count."""
+"""Matching of outputs and targets: the class dimension, compatible shapes, ignored targets."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ IGNORES_NOTHING = -(2**31)  # torch wants a number; this one is never a class
 
 @dataclass(frozen=True)
 class Targets:
-    """A task's targets beside the outputs of its model."""
+    """How a task's outputs and targets match."""
 
     task: Task
-    classes: Literal["first", "last"] | None = None  # dimension of the logits: 1, the last one, or found by shape
-    ignore_index: int | None = None  # the class of targets that do not count; None: all count
+    classes: Literal["first", "last"] | None = None  # class dimension: 1, the last; None: found from the shapes
+    ignore_index: int | None = None  # target class to ignore; None: none
 
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [M, classes] and classes [M], one row a target; of other tasks the outputs in the targets' shape, and
-        the targets. ConfigError for shapes that do not agree, or agree in two ways."""
+        """Logits [M, classes] and classes [M], one row per target; for regression and binary tasks the outputs in the
+        targets' shape, and the targets. Raises ConfigError for shapes that do not match, or match in two ways."""
         if self.task not in CLASS_TASKS:
             return alike(outputs, targets), targets
         if outputs.ndim == 2 and outputs.shape[:1] == targets.shape:
             return outputs, targets
-        if outputs.ndim == targets.ndim > 1:  # targets with a dimension of 1 where the logits have their classes
+        if outputs.ndim == targets.ndim > 1:  # targets have size 1 in the class dimension
             dim = -1 if self.classes == "last" else 1
             targets = targets.squeeze(dim)
             if outputs.ndim == 2 and outputs.shape[:1] == targets.shape:
@@ -44,7 +44,7 @@ class Targets:
         if last and first and self.task != "next_token":  # [N, T, symbols] is what next_token documents
             raise ConfigError(
                 f"the model gives {list(shape)} where the targets are {list(targets.shape)}: classes may be in "
-                "dimension 1 or in the last; say objective.classes: first, or last"
+                "dimension 1 or in the last; set objective.classes to first or last"
             )
         if not (last or first):
             wanted = {"first": "[N, classes, ...]", "last": "[N, ..., classes]"}.get(self.classes or "")
@@ -56,28 +56,29 @@ class Targets:
         return logits.flatten(0, -2), targets.flatten()
 
     def counted(self, logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Of rows, those whose target counts."""
+        """The rows whose target is not ignored."""
         counts = self.counts(classes)
         return logits[counts], classes[counts]
 
     def counts(self, targets: Tensor) -> Tensor:
-        """Which targets count."""
+        """Mask of the targets that are not ignored, bool, in the shape of `targets`."""
         return torch.ne(targets, IGNORES_NOTHING if self.ignore_index is None else self.ignore_index)
 
     def some_ignored(self, targets: Tensor) -> bool:
-        """Are there targets that do not count?"""
+        """Whether any target is ignored."""
         can = self.ignore_index is not None and self.task in CLASS_TASKS
         return can and not bool(self.counts(targets).all())
 
     def counter(self, targets: Tensor) -> Count:
-        """How many targets of a batch count, for batches of these; without a look at them where all do."""
+        """A function that counts the targets of a batch, ignored ones left out; cheap if none is ignored."""
         if not self.some_ignored(targets):
             return torch.Tensor.numel
         return lambda batch: self.counts(batch).sum()
 
 
 def alike(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The outputs in the targets' shape, [N] and [N, 1] being the same; else they would spread to [N, N]."""
+    """The outputs in the targets' shape; [N] and [N, 1] are the same. Without it torch would broadcast to [N, N].
+    Raises ConfigError if the shapes do not match."""
     if outputs.shape == targets.shape:
         return outputs
     one, other = ([n for n in tensor.shape if n != 1] for tensor in (outputs, targets))

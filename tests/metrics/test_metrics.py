@@ -287,7 +287,7 @@ def test_a_function_is_the_mean_over_silos_and_called_so(own):
         ({"name": "Loud"}, "gives no tensor of zeros"),
         ({"name": "Dice", "positve": 2}, "unexpected keyword argument 'positve'"),
         ({"name": "spread", "maximize": True, "k": 2}, "is a function and takes no 'k'"),
-        ({"name": "silo_mean_spread"}, "records call something else 'silo_mean_spread'"),
+        ({"name": "silo_mean_spread"}, "records use 'silo_mean_spread' for something else"),
         ({"name": "spread"}, "is a higher 'own_metrics:spread' better?"),
     ],
 )
@@ -548,7 +548,7 @@ NAMES_OF_ALL = ("accuracy", "log_loss", "auc", "confusion_matrix", "macro_f1", "
 def test_where_classes_may_be_in_either_dimension_it_has_to_be_said(tmp_path):
     model, data = {"name": "support.runs:pixel_net", "last": False}, {"name": "support.runs:Pixels", "side": 3}
     text = refused(config(tmp_path / "a", data=data, model=model))
-    assert text.endswith("classes may be in dimension 1 or in the last; say objective.classes: first, or last")
+    assert text.endswith("classes may be in dimension 1 or in the last; set objective.classes to first or last")
     losses = []
     for classes in ("first", "last"):
         how = config(tmp_path / classes, 8, data=data, model=model, objective={"classes": classes})
