@@ -23,7 +23,7 @@ __all__ = ["DATASETS", "PARTITIONS", "FileSilo", "Partition", "Row", "check", "f
 
 
 class Row(NamedTuple):
-    """One silo as `fedmpi data check` shows it."""
+    """One silo in the output of `fedmpi data check`."""
 
     silo: str
     num_train: int
@@ -32,11 +32,11 @@ class Row(NamedTuple):
 
 
 def check(dataset: Dataset, seed: int = 0, only: Collection[str] | None = None) -> list[Row]:
-    """One row per silo, after all that can be wrong with the data was looked for: checksums, shapes, declared sizes.
+    """Checks checksums, shapes and declared sizes; returns one row per silo.
 
-    `only` names the silos to open where others' files are elsewhere. ConfigError or DataMissing says what is wrong.
+    `only`: ids of silos to open, if the files of others are elsewhere. Raises ConfigError or DataMissing.
     """
-    verify(DATASETS.name_of(dataset), getattr(dataset, "root", None))  # a field of those that come as files
+    verify(DATASETS.name_of(dataset), getattr(dataset, "root", None))  # only datasets that come as files have a root
     source = dataset.source(seed)
     rows = []
     for silo in source.silos:

@@ -1,4 +1,4 @@
-"""One labelled set that was partitioned over silos: what digits, mnist and fashion_mnist share."""
+"""Central datasets, partitioned over silos: shared by digits, mnist and fashion_mnist."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def central_source(
     shape: tuple[int, ...],
     num_classes: int,
 ) -> Source:
-    """The source of a partitioned set: `labels` and `images` are (train, test).
+    """The source of a partitioned dataset: `labels` and `images` are pairs (train, test).
 
-    `images` is called when a silo is opened. Only samples of opened silos become float32: the whole set stays in bytes.
+    `images` is called when a silo is opened. Only samples of opened silos become float32; the whole set stays as bytes.
     """
 
     def tensors(which: int, rows: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: 1797 images of 8x8, ten classes; needs no download."""
+"""Handwritten digits included in scikit-learn: 1797 images of 8x8, ten classes; no download needed."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fedmpi.rng import generator
 from fedmpi.types import Source
 
 TEST_FRACTION = 0.2  # of every class
-SPLIT_SEED = 0  # a constant: the test set is the same whatever the run's seed
+SPLIT_SEED = 0  # constant, so that the test set does not depend on the run's seed
 
 
 @component
 class Digits:
-    """Digits of 43 writers (Alpaydin and Kaynak 1998, UCI "optical recognition", test part); x in [0, 1], [1, 8, 8]."""
+    """Digits by 43 writers (Alpaydin and Kaynak 1998, UCI "optical recognition", test part); x in [0, 1], [1, 8, 8]."""
 
     silos: PositiveInt = 4
     """number of silos"""
     partition: Annotated[Partition, PARTITIONS] = Iid()
     """how samples are divided over silos"""
     seed: int | None = None
-    """of the partition; null: the run's seed"""
+    """seed of the partition; null: the run's seed"""
 
     def source(self, seed: int) -> Source:
-        """Silos "silo-0" on; every rank reads the whole set (central)."""
+        """Silos "silo-0", "silo-1", ...; every rank reads the whole set (central)."""
         pixels_N64, y_N = load()
         test = stratified(y_N)
         labels, images = (y_N[~test], y_N[test]), (pixels_N64[~test], pixels_N64[test])
@@ -61,7 +61,7 @@ def load() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
 
 
 def stratified(y_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """True for test samples: a fifth of every class."""
+    """Boolean mask [N] of the test samples: a fifth of every class."""
     rng = generator(SPLIT_SEED, purpose="digits test set")
     test = np.zeros(len(y_N), bool)
     for k in np.unique(y_N):

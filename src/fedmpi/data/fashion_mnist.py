@@ -10,7 +10,7 @@ from fedmpi.data.idx import IdxImages
 
 @component
 class FashionMnist(IdxImages):
-    """Clothes in grey; x is [1, 28, 28], standardised by fixed constants."""
+    """Grey images of clothes; x is [1, 28, 28], standardised by fixed constants."""
 
     folder: ClassVar[str] = "fashion_mnist"
     mean: ClassVar[float] = 0.2860

@@ -1,4 +1,4 @@
-"""Data that is already apart: one file a silo, opened by the rank that hosts the silo and by no other."""
+"""Data that are already distributed: one file per silo, opened only by the rank that hosts the silo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedmpi.errors import ConfigError, DataMissing
 from fedmpi.rng import generator
 from fedmpi.types import Silo, SiloData, Source, Task
 
-Value = int | float | str  # as a file writes it; 1, "1" and 1.0 are the same
+Value = int | float | str  # as a file writes it; 1, "1" and 1.0 are equal
 
 
 @component
@@ -33,44 +33,44 @@ class FileSilo:
     host: str | None = None
     """the only host that may open it; null: any"""
     num_samples: PositiveInt | None = None
-    """training samples, for placement; null: learned by who opens it"""
+    """number of training samples, for placement; null: read when the file is opened"""
 
 
 @component
 class Files:
     """One HDF5, npz or CSV file per silo.
 
-    HDF5 and npz hold x_train, y_train, x_test, y_test, or x, y. CSV (UTF-8) has a header line; its columns are read by
-    name. Labels are 0, 1, ... or those of `classes`. What is missing is not filled in: every number is finite.
-    Without a test part `test_fraction` of the rows becomes one, chosen by the silo's id, whatever the run's seed.
-    Shape, classes and levels are said here, for all silos alike: nothing is learned from another silo's data.
+    HDF5 and npz hold x_train, y_train, x_test, y_test, or x, y. CSV (UTF-8) has a header line; columns are read by
+    name. Labels are 0, 1, ... or those of `classes`. Missing values are not filled in: every number must be finite.
+    Without a test part, `test_fraction` of the rows is split off, depending on the silo's id and not on the run's seed.
+    Shape, classes and levels are configured for all silos together: nothing is learned from another silo's data.
     """
 
     silos: tuple[FileSilo, ...]
-    """id, path, host, num_samples of each"""
+    """for each silo: id, path, host, num_samples"""
     task: Task
     """classification, binary, regression or next_token"""
     shape: tuple[PositiveInt, ...]
-    """of one sample, without the batch axis"""
+    """shape of one sample, without the batch axis"""
     num_classes: PositiveInt | None = None
-    """classes, symbols, or regression targets; null: from classes, else 1"""
+    """number of classes, symbols, or regression targets; null: the length of classes, else 1"""
     classes: tuple[Value, ...] | None = None
-    """labels as the files write them, number 0 first, such as [1, 2, 3]"""
+    """labels as written in the files, class 0 first, such as [1, 2, 3]"""
     test_fraction: Decay = 0.2
-    """of a file's rows, where it has no test part (0 to 1)"""
+    """share of a file's rows used for testing, if it has no test part (0 to 1)"""
     target: str | tuple[str, ...] = "target"
-    """CSV: column of the label; of a regression with several targets their columns, such as [time, event]"""
+    """CSV: column of the label; for a regression with several targets, their columns, such as [time, event]"""
     features: tuple[str, ...] | None = None
-    """CSV: numeric columns; null: all others, in the order of their names"""
+    """CSV: numeric columns; null: all other columns, sorted by name"""
     levels: dict[str, tuple[Value, ...]] = field(default_factory=dict)
-    """CSV: columns to one-hot, with their values"""
+    """CSV: columns to one-hot encode, with their possible values"""
     separator: str = ","
-    """CSV: what stands between columns: "," ";" "|" or a tab"""
+    """CSV: column separator: "," ";" "|" or a tab"""
     root: Path | None = None
     """folder of relative paths; null: $FEDMPI_DATA, else ./data"""
 
     def __post_init__(self) -> None:
-        """ValueError where the fields do not fit each other."""
+        """Raises ValueError if fields contradict each other."""
         ids = [silo.id for silo in self.silos]
         if not ids:
             raise ValueError("files: needs at least one silo")
@@ -99,7 +99,7 @@ class Files:
         self._check_columns()
 
     def _check_columns(self) -> None:
-        """ValueError where what is said of CSV columns cannot be."""
+        """Raises ValueError if the CSV fields contradict each other."""
         of_csv = [silo.path.suffix.lower() == ".csv" for silo in self.silos]
         if self.separator not in SEPARATORS:
             raise ValueError(f"files: separator is {self.separator!r}; one of {', '.join(SEPARATORS.values())}")
@@ -122,7 +122,7 @@ class Files:
                 raise ValueError(f"files: shape is {list(self.shape)}, but features and levels make {num} columns")
 
     def source(self, seed: int) -> Source:
-        """The silos as declared; looks at no file."""
+        """The silos as declared; opens no file."""
         silos = tuple(Silo(id=s.id, num_samples=s.num_samples, host=s.host) for s in self.silos)
         columns: dict[str, tuple[str, ...]] = {}
         return Source(
@@ -167,7 +167,7 @@ class Files:
     def _checked(
         self, content: formats.Content, x_key: str, y_key: str, where: str
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Samples and targets as they are trained on."""
+        """Samples and targets, checked and converted to training types. Raises ConfigError."""
         x, y = content.arrays[x_key], content.arrays[y_key]
         of_x, of_y = _Rows(content, x_key, where), _Rows(content, y_key, where)
         for values, rows in ((x, of_x), (y, of_y)):
@@ -189,7 +189,7 @@ class Files:
         return _finite(x, of_x), labels.astype(np.float32) if self.task == "binary" else labels
 
     def _symbols(self, values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> npt.NDArray[np.int64]:
-        """Labels or symbols as int64; each in 0 to its limit."""
+        """Labels or symbols as int64, each from 0 to below its limit. Raises ConfigError."""
         what = "symbol" if self.task == "next_token" else "label"
         limit = 2 if self.task == "binary" else self._outputs()
         if self.task == "classification" and values.ndim == 2 and values.shape[1] == limit > 1:
@@ -213,7 +213,7 @@ class Files:
 
 
 class _Rows:
-    """How messages name an array of a file and its rows."""
+    """Names an array of a file and its rows, for messages."""
 
     def __init__(self, content: formats.Content, key: str, where: str) -> None:
         self._content, self._key = content, key
@@ -226,8 +226,8 @@ class _Rows:
 def parted(
     x: npt.NDArray[Any], y: npt.NDArray[Any], fraction: float, silo: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """x and y for training and for testing, in file order; which rows are for testing depends on the silo's id and on
-    their number alone."""
+    """x and y for training and for testing, in file order. Which rows are for testing depends only on the silo's id and
+    the number of rows."""
     order = generator(0, purpose="test part", silo=silo).permutation(len(x))
     num_test = min(round(fraction * len(x)), len(x) - 1) if len(x) else 0
     test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
@@ -235,12 +235,12 @@ def parted(
 
 
 def _twice(values: Sequence[Any]) -> Any:
-    """A value that is there more than once, or None."""
+    """The first value that occurs more than once, or None."""
     return next((value for i, value in enumerate(values) if value in values[:i]), None)
 
 
 def _classes_for(labels: npt.NDArray[Any], limit: int) -> str:
-    """What `classes` these labels would need, where that can be told."""
+    """A hint for messages: the `classes` that these labels would need; empty if that is unclear."""
     if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels % 1 == 0).all()):
         return ""
     found = sorted({plain(label) for label in labels.ravel()[:100_000].tolist()}, key=lambda v: (isinstance(v, str), v))
@@ -258,7 +258,7 @@ def _whole(label: float | str) -> int | float | str:
 
 
 def _shaped(values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> npt.NDArray[Any]:
-    """The values, of this shape per sample; [N, 1] is as good as [N]."""
+    """The values, checked to have this shape per sample; [N, 1] is accepted as [N]. Raises ConfigError."""
     if values.ndim == 2 and values.shape[1] == 1 and shape == ():
         return values[:, 0]
     if values.shape[1:] != shape:
@@ -267,7 +267,7 @@ def _shaped(values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> np
 
 
 def _finite(values: npt.NDArray[Any], rows: _Rows) -> npt.NDArray[np.float32]:
-    """The values as float32, all of which are finite."""
+    """The values as float32. Raises ConfigError unless all are finite."""
     numbers = _floats(values, rows, np.float32)
     if np.isfinite(numbers).all():
         return numbers
@@ -280,7 +280,7 @@ def _finite(values: npt.NDArray[Any], rows: _Rows) -> npt.NDArray[np.float32]:
 
 
 def _floats(values: npt.NDArray[Any], rows: _Rows, dtype: Any) -> npt.NDArray[Any]:
-    """The values as numbers of this type; text that is a number is one."""
+    """The values as numbers of this type; parses text. Raises ConfigError."""
     try:
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(values, dtype)
@@ -288,7 +288,7 @@ def _floats(values: npt.NDArray[Any], rows: _Rows, dtype: Any) -> npt.NDArray[An
         pass
     numbers = [plain(value) for value in values.ravel()]
     bad = next((i for i, number in enumerate(numbers) if isinstance(number, str)), None)
-    if bad is None:  # True and False, blanks around them
+    if bad is None:  # True and False, or numbers with blanks around them
         return np.array(numbers, dtype).reshape(values.shape)
     shown = repr(numbers[bad]) if numbers[bad] else "empty"
     raise ConfigError(f"{rows.name}: {rows.place(bad // (len(numbers) // len(values)))} is {shown}, which is no number")

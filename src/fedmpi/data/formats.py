@@ -1,4 +1,4 @@
-"""One silo's file as numpy arrays: HDF5, npz or CSV, by its ending."""
+"""Reads one silo's file, HDF5, npz or CSV by its suffix, as numpy arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHOLE = ("x", "y")
 HDF5 = (".h5", ".hdf5")
 ENDINGS = (*HDF5, ".npz", ".csv")
 
-# Whatever numpy, zipfile, h5py and the file system raise over a file that is not whole or not what its ending says.
+# Everything that numpy, zipfile, h5py and the file system raise for a file that is damaged or of another format.
 _DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, MemoryError),
     *(OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error),
@@ -31,27 +31,27 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Content:
-    """What a silo's file holds: x and y, or x_train, y_train, x_test and y_test."""
+    """The content of a silo's file: x and y, or x_train, y_train, x_test and y_test."""
 
     arrays: Arrays
-    columns: tuple[str, ...] = ()  # that x is made of, where the file names them
-    lines: tuple[int, ...] = ()  # of every row, in a CSV file
-    targets: Sequence[str] = ()  # the columns that y is, there
+    columns: tuple[str, ...] = ()  # columns of x, if the file names them
+    lines: tuple[int, ...] = ()  # CSV: line number of every row
+    targets: Sequence[str] = ()  # CSV: columns of y
 
     def name(self, key: str) -> str:
-        """How a message names an array."""
+        """An array's name in messages."""
         if key != "y" or not self.lines:
             return key
         return f"column{'s' if len(self.targets) > 1 else ''} " + ", ".join(f"'{name}'" for name in self.targets)
 
     def place(self, key: str, row: int) -> str:
-        """How a message names a row of an array."""
+        """A row's name in messages."""
         return f"line {self.lines[row]}" if self.lines else f"{key}[{row}]"
 
 
 def read(path: Path, where: str, columns: Columns) -> Content:
-    """What a file holds. ConfigError, beginning with `where`, when it is not what its ending says, or lacks an array or
-    a column."""
+    """Reads a file. Raises ConfigError, starting with `where`, if it is damaged, of another format, or lacks an array
+    or a column."""
     ending = path.suffix.lower()
     try:
         if ending == ".csv":
@@ -75,7 +75,7 @@ def read(path: Path, where: str, columns: Columns) -> Content:
 
 
 def _why(error: BaseException, ending: str) -> str:
-    """What is wrong with a file, as its reader tells it, and what to do where that is known."""
+    """What is wrong with a file, from its reader's error, and what to do if that is known."""
     text = " ".join(str(error).split())
     if "lock" in text.lower() or getattr(error, "errno", None) == errno.ENOLCK:
         return (
@@ -88,7 +88,7 @@ def _why(error: BaseException, ending: str) -> str:
         return f"does not fit into memory: {text}"
     if "Object arrays" in text:
         return "holds Python objects (rows of several lengths?); save arrays of numbers"
-    if "pickle" in text:  # numpy's guess of what is neither an archive nor an array
+    if "pickle" in text:  # numpy assumes a pickle if the file is neither an archive nor an array
         return f"cannot be read as {ending}: it is none"
     return f"cannot be read as {ending}: {text[:300] or type(error).__name__}"
 
@@ -107,7 +107,7 @@ def _read_hdf5(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
-    with path.open("rb") as opened:  # numpy leaves one open that it cannot read
+    with path.open("rb") as opened:  # numpy would leave a file open that it cannot read
         file = np.load(opened, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("it is one array without a name (.npy); use numpy.savez(path, x=..., y=...)")

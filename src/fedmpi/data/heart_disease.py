@@ -1,4 +1,4 @@
-"""UCI heart disease: four hospitals, each one file and one silo; the recipe of the FLamby benchmark to the digit."""
+"""UCI heart disease: four hospitals, each one file and one silo; preprocessed exactly as in the FLamby benchmark."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from fedmpi.data.official import locate
 from fedmpi.errors import ConfigError
 from fedmpi.types import Silo, SiloData, Source
 
-HOSPITALS = {  # silo: its file and its number of training samples, known before it is opened
+HOSPITALS = {  # silo: its file and its number of training samples
     "cleveland": ("processed.cleveland.data", 199),
     "hungary": ("processed.hungarian.data", 172),
     "switzerland": ("processed.switzerland.data", 30),
     "longbeach": ("processed.va.data", 85),
 }
-# The one-hot levels are constants: learned from the data they would need every hospital's file in one place.
-LEVELS = {2: (2, 3, 4), 6: (1, 2)}  # column: its levels; the first (chest pain 1, resting ECG 0) gets no feature
+# The one-hot levels are constants; learning them from the data would need every hospital's file in one place.
+LEVELS = {2: (2, 3, 4), 6: (1, 2)}  # column: levels; the first level (chest pain 1, resting ECG 0) gets no feature
 NUMERIC = (0, 1, 3, 4, 5, 7, 8, 9)
 DROPPED = (10, 11, 12)  # mostly missing outside Cleveland
 
 
 @component
 class HeartDisease:
-    """Fed-Heart-Disease (Ogier du Terrail et al. 2022, FLamby): 13 features, is a vessel narrowed or not; x is [13]."""
+    """Fed-Heart-Disease (Ogier du Terrail et al. 2022, FLamby): 13 features, predicts a narrowed vessel; x is [13]."""
 
     root: Path | None = None
-    """folder that holds heart_disease/; null: $FEDMPI_DATA, else ./data"""
+    """folder that contains heart_disease/; null: $FEDMPI_DATA, else ./data"""
 
     def source(self, seed: int) -> Source:
-        """Silos cleveland, hungary, switzerland, longbeach; looks at no file. The split does not depend on the seed."""
+        """Silos cleveland, hungary, switzerland, longbeach; opens no file. The split does not depend on the seed."""
         silos = tuple(Silo(id=silo, num_samples=num) for silo, (_, num) in HOSPITALS.items())
         return Source("binary", (13,), 1, silos, self._open)
 
@@ -49,7 +49,7 @@ class HeartDisease:
 
 
 def read(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Features [N, 13], numeric ones first, and labels [N] of the rows in which nothing that is used is missing."""
+    """Features [N, 13], numeric ones first, and labels [N], without rows that lack a used value."""
     try:
         lines = [line.split(",") for line in path.read_text().splitlines() if line.strip()]
         table = np.array([[np.nan if v.strip() == "?" else float(v) for v in line] for line in lines])
@@ -62,10 +62,10 @@ def read(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
 
 
 def shuffle_split(y_N: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Rows for training and for testing, as scikit-learn's `train_test_split` gives them for the benchmark's arguments:
-    train_size=0.66, test_size=1-0.66, random_state=43, stratified if both classes have more than two samples.
+    """Indices for training and for testing, as scikit-learn's `train_test_split` returns them for the benchmark's
+    arguments: train_size=0.66, test_size=1-0.66, random_state=43, stratified if both classes have more than 2 samples.
 
-    Written out because importing scikit-learn takes longer than a run; numpy's RandomState never changes its numbers.
+    Reimplemented because importing scikit-learn takes longer than a run. numpy's RandomState is stable across versions.
     """
     rng = np.random.RandomState(43)
     num_train, num_test = int(0.66 * len(y_N)), int(np.ceil((1 - 0.66) * len(y_N)))
@@ -84,7 +84,7 @@ def shuffle_split(y_N: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[Any], npt.NDA
 
 
 def _shares(num_C: npt.NDArray[Any], num: int, rng: np.random.RandomState) -> npt.NDArray[np.int64]:
-    """`num` samples over two classes in proportion; the one that rounding leaves goes to the larger remainder."""
+    """`num` samples over two classes in proportion; a sample left by rounding goes to the larger remainder."""
     exact = num_C / num_C.sum() * num
     whole: npt.NDArray[np.int64] = np.floor(exact).astype(np.int64)
     if whole.sum() < num:

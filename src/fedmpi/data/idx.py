@@ -1,4 +1,4 @@
-"""Central sets of grey images in gzipped IDX files, the format of MNIST: what mnist and fashion_mnist share."""
+"""Central sets of grey images in gzipped IDX files, the format of MNIST: shared by mnist and fashion_mnist."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from fedmpi.types import Source
 class IdxImages:
     """60,000 + 10,000 images of 28x28 in ten classes; x is [1, 28, 28], standardised by fixed constants."""
 
-    folder: ClassVar[str]  # the dataset's name, and its folder's
-    mean: ClassVar[float]  # of the training pixels in [0, 1]; a constant, so that no silo's data shape another's
-    std: ClassVar[float]  # of the same
+    folder: ClassVar[str]  # name of the dataset and of its folder
+    mean: ClassVar[float]  # of the training pixels in [0, 1]; constant, so that no silo's data influence another's
+    std: ClassVar[float]  # of the same pixels
 
     silos: PositiveInt = 4
     """number of silos"""
     partition: Annotated[Partition, PARTITIONS] = Iid()
     """how samples are divided over silos"""
     seed: int | None = None
-    """of the partition; null: the run's seed"""
+    """seed of the partition; null: the run's seed"""
     root: Path | None = None
-    """folder that holds the dataset's folder; null: $FEDMPI_DATA, else ./data"""
+    """folder that contains the dataset's folder; null: $FEDMPI_DATA, else ./data"""
 
     def source(self, seed: int) -> Source:
-        """Silos "silo-0" on; every rank reads labels now and, with the first silo it opens, all images (central)."""
+        """Silos "silo-0", ...; every rank reads all labels now, and all images with its first silo (central)."""
         labels = (self._read("train-labels-idx1-ubyte.gz"), self._read("t10k-labels-idx1-ubyte.gz"))
         parts = divide(self.partition, *labels, self.silos, seed if self.seed is None else self.seed)
 
@@ -46,7 +46,7 @@ class IdxImages:
             return self._read("train-images-idx3-ubyte.gz"), self._read("t10k-images-idx3-ubyte.gz")
 
         for file in ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
-            locate(self.root, self.folder, file)  # missing images are said now, not after placement
+            locate(self.root, self.folder, file)  # report missing images now, not after placement
         return central_source(parts, labels, images, self._standardise, (1, 28, 28), 10)
 
     def _read(self, file: str) -> npt.NDArray[np.uint8]:
@@ -61,14 +61,14 @@ class IdxImages:
 
 
 def read_idx(file: Path, dataset: str) -> npt.NDArray[np.uint8]:
-    """The array in a gzipped IDX file of bytes; ConfigError when the file is torn or something else."""
+    """The array in a gzipped IDX file of bytes. Raises ConfigError if the file is damaged or of another format."""
     try:
         data = gzip.decompress(file.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{dataset}: {file} is damaged ({error}); remove it and fetch it again") from None
     num_axes = data[3] if len(data) > 3 else 0
     shape = np.frombuffer(data, ">u4", num_axes, offset=4) if len(data) >= 4 + 4 * num_axes else np.zeros(1)
-    # An IDX head is two zero bytes, 8 for unsigned bytes, the number of axes, and each axis' length.
+    # An IDX header is two zero bytes, 8 for unsigned bytes, the number of axes, and each axis's length.
     if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * num_axes + shape.prod(dtype=np.int64):
         raise ConfigError(f"{dataset}: {file} is no IDX file of bytes; remove it and fetch it again")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(shape.astype(int))

@@ -10,7 +10,7 @@ from fedmpi.data.idx import IdxImages
 
 @component
 class Mnist(IdxImages):
-    """Handwritten digits in grey; x is [1, 28, 28], standardised by fixed constants."""
+    """Grey images of handwritten digits; x is [1, 28, 28], standardised by fixed constants."""
 
     folder: ClassVar[str] = "mnist"
     mean: ClassVar[float] = 0.1307

@@ -1,6 +1,6 @@
-"""Where data files lie, where they officially come from, and how to know that they are right.
+"""Official data files: where they are stored, where to download them, and their checksums.
 
-A dataset's files lie in ROOT/NAME/. ROOT is the dataset's field `root`, else $FEDMPI_DATA, else ./data.
+A dataset's files are stored in ROOT/NAME/. ROOT is the dataset's field `root`, else $FEDMPI_DATA, else ./data.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fedmpi.errors import ConfigError, DataMissing
 
 
 class Official(NamedTuple):
-    """A file as its publisher has it."""
+    """A file as published."""
 
     md5: str
     urls: tuple[str, ...]  # tried in this order
-    unpacked: bool = False  # is `md5` that of a .gz file's contents? Mirrors pack the same bytes differently
+    unpacked: bool = False  # whether `md5` is of the unpacked .gz content, which mirrors compress differently
 
     @property
     def sum(self) -> str:
-        """The checksum as messages say it."""
+        """The checksum, for messages."""
         return f"MD5 {self.md5}{' unpacked' if self.unpacked else ''}"
 
 
@@ -85,11 +85,11 @@ FILES: dict[str, dict[str, Official]] = {
         )
     },
 }
-FOLDERS = {"shakespeare": "tinyshakespeare"}  # where the folder is not called like the dataset
+FOLDERS = {"shakespeare": "tinyshakespeare"}  # datasets whose folder has another name
 
 
 def root_of(root: Path | None) -> Path:
-    """The folder that holds the datasets' folders."""
+    """The folder that contains the datasets' folders."""
     return Path(root or os.environ.get("FEDMPI_DATA") or "data").expanduser()
 
 
@@ -99,7 +99,7 @@ def folder_of(root: Path | None, name: str) -> Path:
 
 
 def locate(root: Path | None, name: str, file: str) -> Path:
-    """The path of a dataset's file; DataMissing says how to get it."""
+    """The path of a dataset's file. Raises DataMissing, with instructions, if it is not there."""
     path = folder_of(root, name) / file
     if path.is_file():
         return path
@@ -110,7 +110,8 @@ def locate(root: Path | None, name: str, file: str) -> Path:
 
 
 def verify(name: str, root: Path | None = None) -> None:
-    """ConfigError when a file of the dataset that is there is not the official one; other silos' files may be away."""
+    """Raises ConfigError if a file of the dataset has a wrong checksum. Missing files are accepted: other silos' files
+    may be elsewhere."""
     for file, official in FILES.get(name, {}).items():
         path = folder_of(root, name) / file
         if path.is_file() and (found := md5_of(path, official.unpacked)) != official.md5:
@@ -120,10 +121,10 @@ def verify(name: str, root: Path | None = None) -> None:
 
 
 def fetch(name: str, root: Path | None = None, timeout_s: float = 30) -> list[Path]:
-    """Downloads what is not there or not right, and gives all the dataset's paths.
+    """Downloads files that are missing or wrong, and returns the paths of all the dataset's files.
 
-    A file gets its name only after its MD5 was right. DataMissing (no network, or another file at the source) says of
-    every file that could not be had where to put it.
+    A file gets its name only after its MD5 was verified. Raises DataMissing (no network, or another file at the source)
+    with the place of every file that could not be downloaded.
     """
     if name not in FILES:
         raise ConfigError(f"nothing to fetch for '{name}'{did_you_mean(name, FILES)}")
@@ -142,7 +143,7 @@ def fetch(name: str, root: Path | None = None, timeout_s: float = 30) -> list[Pa
 
 
 def md5_of(path: Path, unpacked: bool = False) -> str:
-    """The MD5 sum of a file, or of what a .gz file holds (as far as it can be unpacked), as hexadecimal digits."""
+    """MD5 of a file, or of a .gz file's content as far as it can be unpacked, as hexadecimal digits."""
     md5 = hashlib.md5(usedforsecurity=False)
     with (
         gzip.open(path) if unpacked else path.open("rb") as file,
@@ -154,7 +155,7 @@ def md5_of(path: Path, unpacked: bool = False) -> str:
 
 
 def _download(path: Path, official: Official, timeout_s: float) -> str:
-    """Empty when the file is there and right, else why it is not."""
+    """Downloads and verifies a file; returns why that failed, empty if it did not."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     reasons = []
     for url in official.urls:

@@ -1,7 +1,7 @@
-"""Partitions: how one central set becomes the silos of a federation.
+"""Partitions: divide one central dataset over silos.
 
-A partition gives every silo its own training AND test samples. The official test set is divided in each silo's own
-proportions, so every sample belongs to exactly one silo, a silo is tested on the mixture it trains on, and the pooled
+A partition gives every silo its own training and test samples. The official test set is divided in each silo's training
+proportions. So every sample belongs to exactly one silo, a silo is tested on the mixture it trains on, and the pooled
 test set is the whole official one.
 
 Shapes in names: `N` training samples, `M` test samples, `C` classes, `K` silos.
@@ -29,30 +29,30 @@ Ints = npt.NDArray[Any]  # of any integer type
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Rng = np.random.Generator
-MAX_DRAWS = 1000  # of proportions, before a partition says that min_samples cannot be met
+MAX_DRAWS = 1000  # draws of proportions before a partition reports that min_samples cannot be met
 
 
 class Part(NamedTuple):
-    """One silo's samples, as sorted indices into the training and into the test set."""
+    """One silo's samples, as sorted indices into the training set and into the test set."""
 
     train: IntArray
     test: IntArray
 
 
 class Partition:
-    """How labels are divided over silos. Members say `split`."""
+    """Divides labels over silos. Members implement `split`."""
 
-    overlaps: ClassVar[bool] = False  # may silos have training samples in common?
+    overlaps: ClassVar[bool] = False  # whether silos may share training samples
 
     @abstractmethod
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
-        """One part a silo; every training and every test index in exactly one of them."""
+        """Returns one part per silo; every training and every test index must be in exactly one part."""
         ...
 
 
 @component
 class Iid(Partition):
-    """Shuffled, then cut into equal parts (McMahan et al. 2017, section 3, "IID")."""
+    """Shuffles, then cuts into equal parts (McMahan et al. 2017, section 3, "IID")."""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """Parts whose sizes differ by at most one."""
@@ -69,7 +69,7 @@ class Quantity(Partition):
     beta: PositiveFloat = 0.5
     """Dirichlet concentration; smaller is more unequal"""
     min_samples: NonNegativeInt = 10
-    """training samples that every silo gets at least"""
+    """minimum number of training samples per silo"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """Parts of unequal size."""
@@ -83,21 +83,21 @@ class Quantity(Partition):
 
 @component
 class Dirichlet(Partition):
-    """Each class is shared out by Dirichlet(alpha) (Hsu et al. 2019, in the form of Li et al. 2022, NIID-Bench).
+    """Divides each class by Dirichlet(alpha) (Hsu et al. 2019, in the form of Li et al. 2022, NIID-Bench).
 
-    For every class k, p_k ~ Dir_K(alpha) and silo j gets the share p_kj of it; drawn again, at most 1000 times, until
-    every silo has `min_samples`. As in NIID-Bench's code (not its paper) a silo that already holds N/K samples gets
-    nothing of later classes, which keeps sizes comparable; `cap: false` leaves that out. Deviation: the test set is
-    divided by the same p, where NIID-Bench keeps one central test set. Hsu et al. draw a class mixture per silo at
-    equal sizes instead; the skew is of the same kind, the sizes are not.
+    For every class k, p_k ~ Dir_K(alpha), and silo j gets the share p_kj of the class; drawn again, at most 1000 times,
+    until every silo has `min_samples`. As in NIID-Bench's code (not its paper), a silo that has N/K samples gets
+    nothing of later classes, which keeps sizes comparable; `cap: false` disables that. Deviation: the test set is
+    divided by the same p; NIID-Bench keeps one central test set. Hsu et al. instead draw a class mixture per silo, with
+    equal sizes; the kind of skew is the same, the sizes are not.
     """
 
     alpha: PositiveFloat = 0.5
     """Dirichlet concentration; smaller is more skewed"""
     min_samples: NonNegativeInt = 10
-    """training samples that every silo gets at least"""
+    """minimum number of training samples per silo"""
     cap: bool = True
-    """a silo with N/K samples gets nothing of the classes that follow"""
+    """a silo with N/K samples gets nothing of later classes"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """Parts with unequal labels and sizes."""
@@ -119,16 +119,16 @@ class Dirichlet(Partition):
 
 @component
 class Labels(Partition):
-    """Each silo has `labels` labels and no others (Li et al. 2022, NIID-Bench, "#C=k").
+    """Each silo has exactly `labels` labels (Li et al. 2022, NIID-Bench, "#C=k").
 
-    Silo i gets label i mod C and then labels at random, different ones; the samples of a label are divided randomly
-    and equally over the silos that have it. Deviation: while a label has no owner, random picks are among those
-    labels, so that with fewer silos than labels no sample is left out. (McMahan et al. 2017's shards of sorted data
-    are the older form; a shard may straddle two labels.)
+    Silo i gets label i mod C, then further, different labels at random; the samples of a label are divided randomly
+    and equally over the silos that have it. Deviation: as long as a label has no owner, random picks are among those
+    labels, so that no sample is left out with fewer silos than labels. (The shards of sorted data of McMahan et al.
+    2017 are the older form; a shard may span two labels.)
     """
 
     labels: PositiveInt = 2
-    """different labels that a silo has"""
+    """number of different labels per silo"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """Parts with few labels each."""
@@ -151,21 +151,21 @@ class Labels(Partition):
 
 @component
 class Sorted(Partition):
-    """Sorted by label and cut into equal consecutive parts: most silos have one label, some two.
+    """Sorts by label and cuts into equal consecutive parts: most silos have one label, some two.
 
     The non-iid setting of Karimireddy et al. 2022 (Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing,
-    experiments), where honest silos share the sorted set out. `mixed` silos at the end stand for that benchmark's
-    hostile ones: they get a random 1/(K - mixed) of the whole set each, in copies, and nothing to be tested on, so that
-    the honest silos still hold every sample.
+    experiments), where honest silos divide the sorted set. The last `mixed` silos represent that benchmark's hostile
+    ones: each gets copies of a random 1/(K - mixed) of the whole set and no test samples, so that the honest silos
+    still hold every sample.
 
-    Deviations: samples of one label are dealt out at random, not in the file's order; a silo is tested on its own
-    labels, in place of one central test set.
+    Deviations: samples of one label are assigned at random, not in file order; a silo is tested on its own labels, not
+    on one central test set.
     """
 
     overlaps: ClassVar[bool] = True
 
     mixed: NonNegativeInt = 0
-    """silos at the end that hold copies of samples of all labels"""
+    """number of silos, the last ones, that hold copies of samples of all labels"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
         """The sorted parts, then the mixed ones."""
@@ -177,7 +177,7 @@ class Sorted(Partition):
         num_C = np.bincount(y_train_N, minlength=_num_classes(y_train_N, y_test_M))
         ends_C, bounds = np.cumsum(num_C)[:, None], _bounds(np.full(num_sorted, 1 / num_sorted), len(y_train_N))
         overlap_CK = np.minimum(ends_C, bounds[1:]) - np.maximum(ends_C - num_C[:, None], bounds[:-1])
-        # A class that is only tested has no place in the order: every silo gets the same of it.
+        # A class without training samples has no place in the order: every silo gets an equal share of its tests.
         shares_CK = np.where(num_C[:, None], overlap_CK.clip(0) / num_C.clip(1)[:, None], 1 / num_sorted)
         parts = _by_class(shares_CK, y_train_N, y_test_M, rng)
         order_N, nothing = rng.permutation(len(y_train_N)), np.zeros(0, np.int64)
@@ -186,10 +186,10 @@ class Sorted(Partition):
 
 
 def divide(partition: Partition, y_train_N: Ints, y_test_M: Ints, num_silos: int, seed: int) -> dict[str, Part]:
-    """Each silo's part by id, "silo-0" on, zero-padded so that text order is number order.
+    """Each silo's part by id, "silo-0", ...; numbers are zero-padded, so that text order is number order.
 
-    ConfigError when a silo has no training samples, or a partition loses or repeats a sample. One that `overlaps` may
-    give a training sample to several silos, but to each once.
+    Raises ConfigError if a silo has no training samples, or if a partition loses or repeats a sample. A partition that
+    `overlaps` may give a training sample to several silos, but only once to each.
     """
     parts = partition.split(y_train_N, y_test_M, num_silos, generator(seed, purpose="partition"))
     named = {f"silo-{k:0{len(str(num_silos - 1))}d}": part for k, part in enumerate(parts)}
@@ -210,13 +210,13 @@ def _num_classes(*ys: Ints) -> int:
 
 
 def _bounds(share_K: FloatArray, num: int) -> IntArray:
-    """Where each silo's piece of `num` samples begins and ends: K+1 numbers from 0 to `num`."""
+    """Limits of each silo's piece of `num` samples: K+1 numbers from 0 to `num`."""
     inner = np.rint(np.cumsum(share_K)[:-1] * num).astype(np.int64)
     return np.concatenate([[0], np.minimum(inner, num), [num]])
 
 
 def _draw_until(draw: Callable[[], tuple[FloatArray, IntArray]], min_samples: int, num_silos: int) -> FloatArray:
-    """The first drawn shares that give every silo `min_samples` training samples."""
+    """The first drawn shares that give every silo `min_samples` training samples; else raises ConfigError."""
     for _ in range(MAX_DRAWS):
         shares, sizes_K = draw()
         if sizes_K.min() >= min_samples:
@@ -229,13 +229,13 @@ def _draw_until(draw: Callable[[], tuple[FloatArray, IntArray]], min_samples: in
 
 
 def _by_size(share_K: FloatArray, y_train_N: Ints, y_test_M: Ints, rng: Rng) -> list[Part]:
-    """Parts of these sizes, whatever the labels."""
+    """Parts of these sizes, independent of labels."""
     pieces = [np.split(rng.permutation(len(y)), _bounds(share_K, len(y))[1:-1]) for y in (y_train_N, y_test_M)]
     return [Part(np.sort(train), np.sort(test)) for train, test in zip(*pieces, strict=True)]
 
 
 def _by_class(shares_CK: FloatArray, y_train_N: Ints, y_test_M: Ints, rng: Rng) -> list[Part]:
-    """Parts with these shares of every class."""
+    """Parts with these shares [C, K] of every class."""
 
     def dealt(y: Ints) -> list[IntArray]:
         pieces = [
@@ -257,13 +257,13 @@ PARTITIONS = Family(
 
 @component
 class Shared(Partition):
-    """Another partition, and more to train on that all silos share (Zhao et al. 2018, section 4: data sharing).
+    """Another partition plus training samples that all silos share (Zhao et al. 2018, section 4: data sharing).
 
-    Federated learning with non-IID data. What is shared is a set G of `share` of all training samples, as many of every
-    class, of which each silo gets a random `portion` besides its own.
+    Federated learning with non-IID data. The shared set G is `share` of all training samples, equally many of every
+    class; each silo gets a random `portion` of it besides its own samples.
 
-    Deviations: the paper sets G apart; here its samples come from all silos' own, where they stay. A silo's weight
-    n_k counts what it was given too. The parts are those of the other partition with the same seed.
+    Deviations: the paper sets G apart; here its samples are copied from the silos, which keep them. A silo's weight n_k
+    counts its shared samples too. The parts are those of the other partition with the same seed.
 
     >>> y_train_N, y_test_M = np.repeat(np.arange(4), 50), np.repeat(np.arange(4), 10)
     >>> parts = divide(Shared(partition=Labels(labels=1), share=0.04), y_train_N, y_test_M, 4, seed=0)
@@ -274,17 +274,17 @@ class Shared(Partition):
     overlaps: ClassVar[bool] = True
 
     partition: Annotated[Partition, PARTITIONS] = Iid()
-    """how samples are divided first"""
+    """how samples are divided before sharing"""
     share: PositiveFraction = 0.05
-    """beta: size of what is shared, of all training samples"""
+    """beta: size of the shared set, as a share of all training samples"""
     portion: PositiveFraction = 1.0
-    """alpha: of what is shared, that each silo gets"""
+    """alpha: share of the shared set that each silo gets"""
 
     def split(self, y_train_N: Ints, y_test_M: Ints, num_silos: int, rng: Rng) -> list[Part]:
-        """The other partition's parts with more to train on."""
+        """The other partition's parts, with shared training samples added."""
         parts = self.partition.split(y_train_N, y_test_M, num_silos, rng)
         classes = np.unique(y_train_N)
-        each = round(self.share * len(y_train_N) / len(classes))  # a class that has fewer gives all it has
+        each = round(self.share * len(y_train_N) / len(classes))  # a smaller class gives all its samples
         common = np.concatenate([rng.permutation(np.flatnonzero(y_train_N == k))[:each] for k in classes])
         size = round(self.portion * len(common))
         given = [rng.permutation(common)[:size] for _ in parts]

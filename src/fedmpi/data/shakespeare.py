@@ -1,4 +1,4 @@
-"""Tiny Shakespeare: predict the next character; a silo is a speaker of the plays."""
+"""Tiny Shakespeare: predicts the next character; each speaker of the plays is a silo."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from fedmpi.data.official import locate
 from fedmpi.errors import ConfigError
 from fedmpi.types import Silo, SiloData, Source
 
-# All 65 symbols of the file, fixed here: a vocabulary learned from the text would need every speaker's lines.
+# All 65 symbols of the file, as a constant: learning the vocabulary from the text would need every speaker's lines.
 VOCABULARY = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 @component
 class Shakespeare:
-    """Next character, per speaker (text of Karpathy's char-rnn; task of McMahan et al. 2017, section 3).
+    """Next-character prediction, by speaker (text of Karpathy's char-rnn; task of McMahan et al. 2017, section 3).
 
-    A silo's text is what the speaker says, speeches joined by a line break. Its end is the test part; no window crosses
-    the border. x and y are int64 [windows, length], y one character ahead. One file holds all speakers: central.
+    A silo's text is the speaker's speeches, joined by line breaks. Its last part is for testing; no window crosses the
+    border. x and y are int64 [windows, length], y one character ahead. One file holds all speakers (central).
     """
 
     length: PositiveInt = 80
-    """characters of a window"""
+    """characters per window"""
     stride: PositiveInt = 80
     """characters from one training window to the next; test windows do not overlap"""
     min_chars: PositiveInt = 10_000
-    """characters spoken; who says less is no silo"""
+    """speakers with fewer characters become no silo"""
     silos: PositiveInt | None = None
-    """at most so many speakers, those who say most; null: all"""
+    """maximum number of speakers, the longest texts first; null: all"""
     test_fraction: Fraction = 0.1
-    """last part of each speaker's text"""
+    """share of each speaker's text, at its end, used for testing"""
     root: Path | None = None
-    """folder that holds tinyshakespeare/; null: $FEDMPI_DATA, else ./data"""
+    """folder that contains tinyshakespeare/; null: $FEDMPI_DATA, else ./data"""
 
     def source(self, seed: int) -> Source:
         """Silos by size, ids from the speakers' names ("KING-RICHARD-III"); every rank reads the file (central)."""
@@ -74,7 +74,7 @@ class Shakespeare:
 
 
 def speeches(text: str) -> dict[str, list[str]]:
-    """What each speaker says, speech by speech, by silo id, in order of appearance.
+    """Each speaker's speeches, by silo id, in order of appearance.
 
     >>> speeches("First Citizen:\\nSpeak, speak.\\n\\nAll:\\nResolved.\\n\\nFirst Citizen:\\nWe know't.\\n")
     {'First-Citizen': ['Speak, speak.', "We know't."], 'All': ['Resolved.']}
@@ -88,8 +88,8 @@ def speeches(text: str) -> dict[str, list[str]]:
 
 
 def encode(text: str) -> torch.Tensor:
-    """Symbols as int64 [characters]; ConfigError at a character that the vocabulary does not have."""
-    table = np.full(129, -1, np.int64)  # by code point; the last entry stands for all beyond ASCII
+    """The text as symbol numbers, int64 [characters]. Raises ConfigError for a character outside the vocabulary."""
+    table = np.full(129, -1, np.int64)  # by code point; the last entry is for all characters beyond ASCII
     table[np.frombuffer(VOCABULARY.encode("ascii"), np.uint8)] = np.arange(len(VOCABULARY))
     symbols = table[np.minimum(np.frombuffer(text.encode("utf-32-le"), np.uint32), 128)]
     if (symbols < 0).any():

@@ -1,5 +1,5 @@
-"""One silo's CSV file: a header line, and columns that are read by their names. Nothing is guessed and nothing is
-filled in: what is no number, or missing, is said with its column and its line."""
+"""Reads one silo's CSV file: a header line, and columns that are read by name. Nothing is guessed or filled in: values
+that are missing or not numbers are reported with column and line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fedmpi.errors import ConfigError
 
 SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", ".")
-_SHOWN = 12  # names in a message, at most
+_SHOWN = 12  # maximum number of names in a message
 
 Cells = npt.NDArray[np.str_]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns make x and y; as `Files` says."""
+    """The columns of x and y, as configured in `Files`."""
 
     targets: Sequence[str]
     features: Sequence[str] | None
@@ -34,7 +34,7 @@ class Columns:
     separator: str
 
     def numeric(self, names: Sequence[str]) -> list[str]:
-        """The columns that are numbers in x, in its order: those that are named, else all others by name."""
+        """The numeric columns of x, in order: the configured ones, or else all others, sorted by name."""
         if self.features is not None:
             return list(self.features)
         return sorted(set(names) - {*self.targets, *self.levels})
@@ -42,19 +42,19 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """What a CSV file holds."""
+    """The content of a CSV file."""
 
-    x_NX: npt.NDArray[np.float32]  # numeric columns first, then a column per level of each column in `levels`
-    y: Cells  # [N], or [N, targets] where there are several; as the file writes them
-    columns: tuple[str, ...]  # the columns that x is made of
-    lines: tuple[int, ...]  # of the file, for every row
+    x_NX: npt.NDArray[np.float32]  # numeric columns first, then one column per level of each column in `levels`
+    y: Cells  # [N], or [N, targets] if there are several; text as in the file
+    columns: tuple[str, ...]  # the columns of x
+    lines: tuple[int, ...]  # line number of every row
 
 
 def read_csv(path: Path, where: str, columns: Columns) -> Table:
-    """The columns that make x and y.
+    """Reads the columns of x and y. Raises ConfigError.
 
-    Without `features` the numeric columns are all others, in the order of their NAMES: hospitals that write the same
-    columns in another order agree.
+    Without `features`, the numeric columns are all others, sorted by name: files with the same columns in another order
+    give the same x.
     """
     names, rows, lines = _rows(_text(path, where), where, columns.separator)
     numeric = columns.numeric(names)
@@ -89,8 +89,8 @@ def _text(path: Path, where: str) -> str:
 
 
 def _rows(text: str, where: str, separator: str) -> tuple[list[str], list[list[str]], list[int]]:
-    """The header's names, the rows below it, and the line on which each row ends."""
-    # Strict: a quote that is never closed would swallow the rest of the file as one cell.
+    """The header's names, the rows below it, and the line on which each row ends. Raises ConfigError."""
+    # Strict: otherwise a quote that is never closed would swallow the rest of the file as one cell.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     names: list[str] | None = None
     rows, lines = [], []
@@ -121,7 +121,7 @@ def _rows(text: str, where: str, separator: str) -> tuple[list[str], list[list[s
 
 
 def _check_names(names: list[str], wanted: list[str], where: str, columns: Columns) -> None:
-    """Every column that is wanted is there, once."""
+    """Raises ConfigError unless every wanted column exists exactly once."""
     if missing := [name for name in wanted if name not in names]:
         asked = {*columns.targets, *(columns.features or ()), *columns.levels}
         others = [name for name in names if name and name not in asked]
@@ -145,7 +145,7 @@ def _check_names(names: list[str], wanted: list[str], where: str, columns: Colum
 
 
 def _number(cell: str) -> np.float32 | None:
-    """The number that a cell is, or None; what float32 cannot hold is none."""
+    """The number in a cell; None if it is no number or not finite in float32."""
     try:
         with np.errstate(over="ignore"):
             value = np.float32(cell)
@@ -155,7 +155,7 @@ def _number(cell: str) -> np.float32 | None:
 
 
 def _numbers(columns: Mapping[str, Cells], where: str, lines: Sequence[int]) -> list[npt.NDArray[np.float32]]:
-    """The columns as numbers; ConfigError names columns and lines of what is none."""
+    """The columns as numbers. Raises ConfigError with columns and lines of cells that are not numbers."""
     found, wrong = [], []
     for name, cells in columns.items():
         try:
@@ -176,7 +176,7 @@ def _numbers(columns: Mapping[str, Cells], where: str, lines: Sequence[int]) -> 
 
 
 def _what_is_wrong(name: str, cells: Cells, lines: Sequence[int]) -> tuple[str, str]:
-    """Which cells of a column are no numbers, and what to do."""
+    """Text on the cells of a column that are not numbers, and what to do about them."""
     bad = [i for i, cell in enumerate(cells) if _number(cell) is None]
     first = [f"line {lines[i]} is {_shown(cells[i])}" for i in bad[:3]]
     more = f" ({len(bad)} cells of {len(cells)})" if len(bad) > 3 else ""
@@ -199,7 +199,7 @@ def _shown(cell: str) -> str:
 def codes(
     cells: npt.NDArray[Any], values: Sequence[Any], where: str, place: Callable[[int], str] = str
 ) -> npt.NDArray[np.int64]:
-    """The position in `values` of every cell; "1", 1 and "1.0" are the same value. `place` names a row.
+    """The position in `values` of every cell; "1", 1 and "1.0" are equal. `place` names a row, for the ConfigError.
 
     >>> codes(np.array(["b", "2.0", "b"]), [2, "b"], "").tolist()
     [1, 0, 1]
@@ -216,12 +216,12 @@ def codes(
 
 
 def listed(values: Sequence[Any]) -> str:
-    """Names or values in a message."""
+    """Names or values, for a message."""
     return ", ".join(map(str, values[:_SHOWN])) + (f", ... ({len(values)} in all)" if len(values) > _SHOWN else "")
 
 
 def plain(value: Any) -> int | float | str:
-    """What is the same value however it is written: a number, or text without the blanks around it.
+    """A value in canonical form: a number if it is one, however it is written; else text without surrounding blanks.
 
     >>> plain("1.0") == plain(1) == plain(True) == plain(b" 1") == plain("true")
     True
@@ -230,7 +230,7 @@ def plain(value: Any) -> int | float | str:
     if text.lower() in ("true", "false"):
         return int(text.lower() == "true")
     try:
-        return int(text)  # float64 holds no identifiers of more than 53 bits
+        return int(text)  # int first: float64 cannot hold identifiers of more than 53 bits
     except ValueError:
         pass
     try:
