@@ -1,12 +1,13 @@
-"""Components: an algorithm is a frozen dataclass whose fields are its hyper-parameters, checked when it is made.
+"""Components: an algorithm is a frozen dataclass; its fields are hyper-parameters, validated on construction.
 
-A `Family` maps the names of its members to their classes; it is the one thing at the bottom of a family's file:
+A `Family` maps the names of its members to their classes. It stands at the bottom of the family's file:
 
     SELECTORS = Family("selector", {"all": All, "uniform": Uniform})
 
-A field of another component takes a member by `Annotated[Selector, SELECTORS]`. In YAML it is a mapping with a `name`
-(or just the name): `select: {name: uniform, fraction: 0.5}`. Users bring their own as `name: "package.module:Class"`.
-`build` turns such mappings into components, and is where a wrong key meets its nearest right one.
+A field that takes a member of a family is annotated `Annotated[Selector, SELECTORS]`. In YAML it is a mapping with a
+`name` (or just the name): `select: {name: uniform, fraction: 0.5}`. Users name their own classes as
+`name: "package.module:Class"`. `build` turns such mappings into components, and suggests the nearest key for an unknown
+one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fedmpi.trust import check_factory, check_module, check_object
 
 T = TypeVar("T")
 
-# The units that fields are made of.
+# Types of fields.
 PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
@@ -42,7 +43,7 @@ NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def component(cls: type[T]) -> type[T]:
-    """The class as a frozen dataclass that checks its fields, takes them by name only and knows no others.
+    """Makes the class a frozen pydantic dataclass: fields are validated, keyword-only, and unknown ones are refused.
 
     The docstring below a field is its description, which `fedmpi list` shows (catalogue.descriptions).
     """
@@ -57,7 +58,7 @@ _FAMILIES: list[Family] = []
 class Family:
     """The members of one kind of component, by name."""
 
-    written = "{name: ...}"  # how a configuration asks for one
+    written = "{name: ...}"  # how a configuration names a member
 
     def __init__(
         self,
@@ -70,10 +71,10 @@ class Family:
     ) -> None:
         self.what = what
         self.members = dict(members)
-        self.protocol = protocol  # whose methods every member has
-        self.outside = outside  # may a user bring their own as "package.module:Class"?
-        self.deferred = deferred  # may it be any callable, called when it is needed?
-        self.defaults = defaults  # does what a member lacks, besides abstract methods, come from the protocol?
+        self.protocol = protocol  # every member must have its methods
+        self.outside = outside  # whether users may bring their own as "package.module:Class"
+        self.deferred = deferred  # whether a member may be any callable, called when it is needed
+        self.defaults = defaults  # whether missing methods, except abstract ones, are taken from the protocol
         _FAMILIES.append(self)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
@@ -86,14 +87,14 @@ class Family:
         return value
 
     def _complete(self, cls: type) -> None:
-        """A class of one's own need not inherit from the family's base: what it lacks it has from there."""
+        """Adds the family's default methods to a user's class, which need not inherit from the base class."""
         for base in (self.protocol or object).__mro__[:-1] if self.defaults else ():
             for name, default in vars(base).items():
                 if not (name.startswith("_") or hasattr(cls, name) or name in self._methods()):
                     setattr(cls, name, default)
 
     def find(self, name: str, path: str) -> type:
-        """The class called `name`; ConfigError names the nearest one."""
+        """The class called `name`. Raises ConfigError that suggests the nearest name."""
         if name in self.members:
             return self.members[name]
         if self.outside and ":" in name:
@@ -106,7 +107,7 @@ class Family:
         raise ConfigError(f"{path}: no {self.what} '{name}'{close}")
 
     def build(self, value: Any, path: str) -> Any:
-        """The member that a name or a mapping with a `name` asks for."""
+        """The member for a name, or for a mapping with a `name`. Raises ConfigError."""
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping):
@@ -135,7 +136,7 @@ class Family:
         raise ConfigError(f"{path}: '{name}' is no dataclass, so it cannot be a {self.what}")
 
     def _methods(self) -> list[str]:
-        """What a member has to have."""
+        """Names of the methods that a member must have."""
         if self.defaults:
             return [n for n, m in vars(self.protocol).items() if getattr(m, "__isabstractmethod__", False)]
         kinds = (types.FunctionType, property)
@@ -145,7 +146,7 @@ class Family:
         raise ConfigError(f"{path}: {value!r} is no {self.what}; one of: {', '.join(self.members)}")
 
     def name_of(self, member: Any) -> str:
-        """What `name` asks for this member."""
+        """The `name` that a configuration uses for this member."""
         if isinstance(member, Deferred):
             return member.name
         own = f"{type(member).__module__}:{type(member).__qualname__}"
@@ -153,7 +154,7 @@ class Family:
 
 
 def called(member: Any) -> str:
-    """What a configuration calls this component, of whatever family it is."""
+    """The name that a configuration uses for this component, whatever its family."""
     home = next((family for family in _FAMILIES if type(member) in family.members.values()), _FAMILIES[0])
     return home.name_of(member)
 
@@ -170,7 +171,7 @@ def family_of(annotation: Any) -> Family | None:
 
 
 def section_of(annotation: Any) -> type | None:
-    """The component class that an annotation names: by itself, or with None, or as what a list holds."""
+    """The component class in an annotation: alone, optional, or as the element of a list; None if there is none."""
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return annotation
     for part in typing.get_args(annotation):
@@ -180,21 +181,22 @@ def section_of(annotation: Any) -> type | None:
 
 
 def hints(cls: type) -> dict[str, Any]:
-    """The fields of a component with their annotations, in order."""
+    """A component's fields and annotations, in order of definition."""
     known = typing.get_type_hints(cls, include_extras=True)
     return {f.name: known[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
 def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "configuration") -> T:
-    """A component made from a mapping; ConfigError in one line names the key and, if it is unknown, the nearest one, or
-    what the class says in `MOVED` has become of it."""
+    """Builds a component from a mapping. Raises a one-line ConfigError that names the key.
+
+    For an unknown key it suggests the nearest one, or gives the class's note from `MOVED` if the key was moved."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path or what}: expected keys and values, got {values!r}")
     where = f"{path}: " if path else ""
     known = hints(cls)
     for name in values:
         if name not in known:
-            moved = getattr(cls, "MOVED", {}).get(name)  # components of all families have no base in common
+            moved = getattr(cls, "MOVED", {}).get(name)  # getattr: components have no common base class
             hint = f"; {moved}" if moved else _nearest_key(str(name), known, values[name])
             raise ConfigError(f"{where}{what} has no '{name}'{hint}")
     ready: dict[str, Any] = {}
@@ -226,7 +228,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
 
 
 def _nearest_key(name: str, known: Mapping[str, Any], value: Any) -> str:
-    """The nearest key, or one of the same name that stands deeper."""
+    """A hint for an unknown key: the nearest key, or the same name one level deeper."""
     if name.isdigit() and value is None:  # {lr: 0,05}
         return "; numbers have a decimal point, such as 0.05"
     close = did_you_mean(name, known)
@@ -241,7 +243,7 @@ def _nearest_key(name: str, known: Mapping[str, Any], value: Any) -> str:
 
 
 def _in_section(section: type, many: bool, value: Any, path: str, name: str) -> Any:
-    """The value with a component in place of each mapping; what cannot become one says what could be there."""
+    """The value with mappings turned into components. Raises ConfigError that lists the section's keys."""
     if many and isinstance(value, (list, tuple)):
         return [_in_section(section, False, one, f"{path}.{i}", name) for i, one in enumerate(value)]
     if not many and isinstance(value, Mapping):
@@ -258,19 +260,19 @@ def _is_list(annotation: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """A user's own factory and what it will be called with."""
+    """A user's factory, with the arguments it will be called with."""
 
     name: str
     target: Callable[..., Any]
     arguments: Mapping[str, Any]
 
     def build(self, source: Any) -> Any:
-        """What the factory makes."""
+        """Calls the factory."""
         return self.target(**self.arguments)
 
 
 def _fitting(target: Callable[..., Any], values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The values, if the target takes them by name and lacks none."""
+    """The values, if they match the target's signature. Raises ConfigError otherwise."""
     takes = inspect.signature(target)
     if not any(p.kind is p.VAR_KEYWORD for p in takes.parameters.values()):
         for name in values:
@@ -284,15 +286,16 @@ def _fitting(target: Callable[..., Any], values: Mapping[str, Any], path: str) -
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the list of what there is when nothing is near."""
+    """`; did you mean 'x'?`, or the list of known names if none is similar."""
     names = [str(n) for n in known]
     close = [n for n in names if n.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; there is: {', '.join(names) or 'nothing'}"
 
 
 def import_object(name: str, path: str = "") -> Any:
-    """What `package.module:attribute` names; the current folder is searched too, after what is installed. Raises
-    ConfigError where it is not there, or where a run directory may not name it (trust.py)."""
+    """The object that `package.module:attribute` names; searches the current folder after installed packages.
+
+    Raises ConfigError if it cannot be imported, or if a run directory may not name it (trust.py)."""
     where = f"{path}: " if path else ""
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path and "." not in sys.path:
@@ -309,7 +312,7 @@ def import_object(name: str, path: str = "") -> Any:
     except SyntaxError as error:
         raise ConfigError(f"{where}cannot import '{name}': {error}") from None
     except Exception as error:
-        # What the module's own lines raise: the last of them says enough.
+        # An exception from the module's own code: the last line of the traceback is enough.
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}, line {last.lineno})"
         raise ConfigError(f"{where}cannot import '{name}': {text}") from None
@@ -318,7 +321,7 @@ def import_object(name: str, path: str = "") -> Any:
 
 
 def to_dict(value: Any, annotation: Any = None) -> Any:
-    """A component as plain YAML values; `build` of the result gives it back."""
+    """A component as plain YAML values; `build` of the result returns the component."""
     if isinstance(value, Deferred):
         return {"name": value.name} | {k: to_dict(v) for k, v in value.arguments.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

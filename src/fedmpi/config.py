@@ -1,10 +1,10 @@
-"""The configuration: one tree, the same in code, in YAML and in overrides; the only place that says no to a user.
+"""The configuration: one tree, the same in code, YAML and overrides. All checks of user input happen here.
 
     Config(rounds=3, model=Logistic(), local=Sgd(lr=0.1, epochs=1))       in code
     {rounds: 3, model: logistic, local: {name: sgd, lr: 0.1, epochs: 1}}  in YAML
     rounds=3 local.lr=0.1 server.optimizer=fedadam                        on the command line
 
-A component is a mapping with a `name`, or just the name. `load` keeps where every value came from.
+A component is a mapping with a `name`, or just the name. `load` records where every value came from.
 """
 
 from __future__ import annotations
@@ -47,34 +47,34 @@ from fedmpi.types import Dataset
 
 @component
 class ServerSection:
-    """The step that the aggregate is for, and whether rank 0 is kept free for it."""
+    """The server's step, and whether rank 0 is reserved for it."""
 
     optimizer: Annotated[ServerOptimizer, OPTIMIZERS] = FedAvg()
-    """how the aggregate moves the parameters"""
+    """how the aggregated update changes the global parameters"""
     average: Average | None = None
-    """over rounds, of the parameters: evaluated and saved in their place"""
+    """average of the parameters over rounds, evaluated and saved in their place"""
     dedicated: bool = False
     """rank 0 hosts no silo"""
 
 
 @component
 class CheckpointSection:
-    """What is kept on disk to restart from."""
+    """Checkpoints: how often they are written and how many are kept."""
 
     every: PositiveInt = 5
     """rounds between checkpoints; one is always written at the end and on a stop"""
     keep: PositiveInt = 3
-    """newest checkpoints kept, besides the best round, which need not be due for one"""
+    """newest checkpoints kept; the best round is kept as well, even if no checkpoint was due"""
     max_failures: PositiveInt = 3
-    """so many failed writes in a row end the run; the last write of a run may not fail"""
+    """consecutive failed writes that end the run; the last write of a run must not fail"""
 
 
 @component
 class ResumeSection:
-    """What is done where a resumed run is not quite what was begun."""
+    """What happens if a resumed run differs from its start."""
 
     code: Literal["refuse", "warn"] = "refuse"
-    """where code of your own has changed since; it is kept in OUT/code"""
+    """if your own code has changed since; the code is kept in OUT/code"""
 
 
 @component
@@ -84,12 +84,12 @@ class EvaluateSection:
     every: PositiveInt = 1
     """rounds between evaluations; the last round is always evaluated"""
     batch_size: PositiveInt = 1024
-    """samples at a time"""
+    """samples per batch"""
     finetune: Annotated[LocalRule, RULES] | None = None
-    """how silos train the last model on for personal figures"""
+    """local rule that fine-tunes the last model on each silo, for personal figures"""
 
     def conflicts(self, config: Config) -> str | None:
-        """Fine-tuning that is none, or that is not what personal figures are of."""
+        """Refuses rules for fine-tuning that need other silos, and fine-tuning beside a personalised local rule."""
         if self.finetune is None:
             return None
         if self.finetune.auxiliaries:
@@ -103,10 +103,10 @@ class EvaluateSection:
 
 @component
 class CommSection:
-    """How ranks wait for each other."""
+    """Timeouts of communication."""
 
     timeout_s: PositiveFloat = 300.0
-    """for a rank that says nothing, beyond the longest round; ranks that train say so"""
+    """seconds without a sign of life from a rank, beyond the longest round; training ranks send heartbeats"""
 
 
 @component
@@ -116,37 +116,37 @@ class DeviceSection:
     name: str = "auto"
     """auto (a GPU where there is one), cpu or cuda"""
     share: bool = False
-    """may several ranks use one GPU?"""
+    """whether several ranks may use one GPU"""
 
 
 @component
 class RecordsSection:
-    """What is written besides metrics.jsonl and trace.json, and what records have besides the rest."""
+    """What is written besides metrics.jsonl, and what is measured besides the standard fields of a record."""
 
     trace: bool = True
-    """trace.json; off for a thousand ranks"""
+    """write trace.json; turn it off for a thousand ranks"""
     tensorboard: bool = False
-    """events under OUT/tensorboard; needs the extra `report`"""
+    """write TensorBoard events to OUT/tensorboard; needs the extra `report`"""
     sinks: tuple[Annotated[Any, SINKS], ...] = ()
-    """where records go besides; your own: package.module:Class"""
+    """further outputs for records; your own: package.module:Class"""
     gram: bool | Literal["matrix"] = False
-    """deltas' diversity and cosines; matrix: all cosines; needs scope: silo"""
+    """measure diversity and cosines of the deltas; matrix: all cosines; needs exchange.scope: silo"""
     measure: tuple[Annotated[Measurement, MEASUREMENTS], ...] = ()
-    """what else of a round goes into its record"""
+    """further measurements in each record"""
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
-        """All that is measured."""
+        """All measurements."""
         gram = (Gram(matrix=self.gram == "matrix"),) if self.gram else ()
         return gram + tuple(other for other in self.measure if other not in gram)
 
     @property
     def needs(self) -> frozenset[str]:
-        """What measurements need."""
+        """What the measurements need from the exchange."""
         return frozenset().union(*(measurement.needs for measurement in self.measurements))
 
     def conflicts(self, config: Config) -> str | None:
-        """Inner products of deltas that do not meet."""
+        """Refuses measurements of inner products if the deltas never meet one by one."""
         key = "records.gram" if self.gram else "records.measure"
         if "gram" not in self.needs:
             return None
@@ -159,7 +159,7 @@ class RecordsSection:
         return None
 
     def open_sinks(self) -> list[Sink]:
-        """One of each sink, to be opened."""
+        """A new, unopened instance of each sink."""
         switched = [SINKS.build(name, "records") for name in ("trace", "tensorboard") if getattr(self, name)]
         others = [sink for sink in self.sinks if sink not in switched]
         return [sink.build(None) for sink in (*switched, *others)]
@@ -170,39 +170,39 @@ class Config:
     """A whole run."""
 
     rounds: PositiveInt = 20
-    """rounds to have done at the end"""
+    """total number of rounds"""
     seed: NonNegativeInt = 0
-    """of every random number"""
+    """seed of all random numbers"""
     out: str = "runs/run"
-    """the run directory; one that holds a checkpoint is resumed"""
+    """run directory; if it holds a checkpoint, the run resumes"""
     init: str | InitSection | None = None
-    """a file of parameters to start from; `fedmpi list init`"""
+    """file of initial parameters; see `fedmpi list init`"""
     data: Annotated[Dataset, DATASETS] = Digits()
-    """whose samples"""
+    """dataset"""
     model: Annotated[Any, MODELS] = Logistic()
-    """what is trained"""
+    """model to train"""
     objective: Objective = Objective()
-    """loss and metric; by the data's task unless given"""
+    """loss and metrics; default: by the data's task"""
     local: Annotated[LocalRule, RULES] = Sgd(lr=0.05, epochs=1)
-    """how a silo trains"""
+    """local rule: how a silo trains"""
     runner: Annotated[SiloRunner, RUNNERS] = Sequential()
-    """how the silos of a rank take turns"""
+    """how a rank runs its silos"""
     select: Annotated[Selector, SELECTORS] = All()
-    """who takes part"""
+    """which silos take part in a round"""
     updates: tuple[Annotated[Transform, TRANSFORMS], ...] = ()
-    """what happens to updates before they are exchanged"""
+    """transforms applied to updates before the exchange"""
     aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()
-    """how deltas become one"""
+    """how deltas are combined"""
     attack: Annotated[Attack, ATTACKS] | None = None
-    """what hostile silos do; needs `experimental: true`"""
+    """simulated attack by hostile silos; needs `experimental: true`"""
     experimental: bool = False
-    """allows what is for experiments alone: attack"""
+    """allow features meant for experiments only: attack"""
     server: ServerSection = ServerSection()
     engine: Annotated[Engine, ENGINES] = Synchronous()
     """how rounds follow one another"""
     exchange: ExchangeSection = ExchangeSection()
     disclose: Disclose = "silo"
-    """which figures of single silos leave their rank: all, who took part, or sums alone"""
+    """which figures of single silos leave their rank: silo: all; cohort: only who took part; pooled: none, only sums"""
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     resume: ResumeSection = ResumeSection()
@@ -217,7 +217,7 @@ class Config:
 
     @property
     def heals(self) -> OnFailure:
-        """What `on_failure` comes to."""
+        """`on_failure` with its default resolved."""
         return self.on_failure or ("stop" if self.exchange.overlap or self.exchange.regions else "adopt")
 
     @pydantic.model_validator(mode="after")
@@ -249,7 +249,8 @@ class Config:
         return self
 
     def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
-        """What of the model is shared. ConfigError where a rule cannot do with it, or with these silos."""
+        """The model's tensors and which are shared. Raises ConfigError if a component does not support them or the
+        number of silos."""
         found = entries(module, self.exchange.parameters)
         self.select.suits(len(ids))
         if self.disclose != "silo" and self.select.least(ids, self.rounds) < 2:
@@ -275,22 +276,22 @@ class Config:
         return found
 
 
-# What a resumed run may change: how long, where and how often it is written, on what it runs.
+# Keys that a resumed run may change: length, output, and machine.
 MAY_CHANGE = ("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "init")
 
 PLAN = "exchange.plan"
 
-HORIZON = ".schedule.rounds"  # how the keys end that say when a schedule is at its end; null: with the run
+HORIZON = ".schedule.rounds"  # suffix of keys that set a schedule's length; null: the run's rounds
 
-# What may differ between the ranks of one run: where a site keeps its files. Of `init` and data the contents count.
+# Keys that may differ between the ranks of one run: where a site keeps its files. For `init` and data, contents count.
 OF_A_SITE = ("out", "data.root", "device", "records.trace", "records.tensorboard", "records.sinks", "init")
 
-ABOUT = "about"  # what a run's own config.yaml says besides the configuration; ignored when it is read as one
+ABOUT = "about"  # key of a run's own config.yaml that describes the run; ignored when the file is read as configuration
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write configurations: 1e-3 is a number (YAML 1.1 wants 1.0e-3), 2026-01-02 is a name, no date, and
-    no is a word, no truth."""
+    """YAML as users write it: 1e-3 is a number (YAML 1.1 requires 1.0e-3), 2026-01-02 is text and not a date, and `no`
+    is text and not a boolean."""
 
 
 _OTHERWISE = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool")
@@ -305,19 +306,19 @@ _Loader.add_implicit_resolver(
 
 
 def run_directory(path: Path) -> Path | None:
-    """The run directory that a configuration file was written into; None for one that somebody keeps elsewhere."""
+    """The run directory that this configuration file was written into; None for a file that a user keeps elsewhere."""
     try:
         written = ABOUT in read(path)[0]
-    except ConfigError:  # said by `load`
+    except ConfigError:  # reported by `load`
         return None
     folder = path.resolve().parent
     return folder if written or any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl")) else None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
-    """The configuration in a YAML file with overrides, and where each value came from ("FILE:LINE", "command line").
+    """Reads a YAML file and applies overrides; returns the configuration and each value's origin.
 
-    Raises ConfigError in one line.
+    Origins are "FILE:LINE" or "command line". Raises a one-line ConfigError.
     """
     values, origins = read(Path(path))
     values.pop(ABOUT, None)
@@ -339,7 +340,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a YAML file says, and on which line each dotted key stands. Raises ConfigError in one line."""
+    """The values in a YAML file, and the "FILE:LINE" of each dotted key. Raises a one-line ConfigError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, Loader=_Loader)
@@ -361,7 +362,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _twice(node: Any) -> Iterator[tuple[str, int, int]]:
-    """Keys that one mapping has twice, of which YAML would take the last without a word, with their lines."""
+    """Duplicate keys of a mapping with their two lines; YAML itself would silently use the last."""
     known: dict[str, int] = {}
     for part in node.value if isinstance(node, yaml.CollectionNode) else ():
         if isinstance(node, yaml.MappingNode):
@@ -382,7 +383,7 @@ def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; a component given by its name alone becomes a mapping first."""
+    """Sets a dotted key; a component given by its name alone is turned into a mapping first."""
     *parents, last = key.split(".")
     for part in parents:
         below = values.get(part)
@@ -396,7 +397,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones.
+    """Nested keys as dotted keys.
 
     >>> flatten({"a": {"b": 1}, "c": [2]})
     {'a.b': 1, 'c': [2]}
@@ -411,7 +412,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def origin_of(key: str, origins: Mapping[str, str]) -> str:
-    """Where a resolved value came from: its own line, the line of the component it belongs to, or the default."""
+    """The origin of a resolved value: its own line, the line of its component, or "default"."""
     if key in origins:
         return origins[key]
     parent, _, last = key.rpartition(".")
@@ -425,22 +426,23 @@ def _without(keys: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest(config: Config) -> bytes:
-    """What all ranks of a run must hold alike, as a SHA-256."""
+    """SHA-256 of what must be equal on all ranks of a run."""
     return hashlib.sha256(json.dumps(_without(OF_A_SITE, to_dict(config)), sort_keys=True).encode()).digest()
 
 
 def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> list[str]:
-    """What a run directory was begun with and this configuration has otherwise, apart from what may change. `plan` is
-    the one that the run had, whoever named it: it is kept unless this configuration names another."""
+    """Keys in which the stored configuration of a run differs from this one, as text, apart from `MAY_CHANGE`.
+
+    `plan` is the plan that the run used; it is kept unless this configuration names another."""
     old = _without(MAY_CHANGE, {k: v for k, v in stored.items() if k != ABOUT})
     new = _without(MAY_CHANGE, to_dict(config))
     if (begun_with := plan or old.get(PLAN)) is not None:
         old[PLAN] = new[PLAN] if config.exchange.chosen else FORMERLY.get(begun_with, begun_with)
     for key in [k for k in new if k.endswith(HORIZON)]:
-        if old.get(key) is None and new[key] in (None, stored.get("rounds")):  # it ends where it would have, or moves
+        if old.get(key) is None and new[key] in (None, stored.get("rounds")):  # unset, or set to the old end
             old.pop(key, None)
             del new[key]
-    # What a run directory of an earlier version says nothing of was as it is by default.
+    # Keys that an earlier version did not store had their defaults.
     old = {key: value for key, value in flatten(to_dict(Config())).items() if key in new} | old
     missing = "not set"
     return [
@@ -451,7 +453,7 @@ def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> li
 
 
 def moved_schedules(stored: Mapping[str, Any], config: Config) -> list[str]:
-    """The schedules that end elsewhere than they did in the run directory, since the run has other `rounds` there."""
+    """Schedules that end in another round than in the run directory, because `rounds` differs."""
     if stored.get("rounds") in (None, config.rounds):
         return []
     new = flatten(to_dict(config))

@@ -1,4 +1,4 @@
-"""Which device a rank trains on, and how many threads it may use."""
+"""The device a rank trains on, and its number of threads."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ _ID_BYTES = 64
 
 
 def choose(name: str, share: bool, comm: Comm) -> torch.device:
-    """This rank's device: a GPU of its own by local rank, or the CPU. A call of all ranks.
+    """This rank's device: its own GPU, by local rank, or the CPU. Collective.
 
-    Raises ConfigError on every rank when GPUs are asked for that are not there, or when ranks would share one and
-    `share` does not say that they may.
+    Raises ConfigError on every rank if GPUs are requested but missing, or if ranks would share one without `share`.
     """
     device = comm.collectively(lambda: _mine(name, comm.local_rank, comm.local_size))
     identity = b""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Launchers may show every rank only its own GPU, as number 0: the number says nothing, the UUID does.
+        # A launcher may show each rank only its own GPU, as number 0; the UUID identifies it.
         identity = f"{torch.cuda.get_device_properties(device).uuid}".encode()
     owners: dict[tuple[str, bytes], int] = {}
     for rank, row in enumerate(comm.gather(identity.ljust(_ID_BYTES, b"\0")[:_ID_BYTES])):
@@ -51,27 +50,27 @@ def _mine(name: str, local_rank: int, local_size: int) -> torch.device:
 
 
 def set_threads(comm: Comm, reproducible: bool) -> int:
-    """Threads for this rank: the cores it may run on, shared with the ranks that may run on the same ones, and no more
-    than OMP_NUM_THREADS, where that is set: it is 1 that is fastest for a tiny model on a machine that is busy, where
-    threads wait for each other in every step.
+    """Sets and returns this rank's number of threads. Collective.
 
-    One thread and deterministic kernels when sums must not depend on how ranks are placed. A call of all ranks.
+    It is the number of cores the rank may run on, divided among the ranks on the same cores, and at most
+    OMP_NUM_THREADS. (For a tiny model on a busy machine 1 is fastest, because threads wait for each other in every
+    step.) If `reproducible`, one thread and deterministic kernels, so that sums do not depend on placement.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [os.cpu_count() or 1]
     rows = comm.gather(hashlib.sha256(f"{_machine(comm)} {cores}".encode()).digest())
-    most = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))  # a list has one number for each level
+    most = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))  # a list has one number per nesting level
     allowed = [len(cores) // rows.count(rows[comm.rank]), *([int(most[1])] if most else [])]
     threads = 1 if reproducible else max(1, min(allowed))
     torch.set_num_threads(threads)
     if reproducible:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    # What use_deterministic_algorithms sets, without importing torch's compiler on every rank.
+    # The same as use_deterministic_algorithms, without importing torch's compiler on every rank.
     torch.set_deterministic_debug_mode("error" if reproducible else "default")
     return threads
 
 
 def _machine(comm: Comm) -> str:
-    """What the hosts on one machine have in common: containers with names of their own run on the same cores."""
+    """A name of the machine, equal for its containers, which have host names of their own but share cores."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -91,7 +90,7 @@ def capabilities(device: torch.device) -> dict[str, str | int | None]:
 
 
 def keep_on(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """A silo's samples on the device, when they take at most half of what is free there; else in page-locked memory."""
+    """The tensors on the device if they need at most half of its free memory; otherwise in page-locked host memory."""
     if device.type != "cuda":
         return tensors
     free_bytes, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""A run directory: whose it is while a job trains in it, and which ranks see rank 0's."""
+"""A run directory: locking while a job trains in it, and which ranks see the same directory as rank 0."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ log = logging.getLogger("fedmpi")
 
 CONFIG_FILE = "config.yaml"
 UNSHARED_FILE = "unshared.safetensors"
-CODE = "code"  # the folder of it
+CODE = "code"  # folder of the user's code
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a run directory was begun with: the configuration, as plain values, and what the run says of itself."""
+    """What a run directory was started with: the configuration as plain values, and the run's description."""
 
     config: dict[str, Any]
     about: dict[str, Any]
 
 
 def write_config(root: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """config.yaml, whose last line is a checksum of the others."""
+    """Writes config.yaml; its last line is a checksum of the rest."""
     values = {**config, ABOUT: {"format": checkpoint.FORMAT, **about}}
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     disk.replace_text(root / CONFIG_FILE, f"{text}{_SEAL}{_sha256(text)}\n")
@@ -58,7 +58,7 @@ def _sha256(text: str) -> str:
 
 
 def read_config(root: Path) -> Begun:
-    """What config.yaml says. ConfigError in one line where there is none, it is damaged, or of another format."""
+    """Reads config.yaml. Raises a one-line ConfigError if it is missing, damaged, or of another format."""
     path = root / CONFIG_FILE
     try:
         whole = disk.read_bytes(path, 1 << 26).decode()
@@ -82,12 +82,12 @@ def read_config(root: Path) -> Begun:
 
 
 class RunDirectory:
-    """The run directory of a job, made and locked until `release`. A call of all ranks.
+    """The run directory of a job, created and locked until `release`. Construction is collective.
 
-    Raises ConfigError, alike on every rank, where another job has it or a rank that writes cannot.
+    Raises ConfigError on every rank if another job has it, or if a rank that must write cannot.
 
-    Attributes: path; epoch (of this start, see fencing.py); leads (does this rank write manifests: rank 0, or the first
-    rank of a host that does not see rank 0's directory but has one of its own).
+    Attributes: path; epoch (of this start, see fencing.py); leads (whether this rank writes manifests: rank 0, or the
+    first rank of a host that does not see rank 0's directory but has its own).
     """
 
     def __init__(self, path: Path, comm: Comm) -> None:
@@ -101,7 +101,7 @@ class RunDirectory:
             raise
 
     def hand_over(self, comm: Comm) -> None:
-        """To the ranks that are left of those that had it; rank 0 may be another one. A call of all of them."""
+        """Passes the directory on to the remaining ranks; rank 0 may be another one. Collective over these."""
         self._ticket = comm.broadcast_text(uuid.uuid4().hex, 0)
 
         def take() -> None:
@@ -114,7 +114,7 @@ class RunDirectory:
         self._look(comm, self.epoch)
 
     def _look(self, comm: Comm, own: int | None = None) -> None:
-        """Who sees the directory, and can it be written into? `own` is the epoch of a start that has one."""
+        """Finds out which ranks see the directory, and checks that it is writable. `own`: epoch of an earlier start."""
         epoch = comm.collectively(lambda: fencing.joined(self.path, own) if comm.rank == 0 else 0)
         self.epoch = int(comm.broadcast_text(str(epoch), 0))
         sees = comm.collectively(lambda: comm.rank == 0 or self.is_ours())
@@ -124,7 +124,7 @@ class RunDirectory:
         comm.collectively(lambda: self._writable() if self.leads else None)
 
     def _lock(self, asked: bool = False) -> int:
-        """Make the directory ours; the lock goes with the process. `asked`: may a request to stop be meant for us?"""
+        """Locks the directory until the process ends. `asked`: keep a pending stop request."""
         with contextlib.ExitStack() as opened:
             try:
                 disk.make_folder(self.path)
@@ -133,7 +133,7 @@ class RunDirectory:
                 opened.callback(os.close, descriptor)
                 self._take(descriptor)
                 if not asked:
-                    (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # it was meant for a job that has ended
+                    (self.path / stopping.STOP_FILE).unlink(missing_ok=True)  # meant for a job that has ended
                 disk.remove_parts(self.path)
                 self._sign(descriptor)
             except OSError as error:
@@ -150,11 +150,11 @@ class RunDirectory:
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # by `fedmpi stop`, which looks whether there is a job? Or by one that is dying?
+            except BlockingIOError:  # `fedmpi stop` may be testing the lock, or a dying job may hold it
                 time.sleep(0.1)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if os.environ.get(fencing.VARIABLE, ""):  # the supervisor looked for a job before its first start
+            if os.environ.get(fencing.VARIABLE, ""):  # the supervisor has checked for other jobs
                 log.warning("%s is still locked by an earlier start, which can write no more", self.path)
                 return
             raise ConfigError(f"out: another job is training in {self.path}") from None
@@ -171,40 +171,40 @@ class RunDirectory:
             raise ConfigError(f"out: cannot write into {self.path}: {error.strerror}") from None
 
     def is_ours(self) -> bool:
-        """Does this rank see what rank 0 wrote last? On a file system without locks another job may have come."""
+        """Whether this rank sees rank 0's last ticket. Without file locks, another job may have replaced it."""
         try:
             return (self.path / stopping.LOCK_FILE).read_text() == self._ticket
         except OSError:
             return False
 
     def require_newest(self) -> None:
-        """Raise CheckpointError on a rank that sees a newer start of the run."""
+        """Raises CheckpointError on a rank that sees a newer start of the run."""
         fencing.require_newest(self.path, self.epoch)
 
     def plan_before(self) -> str:
-        """The plan that the run in this directory was begun with; empty if there is none."""
+        """The plan that the run in this directory was started with; empty if there is none."""
         try:
             return str(read_config(self.path).about["plan"]) if checkpoint.sealed_rounds(self.path) else ""
-        except ConfigError:  # what is wrong there is said later
+        except ConfigError:  # reported later
             return ""
 
     def members_before(self) -> tuple[int, list[list[str]]] | None:
-        """The epoch and the silos of each rank of the newest checkpoint here; None if there is none."""
+        """Epoch, and silo ids of each rank, of the newest checkpoint; None if there is none."""
         for round in reversed(checkpoint.sealed_rounds(self.path)):
-            with contextlib.suppress(CheckpointError):  # said when it is to be read
+            with contextlib.suppress(CheckpointError):  # reported when it is read
                 found = checkpoint.manifest(self.path, round)
                 return found.epoch, found.hosted
         return None
 
     def release(self) -> None:
-        """Let the next job have it."""
+        """Unlocks the directory."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 def keep_code(root: Path, code: Mapping[str, bytes], round: int) -> None:
-    """What the configuration names of the user's own code, as it is now; what other code the rounds before had stays
+    """Saves the user's code that the configuration names. If it differs from the saved code, the old version is kept
     beside it."""
     folder = root / CODE
     there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -217,11 +217,12 @@ def keep_code(root: Path, code: Mapping[str, bytes], round: int) -> None:
 
 
 def newest_whole(root: Path, comm: Comm, mine: Collection[str], others: bool = False) -> tuple[int, list[int]]:
-    """The newest round whose checkpoint is whole on every rank, each of which looks at the files that it will read: the
-    server's on rank 0, and those with its silos; with `others` it may have none of some of them. Without one -1, and
-    the ranks that see none. A call of all ranks."""
+    """The newest round whose checkpoint is whole on every rank, or -1 and the ranks that see none. Collective.
+
+    Each rank checks the files that it will read: the server's on rank 0, and those of its silos `mine`. With `others`,
+    some of these silos may have no stored state."""
     below: int | None = None
-    idle = comm.rank != 0 and not mine  # reads nothing, so it has no say
+    idle = comm.rank != 0 and not mine  # reads nothing, so every round is whole for it
     while True:
         newest = comm.collectively(
             lambda: np.inf if idle else checkpoint.newest(root, comm.rank == 0, mine, below, others)  # noqa: B023
@@ -236,10 +237,11 @@ def newest_whole(root: Path, comm: Comm, mine: Collection[str], others: bool = F
 
 
 def save_model(model: FlatModel, path: Path, shared_only: bool, about: Mapping[str, str] | None = None) -> None:
-    """Write the model as it is, as .safetensors or .pt; with `shared_only` without what is of silos alone, and its
-    metadata say so. OSError where that cannot be done."""
+    """Writes the model as .safetensors or .pt. Raises OSError if it cannot be written.
+
+    With `shared_only`, tensors that belong to single silos are left out, and the metadata say so."""
     state: dict[str, Any] = model.module.state_dict()
-    if path.suffix != ".pt":  # which has no room for what `get_extra_state` gives
+    if path.suffix != ".pt":  # safetensors cannot hold what `get_extra_state` returns
         state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     metadata = dict(about or {})
     if shared_only:
@@ -253,16 +255,16 @@ def save_model(model: FlatModel, path: Path, shared_only: bool, about: Mapping[s
         return
     own = {name: value.cpu().clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
     whole = OrderedDict(state | own)
-    whole._metadata = {"fedmpi": metadata}  # type: ignore[attr-defined]  # where torch itself keeps such things
+    whole._metadata = {"fedmpi": metadata}  # type: ignore[attr-defined]  # torch's own place for metadata
     with disk.replacing(path) as part:
         try:
             torch.save(whole, part)
-        except RuntimeError as error:  # torch's own error is none of the system's
+        except RuntimeError as error:  # torch does not raise OSError
             raise OSError(errno.EIO, str(error)) from None
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Tensors as safetensors, tied ones once more under each of their names; the file is there whole or not at all."""
+    """Writes tensors as safetensors, atomically; tied ones are written once per name. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

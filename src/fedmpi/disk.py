@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, and that nobody else's link leads astray.
+"""Atomic file writes that do not follow links.
 
-A file is written beside its final name, as a new one; flushed, renamed, and the folder flushed too: after a power cut
-it holds what it held before, or all of the new. What a run writes is its owner's alone to read: silos' state is in it.
+A file is written under a temporary name beside its final one, flushed and renamed, and the folder is flushed too. After
+a power cut it has either the old or the new content. Files are readable by their owner only: they contain silos' state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FILE_MODE, FOLDER_MODE = 0o600, 0o700
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = FILE_MODE) -> Iterator[Path]:
-    """A new file to write; when the block ends it takes the place of `path`, and goes if the block raises."""
+    """Yields a new file to write. When the block ends it replaces `path`; if the block raises it is deleted."""
     make_folder(path.parent)
     part = path.with_name(f"{path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
     os.close(open_new(part, mode))
@@ -35,7 +35,7 @@ def replacing(path: Path, mode: int = FILE_MODE) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what processes that are gone have left half-written in the folder."""
+    """Deletes temporary files that ended processes have left in the folder."""
     for part in folder.glob("*.part-*"):
         written = re.fullmatch(r".+\.part-(\d+)-[0-9a-f]{8}", part.name)
         if written and not _runs(int(written[1])):
@@ -53,23 +53,23 @@ def _runs(pid: int) -> bool:
 
 
 def open_new(path: Path, mode: int = FILE_MODE) -> int:
-    """A descriptor of a file that was not there; links are not followed."""
+    """Creates a file and returns its descriptor; fails if it exists, and does not follow links."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The file holds `text`, whole, or what it held before."""
+    """Replaces the content of a file by `text`, atomically."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """The file holds `content`, whole, or what it held before."""
+    """Replaces the content of a file by `content`, atomically."""
     with replacing(path) as part:
         part.write_bytes(content)
 
 
 def read_bytes(path: Path, most: int = 1 << 30) -> bytes:
-    """What a regular file holds. OSError for a link, a pipe, a folder, or more than `most` bytes."""
+    """The content of a regular file. Raises OSError for a link, a pipe, a folder, or more than `most` bytes."""
     with open(open_regular(path), "rb") as file:
         if os.fstat(file.fileno()).st_size > most:
             raise OSError(f"{path} is larger than {most} bytes")
@@ -77,8 +77,8 @@ def read_bytes(path: Path, most: int = 1 << 30) -> bytes:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor to read a regular file. OSError for a link, a pipe or a folder, which are neither followed nor
-    waited for."""
+    """Opens a regular file for reading and returns its descriptor. Raises OSError for a link, a pipe or a folder,
+    without following or waiting."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -90,7 +90,7 @@ def open_regular(path: Path) -> int:
 
 
 def make_folder(path: Path) -> None:
-    """The folder is there, and where it is new its owner's alone."""
+    """Creates the folder if it does not exist; a new one is accessible to its owner only."""
     if path.is_dir():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """What was written into the file, or which names the folder has, survives a power cut."""
+    """Flushes a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,6 +108,6 @@ def sync(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """One more line at the end of a file; as good as the disk is: nobody waits for it, and what fails is left out."""
+    """Appends a line to a file. Best effort: errors are ignored, and nothing is flushed."""
     with contextlib.suppress(OSError), open(path, "a") as file:
         file.write(line + "\n")

@@ -29,7 +29,7 @@ class FedmpiError(Exception):
     """Base class of all errors that fedmpi raises on purpose."""
 
     exit_code = 1
-    agreed = False  # does every rank raise it, at the same place?
+    agreed = False  # whether every rank raises it at the same place
 
 
 def agreed(error: E) -> E:
@@ -101,7 +101,7 @@ class Stopped(FedmpiError):
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Their names in a message.
+    """The ranks as text for a message; at most eight numbers.
 
     >>> ranks_text([0, 2])
     'ranks 0, 2'

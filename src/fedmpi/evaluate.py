@@ -1,5 +1,5 @@
-"""Evaluation: every silo scores the global model on its own test data, and its personal one; only figures, sums and
-counts leave it (metrics.py)."""
+"""Evaluation: every silo scores the global model, and its personal one, on its own test data. Only figures, sums and
+counts leave the silo (metrics/)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("fedmpi")
 
 
 def evaluation_key(seed: int, round: int, silo: str) -> int:
-    """What a model that draws when it is evaluated draws by, in a run and whenever its checkpoint is evaluated."""
+    """Random key for models that draw numbers in evaluation; the same during a run and for its checkpoint later."""
     return rng.key(seed, purpose="evaluate", round=round, silo=silo)
 
 
@@ -40,28 +40,29 @@ def evaluate_silo(
     batch_size: int,
     between: Callable[[], Any] = lambda: None,
 ) -> Tally:
-    """What one silo's test set makes of the model's shared parameters with the silo's own rest."""
+    """Scores the model's shared parameters, with the silo's personal tensors, on the silo's test set."""
     model.load_personal(silo.kept)
     x, y = silo.data.x_test, silo.data.y_test
     return objective.score(model.module, x, y, batch_size, model.device, between)
 
 
 def personal_model(rule: LocalRule, silo: LocalSilo, params_P: torch.Tensor) -> tuple[torch.Tensor, LocalSilo] | None:
-    """The parameters that the silo would use for itself, and the silo with the rest of that model; None where it has
-    none but the global model."""
+    """The silo's personal parameters [P], and the silo with the other tensors of that model; None if the silo only uses
+    the global model."""
     own_P = rule.personal(silo, params_P)
     return None if own_P is None else (own_P, replace(silo, kept=silo.kept | unprefixed(silo).kept))
 
 
-Tuning = tuple[LocalRule, Round]  # how every silo trains the last model on for itself, and in which round
+Tuning = tuple[LocalRule, Round]  # rule that fine-tunes the last model on every silo, and the round
 
 
 def own_model(
     rule: LocalRule, model: FlatModel, silo: LocalSilo, params_P: torch.Tensor, tuning: Tuning | None
 ) -> tuple[torch.Tensor, LocalSilo] | None:
-    """The parameters that the silo would use for itself, and the silo with the rest of that model: fine-tuned, where
-    there is `tuning`; its rule's own; or the global ones with layers of its own, then `params_P` and `silo` themselves.
-    None where it has none but the global model."""
+    """The parameters [P] of the silo's own model, and the silo with the other tensors of that model.
+
+    With `tuning` they are fine-tuned; else those of the local rule; else the global ones with personal layers, where
+    `params_P` and `silo` themselves are returned. None if the silo only uses the global model."""
     if tuning is not None:
         return fine_tuned(tuning[0], model, silo, params_P, tuning[1])
     if (found := personal_model(rule, silo, params_P)) is not None:
@@ -70,8 +71,8 @@ def own_model(
 
 
 def load_own(rule: LocalRule, model: FlatModel, silo: LocalSilo, params_P: torch.Tensor, tuning: Tuning | None) -> bool:
-    """The model becomes what the silo would use for itself. Is that its own, or the global one? ConfigError where it
-    would have layers that nobody has trained."""
+    """Loads the silo's own model, or the global one; returns whether it is its own. Raises ConfigError if the model
+    would have personal layers that were never trained."""
     own = own_model(rule, model, silo, params_P, tuning)
     if own is None and model.has_personal:
         raise ConfigError(f"silo '{silo.id}' has not trained yet: its personal layers are as they began")
@@ -84,10 +85,10 @@ def load_own(rule: LocalRule, model: FlatModel, silo: LocalSilo, params_P: torch
 def fine_tuned(
     rule: LocalRule, model: FlatModel, silo: LocalSilo, params_P: torch.Tensor, round: Round
 ) -> tuple[torch.Tensor, LocalSilo]:
-    """The global parameters as the rule trains them on for this silo alone, and the silo with its layers after that.
+    """The global parameters after fine-tuning on this silo alone, and the silo with its fine-tuned layers.
 
-    Nothing of it outlives the evaluation: the silo's state and cursor stay. Order and dropout are keyed by a seed of
-    their own, and batches begin with an epoch.
+    Has no lasting effect: the silo's state and cursor stay unchanged. Data order and dropout use a separate seed, and
+    batches start with a new epoch.
     """
     layers = {name: tensor for name, tensor in silo.kept.items() if name in model.first_personal}
     own = replace(silo, cursor=0, kept=layers)
@@ -97,7 +98,7 @@ def fine_tuned(
 
 
 def worst_silo(silos: Mapping[str, Mapping[str, Any]], metric: str, maximize: bool) -> dict[str, Any] | None:
-    """The silo that the model serves worst, and its metric."""
+    """The silo with the worst metric, and that metric; None if no silo has a finite one."""
     scored = {silo: row[metric] for silo, row in silos.items() if metric in row and math.isfinite(row[metric])}
     if not scored:
         return None
@@ -106,40 +107,40 @@ def worst_silo(silos: Mapping[str, Mapping[str, Any]], metric: str, maximize: bo
 
 
 def tell(when: str, silo: str, tally: Tally) -> None:
-    """What a user's own loss or metrics raised; it costs their values, not the run."""
+    """Logs the exceptions of a user's loss or metrics, whose values are then missing."""
     for name, error in tally.raised.items():
         log.warning("%s, silo '%s': %s raised %s", when, silo, name, error)
 
 
-PERSONAL = "personal_"  # what begins the figures of the models that silos have for themselves
-# In the column `raised`: the bit of the first metric that raised, and of the first whose counts and sums are not there.
+PERSONAL = "personal_"  # prefix of the figures of the silos' own models
+# Bits in the column `raised`: of the first metric that raised, and of the first whose counts and sums are missing.
 RAISED, LOST = 1, 1 << MOST_METRICS + 1
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Where evaluations stand on a board that ranks share: which columns and counts, and what a record makes of them.
+    """The layout of evaluations on a board that ranks share, and the figures that a record makes of them.
 
     board = StatusTable(num_ranks, rank_columns, num_silos, scores.columns, scores.num_counts)
-    scores.enter(board, i, tally)                   what silo i's evaluation came to, on the rank that has it
+    scores.enter(board, i, tally)                   the evaluation of silo i, on the rank that has it
     board.share(comm.share)
-    rows, figures = scores.figures(board, ids)      of silos, and of all; the same on every rank
+    rows, figures = scores.figures(board, ids)      per silo, and over all; the same on every rank
     """
 
     objective: LossAndMetrics
-    personal: bool = True  # are there silos with models of their own?
-    pools: bool = False  # do only sums over silos leave a rank?
+    personal: bool = True  # whether silos may have models of their own
+    pools: bool = False  # whether only sums over silos leave a rank
 
     @classmethod
     def of(
         cls, objective: LossAndMetrics, rule: LocalRule, finetune: LocalRule | None, layers: bool, pools: bool = False
     ) -> Scores:
-        """With room for personal figures where the rule, fine-tuning or `layers` of silos' own may leave any."""
+        """Scores with personal figures if the rule, fine-tuning or personal `layers` may produce any."""
         return cls(objective, layers or finetune is not None or rule.is_personal, pools)
 
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:
-        """Columns of a silo's row."""
+        """Column names of a silo's row."""
         one = ["tests", "targets", "loss", "raised"]
         for i, scorer in enumerate(self.objective.scorers):
             one += [f"value/{i}", *(f"sum/{i}/{j}" for j in range(scorer.num_sums))]
@@ -147,7 +148,7 @@ class Scores:
 
     @functools.cached_property
     def pooling(self) -> Pooling | None:
-        """What of the rows leaves a rank; None: all of them."""
+        """The sums of rows that leave a rank; None if the rows themselves do."""
         if not self.pools:
             return None
         names = ["silos", "tests", "targets", "loss", "failed"]
@@ -157,7 +158,7 @@ class Scores:
         return Pooling((), tuple(prefix + name for prefix in self._prefixes for name in names), self._add_up)
 
     def _add_up(self, column: Column) -> dict[str, float]:
-        """The sums over a rank's silos."""
+        """Sums over a rank's silos, by name."""
         sums: dict[str, float] = {}
         for prefix in self._prefixes:
             tested = column(f"{prefix}tests") > 0
@@ -184,7 +185,7 @@ class Scores:
         return sums
 
     def _pooled_figures(self, board: StatusTable, prefix: str) -> Record:
-        """The figures of all silos from sums; of silos where something is wrong their number."""
+        """Figures over all silos, computed from sums; for undefined or raising metrics, the number of silos."""
 
         def total(name: str) -> float:
             return board.sum(prefix + name)
@@ -213,7 +214,7 @@ class Scores:
 
     @property
     def num_counts(self) -> int:
-        """Counts behind the rows."""
+        """Number of counts on the board."""
         return len(self._prefixes) * self._num_counts
 
     @property
@@ -225,7 +226,7 @@ class Scores:
         return sum(scorer.num_counts for scorer in self.objective.scorers)
 
     def enter(self, board: StatusTable, silo: int, tally: Tally, prefix: str = "") -> None:
-        """A silo's tally, of the global model or, with the prefix, of its own. Counts are added: once a round."""
+        """Enters a silo's tally for the global model or, with the prefix, its own. Call once per round: counts add."""
         if not tally.samples:
             return
         scorers = self.objective.scorers
@@ -247,8 +248,9 @@ class Scores:
     def figures(
         self, board: StatusTable, ids: Sequence[str], prefix: str = ""
     ) -> tuple[dict[str, dict[str, Any]], Record]:
-        """Each tested silo's figures, and those of all: of the global model, or with the prefix of the silos' own. Both
-        empty where nothing was tested, and no rows where only sums leave a rank."""
+        """Each tested silo's figures, and those over all: of the global model or, with the prefix, of the silos' own.
+
+        Both are empty if nothing was tested; the first is empty if only sums leave a rank."""
         if self.pools:
             return {}, self._pooled_figures(board, prefix)
         tests = board.silo(f"{prefix}tests")
@@ -294,7 +296,7 @@ class Scores:
 
 
 def _of_all(scorer: Scorer, values_K: np.ndarray, sums_KS: np.ndarray, counts_C: np.ndarray) -> dict[str, Any]:
-    """The figures of all silos; None where it cannot be said: a user's code is called with what silos summed up."""
+    """Figures over all silos; None if the metric raises: a user's code may not handle the summed parts."""
     try:
         return scorer.of_all(values_K, sums_KS, counts_C)
     except Exception as error:

@@ -17,7 +17,7 @@ class ChunkTopK(Codec):
     """The `keep` largest magnitudes of every 4096, with 12-bit indices and values of 4 or 2 bits; fixed payload size.
 
     As in SparseLoCo (Sarfi et al. 2025). A value is a sign and the nearest of 8 or 2 magnitudes, evenly spaced between
-    the chunk's smallest and largest selected one; sent as two float32 per chunk. No value's error exceeds it.
+    the chunk's smallest and largest selected one, which are sent as float32. No value's error exceeds its magnitude.
     """
 
     keep: Annotated[int, pydantic.Field(ge=1, le=CHUNK)] = 64

@@ -123,7 +123,7 @@ def cells(file: Path, out: str | None, quick: bool = False) -> tuple[Grid, Path,
 
 
 def is_done(cell: Cell) -> bool:
-    """Has the run finished or diverged? Raises ConfigError when its directory holds another run."""
+    """True if the run has finished or diverged. Raises ConfigError if its directory holds another run."""
     rounds = checkpoint.sealed_rounds(cell.root)
     if not rounds:
         return False
@@ -134,7 +134,7 @@ def is_done(cell: Cell) -> bool:
 
 
 def to_run(all_cells: list[Cell], only: list[str], num_ranks: int) -> list[int]:
-    """Indices of the cells still to train. Raises ConfigError where `plan` finds a fault in one, before any trains."""
+    """Indices of the cells still to train. Raises ConfigError if `plan` rejects one of them, before any is trained."""
     names = {str(part) for cell in all_cells for part in cell[:3]}
     for name in only:
         if name not in names:
