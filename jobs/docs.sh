@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the documentation has to pass: blocks that run, links, spelling, the reference, examples of extensions, and the
-# site, which it builds into site/. Arguments go to pytest.
+# Checks the documentation: blocks run, links, spelling, the generated reference, the examples of extensions; then builds
+# the site into site/. Arguments go to pytest.
 #
 #   jobs/docs.sh [-k quickstart ...]
 set -euo pipefail

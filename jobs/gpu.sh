@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that runs on a GPU, against the CPU: a table, and runs/gpu.json. At most 8 minutes. Without a GPU it says so.
-#   bash jobs/gpu.sh [--quick] [ARGUMENT ...]      those of jobs/bench/gpu.py; --quick: does it run?
+# Compares everything that runs on a GPU with the CPU: prints a table, writes runs/gpu.json. At most 8 minutes.
+#   bash jobs/gpu.sh [--quick] [ARGUMENT ...]      arguments of jobs/bench/gpu.py; --quick: smoke test
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q GPU; then

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# What a change has to pass: style, types, tests. Arguments go to pytest:
+# Runs what a change must pass: style, types, tests. Arguments go to pytest:
 #
-#   jobs/test.sh [-k slurm ...]     (-n 0: one after the other, to be seen and debugged)
-#   jobs/test.sh --fast [...]       within 90 s on two cores: only tests with the marker `fast`, which start no ranks and need
-#                                   no network, SLURM or data
-#   jobs/test.sh --all [...]        also the tests with the marker `long`, which repeat on more inputs what others show
-#   jobs/test.sh --coverage [...]   also prints which lines and branches of src/ no test ran; slower. Counted is what runs
-#                                   in pytest's own processes, not in ranks and commands that tests start
+#   jobs/test.sh [-k slurm ...]     (-n 0: one process, for debugging)
+#   jobs/test.sh --fast [...]       within 90 s on two cores: only tests with the marker `fast`, which start no ranks and
+#                                   need no network, SLURM or data
+#   jobs/test.sh --all [...]        also tests with the marker `long`, which repeat other tests on more inputs
+#   jobs/test.sh --coverage [...]   also prints lines and branches of src/ that no test ran; slower. It counts pytest's own
+#                                   processes, not ranks and commands that tests start
 #
 # Markers, for -m (such as -m "mpi and not slow"); tests/conftest.py sets all but `slow` from a test's file and fixtures:
 #
-#   fast    none of those below, no whole run and no process     netns   connects ranks by network namespaces: takes root
-#   slow    takes seconds of a core                              slurm   starts a SLURM of its own
+#   fast    none of those below, no whole run, no process        netns   connects ranks by network namespaces: needs root
+#   slow    takes seconds of a core                              slurm   starts its own SLURM
 #   mpi     starts ranks                                         data    reads data sets
-#   long    takes a minute or so, and shows on other inputs what others show
+#   long    takes about a minute; repeats other tests on more inputs
 #
-#   FEDMPI_REQUIRE=slurm,data   tests that may not be skipped; else mpi, and what can run of slurm, strace, netns, mpich and data
-#   FEDMPI_DATA=DIR             where the data sets are; else ../shared/data, if that is there
+#   FEDMPI_REQUIRE=slurm,data   what tests must not skip for lack of; default: mpi, and all else that this machine has
+#   FEDMPI_DATA=DIR             folder of data sets; default: ../shared/data, if it exists
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FEDMPI_FAST='' coverage=() limit=2400 chosen=(-m "not long")
@@ -34,7 +34,7 @@ EXTRAS="report test docs" RANKS=4
 . jobs/setup.sh
 
 say() { echo "test: $*" >&2; }
-PATH=$PATH:/usr/sbin:/sbin # where slurmctld, slurmd, munged and ip are
+PATH=$PATH:/usr/sbin:/sbin # for slurmctld, slurmd, munged and ip
 has() { command -v "$1" >/dev/null; }
 
 install_what_tests_need() {
@@ -46,7 +46,7 @@ install_what_tests_need() {
   need munged munge
   need strace strace
   need ip iproute2
-  # srun --mpi=pmix opens it without depending on it.
+  # srun --mpi=pmix loads this library, but its package does not depend on it.
   ! has apt-get || dpkg -s libpmix2 >/dev/null 2>&1 || packages+=(libpmix2)
   if [ ${#packages[@]} -gt 0 ] && has apt-get && [ "$(id -u)" = 0 ]; then
     say "installing ${packages[*]} with apt-get, over the network"
@@ -59,7 +59,7 @@ install_what_tests_need() {
     say "not installing ${packages[*]}: that takes root and apt-get"
   fi
 
-  # A second MPI, in a folder of its own: both wheels have an mpirun.
+  # A second MPI, in its own folder, because both wheels contain an mpirun.
   mpich=$venv/mpich
   if ! [ -e "$mpich/bin/mpiexec" ]; then
     say "installing MPICH beside Open MPI with pip, over the network"
@@ -68,7 +68,7 @@ install_what_tests_need() {
   fi
   PATH=$PATH:$mpich/bin
 
-  # Robust aggregators to compare with. Its dependencies would put a torch for GPUs in the place of ours.
+  # Robust aggregators, for comparison. Its dependencies would replace our torch by one for GPUs.
   if ! is_byzfl_there; then
     say "installing byzfl without its dependencies with pip, over the network"
     python -m pip install -qq --no-input --disable-pip-version-check --no-deps byzfl==0.0.11 >&2 ||
@@ -83,7 +83,7 @@ if [ -z "${FEDMPI_DATA-}" ] && [ -d ../shared/data ]; then
   FEDMPI_DATA=$(cd ../shared/data && pwd)
   export FEDMPI_DATA
 fi
-# shellcheck disable=SC2317 # called by its name
+# shellcheck disable=SC2317 # called by name
 slurm_is_there() {
   local program library
   for program in slurmctld slurmd srun munged; do has "$program" || return; done
@@ -94,8 +94,8 @@ slurm_is_there() {
 if [ -n "$FEDMPI_FAST" ]; then
   FEDMPI_REQUIRE=
 elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
-  FEDMPI_REQUIRE=mpi # setup.sh has seen to it
-  require() { # name, why not, command that tells
+  FEDMPI_REQUIRE=mpi # setup.sh installed one
+  require() { # NAME REASON COMMAND...: requires NAME if the command succeeds
     if "${@:3}" >/dev/null 2>&1; then
       FEDMPI_REQUIRE+=${FEDMPI_REQUIRE:+,}$1
     else
@@ -112,15 +112,15 @@ elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require data "no data in FEDMPI_DATA or ../shared/data" test -d "${FEDMPI_DATA-}"
 fi
 export FEDMPI_REQUIRE
-unset PYTHONDONTWRITEBYTECODE # or every rank of every launch would compile all sources anew
-export OMP_NUM_THREADS=1 # tests share the cores: threads that wait for each other would take longest
+unset PYTHONDONTWRITEBYTECODE # otherwise every rank of every launch would compile all sources again
+export OMP_NUM_THREADS=1 # tests share the cores; threads that wait for each other would be slowest
 say "skips count as failures for: ${FEDMPI_REQUIRE:-nothing}"
 
 status=0
-step() { # seconds, command: the first code that is not 0 is the job's
+step() { # SECONDS COMMAND...: the first exit code that is not 0 becomes the job's
   local limit=$1 code=0 start=$SECONDS
   shift
-  # INT, so that pytest ends what it has started.
+  # INT, so that pytest ends the processes that it started.
   timeout --foreground -s INT -k 60 "$limit" "$@" || code=$?
   say "$* -> $code after $((SECONDS - start)) s"
   [ $status != 0 ] || status=$code
@@ -136,8 +136,8 @@ types=$!
 if [ -n "$FEDMPI_FAST" ]; then
   step 600 pytest -q -n 3 --dist worksteal "${coverage[@]}" "$@"
 else
-  step 300 fedmpi bench codecs --params 1e4 >&2 # compiles kernels once: ranks that start together would each do it
-  # Three at a time, on two cores: many wait. tests/conftest.py says which.
+  step 300 fedmpi bench codecs --params 1e4 >&2 # compiles kernels once; otherwise ranks that start together each would
+  # Three processes on two cores, because many tests wait. tests/conftest.py sets the order.
   [ ${#chosen[@]} = 0 ] || say "left out are the tests with the marker long: jobs/test.sh --all runs them too"
   step "$limit" pytest -q -n 3 --dist loadscope --no-loadscope-reorder "${chosen[@]}" "${coverage[@]}" "$@"
 fi

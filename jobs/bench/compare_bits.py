@@ -1,9 +1,9 @@
-"""Two commits on this machine: do ten configurations (rules, plans, codecs) end with the same bits?
+"""Checks whether ten configurations (rules, plans, codecs) end with the same bits in two commits, on this machine.
 
-    python jobs/bench/compare_bits.py [--quick] A [B]      with .venv/bin on PATH; B: HEAD unless given
+    python jobs/bench/compare_bits.py [--quick] A [B]      with .venv/bin on PATH; B: default HEAD
 
-Each commit trains them with its own code; a row is a configuration with the SHA-256 of its parameters under both, or
-the line with which a commit refuses it. The exit code is 1 where a row differs.
+Each commit trains them with its own code. A row is a configuration with the SHA-256 of its parameters in both commits,
+or the message with which a commit refuses it. The exit code is 1 if any row differs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ DIGITS = {
     "evaluate": {"every": 2},
 }
 FED_BACK = {"codec": {"name": "int8"}, "feedback": True}
-# Name: (ranks, what is other than in DIGITS).
+# Name: (ranks, changes to DIGITS).
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "sgd, replicated": (2, {"exchange": {"plan": "replicated"}}),
     "momentum, fedadam, root": (
@@ -90,7 +90,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def bits(folder: Path, scratch: Path, name: str) -> str:
-    """What one commit makes of a configuration: the SHA-256 of the parameters, or its last words."""
+    """Trains a configuration with one commit; returns the SHA-256 of the parameters, or the error message."""
     num_ranks, other = CASES[name]
     values = {**DIGITS, **other, "out": str(scratch / "run")}
     values["local"] = {**DIGITS["local"], **other.get("local", {})}  # type: ignore[dict-item]
@@ -107,7 +107,7 @@ def bits(folder: Path, scratch: Path, name: str) -> str:
 
 
 def compared(folders: list[Path], names: list[str], scratch: Path, quick: bool) -> int:
-    """Print a row for each configuration; how many differ."""
+    """Prints a row for each configuration; returns the number of rows that differ."""
     differ = 0
     print(f"{'configuration':44} {names[0]:16} {names[1]:16}")
     for number, case in enumerate(list(CASES)[: 2 if quick else None]):

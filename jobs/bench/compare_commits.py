@@ -1,10 +1,10 @@
-"""Two commits on this machine, in turns: A B, B A, A B, ... What jobs/bench/compare_commits.sh starts.
+"""Times two commits on this machine by turns: A B, B A, A B, ... Started by jobs/bench/compare_commits.sh.
 
     python jobs/bench/compare_commits.py [--quick] [--turns 5] [--ranks 2] [--params 25e6] [--json FILE] A [B]
 
-Each is checked out into a folder of its own and run with this environment; configurations and jobs are its own.
-A row is a plan with its codec in `fedmpi bench exchange`, or a round in jobs/bench/federation_cost.py: medians
-over turns of each commit's seconds, and B's over A's, with the least and the most of a turn.
+Each commit is checked out into its own folder and runs in this environment, with its own configurations and jobs. A row
+is a plan and codec of `fedmpi bench exchange`, or a round of jobs/bench/federation_cost.py: the median over turns of
+each commit's seconds, and B's seconds over A's with the smallest and largest ratio of a turn.
 """
 
 import argparse
@@ -23,14 +23,14 @@ Seconds = dict[str, float]
 
 
 def checked_out(commit: str, folder: Path) -> str:
-    """The commit lies in the folder; its short name comes back."""
+    """Checks the commit out into the folder; returns its short name."""
     name = _said(["git", "rev-parse", "--short", f"{commit}^{{commit}}"], TOP)
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(folder), name], cwd=TOP, check=True)
     return name
 
 
 def measured(folder: Path, given: argparse.Namespace) -> Seconds:
-    """One turn of a commit."""
+    """Measures one commit once; seconds by row name."""
     env = {**os.environ, "PYTHONPATH": str(folder / "src")}
     where = _said([sys.executable, "-c", "import fedmpi; print(fedmpi.__file__)"], folder, env)
     if not Path(where).is_relative_to(folder):
@@ -52,7 +52,7 @@ def measured(folder: Path, given: argparse.Namespace) -> Seconds:
     for row in json.loads(_said([*launch, *exchange], folder, env)):
         if row["plan"] in PLANS:
             found[f"exchange {PLANS[row['plan']]} {row['codec']}"] = row["seconds"]["median"]
-    job = next(folder.glob("jobs/**/federation_cost.py"))  # jobs lay in one folder once
+    job = next(folder.glob("jobs/**/federation_cost.py"))  # older commits have it in jobs/
     cost = [
         sys.executable,
         str(job),
@@ -64,7 +64,7 @@ def measured(folder: Path, given: argparse.Namespace) -> Seconds:
 
 
 def _said(command: list[str], folder: Path, env: dict[str, str] | None = None) -> str:
-    """The last line that a command prints."""
+    """Runs a command; returns the last line that it prints."""
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
     if done.returncode or not done.stdout.strip():
         raise SystemExit(f"compare_commits: {' '.join(command[:6])} ... -> {done.returncode}\n{done.stderr[-2000:]}")
@@ -72,7 +72,7 @@ def _said(command: list[str], folder: Path, env: dict[str, str] | None = None) -
 
 
 def compared(turns: list[tuple[Seconds, Seconds]]) -> list[dict[str, Any]]:
-    """A row for everything that both commits measure."""
+    """One row for each figure that both commits measure."""
     rows = []
     for name in turns[0][0]:
         if all(name in seconds for turn in turns for seconds in turn):
@@ -86,13 +86,13 @@ def compared(turns: list[tuple[Seconds, Seconds]]) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one turn with short vectors and digits: does it run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test: one turn, short vectors, digits")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--params", default="25e6", help="of bench exchange")
-    parser.add_argument("--repeats", type=int, default=5, help="of bench exchange, a turn")
-    parser.add_argument("--rounds", type=int, default=6, help="of federation_cost.py, a turn")
-    parser.add_argument("--json", type=Path, help="where the rows are written, too")
+    parser.add_argument("--params", default="25e6", help="vector length for bench exchange")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of bench exchange per turn")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of federation_cost.py per turn")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B", nargs="?", default="HEAD")
     given = parser.parse_args(arguments)

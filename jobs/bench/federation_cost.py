@@ -1,10 +1,10 @@
-"""What federation costs: rounds of `fedmpi.Run` against a plain loop that does the same local work and no exchange.
+"""Measures the overhead of federation: rounds of `fedmpi.Run` over a plain torch loop with the same local work.
 
     mpirun -n 2 python jobs/bench/federation_cost.py [ROUNDS] [--quick] [--config FILE] [KEY=VALUE ...]
 
-Both do, on every rank, in turns: every silo of the rank from the global parameters through its local epochs, then the
-evaluation of its test data. The plain loop is what one would write in torch without fedmpi. Medians over rounds of the
-slowest rank's wall time; the ratio comes first.
+On every rank, both train each silo of the rank from the global parameters for its local epochs, and evaluate it on its
+test data; they alternate. The plain loop has no exchange: it is what one would write in torch without fedmpi. Times are
+medians over rounds of the slowest rank; the ratio comes first.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def plain_round(module: torch.nn.Module, silos: dict[str, Any], work: Any, batch: int) -> None:
-    """The same epochs over the same silos, as a torch user writes them."""
+    """The same epochs over the same silos, as plain torch code."""
     for silo in silos.values():
         local = copy.deepcopy(module)
         local.train()
@@ -49,9 +49,9 @@ def plain_round(module: torch.nn.Module, silos: dict[str, Any], work: Any, batch
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds on digits: does it run?")
-    parser.add_argument("--config", type=Path, help="else configs/fashion.yaml")
-    parser.add_argument("rest", nargs="*", metavar="ROUNDS or KEY=VALUE", help="8 rounds unless told otherwise")
+    parser.add_argument("--quick", action="store_true", help="smoke test: 3 rounds on digits")
+    parser.add_argument("--config", type=Path, help="default: configs/fashion.yaml")
+    parser.add_argument("rest", nargs="*", metavar="ROUNDS or KEY=VALUE", help="default: 8 rounds")
     given = parser.parse_args(arguments)
     overrides = [word for word in given.rest if "=" in word]
     rounds = next((int(word) for word in given.rest if "=" not in word), 3 if given.quick else 8)

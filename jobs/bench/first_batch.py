@@ -1,4 +1,4 @@
-"""Says when each rank takes its first batch: what jobs/bench/startup.sh runs.
+"""Prints the time at which each rank takes its first batch; run by jobs/bench/startup.sh.
 
 mpirun -n 4 python jobs/bench/first_batch.py OUT [KEY=VALUE ...]
 """

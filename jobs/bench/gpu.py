@@ -1,15 +1,15 @@
-"""Everything that runs on a GPU, once, against the CPU: what jobs/gpu.sh starts.
+"""Compares everything that runs on a GPU with the CPU; started by jobs/gpu.sh.
 
     mpirun -n 2 python jobs/bench/gpu.py [--quick] [--required] [--seconds 400] [--only PART,...] [--json FILE]
 
-    kernels     every codec's kernels against `plain`, bit for bit, and their seconds in those of a copy on the device
+    kernels     every codec's kernels against `plain`, bit for bit; times in units of a copy on the device
     exchange    the same deltas through every plan, codec, aggregator and server optimizer, on both
-    rules       a few rounds of every local rule, on both; models of several kinds; bf16
-    overlap     the exchange in a stream of its own
-    memory      staging through page-locked memory, samples kept on the device and too many for it, a GPU that is shared
+    rules       a few rounds of every local rule, on both; several kinds of models; bf16
+    overlap     the exchange in its own stream
+    memory      staging through page-locked memory, samples on the device and too many for it, a shared GPU
 
-A row says what was compared, how far apart it is, and whether that is near enough. All ranks share the GPUs that are
-there. What no time is left for is a row that says so. Exit code 1 where a row failed.
+A row names the case, how far the two are apart, and whether that is close enough. All ranks share the available GPUs.
+Cases that do not fit into the time limit get a row that says so. The exit code is 1 if any row failed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from fedmpi.server import OPTIMIZERS, FedAvg
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
 KERNEL_PARAMS, PARAMS, ROUNDS = 200_000, 300_000, 3
-TAKES: dict[str, dict[str, Any]] = {  # what members ask for besides
+TAKES: dict[str, dict[str, Any]] = {  # required fields of members
     "qffl": {"lr": 0.1},
     "trimmed_mean": {"fraction": 0.3},
     **{name: {"hostile": 0} for name in ("krum", "multi_krum", "bulyan")},
@@ -52,8 +52,8 @@ TAKES: dict[str, dict[str, Any]] = {  # what members ask for besides
     "fedrep": {"head_epochs": 1},
     "per_fedavg": {"inner_lr": 0.05},
 }
-NEAR = 1e-4  # of a distance moved: sums in another order, products and sums in one step
-NEAR_TRAINING = 2e-2  # where matrix products differ and steps follow each other
+NEAR = 1e-4  # relative to the distance moved: another order of sums, fused multiply-add
+NEAR_TRAINING = 2e-2  # where matrix products differ and errors accumulate over steps
 FED = {"feedback": True}
 LOSSY = [name for name in CODECS.members if name != "identity"]
 
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     part: str
     case: str
     ok: bool
-    figure: float | None  # what is compared, in units of what `said` names
+    figure: float | None  # the difference, in the unit that `said` names
     said: str
     seconds: float
 
@@ -76,7 +76,7 @@ Case = tuple[str, Callable[[], tuple[bool, float | None, str]]]
 
 
 def kernels(num_timed: int) -> Iterator[Case]:
-    """Every codec: the bits of `plain`, and seconds against a copy."""
+    """Every codec: the same bits as `plain`, and times relative to a copy."""
     variants: list[dict[str, Any]] = [{"name": name} for name in CODECS.members]
     variants += [{"name": name, "rounding": "stochastic"} for name in ("int8", "int4")]
     for variant in variants:
@@ -87,7 +87,7 @@ def kernels(num_timed: int) -> Iterator[Case]:
 def _kernel(codec: Any, num_timed: int) -> tuple[bool, float | None, str]:
     draw = torch.Generator().manual_seed(1)
     x, lost = (torch.randn(KERNEL_PARAMS, generator=draw) for _ in range(2))
-    x[::7], x[1::7] = 0.0, 1e-40  # ties, and what is smaller than a step
+    x[::7], x[1::7] = 0.0, 1e-40  # ties, and values below a step
     key = 2**63 + 11
     wanted: list[torch.Tensor] = []
     found: list[torch.Tensor] = []
@@ -110,7 +110,7 @@ def _kernel(codec: Any, num_timed: int) -> tuple[bool, float | None, str]:
 
 
 class _only_plain:
-    """The codecs use the plain kernels."""
+    """Makes the codecs use the plain kernels."""
 
     def __enter__(self) -> None:
         self._kernels = base._kernels
@@ -142,7 +142,7 @@ def _seconds(work: Callable[[], object], repeats: int = 3) -> float:
 
 @dataclass(frozen=True)
 class Nothing:
-    """Two silos a rank, and at least four, with a sample each."""
+    """At least four silos, two per rank, with one sample each."""
 
     ranks: int
 
@@ -153,7 +153,7 @@ class Nothing:
 
 
 class Vector(torch.nn.Module):
-    """Nothing but parameters."""
+    """A module of parameters only."""
 
     def __init__(self, num_params: int) -> None:
         super().__init__()
@@ -165,8 +165,9 @@ class Vector(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Drift(LocalRule):
-    """Local training that only moves parameters, by the same amounts on any device. `late`: the device gets to it long
-    after the host has gone on."""
+    """Local training that only moves parameters, by the same amounts on any device.
+
+    `late`: the device executes it long after the host has continued."""
 
     late: bool = False
 
@@ -182,7 +183,7 @@ class Drift(LocalRule):
 
 @component
 class LateFedAvg(FedAvg):
-    """FedAvg whose step the device gets to long after the host has gone on."""
+    """FedAvg whose step the device executes long after the host has continued."""
 
     def step(self, params_P: torch.Tensor, mean_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
         _linger(params_P.device)
@@ -215,13 +216,13 @@ def exchanges(comm: Any) -> Iterator[Case]:
         values = {"exchange": {"plan": "sharded", "scope": "silo"}, "aggregate": {"name": name, **TAKES.get(name, {})}}
         yield f"aggregate {name}", partial(_both, comm, values, NEAR)
     for name in OPTIMIZERS.members:
-        if name != "feddyn":  # which is that of a rule
+        if name != "feddyn":  # it belongs to a local rule
             values = {"exchange": {"plan": "sharded"}, "server": {"optimizer": name}}
             yield f"server {name}", partial(_both, comm, values, NEAR)
 
 
 def _both(comm: Any, values: dict[str, Any], near: float) -> tuple[bool, float | None, str]:
-    """A run on the device and one on the CPU: how far apart they end, in units of how far they moved."""
+    """Runs on the CPU and on the device; the difference at the end, relative to the distance moved."""
     ends = [_end(comm, values, name) for name in ("cpu", "cuda")]
     (start_P, cpu_P, cpu_loss), (_, gpu_P, gpu_loss) = ends
     moved = float((cpu_P - start_P).double().norm())
@@ -232,7 +233,7 @@ def _both(comm: Any, values: dict[str, Any], near: float) -> tuple[bool, float |
 
 
 def _drifting(given: dict[str, Any], comm: Any, late: bool = False) -> fedmpi.Config:
-    """A configuration whose silos drift, over a vector."""
+    """A configuration in which silos drift, with a vector as model."""
     config = build(fedmpi.Config, given)
     server = dataclasses.replace(config.server, optimizer=LateFedAvg()) if late else config.server
     model = Deferred("vector", lambda: Vector(PARAMS), {})
@@ -270,7 +271,7 @@ LOCAL = {"name": "sgd", "lr": 0.05, "epochs": 1, "batch_size": 32}
 
 
 def rules(comm: Any, quick: bool) -> Iterator[Case]:
-    """Every local rule that a rate and epochs or steps are enough for, models of several kinds, half precision."""
+    """Every local rule that needs no more than lr and epochs or steps, several kinds of models, half precision."""
     for name in RULES.members:
         batches = {} if name == "fedsgd" else {"epochs": 1, "batch_size": 32}
         values = {**DIGITS, "local": {"name": name, "lr": 0.05, **batches, **TAKES.get(name, {})}}
@@ -314,7 +315,7 @@ def _twice(comm: Any, values: dict[str, Any]) -> tuple[bool, float | None, str]:
 
 
 def overlaps(comm: Any) -> Iterator[Case]:
-    """The exchange in a stream of its own, run often enough for a race to show."""
+    """The exchange in its own stream, repeated often enough to show a race."""
     channel = {"codec": "int8", **FED}
     sections: dict[str, dict[str, Any]] = {
         "replicated": {"plan": "replicated"},
@@ -331,7 +332,7 @@ def overlaps(comm: Any) -> Iterator[Case]:
 
 
 def _late(comm: Any, exchange: dict[str, Any]) -> tuple[bool, float | None, str]:
-    """Deltas and steps that the device is slow to make: who does not wait for them reads what was there before."""
+    """Deltas and steps that the device computes late: code that does not wait for them would read old values."""
     values = {"exchange": exchange, "rounds": 4}
     one, other = (_end(comm, values, "cuda", late)[1] for late in (False, True))
     same = torch.equal(one, other)
@@ -339,7 +340,7 @@ def _late(comm: Any, exchange: dict[str, Any]) -> tuple[bool, float | None, str]
 
 
 def _steady(comm: Any) -> tuple[bool, float | None, str]:
-    """What the device has reserved must not grow from round to round."""
+    """Memory reserved on the device must not grow from round to round."""
     reserved = []
     with tempfile.TemporaryDirectory() as folder:
         exchange = {"plan": "replicated", "overlap": True}
@@ -358,7 +359,7 @@ def _steady(comm: Any) -> tuple[bool, float | None, str]:
 
 
 def memory(comm: Any, num_timed: int) -> Iterator[Case]:
-    """Staging, where samples lie, and a GPU that two ranks share."""
+    """Staging, placement of samples, and a GPU shared by two ranks."""
     yield "staging", partial(_staging, comm, num_timed)
     yield "samples on the device", partial(_samples, comm, False)
     yield "samples beside it", partial(_samples, comm, True)
@@ -375,7 +376,7 @@ def _staging(comm: Any, num: int) -> tuple[bool, float | None, str]:
 
 
 def _samples(comm: Any, full: bool) -> tuple[bool, float | None, str]:
-    """The same run with samples on the device and, as if it had no room, in page-locked memory."""
+    """The same run with samples on the device and, with its free memory faked as 0, in page-locked host memory."""
     real = torch.cuda.mem_get_info
     places: list[str] = []
     keep_on = device.keep_on
@@ -400,7 +401,7 @@ def _samples(comm: Any, full: bool) -> tuple[bool, float | None, str]:
 
 
 def _shared(comm: Any) -> tuple[bool, float | None, str]:
-    """Two ranks on one GPU are refused unless they may."""
+    """Two ranks on one GPU are refused unless sharing is allowed."""
     oversubscribed = comm.size > torch.cuda.device_count()
     try:
         device.choose("cuda", False, comm)
@@ -415,11 +416,11 @@ def _shared(comm: Any) -> tuple[bool, float | None, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="short vectors are timed: does it run?")
-    parser.add_argument("--required", action="store_true", help="no GPU is a failure")
-    parser.add_argument("--seconds", type=float, default=400, help="no case begins later")
+    parser.add_argument("--quick", action="store_true", help="smoke test: time short vectors")
+    parser.add_argument("--required", action="store_true", help="fail if there is no GPU")
+    parser.add_argument("--seconds", type=float, default=400, help="no case starts later than this")
     parser.add_argument("--only", default="", metavar="PART,PART", help="kernels, exchange, rules, overlap, memory")
-    parser.add_argument("--json", type=Path, help="where all rows are written, with what they ran on")
+    parser.add_argument("--json", type=Path, help="file for all rows and a description of the machine")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         if given.required:
@@ -431,7 +432,7 @@ def main(arguments: list[str] | None = None) -> None:
     comm = connect()
     start_s = time.monotonic()
     torch.cuda.set_device(device.choose("cuda", True, comm))
-    # Products in TensorFloat-32 are good for training and no measure of anything.
+    # TensorFloat-32 products suit training, but are too inexact for a comparison.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     num_timed = 100_000 if given.quick else 25_000_000
     parts: dict[str, Iterator[Case]] = {
@@ -468,7 +469,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _row(comm: Any, part: str, case: str, work: Callable[[], tuple[bool, float | None, str]], late: bool) -> Row:
-    """What came of a case, the same on every rank: not ok where it is not on one of them."""
+    """Runs a case; the same row on every rank, not ok if it failed on any."""
     if float(comm.share(np.array([float(late)]))[0]):
         return Row(part, case, False, None, "no time was left", 0.0)
     start_s = time.monotonic()

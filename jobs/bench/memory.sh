@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Memory per rank with 4 and with 40 silos on the same 2 ranks and the same data: it should not differ.
-#   bash jobs/bench/memory.sh [--quick]      --quick: one round on digits with 4 and 8 silos: does it run?
+# Compares memory per rank with 4 and with 40 silos on the same 2 ranks and the same data: it should be equal.
+#   bash jobs/bench/memory.sh [--quick]      --quick: smoke test, one round on digits with 4 and 8 silos
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . jobs/setup.sh

@@ -1,16 +1,16 @@
-"""How much of the exchange `exchange.overlap` hides behind local training.
+"""Measures how much of the exchange `exchange.overlap` hides behind local training.
 
     mpirun -n 2 python jobs/bench/overlap.py [--params 25e6] [--rounds 8] [--plan replicated] [--quick]
 
-Local training is a stand-in, over twice as long as the exchange: one sleeps, as if a GPU worked; one computes on the
-rank's core, which the exchange then takes time of. Each is run without and with overlap, in turns, twice. Medians over
-rounds of the slowest rank:
+Local training is replaced by a stand-in that takes over twice as long as the exchange. One stand-in sleeps, as if a GPU
+worked; the other computes on the rank's core, which the exchange also needs. Each runs without and with overlap, by
+turns, twice. Medians over rounds of the slowest rank:
 
-    exchange_s   what rounds without overlap spend on exchange and step
-    thread_s     what the exchange takes in its thread
-    visible_s    what rounds with overlap wait for it
-    hidden       share of the exchange that is not waited for: 1 - visible_s / exchange_s
-    saved        by how much rounds are shorter, as a share of exchange_s: what hiding costs training is off
+    exchange_s   exchange and step in rounds without overlap
+    thread_s     duration of the exchange in its thread
+    visible_s    time that rounds with overlap wait for it
+    hidden       share of the exchange that costs no waiting: 1 - visible_s / exchange_s
+    saved        time saved per round, as a share of exchange_s; includes what overlap costs the training
 """
 
 import argparse
@@ -35,13 +35,13 @@ from fedmpi.local import LocalRule, LocalSilo, Round
 from fedmpi.models import MLP
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
-LONGER = 2.5  # the stand-in, in exchanges
+LONGER = 2.5  # length of the stand-in, in exchanges
 TURNS = 2
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Random images, one silo a rank: only sizes matter here."""
+    """Random images, one silo per rank; only sizes matter here."""
 
     silos: int
 
@@ -55,12 +55,12 @@ class Noise:
 
 @component
 class StandIn(LocalRule):
-    """Local training that only takes its time."""
+    """Local training that only takes time."""
 
     naps: int = 0
-    """of a hundredth of a second"""
+    """number of sleeps of 0.01 s"""
     products: int = 0
-    """of two matrices"""
+    """number of matrix products"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         model.load(params_P)
@@ -82,7 +82,7 @@ def product() -> torch.Tensor:
 
 
 def rounds_of(comm: Any, args: argparse.Namespace, local: StandIn, overlap: bool) -> list[dict[str, float]]:
-    """Seconds by phase of the rounds in the middle of a run."""
+    """Seconds by phase, for the rounds in the middle of a run."""
     out = comm.broadcast_text(tempfile.mkdtemp() if comm.rank == 0 else "", 0)
     width = round((math.sqrt(794**2 + 4 * args.params) - 794) / 2)
     config = fedmpi.Config(
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--params", type=float, default=25e6)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--plan", default="replicated")
-    parser.add_argument("--quick", action="store_true", help="a short vector for 5 rounds, one turn: does it run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test: a short vector, 5 rounds, one turn")
     args = parser.parse_args(arguments)
     args.turns = 1 if args.quick else TURNS
     if args.quick:

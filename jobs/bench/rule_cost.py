@@ -1,11 +1,11 @@
-"""What a local rule costs: its rounds against those of plain SGD with as many local steps.
+"""Measures the cost of local rules: their rounds over those of plain SGD with the same number of local steps.
 
     mpirun -n 2 python jobs/bench/rule_cost.py [--steps 20] [--turns 9] [--only RULE,RULE] [--quick] [KEY=VALUE ...]
 
-Fashion-MNIST, 4 silos, a LeNet-like CNN, batches of 64; every rule that its lr and steps are enough for, the others are
-named. All runs are open at once and take turns, a round each, in another order every turn; seconds are the slowest
-rank's, medians over turns without the first. A line of JSON a rule, the cheapest first: `ratio` is of whole rounds,
-`ratio_train` of the local training in them. KEY=VALUE are overrides, such as model=mlp.
+Fashion-MNIST, 4 silos, a LeNet-like CNN, batches of 64; every rule that needs no more than lr and steps, the others are
+reported. All runs are open at once and take turns, a round each, in another order every turn. Seconds are those of the
+slowest rank, medians over turns without the first. Prints one line of JSON per rule, the cheapest first: `ratio` is of
+whole rounds, `ratio_train` of their local training. KEY=VALUE are overrides, such as model=mlp.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def _opened(silos: int, seed: int) -> Source:
 def configs(
     names: list[str], rounds: int, steps: int, overrides: list[str], out: str
 ) -> dict[str, fedmpi.Config | str]:
-    """A configuration a rule, or why a rate and steps are not enough for it. One that has a part on the server is
-    there under the same name."""
+    """A configuration per rule, or why lr and steps are not enough for it. The server part of a rule, if it has one,
+    has the same name."""
     found: dict[str, Any] = {}
     for name in names:
         values: dict[str, Any] = {
@@ -79,10 +79,10 @@ def configs(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="local steps a round")
-    parser.add_argument("--turns", type=int, default=9, help="rounds that count")
-    parser.add_argument("--only", default=",".join(RULES.members), metavar="RULE,RULE", help="besides sgd")
-    parser.add_argument("--quick", action="store_true", help="a step of a linear model on digits: does it run?")
+    parser.add_argument("--steps", type=int, default=20, help="local steps per round")
+    parser.add_argument("--turns", type=int, default=9, help="number of measured rounds")
+    parser.add_argument("--only", default=",".join(RULES.members), metavar="RULE,RULE", help="rules besides sgd")
+    parser.add_argument("--quick", action="store_true", help="smoke test: one step of a linear model on digits")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args(arguments)
     if given.quick:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Start-up: from `mpirun -n 4` to the first batch, next to importing torch and mpi4py at the same n. In turns, medians.
-#   bash jobs/bench/startup.sh [REPEATS | --quick]      --quick: once, on two ranks: does it run?
+# Times start-up: from `mpirun -n 4` to the first batch, over importing torch and mpi4py on as many ranks. Medians.
+#   bash jobs/bench/startup.sh [REPEATS | --quick]      --quick: smoke test, once, on two ranks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 n=4 repeats=${1:-5}

@@ -1,13 +1,13 @@
-"""The exchange inside `train`: seconds from deltas in place to parameters in place, and whether memory stands still.
+"""Measures the exchange inside `train`: seconds from deltas to new parameters, and whether memory stays constant.
 
     mpirun -n 2 python jobs/bench/steady.py [--params 25e6] [--rounds 30] [--quick] [EXCHANGE ...]
 
-EXCHANGE is what stands under `exchange:` in a configuration, such as '{plan: sharded, up: {codec: int8}}'; all plans
-and the usual codecs unless given. Silos only move their parameters a little, so that rounds are nothing but exchange.
-Figures are of the slowest rank, per round after the first three: the median of exchange and step, beside a copy of the
-vector and one MPI_Allreduce of it after each round; bytes of fresh memory that were touched during the exchange
-(page faults; malloc is told to hand large pieces back at once), as a share of the vector; and by how much a rank has
-grown from a tenth of the rounds to the last but one (the last writes a checkpoint).
+EXCHANGE is the content of `exchange:` in a configuration, such as '{plan: sharded, up: {codec: int8}}'; default: all
+plans and the usual codecs. Silos only move their parameters a little, so that rounds consist of the exchange. Figures
+are those of the slowest rank, per round after the first three: the median of exchange and step, next to a copy of the
+vector and one MPI_Allreduce of it after each round; fresh memory touched during the exchange (page faults; malloc is
+set to return large blocks at once), as a share of the vector; and a rank's growth from a tenth of the rounds to the
+last but one (the last writes a checkpoint).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 if os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072") != "131072" or "MALLOC_TRIM_THRESHOLD_" not in os.environ:
     os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"
-    os.execv(sys.executable, [sys.executable, *sys.argv])  # before MPI is there
+    os.execv(sys.executable, [sys.executable, *sys.argv])  # before MPI is loaded
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ EXCHANGES = (
 
 @dataclass(frozen=True)
 class Nothing:
-    """One sample a silo, a silo a rank."""
+    """One silo per rank, with one sample each."""
 
     ranks: int
 
@@ -61,7 +61,7 @@ class Nothing:
 
 
 class Vector(torch.nn.Module):
-    """Nothing but parameters."""
+    """A module of parameters only."""
 
     def __init__(self, num_params: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Vector(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Drift(LocalRule):
-    """Local training that only moves parameters, by other amounts in every silo and round."""
+    """Local training that only moves parameters, by different amounts in every silo and round."""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         model.load(params_P)
@@ -103,7 +103,7 @@ def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -
         device=fedmpi.config.DeviceSection(name="cpu"),
     )
     one_P, other_P = torch.zeros(num_params), torch.zeros(num_params)
-    # Touched before the first round: figures of a round in lists of their own would be taken for growth.
+    # Allocated and touched before the first round: lists that grow per round would count as growth.
     spent = {n: np.full(rounds, np.nan) for n in ("exchange", "memcpy", "allreduce", "faults", "memory")}
     with fedmpi.Run(config, comm=comm) as run:
         made = run.federation.exchange
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=float, default=25e6)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="a short vector for 5 rounds: does it run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test: a short vector, 5 rounds")
     parser.add_argument("exchange", nargs="*", default=EXCHANGES)
     given = parser.parse_args(arguments)
     if given.quick:

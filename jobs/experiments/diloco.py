@@ -1,19 +1,20 @@
-"""DiLoCo against synchronous AdamW on the same tokens: losses, their ratio, and the bytes that were sent.
+"""DiLoCo against synchronous AdamW on the same tokens: losses, their ratio, and bytes sent.
 
     mpirun -n 2 python jobs/experiments/diloco.py [--rounds 60] [--steps 50] [--fragments 4] [--quick] [KEY=VALUE ...]
 
-DiLoCo is configs/diloco_shakespeare.yaml. Synchronous AdamW is made from it: the same silos visit the same batches in
-the same order, but exchange after every one; the mean of their gradients is one step of one AdamW with the inner
-optimizer's arguments and rates, which is training on the pooled batches. Both begin with the same parameters.
+DiLoCo is configs/diloco_shakespeare.yaml. Synchronous AdamW is derived from it: the same silos visit the same batches
+in the same order, but exchange after each one. The mean of their gradients is one step of a single AdamW with the inner
+optimizer's arguments and learning rates, which equals training on the pooled batches. Both start with the same
+parameters.
 
-With `--fragments 4` DiLoCo is compared with itself in fragments instead, a quarter of the parameters an exchange, on
-the same tokens, without overlap and with it (`late`). Exchanges are four times as many, a quarter of the steps apart,
-so that each parameter is exchanged as often as before (`often`); or they are as many as before, so that all bytes are
-a quarter (`rarely`).
+With `--fragments 4`, DiLoCo is compared with DiLoCo in fragments instead, a quarter of the parameters per exchange, on
+the same tokens, without and with overlap (`late`). Either there are four times as many exchanges, a quarter of the
+steps apart, so that each parameter is exchanged as often as before (`often`); or as many as before, so that all bytes
+are a quarter (`rarely`).
 
-The last line is JSON: `ratio` is DiLoCo's test loss over the other's, pooled over the silos, after the same tokens,
-with `--fragments` over that of DiLoCo whole; bytes are counted, up and down, all ranks. KEY=VALUE are overrides of the
-configuration, such as model.width=128.
+The last line is JSON: `ratio` is DiLoCo's test loss over the other's, pooled over the silos, after the same tokens;
+with `--fragments`, the loss over that of unfragmented DiLoCo. Bytes are counted up and down over all ranks. KEY=VALUE
+are overrides of the configuration, such as model.width=128.
 """
 
 import argparse
@@ -46,21 +47,21 @@ QUICK = ["data.length=16", "data.stride=64", "model.layers=1", "model.width=16"]
 
 @component
 class AdamW(Scheduled):
-    """AdamW on the server (Loshchilov & Hutter 2019, Algorithm 2), of gradients that arrive as deltas of one SGD step
-    with lr 1; with bias correction, as torch.optim.AdamW."""
+    """AdamW on the server (Loshchilov & Hutter 2019, Algorithm 2), for gradients that arrive as deltas of one SGD step
+    with lr 1; with bias correction, as in torch.optim.AdamW."""
 
     lr: NonNegativeFloat = 1e-3
     """step size"""
     steps: PositiveInt = 1
-    """to a round of the schedule"""
+    """server steps per round of the schedule"""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """decay of the mean of gradients, and of their squares"""
+    """decay rates of the mean of gradients and of their squares"""
     eps: PositiveFloat = 1e-8
     """added to the square root"""
     weight_decay: NonNegativeFloat = 1e-2
-    """of the parameters, times lr"""
+    """weight decay of the parameters, times lr"""
     number: NonNegativeInt = 0
-    """of the round; `at` sets it"""
+    """number of the round; `at` sets it"""
 
     def init(self, params_P: torch.Tensor) -> Moments:
         return Moments(torch.zeros_like(params_P), torch.zeros_like(params_P))
@@ -80,7 +81,7 @@ class AdamW(Scheduled):
 
 
 def both(rounds: int, steps: int, overrides: list[str], out: str) -> tuple[fedmpi.Config, fedmpi.Config]:
-    """DiLoCo's configuration, and that of synchronous AdamW on the same tokens."""
+    """The configurations of DiLoCo and of synchronous AdamW on the same tokens."""
     quiet = [f"checkpoint.every={rounds * steps}", "checkpoint.keep=1", "records.trace=false"]
     given = [f"rounds={rounds}", f"local.steps={steps}", *quiet, *overrides, f"out={out}/diloco"]
     diloco, _ = fedmpi.load(CONFIG, given)
@@ -95,7 +96,7 @@ def both(rounds: int, steps: int, overrides: list[str], out: str) -> tuple[fedmp
 
 
 def in_fragments(whole: fedmpi.Config, fragments: int) -> dict[str, fedmpi.Config]:
-    """The same tokens with a part of the parameters an exchange, by how often and whether with overlap."""
+    """Configurations on the same tokens with fragments, by how often they are exchanged and whether with overlap."""
     found: dict[str, fedmpi.Config] = {}
     local: Any = whole.local
     for name, times in (("often", fragments), ("rarely", 1)):
@@ -116,7 +117,7 @@ def in_fragments(whole: fedmpi.Config, fragments: int) -> dict[str, fedmpi.Confi
 
 
 def compare_fragments(whole: fedmpi.Config, fragments: int, comm: Any) -> dict[str, Any]:
-    """Losses after the same tokens, and bytes of an exchange, by name; `whole` is without fragments."""
+    """Losses after the same tokens, and bytes per exchange, by name; `whole` has no fragments."""
     runs = {"whole": whole, **in_fragments(whole, fragments)}
     found = {name: trained(config, comm) for name, config in runs.items()}
     if comm.rank == 0:
@@ -134,7 +135,7 @@ def compare_fragments(whole: fedmpi.Config, fragments: int, comm: Any) -> dict[s
 
 
 def trained(config: fedmpi.Config, comm: Any) -> dict[str, Any]:
-    """Test losses as training went on, samples visited, bytes sent."""
+    """Trains; returns the test losses during training, samples visited, and bytes sent."""
     found: dict[str, Any] = {"losses": [], "bytes": 0, "exchanges": 0, "samples": 0}
     with fedmpi.Run(config, comm=comm) as run:
         for record in run:
@@ -147,7 +148,7 @@ def trained(config: fedmpi.Config, comm: Any) -> dict[str, Any]:
 
 
 def compare_synchronous(one: fedmpi.Config, other: fedmpi.Config, steps: int, comm: Any) -> dict[str, Any]:
-    """Losses after the same tokens, and all bytes."""
+    """Losses after the same tokens, and total bytes."""
     diloco, synchronous = (trained(config, comm) for config in (one, other))
     sent, without = synchronous["bytes"], diloco["bytes"]
     if comm.rank == 0:
@@ -168,10 +169,10 @@ def compare_synchronous(one: fedmpi.Config, other: fedmpi.Config, steps: int, co
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60, help="exchanges of DiLoCo")
-    parser.add_argument("--steps", type=int, default=50, help="inner steps between two of them")
+    parser.add_argument("--rounds", type=int, default=60, help="number of DiLoCo's exchanges")
+    parser.add_argument("--steps", type=int, default=50, help="inner steps between exchanges")
     parser.add_argument("--fragments", type=int, default=0, help="compare with this many fragments")
-    parser.add_argument("--quick", action="store_true", help="2 exchanges of 2 steps of a tiny model: does it run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test: 2 exchanges of 2 steps of a tiny model")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args(arguments)
     if given.quick:

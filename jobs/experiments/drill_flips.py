@@ -1,14 +1,14 @@
-"""What damage on disk does to a run: bits and bytes flipped and ends cut off, in every file of a run directory.
+"""Damages run directories: flips bits and bytes and cuts off ends in every file; checks that each is noticed.
 
     python jobs/experiments/drill_flips.py [--trials 500] [--seed 0] [--quick]
 
-Runs with `ucb`, `power_of_choice` and `fednova` are broken off after round 6 of 9. In every trial a copy is harmed
-once, looked at with inspect and eval, and resumed. One line a file and harm, how many trials each:
+Runs with `ucb`, `power_of_choice` and `fednova` are interrupted after round 6 of 9. Each trial damages a copy once,
+reads it with inspect and eval, and resumes it. Prints one line per file and kind of damage, with numbers of trials:
 
-    same      the figures and bits of a run that nothing has happened to
+    same      figures and bits of an undamaged run
     skipped   a warning, an earlier round, and from there the same bits again
     refused   one line, exit code 2
-    SILENT    anything else that was said or made; TRACEBACK: an error that is no answer. Either ends with exit code 1
+    SILENT    any other result; TRACEBACK: an unexpected error. Either gives exit code 1
 """
 
 import argparse
@@ -42,7 +42,7 @@ HARMS = ("bit", "byte", "cut")
 
 @dataclass(frozen=True)
 class Clouds:
-    """Two clouds of points in each of four silos."""
+    """Four silos, each with two clouds of points."""
 
     def source(self, seed: int) -> Source:
         return Source("classification", (6,), 2, tuple(Silo(f"silo-{i}") for i in range(4)), self.open)
@@ -82,19 +82,19 @@ def config(kind: str, out: Path, rounds: int) -> Config:
 
 
 def train(kind: str, out: Path) -> None:
-    """Go on to the last round, in this process."""
+    """Trains to the last round, in this process."""
     with fedmpi.Run(config(kind, out, ROUNDS), comm=SoloComm()) as run:
         for _ in run:
             pass
 
 
 def figures(record: dict[str, Any] | None) -> dict[str, Any]:
-    """A record without what a clock has told."""
+    """A record without clock and memory readings."""
     return {k: v for k, v in (record or {}).items() if k not in ("seconds", "peak_rss_bytes", "bytes_control")}
 
 
 def looked_at(out: Path) -> dict[str, Any]:
-    """What inspect and eval say."""
+    """The results of inspect and eval."""
     told = results.inspect(out)
     told["metrics"] = figures(told["metrics"])
     told["evaluated"] = results.evaluate(out, allow=[Clouds.__module__])
@@ -103,7 +103,7 @@ def looked_at(out: Path) -> dict[str, Any]:
 
 
 def state(out: Path) -> dict[Any, bytes]:
-    """All bits of the newest checkpoint, and what the run has handed over."""
+    """All bits of the newest checkpoint, by silo and key."""
     found: dict[Any, torch.Tensor] = {**checkpoint.read_server(out, ROUNDS)}
     for silo, kept in checkpoint.read_silos(out, ROUNDS, [f"silo-{i}" for i in range(4)]).items():
         found |= {(silo, *key): tensor for key, tensor in kept.items()}
@@ -112,10 +112,10 @@ def state(out: Path) -> dict[Any, bytes]:
 
 @dataclass
 class Whole:
-    """A run that nothing has happened to: broken off, and what it says and comes to."""
+    """An undamaged run: interrupted, with its results and final state."""
 
     root: Path
-    told: dict[int, dict[str, Any]]  # by the newest checkpoint that is left
+    told: dict[int, dict[str, Any]]  # results by newest remaining checkpoint
     records: dict[int, dict[str, Any]]
     state: dict[Any, bytes]
 
@@ -149,7 +149,7 @@ def harm(path: Path, how: str, rng: random.Random) -> None:
 
 @contextlib.contextmanager
 def warnings() -> Iterator[list[str]]:
-    """What is logged meanwhile."""
+    """Collects the warnings logged inside the block."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
@@ -164,7 +164,7 @@ def warnings() -> Iterator[list[str]]:
 
 
 def outcome(kind: str, out: Path, good: Whole) -> tuple[str, str]:
-    """What became of a harmed copy, and why if it is bad."""
+    """The outcome for a damaged copy, and the reason if it is bad."""
     worst = "same"
     with warnings() as said:
         for resumes in (False, True):
@@ -186,13 +186,13 @@ def outcome(kind: str, out: Path, good: Whole) -> tuple[str, str]:
 
 
 def seen(out: Path, good: Whole) -> str:
-    """What inspect and eval say wrongly; `earlier` where it is right of an earlier round."""
+    """What is wrong with the results of inspect and eval; `earlier` if they are right for an earlier round."""
     told = looked_at(out)
     if told == good.told[BEFORE]:
         return ""
     there, best, evaluated = good.told.get(told["rounds"], {}), told["best"] or {}, told["evaluated"]
-    # inspect reads the server's file, eval those of silos too, so it may be of an earlier round; of what is harmed
-    # nothing is listed.
+    # inspect reads the server's file, eval also those of silos, so eval may use an earlier round. Damaged checkpoints
+    # are not listed.
     same = all(told[name] == there.get(name) for name in ("params_sha256", "metrics", "versions"))
     same &= not best or best.items() <= good.records[best["round"]].items()
     same &= evaluated == good.told.get(evaluated["round"], {}).get("evaluated")
@@ -200,7 +200,7 @@ def seen(out: Path, good: Whole) -> str:
 
 
 def resumed(kind: str, out: Path, good: Whole) -> str:
-    """What the resumed run makes wrong; `earlier` where all is right that was done again, or a record is left out."""
+    """What is wrong with the resumed run; `earlier` if it is right but repeated rounds, or lacks a record."""
     with fedmpi.Run(config(kind, out, ROUNDS), comm=SoloComm()) as run:
         began = run.resumed
         for _ in run:
@@ -214,7 +214,7 @@ def resumed(kind: str, out: Path, good: Whole) -> str:
 
 
 def drill(trials: int, seed: int, folder: Path) -> tuple[dict[tuple[str, str], Counter[str]], list[str]]:
-    """Outcomes by file and harm, and what was bad."""
+    """Outcomes by file and damage, and descriptions of bad ones."""
     rng = random.Random(seed)
     goods = {kind: whole(kind, folder) for kind in RUNS}
     table: dict[tuple[str, str], Counter[str]] = {}

@@ -1,20 +1,20 @@
-"""Starts where something that every program counts on is not there: does each come to an end, with a true exit code?
+"""Starts runs where a basic resource is missing, and checks that each ends, with a truthful exit code.
 
     python jobs/experiments/drill_starts.py [--starts 60] [--seed 0] [--only shm,memory,stdout,home,disk] [--quick]
 
-    shm      /dev/shm holds 1 MiB                                (in a mount namespace of its own: root or user ones)
-    memory   RLIMIT_AS from 0.5 to 4 GiB a rank
-    stdout   closed, full, or read no further than its first line
+    shm      /dev/shm has 1 MiB                                  (in a mount namespace: needs root or user namespaces)
+    memory   RLIMIT_AS of 0.5 to 4 GiB per rank
+    stdout   closed, full, or not read beyond its first line
     home     HOME is not set
-    disk     the run directory lies on a tmpfs of 50 to 900 KiB  (in a mount namespace)
+    disk     the run directory is on a tmpfs of 50 to 900 KiB    (in a mount namespace)
 
-One start in three is one process, the others are two and three ranks under mpirun. One line a condition, how many
-starts each:
+A third of the starts are one process, the others two or three ranks under mpirun. Prints one line per condition, with
+numbers of starts:
 
     done      exit code 0, all rounds on disk
-    said      another exit code, and why
-    ended     another exit code that the launcher or a signal set, without a word of fedmpi's
-    UNTRUE    exit code 0 and rounds are missing; HANG: not over after --limit-s. Either ends with exit code 1
+    said      another exit code, with a message
+    ended     another exit code, set by the launcher or a signal, without a message from fedmpi
+    UNTRUE    exit code 0 but rounds are missing; HANG: not finished after --limit-s. Either gives exit code 1
 """
 
 import argparse
@@ -47,10 +47,10 @@ FEDMPI = f"{sys.executable} -m fedmpi"
 
 @dataclass(frozen=True)
 class Start:
-    """A shell line in a folder with config.yaml, which leaves its run in `out`."""
+    """A shell line to run in a folder with config.yaml; its run directory is `out`."""
 
     line: str
-    mounts: str = ""  # what is done first, in a mount namespace
+    mounts: str = ""  # command to run first, in a mount namespace
     plan: str = "measure"
     hidden: int = 64
 
@@ -60,7 +60,7 @@ def ranks(number: int) -> int:
 
 
 def launched(number: int, command: str) -> str:
-    """The command on one, two or three ranks, in turns."""
+    """The command on one, two or three ranks, by turns."""
     return command if ranks(number) == 1 else f"mpirun -n {ranks(number)} {command}"
 
 
@@ -80,7 +80,7 @@ def start(condition: str, number: int, rng: random.Random) -> Start:
         where = (">&-", "> /dev/full", "<&- >&- 2>&-", "| head -1; exit ${PIPESTATUS[0]}")[number // 3 % 4]
         return Start(f"{train(number)} {where}")
     if condition == "home":
-        # Open MPI's mpirun does not start without; its ranks do.
+        # Open MPI's mpirun does not start without HOME; its ranks do.
         alone = f"env -u HOME {FEDMPI} train config.yaml out=out"
         return Start(launched(number, alone))
     kib = int(rng.uniform(50, 900))
@@ -88,11 +88,11 @@ def start(condition: str, number: int, rng: random.Random) -> Start:
 
 
 def run(condition: str, number: int, rng: random.Random, limit_s: float) -> tuple[str, str]:
-    """How a start ended, and the end of what it said."""
+    """Outcome of a start, and its output."""
     chosen = start(condition, number, rng)
     folder = Path(tempfile.mkdtemp(prefix="drill-"))
     (folder / "config.yaml").write_text(CONFIG % (chosen.hidden, chosen.plan))
-    # Its rounds are counted where the run is: a mount is gone with its namespace.
+    # Count the rounds inside the namespace: the mount disappears with it.
     count = f"ls -d out/checkpoints/round-*/manifest.json out/model.safetensors 2>/dev/null | wc -l > {folder}/count"
     line = f"{chosen.mounts or 'true'} && {{ ({chosen.line}); code=$?; {count}; exit $code; }}"
     shell = ["unshare", "-m", "bash", "-c", line] if chosen.mounts else ["bash", "-c", line]
@@ -135,11 +135,11 @@ def may_mount() -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--starts", type=int, default=60, help="of each condition")
+    parser.add_argument("--starts", type=int, default=60, help="starts per condition")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=120.0)
     parser.add_argument("--only", default="shm,memory,stdout,home,disk")
-    parser.add_argument("--quick", action="store_true", help="one start of each condition: does it run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test: one start per condition")
     options = parser.parse_args(arguments)
     if shutil.which("mpirun") is None:
         raise SystemExit("drill_starts: no mpirun on PATH")
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
                     print(
                         f"--- {condition}, start {number}: {outcome}\n{text[-2000:]}\n---", file=sys.stderr, flush=True
                     )
-        finally:  # as far as it came, too
+        finally:  # print partial results too
             print(f"{condition:<8}" + "".join(f"{seen[outcome]:>8}" for outcome in OUTCOMES), flush=True)
     if bad:
         raise SystemExit(1)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# kill -9 the whole job at random moments of one run, resume it each time, compare with a run that nobody disturbed.
+# Kills the whole job (kill -9) at random moments of a run, resumes it each time, and compares with an undisturbed run.
 #   bash jobs/experiments/kill_resume.sh [KILLS] [CONFIG] [KEY=VALUE ...]
-#   bash jobs/experiments/kill_resume.sh --quick      one kill of a short run on two ranks: does it run?
+#   bash jobs/experiments/kill_resume.sh --quick      smoke test: one kill of a short run on two ranks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 n=4 rounds=120
@@ -23,7 +23,7 @@ done_kills=0
 while [ "$done_kills" -lt "$kills" ]; do
   (run "$@" out="$out/killed") >"$out/killed.log" 2>&1 &
   pid=$!
-  # Not before the ranks train, and then at any moment.
+  # Wait until the ranks train, then a random time.
   before=$(newest "$out/killed")
   for _ in $(seq 600); do [ "$(newest "$out/killed")" != "$before" ] && break; sleep 0.05; done
   sleep "0.$((RANDOM % 900 + 10))"

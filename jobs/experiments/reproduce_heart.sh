@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fed-Heart-Disease from the published starts and batch orders: accuracy per hospital, published (FLamby's benchmark)
-# beside ours, means over five seeds; and the largest distance of any final weight from the published one.
-#   bash jobs/experiments/reproduce_heart.sh [--quick] [METHOD ...]     FedAvg100, FedProx100, ...; all six if none is named
-#                                                           --quick: one seed of FedAvg100 alone: does it run?
-# The data are read from FEDMPI_DATA (or ./data): heart_disease/ and flamby_heart/.
+# Reproduces Fed-Heart-Disease from the published initial weights and batch orders: accuracy per hospital, published by
+# FLamby's benchmark and ours, means over five seeds; and the largest distance of final weights from the published ones.
+#   bash jobs/experiments/reproduce_heart.sh [--quick] [METHOD ...]     FedAvg100, FedProx100, ...; default: all six
+#                                                           --quick: smoke test, one seed of FedAvg100
+# Reads the data from FEDMPI_DATA (or ./data): heart_disease/ and flamby_heart/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${FEDMPI_DATA:-data}
