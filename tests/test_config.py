@@ -181,8 +181,8 @@ REFUSED = [
     ("exchange: {regions: {levels: {by: node}}}", "exchange.regions.levels: expected a list of keys and values, got"),
     ("exchange: {regions: {levels: [node]}}", "exchange.regions.levels.0: expected keys and values, got 'node'; "),
     ("exchange: {regions: {levels: [{up: {codec: int9}}]}}", "exchange.regions.levels.0.up.codec: no codec 'int9'; "),
-    ("exchange: {regions: {levels: [{by: rack}]}}", "exchange.regions.levels.0.by: node, or regions such as"),
-    ("exchange: {regions: {levels: [{by: {a: vm}}]}}", "exchange.regions.levels.0.by: node, or regions such as"),
+    ("exchange: {regions: {levels: [{by: rack}]}}", "exchange.regions.levels.0.by: takes node or regions such as"),
+    ("exchange: {regions: {levels: [{by: {a: vm}}]}}", "exchange.regions.levels.0.by: takes node or regions such as"),
     # a newcomer's
     ("rounds: 3\nlocal: {name: sgd, lr: 1, epochs: 1}\nlocal: sgd", "a.yaml:3: 'local' is there twice, first"),
     ("data:\n  name: digits\n  silos: 3\n  silos: 4", "a.yaml:4: 'silos' is there twice, first in line 3"),
@@ -515,9 +515,10 @@ def test_the_list_has_the_paper_and_what_stands_below_a_field():
 def test_list_shows_the_fields_of_sections():
     shown = lines("exchange")
     assert any(
-        line.startswith("  plan = auto  # how ranks carry it out; auto: by placement and sizes; ") for line in shown
+        line.startswith("  plan = auto  # the collectives to use; auto: chosen by placement and sizes; ")
+        for line in shown
     )
-    assert any(line.startswith("    every = 1  # rounds from one exchange") for line in shown)
+    assert any(line.startswith("    every = 1  # rounds between two exchanges") for line in shown)
     assert all("  # " in line for line in shown[1:-1])
     assert "  device = {name: auto, share: false}  # Where a rank trains." in lines()
     assert refusal(lines, "exchang").endswith("did you mean 'exchange'?")

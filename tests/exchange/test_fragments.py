@@ -250,7 +250,7 @@ def test_one_fragment_is_a_run_without_a_word_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"exchange": {"fragments": 2, "regions": {}}}, "fragments do not go with regions"),
+        ({"exchange": {"fragments": 2, "regions": {}}}, "fragments do not work with regions"),
         ({"local": {"name": "scaffold", "lr": 0.1, "epochs": 1}}, "the control of scaffold must travel with the whole"),
         ({"aggregate": "fednova"}, "aggregate: fednova looks at one round, and a fragment holds several"),
         ({"aggregate": {"name": "mean", "weights": "steps"}}, "aggregate: weights: steps counts those of one round"),

@@ -123,7 +123,7 @@ def test_a_full_memory_is_left_out_and_said(caplog):
     with caplog.at_level(logging.WARNING):
         choice = chosen("auto", Ranks(full="/dev/shm on here is full"))
     assert choice.section.plan == "sharded" and choice.why == "shared_memory has no room: /dev/shm on here is full"
-    assert "exchange.plan: auto leaves out shared_memory: /dev/shm on here is full" in caplog.text
+    assert "exchange.plan: auto skips shared_memory: /dev/shm on here is full" in caplog.text
     with pytest.raises(
         ConfigError, match=r"shared_memory has no room: /dev/shm on here is full; take replicated, .* or"
     ):
@@ -147,14 +147,14 @@ def test_ranks_with_and_without_a_gpu_choose_alike():
 @pytest.mark.parametrize("before", ["root", "window"])
 def test_a_run_keeps_the_plan_that_it_was_begun_with(asked, before):
     choice = chosen(asked, Ranks(), before)
-    assert choice.section.plan == FORMERLY.get(before, before) and choice.why == "as the run was begun"
+    assert choice.section.plan == FORMERLY.get(before, before) and choice.why == "as when the run started"
     assert not choice.seconds
 
 
 def test_a_plan_that_cannot_go_on_gives_way_and_this_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         assert chosen("auto", Ranks(nodes=2), "shared_memory").section.plan == "sharded"
-    assert "the run goes on with sharded; it was begun with shared_memory, which needs all ranks on one" in caplog.text
+    assert "the run continues with sharded; it started with shared_memory, which needs all ranks on one" in caplog.text
 
 
 # ---------------------------------------------------------------- in whole runs
@@ -165,7 +165,7 @@ def test_a_run_of_the_old_default_goes_on_with_the_same_bits(tmp_path):
     whole = run(config(tmp_path / "whole", 4, exchange={"plan": "root"}))[1]
     run(config(tmp_path / "left", 2, exchange={"plan": "root"}))
     again = run(config(tmp_path / "left", 4))[1]
-    assert (again.resumed, again.plan.section.plan, again.plan.why) == (2, "root", "as the run was begun")
+    assert (again.resumed, again.plan.section.plan, again.plan.why) == (2, "root", "as when the run started")
     assert sha256(again.parameters) == sha256(whole.parameters)
     assert "exchange.plan is root there and sharded here" in refused(
         config(tmp_path / "left", 6, exchange={"plan": "sharded"})

@@ -235,7 +235,7 @@ def test_a_round_that_is_broken_off_leaves_the_residuals_as_they_were():
         ({"plan": "root", "up": {"codec": "randk"}}, "plan root takes no up.codec randk; take replicated or sharded"),
         ({"plan": "replicated", "down": {"codec": "bf16"}}, "plan replicated takes no down.codec bf16; take sharded"),
         ({"plan": "sharded", "up": {"feedback": True}}, "feedback needs a codec that loses something"),
-        ({"plan": "sharded", "up": {"codec": "int8", "decay": 0.9}}, "decay is that of feedback"),
+        ({"plan": "sharded", "up": {"codec": "int8", "decay": 0.9}}, "decay needs feedback"),
         ({"plan": "sharded", "reduction": "reproducible", "up": {"codec": "int8"}}, "needs scope: silo"),
     ],
 )

@@ -1,6 +1,6 @@
-"""What arrived of a piece becomes one row: at its owner, in the order of senders, in float32.
+"""Reduces what a piece's owner received to one row, in the order of senders, in float32.
 
-Sums of very many vectors are added in float64, and those of integers in their ring.
+Sums of more than `MANY` vectors use float64, and integer sums stay in their ring.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fedmpi.exchange.exact import Exact
 from fedmpi.exchange.upload import Sender
 from fedmpi.state import Arrays
 
-Came = Sequence[tuple[Sender, Any]]  # what arrived of a piece: bare where it is a payload
+Came = Sequence[tuple[Sender, Any]]  # what arrived for a piece; payloads are `bare`
 Divide = Callable[[torch.Tensor, float, torch.Tensor], None]
 
 
 class Accumulator:
-    """The rows of one piece after the other: their weighted mean, or what an aggregator makes of them."""
+    """Turns the received rows of each piece into one: their weighted mean, or the aggregator's result."""
 
     def __init__(
         self,
@@ -39,41 +39,41 @@ class Accumulator:
         self.facts, self.coder, self.grid, self.device = facts, coder, grid, params_P.device
         self.aggregator = facts.aggregator
         self.learns = self.aggregator is not None and self.aggregator.needs == "gram"
-        self.state = Arrays({} if self.aggregator is None else self.aggregator.init())  # what it keeps besides
-        self.centre: torch.Tensor | None = None  # of my pieces: the last round's result, if the aggregator reads it
+        self.state = Arrays({} if self.aggregator is None else self.aggregator.init())  # kept between rounds
+        self.centre: torch.Tensor | None = None  # my pieces of the last round's result, if the aggregator reads it
         if self.aggregator is not None and self.aggregator.centre:
             self.centre = torch.zeros(grid.num_owned(rank), dtype=params_P.dtype, device=self.device)
         self.gram_KK: np.ndarray | None = None  # inner products of the silos' rows, for the round's record
-        self._products: dict[int, np.ndarray] = {}  # of the rows of each piece
+        self._products: dict[int, np.ndarray] = {}  # inner products by piece
         self._weights: Weights = None
         self._mean = torch.zeros(grid.length, dtype=params_P.dtype, device=self.device)
         self._rows = torch.zeros(0, dtype=params_P.dtype, device=self.device)
-        self._divide = divide  # of sums in the ring
+        self._divide = divide  # for sums in the integer ring
         self._total = torch.zeros(grid.length, dtype=torch.int64, device=self.device) if divide else None
 
     def begin(self, senders: Sequence[Sender], weight: float, round: int) -> None:
-        """A round in which these vectors arrive, of this weight together."""
+        """Start a round that receives these vectors; `weight` is their total."""
         ids = self.facts.ids
         self._weight, self._num = weight, len(senders)
         self._cohort = Cohort([ids[s.number] for s in senders] if self.aggregator else (), round, self.facts.seed)
         self.gram_KK = np.zeros((self._num, self._num)) if self.facts.gram else None
 
-    # ------------------------------------------------------------ what each row weighs
+    # ------------------------------------------------------------ the weight of each row
 
     def learn(self, piece: int, came: Came, exact: Exact | None) -> None:
-        """The inner products of a piece's rows, before any of them is combined."""
+        """Compute the inner products of a piece's rows, before any rows are combined."""
         rows_KS = self._decoded(piece, came)
         if exact is not None:
             exact.blank(rows_KS, self.grid.part(piece).start)
         self._products[piece] = products(rows_KS)
 
     def weigh(self, comm: Comm, exact: Exact | None) -> None:
-        """The aggregator's weights, out of all that was learned. A call of all ranks."""
+        """Compute the aggregator's row weights from all inner products. Collective."""
         assert self.aggregator is not None
         if not self.learns:
             self._weights, self.state.arrays = self.aggregator.row_weights(None, self._cohort, self.state.arrays)
             return
-        # Piece by piece, so that the sum is in one order for any number of ranks.
+        # Sum piece by piece, so that the order is the same for any number of ranks.
         num = self._num + (self.centre is not None)
         grams = np.zeros((self.grid.num_pieces, num, num))
         for piece, gram in self._products.items():
@@ -88,16 +88,16 @@ class Accumulator:
         _as_on_rank_0((self._weights, self.state.arrays), comm)
 
     def parts_of_centre(self, rank: int) -> list[tuple[int, torch.Tensor]] | None:
-        """My pieces of the centre, each with where it starts in the vector."""
+        """My pieces of the centre, each with its start in the vector; None if the aggregator has no centre."""
         if self.centre is None:
             return None
         pieces = self.grid.owned(rank)
         return [(self.grid.part(piece).start, self.centre[self.grid.kept(piece)]) for piece in pieces]
 
-    # ------------------------------------------------------------ one row of many
+    # ------------------------------------------------------------ from many rows to one
 
     def mean(self, piece: int, came: Came, exact: Exact | None) -> torch.Tensor:
-        """The mean of a piece, or the aggregator's row; valid until the next piece's."""
+        """The mean of a piece, or the aggregator's result, [S]; valid until the next call."""
         mean_S, part = self._mean[: self.grid.size(piece)], self.grid.part(piece)
         if self.aggregator is None and self.facts.edit is None:
             self._sum_up(piece, came, mean_S)
@@ -115,18 +115,18 @@ class Accumulator:
         return mean_S
 
     def combine(self, rows_KS: torch.Tensor) -> torch.Tensor:
-        """The aggregator's row of these."""
+        """The aggregator's result for these rows, [S]."""
         assert self.aggregator is not None
         return self.aggregator.combine(rows_KS, self._weights)
 
     def shared_gram(self, comm: Comm) -> np.ndarray | None:
-        """The inner products of the round's deltas, for its record. A call of all ranks."""
+        """Inner products of the round's deltas for its record, [K, K]; None if nobody asked. Collective."""
         if self.gram_KK is None or self.learns:
             return self.gram_KK
         return comm.share(self.gram_KK.reshape(-1)).reshape(self.gram_KK.shape)
 
     def _sum_up(self, piece: int, came: Came, mean_S: torch.Tensor) -> None:
-        """The weighted mean, one sender after the other."""
+        """Write the weighted mean into `mean_S`, adding one sender after the other."""
         weight = self._weight
         if self._total is not None and self._divide is not None:
             total_S = self._total[: len(mean_S)].zero_()
@@ -154,7 +154,7 @@ class Accumulator:
                 mean_S.add_(values_S.to(self.device), alpha=sender.factor / weight)
 
     def _decoded(self, piece: int, came: Came) -> torch.Tensor:
-        """Every sender's values of a piece, and behind them the centre's if there is one, [K, S]."""
+        """Every sender's values of a piece, then the centre's if there is one, [K, S]."""
         size, num = self.grid.size(piece), len(came) + (self.centre is not None)
         if len(self._rows) < num * size:
             self._rows = torch.zeros(num * size, dtype=self._rows.dtype, device=self.device)
@@ -172,7 +172,7 @@ class Accumulator:
 
 
 def num_learned(aggregator: Aggregator, num_silos: int, num_pieces: int) -> int:
-    """Numbers that ranks share in a round in which so many silos are heard, for what each row weighs."""
+    """How many numbers ranks share to compute row weights, in a round with `num_silos` silos."""
     if aggregator.needs != "gram":
         return 0
     rows = num_silos + aggregator.centre
@@ -181,7 +181,7 @@ def num_learned(aggregator: Aggregator, num_silos: int, num_pieces: int) -> int:
 
 
 def _arrays(value: Any) -> Iterator[np.ndarray]:
-    """Those that weights or a state are made of."""
+    """All arrays inside a weights or state value."""
     if isinstance(value, np.ndarray):
         yield value
     else:
@@ -190,7 +190,7 @@ def _arrays(value: Any) -> Iterator[np.ndarray]:
 
 
 def _as_on_rank_0(values: Any, comm: Comm) -> None:
-    """Arrays become rank 0's: another processor may round otherwise, and choose otherwise. A call of all ranks."""
+    """Overwrite the arrays with rank 0's: other processors may round, and so decide, differently. Collective."""
     arrays = [*_arrays(values)]
     flat = np.concatenate([np.zeros(0), *(array.astype(np.float64).reshape(-1) for array in arrays)])
     flat = comm.share(flat if comm.rank == 0 else np.zeros_like(flat))

@@ -1,4 +1,4 @@
-"""Seconds of a round's exchange under each of some plans, on vectors of the real length."""
+"""Measures the seconds of a round's exchange under several plans, on vectors of the real length."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def measure(
     facts: ExchangeContext,
     repeats: int = 3,
 ) -> dict[str, float]:
-    """The median of the slowest rank's, by plan; the same on every rank. A call of all ranks."""
+    """Seconds by plan: the median over `repeats` rounds of the slowest rank's time; equal on all ranks. Collective."""
     seconds: dict[str, float] = {}
     for plan, make in makes.items():
         kept = comm.free_shared(1 << 30)

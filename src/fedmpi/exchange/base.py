@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
 
 UNIT = 2.0**44  # ring integers per 1.0
-LARGEST_NORM = 2.0**18  # a delta beyond this is absurd, and more than the ring has room for
+LARGEST_NORM = 2.0**18  # larger deltas are absurd, and do not fit into the ring
 BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
 MANY = 64  # vectors; float32 sums of more of them lose precision
 
@@ -58,7 +58,7 @@ class ExchangeContext(NamedTuple):
     ids: Sequence[str] = ()  # all silos, in the federation's order
     hosted: Sequence[str] = ()  # those of this rank
     seed: int = 0
-    aggregator: Aggregator | None = None  # one that reads deltas one by one; None: they become their weighted mean
+    aggregator: Aggregator | None = None  # one that reads each delta; None: the weighted mean
     rounds: int = 0  # of the whole run
     gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
     states: int = 0  # vectors of the server optimizer's state
@@ -247,7 +247,7 @@ class Exchange:
             self.exact.begin()
 
     def holds(self, delta_P: torch.Tensor, room: float) -> bool:
-        """Can all codecs represent the delta? `room` is the factor by which it grows in the sum; 1 if it does not."""
+        """Whether all codecs can represent the delta, which the sum scales by up to `room`."""
         if self._largest == math.inf:
             return True
         largest = self._largest / (room if self.section.scope == "rank" else 1.0)

@@ -1,11 +1,11 @@
-"""Which plan carries out a configuration, and the exchange that it makes.
+"""Chooses the plan for a configuration, and builds its exchange.
 
-    plan: NAME      that one, where it can
-    plan: auto      by rule, from where ranks are and how long vectors are: the first plan that suits, of those that can
-                    carry out the section. The same on every start with the same placement
+    plan: NAME      this plan, if it can
+    plan: auto      by rule, from the placement of ranks and the length of vectors: the first plan that suits and can
+                    carry out the section; the same on every start with the same placement
     plan: measure   the fastest of those that can
 
-A run that goes on keeps the plan that it was begun with, where it can: another one rounds otherwise.
+A resumed run keeps its first plan if possible, because another one rounds differently.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ log = logging.getLogger("fedmpi")
 
 @dataclass(frozen=True)
 class Choice:
-    """The exchange with its plan named."""
+    """The exchange section with its plan filled in."""
 
     section: ExchangeSection
-    why: str = ""  # it is this plan; empty where the configuration names it
-    seconds: Mapping[str, float] = field(default_factory=dict)  # of each plan, where they were measured
+    why: str = ""  # the reason for the plan; empty if the configuration names it
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by plan, if they were measured
 
 
 def make(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> Exchange:
-    """The exchange of a plan that is named. A call of all ranks."""
+    """The exchange for a section whose plan is named. Collective."""
     if section.regions is not None:
         return Regional(section, comm, params_P, facts)
     if section.goes_on:
@@ -49,7 +49,7 @@ def make(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: Ex
 
 
 def cost(section: ExchangeSection, sizes: Sizes) -> Cost:
-    """What a round of the exchange that `make` gives sends, and what it keeps in memory.
+    """The bytes that a round of `make`'s exchange sends, and the memory that it keeps.
 
     >>> cost(ExchangeSection(plan="root"), Sizes(1000, 4, 4)).traffic
     Traffic(up=12072, down=12000, control=0, collectives='Reduce + Bcast')
@@ -60,21 +60,25 @@ def cost(section: ExchangeSection, sizes: Sizes) -> Cost:
 
 
 def by_rule(machine: Machine, num_elements: int, refuses: Callable[[str], str]) -> tuple[str, str]:
-    """The plan that `auto` takes for vectors so long, and why. `refuses` says why a plan cannot carry out the rest of
-    the section; the reason is then that of the plan that would have suited better."""
+    """The plan that `auto` chooses for vectors of `num_elements`, and the reason.
+
+    `refuses` returns why a plan cannot carry out the rest of the section. If a plan that suits better refuses, the
+    reason
+    is its refusal. Raises ConfigError if no plan remains.
+    """
     passed_over = ""
     for name, plan in PLANS.members.items():
         if suits := plan.suits(machine, num_elements):
             if not (refused := refuses(name)):
                 return name, passed_over or suits
             passed_over = passed_over or f"{name} {refused}"
-    raise ConfigError(f"exchange.plan: auto finds none, since {passed_over}; name one")
+    raise ConfigError(f"exchange.plan: auto finds no plan, because {passed_over}; name a plan")
 
 
 def no_room(
     plan: type[Exchange], section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext
 ) -> str:
-    """Why shared memory has no room for the plan on these ranks' nodes; empty if it has. A call of all ranks."""
+    """Why the plan does not fit into the shared memory of these ranks' nodes; empty if it does. Collective."""
     if not plan.in_shared_memory:
         return ""
     return comm.room(plan.shared_bytes(section, params_P, facts.states, comm.node() == comm.rank))
@@ -87,8 +91,10 @@ def choose(
     facts: ExchangeContext,
     plan_before: Callable[[], str] = str,
 ) -> Choice:
-    """The plan. `plan_before` is rank 0's: the one that the run was begun with, or nothing. A call of all ranks; raises
-    ConfigError, alike on every one, where a plan that is named cannot carry out the section."""
+    """The chosen plan. `plan_before` is called on rank 0 and returns the plan of the run's start, or "".
+
+    Collective. Raises ConfigError on every rank if the named plan cannot carry out the section.
+    """
     machine = Machine.of(comm, params_P.device)
 
     def refuses(name: str) -> str:
@@ -97,7 +103,7 @@ def choose(
             return why
         full = no_room(plan, section, comm, params_P, facts)
         if full and section.chosen and comm.rank == 0:
-            log.warning("exchange.plan: %s leaves out %s: %s", section.plan, name, full)
+            log.warning("exchange.plan: %s skips %s: %s", section.plan, name, full)
         return f"has no room: {full}" if full else ""
 
     if not section.chosen:
@@ -111,7 +117,7 @@ def choose(
     if before:
         comm.collectively(lambda: PLANS.find(before))
         if not (why_not := refuses(before)):
-            return Choice(replace(section, plan=before), "as the run was begun")
+            return Choice(replace(section, plan=before), "as when the run started")
     if section.plan == MEASURE and section.regions is None:
         choice = _measured(section, comm, params_P, facts, [name for name in PLANS.members if not refuses(name)])
     else:
@@ -119,14 +125,14 @@ def choose(
         choice = Choice(replace(section, plan=name), why)
     if before and comm.rank == 0:
         now = choice.section.plan
-        log.warning("exchange.plan: the run goes on with %s; it was begun with %s, which %s", now, before, why_not)
+        log.warning("exchange.plan: the run continues with %s; it started with %s, which %s", now, before, why_not)
     return choice
 
 
 def _measured(
     section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext, able: Sequence[str]
 ) -> Choice:
-    """The fastest."""
+    """The fastest of the `able` plans."""
     alone = replace(section, overlap=False, verify=False)
     makes = {name: partial(make, replace(alone, plan=name), comm, params_P, facts) for name in able}
     seconds = measure(makes, comm, params_P, facts) if len(able) > 1 else {}

@@ -1,8 +1,8 @@
-"""Vectors in pieces: the grid on which they are cut, the batches in which pieces travel, a channel's codec over them.
+"""Vectors in pieces: the grid that cuts them, the batches that are sent, and a channel's codec over pieces.
 
-The grid depends on the vector's length alone, and every piece is encoded by itself, with a key of its own. So what a
-vector's payload is does not depend on how many ranks there are, nor on how pieces travel. Codecs that choose values
-(`topk`) choose them piece by piece, of 65,536 to 262,144 values; shorter vectors are one piece.
+The grid depends only on the vector's length, and each piece is encoded by itself with its own key. So the payload of a
+vector depends neither on the number of ranks nor on how pieces are sent. Codecs that choose values (`topk`) choose
+within a piece of 65,536 to 262,144 values; a shorter vector is one piece.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from fedmpi.exchange.config import Channel
 
 LONGEST = 1 << 18  # elements: 1 MiB of float32
-_GRAIN = 4096  # elements: codecs' blocks and chunks divide it
-SHORTEST = 1 << 16  # elements: below that calls cost more than what they do, and `topk` has less to choose from
-_AT_LEAST = 32  # pieces, where they can be had: enough to keep several under way and to share among ranks
-MESSAGE_BYTES = 1 << 17  # shorter ones cost latency, and far shorter ones more than what is in them
+_GRAIN = 4096  # elements: a multiple of the codecs' blocks and chunks
+SHORTEST = 1 << 16  # elements: for shorter pieces, calls cost more than their work and `topk` has less choice
+_AT_LEAST = 32  # pieces, if the vector is long enough: several in flight, and all ranks own some
+MESSAGE_BYTES = 1 << 17  # shorter messages cost mostly latency
 _ALL = 0xFFFFFFFFFFFFFFFF
-OF_RANK = "rank"  # begins the keys of what is filed under one of a rank's silos for all of them
+OF_RANK = "rank"  # first part of the keys of state that a rank stores under one of its silos
 
 
 class Grid:
-    """Pieces of equal length, the last one what is left; of every stripe of `num_ranks` pieces each rank owns one.
+    """Cuts a vector into pieces of equal length (the last may be shorter). Each rank owns one piece per stripe of
+    `num_ranks` pieces.
 
     >>> grid = Grid(300_000, 2)
     >>> grid.length, grid.num_pieces, grid.num_stripes, list(grid.owned(1)), grid.part(4)
@@ -46,22 +47,22 @@ class Grid:
         self.num_stripes = -(-self.num_pieces // num_ranks)
 
     def part(self, piece: int) -> slice:
-        """Where a piece lies in the vector."""
+        """The piece's place in the vector."""
         return slice(piece * self.length, min((piece + 1) * self.length, self.num_elements))
 
     def size(self, piece: int) -> int:
-        """Elements of a piece; 0 of one that is not there."""
+        """Elements of a piece; 0 if there is no such piece."""
         return max(0, min(self.length, self.num_elements - piece * self.length))
 
     def __iter__(self) -> Iterator[slice]:
         return (self.part(piece) for piece in range(self.num_pieces))
 
     def owned(self, rank: int) -> range:
-        """The pieces of a rank, one of each stripe."""
+        """The pieces that a rank owns, one of each stripe."""
         return range(rank, self.num_pieces, self.num_ranks)
 
     def kept(self, piece: int) -> slice:
-        """Where a piece lies among those of its owner."""
+        """The piece's place in its owner's shard."""
         start = piece // self.num_ranks * self.length
         return slice(start, start + self.size(piece))
 
@@ -71,10 +72,11 @@ class Grid:
 
 
 def stripes_per_batch(grid: Grid, up: Channel, down: Channel) -> int:
-    """Stripes whose pieces travel in one message to each owner: as many as make it worth sending, where they are short.
+    """How many stripes one message to each owner holds: more than one where payloads are short.
 
-    Payloads of one message lie side by side, so they have to be of one size, and a multiple of 4 bytes; values that
-    travel as they are lie where they are.
+    The payloads of a message are adjacent, so they must have one size, a multiple of 4 bytes. Values without a codec
+    are
+    sent from where they lie, one stripe at a time.
     """
     if up.plain or down.plain:
         return 1
@@ -84,7 +86,7 @@ def stripes_per_batch(grid: Grid, up: Channel, down: Channel) -> int:
 
 
 class Batches:
-    """The stripes of a grid, `depth` of them to a batch: one message from each rank to each owner.
+    """The stripes of a grid in batches of `depth`: one message from each rank to each owner.
 
     >>> batches = Batches(Grid(300_000, 2), 2)  # five pieces in three stripes
     >>> batches.num, batches.pieces(0), batches.pieces(0, owner=1), [batches.offset(piece) for piece in range(5)]
@@ -94,37 +96,38 @@ class Batches:
     def __init__(self, grid: Grid, depth: int) -> None:
         self.grid, self.depth, self.num_ranks = grid, depth, grid.num_ranks
         self.num = -(-grid.num_stripes // depth)
-        self.width = depth * grid.num_ranks  # pieces of a batch
+        self.width = depth * grid.num_ranks  # pieces in a batch
         self.num_offsets = self.num * self.width
 
     def pieces(self, batch: int, owner: int | None = None) -> range:
-        """The pieces of a batch; of these an owner's."""
+        """The pieces of a batch, or only those of one owner."""
         first, stop = batch * self.width, min((batch + 1) * self.width, self.grid.num_pieces)
         return range(first, stop) if owner is None else range(first + owner, stop, self.num_ranks)
 
     def offset(self, piece: int) -> int:
-        """Where a piece's payload lies among those of all: by batches, in these by owners, with these by stripes."""
+        """Index of a piece's payload among all payloads, ordered by batch, then owner, then stripe."""
         stripe, owner = divmod(piece, self.num_ranks)
         batch, stripe = divmod(stripe, self.depth)
         return (batch * self.num_ranks + owner) * self.depth + stripe
 
     def length(self, batch: int, owner: int, sizes: Sequence[int] | np.ndarray, stride: int) -> int:
-        """Of the payloads of an owner's pieces, `stride` apart, given the sizes of all; 0 where nothing is sent."""
+        """Length of an owner's part of a message: payloads `stride` apart, `sizes` by piece; 0 if nothing is sent."""
         pieces = self.pieces(batch, owner)
         last = int(sizes[pieces[-1]]) if pieces else 0
         return (len(pieces) - 1) * stride + last if last else 0
 
 
 def stride(codec: codecs.Codec, grid: Grid) -> int:
-    """Bytes from the payload of a piece to that of the next."""
+    """Bytes between the starts of two adjacent payloads."""
     return -(-codec.max_bytes(grid.length) // 4) * 4
 
 
 class Coder:
     """A channel's codec over the pieces of a vector. Payloads of all pieces lie `stride` bytes apart.
 
-    Vectors and payloads are tensors, or `codecs.bare` of them. Payloads are in host memory, which MPI reads; vectors on
-    a GPU are encoded there first, and decoded out of the same memory there.
+    Vectors and payloads are tensors, or `codecs.bare` of them. Payloads are in host memory, where MPI reads them.
+    Vectors
+    on a GPU are encoded and decoded there, and their payloads are copied.
     """
 
     def __init__(self, channel: Channel, grid: Grid, seed: int, device: torch.device, way: str) -> None:
@@ -140,29 +143,34 @@ class Coder:
         codecs.warm(self.codec, device)
 
     def start(self, round: int, who: str = "") -> None:
-        """The round, and whose vector comes next: random bits depend on both. Linear codecs have one key for all."""
+        """Set the round and the sender of the next vector, which key the random bits. Linear codecs use one key for
+        all."""
         self.round, self.failed = round, None
         self._key = rng.key(
             self._seed, purpose=f"encode {self._way}", round=round, silo="" if self.codec.linear else who
         )
 
     def _of(self, piece: int) -> int:
-        # Codecs count on from a key, so the keys of two pieces must not lie at a distance that means something to them.
+        # Codecs count up from their key, so the keys of two pieces must not be close in a way that matters to them.
         z = (self._key ^ (piece * 0xD1B54A32D192ED03)) & _ALL
         z = ((z ^ (z >> 33)) * 0xFF51AFD7ED558CCD) & _ALL
         z = ((z ^ (z >> 33)) * 0xC4CEB9FE1A85EC53) & _ALL
         return z ^ (z >> 33)
 
     def slot(self, payloads: Any, place: int) -> Any:
-        """The room of the payload that lies at this place among those of all."""
+        """The payload memory at this index."""
         return payloads[place * self.stride : (place + 1) * self.stride]
 
     def num_bytes(self, piece: int) -> int:
-        """The longest payload of a piece; of codecs of fixed size every payload of it."""
+        """Bytes of a piece's longest payload; the exact size for codecs of fixed size."""
         return self._num_bytes[self.grid.size(piece)]
 
     def encode(self, x_N: Any, payload_B: Any, piece: int, scale: float, residual_N: Any) -> int:
-        """Bytes written; the residual, if there is one, becomes what is lost, once its decay is taken off."""
+        """Encode a piece, [N], and return the payload's bytes.
+
+        The residual, if any, is multiplied by `decay`, added to the values, and becomes what encoding loses. Raises
+        ExchangeError if the codec refuses a value.
+        """
         if residual_N is not None and self.channel.decay != 1.0:
             residual_N *= np.float32(self.channel.decay)
         try:
@@ -176,16 +184,15 @@ class Coder:
             raise ExchangeError(f"exchange.{self._way}: values {part.start} to {part.stop}: {error}") from None
 
     def decode(self, payload_B: Any, out_N: Any, piece: int) -> None:
-        """What a payload of this round says of the piece."""
+        """Decode a payload of this round into `out_N`."""
         self.codec.decode(self._arrived(payload_B), out_N, self._of(piece))
 
     def add(self, payload_B: Any, sum_N: Any, piece: int, weight: float) -> None:
-        """The same, times weight, added."""
+        """Add `weight` times the decoded payload to `sum_N`."""
         self.codec.add(self._arrived(payload_B), sum_N, self._of(piece), weight)
 
     def encode_or_note(self, x_N: Any, payload_B: Any, piece: int, scale: float, residual_N: Any) -> int:
-        """As `encode`, but where the codec refuses a value zeros travel, since other ranks wait for something, and
-        `failed` has the error."""
+        """Like `encode`, but a refused value sets `failed` and sends zeros, because other ranks wait for a payload."""
         try:
             return self.encode(x_N, payload_B, piece, scale, residual_N)
         except ExchangeError as error:
@@ -194,27 +201,29 @@ class Coder:
             return self.num_bytes(piece) if self.codec.fixed else 0
 
     def add_or_note(self, payload_B: Any, sum_N: Any, piece: int, weight: float) -> None:
-        """As `add`, but what cannot be decoded is left out and `failed` has the error."""
+        """Like `add`, but a payload that cannot be decoded sets `failed` and adds nothing."""
         try:
             self.add(payload_B, sum_N, piece, weight)
         except ExchangeError as error:
             self.failed = self.failed or error
 
     def raise_failed(self) -> None:
-        """What the codec refused since the round was started."""
+        """Raise the codec's first refusal since `start`, if any."""
         if self.failed is not None:
             raise self.failed
 
     def _arrived(self, payload_B: Any) -> Any:
-        """A payload where the vectors are."""
+        """The payload on the vectors' device."""
         if self._there_B is None:
             return payload_B
         return self._there_B[: len(payload_B)].copy_(torch.as_tensor(payload_B))
 
 
 class RankResidual:
-    """What feedback keeps of a rank's sum, in weighted units. It is filed under the first silo that the rank hosts, so
-    that it moves with that silo; ranks add up what they find with theirs."""
+    """The feedback residual of a rank's sum, in weighted units.
+
+    It is stored under the rank's first silo and moves with that silo; a rank adds up the residuals that it finds.
+    """
 
     def __init__(self, channel: Channel, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         self._silo = facts.hosted[0] if facts.hosted else None
@@ -224,18 +233,18 @@ class RankResidual:
         self._bare_P = None if self.residual_P is None else codecs.bare(self.residual_P)
 
     def part(self, part: slice) -> Any:
-        """As codecs take it; None without feedback."""
+        """The part for the codec; None without feedback."""
         return None if self._bare_P is None else self._bare_P[part]
 
     def state(self) -> Iterator[StateTensor]:
-        """The residual, if there is one, and the weight that its units go by."""
+        """The residual, if any, and the total weight that its units refer to."""
         if self.residual_P is not None and self._silo is not None:
             yield StateTensor((OF_RANK, "feedback"), self.residual_P, "per_silo", self._silo)
             total = torch.tensor(self._total_weight, dtype=torch.float64)
             yield StateTensor((OF_RANK, "weight"), total, "per_silo", self._silo)
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """The sum of what is filed under this rank's silos, in units of the weight that all silos have now."""
+        """Add up the residuals stored under this rank's silos, converted to units of the current total weight."""
         if self.residual_P is None:
             return
         self.residual_P.zero_()
@@ -246,28 +255,28 @@ class RankResidual:
 
 
 class SiloResiduals:
-    """What feedback keeps of each silo. It changes when the round's vectors have travelled, and not before."""
+    """The feedback residual of each silo. It changes only once the round's vectors have been sent."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: dict[str, torch.Tensor] = {}
-        self._next: dict[str, torch.Tensor] = {}  # once this round's vectors have travelled
+        self._next: dict[str, torch.Tensor] = {}  # drafts of this round
         self._spare: list[torch.Tensor] = []
 
     def begin(self) -> None:
-        """Forget the drafts of a round that was broken off."""
+        """Forget the drafts of an interrupted round."""
         self._spare.extend(self._next.values())
         self._next.clear()
 
     def draft(self, silo: str, like_P: torch.Tensor) -> torch.Tensor:
-        """A copy of the silo's, to be written to."""
+        """A copy of the silo's residual for the codec to overwrite; zeros at first."""
         residual_P = self._spare.pop() if self._spare else torch.zeros_like(like_P)
         before = self._kept.get(silo)
         self._next[silo] = residual_P.copy_(before) if before is not None else residual_P.zero_()
         return residual_P
 
     def commit(self) -> None:
-        """The drafts become what is kept."""
+        """Make the drafts the residuals."""
         for silo, residual_P in self._next.items():
             if silo in self._kept:
                 self._spare.append(self._kept[silo])
@@ -275,9 +284,9 @@ class SiloResiduals:
         self._next.clear()
 
     def state(self) -> Iterator[StateTensor]:
-        """What is kept of each."""
+        """The residual of each silo."""
         return (StateTensor(("feedback",), tensor, "per_silo", silo) for silo, tensor in self._kept.items())
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """That of the silos that this rank hosts now."""
+        """Restore the residuals of the silos that this rank hosts now."""
         self._kept = {one.silo: one.tensor.to(self._device) for one in stored}

@@ -1,4 +1,4 @@
-"""What a configuration says of the exchange, and what may not be said together."""
+"""The `exchange` section of a configuration, and which of its options exclude each other."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @component
 class Channel:
-    """How vectors travel one way."""
+    """How vectors are encoded in one direction."""
 
     codec: Annotated[Codec, CODECS] = Identity()
     """how a vector becomes bytes"""
     feedback: bool = False
-    """what the codec lost this round is added next round"""
+    """error feedback: what the codec lost this round is added next round"""
     decay: PositiveFraction = 1.0
-    """of what is kept for the next round"""
+    """share of the residual that is kept for the next round"""
 
     @property
     def plain(self) -> bool:
-        """Do the values themselves travel?"""
+        """Whether values are sent without a codec."""
         return isinstance(self.codec, Identity)
 
     @pydantic.model_validator(mode="after")
@@ -38,7 +38,7 @@ class Channel:
         if self.feedback and self.plain:
             raise ValueError("feedback needs a codec that loses something; identity loses nothing")
         if not self.feedback and self.decay != 1.0:
-            raise ValueError("decay is that of feedback, which is off")
+            raise ValueError("decay needs feedback, which is off")
         if self.feedback:
             try:
                 self.codec.damping(1 << 18)
@@ -52,17 +52,17 @@ class Level:
     """One level of regions."""
 
     by: Literal["node"] | dict[str, list[str]] = "node"
-    """ranks that share memory, or region: [hosts or silos]"""
+    """node: ranks that share memory are one region; or a mapping, region: [hosts or silos]"""
     up: Channel = Channel()
-    """inside of a region"""
+    """up channel inside a region"""
     down: Channel = Channel()
-    """inside of a region"""
+    """down channel inside a region"""
 
     @pydantic.field_validator("by", mode="before")
     @classmethod
     def _named(cls, by: Any) -> Any:
         if by != "node" and not (isinstance(by, Mapping) and all(isinstance(some, list) for some in by.values())):
-            raise ValueError(f"node, or regions such as {{north: [host1, host2], south: [host3]}}, not {by!r}")
+            raise ValueError(f"takes node or regions such as {{north: [host1, host2], south: [host3]}}, got {by!r}")
         return by
 
     @pydantic.model_validator(mode="after")
@@ -72,7 +72,7 @@ class Level:
             if not members or len(set(members)) < len(members):
                 raise ValueError("every host or silo belongs to one region of a level")
         if self.down.feedback:
-            raise ValueError("down.feedback is for the exchange across regions, where the server's state is")
+            raise ValueError("down.feedback works only across regions, where the server's state is")
         return self
 
 
@@ -81,9 +81,9 @@ class Regions:
     """Groups of ranks that aggregate inside first."""
 
     levels: Annotated[list[Level], pydantic.Field(min_length=1)] = pydantic.Field(default_factory=lambda: [Level()])
-    """from the inside out"""
+    """levels of regions, innermost first"""
     every: PositiveInt = 1
-    """rounds from one exchange across regions to the next"""
+    """rounds between two exchanges across regions"""
 
 
 @component
@@ -91,75 +91,75 @@ class ExchangeSection:
     """How updates cross ranks."""
 
     plan: Annotated[str, PLANS] = AUTO
-    """how ranks carry it out; auto: by placement and sizes; measure: the fastest"""
+    """the collectives to use; auto: chosen by placement and sizes; measure: the fastest in a test"""
     reduction: Literal["fast", "reproducible"] = "fast"
-    """reproducible: same bits for any number of ranks"""
+    """fast, or reproducible: the same bits for any number of ranks"""
     parameters: Annotated[str | list[str], pydantic.Field(union_mode="left_to_right")] = "all"
-    """all, trainable, all_but_batch_norm or patterns"""
+    """what is exchanged: all, trainable, all_but_batch_norm or patterns"""
     scope: Literal["rank", "silo"] = "rank"
-    """rank: a rank's silos are folded into one sum; silo: each by itself"""
+    """rank: a rank's silos are folded into one sum; silo: each silo's delta is sent by itself"""
     up: Channel = Channel()
-    """deltas, to where they are added up"""
+    """channel for the silos' deltas"""
     down: Channel = Channel()
-    """the server's step, back to all"""
+    """channel for the server's step, sent back to all"""
     regions: Regions | None = None
-    """groups that aggregate inside first; up, down and plan are then those across"""
+    """groups that aggregate inside first; up, down and plan then apply across regions"""
     overlap: bool = False
-    """the exchange runs behind the next round's training and arrives one round late"""
+    """overlap communication with the next round's training; updates arrive one round late"""
     fragments: PositiveInt = 1
-    """parts of the shared parameters, of which one is exchanged each round, in turn"""
+    """parts of the shared parameters; each round exchanges one of them, in turn"""
     exact: tuple[str, ...] = ()
-    """patterns of what no codec touches, besides statistics, which none ever does"""
+    """patterns of parameters that no codec touches; statistics are always exact"""
     verify: bool = False
     """compare the parameters' SHA-256 across ranks after every round"""
 
     @property
     def channels(self) -> list[Channel]:
-        """Up and down, of all levels."""
+        """The up and down channels of all levels."""
         ways: list[Level | ExchangeSection] = [self, *(self.regions.levels if self.regions is not None else ())]
         return [channel for way in ways for channel in (way.up, way.down)]
 
     @property
     def lossy(self) -> bool:
-        """Does a codec lose anything on any way?"""
+        """Whether any channel has a lossy codec."""
         return not all(channel.plain for channel in self.channels)
 
     @property
     def largest(self) -> float:
-        """Values have to be smaller for all codecs to hold them, and what feedback adds of a rounding."""
+        """Bound on the magnitude of values that all codecs can encode, with room for the rounding of feedback."""
         return min(channel.codec.largest * (1 - 2**-10 * channel.feedback) for channel in self.channels)
 
     @property
     def goes_on(self) -> bool:
-        """Do silos go on from parameters of their own, since the global ones arrive late or part by part?"""
+        """Whether silos continue from parameters of their own, because global ones arrive late or part by part."""
         return self.overlap or self.fragments > 1
 
     def at_a_time(self, num_elements: int) -> int:
-        """Elements that a round exchanges at most, of a vector of so many."""
+        """The most elements that one round exchanges, for a vector of `num_elements`."""
         return -(-num_elements // self.fragments)
 
     @property
     def chosen(self) -> bool:
-        """Does the plan turn out when the run starts?"""
+        """Whether the plan is chosen when the run starts."""
         return self.plan in (AUTO, MEASURE)
 
     @property
     def member(self) -> type[Exchange]:
-        """The plan that is named."""
+        """The class of the named plan."""
         return PLANS.find(self.plan)
 
     @property
     def one_by_one(self) -> bool:
-        """Do silos' vectors meet as they are, and not only their sum?"""
+        """Whether an aggregator can see each silo's vector and not only their sum."""
         return self.scope == "silo" and (self.chosen or self.member.one_by_one)
 
     @property
     def candidates(self) -> list[str]:
-        """The plans that can carry out what else is said here, on ranks of one node."""
+        """Plans that support the rest of this section, on ranks of one node."""
         return [name for name, plan in PLANS.members.items() if not plan.supports(self, Machine())]
 
     def conflicts(self, config: Config) -> str | None:
-        """A run that would end between two exchanges across regions."""
+        """The error if the run would end between two exchanges across regions; None if not."""
         if self.regions is not None and config.rounds % self.regions.every:
             return (
                 f"rounds: after {config.rounds} the regions differ; take a multiple of exchange.regions.every, "
@@ -173,13 +173,13 @@ class ExchangeSection:
             words = "all, trainable, all_but_batch_norm or a list of patterns"
             raise ValueError(f"exchange.parameters is {words}, got '{self.parameters}'")
         if self.overlap and self.regions is not None:
-            raise ValueError("overlap does not go with regions yet: what runs behind training is one exchange")
+            raise ValueError("overlap does not work with regions yet: only one exchange can run behind training")
         if self.fragments > 1 and self.regions is not None:
-            raise ValueError("fragments do not go with regions: a region's parameters are exchanged whole")
+            raise ValueError("fragments do not work with regions: a region's parameters are exchanged whole")
         if not self.chosen and (why := self.member.supports(self, Machine())):
             raise ValueError(f"plan {self.plan} {why}; take {' or '.join(self.candidates)}")
         if self.regions is not None and (self.scope == "silo" or self.reduction == "reproducible"):
-            raise ValueError("regions fold what they hold: they go with scope: rank and reduction: fast")
+            raise ValueError("regions need scope: rank and reduction: fast, because each sums its silos' deltas")
         if self.reduction == "reproducible" and self.scope == "rank" and not (self.up.plain and self.down.plain):
             raise ValueError(
                 "reduction: reproducible with a codec needs scope: silo, since what a rank's sum loses depends on ranks"

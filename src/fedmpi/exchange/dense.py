@@ -1,10 +1,10 @@
-"""Plans root and replicated: whole vectors through MPI's own sums.
+"""Plans root and replicated: whole vectors, summed by MPI.
 
     root         Reduce to rank 0, step there, Bcast of the parameters (the classic server)
     replicated   Allreduce, every rank takes the same step
 
-The sum of weights goes behind the vector, in limbs that are added up exactly (weights.py). A linear codec's payloads
-are summed by MPI as they are, since all ranks encode with one key (replicated).
+The sum of weights follows the vector, split into limbs that MPI adds exactly (weights.py). MPI sums a linear codec's
+payloads directly, because all ranks encode with one key (replicated).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 class Whole(Exchange):
-    """Sums of whole vectors: with the weight behind them, or of a linear codec's payloads."""
+    """Sums whole vectors, each followed by its weight, or the payloads of a linear codec."""
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self._coder: Coder | None = None
         self._bits, self._limbs = weights.behind(comm.size, self.sum_dtype)
         length = self.num_params + self._limbs
-        # Sums are folded where silos train.
+        # Ranks fold their sums on the device where silos train.
         self._sum = torch.zeros(length, dtype=self.sum_dtype, device=self.device)
         if not section.up.plain:
             self._coder = Coder(section.up, Grid(self.num_params, comm.size), facts.seed, self.device, "up")
@@ -136,7 +136,7 @@ class Replicated(Whole):
 
     @classmethod
     def vectors_sent(cls, num_ranks: int) -> int:
-        return num_ranks  # every rank's goes into the sum
+        return num_ranks  # every rank's vector goes into the sum
 
     @classmethod
     def link_bytes(cls, up_R: np.ndarray, down_R: np.ndarray, vector_bytes: int) -> float:
@@ -160,7 +160,7 @@ class Replicated(Whole):
 
 
 class Root(Whole):
-    """Reduce to rank 0, which steps and alone keeps the server's state; Bcast."""
+    """Reduce to rank 0, which alone keeps the server's state and steps; then Bcast."""
 
     @classmethod
     def supports(cls, section: ExchangeSection, machine: Machine) -> str:

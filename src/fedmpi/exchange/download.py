@@ -1,7 +1,7 @@
-"""The way down: an owner's new values to all ranks, batch by batch.
+"""The way down: an owner sends its new values to all ranks, batch by batch.
 
-Without a codec new parameters arrive in the memory they are read from. With one it is the step (new minus old
-parameters) that travels, and all ranks, the owner too, add what decodes.
+Without a codec, new parameters arrive in the memory that the model reads. With one, the step (new minus old parameters)
+is sent, and all ranks, also the owner, add its decoded value.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class Download:
         own = grid.num_owned(comm.rank)
         self.residual = torch.zeros(own, device=device) if section.down.feedback else None  # of my pieces
         self._residual_S = None if self.residual is None else bare(self.residual)
-        self._new_P: torch.Tensor | None = None  # what travels where MPI does not read the parameters themselves
+        self._new_P: torch.Tensor | None = None  # send buffer, where MPI cannot read the parameters themselves
         if self.coder is not None:
             self._payloads = comm.allocate(batches.num_offsets * self.coder.stride, torch.uint8, pinned=on_device)
             self._payloads_B = bare(self._payloads)
             self._full_sizes = [self.coder.num_bytes(piece) for piece in range(grid.num_pieces)]
         elif on_device:
             self._new_P = comm.allocate(grid.num_elements, params_P.dtype, pinned=True)
-        self._put_bytes = 0  # of this batch's pieces of mine, where lengths are not known before
-        self._under_way: deque[tuple[int, Sequence[int], Pending]] = deque()  # batches, the lengths of each piece
+        self._put_bytes = 0  # bytes of my payloads in this batch, for codecs of variable length
+        self._under_way: deque[tuple[int, Sequence[int], Pending]] = deque()  # batch, payload sizes, request
 
     def put(self, piece: int, new_S: torch.Tensor, params_P: torch.Tensor, exact: Exact | None) -> None:
-        """The new values of a piece of mine; a codec takes over their memory."""
+        """Take the new values of one of my pieces, [S]. With a codec, `new_S` is overwritten."""
         part, start = self.grid.part(piece), self.grid.part(piece).start
         if self.coder is None:
             params_P[part].copy_(new_S)
@@ -68,7 +68,7 @@ class Download:
         self._put_bytes += self.coder.encode_or_note(bare(step_S), slot_B, piece, 1.0, residual_S)
 
     def send(self, batch: int, params_P: torch.Tensor) -> None:
-        """My pieces of a batch on their way to all, and theirs to me. A call of all ranks."""
+        """Start to send my pieces of a batch to all ranks and to receive theirs. Collective."""
         grid, batches, ranks, pieces = self.grid, self.batches, range(self.comm.size), self.batches.pieces(batch)
         sizes: Sequence[int] = ()  # of the batch's payloads
         if self.coder is None:
@@ -77,7 +77,7 @@ class Download:
         elif self.coder.codec.fixed:
             stride, vector, sizes = self.coder.stride, self._payloads, self._full_sizes[pieces.start : pieces.stop]
             lengths = [batches.length(batch, rank, self._full_sizes, stride) for rank in ranks]
-        else:  # a batch is one stripe then, a piece from each rank
+        else:  # here a batch is one stripe: one piece from each rank
             stride, vector = self.coder.stride, self._payloads
             sizes = lengths = self.comm.gather_number(self._put_bytes).astype(int).tolist()
         self._put_bytes = 0
@@ -86,7 +86,7 @@ class Download:
         self._under_way.append((batch, sizes, self.comm.allgather(vector[batch * len(ranks) * room :], parts)))
 
     def land(self, params_P: torch.Tensor, wait: bool = False) -> None:
-        """Decode the batches that have come back where parameters are read; with `wait` all of them."""
+        """Put the batches that have arrived into the parameters; with `wait`, wait for all of them first."""
         while self._under_way and (wait or self._under_way[0][2].Test()):
             batch, sizes, request = self._under_way.popleft()
             self.comm.wait(request)

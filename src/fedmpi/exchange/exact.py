@@ -1,11 +1,11 @@
-"""Values that travel beside a lossy codec as they are: statistics, and what `exchange.exact` names.
+"""Values that are sent exactly beside a lossy codec: statistics, and what `exchange.exact` names.
 
-What the server averages and never steps (buffers such as running variances) does not survive a codec: a variance that
-is a step too low is below 0. So a codec sees 0 in its place, and the values themselves are added up in float64 in one
-small transfer of their own; where the way down has a codec, the owners' new values come back in another one. It is the
-same for every plan, region and scope; of silos that travel one by one, one by one.
+Values that the server averages but does not step (buffers such as running variances) do not survive a codec: an error
+of one quantization step can make a variance negative. So the codec sees 0 in their place, and the values themselves are
+summed in float64 in a small transfer of their own. If the way down has a codec, a second transfer returns the owners'
+new values. This works alike for every plan, region and scope; with `scope: silo` the values are sent silo by silo.
 
-Frozen parameters that are shared are such values too, and may be millions: they are sent where one has moved.
+Shared frozen parameters are treated the same way. They may be millions, so they are sent only if one has changed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fedmpi.aggregate.base import products
 from fedmpi.comm import Comm
 from fedmpi.layout import Layout
 
-ROOM = 1 << 20  # values of all silos that travel at a time
+ROOM = 1 << 20  # values of all silos in one transfer
 _NOTHING = torch.zeros(0, dtype=torch.float64)
 
 
 class Places:
-    """Parts of a vector, laid side by side: E elements."""
+    """Parts of a vector, concatenated: E elements."""
 
     def __init__(self, parts: Sequence[slice]) -> None:
         self.parts = sorted(parts, key=lambda part: part.start)
@@ -38,11 +38,11 @@ class Places:
         return self._ends[-1]
 
     def of(self, vector_P: torch.Tensor) -> torch.Tensor:
-        """Their values, [E]."""
+        """The values of these parts, [E]."""
         return torch.cat([vector_P[part] for part in self.parts]) if self.parts else vector_P[:0]
 
     def within(self, start: int, size: int) -> Iterator[tuple[slice, slice]]:
-        """Those of a piece of the vector: where in the piece, and where among the E."""
+        """Where these parts overlap a piece of the vector: the slice in the piece, and the slice of the E elements."""
         number = max(0, bisect_right(self._starts, start) - 1)
         for part, end in zip(self.parts[number:], self._ends[number:], strict=False):
             low, high = max(part.start, start), min(part.stop, start + size)
@@ -53,16 +53,19 @@ class Places:
 
 
 class Exact:
-    """One exchange's values; begin, take of every silo, mean, put; and for the way down keep and land."""
+    """The exact values of one exchange.
+
+    Call begin, take for every silo, mean (or gather and combine), put; and for the way down step, keep and land.
+    """
 
     def __init__(self, layout: Layout, comm: Comm) -> None:
         self._comm = comm
         self._parts, self._still = Places(layout.exact), Places(layout.still)
         self._all = [*self._parts.parts, *self._still.parts]
-        self._rows: dict[int, torch.Tensor] = {}  # by slot: values, and behind them those of what should stand still
-        self._moved = False  # has any of that moved here?
-        self._sent: list[tuple[Places, torch.Tensor | None]] = []  # this round's places and their means; None: all 0
-        self._read: list[tuple[Places, torch.Tensor | None]] = []  # this round's rows, until they become one
+        self._rows: dict[int, torch.Tensor] = {}  # by slot: exact values, then those of frozen parameters
+        self._moved = False  # whether a frozen value changed on this rank
+        self._sent: list[tuple[Places, torch.Tensor | None]] = []  # places and their means this round; None: all 0
+        self._read: list[tuple[Places, torch.Tensor | None]] = []  # places and rows this round, until `combine`
         self._new: list[torch.Tensor] = []
         self._before: list[torch.Tensor] = []
 
@@ -72,7 +75,7 @@ class Exact:
         self._moved = False
 
     def take(self, slot: int, share: float, delta_P: torch.Tensor) -> None:
-        """A silo's values, or where a slot holds several their weighted sum; in the delta there is 0 then."""
+        """Add a silo's values, times its share, to the slot's; set them to 0 in the delta."""
         values = torch.cat([self._parts.of(delta_P), self._still.of(delta_P)]).double().cpu().mul_(share)
         self._moved = self._moved or bool(values[len(self._parts) :].any())
         self._rows[slot] = self._rows[slot].add_(values) if slot in self._rows else values
@@ -80,7 +83,7 @@ class Exact:
             delta_P[part].zero_()
 
     def mean(self, senders: Sequence[int], weight: float, one_by_one: bool) -> None:
-        """Their means on every rank: a call of all ranks. `senders` are those of all ranks in their order."""
+        """Compute the means on every rank. Collective. `senders` lists all ranks' senders in order."""
         if not one_by_one:
             rows = [*self._rows.values()]
             total = torch.zeros(len(self._parts) + 1, dtype=torch.float64)
@@ -103,8 +106,10 @@ class Exact:
     def gather(
         self, senders: Sequence[int], shares: Sequence[float], centre: Iterable[tuple[int, torch.Tensor]] | None
     ) -> None:
-        """Every silo's values on every rank, for an aggregator that reads them, and behind them those of its `centre`,
-        of which each rank has pieces with their starts. A call of all ranks."""
+        """Bring every silo's values to every rank, for an aggregator that reads them. Collective.
+
+        Rows of `centre` follow the silos'; each rank passes its own pieces of the centre with their starts.
+        """
         shares_K, pieces = torch.tensor(shares, dtype=torch.float64), None if centre is None else [*centre]
         self._read = []
         for places, chunks in self._one_by_one(senders):
@@ -121,16 +126,16 @@ class Exact:
             self._read.append((places, rows_KE))
 
     def products(self) -> np.ndarray:
-        """Inner products of what was gathered, [K, K]: these values are part of the deltas too."""
+        """Inner products of the gathered rows, [K, K], to add to those of the deltas."""
         return sum((products(rows_KE) for _, rows_KE in self._read if rows_KE is not None), np.zeros(()))
 
     def combine(self, combine: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """What was gathered becomes one row."""
+        """Reduce the gathered rows to one with the aggregator's `combine`."""
         self._sent = [(places, None if rows is None else combine(rows).double()) for places, rows in self._read]
         self._read = []
 
     def _one_by_one(self, senders: Sequence[int]) -> Iterator[tuple[Places, Iterator[torch.Tensor] | None]]:
-        """The places that travel this round, and the senders' values there, some at a time; None: all 0."""
+        """The places sent this round, each with its senders' values in chunks; None: all 0. Collective."""
         moved = self._summed(torch.tensor([float(self._moved)], dtype=torch.float64)).any()
         num = len(self._parts)
         yield self._parts, self._chunks(slice(0, num), senders)
@@ -138,7 +143,7 @@ class Exact:
             yield self._still, self._chunks(slice(num, num + len(self._still)), senders) if moved else None
 
     def _chunks(self, there: slice, senders: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Every sender's values in the order of senders, the same for any number of ranks, [K, values of a chunk]."""
+        """Every sender's values in the order of senders, for any number of ranks the same, [K, values of a chunk]."""
         step = max(1, ROOM // len(senders))
         for start in range(there.start, max(there.stop, there.start + 1), step):
             part = slice(start, min(start + step, there.stop))
@@ -155,7 +160,7 @@ class Exact:
         return total
 
     def put(self, mean_S: torch.Tensor, start: int) -> None:
-        """The means into a piece of the mean."""
+        """Write the means into a piece of the mean."""
         for places, means in self._sent:
             for here, there in places.within(start, len(mean_S)):
                 mean_S[here] = 0.0 if means is None else means[there].to(mean_S)
@@ -163,24 +168,24 @@ class Exact:
     # ------------------------------------------------------------ the way down
 
     def step(self, params_P: torch.Tensor) -> None:
-        """Begin to keep what the owners' steps give, and keep what stands still before the codec's steps are added."""
+        """Prepare for the owners' new values, and save the frozen values before the codec's step is added."""
         self._before = [places.of(params_P) if means is None else params_P[:0] for places, means in self._sent]
         self._new = [torch.zeros(len(places), dtype=torch.float64) for places, _ in self._sent]
 
     def keep(self, new_S: torch.Tensor, start: int) -> None:
-        """An owner's new values."""
+        """Take an owner's new values of a piece."""
         for (places, _), new_E in zip(self._sent, self._new, strict=True):
             for here, there in places.within(start, len(new_S)):
                 new_E[there] = new_S[here].to(new_E)
 
     def blank(self, values: torch.Tensor, start: int) -> None:
-        """0 where a codec has nothing to encode, or had nothing to decode: in a row, or in all of [K, S]."""
+        """Set these values to 0 in a piece, [S], or in rows of it, [K, S], because the codec must not see them."""
         for places in (self._parts, self._still):
             for here, _there in places.within(start, values.shape[-1]):
                 values[..., here] = 0.0
 
     def land(self, params_P: torch.Tensor) -> None:
-        """The owners' new values into everybody's parameters: a call of all ranks. What stood still is put back."""
+        """Write the owners' new values into all ranks' parameters, and restore frozen ones. Collective."""
         for (places, means), new_E, before_E in zip(self._sent, self._new, self._before, strict=True):
             if not len(places):
                 continue

@@ -1,24 +1,24 @@
-"""Fragments: each round exchanges one part of the shared parameters, in turn, so that it sends 1/F of the bytes.
+"""Fragments: each round exchanges one part of the shared parameters, in turn, and so sends 1/F of the bytes.
 
 Streaming DiLoCo's partial synchronization (Douillard et al. 2025, Streaming DiLoCo with overlapping communication,
 arXiv 2501.18512, Algorithm 2), for any local rule and any server optimizer that steps by coordinates. Round t exchanges
-part (t-1) mod F. What silos send of it is how far they have come from the global parameters since the part was last
-exchanged, F rounds of training; of the other parts they go on from where they stand (progress.py). The server's
-optimizer steps that part alone, with its state of that part alone.
+part (t-1) mod F. For this part, silos send their distance from the global parameters since its last exchange, F rounds
+of training ago; in the other parts they continue from their own parameters (progress.py). The server's optimizer steps
+only this part, with only this part of its state.
 
 Deviations from the paper:
 
-- A part is a run of P/F elements of the flat vector, wherever tensors end; the paper takes whole transformer blocks,
-  every F-th one. So every round sends the same, whatever the model; no step depends on which elements lie together.
-- Parts have their turns at the ends of rounds: the paper's H, inner steps between two exchanges of a part, is F times
-  a round's local steps.
-- With `overlap` the paper's tau is one round. It mixes the parameters that arrive with the silo's own by alpha; here
-  the silo moves by the server's step in place of what it had sent itself, and keeps what it has done since.
+- A part is a run of P/F elements of the flat vector, across tensor borders; the paper takes every F-th transformer
+  block. So every round sends the same amount for any model; no step depends on which elements are together.
+- Parts are exchanged at the ends of rounds: the paper's H, inner steps between two exchanges of a part, is F times a
+  round's local steps.
+- With `overlap` the paper's tau is one round. The paper mixes the arriving parameters with the silo's own by alpha;
+here
+  the silo replaces the update that it had sent by the server's step, and keeps its later progress.
 
-Each part has a plan of its own, over a layout of its own: so codecs cut and encode it by itself, feedback keeps what it
-has lost until its next turn, statistics that lie in it travel exactly beside it, and an aggregator that reads deltas
-chooses for each part. In a checkpoint the server's vectors are whole; what plans keep for silos and aggregators is
-filed by part.
+Each part has its own plan and layout. So codecs cut and encode it by itself, feedback keeps its losses until its next
+turn, its statistics are sent exactly beside it, and an aggregator that reads deltas decides for each part. In a
+checkpoint the server's vectors are whole; state of silos and aggregators is stored by part.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from fedmpi.types import Contribution
 if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
 
-WHOLE = "whole"  # begins the keys of what lies side by side for all parts
+WHOLE = "whole"  # first part of the keys of state that is concatenated over all parts
 
 
 def parts(num_elements: int, num_parts: int) -> list[slice]:
-    """Runs of a vector whose lengths differ by one at most. ConfigError where some would be empty.
+    """Slices that cut a vector into parts whose lengths differ by at most 1. Raises ConfigError if some would be empty.
 
     >>> parts(10, 4)
     [slice(0, 2, None), slice(2, 5, None), slice(5, 7, None), slice(7, 10, None)]
@@ -62,12 +62,14 @@ def turn(round: int, num_parts: int) -> int:
 
 
 class Parts(Exchange):
-    """A plan for each part, one of which works each round. Contributions hold that part alone, [S]; parameters and the
-    server's state are whole."""
+    """One plan per part; each round uses one of them. Contributions hold only that part, [S]; parameters and the
+    server's
+    state are whole.
+    """
 
     @classmethod
     def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
-        """Of a round of the longest part."""
+        """The cost of a round with the longest part."""
         length = section.at_a_time(sizes.num_elements)
         traffic, memory = section.member.cost(section, replace(sizes, num_elements=length, num_stepped=length))
         return Cost(traffic, {name: section.fragments * num_bytes for name, num_bytes in memory.items()})
@@ -84,7 +86,7 @@ class Parts(Exchange):
         pairs = zip(self._plans, self.parts, strict=True)
         lengths = [len(plan.shard(torch.empty(part.stop - part.start, device="meta"))) for plan, part in pairs]
         ends = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
-        self._kept = [slice(start, stop) for start, stop in pairwise(ends)]  # in this rank's shard
+        self._kept = [slice(start, stop) for start, stop in pairwise(ends)]  # each part in this rank's shard
         self.holders["parts"] = _OfParts(self._plans, self._kept)
 
     # ------------------------------------------------------------ where things are kept
@@ -100,7 +102,7 @@ class Parts(Exchange):
             plan.scatter(None if whole_P is None else whole_P[there], part[kept])
 
     def home(self, params_P: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-        return self._plans[0].home(params_P, state)  # any of them does it for vectors of any length
+        return self._plans[0].home(params_P, state)  # every plan does this for vectors of any length
 
     def set_params(self, params_P: torch.Tensor, new_P: torch.Tensor | None) -> None:
         self._plans[0].set_params(params_P, new_P)
@@ -123,24 +125,24 @@ class Parts(Exchange):
             on_mean = _moved(server.on_mean, part.start)
         there = replace(server, layout=self._layouts[number], on_mean=on_mean)
         of_part = type(state)(*(tensor[kept] for tensor in state))
-        self._plans[number].finish(params_P[part], there, of_part, lap)  # both in their memory
+        self._plans[number].finish(params_P[part], there, of_part, lap)  # changes both in place
         self.verify(params_P)
         return params_P, state
 
 
 def _moved(on_mean: OnMean, by: int) -> OnMean:
-    """The same for a mean whose elements are counted from `by` on."""
+    """`on_mean` for a part whose elements are counted from `by`."""
     return lambda mean_S, start: on_mean(mean_S, start + by)
 
 
 class _OfParts:
-    """What the plans of all parts keep: vectors that ranks have shards of side by side, all else by part."""
+    """The state of all parts' plans: sharded vectors concatenated, everything else by part."""
 
     def __init__(self, plans: Sequence[Exchange], kept: Sequence[slice]) -> None:
         self._plans, self._kept = plans, kept
 
     def state(self) -> Iterator[StateTensor]:
-        """Of all parts."""
+        """The state of all parts."""
         whole: dict[Key, list[torch.Tensor]] = {}
         for number, plan in enumerate(self._plans):
             for one in plan.holders.state():
@@ -152,7 +154,7 @@ class _OfParts:
         yield from under(WHOLE, sharded)
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Each plan takes what is its part's."""
+        """Give each plan its part's state."""
         sharded = within(WHOLE, stored)
         for number, (plan, kept) in enumerate(zip(self._plans, self._kept, strict=True)):
             own = [one._replace(tensor=one.tensor[kept]) for one in sharded]

@@ -1,25 +1,25 @@
 """Overlap: the exchange of a round runs behind the training of the next one and arrives one round late.
 
-Let w_t be the parameters after the exchange of round t (sum, mean, server step). In round t+1 silos train from where
-they stand (progress.py), since w_t is not there yet; meanwhile a thread makes w_t out of w_{t-1} and what silos sent in
-round t, and is waited for after training.
+Let w_t be the parameters after the exchange of round t (sum, mean, server step). In round t+1 silos train from their
+own parameters (progress.py), since w_t has not arrived. Meanwhile a thread computes w_t from w_{t-1} and from what
+silos sent in round t. The round waits for it after training.
 
-Round t comes out of `finish` with w_{t-1}, and that is what its record evaluates. In the last round T there is nothing
-to hide behind: its exchange is waited for within it, and the run ends with w_T.
+`finish` of round t returns w_{t-1}, and the record of round t evaluates w_{t-1}. The last round T has no next training
+to overlap with: it waits for its own exchange, and the run ends with w_T.
 
-What is committed. When round t is agreed upon, what was sent is known, its exchange is under way, and nothing breaks
-that off. The state of round t is w_{t-1}, the server's state and the residuals of feedback before that exchange, and
-what silos sent; the rest of it follows from them. Round t+1 changes none of it until its own `finish`, so a stop, a
-silo that raises or updates that are all rejected leave round t as it was.
+What is committed. Once all ranks agree on round t, its contributions are fixed, its exchange is running, and nothing
+cancels it. The state of round t is w_{t-1}, the server's state and the feedback residuals before that exchange, and the
+contributions; all else follows from them. Round t+1 changes none of these before its own `finish`. So a stop, a silo
+that raises, or a round whose updates are all rejected leave round t as it was.
 
-What is on disk. A checkpoint of round t first waits for its exchange, and then holds both w_{t-1} (`params`, which the
-record speaks of) and w_t (`plan/params`), the server's state and the residuals after round t. A run that goes on from
-there begins round t+1 as if w_t had just arrived: the same bits. The checkpoint of the last round has w_T as `params`
-and w_{T-1} beside it, from where more rounds go on as if T had not been the last.
+What is on disk. A checkpoint of round t first waits for its exchange. It then holds both w_{t-1} (`params`, which the
+record evaluates) and w_t (`plan/params`), the server's state and the residuals after round t. A run that resumes from
+it starts round t+1 as if w_t had just arrived, with the same bits. The checkpoint of the last round holds w_T as
+`params` and w_{T-1} beside it, so that a run with more rounds continues as if T had not been the last.
 
-Threads. The plan that does the work has a twin of the communicator, which nobody else uses while the thread runs. It
-sleeps where it waits. Ranks meet once their vectors are folded, before any vector travels; an error on one of them is
-then an error of all, and so are the plans' own. It comes up where the exchange is waited for.
+Threads. The inner plan has a duplicate of the communicator, which nobody else uses while the thread runs. The thread
+sleeps while it waits. Ranks synchronize once they have folded their vectors, before they send any; an error on one rank
+is then raised on all, as are the plans' own errors. It is raised where the main thread waits for the exchange.
 """
 
 from __future__ import annotations
@@ -40,27 +40,30 @@ from fedmpi.state import StateTensor, under, within
 from fedmpi.types import Contribution
 from fedmpi.worker import Worker
 
-PLAN, ABOUT = "plan", "about"  # what they are called in a checkpoint
+PLAN, ABOUT = "plan", "about"  # keys in a checkpoint
 
 
 class Behind(Exchange):
-    """Another exchange, `plan`, in a thread. `plan` has a twin of `comm`; parameters take turns in two vectors. What is
-    added stays where it is until it has arrived, a round later."""
+    """Runs another exchange, `plan`, in a thread.
+
+    `plan` has a duplicate of `comm`. Two parameter vectors take turns. The memory of a contribution must stay unchanged
+    until its exchange has arrived, one round later.
+    """
 
     def __init__(self, plan: Exchange, comm: Comm, params_P: torch.Tensor) -> None:
         super().__init__(plan.section, comm, params_P, plan.facts)
         self._plan = plan
         self._other_P = params_P.clone()  # w_t once it has arrived; after the last round w_{T-1}
-        self._next: list[Contribution] = []  # of the round that is being trained
+        self._next: list[Contribution] = []  # of the round in training
         self._taken_P = torch.zeros_like(params_P) if plan.exact is not None else params_P[:0]
         self._worker = Worker("exchange")
-        # One for the whole run: torch keeps what a stream has used for that stream alone.
+        # One stream for the whole run: torch caches memory per stream.
         self._stream: Any = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._sent = np.zeros(3)  # bytes up, down, control of exchanges that no record has yet
-        self._seconds = self._told_s = 0.0  # that they took in the thread; and those of this round's record
-        self._ended = False  # was the last exchange waited for within its round?
+        self._sent = np.zeros(3)  # bytes up, down and control that no record counts yet
+        self._seconds = self._told_s = 0.0  # seconds in the thread; and those in this round's record
+        self._ended = False  # whether the last round waited for its own exchange
 
     # ------------------------------------------------------------ a round
 
@@ -74,8 +77,10 @@ class Behind(Exchange):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        """Wait for the exchange of the round before and begin this one's. The parameters that have arrived come back,
-        in the other of two vectors: `params_P` is where the next ones will be."""
+        """Wait for the exchange of the round before, then start this round's.
+
+        Returns the parameters that arrived, in the other of the two vectors; the next ones will be in `params_P`.
+        """
         self._told_s = 0.0
         self._arrive()
         arrived_P = self._other_P
@@ -89,17 +94,18 @@ class Behind(Exchange):
         return arrived_P, state
 
     def figures(self) -> dict[str, float]:
-        """`overlapped`: what the exchanges that arrived in this round took; `exchange` of it was waited for."""
+        """`overlapped`: seconds of the exchanges that arrived in this round, of which it waited for `exchange`."""
         return {"overlapped": self._told_s}
 
     # ------------------------------------------------------------ the thread
 
     def _begin(self, old_P: torch.Tensor, new_P: torch.Tensor, server: Server, state: Any) -> None:
-        """In a thread: new = old stepped by what silos sent this round, and the server's state in its own memory. What
-        was sent and `old_P` are only read."""
+        """Start the thread: new = old, stepped by this round's contributions. The server's state changes in place; the
+        contributions and `old_P` are only read.
+        """
         plan, given, round, near = self._plan, self._next, self.round, self._near
         self._next = []
-        if self._stream is not None:  # after what is queued by now
+        if self._stream is not None:  # after the work queued so far
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
         def fold() -> None:
@@ -107,7 +113,7 @@ class Behind(Exchange):
             for contribution in given:
                 if plan.exact is None:
                     plan.add(contribution)
-                else:  # which takes values out of it, and silos go on from what it is
+                else:  # `add` takes values out of the vector, but silos continue from it
                     taken = self._taken_P[: len(contribution.vector_Q)]
                     plan.add(replace(contribution, vector_Q=taken.copy_(contribution.vector_Q)))
 
@@ -131,7 +137,7 @@ class Behind(Exchange):
             raise self._worker.error
 
     def _arrive(self) -> None:
-        """Wait until nothing is under way; what it took goes into this round's record."""
+        """Wait for the exchange in flight, and count its bytes and seconds in this round's record."""
         self._wait()
         up, down, control = self._sent.astype(int).tolist()
         self.comm.bytes_up += up
@@ -149,8 +155,7 @@ class Behind(Exchange):
     # ------------------------------------------------------------ where things are kept
 
     def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
-        """The parameters, and the state of the plan, which is a round ahead; which of the two parameters is which, and
-        the bytes that the next record will count."""
+        """The parameters, the plan's state (one round ahead), the order of the two vectors, and uncounted bytes."""
         sums = self.comm.share(np.array([self._ended and self.comm.rank == 0, *self._sent]))
         yield from super().state(params_P)
         yield from under(PLAN, self._plan.state(self._other_P))
@@ -163,7 +168,7 @@ class Behind(Exchange):
         ended, *sent = about.tolist()
         self._sent[:] = sent if self.comm.rank == 0 else 0
         self._ended = round >= self.facts.rounds
-        if self._ended != bool(ended):  # it is given more rounds, or fewer
+        if self._ended != bool(ended):  # the run has more rounds now, or fewer
             last_P = params_P.clone()
             params_P.copy_(self._other_P)
             self._other_P.copy_(last_P)
@@ -188,7 +193,7 @@ def _counted(comm: Comm) -> np.ndarray:
 
 @contextlib.contextmanager
 def _on(stream: Any) -> Iterator[None]:
-    """What a GPU does within goes into a stream of its own, and is over when it is left."""
+    """Queue the GPU work of the block in its own stream, and wait for it at the end."""
     if stream is None:
         yield
         return

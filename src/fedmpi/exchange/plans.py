@@ -1,5 +1,7 @@
-"""The plans, by name, in the order in which `plan: auto` asks whether one suits. One of your own is a subclass of
-Exchange, `plan: "package.module:Class"`."""
+"""The plans, by name, in the order in which `plan: auto` tries them.
+
+Your own plan is a subclass of Exchange: `plan: "package.module:Class"`.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,18 @@ from fedmpi.exchange.dense import Replicated, Root
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.shared_memory import SharedMemory
 
-AUTO, MEASURE = "auto", "measure"  # which plan it is turns out when the run starts
-FORMERLY = {"window": "shared_memory"}  # names that configurations may still have
+AUTO, MEASURE = "auto", "measure"  # the run's start decides which plan
+FORMERLY = {"window": "shared_memory"}  # old names in configurations
 
 
 class Plans(Family):
-    """Plans take no options: what a configuration says of them is their name."""
+    """The family of plans. Plans take no options: a configuration gives only a name."""
 
     members: dict[str, type[Exchange]]
     written = "..."
 
     def build(self, value: Any, path: str) -> Any:
-        """The name as it is today, once it is one."""
+        """The plan's current name. Raises ConfigError if there is no such plan."""
         if not isinstance(value, str):
             raise ConfigError(f"{path}: {value!r} is no plan; one of: {', '.join((AUTO, MEASURE, *self.members))}")
         if value not in (AUTO, MEASURE):

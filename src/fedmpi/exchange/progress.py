@@ -1,24 +1,23 @@
-"""Where silos stand whom new parameters reach late (overlap.py) or part by part (fragments.py): they go on from
-parameters of their own.
+"""Silos' own parameters, while global ones arrive late (overlap.py) or part by part (fragments.py).
 
-Let w be the global parameters as they have arrived, and a_k how far silo k has come from them. In every round
+Let w be the global parameters that have arrived, and a_k the distance of silo k from them. In every round
 
-    training   begins at w + a_k; at w for a silo that has no a_k
-    sent       a_k after training, of the part that the round exchanges
-    after it   a_k becomes 0 in the part that arrives: that of this round, or with `overlap` of the round before
+    training    starts from w + a_k; from w for a silo without an a_k
+    sends       a_k after training, of the part that the round exchanges
+    then        sets a_k to 0 in the part that arrives: this round's part, or with `overlap` the last round's
 
-Every silo receives the part that arrives, whether it took part in the round or not, or its update was rejected: a silo
-that missed a part's turn loses what it had done there since the last one, and no a_k is older than one turn. Training
-that is rejected or broken off leaves a_k as it was.
+Every silo receives the part that arrives, even if it did not take part in the round or its update was rejected. A silo
+that missed a part's turn loses its progress there since the last turn, so no a_k is older than one turn. Training that
+is rejected or interrupted leaves a_k unchanged.
 
-With overlap and one part a_k is the last round's delta, so what a silo goes on from changes by
-(w_t - w_{t-1}) - delta_{k,t} when w_t arrives: everybody's progress in place of its own. To go on from w_{t-1} itself
-and add what arrives would make the same progress twice: where local training goes far that hardly converges
-(tests/exchange/test_overlap.py shows both). Silos that go on and are all alike are exactly where they were without
-overlap; of silos that differ, what is one's own is felt for a round more, so it takes a few rounds more.
+With overlap and one part, a_k is the last round's delta. When w_t arrives, the silo's starting point changes by
+(w_t - w_{t-1}) - delta_{k,t}: the mean progress replaces its own. Continuing from w_{t-1} and adding what arrives would
+count the same progress twice, and hardly converges when local training goes far (tests/exchange/test_overlap.py shows
+both). Identical silos are exactly where they would be without overlap. With different silos, each silo's own part acts
+one round longer, so convergence takes a few more rounds.
 
-What is evaluated is w alone. Checks and transforms see the delta of one round, over all parts. A rule's global
-parameters (where a proximal term pulls to, say) are those that the silo's round began at.
+Evaluation uses w alone. Checks and transforms see the delta of one round, over all parts. A rule's global parameters
+(the centre of a proximal term, for example) are those from which the silo's round started.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ from fedmpi.types import Contribution
 if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
 
-PENDING = "pending"  # what is kept of silos, in a checkpoint
+PENDING = "pending"  # key of the silos' progress in a checkpoint
 
 
 class Progress(Exchange):
-    """Keeps a_k for the exchange of one part after the other, now or behind the next round's training."""
+    """Keeps a_k for an exchange that works part by part, or behind the next round's training, or both."""
 
     @classmethod
     def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
@@ -64,7 +63,7 @@ class Progress(Exchange):
         self._start_P = torch.zeros_like(params_P)
         self._progress: dict[str, torch.Tensor] = {}  # a_k
         self.holders[PENDING] = OfSilos("delta", self._progress, self.device)
-        self._next: dict[str, torch.Tensor] = {}  # of the round that is being trained
+        self._next: dict[str, torch.Tensor] = {}  # a_k of the round in training
         self._spare: list[torch.Tensor] = []
 
     # ------------------------------------------------------------ a round
@@ -89,7 +88,7 @@ class Progress(Exchange):
         new_P.copy_(contribution.vector_Q)
         old_P = self._progress.get(contribution.silo)
         if old_P is not None:
-            arrives = self._part(self.round - 1)  # 0 in `old_P` by now, unless it is late
+            arrives = self._part(self.round - 1)  # 0 in `old_P` by now, unless it arrives late
             for there in (slice(0, arrives.start), slice(arrives.stop, self.num_params)):
                 new_P[there].add_(old_P[there])
         self._next[contribution.silo] = new_P
@@ -115,7 +114,7 @@ class Progress(Exchange):
         return params_P, state
 
     def _part(self, round: int) -> slice:
-        """What a round exchanges."""
+        """The part that a round exchanges."""
         return self._parts[turn(round, len(self._parts))]
 
     def figures(self) -> dict[str, float]:
@@ -130,7 +129,7 @@ class Progress(Exchange):
     # ------------------------------------------------------------ where things are kept
 
     def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
-        """What the exchange keeps, and every a_k."""
+        """The inner exchange's state, and every a_k."""
         yield from self._inner.state(params_P)
         yield from self.holders.state()
 

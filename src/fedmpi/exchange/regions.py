@@ -1,17 +1,17 @@
 """Regions: groups of ranks that aggregate inside first (a node, a site, a continent), level by level.
 
-    level 0      a region's ranks take the mean of their silos' deltas: on a node out of shared memory
+    level 0      the ranks of a region compute the mean of their silos' deltas; on a node, through shared memory
     level 1...   the first ranks of those regions do the same with the regions' means, and so on
-    across       the first ranks of the outermost regions exchange what their regions have moved, with the plan and the
-                 codecs of the section itself, and the server's step; then everybody gets the new parameters
+    across       the first ranks of the outermost regions exchange their regions' deltas, with the section's own plan
+                 and codecs and the server's step; then all ranks get the new parameters
 
-So a slow link is crossed once a region and not once a rank, and between n ranks in regions of m lie log_m(n) levels.
-A region's mean goes on with the sum of its weights, so with `every: 1` the result is the mean over all silos.
+A slow link is thus crossed once per region, not once per rank; n ranks in regions of m need log_m(n) levels. A region
+passes on its mean and the sum of its weights, so with `every: 1` the result is the mean over all silos.
 
 With `every: E` only each E-th round goes across: hierarchical federated averaging (Liu et al. 2020, Algorithm 1,
-HierFAVG, with kappa_1 local steps and kappa_2 = E). In between silos train from their region's parameters and are
-evaluated on them. A region weighs what its silos weighed over the E rounds; in the paper that is the region's samples,
-which is the same where all silos take part.
+HierFAVG, with kappa_1 local steps and kappa_2 = E). In the rounds between, silos train from their region's parameters
+and are evaluated on them. Deviation: a region's weight is the sum of its silos' weights over the E rounds. The paper
+uses the region's number of samples, which is the same if all silos take part.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ REGION, SINCE = ("region", "params"), ("region", "weight")  # in a checkpoint be
 
 
 class Regional(Exchange):
-    """An exchange in each region of each level, and one across."""
+    """One exchange in each region of each level, and one across."""
 
     @classmethod
     def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
-        """Of a rank that leads a region; what is sent is as if no two ranks were in one."""
+        """The cost of a rank that leads a region. Bytes sent are those if each rank were its own region."""
         assert section.regions is not None
         num_levels = len(section.regions.levels)
         traffic, memory = section.member.cost(replace(section, regions=None), replace(sizes, hosted=1, vectors=()))
@@ -58,12 +58,12 @@ class Regional(Exchange):
         comm.collectively(lambda: _leads(comm, facts))
         table = _table(section.regions.levels, comm, facts)  # [ranks, levels]
         mine = table[comm.rank]
-        # Where a rank hosts nothing another one leads: what feedback keeps of a region is filed under a leader's silo.
+        # A rank without silos never leads: a region's feedback residual is stored under one of its leader's silos.
         idle = not facts.hosted
         region = comm.split(int(mine[-1]), idle)
         assert region is not None
         self._region = region
-        self._inside: list[Exchange] = []  # of the levels that this rank takes part in
+        self._inside: list[Exchange] = []  # one for each level that this rank takes part in
         there: Comm | None = comm
         for number, level in enumerate(section.regions.levels):
             if there is None:
@@ -77,21 +77,21 @@ class Regional(Exchange):
         self._across: Exchange | None = None
         self._delta_P = self._start_P = self._mean_P = self._global_P = params_P[:0]
         if there is not None:
-            outer = replace(section, regions=None, verify=False)  # what it gives is compared where all have it
+            outer = replace(section, regions=None, verify=False)  # `verify` compares the result later, on all ranks
             self._across = section.member(outer, there, params_P, facts)
             self._global_P = params_P.clone()
         if self._across is not None or len(self._inside) > 1:
             self._delta_P = torch.zeros_like(params_P)
         if len(self._inside) > 1:
-            self._start_P = params_P.clone()  # of the round: where all of this rank's outermost region have begun
+            self._start_P = params_P.clone()  # where this rank's outermost region started the round
             self._mean_P = self._start_P if len(self._inside) == 2 else params_P.clone()
         self._lossy = section.lossy
         for number, exchange in enumerate(self._exchanges()):
-            exchange.asks = False  # a few ranks' error would leave the others waiting for them
+            exchange.asks = False  # an error on a few ranks would leave the others waiting for them
             self.holders[f"level {number}"] = exchange.holders
-        self._done = 0  # the last round that was exchanged; the one that has begun may yet be broken off
+        self._done = 0  # last round exchanged; a round that has begun may still be dropped
         self._weight = 0.0  # of this rank's silos this round
-        self._since = 0.0  # of this rank's region since it was last heard across
+        self._since = 0.0  # of this rank's region since the last exchange across
 
     # ------------------------------------------------------------ where things are kept
 
@@ -127,7 +127,7 @@ class Regional(Exchange):
         self._inside[0].set_params(params_P, from_P)
 
     def _exchanges(self) -> list[Exchange]:
-        """Those that this rank takes part in, from the inside out."""
+        """The exchanges that this rank takes part in, innermost first."""
         return self._inside if self._across is None else [*self._inside, self._across]
 
     def raise_failed(self) -> None:
@@ -135,7 +135,8 @@ class Regional(Exchange):
             exchange.raise_failed()
 
     def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
-        """The parameters, residuals of each level; and between two exchanges across, where this region stands."""
+        """The parameters, each level's residuals and, between two exchanges across, this region's parameters and
+        weight."""
         yield from super().state(params_P if self._across is None else self._global_P)
         if self._done % self.every and self._region.rank == 0 and self.facts.hosted:
             since = torch.tensor([self._since], dtype=torch.float64)
@@ -144,8 +145,8 @@ class Regional(Exchange):
 
     def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
         here = [one for one in stored if one.key[0] in (PARAMS, *self.holders)]
-        # A silo may have come to a rank that leads no region. What is filed under it of a region goes to a rank that
-        # leads one: residuals add up.
+        # A silo may have moved to a rank that leads no region. Its region's state then goes to a rank that
+        # leads one; residuals add up.
         others = [one for one in stored if one.silo and one.key[0] not in (REGION[0], *self.holders)]
         super().restore(params_P, round, here + handed_over(others, self.comm))
         self._done = round
@@ -179,7 +180,7 @@ class Regional(Exchange):
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         weight, crosses = self._weight, self.round % self.every == 0
-        result_P = params_P  # what this rank knows best
+        result_P = params_P  # the newest result that this rank has
         for number, exchange in enumerate(self._inside):
             if number:
                 exchange.begin(self.round, int(weight > 0))
@@ -190,7 +191,6 @@ class Regional(Exchange):
             weight = float(exchange.comm.gather_number(weight).sum())
             if weight > 0:
                 exchange.finish(result_P, Server(FedAvg(), self.layout.as_delta()), NoState())
-        # The others' turn of this rank's outermost region, as its first rank knows it.
         self._since += weight
         lap("exchange")
         if crosses and self._across is not None:
@@ -223,7 +223,7 @@ class Regional(Exchange):
         return Contribution(first, self.round, weight, delta_P, 0.0, 1, 1)
 
     def _give(self, exchange: Exchange, target_P: torch.Tensor, result_P: torch.Tensor) -> None:
-        """What a region's first rank knows becomes what all of it know."""
+        """Copy the result of a region's first rank to all its ranks."""
         if exchange.comm.rank == 0 and target_P is not result_P:
             target_P.copy_(result_P)
         if exchange.in_shared_memory:
@@ -233,15 +233,18 @@ class Regional(Exchange):
 
 
 def _in_memory(level: Level, comm: Comm, group: Comm, params_P: torch.Tensor) -> bool:
-    """Can the innermost regions exchange out of shared memory? Silos train in it, and values must travel plain. A call
-    of all ranks of `comm`, in whose `group` this rank is."""
+    """Whether the innermost regions can exchange through shared memory: it is there, and values are sent without a
+    codec.
+
+    Collective over `comm`; `group` is this rank's region.
+    """
     able = level.up.plain and level.down.plain and group.one_node() and params_P.device.type == "cpu"
     needed = (
         SharedMemory.shared_bytes(ExchangeSection(plan="shared_memory"), params_P, 0, group.rank == 0) if able else 0
     )
     if full := comm.room(needed):
         if comm.rank == 0:
-            log.warning("exchange.regions: not out of shared memory: %s", full)
+            log.warning("exchange.regions: cannot use shared memory: %s", full)
         return False
     return able
 
@@ -261,13 +264,14 @@ def _leads(comm: Comm, facts: ExchangeContext) -> None:
 def _one_row(found: np.ndarray) -> None:
     if found.sum() != 1:
         raise ConfigError(
-            "exchange.regions: the checkpoint lies between two exchanges across, and these are not its regions; "
-            "resume on ranks and hosts that give the same ones"
+            "exchange.regions: the checkpoint lies between two exchanges across regions, and this run has others; "
+            "resume on ranks and hosts that give the same regions"
         )
 
 
 def _table(levels: Sequence[Level], comm: Comm, facts: ExchangeContext) -> np.ndarray:
-    """The region of every rank on every level, [ranks, levels]; ConfigError unless regions lie in each other."""
+    """The region of every rank on every level, [ranks, levels]. Raises ConfigError unless regions are nested.
+    Collective."""
     node = comm.node()
     mine = comm.collectively(lambda: [node if lv.by == "node" else _of_rank(lv.by, comm, facts) for lv in levels])
     table = np.zeros((comm.size, len(levels)))
@@ -278,15 +282,15 @@ def _table(levels: Sequence[Level], comm: Comm, facts: ExchangeContext) -> np.nd
             if len(np.unique(table[table[:, number - 1] == region, number])) > 1:
                 raise agreed(
                     ConfigError(
-                        f"exchange.regions.levels.{number}: divides a region of the level before it; levels go from "
-                        "the inside out"
+                        f"exchange.regions.levels.{number}: divides a region of the level before it; list levels "
+                        "from the inside out"
                     )
                 )
     return table
 
 
 def _of_rank(by: Mapping[str, Sequence[str]], comm: Comm, facts: ExchangeContext) -> int:
-    """The number of the region that this rank's host or silos belong to."""
+    """The number of the region of this rank's host or silos."""
     host = comm.hosts[comm.rank]
     names = {host, host.partition(".")[0], *facts.hosted}
     known = {member for members in by.values() for member in members}

@@ -1,25 +1,24 @@
-"""Plan sharded: a pipelined two-shot. Every rank owns each n-th piece of the vector.
+"""Plan sharded: a pipelined two-shot allreduce. Every rank owns each n-th piece of the vector.
 
         one sender's vector   |0 1 2|3 4 5|6 7 8|9 10 .|    3 ranks: stripes of 3 pieces, one for each owner
                                 stripe stripe ...
 
         upload       piece 4 of every sender  --all-to-all-->  rank 1, its owner           (upload.py)
-        accumulator  rank 1 makes one of what arrived, in the order of senders             (accumulator.py)
+        accumulator  rank 1 sums what arrived, in the order of senders                     (accumulator.py)
         server       rank 1 takes its step on piece 4
         download     piece 4 of the parameters  --all-gather-->  every rank                (download.py)
 
-A batch is the stripes that one message to each owner holds: one of them, or several where payloads are short. Batches
-follow each other, three on their way up while one is added up and earlier ones are on their way down, so encoding,
-transfer and decoding overlap. Every value is quantized once on each way, whatever the number of ranks. Without codecs
-the deltas travel out of the memory they were trained in, and new parameters arrive in the memory they are read from.
-The server's state is the owners' and is exact.
+A batch is one message to each owner: one stripe, or several if payloads are short. Three batches are on their way up
+while the owner sums one and earlier ones are on their way down, so encoding, transfer and decoding overlap. Every value
+is quantized once in each direction, for any number of ranks. Without codecs, deltas are sent from the memory where they
+were trained, and new parameters arrive in the memory that the model reads. Owners hold the server's state, exactly.
 
-A sender is what is encoded together: a rank's sum, weighted (`scope: rank`), or a silo's delta, not weighted, whose
-weight is applied where it is added (`scope: silo`). Senders have one order on all ranks, that of ranks or of the
-federation's silos, so under `scope: silo` the sum has the same bits for any number of ranks.
+A sender is what is encoded together: a rank's weighted sum (`scope: rank`), or a silo's unweighted delta, whose weight
+is applied by the owner (`scope: silo`). Senders have one order on all ranks: that of ranks, or of the federation's
+silos. So under `scope: silo` the sum has the same bits for any number of ranks.
 
-MPI's calls are all made in one thread, one after the other, and moved along between pieces: a thread for them would
-take turns with the very kernels it is to overlap with. `overlap` runs the whole exchange in a thread.
+One thread makes all MPI calls, and progresses them between pieces: a second thread would compete with the kernels that
+it should overlap with. `overlap` runs the whole exchange in a thread.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ class Sharded(Exchange):
         self._index = {silo: i for i, silo in enumerate(facts.ids)}
         self._by_silo = section.scope == "silo"
         self._sum: torch.Tensor | None = None  # of several silos
-        self._folded: float | None = None  # what they weigh; None: none has been added
+        self._folded: float | None = None  # their weight; None: none added yet
 
     # ------------------------------------------------------------ where things are kept
 
@@ -152,12 +151,14 @@ class Sharded(Exchange):
         part.copy_(host)
 
     def _length_of_all(self, part: torch.Tensor) -> int:
-        """Of the vector of which every rank has its `shard`; it may be shorter than what is exchanged."""
+        """Length of the whole vector of these shards; it may be shorter than what is exchanged. Collective."""
         return int(self.comm.gather_number(len(part)).sum())
 
     def _stripes_and_root(self, part: torch.Tensor, whole_P: torch.Tensor, num: int, gathers: bool) -> None:
-        """Every owner's pieces of a vector of `num` elements into rank 0's, or rank 0's into the owners': stripe by
-        stripe, which takes no more memory than the parts themselves."""
+        """Copy all owners' pieces of a vector of `num` elements to rank 0, or back, stripe by stripe. Collective.
+
+        This needs no memory beyond the vectors themselves.
+        """
         grid, me, ranks = self.grid, self.comm.rank, self.comm.size
         nothing = [(0, 0)] * ranks
         for stripe in range(grid.num_stripes):
@@ -235,12 +236,12 @@ class Sharded(Exchange):
         return params_P, state
 
     def _senders(self) -> list[Sender]:
-        """The round's vectors in the order of senders, the same on every rank. A call of all ranks."""
+        """The round's vectors in the order of senders, equal on every rank. Collective."""
         table = np.zeros((len(self.facts.ids) if self._by_silo else self.comm.size, COLUMNS))
         for index, out in enumerate(self._upload.outgoing):
             table[out.number] = (self.comm.rank, index, out.factor, *self.cut(out.share))
         agreed, table = self.comm.ishare(table)
-        self._upload.prepare_first()  # while others are waited for
+        self._upload.prepare_first()  # while waiting for the others
         self.comm.wait(agreed)
         senders = [
             Sender(number, int(rank), int(index), share, factor)
@@ -261,8 +262,10 @@ class Sharded(Exchange):
         return senders
 
     def _weighed(self, senders: list[Sender]) -> Iterable[int]:
-        """The batches as they arrive, once it is known what the rows in them weigh. An aggregator that must know of all
-        deltas before sees each batch twice: what has arrived stays where it is. A call of all ranks."""
+        """The batches as they arrive, once the weights of their rows are known. Collective.
+
+        An aggregator that needs all deltas for its weights reads each batch twice; batches then stay in memory.
+        """
         batches: Iterable[int] = self._upload.arriving()
         if self.facts.aggregator is None:
             return batches
@@ -277,11 +280,11 @@ class Sharded(Exchange):
         return batches
 
     def _came(self, piece: int, senders: list[Sender]) -> list[tuple[Sender, Any]]:
-        """What arrived of a piece of mine."""
+        """What arrived for one of my pieces, by sender."""
         return [(sender, self._upload.came(piece, sender)) for sender in senders]
 
     def _look(self, server: Server, senders: list[Sender], batches: Iterable[int]) -> tuple[torch.Tensor, Server]:
-        """The means of my pieces, and the server that knows how long the whole mean is. A call of all ranks."""
+        """The means of my pieces, and the server that knows the norm of the whole mean. Collective."""
         means_S = torch.zeros(self.grid.num_owned(self.comm.rank), dtype=self.dtype, device=self.device)
         square = 0.0
         for batch in batches:
@@ -291,23 +294,24 @@ class Sharded(Exchange):
         return means_S, server.knowing(float(self.comm.gather_number(square).sum()))
 
     def _mean(self, piece: int, senders: list[Sender]) -> torch.Tensor:
-        """A piece of mine, made one of all that arrived; valid until the next one's."""
+        """The mean of one of my pieces, [S]; valid until the next call."""
         return self._accumulator.mean(piece, self._came(piece, senders), self.exact)
 
     def _step(self, piece: int, mean_S: torch.Tensor, params_P: torch.Tensor, server: Server, state: Any) -> None:
-        """A piece of mine: stepped, and ready to travel."""
+        """Step one of my pieces and prepare it for sending."""
         part, kept = self.grid.part(piece), self.grid.kept(piece)
         new_S, _ = server.step(params_P[part], mean_S, type(state)(*(tensor[kept] for tensor in state)), part.start)
         self._download.put(piece, new_S, params_P, self.exact)
 
     def _tell(self) -> tuple[Pending, np.ndarray]:
-        """Begin to say whether this rank has failed so far: it has encoded all, and what is left all decode alike."""
+        """Start to share whether a codec failed on this rank. All encoding is done; what is left decodes alike on all
+        ranks."""
         codes = np.zeros(self.comm.size)
         codes[self.comm.rank] = any(coder.failed is not None for coder in self.coders)
         return self.comm.ishare(codes)
 
     def _hear(self, told: Pending, codes: np.ndarray) -> None:
-        """Every rank raises what one has failed of."""
+        """Raise on every rank if a codec failed on any."""
         self.comm.wait(told)
         if codes.any():
             self.ask()

@@ -1,8 +1,8 @@
-"""The way up: this rank's vectors to the owners of their pieces, and what arrives of everybody's.
+"""The way up: sends this rank's vectors to the owners of their pieces, and receives everybody's.
 
-A vector is sent out of the memory that it lies in, or encoded: batch by batch while earlier ones travel, or, where a
-payload's length is not known before, all of it before the first batch does. A silo's delta, whose memory is the next
-silo's, is encoded at once.
+A vector is sent from where it lies, or encoded first: batch by batch while earlier batches travel, or completely before
+the first batch if payload lengths are not known in advance. A silo's delta is encoded at once, because the next silo
+reuses its memory.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from fedmpi.exchange.chunks import Batches, Coder, Grid, RankResidual, SiloResid
 if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
 
-AHEAD = 3  # batches on their way up while one is added up
+AHEAD = 3  # batches on their way up while the owner sums one
 
 
 class Sender(NamedTuple):
-    """One vector of the round, as all ranks know of it: a rank's sum, or a silo's delta."""
+    """One vector of the round: a rank's sum, or a silo's delta. Equal on every rank."""
 
-    number: int  # in the order of senders: that of ranks, or of the federation's silos
+    number: int  # rank, or index of the silo in the federation
     rank: int
-    vector: int  # which of its rank's vectors
-    share: float  # of the weight; an integer in the ring
-    factor: float  # what its values still have to be multiplied with in the sum
+    vector: int  # index among its rank's vectors
+    share: float  # share of the weight; an integer in the ring
+    factor: float  # factor that its values still need in the sum
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Outgoing:
     number: int
     share: float
     factor: float
-    vector_P: Any  # to be sent as it is, or bare to be encoded; None: encoded already
-    scale: float = 1.0  # what it is multiplied with when it is encoded
+    vector_P: Any  # sent as it is, or bare and still to encode; None: already encoded
+    scale: float = 1.0  # factor that encoding applies
     payloads: torch.Tensor | None = None  # of all pieces, each at its offset
-    payloads_B: Bare = None  # the same, for codecs
+    payloads_B: Bare = None  # the same memory, for codecs
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # of the payloads [pieces]
 
 
@@ -69,31 +69,31 @@ class Upload:
         by_silo = section.scope == "silo"
         self.residual = SiloResiduals(self.device) if by_silo else RankResidual(section.up, params_P, facts)
         self.outgoing: list[Outgoing] = []
-        # An aggregator that weighs deltas by all of them reads what arrived twice: it stays where it is.
+        # An aggregator that needs all deltas for its weights reads each batch twice, so batches stay in memory.
         held = facts.aggregator is not None and facts.aggregator.needs == "gram"
         self._num_rooms = max(1, batches.num) if held else AHEAD + 1
-        self._lazily = section.up.codec.fixed  # is every payload's size known before it is encoded?
+        self._lazily = section.up.codec.fixed  # are all payload sizes known before encoding?
         self._raw = torch.uint8 if self.coder else dtype
         self._stride = self.coder.stride if self.coder else grid.length
-        self._payloads: list[tuple[torch.Tensor, Bare]] = []  # memory for those of each vector, reused
+        self._payloads: list[tuple[torch.Tensor, Bare]] = []  # payload memory by vector, reused
         self._host_P = comm.allocate(len(params_P), dtype, pinned=True) if on_device else None
         self._nothing = torch.zeros(0, dtype=self._raw)
         self._arrived: list[
             tuple[torch.Tensor, Bare]
-        ] = []  # of each batch under way or held: [vectors, ranks, depth, stride]
+        ] = []  # by batch in flight or held: [vectors, ranks, depth, stride]
         self._sizes = np.zeros((0, 0, 0), dtype=np.int64)
-        self._num_vectors = 0  # of the rank that sends most vectors
+        self._num_vectors = 0  # of the rank that sends the most
 
     # ------------------------------------------------------------ this rank's vectors
 
     def begin(self) -> None:
-        """Forget the last round, or the one that was broken off."""
+        """Forget the last round, or an interrupted one."""
         self.outgoing.clear()
         if isinstance(self.residual, SiloResiduals):
             self.residual.begin()
 
     def put(self, number: int, share: float, vector_P: torch.Tensor, factor: float) -> None:
-        """A vector that stays as it is until it has travelled, of which the sum holds `factor` times."""
+        """Add a vector that stays unchanged until it has been sent; the sum holds it `factor` times."""
         if self.coder is None:
             self.outgoing.append(Outgoing(number, share, factor, vector_P))
             return
@@ -101,7 +101,7 @@ class Upload:
         self.outgoing.append(Outgoing(number, share, 1.0, bare(vector_P), factor, *memory, sizes))
 
     def put_silo(self, number: int, silo: str, round: int, share: float, delta_P: torch.Tensor) -> None:
-        """A silo's delta as it will be sent, out of the model's memory."""
+        """Copy or encode a silo's delta at once, since the next silo overwrites the model's memory."""
         payloads, payloads_B = self._memory()
         if self.coder is None:
             self.outgoing.append(Outgoing(number, share, share, payloads.copy_(delta_P)))
@@ -114,11 +114,11 @@ class Upload:
         for piece, part in enumerate(self.grid):
             residual_N = None if kept_P is None else kept_P[part]
             sizes[piece] = self._encode(self.coder, vector_P[part], payloads_B, piece, 1.0, residual_N)
-        self.coder.raise_failed()  # nothing has travelled yet
+        self.coder.raise_failed()  # nothing has been sent yet
         self.outgoing.append(Outgoing(number, share, share, None, 1.0, payloads, payloads_B, sizes))
 
     def _memory(self) -> tuple[torch.Tensor, Bare]:
-        """For the payloads of one more vector, as MPI takes it and bare; as many as a round has needed are kept."""
+        """Payload memory for one more vector, as MPI takes it and bare; reused in later rounds."""
         index = len(self.outgoing)
         if index == len(self._payloads):
             num = self.batches.num_offsets * self._stride if self.coder else self.grid.num_elements
@@ -135,17 +135,17 @@ class Upload:
         slot_B = coder.slot(payloads_B, self.batches.offset(piece))
         return coder.encode_or_note(x_N, slot_B, piece, scale, residual_N)
 
-    # ------------------------------------------------------------ on their way
+    # ------------------------------------------------------------ transfer
 
     def prepare_first(self) -> None:
-        """What of the first batch can be done before it is known who else sends."""
+        """Encode the first batch while it is still unknown who else sends."""
         if self._lazily and any(out.share for out in self.outgoing):
             self._prepare_batch(0)
 
     def agree(self, senders: Sequence[Sender]) -> None:
-        """How much each rank sends of each of its vectors, in elements of what travels [ranks, vectors, pieces].
+        """Agree how much each rank sends of each of its vectors, in elements sent [ranks, vectors, pieces]. Collective.
 
-        Payloads that may be shorter than their longest are encoded before the first one travels. A call of all ranks.
+        Payloads of variable length are encoded here, before the first one is sent.
         """
         pieces = range(self.grid.num_pieces)
         self._num_vectors = max((sender.vector for sender in senders), default=-1) + 1
@@ -162,7 +162,7 @@ class Upload:
         self._sizes = self.comm.share(self._sizes.reshape(-1)).reshape(self._sizes.shape).astype(np.int64)
 
     def arriving(self) -> Iterator[int]:
-        """Batch after batch as each has arrived, while later ones are on their way."""
+        """Yield each batch once it has arrived, while later ones are in flight."""
         under_way: deque[list[Pending]] = deque()
         for batch in range(self.batches.num + AHEAD):
             if batch < self.batches.num:
@@ -175,7 +175,7 @@ class Upload:
                 yield batch - AHEAD
 
     def came(self, piece: int, sender: Sender) -> Any:
-        """What a sender sent of a piece of mine that has arrived, where it lies: bare if it is a payload."""
+        """What a sender sent for one of my pieces, without a copy; bare if it is a payload."""
         length = int(self._sizes[sender.rank, sender.vector, piece])
         offset = self.batches.offset(piece)
         if sender.rank == self.comm.rank:
@@ -187,7 +187,7 @@ class Upload:
         return (arrived_B if self.coder else arrived)[start : start + length]
 
     def _prepare(self, out: Outgoing, piece: int) -> None:
-        """The piece is in host memory as it will travel."""
+        """Put the piece into host memory in the form that is sent."""
         if out.vector_P is None:
             return
         part = self.grid.part(piece)
@@ -209,7 +209,7 @@ class Upload:
                 self.comm.progress()
 
     def _send(self, batch: int) -> list[Pending]:
-        """Everybody's pieces of a batch on their way to their owners."""
+        """Start sending every rank's pieces of a batch to their owners."""
         me, ranks, room = self.comm.rank, range(self.comm.size), self.batches.depth * self._stride
         arrived = self._room(batch)
         requests = []
@@ -218,7 +218,7 @@ class Upload:
             if number < len(self.outgoing):
                 send = self._travels(self.outgoing[number])[batch * len(ranks) * room :]
                 to = [(rank * room, self._length(batch, rank, self._sizes[me, number])) for rank in ranks]
-                to[me] = (0, 0)  # what is mine is read where it is
+                to[me] = (0, 0)  # my own pieces are read in place
             come = [
                 (rank * room, self._length(batch, me, self._sizes[rank, number]) if rank != me else 0) for rank in ranks
             ]
@@ -234,7 +234,7 @@ class Upload:
         return self._host_P if on_host.device.type != "cpu" and self._host_P is not None else on_host
 
     def _room(self, batch: int) -> torch.Tensor:
-        """Where a batch's pieces arrive: [vectors, ranks * depth * stride]."""
+        """The memory where a batch's pieces arrive: [vectors, ranks * depth * stride]."""
         number, needed = batch % self._num_rooms, self._num_vectors * self.batches.width * self._stride
         while len(self._arrived) <= number:
             self._arrived.append((self._nothing, None))
