@@ -1,10 +1,10 @@
-"""The kernels in numba: one pass over blocks that stay in cache, no thread but the caller's, no lock held.
+"""The kernels in numba: one pass over blocks that stay in cache, on the caller's thread, without the GIL.
 
-Compiled at first use, cached on disk. No fastmath and no fused multiply-add: every operation is rounded by itself and
-in the order that `plain` has, so payloads and residuals have the same bits on any processor.
+Compiled at first use, cached on disk. No fastmath and no fused multiply-add: every operation is rounded by itself, in
+the same order as in `plain`, so payloads and residuals have the same bits on any processor.
 
-All in one file: numba's cache forgets a kernel when the file that it is in changes, and no sooner; a loop that it calls
-from another file would live on in it.
+All kernels are in one file, because numba invalidates a cached kernel only when its own file changes: a stale copy of a
+loop from another file would survive.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 Array = Any  # one-dimensional and contiguous
 
 SIGN_OFF = np.int32(0x7FFFFFFF)
-NOT_FINITE = np.int32(0x7F800000)  # infinity's bits; NaN's are above
-SMALLEST = np.float32(2.0**-126)  # normal number; smaller steps decode to zero
+NOT_FINITE = np.int32(0x7F800000)  # bits of infinity; those of NaN are larger
+SMALLEST = np.float32(2.0**-126)  # smallest normal number; smaller steps decode to zero
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer, ties to even
 ONE = np.uint64(1)
 EACH_BYTE = np.uint64(0x0101010101010101)
-ROW = 256  # elements of a block of 8 or 4 bits. Loops of a length that the compiler knows cost half as much
-SCAN = 512  # elements at a time of which few are wanted
+ROW = 256  # elements of a block of 8 or 4 bits. Loops of a constant length cost half as much
+SCAN = 512  # elements scanned at a time, of which few are selected
 SMALL = 1024  # elements at a time where two scratch blocks are needed
-NUM_SAMPLES = 16384  # that `select` guesses from
-SIDE = 16  # of them lie side by side
-BLOCK = 4096  # elements that are worked on at a time
+NUM_SAMPLES = 16384  # sample size of `select`
+SIDE = 16  # adjacent samples
+BLOCK = 4096  # elements processed at a time
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX2 = np.uint64(0x94D049BB133111EB)
@@ -65,7 +65,7 @@ def _uniforms(key: Any, block: int, u: Array) -> None:
 
 @jit
 def _load(x: Array, scale: Any, residual: Array, v: Array) -> Any:
-    """v = x * scale + residual; returns the bits of the largest magnitude: integers order them, NaN comes last."""
+    """v = x * scale + residual; returns the bits of the largest magnitude (integers order them; NaN comes last)."""
     bits = v.view(np.int32)
     largest = np.int32(0)
     whole = x.size - x.size % ROW
@@ -90,7 +90,7 @@ def _load(x: Array, scale: Any, residual: Array, v: Array) -> Any:
 
 @jit
 def _part(vector: Array, start: int, stop: int) -> Array:
-    """vector[start:stop], or nothing of an empty one."""
+    """vector[start:stop]; an empty vector stays empty."""
     return vector[start:stop] if vector.size else vector
 
 
@@ -106,7 +106,7 @@ def _give(decoded: Array, out: Array, weight: Any, accumulate: bool) -> None:
 
 @jit
 def _pack(codes: Array, width: int, payload: Array) -> None:
-    """Code i, cut to `width` bits, goes to bits [i width, (i + 1) width), lowest first; zeros fill the last byte."""
+    """Write the low `width` bits of code i to bits [i width, (i + 1) width), lowest first; zeros fill the last byte."""
     held, num_held, at = np.uint64(0), 0, 0
     mask = (ONE << np.uint64(width)) - ONE
     for i in range(codes.size):
@@ -137,7 +137,7 @@ def _unpack(payload: Array, width: int, codes: Array) -> None:
 
 @jit
 def _norm(v: Array, spare: Array) -> Any:
-    """The Euclidean norm, added up in float64."""
+    """The Euclidean norm, summed in float64."""
     half = v.size // 2
     for j in range(half):
         spare[j] = np.float64(v[j]) * np.float64(v[j]) + np.float64(v[j + half]) * np.float64(v[j + half])
@@ -146,7 +146,7 @@ def _norm(v: Array, spare: Array) -> Any:
 
 @jit
 def _mean(v: Array, m: int, spare: Array) -> Any:
-    """The mean magnitude of the first m, behind which zeros stand, added up in float64."""
+    """The mean magnitude of the first m values, summed in float64; zeros must follow them."""
     half = v.size // 2
     for j in range(half):
         spare[j] = np.float64(abs(v[j])) + np.float64(abs(v[j + half]))
@@ -155,7 +155,7 @@ def _mean(v: Array, m: int, spare: Array) -> Any:
 
 @jit
 def _fold(spare: Array) -> Any:
-    """The sum: the upper half is added to the lower until one number is left."""
+    """The sum, adding the upper half to the lower until one number is left."""
     half = spare.size
     while half > 1:
         half //= 2
@@ -166,7 +166,7 @@ def _fold(spare: Array) -> Any:
 
 @jit
 def _spread(tail: Array, parts: int, row: Array) -> None:
-    """The parts of a short block where a whole one has them, and zeros."""
+    """Spread a short block so that its parts start where those of a whole block do; zeros fill the gaps."""
     span, width = (tail.size + parts - 1) // parts, ROW // parts
     row[:] = 0
     for j in range(tail.size):
@@ -175,7 +175,7 @@ def _spread(tail: Array, parts: int, row: Array) -> None:
 
 @jit
 def _collect(row: Array, parts: int, tail: Array) -> None:
-    """Back again."""
+    """The inverse of `_spread`."""
     span, width = (tail.size + parts - 1) // parts, ROW // parts
     for j in range(tail.size):
         tail[j] = row[j // span * width + j % span]
@@ -185,10 +185,11 @@ def _collect(row: Array, parts: int, tail: Array) -> None:
 def _nearest_rows(
     x: Array, scale: Any, residual: Array, into: Array, scales: Array, codes: Array, bits: int, levels: Any
 ) -> bool:
-    """Whole rows. All that is done to one stands in this loop: to hand arrays to another function costs as much as a
-    hundred additions."""
+    """Encode whole rows. One loop does all the work, because passing arrays to a function costs as much as a hundred
+    additions.
+    """
     width = ROW * bits // 8
-    v, t = np.empty(ROW, np.float32), np.empty(ROW, np.float32)  # t: a level plus ROUND, in whose lowest bits it stands
+    v, t = np.empty(ROW, np.float32), np.empty(ROW, np.float32)  # t: a level plus ROUND; its lowest bits hold the level
     patterns, low_bits = v.view(np.int32), t.view(np.uint32)
     magnitude = np.zeros(1, np.int32)
     largest = magnitude.view(np.float32)
@@ -232,7 +233,7 @@ def _nearest_rows(
 
 @jit
 def encode_nearest(x: Array, scale: Any, residual: Array, into: Array, payload: Array, bits: int) -> Any:
-    """Blocks of a row, in 8 or 4 bits: the largest magnitude is 127 or 7 steps."""
+    """Blocks of one row, in 8 or 4 bits; the largest magnitude is 127 or 7 steps."""
     levels = np.float32((1 << (bits - 1)) - 1)
     num_whole, num_left = x.size // ROW, x.size % ROW
     start, width = num_whole * ROW, ROW * bits // 8
@@ -245,7 +246,7 @@ def encode_nearest(x: Array, scale: Any, residual: Array, into: Array, payload: 
         last_x, last_lost, last_codes = np.empty(ROW, np.float32), np.empty(ROW, np.float32), np.empty(width, np.uint8)
         _spread(x[start:], parts, last_x)
         _spread(_part(residual, start, x.size), parts, last_lost)
-        before = _part(last_lost, 0, ROW if residual.size else 0)  # nothing is not zero: -0 stays what it is
+        before = _part(last_lost, 0, ROW if residual.size else 0)  # empty, not zeros: v = -0 stays -0
         if not _nearest_rows(last_x, scale, before, last_lost, scales[num_whole:], last_codes, bits, levels):
             return -1
         for j in range((num_left + parts - 1) // parts):
@@ -267,7 +268,7 @@ def encode_stochastic(
     norm: bool,
     damping: Any,
 ) -> Any:
-    """Blocks of a row; one step is the Euclidean norm, or the largest magnitude, divided by `levels`."""
+    """Blocks of one row; a step is the Euclidean norm, or the largest magnitude, divided by `levels`."""
     n, high = x.size, np.float32(levels)
     bits = 2 if levels == 1 else 4 if levels <= 7 else 8
     num_blocks = (n + ROW - 1) // ROW
@@ -343,7 +344,7 @@ def encode_signs(x: Array, scale: Any, residual: Array, into: Array, payload: Ar
 
 @jit
 def _lay(q: Array, bits: int, packed: Array) -> None:
-    """Codes of fewer than 8 bits: byte j takes codes j, j + span, j + 2 span, ..., lowest first."""
+    """Pack codes of fewer than 8 bits: byte j holds codes j, j + span, j + 2 span, ..., lowest first."""
     span = packed.size
     if bits == 4:
         upper = q[span : 2 * span]
@@ -388,7 +389,7 @@ def decode_blocks(payload: Array, out: Array, weight: Any, accumulate: bool, blo
 
 @jit
 def _give_row(codes: Array, bits: int, s: Any, out: Array, weight: Any, accumulate: bool) -> None:
-    """`_give` of a whole row of 8 or 4 bits."""
+    """`_give` for a whole row of 8 or 4 bits."""
     if bits == 8:
         for j in range(ROW):
             d = np.float32(np.int8(codes[j])) * s
@@ -448,7 +449,7 @@ def _widen(h: Array, d: Array, bfloat: bool) -> None:
             c = np.uint32(h[j])
             bits[j] = ((c & np.uint32(0x7FFF)) << np.uint32(13)) | ((c & np.uint32(0x8000)) << np.uint32(16))
         for j in range(h.size):
-            d[j] *= np.float32(2.0**112)  # moves the exponent's bias, subnormals and all
+            d[j] *= np.float32(2.0**112)  # shifts the exponent's bias, also for subnormals
 
 
 @jit
@@ -495,7 +496,7 @@ def encode_uniform(x: Array, scale: Any, residual: Array, into: Array, payload: 
 
 @jit
 def _level(value: Any, step: Any, high: Any) -> Any:
-    """floor(|value| / step + 0.5), at most `high`; the half is compared, as adding it could round up."""
+    """floor(|value| / step + 0.5), at most `high`; compares the fraction with 0.5, since adding 0.5 could round up."""
     t = abs(value) / step
     whole = np.floor(t)
     return min(whole + np.float32(t - whole >= np.float32(0.5)), high)
@@ -527,7 +528,7 @@ def decode_uniform(payload: Array, out: Array, weight: Any, accumulate: bool, st
 
 @jit
 def _kth(bits: Array, k: int, counts: Array) -> tuple[int, int]:
-    """The k-th largest of `bits`, and how many of the k equal it. Uses up `bits`."""
+    """The k-th largest of `bits`, and how many of the k largest equal it. Overwrites `bits`."""
     num = bits.size
     for shift in (23, 15, 7, 0):
         counts[:256] = 0
@@ -617,14 +618,14 @@ def decode_chunks(payload: Array, out: Array, weight: Any, accumulate: bool, kee
             j, code = codes[i] & 4095, codes[i] >> 12
             d = ends[2 * b] + np.float32(code & (sign - 1)) * ends[2 * b + 1]
             d = -d if code & sign else d
-            if j < chunk.size:  # else the payload is damaged
+            if j < chunk.size:  # a larger index means a damaged payload
                 chunk[j] = chunk[j] + weight * d if accumulate else d
         at += span
 
 
 @jit
 def draw(key: Any, n: int, indices: Array) -> None:
-    """One index of each of k strata of n: stratum j is [j n // k, (j + 1) n // k)."""
+    """One random index from each of k strata of n: stratum j is [j n // k, (j + 1) n // k)."""
     k = indices.size
     for j in range(k):
         start, stop = j * n // k, (j + 1) * n // k
@@ -634,9 +635,10 @@ def draw(key: Any, n: int, indices: Array) -> None:
 
 @jit
 def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: int, indices: Array) -> int:
-    """Indices of the k largest magnitudes not below `floor` (as bits), ascending; of equals the first.
+    """Write the indices of the k largest magnitudes not below `floor` (as bits), ascending; the first ones among
+    equals.
 
-    `into` takes v.
+    Returns how many there are, or -1 if a value is not finite. `into` receives v.
     """
     return _select(x, scale, residual, into, k, floor, indices, np.empty(0, np.int32))
 
@@ -645,10 +647,12 @@ def select(x: Array, scale: Any, residual: Array, into: Array, k: int, floor: in
 def _select(
     x: Array, scale: Any, residual: Array, into: Array, k: int, floor: int, indices: Array, chosen: Array
 ) -> int:
-    """`select`; `chosen` takes the bits of what is chosen of v, unless it is empty. With a residual goes an `into`.
+    """`select`, which also writes the bits of the selected values to `chosen`, unless it is empty.
 
-    A sample guesses a magnitude that a few more than k reach; one pass collects them, the k-th is among these.
-    Where the guess was wrong (runs of equals, say) histograms of the whole find the k-th.
+    A residual needs an `into`. A sample estimates a magnitude that slightly more than k values reach; one pass collects
+    these and finds the k-th among them. If the estimate was wrong (many equal values, for example), histograms of the
+    whole
+    vector find the k-th.
     """
     n = x.size
     num_samples = min(max(n >> 6, 2048), NUM_SAMPLES)
@@ -657,15 +661,15 @@ def _select(
     v, counts = np.zeros(SCAN, np.float32), np.zeros(2048, np.int64)
     bits = v.view(np.int32)
     taken = 0
-    for start in range(0, n, stride):  # a few side by side, as memory comes by the line
+    for start in range(0, n, stride):  # adjacent samples share a cache line
         for j in range(start, min(n, start + SIDE)):
             v[0] = x[j] * scale + (residual[j] if residual.size else np.float32(0))
             sample[taken] = bits[0] & SIGN_OFF
             taken += 1
     rank = min(taken, int(1.25 * k * taken / n) + 16)
     room = min(n, 2 * (n // taken + 1) * rank + SCAN)
-    low = np.int32(max(_kth(sample[:taken], rank, counts)[0], floor, 1))  # zeros come in runs
-    near, patterns = np.empty(room + 1, np.int64), np.empty(room + 1, np.int32)  # where, and the value's bits
+    low = np.int32(max(_kth(sample[:taken], rank, counts)[0], floor, 1))  # at least 1: zeros come in runs
+    near, patterns = np.empty(room + 1, np.int64), np.empty(room + 1, np.int32)  # index and bits of each value
     reached = np.zeros(SCAN, np.int8)
     words = reached.view(np.uint64)
     found = 0
@@ -703,7 +707,7 @@ def _select(
             word = words[w]
             while word:
                 first = word & (~word + ONE)
-                at = 8 * w + np.int64((((first - ONE) & EACH_BYTE) * EACH_BYTE) >> np.uint64(56))  # bytes before it
+                at = 8 * w + np.int64((((first - ONE) & EACH_BYTE) * EACH_BYTE) >> np.uint64(56))  # its lowest set byte
                 near[found], patterns[found] = start + at, bits[at]
                 found += 1
                 word ^= first
@@ -732,7 +736,7 @@ def _select(
 
 @jit
 def _select_exactly(x: Array, scale: Any, k: int, floor: int, indices: Array, counts: Array) -> int:
-    """`select` in four passes and no memory, whatever the values are."""
+    """`select` in four passes without extra memory, for any values."""
     v, none = np.zeros(BLOCK, np.float32), x[:0]
     bits = v.view(np.int32)
     prefix, equal = 0, k
@@ -769,7 +773,7 @@ def _select_exactly(x: Array, scale: Any, k: int, floor: int, indices: Array, co
 
 @jit
 def _shape(k: int, n: int) -> tuple[int, int, int]:
-    """Lower bits of an index; bytes of all of them; bytes in all."""
+    """Elias-Fano: bits of the lower part of an index, bytes of all lower parts, bytes in total."""
     low = 0
     while (n // k) >> (low + 1):
         low += 1
@@ -806,7 +810,7 @@ def unpack_sorted(payload: Array, n: int, indices: Array) -> Any:
     found = 0
     for at in range(end - middle):
         ones = np.int64(payload[middle + at])
-        for j in range(8):  # no branch: what is written beside a zero is written over
+        for j in range(8):  # branchless: the entry of a zero bit is overwritten
             upper[found] = 8 * at + j - found
             found += int((ones >> j) & 1)
         if found > k:
@@ -822,7 +826,8 @@ def unpack_sorted(payload: Array, n: int, indices: Array) -> Any:
 
 @jit
 def encode_top(x: Array, scale: Any, residual: Array, into: Array, payload: Array, k: int) -> Any:
-    """Packed indices of the k largest magnitudes, to a multiple of 4 bytes, and the values; `into` takes the others."""
+    """Packed indices of the k largest magnitudes, padded to a multiple of 4 bytes, then the values; `into` gets the
+    others."""
     indices, chosen = np.empty(k, np.int64), np.empty(k, np.int32)
     if _select(x, scale, residual, into, k, 0, indices, chosen) < 0:
         return -1

@@ -1,12 +1,12 @@
-"""The kernels in torch, for vectors that live on a device; the payloads have the bits of `plain`'s.
+"""The kernels in torch, for vectors on a device; payloads equal those of `plain` bit for bit.
 
-Every step is an elementwise operation that IEEE 754 rounds, a fold in a fixed order, or a selection, so device and
-processor agree bit for bit. What it costs is a few temporaries of the vector's length, from torch's caching allocator:
-encode in pieces of a few million elements. `select` and `encode_uniform` wait for the device, which the lengths that
-they return depend on; the others do so once, to say whether a value is finite.
+Every step is an elementwise operation rounded as IEEE 754 says, a fold in a fixed order, or a selection, so device and
+processor agree bit for bit. Extra memory: a few temporaries of the vector's length, from torch's caching allocator, so
+encode in pieces of a few million elements. `select` and `encode_uniform` wait for the device to learn the length that
+they return; the others wait once, to learn whether all values are finite.
 
-Tested on CPU tensors, where it is the same code. It was not run on a GPU, nor timed there; a division by a number goes
-through a tensor, since torch multiplies by a rounded reciprocal on CUDA otherwise.
+Tests run this code on CPU tensors; it has not been run or timed on a GPU. Division by a number uses a tensor, because
+on CUDA torch would multiply by a rounded reciprocal.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _range(n: int, like: Tensor) -> Tensor:
 
 
 def _bytes(bits: Tensor) -> Tensor:
-    """Eight zeros and ones to a byte, lowest first, along the last dimension."""
+    """Pack eight bits into a byte, lowest first, along the last dimension."""
     bits = F.pad(bits, (0, -bits.shape[-1] % 8))
     bits = bits.view(*bits.shape[:-1], bits.shape[-1] // 8, 8)
     return (bits << _range(8, bits)).sum(-1).to(torch.uint8)
@@ -63,7 +63,7 @@ def _spread(payload: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, width: int) -> Tensor:
-    """As in `plain`, along the last dimension."""
+    """Like `plain.pack`, along the last dimension."""
     return _bytes(((codes.unsqueeze(-1) >> _range(width, codes)) & 1).flatten(-2))
 
 
@@ -73,7 +73,7 @@ def unpack(payload: Tensor, width: int, num: int) -> Tensor:
 
 
 def _shift(z: Tensor, by: int) -> Tensor:
-    """A shift of 64 bits without a sign."""
+    """Unsigned right shift of 64 bits."""
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
@@ -155,7 +155,7 @@ def encode_signs(x: Tensor, scale: float, residual: Tensor, into: Tensor, payloa
 
 
 def _levels(levels: int, like: Tensor) -> Tensor:
-    """On the device, where a division by it is rounded as float32."""
+    """The number as a tensor on the device, so that division by it is rounded as float32."""
     return torch.full((1,), float(levels), device=like.device)
 
 
@@ -166,7 +166,7 @@ def _in_steps(rows: Tensor, s: Tensor) -> Tensor:
 def _write_blocks(
     v: Tensor, q: Tensor, s: Tensor, bits: int, into: Tensor, payload: Tensor, damping: float = 1.0
 ) -> int:
-    """The payload of integers q in steps of s, a row a block; `into` takes what they lose of v."""
+    """Write integers q in steps of s, one block per row, as a payload; `into` receives what they lose of v."""
     n, block = v.numel(), q.shape[1]
     dead = s < SMALLEST
     q.masked_fill_(dead[:, None], 0.0)
@@ -251,7 +251,7 @@ def encode_uniform(
 
 
 def _scatter(payload: Tensor, starts: Tensor, spans: Tensor, packed: Tensor) -> None:
-    """Row i of `packed`, its first spans[i] bytes, goes to starts[i]."""
+    """Write the first spans[i] bytes of row i of `packed` at starts[i]."""
     columns = _range(packed.shape[1], packed)
     inside = columns < spans[:, None]
     payload[(starts[:, None] + columns)[inside]] = packed[inside]
@@ -280,8 +280,8 @@ def decode_uniform(payload: Tensor, out: Tensor, weight: float, accumulate: bool
 
 
 def _largest(magnitude: Tensor, k: int, floor: int) -> Tensor:
-    """Indices of the k largest not below `floor`, ascending; of equals the first ones."""
-    # Not kthvalue, which one block of threads does alone, and which has no deterministic form.
+    """Indices of the k largest not below `floor`, ascending; the first ones among equals."""
+    # Not kthvalue: it runs in one thread block and has no deterministic version.
     least = magnitude.topk(k, sorted=False).values.amin().clamp(min=floor)
     above = magnitude > least
     equal = magnitude == least
@@ -345,7 +345,7 @@ def decode_chunks(payload: Tensor, out: Tensor, weight: float, accumulate: bool,
         d = low + (code & (top - 1)).float() * step
         d = torch.where((code & top) > 0, -d, d)
         chunk = out[first : first + rows * m].view(rows, m)
-        j = (codes & 4095).clamp_(max=m - 1)  # beyond it, in what is damaged, a GPU would stop for good
+        j = (codes & 4095).clamp_(max=m - 1)  # a larger index, from a damaged payload, would be a fatal CUDA error
         chunk.scatter_(1, j, chunk.gather(1, j) + d * _f32(weight)) if accumulate else chunk.zero_().scatter_(1, j, d)
         at += rows * span
 

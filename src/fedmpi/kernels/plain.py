@@ -1,7 +1,7 @@
-"""What the kernels compute, in numpy and in as few lines as it takes: the oracle, and the definition of the payloads.
+"""The definition of the kernels and payloads, in short numpy code; the oracle for the other versions.
 
-Everything is equal bit for bit to `cpu`, residuals and sums included: sums over a block fold in a fixed order, and no
-other step depends on an order.
+All results equal those of `cpu` bit for bit, residuals and sums included: sums over a block fold in a fixed order, and
+no other step depends on an order.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ def _give(decoded: Array, out: Array, weight: float, accumulate: bool) -> None:
 
 
 def _rows(v: Array, block: int) -> Array:
-    """Blocks as rows, the last one filled with zeros."""
+    """The blocks as rows, [blocks, block]; zeros fill the last one."""
     return np.pad(v, (0, -len(v) % block)).reshape(-1, block)
 
 
 def _bits(codes: Array, width: int) -> Array:
-    """Lowest bit first, one byte each."""
+    """The bits of each code, lowest first, one byte per bit."""
     return (codes[:, None] >> np.arange(width) & 1).astype(np.uint8).ravel()
 
 
 def pack(codes: Array, width: int) -> Array:
-    """The lower `width` bits of each code, one after the other, lowest first; zeros fill the last byte."""
+    """The lower `width` bits of each code, packed one after the other, lowest first; zeros fill the last byte."""
     return np.packbits(_bits(codes.astype(np.int64), width), bitorder="little")
 
 
 def unpack(payload: Array, width: int, num: int) -> Array:
+    """The first `num` codes of `width` bits; the inverse of `pack`."""
     bits = np.unpackbits(payload, bitorder="little")[: num * width].reshape(num, width)
     return bits.astype(np.int64) @ (1 << np.arange(width))
 
@@ -61,7 +62,7 @@ def hashed(key: int, index: Array) -> Array:
 
 
 def uniforms(key: int, n: int) -> Array:
-    """n float32 in [0, 1)."""
+    """n float32 random numbers in [0, 1)."""
     seeds = (hashed(key, np.arange((n + 255) // 256)) >> np.uint64(32)).astype(np.uint32)
     h = (seeds[:, None] + np.arange(256, dtype=np.uint32) * np.uint32(0x9E3779B9)).ravel()[:n]
     h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
@@ -71,6 +72,7 @@ def uniforms(key: int, n: int) -> Array:
 
 
 def _fold(rows: Array) -> Array:
+    """Sum of each row, adding the upper half to the lower until one number is left."""
     while rows.shape[1] > 1:
         half = rows.shape[1] // 2
         rows = rows[:, :half] + rows[:, half:]
@@ -78,7 +80,7 @@ def _fold(rows: Array) -> Array:
 
 
 def encode_nearest(x: Array, scale: float, residual: Array, into: Array, payload: Array, bits: int) -> int:
-    """Integers of so many bits, by the largest magnitude of every 256; nearest, ties to even."""
+    """Integers of `bits` bits per value, scaled by the largest magnitude of each 256; nearest, ties to even."""
     v, finite = _load(x, scale, residual)
     if not finite:
         return -1
@@ -99,7 +101,7 @@ def encode_stochastic(
     norm: bool,
     damping: float,
 ) -> int:
-    """Up or down by chance to levels of the Euclidean norm, or of the largest magnitude, of every 256."""
+    """Random rounding to levels of each 256 values' Euclidean norm, or largest magnitude."""
     v, finite = _load(x, scale, residual)
     if not finite:
         return -1
@@ -113,7 +115,7 @@ def encode_stochastic(
 
 
 def encode_signs(x: Array, scale: float, residual: Array, into: Array, payload: Array) -> int:
-    """Signs times the mean magnitude of every 4096."""
+    """Signs times the mean magnitude of each 4096 values."""
     n = len(x)
     v, finite = _load(x, scale, residual)
     if not finite:
@@ -129,7 +131,7 @@ def _in_steps(rows: Array, s: Array) -> Array:
 
 
 def _write_blocks(v: Array, q: Array, s: Array, bits: int, into: Array, payload: Array, damping: float = 1.0) -> int:
-    """The payload of integers q in steps of s, a row a block; `into` takes what they lose of v."""
+    """Write integers q in steps of s, one block per row, as a payload; `into` receives what they lose of v."""
     n, block = len(v), q.shape[1]
     dead = s < SMALLEST
     q[dead] = 0
@@ -143,7 +145,7 @@ def _write_blocks(v: Array, q: Array, s: Array, bits: int, into: Array, payload:
 
 
 def _side_by_side(codes: Array, bits: int) -> Array:
-    """8 / bits parts of the block, laid over each other: byte j holds code j of every part."""
+    """The block's 8 / bits parts, interleaved: byte j holds code j of each part."""
     parts = 8 // bits
     span = -(-len(codes) // parts)
     columns = np.pad(codes, (0, span * parts - len(codes))).reshape(parts, span)
@@ -151,6 +153,7 @@ def _side_by_side(codes: Array, bits: int) -> Array:
 
 
 def decode_blocks(payload: Array, out: Array, weight: float, accumulate: bool, block: int, bits: int) -> None:
+    """Decode the payload of any block format."""
     n = len(out)
     s = payload[: 4 * (-(-n // block))].view(f32)
     at, found = 4 * len(s), []
@@ -169,6 +172,7 @@ def _half(bfloat: bool) -> torch.dtype:
 
 
 def encode_half(x: Array, scale: float, residual: Array, into: Array, payload: Array, bfloat: bool) -> int:
+    """bfloat16 or float16, rounded to nearest even."""
     v, finite = _load(x, scale, residual, 3.3961775292304957e38 if bfloat else 65520.0)
     if not finite:
         return -1
@@ -186,6 +190,7 @@ def decode_half(payload: Array, out: Array, weight: float, accumulate: bool, bfl
 def encode_uniform(
     x: Array, scale: float, residual: Array, into: Array, payload: Array, step: float, max_bits: int
 ) -> int:
+    """Integer multiples of `step`, each 256 values with as many bits as their largest needs, at most `max_bits`."""
     v, finite = _load(x, scale, residual)
     if not finite:
         return -1
@@ -205,6 +210,7 @@ def encode_uniform(
 
 
 def decode_uniform(payload: Array, out: Array, weight: float, accumulate: bool, step: float) -> int:
+    """Decode; returns the bytes read, or -1 if the payload is damaged."""
     n = len(out)
     at = -(-n // 256)
     decoded = np.zeros(n, f32)
@@ -223,13 +229,14 @@ def decode_uniform(payload: Array, out: Array, weight: float, accumulate: bool, 
 
 
 def _largest(v: Array, k: int, floor: int = 0) -> Array:
-    """Indices of the k largest magnitudes not below `floor`, ascending; of equals the first ones."""
+    """Indices of the k largest magnitudes not below `floor`, ascending; the first ones among equals."""
     magnitude = v.view(np.int32) & 0x7FFFFFFF
     first = np.sort(np.argsort(-magnitude, kind="stable")[:k])
     return first[magnitude[first] >= floor]
 
 
 def encode_chunks(x: Array, scale: float, residual: Array, into: Array, payload: Array, keep: int, bits: int) -> int:
+    """The `keep` largest magnitudes of each 4096 values, quantized between the smallest and largest of them."""
     v, finite = _load(x, scale, residual)
     if not finite:
         return -1
@@ -273,6 +280,7 @@ def decode_chunks(payload: Array, out: Array, weight: float, accumulate: bool, k
 
 
 def draw(key: int, n: int, indices: Array) -> None:
+    """One random index from each of k strata of n: stratum j is [j n // k, (j + 1) n // k)."""
     k = len(indices)
     start, stop = np.arange(k) * n // max(k, 1), (np.arange(k) + 1) * n // max(k, 1)
     word = hashed(key, np.arange(k)) >> np.uint64(32)
@@ -280,6 +288,7 @@ def draw(key: int, n: int, indices: Array) -> None:
 
 
 def select(x: Array, scale: float, residual: Array, into: Array, k: int, floor: int, indices: Array) -> int:
+    """Write the indices of `_largest` (`floor` as bits), and return how many there are. `into` receives v."""
     v, finite = _load(x, scale, residual)
     if not finite:
         return -1
@@ -290,13 +299,14 @@ def select(x: Array, scale: float, residual: Array, into: Array, k: int, floor: 
 
 
 def _shape(k: int, n: int) -> tuple[int, int, int]:
-    """Elias-Fano: lower bits kept as they are, bytes of the lower part, bytes of all."""
+    """Elias-Fano: bits of the lower part of an index, bytes of all lower parts, bytes in total."""
     low = (n // k).bit_length() - 1
     middle = -(-k * low // 8)
     return low, middle, middle + -(-(((n - 1) >> low) + k) // 8)
 
 
 def pack_sorted(indices: Array, n: int, payload: Array) -> int:
+    """Ascending indices below n in Elias-Fano form; returns the number of bytes."""
     k = len(indices)
     if k == 0:
         return 0
@@ -309,6 +319,7 @@ def pack_sorted(indices: Array, n: int, payload: Array) -> int:
 
 
 def unpack_sorted(payload: Array, n: int, indices: Array) -> int:
+    """Inverse of `pack_sorted`; returns the bytes read, or -1 if the payload is damaged."""
     k = len(indices)
     if k == 0:
         return 0
@@ -321,6 +332,7 @@ def unpack_sorted(payload: Array, n: int, indices: Array) -> int:
 
 
 def encode_top(x: Array, scale: float, residual: Array, into: Array, payload: Array, k: int) -> int:
+    """Packed indices of the k largest magnitudes, padded to a multiple of 4 bytes, then the values."""
     v, finite = _load(x, scale, residual)
     if not finite:
         return -1
@@ -334,6 +346,7 @@ def encode_top(x: Array, scale: float, residual: Array, into: Array, payload: Ar
 
 
 def decode_top(payload: Array, out: Array, weight: float, accumulate: bool, k: int) -> int:
+    """Decode; returns the bytes read, or -1 if the payload is damaged."""
     chosen = np.zeros(k, np.int64)
     end = unpack_sorted(payload, len(out), chosen)
     if end < 0:
