@@ -1,10 +1,10 @@
-"""The epoch of a run directory: a number that only grows, so that an old start which is still alive cannot commit.
+"""The epoch of a run directory: a number that only grows, so that an old start that is still alive cannot commit.
 
-`fedmpi run` raises the epoch before every start and hands it to the ranks in FEDMPI_EPOCH. A rank writes a checkpoint,
-and rank 0 a manifest, only while no higher epoch is in `OUT/epochs`. A run that nobody supervises takes the highest
-epoch that is there.
+`fedmpi run` raises the epoch before every start and passes it to the ranks in FEDMPI_EPOCH. A rank writes a checkpoint,
+and rank 0 a manifest, only while `OUT/epochs` holds no higher epoch. A run without a supervisor takes the highest epoch
+that exists.
 
-A name is looked up by listing its folder: NFS clients remember for half a minute that a name was not there.
+Names are looked up by listing their folder, because NFS clients cache for half a minute that a name did not exist.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from fedmpi import disk
 from fedmpi.errors import CheckpointError, ConfigError
 
 FOLDER = "epochs"  # in the run directory
-VARIABLE = "FEDMPI_EPOCH"  # tells the ranks of a supervised start their epoch
-VISIBLE_S = 90.0  # how long a new epoch may take to show on another host: acdirmax of nfs(5), and some
+VARIABLE = "FEDMPI_EPOCH"  # passes the epoch to the ranks of a supervised start
+VISIBLE_S = 90.0  # how long a new epoch may take to appear on another host: acdirmax of nfs(5), and a margin
 
 
 def highest(root: Path) -> int:
-    """The highest epoch of the run directory; 0 where nobody has raised one."""
+    """The highest epoch of the run directory; 0 if there is none."""
     with contextlib.suppress(OSError):
         return max((int(name) for name in os.listdir(root / FOLDER) if name.isdigit()), default=0)
     return 0
 
 
 def raise_epoch(root: Path, about: Mapping[str, Any]) -> int:
-    """Make the next epoch; its file holds `about`. Of several callers exactly one gets a number. Raises OSError."""
+    """Create the next epoch, whose file holds `about`, and return it. Each number goes to one caller only. Raises
+    OSError."""
     folder = root / FOLDER
     disk.make_folder(folder)
     part = folder / f"epoch.part-{os.getpid()}-{secrets.token_hex(4)}"
@@ -48,9 +49,9 @@ def raise_epoch(root: Path, about: Mapping[str, Any]) -> int:
             try:
                 os.link(part, folder / f"{epoch:06d}")
             except OSError:
-                # NFS may report an error although the link was made: the file's own count of links decides.
+                # NFS may report an error although it made the link: the file's link count decides.
                 if part.stat().st_nlink != 2:
-                    if highest(root) < epoch:  # nobody else was faster
+                    if highest(root) < epoch:  # no other caller was faster
                         raise
                     continue
             disk.sync(folder)
@@ -61,9 +62,10 @@ def raise_epoch(root: Path, about: Mapping[str, Any]) -> int:
 
 
 def joined(root: Path, own: int | None = None, wait_s: float = VISIBLE_S) -> int:
-    """The epoch of this start: the one that it already has, FEDMPI_EPOCH, or else the highest one. For rank 0.
+    """The epoch of this start: `own`, or FEDMPI_EPOCH, or else the highest one. For rank 0.
 
-    Raises ConfigError where a newer start exists, or where this host does not see the supervisor's run directory.
+    Waits up to `wait_s` seconds until this host sees the epoch. Raises ConfigError if a newer start exists, or if this
+    host does not see the supervisor's run directory.
     """
     text = os.environ.get(VARIABLE, "")
     if own is None and not text.isdigit():
@@ -81,7 +83,7 @@ def joined(root: Path, own: int | None = None, wait_s: float = VISIBLE_S) -> int
 
 
 def require_newest(root: Path, epoch: int) -> None:
-    """Raise CheckpointError where a newer start than that of `epoch` has begun."""
+    """Raise CheckpointError if a newer start than `epoch` has begun."""
     if (now := _current(root)) > epoch:
         raise CheckpointError(_superseded(root, epoch, now))
 
@@ -91,10 +93,10 @@ def _superseded(root: Path, epoch: int, now: int) -> str:
 
 
 def _current(root: Path) -> int:
-    """The highest epoch, after a change of the folder by this host: then an NFS client drops the listing it kept."""
+    """The highest epoch. Changes the folder first, so that an NFS client drops its cached listing."""
     if highest(root):
         part = root / FOLDER / f"look.part-{os.getpid()}-{secrets.token_hex(4)}"
-        with contextlib.suppress(OSError):  # a full or read-only disk: the listing has to do
+        with contextlib.suppress(OSError):  # on a full or read-only disk the cached listing must do
             os.close(disk.open_new(part))
             part.unlink()
     return highest(root)

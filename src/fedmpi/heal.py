@@ -1,12 +1,12 @@
-"""A federation goes on without the ranks that it has lost, from the newest commit that all others have.
+"""Lets a federation continue without its lost ranks, from the newest commit that all others have.
 
-    agreed_mirror, newest_common   the commit, and who of the ranks that are left was which rank before
-    inherited                      which of them hosts what the lost ranks hosted, or which silos leave
+    agreed_mirror, newest_common   the commit, and the old rank of each rank that is left
+    inherited                      the membership on the ranks that are left: silos move to them, or leave
     healed                         the federation of these members, with the state of the commit
 
-Nothing is read from disk but the data of silos that are adopted. The parts of the state that only a lost rank had come
-from a buddy (mirror.py). Where its buddies are lost too, and where a partition of the network may have left another
-half that goes on as well, the job ends, and the newest checkpoint is what remains.
+Only the data of adopted silos are read from disk. State that only a lost rank had comes from a buddy (mirror.py). If
+its buddies are lost too, or if a network partition may have left another half running, the job ends, and the newest
+checkpoint remains.
 """
 
 from __future__ import annotations
@@ -39,23 +39,25 @@ class Regrouped:
     """The ranks that are left."""
 
     comm: Comm
-    before: Comm  # what they are left of
-    old_ranks: Sequence[int]  # which rank each was
+    before: Comm  # the communicator that lost ranks
+    old_ranks: Sequence[int]  # the old rank of each rank
 
     @property
     def lost(self) -> list[int]:
-        """The ranks of before that are gone."""
+        """The old ranks that are gone."""
         return sorted({*range(self.before.size)} - {*self.old_ranks})
 
     @property
     def new_ranks(self) -> dict[int, int]:
-        """By the rank of before."""
+        """The new rank by old rank."""
         return {old: new for new, old in enumerate(self.old_ranks)}
 
 
 def agreed_mirror(mirrors: Sequence[Mirror], left: Comm) -> tuple[Mirror, Regrouped]:
-    """The newest mirror that all ranks have a commit in, and the ranks that are left of its federation. A call of all
-    of them. Raises FedmpiError where they may not go on."""
+    """The newest mirror in which all ranks have a commit, and the ranks left of its federation. Collective.
+
+    Raises FedmpiError if there is no common commit, or if another part of the job may still be running.
+    """
     mirror = _newest_of_all({mirror.generation: mirror for mirror in mirrors if mirror.commits}, left)
     before = mirror.fed.comm
     old_ranks = [int(rank) for rank in left.gather_number(before.rank)]
@@ -64,37 +66,39 @@ def agreed_mirror(mirrors: Sequence[Mirror], left: Comm) -> tuple[Mirror, Regrou
 
 
 def _require_quorum(hosts: Sequence[str], left: Sequence[int]) -> None:
-    """A host that is gone as a whole may be one that only the network took away, with ranks that go on by themselves:
-    then those with most of the ranks go on, or with half of them and rank 0.
+    """Raise FedmpiError if another part of a partitioned network may continue.
 
-    >>> _require_quorum(["a", "b", "b"], [0])    # of b nobody is heard
+    A host that is gone as a whole may only be unreachable, with ranks that continue by themselves. Then the part with
+    most of the ranks continues, or with half of them and rank 0.
+
+    >>> _require_quorum(["a", "b", "b"], [0])    # host b is gone as a whole
     Traceback (most recent call last):
-    fedmpi.errors.FedmpiError: 1 of 3 ranks are left, and host b is gone as a whole: its ranks may be going on by \
-themselves, so these end; start again from the checkpoint
+    fedmpi.errors.FedmpiError: 1 of 3 ranks are left, and host b is gone as a whole: its ranks may still be running, \
+so these end; start again from the checkpoint
     >>> _require_quorum(["a", "a", "b"], [0, 1]), _require_quorum(["a", "b"], [0])
     (None, None)
-    >>> _require_quorum(["a", "a", "a"], [2])    # the others died where somebody is left: nobody else goes on
+    >>> _require_quorum(["a", "a", "a"], [2])    # the lost ranks' host is reachable, so they are dead
     """
     there = {hosts[rank] for rank in left}
     gone = sorted({*hosts} - there)
-    apart = [rank for rank, host in enumerate(hosts) if host in gone]  # who may be going on
+    apart = [rank for rank, host in enumerate(hosts) if host in gone]  # ranks that may still be running
     if not apart or len(left) > len(apart) or (len(left) == len(apart) and 0 in left):
         return
     raise agreed(
         FedmpiError(
             f"{len(left)} of {len(hosts)} ranks are left, and host {', '.join(gone)} is gone as a whole: its ranks may "
-            "be going on by themselves, so these end; start again from the checkpoint"
+            "still be running, so these end; start again from the checkpoint"
         )
     )
 
 
 def newest_common(mirror: Mirror, group: Regrouped) -> Commit:
-    """The newest commit that every rank has. A call of all ranks."""
+    """The newest commit that every rank has. Collective."""
     return _newest_of_all({commit.round: commit for commit in mirror.commits}, group.comm)
 
 
 def _newest_of_all(numbered: Mapping[int, T], comm: Comm) -> T:
-    """The one with the highest number that every rank has. A call of all ranks."""
+    """The value with the highest number that every rank has. Collective. Raises FedmpiError if there is none."""
     number = int(comm.gather_number(max(numbered, default=-1)).min())
     if comm.gather_number(number not in numbered).any():
         raise agreed(FedmpiError(f"no round is in the memory of all ranks that are left; {_AGAIN}"))
@@ -105,11 +109,11 @@ _AGAIN = "start again from the checkpoint"
 
 
 def inherited(spec: Spec, fed: Federation, group: Regrouped, how: OnFailure) -> Membership:
-    """The members from now on, on the ranks that are left."""
+    """The membership on the ranks that are left; `how` says whether orphaned silos are adopted or leave."""
     before, now = fed.membership, group.new_ranks
     hosts, dedicated = group.comm.hosts, spec.config.server.dedicated
     stay = {silo: (now[rank],) for silo, (rank, *_) in before.teams.items() if rank in now}
-    if dedicated:  # rank 0 of now may have hosted silos
+    if dedicated:  # the new rank 0 may have hosted silos
         stay = {silo: team for silo, team in stay.items() if team[0] != 0}
     declared = [silo for silo in spec.source.silos if silo.id in before.teams]
     num_train = dict(zip(fed.ids, fed.num_train, strict=True))
@@ -123,8 +127,10 @@ def inherited(spec: Spec, fed: Federation, group: Regrouped, how: OnFailure) -> 
 def healed(
     spec: Spec, mirror: Mirror, health: Health, group: Regrouped, commit: Commit, opened: Opened
 ) -> tuple[Federation, State]:
-    """The federation of these members on the ranks that are left, with the state of the commit; the one before is
-    spent. A call of all ranks."""
+    """The federation of the new members on the ranks that are left, with the commit's state. Collective.
+
+    Frees the memory of the federation before.
+    """
     whole, of_silos = _handed_on(commit, mirror.fed, group, opened.members)
     leave_memory(mirror.fed)
     return begun_again(spec, mirror.fed, Comms.of(group.comm), commit.state, health, opened, whole, of_silos)
@@ -133,8 +139,7 @@ def healed(
 def _handed_on(
     commit: Commit, fed: Federation, group: Regrouped, members: Membership
 ) -> tuple[list[StateTensor], list[StateTensor]]:
-    """On rank 0 all whole tensors of the commit, and of the silos that this rank hosts now what they keep. A call of
-    all ranks."""
+    """The commit's whole tensors (on rank 0), and the tensors of the silos that this rank hosts now. Collective."""
     comm, heir_of = group.comm, heirs(fed.membership, members)
     held, old = list(commit.mine), group.before.rank
     for lost, tensors in commit.others.items():
@@ -152,11 +157,11 @@ def _handed_on(
     return whole, [one for one in arrived if one.placement == "per_silo"]
 
 
-_CURSOR = ("silos", "cursor")  # which every silo has
+_CURSOR = ("silos", "cursor")  # every silo has one
 
 
 def _joined(parts: Sequence[StateTensor]) -> Iterator[StateTensor]:
-    """Vectors out of the parts that ranks had of them. FedmpiError where a part is gone with its rank and buddies."""
+    """Whole vectors from the ranks' parts. Raises FedmpiError if a part was lost with its rank and buddies."""
     vectors: dict[tuple[str, ...], torch.Tensor] = {}
     missing: dict[tuple[str, ...], int] = {}
     for one in parts:
@@ -180,23 +185,23 @@ def _require_all(silos: Sequence[str], there: Collection[str]) -> None:
         raise FedmpiError(f"a rank and its buddies are lost, and with them what silo '{lack[0]}' keeps; {_AGAIN}")
 
 
-# ---------------------------------------------------------------- what is said of it
+# ---------------------------------------------------------------- the report of a loss
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Ranks that were lost, and what became of their silos."""
+    """Ranks that were lost, and what happened to their silos."""
 
-    round: int  # from which the run goes on
-    ranks: Sequence[int]  # of before
+    round: int  # the run continues after this round
+    ranks: Sequence[int]  # old numbers of the lost ranks
     before: Membership
     after: Membership
-    old_ranks: Sequence[int]  # by rank of now
-    seconds: float  # from when it was noticed
+    old_ranks: Sequence[int]  # the old rank of each new rank
+    seconds: float  # since the loss was noticed
 
     @property
     def silos(self) -> dict[str, int | None]:
-        """Those of the lost ranks: the rank that has each now; None for one that left."""
+        """The silos of the lost ranks, with their new rank; None for a silo that left."""
         lost = [silo for silo in self.before.ids if self.before.rank(silo) in self.ranks]
         return {silo: self.after.rank(silo) if silo in self.after.teams else None for silo in lost}
 

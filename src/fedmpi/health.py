@@ -1,8 +1,8 @@
-"""Does the run still learn? A round's training loss and the norms of its deltas, against those of the rounds before.
+"""Detects divergence: compares a round's training loss and the norm of its deltas with earlier rounds.
 
-The figures are those that every rank has before a round's vectors travel, so all ranks come to the same verdict while
-the state is still that of the round before. Checkpoints hold those of earlier rounds, so a resumed run gives up in the
-round in which it would have without having been stopped.
+Every rank has these figures before the round's vectors are sent. So all ranks reach the same verdict while the state is
+still that of the round before. Checkpoints hold the figures of earlier rounds, so a resumed run gives up in the same
+round as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ import torch
 from fedmpi.components import PositiveInt, component
 from fedmpi.state import StateTensor
 
-ENOUGH = 3  # earlier rounds, before a norm is compared with theirs
+ENOUGH = 3  # earlier rounds needed before a norm is compared
 
 Factor = Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)]
 
 
 @component
 class StopSection:
-    """When a run gives up because it diverges: it ends with exit code 1, the last good round on disk. null: never."""
+    """When a diverging run gives up: exit code 1, with the last good round on disk. null: never."""
 
     not_finite: bool = True
-    """at once, when the training loss is not finite"""
+    """give up at once when the training loss is not finite"""
     loss_factor: Factor | None = 100.0
-    """when the training loss is so many times its median and above the first"""
+    """bad round: its training loss exceeds this many times the median, and the first loss"""
     norm_factor: Factor | None = 100.0
-    """when the mean norm of deltas is so many times its median"""
+    """bad round: the mean norm of its deltas exceeds this many times the median"""
     patience: PositiveInt = 3
-    """rounds, one after the other, of which one of the two holds"""
+    """give up after this many bad rounds in a row"""
 
 
 class Health:
-    """The figures of all rounds so far that were good, and for how many rounds they have not been."""
+    """The figures of all good rounds so far, and the number of bad rounds since."""
 
     def __init__(self, section: StopSection) -> None:
         self.section = section
-        self.doubts = 0  # rounds, up to now, that looked bad
+        self.doubts = 0  # bad rounds in a row, up to now
         self._first = math.inf
         self._losses: list[float] = []  # sorted
         self._norms: list[float] = []  # sorted
@@ -55,17 +55,17 @@ class Health:
             yield StateTensor((name,), torch.tensor(values, dtype=torch.float64), grows=True)
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Those of a checkpoint."""
+        """Restore the figures of a checkpoint."""
         figures = {name: tensor.tolist() for (name,), tensor, *_ in stored}
         (self._first,), self.doubts = figures["first"], int(figures["doubts"][0])
         self._losses, self._norms = figures["losses"], figures["norms"]
 
     def suspects(self, loss: float | None, norm: float | None) -> bool:
-        """Would the round look bad? Nothing is taken in."""
+        """Whether the round would count as bad. Changes nothing."""
         return (loss is None and self.section.not_finite) or bool(self._reasons(loss, norm))
 
     def look(self, number: int, loss: float | None, norm: float | None) -> str:
-        """Take in a round; why the run should be given up, or nothing. None: not finite."""
+        """Record a round. Returns why the run should give up; empty if it should not. None means not finite."""
         if loss is None and self.section.not_finite:
             self.doubts += 1
             return f"round {number}: the run has diverged: its training loss is not finite (stop.not_finite)"
@@ -84,10 +84,10 @@ class Health:
         return ""
 
     def _reasons(self, loss: float | None, norm: float | None) -> list[str]:
-        """What of a round looks bad."""
+        """Why the round looks bad; empty if it does not."""
         section, why = self.section, []
-        # Cohorts differ: rounds of silos with an easy task may be far below all others, so it is not the best of them
-        # that counts, and what an untrained model has is no divergence.
+        # Cohorts differ, and one with an easy task may have a far lower loss, so compare with the median, not the
+        # minimum. The loss of an untrained model is no divergence.
         median, factor = _median(self._losses, 1), section.loss_factor
         if loss is not None and factor is not None and loss > max(factor * median, self._first) and median > 0:
             why.append(
@@ -104,5 +104,5 @@ class Health:
 
 
 def _median(values: Sequence[float], enough: int) -> float:
-    """Of values in order; infinite where there are too few."""
+    """The median of sorted values; infinite if there are fewer than `enough`."""
     return values[len(values) // 2] if len(values) >= enough else math.inf

@@ -32,46 +32,46 @@ from fedmpi.state import Arrays, Holder, Holders, StateTensor, Vectors, gathered
 
 log = logging.getLogger("fedmpi")
 
-FAILED = -2  # in place of the newest round that is written
-WAIT_SHARE = 0.02  # of the time between checkpoints: how long to wait for one before training goes on
+FAILED = -2  # written round of a failed write
+WAIT_SHARE = 0.02  # longest wait for a checkpoint before training continues, as a share of the time between checkpoints
 
 
 # ---------------------------------------------------------------- what a checkpoint holds
 
 
 class Exchanged:
-    """The parameters, and what the exchange keeps besides."""
+    """The parameters and the exchange's other state."""
 
     def __init__(self, exchange: Exchange, state: State) -> None:
         self._exchange, self._params_Q, self._round = exchange, state.params_Q, state.round
 
     def state(self) -> Iterator[StateTensor]:
-        """Once nothing is under way."""
+        """The exchange's state, once no exchange is in flight."""
         return self._exchange.state(self._params_Q)
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Into the parameters' memory."""
+        """Restore into the parameters' memory."""
         self._exchange.restore(self._params_Q, self._round, stored)
 
 
 class SameData:
-    """What the data of this rank's silos are known by: a run goes on with the same."""
+    """Checksums of this rank's silos' data, so that a run resumes only on the same data."""
 
     def __init__(self, fed: Federation) -> None:
         self._fed = fed
 
     def state(self) -> Iterator[StateTensor]:
-        """A checksum of every silo."""
+        """A checksum per silo."""
         for silo in self._fed.silos:
             yield StateTensor(("checksum",), self._checksum(silo), "per_silo", silo)
 
     def others(self, stored: Sequence[StateTensor]) -> list[str]:
-        """The silos whose data are not those that a checkpoint knows them by."""
+        """The silos whose data differ from those of the checkpoint."""
         known = (one for one in stored if one.key == ("data", "checksum") and one.silo in self._fed.silos)
         return [one.silo for one in known if not torch.equal(one.tensor, self._checksum(one.silo))]
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Data stay what they are; whether they are the same is asked before anything is restored."""
+        """Does nothing: `others` checks the data before anything is restored."""
 
     def _checksum(self, silo: str) -> torch.Tensor:
         facts_F = self._fed.facts_KF[self._fed.index[silo]]
@@ -79,20 +79,20 @@ class SameData:
 
 
 class Silos:
-    """How far this rank's silos have come in their data, and what they keep: all of it, or what has one of `names`."""
+    """Data cursors and kept tensors of this rank's silos; only those tensors in `names`, if given."""
 
     def __init__(self, silos: dict[str, LocalSilo], names: Collection[str] | None = None) -> None:
         self._silos, self._names = silos, names
 
     def state(self) -> Iterator[StateTensor]:
-        """Of every silo."""
+        """The cursor and kept tensors of every silo."""
         for silo in self._silos.values():
             yield StateTensor(("cursor",), torch.tensor(silo.cursor), "per_silo", silo.id)
             kept = (item for item in silo.kept.items() if self._names is None or item[0] in self._names)
             yield from (StateTensor(("kept", name), tensor, "per_silo", silo.id) for name, tensor in kept)
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Of every silo."""
+        """Restore the cursor and kept tensors of every silo."""
         for silo in self._silos.values():
             silo.kept = {}
         for (what, *name), tensor, _, silo_id, _ in stored:
@@ -103,7 +103,7 @@ class Silos:
 
 
 def holders(state: State, fed: Federation, health: Health) -> Holders:
-    """Whatever the next round depends on. What is added here is in every checkpoint from then on."""
+    """All state that the next round depends on. Every checkpoint holds what is added here."""
     found: dict[str, Holder] = {
         "data": SameData(fed),
         "exchange": Exchanged(fed.exchange, state),
@@ -126,8 +126,10 @@ def restored(
     of_silos: Sequence[StateTensor],
     before: Membership,
 ) -> State:
-    """The state, which has begun in its memory, as it was when it was gathered: `whole` is rank 0's, `of_silos` what is
-    kept of the silos that this rank has now. `before` are the members of then. A call of all ranks."""
+    """The state at the time when it was gathered, in the memory of `state`. Collective.
+
+    `whole` holds rank 0's tensors, `of_silos` those of this rank's silos, `before` the members at that time.
+    """
     found = holders(state, fed, health)
     found.restore([*scattered(whole, found, fed.exchange, fed.comm), *of_silos])
     selector, updates = found["selector"], found["updates"]
@@ -136,11 +138,11 @@ def restored(
     return replace(state, selector=arrays, updates=updates.arrays)
 
 
-# ---------------------------------------------------------------- a run's
+# ---------------------------------------------------------------- the checkpoints of a run
 
 
 class Keeper:
-    """The checkpoints of one run, which every rank calls alike.
+    """The checkpoints of one run; every rank calls it alike.
 
     Attributes: sealed (the newest round whose checkpoint is sealed; -1 for none).
     """
@@ -159,57 +161,62 @@ class Keeper:
         self.sealed = -1
         self._config, self._fed, self._health, self._directory = config, federation, health, directory
         self._out, self._score_of = directory.path, score
-        self._order = order  # of all silos that the data have
-        self._others = others  # may a checkpoint be of other members than the run's?
-        self._pending: int | None = None  # the round whose checkpoint is being written
+        self._order = order  # all silos of the data, in their order
+        self._others = others  # may a checkpoint have other members than the run?
+        self._pending: int | None = None  # round whose checkpoint is being written
         self._pending_record: Record | None = None
         self._pending_members = federation.membership
-        self._best: checkpoint.Best | None = None  # the best round so far, where no checkpoint has it yet
-        self._pending_best: checkpoint.Best | None = None  # the one that is being written
+        self._best: checkpoint.Best | None = None  # best round so far, until a checkpoint holds it
+        self._pending_best: checkpoint.Best | None = None  # best round that is being written
         self._writer: checkpoint.Writer | None = None
-        self._failures = 0  # writes that failed since the last one that did not
+        self._failures = 0  # failed writes in a row
         self._sync: Callable[[], None] = lambda: None
 
     @property
     def saved(self) -> str:
-        """What remains of a run that ends early."""
+        """What remains of a run that ends early, as text for the user."""
         if self.sealed < 0:
             return f"no round is on disk in {self._config.out} yet; the same command starts again"
         return f"round {self.sealed} is on disk; the same command resumes"
 
     def remember(self) -> None:
-        """What is to be said should the launcher kill this process."""
+        """Set the message for the case that the launcher kills this process."""
         if self.comm.rank == 0 and self.comm.size > 1:
             stopping.last_words(f"fedmpi: ended by the launcher: {self.saved}")
 
     # ------------------------------------------------------------ resuming
 
     def resume(self, state: State) -> State:
-        """The state of the newest round that is whole on all ranks, in the memory of `state`, which comes back as it is
-        where there is none. What lies beyond that round is deleted."""
+        """The state of the newest round that is whole on all ranks, in the memory of `state`. Collective.
+
+        Returns `state` unchanged if there is no such round. Later rounds are deleted from disk.
+        """
         self.sealed = self._newest()
         if self.sealed >= 0:
             state = self._restore(replace(state, round=self.sealed, written=self.sealed))
-        # Not before everything was read: until here nothing on disk has changed.
+        # Delete only after everything was read: until here nothing on disk has changed.
         self.comm.collectively(
             lambda: checkpoint.remove_after(self._out, self.sealed) if self._directory.leads else None
         )
         return state
 
     def take_over(self, round: int) -> None:
-        """Follow the keeper of ranks of which one is lost, after this round: what they had sealed stays, also where the
-        new rank 0 does not see it yet, and what they were writing goes."""
+        """Follow the keeper of a federation that lost ranks, after `round`. Collective.
+
+        Its sealed checkpoints stay, even if the new rank 0 does not see them yet; later ones and unfinished ones are
+        deleted.
+        """
         rounds = self.comm.collectively(lambda: checkpoint.sealed_rounds(self._out) if self.comm.rank == 0 else [])
         self.sealed = int(self.comm.gather_number(max(rounds, default=-1))[0])
         self.comm.collectively(self._require_ours)
         self.comm.collectively(lambda: checkpoint.remove_after(self._out, round) if self._directory.leads else None)
 
     def _newest(self) -> int:
-        """The newest round that is whole on every rank; each looks at the files it will read."""
+        """The newest round that is whole on every rank; each rank checks the files that it will read. Collective."""
         round, lost = newest_whole(self._out, self.comm, self._fed.silos, self._others)
         if round >= 0:
             return round
-        # Nothing is whole everywhere. To start over would be to throw away what some rank can still see.
+        # No round is whole everywhere. A fresh start would overwrite checkpoints that some rank still sees.
         sealed = self.comm.collectively(lambda: checkpoint.sealed_rounds(self._out))
         seen = self.comm.gather_number(1 + max(sealed, default=-1))
         if seen.any():
@@ -218,7 +225,7 @@ class Keeper:
         return -1
 
     def _restore(self, state: State) -> State:
-        """The state of the checkpoint of its round."""
+        """The state of the checkpoint of `state.round`. Collective."""
         comm, round, fed = self.comm, state.round, self._fed
         about = comm.collectively(lambda: checkpoint.manifest(self._out, round) if comm.rank == 0 else None)
         told = None if about is None else (about.record, about.epoch, about.hosted)
@@ -254,34 +261,37 @@ class Keeper:
     # ------------------------------------------------------------ writing
 
     def open(self, sync: Callable[[], None]) -> None:
-        """Begin to write. `sync` is rank 0's: what must be on disk before a checkpoint is sealed."""
+        """Start to accept checkpoints. `sync` runs on rank 0 and flushes what must be on disk before a seal.
+        Collective."""
         self._sync = sync
         self._scores = self.comm.collectively(lambda: checkpoint.scores(self._out) if self._directory.leads else {})
         told = [score for score in self._scores.values() if score is not None] if self.comm.rank == 0 else []
         self._best_score = float(self.comm.broadcast_text(repr(max(told, default=-math.inf)), 0))  # of all rounds
-        self._stored_score = self._best_score  # of those on disk
+        self._stored_score = self._best_score  # of the rounds on disk
         self._writer = self.comm.collectively(
             lambda: checkpoint.Writer(self._out, self.comm.rank, self._directory.require_newest)
         )
 
     @property
     def writer(self) -> checkpoint.Writer:
-        """This rank's."""
+        """This rank's writer."""
         assert self._writer is not None
         return self._writer
 
     @property
     def written(self) -> int:
-        """The newest round whose file of this rank is safe; FAILED where writing failed, which `keep` raises on all
-        ranks once they have agreed upon it."""
+        """The newest round whose file this rank has safely written; FAILED after a failed write.
+
+        `keep` raises the failure on all ranks once they agree.
+        """
         try:
             return self.writer.written
         except CheckpointError:
             return FAILED
 
     def keep(self, state: State) -> None:
-        """Look at a round that is done: hold on to it if it is the best, seal what is safe by now, and begin to write a
-        checkpoint where one is due."""
+        """Handle a finished round: hold it if it is the best, seal a checkpoint that is safe by now, and start one if
+        due."""
         self._hold_best(state)
         if self._pending is not None and (state.written >= self._pending or state.written == FAILED):
             self.seal()
@@ -289,35 +299,38 @@ class Keeper:
             self.write(state)
 
     def follow(self, federation: Federation) -> None:
-        """The run goes on with another federation. What was written of the one before is on disk first."""
+        """Continue with another federation; the checkpoints of the one before are on disk."""
         self._fed = federation
 
     def has(self, state: State) -> bool:
-        """Is there a checkpoint of the round, or one that is being written?"""
+        """Whether a checkpoint of the round exists or is being written."""
         return state.round in (self.sealed, self._pending)
 
     def _score(self, record: Record | None) -> float | None:
-        """How good a round is, higher is better; None where it was not evaluated, and between two exchanges across
-        regions: what was evaluated then is no one model."""
+        """The score of a round, higher is better; None if it was not evaluated.
+
+        Also None between two exchanges across regions, where regions have different models.
+        """
         regions = self._config.exchange.regions
         if record is None or (regions is not None and record["round"] % regions.every):
             return None
         return self._score_of(record)
 
     def _hold_best(self, state: State) -> None:
-        """Hold on to what is evaluated of the round just done, if it is the best so far, until a checkpoint is written.
+        """Hold the evaluated parameters of the finished round in memory, if it is the best, until a checkpoint is
+        written.
 
-        So the best round is on disk whenever a checkpoint is, and rounds between two of them cost a copy of the
-        parameters on rank 0 where they are the best, and no file: a run that is killed does them again.
+        So every checkpoint includes the best round. A best round between two checkpoints costs a copy of the parameters
+        on rank 0 but no file; a killed run repeats it.
         """
         score, fed = self._score(state.record), self._fed
         if score is None or score <= self._best_score or self._health.doubts or state.record is None:
             return
         self._best_score = score
         if state.round % self._config.checkpoint.every == 0:
-            self._best = None  # the checkpoint that follows is more
+            self._best = None  # the checkpoint of this round will hold it
             return
-        # Rules never write into what silos keep, so it need not be copied.
+        # Rules never write into kept tensors, so no copy is needed.
         own = None if fed.rule.is_personal else fed.model.first_personal.keys()
         tensors = [*under("silos", Silos(fed.silos, own).state())]
         if self.comm.rank == 0:
@@ -326,7 +339,7 @@ class Keeper:
         self._best = checkpoint.Best(state.round, state.record, score, tensors, fed.membership)
 
     def write(self, state: State, last: bool = False) -> None:
-        """Begin to write a checkpoint of the state; the `last` one may not fail."""
+        """Start to write a checkpoint of the state; if it is the `last`, a failure raises. Collective."""
         if self._pending is not None:
             self.seal()
         fed = self._fed
@@ -334,14 +347,14 @@ class Keeper:
         fed.exchange.settle()
         fed.timer.lap("exchange")
         tensors = gathered(holders(state, fed, self._health), fed.exchange, self.comm.rank)
-        # Its own errors come up with the next round's record, or when the checkpoint is sealed.
+        # The writer's own errors are raised with the next round's record, or when the checkpoint is sealed.
         if self._best is not None and self._best.round == state.round:
-            self._best = None  # this checkpoint is more
+            self._best = None  # this checkpoint holds it
         self.comm.collectively(lambda: self.writer.start(state.round, tensors, self._best))
         self._pending, self._pending_best, self._best = state.round, self._best, None
         self._pending_record, self._pending_members = state.record, fed.membership
-        # Where rounds are long, the moment until the files are safe is nothing, and a kill in the next round then costs
-        # that round alone. Where they are short, the seal follows with a later round's record.
+        # With long rounds, waiting for the files costs little, and a kill in the next round then loses only that
+        # round. With short rounds, a later round's record seals the checkpoint.
         round_s = (state.record or {"seconds": {"round": 0.0}})["seconds"]["round"]
         period_s = round_s * self._config.checkpoint.every
         done = self.comm.share(np.array([float(self._wait(WAIT_SHARE * period_s))]))
@@ -349,11 +362,11 @@ class Keeper:
             self.seal(last)
 
     def seal(self, last: bool = False) -> None:
-        """All ranks' files of the pending checkpoint are safe, now or after a wait: write the manifest, last. Nothing
-        where none is pending.
+        """Wait until all ranks' files of the pending checkpoint are safe, then write the manifest. Collective.
 
-        Where that fails, training goes on without, with a warning, until `checkpoint.max_failures` in a row have failed
-        or the `last` one has: that is a CheckpointError on every rank."""
+        Does nothing if no checkpoint is pending. After a failure training continues with a warning, until
+        `checkpoint.max_failures` in a row or the `last` one fail: then every rank raises CheckpointError.
+        """
         if (round := self._pending) is None:
             return
         try:
@@ -367,7 +380,7 @@ class Keeper:
             self.remember()
 
     def _give_up(self, round: int, error: FedmpiError, last: bool) -> None:
-        """The checkpoint of the round could not be written: go on without it, or end the run. A call of all ranks."""
+        """Continue without the round's checkpoint, or raise CheckpointError. Collective."""
         held = [one for one in (self._pending_best, self._best) if one is not None]
         self._best = max(held, key=lambda one: one.score, default=None)
         self._best_score = self._stored_score if self._best is None else max(self._stored_score, self._best.score)
@@ -387,14 +400,14 @@ class Keeper:
             log.warning("round %d: %s; %s; %s", round, error, more, self.saved)
 
     def _require_ours(self) -> None:
-        """CheckpointError where another start or job has the run directory by now."""
+        """Raise CheckpointError if another start or job uses the run directory by now."""
         self._directory.require_newest()
-        # On a file system without locks nothing else would tell.
+        # On a file system without locks this is the only sign.
         if self.comm.rank == 0 and not self._directory.is_ours():
             raise CheckpointError(f"another job has begun to train in {self._out}")
 
     def _seal(self, round: int) -> None:
-        """Write the manifest of the pending checkpoint. A call of all ranks."""
+        """Write the manifest of the pending checkpoint. Collective."""
         record, best, ranks = self._pending_record, self._pending_best, self.comm.size
         self._wait(math.inf)
         self.comm.collectively(self.writer.join)
@@ -428,23 +441,25 @@ class Keeper:
         self._stored_score = max(self._stored_score, *(score for score in scores if score is not None), -math.inf)
 
     def _wait(self, limit_s: float) -> bool:
-        """Is what this rank writes of the pending checkpoint on disk, by now or within `limit_s`?"""
+        """Whether this rank's part of the pending checkpoint is on disk within `limit_s` seconds."""
         until_s = time.monotonic() + limit_s
         while not (done := self.writer.wait(min(1.0, max(0.0, until_s - time.monotonic())))):
-            self.comm.beat(trains=True)  # a slow disk is not a silent rank
+            self.comm.beat(trains=True)  # so that a slow disk does not look like a dead rank
             if time.monotonic() >= until_s:
                 break
         return done
 
     def finish(self, state: State) -> None:
-        """The last whole round is on disk, sealed; where the last ones are in doubt, the last before them, unless the
-        run is through with them."""
+        """Make sure that the last whole round is on disk and sealed. Collective.
+
+        If the last rounds look bad and the run is not complete, this is the last good checkpoint.
+        """
         in_doubt = self._health.doubts > 0 and state.round < self._config.rounds
         if not in_doubt and not self.has(state):
             self.write(state, last=True)
         self.seal(last=True)
 
     def close(self, limit_s: float) -> None:
-        """Let this rank's writer end, within so many seconds. A call of one rank."""
+        """Let this rank's writer thread end within `limit_s` seconds."""
         if self._writer is not None:
             self._writer.close(limit_s)  # a thread with tensors must not outlive Python

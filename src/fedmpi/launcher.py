@@ -1,8 +1,7 @@
-"""A rank does not outlive its launcher: should that be killed, the kernel ends the rank, whatever it is in. Nor does a
-launcher outlive for long a job that a rank has given up.
+"""Ends a rank when its launcher dies, in whatever state the rank is; and ends a launcher whose job a rank gave up.
 
-Nothing heavy is imported: a launcher may be killed while its ranks are still importing, or inside MPI_Init, where no
-thread of Python would run.
+Imports nothing heavy, because a launcher may be killed while its ranks still import modules or are in MPI_Init, where
+no Python thread would run.
 """
 
 from __future__ import annotations
@@ -13,36 +12,36 @@ import signal
 import subprocess
 from pathlib import Path
 
-WAITS_S = 10.0  # for a launcher to end a job that one of its ranks has aborted
-STARTERS = ("mpirun", "mpiexec", "prterun")  # what a user or a script waits for; the others serve on their hosts
+WAITS_S = 10.0  # seconds for a launcher to end a job that a rank has aborted
+STARTERS = ("mpirun", "mpiexec", "prterun")  # started by a user or script; the others serve on their hosts
 LAUNCHERS = (*STARTERS, "prted", "orted", "hydra_pmi_proxy", "slurmstepd")
 PR_SET_PDEATHSIG = 1
 
 
 def follow() -> bool:
-    """Let the kernel end this process with the launcher that is its parent. Is there one?
+    """Ask the kernel to kill this process when its parent, the launcher, dies. Returns False if there is no launcher.
 
-    The kernel's signal comes when the THREAD ends that has started this process. A launcher may start ranks in threads
-    that end soon; so nothing is asked for unless it was the main thread, which ends with the process.
+    The kernel sends the signal when the THREAD that started this process ends. A launcher may start ranks from
+    short-lived threads, so this asks only if the launcher's main thread started us, which ends with its process.
     """
     parent = os.getppid()
     try:
         name = Path(f"/proc/{parent}/comm").read_text().strip()
         started = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     except OSError:
-        return False  # not Linux, or a kernel that does not tell
+        return False  # not Linux, or no access to /proc
     if not name.startswith(LAUNCHERS) or str(os.getpid()) not in started:
         return False
     if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         return False
-    if os.getppid() != parent:  # it was gone before the kernel was told
+    if os.getppid() != parent:  # it died before the request
         os._exit(1)
     return True
 
 
 def born(pid: int) -> int:
-    """When the process began, in clock ticks since the host's boot: with `pid` it names one process, ever. 0 where that
-    is unknown or the process is gone."""
+    """When the process started, in clock ticks since boot; with `pid` it identifies one process for all time. 0 if
+    unknown."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, IndexError):
@@ -50,14 +49,13 @@ def born(pid: int) -> int:
 
 
 def end_later(seconds: float = WAITS_S) -> None:
-    """Kill the launcher that this process descends from, should it still be there after so many seconds: where a host
-    is lost, Open MPI's waits for it for ever, though all ranks have ended."""
+    """Kill the launcher above this process if it still runs in `seconds`. Open MPI's waits for a lost host for ever."""
     try:
         pid, name = os.getppid(), ""
         while pid > 1 and not (name := Path(f"/proc/{pid}/comm").read_text().strip()).startswith(STARTERS):
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # a script is in between
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # a script may be in between
         if pid > 1:
-            # A process of its own: the launcher ends its ranks first.
+            # In its own process, because the launcher ends its ranks first.
             line = f'sleep {seconds}; [ "$(cat /proc/{pid}/comm)" = "{name}" ] && kill -KILL {pid}'
             nothing = subprocess.DEVNULL
             shell = ["/bin/sh", "-c", line]

@@ -1,4 +1,4 @@
-"""The launcher line of a supervised run: the hosts and ranks it names, and the same line for fewer hosts."""
+"""The launcher line of a supervised run: its hosts and number of ranks, and the same line for fewer hosts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class LaunchLine:
     """
 
     words: tuple[str, ...]
-    slots: Mapping[str, int]  # by host, in the line's order; empty where the line names no hosts
-    num_ranks: int | None  # None where the line does not say
+    slots: Mapping[str, int]  # by host, in the line's order; empty if the line names no hosts
+    num_ranks: int | None  # None if the line does not say
 
     @classmethod
     def of(cls, words: Sequence[str]) -> LaunchLine:
-        """Raises ConfigError for a hostfile that cannot be read."""
+        """Parse the words. Raises ConfigError for a hostfile that cannot be read."""
         slots: dict[str, int] = {}
         num_ranks = None
         for name, value in _options(words):
@@ -49,8 +49,11 @@ class LaunchLine:
         return cls(tuple(words), slots, num_ranks)
 
     def without(self, lost: Collection[str], hostfile: Path) -> tuple[list[str], int | None]:
-        """The words and the number of ranks without the lost hosts: as many as there are slots, or where the line has
-        more ranks than slots, as many a slot as before. A hostfile of the rest is written to `hostfile`."""
+        """The words and the number of ranks without the lost hosts; the remaining hosts go into `hostfile`, if one is
+        used.
+
+        There is one rank per slot, or, if the line has more ranks than slots, as many per slot as before.
+        """
         left = sum(num for host, num in self.slots.items() if host not in lost)
         total = sum(self.slots.values())
         num_ranks = self.num_ranks
@@ -68,7 +71,7 @@ class LaunchLine:
                 new = str(num_ranks)
             else:
                 continue
-            words[index] = words[index][: len(words[index]) - len(value)] + new  # --host=a,b too
+            words[index] = words[index][: len(words[index]) - len(value)] + new  # also for --host=a,b
         return words, num_ranks
 
 
@@ -77,7 +80,7 @@ def _options(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _places(words: Sequence[str]) -> list[tuple[int, str, str]]:
-    """Index of the word with the value, option and value, of the options that matter."""
+    """Index of the word with the value, option name and value, for each option about hosts or ranks."""
     found = []
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -98,7 +101,8 @@ def _lines(path: str) -> list[str]:
 
 
 def _host(text: str) -> tuple[str, int]:
-    """
+    """Host and slots of an entry.
+
     >>> _host("node7 slots=4 max_slots=8"), _host("node7:2"), _host("node7")
     (('node7', 4), ('node7', 2), ('node7', 1))
     """
@@ -109,7 +113,7 @@ def _host(text: str) -> tuple[str, int]:
 
 
 def own_command(words: Sequence[str]) -> tuple[str, ...] | None:
-    """What follows `fedmpi train` in the line; None where the line has no such command.
+    """The arguments of `fedmpi train` in the line; None if the line has no such command.
 
     >>> own_command(["mpirun", "-n", "2", "/opt/bin/fedmpi", "train", "a.yaml", "rounds=3"])
     ('a.yaml', 'rounds=3')

@@ -1,7 +1,7 @@
-"""Where what lies in the one flat vector that crosses ranks: named segments, each with a role.
+"""The layout of the flat vector that is exchanged: named segments, each with a role.
 
-delta       the model's shared parameters (of a contribution, how far they moved); P elements, the first ones
-auxiliary   a vector as long as the parameters that travels behind them (a control variate, ...)
+delta       the model's shared parameters (in a contribution: how far they moved); the first P elements
+auxiliary   a vector as long as the parameters that follows them (a control variate, ...)
 exact       a part of the delta that no codec touches: statistics, frozen parameters, what `exchange.exact` names
 
 >>> layout = Layout((Segment("delta", 0, 4, "delta"), Segment("1.running_var", 2, 4, "exact", averaged=True),
@@ -21,7 +21,7 @@ Vector = TypeVar("Vector", bound=Any)  # a tensor, an array, ...
 Role = Literal["delta", "auxiliary", "exact"]
 Normaliser = Literal["cohort", "population"]
 
-DELTA = "delta"  # the name of the segment with that role
+DELTA = "delta"  # the name of the delta's segment
 
 
 @dataclass(frozen=True)
@@ -32,38 +32,38 @@ class Segment:
     start: int
     stop: int
     role: Role
-    normaliser: Normaliser = "cohort"  # whose weight the sum is divided by: of those that were heard, or of all silos
+    normaliser: Normaliser = "cohort"  # divides the sum by the weight of the cohort that took part, or of all silos
     averaged: bool = False  # becomes the mean of the silos' values; the server's optimizer never steps it
-    still: bool = False  # moves in no round, as a rule: a frozen parameter
-    non_negative: bool = False  # a variance, whatever is rounded
-    decay: float = 1.0  # of an auxiliary vector: after a round it is decay * old + gain * the silos' mean
+    still: bool = False  # usually does not move: a frozen parameter
+    non_negative: bool = False  # a variance: must not become negative by rounding
+    decay: float = 1.0  # for an auxiliary vector: each round it becomes decay * old + gain * the silos' mean
     gain: float = 1.0
 
     @property
     def place(self) -> slice:
-        """Where it lies."""
+        """The segment's slice of the vector."""
         return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The segments of a vector: the delta, behind it the auxiliary ones; exact ones lie in the delta."""
+    """The segments of a vector: the delta, then auxiliary ones; exact ones lie inside the delta."""
 
     segments: tuple[Segment, ...]
 
     @classmethod
     def whole(cls, size: int) -> Layout:
-        """A vector that is a delta and nothing else."""
+        """The layout of a vector that holds only a delta."""
         return cls((Segment(DELTA, 0, size, "delta"),))
 
     @cached_property
     def num_params(self) -> int:
-        """P: elements of the delta."""
+        """P, the number of elements of the delta."""
         return sum(segment.stop - segment.start for segment in self.segments if segment.role == "delta")
 
     @cached_property
     def size(self) -> int:
-        """Q: elements of all that travels."""
+        """Q, the number of elements of the whole vector."""
         return max((segment.stop for segment in self.segments), default=0)
 
     @cached_property
@@ -73,47 +73,47 @@ class Layout:
 
     @cached_property
     def exact(self) -> tuple[slice, ...]:
-        """What travels beside a lossy codec as it is, and moves."""
+        """Parts that are always sent exactly beside a lossy codec."""
         return self._places(lambda segment: segment.role == "exact" and not segment.still)
 
     @cached_property
     def still(self) -> tuple[slice, ...]:
-        """What travels beside a codec where it has moved, which as a rule it has not."""
+        """Parts that are sent exactly beside a codec, but only in rounds in which they moved."""
         return self._places(lambda segment: segment.still)
 
     @cached_property
     def averaged(self) -> tuple[slice, ...]:
-        """What the server averages and never steps."""
+        """Parts that the server averages and never steps."""
         return self._places(lambda segment: segment.averaged)
 
     @cached_property
     def non_negative(self) -> tuple[slice, ...]:
-        """What is never below 0."""
+        """Parts whose values are never negative."""
         return self._places(lambda segment: segment.non_negative)
 
     @cached_property
     def steps_alone(self) -> bool:
-        """Is the delta moved by the server's optimizer all through?"""
+        """Whether the server's optimizer steps the whole delta."""
         return not self.averaged and not self.non_negative
 
     def of(self, vector_Q: Vector, name: str) -> Vector:
-        """A view of the delta or of the auxiliary vector of that name. KeyError lists the names."""
+        """A view of the delta or of the named auxiliary vector. Raises KeyError, which lists the names."""
         for segment in self.segments:
             if segment.name == name and segment.role != "exact":
                 return cast(Vector, vector_Q[segment.place])
         raise KeyError(f"no '{name}' travels; there is: {', '.join(self.names)}")
 
     def params(self, vector_Q: Vector) -> Vector:
-        """A view of the parameters in a vector of the server's, [P]."""
+        """A view of the parameters in one of the server's vectors, [P]."""
         return cast(Vector, vector_Q[: self.num_params])
 
     @property
     def names(self) -> list[str]:
-        """Of what travels: the delta and auxiliary vectors."""
+        """Names of the delta and of the auxiliary vectors."""
         return [segment.name for segment in self.segments if segment.role != "exact"]
 
     def part(self, place: slice) -> Layout:
-        """Of a part of the vector, as a vector of its own.
+        """The layout of a part of the vector, as a vector of its own.
 
         >>> layout = Layout((Segment("delta", 0, 6, "delta"), Segment("bn.running_var", 2, 5, "exact", averaged=True)))
         >>> layout.part(slice(3, 6)).size, layout.part(slice(3, 6)).averaged
@@ -127,7 +127,7 @@ class Layout:
         return Layout(tuple(cut))
 
     def as_delta(self) -> Layout:
-        """The same vector as a delta all through, for sums that become plain means; variances stay what they are."""
+        """The same vector as one delta, for sums that become plain means; `non_negative` parts stay."""
         kept = (replace(segment, averaged=False, still=False) for segment in self.segments if segment.non_negative)
         return Layout((Segment(DELTA, 0, self.size, "delta"), *kept))
 
@@ -136,7 +136,7 @@ class Layout:
 
 
 def joined(places: Iterable[slice]) -> tuple[slice, ...]:
-    """Places in order, those that adjoin as one.
+    """The slices in order, with adjacent ones merged.
 
     >>> joined([slice(4, 6), slice(0, 2), slice(2, 3)])
     (slice(0, 3, None), slice(4, 6, None))
@@ -150,7 +150,7 @@ def joined(places: Iterable[slice]) -> tuple[slice, ...]:
 
 
 def within(places: Sequence[slice], start: int, num: int) -> Iterator[slice]:
-    """Where places of a vector lie in its `num` elements from `start` on.
+    """Where the slices overlap the `num` elements from `start` on, counted from `start`.
 
     >>> list(within([slice(0, 3), slice(7, 9)], 2, 6))
     [slice(0, 1, None), slice(5, 6, None)]

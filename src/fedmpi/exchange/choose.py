@@ -63,8 +63,7 @@ def by_rule(machine: Machine, num_elements: int, refuses: Callable[[str], str]) 
     """The plan that `auto` chooses for vectors of `num_elements`, and the reason.
 
     `refuses` returns why a plan cannot carry out the rest of the section. If a plan that suits better refuses, the
-    reason
-    is its refusal. Raises ConfigError if no plan remains.
+    reason is its refusal. Raises ConfigError if no plan remains.
     """
     passed_over = ""
     for name, plan in PLANS.members.items():

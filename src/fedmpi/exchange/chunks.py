@@ -75,8 +75,7 @@ def stripes_per_batch(grid: Grid, up: Channel, down: Channel) -> int:
     """How many stripes one message to each owner holds: more than one where payloads are short.
 
     The payloads of a message are adjacent, so they must have one size, a multiple of 4 bytes. Values without a codec
-    are
-    sent from where they lie, one stripe at a time.
+    are sent from where they lie, one stripe at a time.
     """
     if up.plain or down.plain:
         return 1
@@ -126,8 +125,7 @@ class Coder:
     """A channel's codec over the pieces of a vector. Payloads of all pieces lie `stride` bytes apart.
 
     Vectors and payloads are tensors, or `codecs.bare` of them. Payloads are in host memory, where MPI reads them.
-    Vectors
-    on a GPU are encoded and decoded there, and their payloads are copied.
+    Vectors on a GPU are encoded and decoded there, and their payloads are copied.
     """
 
     def __init__(self, channel: Channel, grid: Grid, seed: int, device: torch.device, way: str) -> None:

@@ -63,8 +63,7 @@ def turn(round: int, num_parts: int) -> int:
 
 class Parts(Exchange):
     """One plan per part; each round uses one of them. Contributions hold only that part, [S]; parameters and the
-    server's
-    state are whole.
+    server's state are whole.
     """
 
     @classmethod

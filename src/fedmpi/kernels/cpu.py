@@ -651,8 +651,7 @@ def _select(
 
     A residual needs an `into`. A sample estimates a magnitude that slightly more than k values reach; one pass collects
     these and finds the k-th among them. If the estimate was wrong (many equal values, for example), histograms of the
-    whole
-    vector find the k-th.
+    whole vector find the k-th.
     """
     n = x.size
     num_samples = min(max(n >> 6, 2048), NUM_SAMPLES)
