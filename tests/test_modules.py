@@ -175,7 +175,7 @@ REFUSED = {
     ("Starts", "nan"): "model: 'linear.weight' starts with values that are not finite",
     ("Starts", "mask"): "model: 'mask' starts with values that are not finite; a buffer that is not to be sent",
     ("Starts", "frozen"): "model: no parameter of it requires a gradient",
-    ("Starts", "unused"): "model: 'never.weight' is lazy, and no sample comes to it",
+    ("Starts", "unused"): "model: 'never.weight' is lazy, and forward passes no sample to it",
 }
 
 

@@ -1,11 +1,10 @@
-"""The last commit, kept in the memory of the ranks, so that ranks that are left can go on from it.
+"""Keeps the last commits in the ranks' memory, so that the ranks left after a loss can continue from them.
 
-After every commit a rank copies its own part of the state, and sends what no other rank has to its buddies, the two
-ranks after it. When a rank dies its part is still with a buddy; when all three die, the newest checkpoint is what
-remains.
+After each commit a rank copies its own part of the state. It sends what no other rank has to its buddies, the two ranks
+after it. If a rank dies, a buddy still has its part; if all three die, the newest checkpoint remains.
 
-Two commits are kept. Ranks that notice a death in different calls differ by one commit at most, and go on from the
-newest one that all of them have. `keep` ends with a barrier: a rank that leaves it knows that everybody has the commit.
+Two commits are kept. Ranks that notice a death in different calls differ by at most one commit, and continue from the
+newest that all of them have. `keep` ends with a barrier: a rank that leaves it knows that all ranks have the commit.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from fedmpi.moving import exchanged, packed, unpacked
 from fedmpi.rounds import Federation, State
 from fedmpi.state import Key, StateTensor
 
-BUDDIES = 2  # ranks that keep what a rank alone has
-AT = "at"  # in a key: what follows is the length of the whole vector, and where the rank's parts of it lie
-Runs = list[tuple[int, int]]  # where the parts of a vector that a rank has begin, and how long they are
+BUDDIES = 2  # ranks that store what only one rank has
+AT = "at"  # in a key: followed by the whole vector's length and the places of the rank's parts in it
+Runs = list[tuple[int, int]]  # start and length of each part of a vector that a rank has
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One commit, as a rank keeps it."""
+    """One commit, as a rank stores it."""
 
-    state: State  # without its vectors
+    state: State  # One commit, as a rank stores it.
     whole: list[StateTensor]  # what every rank has
-    mine: list[StateTensor]  # what this rank alone has: its silos' tensors, its parts of vectors
-    others: dict[int, list[StateTensor]]  # the same of the ranks whose buddy this one is, by rank
+    mine: list[StateTensor]  # what only this rank has: its silos' tensors, its parts of vectors
+    others: dict[int, list[StateTensor]]  # the same for the ranks whose buddy this rank is
 
     @property
     def round(self) -> int:
@@ -44,17 +43,17 @@ class Commit:
 
 @dataclass
 class Mirror:
-    """The newest two commits of a federation. A call of `keep` is one of all ranks."""
+    """The newest two commits of a federation."""
 
     fed: Federation
-    generation: int = 0  # how many federations of the run were mirrored before
-    adopts: bool = True  # may a silo of a lost rank go on elsewhere? Else what it keeps stays with its rank
-    commits: list[Commit] = field(default_factory=list)  # the newest last
+    generation: int = 0  # number of earlier federations of the run that were mirrored
+    adopts: bool = True  # may silos of a lost rank move to another? If not, their state is not sent to buddies
+    commits: list[Commit] = field(default_factory=list)  # newest last
     _totals: dict[Key, int] = field(default_factory=dict)  # elements of vectors that are divided among ranks
-    _runs: dict[int, Runs] = field(default_factory=dict)  # of vectors of that many elements, this rank's
+    _runs: dict[int, Runs] = field(default_factory=dict)  # this rank's parts, by the vector's number of elements
 
     def keep(self, state: State, health: Health) -> None:
-        """Keep a commit. Raises RankLost where that was not done everywhere; what is kept by then is whole."""
+        """Store a commit. Collective. Raises RankLost if it did not complete on all ranks; the commits before stay."""
         comm = self.fed.comm
         kept = list(holders(state, self.fed, health).state())
         self._measure(kept)
@@ -75,7 +74,7 @@ class Mirror:
         comm.share(np.zeros(1))
 
     def _measure(self, found: Sequence[StateTensor]) -> None:
-        """How long divided vectors are; once, for those that are new. A call of all ranks."""
+        """Find the whole length of each new sharded vector; -1 if every rank has all of it. Collective."""
         new = [one for one in found if one.placement == "sharded" and one.key not in self._totals]
         if not self._totals or new:
             comm = self.fed.comm
@@ -85,19 +84,22 @@ class Mirror:
                 self._totals[one.key] = -1 if have_all == comm.size else int(size)
 
     def _has_all(self, length: int) -> bool:
-        """Is this rank's shard of so long a vector all of it? Of what every rank has whole that is so on each; of a
-        vector that is divided into as many pieces as there are ranks, on the first one."""
+        """Whether this rank's `shard` of a vector of this length is the whole vector.
+
+        True on all ranks if every rank holds whole vectors. If vectors are divided, at most on the first rank (one
+        piece).
+        """
         return 0 < length == len(self.fed.exchange.shard(torch.empty(length)))
 
     def _is_mine(self, one: StateTensor) -> bool:
         return one.placement == "per_silo" or (one.placement == "sharded" and self._totals[one.key] >= 0)
 
     def _outlives(self, one: StateTensor) -> bool:
-        """Is it of use where its rank is lost?"""
+        """Whether it is needed after its rank is lost."""
         return self.adopts or one.placement == "sharded" or OF_RANK in one.key
 
     def _told(self, one: StateTensor) -> StateTensor:
-        """The tensor with where its parts lie in the key, if it is one of a divided vector."""
+        """For a part of a divided vector, the tensor with its places in the key; otherwise unchanged."""
         if one.placement != "sharded":
             return one
         total = self._totals[one.key]
@@ -108,7 +110,7 @@ class Mirror:
 
 
 def buddies(rank: int, num_ranks: int) -> list[int]:
-    """The ranks that keep what a rank alone has.
+    """The ranks that store what only this rank has.
 
     >>> buddies(2, 4), buddies(0, 2), buddies(0, 1)
     ([3, 0], [1], [])
@@ -117,7 +119,7 @@ def buddies(rank: int, num_ranks: int) -> list[int]:
 
 
 def _runs(places_N: torch.Tensor) -> Runs:
-    """Consecutive numbers as (first, how many).
+    """Runs of consecutive numbers, as (first, count).
 
     >>> _runs(torch.tensor([4, 5, 6, 10, 11]))
     [(4, 3), (10, 2)]
@@ -131,7 +133,7 @@ def _runs(places_N: torch.Tensor) -> Runs:
 
 
 def _copied(tensor: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
-    """A copy in host memory, in memory that is there if it fits: fresh pages cost more than the copy."""
+    """A copy in host memory; reuses `memory` if it fits, because new pages cost more than the copy."""
     tensor = tensor.detach()
     if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
         return tensor.to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""The models that come along, as components that take their shapes from the data.
+"""The built-in models: components that take their shapes from the data.
 
     model = make(config.model, source)
 
@@ -10,7 +10,7 @@
 | next_token     | [T] int64              | [N, T, symbols] logits |
 
 Bring your own as `model: {name: "package.module:factory", width: 64}`: a class or function that returns a torch module
-when it is called with those values, or a component with `build(source)`, which sees the data's shapes too.
+when it is called with those values, or a component whose `build(source)` also sees the data's shapes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "ta
 def make(model: Any, source: Source) -> nn.Module:
     """The torch module that a component builds for the data; a module is returned as it is.
 
+    Raises ConfigError if there is no torch module, or if its lazy layers cannot take the data's samples.
+
     >>> import torch
     >>> source = Source("binary", shape=(13,), num_classes=1, silos=(), open=lambda silo: None)
     >>> make(Logistic(), source)(torch.zeros(4, 13)).shape
@@ -48,13 +50,13 @@ def make(model: Any, source: Source) -> nn.Module:
 
 
 def _lazy(module: nn.Module) -> list[str]:
-    """The names of what torch makes when it sees the first samples (nn.LazyLinear, ...)."""
+    """Names of parameters and buffers that torch creates at the first forward pass (nn.LazyLinear, ...)."""
     named = itertools.chain(module.named_parameters(), module.named_buffers())
     return [name for name, tensor in named if nn.parameter.is_lazy(tensor)]
 
 
 def _fill(module: nn.Module, source: Source) -> None:
-    """Let lazy layers see two samples of the data's shape, all 0, so that they are the same on every rank."""
+    """Initialize lazy layers with two zero samples of the data's shape, so that they are equal on every rank."""
     x = torch.zeros((2, *source.shape), dtype=torch.int64 if source.task == "next_token" else torch.float32)
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -67,17 +69,17 @@ def _fill(module: nn.Module, source: Source) -> None:
     for part, training in modes:
         part.train(training)
     if still := _lazy(module):
-        raise ConfigError(f"model: '{still[0]}' is lazy, and no sample comes to it in forward")
+        raise ConfigError(f"model: '{still[0]}' is lazy, and forward passes no sample to it")
 
 
 @component
 class Logistic:
-    """Logistic regression, or linear regression: one linear layer, logits out; parameters are weights, then bias."""
+    """Logistic or linear regression: one linear layer that returns logits; parameters are weights, then bias."""
 
     inputs: PositiveInt | None = None
-    """values of a sample; null: as the data"""
+    """values per sample; null: from the data"""
     classes: PositiveInt | None = None
-    """classes, or targets of a regression; null: as the data"""
+    """classes, or targets of a regression; null: from the data"""
 
     def build(self, source: Source) -> nn.Module:
         """Flatten, linear."""
@@ -94,9 +96,9 @@ class MLP:
     activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"
     """after every hidden layer"""
     inputs: PositiveInt | None = None
-    """values of a sample; null: as the data"""
+    """values per sample; null: from the data"""
     classes: PositiveInt | None = None
-    """classes, or targets of a regression; null: as the data"""
+    """classes, or targets of a regression; null: from the data"""
 
     def build(self, source: Source) -> nn.Module:
         """Flatten, hidden layers, linear."""
@@ -112,8 +114,8 @@ class MLP:
 class CNN:
     """The LeNet-like net of Li et al. 2022 (NIID-Bench): 6 and 16 channels of 5x5, fc 120 and 84.
 
-    On 28x28 images of one channel these are the 44,426 parameters of its published Fashion-MNIST results. LeNet-5
-    (LeCun et al. 1998) has other pooling, activations and connections. Images below 16x16 need `padding`.
+    With 28x28 images of one channel it has the 44,426 parameters of its published Fashion-MNIST results. LeNet-5 (LeCun
+    et al. 1998) has other pooling, activations and connections. Images below 16x16 need `padding`.
     """
 
     kernel: PositiveInt = 5
@@ -121,9 +123,9 @@ class CNN:
     padding: NonNegativeInt = 0
     """zeros around both convolutions' inputs, pixels; 8x8 images need 2"""
     inputs: PositiveInt | None = None
-    """channels of an image; null: as the data"""
+    """channels of an image; null: from the data"""
     classes: PositiveInt | None = None
-    """classes, or targets of a regression; null: as the data"""
+    """classes, or targets of a regression; null: from the data"""
 
     def build(self, source: Source) -> nn.Module:
         """Two convolutions, each with 2x2 max pooling and ReLU; three linear layers."""
@@ -138,7 +140,7 @@ class CNN:
         return _stack(
             layout=_ChannelsLast(),
             conv1=nn.Conv2d(channels, 6, self.kernel, padding=self.padding),
-            pool1=nn.MaxPool2d(2),  # before ReLU, which then has a quarter of the work and gives the same
+            pool1=nn.MaxPool2d(2),  # before ReLU: same result, a quarter of the work
             relu1=nn.ReLU(),
             conv2=nn.Conv2d(6, 16, self.kernel, padding=self.padding),
             pool2=nn.MaxPool2d(2),
@@ -153,7 +155,7 @@ class CNN:
         )
 
     def _side(self, pixels: int, padding: int) -> int:
-        """Pixels that are left of a side behind both convolutions; below 1: the image is too small."""
+        """Pixels left of a side after both convolutions; below 1 if the image is too small."""
         for _ in range(2):
             pixels = max(pixels + 2 * padding - self.kernel + 1, 0) // 2
         return pixels
@@ -161,22 +163,22 @@ class CNN:
 
 @component
 class ResNet18:
-    """ResNet-18 (He et al. 2016, table 1) with group normalization (Wu & He 2018) for batch normalization.
+    """ResNet-18 (He et al. 2016, table 1) with group normalization (Wu & He 2018) instead of batch normalization.
 
     Group normalization keeps no statistics of a silo's data, which averaging would mix (Hsieh et al. 2020); two groups
-    as in Reddi et al. 2021. The cifar stem is one 3x3 convolution without pooling; imagenet is the paper's.
+    as in Reddi et al. 2021. The cifar stem is one 3x3 convolution without pooling; the imagenet stem is the paper's.
     """
 
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """first layers: 3x3, or 7x7 of stride 2 and pooling"""
+    """first layers: cifar is 3x3; imagenet is 7x7 with stride 2, then pooling"""
     groups: PositiveInt = 2
-    """of channels that are normalized together; divides `width`"""
+    """number of channel groups, each normalized together; divides `width`"""
     width: PositiveInt = 64
     """channels of the first stage; doubled three times"""
     inputs: PositiveInt | None = None
-    """channels of an image; null: as the data"""
+    """channels of an image; null: from the data"""
     classes: PositiveInt | None = None
-    """classes, or targets of a regression; null: as the data"""
+    """classes, or targets of a regression; null: from the data"""
 
     def __post_init__(self) -> None:
         if self.width % self.groups:
@@ -205,23 +207,23 @@ class ResNet18:
 
 @component
 class Transformer:
-    """A decoder-only transformer (Vaswani et al. 2017) laid out as GPT-2 (Radford et al. 2019).
+    """A decoder-only transformer (Vaswani et al. 2017) with the layout of GPT-2 (Radford et al. 2019).
 
     Layer normalization before each part, learned positions, GELU, hidden width 4 x width, no dropout.
     """
 
     layers: PositiveInt = 4
-    """blocks"""
+    """number of blocks"""
     heads: PositiveInt = 4
-    """attention heads of a block; divides `width`"""
+    """attention heads per block; divides `width`"""
     width: PositiveInt = 128
-    """numbers that stand for a symbol"""
+    """size of a symbol's embedding"""
     context: PositiveInt | None = None
-    """symbols that can be looked at; null: as long as the samples"""
+    """longest input, symbols; null: as long as the samples"""
     tied: bool = True
-    """does the embedding serve as output layer too (Press & Wolf 2017)?"""
+    """whether the embedding is also the output layer (Press & Wolf 2017)"""
     classes: PositiveInt | None = None
-    """symbols of the vocabulary; null: as the data"""
+    """symbols of the vocabulary; null: from the data"""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -238,7 +240,7 @@ class Transformer:
 
 
 class _Outputs(nn.Module):
-    """[N, 1] as [N] where the task has one output."""
+    """[N, 1] becomes [N] if the task has one output."""
 
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -249,14 +251,16 @@ class _Outputs(nn.Module):
 
 
 class _ChannelsLast(nn.Module):
-    """Images as they are, in memory with the channels innermost on a CPU: there few channels and small kernels take
-    half the time. The layers that follow keep that order; parameters keep theirs."""
+    """Stores images with channels innermost on a CPU, where few channels and small kernels then take half the time.
+
+    The layers that follow keep that order; parameters keep theirs.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return x
         x = x.contiguous(memory_format=torch.channels_last)
-        # One channel may lie either way, and torch takes such strides for the other order: say it.
+        # With one channel both layouts have the same memory, so set the strides explicitly.
         return x.as_strided(x.shape, (*x.stride()[:1], 1, *x.stride()[2:])) if x.shape[1] == 1 else x
 
 
@@ -266,7 +270,7 @@ class _PixelMean(nn.Module):
 
 
 class _Residual(nn.Module):
-    """The basic block: two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where shapes change."""
+    """The basic block: two 3x3 convolutions and a shortcut, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, before: int, after: int, stride: int, groups: int) -> None:
         super().__init__()
@@ -311,7 +315,7 @@ class _Transformer(nn.Module):
         self.norm = nn.LayerNorm(options.width)
         self.head = None if options.tied else nn.Linear(options.width, num_symbols, bias=False)
         for name, param in self.named_parameters():
-            if param.dim() == 2:  # GPT-2: 0.02, less where blocks add to what passes through them
+            if param.dim() == 2:  # GPT-2: 0.02, less for layers that add to the residual stream
                 adds = name.endswith(("attended.weight", "narrow.weight"))
                 nn.init.normal_(param, std=0.02 / math.sqrt(2 * options.layers) if adds else 0.02)
 
@@ -325,7 +329,7 @@ def _stack(**layers: nn.Module) -> nn.Sequential:
 
 
 def _same(field: str, given: int | None, actual: int, who: str, what: str) -> int:
-    """`actual`, which must be what was given, if anything was."""
+    """`actual`. Raises ConfigError if `given` differs."""
     if given is not None and given != actual:
         raise ConfigError(f"model.{field} is {given} but {who} {actual} {what}")
     return actual
@@ -338,7 +342,7 @@ def _outputs(classes: int | None, source: Source) -> int:
 
 def _values(inputs: int | None, source: Source) -> int:
     if source.task == "next_token":
-        raise ConfigError("model: this one looks at whole samples, for next_token take the transformer")
+        raise ConfigError("model: this model takes whole samples; for next_token take the transformer")
     return _same("inputs", inputs, math.prod(source.shape), "samples have", "values")
 
 
@@ -349,8 +353,8 @@ def _image(inputs: int | None, source: Source) -> tuple[int, int, int]:
     return _same("inputs", inputs, channels, "images have", "channels"), height, width
 
 
-# Members have `build(source)`: a new module for the data; torch's generator decides its numbers, torch's default device
-# its place.
+# Members have `build(source)`, which returns a new module for the data. torch's generator decides its values, torch's
+# default device its place.
 MODELS = Family(
     "model",
     {"logistic": Logistic, "mlp": MLP, "cnn": CNN, "resnet18": ResNet18, "transformer": Transformer},

@@ -1,11 +1,11 @@
-"""What a torch module holds, which of it is one memory, and whether it still lies where it was put.
+"""Finds the tensors of a torch module, which of them share memory, and whether they still lie where they were put.
 
     slots(module)   every parameter and buffer, under each of its names
-    ties(module)    the names that share memory with another: by storage, whatever the objects
-    Places          remembers where tensors lie; `settle` brings back what a forward pass has assigned anew
+    ties(module)    the names of tensors that lie in another's memory, found by storage address
+    Places          remembers where tensors lie; `settle` moves back what a forward pass has reassigned
 
-A module is free to do `self.mean = ...` or `weight.data = ...`, to make a layer in its first forward pass, to call
-`flatten_parameters`: what is trained from then on is not what was put together, and nothing says so.
+A module may do `self.mean = ...` or `weight.data = ...`, create a layer in its first forward pass, or call
+`flatten_parameters`. What is trained from then on is no longer the shared vector, and nothing reports it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fedmpi.errors import ConfigError
 Tensor = torch.Tensor
 _EXTRA = torch.nn.Module.get_extra_state
 _OF_ALL = frozenset(vars(torch.nn.Module()))  # attributes that every module has
-_SETTLED = ("torch.", "fedmpi.")  # whose modules keep nothing that changes in plain attributes
+_SETTLED = ("torch.", "fedmpi.")  # modules of these packages keep no changing state in plain attributes
 _VALUES = (bool, int, float, complex, str, bytes, list, tuple, deque, dict, set, np.ndarray, Tensor, type(None))
 _DRAWS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a module holds a tensor."""
+    """A place where a module holds a tensor."""
 
     name: str
     module: torch.nn.Module
@@ -47,16 +47,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Tie:
-    """A tensor within the memory of another, its owner, as it lies in the owner's elements one after the other."""
+    """A tensor that lies in the memory of another, its owner; strides and start count the owner's elements."""
 
     owner: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     start: int
-    same: bool  # all of the owner, in the owner's shape
+    same: bool  # covers the whole owner, in the owner's shape
 
     def of(self, owner: Tensor) -> Tensor:
-        """This part of the owner, or of a tensor like it."""
+        """The corresponding part of `owner`, or of a tensor like it."""
         if self.same:
             return owner
         owner = owner.contiguous()
@@ -64,7 +64,7 @@ class Tie:
 
 
 def slots(module: torch.nn.Module) -> list[Slot]:
-    """Every parameter and buffer in the order of the state_dict; one that is held twice comes twice."""
+    """Every parameter and buffer in the order of the state_dict; one with two names comes twice."""
     return [
         Slot(f"{prefix}.{key}" if prefix else key, part, held, key)
         for prefix, part in module.named_modules(remove_duplicate=False)
@@ -75,15 +75,17 @@ def slots(module: torch.nn.Module) -> list[Slot]:
 
 
 def saved(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The tensors of the state_dict that the module holds itself, by name; not what `get_extra_state` gives."""
+    """The tensors of the state_dict that the module holds itself, by name; without `get_extra_state`."""
     held = {id(slot.tensor) for slot in slots(module)}
     state = module.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if id(tensor) in held}
 
 
 def ties(module: torch.nn.Module) -> dict[str, Tie]:
-    """The names of tensors that lie in the memory of another. ConfigError where memory is shared in part, or where two
-    views of it are trained."""
+    """Ties by name, for all tensors that lie in the memory of another.
+
+    Raises ConfigError if tensors overlap in part, or if two views of the same memory are trained.
+    """
     found: dict[str, Tie] = {}
     names = set(module.state_dict(keep_vars=True))
     first: dict[int, Slot] = {}
@@ -118,7 +120,7 @@ def _whole(owner: Slot) -> Tie:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Elements from the first to behind the last in memory."""
+    """Elements from the first in memory to the last, inclusive."""
     return 1 + sum((int(size) - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
@@ -127,8 +129,9 @@ def _repeats(tensor: Tensor) -> bool:
 
 
 def _tie(group: list[tuple[int, Slot]], names: set[str], found: dict[str, Tie]) -> None:
-    """Ties of those whose memory is another's, of some that overlap. What covers most owns it; of equals what is saved,
-    what is trained, the first."""
+    """Add the ties of an overlapping group to `found`. The owner is the largest tensor; among equals a saved one, then
+    a trained one, then the first.
+    """
 
     def rank(entry: tuple[int, Slot]) -> tuple[bool, int, bool, bool]:
         name, tensor = entry[1].name, entry[1].tensor
@@ -147,7 +150,7 @@ def _tie(group: list[tuple[int, Slot]], names: set[str], found: dict[str, Tie]) 
             shares = f"model: '{owner.name}' and '{slot.name}' share some of their memory; give each its own (.clone())"
             if _repeats(its):
                 raise ConfigError(shares)
-            if where is None:  # which element of the owner lies where, behind its first
+            if where is None:  # index of the owner's element at each place in memory
                 where = torch.full((_extent(its),), -1, dtype=torch.int64, device="cpu")
                 where.as_strided(its.shape, its.stride()).copy_(torch.arange(its.numel(), device="cpu").view(its.shape))
             tie = _within(mine, start - base, owner, where)
@@ -165,7 +168,7 @@ def _tie(group: list[tuple[int, Slot]], names: set[str], found: dict[str, Tie]) 
 
 
 def _within(tensor: Tensor, num_bytes: int, owner: Slot, where: Tensor) -> Tie | None:
-    """How a tensor lies in its owner; None: they have no element in common; a tie that starts below 0: only some."""
+    """How a tensor lies in its owner. None: no common element; a tie with start below 0: only some common elements."""
     partly = Tie(owner.name, (), (), -1, same=False)
     if tensor.dtype != owner.tensor.dtype or num_bytes % tensor.itemsize:
         return partly
@@ -190,14 +193,16 @@ def _within(tensor: Tensor, num_bytes: int, owner: Slot, where: Tensor) -> Tie |
 
 
 def retie(module: torch.nn.Module, found: Mapping[str, Tie]) -> None:
-    """Make tied tensors lie where their owners lie by now. Of parameters that are trained as one, one object is left,
-    so that torch adds up their gradients and steps once."""
+    """Move tied tensors into their owners' current memory.
+
+    Parameters that are trained as one become one object, so that torch adds up their gradients and steps once.
+    """
     by_name = {slot.name: slot for slot in slots(module)}
     for name, tie in found.items():
         slot, owner = by_name[name], by_name[tie.owner].tensor
         if slot.tensor is owner:
             continue
-        slot.tensor.data = tie.of(owner.detach())  # the old object too, whoever holds on to it
+        slot.tensor.data = tie.of(owner.detach())  # the old object too, for those who hold it
         if tie.same and slot.tensor.requires_grad == owner.requires_grad and type(slot.tensor) is type(owner):
             setattr(slot.module, slot.key, owner)
 
@@ -209,12 +214,12 @@ class _Place:
     slot: Slot
     tensor: Tensor
     address: int
-    home: Tensor  # the same memory, whatever becomes of the tensor
+    home: Tensor  # the same memory, also after the tensor moved
 
 
 @dataclass
 class _Fleeting:
-    """A tensor that is not saved: a buffer, or an attribute and no more."""
+    """A tensor that is not saved: a non-persistent buffer, or a plain attribute."""
 
     name: str
     held: MutableMapping[str, Any]
@@ -226,20 +231,20 @@ class _Fleeting:
 
 @dataclass
 class _Plain:
-    """An attribute of a user's module that is no tensor: a value, or a generator of random numbers."""
+    """A plain attribute of a user's module that is not a tensor: a value, or a random number generator."""
 
     name: str
     held: MutableMapping[str, Any]
     key: str
     value: Any
-    first: Any  # what it held
+    first: Any  # its first content
 
 
 class Places:
-    """Where a module's tensors lie now, which is where `settle` brings them back to.
+    """Where a module's tensors lie now; `settle` moves them back there.
 
-    Buffers that are not saved, and what is an attribute and no more (a tensor, a number, a list, a generator), belong
-    to no silo and to no checkpoint: `reset` makes them what they were.
+    Non-persistent buffers and plain attributes (a tensor, a number, a list, a generator) belong to no silo and to no
+    checkpoint: `reset` restores their first values.
     """
 
     def __init__(self, module: torch.nn.Module, tied: Mapping[str, Tie]) -> None:
@@ -251,7 +256,7 @@ class Places:
             for slot in slots(module)
             if slot.name in self._names
         ]
-        # The same, as fast to go through as Python can: it is done several times for every silo of a round.
+        # The same as flat tuples, for speed: `settle` runs several times per silo and round.
         self._glance = self._at_a_glance()
         self._watched: list[tuple[str, Tensor, int]] = []
         self._look_around()
@@ -263,7 +268,7 @@ class Places:
         for prefix, part in named:
             for held in (part._buffers, vars(part)):
                 for key, value in list(held.items()):
-                    computed = f"{key}_orig" in part._parameters  # by torch.nn.utils, before every forward pass
+                    computed = f"{key}_orig" in part._parameters  # computed by torch.nn.utils before every forward pass
                     if isinstance(value, Tensor) and id(value) not in here and not (value.requires_grad or computed):
                         name = f"{prefix}.{key}" if prefix else key
                         first = value.detach().clone()
@@ -282,8 +287,10 @@ class Places:
         return [(p.slot.held, p.slot.key, p.tensor, p.address, p) for p in self._places]
 
     def move(self, old: Tensor, new: Tensor) -> None:
-        """What lies in the memory of the vector `old` lies in that of `new` from now on, where `old` begins there, and
-        `settle` brings it back there."""
+        """Record that the vector `old` has moved to the memory of `new`.
+
+        Tensors that lay in `old` have their place in `new`, at the same offset, from now on.
+        """
         memory = old.untyped_storage().data_ptr()
         for number, place in enumerate(self._places):
             if place.home.untyped_storage().data_ptr() == memory:
@@ -293,19 +300,22 @@ class Places:
         self._glance = self._at_a_glance()
 
     def watch(self, names: Collection[str]) -> None:
-        """These are not to be written: frozen parameters that are not shared, which all silos of a rank have alike."""
+        """Forbid writing to these: frozen parameters that are not shared, which all silos of a rank have in common."""
         self._watched = [(p.slot.name, p.tensor, p.tensor._version) for p in self._places if p.slot.name in names]
 
     def _look_around(self) -> None:
-        """What there is besides: how many tensors and which parts every part has, and what is None."""
+        """Record the numbers of tensors and the children of every part, and which tensors are None."""
         parts = list(self.module.modules())
         self._parts = [(p, len(p._parameters), len(p._buffers), list(p._modules.values())) for p in parts]
         held_by = [held for part in parts for held in (part._parameters, part._buffers)]
         self._nothing = [(held, key) for held in held_by for key, value in held.items() if value is None]
 
     def settle(self) -> bool:
-        """Bring back what was assigned anew, values and all; was there any? ConfigError for what cannot be: what was
-        made or replaced since, another shape or dtype, memory that is shared."""
+        """Move reassigned tensors back, with their new values; returns whether there were any.
+
+        Raises ConfigError for what cannot be moved back: a tensor that was created or replaced, a new shape or dtype,
+        shared memory, a written frozen parameter.
+        """
         moved = False
         for held, key, tensor, address, place in self._glance:
             now = held[key] if key in held else None  # noqa: SIM401 (a scripted module's dict has no `get`)
@@ -365,12 +375,12 @@ class Places:
             place.slot.held[place.slot.key] = tensor
 
     def _compare(self) -> None:
-        """ConfigError for saved tensors and parts that came or went; buffers that are not saved may come and go."""
+        """Raise ConfigError if saved tensors or parts came or went; buffers that are not saved may."""
         names = set(self.module.state_dict(keep_vars=True))
         if new := sorted(names - self._names):
             more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
             raise ConfigError(
-                f"model: '{new[0]}'{more} is made in a forward pass, when what is trained and shared is settled; make "
+                f"model: '{new[0]}'{more} is made in a forward pass, after the shared parameters are fixed; make "
                 "it in __init__, or let torch find its width (torch.nn.LazyLinear)"
             )
         if gone := sorted(self._names - names):
@@ -382,13 +392,13 @@ class Places:
         self._look_around()
 
     def reset(self) -> list[str]:
-        """Make what is not saved what it was at first; the names of that which had other values come back."""
+        """Restore the first values of what is not saved; returns the names of those that had changed."""
         changed = []
         for one in self._fleeting:
             now = _held(one.held, one.key)
             if now is one.tensor and now._version == one.version:
                 continue
-            grown = isinstance(now, Tensor) and now.shape != one.first.shape  # a table that is made as long as it takes
+            grown = isinstance(now, Tensor) and now.shape != one.first.shape  # a table that grows when needed
             if not grown and not _alike(now, one.first):
                 changed.append(one.name)
             if one.tensor._version != one.version:
@@ -397,7 +407,7 @@ class Places:
                 one.version = one.tensor._version
             one.held[one.key] = one.tensor
         for plain in self._plain:
-            now, made = _held(plain.held, plain.key), plain.value is None  # made when it is needed
+            now, made = _held(plain.held, plain.key), plain.value is None  # created when needed
             if now is plain.value and (plain.first is None or _same(_content(now), plain.first)):
                 continue
             if made and not isinstance(now, _VALUES):
@@ -410,7 +420,7 @@ class Places:
         return changed
 
     def _forget(self) -> None:
-        """What was not there at first goes: caches, as a rule, that are made again."""
+        """Remove what was not there at first: usually caches, which are made again."""
         late = [(held, key) for held, key in self._empty if held.get(key) is not None]
         for held, key in late:
             held[key] = None
@@ -424,7 +434,7 @@ class Places:
 
 
 def _content(value: Any) -> Any:
-    """What an attribute holds that can change while it stays the same object; None: nothing."""
+    """A copy of the mutable content of an attribute; None if it has none."""
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, np.random.Generator):
@@ -439,7 +449,7 @@ def _content(value: Any) -> Any:
 
 
 def _same(now: Any, first: Any) -> bool:
-    """Are two values, or contents, the same? Of lists and dicts the very objects are, or they are alike."""
+    """Whether two values or contents are equal. Elements of lists and dicts may also be identical objects."""
     if isinstance(now, list) and isinstance(first, list):
         return len(now) == len(first) and all(a is b or _alike(a, b) for a, b in zip(now, first, strict=True))
     if isinstance(now, dict) and isinstance(first, dict):
@@ -448,7 +458,7 @@ def _same(now: Any, first: Any) -> bool:
 
 
 def _as_it_was(plain: _Plain) -> Any:
-    """The attribute's first object, which holds again what it held."""
+    """The attribute's first object, with its first content."""
     value, first = plain.value, plain.first
     if isinstance(value, torch.Generator):
         value.set_state(first)
@@ -470,7 +480,7 @@ def _as_it_was(plain: _Plain) -> Any:
 
 
 def _held(held: Mapping[str, Any], key: str) -> Any:
-    """What lies under the key; a scripted module's dict has no `get`."""
+    """The value under the key, or None; a scripted module's dict has no `get`."""
     try:
         return held[key]
     except KeyError:
@@ -478,7 +488,7 @@ def _held(held: Mapping[str, Any], key: str) -> Any:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Are two values the same, tensors and arrays within them too?"""
+    """Whether two values are equal, including tensors and arrays inside them."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
@@ -491,5 +501,5 @@ def _alike(a: Any, b: Any) -> bool:
         return False
     try:
         return bool(a == b)
-    except (ValueError, RuntimeError, TypeError):  # what cannot be compared
+    except (ValueError, RuntimeError, TypeError):  # not comparable
         return repr(a) == repr(b)

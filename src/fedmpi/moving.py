@@ -1,8 +1,8 @@
-"""What is kept of silos goes with them where members change: from rank to rank over the communicator, no disk between.
+"""Moves the state of silos between ranks over the communicator when the membership changes, without a disk.
 
-A silo that leaves takes what it keeps with it. What lies with one of a rank's silos for all of them (the residual of
-the rank's sum, `scope: rank`) stays in the federation: it goes to the first silo that was on the same rank and is still
-a member, or else to the first member.
+A silo that leaves takes its state with it. State that is stored under one silo for all of its rank (the residual of the
+rank's sum, `scope: rank`) stays in the federation: it goes to the first remaining silo of the same rank, or else to the
+first member.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fedmpi.exchange.chunks import OF_RANK
 from fedmpi.membership import Membership
 from fedmpi.state import StateTensor
 
-CHUNK_BYTES = 64 << 20  # that a rank sends at a time
+CHUNK_BYTES = 64 << 20  # bytes that a rank sends at a time
 
 
 def heirs(before: Membership, after: Membership) -> dict[str, str]:
-    """Of every silo that leaves, the member that gets what it kept for its rank.
+    """For every silo that leaves, the member that inherits what it stored for its rank.
 
     >>> before = Membership(0, {"a": (0,), "b": (1,), "c": (1,)})
     >>> heirs(before, before.without("a")), heirs(before, before.without("b"))
     ({'a': 'b'}, {'b': 'c'})
     """
-    beside: dict[tuple[int, ...], str] = {}  # the first of each team that stays
+    beside: dict[tuple[int, ...], str] = {}  # the first remaining silo of each team
     for silo, team in before.teams.items():
         if silo in after.teams:
             beside.setdefault(team, silo)
@@ -37,8 +37,10 @@ def heirs(before: Membership, after: Membership) -> dict[str, str]:
 
 
 def remaining(tensors: Iterable[StateTensor], before: Membership, heir_of: Mapping[str, str]) -> list[StateTensor]:
-    """What is kept of silos, without what goes with those that have left; in the order of silos before, so that what is
-    added up has one order however it came here."""
+    """The tensors without those of silos that left, in the order of the silos before.
+
+    One order, whatever the route, makes sums of them reproducible.
+    """
     number = {silo: i for i, silo in enumerate(before.ids)}
     stays = (one for one in tensors if one.silo not in heir_of or (one.key[0] == "exchange" and OF_RANK in one.key))
     return sorted(stays, key=lambda one: number[one.silo])
@@ -47,8 +49,7 @@ def remaining(tensors: Iterable[StateTensor], before: Membership, heir_of: Mappi
 def moved(
     tensors: Iterable[StateTensor], after: Membership, heir_of: Mapping[str, str], comm: Comm
 ) -> list[StateTensor]:
-    """What is kept of the silos that this rank has in `after`, given what is kept of those that it had. A call of all
-    ranks."""
+    """The tensors of the silos that this rank hosts in `after`, from those that it hosted before. Collective."""
     going: list[list[StateTensor]] = [[] for _ in range(comm.size)]
     for one in tensors:
         going[after.rank(heir_of.get(one.silo, one.silo))].append(one)
@@ -57,7 +58,7 @@ def moved(
 
 
 def exchanged(packed: Sequence[torch.Tensor], comm: Comm) -> list[torch.Tensor]:
-    """What every rank has packed for this one."""
+    """The bytes that every rank packed for this one; `packed` holds one uint8 tensor per receiver. Collective."""
     lengths_RR = np.zeros((comm.size, comm.size))  # bytes from rank to rank
     lengths_RR[comm.rank] = [len(bytes_B) for bytes_B in packed]
     lengths_RR = comm.share(lengths_RR.reshape(-1)).reshape(lengths_RR.shape).astype(np.int64)
@@ -74,13 +75,13 @@ def exchanged(packed: Sequence[torch.Tensor], comm: Comm) -> list[torch.Tensor]:
 
 
 def _side_by_side(parts: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Where each part begins, and how long it is."""
+    """Start and length of each part, if they are concatenated."""
     lengths = [len(part) for part in parts]
     return [(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
 
 
 def packed(tensors: Sequence[StateTensor]) -> torch.Tensor:
-    """Tensors as bytes: the length of a list of what they are, the list, and their own bytes."""
+    """Tensors as one uint8 tensor [B]: the length of a JSON list of keys, dtypes and shapes; the list; the data."""
     if not tensors:
         return torch.empty(0, dtype=torch.uint8)
     told = [
@@ -92,7 +93,7 @@ def packed(tensors: Sequence[StateTensor]) -> torch.Tensor:
 
 
 def unpacked(bytes_B: torch.Tensor) -> list[StateTensor]:
-    """The tensors that were packed."""
+    """The tensors that `packed` turned into bytes."""
     if not len(bytes_B):
         return []
     end = 8 + int.from_bytes(bytes_B[:8].numpy().tobytes(), "little")
@@ -100,6 +101,6 @@ def unpacked(bytes_B: torch.Tensor) -> list[StateTensor]:
     for key, silo, placement, name, shape in json.loads(bytes_B[8:end].numpy().tobytes()):
         dtype: torch.dtype = getattr(torch, name)
         start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        tensor = bytes_B[start:end].clone().view(dtype).reshape(shape)  # a clone begins where any type may
+        tensor = bytes_B[start:end].clone().view(dtype).reshape(shape)  # the clone is aligned for any dtype
         found.append(StateTensor(tuple(key), tensor, placement, silo))
     return found

@@ -1,22 +1,22 @@
-"""What is measured on test sets, and how the figures of silos become one of all.
+"""Metrics on test sets, and how silos' values become one figure for all.
 
     metrics: [accuracy, {name: top_k, k: 5}, {name: "mine:dice", maximize: true}]
 
-A metric of states is pooled exactly: states are added up over batches and over silos, and the figure is computed of the
-sum. What is built in is such a metric, and so is
+A metric with states is pooled exactly: states are summed over batches and silos, and the figure is computed from the
+sum. All built-in metrics work this way, and so do
 
     a torchmetrics class whose states all reduce by sum, max or min: "torchmetrics.regression:MeanSquaredError"
     a class of your own, "package.module:Class", with `maximize` and
         init()                           -> a tensor of zeros, integer (counts) or floating (sums)
         update(state, outputs, targets)  -> the state with a batch added
-        compute(state)                   -> the figure; nan where it is undefined
+        compute(state)                   -> the figure; nan if it is undefined
 
 A function, "package.module:function", is called as `function(outputs, targets)` with all of a silo's outputs and
-targets on the CPU. Of all silos there is then only the mean of their figures, each silo alike, and it is called so:
-`silo_mean_dice`. The same holds for a torchmetrics class with other states.
+targets on the CPU. For all silos there is then only the unweighted mean of the silos' figures, named `silo_mean_dice`.
+The same holds for a torchmetrics class with other states.
 
-How states travel: counts are added up on each rank and then over ranks, which is exact in any order. Other numbers
-have a row per silo, and every rank pools them in silo order. So a figure has the same bits on any number of ranks.
+How states are sent: counts are summed on each rank and then over ranks, which is exact in any order. Other numbers have
+one row per silo, and every rank pools them in silo order. So a figure has the same bits for any number of ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedmpi.types import Task
 
 
 class _Metrics(Family):
-    """The metrics that are built in, and users' own functions and classes."""
+    """The built-in metrics, and users' own functions and classes."""
 
     def build(self, value: Any, path: str) -> Any:
         name = value.get("name") if isinstance(value, Mapping) else value
@@ -47,7 +47,7 @@ METRICS = _Metrics("metric", builtin.METRICS)
 
 
 def for_task(metric: Any, task: Task, num_classes: int, path: str) -> Scorer:
-    """The metric at work. ConfigError where it is for other tasks."""
+    """The scorer of a metric for this task. Raises ConfigError if the metric does not support the task."""
     if not isinstance(metric, Own) and task not in metric.tasks:
         others = [name for name, cls in METRICS.members.items() if task in cls.tasks]  # type: ignore[attr-defined]
         name = METRICS.name_of(metric)

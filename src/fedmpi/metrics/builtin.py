@@ -1,4 +1,4 @@
-"""The metrics that are chosen by name, each for its tasks."""
+"""The built-in metrics, each with the tasks that it supports."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ LABELLED: tuple[Task, ...] = ("classification", "binary")
 
 
 class Metric(Protocol):
-    """A metric that is chosen by name."""
+    """A metric that a configuration names."""
 
     tasks: ClassVar[tuple[Task, ...]]
 
     def scorer(self, task: Task, num_classes: int) -> Scorer:
-        """The metric at work for a task; `num_classes` is the number of targets in regression."""
+        """The scorer for a task; in regression, `num_classes` is the number of targets."""
         ...
 
 
 def hits(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Is the target's logit the largest?"""
+    """Whether the target's logit is the largest, per target."""
     return outputs.argmax(-1) == targets
 
 
 def hits_at_half(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Does the probability lie on the target's side of 0.5? 0.5 itself counts as 0."""
+    """Whether the probability is on the target's side of 0.5; 0.5 itself counts as 0."""
     return (outputs > 0) == (targets > 0.5)
 
 
@@ -54,7 +54,7 @@ def squares(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _confusion(task: Task, num_classes: int) -> tuple[int, Callable[[Tensor, Tensor], Tensor]]:
-    """How many classes there are, and a function that counts predictions by class, [classes * classes]."""
+    """The number of classes, and a function that counts predictions by class, [classes * classes]."""
     num = 2 if task == "binary" else num_classes
 
     def count(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Accuracy:
 
 @component
 class BalancedAccuracy:
-    """Mean over the classes that occur of the share of their targets that is found."""
+    """Mean recall over the classes that occur."""
 
     tasks: ClassVar[tuple[Task, ...]] = LABELLED
 
@@ -103,7 +103,7 @@ class BalancedAccuracy:
 
 @component
 class MacroF1:
-    """Mean over the classes that occur or are predicted of the harmonic mean of precision and recall."""
+    """Mean F1 (harmonic mean of precision and recall) over the classes that occur or are predicted."""
 
     tasks: ClassVar[tuple[Task, ...]] = LABELLED
 
@@ -125,7 +125,7 @@ class TopK:
 
     tasks: ClassVar[tuple[Task, ...]] = CLASS_TASKS
     k: PositiveInt = 5
-    """how many classes are looked at"""
+    """number of largest logits that count as a hit"""
 
     def scorer(self, task: Task, num_classes: int) -> Scorer:
         if self.k >= num_classes:
@@ -135,22 +135,22 @@ class TopK:
             own = outputs.gather(-1, targets[:, None])
             above = (outputs > own).sum(-1)
             before = torch.arange(outputs.shape[-1], device=outputs.device) < targets[:, None]
-            return above + ((outputs == own) & before).sum(-1) < self.k  # of equal logits the first class counts
+            return above + ((outputs == own) & before).sum(-1) < self.k  # among equal logits the first class counts
 
         return Mean(f"top_{self.k}_accuracy", True, found)
 
 
 @component
 class Auc:
-    """Area under the ROC curve, of many classes each against the rest and the mean over those that occur.
+    """Area under the ROC curve; with several classes, the mean over one-vs-rest curves of those that occur.
 
-    It is counted in bins of the log-odds, as many to every power of two between 2^-10 and 2^6. Two samples in one bin
-    count as equal, so the figure is off by at most half the share of pairs that share a bin: `auc_within`.
+    Counts log-odds in bins, the same number for each power of two between 2^-10 and 2^6. Samples in one bin count as
+    equal, so the error is at most half the share of pairs in the same bin: `auc_within`.
     """
 
     tasks: ClassVar[tuple[Task, ...]] = LABELLED
     bins: PositiveInt | None = None
-    """of log-odds; null: 4096, fewer with more than 16 classes"""
+    """bins of log-odds; null: 4096, fewer with more than 16 classes"""
 
     def scorer(self, task: Task, num_classes: int) -> Scorer:
         num = 1 if task == "binary" else num_classes
@@ -179,22 +179,22 @@ def log_odds(logits: Tensor) -> Tensor:
     top, at = logits.max(-1, keepdim=True)
     shares = (logits - top).exp()
     others = shares.sum(-1, keepdim=True) - shares
-    rest = shares.scatter(-1, at, 0.0).sum(-1, keepdim=True)  # of the largest, without the difference's rounding
+    rest = shares.scatter(-1, at, 0.0).sum(-1, keepdim=True)  # for the largest logit, without cancellation
     others = others.scatter(-1, at, rest)
     return logits - top - others.clamp(min=1e-300).log()
 
 
 def binned(odds: Tensor, half: int) -> Tensor:
-    """The bin of each number, 0 to 2 half - 1 in their order."""
+    """The bin of each number, 0 to 2 half - 1, in increasing order."""
     mantissa, exponent = torch.frexp(odds.abs())
-    octave = exponent - 1 + (2 * mantissa - 1)  # about log2, and as monotone
+    octave = exponent - 1 + (2 * mantissa - 1)  # close to log2, and monotone
     place = ((octave + 10) * (half / 16)).long().clamp(0, half - 1)
     place = torch.where(odds.abs() < 2.0**-10, 0, place)
     return torch.where(odds < 0, half - 1 - place, half + place)
 
 
 def area(counts: np.ndarray) -> tuple[float, float]:
-    """The mean area under the curves of histograms [classes, negative and positive, bins], and how far it may be off.
+    """The mean area under the curves of histograms [classes, (negative, positive), bins], and its largest error.
 
     >>> area(np.array([[[2, 1, 0], [0, 1, 2]]]))
     (0.9444444444444444, 0.05555555555555555)
@@ -212,7 +212,7 @@ def area(counts: np.ndarray) -> tuple[float, float]:
 
 @component
 class LogLoss:
-    """Mean of -log of the probability of the target, whatever the training loss is; of next_token, per token."""
+    """Mean of -log of the target's probability, for any training loss; per token for next_token."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("classification", "binary", "next_token")
 
@@ -222,7 +222,8 @@ class LogLoss:
 
 @component
 class ConfusionMatrix:
-    """Targets by class (rows) and predicted class (columns), of all silos only; no number, so it cannot be `best`."""
+    """Counts by target class (rows) and predicted class (columns), for all silos only; not a number, so it cannot be
+    `best`."""
 
     tasks: ClassVar[tuple[Task, ...]] = LABELLED
 
@@ -236,7 +237,7 @@ class ConfusionMatrix:
 
 @component
 class Precision:
-    """Share of those predicted 1 that are 1; undefined where none is predicted."""
+    """Share of true positives among those predicted 1; undefined if none is predicted 1."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("binary",)
 
@@ -247,7 +248,7 @@ class Precision:
 
 @component
 class Recall:
-    """Share of those that are 1 that are predicted 1; undefined where none is."""
+    """Share of targets of 1 that are predicted 1; undefined if there are none."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("binary",)
 
@@ -292,7 +293,7 @@ class Mae:
 
 @component
 class R2:
-    """Coefficient of determination, the mean over targets of a sample; undefined where a target does not vary."""
+    """Coefficient of determination, averaged over the targets; undefined if a target is constant."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("regression",)
 

@@ -1,4 +1,4 @@
-"""Users' own metrics: functions, classes of states, and those of torchmetrics."""
+"""Users' own metrics: functions, classes with states, and torchmetrics classes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fedmpi.types import Task
 
 Tensor = torch.Tensor
 
-STATES = ("init", "update", "compute")  # methods of a class of states
+STATES = ("init", "update", "compute")  # methods of a class with states
 
 
 @dataclass(frozen=True)
 class Function(Scorer):
-    """A user's own function of all of a silo's outputs."""
+    """A user's function of all outputs and targets of a silo."""
 
     name: str
     maximize: bool | None
@@ -49,7 +49,7 @@ class Function(Scorer):
 
 
 class OwnStates(Scorer):
-    """A user's own class of one tensor of counts or sums."""
+    """A user's class whose state is one tensor of counts or sums."""
 
     adds_up = True
 
@@ -84,13 +84,13 @@ class OwnStates(Scorer):
 
 
 class Torchmetric(Scorer):
-    """A metric of torchmetrics: pooled where all of its states are tensors that reduce by sum, max or min."""
+    """A torchmetrics metric; pooled if all its states are tensors that reduce by sum, max or min."""
 
     REDUCTIONS: ClassVar[dict[str, str]] = {"dim_zero_sum": "sum", "dim_zero_max": "max", "dim_zero_min": "min"}
 
     def __init__(self, name: str, metric: Any, maximize: bool, task: Task, num_classes: int) -> None:
         self.name, self.maximize, self._metric, self._task = name, maximize, metric, task
-        # Are outputs made probabilities here? torchmetrics would look at each batch by itself whether they are some.
+        # Convert outputs to probabilities here? torchmetrics would decide this anew for each batch.
         self.of_logits = any(c.__module__.startswith("torchmetrics.classification") for c in type(metric).__mro__)
         self.of_logits = self.of_logits and task != "regression"
         ways = {n: self.REDUCTIONS.get(getattr(r, "__name__", "")) for n, r in metric._reductions.items()}
@@ -108,7 +108,7 @@ class Torchmetric(Scorer):
         return 0.0 if self.pools else 1.0
 
     def _tried(self, num_classes: int) -> dict[str, Tensor]:
-        """States as they are after two samples: some take their size from what they are given."""
+        """The states after two samples, because some states take their size from the data."""
         metric = self.init("cpu")
         labels = torch.tensor([0, 1])
         outputs = torch.eye(2, num_classes) if self._task in CLASS_TASKS else labels.float()
@@ -156,16 +156,16 @@ class Torchmetric(Scorer):
             else:
                 flat = [getattr(np, way)(next(reduced)) for _ in range(like.numel())]
             setattr(metric, name, torch.tensor(np.array(flat)).to(like.dtype).reshape(like.shape))
-        metric._update_count = 1  # or it warns that nothing was added
+        metric._update_count = 1  # else it warns that nothing was added
         return {self.key: float(metric.compute())}
 
 
 class Own(Deferred):
-    """A user's own metric, "package.module:function" or "package.module:Class", and what it is called with."""
+    """A user's metric, "package.module:function" or "package.module:Class", with its arguments."""
 
     @property
     def maximize(self) -> bool:
-        """Is higher better?"""
+        """Whether higher is better."""
         return bool(self.arguments["maximize"])
 
     def scorer(self, task: Task, num_classes: int) -> Scorer:
@@ -187,12 +187,12 @@ def _made(name: str, cls: type, arguments: Mapping[str, Any], path: str) -> Any:
 
 
 def is_torchmetric(cls: type) -> bool:
-    """Is it a class of torchmetrics, or made from one? Asks without importing the package."""
+    """Whether it is a torchmetrics class or a subclass of one; does not import the package."""
     return any(part.__module__.partition(".")[0] == "torchmetrics" for part in cls.__mro__)
 
 
 def find(name: str, arguments: dict[str, Any], path: str) -> Own:
-    """The metric that `name` and its fields ask for. ConfigError in one line for what cannot be one."""
+    """The metric for `name` and its fields. Raises ConfigError, in one line, if it cannot be one."""
     target = import_object(name, path)
     if not callable(target):
         raise ConfigError(f"{path}: '{name}' cannot be called")

@@ -1,4 +1,4 @@
-"""Metrics at work: what is added up over batches and silos, and what becomes of it."""
+"""Scorers: a metric's state, how it is summed over batches and silos, and the figure that results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fedmpi.errors import ConfigError
 
 Tensor = torch.Tensor
 
-SILO_MEAN = "silo_mean_"  # what begins the key of a figure that is no pooled one but the mean over silos
-WITHIN = "_within"  # what ends the key of a binned figure's error bound
+SILO_MEAN = "silo_mean_"  # prefix of a figure that is the mean over silos, not pooled
+WITHIN = "_within"  # suffix of the error bound of a binned figure
 NOTHING = np.zeros(0)
 
 
 def of_silo(key: str) -> str:
-    """What a record's figure is called in the row of a silo.
+    """The name in a silo's row of a record's figure.
 
     >>> of_silo("personal_silo_mean_dice")
     'personal_dice'
@@ -29,7 +29,7 @@ def of_silo(key: str) -> str:
 
 
 def pooled(values: np.ndarray, counts: np.ndarray) -> float | None:
-    """The mean over all that was counted, of the means of silos. None where nothing was.
+    """The mean of silos' means, weighted by counts; None if all counts are 0.
 
     >>> pooled(np.array([1.0, 4.0]), np.array([2, 1]))
     2.0
@@ -39,60 +39,63 @@ def pooled(values: np.ndarray, counts: np.ndarray) -> float | None:
 
 
 class Scorer:
-    """A metric at work. `update` is called for every batch of a silo, then `parts` tells what of the state travels, and
-    `value` what the silo's own figure is."""
+    """A metric at work.
 
-    name: str  # in the row of a silo
-    maximize: bool | None  # is higher better? None: it is no number
-    pools = True  # is the figure of all that of the pooled samples?
-    whole = False  # are all of a silo's outputs wanted at once?
-    num_counts: int  # integers that are added up over silos
-    num_sums = 0  # numbers that have a row per silo
-    # Is the figure of all also that of one row, with the rows' sums and the mean of their values by `weight`?
+    Call `update` for every batch of a silo, then `parts` for the part of the state that is sent, and `value` for the
+    silo's own figure.
+    """
+
+    name: str  # in a silo's row
+    maximize: bool | None  # is higher better? None: not a number
+    pools = True  # is the figure of all silos that of the pooled samples?
+    whole = False  # does `update` need all of a silo's outputs at once?
+    num_counts: int  # integers that are summed over silos
+    num_sums = 0  # numbers with one row per silo
+    # Do the summed rows, with the mean of values weighted by `weight`, give the same figure of all silos?
     adds_up = False
 
     @property
     def key(self) -> str:
-        """What the figure of all silos is called."""
+        """The name of the figure of all silos."""
         return self.name if self.pools else SILO_MEAN + self.name
 
     def init(self, device: torch.device | str) -> Any:
-        """The state of no samples."""
+        """The state before any sample."""
         return None
 
     def update(self, state: Any, outputs: Tensor, targets: Tensor) -> Any:
-        """The state with more samples, rows as `Targets.rows` gives them; for `whole`, the figure of them all."""
+        """The state with more samples, rows as `Targets.rows` gives them; with `whole`, the figure of them all."""
         raise NotImplementedError
 
     def parts(self, state: Any) -> tuple[np.ndarray, np.ndarray]:
-        """A silo's counts and its sums."""
+        """A silo's counts [num_counts] and sums [num_sums]."""
         return NOTHING, NOTHING
 
     def value(self, state: Any) -> float:
-        """A silo's value; nan where it has none."""
+        """A silo's value; nan if undefined."""
         raise NotImplementedError
 
     def shown(self, value: float) -> float:
-        """The figure that a silo's value stands for."""
+        """The figure to show for a silo's value."""
         return value
 
     def weight(self, value: float, sums_S: np.ndarray) -> float:
-        """What a silo's value counts in the mean over silos; 0 where it is not needed."""
+        """The weight of a silo's value in the mean over silos; 0 if no mean is needed."""
         return 0.0
 
     def of_all(self, values_K: np.ndarray, sums_KS: np.ndarray, counts_C: np.ndarray) -> dict[str, Any]:
-        """The record's figures of the silos that were tested, rows in silo order."""
+        """The record's figures for all tested silos; rows are in silo order."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Mean(Scorer):
-    """The mean over terms: of samples, tokens or numbers."""
+    """The mean over terms: samples, tokens or numbers."""
 
     name: str
     maximize: bool | None
     terms: Callable[[Tensor, Tensor], Tensor]
-    then: Callable[[float], float] | None = None  # what becomes of the mean
+    then: Callable[[float], float] | None = None  # applied to the mean
     num_counts = 0
     num_sums = 1
     adds_up = True
@@ -124,14 +127,14 @@ class Mean(Scorer):
 
 @dataclass(frozen=True)
 class Counts(Scorer):
-    """A figure of counts."""
+    """A figure computed from counts."""
 
     name: str
     maximize: bool | None
     num_counts: int
     count: Callable[[Tensor, Tensor], Tensor]
     figure: Callable[[np.ndarray], Any]
-    within: Callable[[np.ndarray], float] | None = None  # how far the figure may be off
+    within: Callable[[np.ndarray], float] | None = None  # the largest error of the figure
     adds_up = True
 
     def init(self, device: torch.device | str) -> Any:
@@ -153,8 +156,10 @@ class Counts(Scorer):
 
 @dataclass(frozen=True)
 class Determination(Scorer):
-    """R squared: of every target its number, mean, squares about the mean, and squared errors, which merge without
-    loss (Chan, Golub and LeVeque 1979, Updating Formulae and a Pairwise Algorithm, equation 2.1)."""
+    """R squared, from each target's count, mean, squared deviations and squared errors.
+
+    These merge exactly (Chan, Golub and LeVeque 1979, Updating Formulae and a Pairwise Algorithm, equation 2.1).
+    """
 
     num_targets: int
     name: str = "r2"
@@ -192,7 +197,7 @@ class Determination(Scorer):
 
 
 def merged(one: Tensor, other: Tensor) -> Tensor:
-    """The number, mean, squares about the mean and squared errors of two sets together, [4, targets] each."""
+    """Count, mean, squared deviations and squared errors of two sets together, each [4, targets]."""
     num = one[0] + other[0]
     if not bool(other[0].any()):
         return one
@@ -203,6 +208,6 @@ def merged(one: Tensor, other: Tensor) -> Tensor:
 
 
 def silo_mean(scorer: Scorer, values_K: np.ndarray) -> dict[str, Any]:
-    """The mean over the silos where the figure is defined."""
+    """The mean over the silos whose figure is defined; None if there are none."""
     there = values_K[~np.isnan(values_K)]
     return {scorer.key: float(there.mean()) if there.size else None}
