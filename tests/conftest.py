@@ -1,4 +1,4 @@
-"""What pytest needs to know before it collects, and what test files share."""
+"""Test markers, the order of test files, and fixtures that several files share."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ from support import mpi
 from support.mpi import FAST, absent
 from support.programs.place import Place
 
-# Programs that the MPI tests launch; they are run on ranks, not collected.
+# Programs that MPI tests launch on ranks; pytest does not collect them.
 collect_ignore_glob = ["support/programs/*"]
 
 
@@ -22,17 +22,17 @@ LAUNCHES = (
     *("mpi/test_command.py", "mpi/test_overlap.py", "mpi/test_training.py", "mpi/test_regions.py"),
     "examples/test_examples.py",
 )
-# Files that wait more than they compute.
+# Files that mostly wait.
 SLEEPS = ("mpi/test_slurm.py", "mpi/test_stop.py")
-# What a test needs, by the fixture that brings it, and by its file.
+# What a test needs, by its fixtures and by its file.
 FIXTURES = {"place": "mpi", "undisturbed": "mpi", "slurm": "slurm", "root": "data", "text_at_hand": "data"}
 FILES = {"mpi/test_testbed.py": "netns"}
-# Files of whole runs and of processes: half of the seconds of a tenth of the tests.
+# Files of whole runs and processes: a tenth of the tests, but half of the time.
 RUNS = tuple(
     f"/test_{name}.py" for name in ("ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_models", "trust")
 )
 NOT_FAST = {"slow", "mpi", "slurm", "netns", "data", "long"}
-# Tests that take minutes and show the same as others on other inputs: by file, what is not `long` in it.
+# Tests that take minutes and repeat others with other inputs: by file, the cases that stay in the normal run.
 LONG = {
     "docs/test_docs.py::test_the_blocks_of_a_page_run": ("README", "quickstart", "own-data", "failures"),
     "docs/test_extending.py::test_a_recipe_trains": ("local_rule", "robust_rule", "codec", "selector"),
@@ -45,7 +45,7 @@ LONG = {
 def needs(path: str, fixtures: Collection[str]) -> set[str]:
     """The markers `mpi`, `slurm`, `netns` and `data` of a test, from its file and its fixtures.
 
-    Elsewhere than in tests/mpi a test that starts ranks has the marker `mpi` in its source.
+    Outside tests/mpi, a test that starts ranks sets the marker `mpi` itself.
     """
     marks = {mark for fixture, mark in FIXTURES.items() if fixture in fixtures}
     marks |= {mark for file, mark in FILES.items() if path.endswith(file)}
@@ -54,7 +54,7 @@ def needs(path: str, fixtures: Collection[str]) -> set[str]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set markers; sort files: the longest, then those that mostly wait. FEDMPI_FAST keeps only `fast`."""
+    """Set markers, and sort files: launches first, then those that mostly wait. FEDMPI_FAST keeps only `fast`."""
     for item in items:
         for mark in needs(str(item.path), item.fixturenames if isinstance(item, pytest.Function) else ()):
             item.add_marker(mark)
@@ -73,10 +73,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker has the files that launch ranks for minutes: two of these at once would only be in each other's way.
-    The others do the rest, file by file, for launches within a file are shared; of mpi/test_stop.py one by one."""
+    """Give all files that launch ranks for minutes to one worker, since two at once would slow each other down.
+
+    Other files are distributed whole, because tests of a file share launches; those of mpi/test_stop.py one by one.
+    """
     if FAST:
-        return None  # xdist's own will do
+        return None  # use xdist's own scheduler
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
@@ -97,7 +99,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="session")
 def undisturbed(place: Place) -> str:
-    """SHA-256 of the run that nothing happens to; it lies in `undisturbed`, with checkpoints of its last rounds."""
+    """SHA-256 of the undisturbed run's result; the run is in `undisturbed`, with checkpoints of its last rounds."""
     done = place.train(2, "undisturbed", "checkpoint.every=1")
     assert done.rc == 0, done.tails
     return place.sha("undisturbed")
@@ -105,7 +107,7 @@ def undisturbed(place: Place) -> str:
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The folder of the real data; without it the test is skipped, or fails where data is required."""
+    """The folder of the real data; without it the test is skipped, or fails if data is required."""
     folder = Path(os.environ.get("FEDMPI_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not (folder / "heart_disease").is_dir():
         absent("data", f"no datasets in {folder}; FEDMPI_DATA names their folder")
@@ -114,7 +116,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def byzfl() -> Iterator[Callable[[str], Any]]:
-    """Imports a part of byzfl, "attacks" or "aggregators"; the package itself imports what plots and loads data."""
+    """Imports byzfl's "attacks" or "aggregators" without the package itself, which imports plots and data loaders."""
     found = importlib.util.find_spec("byzfl")
     if found is None:
         absent("byzfl", "byzfl is not installed: pip install --no-deps byzfl==0.0.11")

@@ -1,4 +1,4 @@
-"""Data that is apart stays apart: what files each rank touches, by the system calls that it makes."""
+"""Distributed data stays where it is: which files each rank touches, from its system calls."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def write_silos(folder: Path) -> dict[str, Path]:
 
 
 def touched(trace: Path, silo_paths: dict[str, Path]) -> set[str]:
-    """Silos whose folder or file is named in any system call of a rank."""
+    """Silos whose folder or file appears in any system call of a rank."""
     named = set(re.findall(r'"((?:[^"\\]|\\.)*)"', trace.read_text(errors="replace")))
     return {silo for silo, path in silo_paths.items() if any(path.parent.name in name for name in named)}
 

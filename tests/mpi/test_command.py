@@ -1,4 +1,4 @@
-"""`mpirun -n N fedmpi train` for real: exit codes, bad input, failures."""
+"""`mpirun -n N fedmpi train` as a user runs it: exit codes, bad input, failures."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from fedmpi.results import inspect
 
 
 def test_done(place: Place, undisturbed: str) -> None:
-    """Trained, evaluated by ranks, which make one record of it, and trained again."""
+    """Trained, evaluated by the ranks with one record for all, and trained again."""
     done = place.train(3, "done")
     assert (done.rc, own_lines(done)) == (0, []), done.tails
     assert "after round 4" in done.out and done.out.count("round 4/4") == 1, done.out
@@ -40,7 +40,7 @@ def test_more_rounds_go_on_from_a_finished_run(place: Place, undisturbed: str) -
 
 
 def test_a_grid_trains_on_all_ranks_and_one_of_them_prints_it(place: Place) -> None:
-    """Rows are those of `fedmpi train`; with all runs done another number of ranks only prints."""
+    """Rows equal those of `fedmpi train`; once all runs are done, another number of ranks only prints."""
     base = CONFIG | {"rounds": 2, "local": CONFIG["local"] | {"steps": 5}}
     base["data"] = CONFIG["data"] | {"root": str(place.data)}
     grid = {"base": base, "algorithms": {"slow": {"local.lr": 0.01}, "given": {}}, "out": "grid"}
@@ -93,7 +93,7 @@ def test_bad_input(place: Place, undisturbed: str, what: str) -> None:
     assert place.sha("undisturbed") == undisturbed
 
 
-# ---------------------------------------------------------------- failures: exit 1, and nobody is left
+# ---------------------------------------------------------------- failures: exit 1, and no process is left
 
 
 def test_diverged(place: Place) -> None:
@@ -103,7 +103,7 @@ def test_diverged(place: Place) -> None:
 
 
 def test_a_silo_raises(place: Place) -> None:
-    """In round 2, while the other ranks are in the midst of ten minutes of work."""
+    """In round 2, while the other ranks are inside a ten-minute round."""
     with place.start(4, "raises", **TEN_MINUTES, RAISE="d", AFTER=str(STEPS)) as job:
         until(lambda: any(place.folder.glob("raised-*")) or job.process.poll() is not None, 60)
         raised_s = time.monotonic()
@@ -127,7 +127,7 @@ def test_a_rank_raises_outside_of_its_silos(place: Place) -> None:
 
 
 def test_what_one_rank_alone_says_no_to_is_said(place: Place) -> None:
-    """Such errors are meant to be raised alike, so that rank 0 speaks for all."""
+    """Such errors are meant for all ranks alike, so that rank 0 reports them for all."""
     done = place.train(3, "no", 'select={name: "mine:Odd"}', SAYS_NO="2", limit_s=90)
     assert done.rc == 1, done.tails
     said = ["fedmpi: rank 2: no silo suits me", "no round is on disk in no yet; the same command starts again"]
@@ -135,7 +135,7 @@ def test_what_one_rank_alone_says_no_to_is_said(place: Place) -> None:
 
 
 def test_one_rank_alone_raises_while_a_checkpoint_is_pending(place: Place) -> None:
-    """What is not raised by all alike is followed by no collective: the others are in another one."""
+    """After an error on one rank only, no collective follows, because the others are in another one."""
     server = ("exchange.plan=replicated", "checkpoint.every=1", 'server.optimizer={name: "mine:Late"}')
     done = place.train(2, "alone", *server, SLOW_S="2", STEP_NO="1", limit_s=60)
     assert done.rc == 1, done.tails
@@ -143,7 +143,7 @@ def test_one_rank_alone_raises_while_a_checkpoint_is_pending(place: Place) -> No
 
 
 def test_one_rank_alone_has_no_memory(place: Place) -> None:
-    """It can agree with nobody upon anything; the traceback says where."""
+    """It cannot agree with other ranks; the traceback says where."""
     done = place.train(2, "no-room", 'select={name: "mine:Odd"}', NO_ROOM="1", limit_s=60)
     assert done.rc == 1, done.tails
     assert "rank 1 failed" in done.err and "MemoryError: no room" in done.err, done.tails
@@ -164,17 +164,17 @@ def test_a_rank_is_gone(place: Place, undisturbed: str, how: str) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_written(place: Place) -> None:
-    """Training does not silently go on without; every rank ends."""
+    """Training does not silently continue without checkpoints; every rank ends."""
     with place.start(2, "full", "checkpoint.every=1", "checkpoint.max_failures=1", SLEEP_S="0.002") as job:
         until((place.folder / "full" / "ranks.json").exists, 60)
-        (place.folder / "full" / "checkpoints" / "round-000001").touch()  # in the place of the folder
+        (place.folder / "full" / "checkpoints" / "round-000001").touch()  # a file in the place of the folder
         done = job.wait(30)
     assert done.rc == 1, done.tails
     assert "cannot write a checkpoint into full" in done.err and "round 4/4" not in done.out, done.tails
 
 
 def test_launcher_and_library_that_do_not_belong_together(place: Place) -> None:
-    """Each rank would be a world of its own: what a launcher says it started is compared with what MPI sees."""
+    """Each rank would be a world of its own, so the launcher's number of ranks is compared with MPI's."""
     done = place.train(2, "worlds", FEDMPI_RANKS="3")
     assert done.rc == 2 and "started 3 ranks but MPI sees 2" in done.err, done.tails
     assert not (place.folder / "worlds").exists()

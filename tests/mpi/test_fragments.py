@@ -16,7 +16,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reports(folder: Path) -> dict[int, Report]:
-    """Each launch resumes what the one before has left: on more ranks, on fewer."""
+    """Each launch resumes the run of the one before, on more or fewer ranks."""
     order = [2, 3, 1]
     before = [[], *([str(n)] for n in order)]
     launches = zip(order, before, strict=False)

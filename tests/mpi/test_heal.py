@@ -1,4 +1,4 @@
-"""Ranks that die at any point of a run, and the run that goes on: no batch is lost, and no bit is another."""
+"""Ranks that die at any point of a run, and the continued run: no batch is lost, and all bits are the same."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def launch(n: int, out: Path, deaths: str, *overrides: str) -> tuple[Done, list[
 
 
 CASES = {
-    # deaths in another phase each, rank 0 among them, two at once, one while another is made up for
+    # deaths in different phases, also of rank 0, two at once, and one during recovery from another
     "sharded": (5, "2:2:train,0:4:exchange,3:7:evaluate", ["exchange.plan=sharded", "server.optimizer=fedadam"]),
     "shared": (5, "4:2:ready,1:4:step,3:7:exchange", ["exchange.plan=shared_memory", "server.optimizer=fedadam"]),
     "feedback": (

@@ -1,4 +1,4 @@
-"""Fed-Heart-Disease: the published accuracies and final weights, from the published starts and batch orders."""
+"""Fed-Heart-Disease: the published accuracies and final weights, from the published initial weights and batches."""
 
 import functools
 import json
@@ -20,8 +20,8 @@ def runs(n: int, root: Path) -> dict:
     return {(row["method"], row["seed"]): row for row in rows}
 
 
-# All of them on one rank; on several ranks the rule and the servers that keep state.
-# All seeds: jobs/experiments/reproduce_heart.sh.
+# All of them on one rank; on several ranks the rule and the servers with state. All seeds:
+# jobs/experiments/reproduce_heart.sh.
 METHODS = {
     1: ("FedAvg100", "FedProx100", "Scaffold100", "FedAdam100", "FedYogi100", "FedAdagrad100"),
     2: ("FedAdam100", "Scaffold100"),

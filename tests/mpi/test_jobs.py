@@ -1,4 +1,4 @@
-"""Every script of jobs/ runs in its quick form, on ranks where it starts some."""
+"""Every script of jobs/ runs in its quick form, on ranks if it starts any."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import pytest
 from support.mpi import ENVIRONMENT, FEDMPI, PYTHON, launcher
 
 TOP = Path(__file__).parents[2]
-# What no quick form is for: setup.sh is sourced by the others, test.sh would start these tests again.
-# tests/test_jobs.py has them; what docs.sh calls is tests/docs
+# Scripts without a quick form: the others source setup.sh; test.sh would start these tests again. tests/test_jobs.py
+# covers them; tests/docs covers docs.sh.
 APART = {"setup.sh", "test.sh", "quickstart.sh", "reproduce_heart.sh", "docs.sh"}
 
 # What setup.sh writes once all is installed.
@@ -25,10 +25,10 @@ echo "with $extras" >>.venv/fedmpi-installed
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout whose .venv is the environment of these tests: its jobs find all that they install."""
+    """A copy of the checkout whose .venv is the environment of these tests, so that jobs find everything installed."""
     top = tmp_path_factory.mktemp("checkout")
     for folder in ("jobs", "configs", "src"):
-        shutil.copytree(TOP / folder, top / folder)  # with what numba has compiled
+        shutil.copytree(TOP / folder, top / folder)  # with numba's compiled kernels
     shutil.copy(TOP / "setup.cfg", top)
     (top / ".venv/bin").mkdir(parents=True)
     mpirun = " ".join(launcher()) or "mpirun"
@@ -41,7 +41,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quick(checkout: Path, name: str, *arguments: str) -> str:
-    """What the script with --quick prints."""
+    """Standard output of the script with --quick."""
     inside = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PRTE_"))}
     path = os.pathsep.join(filter(None, [str(checkout / "src"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A rank that dies, under an MPI that can go on without it."""
+"""A rank that dies, under an MPI that survives it."""
 
 import json
 
@@ -14,5 +14,5 @@ def test_the_ranks_that_are_left_are_told_who_is_lost_and_go_on() -> None:
     assert [(row["rank"], row["left"], row["sum"]) for row in rows] == [(0, [0, 2], [2.0]), (2, [1, 2], [2.0])], (
         done.tails
     )
-    # Who learns of it by the other's `shrink` need not know who is lost.
+    # A rank that learns of it from another's `shrink` need not know who is lost.
     assert [1] in (told := [row["lost"] for row in rows]) and all(lost in ([1], []) for lost in told), done.tails

@@ -1,4 +1,4 @@
-"""`exchange.overlap` on 1, 2 and 4 ranks: one launch each, of programs/overlap.py; and under the command."""
+"""`exchange.overlap` on 1, 2 and 4 ranks: one launch each, of programs/overlap.py; and with the command."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from support.programs.overlap import CASES
 from support.programs.place import STEPS, TEN_MINUTES, Place, own_lines
 
 RANKS = (1, 2, 4)
-LATE = ("exchange.overlap=true", 'server.optimizer={name: "mine:Late"}')  # STEP_S and STEP_ODD say how
+LATE = ("exchange.overlap=true", 'server.optimizer={name: "mine:Late"}')  # STEP_S and STEP_ODD select the fault
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reports(folder: Path) -> dict[int, Report]:
-    """Each launch resumes what the one before has left: on more ranks, on fewer."""
+    """Each launch resumes the run of the one before, on more or fewer ranks."""
     order = [2, 4, 1]
     before = [[], *([str(n)] for n in order)]
     return {n: launch("overlap", n, str(folder), *last, timeout_s=240) for n, last in zip(order, before, strict=False)}
@@ -63,7 +63,7 @@ def test_no_rank_is_left(reports: dict[int, Report], n: int) -> None:
 
 
 def test_signal_while_an_exchange_is_under_way(place: Place) -> None:
-    """Exit 3 once it has arrived; on other ranks the run goes on to the bits of one that nobody stopped."""
+    """Exit 3 once it has arrived; on other ranks the run continues to the bits of an uninterrupted one."""
     assert place.train(2, "late", *LATE).rc == 0
     with place.start(2, "late-stop", *LATE, **TEN_MINUTES, AFTER=str(STEPS), STEP_S="6") as job:
         os.kill(place.busy(job, "late-stop")[1], signal.SIGUSR1)

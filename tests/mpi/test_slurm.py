@@ -11,13 +11,13 @@ import pytest
 from support.slurm import Cluster, slurm_or_skip, until
 
 TOP = Path(__file__).parents[2]
-# Rounds of some tenths of a second, so that there is something to cut.
+# Rounds take some tenths of a second, so that there is time to interrupt them.
 TRAINING = ("rounds=10", "local.epochs=40", "checkpoint.every=2")
 
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Cluster]:
-    """Four nodes: while one job waits for its second turn, another one runs."""
+    """Four nodes, so that one job can run while another waits to be requeued."""
     with slurm_or_skip(num_nodes=4) as running:
         yield running
 
@@ -57,7 +57,7 @@ def test_scancel_is_final_and_exit_0_is_not_believed(slurm: Cluster, tmp_path: P
     end = slurm.ended(job)
     assert (end["JobState"], end["Restarts"], end["Requeue"]) == ("CANCELLED", "0", "1"), slurm.log(job)
 
-    # What is on disk now is what mpirun leaves, with exit code 0, when it loses a node.
+    # Simulates the files after mpirun loses a node and returns exit code 0.
     job = submit(slurm, tmp_path / "run", FEDMPI_LAUNCHER="true", FEDMPI_STARTS="2")
     end = slurm.ended(job)
     assert (end["JobState"], end["ExitCode"]) == ("FAILED", "1:0"), slurm.log(job)

@@ -1,4 +1,4 @@
-"""Rounds after the first few allocate nothing of the model's size, and a run does not grow."""
+"""Rounds after the first few allocate nothing of the model's size, and a run's memory does not grow."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ JOB = Path(__file__).parents[2] / "jobs" / "bench" / "steady.py"
 def rows() -> list[dict]:
     done = mpirun(2, PYTHON, str(JOB), "--params", "3e5", "--rounds", "100", timeout_s=240)
     assert done.rc == 0, done.tails
-    return [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]  # mpirun may colour a last line
+    return [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]  # mpirun may color the last
 
 
 def test_an_exchange_touches_no_fresh_memory_of_the_vector_s_size(rows: list[dict]) -> None:
-    # MPI_Allreduce of a block takes scratch of its own each time, which is a vector where vectors are a block.
+    # MPI_Allreduce of a block allocates scratch memory each time: a whole vector, if vectors are one block.
     fresh = {row["exchange"]: row["fresh_memory"] for row in rows if "replicated" not in row["exchange"]}
     assert len(fresh) >= 6 and max(fresh.values()) < 0.15, fresh
 

@@ -19,7 +19,7 @@ from fedmpi import checkpoint
 
 @pytest.mark.parametrize(("how", "rank", "whole"), (("SIGUSR1", 1, 1), ("SIGTERM", 0, 0)))
 def test_signal_in_a_ten_minute_round(place: Place, undisturbed: str, how: str, rank: int, whole: int) -> None:
-    """One rank gets it, again and again until it is gone; all end in the midst of the round after `whole`."""
+    """One rank gets the signal, again and again until it is gone; all end during the round after `whole`."""
     with place.start(2, how, **TEN_MINUTES, AFTER=str(whole * STEPS)) as job:
         pid = place.busy(job, how)[rank]
         with suppress(ProcessLookupError):
@@ -38,7 +38,7 @@ def test_signal_in_a_ten_minute_round(place: Place, undisturbed: str, how: str, 
 
 
 def test_fedmpi_stop_in_a_ten_minute_round(place: Place, undisturbed: str) -> None:
-    """Rank 0, which has to see the file, only waits; meanwhile no second job gets the directory."""
+    """Rank 0, which must see the file, only waits; meanwhile no second job gets the directory."""
     dedicated = "server.dedicated=true"
     with place.start(3, "stop", dedicated, **TEN_MINUTES, AFTER=str(STEPS)) as job:
         place.busy(job, "stop", idle=1)
@@ -56,7 +56,7 @@ def test_fedmpi_stop_in_a_ten_minute_round(place: Place, undisturbed: str) -> No
 
 
 def test_ctrl_c_at_mpirun_says_what_remains(place: Place) -> None:
-    """The launcher leaves its ranks half a second, and passes on nothing that they say in it."""
+    """The launcher gives its ranks half a second, and passes on none of their output in it."""
     with place.start(2, "interrupted", "checkpoint.every=1", **TEN_MINUTES, AFTER=str(STEPS)) as job:
         place.busy(job, "interrupted")
         until(lambda: place.rounds("interrupted") == [1], 60)

@@ -1,4 +1,4 @@
-"""`fedmpi run` over a real mpirun: ranks, the launcher and the supervisor itself are killed or stopped."""
+"""`fedmpi run` with a real mpirun: ranks, the launcher and the supervisor itself are killed or stopped."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ from support.programs.place import Place
 
 from fedmpi import remains, stopping
 
-SLOW = {"SLEEP_S": "0.002"}  # a batch; a round of two silos takes two seconds
+SLOW = {"SLEEP_S": "0.002"}  # per batch; a round of two silos takes two seconds
 
 
 @contextlib.contextmanager
 def supervised(place: Place, out: str, *overrides: str, grace_s: float = 60.0, ranks: int = 2, **env: str):
-    """`fedmpi run` on so many ranks; all processes of it are gone when the block ends."""
+    """`fedmpi run` on `ranks` ranks; all its processes are gone when the block ends."""
     if FAST:
         pytest.skip("starts ranks, which FEDMPI_FAST leaves out")
     if not launcher():
@@ -38,7 +38,7 @@ def supervised(place: Place, out: str, *overrides: str, grace_s: float = 60.0, r
         try:
             yield process
         finally:
-            process.kill()  # its launcher gets SIGTERM from the kernel
+            process.kill()  # the kernel sends its launcher SIGTERM
             process.wait()
             until(lambda: stopping.is_training(place.folder / out) is not True, 20)
 

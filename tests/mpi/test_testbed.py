@@ -1,4 +1,4 @@
-"""The testbed: hosts that are apart, links no faster than asked for, and nothing that stays behind."""
+"""The testbed: separate hosts, links no faster than requested, and nothing left behind."""
 
 import functools
 import json
@@ -13,8 +13,8 @@ import pytest
 from support.mpi import OTHERS, TESTS, absent, until
 
 TESTBED = TESTS / "support" / "testbed.sh"
-LAUNCHERS = {"openmpi": ("mpirun", "(Open MPI) 5"), "mpich": ("mpiexec", "HYDRA")}  # and what their --version says
-LIMIT_S = 90  # of what takes a second or two where nobody else is busy
+LAUNCHERS = {"openmpi": ("mpirun", "(Open MPI) 5"), "mpich": ("mpiexec", "HYDRA")}  # with a text of their --version
+LIMIT_S = 90  # limit for what takes a second or two on an idle machine
 
 HELLO = """
 import json, os, sys
@@ -50,7 +50,7 @@ for _ in range(4):
 
 @functools.cache
 def launcher_folder(kind: str) -> Path | None:
-    """Where the launcher of this MPI is: beside Python, or anywhere on PATH."""
+    """The folder of this MPI's launcher: beside Python, or anywhere on PATH."""
     name, says = LAUNCHERS[kind]
     for folder in (Path(sys.executable).parent, *map(Path, os.environ["PATH"].split(os.pathsep))):
         if os.access(folder / name, os.X_OK):
@@ -61,7 +61,7 @@ def launcher_folder(kind: str) -> Path | None:
 
 
 def some_kind() -> str:
-    """An MPI that is there, for what is the same with all."""
+    """An installed MPI, for tests that do not depend on which."""
     for kind in LAUNCHERS:
         if launcher_folder(kind):
             return kind
@@ -77,7 +77,7 @@ def why_not() -> str:
 
 
 class Started(subprocess.Popen[str]):
-    """A testbed that runs. Leaving the `with` block kills it; the test is skipped where there can be none."""
+    """A running testbed. Leaving the `with` block kills it; the test is skipped if there can be none."""
 
     def __init__(self, kind: str, *arguments: str, cwd: Path, **env: str) -> None:
         folder = launcher_folder(kind)
@@ -97,11 +97,11 @@ class Started(subprocess.Popen[str]):
         )
 
     def __exit__(self, *error: object) -> None:
-        self.kill()  # the script alone
+        self.kill()  # only the script itself
         super().__exit__(*error)
 
     def output(self) -> str:
-        """What it printed, once it has ended well."""
+        """Its standard output; fails unless it exits with 0."""
         out, err = self.communicate(timeout=LIMIT_S)
         assert self.returncode == 0, err
         return out
@@ -137,7 +137,7 @@ def test_the_exit_code_is_the_commands(kind: str, tmp_path: Path) -> None:
 
 
 def on_the_machine() -> set[str]:
-    """Of all that a testbed could leave to the machine, what is there."""
+    """What a testbed could leave on the machine and is there now."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True, timeout=LIMIT_S)
     found = {f"namespace {line}" for line in listed.stdout.splitlines()}
     found |= {f"link {link.name}" for link in Path("/sys/class/net").iterdir()}
@@ -146,7 +146,7 @@ def on_the_machine() -> set[str]:
 
 
 def processes(mark: str) -> dict[int, str]:
-    """Those with this in their environment, and their network namespaces."""
+    """Processes with this mark in their environment, and their network namespaces."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -191,11 +191,11 @@ def test_two_side_by_side(tmp_path: Path) -> None:
             ]
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refused input
 
 
 def refusal(*arguments: str, path: str | None = None) -> tuple[int, str]:
-    """Exit code and the one line that is said."""
+    """Exit code and the one line of the message."""
     env = {**os.environ, "PATH": path or os.environ["PATH"]}
     done = subprocess.run([TESTBED, *arguments], env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.stdout == ""

@@ -1,5 +1,7 @@
-"""Whole runs on 1, 2 and 4 ranks: one launch each, of programs/training.py. Figures that must not depend on the number
-of ranks are compared across the launches."""
+"""Whole runs on 1, 2 and 4 ranks: one launch each, of programs/training.py.
+
+Figures that must not depend on the number of ranks are compared across launches.
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reports(folder: Path) -> dict[int, Report]:
-    """Each launch resumes what the one before has left: on more ranks, on fewer."""
+    """Each launch resumes the run of the one before, on more or fewer ranks."""
     order = [2, 4, 1]
     before = [[], *([str(n)] for n in order)]
     return {n: launch("training", n, str(folder), *last, timeout_s=300) for n, last in zip(order, before, strict=False)}

@@ -1,1 +1,1 @@
-"""What several test files share; no test file imports another."""
+"""Helpers that several test files share; test files do not import each other."""

@@ -1,4 +1,4 @@
-"""Every codec in several variants, vectors for them and buffers."""
+"""Every codec in several variants, with vectors and buffers for them."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ LENGTHS = [0, 1, 2, 7, 255, 256, 257, 1000, 4095, 4096, 4097, 12301]
 
 
 def codecs_that(holds):
-    """A test for every codec of which this holds."""
+    """Parametrize a test over every codec for which `holds` is true."""
     made = [(CODECS.build(variant, "codec"), name) for variant, name in zip(VARIANTS, NAMES, strict=True)]
     return pytest.mark.parametrize("codec", [pytest.param(codec, id=name) for codec, name in made if holds(codec)])
 
@@ -34,7 +34,7 @@ every_codec = codecs_that(lambda codec: True)
 
 
 def vector(num, seed=0, wide=True):
-    """Normal numbers, many of them far smaller than others."""
+    """Normal numbers; with `wide`, many of them far smaller than others."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(num)
     return torch.from_numpy((np.clip(x, -3, 3) * 2.0 ** -rng.integers(0, 20 * wide + 1, num)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Sections of `exchange`; and a vector some of whose values travel exactly beside a lossy codec."""
+"""Sections of `exchange`, and a vector with values that are sent exactly beside a lossy codec."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Modules that do to their tensors and to random numbers what a flat vector and a keyed run have to live with."""
+"""Modules that treat tensors and random numbers in ways that a flat vector and a seeded run must handle."""
 
 import random
 from typing import Any
@@ -13,13 +13,13 @@ from fedmpi.types import Silo, SiloData, Source
 
 
 def with_vectors(module, shared, auxiliaries):
-    """The module as a flat vector with room behind it for what travels with its delta."""
+    """The module as a flat vector with room for the auxiliary vectors that are sent with its delta."""
     return FlatModel(module, shared, layout=layout_of(entries(module, shared), auxiliaries))
 
 
 @component
 class Drifts:
-    """A regression whose silos differ: the inputs of silo k have mean k + 1."""
+    """A regression with heterogeneous silos: the inputs of silo k have mean k + 1."""
 
     silos: int = 4
     tests: int = 8
@@ -36,7 +36,7 @@ class Drifts:
 
 @component
 class Drawn:
-    """Samples drawn from generators that nobody seeded."""
+    """Samples drawn from unseeded generators."""
 
     def source(self, seed):
         shift = random.random()
@@ -49,7 +49,7 @@ class Drawn:
 
 
 class Jitter(nn.Module):
-    """Noise from numpy's, Python's and torch's own generators, in training or always; first weights from numpy's."""
+    """Noise from numpy's, Python's and torch's generators, in training or always; initial weights from numpy's."""
 
     def __init__(self, always=False):
         super().__init__()
@@ -75,7 +75,7 @@ class Cast(nn.Module):
 
 
 class Statistic(nn.Module):
-    """A running mean of the inputs that is assigned anew, or written in place; a counter beside it."""
+    """A running mean of the inputs, reassigned or written in place, and a counter."""
 
     mean: torch.Tensor
     calls: torch.Tensor
@@ -104,7 +104,7 @@ class Statistic(nn.Module):
 
 
 class Weights(nn.Module):
-    """Weights that leave their place: `.data` assigned anew, compacted as an RNN's on a GPU, or replaced."""
+    """Weights that move: `.data` reassigned, flattened like an RNN's on a GPU, or replaced."""
 
     def __init__(self, how):
         super().__init__()
@@ -130,7 +130,7 @@ class Weights(nn.Module):
 
 
 class Tied(nn.Module):
-    """y = W W x, its weights tied by object or by memory."""
+    """y = W W x, with weights tied by object or by memory."""
 
     def __init__(self, how):
         super().__init__()
@@ -178,7 +178,7 @@ class Views(nn.Module):
 
 
 class Unsaved(nn.Module):
-    """A statistic that no state_dict holds: a buffer that is not saved, or a plain attribute."""
+    """A statistic outside the state_dict: a non-persistent buffer, or a plain attribute."""
 
     mean: torch.Tensor
 
@@ -197,7 +197,7 @@ class Unsaved(nn.Module):
 
 
 class Cache(nn.Module):
-    """A table that grows as it is needed, and one that is made when it is needed: of no consequence."""
+    """A table that grows on demand, and one that is created on demand; neither affects results."""
 
     def __init__(self):
         super().__init__()
@@ -213,8 +213,7 @@ class Cache(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Counts and averages in what is neither parameter nor buffer, or in a buffer that is made when it is needed; draws
-    from a generator of its own."""
+    """Counts and averages in plain attributes, or in a buffer created on demand; draws from its own generator."""
 
     mean: Any
 
@@ -293,7 +292,7 @@ class Follower(nn.Module):
 
 
 class Extra(nn.Linear):
-    """A layer whose state_dict holds what is no tensor."""
+    """A layer with a non-tensor in its state_dict."""
 
     def __init__(self, inputs, outputs, counts=False):
         super().__init__(inputs, outputs)
@@ -311,7 +310,7 @@ class Extra(nn.Linear):
 
 
 class Starts(nn.Module):
-    """A model that is wrong from the start."""
+    """A model that is invalid from the start."""
 
     def __init__(self, how):
         super().__init__()
@@ -341,7 +340,7 @@ class Lazy(nn.Module):
 
 
 class Normed(nn.Module):
-    """Batch normalization, or one of one's own that makes nan of a single sample."""
+    """Batch normalization, or a custom one that returns nan for a single sample."""
 
     def __init__(self, own=False):
         super().__init__()
@@ -357,7 +356,7 @@ class Normed(nn.Module):
 
 
 class PlainNorm(nn.Module):
-    """Images through batch normalization: one of them has pixels enough."""
+    """Batch normalization of images: one image has enough pixels."""
 
     def __init__(self):
         super().__init__()
@@ -368,7 +367,7 @@ class PlainNorm(nn.Module):
 
 
 class Fixed(torch.nn.Module):
-    """Gives what it is given; a frozen part keeps its own mode."""
+    """Returns its input; a frozen part keeps its own mode."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""MPI jobs for tests: started by a real mpirun, under a time limit, and all gone when the test is over.
+"""MPI jobs for tests: a real mpirun with a time limit; no process is left when the test ends.
 
 done = mpirun(2, "fedmpi", "train", "config.yaml", timeout_s=60)     a job from start to end
-with Job(2, "fedmpi", "train", "config.yaml") as job:                a job that the test does something to
+with Job(2, "fedmpi", "train", "config.yaml") as job:                a job that the test interacts with
     os.kill(job.ranks()[1], signal.SIGUSR1)
     done = job.wait(20)
 report = launch("collectives", 4)                                    a program of many cases, see programs/cases.py
@@ -28,15 +28,15 @@ import pytest
 T = TypeVar("T")
 
 TESTS = Path(__file__).parents[1]
-PROGRAMS = TESTS / "support" / "programs"  # what tests launch on ranks
+PROGRAMS = TESTS / "support" / "programs"  # programs that tests launch on ranks
 PYTHON = sys.executable
 FEDMPI = str(Path(sys.executable).parent / "fedmpi")
-OTHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FEDMPI_RANKS")  # what an outer launcher would tell ours
+OTHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FEDMPI_RANKS")  # set by an outer launcher, and hidden from ours
 
 FAST = bool(os.environ.get("FEDMPI_FAST"))  # no test starts ranks, see conftest.py
-may_start = True  # has the running test the marker `mpi`? conftest.py sets it for each test
+may_start = True  # whether the running test has the marker `mpi`; conftest.py sets it for each test
 
-# More ranks than cores are what these tests are about; a container's root is as good a user as any.
+# These tests run more ranks than cores, and may run as root in a container.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # ranks of other tests are on the same cores
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
@@ -47,7 +47,7 @@ ENVIRONMENT = {
 
 
 def absent(what: str, reason: str) -> NoReturn:
-    """Skip the test; fail it where FEDMPI_REQUIRE names `what`."""
+    """Skip the test; fail it if FEDMPI_REQUIRE names `what`."""
     required = what in os.environ.get("FEDMPI_REQUIRE", "").split(",")
     (pytest.fail if required else pytest.skip)(reason)
     raise AssertionError
@@ -55,7 +55,7 @@ def absent(what: str, reason: str) -> NoReturn:
 
 @functools.cache
 def launcher() -> tuple[str, ...]:
-    """mpirun and the options that it always needs; empty when there is none."""
+    """mpirun with the options that it always needs; empty if there is none."""
     beside = Path(PYTHON).parent / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
@@ -74,14 +74,14 @@ class Done(NamedTuple):
 
     @property
     def tails(self) -> str:
-        """The ends of its outputs, for the message of an assertion."""
+        """The last part of its outputs, for assertion messages."""
         return (
             f"exit {self.rc} after {self.seconds:.1f} s\nstdout: ...{self.out[-2000:]}\nstderr: ...{self.err[-4000:]}"
         )
 
 
 class Job:
-    """A running mpirun. Leaving the `with` block kills whatever is left of it."""
+    """A running mpirun. Leaving the `with` block kills what is left of it."""
 
     def __init__(self, n: int, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
         if FAST:
@@ -92,7 +92,7 @@ class Job:
         self.n = n
         clean = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
         self._outputs = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115
-        # Open MPI refuses to start over the contact file of a killed mpirun that had the same process id.
+        # Open MPI refuses to start over the contact file of a killed mpirun with the same process id.
         self._tmp = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
         self.started_s = time.monotonic()
         self.process = subprocess.Popen(
@@ -102,7 +102,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=self._outputs[0],
             stderr=self._outputs[1],
-            start_new_session=True,  # by which all its processes are known
+            start_new_session=True,  # identifies all its processes
         )
 
     def __enter__(self) -> "Job":
@@ -122,18 +122,18 @@ class Job:
         return [pid for pid in _pids() if (stat := _stat(pid))[3:4] == [session] and stat[0] != "Z"]
 
     def ranks(self) -> dict[int, int]:
-        """Process ids of the ranks that are there by now, by rank."""
+        """Process ids of the ranks that have started, by rank."""
         found = {}
         for pid in self.processes():
             with suppress(OSError):
                 for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     name, _, value = line.partition(b"=")
                     if name in (b"OMPI_COMM_WORLD_RANK", b"PMI_RANK") and int(value) not in found:
-                        found[int(value)] = pid  # the lowest pid: a rank's own children come after it
+                        found[int(value)] = pid  # the lowest pid: a rank's children start later
         return found
 
     def wait(self, limit_s: float) -> Done:
-        """How it ended. A job that does not end by itself within the limit is killed, and fails the test."""
+        """How the job ended. A job that exceeds the limit is killed and fails the test."""
         try:
             rc = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -143,16 +143,16 @@ class Job:
         return self.so_far()._replace(rc=rc)
 
     def so_far(self) -> Done:
-        """What it has said up to now."""
+        """The output so far."""
         for file in self._outputs:
             file.seek(0)
-        # Open MPI ends what it says with a zero byte, and where it takes its output for a terminal's with colours off.
+        # Open MPI appends a zero byte to its output, and a color reset if it takes the output for a terminal.
         out, err = (file.read().replace("\0", "").replace("\x1b[0m", "") for file in self._outputs)
         rc = self.process.poll()
         return Done(-1 if rc is None else rc, out, err, time.monotonic() - self.started_s)
 
     def kill(self) -> None:
-        """SIGKILL to all of it at once, as when a node loses its power."""
+        """SIGKILL all processes at once, as if a node lost power."""
         while found := self.processes():
             for pid in found:
                 with suppress(ProcessLookupError):
@@ -171,7 +171,7 @@ def mpirun(
 
 
 def until(condition: Callable[[], T], limit_s: float, explain: Callable[[], object] = str) -> T:
-    """The first true answer of `condition`."""
+    """Wait for the first truthy result of `condition` and return it; fail after `limit_s` seconds."""
     deadline = time.monotonic() + limit_s
     while not (answer := condition()):
         if time.monotonic() > deadline:
@@ -185,7 +185,7 @@ def _pids() -> Iterator[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent, group, session, ... of a process; empty when it is gone."""
+    """State, parent, group, session, ... of a process; empty if it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -193,7 +193,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """How long a process has computed; 0 when it is gone."""
+    """CPU time of a process, seconds; 0 if it is gone."""
     stat = _stat(pid)
     return sum(map(int, stat[11:13])) / os.sysconf("SC_CLK_TCK") if len(stat) > 12 else 0.0
 
@@ -203,14 +203,14 @@ def cpu_seconds(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Report:
-    """What a program of programs/ said of its cases."""
+    """The results of a program in programs/."""
 
     n: int
     done: Done
     rows: dict[str, dict[int, dict[str, Any]]]  # by case and rank
 
     def check(self, case: str) -> Any:
-        """Fail unless every rank came through the case; what rank 0 answered comes back."""
+        """Fail unless the case passed on every rank; returns rank 0's value."""
         rows = self.rows.get(case, {})
         bad = [f"rank {rank}: {row['why']}" for rank, row in sorted(rows.items()) if not row["ok"]]
         if bad:
@@ -225,7 +225,7 @@ class Report:
 
 @functools.cache
 def launch(program: str, n: int, *arguments: str, timeout_s: float = 120) -> Report:
-    """Run programs/PROGRAM.py on n ranks, once per test session however many tests look at it."""
+    """Run programs/PROGRAM.py on n ranks, once per test session, however many tests use it."""
     command = (PYTHON, "-m", f"support.programs.{program}", *arguments)
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     with Job(n, *command, env={"PYTHONPATH": path}) as job:

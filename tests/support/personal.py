@@ -1,4 +1,4 @@
-"""Runs on silos of least squares that keep models, layers or statistics of their own."""
+"""Runs on least-squares silos with models, layers or statistics of their own."""
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ def config(out, local=None, rounds=3, **other):
 
 
 def done(config):
-    """The records, and the run when it was over."""
+    """The records, and the finished run."""
     with fedmpi.Run(config, comm=SoloComm()) as run:
         records = list(run)
         run.final_P = run.parameters.clone()  # type: ignore[attr-defined]

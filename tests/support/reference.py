@@ -1,22 +1,23 @@
-"""Federated averaging in plain numpy, float64: what the fast path must agree with. Nothing here imports fedmpi.
+"""Federated averaging in plain numpy, float64: the reference for the fast path. Does not import fedmpi.
 
     w_P = train(w_P, silos, rounds=15, local_lr=0.01, gradient=binary_gradient)[-1]
 
 P parameters, K silos. A silo is (n_k, batches): its number of training samples, and a function from the round (1, 2,
-...) to the batches (x, y) that it visits there.
+...) to the batches (x, y) of that round.
 """
 
 import numpy as np
 
 
 def binary_gradient(w_P, x, y):
-    """Of mean binary cross-entropy; the model is linear: weights, then bias."""
+    """Gradient of the mean binary cross-entropy of a linear model [P]: weights, then bias."""
     error = 1 / (1 + np.exp(-(x @ w_P[:-1] + w_P[-1]))) - y
     return np.append(x.T @ error, error.sum()) / len(x)
 
 
 def softmax_gradient(w_P, x, y):
-    """Of mean cross-entropy; the model is linear: weights [classes, inputs] row by row, then biases [classes]."""
+    """Gradient of the mean cross-entropy of a linear model [P]: weights [classes, inputs] by row, then biases
+    [classes]."""
     inputs = x.shape[1]
     classes = len(w_P) // (inputs + 1)
     logits = x @ w_P[: classes * inputs].reshape(classes, inputs).T + w_P[classes * inputs :]
@@ -27,7 +28,7 @@ def softmax_gradient(w_P, x, y):
 
 
 def square_gradient(w_P, x, y):
-    """Of mean squared error; the model is linear: weights, then bias."""
+    """Gradient of the mean squared error of a linear model [P]: weights, then bias."""
     error = x @ w_P[:-1] + w_P[-1] - y
     return 2 * np.append(x.T @ error, error.sum()) / len(x)
 
@@ -104,7 +105,7 @@ SERVERS = {
 
 
 def train(w_P, silos, rounds, local_lr, gradient, server="fedavg", v0=0.0, **options):
-    """The global parameters after every round; all silos take part in each. `options` are the server's."""
+    """The global parameters after every round; all silos take part in each. `options` go to the server optimizer."""
     w_P = np.asarray(w_P, np.float64)
     m, v = start(w_P, v0)
     after = []

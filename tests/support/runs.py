@@ -1,4 +1,4 @@
-"""Whole runs in this process, on one rank: data, models and rules for them, and what is looked at."""
+"""Whole runs in this process on one rank: their data, models and rules, and helpers to inspect them."""
 
 import os
 import signal
@@ -21,20 +21,20 @@ from fedmpi.local import Sgd
 from fedmpi.state import StateTensor
 from fedmpi.types import Silo, SiloData, Source
 
-OWN = "support.runs:"  # what configurations call this module's own components
+OWN = "support.runs:"  # how configurations name this module's components
 
 
 @component
 class Blobs:
-    """Two clouds of points a silo; what may be wrong with data can be asked for."""
+    """Two point clouds per silo, with faults in the data on request."""
 
     sizes: tuple[int, ...] = (20, 30, 50)
     infinite: str = ""
-    """a silo one of whose samples is not finite"""
+    """silo with a non-finite sample"""
     shape: tuple[int, ...] = (4,)
-    """what the dataset says"""
+    """the sample shape that the dataset declares"""
     declared: int | None = None
-    """what it says of the sizes"""
+    """the size that it declares for each silo"""
     task: Any = "classification"
 
     def source(self, seed):
@@ -52,7 +52,7 @@ class Blobs:
 
 
 class Normed(nn.Module):
-    """Everything that a silo may have to keep: a personal head, running statistics, an integer, a frozen layer."""
+    """All kinds of state that a silo may keep: a personal head, running statistics, an integer, a frozen layer."""
 
     def __init__(self, inputs=4, dropout=0.2):
         super().__init__()
@@ -67,7 +67,7 @@ class Normed(nn.Module):
 
 @component
 class Keeper(Sgd):
-    """Keeps how often a silo took part under names and in types of every kind; the silo's weight follows them."""
+    """Counts a silo's rounds in kept tensors of many names and dtypes; the silo's weight follows the count."""
 
     def train(self, silo, model, params_P, round):
         before = silo.kept
@@ -83,7 +83,7 @@ class Keeper(Sgd):
 
 @component
 class Cliff:
-    """A learning rate that goes through the roof in round `at`."""
+    """A learning rate that explodes in round `at`."""
 
     at: int = 3
 
@@ -103,7 +103,7 @@ class Slope:
 
 @component
 class Eventful:
-    """In order; in one epoch of silo s1 (none if it is not in the environment) something happens."""
+    """Keeps the order; in one epoch of silo s1 an event happens, if the environment names one."""
 
     def order(self, seed, silo, epoch, num_samples):
         if (silo, str(epoch)) == ("s1", os.environ.get("EPOCH")):
@@ -114,7 +114,7 @@ class Eventful:
                 os.kill(os.getpid(), signal.SIGUSR1)
             else:
                 Path(what).touch()
-            time.sleep(0.06)  # the file is looked for so often
+            time.sleep(0.06)  # polling interval of the file
         return np.arange(num_samples)
 
 
@@ -123,7 +123,7 @@ def squared_loss(outputs, targets):
 
 
 def endless(outputs, targets):
-    """Its gradient is finite, it is not."""
+    """A loss that is not finite, with a finite gradient."""
     return squared_loss(outputs, targets) + torch.inf
 
 
@@ -135,18 +135,18 @@ def refuses_to_look(outputs, targets):
 
 
 def steep(outputs, targets):
-    """Its gradient moves the outputs' mean by about one a step of lr 1."""
+    """A loss whose gradient moves the outputs' mean by about 1 per step at lr 1."""
     return -outputs.mean()
 
 
 def rank_distance(outputs, targets):
-    """No mean of batches: how far the mean of the best half lies above the rest."""
+    """A metric that is no mean over batches: how far the mean of the best half lies above the rest."""
     best = outputs[:, 1].sort().values
     return best[len(best) // 2 :].mean() - best[: len(best) // 2].mean()
 
 
 def needs_five(outputs, targets):
-    """A metric that raises where there are too few samples."""
+    """A metric that raises if there are too few samples."""
     if len(outputs) < 5:
         raise ValueError("five at least")
     return len(outputs)
@@ -159,7 +159,8 @@ def nowhere(outputs, targets):
 
 @component
 class Ignoring:
-    """Three classes; of s0 five targets of 12 count and in its second batch of two none, of s1 all, of s2 none."""
+    """Three classes with ignored targets: 5 of 12 count in s0 and none in its second batch of two; all in s1; none in
+    s2."""
 
     silos: tuple[str, ...] = ("s0", "s1", "s2")
 
@@ -196,19 +197,19 @@ class ClassesLast(nn.Module):
 
 
 def pixel_net(last):
-    """Logits with their classes in dimension 1, or in the last."""
+    """Logits with the classes in dimension 1, or in the last."""
     layers = [nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)]
     return nn.Sequential(*layers, *([ClassesLast()] if last else []))
 
 
 def up_and_down(outputs, targets):
-    """A figure that has no trend."""
+    """A metric without a trend."""
     return (300 * outputs.double().mean()).sin()
 
 
 @pytest.fixture(autouse=True)
 def put_back():
-    """What a run changes in its process is put back."""
+    """Restore what a run changes in this process."""
     threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
@@ -223,7 +224,7 @@ def config(out, rounds=4, data=None, model="logistic", local=None, **other):
 
 
 def run(how, rounds=None):
-    """The records of a run that is left, as with break, after `rounds` more; and the run."""
+    """The records of a run that is left, as with break, after `rounds` more rounds; and the run."""
     with fedmpi.Run(how, comm=SoloComm()) as run:
         records = []
         for record in run:
@@ -241,7 +242,7 @@ def refused(how):
 
 
 def everything(out, ids=("s0", "s1", "s2")):
-    """All that the next round would depend on, and the round."""
+    """All state that the next round depends on, and the round."""
     round = results.newest(out)
     server = checkpoint.read_server(out, round)
     silos = checkpoint.read_silos(out, round, ids)

@@ -1,4 +1,4 @@
-"""Every selector, and one step of one as a round does it."""
+"""Every selector, and one step of a selector as in a round."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ CASES = [(name, spec) for name in SELECTORS.members for spec in SPECS[name]]
 
 
 def step(selector, state, last, rng):
-    """As a round does it."""
+    """One selection, as a round does it."""
     if hasattr(selector, "observe"):
         state = selector.observe(IDS, state, last)
     asked = selector.candidates(IDS, state, last, rng) if hasattr(selector, "candidates") else []

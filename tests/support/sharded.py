@@ -1,4 +1,4 @@
-"""Rounds of the sharded plan over ranks that are threads."""
+"""Rounds of the sharded plan on ranks that are threads."""
 
 import torch
 
@@ -24,14 +24,14 @@ def fed_back_of(exchange):
 
 
 def drawn(rounds, silos=5, seed=0):
-    """Start and each round's deltas by silo."""
+    """Initial parameters, and each round's deltas by silo."""
     draw = torch.Generator().manual_seed(seed)
     deltas = 1e-2 * torch.randn(rounds, silos, P, generator=draw)
     return torch.randn(P, generator=draw), deltas
 
 
 def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owners=None, aggregator=None):
-    """What each rank ends with: parameters, counted bytes, residuals, whole server vectors, bytes of one round."""
+    """Each rank's result: parameters, counted bytes, residuals, whole server vectors, bytes of one round."""
     optimizer = OPTIMIZERS.build(server, "")
     owners = owners or OWNERS[num_ranks]
 
@@ -48,7 +48,7 @@ def run(how, start_P, deltas_RKP, num_ranks, server="fedavg", cohorts=None, owne
                 delta_P = deltas_KP[k].clone()
                 exchange.add(Contribution(ids[k], number, WEIGHTS[k], delta_P, 0.0, 1, 1))
                 if len(cohort) > 1 or how.scope == "silo":
-                    delta_P.fill_(float("nan"))  # its memory is the next silo's
+                    delta_P.fill_(float("nan"))  # the next silo reuses its memory
             before = (comm.bytes_up, comm.bytes_down, comm.bytes_control)
             params_P, state = exchange.finish(params_P, Server(optimizer), state)
             spent = [b - a for a, b in zip(before, (comm.bytes_up, comm.bytes_down, comm.bytes_control), strict=True)]

@@ -1,7 +1,7 @@
-"""A real SLURM on this host for as long as a test needs it: virtual nodes on loopback, everything in one directory.
+"""A real SLURM on this host while a test needs it: virtual nodes on loopback, all files in one directory.
 
-Needed are slurmctld, slurmd, slurm-client, munge and libpmix2 (Debian's names), but no systemd and no cgroups,
-and root only once, for a link that Debian forgot.
+Needs slurmctld, slurmd, slurm-client, munge and libpmix2 (Debian's names), but no systemd and no cgroups. Needs root
+once, for a link that Debian's packages lack.
 """
 
 import os
@@ -25,7 +25,7 @@ T = TypeVar("T")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
-# Open MPI takes nodes that share one host for what they are not; on real nodes it needs none of this.
+# Open MPI mistakes nodes on one host for a single node; real nodes need none of this.
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -36,24 +36,24 @@ OPEN_MPI = {
 
 
 class CannotStart(Exception):
-    """Why there is no SLURM on this host."""
+    """Why SLURM cannot start on this host."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running SLURM; ``env`` is what its commands and jobs are started with."""
+    """A running SLURM; ``env`` is the environment of its commands and jobs."""
 
     env: dict[str, str]
 
     def run(self, *command: str, **env: str) -> str:
-        """What the command printed; raises with its complaint if it failed."""
+        """The command's standard output; raises with its error output if it failed."""
         done = subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=30)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
         return done.stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a job, such as ``JobState``, ``Restarts`` and ``ExitCode``."""
+        """SLURM's properties of a job, such as ``JobState``, ``Restarts`` and ``ExitCode``."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "--oneliner", "job", job)))
 
     def ended(self, job: str, timeout_s: float = 60) -> dict[str, str]:
@@ -67,7 +67,7 @@ class Cluster:
 
 
 def until(condition: Callable[[], T], timeout_s: float, explain: Callable[[], object] = str) -> T:
-    """The first true answer of ``condition``; ``explain()`` is in the error when there is none in ``timeout_s``."""
+    """Wait for the first truthy result of ``condition``; the error after ``timeout_s`` includes ``explain()``."""
     deadline = time.monotonic() + timeout_s
     while not (answer := condition()):
         if time.monotonic() > deadline:
@@ -78,7 +78,7 @@ def until(condition: Callable[[], T], timeout_s: float, explain: Callable[[], ob
 
 @contextmanager
 def slurm_or_skip(num_nodes: int = 2) -> Iterator[Cluster]:
-    """A cluster; the test is skipped where none can be had, or fails if FEDMPI_REQUIRE has ``slurm``."""
+    """A cluster; the test is skipped if there can be none, or fails if FEDMPI_REQUIRE has ``slurm``."""
     with ExitStack() as stack:
         try:
             running = stack.enter_context(cluster(num_nodes))
@@ -90,13 +90,13 @@ def slurm_or_skip(num_nodes: int = 2) -> Iterator[Cluster]:
 
 @contextmanager
 def cluster(num_nodes: int = 2, num_cpus: int = 2) -> Iterator[Cluster]:
-    """Starts SLURM with nodes n1, n2, ... that claim ``num_cpus`` each, and ends all that ran in it."""
+    """Start SLURM with nodes n1, n2, ... of ``num_cpus`` each; end everything that ran in it afterwards."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "PMI"))}
     env = {**env, **OPEN_MPI, "PATH": f"{env['PATH']}:/usr/sbin:/sbin"}
     if missing := [program for program in PROGRAMS if not shutil.which(program, path=env["PATH"])]:
         raise CannotStart(f"{', '.join(missing)} not installed")
     _link_pmix()
-    # Not below TMPDIR: the path of munge's socket has to stay under 108 bytes.
+    # Not below TMPDIR: the path of munge's socket must stay under 108 bytes.
     with tempfile.TemporaryDirectory(prefix="fedmpi-slurm-", dir="/tmp", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         env["SLURM_CONF"] = f"{directory}/slurm.conf"
@@ -131,7 +131,7 @@ def _link_pmix() -> None:
 
 
 def _configure(directory: Path, num_nodes: int, num_cpus: int) -> None:
-    """Writes slurm.conf, cgroup.conf and munge's key."""
+    """Write slurm.conf, cgroup.conf and munge's key."""
     with ExitStack() as stack:  # held until all are taken, so that no two are the same
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(num_nodes + 1)]
         control_port, *ports = [each.getsockname()[1] for each in sockets]
@@ -175,14 +175,14 @@ PartitionName=all Nodes=ALL Default=YES DefaultTime=10 State=UP
         (directory / f"tmp.n{i}").mkdir()
         conf += f"NodeName=n{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={num_cpus} RealMemory=1024\n"
     (directory / "slurm.conf").write_text(conf)
-    # slurmd loads a cgroup plugin even when nothing uses it; this one starts with any cgroup mount and with none.
+    # slurmd loads a cgroup plugin even if nothing uses it; this one starts with any cgroup mount or none.
     (directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (directory / "munge.key").write_bytes(os.urandom(128))
     (directory / "munge.key").chmod(0o600)
 
 
 def _start(command: str, directory: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A daemon in the foreground; in a session of its own, or Ctrl-C would end it before its jobs."""
+    """A daemon in the foreground, in its own session, because Ctrl-C would otherwise end it before its jobs."""
     with open(directory / f"{command.replace(' ', '')[:20]}.log", "wb") as log:
         return subprocess.Popen(
             command.split(), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -190,7 +190,7 @@ def _start(command: str, directory: Path, env: dict[str, str]) -> subprocess.Pop
 
 
 def _num_idle(running: Cluster) -> int:
-    with suppress(RuntimeError):  # as long as slurmctld does not listen
+    with suppress(RuntimeError):  # until slurmctld listens
         return len(set(running.run("sinfo", "-hN", "--responding", "--states=idle", "--format=%N").split()))
     return 0
 
@@ -200,7 +200,7 @@ def _logs(directory: Path) -> str:
 
 
 def _stop(running: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
-    """Ends jobs, then daemons, then whatever is left that was started with this cluster's configuration."""
+    """End jobs, then daemons, then everything else that was started with this cluster's configuration."""
     with suppress(RuntimeError, TimeoutError, subprocess.TimeoutExpired):
         jobs = running.run("squeue", "--noheader", "--format=%A").split()
         if jobs:

@@ -1,12 +1,12 @@
-"""A make-believe GPU: tensors that live in host memory and behave as if they did not.
+"""A simulated GPU: tensors in host memory that behave as if they were on a device.
 
 with stand_in.gpu():
     torch.zeros(3, device="cuda").numpy()       # TypeError, as on a GPU
     torch.zeros(3, device="cuda") + torch.ones(3)   # RuntimeError: two devices
 
-What runs on it computes what it computes on the CPU, so whole runs can be compared; what a GPU would refuse is refused:
-two devices in one operation, numpy, page-locked memory of its own, operations without a deterministic form while these
-are asked for. What it says nothing of: streams, rounding, speed, memory that runs out.
+It computes what the CPU computes, so whole runs can be compared, and it refuses what a GPU would refuse: two devices in
+one operation, numpy, page-locking device memory, operations without a deterministic form while these are required. It
+does not simulate streams, rounding, speed or limited memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FACTORIES = (
     "tensor",
     "zeros",
 )
-ACROSS = {"copy_", "__setitem__", "__getitem__", "index_put_"}  # which take indices or values from the host
+ACROSS = {"copy_", "__setitem__", "__getitem__", "index_put_"}  # may take indices or values from the host
 # torch.use_deterministic_algorithms: "will throw a RuntimeError when called on a CUDA tensor".
 NOT_DETERMINISTIC = {"kthvalue", "put_", "histc", "median", "nanmedian", "grid_sample", "bincount"}
 NOT_ITS_OWN = {"numpy", "__array__", "pin_memory"}
@@ -46,7 +46,7 @@ _torch_to, _module_to = torch.Tensor.to, torch.nn.Module.to
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that says it is on the GPU."""
+    """A tensor that claims to be on the GPU."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,7 +70,7 @@ class OnGpu(torch.Tensor):
         before = args[0].clone() if name == "sqrt" else None
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)
-            if name == "sqrt" and not args[0].requires_grad:  # a GPU's is rounded correctly, MKL's often not
+            if name == "sqrt" and not args[0].requires_grad:  # a GPU rounds it correctly, MKL often does not
                 found.copy_(torch.from_numpy(np.sqrt(plain(before).numpy())))
         if name in ("copy_", "__setitem__", "__set__") or (name == "__get__" and not isinstance(found, torch.Tensor)):
             return found
@@ -81,7 +81,7 @@ class OnGpu(torch.Tensor):
 
 
 class Parameter(OnGpu, torch.nn.Parameter):
-    """A module's parameter on the GPU; as with a real one, the object is the one that was on the host."""
+    """A module's parameter on the GPU; as on a real one, the object is the one from the host."""
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
 
 
 def one_device(name: str, args: Any, kwargs: Any) -> None:
-    """Refuses what torch refuses of tensors in two places. Numbers may come from the host."""
+    """Refuse what torch refuses for tensors on two devices. Scalars may come from the host."""
     if name in ("copy_", "to", "__set__", "_has_compatible_shallow_copy_type"):
         return
     if name in ACROSS and isinstance(args[0], OnGpu):
@@ -127,7 +127,7 @@ def one_device(name: str, args: Any, kwargs: Any) -> None:
 
 
 def to(tensor: torch.Tensor, where: Any, **others: Any) -> torch.Tensor:
-    """The tensor there; a copy where that is another place."""
+    """The tensor on that device; a copy if it is elsewhere."""
     there = torch.device(where).type == "cuda"
     bare = plain(tensor)
     moved = _torch_to(bare, **others) if others else bare
@@ -159,7 +159,7 @@ def _tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _moved(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-    """The objects stay, what they are changes."""
+    """Parameters stay the same objects; their content moves."""
     _module_to(self, *args, **kwargs)
     device = torch._C._nn._parse_to(*args, **kwargs)[0]
     if device is not None:
@@ -182,9 +182,9 @@ def _factory(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def locked(tensor: torch.Tensor) -> torch.Tensor:
-    """Page-locked from now on."""
+    """Mark the tensor as page-locked."""
     storage = tensor.untyped_storage()
-    _locked[storage.data_ptr()] = storage  # which stays, so that no other one gets its place
+    _locked[storage.data_ptr()] = storage  # keep the storage, so that no other gets its address
     return tensor
 
 
@@ -192,7 +192,7 @@ _locked: dict[int, Any] = {}
 
 
 class Stream:
-    """A queue; here everything is done at once."""
+    """A queue; here all work is done at once."""
 
     made = 0
 
@@ -216,7 +216,7 @@ def _within(stream: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gpu(free_bytes: int = 1 << 30, num_gpus: int = 1) -> Iterator[None]:
-    """Within, this machine has GPUs."""
+    """Inside the block, this machine has GPUs."""
     on_gpu = torch.autocast
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:

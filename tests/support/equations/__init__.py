@@ -1,7 +1,7 @@
-"""Every algorithm against a plain numpy transcription of its paper, in float64, on a problem of unequal silos.
+"""Every algorithm against a plain numpy version of its paper, in float64, on a problem with unequal silos.
 
-A module of this package has CASES: name -> Case, a configuration and a function that says what the parameters must be
-after every round. test_equations.py runs them in this process; programs/equations.py on several ranks.
+A module of this package has CASES: name -> Case, a configuration and a function that returns the expected parameters of
+every round. test_equations.py runs them in this process, programs/equations.py on several ranks.
 """
 
 import itertools
@@ -26,7 +26,7 @@ IDS = tuple("abcde")
 
 @dataclass(frozen=True)
 class Quadratics:
-    """Least squares, each silo with inputs and an optimum of its own; float64."""
+    """Least squares, each silo with its own inputs and optimum; float64."""
 
     def source(self, seed: int) -> Source:
         silos = tuple(Silo(name, size) for name, size in zip(IDS, SIZES, strict=True))
@@ -50,7 +50,7 @@ def two_layers() -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class OneByOne:
-    """One silo a round, in turn."""
+    """One silo per round, in turn."""
 
     def init(self, num_train: Sequence[int]) -> dict[str, np.ndarray]:
         return {"next": np.zeros(1, np.int64)}
@@ -62,18 +62,18 @@ class OneByOne:
 
 
 def linear() -> torch.nn.Module:
-    """Weights [1, INPUTS] and a bias: the vector [INPUTS + 1] of the reference."""
+    """Weights [1, INPUTS] and a bias: the reference's vector [INPUTS + 1]."""
     return torch.nn.Linear(INPUTS, 1, dtype=torch.float64)
 
 
 @dataclass
 class Problem:
-    """What a transcription may use. Silos are numbers 0 to K - 1; batches come in the file's order and run on."""
+    """What a reference version may use. Silos are numbers 0 to K - 1; batches come in the file's order, without end."""
 
     start_P: np.ndarray
     cohorts: Sequence[Sequence[int]]  # of every round
     records: Sequence[dict[str, Any]]
-    start_own: np.ndarray = field(default_factory=lambda: np.zeros(0))  # what of the model is not shared
+    start_own: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the parts of the model that are not shared
     n: np.ndarray = field(default_factory=lambda: np.array(SIZES, float))
 
     def __post_init__(self) -> None:
@@ -89,13 +89,13 @@ class Problem:
         return self.n[list(cohort)] / self.n[list(cohort)].sum()
 
     def gradient(self, w_P: np.ndarray, batch: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """Of the mean squared error."""
+        """Gradient of the mean squared error."""
         x, y = batch
         error = x @ w_P[:-1] + w_P[-1] - y
         return 2 * np.append(x.T @ error, error.sum()) / len(x)
 
     def loss(self, w_P: np.ndarray, k: int) -> float:
-        """On all training samples of a silo."""
+        """The loss on all training samples of a silo."""
         return float(np.mean((self._x[k] @ w_P[:-1] + w_P[-1] - self._y[k]) ** 2))
 
     def whole(self, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,11 +103,11 @@ class Problem:
         return self._x[k], self._y[k]
 
     def steps(self, k: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The next batches of a silo, `number` of them; an epoch's last may be short."""
+        """The next `number` batches of a silo; the last one of an epoch may be short."""
         return list(itertools.islice(self._batches(k), number))
 
     def epochs(self, k: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The batches of so many passes over a silo."""
+        """The batches of `number` passes over a silo."""
         end = self._cursor[k] + number * SIZES[k]
         found = []
         for batch in self._batches(k):
@@ -126,26 +126,26 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration, and what it must do: a function from the problem to the parameters after every round.
+    """A configuration, and a function from the problem to the expected parameters after every round.
 
-    With `own`, which finds a silo's own model or layers (None: it has none yet), the function gives (parameters, own)
-    for every round, `own` by the number of the silo.
+    With `own`, which finds a silo's own model or layers (None: none yet), the function returns (parameters, own) for
+    every round, `own` by the silo's number.
     """
 
     config: dict[str, Any]
     wanted: Callable[[Problem], list[Any]]
     tolerance: float = 1e-10
-    read: str = "parameters"  # which attribute of the run
+    read: str = "parameters"  # attribute of the run to compare
     own: Callable[[Any, LocalSilo, torch.Tensor], torch.Tensor | None] | None = None
 
 
 def own_model(rule: Any, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
-    """The parameters that the rule says the silo would use."""
+    """The parameters that the silo would use, according to the rule."""
     return rule.personal(silo, params_P)
 
 
 def own_layers(rule: Any, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
-    """What of the model is not shared."""
+    """The parts of the model that are not shared."""
     return silo.kept.get("fedmpi/personal_0")
 
 
@@ -153,8 +153,7 @@ HALF = {"name": "uniform", "fraction": 0.6}  # three of five
 
 
 def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], list[dict[int, np.ndarray]], Problem]:
-    """The parameters after every round, what this rank's silos have of their own, and the problem as the transcription
-    needs it."""
+    """The parameters after every round, this rank's silos' own parameters, and the problem for the reference."""
     values = {
         "rounds": ROUNDS,
         "out": out,
@@ -181,7 +180,7 @@ def trained(case: Case, out: str, comm: Any) -> tuple[list[np.ndarray], list[dic
 
 
 def check(case: Case, out: str, comm: Any) -> list[list[float]]:
-    """AssertionError unless the run is the transcription; the parameters come back."""
+    """Raise AssertionError unless the run equals the reference; returns the parameters."""
     found, owned, problem = trained(case, out, comm)
     wanted = case.wanted(problem)
     if case.own is not None:

@@ -1,4 +1,4 @@
-"""Silos that find the length or the number of their steps for themselves."""
+"""Silos that choose the length or the number of their steps."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ LR = 0.05
 
 
 def sgd(problem: Problem, w: np.ndarray, batches: list) -> tuple[np.ndarray, float]:
-    """Where the steps end, and the mean loss over the samples that they saw."""
+    """The parameters after these steps, and the mean loss over their samples."""
     losses, seen, y = 0.0, 0, w
     for x, target in batches:
         losses += float(((x @ y[:-1] + y[-1] - target) ** 2).sum())
@@ -73,8 +73,10 @@ def by_silo(problem: Problem) -> list[np.ndarray]:
 
 
 def adagrad_norm(with_nova: bool, rho: float = 0.0):
-    """Ward et al. 2019, Algorithm 1, b_0^2 = 0.04, eta 0.3; FedNova's |a_k|_1 is the sum of the 1/b, each times how far
-    momentum rho carries it to the round's end."""
+    """Ward et al. 2019, Algorithm 1, b_0^2 = 0.04, eta 0.3.
+
+    With FedNova, |a_k|_1 is the sum of the 1/b, each times its factor from momentum rho until the end of the round.
+    """
 
     def wanted(problem: Problem) -> list[np.ndarray]:
         w, squares, after = problem.start_P, [0.04] * len(SIZES), []

@@ -1,4 +1,4 @@
-"""Rules that correct the gradient, and normalised averaging."""
+"""Rules that correct the gradient, and normalized averaging."""
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def scaffold(problem: Problem) -> list[np.ndarray]:
 
 
 def fednova(problem: Problem) -> list[np.ndarray]:
-    """Wang et al. 2020, Algorithm 1 with plain local steps: |a_k|_1 = tau_k, which differ with the silos' sizes."""
+    """Wang et al. 2020, Algorithm 1 with plain local steps: |a_k|_1 = tau_k, which differs with the silos' sizes."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         directions, taus = [], []

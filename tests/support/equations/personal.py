@@ -1,4 +1,4 @@
-"""Rules that leave a silo with a model of its own: global parameters and the silos' own after every round."""
+"""Rules with a model per silo: global parameters and the silos' own after every round."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def mean(problem: Problem, cohort: Any, ends: list[np.ndarray]) -> np.ndarray:
 
 
 def ditto(lam: float, s: int, own_lr: float = LR) -> Any:
-    """Li et al. 2021, Algorithm 1: r = 4 steps of w, s of v from the first of the same batches on."""
+    """Li et al. 2021, Algorithm 1: r = 4 steps of w and s of v, both from the first batch on."""
 
     def wanted(problem: Problem) -> Rounds:
         w, v, after = problem.start_P, {}, []
@@ -39,7 +39,7 @@ def ditto(lam: float, s: int, own_lr: float = LR) -> Any:
 
 
 def apfl(start_alpha: float, adapt: bool) -> Any:
-    """Deng et al. 2020, Algorithm 1, and its step of alpha."""
+    """Deng et al. 2020, Algorithm 1, with its step of alpha."""
 
     def wanted(problem: Problem) -> Rounds:
         w, v, alpha, after = problem.start_P, {}, {}, []
@@ -65,7 +65,7 @@ def apfl(start_alpha: float, adapt: bool) -> Any:
 
 
 def fedper(problem: Problem) -> Rounds:
-    """Arivazhagan et al. 2019, Algorithm 1: base and personal layer trained together, the bias being the latter."""
+    """Arivazhagan et al. 2019, Algorithm 1: base and personal layer (the bias) trained together."""
     w, b, after = problem.start_P, {}, []
     for cohort in problem.cohorts:
         ends = []
@@ -99,7 +99,7 @@ def fedrep(problem: Problem) -> Rounds:
 
 
 def per_fedavg(problem: Problem) -> list[np.ndarray]:
-    """Fallah et al. 2020, Algorithm 1 without the Hessian; D and D' are the halves of a batch, if it has four."""
+    """Fallah et al. 2020, Algorithm 1 without the Hessian; D and D' are a batch's halves, if it has four samples."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         ends = []
@@ -118,7 +118,7 @@ def per_fedavg(problem: Problem) -> list[np.ndarray]:
 
 
 def reptile(problem: Problem) -> list[np.ndarray]:
-    """Nichol et al. 2018, Algorithm 2 (batched): phi + epsilon / n sum (U_k(phi) - phi), epsilon 0.5, U being SGD."""
+    """Nichol et al. 2018, Algorithm 2 (batched): phi + epsilon / n sum (U_k(phi) - phi), epsilon 0.5; U is SGD."""
     phi, after = problem.start_P, []
     for cohort in problem.cohorts:
         directions = []

@@ -1,4 +1,4 @@
-"""Robust aggregators on whole vectors, in float64, as their papers write them: x [K, P] to one vector [P]."""
+"""Robust aggregators on whole vectors, in float64, as in their papers: x [K, P] to one vector [P]."""
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def multi_krum(x, hostile, m=None):
 
 
 def bulyan(x, hostile):
-    """El Mhamdi et al. 2018: theta = K - 2 f by Krum, one after the other; theta - 2 f nearest the median."""
+    """El Mhamdi et al. 2018: theta = K - 2 f vectors by repeated Krum, then the theta - 2 f nearest the median."""
     left, chosen = [*x], []
     while len(chosen) < len(x) - 2 * hostile:
         chosen.append(left.pop(int(np.argmin(krum_scores(left, hostile)))))
@@ -71,7 +71,7 @@ def sign_vote(x, hostile=0):
 
 
 def buckets(x, size, order):
-    """Karimireddy et al. 2022, Algorithm 1, given the permutation."""
+    """Karimireddy et al. 2022, Algorithm 1, for a given permutation."""
     return np.array([x[part].mean(0) for part in np.split(order, range(size, len(order), size))])
 
 

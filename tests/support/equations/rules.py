@@ -1,4 +1,4 @@
-"""Local rules besides FedAvg, FedProx and SCAFFOLD's Option II, what optimizers make of them, and FedNova's |a|_1."""
+"""Local rules besides FedAvg, FedProx and SCAFFOLD's Option II, their variants with optimizers, and FedNova's |a|_1."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +14,7 @@ RHO = 0.8
 
 
 def averaged(problem: Problem, local: Callable[[int, np.ndarray], np.ndarray], lr: float = 1.0) -> list[np.ndarray]:
-    """Rounds of the mean by samples over what `local` makes of a silo's number and the parameters, gone to by `lr`."""
+    """Rounds of averaging by samples; `local` maps (silo, parameters) to its result, `lr` is the server's step."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         ends = [local(k, w) for k in cohort]
@@ -91,7 +91,7 @@ def sum_of_a(rho: float, tau: int) -> float:
 
 
 def scaffold_momentum(problem: Problem) -> list[np.ndarray]:
-    """Option II on steps with momentum: the control variate is the mean of gradients under the weights a_i."""
+    """Option II with momentum steps: the control variate is the mean of gradients weighted by a_i."""
     x, c = problem.start_P, np.zeros_like(problem.start_P)
     own = [np.zeros_like(c) for _ in range(problem.num_silos)]
     after = []
@@ -113,8 +113,10 @@ def scaffold_momentum(problem: Problem) -> list[np.ndarray]:
 
 
 def scaffold_benchmark(problem: Problem, server_lr: float) -> list[np.ndarray]:
-    """FLamby's: c_k grows before the round by how far the silo's last state lies from the server, the state being
-    server_lr of the way to where the silo ended."""
+    """FLamby's version: before the round, c_k grows by the distance of the silo's last state from the server.
+
+    The silo's state is `server_lr` of the way to its last parameters.
+    """
     own, state = {}, {}
 
     def local(k: int, w: np.ndarray) -> np.ndarray:
@@ -130,7 +132,7 @@ def scaffold_benchmark(problem: Problem, server_lr: float) -> list[np.ndarray]:
 
 
 def feddyn(problem: Problem, uniform: bool) -> list[np.ndarray]:
-    """Acar et al. 2021, Algorithm 1; weighted by samples, K p_k takes the place of 1."""
+    """Acar et al. 2021, Algorithm 1; weighted by samples, K p_k replaces 1."""
     alpha, w = 0.3, problem.start_P
     h, own, after = np.zeros_like(w), [np.zeros_like(w) for _ in range(problem.num_silos)], []
     p = np.full(problem.num_silos, 1 / problem.num_silos) if uniform else problem.n / problem.n.sum()
@@ -187,7 +189,7 @@ def mime_lite(problem: Problem) -> list[np.ndarray]:
 
 
 def normalised(problem: Problem, local: Callable[[int, np.ndarray], tuple[np.ndarray, float]]) -> Iterator[np.ndarray]:
-    """Wang et al. 2020, Algorithm 1; `local` gives where a silo ends and its |a_k|_1."""
+    """Wang et al. 2020, Algorithm 1; `local` returns a silo's last parameters and its |a_k|_1."""
     w = problem.start_P
     for cohort in problem.cohorts:
         p = problem.shares(cohort)
@@ -227,7 +229,7 @@ def fednova_prox(problem: Problem) -> list[np.ndarray]:
 
 
 def fednova_mime_lite(problem: Problem) -> list[np.ndarray]:
-    """MimeLite's silos under FedNova: the momentum is of gradients by samples, however many steps a silo took."""
+    """MimeLite under FedNova: the momentum averages gradients by samples, for any number of steps."""
     m, found, after = np.zeros_like(problem.start_P), {}, []
 
     def local(k: int, w: np.ndarray) -> tuple[np.ndarray, float]:
@@ -246,7 +248,7 @@ def fednova_mime_lite(problem: Problem) -> list[np.ndarray]:
 
 
 def fednova_corrected(problem: Problem) -> list[np.ndarray]:
-    """Gradient correction's silos under FedNova: g' is the mean by samples."""
+    """Gradient correction under FedNova: g' is the mean by samples."""
     everybodys, own, means, after = np.zeros_like(problem.start_P), {}, {}, []
 
     def local(k: int, w: np.ndarray) -> tuple[np.ndarray, float]:
@@ -266,7 +268,7 @@ def fednova_corrected(problem: Problem) -> list[np.ndarray]:
 
 
 def ema(problem: Problem) -> list[np.ndarray]:
-    """m = beta m + (1 - beta) g from 0 in every round."""
+    """m = beta m + (1 - beta) g, from 0 in every round."""
 
     def local(k: int, w: np.ndarray) -> np.ndarray:
         y, m = w, np.zeros_like(w)
@@ -279,7 +281,7 @@ def ema(problem: Problem) -> list[np.ndarray]:
 
 
 def kept_momentum(problem: Problem) -> list[np.ndarray]:
-    """The buffer is the silo's own from round to round."""
+    """The silo keeps its momentum buffer between rounds."""
     buffers: dict[int, Any] = {}
 
     def local(k: int, w: np.ndarray) -> np.ndarray:
@@ -293,7 +295,7 @@ def kept_momentum(problem: Problem) -> list[np.ndarray]:
 
 
 def kept_adam(problem: Problem) -> list[np.ndarray]:
-    """Adam (Kingma and Ba 2015, Algorithm 1) with moments and count of steps that go on."""
+    """Adam (Kingma and Ba 2015, Algorithm 1); moments and step count continue between rounds."""
     kept: dict[int, Any] = {}
 
     def local(k: int, w: np.ndarray) -> np.ndarray:
@@ -309,7 +311,7 @@ def kept_adam(problem: Problem) -> list[np.ndarray]:
 
 
 def cyclic(problem: Problem) -> list[np.ndarray]:
-    """Chang et al. 2018, cyclic weight transfer: each silo goes on from where the one before it stopped."""
+    """Chang et al. 2018, cyclic weight transfer: each silo continues from the last silo's parameters."""
     w, after = problem.start_P, []
     for number, cohort in enumerate(problem.cohorts):
         assert list(cohort) == [number % problem.num_silos]
@@ -320,7 +322,7 @@ def cyclic(problem: Problem) -> list[np.ndarray]:
 
 
 def moon(problem: Problem) -> list[np.ndarray]:
-    """Li et al. 2021, Algorithm 1, on two layers; the gradient by torch from equations 3 to 5 as they are printed."""
+    """Li et al. 2021, Algorithm 1, on two layers; torch computes the gradient from equations 3 to 5 as printed."""
     last: dict[int, torch.Tensor] = {}
 
     def hidden(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

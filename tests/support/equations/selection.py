@@ -1,4 +1,4 @@
-"""Cohorts that are weighted by 1/probability, and what silos count."""
+"""Cohorts weighted by 1/probability, and other weights of silos."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from support.equations.control import LR
 
 
 def _ends(problem: Problem, w: np.ndarray, cohort: list[int], steps: int = 4) -> dict[int, np.ndarray]:
-    """Where each of the cohort ends."""
+    """The last parameters of each silo in the cohort."""
     found = {}
     for k in cohort:
         y = w
@@ -29,8 +29,10 @@ def inverse(problem: Problem) -> list[np.ndarray]:
 
 
 def optimal(problem: Problem) -> list[np.ndarray]:
-    """Chen et al. 2022, eq. 7 with m = 2, norms of last participations, a tenth of m/K to everybody; sum over the
-    cohort of (n_k/n) delta_k / p_k, times the probability that anybody is drawn."""
+    """Chen et al. 2022, eq. 7 with m = 2, norms of last participations, and a tenth of m/K for every silo.
+
+    The update is the sum over the cohort of (n_k/n) delta_k / p_k, times the probability that any silo is drawn.
+    """
     w, after, m, K = problem.start_P, [], 2, problem.num_silos
     norms: dict[int, float] = {}
     for cohort in problem.cohorts:
@@ -53,7 +55,7 @@ def optimal(problem: Problem) -> list[np.ndarray]:
 
 
 def by_steps(problem: Problem) -> list[np.ndarray]:
-    """n_k is replaced by the steps of one epoch."""
+    """The steps of one epoch replace n_k."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         moves, steps = [], []
@@ -72,7 +74,7 @@ OWN = dict(zip(IDS, (3.0, 0.5, 1.0, 2.0, 0.25), strict=True))
 
 
 def by_own(problem: Problem) -> list[np.ndarray]:
-    """The user's own weights, over the cohort's."""
+    """The user's own weights, normalized over the cohort."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         ends = _ends(problem, w, cohort)
@@ -83,7 +85,7 @@ def by_own(problem: Problem) -> list[np.ndarray]:
 
 
 def uniform(problem: Problem) -> list[np.ndarray]:
-    """Every silo alike."""
+    """Equal weights."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         w = sum(_ends(problem, w, cohort).values()) / len(cohort)
@@ -93,7 +95,7 @@ def uniform(problem: Problem) -> list[np.ndarray]:
 
 def qffl(q: float) -> object:
     def qfedavg(problem: Problem) -> list[np.ndarray]:
-        """Li et al. 2020 (Fair Resource Allocation), Algorithm 2, in its own letters."""
+        """Li et al. 2020 (Fair Resource Allocation), Algorithm 2, in the paper's notation."""
         L = 1 / LR
         w, after = problem.start_P, []
         for cohort in problem.cohorts:

@@ -1,4 +1,4 @@
-"""Server optimizers, schedules of their learning rate, and the average over rounds."""
+"""Server optimizers, learning rate schedules, and averaging over rounds."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ LR = 0.05
 
 
 def rounds(problem: Problem, step: Callable[[np.ndarray, np.ndarray, int], np.ndarray]) -> list[np.ndarray]:
-    """Parameters after every round: three local steps a silo, and the server's step(w, delta, t)."""
+    """Parameters after every round: three local steps per silo, then the server's step(w, delta, t)."""
     w, after = problem.start_P, []
     for t, cohort in enumerate(problem.cohorts, start=1):
         deltas = []
@@ -40,8 +40,10 @@ def fedavgm(problem: Problem) -> list[np.ndarray]:
 
 
 def nesterov(problem: Problem) -> list[np.ndarray]:
-    """Douillard et al. 2023, Algorithm 1, with the outer optimizer of its experiments (Sutskever et al. 2013 in
-    torch's form) on the pseudo gradient -delta."""
+    """Douillard et al. 2023, Algorithm 1, on the pseudo gradient -delta.
+
+    The outer optimizer is that of its experiments (Sutskever et al. 2013 in torch's form).
+    """
     buffer = np.zeros_like(problem.start_P)
 
     def step(w: np.ndarray, delta: np.ndarray, t: int) -> np.ndarray:
@@ -66,7 +68,7 @@ def fedgm(problem: Problem) -> list[np.ndarray]:
 
 
 def cosine(problem: Problem) -> list[np.ndarray]:
-    """FedAvg whose lr falls along half a cosine (Loshchilov & Hutter 2017, equation 5) after two rounds of warmup."""
+    """FedAvg with half-cosine lr (Loshchilov & Hutter 2017, equation 5) after two rounds of warmup."""
 
     def step(w: np.ndarray, delta: np.ndarray, t: int) -> np.ndarray:
         lr = 0.8 * t / 2 if t <= 2 else 0.8 * (1 + math.cos(math.pi * (t - 1) / ROUNDS)) / 2
@@ -76,7 +78,7 @@ def cosine(problem: Problem) -> list[np.ndarray]:
 
 
 def fedadam_linear(problem: Problem) -> list[np.ndarray]:
-    """Reddi et al. 2021, Algorithm 2, lr falling by a fifth of itself every round but not below 0.3 of itself."""
+    """Reddi et al. 2021, Algorithm 2; each round lr falls by a fifth of its first value, but not below 0.3 of it."""
     m, v = np.zeros_like(problem.start_P), np.full_like(problem.start_P, 0.1**2)
 
     def step(w: np.ndarray, delta: np.ndarray, t: int) -> np.ndarray:
@@ -90,7 +92,7 @@ def fedadam_linear(problem: Problem) -> list[np.ndarray]:
 
 
 def averaged(problem: Problem) -> list[np.ndarray]:
-    """Kingma & Ba 2015, section 3, of the parameters: a = d a + (1 - d) w from 0, divided by 1 - d**t."""
+    """Average of the parameters as in Kingma & Ba 2015, section 3: a = d a + (1 - d) w from 0, divided by 1 - d**t."""
     a, after = np.zeros_like(problem.start_P), []
     for t, w in enumerate(rounds(problem, lambda w, delta, t: w + delta), start=1):
         a = 0.6 * a + 0.4 * w
@@ -99,7 +101,7 @@ def averaged(problem: Problem) -> list[np.ndarray]:
 
 
 def unaveraged(problem: Problem) -> list[np.ndarray]:
-    """That something is averaged changes nothing of what is trained."""
+    """Averaging does not change what is trained."""
     return rounds(problem, lambda w, delta, t: w + delta)
 
 

@@ -1,4 +1,4 @@
-"""What happens to updates before they are exchanged: clipping, rejecting by norm, and how rules' other vectors fare."""
+"""Transforms of updates before the exchange: clipping, rejection by norm; and the auxiliary vectors of rules."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,8 +17,10 @@ def rounds(
     change: Callable[[Sequence[np.ndarray]], Sequence[np.ndarray | None]],
     step: Callable[[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]], np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Parameters after every round: three local steps a silo; what `change` makes of the deltas (None: rejected) is
-    averaged by samples. `step(w, mean, shares, deltas)`: plain unless given."""
+    """Parameters after every round: three local steps per silo; `change` transforms the deltas (None: rejected).
+
+    The deltas are averaged by samples, then `step(w, mean, shares, deltas)` is applied; by default w + mean.
+    """
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         deltas = []
@@ -59,12 +61,12 @@ def clip_quantile(problem: Problem) -> list[np.ndarray]:
 
 
 def no_longer(problem: Problem) -> list[np.ndarray]:
-    """Deltas beyond a norm are left out."""
+    """Reject deltas beyond a norm."""
     return rounds(problem, lambda deltas: [d if np.linalg.norm(d) <= 0.3 else None for d in deltas])
 
 
 def no_longer_than_the_median(problem: Problem) -> list[np.ndarray]:
-    """Deltas beyond 1.1 times the median of the round before."""
+    """Reject deltas beyond 1.1 times the median norm of the round before."""
     largest = math.inf
 
     def change(deltas: Sequence[np.ndarray]) -> Sequence[np.ndarray | None]:
@@ -94,7 +96,7 @@ def noisy(problem: Problem) -> list[np.ndarray]:
 
 
 def noisy_mean(problem: Problem) -> list[np.ndarray]:
-    """McMahan et al. 2018: noise of 0.5 C on the mean, C times the largest share that a silo has in it."""
+    """McMahan et al. 2018: noise of 0.5 C on the mean, C times the largest share of a silo."""
     number = 0
 
     def step(w: np.ndarray, mean: np.ndarray, p: np.ndarray, deltas: list[np.ndarray]) -> np.ndarray:
@@ -107,7 +109,7 @@ def noisy_mean(problem: Problem) -> list[np.ndarray]:
 
 
 def fednova(problem: Problem) -> list[np.ndarray]:
-    """Wang et al. 2020, Algorithm 1, of clipped deltas: p_k and tau_k are as they were."""
+    """Wang et al. 2020, Algorithm 1, with clipped deltas; p_k and tau_k are unchanged."""
     w, after = problem.start_P, []
     for cohort in problem.cohorts:
         directions, taus = [], []
@@ -124,7 +126,7 @@ def fednova(problem: Problem) -> list[np.ndarray]:
 
 
 def scaffold(problem: Problem, of_changes: float = math.inf) -> list[np.ndarray]:
-    """Karimireddy et al. 2020, Algorithm 1, Option II; deltas are clipped, and where asked what the c_k changed."""
+    """Karimireddy et al. 2020, Algorithm 1, Option II, with clipped deltas; changes of c_k are clipped on request."""
     x, c = problem.start_P, np.zeros_like(problem.start_P)
     own = [np.zeros_like(c) for _ in range(problem.num_silos)]
     after = []
@@ -154,8 +156,10 @@ def case(wanted: Any, *updates: Any, local: Any = None, select: Any = HALF, **mo
 
 
 def fedexp(problem: Problem) -> list[np.ndarray]:
-    """Jhunjhunwala et al. 2023, Algorithm 1: eta_g = max(1, sum |delta_k|^2 / (2 M (|mean|^2 + eps))); the p_k are in
-    the place of 1/M."""
+    """Jhunjhunwala et al. 2023, Algorithm 1: eta_g = max(1, sum |delta_k|^2 / (2 M (|mean|^2 + eps))).
+
+    The weights p_k replace 1/M.
+    """
 
     def step(w: np.ndarray, mean: np.ndarray, p: np.ndarray, deltas: list[np.ndarray]) -> np.ndarray:
         eta = sum(a * d @ d for a, d in zip(p, deltas, strict=True)) / (2 * (mean @ mean + 1e-4))
@@ -165,7 +169,7 @@ def fedexp(problem: Problem) -> list[np.ndarray]:
 
 
 def fedexp_uniform(problem: Problem) -> list[np.ndarray]:
-    """The paper's, of clipped deltas."""
+    """The paper's version, with clipped deltas."""
     problem.n[:] = 1.0
 
     def step(w: np.ndarray, mean: np.ndarray, p: np.ndarray, deltas: list[np.ndarray]) -> np.ndarray:

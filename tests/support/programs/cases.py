@@ -1,10 +1,10 @@
-"""Cases that run on all ranks of one launch, and say how each went in one line of JSON per rank.
+"""Cases that run on all ranks of one launch; each rank prints one JSON line per case.
 
     @case
     def sums(comm): ...              one line {"case": "sums", "rank": 0, "ok": true, "why": "", "value": ...} per rank
 
-Every rank runs the same cases in the same order. A case that fails on one rank while others wait for it in a collective
-would never end: whoever is through with a case waits LIMIT_S for the others, then ends the job.
+Every rank runs the same cases in the same order. If a case fails on one rank while others wait for it in a collective,
+it would never end: so a rank that has finished a case waits LIMIT_S for the others, then ends the job.
 """
 
 import json
@@ -16,16 +16,16 @@ LIMIT_S = 40.0
 
 
 class Skip(Exception):
-    """Raised, alike on all ranks, by a case that this machine cannot run."""
+    """Raised on all ranks by a case that this machine cannot run."""
 
 
 def require_equal(what, found, wanted):
-    """AssertionError that shows both."""
+    """Raise AssertionError with both values unless they are equal."""
     assert found == wanted, f"{what}: {found!r} instead of {wanted!r}"
 
 
 def run(cases, *arguments):
-    """Run all cases; a case may return something that JSON can hold. Exit code 1 when any failed on any rank."""
+    """Run all cases; exit code 1 if any failed on any rank. A case may return a value that JSON can hold."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD.Dup()
@@ -47,7 +47,7 @@ def run(cases, *arguments):
 
 
 def _all_ok(world, ok, name):
-    """Did the case go well on all ranks? All ranks learn it, or the job ends."""
+    """Whether the case passed on all ranks. All ranks learn it, or the job ends."""
     import numpy as np
     from mpi4py import MPI
 

@@ -1,4 +1,4 @@
-"""What every communicator promises, on every rank of a launch (see cases.py) and of threads (comm/test_comm.py)."""
+"""Cases that every communicator must pass, on ranks (see cases.py) and threads (comm/test_comm.py)."""
 
 import time
 
@@ -24,7 +24,7 @@ def lengths(dtype):
 
 
 def drawn(rank, length, dtype):
-    """A rank's numbers, which every rank can draw. Sums of a few of these floats are exact, those of int64 wrap."""
+    """A rank's numbers, which every rank can compute. Sums of a few of these floats are exact; int64 sums wrap."""
     rng = np.random.default_rng([rank, length])
     if dtype == torch.int64:
         return rng.integers(-(2**63), 2**63, length, dtype=np.int64)
@@ -32,7 +32,7 @@ def drawn(rank, length, dtype):
 
 
 def added(comm, length, dtype):
-    """What the sum over ranks must be."""
+    """The expected sum over ranks."""
     with np.errstate(over="ignore"):
         return sum(drawn(rank, length, dtype) for rank in range(comm.size))
 
@@ -142,7 +142,7 @@ def say_is_heard_from_every_speaker(comm):
 
 
 def raised(work, kind=FedmpiError):
-    """The error that work raises, of exactly this class."""
+    """The error that `work` raises, of exactly this class."""
     try:
         work()
     except FedmpiError as error:
@@ -217,10 +217,10 @@ def same_names_the_ranks_that_differ(comm):
 
 
 def quiet(comm):
-    """No message is under way on this communicator."""
+    """Assert that no message is in flight on this communicator."""
     comm.barrier()
     left = isinstance(comm, ranks.MpiComm) and comm._control.Iprobe()
-    comm.barrier()  # before anybody sends the next
+    comm.barrier()  # before any rank sends the next
     assert not left, "a notice is left"
 
 
@@ -229,13 +229,13 @@ def notices_reach_everybody_from_anybody(comm):
     for source in range(comm.size):
         fresh = comm.dup()
         before = fresh.notices()
-        fresh.gather(b"-")  # nobody is ahead
+        fresh.gather(b"-")  # no rank is ahead
         require_equal("before", before, 0)
         if fresh.rank == source:
             fresh.notify(1)
         deadline = time.monotonic() + 10
         while fresh.rank != source and fresh.notices() < 1:
-            # Rank 0 relays whenever it looks.
+            # Rank 0 relays whenever it polls.
             assert time.monotonic() < deadline, f"rank {fresh.rank} heard nothing of rank {source}"
             time.sleep(1e-3)
         if fresh.rank == 0:
@@ -264,13 +264,13 @@ def finish_drains_what_nobody_read(comm):
     fresh.finish()
     quiet(fresh)
     require_equal("notices after the run's last call", fresh.notices(), 0)
-    fresh.finish()  # the next run's
+    fresh.finish()  # belongs to the next run
     quiet(fresh)
 
 
 @case
 def counters_count_what_collectives_were_given(comm):
-    fresh = comm.dup()  # counts from 0
+    fresh = comm.dup()  # its counts start at 0
     vector, out = torch.zeros(1001), torch.zeros(1001)
     before = fresh.bytes_control
     fresh.reduce(vector, out)
@@ -294,12 +294,12 @@ def places_on_this_host(comm):
 
 
 def parts(comm, rank):
-    """How much a rank sends to each: nothing to the first ones, and to itself."""
+    """How much a rank sends to each: nothing to the first ones, and some to itself."""
     return [max(0, to + rank - 1) for to in range(comm.size)]
 
 
 def laid(lengths, gap=2):
-    """Parts one behind the other, with room between them."""
+    """Parts in sequence, with gaps between them."""
     return [(sum(lengths[:i]) + gap * i, length) for i, length in enumerate(lengths)]
 
 
@@ -399,7 +399,7 @@ def who_is_left_goes_on_where_nobody_is_lost(comm):
 
 
 def bcast_beyond_2_to_the_31(comm):
-    """More elements than a C int counts; here, where bytes are elements."""
+    """More elements than a C int counts, in a dtype of one byte."""
     length = 2**31 + 4097
     with open("/proc/meminfo") as file:
         free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

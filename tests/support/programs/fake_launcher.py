@@ -1,8 +1,8 @@
-"""Plays mpirun for a supervisor: `fake_launcher.py OUT WORD,WORD,...`; the start with epoch E does what word E says.
+"""Simulates mpirun for a supervisor: `fake_launcher.py OUT WORD,WORD,...`; the start with epoch E follows word E.
 
-A word is N:END: commit N more rounds, then end as END says: an exit code, `kill` (by SIGKILL), `hang`, `deaf` (hangs
-and is deaf to signals), `child` (exits 0 and leaves a process behind), `asked` (exits 3 at SIGUSR1), `finalize` (hangs
-once the model is written). With N written as N+M, M rounds more have a record and no checkpoint.
+A word is N:END: commit N more rounds, then end as END says: an exit code, `kill` (by SIGKILL), `hang`, `deaf` (hang
+and ignore signals), `child` (exit 0 and leave a process behind), `asked` (exit 3 at SIGUSR1), `finalize` (hang once the
+model is written). N+M instead of N adds M rounds with a record but no checkpoint.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""What `exchange.fragments` promises on any number of ranks: see cases.py. Cases leave runs in FOLDER for the others.
+"""What `exchange.fragments` must do on any number of ranks: see cases.py. Cases leave runs in FOLDER for later
+launches.
 
-Arguments: FOLDER, shared by all launches, and the number of ranks of the launch before, unless this is the first.
+Arguments: FOLDER, shared by all launches, and the number of ranks of the launch before, except for the first.
 """
 
 import sys
@@ -34,7 +35,7 @@ def case(work):
 
 
 def under(plans, name, *changes):
-    """The bits that a run ends with under each of these plans: the same."""
+    """The final bits of a run under each of these plans, which must be equal."""
 
     def work(comm, folder):
         shas = set()
@@ -56,7 +57,7 @@ CASES["reproducible_with_codecs"] = under(("sharded",), "codecs", COMPRESSED)
 
 def resumed(name, *changes):
     def work(comm, folder):
-        """Leave a run behind at round 3; go on with what the launch before has left behind, on other ranks."""
+        """Leave a run at round 3, and resume the run of the launch before, on another number of ranks."""
         trained(comm, configured(folder, f"moved-{name}-{comm.size}", FOUR, *changes), until=3)
         if len(sys.argv) < 3:
             return None
@@ -74,7 +75,7 @@ CASES["resumes_on_other_ranks_with_codecs"] = resumed("codecs", COMPRESSED)
 
 @case
 def a_rebuild_on_the_way_changes_no_bit(comm, folder):
-    """Ranks take each other's silos, and what is kept of these goes with them."""
+    """Ranks exchange their silos, whose state moves with them."""
     config = configured(folder, f"rebuilt-{comm.size}", FOUR, exchange={"plan": "sharded"})
     with fedmpi.Run(config, comm=comm) as started:
         for record in started:
@@ -88,7 +89,7 @@ def a_rebuild_on_the_way_changes_no_bit(comm, folder):
 
 @case
 def plan_tells_the_bytes_of_a_round(comm, folder):
-    """A round's, which are a quarter of those without fragments."""
+    """Bytes of a round: a quarter of those without fragments."""
     each = {}
     for fragments in (1, 4):
         for plan, late in (("root", False), ("replicated", False), ("sharded", True)):

@@ -1,12 +1,11 @@
-"""A run whose ranks die where they are told to, under an MPI that outlives them. Who is rank 0 at the end prints what
-came of it.
+"""A run whose ranks die at given points, under an MPI that outlives them; the final rank 0 prints the result.
 
 python heal.py OUT RANK:ROUND:POINT[,...] [KEY=VALUE ...]    ranks are those that the launcher started
 
-Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (within it), evaluate,
-mirror (while the commit is kept), tell (once it is kept), write (when a checkpoint is due), end (after the last round);
-and while a lost rank is made up for: shrink (as the ranks that are left have met), heal, take (once they have the
-state). At late a rank does not die: it takes the ranks that are left for not having met.
+Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (during it), evaluate,
+mirror (while the commit is stored), tell (once it is stored), write (when a checkpoint is due), end (after the last
+round); and during recovery: shrink (once the remaining ranks have met), heal, take (once they have the state). At
+`late` a rank does not die, but acts as if the remaining ranks had not met.
 """
 
 import json
@@ -29,17 +28,17 @@ out, deaths, *overrides = sys.argv[1:]
 first = connect()
 rank = first.rank
 mine = [(int(round), point) for r, round, point in (d.split(":") for d in deaths.split(",") if d) if int(r) == rank]
-rounds: list[int] = []  # done
+rounds: list[int] = []  # finished rounds
 
 
 def dies_at(owner, name, point):
-    """The call dies where it is this rank's turn."""
+    """The call dies when it is this rank's turn."""
     call = getattr(owner, name)
 
     def dying(*arguments, **named):
         now = len(rounds) + 1
         if (now, point) in mine:
-            time.sleep(0.05 * (rank % 2))  # the others are in different calls by now
+            time.sleep(0.05 * (rank % 2))  # so that the others are in different calls
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*arguments, **named)
 

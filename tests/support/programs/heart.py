@@ -1,7 +1,7 @@
-"""Fed-Heart-Disease from the published initial weights and batch orders: seeds and methods in one launch.
+"""Fed-Heart-Disease from the published initial weights and batch orders: several seeds and methods in one launch.
 
-Arguments: FOLDER PLAN SEEDS [METHOD ...]; seeds with commas between, or all; all methods by default. Rank 0 prints one
-JSON line per run: the largest distance from the published final weights, and the accuracy of every hospital beside the
+Arguments: FOLDER PLAN SEEDS [METHOD ...]; seeds separated by commas, or all; all methods by default. Rank 0 prints one
+JSON line per run: the largest distance from the published final weights, and each hospital's accuracy with the
 published one.
 """
 
@@ -30,7 +30,7 @@ from fedmpi.server import FedAdagrad, FedAdam, FedAvg, FedYogi
 SILOS = ("cleveland", "hungary", "switzerland", "longbeach")
 SEEDS = (42, 43, 44, 45, 46)
 ADAPTIVE = {"tau": 1e-8, "v0": 0.0, "beta1": 0.9}
-METHODS = {  # rule, what it takes, server
+METHODS = {  # rule, its arguments, server
     "FedAvg100": (Sgd, {"lr": 0.001}, FedAvg()),
     "FedProx100": (FedProx, {"lr": 0.001, "mu": 0.01}, FedAvg()),
     "Scaffold100": (Scaffold, {"lr": 0.001, "variant": "benchmark"}, FedAvg()),
@@ -63,7 +63,7 @@ def _stored(path: str) -> dict[str, np.ndarray]:
 
 
 def published_accuracies(folder: Path, seed: int, method: str) -> list[float]:
-    """Of the four hospitals, in the order of SILOS."""
+    """Accuracies of the four hospitals, in the order of SILOS."""
     with open(folder / f"heart_seed{seed}.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["Method"] == method]
     return [next(float(row["Metric"]) for row in rows if row["Test"] == f"client_test_{silo}") for silo in range(4)]

@@ -1,4 +1,4 @@
-"""Rank 1 of an MPI that can go on without it is killed; each other rank prints what it is told, and who is left."""
+"""Rank 1 is killed under an MPI that survives it; each other rank prints the error that it gets, and who is left."""
 
 import json
 import os
@@ -29,4 +29,4 @@ except RankLost as lost:
         "sum": left.share(np.ones(1)).tolist(),
     }
     print(json.dumps(row), flush=True)
-os._exit(0)  # MPI_Finalize may wait for the one that is gone
+os._exit(0)  # MPI_Finalize may wait for the dead rank

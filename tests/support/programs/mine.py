@@ -1,17 +1,17 @@
-"""A user's own model and selector, and what may happen in them. Copied beside a configuration by the tests.
+"""A user's own model and selector, with faults on request. Tests copy it beside a configuration.
 
-The environment says what happens, so that the configuration stays the same when the run is taken up again:
+The environment selects the fault, so that the configuration stays the same when the run resumes:
 
     AFTER    batches that a silo trains normally, counted per process and silo
     SLEEP_S  then every batch sleeps this long
     RAISE    then these silos raise
-    EXIT     then this silo's process is gone without a word
+    EXIT     then this silo's process exits without a word
     ODD      the rank whose selector raises in round 2
-    SAYS_NO  the rank whose selector says no in round 2, as if all did
-    STEP_S   the server's step takes this long
-    STEP_ODD the rank on which it raises
-    STEP_NO  the rank on which it says no in round 2, as if all did
-    SLOW_S   every file of a checkpoint takes this long
+    SAYS_NO  the rank whose selector raises a rejection in round 2, marked as raised by all ranks
+    STEP_S   seconds that the server's step takes
+    STEP_ODD the rank on which the step raises
+    STEP_NO  the rank on which it raises a rejection in round 2, marked as raised by all ranks
+    SLOW_S   seconds that every file of a checkpoint takes
     NO_ROOM  the rank on which the selector finds no memory at the start
 """
 
@@ -30,7 +30,7 @@ from fedmpi.server import FedAvg
 AFTER = int(os.environ.get("AFTER", "0"))
 SLEEP_S = float(os.environ.get("SLEEP_S", "0"))
 steps = [0]  # of the server
-batches: Counter[tuple[int, str]] = Counter()  # by model and silo; an attribute would begin anew in every round
+batches: Counter[tuple[int, str]] = Counter()  # by model and silo; an attribute would restart in every round
 RANK = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
 
 
@@ -45,7 +45,7 @@ if SLOW_S := float(os.environ.get("SLOW_S", "0")):
 
 
 class Net(torch.nn.Linear):
-    """Logits; x[0] of every sample says which silo it belongs to."""
+    """Logits; x[0] of every sample is the number of its silo."""
 
     def __init__(self) -> None:
         super().__init__(6, 3)
@@ -60,7 +60,7 @@ class Net(torch.nn.Linear):
 
 
 def happen(silo: str) -> None:
-    """What the environment says."""
+    """Trigger the fault that the environment names for this silo."""
     if silo in os.environ.get("RAISE", ""):
         Path(f"raised-{os.getpid()}").touch()
         raise RuntimeError(f"boom in {silo}")
@@ -73,7 +73,7 @@ def happen(silo: str) -> None:
 
 @dataclass(frozen=True)
 class Odd:
-    """A selector of all silos that fails on one rank only, outside of what a silo does."""
+    """A selector of all silos that fails on one rank only, outside of the silos' work."""
 
     def init(self, num_silos):
         if os.environ.get("NO_ROOM") == RANK:
@@ -90,7 +90,7 @@ class Odd:
 
 @dataclass(frozen=True)
 class Late(FedAvg):
-    """A server whose step takes its time, or fails on one rank only."""
+    """A server whose step is slow, or fails on one rank only."""
 
     def step(self, params_P, mean_P, state):
         time.sleep(float(os.environ.get("STEP_S", "0")))

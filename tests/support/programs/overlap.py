@@ -1,6 +1,7 @@
-"""What `exchange.overlap` promises on any number of ranks: see cases.py. Cases leave figures in FOLDER for the others.
+"""What `exchange.overlap` must do on any number of ranks: see cases.py. Cases leave figures in FOLDER for later
+launches.
 
-Arguments: FOLDER, shared by all launches, and the number of ranks of the launch before, unless this is the first.
+Arguments: FOLDER, shared by all launches, and the number of ranks of the launch before, except for the first.
 """
 
 import contextlib
@@ -42,12 +43,12 @@ def case(work):
     return work
 
 
-# ---------------------------------------------------------------- what happens to runs
+# ---------------------------------------------------------------- events during runs
 
 
 @component
 class Slow(FedAvg):
-    """A server whose step takes long, so that the exchange is under way for all of the next round."""
+    """A server with a slow step, so that the exchange is in flight during the whole next round."""
 
     seconds: float = 0.3
 
@@ -58,7 +59,7 @@ class Slow(FedAvg):
 
 @component
 class Troubled(Sgd):
-    """In the round that the environment says something happens to the silo that it says, or to all."""
+    """In the round that the environment names, an event happens to the silo that it names, or to all."""
 
     def train(self, silo, model, params_P, round):
         what, _, where = os.environ.get("TROUBLE", "").partition(" ")
@@ -68,7 +69,7 @@ class Troubled(Sgd):
             raise OSError("the disk is gone")
         if what == "stop":
             (Path(os.environ["OUT"]) / "stop").touch()
-            time.sleep(0.1)  # the file is looked for so often
+            time.sleep(0.1)  # polling interval of the file
         contribution = super().train(silo, model, params_P, round)
         if what != "stop":
             contribution.vector_Q[7] = {"diverge": float("inf"), "overflow": 2e5, "large": 6e4}[what]
@@ -80,7 +81,7 @@ TROUBLED = {"name": "support.programs.overlap:Troubled", "lr": 0.1, "epochs": 1}
 
 @contextlib.contextmanager
 def troubling(what):
-    """`what` happens inside; nothing if it is empty."""
+    """`what` happens inside the block; nothing if it is empty."""
     os.environ["TROUBLE"] = what
     try:
         yield
@@ -92,8 +93,11 @@ def troubling(what):
 
 
 def overlapped(w_P, silos, cohorts, local_lr, gradient, server, **options):
-    """w_1, w_2, ... as the silos see it: each goes on from where it stands, and when w_t arrives moves by what the
-    parameters have moved less its own delta of round t. `silos` are (n_k, batches)."""
+    """w_1, w_2, ... as the silos see them; `silos` are (n_k, batches).
+
+    Each silo continues from its own parameters. When w_t arrives, it moves by the change of the parameters minus its
+    own delta of round t.
+    """
     old_P = new_P = w_P
     m, v = reference.start(w_P, 0.0)
     stands, deltas, after = {}, {}, []
@@ -110,7 +114,7 @@ def overlapped(w_P, silos, cohorts, local_lr, gradient, server, **options):
 
 
 def agrees(comm, folder, name, plan, trouble=""):
-    """Every round's parameters are the equations': unequal weights, a part of the silos, momentum on the server."""
+    """Every round's parameters follow the equations: unequal weights, a part of the silos, momentum on the server."""
     config = configured(
         folder,
         f"{name}-{comm.size}",
@@ -180,7 +184,7 @@ def a_dedicated_server_changes_no_bit(comm, folder):
 
 @case
 def another_run_that_is_left_goes_on_where_it_was(comm, folder):
-    """Without `reproducible`: on as many ranks. Nor are the bytes forgotten of the exchange that was waited for."""
+    """Without `reproducible`, for the same number of ranks. Bytes of the last exchange are counted too."""
 
     def figures(records):
         return [{k: v for k, v in r.items() if k not in ("seconds", "peak_rss_bytes")} for r in records]
@@ -205,7 +209,7 @@ def more_rounds_go_on_as_if_the_last_had_not_been(comm, folder):
 
 def resumed(name, *changes):
     def work(comm, folder):
-        """Leave a run behind at round 2; go on with what the launch before has left behind, on other ranks."""
+        """Leave a run at round 2, and resume the run of the launch before, on another number of ranks."""
 
         def config(writer):
             return configured(folder, f"moved-{name}-{writer}", MIXED, *changes, exchange={"reduction": "reproducible"})
@@ -224,7 +228,7 @@ CASES["resumes_on_other_ranks"] = resumed("plain")
 CASES["resumes_on_other_ranks_with_codecs"] = resumed("codecs", COMPRESSED, {"exchange": {"scope": "silo"}})
 
 
-# ---------------------------------------------------------------- what it costs
+# ---------------------------------------------------------------- costs
 
 
 @case
@@ -244,7 +248,7 @@ def all_bytes_are_in_the_records(comm, folder):
         require_equal(f"{plan}: up and down", sums[True][:2], sums[False][:2])
 
 
-# ---------------------------------------------------------------- trouble while an exchange is under way
+# ---------------------------------------------------------------- faults while an exchange is in flight
 
 
 def troubled(folder, name, **more):
@@ -258,7 +262,7 @@ def troubled(folder, name, **more):
 
 
 def while_under_way(comm, folder, name, trouble, kind, kept):
-    """A run that `trouble` ends in round 4, while the exchange of round 3 is under way; it can be gone on with."""
+    """A run that `trouble` ends in round 4, while the exchange of round 3 is in flight; it can be resumed."""
     config = troubled(folder, f"{name}-{comm.size}")
     started = fedmpi.Run(config, comm=comm)
     os.environ["OUT"] = str(started.out)

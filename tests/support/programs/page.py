@@ -3,9 +3,9 @@
     python tests/support/programs/page.py docs/quickstart.md
 
 bash            run by bash, which stops at the first command that fails; `mpirun` may start more ranks than cores
-python          executed; the blocks of a page share their names. One that begins with the line `# NAME.py` is that file
-yaml            a configuration, planned for two ranks. One that begins with `# NAME.yaml` is also that file. What has
-                no `data` or no `model` is a fragment: it replaces top-level keys of configs/digits.yaml
+python          executed; the blocks of a page share their names. A block that begins with `# NAME.py` is that file
+yaml            a configuration, planned for two ranks. A block that begins with `# NAME.yaml` is also that file. A
+                block without `data` or `model` is a fragment: it replaces top-level keys of configs/digits.yaml
 text, mermaid   not run, nor are json and ini
 
 A block after the line `<!-- not run: REASON -->` is not run. Prints one line per block; exit code 1 at the first block
@@ -28,7 +28,7 @@ from typing import Any
 
 TOP = Path(__file__).parents[3]
 RUN = ("bash", "python", "yaml")
-SHOWN = ("text", "mermaid", "json", "ini")  # languages of blocks that are only read
+SHOWN = ("text", "mermaid", "json", "ini")  # languages of blocks that are not run
 LINKED = ("configs", "docs", "examples", "jobs", "slurm", "src", "tests", "README.md", "setup.cfg", "pyproject.toml")
 LIMIT_S = 100.0
 NOT_RUN = re.compile(r"<!-- not run: *(.*?) *-->$")
@@ -46,7 +46,7 @@ class Block:
 
 
 def blocks(path: Path) -> list[Block]:
-    """The fenced blocks of a Markdown file. ValueError for a fence that is not closed."""
+    """The fenced blocks of a Markdown file. Raises ValueError for a fence that is not closed."""
     found: list[Block] = []
     reason: str | None = None
     opened: tuple[int, str, str] | None = None  # line, indent, language
@@ -82,7 +82,7 @@ def run_bash(text: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Where commands of this Python come first, and root and few cores are no obstacle."""
+    """An environment with this Python's commands first on PATH, in which root and few cores are allowed."""
     others = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', os.defpath)}"
@@ -127,13 +127,13 @@ def run(block: Block, names: dict[str, Any]) -> None:
     elif file is None:
         exec(compile(block.text, "<block>", "exec"), names)
     else:
-        # Known by its name while it runs: dataclasses look their module up.
+        # Registered under its name while it runs, because dataclasses look up their module.
         module = sys.modules[Path(file).stem] = types.ModuleType(Path(file).stem)
         exec(compile(block.text, file, "exec"), module.__dict__)
 
 
 def main(page: Path) -> int:
-    """Run a page's blocks; the exit code."""
+    """Run a page's blocks; returns the exit code."""
     names: dict[str, Any] = {"__name__": "page"}
     page = page.resolve()
     with tempfile.TemporaryDirectory(prefix="page-", ignore_cleanup_errors=True) as folder:

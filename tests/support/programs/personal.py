@@ -1,7 +1,7 @@
-"""Everything that ranks hand to MPI, searched for what is a silo's own. Arguments: FOLDER.
+"""Searches all buffers that ranks pass to MPI for a silo's private values. Arguments: FOLDER.
 
-A layer, or a silo's own model, holds a number that nothing changes: its gradient is 0. The spy stands before MPI's
-communicators and reads every buffer that is handed over; that it sees what is sent, a shared number shows.
+A private layer, or a silo's own model, holds a number that never changes, because its gradient is 0. The spy wraps
+MPI's communicators and reads every buffer; a shared number proves that it sees what is sent.
 """
 
 import json
@@ -22,7 +22,7 @@ from fedmpi.comm import MpiComm, connect
 from fedmpi.components import build
 from fedmpi.errors import ConfigError
 
-SECRET, BEACON = 12345.678, 54321.125  # the first is the silos' own, the second everybody's
+SECRET, BEACON = 12345.678, 54321.125  # the first is private to silos, the second shared
 
 
 class Marked(nn.Module):
@@ -40,7 +40,7 @@ class Marked(nn.Module):
 
 
 class Spy:
-    """An MPI communicator whose callers are watched."""
+    """An MPI communicator that records the buffers of its callers."""
 
     seen: list[bytes] = []  # noqa: RUF012
 
@@ -69,12 +69,12 @@ class Spy:
 
 
 def secret(rule, plan):
-    """A run whose silos have a secret, and what of it the spy has seen."""
+    """A run whose silos have a secret, and the secrets that the spy has seen."""
 
     def case(folder):
         from mpi4py import MPI
 
-        connect()  # MPI is up
+        connect()  # starts MPI
         Spy.seen.clear()
         comm = MpiComm(MPI, Spy(MPI.COMM_WORLD.Dup()))
         personal = rule["name"] == "fedrep"
@@ -91,7 +91,7 @@ def secret(rule, plan):
         with fedmpi.Run(build(fedmpi.Config, values), comm=comm) as run:
             fed = run.federation
             marks = torch.full((8,), SECRET)
-            for silo in fed.silos.values():  # as if an earlier round had left it there
+            for silo in fed.silos.values():  # as if from an earlier round
                 if personal:
                     silo.kept = {n: t.clone() for n, t in fed.model.first_personal.items()}
                     fed.model.named(run.parameters, silo.kept)["mark"].copy_(marks)
@@ -116,7 +116,7 @@ def secret(rule, plan):
 
 
 def _evaluated(run, last, comm):
-    """The checkpoint is evaluated where silos' data are, with the figures of the run; so are models handed out."""
+    """The checkpoint is evaluated where the silos' data are, with the run's figures; so are exported models."""
     opened = []
 
     def counting(config):
@@ -149,7 +149,7 @@ def _evaluated(run, last, comm):
 
 
 def pattern(number):
-    """Two of them, as they lie in memory."""
+    """Two numbers, as bytes in memory."""
     return struct.pack("<2f", number, number)
 
 

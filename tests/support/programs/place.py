@@ -1,5 +1,4 @@
-"""A folder in which `mpirun -n N fedmpi train config.yaml` works, with a user's own model: what the command's tests do
-things to."""
+"""A folder in which `mpirun -n N fedmpi train config.yaml` works, with a user's own model; for tests of the command."""
 
 import json
 import shutil
@@ -14,7 +13,7 @@ from fedmpi.results import inspect
 
 SILOS = "abcd"
 STEPS = 500  # batches of a silo's round
-TEN_MINUTES = {"SLEEP_S": "0.6"}  # a batch; two silos on a rank
+TEN_MINUTES = {"SLEEP_S": "0.6"}  # per batch; two silos on a rank
 CONFIG = {
     "rounds": 4,
     "data": {
@@ -67,7 +66,7 @@ class Place:
         return checkpoint.sealed_rounds(self.folder / out)
 
     def busy(self, job: Job, out: str, idle: int = 0) -> dict[int, int]:
-        """Process ids by rank, as the run directory says them, once all ranks but `idle` are inside a slow batch."""
+        """Process ids by rank, from the run directory, once all ranks but `idle` are inside a slow batch."""
 
         def all_busy() -> bool:
             busy = sum((self.folder / f"busy-{pid}").exists() for pid in job.ranks().values())
@@ -81,7 +80,7 @@ class Place:
 
 
 def own_lines(done: Done) -> list[str]:
-    """Standard error without what the launcher says of exit codes, between rules of dashes or by itself."""
+    """Standard error without the launcher's messages about exit codes, which stand between dashes or alone."""
     own, ours = [], True
     for line in done.err.splitlines():
         if set(line) == {"-"} and len(line) > 20:

@@ -38,7 +38,7 @@ def case(work):
 
 
 def regions(comm, config, number):
-    """So many regions of silos: ranks take turns."""
+    """So many regions of silos; ranks are assigned in turn."""
     silos = config.data.source(config.seed).silos
     found = {}
     for silo, rank in zip(silos, place(silos, comm.hosts).ranks, strict=True):
@@ -47,7 +47,7 @@ def regions(comm, config, number):
 
 
 def halves(comm, config):
-    """Those of even and those of odd ranks; one where there is but one rank."""
+    """The regions of even and of odd ranks; a single one if there is one rank."""
     return regions(comm, config, 2)
 
 
@@ -130,14 +130,14 @@ def left_between_two_exchanges_and_gone_on_with(comm, folder):
         again, records = trained(comm, in_regions(comm, folder, name, **more))
         require_equal("rounds gone on with", records[0]["round"], until + 1)
         require_equal(f"sha after leaving at {until}", again, whole)
-    if comm.rank == 0:  # in between no checkpoint has one model that was evaluated
+    if comm.rank == 0:  # between exchanges across, no checkpoint has a single evaluated model
         scored = [number for number, score in checkpoint.scores(folder / f"whole-{comm.size}").items() if score]
         assert scored and not any(number % 2 for number in scored), scored
 
 
 @case
 def what_feedback_keeps_of_regions_stays_when_silos_change_ranks(comm, folder):
-    """Rank 0 leads the even ranks; the silo under which it files what it keeps moves to rank 2."""
+    """Rank 0 leads the even ranks; the silo under which it stores its state moves to rank 2."""
     ids = [f"s{rank}" for rank in range(comm.size)]
     by = {"even": ids[::2], **({"odd": ids[1::2]} if comm.size > 1 else {})}
     told = {"plan": "sharded", "up": FEDBACK, "regions": {"levels": [{"by": by}]}}
@@ -148,7 +148,7 @@ def what_feedback_keeps_of_regions_stays_when_silos_change_ranks(comm, folder):
         return make(build(ExchangeSection, told), comm, torch.zeros(5000), facts)
 
     def lost(some):
-        """What is kept across regions, added up over ranks."""
+        """The state kept across regions, summed over ranks."""
         tensors = [one.tensor for one in some.holders.state() if one.key[0] == "level 1" and one.key[-1] == "feedback"]
         return comm.share(sum(tensors, torch.zeros(5000)).double().numpy())
 
@@ -230,7 +230,7 @@ def what_a_codec_refuses_in_one_region_is_an_error_on_all_ranks(comm, folder):
 
 @case
 def few_bytes_cross(comm, folder):
-    """One vector a region, not one a rank."""
+    """One vector per region, not one per rank."""
     config = in_regions(comm, folder, f"bytes-{comm.size}", levels=[{"by": "node"}], up=FEDBACK, down=FEDBACK)
     _, records = trained(comm, config)
     assert all(r["bytes_up"] == 0 and r["bytes_down"] == 0 for r in records), "one node sends nothing across"

@@ -1,6 +1,6 @@
-"""What a whole run promises on any number of ranks: see cases.py. Cases leave figures in FOLDER for the other launches.
+"""What a whole run must do on any number of ranks: see cases.py. Cases leave figures in FOLDER for later launches.
 
-Arguments: FOLDER, shared by all launches, and the number of ranks of the launch before, unless this is the first.
+Arguments: FOLDER, shared by all launches, and the number of ranks of the launch before, except for the first.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ BASE = {
     "device": {"name": "cpu"},
 }
 PLANS = tuple(plans.PLANS.members)
-# Every one of these must end with the same bits on 1, 2 and 4 ranks, and under every plan that can carry it out.
+# Each must end with the same bits on 1, 2 and 4 ranks, and under every plan that supports it.
 RUNS = {
     "digits": {},
     "nine_silos_a_third": {"data": {"name": "digits", "silos": 9}, "select": {"name": "uniform", "fraction": 0.34}},
@@ -90,7 +90,7 @@ def configured(folder, name, *changes, **more):
 
 
 def trained(comm, config, until=None, membership=None):
-    """SHA-256 of the parameters that are left after training, and the records."""
+    """SHA-256 of the final parameters, and the records."""
     records = []
     with fedmpi.Run(config, comm=comm, membership=membership) as started:
         for record in started:
@@ -102,7 +102,7 @@ def trained(comm, config, until=None, membership=None):
 
 def reproducible(name):
     def work(comm, folder):
-        """All plans give the same bits; which ones comes back."""
+        """All plans give the same bits; returns which plans ran."""
         shas = {}
         for plan in ("sharded",) if name in ("codecs", "median") else PLANS:
             exchange = {"exchange": {"plan": plan, "reduction": "reproducible"}}
@@ -139,7 +139,7 @@ def fast_repeats_and_plans_agree(comm, folder):
 
 @case
 def sums_alone_say_the_same_of_all_silos_on_every_rank(comm, folder):
-    """`disclose: pooled` gives the parameters and figures of all that `silo` gives, alike on every rank."""
+    """`disclose: pooled` gives the same parameters and pooled figures as `silo`, equal on every rank."""
     done = {}
     for disclose in ("silo", "pooled"):
         done[disclose] = trained(comm, configured(folder, f"says-{disclose}-{comm.size}", disclose=disclose, rounds=2))
@@ -155,7 +155,7 @@ def sums_alone_say_the_same_of_all_silos_on_every_rank(comm, folder):
 
 @case
 def what_a_run_leaves_behind_is_readable(comm, folder):
-    """Parameters and model, once others follow, wherever they were while it trained; of a run that failed too."""
+    """Parameters and model after other runs, on any device; also of a failed run."""
     for plan in PLANS:
         left = []
         for number, last in enumerate((ROUNDS, 2, ROUNDS)):
@@ -207,7 +207,7 @@ def agrees_with_the_reference(comm, folder):
 
 @case
 def full_batch_step_is_the_pooled_gradients(comm, folder):
-    """One step of every silo, weighted by n_k, is one step on all samples together."""
+    """One step of every silo, weighted by n_k, equals one step on all samples together."""
     config = logistic(folder, f"pooled-{comm.size}", steps=1, batch_size=None)
     config = build(fedmpi.Config, {**vars(config), "rounds": 1})
     silos = opened(config)
@@ -234,7 +234,7 @@ def farthest(outputs, targets):
 
 @case
 def figures_of_all_have_the_same_bits_on_any_number_of_ranks(comm, folder):
-    """Of counts, sums and own code; what comes back is compared with what other launches come to."""
+    """Figures from counts, sums and own code; the result is compared with that of other launches."""
     names = ["accuracy", "log_loss", "auc", "macro_f1", "confusion_matrix", {"name": "top_k", "k": 3}]
     own = {"name": f"{__name__}:farthest", "maximize": False}
     config = configured(
@@ -271,7 +271,7 @@ def dedicated_server_hosts_nothing(comm, folder):
 
 @case
 def feedback_of_ranks_is_restored(comm, folder):
-    """A run of ranks' sums, left and gone on with, is the run that nobody left."""
+    """A run with rank sums (`scope: rank`) that is interrupted and resumed equals an uninterrupted one."""
     more = {
         "exchange": {"plan": "sharded", "up": {"codec": "int4", "feedback": True}, "down": {"codec": "bf16"}},
         "server": {"optimizer": {"name": "fedavgm", "lr": 1.0}},
@@ -299,7 +299,7 @@ def measure_says_what_it_measured_and_is_kept(comm, folder):
 
 @component
 class Unheard(Mean):
-    """Silos of an odd number of samples do not count."""
+    """Silos with an odd number of samples have weight 0."""
 
     def base(self, silo, num_samples):
         return float(num_samples % 2 == 0)
@@ -336,7 +336,7 @@ def verify_finds_the_rank_that_differs(comm, folder):
 
 @component
 class Astray(All):
-    """In round 2 the last rank leaves out a silo."""
+    """In round 2 the last rank omits a silo."""
 
     def select(self, ids, state, outcome, rng):
         astray = outcome is not None and ranks.connect().rank == ranks.connect().size - 1
@@ -401,7 +401,7 @@ on_last_rank = False
 
 
 def refuses_to_look(outputs, targets):
-    """On the last rank this cannot be evaluated, only trained and tried on two samples."""
+    """On the last rank it cannot be evaluated, only trained and tried on two samples."""
     if on_last_rank and not torch.is_grad_enabled() and len(outputs) > 2:
         raise OSError("no look")
     return torch.nn.functional.cross_entropy(outputs, targets)
@@ -453,13 +453,13 @@ def diverging_is_an_error_on_every_rank(comm, folder):
         assert "silo-0" in str(error), error
     else:
         raise AssertionError("a norm of 1e30 went through")
-    sha, _ = trained(comm, configured(folder, f"diverged-then-{comm.size}"))  # the communicator is as good as new
+    sha, _ = trained(comm, configured(folder, f"diverged-then-{comm.size}"))  # the communicator still works
     return sha
 
 
 def resumed(name):
     def work(comm, folder):
-        """Leave a run behind at round 2; go on with what the launch before has left behind, on other ranks."""
+        """Leave a run at round 2, and resume the run of the launch before, on another number of ranks."""
 
         def config(writer):
             exact = {"reduction": "reproducible"}
@@ -480,7 +480,7 @@ for run_name in ("personal_bias", "fedadam", "codecs", "average"):
     CASES[f"resumes_on_other_ranks_{run_name}"] = resumed(run_name)
 
 
-# What silos keep and what ranks keep for them, by rules, residuals and plans.
+# State of silos, and state that ranks hold for them, by rules, residuals and plans.
 MOVES = {
     "scaffold": {
         "local": {
@@ -507,7 +507,7 @@ MOVES = {
 
 
 def turned(now, size):
-    """Every rank gets the silos of the one before it."""
+    """Every rank gets the silos of the rank before it."""
     for silo in now.ids:
         now = now.moved(silo, (now.rank(silo) + 1) % size)
     return now
@@ -515,7 +515,7 @@ def turned(now, size):
 
 def changes_members(name):
     def work(comm, folder):
-        """Ranks take each other's silos, one leaves and one joins: the bits of a restart with them."""
+        """Ranks exchange their silos, one leaves and one joins: same bits as a restart with these members."""
         silos = [f"silo-{i}" for i in range(6)]
         begun = Membership(0, {silo: (i % comm.size,) for i, silo in enumerate(silos[:5])})
 
@@ -552,7 +552,7 @@ for run_name in MOVES:
 
 @case
 def silos_that_change_ranks_change_no_bit(comm, folder):
-    """Where sums do not depend on who adds them up."""
+    """For sums that do not depend on the order of ranks."""
     config = configured(folder, f"turned-{comm.size}", RUNS["personal_bias"], exchange={"reduction": "reproducible"})
     with fedmpi.Run(config, comm=comm) as started:
         for _ in started:
