@@ -1,6 +1,7 @@
 """What a run survives: faults made on purpose, what came of them, PASS or FAIL.
 
     python jobs/experiments/drill.py NAME ... | all [--out runs/drills] [--limit-s 60] [--quick]
+    python jobs/experiments/drill.py kill-loop [--mtbf 60] [--minutes 10] [--deaths 200]
 
 Every drill trains the digits on four ranks under `mpirun --with-ft ulfm`, undisturbed and then with the fault; under
 `fedmpi run` where a job cannot heal itself. It prints what was done, what happened, what was lost, how long it took to
@@ -9,20 +10,28 @@ undisturbed run. Exit code 0: all drills passed; 1: one failed; 77: none failed,
 """
 
 import argparse
+import contextlib
+import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drill_job import RANKS, Job, TooLong, mpirun, read_events, settings, useful
+import drill_loop
+from drill_job import RANKS, TOP, Job, TooLong, follow_parent, mpirun, read_events, sealed_rounds, settings, useful
 
 QUICK = 6  # rounds with --quick
 ROUNDS = 12
+LOOP, LOOP_ROUNDS = "kill-loop", 60
 FAULT = 3  # disturbed after this round
 GRACE_S = 4.0  # of supervised drills
+TESTBED = TOP / "tests/support/testbed.sh"
+NAMESPACE = "DRILL_MOUNTS"  # set in the mount namespace of a drill
 CANNOT = 77  # exit code of what the machine cannot do
 
 
@@ -64,7 +73,7 @@ class Drill:
 
     def told(self, job: Job, whole: Job, fault_s: float) -> None:
         """Print what happened to the job, and what it cost."""
-        for at_s, text in sorted(job.moments):
+        for at_s, text in sorted(job.moments, key=lambda moment: moment[0]):
             print(f"  +{at_s:<7.2f} s    {text}")
         lost = [sum(useful(r, "num_steps") for r in some.records.values()) for some in (whole, job)]
         more = f"; {job.again} committed rounds were trained again" if job.again else ""
@@ -132,10 +141,10 @@ def slow_silo(drill: Drill) -> None:
     drill.rounds = FAULT + 3
     whole = drill.undisturbed()
     # Shorter than a slow round: ranks that train say so at every batch.
-    slow = (*settings(drill.rounds, f", slow: silo-1, factor: 10, first: {FAULT + 1}"), "comm.timeout_s=2")
+    slow = (*settings(drill.rounds, f", slow: silo-2, factor: 10, first: {FAULT + 1}"), "comm.timeout_s=2")
     with Job(drill.folder / "run", slow, mpirun()) as job:
         job.until_round(FAULT, drill.left_s)
-        fault_s = job.say(f"silo-1 is ten times slower, after round {FAULT}")
+        fault_s = job.say(f"silo-2 is ten times slower, after round {FAULT}")
         code = job.wait(drill.left_s)
     drill.told(job, whole, fault_s)
     drill.require_same(job, whole, code)
@@ -175,14 +184,130 @@ def poison(drill: Drill) -> None:
     drill.check(after > before, f"accuracy goes on from {before:.2f} to {after:.2f}")
 
 
+# ---------------------------------------------------------------- disks and hosts
+
+
+def unwritable(drill: Drill, spoil: Callable[[Path], str], mend: Callable[[Path], str]) -> None:
+    """The folder of checkpoints, a small file system of its own, cannot be written from some moment on; it is mended
+    once the run has ended."""
+    whole = drill.undisturbed()
+    checkpoints = drill.folder / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    shell("mount", "-t", "tmpfs", "-o", "size=600k", "drill", str(checkpoints))
+    try:
+        with Job(drill.folder / "run", settings(drill.rounds), mpirun(), fresh=False) as job:
+            job.until_round(FAULT, drill.left_s)
+            fault_s = job.say(f"{spoil(checkpoints)}, after round {job.newest}")
+            code = job.wait(drill.left_s)
+        sealed = sealed_rounds(job.out)
+        why = damage(job.out, sealed[-1])
+        job.say(mend(checkpoints))
+        with Job(drill.folder / "run", settings(drill.rounds), mpirun(), fresh=False) as rest:
+            resumed_code = rest.wait(drill.left_s)
+        job.follow(rest)
+        drill.told(job, whole, fault_s)
+        drill.check(code == 1, f"exit code {code} once checkpoints failed")
+        log = (drill.folder / "run.log").read_text()
+        for text in ("failure 1 of 3 in a row", "failure 2 of 3 in a row", "3 checkpoints in a row failed"):
+            drill.check(text in log, f"it says: {text}")
+        drill.check(not why, f"the checkpoint of round {sealed[-1]} is whole {why}")
+        drill.require_same(job, whole, resumed_code)
+    finally:
+        shell("umount", "-l", str(checkpoints))
+
+
+def damage(out: Path, round: int) -> str:
+    """What is wrong with a checkpoint; empty where it is whole."""
+    from fedmpi import checkpoint
+    from fedmpi.errors import CheckpointError
+
+    try:
+        checkpoint.check(out, round)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def fill_disk(drill: Drill) -> None:
+    """the disk of checkpoints fills up: training goes on for a while and ends with exit code 1; with room it resumes"""
+
+    def fill(folder: Path) -> str:
+        with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(512))
+        return "the disk of checkpoints is full"
+
+    def empty(folder: Path) -> str:
+        (folder / "filler").unlink()
+        return "there is room again; the same command once more"
+
+    unwritable(drill, fill, empty)
+
+
+def read_only(drill: Drill) -> None:
+    """the disk of checkpoints becomes read-only: as with a full one"""
+
+    def remounted(how: str) -> Callable[[Path], str]:
+        def remount(folder: Path) -> str:
+            until_s = time.monotonic() + 10.0
+            while True:  # while a checkpoint is being written the kernel refuses
+                try:
+                    shell("mount", "-o", f"remount,{how}", str(folder))
+                    return f"the disk of checkpoints is mounted {how}"
+                except Cannot:
+                    if time.monotonic() > until_s:
+                        raise
+                    time.sleep(0.01)
+
+        return remount
+
+    unwritable(drill, remounted("ro"), remounted("rw"))
+
+
+def cut_host(drill: Drill) -> None:
+    """the network of one of two hosts is cut: the supervisor starts again on the other, and the rest may not write"""
+    testbed = [str(TESTBED), "--hosts", "2", "--ranks-per-host", str(RANKS // 2), "--rate", "1gbit", "--once", "--"]
+    tried = subprocess.run([*testbed, "true"], capture_output=True, text=True)
+    if tried.returncode:
+        raise Cannot(tried.stderr.strip())
+    whole = drill.undisturbed()
+    hosts = ["--host", f"h1:{RANKS // 2},h2:{RANKS // 2}", "--map-by", "node:oversubscribe", "--bind-to", "none"]
+    line = [*mpirun(), *hosts]
+    with Job(drill.folder / "run", settings(drill.rounds), line, GRACE_S, inside=testbed) as job:
+        job.until_round(FAULT, drill.left_s)
+        rows = json.loads((job.out / "ranks.json").read_text())
+        cut = [row["rank"] for row in rows if row["host"] == "h2"]
+        shell("nsenter", "--target", str(job.ranks()[cut[0]]), "--net", "ip", "link", "set", "eth0", "down")
+        fault_s = job.say(f"the link of h2 with ranks {cut} is down, after round {job.newest}")
+        code = job.wait(drill.left_s)
+    drill.told(job, whole, fault_s)
+    drill.require_same(job, whole, code)
+    left = {row["host"] for row in json.loads((job.out / "ranks.json").read_text())}
+    drill.check(left == {"h1"}, f"it ended on {', '.join(sorted(left))}")
+
+
+def shell(*words: str) -> None:
+    """Run a command. Cannot where it fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Cannot(f"{words[0]}: {error}") from None
+    if done.returncode:
+        raise Cannot(f"{' '.join(words)}: {done.stderr.strip()}")
+
+
 DRILLS: dict[str, Callable[[Drill], None]] = {
     "kill-silo": kill_silo,
     "kill-server": kill_server,
     "two-deaths": two_deaths,
     "slow-silo": slow_silo,
     "hang-silo": hang_silo,
+    "cut-host": cut_host,
+    "fill-disk": fill_disk,
+    "read-only": read_only,
     "poison": poison,
 }
+MOUNTS = ("fill-disk", "read-only")  # run in a mount namespace of their own
 
 
 # ---------------------------------------------------------------- the command
@@ -190,6 +315,8 @@ DRILLS: dict[str, Callable[[Drill], None]] = {
 
 def run(name: str, folder: Path, limit_s: float, rounds: int) -> int:
     """One drill, told on standard output; 0, 1, or 77 where the machine cannot do it."""
+    if name in MOUNTS and not os.environ.get(NAMESPACE):
+        return in_namespace(name, folder, limit_s, rounds)
     print(f"drill {name}: {DRILLS[name].__doc__}", flush=True)
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / name).mkdir(parents=True)
@@ -209,26 +336,47 @@ def run(name: str, folder: Path, limit_s: float, rounds: int) -> int:
     return int(bool(bad))
 
 
+def in_namespace(name: str, folder: Path, limit_s: float, rounds: int) -> int:
+    """The drill where it may mount, and nobody else sees it."""
+    apart = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    try:
+        shell(*apart, "mount", "-t", "tmpfs", "drill", "/mnt")
+    except Cannot as why:
+        print(f"CANNOT {name}: {why}", flush=True)
+        return CANNOT
+    options = ["--out", str(folder), "--limit-s", str(limit_s), "--rounds", str(rounds)]
+    words = [*apart, sys.executable, str(Path(__file__).resolve()), name, *options]
+    with subprocess.Popen(words, env={**os.environ, NAMESPACE: "1"}, preexec_fn=follow_parent) as inside:
+        return inside.wait()
+
+
 def main(arguments: list[str] | None = None) -> int:
     lines = "\n".join(f"  {name:<12} {drill.__doc__}" for name, drill in DRILLS.items())
     parser = argparse.ArgumentParser(
         prog="drill.sh",
-        description=f"{(__doc__ or '').splitlines()[0]}\n\n{lines}\n  {'all':<12} all of these, one after the other",
+        description=f"{(__doc__ or '').splitlines()[0]}\n\n{lines}\n  {'all':<12} all of these, one after the other\n"
+        f"  {LOOP:<12} random deaths every --mtbf s for --minutes m, or until --deaths; called again it goes on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("drills", nargs="+", metavar="DRILL", choices=[*DRILLS, "all"])
+    parser.add_argument("drills", nargs="+", metavar="DRILL", choices=[*DRILLS, "all", LOOP])
     parser.add_argument("--out", type=Path, default=Path("runs/drills"), help="folder of runs and results")
     parser.add_argument("--limit-s", type=float, default=60.0, help="of a drill")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} rounds in place of {ROUNDS}")
+    parser.add_argument("--rounds", type=int, help=f"of a run; {ROUNDS}, of kill-loop {LOOP_ROUNDS}")
+    parser.add_argument("--mtbf", type=float, default=60.0, help="seconds between faults of kill-loop, on average")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of this call of kill-loop")
+    parser.add_argument("--deaths", type=int, help="after so many a campaign of kill-loop is over")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults of kill-loop")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} rounds")
     options = parser.parse_args(arguments)
     if shutil.which("mpirun") is None:
         raise SystemExit("drill: no mpirun on PATH")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder, rounds = options.out.absolute(), QUICK if options.quick else options.rounds
+    if LOOP in options.drills:
+        campaign = drill_loop.Campaign(rounds or LOOP_ROUNDS, options.mtbf, options.seed)
+        return drill_loop.kill_loop(folder / LOOP, campaign, options.minutes, options.deaths, sha)
     names = list(DRILLS) if "all" in options.drills else options.drills
-    codes = [
-        run(name, options.out.absolute(), options.limit_s, QUICK if options.quick else ROUNDS)
-        for name in dict.fromkeys(names)
-    ]
+    codes = [run(name, folder, options.limit_s, rounds or ROUNDS) for name in dict.fromkeys(names)]
     return 1 if 1 in codes else max(codes)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
@@ -71,9 +72,13 @@ class Job:
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.mark = out, uuid.uuid4().hex
+        self.last_commit_s = -math.inf  # when a record came last, of whatever round
+        self.starts: list[float] = []  # of the ranks, by the supervisor
         self.commits: dict[int, float] = {}  # when each round was first seen to be committed
         self.records: dict[int, dict[str, Any]] = {}  # the newest of each round
-        self.again = 0  # rounds that were committed, and then again
+        self.again = 0  # records of rounds that were written before
+        self.sealed = 0  # the newest round whose checkpoint was ever whole
+        self.undone = 0  # such rounds that were trained again
         self.moments: list[tuple[float, str]] = []  # what happened, and when
         self._told: dict[str, int] = {}  # lines of each file that were read
         self._metrics: tuple[int, int] = (0, 0)  # inode and size of metrics.jsonl as it was read
@@ -97,7 +102,7 @@ class Job:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_follow_parent,
+                preexec_fn=follow_parent,
             )
 
     def __enter__(self) -> "Job":
@@ -137,6 +142,7 @@ class Job:
     def look(self) -> None:
         """Read what has come into the run directory."""
         now_s = time.monotonic() - self.begun_s
+        self.sealed = max([self.sealed, *sealed_rounds(self.out)])
         with contextlib.suppress(OSError):
             about = (self.out / "metrics.jsonl").stat()
             if (about.st_ino, about.st_size) != self._metrics:
@@ -146,15 +152,21 @@ class Job:
         for name, words in (("events.jsonl", told_of_loss), ("supervisor.jsonl", told_by_supervisor)):
             with contextlib.suppress(OSError):
                 lines = (self.out / name).read_bytes().split(b"\n")[:-1]
-                for line in lines[self._told.get(name, 0) :]:
-                    self.moments.append((now_s, words(json.loads(line))))
+                for event in map(json.loads, lines[self._told.get(name, 0) :]):
+                    self.moments.append((now_s, words(event)))
+                    if event["event"] in ("started", "restarted"):
+                        self.starts.append(now_s)
                 self._told[name] = len(lines)
 
     def _see(self, line: bytes, now_s: float) -> None:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             before = self.records.get(record["round"])
-            self.again += before is not None and before != record
+            is_again = before is not None and before != record
+            self.again += is_again
+            self.undone += is_again and record["round"] <= self.sealed
+            if before != record:
+                self.last_commit_s = now_s
             self.records[record["round"]] = record
             self.commits.setdefault(record["round"], now_s)
 
@@ -207,6 +219,15 @@ class Job:
         self.say(f"the job ended, exit code {code}")
         return code
 
+    def follow(self, later: "Job") -> None:
+        """Take in what a later job in the same run directory has done."""
+        offset_s = later.begun_s - self.begun_s
+        self.moments += [(at_s + offset_s, text) for at_s, text in later.moments]
+        for number, record in later.records.items():
+            self.commits.setdefault(number, later.commits[number] + offset_s)
+            self.again += number in self.records and self.records[number] != record
+            self.records[number] = record
+
     # ------------------------------------------------------------ figures
 
     @property
@@ -222,6 +243,11 @@ class Job:
     def next_round_s(self, after_s: float) -> float | None:
         """From then to the next round that was committed for the first time."""
         return min((at_s - after_s for at_s in self.commits.values() if at_s > after_s), default=None)
+
+
+def sealed_rounds(out: Path) -> list[int]:
+    """Rounds that have a whole checkpoint, oldest first."""
+    return sorted(int(path.parent.name[-6:]) for path in (out / "checkpoints").glob("round-*/manifest.json"))
 
 
 def useful(record: Mapping[str, Any], what: str) -> int:
@@ -245,17 +271,17 @@ def told_by_supervisor(event: Mapping[str, Any]) -> str:
     return f"supervisor: {event['text'].partition(': mpirun')[0][:150]}"
 
 
-def read_events(out: Path) -> Iterator[dict[str, Any]]:
-    """The losses that were made up for in the job."""
+def read_events(out: Path, name: str = "events.jsonl") -> Iterator[dict[str, Any]]:
+    """The lines of a file; without a name the losses that were made up for in the job."""
     with contextlib.suppress(OSError):
-        yield from map(json.loads, (out / "events.jsonl").read_text().splitlines())
+        yield from map(json.loads, (out / name).read_text().splitlines())
 
 
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """In the job's first process: SIGTERM should the drill be killed."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)

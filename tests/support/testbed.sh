@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Hosts on one machine: network namespaces with slow links between them, over which mpirun starts a command.
 #
-#   tests/support/testbed.sh --hosts 4 --rate 1gbit [--ranks-per-host 1] [--mpi openmpi] -- CMD [ARGS...]
+#   tests/support/testbed.sh --hosts 4 --rate 1gbit [--ranks-per-host 1] [--mpi openmpi] [--once] -- CMD [ARGS...]
 #
 #   --hosts N            1 to 16: h1, h2, ... each with its own name, link and shared memory; ranks go round them
 #   --rate RATE          of every link, each way, as tc writes it: 1gbit, 100mbit
 #   --ranks-per-host K   how many ranks a host has
 #   --mpi openmpi|mpich  whose mpirun or mpiexec is taken; it has to be the first on PATH
+#   --once               CMD is started once, on h1, and starts Open MPI's ranks itself, with mpirun --host h1:K,h2:K
 #
 # It takes root, iproute2 and util-linux. The exit code is that of mpirun; 2: wrong arguments or no such MPI; 77: this
 # machine cannot do it, and why. Files, working directory and environment are the caller's on every host. Anything that
@@ -38,7 +39,7 @@ die() { # exit code, reason
 }
 
 parse() {
-  hosts="" rate="" per_host=1 mpi=openmpi
+  hosts="" rate="" per_host=1 mpi=openmpi once=""
   while [ $# -gt 0 ]; do
     case $1 in
       -h | --help) sed -n '2,/^$/s/^# \?//p' "${BASH_SOURCE[0]}" && exit ;;
@@ -46,6 +47,7 @@ parse() {
       --rate) rate=${2-} ;;
       --ranks-per-host) per_host=${2-} ;;
       --mpi) mpi=${2-} ;;
+      --once) once=1 && shift && continue ;;
       --) break ;;
       *) die 2 "what is $1? --help lists what there is" ;;
     esac
@@ -54,6 +56,7 @@ parse() {
   [[ $hosts =~ ^([1-9]|1[0-6])$ ]] || die 2 "--hosts takes 1 to 16, not '$hosts'"
   [[ $per_host =~ ^[1-9][0-9]?$ ]] || die 2 "--ranks-per-host takes 1 to 99, not '$per_host'"
   [[ $mpi =~ ^(openmpi|mpich)$ ]] || die 2 "--mpi takes openmpi or mpich, not '$mpi'"
+  [ -z "$once" ] || [ "$mpi" = openmpi ] || die 2 "--once goes with --mpi openmpi"
   [ -n "$rate" ] || die 2 "--rate is missing"
   [ $# -gt 1 ] || die 2 "no command: -- CMD [ARGS...]"
   shift
@@ -168,6 +171,10 @@ launch_openmpi() {
   export PRTE_MCA_prte_tmpdir_base=/dev/shm PRTE_MCA_plm=ssh PRTE_MCA_plm_ssh_agent=$box/enter
   export OMPI_MCA_pml="${OMPI_MCA_pml-ob1}" OMPI_MCA_btl="${OMPI_MCA_btl-self,sm,tcp}"
   export OMPI_MCA_mpi_yield_when_idle="${OMPI_MCA_mpi_yield_when_idle-1}"
+  if [ -n "$once" ]; then
+    on_first_host "${command[@]}"
+    return
+  fi
   on_first_host mpirun --host "$(list ":$per_host")" --map-by node:oversubscribe --bind-to none \
     -n $((hosts * per_host)) "${command[@]}"
 }
