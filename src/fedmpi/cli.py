@@ -258,6 +258,8 @@ def _print_plan(result: dict[str, Any]) -> None:
         )
     kept = result["checkpoints_kept"]
     console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
+    if result["mirror_bytes"]:
+        console.print(f"under mpirun --with-ft ulfm: up to {_size(result['mirror_bytes'])} more memory a rank")
     values = Table("key", "value", "from", title="configuration")
     for key, entry in result["config"].items():
         values.add_row(key, str(entry["value"]), entry["from"])

@@ -22,6 +22,7 @@ from fedmpi.moving import exchanged, packed, unpacked
 from fedmpi.rounds import Federation, State
 from fedmpi.state import Key, StateTensor
 
+COMMITS = 2  # that a rank keeps
 BUDDIES = 2  # ranks that store what only one rank has
 AT = "at"  # in a key: followed by the whole vector's length and the places of the rank's parts in it
 Runs = list[tuple[int, int]]  # start and length of each part of a vector that a rank has
@@ -58,7 +59,7 @@ class Mirror:
         kept = list(holders(state, self.fed, health).state())
         self._measure(kept)
         alone = [self._is_mine(one) for one in kept]
-        spare = self.commits[0] if len(self.commits) > 1 else None
+        spare = self.commits[0] if len(self.commits) == COMMITS else None
         memory = {(t.key, t.silo): t.tensor for t in (*spare.whole, *spare.mine)} if spare is not None else {}
         told = [self._told(one) if is_mine else one for one, is_mine in zip(kept, alone, strict=True)]
         copies = [one._replace(tensor=_copied(one.tensor, memory.get((one.key, one.silo)))) for one in told]
@@ -70,7 +71,7 @@ class Mirror:
         arrived = exchanged(outgoing, comm)
         others = {rank: unpacked(arrived[rank]) for rank in range(comm.size) if comm.rank in buddies(rank, comm.size)}
         bare = replace(state, params_Q=torch.empty(0), optimizer=None, average_P=None, written=-1)
-        self.commits = [*self.commits[-1:], Commit(bare, whole, mine, others)]
+        self.commits = [*self.commits[1 - COMMITS :], Commit(bare, whole, mine, others)]
         comm.share(np.zeros(1))
 
     def _measure(self, found: Sequence[StateTensor]) -> None:

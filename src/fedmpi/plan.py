@@ -21,6 +21,7 @@ from fedmpi.exchange.fragments import parts
 from fedmpi.exchange.plans import MEASURE, PLANS
 from fedmpi.flat import Entry, layout_of, master_dtype, named_exact
 from fedmpi.local import plain_step
+from fedmpi.mirror import COMMITS, buddies
 from fedmpi.models import make
 from fedmpi.objectives import resolve
 from fedmpi.placement import place
@@ -77,7 +78,8 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         module = make(config.model, source)
     if config.init is not None:
         pretrained.fitting(module, config.init)
-    found = config.entries(module, [silo.id for silo in source.silos])
+    ids = [silo.id for silo in source.silos]
+    found = config.entries(module, ids, ids)
     layers = any(e.kind == "personal" and e.num_elements for e in found)
     scores = Scores.of(objective, config.local, config.evaluate.finetune, layers, config.disclose != "silo")
     counts = Counts.of(found, config)
@@ -135,6 +137,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "collectives": on_wire.collectives if flat else f"in regions, then across: {on_wire.collectives}",
         "checkpoint_bytes": sum(checkpoint.values()) + _HEADER_BYTES * (1 + num_ranks),
         "checkpoints_kept": config.checkpoint.keep + 1,
+        "mirror_bytes": _mirror(config, checkpoint, num_ranks),
         "out": str(Path(config.out)),
         "config": {
             key: {"value": value, "from": origin_of(key, origins)} for key, value in flatten(to_dict(config)).items()
@@ -198,6 +201,16 @@ def _checkpoint(config: Config, counts: Counts, section: ExchangeSection, sizes:
         "progress of silos": sizes.vector_bytes * sizes.num_silos * section.goes_on,
         "kept by silos": sizes.num_silos * (counts.kept_bytes + 8),
     }
+
+
+def _mirror(config: Config, checkpoint: Mapping[str, int], num_ranks: int) -> int:
+    """Bytes of the commits that a rank keeps under a fault-tolerant launcher, at most: each has all that is of no silo,
+    and the rank's share and its buddies' of what is kept of silos."""
+    if config.heals == "stop" or num_ranks == 1:
+        return 0
+    of_silos = sum(checkpoint[name] for name in ("residuals up", "progress of silos", "kept by silos"))
+    shares = 1 + len(buddies(0, num_ranks))
+    return COMMITS * (sum(checkpoint.values()) - of_silos + of_silos * shares // num_ranks)
 
 
 def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:

@@ -214,6 +214,17 @@ def test_a_login_node_says_what_the_rule_will_choose(num_ranks, how, says):
     assert all(row["vector_bytes"] == sum(row["vectors"].values()) for row in found["ranks"])
 
 
+def test_memory_for_ranks_that_outlive_each_other_is_told_where_they_may():
+    scaffold = {"local": {"name": "scaffold", "lr": 0.1, "steps": 1}, "server": {"optimizer": "fedadam"}}
+    for how, vectors, kept in (({}, 1, 0), (scaffold, 4, 1)):  # the delta; control variate and Adam's two besides
+        found = plan(build(Config, how), {}, 4)
+        of_silo = kept * 4 * found["shared_parameters"] + 8
+        wanted = 2 * (vectors * 4 * found["shared_parameters"] + found["silos"] * of_silo * 3 // 4)
+        assert found["mirror_bytes"] == wanted, (how, found["mirror_bytes"], wanted)
+    for how, num_ranks in (({}, 1), ({"on_failure": "stop"}, 4), ({"exchange": {"overlap": True}}, 4)):
+        assert plan(build(Config, how), {}, num_ranks)["mirror_bytes"] == 0
+
+
 class Gathered(Whole):
     """Every rank hears all ranks' sums, and adds them up in the order of ranks. A plan of one's own."""
 
