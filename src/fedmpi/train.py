@@ -66,7 +66,7 @@ from fedmpi.outcome import RoundOutcome
 from fedmpi.output import say
 from fedmpi.rebuild import admitted, rebuilt
 from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
-from fedmpi.records.metrics import read_metrics
+from fedmpi.records.metrics import last_round
 from fedmpi.records.sink import Timings
 from fedmpi.roster import Roster
 from fedmpi.rounds import Federation
@@ -506,7 +506,7 @@ class Run:
             self._open_sinks(done)
             for sink in self._added:
                 self._sinks.add(sink)
-            if record is not None and all(known["round"] != done for known in read_metrics(self.out)):
+            if record is not None and last_round(self.out) != done:
                 self._sinks.write(record)
 
         self.comm.collectively(write if self.comm.rank == 0 else lambda: None)

@@ -23,7 +23,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.evaluate import worst_silo
 from fedmpi.metrics.scorers import pooled
 from fedmpi.records import PHASES, RunInfo, Sink, StatusTable, Timer, peak_rss_bytes, read_metrics
-from fedmpi.records.metrics import Metrics
+from fedmpi.records.metrics import Metrics, last_round, line_of
 from fedmpi.records.terminal import Progress, on_terminal, silo_table
 from fedmpi.records.trace import Trace
 
@@ -47,6 +47,20 @@ def write_metrics(root, rounds, resumed=0):
 
 def rounds(root):
     return [record["round"] for record in read_metrics(root)]
+
+
+@pytest.mark.parametrize("length", [10, 70_000, 300_000])
+def test_the_last_round_is_read_from_the_end_of_the_file(tmp_path, length):
+    assert last_round(tmp_path) == 0
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"")
+    assert last_round(tmp_path) == 0
+    for number in (7, 8, 9):
+        with open(path, "ab") as file:
+            file.write(line_of({"round": number, "text": "x" * length}))
+        assert last_round(tmp_path) == number
+    path.write_bytes(path.read_bytes()[:-20])
+    assert last_round(tmp_path) == 0
 
 
 def test_metrics_are_cut_at_the_round_that_a_run_resumes_from(tmp_path):

@@ -39,6 +39,23 @@ def read_metrics(root: Path) -> list[Record]:
         return []
 
 
+def last_round(root: Path) -> int:
+    """The round of the last line of metrics.jsonl; 0 where there is none. Reads the end of the file only."""
+    try:
+        with open(disk.open_regular(root / METRICS), "rb") as file:
+            total, size = file.seek(0, os.SEEK_END), 1 << 16
+            while True:
+                file.seek(max(0, total - size))
+                _, newline, line = file.read().rstrip(b"\n").rpartition(b"\n")
+                if newline or size >= total:
+                    break
+                size *= 4
+    except OSError:
+        return 0
+    record = _record_in(line, sealed=False)
+    return 0 if record is None else int(record["round"])
+
+
 def _read(root: Path) -> tuple[list[tuple[Record, bytes]], list[bytes]]:
     """The records with their lines, and the lines that are none. OSError where the file cannot be read."""
     whole: list[tuple[Record, bytes]] = []
