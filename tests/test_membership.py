@@ -1,6 +1,7 @@
 """Members that change between two rounds: the same bits as a run that is resumed with them."""
 
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,21 @@ def test_a_run_that_is_left_goes_on_with_the_members_that_it_had(tmp_path):
     trained(tmp_path / "left", "turns", members, until=AT + 1, change=CHANGES["one for another"])
     again, sha_again, members_again = trained(tmp_path / "left", "turns")
     assert (again, sha_again, members_again) == (records[AT + 1 :], sha, after)
+
+
+def test_a_silo_that_has_left_may_be_named_and_one_that_never_was_may_not(tmp_path):
+    named = {
+        "select": {"name": "available", "traces": {"s0": [[1, 9]]}},
+        "local": {"name": "sgd", "amount": {"name": "by_silo", "silos": {"s0": 2}}},
+    }
+    with fedmpi.Run(config(tmp_path / "left", 4, data=SIZES, **named), comm=SoloComm()) as run:
+        rounds = iter(run)
+        assert "s0" in next(rounds)["cohort"]
+        run.rebuild(run.membership.without("s0"))
+        assert next(rounds)["cohort"] == ["s1", "s2", "s3", "s4"]
+    for part in ("select", "local"):
+        wrong = json.loads(json.dumps(named[part]).replace("s0", "s9"))
+        assert "no silo 's9'" in refused(config(tmp_path / part, 4, data=SIZES, **{**named, part: wrong}))
 
 
 def test_a_checkpoint_is_evaluated_on_the_members_of_its_round(tmp_path):

@@ -173,7 +173,8 @@ def open_members(
     config, comm = spec.config, comms.control
     members = comm.collectively(lambda: members.checked(spec.source.silos, comms.world.hosts, config.server.dedicated))
     opened = open_silos(spec.source, members, comm, held, known)
-    comm.collectively(lambda: config.entries(spec.module, members.ids))  # components raise if they do not support them
+    # Components raise if they do not support them.
+    comm.collectively(lambda: config.entries(spec.module, members.ids, spec.known))
     comm.collectively(lambda: _weights(config, members.ids, opened.num_train))
     _try_members(spec, members, opened.data, comm)
     return opened

@@ -248,11 +248,12 @@ class Config:
                 raise ValueError(why)
         return self
 
-    def entries(self, module: torch.nn.Module, ids: Sequence[str]) -> list[Entry]:
+    def entries(self, module: torch.nn.Module, ids: Sequence[str], known: Sequence[str]) -> list[Entry]:
         """The model's tensors and which are shared. Raises ConfigError if a component does not support them or the
-        number of silos."""
+        number of silos, or names a silo that is none of `known`, which are all that may ever take part."""
         found = entries(module, self.exchange.parameters)
         self.select.suits(len(ids))
+        self.select.knows(known)
         if self.disclose != "silo" and self.select.least(ids, self.rounds) < 2:
             raise ConfigError(
                 f"disclose: {self.disclose}, but a cohort may be a single silo, and sums over it are its figures; take "
@@ -272,7 +273,7 @@ class Config:
             )
         for rule in (self.local, self.evaluate.finetune):
             if rule is not None:
-                rule.suits(module, found, ids)
+                rule.suits(module, found, known)
         return found
 
 

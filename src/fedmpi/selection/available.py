@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import pydantic
 
-from fedmpi.components import Family, component
+from fedmpi.components import Family, component, did_you_mean
 from fedmpi.errors import ConfigError, NoCohort
 from fedmpi.outcome import RoundOutcome
 from fedmpi.selection.base import Selection, Selector, State
@@ -63,6 +63,11 @@ class Available(Selector):
     def suits(self, num_silos: int) -> None:
         """ConfigError where the inner selector asks for more silos than there are."""
         self.inner.suits(num_silos)
+
+    def knows(self, ids: Sequence[str]) -> None:
+        """ConfigError where traces name a silo that is none. One that has left the run may be named."""
+        if unknown := sorted(self.traces.keys() - set(ids)):
+            raise ConfigError(f"select.traces: no silo '{unknown[0]}'{did_you_mean(unknown[0], list(ids))}")
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
         """The inner selector's, of the silos that are there in the round that has fewest."""
@@ -120,8 +125,6 @@ class Available(Selector):
 
     def _there(self, ids: Sequence[str], outcome: RoundOutcome | None) -> np.ndarray:
         """Numbers of the silos that are there in the round after the last."""
-        if unknown := self.traces.keys() - set(ids):
-            raise ConfigError(f"select.traces: '{min(unknown)}' is no silo of this run")
         number = outcome.round + 1 if outcome is not None else 1
         there = set(self._in_round(ids, number))
         if not there:

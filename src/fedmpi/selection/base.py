@@ -74,6 +74,9 @@ class Selector:
     def suits(self, num_silos: int) -> None:
         """ConfigError where a number of silos that it is given is more than there are."""
 
+    def knows(self, ids: Sequence[str]) -> None:
+        """ConfigError where an option names a silo that is none of these, which are all that may ever take part."""
+
     def least(self, ids: Sequence[str], rounds: int) -> int:
         """The fewest silos that a cohort of these rounds may have, for aggregators that need a number of them."""
         return len(ids)
