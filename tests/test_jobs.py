@@ -380,6 +380,36 @@ def test_drills_are_listed_and_judged(job, capsys, monkeypatch, tmp_path):
     assert "ok            fine\nPASS good" in said and "NOT           odd\nFAIL bad" in said
 
 
+def test_a_campaign_of_deaths_goes_on_and_tells_what_was_lost(job, capsys, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(TOP / "jobs/experiments")
+    loop = job("drill_loop", connects=False)
+    monkeypatch.setattr(loop, "undisturbed", lambda folder, campaign, sha: {"sha256": "a", "samples_per_s": 2.0})
+
+    def one_run(folder, campaign, number, whole, sha):
+        tally = loop.Tally(number, 3, 2, restarts=1, next_round_s=[1.0, number], goodput=0.5, code=0, seconds=60.0)
+        tally.faults["server"] += 3
+        tally.same_bits = number < 3
+        return tally
+
+    monkeypatch.setattr(loop, "one_run", one_run)
+    campaign = loop.Campaign(rounds=9, mtbf_s=6.0)
+    assert loop.kill_loop(tmp_path, campaign, 10.0, 4, str) == 0
+    said = capsys.readouterr().out
+    assert "deaths        6: 4 healed in the job, the others by 2 restarts" in said and "PASS kill-loop\n" in said
+    assert (
+        "lost          0 committed rounds" in said
+        and "goodput       50%" in said
+        and "median 1.00 s, at most 2.00" in said
+    )
+    assert loop.kill_loop(tmp_path, campaign, 0.0, 9, str) == 0  # no time: what there is so far
+    assert "6 of 9 deaths so far: the same command goes on" in capsys.readouterr().out
+    assert loop.kill_loop(tmp_path, campaign, 10.0, 9, str) == 1  # the third run has other bits
+    said = capsys.readouterr().out
+    assert "run 3: 3 deaths" in said and "same bits     2 of 3 runs" in said and "FAIL kill-loop: 1 runs failed" in said
+    assert loop.kill_loop(tmp_path, loop.Campaign(rounds=8, mtbf_s=6.0), 10.0, 9, str) == 1
+    assert "other settings" in capsys.readouterr().out
+
+
 def test_the_exchange_inside_training_is_told_beside_a_copy(job, capsys, monkeypatch):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(name, "131072")  # or it would start itself anew

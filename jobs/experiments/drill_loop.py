@@ -197,7 +197,7 @@ def kill_loop(folder: Path, campaign: Campaign, minutes: float, deaths: int | No
                 break
             tally = one_run(folder, campaign, len(done) + 1, whole, sha)
             with rows.open("a") as file:
-                file.write(json.dumps(asdict(tally)) + "\n")
+                file.write(json.dumps(vars(tally)) + "\n")
             said = "ok" if passed(tally) else f"NOT, exit code {tally.code} {tally.why}"
             print(
                 f"  run {tally.run}: {tally.deaths} deaths, {tally.healed} healed, {tally.restarts} restarts, "

@@ -136,6 +136,15 @@ def test_the_exit_code_is_the_commands(kind: str, tmp_path: Path) -> None:
     assert testbed.returncode == 7, err
 
 
+def test_a_command_may_start_its_ranks_itself(tmp_path: Path) -> None:
+    line = "hostname; mpirun --host h1:1,h2:1 --map-by node --bind-to none -n 2 hostname; exit 7"
+    arguments = ("--hosts", "2", "--rate", "1gbit", "--once", "--", "sh", "-c", line)
+    with Started("openmpi", *arguments, cwd=tmp_path) as testbed:
+        out, err = testbed.communicate(timeout=LIMIT_S)
+    assert testbed.returncode == 7 and out.splitlines()[0] == "h1", err
+    assert sorted(out.split()) == ["h1", "h1", "h2"], err
+
+
 def on_the_machine() -> set[str]:
     """What a testbed could leave on the machine and is there now."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True, timeout=LIMIT_S)
@@ -212,6 +221,7 @@ def refusal(*arguments: str, path: str | None = None) -> tuple[int, str]:
         ("--hosts 2 --rate 1gbit --ranks-per-host 0 -- true", "--ranks-per-host"),
         ("--hosts 2 --rate 1gbit --mpi none -- true", "--mpi"),
         ("--hosts 2 --rate 1gbit --fast -- true", "--fast"),
+        ("--hosts 2 --rate 1gbit --mpi mpich --once -- true", "--once"),
         ("--hosts 2 --rate 1gbit", "no command"),
         ("--hosts", "--hosts"),
     ],
