@@ -38,6 +38,7 @@ LONG = {
     "docs/test_extending.py::test_a_recipe_trains": ("local_rule", "robust_rule", "codec", "selector"),
     "examples/test_examples.py::test_an_example_reaches": ("hospitals-2", "python_rounds-1", "fedsam-2"),
     "mpi/test_heal.py::test_a_run_whose_ranks_die": ("sharded", "at_once"),
+    "mpi/test_lost.py::test_a_rank_that_dies_before": ("2",),
     "mpi/test_supervisor.py": ("rank",),
 }
 

@@ -1,4 +1,5 @@
-"""Ends a rank when its launcher dies, in whatever state the rank is; and ends a launcher whose job a rank gave up.
+"""Ends a rank when its launcher dies, in whatever state the rank is; ends a launcher whose job a rank gave up, or
+whose ranks wait in MPI_Init for one that has died.
 
 Imports nothing heavy, because a launcher may be killed while its ranks still import modules or are in MPI_Init, where
 no Python thread would run.
@@ -6,13 +7,19 @@ no Python thread would run.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 WAITS_S = 10.0  # seconds for a launcher to end a job that a rank has aborted
+LATE_S = 10.0  # for a host's ranks to be started, once one of them calls MPI_Init
+GRACE_S = 2.0  # for a launcher to end a job that a rank left
 STARTERS = ("mpirun", "mpiexec", "prterun")  # started by a user or script; the others serve on their hosts
 LAUNCHERS = (*STARTERS, "prted", "orted", "hydra_pmi_proxy", "slurmstepd")
 PR_SET_PDEATHSIG = 1
@@ -48,13 +55,19 @@ def born(pid: int) -> int:
         return 0
 
 
+def _above(names: tuple[str, ...]) -> tuple[int, str]:
+    """Id and name of the process with such a name that this one descends from; 0 if there is none. Raises OSError."""
+    pid, name = os.getppid(), ""
+    while pid > 1 and not (name := Path(f"/proc/{pid}/comm").read_text().strip()).startswith(names):
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # a script may be in between
+    return (pid, name) if pid > 1 else (0, "")
+
+
 def end_later(seconds: float = WAITS_S) -> None:
     """Kill the launcher above this process if it still runs in `seconds`. Open MPI's waits for a lost host for ever."""
     try:
-        pid, name = os.getppid(), ""
-        while pid > 1 and not (name := Path(f"/proc/{pid}/comm").read_text().strip()).startswith(STARTERS):
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # a script may be in between
-        if pid > 1:
+        pid, name = _above(STARTERS)
+        if pid:
             # In its own process, because the launcher ends its ranks first.
             line = f'sleep {seconds}; [ "$(cat /proc/{pid}/comm)" = "{name}" ] && kill -KILL {pid}'
             nothing = subprocess.DEVNULL
@@ -62,3 +75,57 @@ def end_later(seconds: float = WAITS_S) -> None:
             subprocess.Popen(shell, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
     except OSError:
         pass  # not Linux, or no process can be started
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Ends the job if a rank of this host dies while the block runs, which calls MPI_Init: an MPI that outlives its
+    ranks waits there for ever, and holds the interpreter. So a process of its own watches."""
+    watcher = None
+    with contextlib.suppress(OSError):
+        pid, _ = _above(LAUNCHERS)
+        job, num = (os.environ.get(name, "") for name in ("PMIX_NAMESPACE", "OMPI_COMM_WORLD_LOCAL_SIZE"))
+        if pid and job and num.isdigit():
+            words = [sys.executable, "-I", "-S", __file__, str(pid), job, num]
+            watcher = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        if watcher is not None:
+            watcher.kill()
+            watcher.wait()
+
+
+def _watch(pid: int, job: str, num: int) -> None:
+    """Send the launcher SIGTERM once one of the job's `num` ranks here has died, or is not there within LATE_S."""
+    rank, late_s, mark = os.getppid(), time.monotonic() + LATE_S, f"PMIX_NAMESPACE={job}\0".encode()
+    known: set[str] = set()
+    while os.getppid() == rank:
+        there = {child for child in _children(pid) if mark in _environment(child)}
+        if known - there or (len(known | there) < num and time.monotonic() > late_s):
+            time.sleep(GRACE_S)  # a rank that ended with a word of its own ends the job
+            if os.getppid() == rank:
+                sys.stderr.write("fedmpi: a rank died before MPI had started; the job ends\n")
+                os.kill(pid, signal.SIGTERM)
+            return
+        known |= there
+        time.sleep(0.5)
+
+
+def _children(pid: int) -> list[str]:
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += (task / "children").read_text().split()
+    return found
+
+
+def _environment(pid: str) -> bytes:
+    """Empty for a process that has died."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        return file.read()
+    return b""
+
+
+if __name__ == "__main__":
+    _watch(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

