@@ -331,7 +331,7 @@ def test_records_that_find_no_room_wait_and_training_goes_on(tmp_path, full, cap
     assert [record["round"] for record in read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
     assert [" ".join(r.getMessage().split()[1:]) for r in caplog.records] == [
         "cannot be written (No space left on device): records wait for the next checkpoint",
-        "cannot be written (No space left on device) and ends here",
+        "cannot be written (No space left on device); it gets no more records",
     ]
     assert len(json.loads((tmp_path / "a" / "trace.json").read_text())) == len(PHASES)
     run(config(tmp_path / "b", 6, checkpoint=vars(how.checkpoint)))

@@ -345,7 +345,7 @@ def blobs(out, model="support.modules:Normed", sizes=(17, 16), **local):
         ({"epochs": None, "steps": 2, "rounds": 2}, "17 samples in batches of 8"),
         ({"name": "scaffold", "epochs": None, "steps": 1, "option": "I"}, "17 samples in batches of 8"),
         ({"name": "per_fedavg", "inner_lr": 0.1}, "17 samples in batches of 8"),
-        ({"model": {"name": "support.modules:Normed", "own": True}}, "not a number comes out"),
+        ({"model": {"name": "support.modules:Normed", "own": True}}, "the result is not a number"),
         (
             {"last_batch": "merge", "evaluate": {"finetune": {"name": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 8}}},
             "evaluate.finetune.last_batch",

@@ -61,7 +61,7 @@ def test_what_is_exported_of_a_silo_has_the_figure_that_the_run_told(tmp_path, k
                 all(torch.equal(exported[name], other[name]) for name in exported) and exported.keys() == other.keys()
             )
         with safe_open(tmp_path / "m.safetensors", "pt") as file:
-            assert file.metadata() == {"format": "pt", "round": "2", "holds": f"what silo '{silo}' would use"}
+            assert file.metadata() == {"format": "pt", "round": "2", "holds": f"the model of silo '{silo}'"}
     assert run.silo_model("a") is not run.silo_model("a")
 
 
@@ -136,7 +136,7 @@ def test_a_silo_that_has_not_trained_has_no_layers_of_its_own(tmp_path):
 def test_a_silo_without_a_model_of_its_own_uses_the_global_one(tmp_path, caplog):
     _, run = done(config(tmp_path / "a", rounds=1))
     results.export(tmp_path / "a", tmp_path / "m.pt", silo="a")
-    assert [r.getMessage() for r in caplog.records] == ["silo 'a' has no model of its own: the global one is written"]
+    assert [r.getMessage() for r in caplog.records] == ["silo 'a' has no personal model: the global model is written"]
     for state in (torch.load(tmp_path / "m.pt"), run.silo_model("a").state_dict()):
         assert all(torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in state.items())
 
@@ -161,7 +161,7 @@ def test_looking_at_a_silos_model_between_rounds_changes_nothing(tmp_path, kind)
     [
         (["--silo", "zz"], "--silo: no silo 'zz'; there is: a, b"),
         (["--silo", "a", "--shared"], "give either --silo or --shared"),
-        ([], "every silo has its own head.weight, head.bias: give --silo ID for what that silo would use"),
+        ([], "every silo has its own head.weight, head.bias: give --silo ID for that silo's model"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(tmp_path, capsys, options, said):

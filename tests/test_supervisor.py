@@ -335,7 +335,7 @@ def test_a_line_of_its_own_trains_what_is_watched(tmp_path):
     (tmp_path / "c.yaml").write_text("rounds: 1\n")
     config = str(tmp_path / "c.yaml")
     with pytest.raises(
-        ConfigError, match=r"the line trains '.*c.yaml rounds=3' and the supervisor is to watch '.*c.yaml'"
+        ConfigError, match=r"the launcher line trains '.*c.yaml rounds=3', but fedmpi run was given '.*c.yaml'"
     ):
         supervise(config, [], ["mpirun", "fedmpi", "train", config, "rounds=3"], Options())
     with pytest.raises(ConfigError, match="'nowhere' is no command here"):

@@ -220,7 +220,7 @@ def test_a_round_in_which_a_transform_rejects_everybody_stops_the_run_and_names_
         ({"updates": [{"name": "max_norm"}]}, "updates.0: give either 'norm' or 'times'"),
         (
             {"updates": [{"name": "clip", "norm": 1, "vectors": ["control"]}]},
-            "updates: clip is to clip 'control', and what travels is delta",
+            "updates: clip: no vector 'control' is sent; there is: delta",
         ),
         (
             {
@@ -228,15 +228,15 @@ def test_a_round_in_which_a_transform_rejects_everybody_stops_the_run_and_names_
                 "local": {"name": "feddyn"},
                 "server": {"optimizer": "feddyn"},
             },
-            "updates: noise changes deltas, and feddyn's server adds up what the silos' own h moved by",
+            "updates: noise changes deltas, but feddyn's server adds up the changes of the silos' h",
         ),
         (
             {"server": {"optimizer": "fedexp"}, "aggregate": "fednova"},
-            "server.optimizer: fedexp goes by the norms of deltas and of their weighted mean; it needs aggregate: mean",
+            "server.optimizer: fedexp uses the norms of deltas and of their weighted mean; it needs aggregate: mean",
         ),
         (
             {"server": {"optimizer": "fedexp"}, "exchange": {"regions": {"every": 2}}},
-            "server.optimizer: fedexp goes by the norms of one round, and exchange.regions.every is 2",
+            "server.optimizer: fedexp uses the norms of one round, and exchange.regions.every is 2",
         ),
     ],
 )

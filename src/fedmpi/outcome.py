@@ -1,7 +1,7 @@
-"""What a round came to, for whoever decides by it: arrays over silos, the same on every rank.
+"""RoundOutcome: a round's results as arrays over silos, equal on every rank.
 
-It is no log line: selectors and the watch over divergence read this, and a record is made from it. What it holds can be
-had back from the record that a checkpoint stores, bit for bit, so a resumed run decides as if it had never stopped.
+Selectors and the divergence check read it, and the record is made from it. It can be restored, bit for bit, from the
+record that a checkpoint stores, so a resumed run makes the same decisions.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """A round's outcome. Arrays have one entry per silo, in the order of `ids`; nan where a silo has no figure, or none
-    that is finite."""
+    """A round's outcome. Arrays are [K], in the order of `ids`; nan for a silo without a finite value."""
 
     round: int
     ids: Sequence[str]
-    cohort_K: np.ndarray  # bool: was it to take part?
-    rejected_K: np.ndarray | None  # bool: was its update left out, being not finite or absurd? None: not disclosed
+    cohort_K: np.ndarray  # bool: selected
+    rejected_K: np.ndarray | None  # bool: update rejected (not finite, or by a transform); None: not disclosed
     loss_K: np.ndarray  # mean training loss
-    norm_K: np.ndarray  # Euclidean, of the delta
-    samples_K: np.ndarray  # that it trained on, each as often as it was visited
-    steps_K: np.ndarray  # of its optimizer
-    loss: float | None = None  # training loss of all that were heard; None where none is finite
+    norm_K: np.ndarray  # Euclidean norm of the delta
+    samples_K: np.ndarray  # samples visited in training, counted at each visit
+    steps_K: np.ndarray  # optimizer steps
+    loss: float | None = None  # training loss over the accepted updates; None if none is finite
     norm: float | None = None  # mean norm of their deltas
-    not_finite: Sequence[str] = ()  # silos that told a loss which is not finite, as far as they are disclosed
+    not_finite: Sequence[str] = ()  # silos with a loss that is not finite, if disclosed
     num_rejected: int = 0
     num_not_finite: int = 0
-    # By silo; test figures of those with tests.
+    # By silo: the record's rows, with test figures.
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    # Inner products of the deltas that were taken, for measurements alone: no checkpoint has them.
+    # Inner products of the accepted deltas, for measurements only; not in checkpoints.
     gram_KK: np.ndarray | None = None
 
     @property
     def taken_K(self) -> np.ndarray:
-        """bool: does its update count?"""
+        """bool [K]: update accepted. Raises LookupError under `disclose: pooled`."""
         if self.rejected_K is None:
             raise LookupError("whose updates were taken is not disclosed (disclose: pooled)")
         taken_K: np.ndarray = self.cohort_K & ~self.rejected_K
@@ -46,7 +45,7 @@ class RoundOutcome:
 
     @property
     def num_taken(self) -> int:
-        """How many updates count."""
+        """Number of accepted updates."""
         return int(self.cohort_K.sum()) - self.num_rejected
 
     @property
@@ -56,19 +55,19 @@ class RoundOutcome:
 
     @property
     def rejected(self) -> list[str]:
-        """The silos whose update was left out, as far as they are disclosed."""
+        """The silos whose updates were rejected; empty if not disclosed."""
         return [] if self.rejected_K is None else self.names(self.rejected_K)
 
     def metric(self, name: str) -> np.ndarray:
-        """A test figure by silo, [K]; nan throughout where the round was not evaluated."""
+        """A test figure of each silo, [K]; all nan if the round was not evaluated."""
         return column(self.ids, self.rows, name)
 
     def names(self, mask_K: np.ndarray) -> list[str]:
-        """The silos where the mask is set."""
+        """The silos whose mask entry is True."""
         return [self.ids[i] for i in np.flatnonzero(mask_K).tolist()]
 
     def only(self, indices: np.ndarray) -> RoundOutcome:
-        """The outcome for some of the silos; figures of all stay."""
+        """The outcome restricted to some silos, by index; figures over all silos stay."""
         arrays = {name: array[indices] for name in _ARRAYS if (array := getattr(self, name)) is not None}
         return replace(self, ids=[self.ids[i] for i in indices.tolist()], **arrays)
 
@@ -82,7 +81,7 @@ class RoundOutcome:
         rows: Mapping[str, Mapping[str, Any]] | None = None,
         **of_all: Any,
     ) -> RoundOutcome:
-        """An outcome from figures by silo, under the names that a record has for them."""
+        """An outcome from rows by silo, with the names that records use."""
         rows = rows or {}
         by_silo: dict[str, Any] = {name: column(ids, rows, key) for name, key in _OF_SILO.items()}
         if rejected is not None:
@@ -102,13 +101,13 @@ class RoundOutcome:
         return cls.of(ids, *named, **of_all, not_finite=not_finite, num_not_finite=number)
 
 
-# What a record calls the figures of a silo.
+# Names of these figures in a record's rows.
 _OF_SILO = {"loss_K": "train_loss", "norm_K": "delta_norm", "samples_K": "num_samples", "steps_K": "num_steps"}
 _ARRAYS = ("cohort_K", "rejected_K", *_OF_SILO)
 
 
 def members(ids: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Which of the silos are named, [K].
+    """Mask of the silos that are in `names`, bool [K].
 
     >>> members(["a", "b"], ["b"])
     array([False,  True])
@@ -118,7 +117,7 @@ def members(ids: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
 
 def column(ids: Sequence[str], rows: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray:
-    """A figure by silo, [K]; nan where a row has none.
+    """A figure of each silo, [K]; nan for a silo without it.
 
     >>> column(["a", "b", "c"], {"a": {"loss": 1.5}, "b": {"loss": None}}, "loss")
     array([1.5, nan, nan])

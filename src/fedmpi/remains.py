@@ -1,7 +1,7 @@
-"""Ending what is left of a start: the launcher's processes here, and the ranks that ranks.json names, on every host.
+"""Ends the processes that a start left behind: the launcher's here, and the ranks in ranks.json on every host.
 
-A process is known by host, number and the time when it began (launcher.born): another process that has got the number
-since is left alone.
+A process is identified by host, pid and start time (launcher.born), so that a new process with the same pid is left
+alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 from fedmpi import disk, launcher
 
 TERM_S = 2.0  # from SIGTERM to SIGKILL
-KILL_S = 10.0  # for processes to be gone after SIGKILL: one that waits for a dead disk stays
-REMOTE_S = 10.0  # for another host
-# $1 ... are PID:BORN. Field 22 of stat is the 20th after the name, which may have blanks and brackets.
+KILL_S = 10.0  # wait after SIGKILL; a process blocked on a dead disk may never go
+REMOTE_S = 10.0  # wait for another host
+# `rows` are PID:BORN. Field 22 of stat is the 20th after the name, which may contain blanks and brackets.
 REMOTE = (
     'for p in {rows}; do s=$(sed "s/.*) //" /proc/${{p%:*}}/stat 2>/dev/null | cut -d" " -f20); '
     '[ "$s" = "${{p#*:}}" ] && kill -KILL ${{p%:*}}; done; true'
@@ -42,7 +42,7 @@ class Rank:
 
 
 def ranks_of(root: Path) -> list[Rank]:
-    """The ranks of the newest start that came so far; none where there is no such file, or it says no start times."""
+    """The ranks in ranks.json, which the newest start wrote; empty if the file is absent or has no start times."""
     rows: list[Any] = []
     with contextlib.suppress(OSError, ValueError):
         if "ranks.json" in os.listdir(root):
@@ -53,13 +53,13 @@ def ranks_of(root: Path) -> list[Rank]:
 
 
 def alive(rank: Rank) -> bool:
-    """Does the rank's process run on this host?"""
+    """Whether the rank's process runs on this host."""
     return launcher.born(rank.pid) == rank.born and _state(rank.pid)[0] not in "ZX"
 
 
 def end(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> list[Rank]:
-    """End the launcher's session and the ranks: SIGTERM to the launcher, which can reach its other hosts; SIGKILL to
-    what is left after 2 s. Returns the ranks on hosts that could not be reached."""
+    """End the launcher's session and the ranks: SIGTERM to the launcher, which can reach its other hosts; after 2 s
+    SIGKILL to the rest. Returns the ranks on hosts that could not be reached."""
     if child.poll() is None:
         _signal(child.pid, signal.SIGTERM)
         _until_gone(child, [], TERM_S)
@@ -72,7 +72,7 @@ def end(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> list[Rank]:
             break
         for pid in left:
             _signal(pid, signal.SIGKILL)
-        if not left:  # no /proc: the group has to do
+        if not left:  # no /proc: kill the process group instead
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
         _until_gone(child, mine, 0.2)
@@ -80,7 +80,7 @@ def end(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> list[Rank]:
 
 
 def left_here(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> int:
-    """How many processes of the start run on this host."""
+    """Number of the start's processes that run on this host."""
     here = socket.gethostname()
     return len({*_session(child), *(rank.pid for rank in ranks if rank.host == here and alive(rank))})
 
@@ -97,7 +97,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _session(child: subprocess.Popen[bytes]) -> list[int]:
-    """Processes of the launcher's session. Open MPI gives each rank a group of its own, but no session."""
+    """Pids of the launcher's session. Open MPI gives each rank its own process group, but not its own session."""
     session = str(child.pid)
     with contextlib.suppress(OSError):
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
@@ -106,7 +106,7 @@ def _session(child: subprocess.Popen[bytes]) -> list[int]:
 
 
 def _state(pid: int) -> list[str]:
-    """State, parent, group, session, ... of a process; X where it is gone."""
+    """State, parent, group, session, ... of a process; ["X"] if it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -114,7 +114,8 @@ def _state(pid: int) -> list[str]:
 
 
 def _end_elsewhere(ranks: Sequence[Rank]) -> list[Rank]:
-    """SIGKILL to the ranks of other hosts, on all hosts at once, by srun inside a SLURM job and by ssh elsewhere."""
+    """Send SIGKILL to ranks on other hosts, all hosts at once: by srun inside a SLURM job, else by ssh. Returns the
+    ranks on hosts that could not be reached."""
     jobs = []
     missed: list[Rank] = []
     for host in dict.fromkeys(rank.host for rank in ranks):
@@ -141,7 +142,7 @@ def _end_elsewhere(ranks: Sequence[Rank]) -> list[Rank]:
 
 
 def _reach(host: str, line: str) -> list[str]:
-    """The command that runs a shell line on the host."""
+    """The command that runs a shell line on a host."""
     if os.environ.get("SLURM_JOB_ID") and shutil.which("srun"):
         return ["srun", "--overlap", "--mpi=none", "-N1", "-n1", f"--nodelist={host}", "sh", "-c", line]
     return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host, line]

@@ -1,5 +1,5 @@
-"""What a run directory says: inspect it, evaluate a checkpoint of it, export its model. No launcher is needed; under
-one, ranks evaluate their silos."""
+"""Results of a run directory: inspect it, evaluate a checkpoint, export a model. No launcher is needed; under one, each
+rank evaluates its own silos."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ RoundChoice = int | Literal["best", "newest"]
 
 
 def inspect(root: Path) -> dict[str, Any]:
-    """Rounds done and safe on disk, SHA-256 of their parameters, the last record, the best, what is on disk,
-    configuration, versions.
+    """A summary of a run directory, for `fedmpi inspect`. Raises ConfigError if there is no whole checkpoint.
 
-    `rounds` is the newest sealed checkpoint's; `metrics` is its record, None before the first round. `best` is of the
-    best round that was evaluated until then, which is always on disk: the one that `eval` and `export` take.
+    `rounds` is the round of the newest sealed checkpoint, `params_sha256` the SHA-256 of its parameters and `metrics`
+    its record (None before the first round). `best` describes the best evaluated round, which is always on disk and
+    which `eval` and `export` take. `on_disk`, `config` and `versions` list checkpoints, configuration and versions.
     """
     begun = read_config(root)
     about = begun.about
@@ -63,8 +63,8 @@ def inspect(root: Path) -> dict[str, Any]:
 
 
 def _best(root: Path, silos: Collection[str] | None = None, others: bool = False) -> int | None:
-    """The best of the rounds on disk that is whole, as far as `check` looks at these silos; of equals the first. Others
-    are skipped with a warning."""
+    """The best round on disk whose checkpoint is whole for these silos; the first of equal ones. Damaged checkpoints
+    are skipped with a warning. None if there is none."""
     scored = [(score, -r) for r, score in checkpoint.scores(root).items() if score is not None]
     for _, negative in sorted(scored, reverse=True):
         round = -negative
@@ -78,8 +78,8 @@ def _best(root: Path, silos: Collection[str] | None = None, others: bool = False
 
 
 def newest(root: Path, silos: Collection[str] | None = (), others: bool = False) -> int:
-    """The newest round whose checkpoint is whole: the server's file, and those with these silos; None: all. Raises
-    ConfigError when there is none."""
+    """The newest round whose checkpoint is whole: the server's file and the files with these silos (None: all files).
+    Raises ConfigError if there is none."""
     round = checkpoint.newest(root, silos=silos, others=others)
     if round < 0:
         of_silos = f" with silo {', '.join(silos)}; look where that silo's files are" if silos else ""
@@ -88,8 +88,9 @@ def newest(root: Path, silos: Collection[str] | None = (), others: bool = False)
 
 
 def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None, others: bool = False) -> int:
-    """The round of a checkpoint that is there: by number, the best by the run's metric, or the newest. Looked at are
-    the server's file and those with these silos; None: all. With `others` some of them may have been no members."""
+    """The round of a whole checkpoint: by number, the best by the run's metric, or the newest. Checks the server's file
+    and the files with these silos (None: all files). With `others` silos that were not members then are allowed. Raises
+    ConfigError if there is none."""
     if which == "newest":
         return newest(root, silos, others)
     if which == "best":
@@ -109,10 +110,10 @@ def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None,
 
 @rng.borrowed()
 def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (), comm: Comm | None = None) -> Record:
-    """Loss and metric of a checkpoint on every member's test data and pooled, of the silos' own models too where they
-    have any, with the figures of the run. Each rank opens the data of its silos, placed as in training; one process
-    alone opens all. A call of all ranks of `comm`, with the same record on every one. Code that the directory names is
-    imported as trust.py says, and from modules that `allow` names."""
+    """Losses and metrics of a checkpoint, per silo and pooled, as a record like the run's; also those of personal
+    models, if there are any. Each rank opens the data of its silos, placed as in training; a single process opens all.
+    Collective over `comm`; the record is equal on every rank. Code named by the directory is imported only as trust.py
+    allows, and from the modules in `allow`."""
     comm = SoloComm() if comm is None else comm
     with confined(root, allow):
         run = _Stored.open(root, comm)
@@ -161,11 +162,11 @@ def export(
     silo: str | None = None,
     shared: bool = False,
 ) -> int:
-    """Write a checkpoint's model as .safetensors or .pt (a state_dict); the round comes back.
+    """Write a checkpoint's model as .safetensors or .pt (a state_dict). Returns the round.
 
-    With `silo` what that silo would use for itself, with `shared` the shared tensors only. Without both a model with
-    personal layers is refused: of no silo they would be as they began. What is not the whole global model says so in
-    its metadata.
+    With `silo` it is that silo's personal model, with `shared` only the shared tensors. A model with personal layers
+    needs one of them, because the global model has no trained personal layers. A file that is not the full global model
+    says so in its metadata. Raises ConfigError for a wrong target, silo or round.
     """
     if target.suffix not in (".safetensors", ".pt"):
         raise ConfigError(f"--to {target}: end the name with .safetensors or .pt")
@@ -181,16 +182,16 @@ def export(
         params_P = run.averaged_parameters(round, SoloComm())
         model, about = run.model, {"round": str(round)}
         if silo is not None:
-            about["holds"] = f"what silo '{silo}' would use"
+            about["holds"] = f"the model of silo '{silo}'"
             if not run.load_silo(silo, params_P, round):
-                log.warning("silo '%s' has no model of its own: the global one is written", silo)
+                log.warning("silo '%s' has no personal model: the global model is written", silo)
         else:
             if model.has_personal and not shared:
                 layers = [e.name for e in model.entries if e.kind == "personal"]
                 more = ", ..." if len(layers) > 3 else ""
                 raise ConfigError(
-                    f"every silo has its own {', '.join(layers[:3])}{more}: give --silo ID for what that silo would "
-                    "use, or --shared for the shared tensors only"
+                    f"every silo has its own {', '.join(layers[:3])}{more}: give --silo ID for that silo's model, "
+                    "or --shared for the shared tensors only"
                 )
             model.load(params_P)
     try:
@@ -202,7 +203,7 @@ def export(
 
 
 def _choose(root: Path, which: RoundChoice, comm: Comm, mine: Collection[str]) -> int:
-    """The round that is chosen, of which every rank has what it needs. A call of all ranks."""
+    """The chosen round; every rank has the files that it needs. Collective. Raises ConfigError on every rank."""
     if which == "newest":
         round, lost = newest_whole(root, comm, mine, others=True)
         if round < 0:
@@ -223,7 +224,7 @@ def _choose(root: Path, which: RoundChoice, comm: Comm, mine: Collection[str]) -
 
 
 def _members(root: Path, round: int, comm: Comm) -> set[str]:
-    """The silos that took part then. A call of all ranks."""
+    """The silos that were members in that round. Collective."""
     best = comm.collectively(lambda: comm.rank == 0 and checkpoint.kept_as_best(root, round))
     hosted = comm.collectively(lambda: checkpoint.manifest(root, round, best).hosted if comm.rank == 0 else [])
     return {silo for silos in json.loads(comm.broadcast_text(json.dumps(hosted), 0)) for silo in silos}
@@ -231,7 +232,7 @@ def _members(root: Path, round: int, comm: Comm) -> set[str]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a run directory was trained with, put together again."""
+    """Configuration, data source and model of a run directory."""
 
     root: Path
     config: Config
@@ -240,7 +241,7 @@ class _Stored:
 
     @classmethod
     def open(cls, root: Path, comm: Comm) -> _Stored:
-        """As rank 0's directory says, which others need not see. A call of all ranks."""
+        """Read the run directory on rank 0 (others need not see it) and build all parts on every rank. Collective."""
         begun = comm.collectively(lambda: read_config(root) if comm.rank == 0 else None)
         text = comm.broadcast_text("" if begun is None else yaml.safe_dump([begun.config, begun.about]), 0)
         values, about = yaml.safe_load(text)
@@ -248,7 +249,7 @@ class _Stored:
         unshared = _from_first(unshared, comm)
 
         def put_together() -> _Stored:
-            config = build(Config, {**values, "init": None})  # what it set is in the checkpoint, or beside it
+            config = build(Config, {**values, "init": None})  # pretrained tensors are in the run directory already
             source = source_of(config)
             module = build_module(config, source)
             module.load_state_dict(unshared, strict=False)
@@ -262,18 +263,19 @@ class _Stored:
         return comm.collectively(put_together)
 
     def averaged_parameters(self, round: int, comm: Comm) -> torch.Tensor:
-        """The parameters that the round's record is about, [P]. A call of all ranks; rank 0 reads them."""
+        """The parameters that the round evaluated, [P] (averaged ones, if the run kept an average). Rank 0 reads them.
+        Collective."""
         best = checkpoint.kept_as_best(self.root, round)
         stored = comm.collectively(lambda: checkpoint.read_server(self.root, round, best) if comm.rank == 0 else {})
         served = {"": stored.get(checkpoint.AVERAGE, stored[checkpoint.PARAMS])} if stored else {}
         return self.model.layout.params(_from_first(served, comm)[""])
 
     def kept(self, round: int, silos: Collection[str]) -> dict[str, dict[Key, torch.Tensor]]:
-        """What the silos kept. Raises CheckpointError."""
+        """The silos' kept state, by silo. Raises CheckpointError."""
         return checkpoint.read_silos(self.root, round, silos, checkpoint.kept_as_best(self.root, round))
 
     def silo(self, silo: str, kept: Mapping[Key, torch.Tensor], data: SiloData) -> LocalSilo:
-        """The silo as the checkpoint has it."""
+        """The silo with its data and kept state."""
         return LocalSilo(
             silo, data, 0.0, kept={key[-1]: tensor for key, tensor in kept.items() if key[:-1] == checkpoint.KEPT}
         )
@@ -281,7 +283,7 @@ class _Stored:
     def tuning(
         self, objective: LossAndMetrics, silo: LocalSilo, round: int, check: Callable[[], None] = lambda: None
     ) -> Tuning | None:
-        """How the silo trains the last round's model on for itself, if it was to."""
+        """How to fine-tune the last round's model for a silo; None if the run did not."""
         config = self.config
         if config.evaluate.finetune is None or round < config.rounds:
             return None
@@ -292,8 +294,8 @@ class _Stored:
     def score(
         self, objective: LossAndMetrics, silo: LocalSilo, params_P: torch.Tensor, round: int, comm: Comm
     ) -> Iterator[tuple[str, Tally]]:
-        """What the silo's test set makes of the global model, and of its own if it has one; the ranks of `comm` hear
-        that this one is at work."""
+        """Yield the silo's results for the global model, with prefix "", and for its personal model, if it has one.
+        Between batches it tells the other ranks that this one is alive."""
 
         def look() -> None:
             comm.beat(trains=True)
@@ -311,7 +313,7 @@ class _Stored:
             yield prefix, tally
 
     def load_silo(self, silo: str, params_P: torch.Tensor, round: int) -> bool:
-        """The model becomes what the silo would use. Is it its own?"""
+        """Load the silo's personal model, or the global one. True if it is personal."""
         try:
             kept = self.kept(round, [silo])[silo]
         except CheckpointError as error:
@@ -326,7 +328,7 @@ class _Stored:
 
 
 def _from_first(tensors: Mapping[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
-    """Rank 0's tensors, on every rank."""
+    """Broadcast rank 0's tensors. Collective."""
     told = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
     found = {}
     for name, dtype, shape in json.loads(comm.broadcast_text(json.dumps(told), 0)):
@@ -336,7 +338,7 @@ def _from_first(tensors: Mapping[str, torch.Tensor], comm: Comm) -> dict[str, to
 
 
 def _unshared(root: Path, digest: str) -> dict[str, torch.Tensor]:
-    """What the model started with and no checkpoint has. ConfigError unless it is what the run wrote."""
+    """Tensors that the run wrote once because no checkpoint holds them. Raises ConfigError if they are damaged."""
     path = root / UNSHARED_FILE
     if digest == digest_of({}).hex():
         return {}
@@ -350,7 +352,7 @@ def _unshared(root: Path, digest: str) -> dict[str, torch.Tensor]:
 
 
 def _warn_of_code(root: Path, config: Config, there: Mapping[str, str]) -> None:
-    """Say it where code of one's own is not what the run was trained with."""
+    """Warn if the user's code has changed since the run was trained."""
     here = sources.digests(sources.own_code(to_dict(config)))
     if changed := [name for name in sources.changes(there, here) if not name.endswith(" (gone)")]:  # not needed here
         log.warning("code has changed since %s was trained with it (see %s): %s", root, root / CODE, ", ".join(changed))

@@ -1,12 +1,12 @@
-"""How the silos' learning rate changes from round to round.
+"""Learning rate schedules over rounds.
 
     lr = schedule.lr(eta0, round, rounds)
 
-The round is counted from 1: the first is 1, the last is T. All silos of a round train at the same rate. During the
-first `warmup` rounds the rate is eta0 t / warmup; from then on it is the schedule's own value at t, not at t - warmup.
+Rounds t are counted from 1 to T. All silos of a round train at the same rate. During the first `warmup` rounds the rate
+is eta0 t / warmup; afterwards it is the schedule's value at t, not at t - warmup.
 
-T is the run's `rounds`, unless the schedule has `rounds` of its own: with them a run that is given more rounds keeps
-the schedule that it began with, and stays at its end afterwards.
+T is the schedule's `rounds`, or the run's. Set the schedule's own if you may extend the run later: the rates of earlier
+rounds then stay the same, and later rounds use the last rate.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fedmpi.components import Family, Fraction, NonNegativeInt, PositiveInt, com
 
 
 class Schedule(Protocol):
-    """A learning rate for every round."""
+    """Gives the learning rate of each round."""
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
-        """The rate in round `round` of 1 to `rounds`."""
+        """The rate of round `round`, counted from 1, of `rounds`."""
         ...
 
 
@@ -34,30 +34,30 @@ class Constant:
     """
 
     warmup: NonNegativeInt = 0
-    """rounds that rise to eta0 in equal steps"""
+    """first rounds, during which the rate rises to eta0 in equal steps"""
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
-        """The rate in round `round` of 1 to `rounds`."""
+        """The rate of round `round`, counted from 1, of `rounds`."""
         return _rising(eta0, round, self.warmup) if round <= self.warmup else eta0
 
 
 @component
 class Linear:
-    """eta0 max(floor, (T - t) / T): down to eta0 floor in equal steps.
+    """eta0 max(floor, (T - t) / T): falls to eta0 floor in equal steps.
 
     >>> [Linear().lr(1.0, t, 10) for t in (1, 5, 10)]
     [0.9, 0.5, 0.1]
     """
 
     floor: Fraction = 0.1
-    """share of eta0 below which the rate never falls"""
+    """smallest rate, as a share of eta0"""
     warmup: NonNegativeInt = 0
-    """rounds that rise to eta0 in equal steps"""
+    """first rounds, during which the rate rises to eta0 in equal steps"""
     rounds: PositiveInt | None = None
-    """T; null: those of the run"""
+    """T; null: the rounds of the run"""
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
-        """The rate in round `round` of 1 to `rounds`."""
+        """The rate of round `round`, counted from 1, of `rounds`."""
         if round <= self.warmup:
             return _rising(eta0, round, self.warmup)
         last = self.rounds or rounds
@@ -69,21 +69,21 @@ class Cosine:
     """eta0 (floor + (1 - floor) (1 + cos(pi (t - 1) / T)) / 2): half a cosine wave (Loshchilov & Hutter 2017, equation
     5, whose T_cur = t - 1 counts from 0).
 
-    No restarts. The first round trains at eta0, the last one a step above eta0 floor.
+    No restarts. The first round has rate eta0, the last one is a step above eta0 floor.
 
     >>> [Cosine().lr(1.0, t, 4) for t in (1, 3)]
     [1.0, 0.5]
     """
 
     floor: Fraction = 0.0
-    """share of eta0 that the rate falls towards"""
+    """rate that it falls towards, as a share of eta0"""
     warmup: NonNegativeInt = 0
-    """rounds that rise to eta0 in equal steps"""
+    """first rounds, during which the rate rises to eta0 in equal steps"""
     rounds: PositiveInt | None = None
-    """T; null: those of the run"""
+    """T; null: the rounds of the run"""
 
     def lr(self, eta0: float, round: int, rounds: int) -> float:
-        """The rate in round `round` of 1 to `rounds`."""
+        """The rate of round `round`, counted from 1, of `rounds`."""
         if round <= self.warmup:
             return _rising(eta0, round, self.warmup)
         last = self.rounds or rounds

@@ -1,16 +1,15 @@
-"""How the aggregate moves the global parameters: the server optimizers.
+"""Server optimizers: how the aggregate moves the global parameters.
 
     params_P, state = optimizer.step(params_P, mean_P, state)
 
-P parameters, or any slice of them: every step is elementwise, so that shards of the vector step by themselves and give
-the bits that the whole would. `mean_P` is the mean delta (local minus global) and is ADDED: papers that write a pseudo
-gradient (global minus local) subtract it. A step never writes `params_P`; it takes over the memory of `mean_P` for the
-new parameters and the memory of `state` for the new state, and allocates one block and nothing of the model's size.
+P is the number of parameters, or of any slice: steps are elementwise, so shards step alone and give the same bits.
+`mean_P` is the mean delta (local minus global) and is ADDED; papers that use a pseudo gradient (global minus local)
+subtract it. A step never writes `params_P`. It reuses the memory of `mean_P` for the new parameters and of `state` for
+the new state, and allocates one small block.
 
-Every operation here is one of + - * / and the square root, each correctly rounded, so ranks on different processors
-that take the same step hold the same bits.
+Steps use only + - * / and the square root, each correctly rounded, so ranks on different processors get the same bits.
 
-`Average` is no optimizer: it follows the parameters from round to round, and what it finds is evaluated.
+`Average` is not an optimizer: it averages the parameters over rounds for evaluation.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ BLOCK_DEVICE = 1 << 24  # elements; large enough that launching kernels costs no
 
 
 class NoState(NamedTuple):
-    """Nothing is kept from round to round."""
+    """No state."""
 
 
 class Momentum(NamedTuple):
@@ -70,37 +69,37 @@ class Dynamic(NamedTuple):
 
 
 class ServerOptimizer:
-    """What the round asks of a server optimizer; states are NamedTuples of tensors as long as the parameters."""
+    """Base class of server optimizers. A state is a NamedTuple of tensors [P]."""
 
     @abstractmethod
     def init(self, params_P: Tensor) -> Any:
         """The state before the first step."""
 
     def at(self, number: int, rounds: int, fraction: float) -> ServerOptimizer:
-        """What takes this round's step: round `number` of 1 to `rounds`, in which `fraction` of all silos' weight was
-        heard."""
+        """The optimizer that takes the step of round `number`, counted from 1, of `rounds`. `fraction` is the share of
+        all silos' weight whose updates were accepted."""
         return self
 
     def conflicts(self, config: Config) -> str | None:
-        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        """Why the optimizer cannot work with the rest of the configuration, in one line; None if it can."""
         return None
 
     @abstractmethod
     def step(self, params_P: Tensor, mean_P: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """New parameters and new state, in the memory of `mean_P` and of `state`."""
+        """New parameters [P] and new state, in the memory of `mean_P` and of `state`."""
 
 
 class ReadsNorms(ServerOptimizer):
-    """The base of optimizers whose step depends on how long the deltas are, and how long their mean is. By themselves
-    they take the step that both leave alone."""
+    """Base of optimizers whose step depends on the norms of the deltas and of their mean. Their own `step` is the one
+    without that knowledge."""
 
     @abstractmethod
     def knowing(self, squares: float, square: float) -> ServerOptimizer:
-        """What takes this round's step: `squares` is sum_k p_k |delta_k|^2, p_k being what the mean weighs the deltas
-        with, and `square` is |mean|^2."""
+        """The optimizer that takes this round's step: `squares` is sum_k p_k |delta_k|^2, where p_k is the weight of
+        delta k in the mean; `square` is |mean|^2."""
 
     def conflicts(self, config: Config) -> str | None:
-        why, regions = f"server.optimizer: {called(self)} goes by the norms of", config.exchange.regions
+        why, regions = f"server.optimizer: {called(self)} uses the norms of", config.exchange.regions
         if not isinstance(config.aggregate, Mean):
             return f"{why} deltas and of their weighted mean; it needs aggregate: mean"
         if config.exchange.fragments > 1:
@@ -112,29 +111,29 @@ class ReadsNorms(ServerOptimizer):
 
 @dataclass(frozen=True)
 class Server:
-    """The server's step of one round, over any slice of the exchanged vector: the parameters, which the optimizer
-    moves, and behind them auxiliary vectors, which follow their own rule (layout.Segment).
+    """The server's step of one round, on any slice of the exchanged vector. The optimizer moves the parameters; the
+    auxiliary vectors after them follow their own rule (layout.Segment).
 
-    What is not trained (statistics of batch normalization) becomes the mean of the silos' values, whatever the
-    optimizer and `scale`: momentum or a long step would make variances negative.
+    Statistics of batch normalization are not trained: they become the mean of the silos' values, independent of the
+    optimizer and `scale`, because momentum or a long step could make variances negative.
     """
 
     optimizer: ServerOptimizer
-    layout: Layout | None = None  # of the exchanged vector; None: all of it is parameters, and all is stepped
-    scale: float = 1.0  # of the mean delta, before the optimizer sees it
-    share: float = 1.0  # of all weight that the mean is taken over, as shares are counted this round
-    sent: float = 1.0  # weight that was sent / base weight of the silos that were heard
-    on_mean: OnMean | None = None  # changes elements of the mean delta, given where they begin, before anything else
-    squares: float = 0.0  # sum_k p_k |delta_k|^2, for optimizers that read norms
+    layout: Layout | None = None  # of the exchanged vector; None: parameters only
+    scale: float = 1.0  # factor on the mean delta before the optimizer
+    share: float = 1.0  # share of all weight in the mean, in this round's units
+    sent: float = 1.0  # sent weight / base weight of the accepted updates
+    on_mean: OnMean | None = None  # changes elements of the mean delta first; gets them and their start index
+    squares: float = 0.0  # sum_k p_k |delta_k|^2, for ReadsNorms
 
     @property
     def reads_norms(self) -> bool:
-        """Must `look` see all of the mean, and `knowing` hear of it, before the first step?"""
+        """Whether `look` must see the whole mean, and `knowing` its result, before the first step."""
         return isinstance(self.optimizer, ReadsNorms)
 
     def look(self, mean_S: Tensor, start: int = 0) -> float:
-        """The sum of squares of those that are parameters of S elements from `start` on, changed by `on_mean` in their
-        memory."""
+        """The sum of squares of the parameters among S elements from `start` on, after `on_mean` changed them in
+        place."""
         num = len(mean_S) if self.layout is None else max(0, min(len(mean_S), self.layout.num_params - start))
         if num and self.on_mean is not None:
             self.on_mean(mean_S[:num], start)
@@ -142,17 +141,17 @@ class Server:
         return math.fsum(float(torch.dot(part, part)) for part in parts)
 
     def knowing(self, square: float) -> Server:
-        """The server that takes the steps, given the sum of what `look` gave."""
+        """The server that takes the steps, given the sum of the results of `look`."""
         assert isinstance(self.optimizer, ReadsNorms)
         optimizer = self.optimizer.knowing(self.scale * self.squares, self.scale**2 * square)
         return replace(self, optimizer=optimizer, on_mean=None)
 
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
-        """New values of S elements from `start` on and new state, in the memory of `mean_S` and of `state`."""
+        """New values [S] of the elements from `start` on, and new state, in the memory of `mean_S` and of `state`."""
         layout, stop = self.layout, start + len(mean_S)
         border = stop if layout is None else layout.num_params
         plain = self.scale == 1.0 and self.on_mean is None and (layout is None or layout.steps_alone)
-        if start < stop <= border and plain:  # most pieces; to slice costs more
+        if start < stop <= border and plain:  # the common case, without the cost of slicing
             new, _ = self.optimizer.step(params_S, mean_S, state)
             if new.data_ptr() != mean_S.data_ptr():
                 mean_S.copy_(new)
@@ -183,11 +182,11 @@ class Server:
 
 @component
 class Average:
-    """The mean of the parameters over rounds, recent ones more: an exponential moving average without its start's bias.
+    """The exponential moving average of the parameters over rounds, with bias correction.
 
-    a + (w - a) (1 - decay) / (1 - decay**t) after round t: sum_i decay**(t - i) w_i over the rounds i up to t, divided
-    by what these weights add up to (as Adam corrects its means). With decay 1 every round counts the same (Polyak &
-    Juditsky 1992). Training goes on from the parameters themselves.
+    After round t it is a + (w - a) (1 - decay) / (1 - decay**t): the sum of decay**(t - i) w_i over the rounds i up to
+    t, divided by the sum of these weights (as Adam corrects its means). With decay 1 all rounds count the same (Polyak
+    & Juditsky 1992). It is evaluated only: training continues from the parameters themselves.
 
     >>> w = torch.tensor([4.0])
     >>> Average(decay=1.0).follow(torch.tensor([1.0]), w, number=3)
@@ -195,10 +194,10 @@ class Average:
     """
 
     decay: Fraction = 0.99
-    """what a round weighs less than the next; 0: the last round's parameters"""
+    """weight of a round relative to the next; 0: only the last round"""
 
     def conflicts(self, config: Config) -> str | None:
-        """Parameters that are not those of the whole federation after the round."""
+        """It needs the federation's parameters after every round."""
         if config.exchange.overlap:
             return "server.average: with exchange.overlap the parameters of a round arrive a round late"
         if config.exchange.regions is not None and config.exchange.regions.every > 1:
@@ -206,7 +205,7 @@ class Average:
         return None
 
     def follow(self, average_P: Tensor, params_P: Tensor, number: int) -> Tensor:
-        """The average after round `number`, in the memory of the one before."""
+        """The average after round `number`, counted from 1, in the memory of the one before."""
         gain = 1 / number if self.decay == 1 else (1 - self.decay) / (1 - self.decay**number)
         for a, w, scratch in _blocks(average_P, params_P):
             a.add_(torch.sub(w, a, out=scratch).mul_(gain))
@@ -215,10 +214,10 @@ class Average:
 
 @component
 class Scheduled(ServerOptimizer):
-    """The field that every optimizer has besides its own: how `lr` goes over rounds."""
+    """Base of optimizers with a learning rate schedule."""
 
     schedule: Annotated[Schedule, SCHEDULES] = Constant()
-    """of lr over rounds"""
+    """learning rate over rounds"""
 
     def at(self, number: int, rounds: int, fraction: float) -> Self:
         """The optimizer of one round, with the round's learning rate."""
@@ -227,15 +226,15 @@ class Scheduled(ServerOptimizer):
         if rate == before:
             return self
         there = copy.copy(self)
-        # Twelve digits: a cosine's last bit depends on the processor, and all ranks are to take the same step. Not
-        # checked: the last round of a cosine stands still, at 0.
+        # Twelve digits: the last bit of a cosine depends on the processor, and all ranks must take the same step.
+        # Set without validation: the last round of a cosine may have rate 0.
         object.__setattr__(there, "lr", float(f"{rate:.12g}"))
         return there
 
 
 @component
 class FedAvg(Scheduled):
-    """w + lr mean: the server as SGD (McMahan et al. 2017, Algorithm 1; with lr, Reddi et al. 2021, Algorithm 1).
+    """w + lr mean: SGD on the server (McMahan et al. 2017, Algorithm 1; with lr, Reddi et al. 2021, Algorithm 1).
 
     >>> w, delta = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5])
     >>> FedAvg().step(w, delta, NoState())[0]
@@ -260,9 +259,9 @@ class FedAvg(Scheduled):
 class FedAvgM(Scheduled):
     """v = beta v + delta, w + lr v: momentum on the server (Hsu et al. 2019, FedAvgM; it has no algorithm number).
 
-    Reddi et al. 2021, Algorithm 1 with SGD of momentum as ServerOpt is the same. Not damped by 1 - beta: that is fedgm.
-    The paper has no lr; 1 is the paper. With `nesterov` w + lr (delta + beta v), as torch.optim.SGD has it: the outer
-    optimizer of DiLoCo (Douillard et al. 2023, Algorithm 1, lr 0.7, beta 0.9).
+    The same as Reddi et al. 2021, Algorithm 1 with SGD with momentum as ServerOpt. There is no damping by 1 - beta (see
+    fedgm). lr 1 is the paper, which has no lr. With `nesterov` the step is w + lr (delta + beta v), as in
+    torch.optim.SGD: the outer optimizer of DiLoCo (Douillard et al. 2023, Algorithm 1, lr 0.7, beta 0.9).
 
     >>> w, optimizer = torch.zeros(1), FedAvgM(beta=0.5)
     >>> w, state = optimizer.step(w, torch.ones(1), optimizer.init(w))
@@ -275,7 +274,7 @@ class FedAvgM(Scheduled):
     beta: Decay = 0.9
     """decay of the sum of the deltas"""
     nesterov: bool = False
-    """look ahead: step by delta + beta v in place of v"""
+    """step by delta + beta v instead of v"""
 
     def init(self, params_P: Tensor) -> Momentum:
         """v = 0."""
@@ -292,11 +291,11 @@ class FedAvgM(Scheduled):
 
 @component
 class FedGM(Scheduled):
-    """m = beta m + (1 - beta) delta, w + lr (delta + gamma m): the delta, and damped momentum on top of it (Sun et al.
-    2024, On the Role of Server Momentum in Federated Learning, FedGM; quasi-hyperbolic momentum of Ma & Yarats 2019).
+    """m = beta m + (1 - beta) delta, w + lr (delta + gamma m): the delta plus damped momentum (Sun et al. 2024, On the
+    Role of Server Momentum in Federated Learning, FedGM; quasi-hyperbolic momentum of Ma & Yarats 2019).
 
-    The papers write eta ((1 - nu) delta + nu m): that is lr = eta (1 - nu) and gamma = nu / (1 - nu). The same step
-    every round, for ever, is lr (1 + gamma) times as long as the delta, whatever beta is; of fedavgm lr / (1 - beta).
+    The papers write eta ((1 - nu) delta + nu m), so lr = eta (1 - nu) and gamma = nu / (1 - nu). For a constant delta
+    the step converges to lr (1 + gamma) delta for any beta (fedavgm: lr / (1 - beta) delta).
 
     >>> w, optimizer = torch.zeros(1), FedGM(beta=0.5)
     >>> w, state = optimizer.step(w, torch.ones(1), optimizer.init(w))
@@ -309,7 +308,7 @@ class FedGM(Scheduled):
     beta: Decay = 0.9
     """decay of the mean of the deltas"""
     gamma: NonNegativeFloat = 1.0
-    """of that mean, besides the delta; 0 is fedavg"""
+    """weight of that mean beside the delta; 0 gives fedavg"""
 
     def init(self, params_P: Tensor) -> MeanDelta:
         """m = 0."""
@@ -327,7 +326,7 @@ class FedGM(Scheduled):
 class FedAdagrad(Scheduled):
     """Adagrad on the server (Reddi et al. 2021, Algorithm 2): v = v + delta**2; v starts at tau**2 unless v0 is given.
 
-    beta1 is 0 by default, as in the paper's experiments; Algorithm 2 has it for every variant.
+    beta1 is 0 by default, as in the paper's experiments; Algorithm 2 has beta1 for every variant.
     """
 
     lr: PositiveFloat = 1e-2
@@ -399,7 +398,7 @@ class FedYogi(Scheduled):
     beta1: Decay = 0.9
     """decay of the mean of the deltas"""
     beta2: Decay = 0.99
-    """how slowly v follows their squares"""
+    """decay in the update of v from their squares"""
     tau: PositiveFloat = 1e-3
     """added to the square root: smaller is more adaptive"""
     v0: NonNegativeFloat | None = None
@@ -421,12 +420,12 @@ class FedYogi(Scheduled):
 
 @component
 class FedExP(ReadsNorms):
-    """w + eta mean with eta = max(1, sum_k p_k |delta_k|^2 / (2 (|mean|^2 + eps))): extrapolation, the further the more
-    the deltas point apart (Jhunjhunwala et al. 2023, FedExP, Algorithm 1).
+    """w + eta mean with eta = max(1, sum_k p_k |delta_k|^2 / (2 (|mean|^2 + eps))): extrapolation, longer the more the
+    deltas diverge (Jhunjhunwala et al. 2023, FedExP, Algorithm 1).
 
-    The paper's p_k are 1/K; here they are the aggregator's weights. It evaluates the mean of the last two rounds'
-    parameters; here that is `server.average`, whatever its decay. With a codec |delta_k| is of what a silo made, and
-    |mean| of what arrived.
+    Deviations: p_k are the aggregator's weights, in the paper 1/K; the paper evaluates the mean of the last two rounds'
+    parameters, use `server.average` for a similar mean. With a codec |delta_k| is measured before encoding, |mean|
+    after decoding.
 
     >>> optimizer = FedExP(eps=0.0).knowing(squares=8.0, square=1.0)
     >>> optimizer.step(torch.zeros(2), torch.tensor([1.0, 0.0]), NoState())[0]
@@ -434,19 +433,19 @@ class FedExP(ReadsNorms):
     """
 
     eps: NonNegativeFloat = 1e-3
-    """beside |mean|^2; the larger, the more careful"""
+    """added to |mean|^2; larger gives shorter steps"""
 
     def init(self, params_P: Tensor) -> NoState:
         """Nothing."""
         return NoState()
 
     def knowing(self, squares: float, square: float) -> ServerOptimizer:
-        """Plain steps of length eta; of twelve digits, since a norm's last bits depend on the processor."""
+        """FedAvg with lr eta, rounded to twelve digits because a norm's last bits depend on the processor."""
         below = 2 * (square + self.eps)
         return FedAvg(lr=max(1.0, float(f"{squares / below:.12g}")) if below else 1.0)
 
     def step(self, params_P: Tensor, mean_P: Tensor, state: NoState) -> tuple[Tensor, NoState]:
-        """As with eta = 1: new parameters, in the memory of `mean_P`."""
+        """The step with eta = 1: new parameters, in the memory of `mean_P`."""
         return FedAvg().step(params_P, mean_P, state)
 
 
@@ -454,8 +453,8 @@ class FedExP(ReadsNorms):
 class FedDyn(ServerOptimizer):
     """h = h - alpha (m/K) delta, w + delta - h / alpha (Acar et al. 2021, Algorithm 1): the server of rule `feddyn`.
 
-    m/K is the share of all silos that was heard: of their weight where aggregate.weights are not uniform (the paper's
-    are). delta is the mean over those that were heard.
+    delta is the mean over the accepted updates, m/K their share of all silos' weight (of their number with uniform
+    weights, as in the paper).
 
     >>> w, optimizer = torch.zeros(1), FedDyn(alpha=0.5)
     >>> optimizer.at(1, 10, fraction=0.5).step(w, torch.ones(1), optimizer.init(w))
@@ -463,10 +462,10 @@ class FedDyn(ServerOptimizer):
     """
 
     alpha: PositiveFloat = 0.01
-    """of the dynamic regulariser; the rule's too"""
+    """weight of the dynamic regulariser; equal to the rule's alpha"""
 
     def conflicts(self, config: Config) -> str | None:
-        """Without its rule there is no h."""
+        """It needs the local rule `feddyn`."""
         if config.local.server_step is FedDyn:
             return None
         return f"local: the server's feddyn needs local: {{name: feddyn, alpha: {self.alpha}, ...}}"
@@ -476,11 +475,12 @@ class FedDyn(ServerOptimizer):
         return Dynamic(torch.zeros_like(params_P))
 
     def at(self, number: int, rounds: int, fraction: float) -> ServerOptimizer:
-        """Its step in a round in which this share of all weight was heard."""
+        """The step of a round whose accepted updates have this share of all weight."""
         return _FedDynHeard(self.alpha, fraction)
 
     def step(self, params_P: Tensor, mean_P: Tensor, state: Dynamic) -> tuple[Tensor, Dynamic]:
-        """As where all silos were heard: new parameters in the memory of `mean_P`, new state in that of `state`."""
+        """The step with the updates of all silos: new parameters in the memory of `mean_P`, new state in that of
+        `state`."""
         return _FedDynHeard(self.alpha, 1.0).step(params_P, mean_P, state)
 
 
@@ -510,7 +510,7 @@ def _algorithm_2(
     state: Moments,
     follow: Callable[[Tensor, Tensor, Tensor], None],
 ) -> tuple[Tensor, Moments]:
-    """The lines that the variants share; `follow(v, square, spare)` moves v in place and may use up the other two."""
+    """Algorithm 2, with v updated in place by `follow(v, square, spare)`, which may overwrite the others."""
     for w, delta, m, v, scratch in _blocks(params_P, mean_P, state.m_P, state.v_P):
         m.mul_(optimizer.beta1).add_(torch.mul(delta, 1 - optimizer.beta1, out=scratch))
         follow(v, torch.mul(delta, delta, out=scratch), delta)
@@ -524,7 +524,7 @@ def _blocks(*vectors_P: Tensor) -> Iterator[tuple[Tensor, ...]]:
     num_params = vectors_P[0].numel()
     block = min(num_params, BLOCK_CPU if vectors_P[0].device.type == "cpu" else BLOCK_DEVICE)
     scratch = torch.empty_like(vectors_P[0][:block])
-    if num_params == block:  # pieces of the exchange are, and many
+    if num_params == block:  # most pieces of the exchange; no slicing
         yield *vectors_P, scratch
         return
     for start in range(0, num_params, max(block, 1)):
@@ -533,7 +533,7 @@ def _blocks(*vectors_P: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _sqrt(v: Tensor, out: Tensor) -> Tensor:
-    """Square roots, correctly rounded. On a CPU by numpy: torch's come from MKL, often one bit off."""
+    """Square roots, correctly rounded. numpy's on a CPU, because torch's, from MKL, are often one bit off."""
     if v.device.type == "cpu":
         np.sqrt(v.numpy(), out=out.numpy())
         return out

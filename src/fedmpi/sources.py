@@ -1,7 +1,7 @@
-"""The code that a configuration names as `package.module:name`: which files it is made of, and what has changed of it.
+"""Source files of user code, which a configuration names as `package.module:name`: their contents and changes.
 
-Files are the module's own and those that it imports from the same folder or package, wherever in them the import
-stands; of what is installed the module's file alone. What a module finds out by itself (importlib, exec) is not seen.
+The files are the module's own and those that it imports, anywhere in the file, from the same folder or package. Of an
+installed package only the module's file counts. Dynamic imports (importlib, exec) are not seen.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 def own_code(values: Any, *modules: str) -> dict[str, bytes]:
-    """What the files hold, by their paths below the folder or package's folder; of the names in a configuration's plain
-    values, which are imported by now, and of these modules."""
+    """The contents of the files, by path relative to the folder of the module or package. Covers the names in a
+    configuration's plain values, already imported, and the given `modules`."""
     named = {*modules, *(text.partition(":")[0] for text in _texts(values) if _NAME.fullmatch(text))}
     found: dict[str, Path] = {}
     for name in sorted(named):
@@ -36,12 +36,12 @@ def own_code(values: Any, *modules: str) -> dict[str, bytes]:
 
 
 def digests(code: Mapping[str, bytes]) -> dict[str, str]:
-    """SHA-256 by file."""
+    """SHA-256 hex digests by file."""
     return {name: hashlib.sha256(content).hexdigest() for name, content in code.items()}
 
 
 def changes(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """What is not the same, file by file."""
+    """The files that differ, with "(new)" or "(gone)" if they are on one side only."""
     return [
         name if name in there and name in here else f"{name} (new)" if name in here else f"{name} (gone)"
         for name in sorted(there.keys() | here.keys())
@@ -61,7 +61,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _reached(path: Path, root: Path) -> set[Path]:
-    """The file and all below `root` that it imports, and they."""
+    """The file and all files below `root` that it imports, directly or not."""
     if _INSTALLED.intersection(path.parts) or path.is_relative_to(Path(ast.__file__).resolve().parent):
         return {path}
     found, rest = {path}, [path]
@@ -77,10 +77,10 @@ def _reached(path: Path, root: Path) -> set[Path]:
 def _imports(path: Path, root: Path) -> Iterator[Path]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # a module in machine code
+    except (SyntaxError, ValueError):  # a binary module
         return
     folder = path.parent
-    while folder != root and folder.is_relative_to(root):  # the packages that it is in run before it does
+    while folder != root and folder.is_relative_to(root):  # importing it runs its packages too
         yield from _module(folder)
         folder = folder.parent
     for node in ast.walk(tree):

@@ -1,13 +1,13 @@
-"""State that outlives a round: one protocol for whatever has some, so that a checkpoint is a loop over holders.
+"""State that outlives a round. All its owners follow one protocol, so a checkpoint is a loop over holders.
 
-    replicated   all ranks have the same; what rank 0 has is written
-    sharded      every rank has its shard of a vector, as the exchange divides it: a part, all of it, or nothing
-    root         rank 0 alone has it
-    per_silo     it belongs to a silo, and the rank that hosts the silo has it
+    replicated   equal on all ranks; rank 0's copy is written
+    sharded      each rank has its shard of a vector, as the exchange divides it: a part, all of it, or nothing
+    root         on rank 0 only
+    per_silo     belongs to a silo, on the rank that hosts the silo
 
-A checkpoint holds whole tensors, whatever their placement. So a run resumes with another plan, on other ranks, and
-with silos on other ranks: a tensor is placed as the run that resumes places it. A holder is part of every checkpoint
-once it is in `holders` (keeper.py), or in the `holders` of an exchange.
+A checkpoint holds whole tensors for every placement, so a run may resume with another plan, other ranks, or silos on
+other ranks. A holder is part of every checkpoint once it is in `holders` (keeper.py), or in the `holders` of an
+exchange.
 """
 
 from __future__ import annotations
@@ -33,42 +33,43 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 class StateTensor(NamedTuple):
     """One tensor that the next round depends on."""
 
-    key: Key  # any strings; a holder gives a key once, or once for each silo
-    tensor: torch.Tensor  # what this rank has of it
+    key: Key  # any strings, unique per holder (per_silo: per silo)
+    tensor: torch.Tensor  # this rank's part
     placement: Placement = "replicated"
-    silo: str = ""  # whose it is, where the placement is per_silo
-    grows: bool = False  # may its size change from round to round, and may it come and go? Not for per_silo, which may
+    silo: str = ""  # the owner, for per_silo
+    grows: bool = False  # its size may change, and it may come and go; per_silo tensors always may
 
 
 class Holder(Protocol):
-    """Something that keeps tensors from round to round."""
+    """Keeps tensors from round to round."""
 
     def state(self) -> Iterable[StateTensor]:
-        """What the next round depends on. A call of all ranks, with the same sharded tensors in the same order."""
+        """The tensors that the next round depends on. Collective: all ranks give the same sharded tensors, in the same
+        order."""
         ...
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Go on from what `state` gave when the checkpoint was written: this rank's part of it, silos that it hosts.
+        """Continue from the tensors that `state` gave when the checkpoint was written: this rank's part, and its silos.
 
-        Tensors are in host memory and may be kept. A sharded one that `state` gives has been filled in place. A call of
-        all ranks.
+        Tensors are in host memory and may be kept. Sharded ones that `state` gives are already filled in place.
+        Collective.
         """
         ...
 
 
 class Sharding(Protocol):
-    """How vectors of the server's state are divided among ranks (exchange/base.py)."""
+    """Divides vectors of the server's state among ranks (exchange/base.py)."""
 
     def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
-        """What this rank keeps of a vector."""
+        """This rank's shard of a vector."""
         ...
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
-        """On rank 0 the vector of which every rank has its shard. A call of all ranks."""
+        """The whole vector, on rank 0, from every rank's shard. Collective."""
         ...
 
     def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
-        """`part` becomes this rank's shard of the vector that rank 0 has. A call of all ranks."""
+        """Write this rank's shard of rank 0's vector into `part`. Collective."""
         ...
 
 
@@ -76,25 +77,25 @@ class Sharding(Protocol):
 
 
 def under(name: str, tensors: Iterable[StateTensor]) -> Iterator[StateTensor]:
-    """The tensors with a name in front of their keys."""
+    """The tensors with `name` before their keys."""
     return (found._replace(key=(name, *found.key)) for found in tensors)
 
 
 def within(name: str, stored: Iterable[StateTensor]) -> list[StateTensor]:
-    """Those with that name in front of their keys, without it."""
+    """The tensors whose keys begin with `name`, without it."""
     return [found._replace(key=found.key[1:]) for found in stored if found.key[0] == name]
 
 
 class Holders(dict[str, Holder]):
-    """Holders by name, which are one holder together: the name stands in front of every key."""
+    """Holders by name, together one holder; the name is put before their keys."""
 
     def state(self) -> Iterator[StateTensor]:
-        """What all of them keep."""
+        """The tensors of all holders."""
         for name, holder in self.items():
             yield from under(name, holder.state())
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Each takes what is its own."""
+        """Give each holder its tensors. Raises ConfigError for a tensor that no holder owns."""
         for found in stored:
             if found.key[0] not in self:
                 raise ConfigError(f"the checkpoint's {'/'.join(found.key)} is not of this run")
@@ -103,49 +104,49 @@ class Holders(dict[str, Holder]):
 
 
 class Vectors:
-    """Tensors by name, in memory that stays where it is."""
+    """A holder of tensors by name; `restore` copies into the same memory."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], placement: Placement) -> None:
         self.tensors, self.placement = tensors, placement
 
     def state(self) -> Iterator[StateTensor]:
-        """All of them."""
+        """All tensors."""
         return (StateTensor((name,), tensor, self.placement) for name, tensor in self.tensors.items())
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Into the same memory."""
+        """Copy the stored tensors into the same memory."""
         for (name,), tensor, *_ in stored:
             self.tensors[name].copy_(tensor)
 
 
 class OfSilos:
-    """One tensor for each of some silos, on a device; `rows` is the dict that its owner uses."""
+    """A holder of one tensor per silo, on a device; `rows` is its owner's dict, by silo."""
 
     def __init__(self, name: str, rows: dict[str, torch.Tensor], device: torch.device) -> None:
         self.name, self.rows, self.device = name, rows, device
 
     def state(self) -> Iterator[StateTensor]:
-        """Those of this rank's silos."""
+        """The tensors of this rank's silos."""
         return (StateTensor((self.name,), tensor, "per_silo", silo) for silo, tensor in self.rows.items())
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Those of the silos that this rank hosts now."""
+        """Replace them by the tensors of the silos that this rank hosts now."""
         self.rows.clear()
         self.rows.update({found.silo: found.tensor.to(self.device) for found in stored})
 
 
 class Arrays:
-    """Arrays by name, alike on all ranks, which may grow, come and go: what a selector keeps."""
+    """A holder of arrays by name, equal on all ranks, that may grow, come and go: a selector's state."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         self.arrays = dict(arrays)
 
     def state(self) -> Iterator[StateTensor]:
-        """All of them. Raises CheckpointError for what is no number."""
+        """All arrays. Raises CheckpointError for an array that is not numeric."""
         return (StateTensor((name,), _numbers(name, self.arrays[name]), grows=True) for name in sorted(self.arrays))
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
-        """Those of the checkpoint, whatever there was."""
+        """Replace all arrays by those of the checkpoint."""
         self.arrays = {name: tensor.numpy() for (name,), tensor, *_ in stored}
 
 
@@ -160,8 +161,8 @@ def _numbers(name: str, array: Any) -> torch.Tensor:
 
 
 def gathered(holder: Holder, sharding: Sharding, rank: int) -> list[StateTensor]:
-    """What this rank writes into a checkpoint: its silos' tensors, and on rank 0 all others, whole. A call of all
-    ranks."""
+    """The tensors that this rank writes into a checkpoint: its silos', and on rank 0 all others, whole. Collective.
+    Raises ValueError for a key given twice."""
     found = list(holder.state())
     for (key, silo), times in Counter((one.key, one.silo) for one in found).items():
         if times > 1:
@@ -176,9 +177,9 @@ def gathered(holder: Holder, sharding: Sharding, rank: int) -> list[StateTensor]
 
 
 def scattered(stored: Sequence[StateTensor], holder: Holder, sharding: Sharding, comm: Comm) -> list[StateTensor]:
-    """Of the whole tensors that rank 0 has read, what this rank has of them in this run. A call of all ranks.
+    """This rank's part of the whole tensors that rank 0 has read. Collective.
 
-    Raises ConfigError, alike on all ranks, where the checkpoint has other tensors than this run.
+    Raises ConfigError on every rank if the checkpoint has other tensors than this run.
     """
     here = {one.key: one for one in holder.state() if one.placement != "per_silo"}
     told: list[tuple[Key, str, list[int], Placement, bool]] = [
@@ -211,8 +212,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def handed_over(orphans: Sequence[StateTensor], comm: Comm) -> list[StateTensor]:
-    """On rank 0 the tensors of silos for which the ranks that host them have no use in this run, but rank 0 has. A call
-    of all ranks."""
+    """Move per-silo tensors that their ranks no longer need, the `orphans`, to rank 0, which does need them. Returns
+    them on rank 0, else an empty list. Collective."""
     taken = [*orphans] if comm.rank == 0 else []
     for owner in np.flatnonzero(comm.gather_number(len(orphans))).tolist():
         if owner == 0:
@@ -234,14 +235,15 @@ def _expect(
     sharding: Sharding,
     first: bool,
 ) -> None:
-    """ConfigError unless these tensors are there, with what grows and no others. `first`: is this rank 0?"""
+    """Raise ConfigError unless the checkpoint has exactly this run's tensors; growing ones are optional. On other ranks
+    than rank 0 (`first`) extra tensors are allowed."""
     for key, one in here.items():
         if one.grows:
             continue
         name, mine = "/".join(key), f"{one.tensor.dtype} of {list(one.tensor.shape)}"
         if (there := stored.get(key)) is None:
             raise ConfigError(f"the checkpoint's {name} is absent, this run's {mine}")
-        # On the device `meta` a vector has a length and takes no memory.
+        # Tensors on the device `meta` take no memory.
         part = sharding.shard(there) if one.placement == "sharded" else there
         if (part.dtype, part.shape) != (one.tensor.dtype, one.tensor.shape):
             raise ConfigError(f"the checkpoint's {name} is {there.dtype} of {list(there.shape)}, this run's {mine}")

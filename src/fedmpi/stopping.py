@@ -1,15 +1,15 @@
-"""Ending early without a hang: signals, `fedmpi stop`, a silo that raised elsewhere.
+"""Stops a run early without a hang: on a signal, on `fedmpi stop`, or when a silo raises on another rank.
 
-A signal may reach one rank only, and a round may last an hour. So every rank looks, between batches, at three things:
-its own signal flag, the file that `fedmpi stop DIR` writes (rank 0), and notices from other ranks. A notice only
-hastens: whether the round goes on is decided by all ranks together, in the small collective that every rank enters at
-the end of its training, whole or broken off. That is why nobody can be left waiting.
+A signal may reach one rank only, and a round may last an hour. So between batches every rank checks its own signal
+flag, the file that `fedmpi stop DIR` writes (on rank 0), and notices from other ranks. A notice only saves time: all
+ranks decide together whether the round goes on, in the small collective that every rank enters at the end of its
+training, complete or not. So no rank is left waiting.
 
-Handlers belong to a run: when it is over, the ones before are back and what it got is forgotten. The command's own
-process does nothing else, so there they stay until its end.
+Signal handlers belong to a run: when it is over, the earlier handlers are restored and received signals are forgotten.
+The process of the `fedmpi` command keeps them until it ends.
 
-This module imports nothing heavy: handlers must stand before MPI and torch are imported, because a batch system may
-signal a job while it starts.
+This module imports nothing heavy: handlers must be installed before MPI and torch are imported, because a batch system
+may signal a job while it starts.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
     from fedmpi.comm import Comm
 
 STOP_FILE = "stop"  # in the run directory
-LOCK_FILE = ".lock"  # there too; the job that trains holds its lock
+LOCK_FILE = ".lock"  # in the run directory; locked by the job that trains
 
-# What a rank says of its part of a round, and what a notice says; the larger one wins.
+# A rank's status in a round, and the content of a notice; the larger one wins.
 READY, STOP, FAILED = 0, 1, 2
 
-ASKS = (signal.SIGUSR1, signal.SIGTERM)  # what asks a run to stop; Ctrl-C too, once rounds could be lost by it
+ASKS = (signal.SIGUSR1, signal.SIGTERM)  # signals that ask a run to stop; SIGINT too, after `mind_interrupts`
 LAUNCHER_S = 1.0  # Open MPI's mpirun sends SIGCONT, SIGTERM and SIGKILL, a quarter of a second between each
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
-_received: list[str] = []  # names of the stop signals this process got and no run has answered
-_before: dict[int, Handler] = {}  # the handlers that were there before ours
-_listening = 0  # runs that are open
-_owned = False  # does this process do nothing but one run?
-_woken_s = -math.inf  # when the last SIGCONT came
-_last_words = ""  # what is said when a launcher is about to kill this process; empty where nothing is to be said
+_received: list[str] = []  # names of the stop signals that this process received and no run has handled
+_before: dict[int, Handler] = {}  # the handlers before ours
+_listening = 0  # number of open runs
+_owned = False  # whether this process is the `fedmpi` command's
+_woken_s = -math.inf  # time of the last SIGCONT
+_last_words = ""  # message to print when the launcher is about to kill this process; empty: none
 
 
 def own_process() -> None:
-    """Take SIGUSR1 and SIGTERM as requests to stop at the next safe point, from now until the process is gone."""
+    """Treat SIGUSR1 and SIGTERM as requests to stop at the next safe point, until the process ends."""
     global _owned
     _owned = True
     _take(ASKS)
@@ -60,8 +60,8 @@ def own_process() -> None:
 
 
 def listen() -> None:
-    """Take SIGUSR1 and SIGTERM as requests to stop, for a run; for each call `forget` is called once. In another thread
-    than the main one nothing can be listened to."""
+    """Treat SIGUSR1 and SIGTERM as requests to stop, for a run. Call `forget` once for each call. Outside the main
+    thread no handler is installed."""
     global _listening
     if threading.current_thread() is threading.main_thread():
         _take(ASKS)
@@ -69,8 +69,8 @@ def listen() -> None:
 
 
 def mind_interrupts() -> None:
-    """Take Ctrl-C as a request to stop too, until `forget`; pressed once more it interrupts as ever. Where somebody
-    else has taken SIGINT already, or it is ignored as in a background job, that stays."""
+    """Treat Ctrl-C as a request to stop too, until `forget`; a second Ctrl-C raises KeyboardInterrupt. Another handler
+    of SIGINT stays, and so does an ignored SIGINT, as in a background job."""
     if threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             _take((signal.SIGINT,))
@@ -79,8 +79,8 @@ def mind_interrupts() -> None:
 
 
 def forget(stopped: bool = False) -> None:
-    """A run is over: its handlers go, and the signals that it got. `stopped`: it ended because of one, and the process
-    is probably about to."""
+    """End a run: restore the earlier handlers and forget received signals. `stopped`: the run ended because of a
+    signal, and the process will probably end too."""
     global _listening, _last_words
     _listening -= 1
     if _listening:
@@ -93,26 +93,26 @@ def forget(stopped: bool = False) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in [number for number in _before if not _owned or number not in ASKS]:
             before = _before.pop(number)
-            if signal.getsignal(number) in (_note, _wake):  # else somebody else has taken it meanwhile
+            if signal.getsignal(number) in (_note, _wake):  # else other code replaced our handler
                 signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 def ignore() -> None:
-    """The exit code is settled: a batch system that asks again must not change it. Python itself would put back what
-    kills a process long before MPI is through with finalizing."""
+    """Ignore stop signals from now on, so that a repeated signal does not change the exit code. Python would restore
+    the default handlers, which kill the process, long before MPI has finalized."""
     if threading.current_thread() is threading.main_thread():
         for number in ASKS:
             signal.signal(number, signal.SIG_IGN)
 
 
 def last_words(text: str) -> None:
-    """What the launcher's standard error gets should it be about to kill this process."""
+    """Set the message for the launcher's standard error, printed when the launcher is about to kill this process."""
     global _last_words
     _last_words = text
 
 
 def received() -> str | None:
-    """The first stop signal this process got, if any."""
+    """The name of the first stop signal received, or None."""
     return _received[0] if _received else None
 
 
@@ -125,7 +125,7 @@ def _take(numbers: Iterable[int]) -> None:
 
 
 def _spare_child() -> None:
-    """A worker that somebody forks is no rank: it ends when it is told to."""
+    """Restore default handlers in a forked child: it is not a rank and must end on SIGTERM."""
     for number in _before:
         signal.signal(number, signal.SIG_DFL)
 
@@ -136,11 +136,11 @@ def _note(number: int, frame: FrameType | None) -> None:
         if name in _received:
             signal.default_int_handler(number, frame)
         if os.isatty(2):
-            os.write(2, b"\nfedmpi: stops at the next batch and saves; Ctrl-C once more ends at once\n")
+            os.write(2, b"\nfedmpi: stopping after this batch, with a checkpoint; Ctrl-C again ends at once\n")
     elif number == signal.SIGTERM and _last_words and time.monotonic() - _woken_s < LAUNCHER_S:
-        # It no longer passes on what its ranks say.
+        # The launcher no longer forwards its ranks' output, so write to its standard error directly.
         with contextlib.suppress(OSError):
-            # Where nobody reads the launcher's output a full pipe must not keep the process here.
+            # Non-blocking: a full pipe without a reader must not hold the process.
             flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
             launcher = os.open(f"/proc/{os.getppid()}/fd/2", flags)
             os.write(launcher, f"{_last_words}\n".encode())
@@ -154,7 +154,7 @@ def _wake(number: int, frame: FrameType | None) -> None:
 
 
 def is_training(root: Path) -> bool | None:
-    """Does a job train there now? None where that cannot be told from here."""
+    """Whether a job is training in this run directory; None if that cannot be told from this host."""
     try:
         descriptor = os.open(root / LOCK_FILE, os.O_RDONLY)
     except OSError:
@@ -167,7 +167,7 @@ def is_training(root: Path) -> bool | None:
         return None
     finally:
         os.close(descriptor)
-    try:  # locks may be known on the host that took them alone
+    try:  # a lock may be visible on its own host only
         host = json.loads((root / "ranks.json").read_text())[0]["host"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -175,7 +175,7 @@ def is_training(root: Path) -> bool | None:
 
 
 class BrokenOff(Exception):
-    """Raised between two batches: this rank leaves the round. `status` says why."""
+    """Raised between two batches to leave the round. `status`: STOP or FAILED."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -183,7 +183,7 @@ class BrokenOff(Exception):
 
 
 class Watch:
-    """What a rank looks at between batches."""
+    """Checks for stop requests and failures between batches."""
 
     def __init__(self, comm: Comm, folder: Path | None = None) -> None:
         self.comm = comm
@@ -193,11 +193,11 @@ class Watch:
         self._next_s = 0.0
 
     def look(self) -> int:
-        """The worst news so far; passes news of this rank on to the others."""
+        """The highest status so far, READY, STOP or FAILED. Tells the other ranks of a new one on this rank."""
         if received() and self.status < STOP:
             self.tell(STOP, received() or "")
         now_s = time.monotonic()
-        if now_s >= self._next_s:  # a probe or a stat per batch would be felt where batches take microseconds
+        if now_s >= self._next_s:  # a probe or a stat per batch would slow down batches of microseconds
             self._next_s = now_s + 0.05
             self.status = max(self.status, self.comm.notices())
             if self.file is not None and self.status < STOP and os.path.exists(self.file):
@@ -205,12 +205,12 @@ class Watch:
         return self.status
 
     def check(self) -> None:
-        """A safe point. Raises BrokenOff when this rank should leave the round."""
+        """A safe point. Raises BrokenOff if this rank should leave the round."""
         if self.look() != READY:
             raise BrokenOff(self.status)
 
     def tell(self, status: int, reason: str) -> None:
-        """Notice all other ranks, once for each kind of news."""
+        """Notify all other ranks, once per status."""
         if status > self.status:
             self.status, self.reason = status, reason
             self.comm.notify(status)

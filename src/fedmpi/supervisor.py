@@ -1,8 +1,8 @@
-"""`fedmpi run CONFIG -- mpirun ...`: starts ranks, and starts them again from the last commit when they die or hang.
+"""`fedmpi run CONFIG -- mpirun ...`: starts the ranks, and restarts them from the last commit when they die or hang.
 
-What a start has come to is read from the run directory alone: mpirun may exit 0 when all ranks have died, and may wait
-for ever for a host that is gone. Progress is a newer checkpoint or a newer record; a start that makes none for too long
-hangs and is ended. Every start has an epoch of its own (fencing.py), so that what could not be ended cannot commit.
+Progress is read from the run directory only, because mpirun may exit 0 when all ranks have died, and may wait forever
+for a lost host. Progress is a newer checkpoint or a newer record; a start without progress for too long counts as hung
+and is ended. Every start has its own epoch (fencing.py), so that processes that could not be ended cannot commit.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ from fedmpi.output import say
 from fedmpi.records.metrics import METRICS
 
 EVENTS = "supervisor.jsonl"  # in the run directory
-LOCK_FILE = ".supervisor"  # there too
-HOSTFILE = "hosts"  # there too: those that answered at the last start, where some did not
-PORTS = (22, 9)  # a host that is there takes or refuses a connection to one of these
-POLL_S = 0.2  # between two looks at the run directory
-LEAVE_S = 60.0  # for a launcher to end once all rounds and the model are on disk
-BACK_OFF_S = 60.0  # longest wait before a start that follows starts without progress
-ONCE_S = 2.0  # signals so close to each other are one
-FREE_S = 5.0  # for a job that is about to end to leave the run directory
+LOCK_FILE = ".supervisor"  # in the run directory
+HOSTFILE = "hosts"  # in the run directory: the hosts that answered at the last start, if some did not
+PORTS = (22, 9)  # a live host accepts or refuses a connection to one of these
+POLL_S = 0.2  # interval between checks of the run directory
+LEAVE_S = 60.0  # limit for the launcher to end once all rounds and the model are on disk
+BACK_OFF_S = 60.0  # longest wait before a restart without progress
+ONCE_S = 2.0  # signals within this time count as one
+FREE_S = 5.0  # limit for an ending job to leave the run directory
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user may say of the supervision."""
+    """Options of `fedmpi run`."""
 
-    starts: int = 10  # so many in a row without a newer checkpoint, and it gives up
-    grace_s: float | None = None  # without progress, beyond twice the longest round; None: comm.timeout_s
-    min_ranks: int = 1  # fewer than these are not started
-    as_is: bool = False  # the line has a command of its own
+    starts: int = 10  # give up after this many starts in a row without a newer checkpoint
+    grace_s: float | None = None  # seconds without progress beyond twice the longest round; None: comm.timeout_s
+    min_ranks: int = 1  # do not start with fewer ranks
+    as_is: bool = False  # the launcher line contains its own command
 
 
 @dataclass
 class Progress:
-    """How far a run is, as its directory says. Names are looked up by listing: an NFS client remembers for half a
-    minute that a name was not there."""
+    """Progress of a run, read from its directory. Names are found by listing folders, because an NFS client caches for
+    half a minute that a name does not exist."""
 
     root: Path
-    commit: int = -1  # the newest round with a manifest; -1 for none
-    record: int = 0  # the newest round in metrics.jsonl
-    longest_s: float = 0.0  # of all rounds seen
-    file: int = 0  # inode of metrics.jsonl; every start writes a new one
-    _offset: int = 0  # how far that was read
+    commit: int = -1  # newest round with a manifest; -1 for none
+    record: int = 0  # newest round in metrics.jsonl
+    longest_s: float = 0.0  # longest round so far
+    file: int = 0  # inode of metrics.jsonl; every start writes a new file
+    _offset: int = 0  # bytes of it already read
 
     def look(self) -> bool:
-        """Has anything come since the last look?"""
+        """Update the figures. True if anything changed since the last call."""
         before = (self.commit, self.record, self.file)
         with contextlib.suppress(OSError):
             folders = os.listdir(self.root / "checkpoints")
@@ -87,7 +87,7 @@ class Progress:
         return False
 
     def _follow(self, path: Path) -> None:
-        """Read the records that have come; all of them where a start has replaced the file."""
+        """Read new records, or all of them if a start has replaced the file."""
         with open(path, "rb") as file:
             about = os.fstat(file.fileno())
             if about.st_ino != self.file or about.st_size < self._offset:
@@ -102,7 +102,7 @@ class Progress:
         self._offset += len(lines) + bool(lines)
 
     def useful_s(self, after: int) -> float:
-        """Seconds of the rounds beyond `after` that are committed."""
+        """Seconds of the committed rounds beyond `after`."""
         total = 0.0
         with contextlib.suppress(OSError):
             for line in (self.root / METRICS).read_bytes().splitlines():
@@ -113,10 +113,10 @@ class Progress:
 
 
 class Supervisor:
-    """One supervised run; `run` returns once it is over. Raises FedmpiError with the exit code of the command."""
+    """One supervised run; `run` returns once it is over. Raises FedmpiError with the command's exit code."""
 
     def __init__(self, config: Config, command: Sequence[str], line: Sequence[str], options: Options) -> None:
-        """`command` trains; it is appended to `line` unless that has one of its own."""
+        """`command` trains; it is appended to the launcher line, unless that has its own command."""
         if line and shutil.which(line[0]) is None:
             raise ConfigError(f"'{line[0]}' is no command here; write fedmpi run CONFIG [key=value ...] -- mpirun -n 4")
         self.root, self.rounds = Path(config.out), config.rounds
@@ -125,24 +125,24 @@ class Supervisor:
         self._grace_s = config.comm.timeout_s if options.grace_s is None else options.grace_s
         self._progress = Progress(self.root)
         self._starts, self._epoch = 0, 0
-        self._asked, self._asked_s = 0, -math.inf  # how often it was asked to stop, and when last
+        self._asked, self._asked_s = 0, -math.inf  # number of stop requests, time of the last
         self._begun_s = time.monotonic()
 
     # ------------------------------------------------------------ events
 
     def _tell(self, event: str, text: str, *, aloud: bool = True, **more: Any) -> None:
-        """A line of supervisor.jsonl, and one for people unless an error follows that says the same."""
+        """Write a line to supervisor.jsonl and print it, unless `aloud` is False because an error says the same."""
         if aloud:
             say(f"fedmpi run: {text}", error=True)
         row = {"time": round(time.time(), 3), "event": event, "start": self._starts, "epoch": self._epoch}
         row |= {"round": self._progress.commit, **more, "text": text}
         disk.append_line(self.root / EVENTS, json.dumps(row))
 
-    # ------------------------------------------------------------ the whole
+    # ------------------------------------------------------------ the whole run
 
     def run(self) -> None:
-        """Train to the last round. Raises Stopped where it was asked to stop, ConfigError where the ranks say that the
-        configuration is bad, FedmpiError where it gives up."""
+        """Train to the last round. Raises Stopped on a stop request, ConfigError if the ranks refuse the configuration,
+        FedmpiError if it gives up."""
         with self._locked(), self._listening():
             self._progress.look()
             before = max(0, self._progress.commit)
@@ -153,7 +153,7 @@ class Supervisor:
                 self._tell_goodput(before)
 
     def _until_done(self) -> None:
-        """Start after start."""
+        """Start the ranks again and again until all rounds are done."""
         best, idle = self._progress.commit, 0  # starts in a row without a newer checkpoint
         while True:
             self._rest(min(BACK_OFF_S, 2.0 ** (idle - 1)) if idle else 0.0)
@@ -181,7 +181,7 @@ class Supervisor:
                 raise FedmpiError(why)
 
     def _done(self) -> bool:
-        """Are all rounds on disk, as `fedmpi inspect --done` has it?"""
+        """Whether all rounds are on disk, as in `fedmpi inspect --done`."""
         self._progress.look()
         return self._progress.commit >= self.rounds and checkpoint.newest(self.root, silos=()) >= self.rounds
 
@@ -190,7 +190,7 @@ class Supervisor:
         return f"round {commit} is on disk; the same command resumes" if commit >= 0 else "no round is on disk"
 
     def _stopped(self) -> FedmpiError:
-        """What is raised after a stop on request."""
+        """The error to raise after a stop request."""
         self._tell("stopped", f"stopped on request; {self._saved()}", aloud=False)
         kind = Stopped if self._progress.commit >= 0 else FedmpiError
         return kind(f"stopped on request; {self._saved()}")
@@ -201,8 +201,8 @@ class Supervisor:
         share = useful_s / wall_s if wall_s else 0.0
         self._tell(
             "goodput",
-            f"{rounds} rounds in {wall_s:.1f} s and {self._starts} starts; goodput {share:.0%}: {useful_s:.1f} s went "
-            "into rounds that count",
+            f"{rounds} rounds in {wall_s:.1f} s and {self._starts} starts; goodput {share:.0%}: {useful_s:.1f} s of "
+            "committed rounds",
             seconds=round(wall_s, 3),
             useful_s=round(useful_s, 3),
             goodput=round(share, 4),
@@ -211,16 +211,16 @@ class Supervisor:
     # ------------------------------------------------------------ one start
 
     def _one_start(self) -> int | None:
-        """Start the ranks, wait until they have ended or hang, end what is left. Returns the launcher's exit code; None
-        where it was ended or there were too few hosts."""
+        """Start the ranks, wait until they end or hang, end what is left. Returns the launcher's exit code, or None if
+        the supervisor ended it or there are too few hosts."""
         lost = self._lost_hosts()
         words, num_ranks = self._line.without(lost, self.root / HOSTFILE)
         if lost:
             names = ", ".join(sorted(lost))
-            self._tell("hosts", f"no answer from {names}; their silos go to the rest", hosts=sorted(lost))
+            self._tell("hosts", f"no answer from {names}; their silos move to the others", hosts=sorted(lost))
             left = sum(num for host, num in self._line.slots.items() if host not in lost)
             if left == 0 or (left if num_ranks is None else num_ranks) < self._options.min_ranks:
-                self._tell("too few", f"too few ranks are left (--min-ranks {self._options.min_ranks}): waits")
+                self._tell("too few", f"too few ranks are left (--min-ranks {self._options.min_ranks}): waiting")
                 return None
         self._starts += 1
         self._raise_epoch()
@@ -237,7 +237,7 @@ class Supervisor:
             command,
             stdin=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,  # by which all its processes here are known
+            start_new_session=True,  # identifies all its processes on this host
             preexec_fn=_follow_parent,
         )
         model = _inode(self.root / "model.safetensors")
@@ -249,18 +249,18 @@ class Supervisor:
         self._tell_end(code, silent_s, time.monotonic() - begun, behind)
         if unreached:
             names = ", ".join(f"rank {rank.rank} on {rank.host}" for rank in unreached)
-            self._tell("left", f"could not reach {names}: the next epoch keeps what is left there from writing")
+            self._tell("left", f"could not reach {names}: the next start's epoch keeps them from writing")
         return code
 
     def _watch(self, child: subprocess.Popen[bytes], resumed: int, model: int) -> tuple[int | None, float]:
-        """The launcher's exit code, None where it hangs, and how long there was no progress."""
+        """Wait for the launcher. Returns its exit code, None if it hangs, and the seconds without progress."""
         silent_s, asked, trains, old_file = 0.0, 0, False, self._progress.file
         begun_s = before_s = time.monotonic()
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(POLL_S), silent_s
             now_s = time.monotonic()
-            silent_s += min(now_s - before_s, 5.0)  # the supervisor may itself have been stopped meanwhile
+            silent_s += min(now_s - before_s, 5.0)  # at most 5: the supervisor itself may have been suspended
             before_s = now_s
             if self._progress.look():
                 silent_s = 0.0
@@ -277,7 +277,7 @@ class Supervisor:
                 return None, silent_s
 
     def _limit_s(self, recorded: bool, model: int) -> float:
-        """How long there may be no progress. Before the first round of a start it is longer: data are read."""
+        """Seconds allowed without progress. More before the first round of a start, which reads data."""
         if self._progress.commit >= self.rounds and _inode(self.root / "model.safetensors") != model:
             return LEAVE_S
         return self._grace_s * (1 if recorded or self._asked else SET_UP) + 2 * self._progress.longest_s
@@ -287,7 +287,7 @@ class Supervisor:
         undone = max(0, progress.record - max(0, progress.commit))
         what, event = f"the launcher ended with exit code {code}", "ended"
         if code is None:
-            what = "ended at once" if self._asked > 1 else f"hung: no progress for {silent_s:.0f} s, all is ended"
+            what = "ended at once" if self._asked > 1 else f"hung: no progress for {silent_s:.0f} s, all ranks ended"
             event = "ended" if self._asked > 1 else "hung"
         elif behind:
             what += f", {behind} process{'es' if behind > 1 else ''} left behind ended"
@@ -297,7 +297,7 @@ class Supervisor:
         self._tell(event, f"{what} ({seconds:.1f} s after it began)", code=code, lost=undone, behind=behind)
 
     def _lost_hosts(self) -> set[str]:
-        """The hosts of the line that do not answer."""
+        """The hosts of the launcher line that do not answer."""
         others = list(self._line.slots)
         if not others:
             return set()
@@ -318,12 +318,12 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
-        if now_s - self._asked_s > ONCE_S:  # SLURM signals every process of a job, and the batch script passes it on
+        if now_s - self._asked_s > ONCE_S:  # SLURM signals every process of a job, and the batch script forwards it
             self._asked, self._asked_s = self._asked + 1, now_s
 
     def _pass_on(self, child: subprocess.Popen[bytes]) -> None:
-        """Ask the ranks to stop: SIGUSR1, since SIGTERM makes mpirun kill them; and the file of `fedmpi stop`, for
-        launchers that pass nothing on."""
+        """Ask the ranks to stop: by SIGUSR1, because SIGTERM makes mpirun kill them; and by the file of `fedmpi stop`,
+        for launchers that forward no signals."""
         self._tell("asked", "asked to stop: the ranks stop at the next batch; ask again to end them at once")
         with contextlib.suppress(OSError):
             (self.root / stopping.STOP_FILE).touch()
@@ -334,7 +334,7 @@ class Supervisor:
     def _listening(self) -> Iterator[None]:
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        self._asked += stopping.received() is not None  # while modules were imported
+        self._asked += stopping.received() is not None  # a signal during imports
         try:
             yield
         finally:
@@ -344,7 +344,7 @@ class Supervisor:
     def _rest(self, seconds: float) -> None:
         until_s = time.monotonic() + seconds
         if seconds:
-            self._tell("waits", f"waits {seconds:.0f} s: the last start made no progress")
+            self._tell("waits", f"waiting {seconds:.0f} s: the last start made no progress")
         while not self._asked and (left_s := until_s - time.monotonic()) > 0:
             time.sleep(min(left_s, POLL_S))
 
@@ -352,7 +352,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """The run directory has one supervisor."""
+        """Hold the run directory's lock: only one supervisor at a time. Raises ConfigError."""
         try:
             disk.make_folder(self.root)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -365,13 +365,13 @@ class Supervisor:
             except BlockingIOError:
                 raise ConfigError(f"out: another supervisor runs {self.root}") from None
             except OSError:
-                pass  # no locks on this file system: the epoch tells
+                pass  # no locks on this file system: the epoch detects another supervisor
             yield
         finally:
             os.close(descriptor)
 
     def _wait_until_free(self) -> None:
-        """A job that somebody else has started is not taken over; one that a supervisor has left behind just ends."""
+        """Wait until a job left behind has ended. Raises ConfigError if another job keeps training here."""
         until_s = time.monotonic() + FREE_S
         while stopping.is_training(self.root):
             if time.monotonic() > until_s:
@@ -380,7 +380,7 @@ class Supervisor:
 
 
 def _inode(path: Path) -> int:
-    """0 where the file is not there."""
+    """The file's inode, 0 if it does not exist."""
     with contextlib.suppress(OSError):
         if path.name in os.listdir(path.parent):
             return path.stat().st_ino
@@ -388,13 +388,13 @@ def _inode(path: Path) -> int:
 
 
 def _follow_parent() -> None:
-    """In the launcher, before it begins: SIGTERM should the supervisor be killed. Linux."""
+    """Runs in the launcher's process before exec: the launcher gets SIGTERM if the supervisor is killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(launcher.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def train_command(config: str, overrides: Sequence[str], allow: Sequence[str]) -> list[str]:
-    """What the launcher is to start; with its full path, because mpirun puts its own folder in front of PATH."""
+    """The command for the launcher. It has a full path, because mpirun puts its own folder first in PATH."""
     script = Path(sys.executable).parent / "fedmpi"
     program = [str(script)] if script.exists() else [sys.executable, "-m", "fedmpi"]
     allowed = [word for module in allow for word in ("--allow", module)]
@@ -415,7 +415,7 @@ def supervise(
         trains = [word for index, word in enumerate(own) if index not in allowed and not word.startswith("--allow")]
         if trains != [config_file, *overrides]:
             raise ConfigError(
-                f"the line trains '{' '.join(trains)}' and the supervisor is to watch "
+                f"the launcher line trains '{' '.join(trains)}', but fedmpi run was given "
                 f"'{' '.join((config_file, *overrides))}'; leave `fedmpi train ...` out of the line"
             )
     with confined(run_directory(Path(config_file)), allow):

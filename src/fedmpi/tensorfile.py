@@ -1,12 +1,12 @@
-"""One HDF5 file of tensors. Names are data: any strings, none of which HDF5 sees.
+"""HDF5 files of tensors. Tensor names are stored as data, so they may be any strings.
 
-    index      JSON, an entry for each dataset:
+    index      JSON, an entry per dataset:
                {"key": [...], "dtype": "bfloat16", "shape": [...], "placement": "replicated", "grows": false}
-               {"key": [...], "dtype": "float32", "shape": [...], "silos": [...]}, a row for each silo
-    0, 1, ...  the tensors, in the index's order; as bytes where HDF5 has no plain number of that type
+               {"key": [...], "dtype": "float32", "shape": [...], "silos": [...]}, a row per silo
+    0, 1, ...  the tensors, in the index's order; as bytes if HDF5 has no such number type
 
-Reading follows nothing out of the file: links, external and virtual storage, objects and text are refused, and so is
-a dataset that the index does not tell of, or that claims more than the file holds.
+Reading is safe for files from others: links, external and virtual storage, objects and text are refused, and so are
+datasets that the index does not list or that claim to be larger than the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedmpi.errors import CheckpointError
 from fedmpi.state import PLACEMENTS, Key, Placement, StateTensor
 
 INDEX = "index"
-_SLICE = 1 << 20  # elements written at a time: the interpreter is free in between
+_SLICE = 1 << 20  # elements written at a time; other threads run in between
 _PLAIN = {
     **{torch.float16: "<f2", torch.float32: "<f4", torch.float64: "<f8"},
     **{torch.int8: "|i1", torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8", torch.uint8: "|u1"},
@@ -40,14 +40,14 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isi
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index says of a dataset."""
+    """An entry of the index, which describes a dataset."""
 
     key: Key
     dtype: torch.dtype
     shape: tuple[int, ...]
-    silos: tuple[str, ...] | None = None  # whose the rows are; None: it has no rows
+    silos: tuple[str, ...] | None = None  # the silos of the rows; None: not per silo
     placement: Placement = "replicated"  # in the run that wrote it
-    grows: bool = False  # state.StateTensor
+    grows: bool = False  # as in state.StateTensor
 
     @property
     def stored(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -62,17 +62,17 @@ class Entry:
 
 
 class Table(NamedTuple):
-    """One dataset to be written."""
+    """A dataset to be written."""
 
     key: Key
     tensor: torch.Tensor
-    silos: Sequence[str] | None = None  # whose the rows are; None: it has no rows
+    silos: Sequence[str] | None = None  # the silos of the rows; None: not per silo
     placement: Placement = "replicated"
     grows: bool = False
 
 
 def write(path: Path, tables: Sequence[Table]) -> tuple[bytes, int]:
-    """Write the file so that it is there whole or not at all; its SHA-256 and size come back."""
+    """Write the file atomically: whole or not at all. Returns its SHA-256 and size in bytes. Raises OSError."""
     with disk.replacing(path) as part:
         with _filled(part) as file:
             index = []
@@ -95,8 +95,8 @@ def write(path: Path, tables: Sequence[Table]) -> tuple[bytes, int]:
 
 
 class _Target(io.RawIOBase):
-    """A file for HDF5 to write into, to which no write fails: after a failed write HDF5 neither closes the file nor
-    frees what it holds, and the process crashes at its end. The first error is kept; nothing is written after it."""
+    """A file for HDF5 whose writes never raise. After a failed write HDF5 neither closes the file nor frees its memory,
+    and the process crashes at exit. The first error is kept in `error`; nothing is written after it."""
 
     def __init__(self, path: Path) -> None:
         self.error: OSError | None = None
@@ -106,7 +106,7 @@ class _Target(io.RawIOBase):
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
-            while len(rest) and self.error is None:  # a disk that fills up takes a part
+            while len(rest) and self.error is None:  # a full disk may accept a part
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             self.error = error
@@ -120,7 +120,7 @@ class _Target(io.RawIOBase):
             return size or 0
 
     def readinto(self, buffer: Any) -> int:
-        """Zeros where nothing could be written."""
+        """Read bytes; zeros where a write failed."""
         view = memoryview(buffer).cast("B")
         size = self._file.readinto(view) or 0
         view[size:] = bytes(len(view) - size)
@@ -139,8 +139,7 @@ class _Target(io.RawIOBase):
 
 @contextlib.contextmanager
 def _filled(path: Path) -> Iterator[h5py.File]:
-    """A new HDF5 file in the place of an empty one. Raises OSError where it could not be written, once HDF5 has let go
-    of it."""
+    """A new HDF5 file in place of an empty one. Raises OSError after HDF5 has closed it, if a write failed."""
     with contextlib.closing(_Target(path)) as target:
         with h5py.File(target, "w") as file:
             yield file
@@ -149,13 +148,13 @@ def _filled(path: Path) -> Iterator[h5py.File]:
 
 
 def contents(path: Path) -> list[Entry]:
-    """What the file holds, once every dataset is found to be what the index says. Raises CheckpointError."""
+    """The file's entries, after checking every dataset against the index. Raises CheckpointError."""
     with _opened(path) as (_, entries):
         return entries
 
 
 def read(path: Path) -> list[StateTensor]:
-    """All tensors without rows. Raises CheckpointError."""
+    """All tensors that are not per silo. Raises CheckpointError."""
     with _opened(path) as (file, entries):
         return [
             StateTensor(e.key, _tensor(file[str(i)][()], e.dtype, e.shape), e.placement, grows=e.grows)
@@ -165,7 +164,7 @@ def read(path: Path) -> list[StateTensor]:
 
 
 def read_rows(path: Path, silos: Collection[str]) -> dict[str, dict[Key, torch.Tensor]]:
-    """What these silos have in the file. Raises CheckpointError."""
+    """The tensors of these silos, by silo and key. Raises CheckpointError."""
     found: dict[str, dict[Key, torch.Tensor]] = {}
     with _opened(path) as (file, entries):
         for number, entry in enumerate(entries):
@@ -198,24 +197,24 @@ def _from_json(told: Any) -> Entry:
     key, shape, silos = tuple(told["key"]), tuple(told["shape"]), told.get("silos")
     texts = [*key, *(silos or ())]
     if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError("its index is none")
+        raise ValueError("its index is not valid")
     if silos is not None and (len(silos) != shape[0] or len(set(silos)) != len(silos)):
-        raise ValueError("its index has other silos than rows")
+        raise ValueError("its index does not name one silo per row")
     if silos is not None:
         return Entry(key, _DTYPES[told["dtype"]], shape, tuple(silos))
     placement, grows = told["placement"], told["grows"]
     if placement not in PLACEMENTS or placement == "per_silo" or not isinstance(grows, bool):
-        raise ValueError("its index has a placement that is none")
+        raise ValueError("its index has an unknown placement")
     return Entry(key, _DTYPES[told["dtype"]], shape, None, placement, grows)
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[h5py.File, list[Entry]]]:
-    """The file, and what it holds; whatever is wrong with it is a CheckpointError."""
+    """The open file and its entries. Raises CheckpointError for anything wrong with it."""
     try:
         with open(disk.open_regular(path), "rb") as raw, h5py.File(path, "r") as file:
             yield file, _checked(file, raw.seek(0, 2))
-    except Exception as error:  # h5py's are of every kind
+    except Exception as error:  # h5py raises many types
         raise CheckpointError(f"{path}: {error}") from None
 
 
@@ -236,15 +235,15 @@ def _checked(file: h5py.File, file_bytes: int) -> list[Entry]:
 def _plain_dataset(
     file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int, ...] | None, most: int
 ) -> h5py.Dataset:
-    """A dataset whose numbers lie in this file, all of them, one after the other."""
+    """The dataset of that name, if it is stored contiguously and completely in this file. Raises ValueError."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(f"'{name}' is a link, or not there")
+        raise ValueError(f"'{name}' is a link, or missing")
     found = file[name]
     if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"'{name}' is no dataset")
+        raise ValueError(f"'{name}' is not a dataset")
     made = found.id.get_create_plist()
     if made.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or made.get_external_count():
-        raise ValueError(f"'{name}' is stored elsewhere, or packed")
+        raise ValueError(f"'{name}' is stored in another file, or compressed")
     if found.dtype != dtype or found.dtype.metadata or found.shape is None or shape not in (None, found.shape):
         raise ValueError(f"'{name}' is {found.dtype} of {found.shape}, its index says otherwise")
     if found.nbytes > most or found.id.get_storage_size() != found.nbytes:

@@ -1,19 +1,19 @@
-"""What happens to an update between the local rule and the exchange, and to the mean before the server steps.
+"""Transforms of updates between the local rule and the exchange, and of the mean before the server steps.
 
     updates: [{name: clip, norm: 1.0}, {name: noise, sigma: 0.1}]
 
-Transforms act in that order, each on what the one before it left:
+Transforms run in that order, each on the result of the one before:
 
-    on_silo(update, state, about)   on a silo's update, in its memory; False rejects it, by name in the record
-    on_mean(mean_S, start, ...)     on any slice of the mean delta, before the server's optimizer sees it
-    follow(norms_N, state)          its state after a round, from norms that every rank has
+    on_silo(update, state, about)   changes a silo's update in place; False rejects it, and the record names it
+    on_mean(mean_S, start, ...)     changes any slice of the mean delta, before the server optimizer
+    follow(norms_N, state)          the new state after a round, from norms that every rank has
 
-All three do nothing unless a transform says otherwise. State is arrays by name, alike on all ranks, and part of
-checkpoints. `checks` is always the first one, and the last one again where there are others: what is sent is finite and
-has room. A rank folds its silos one after the other and hears of the others' only afterwards, so what depends on the
-whole cohort (a quantile, a median) is taken from the rounds before.
+By default all three do nothing. State is arrays by name, equal on all ranks, saved in checkpoints. `checks` always runs
+first, and again last if there are other transforms, so that sent updates are finite and fit. A rank folds its silos
+before it learns about other ranks' silos, so figures of the whole cohort (a quantile, a median) are from earlier
+rounds.
 
-N silos whose updates came in, S elements of a slice.
+N updates that reach a transform, S elements of a slice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 State = Mapping[str, np.ndarray]
 Table = Callable[[str], np.ndarray]  # a column by name
 
-BLOCK = 1 << 16  # elements of noise with one key, wherever slices begin and end
+BLOCK = 1 << 16  # elements of noise per key, independent of slices
 
 
 class About(NamedTuple):
@@ -48,71 +48,71 @@ class About(NamedTuple):
     seed: int
     round: int
     layout: Layout  # of the update
-    largest: float = math.inf  # norm beyond which an update is absurd
-    number: int = 0  # which of the transforms it is
-    bound: float = math.inf  # no delta that comes in has a larger norm, the transforms before it have seen to that
+    largest: float = math.inf  # updates with a larger norm are rejected
+    number: int = 0  # index of the transform in the list
+    bound: float = math.inf  # upper bound of the norm of incoming deltas, from the transforms before
 
 
 class Transform:
-    """The base of all transforms: nothing is kept, nothing is done."""
+    """Base class of transforms. Keeps no state and does nothing."""
 
-    reads: ClassVar[frozenset[str]] = frozenset()  # figures of single silos: "norm" of each delta that came in, "share"
-    changes: ClassVar[bool] = False  # are updates or means other than before?
+    reads: ClassVar[frozenset[str]] = frozenset()  # per-silo figures that it reads: "norm" of incoming deltas, "share"
+    changes: ClassVar[bool] = False  # whether it changes updates or means
 
     def init(self) -> State:
         """The state before the first round."""
         return {}
 
     def bound(self, state: State, before: float) -> float:
-        """No delta that it lets through has a larger norm, where none that came in had one larger than `before`."""
+        """Upper bound of the norm of deltas that leave it, if `before` bounds those that come in."""
         return before
 
     def on_silo(self, update: Contribution, state: State, about: About) -> bool:
-        """Change the update in its memory. False: it is rejected."""
+        """Change the update in place. False rejects it."""
         return True
 
     def on_mean(self, mean_S: torch.Tensor, start: int, share: float, state: State, about: About) -> None:
-        """Change elements of the mean from `start` on, in their memory; the same whatever the slices are. `share` is
-        the largest that a silo has in it."""
+        """Change the elements of the mean from `start` on in place; the result must not depend on the slices. `share`
+        is the largest share of a silo in the mean."""
 
     def follow(self, norms_N: np.ndarray, state: State) -> State:
-        """The state after a round, given the norms of the deltas that came in, rejected ones too unless not finite."""
+        """The state after a round, from the norms of incoming deltas [N], also of those rejected later."""
         return state
 
     def conflicts(self, config: Config) -> str | None:
-        """Why the transform does not go with the rest of a configuration; None where it does."""
+        """Why the transform cannot work with the rest of the configuration; None if it can."""
         if self.changes and isinstance(config.server.optimizer, FedDyn):
-            return f"updates: {called(self)} changes deltas, and feddyn's server adds up what the silos' own h moved by"
+            return f"updates: {called(self)} changes deltas, but feddyn's server adds up the changes of the silos' h"
         return None
 
 
 def norm_of(vector: torch.Tensor) -> float:
-    """Its length."""
+    """The Euclidean norm."""
     return float(torch.linalg.vector_norm(vector))
 
 
 @component
 class Checks(Transform):
-    """Rejects updates that are not finite, or absurd: a norm beyond 2^18 (in sums of integers, beyond their room). It
-    is always the first one."""
+    """Rejects updates that are not finite or have a norm beyond 2^18 (less if the integer ring has less room). Always
+    runs first."""
 
     def on_silo(self, update: Contribution, state: State, about: About) -> bool:
         others_A = update.vector_Q[about.layout.num_params :]
         update.norm = norm_of(update[DELTA])
         norms = [update.norm, *([norm_of(others_A)] if len(others_A) else [])]
-        return math.isfinite(update.weight) and all(norm < about.largest for norm in norms)  # not so for nan
+        return math.isfinite(update.weight) and all(norm < about.largest for norm in norms)  # False for nan
 
 
 @component
 class Clip(Transform):
-    """Scales a longer delta down to a norm C: delta min(1, C / |delta|).
+    """Clips the norm of deltas to C: delta min(1, C / |delta|).
 
-    C is set, or follows a quantile of the norms (Andrew et al. 2021, Differentially Private Learning with Adaptive
-    Clipping, Algorithm 1): after a round C becomes C exp(-lr (b - quantile)), b being the share of the updates that
-    were no longer than C. Deviation: b gets no noise, so nothing private may be read into C.
+    C is fixed, or follows a quantile of the norms (Andrew et al. 2021, Differentially Private Learning with Adaptive
+    Clipping, Algorithm 1): after a round C becomes C exp(-lr (b - quantile)), where b is the share of updates with a
+    norm up to C. Deviation: no noise is added to b, so an adaptive C is not private.
 
-    The whole delta is clipped, averaged statistics in it; what a rule sends besides (a control variate) is not, unless
-    `vectors` names it, and then has the same C for itself.
+    The whole delta is clipped, including averaged statistics. Auxiliary vectors (a control variate) are clipped only if
+    `vectors` names them, each to the same C.
 
     >>> update = Contribution("a", 1, 1.0, torch.tensor([3.0, 4.0]), 0.0, 1, 1)
     >>> Clip(norm=1.0).on_silo(update, {}, About(0, 1, Layout.whole(2), math.inf)), update.vector_Q
@@ -122,20 +122,20 @@ class Clip(Transform):
     changes: ClassVar[bool] = True
 
     norm: PositiveFloat
-    """C; where a quantile is given, in the first round"""
+    """C; with a quantile, C of the first round"""
     quantile: Annotated[float, pydantic.Field(gt=0, lt=1)] | None = None
-    """of the norms, which C follows; null: C stays"""
+    """quantile of the norms that C follows; null: C is fixed"""
     lr: PositiveFloat = 0.2
-    """of the steps in log C, with a quantile"""
+    """step size of log C, with a quantile"""
     vectors: tuple[str, ...] = (DELTA,)
-    """what is clipped, each by itself"""
+    """vectors to clip, each separately"""
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset() if self.quantile is None else frozenset({"norm"})
 
     def init(self) -> State:
-        """C, where it moves."""
+        """C, if it is adaptive."""
         return {} if self.quantile is None else {"norm": np.array([self.norm])}
 
     def _largest(self, state: State) -> float:
@@ -159,28 +159,28 @@ class Clip(Transform):
     def conflicts(self, config: Config) -> str | None:
         travel = [DELTA, *(auxiliary.name for auxiliary in config.local.auxiliaries)]
         if others := [name for name in self.vectors if name not in travel]:
-            return f"updates: clip is to clip '{others[0]}', and what travels is {', '.join(travel)}"
+            return f"updates: clip: no vector '{others[0]}' is sent; there is: {', '.join(travel)}"
         return super().conflicts(config)
 
 
 @component
 class Noise(Transform):
-    """Adds Gaussian noise, drawn anew for every round and silo, to every element of the delta but frozen parameters.
+    """Adds Gaussian noise, drawn for each round and silo, to every element of the delta except frozen parameters.
 
-    THERE IS NO ACCOUNTANT YET, AND NO CLAIM OF PRIVACY: no epsilon is computed, and whoever knows the run's seed can
-    take the noise off again. It is for studies of what noise does to a model.
+    THERE IS NO ACCOUNTANT YET, AND NO CLAIM OF PRIVACY: no epsilon is computed, and anyone who knows the run's seed can
+    remove the noise. Use it to study the effect of noise on a model.
 
-    With `where: mean` it is added once, to the mean, with what a silo can at most move there as its unit: the norm
-    times the largest share that a silo has in the mean (McMahan et al. 2018, Learning Differentially Private Recurrent
-    Language Models, Algorithm 1, where the shares are equal).
+    With `where: mean` noise is added once, to the mean, in units of a silo's largest effect on it: the clip norm times
+    the largest share of a silo in the mean (McMahan et al. 2018, Learning Differentially Private Recurrent Language
+    Models, Algorithm 1, where the shares are equal).
     """
 
     changes: ClassVar[bool] = True
 
     sigma: NonNegativeFloat
-    """standard deviation; where a clip comes before it, in units of the clip's norm"""
+    """standard deviation; after a clip, in units of the clip's norm"""
     where: Literal["silo", "mean"] = "silo"
-    """to each silo's delta, or once to the mean"""
+    """silo: add to each silo's delta; mean: add once to the mean"""
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
@@ -200,14 +200,14 @@ class Noise(Transform):
 
     def conflicts(self, config: Config) -> str | None:
         if self.where == "mean" and config.exchange.fragments > 1:
-            return "updates: noise on the mean goes by what a silo moves in one round, and a fragment holds several"
+            return "updates: noise on the mean is scaled to one round of a silo, but a fragment holds several rounds"
         return super().conflicts(config)
 
     def _scale(self, about: About) -> float:
         return self.sigma * (about.bound if about.bound < math.inf else 1.0)
 
     def _add(self, vector_S: torch.Tensor, start: int, scale: float, about: About, silo: str) -> None:
-        """Elements from `start` on; those of a block come from one generator, whole, so that slices do not matter."""
+        """Add noise to the elements from `start` on. Each block has its own generator, so slices do not matter."""
         stop = start + len(vector_S)
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             low, high = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
@@ -221,17 +221,17 @@ class Noise(Transform):
 
 @component
 class MaxNorm(Transform):
-    """Rejects updates whose delta has a larger norm: than a number, or than so many times the median of the round
-    before, in which rejected updates count too.
+    """Rejects updates whose delta has a norm above a limit: a number, or a multiple of the last round's median norm,
+    which counts rejected updates too.
 
-    A rank folds its silos before it hears of the others', so the median is not that of the same round; in the first
-    round `times` rejects nobody.
+    A rank folds its silos before it learns other ranks' norms, so the median cannot be the same round's. With `times`
+    the first round rejects no update.
     """
 
     norm: PositiveFloat | None = None
     """largest norm"""
     times: PositiveFloat | None = None
-    """or: largest norm, in medians of the last round's norms"""
+    """or: largest norm as a multiple of the last round's median norm"""
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> MaxNorm:
@@ -244,7 +244,7 @@ class MaxNorm(Transform):
         return frozenset() if self.times is None else frozenset({"norm"})
 
     def init(self) -> State:
-        """No median is known."""
+        """An infinite median, with `times`."""
         return {} if self.times is None else {"median": np.array([math.inf])}
 
     def _largest(self, state: State) -> float:
@@ -269,18 +269,18 @@ class Step(NamedTuple):
     transform: Transform
     state: State
     about: About
-    column: str  # of the silos' table, where the norms that come in are told; empty: they are not asked for
+    column: str  # column of the silos' table for incoming norms; empty: not needed
 
 
 class Steps:
-    """A round's transforms, one after the other."""
+    """A round's transforms, in order."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
 
     def on_silo(self, update: Contribution, largest: float) -> tuple[int, dict[str, float]]:
-        """The first one that says no, counted from 1 (0: nobody does), and the norms that are asked for, by column. A
-        norm beyond `largest` is absurd."""
+        """Run the transforms on an update. Returns the number, from 1, of the transform that rejects it (0: none), and
+        the needed norms by column. Checks reject norms beyond `largest`."""
         norms: dict[str, float] = {}
         for number, step in enumerate(self.steps, start=1):
             if step.column:
@@ -290,7 +290,8 @@ class Steps:
         return 0, norms
 
     def on_mean(self, share: float) -> OnMean | None:
-        """What changes slices of a mean in which no silo has a larger share; None: nothing does."""
+        """A function that changes slices of the mean, in which no silo has a larger share than `share`; None if no
+        transform does."""
         acting = [step for step in self.steps if type(step.transform).on_mean is not Transform.on_mean]
 
         def change(mean_S: torch.Tensor, start: int) -> None:
@@ -301,7 +302,7 @@ class Steps:
 
 
 class Updates:
-    """The transforms of a run, the checks among them. Their state is one dict, with `NUMBER/` before every name."""
+    """The transforms of a run, checks included. Their state is one dict, with `NUMBER/` before every name."""
 
     def __init__(self, transforms: Sequence[Transform] = ()) -> None:
         self.transforms = (Checks(), *transforms, *([Checks()] if transforms else []))
@@ -310,7 +311,7 @@ class Updates:
 
     @property
     def told(self) -> tuple[str, ...]:
-        """Columns of the silos' table for norms that come in."""
+        """Columns of the silos' table for incoming norms."""
         return tuple(column for column in self.columns if column)
 
     def init(self) -> dict[str, np.ndarray]:
@@ -318,7 +319,7 @@ class Updates:
         return self._joined([transform.init() for transform in self.transforms])
 
     def steps(self, kept: State, seed: int, round: int, layout: Layout) -> Steps:
-        """What a round does."""
+        """The transforms with their state, for one round."""
         found, bound = [], math.inf
         for number, (transform, state) in enumerate(zip(self.transforms, self._apart(kept), strict=True)):
             about = About(seed, round, layout, number=number, bound=bound)
@@ -327,8 +328,8 @@ class Updates:
         return Steps(found)
 
     def follow(self, kept: State, table: Table) -> State:
-        """The state after a round whose table of silos has norms, `taken`, and in `rejected` who said no, counted from
-        1."""
+        """The state after a round. The silos' table has norms, `taken`, and in `rejected` the number, from 1, of the
+        transform that rejected the update."""
         states = list(self._apart(kept))
         for number, (transform, column) in enumerate(zip(self.transforms, self.columns, strict=True)):
             if column:
@@ -338,7 +339,7 @@ class Updates:
 
     @property
     def by_checks(self) -> int:
-        """The number of the last checks, counted from 1."""
+        """The number of the last checks, from 1."""
         return len(self.transforms)
 
     def _apart(self, kept: State) -> list[State]:

@@ -1,5 +1,5 @@
-"""A few samples through a copy of the model before anything is trained: what would go wrong rounds later, or not be
-noticed at all, is refused by name."""
+"""A trial of the model on a few samples before training, on a copy: errors that would show rounds later, or never, are
+refused with a message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedmpi.types import SiloData
 
 @dataclass(frozen=True)
 class Subject:
-    """The module that is tried."""
+    """The module under trial."""
 
     module: torch.nn.Module
     device: torch.device
@@ -30,11 +30,11 @@ class Subject:
 
 @contextlib.contextmanager
 def subject(module: torch.nn.Module, device: torch.device) -> Iterator[Subject]:
-    """A copy of the module on the device; where it can have none, itself, whose tensors are put back afterwards."""
+    """A copy of the module on the device; if it cannot be copied, the module itself, restored on exit."""
     tied = ties(module)
     try:
         one = Subject(copy.deepcopy(module).to(device), device, tied, is_copy=True)
-    except Exception:  # modules may hold what cannot be copied, such as weights that are computed
+    except Exception:  # modules may hold things that cannot be copied, such as computed weights
         here = next((tensor.device for tensor in saved(module).values()), torch.device("cpu"))
         one = Subject(module, here, tied, is_copy=False)
     first = {} if one.is_copy else {name: tensor.detach().clone() for name, tensor in saved(module).items()}
@@ -50,10 +50,10 @@ def subject(module: torch.nn.Module, device: torch.device) -> Iterator[Subject]:
 def tried(
     one: Subject, objective: LossAndMetrics, silos: Mapping[str, SiloData], still: Collection[str] = ()
 ) -> list[str]:
-    """Two samples through model and loss, as in evaluation and as in training; the names of what the model changes and
-    does not save come back. Parameters that are to stand `still` do.
+    """Run two samples through model and loss, in evaluation and in training mode. Returns the names of tensors that the
+    model changes but does not save. Watches that parameters in `still` do not change.
 
-    ConfigError where model and data disagree, and for tensors that leave their place in a way that cannot be mended.
+    Raises ConfigError if model and data do not fit, or if a tensor leaves its place and cannot be put back.
     """
     if not silos:
         return []
@@ -75,14 +75,14 @@ def tried(
     places.settle()
     one.module.train()
     if one.is_copy:
-        _forward(one.module, x)  # what goes wrong here does so in training, or for want of samples
+        _forward(one.module, x)  # its errors are ignored: training raises them, or two samples are too few
         places.settle()
     return places.reset()
 
 
 def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: Mapping[str, SiloData]) -> None:
-    """ConfigError where a silo comes to a batch of one sample that the model cannot be trained on, as batch
-    normalization cannot."""
+    """Raise ConfigError if a silo would get a batch of one sample and the model cannot train on it, as with batch
+    normalization. `key` is the rule's configuration key."""
     if rule is None or not one.is_copy:
         return
     found = [name for name, data in silos.items() if rule.smallest_batch(name, len(data.x_train), rounds) == 1]
@@ -90,7 +90,7 @@ def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: M
         return
     name, x = found[0], silos[found[0]].x_train
     two = (x if len(x) > 1 else x.expand(2, *x.shape[1:]))[:2]
-    lone, pair = copy.deepcopy(one.module), copy.deepcopy(one.module)  # what one leaves behind, the other must not meet
+    lone, pair = copy.deepcopy(one.module), copy.deepcopy(one.module)  # forward passes may change the module
     why = _forward(lone, x[:1].to(one.device))
     if not why or _forward(pair, two.to(one.device)):
         return
@@ -110,7 +110,7 @@ def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: M
 
 
 def _forward(module: torch.nn.Module, x: torch.Tensor) -> str:
-    """What goes wrong with these samples in training; empty: nothing."""
+    """The error of a forward pass with these samples; empty if there is none."""
     try:
         outputs = module(x)
     except Exception as error:
@@ -118,5 +118,5 @@ def _forward(module: torch.nn.Module, x: torch.Tensor) -> str:
     values = [outputs] if isinstance(outputs, torch.Tensor) else []
     for tensor in itertools.chain(values, module.buffers()):
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            return "not a number comes out"
+            return "the result is not a number"
     return ""

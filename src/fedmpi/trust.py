@@ -1,9 +1,9 @@
-"""Which code a run directory may name.
+"""Limits the code that a run directory may import.
 
-Its config.yaml may come from anybody, and whoever reads it does not mean to run what it says. While `confined` holds,
-names outside fedmpi are imported from files below the current folder (but not from the run directory, nor from what is
-installed there), or from modules that the user allows; and a model's factory is called only if it is known to return a
-torch module.
+Its config.yaml may come from anybody, and reading a run directory must not run code that it names. Inside `confined`,
+names outside fedmpi are imported only from files below the current folder (but not from the run directory or from
+installed packages there), or from modules that the user allows. A model's factory is called only if it is known to
+return a torch module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from fedmpi.errors import ConfigError
 
-_DEPTH = 8  # of factories that call one another
+_DEPTH = 8  # nested calls of factories that are followed
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Limits:
         return any(module == name or module.startswith(f"{name}.") for name in self.allowed)
 
     def trusts(self, file: str | None) -> bool:
-        """Is it a file of fedmpi, or one below the current folder that is neither the run's nor installed?"""
+        """Whether the file is fedmpi's, or below the current folder, not in the run directory and not installed."""
         if file is None:
             return False
         path, here = Path(file).resolve(), Path.cwd().resolve()
@@ -58,8 +58,8 @@ _limits: ContextVar[_Limits | None] = ContextVar("limits", default=None)
 
 @contextlib.contextmanager
 def confined(root: Path | None, allowed: Sequence[str] = ()) -> Iterator[None]:
-    """While it lasts, names come from a run directory; None: from the user's own configuration, which may say
-    anything."""
+    """Apply the limits while names come from the run directory `root`. None: names come from the user's own
+    configuration and are not limited. `allowed` are modules that the user allows."""
     token = _limits.set(None if root is None else _Limits(root.resolve(), tuple(allowed)))
     try:
         yield
@@ -68,7 +68,7 @@ def confined(root: Path | None, allowed: Sequence[str] = ()) -> Iterator[None]:
 
 
 def check_module(name: str, path: str) -> None:
-    """ConfigError unless the module of `package.module:attribute` may be imported; nothing of it runs here."""
+    """Raise ConfigError unless the module of `package.module:attribute` may be imported. Imports nothing."""
     limits, module = _limits.get(), name.partition(":")[0]
     if limits is None or limits.names(module):
         return
@@ -80,13 +80,13 @@ def check_module(name: str, path: str) -> None:
         files = _files_of(part)
         if files is not None and not (files and all(limits.trusts(file) for file in files)):
             raise ConfigError(
-                f"{path}: the run directory names '{name}', which is not below the current folder; if it is meant to "
-                f"run, say --allow {parts[0]}"
+                f"{path}: the run directory names '{name}', which is not below the current folder; if you trust it, "
+                f"add --allow {parts[0]}"
             )
 
 
 def check_object(found: Any, name: str, path: str) -> None:
-    """ConfigError unless what was found under a name is made in a module that may be imported."""
+    """Raise ConfigError unless the object found under a name is defined in a module that may be imported."""
     limits = _limits.get()
     if limits is None:
         return
@@ -94,28 +94,31 @@ def check_object(found: Any, name: str, path: str) -> None:
         module = found.__module__ or ""
         file = getattr(getattr(found, "__code__", None), "co_filename", None) or _file_of(module)
         fine = limits.names(module) or limits.trusts(file)
-    else:  # a value that the module has made
+    else:  # a value defined in the module
         fine = ":" in name and "." not in name.partition(":")[2] and not isinstance(found, types.ModuleType)
     if not fine:
-        raise ConfigError(f"{path}: the run directory names '{name}', which is made elsewhere; say --allow its module")
+        raise ConfigError(
+            f"{path}: the run directory names '{name}', which another module defines; if you trust it, --allow that one"
+        )
 
 
 def check_factory(found: Any, name: str, path: str, what: str = "model") -> None:
-    """ConfigError unless calling it is known to return a torch module, where it is to make a model."""
+    """Raise ConfigError unless the object is known to return a torch module when called. Factories of anything but a
+    model need `allowed`."""
     limits = _limits.get()
     if limits is None or limits.names(name.partition(":")[0]) or (what == "model" and _returns_module(found, _DEPTH)):
         return
     if what != "model":
         module = name.partition(":")[0]
-        raise ConfigError(f"{path}: the run directory names the {what} '{name}'; if it is meant, say --allow {module}")
+        raise ConfigError(f"{path}: the run directory names the {what} '{name}'; if you trust it, add --allow {module}")
     raise ConfigError(
-        f"{path}: the run directory names '{name}', which is no class of torch modules and no function that says "
-        f"`-> torch.nn.Module`; if it is meant to be called, say --allow {name.partition(':')[0]}"
+        f"{path}: the run directory names '{name}', which is neither a torch module class nor a function annotated "
+        f"`-> torch.nn.Module`; if you trust it, add --allow {name.partition(':')[0]}"
     )
 
 
 def _files_of(module: str) -> Sequence[str | None] | None:
-    """Where a module's code would come from; None where there is no such module."""
+    """The files or folders of a module, without importing it; None if it does not exist."""
     if (loaded := sys.modules.get(module)) is not None:
         file = getattr(loaded, "__file__", None)
         return [file] if file is not None or not hasattr(loaded, "__path__") else list(loaded.__path__)
@@ -135,7 +138,7 @@ def _file_of(module: str) -> str | None:
 
 
 def _returns_module(found: Any, depth: int) -> bool:
-    """Is it a class of torch modules, or a function whose annotation or every `return` says that it gives one?"""
+    """Whether it is a torch module class, or a function that returns a module by annotation or in every `return`."""
     from torch.nn import Module
 
     if isinstance(found, type):
@@ -166,7 +169,7 @@ def _returns_module(found: Any, depth: int) -> bool:
 
 
 def _is_module(value: ast.expr | None, names: dict[str, Any], given: dict[str, ast.expr], depth: int) -> bool:
-    """Does an expression make a torch module?"""
+    """Whether an expression evaluates to a torch module."""
     if not depth:
         return False
     if isinstance(value, ast.IfExp):

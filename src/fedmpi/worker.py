@@ -1,7 +1,7 @@
-"""Threads that work behind training: started once, at set-up, and given one job after the other.
+"""Background threads, started once at set-up and given one job after the other.
 
-A thread that is started when there is no memory left may never say that it has begun, and its starter waits for ever.
-So none is started once a run is under way: what a job needs besides its own work is there.
+A thread started when memory is exhausted may never signal that it runs, and its starter then waits forever. So no
+thread is started during a run.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections.abc import Callable
 
 from fedmpi.errors import FedmpiError
 
-START_S = 20.0  # how long a new thread may take to begin
+START_S = 20.0  # limit for a new thread to begin
 
 
 class Worker:
-    """One thread; `start` gives it a job, `wait` tells whether it is done, `error` what came of it."""
+    """One thread: `start` gives it a job, `wait` waits for it, `error` holds its exception. Raises FedmpiError if the
+    thread cannot be started."""
 
     def __init__(self, name: str) -> None:
-        self.error: BaseException | None = None  # of the last job
-        self.pending = False  # was a job given that nobody has waited for yet?
+        self.error: BaseException | None = None  # raised by the last job
+        self.pending = False  # whether a job was started and not waited for
         self._job: Callable[[], None] | None = None
         self._given, self._busy = _thread.allocate_lock(), _thread.allocate_lock()
         self._closed = False
@@ -49,14 +50,14 @@ class Worker:
             self._busy.release()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Begin `job` once the one before is over."""
+        """Start `job`, after waiting for the one before."""
         self._busy.acquire()
         self.error, self.pending = None, True
         self._job = job
         self._given.release()
 
     def wait(self, limit_s: float = -1) -> bool:
-        """Is the job over, by now or within `limit_s`? Without a limit: once it is."""
+        """Wait for the job, at most `limit_s` seconds (negative: no limit). True if it is over."""
         if not self._busy.acquire(timeout=limit_s):
             return False
         self._busy.release()
@@ -64,7 +65,7 @@ class Worker:
         return True
 
     def close(self, limit_s: float = -1) -> None:
-        """Let the thread end once its job is over, if that is within `limit_s`; it takes no other."""
+        """End the thread once its job is over, if that is within `limit_s` seconds (negative: no limit)."""
         if not self._closed and self._busy.acquire(timeout=limit_s):
             self._closed, self.pending = True, False
             self._given.release()

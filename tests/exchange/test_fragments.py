@@ -254,10 +254,10 @@ def test_one_fragment_is_a_run_without_a_word_of_it(tmp_path):
         ({"local": {"name": "scaffold", "lr": 0.1, "epochs": 1}}, "the control of scaffold must travel with the whole"),
         ({"aggregate": "fednova"}, "aggregate: fednova looks at one round, and a fragment holds several"),
         ({"aggregate": {"name": "mean", "weights": "steps"}}, "aggregate: weights: steps counts those of one round"),
-        ({"server": {"optimizer": "fedexp"}}, "fedexp goes by the norms of whole deltas of one round"),
+        ({"server": {"optimizer": "fedexp"}}, "fedexp uses the norms of whole deltas of one round"),
         (
             {"updates": [{"name": "noise", "sigma": 1.0, "where": "mean"}]},
-            "noise on the mean goes by what a silo moves",
+            "noise on the mean is scaled to one round",
         ),
         (
             {"exchange": {"fragments": 2, "scope": "silo", "plan": "sharded"}, "records": {"gram": True}},

@@ -1,15 +1,15 @@
-"""What a run says of itself.
+"""Records of rounds and where they are written.
 
-record        a record: what a round says of itself, the same on every rank
-table         numbers that every rank fills in its part of, shared in one small collective
-timer         phases of a round
-measurements  what is made of an outcome for the record alone: diversity, dissimilarity
-sink          what a sink is: where records go, on rank 0
-metrics       metrics.jsonl, which is always written
+record        the record of a round, equal on every rank
+table         a table of small numbers, filled in by every rank and shared in one small collective
+timer         the phases of a round
+measurements  extra figures of a round for its record: diversity, dissimilarity
+sink          the base class of sinks, which write records on rank 0
+metrics       metrics.jsonl, always written
 trace         trace.json, for Perfetto
-tensorboard   events
-terminal      progress and the last table
-sinks         the family, and all sinks of a run
+tensorboard   TensorBoard events
+terminal      progress and the final table
+sinks         the family, and the sinks of a run
 """
 
 from fedmpi.records.measurements import MEASUREMENTS, Measurement

@@ -1,4 +1,4 @@
-"""What is measured of a round for its record alone: one class a measurement."""
+"""Measurements: extra figures of a round, for its record only. One class per measurement."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedmpi.outcome import RoundOutcome
 
 
 def spread(values_K: np.ndarray, maximize: bool) -> dict[str, float] | None:
-    """How unequal a metric is over silos, each alike: its standard deviation and the tenth percentile from the worse
-    end (`p10` of what is to be high, `p90` of what is to be low). None without a finite figure.
+    """How unequal a metric is over silos, all with equal weight: standard deviation, and the worst tenth percentile
+    (`p10` if higher is better, `p90` if lower is). None without a finite value.
 
     >>> spread(np.array([0.5, 0.5, 1.0, 1.0]), True)
     {'std': 0.25, 'p10': 0.5}
@@ -28,9 +28,9 @@ def spread(values_K: np.ndarray, maximize: bool) -> dict[str, float] | None:
 
 
 def gradient_diversity(gram_KK: np.ndarray, silos: Sequence[str] | None = None) -> dict[str, Any]:
-    """What the inner products of K deltas say: gradient diversity, sum_k |delta_k|^2 / |sum_k delta_k|^2 (Yin et al.
-    2018, Gradient Diversity, Definition 1): 1/K where all are alike, 1 where they are orthogonal; mean and least cosine
-    of two of them; and with `silos` all cosines, in their order. None where a delta or the sum is 0.
+    """Similarity of K deltas, from their inner products: gradient diversity, sum_k |delta_k|^2 / |sum_k delta_k|^2 (Yin
+    et al. 2018, Gradient Diversity, Definition 1), 1/K for equal deltas, 1 for orthogonal ones; the mean and smallest
+    cosine of two deltas; with `silos` all cosines, in that order. None if a delta or the sum is 0.
 
     >>> gradient_diversity(np.array([[1.0, 0.0], [0.0, 4.0]]))
     {'diversity': 1.0, 'cosine': {'mean': 0.0, 'min': 0.0}}
@@ -51,10 +51,10 @@ def gradient_diversity(gram_KK: np.ndarray, silos: Sequence[str] | None = None) 
 
 
 class Measurement:
-    """Something that is measured of every round. Members say `of`, and what they need and read."""
+    """Figures measured in every round. Members define `of`, `needs` and `reads`."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # gram: the inner products of the silos' deltas, in the outcome
-    # Which arrays of the outcome: loss, norm, samples, steps, taken, metric; gram is one. None: it does not say.
+    needs: ClassVar[frozenset[str]] = frozenset()  # gram: the outcome must hold the deltas' inner products
+    # Arrays of the outcome that it reads: loss, norm, samples, steps, taken, metric, gram. None: unknown.
     reads: ClassVar[frozenset[str] | None] = None
 
     @abstractmethod
@@ -65,13 +65,13 @@ class Measurement:
 
 @component
 class Gram(Measurement):
-    """How alike the silos' deltas are: gradient diversity and cosines (Yin et al. 2018, Gradient Diversity,
-    Definition 1, with deltas in place of gradients)."""
+    """Similarity of the silos' deltas: gradient diversity and cosines (Yin et al. 2018, Gradient Diversity,
+    Definition 1, with deltas instead of gradients)."""
 
     needs = reads = frozenset({"gram"})
 
     matrix: bool = False
-    """all cosines, and not only their mean and least"""
+    """record all cosines, not only their mean and minimum"""
 
     def of(self, outcome: RoundOutcome) -> dict[str, Any]:
         assert outcome.gram_KK is not None
@@ -80,8 +80,8 @@ class Gram(Measurement):
 
 @component
 class Dissimilarity(Measurement):
-    """How far the silos' deltas lie apart: the mean of |delta_k - mean delta|^2 over the K that were heard, each alike
-    (Li et al. 2020, Federated Optimization in Heterogeneous Networks, section 5.3.3, with deltas for gradients).
+    """Variance of the silos' deltas: the mean of |delta_k - mean delta|^2 over the K accepted ones, with equal weight
+    (Li et al. 2020, Federated Optimization in Heterogeneous Networks, section 5.3.3, with deltas instead of gradients).
 
     >>> outcome = RoundOutcome.of("ab", 1, "ab", gram_KK=np.array([[1.0, 0.0], [0.0, 9.0]]))
     >>> Dissimilarity().of(outcome)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for every round, sealed by a checksum, cut where a run resumes."""
+"""metrics.jsonl: one line per round with a checksum; truncated at the round that a run resumes from."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fedmpi.records.sink import RunInfo, Sink
 log = logging.getLogger("fedmpi")
 
 METRICS = "metrics.jsonl"
-MOST_BYTES = 1 << 40  # of a file that grows with rounds, silos and ranks: whatever a run has written is read again
+MOST_BYTES = 1 << 40  # read limit; high, because the file grows with rounds, silos and ranks
 _CRC = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 
 
 def line_of(record: Record) -> bytes:
-    """The record as its line of metrics.jsonl; its last field is the CRC-32 of what stands before that field."""
+    """The record's line of metrics.jsonl. Its last field is the CRC-32 of the text before that field."""
     body = json.dumps(record)[:-1].encode()
     return body + b', "crc32": "%08x"}\n' % zlib.crc32(body)
 
 
 def read_metrics(root: Path) -> list[Record]:
-    """The records in metrics.jsonl, oldest first; lines that are damaged are left out with a warning."""
+    """The records in metrics.jsonl, oldest first. Damaged lines are skipped with a warning; raises nothing."""
     try:
         return [record for record, _ in _read(root)[0]]
     except OSError as error:
@@ -57,7 +57,7 @@ def last_round(root: Path) -> int:
 
 
 def _read(root: Path) -> tuple[list[tuple[Record, bytes]], list[bytes]]:
-    """The records with their lines, and the lines that are none. OSError where the file cannot be read."""
+    """The records with their lines, and the damaged lines. Raises OSError if the file cannot be read."""
     whole: list[tuple[Record, bytes]] = []
     damaged: list[bytes] = []
     path = root / METRICS
@@ -65,7 +65,7 @@ def _read(root: Path) -> tuple[list[tuple[Record, bytes]], list[bytes]]:
         lines = disk.read_bytes(path, MOST_BYTES).split(b"\n")
     except FileNotFoundError:
         return whole, damaged
-    sealed = any(_CRC.search(line) for line in lines)  # else it is older than checksums
+    sealed = any(_CRC.search(line) for line in lines)  # files of old versions have no checksums
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -95,8 +95,8 @@ def _record_in(line: bytes, sealed: bool) -> Record | None:
 
 
 class Metrics(Sink):
-    """metrics.jsonl, cut at the round that the run resumes from. What is cut is kept beside it: damaged lines in
-    metrics.bad.jsonl, records of rounds that are done again in metrics.undone.jsonl."""
+    """Writes metrics.jsonl, truncated at the round that the run resumes from. Removed lines are kept: damaged ones in
+    metrics.bad.jsonl, records of rounds to be repeated in metrics.undone.jsonl."""
 
     def open(self, run: RunInfo) -> None:
         root, resumed_round = run.root, run.resumed
@@ -114,13 +114,13 @@ class Metrics(Sink):
         disk.replace_bytes(path, b"".join(before))
         if missing := sorted(set(range(1, resumed_round + 1)) - {record["round"] for record, _ in whole}):
             text = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
-            log.warning("%s has no record of round %s; checkpoints have what is needed to go on", path, text)
+            log.warning("%s has no record of round %s; training resumes from the checkpoint all the same", path, text)
         self.path = path
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._waiting = b""  # for room on the disk
+        self._waiting = b""  # lines not written yet, for example on a full disk
 
     def write(self, record: Record) -> None:
-        """One line. One that cannot be written waits."""
+        """Write one line; if it cannot be written, keep it for the next `write` or `sync`."""
         full = bool(self._waiting)
         self._waiting += line_of(record)
         try:
@@ -136,7 +136,7 @@ class Metrics(Sink):
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def sync(self) -> None:
-        """The records are on disk: called before a checkpoint that follows them is sealed."""
+        """Write all records to disk, before the checkpoint of their round is sealed. Raises OSError."""
         self._write()
         os.fsync(self._file.fileno())
 
@@ -147,14 +147,14 @@ class Metrics(Sink):
 
 
 def _keep_aside(path: Path, lines: Sequence[bytes]) -> None:
-    """Lines at the end of a file; nothing for none."""
+    """Append lines to a file; no lines, no file."""
     if lines:
         before = disk.read_bytes(path, MOST_BYTES) if path.exists() else b""
         disk.replace_bytes(path, before + b"".join(line + b"\n" for line in lines))
 
 
 def put_aside(path: Path, error: OSError) -> None:
-    """What cannot be read is not written over."""
+    """Rename a file that cannot be read, so that it is not overwritten."""
     aside = path.with_name(f"{path.name}.unread-{secrets.token_hex(4)}")
     os.rename(path, aside)
     log.warning("%s cannot be read (%s) and is now %s", path, error.strerror or error, aside.name)

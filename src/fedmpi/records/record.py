@@ -1,4 +1,4 @@
-"""A record: what a round says of itself, the same on every rank."""
+"""The record of a round: a dict, equal on every rank."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 Record = dict[str, Any]
 
-SCHEMA = 1  # of a record, as its field `schema`; a record of before has none
+SCHEMA = 1  # version of the record's fields, in `schema`; absent in records of old versions
 
 
 def plain(value: Any) -> Any:
-    """The value with None for what JSON does not know: nan and infinity."""
+    """The value with None in place of nan and infinity, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a sink is: one class that is given every record, on rank 0."""
+"""The base class of sinks, which get every record on rank 0."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ def _no_timings() -> Timings:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a sink may know of the run whose records it gets."""
+    """What a sink may know of its run."""
 
     root: Path  # the run directory
-    resumed: int = 0  # the round that the run goes on from
-    rounds: int = 0  # to have done at the end
-    metric: str = ""  # which figure tells the best round
-    # When each rank began the round that is being written, [n], and the seconds of each in its phases, in their order.
+    resumed: int = 0  # the round that the run resumed from
+    rounds: int = 0  # total rounds
+    metric: str = ""  # record key that decides the best round
+    # For the round being written: start time of each rank (Unix seconds), [n], and seconds per phase, each [n].
     timings: Callable[[], Timings] = _no_timings
 
 
 class Sink:
-    """Where records go. Your own has `write` and, where it needs them, the others; what its constructor takes are
-    options: `records: {sinks: [{name: "package.module:Class", option: 1}]}`, or an instance for `Run.add_sink`.
+    """Writes records somewhere. Your own defines `write`, and `open` and `close` if it needs them. Its constructor's
+    arguments are options: `records: {sinks: [{name: "package.module:Class", option: 1}]}`; or pass an instance to
+    `Run.add_sink`.
 
-    A sink never ends training: after an error it is left out, with a warning.
+    A sink never ends training: if `write` or `close` raises, the sink is dropped with a warning.
     """
 
     def open(self, run: RunInfo) -> None:
-        """Before the first round. Raises OSError or ConfigError where it cannot begin."""
+        """Called before the first round. Raise OSError or ConfigError to refuse the run."""
 
     def write(self, record: Record) -> None:
-        """A round's record, which is everybody's: not to be changed."""
+        """Write a round's record. Do not change it: it is shared."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """After the last, or where the run ends early. May come twice."""
+        """Called after the last round, or when the run ends early. May be called twice."""

@@ -1,4 +1,4 @@
-"""The sinks that there are, and those of a run."""
+"""The family of sinks, and the sinks of a run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SINKS = Family("sink", {"trace": Trace, "tensorboard": TensorBoard}, Sink, defer
 
 
 class Sinks:
-    """What rank 0 writes round by round. None of it ends training where it cannot be written: records wait for the next
-    checkpoint, which fails without them; other sinks end there."""
+    """The sinks of a run, on rank 0. A failed write does not end training: lines of metrics.jsonl wait for the next
+    checkpoint, which fails if they still cannot be written; other sinks are dropped."""
 
     def __init__(self, run: RunInfo, others: Sequence[Sink] = ()) -> None:
         self._run = run
@@ -31,12 +31,12 @@ class Sinks:
             self.add(sink)
 
     def add(self, sink: Sink) -> None:
-        """One more, which gets the records from now on."""
+        """Add a sink, which gets records from now on. Raises what its `open` raises."""
         sink.open(self._run)
         self._others.append(sink)
 
     def write(self, record: Record) -> None:
-        """A round's."""
+        """Give a round's record to all sinks. Raises nothing."""
         self._metrics.write(record)
         for sink in list(self._others):
             try:
@@ -44,13 +44,13 @@ class Sinks:
             except Exception as error:
                 name = type(sink).__name__
                 if isinstance(error, OSError):
-                    log.warning("%s cannot be written (%s) and ends here", name, error.strerror or error)
+                    log.warning("%s cannot be written (%s); it gets no more records", name, error.strerror or error)
                 else:
-                    log.warning("%s raised %s: %s, and ends here", name, type(error).__name__, error)
+                    log.warning("%s raised %s: %s; it gets no more records", name, type(error).__name__, error)
                 self._end(sink)
 
     def sync(self) -> None:
-        """The records so far are on disk. Raises CheckpointError where they cannot be."""
+        """Write the records so far to disk. Raises CheckpointError if that fails."""
         try:
             self._metrics.sync()
         except OSError as error:
@@ -68,4 +68,4 @@ class Sinks:
         except OSError:
             pass
         except Exception as error:
-            log.warning("%s raised %s: %s, when it was closed", type(sink).__name__, type(error).__name__, error)
+            log.warning("%s raised %s: %s when it was closed", type(sink).__name__, type(error).__name__, error)

@@ -1,4 +1,4 @@
-"""Small numbers of a round that everybody must know: a table that every rank fills in its rows of."""
+"""A table of small numbers that every rank needs in a round; each rank fills in its own rows."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Column = Callable[[str], np.ndarray]  # a column of silos' rows by name
+Column = Callable[[str], np.ndarray]  # a column of the silos' rows by name, [K]
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """What leaves a rank in place of its silos' rows: some columns as they are, and sums over the rank's silos."""
+    """What a rank shares instead of its silos' rows: some columns, and sums over its silos."""
 
-    shown: tuple[str, ...]  # columns that are shared silo by silo
+    shown: tuple[str, ...]  # columns that are shared per silo
     sums: tuple[str, ...]  # names of the sums
-    add_up: Callable[[Column], Mapping[str, float]]  # the sums, of rows that are 0 where a silo has not filled them in
+    add_up: Callable[[Column], Mapping[str, float]]  # computes the sums; rows not filled in are 0
 
 
 class StatusTable:
-    """Small numbers of a round that everybody must know: a row per rank, a row per silo, and counts, all float64.
+    """A table of small numbers: a row per rank, a row per silo, and counts, all float64.
 
-    Every rank fills in its own rows; `share` makes them everybody's in one small collective. Sums are then taken in
-    silo order on every rank, so a record does not depend on where silos live. Counts are whole numbers that are added
-    up over all silos, which is exact in any order.
+    Each rank fills in its own rows; `share` gives every rank all rows in one small collective. Every rank then sums in
+    silo order, so a record does not depend on placement. Counts are integers summed over all silos, exact in any order.
 
-    With `pooling` only its columns and sums leave a rank: once shared, other columns are nan, a rank's own too, so that
-    nobody comes to another result than the rest.
+    With `pooling` only its columns and sums leave a rank. After `share` other columns are nan, even a rank's own rows,
+    so that all ranks compute the same results.
     """
 
     def __init__(
@@ -54,12 +53,12 @@ class StatusTable:
 
     @property
     def counts(self) -> np.ndarray:
-        """The counts of this rank's silos, to be added to; of all silos once shared."""
+        """The counts of this rank's silos, to be added to in place; after `share` those of all silos."""
         return self._values[self._end :]
 
     @property
     def num_bytes(self) -> int:
-        """What a rank hands to the collective."""
+        """Bytes that a rank gives to the collective."""
         if (pooling := self._pooling) is None:
             return self._values.nbytes
         num_silos = (self._end - self._split) // max(1, len(self._silo_columns))
@@ -86,12 +85,12 @@ class StatusTable:
         return self._view(False)[:, self._silo_columns[column]]
 
     def sum(self, name: str) -> float:
-        """One of the pooled sums, of all silos; there is none unless rows are pooled."""
+        """A pooled sum over all silos. Raises KeyError if rows are not pooled."""
         return self._sums[name]
 
     @property
     def pools(self) -> bool:
-        """Do other columns than those that are shown leave a rank as sums alone?"""
+        """Whether ranks share sums instead of rows."""
         return self._pooling is not None
 
     def share(self, over: Callable[[np.ndarray], np.ndarray]) -> None:

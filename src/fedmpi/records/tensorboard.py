@@ -1,4 +1,4 @@
-"""Records as TensorBoard events."""
+"""The TensorBoard sink."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TensorBoard(Sink):
         self._writer: Any = SummaryWriter(str(run.root / "tensorboard"))  # type: ignore[no-untyped-call]
 
     def write(self, record: Record) -> None:
-        """Every number of the record."""
+        """Write every number of the record as a scalar."""
         for name, value in record.items():
             if isinstance(value, (int, float)) and name not in ("round", "schema"):
                 self._writer.add_scalar(name, value, record["round"])

@@ -1,4 +1,4 @@
-"""Progress and figures on a terminal."""
+"""Progress on standard output, and the final table."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fedmpi.records.sink import RunInfo, Sink
 
 
 def on_terminal() -> bool:
-    """Does somebody watch standard output? Open MPI's mpirun gives its ranks a terminal of their own even when its
-    output goes into a file, so under a launcher it is the parent's output that counts."""
+    """Whether standard output is a terminal. Open MPI's mpirun gives its ranks a terminal even when its own output goes
+    to a file, so under a launcher the parent's output decides."""
     if sys.stdout is None or not sys.stdout.isatty():
         return False
     if launched() == 0:
@@ -28,7 +28,7 @@ def on_terminal() -> bool:
 
 
 class Progress(Sink):
-    """A bar on a terminal, plain lines elsewhere; the figures are the same."""
+    """Progress of a run: a bar on a terminal, plain lines elsewhere, with the same figures."""
 
     _bar: Any = None
 
@@ -74,13 +74,13 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-NO_COLUMNS = ("train_loss", "delta_norm", "personal_loss")  # figures of silos that the table leaves out
-MOST_COLUMNS = 6  # of figures
+NO_COLUMNS = ("train_loss", "delta_norm", "personal_loss")  # figures not in the table
+MOST_COLUMNS = 6  # most figures in the table
 
 
 def silo_table(record: Record, metric: str) -> Any:
-    """The last record's figures, a row per silo, then those of all silos pooled, and those that are means over silos,
-    for rich to print. `metric` comes first; of many metrics the rest is left to the record."""
+    """A rich table of a record's figures: a row per silo, then a row pooled over silos, then a row of means over silos.
+    `metric` comes first; at most six figures are shown."""
     from rich.table import Table
 
     rows = record["silos"]

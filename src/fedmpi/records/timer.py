@@ -1,16 +1,16 @@
-"""Where the time and the memory of one rank go."""
+"""Time by phase and peak memory of one rank."""
 
 from __future__ import annotations
 
 import resource
 import time
 
-# In the order of time. A round's row travels in `agree`, so agree and checkpoint are those of the round before.
+# In order of time. A round's times are sent in `agree`, so its agree and checkpoint are those of the round before.
 PHASES = ("agree", "checkpoint", "select", "train", "wait", "exchange", "step", "evaluate")
 
 
 class Timer:
-    """Seconds by phase of one rank's round; phases follow one another, each ends where the next begins."""
+    """Seconds by phase of one rank's round. Each phase begins where the one before ends."""
 
     def __init__(self) -> None:
         self.reset()
@@ -21,12 +21,12 @@ class Timer:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def lap(self, phase: str) -> None:
-        """What has passed since the last lap was `phase`."""
+        """Count the time since the last lap as `phase`."""
         now = time.perf_counter()
         self.seconds[phase] += now - self._last
         self._last = now
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held so far."""
+    """Peak resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

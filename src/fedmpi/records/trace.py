@@ -1,4 +1,4 @@
-"""trace.json: where the time of every rank goes; opens in Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""trace.json: the phases of every rank over time; opens in Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmpi.records.sink import RunInfo, Sink
 
 
 class Trace(Sink):
-    """trace.json: one event per phase, rank and round, in the Trace Event format, valid JSON once closed."""
+    """Writes trace.json: one event per phase, rank and round, in the Trace Event format; valid JSON once closed."""
 
     def open(self, run: RunInfo) -> None:
         self._run = run
@@ -25,18 +25,18 @@ class Trace(Sink):
             except OSError as error:
                 put_aside(path, error)
         for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):  # brackets, half an event
+            with contextlib.suppress(ValueError, RecursionError):  # brackets, or a truncated event
                 events.append(json.dumps(json.loads(line.rstrip(b","))).encode())
         disk.replace_bytes(path, b"[\n" * bool(events) + b",\n".join(events))
         self._file = open(path, "ab")  # noqa: SIM115
         self._empty = not events
 
     def write(self, record: Record) -> None:
-        """An event for every phase of every rank."""
+        """Write an event for each phase of each rank."""
         starts_s, phases = self._run.timings()
         for rank, start_s in enumerate(starts_s):
             if not start_s:
-                continue  # a rank that was lost had it; the record is written for it
+                continue  # times of a lost rank are unknown
             at = start_s
             for name, seconds in phases.items():
                 event = {

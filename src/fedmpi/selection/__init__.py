@@ -1,15 +1,14 @@
 """Selectors: which silos form a round's cohort.
 
-    base       what they share: the selection, the protocol, draws
-    draws      by nothing or by numbers of samples: all, uniform, proportional, round robin
+    base       the base classes, the selection, weighted draws
+    draws      independent of training: all, uniform, proportional, round robin
     norms      by the norms of updates: importance sampling, optimal client sampling
     losses     by losses: power-of-choice, bandits
-    available  traces of who is there, around one of the others
+    available  traces of availability, around one of the others
 
-A selector is called with the same inputs on every rank and answers the same on every rank: no message is needed, but
-where it asks for fresh losses one small collective.
-Its state is a dict of arrays that goes in and comes out, and into the checkpoint. What it learns of silos is the last
-round's outcome; it never sees a vector.
+A selector gets the same inputs on every rank and returns the same cohort, without a message; only fresh losses take one
+small collective. Its state is a dict of arrays, passed in and returned, and saved in the checkpoint. It sees the last
+round's outcome, never a vector.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Silos that are not always there: traces of availability around another selector."""
+"""Availability traces: silos that are not always available, around another selector."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Traces = dict[str, list[tuple[int, int]]]
 
 @component
 class Available(Selector):
-    """Another selector, over the silos that are there: in one of their intervals, its first round to before its second.
+    """Another selector, applied to the silos that are available in the round. An interval [from, to) excludes `to`.
 
-    A file is read when the configuration is, and what it says is then part of the configuration: all ranks hold the
-    same, config.yaml has it, and a run that is taken up with another file is refused. It is JSON, {silo: [[from, to],
-    ...]}, or CSV with the columns silo, from, to. A silo that is not named is always there; one that is named with no
-    interval is never. A fraction is of those that are there, and where nobody is the run ends with an error.
+    A file of traces is read with the configuration and becomes part of it: all ranks have the same, config.yaml holds
+    it, and resuming with another file is refused. It is JSON, {silo: [[from, to], ...]}, or CSV with the columns silo,
+    from, to. A silo that is not named is always available; one with an empty list never is. A fraction counts the
+    available silos. A round without any ends the run with an error.
 
-    Where the inner selector gives factors the aggregate is UNBIASED for that over the silos that are there; towards
-    those that are seldom there it is BIASED, as all that trains on whoever is there.
+    If the inner selector gives factors, the aggregate is UNBIASED over the available silos. It is BIASED against silos
+    that are seldom available.
 
     >>> away = Available(traces={"a": [(2, 9)]})
     >>> away.select(["a", "b"], away.init([5, 5]), None, np.random.default_rng(0)).cohort
@@ -42,9 +42,9 @@ class Available(Selector):
     """
 
     traces: Traces
-    """silo: [[from, to), ...] in rounds from 1 on, or a JSON or CSV file of them"""
+    """{silo: [[from, to), ...]} in rounds counted from 1, or a JSON or CSV file of it"""
     inner: Annotated[Selector, INNER] = All()
-    """who takes part of those that are there"""
+    """selector among the available silos"""
 
     @pydantic.field_validator("traces", mode="before")
     @classmethod
@@ -57,55 +57,55 @@ class Available(Selector):
         for silo, intervals in traces.items():
             for start, stop in intervals:
                 if not 1 <= start < stop:
-                    raise ValueError(f"silo '{silo}': [{start}, {stop}) is no interval of rounds, which begin with 1")
+                    raise ValueError(f"silo '{silo}': [{start}, {stop}) is no interval of rounds, counted from 1")
         return traces
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where the inner selector asks for more silos than there are."""
+        """Raise ConfigError if the inner selector asks for more silos than there are."""
         self.inner.suits(num_silos)
 
     def knows(self, ids: Sequence[str]) -> None:
-        """ConfigError where traces name a silo that is none. One that has left the run may be named."""
+        """Raise ConfigError if the traces name an unknown silo. Silos that left the run may be named."""
         if unknown := sorted(self.traces.keys() - set(ids)):
             raise ConfigError(f"select.traces: no silo '{unknown[0]}'{did_you_mean(unknown[0], list(ids))}")
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
-        """The inner selector's, of the silos that are there in the round that has fewest."""
+        """The inner selector's smallest cohort in the round with the fewest available silos."""
         edges = {1, *(edge for some in self.traces.values() for interval in some for edge in interval)}
         there = [self._in_round(ids, number) for number in edges if number <= rounds]
         return min((self.inner.least(some, rounds) for some in there if some), default=len(ids))
 
     @property
     def unbiased(self) -> bool:
-        """Does the inner selector give factors?"""
+        """Whether the inner selector gives factors."""
         return self.inner.unbiased
 
     @property
     def reads(self) -> frozenset[str] | None:
-        """What the inner selector reads of single silos."""
+        """Per-silo figures that the inner selector reads."""
         return self.inner.reads
 
     @property
     def asks(self) -> bool:
-        """Does the inner selector ask for fresh losses?"""
+        """Whether the inner selector asks for fresh losses."""
         return self.inner.asks
 
     @property
     def samples(self) -> int | None:
-        """The inner selector's."""
+        """The inner selector's number of samples for fresh losses."""
         return self.inner.samples
 
     def init(self, num_train: Sequence[int]) -> State:
         return self.inner.init(num_train)
 
     def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
-        """The inner selector's, of all silos."""
+        """The inner selector's new state, from the figures of all silos."""
         return self.inner.observe(ids, state, outcome)
 
     def candidates(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> list[str]:
-        """The inner selector's, of the silos that are there."""
+        """The inner selector's candidates among the available silos."""
         there = self._there(ids, outcome)
         return self.inner.candidates(*_part(ids, state, there), _only(outcome, there), rng)
 
@@ -124,7 +124,7 @@ class Available(Selector):
         return found._replace(state=state, among=found.among or some)
 
     def _there(self, ids: Sequence[str], outcome: RoundOutcome | None) -> np.ndarray:
-        """Numbers of the silos that are there in the round after the last."""
+        """Indices of the silos available in the round after `outcome`. Raises NoCohort if there is none."""
         number = outcome.round + 1 if outcome is not None else 1
         there = set(self._in_round(ids, number))
         if not there:
@@ -132,13 +132,13 @@ class Available(Selector):
         return np.array([i for i, silo in enumerate(ids) if silo in there])
 
     def _in_round(self, ids: Sequence[str], number: int) -> list[str]:
-        """The silos that are there in a round."""
+        """The silos available in a round."""
         always = [(number, number + 1)]
         return [silo for silo in ids if any(a <= number < b for a, b in self.traces.get(silo, always))]
 
 
 def _part(ids: Sequence[str], state: State, there: np.ndarray) -> tuple[list[str], State]:
-    """The silos that are there and what the state says of them."""
+    """The available silos, and the state restricted to them."""
     part = {name: array[there] if len(array) == len(ids) else array for name, array in state.items()}
     return [ids[i] for i in there], part
 
@@ -156,7 +156,7 @@ def _put(array: np.ndarray, there: np.ndarray, new: np.ndarray, num_silos: int) 
 
 
 def _read(path: Path) -> Traces:
-    """A file of traces. ValueError in one line."""
+    """The traces in a file. Raises ValueError with one line."""
     try:
         text = path.read_text()
         if path.suffix != ".csv":

@@ -1,6 +1,6 @@
-"""What selectors share: the selection, the protocol, draws with known probabilities.
+"""Base classes of selectors, the selection, draws with known probabilities.
 
-Arrays in a selector's state that are as long as the federation have one entry per silo, in the federation's order.
+Arrays in a selector's state that are as long as the federation have one entry per silo, in its order.
 """
 
 from __future__ import annotations
@@ -25,43 +25,42 @@ State = dict[str, np.ndarray]
 class Selection(NamedTuple):
     """A round's cohort in the federation's order, and the selector's new state.
 
-    `factors` are given where the aggregate is to be an unbiased estimate of that over all silos: what each of the
-    cohort counts besides its weight, 1/probability. The sum is then divided by the weight of all silos and not by that
-    of the cohort.
+    With `factors` the aggregate is an unbiased estimate of the one over all silos: each silo's weight is multiplied by
+    its factor, 1/probability, and the sum is divided by the weight of all silos, not of the cohort.
     """
 
     cohort: list[str]
     state: State
-    factors: list[float] | None = None
+    factors: list[float] | None = None  # one per silo of the cohort
     among: list[str] | None = None  # the silos whose aggregate the factors estimate; None: all
 
 
 class Selector:
-    """Which silos take part. Members say `init` and `select`, and what else is other than here."""
+    """Chooses the silos of each round. Members define `init` and `select`, and override the rest as needed."""
 
     @property
     def reads(self) -> frozenset[str] | None:
-        """The arrays of the outcome that it looks at besides `cohort`: loss, norm, samples, steps, taken, metric.
-        `disclose: cohort` and `pooled` ask for it, where some are nan; None: it does not say."""
+        """The outcome's arrays that it reads besides `cohort`: loss, norm, samples, steps, taken, metric. Checked under
+        `disclose: cohort` and `pooled`, which hide some. None: unknown."""
         return None
 
     @property
     def unbiased(self) -> bool:
-        """Does `select` give factors?"""
+        """Whether `select` gives factors."""
         return False
 
     @property
     def asks(self) -> bool:
-        """Are there ever `candidates`?"""
+        """Whether `candidates` may be non-empty."""
         return False
 
     @property
     def samples(self) -> int | None:
-        """On how many of a candidate's training samples its loss is found out; None: all."""
+        """Number of a candidate's training samples that its loss is evaluated on; None: all."""
         return None
 
     def conflicts(self, config: Config) -> str | None:
-        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        """Why the selector cannot work with the rest of the configuration, in one line; None if it can."""
         regions, weighs = config.exchange.regions, f"{called(self)} counts silos by 1/probability"
         if not self.unbiased:
             return None
@@ -72,13 +71,13 @@ class Selector:
         return None
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError where a number of silos that it is given is more than there are."""
+        """Raise ConfigError if an option asks for more silos than there are."""
 
     def knows(self, ids: Sequence[str]) -> None:
         """ConfigError where an option names a silo that is none of these, which are all that may ever take part."""
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
-        """The fewest silos that a cohort of these rounds may have, for aggregators that need a number of them."""
+        """The smallest possible cohort in these rounds, for aggregators that need a minimum."""
         return len(ids)
 
     @abstractmethod
@@ -86,14 +85,14 @@ class Selector:
         """The state before the first round, given every silo's number of training samples."""
 
     def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
-        """The state once it has seen the last round's outcome, None before the first; called before all else."""
+        """The state after the last round's outcome (None before the first round); called first in a round."""
         return state
 
     def candidates(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> list[str]:
-        """Silos whose loss under the global parameters is to be found out. `select` is then given what was found,
-        {silo: loss}, as one more argument."""
+        """Silos whose loss under the global parameters is evaluated. `select` then gets {silo: loss} as one more
+        argument."""
         return []
 
     @abstractmethod
@@ -105,12 +104,12 @@ class Selector:
 
 @component
 class Part(Selector):
-    """The fields of selectors that take a part of the silos."""
+    """Base of selectors that choose a fraction or a number of silos."""
 
     fraction: PositiveFraction = 1.0
-    """C, of the federation's silos"""
+    """C: fraction of the silos"""
     count: PositiveInt | None = None
-    """S itself, in place of a fraction; of fewer silos that are there all"""
+    """S: number of silos, instead of a fraction; all if fewer are available"""
 
     @pydantic.model_validator(mode="after")
     def _one_size(self) -> Part:
@@ -123,7 +122,7 @@ class Part(Selector):
         return min(self.count, num_silos) if self.count is not None else max(1, round(self.fraction * num_silos))
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError for a count beyond the number of silos."""
+        """Raise ConfigError if `count` exceeds the number of silos."""
         if self.count is not None:
             at_most(num_silos, "count", self.count)
 
@@ -133,29 +132,29 @@ class Part(Selector):
 
 
 def at_most(num_silos: int, name: str, count: int) -> None:
-    """ConfigError where `count` silos are asked for and there are fewer."""
+    """Raise ConfigError if the option `name` asks for more silos than there are."""
     if count > num_silos:
         raise ConfigError(f"select.{name}: {count} silos, and there are {num_silos}")
 
 
 def cohort_of(ids: Sequence[str], indices: np.ndarray) -> list[str]:
-    """Silos by number, in the federation's order."""
+    """The silos with these indices, in the federation's order."""
     return [ids[i] for i in np.sort(indices)]
 
 
 def newest(known_K: np.ndarray, told_K: np.ndarray) -> np.ndarray:
-    """What was told, or else what is known."""
+    """The new values, or the known ones where a new value is nan, [K]."""
     return np.where(np.isnan(told_K), known_K, told_K)
 
 
 def highest(scores_K: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The numbers of the largest scores; which of equal ones is drawn."""
+    """The indices of the `size` largest scores; ties are broken at random."""
     order = rng.permutation(len(scores_K))
     return order[np.argsort(-scores_K[order], kind="stable")[:size]]
 
 
 def mixed(scores_K: np.ndarray, floor: float) -> np.ndarray:
-    """Probabilities proportional to the scores, a part `floor` of them alike for all; they add up to 1.
+    """Probabilities proportional to the scores, mixed with a share `floor` of the uniform ones; they sum to 1.
 
     >>> mixed(np.array([3.0, 1.0]), 0.2)
     array([0.7, 0.3])
@@ -168,7 +167,7 @@ def mixed(scores_K: np.ndarray, floor: float) -> np.ndarray:
 def with_replacement(
     ids: Sequence[str], state: State, p_K: np.ndarray, size: int, rng: np.random.Generator
 ) -> Selection:
-    """`size` draws; a silo drawn m times counts m / (size p)."""
+    """The selection of `size` draws with replacement; a silo drawn m times has factor m / (size p)."""
     times_K = rng.multinomial(size, p_K)
     chosen = np.flatnonzero(times_K)
     return Selection(cohort_of(ids, chosen), state, (times_K[chosen] / (size * p_K[chosen])).tolist())
@@ -177,8 +176,7 @@ def with_replacement(
 def carried(
     selector: Selector, state: State, before: Sequence[str], ids: Sequence[str], num_train: Sequence[int]
 ) -> State:
-    """A selector's state once other silos are members: those that stay keep what is known of them, and those that join
-    begin as all did.
+    """A selector's state for new members: entries of silos that stay are kept, silos that join get initial values.
 
     >>> from fedmpi.selection.draws import RoundRobin
     >>> carried(RoundRobin(), {"turn": np.array([3.0, 1.0, 2.0])}, "abc", "acd", [5, 5, 5])["turn"]

@@ -1,4 +1,4 @@
-"""Draws that look at nothing, or at numbers of samples alone."""
+"""Selectors that ignore training: all, uniform, proportional to samples, round robin."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fedmpi.selection.base import Part, Selection, Selector, State, at_most, coh
 
 @component
 class All(Selector):
-    """Every silo, every round. The aggregate is that of all silos."""
+    """Every silo in every round."""
 
-    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def init(self, num_train: Sequence[int]) -> State:
         return {}
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
-        """All."""
+        """All silos."""
         return len(ids)
 
     def select(
@@ -35,25 +35,25 @@ class All(Selector):
 class Uniform(Part):
     """S = max(1, round(C K)) silos drawn without replacement (McMahan et al. 2017, Algorithm 1, with max(C K, 1)).
 
-    `weights: renormalised` divides by the weight of the cohort: at equal weights the aggregate is UNBIASED, at unequal
-    ones it is not, since a cohort of small silos moves the parameters as far as one of large ones. Of two silos with
-    n_k/n = 0.1 and 0.9, one of them a round, each makes half of the expected step.
+    `weights: renormalised` divides by the weight of the cohort. The aggregate is UNBIASED for equal weights and biased
+    for unequal ones, because a cohort of small silos moves the parameters as far as one of large silos. Example: with
+    two silos of n_k/n = 0.1 and 0.9, and one silo per round, each makes half of the expected step.
 
-    `weights: inverse` counts each silo K/S times and divides by the weight of all: UNBIASED, with variance
-    K(1-C) / (C(K-1)) sum_k |a_k - mean(a)|^2, a_k = (n_k/n) delta_k; steps are longer and shorter with the cohort.
+    `weights: inverse` counts each silo K/S times and divides by the weight of all silos: UNBIASED, with variance
+    K(1-C) / (C(K-1)) sum_k |a_k - mean(a)|^2, a_k = (n_k/n) delta_k; the step length varies with the cohort.
 
     >>> Uniform(fraction=0.5).select(["a", "b", "c", "d"], {}, None, np.random.default_rng(0))[0]
     ['c', 'd']
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     weights: Literal["renormalised", "inverse"] = "renormalised"
-    """over the cohort; or each counted K/S times"""
+    """renormalised: divide by the cohort's weight; inverse: count each silo K/S times"""
 
     @property
     def unbiased(self) -> bool:
-        """Are factors given?"""
+        """Whether factors are given."""
         return self.weights == "inverse"
 
     def init(self, num_train: Sequence[int]) -> State:
@@ -69,23 +69,23 @@ class Uniform(Part):
 
 @component
 class Proportional(Part):
-    """Silos drawn in proportion to their training samples, S times (Li et al. 2020, On the Convergence of FedAvg on
-    Non-IID Data, Scheme I): with replacement, the aggregate is the plain mean over the draws, if the aggregator's
-    weights are samples. UNBIASED: a silo drawn m times counts m / (S p_k), p_k = n_k/n.
+    """S draws with replacement, with probabilities proportional to the training samples (Li et al. 2020, On the
+    Convergence of FedAvg on Non-IID Data, Scheme I). UNBIASED: a silo drawn m times counts m / (S p_k), p_k = n_k/n.
+    With the aggregator's weights by samples, the aggregate is the plain mean over the draws.
 
-    `replace: false` draws S different silos, with probabilities of being in the cohort that are min(1, c n_k) exactly:
-    systematic sampling (Madow 1949) after a random order. UNBIASED by their inverse.
+    `replace: false` draws S different silos. Silo k is in the cohort with probability min(1, c n_k) exactly: systematic
+    sampling (Madow 1949) in random order. UNBIASED: each counts 1/probability.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     unbiased = True
 
     replace: bool = True
-    """may a silo be drawn more than once?"""
+    """draw with replacement"""
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
-        """One, drawn every time; S without replacement."""
+        """1 with replacement (the same silo every time), else S."""
         return 1 if self.replace else self.size(len(ids))
 
     def init(self, num_train: Sequence[int]) -> State:
@@ -104,10 +104,10 @@ class Proportional(Part):
 
 @component
 class RoundRobin(Selector):
-    """`count` silos each round, in the federation's order and around again: those whose last turn is longest ago. Of
-    fewer that are there (`available`) all.
+    """`count` silos per round in cyclic order: those whose last turn is longest ago. All of them, if fewer are
+    `available`.
 
-    Renormalised over the cohort, and BIASED: a round's cohort is not drawn; over K/count rounds everybody has a turn.
+    Renormalised over the cohort. BIASED: the cohort is not random; every silo has a turn within K/count rounds.
 
     >>> robin, state = RoundRobin(count=2), RoundRobin().init([5, 5, 5])
     >>> cohort, state, *_ = robin.select(["a", "b", "c"], state, None, None)
@@ -115,17 +115,17 @@ class RoundRobin(Selector):
     (['a', 'b'], ['a', 'c'])
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset()  # of single silos
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     count: PositiveInt = 1
     """silos per round"""
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError for a count beyond the number of silos."""
+        """Raise ConfigError if `count` exceeds the number of silos."""
         at_most(num_silos, "count", self.count)
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
-        """The count."""
+        """`count`, or the number of silos if that is smaller."""
         return min(self.count, len(ids))
 
     def init(self, num_train: Sequence[int]) -> State:
@@ -142,7 +142,7 @@ class RoundRobin(Selector):
 
 
 def inclusion(scores_K: np.ndarray, size: int) -> np.ndarray:
-    """Probabilities min(1, c s_k) that add up to `size` (at most the number of positive scores).
+    """Inclusion probabilities min(1, c s_k) that sum to `size` (at most the number of positive scores), [K].
 
     >>> inclusion(np.array([1.0, 1.0, 6.0]), 2)
     array([0.5, 0.5, 1. ])
@@ -158,10 +158,10 @@ def inclusion(scores_K: np.ndarray, size: int) -> np.ndarray:
 
 
 def systematic(p_K: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """`size` different numbers, k among them with probability p_k; the p_k add up to `size`."""
+    """`size` different indices, k among them with probability p_k; the p_k sum to `size`."""
     order = rng.permutation(len(p_K))
     ends = np.cumsum(p_K[order])
-    ends *= size / ends[-1]  # rounding
+    ends *= size / ends[-1]  # corrects rounding
     return order[np.searchsorted(ends, rng.random() + np.arange(size), side="right")]
 
 

@@ -1,4 +1,4 @@
-"""Selectors that go where the loss is high, or falls fastest. All are BIASED, on purpose, and renormalise over the
+"""Selectors that prefer silos whose loss is high or falls fast. All are BIASED, on purpose, and renormalise over the
 cohort.
 """
 
@@ -14,36 +14,36 @@ from fedmpi.errors import ConfigError
 from fedmpi.outcome import RoundOutcome
 from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, highest, newest
 
-NO_LOSS = -np.inf  # of a silo that took part and told no finite loss
+NO_LOSS = -np.inf  # marks a silo that took part without a finite loss
 
 
 @component
 class PowerOfChoice(Part):
-    """Power-of-choice (Cho et al. 2020, section 3): d candidates drawn without replacement in proportion to n_k, and of
-    these the m = max(1, round(C K)) with the highest loss.
+    """Power-of-choice (Cho et al. 2020, section 3): draw d candidates without replacement in proportion to n_k, and
+    take the m = max(1, round(C K)) with the highest loss.
 
-    `losses: fresh` is pow-d: candidates evaluate the global parameters on their training samples, and one small
-    collective tells all; with `samples` it is cpow-d, on so many drawn anew each round. `losses: last` is rpow-d: the
-    mean training loss of a silo's last participation, infinite before its first, and no message.
+    `losses: fresh` is pow-d: candidates evaluate the global parameters on their training samples, shared in one small
+    collective. With `samples` it is cpow-d: on that many samples, drawn each round. `losses: last` is rpow-d: a silo's
+    mean training loss in its last round, infinite before its first, without a message.
 
-    A silo whose fresh loss is not finite comes after all others; of last losses the last finite one counts, and the
-    mean of the others' for a silo that has none.
+    A silo whose fresh loss is not finite ranks last. With last losses its last finite loss counts, or the mean of the
+    other silos' if it has none.
 
-    BIASED towards high losses: that is what makes it fast. The paper's is the plain mean of the chosen: `aggregate:
-    {name: mean, weights: uniform}`; weights by samples count n_k once more than its draw does.
+    BIASED towards high losses, which makes it fast. The paper takes the plain mean of the cohort, `aggregate: {name:
+    mean, weights: uniform}`; with weights by samples n_k counts twice, in the draw and in the mean.
     """
 
     reads = frozenset({"loss"})
 
     num_candidates: PositiveInt | None = None
-    """d, at least m and at most K; null: 2 m"""
+    """d: number of candidates, m to K; null: 2 m"""
     losses: Literal["fresh", "last"] = "fresh"
-    """evaluated for this round; or as they were when last heard"""
+    """fresh: evaluated in this round; last: of the silo's last training"""
     samples: PositiveInt | None = None
-    """with fresh losses: samples of each candidate; null: all"""
+    """samples per candidate for fresh losses; null: all"""
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError for numbers that do not fit the number of silos or each other."""
+        """Raise ConfigError if `count` or `num_candidates` does not fit the number of silos, or each other."""
         super().suits(num_silos)
         if self.num_candidates is not None:
             at_most(num_silos, "num_candidates", self.num_candidates)
@@ -52,14 +52,14 @@ class PowerOfChoice(Part):
 
     @property
     def asks(self) -> bool:
-        """Is there a collective for fresh losses?"""
+        """Whether losses are fresh, which takes a collective."""
         return self.losses == "fresh"
 
     def init(self, num_train: Sequence[int]) -> State:
         return {"num_train": np.asarray(num_train, dtype=np.float64), "loss": np.full(len(num_train), np.nan)}
 
     def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
-        """Training losses of the last round are the newest."""
+        """The state with the training losses of the last round."""
         if outcome is None:
             return state
         loss_K = newest(state["loss"], outcome.loss_K)
@@ -69,7 +69,7 @@ class PowerOfChoice(Part):
     def candidates(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
     ) -> list[str]:
-        """Those whose loss is asked for: none where the last known is taken."""
+        """The drawn candidates; none with last losses."""
         return cohort_of(ids, self._drawn(state, rng)) if self.losses == "fresh" else []
 
     def select(
@@ -101,22 +101,23 @@ class PowerOfChoice(Part):
 
 @component
 class _Bandit(Part):
-    """Silos as arms: a play is a participation, its reward how far the silo's training loss fell since its last one.
+    """Base of bandits: silos are arms, a participation is a play, and its reward is the decrease of the silo's training
+    loss since its last participation.
 
-    Rewards are divided by the largest so far. A first participation, and one whose update was rejected, earns 0.
+    Rewards are divided by the largest so far. The first participation, and one with a rejected update, earns 0.
     """
 
     reads = frozenset({"loss"})
 
     discount: PositiveFraction = 1.0
-    """per round, of what was earned before: silos change as the model does"""
+    """factor per round on earlier plays and rewards, because silos change with the model"""
 
     def init(self, num_train: Sequence[int]) -> State:
         zeros = np.zeros(len(num_train))
         return {"plays": zeros, "earned": zeros, "largest": zeros, "loss": np.full(len(num_train), np.nan)}
 
     def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
-        """What the last round's cohort has earned."""
+        """The state with the rewards of the last round's cohort."""
         if outcome is None:
             return state
         played_K = outcome.cohort_K.astype(np.float64)
@@ -129,21 +130,21 @@ class _Bandit(Part):
         }
 
     def earned(self, state: State) -> np.ndarray:
-        """The sums of rewards, each between -1 and 1."""
+        """Sums of rewards scaled to -1..1, [K]."""
         return state["earned"] / (state["largest"].max() or 1.0)
 
 
 @component
 class Ucb(_Bandit):
     """The m = max(1, round(C K)) silos with the highest upper confidence bound, mean reward + c sqrt(2 ln t / t_k)
-    (Auer et al. 2002, UCB1, with several arms a round; with `discount` Garivier and Moulines 2011, D-UCB): t_k plays of
-    silo k, t of all; who never played comes first.
+    (Auer et al. 2002, UCB1, with several arms per round; with `discount` Garivier and Moulines 2011, D-UCB). t_k counts
+    the plays of silo k, t those of all silos. Silos that never played come first.
 
     BIASED towards silos whose loss still falls.
     """
 
     exploration: PositiveFloat = 1.0
-    """c"""
+    """c: weight of the confidence term; larger explores more"""
 
     def select(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
@@ -159,14 +160,14 @@ class Ucb(_Bandit):
 
 @component
 class Thompson(_Bandit):
-    """The m = max(1, round(C K)) silos with the highest draws from N(earned_k / (t_k + 1), 1 / (t_k + 1)), t_k plays of
-    silo k (Agrawal and Goyal 2013, Algorithm 2, with several arms a round).
+    """Thompson sampling: the m = max(1, round(C K)) silos with the highest draws from N(earned_k / (t_k + 1),
+    1 / (t_k + 1)), t_k plays of silo k (Agrawal and Goyal 2013, Algorithm 2, with several arms per round).
 
     BIASED towards silos whose loss still falls.
     """
 
     deviation: PositiveFloat = 1.0
-    """of a reward; the paper's is 1"""
+    """standard deviation of a reward; 1 in the paper"""
 
     def select(
         self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator

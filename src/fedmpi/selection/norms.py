@@ -1,9 +1,9 @@
-"""Draws by the size of updates: silos that move the parameters most are drawn most often, and count less for it.
+"""Selectors that draw silos by the norms of their updates: silos with larger updates are drawn more often and counted
+less.
 
-What is known of a silo is the norm of its delta when it last took part; a silo that was never heard counts as the
-largest. No vector and no message is needed, and the aggregate is unbiased whatever the norms were: probabilities are
-those that were drawn with. Old norms cost variance only, and so do `aggregate.weights` other than samples: silos are
-taken to count by n_k.
+The norm is that of the delta in the silo's last round; a silo that has not taken part yet gets the largest known norm.
+This needs no message. The aggregate is unbiased for any norms, because factors use the probabilities of the draw. Old
+norms, and `aggregate.weights` other than samples (n_k is assumed), only increase the variance.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fedmpi.selection.base import Part, Selection, State, cohort_of, mixed, newe
 
 @component
 class _ByNorm(Part):
-    """The norms of last participations, as state."""
+    """Base class: keeps the norm of each silo's last delta as state."""
 
     unbiased = True
     reads = frozenset({"norm"})
 
     floor: PositiveFraction = 0.1
-    """of the probability, spread evenly, so that nobody's is 0"""
+    """share of the probability that is uniform, so that no silo has 0"""
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
-        """One: how many different silos are drawn is chance."""
+        """1: the number of different silos is random."""
         return 1
 
     def init(self, num_train: Sequence[int]) -> State:
@@ -36,11 +36,11 @@ class _ByNorm(Part):
         return {"num_train": n_K, "norm": np.full(len(n_K), np.nan)}
 
     def observe(self, ids: Sequence[str], state: State, outcome: RoundOutcome | None) -> State:
-        """The norms of the last round are the newest."""
+        """The state with the norms of the last round."""
         return state if outcome is None else {**state, "norm": newest(state["norm"], outcome.norm_K)}
 
     def sizes(self, state: State) -> np.ndarray:
-        """n_k |delta_k|, with the largest norm for silos that were never heard."""
+        """n_k |delta_k|, [K]; silos without a norm get the largest norm."""
         norm_K = state["norm"]
         heard = ~np.isnan(norm_K)
         return state["num_train"] * np.where(heard, norm_K, norm_K[heard].max() if heard.any() else 1.0)
@@ -49,8 +49,8 @@ class _ByNorm(Part):
 @component
 class Norm(_ByNorm):
     """S = max(1, round(C K)) draws with replacement, p_k = floor/K + (1 - floor) n_k |delta_k| / sum (importance
-    sampling by norms of gradients, Zhao and Zhang 2015, Stochastic Optimization with Importance Sampling, with the even
-    part of Needell et al. 2014, section 4).
+    sampling by norms of gradients, Zhao and Zhang 2015, Stochastic Optimization with Importance Sampling, with the
+    uniform part of Needell et al. 2014, section 4).
 
     UNBIASED: a silo drawn m times counts m / (S p_k). The norm is that of the silo's last participation.
     """
@@ -63,12 +63,12 @@ class Norm(_ByNorm):
 
 @component
 class Optimal(_ByNorm):
-    """Optimal client sampling (Chen, Horvath, Richtarik 2022, Algorithm 1, eq. 7): every silo by itself with
-    probability p_i, m = max(1, round(C K)) of them expected, the p_i that make the variance least given w_i |U_i|.
+    """Optimal client sampling (Chen, Horvath, Richtarik 2022, Algorithm 1, eq. 7): each silo independently with
+    probability p_i, m = max(1, round(C K)) expected, where the p_i minimise the variance for given w_i |U_i|.
 
-    UNBIASED: each counts 1/p_i. Deviations: the norms are those of last participations, where the paper lets all silos
-    train and send theirs first; `floor` of p_i is m/K, since an old norm of 0 must not shut a silo out; where nobody
-    was drawn it is drawn again, and the factors are (1 - P(nobody)) / p_i.
+    UNBIASED: each counts 1/p_i. Deviations: norms are from the silos' last rounds, whereas in the paper all silos train
+    and send their norms first; a share `floor` of p_i is m/K, so that an old norm of 0 does not exclude a silo; an
+    empty draw is repeated, and factors are (1 - P(empty)) / p_i.
     """
 
     def select(
@@ -85,7 +85,7 @@ class Optimal(_ByNorm):
 
 
 def least_variance(sizes_K: np.ndarray, size: int) -> np.ndarray:
-    """The probabilities of Chen et al. 2022, eq. 7; they add up to `size` where so many are not 0.
+    """The probabilities of Chen et al. 2022, eq. 7, [K]; they sum to `size` if at least that many are not 0.
 
     >>> least_variance(np.array([1.0, 9.0, 1.0]), 2)
     array([0.5, 1. , 0.5])
