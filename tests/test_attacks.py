@@ -1,4 +1,4 @@
-"""Attacks: each against its equation in plain numpy, who is hostile, and that nobody is unless asked for twice."""
+"""Attacks: each against its equation in plain numpy; which silos are hostile; attacks need a second consent."""
 
 import math
 
@@ -40,7 +40,7 @@ def z_max(n, m):
     return low
 
 
-# What hostile silos send, given the honest ones' deltas, by the papers' equations.
+# What hostile silos send, given the honest silos' deltas, by the papers' equations.
 EQUATIONS = {
     "alie": lambda honest_HS, n, m: honest_HS.mean(0) - z_max(n, m) * honest_HS.std(0, ddof=1),
     "ipm": lambda honest_HS, n, m: -0.1 * honest_HS.sum(0) / (n - m),
@@ -65,7 +65,7 @@ def test_hostile_rows_are_those_of_the_paper_and_honest_ones_stay(name):
 
 @pytest.mark.parametrize("name", OMNISCIENT)
 def test_a_slice_of_the_rows_gives_that_slice_of_the_attack(name):
-    """Owners of pieces see slices: all together they must do what one does that sees the whole."""
+    """Owners of pieces see slices: together they must do what one owner of the whole vector does."""
     edit, whole, parts = edit_of(made(name, count=3), IDS), rows(), rows()
     edit(whole, IDS)
     for part in (slice(0, 4), slice(4, 11)):
@@ -142,7 +142,7 @@ def test_labels_are_flipped_in_training_alone():
     assert LabelFlip(count=1).on_data(binary, 1).y_train.tolist() == [1.0, 0.0]
 
 
-# --- who is hostile ---
+# --- which silos are hostile ---
 
 
 @pytest.mark.parametrize("name", ATTACKS.members)
@@ -183,7 +183,7 @@ HOSTILE = ["s1", "s4"]
 
 
 def one_round(out, **other):
-    """One full-batch step of six silos with one vote each: the start, each silo's delta by the reference, the end."""
+    """One full-batch step of six silos with one vote each: start, each silo's delta by the reference, end."""
     local = {"lr": 0.5, "epochs": None, "steps": 1, "batch_size": None}
     fields = {"data": {"sizes": [12] * 6}, "local": local, "aggregate": {"name": "mean", "weights": "uniform"}} | other
     how = runs.config(out, 1, **fields)
@@ -202,7 +202,7 @@ def one_round(out, **other):
 
 
 def sent(name, deltas):
-    """What arrives of every silo [K, P], by the papers' equations, given what each would send by the reference."""
+    """What arrives from every silo [K, P], by the papers' equations, given what each would send by the reference."""
     honest_HP = np.array([delta for silo, delta in deltas.items() if silo not in HOSTILE])
 
     def by(silo, delta_P):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and back again bit for bit."""
+"""Checkpoints: whole or absent, and restored bit for bit."""
 
 import _thread
 import json
@@ -32,7 +32,7 @@ def state(silo, personal=True, cursor=5):
 
 
 def write(root, round, hosted, server=SERVER_STATE, score=None):
-    """What the ranks do: each writes its part, the rows are gathered, the manifest comes last."""
+    """Write a checkpoint as the ranks do: each its part, then the rows are gathered, and the manifest comes last."""
     writers = [Writer(root, rank) for rank in range(len(hosted))]
     for writer, silos in zip(writers, hosted, strict=True):
         writer.start(round, tensors_of(server if writer.rank == 0 else {}, silos))
@@ -88,13 +88,13 @@ def test_the_state_may_change_while_it_is_written(tmp_path, monkeypatch):
     assert writer.written == 1 and read_server(tmp_path, 1)["params",].abs().max() == 0
     seal(tmp_path, 1, [writer.digests], [["a"]], {})
     assert read_silos(tmp_path, 1, ["a"])["a"]["kept",].tolist() == [0, 0, 0]
-    writer.start(2, tensors_of(server, {"a": silo}))  # the copies of the round before are used again
+    writer.start(2, tensors_of(server, {"a": silo}))  # reuses the last round's buffers
     writer.join()
     assert read_server(tmp_path, 2)["params",].tolist() == [1] * 9
 
 
 def test_no_thread_is_started_once_the_run_is_under_way(tmp_path, monkeypatch):
-    """A thread that is started where no memory is left hangs its starter."""
+    """A thread that is started when no memory is left hangs its starter."""
     writer = Writer(tmp_path, 0)
     monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread was started"))
     monkeypatch.setattr(_thread, "start_new_thread", lambda *args: pytest.fail("a thread was started"))
@@ -124,7 +124,7 @@ def of_another_round(path):
 
 
 def in_its_place(make):
-    """Something else stands where the file was."""
+    """Something else replaces the file."""
 
     def harm(path):
         path.rename(path.with_name("elsewhere"))
@@ -262,7 +262,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, scores, left):
     prune(tmp_path, keep, scores)
     assert checkpoint.sealed_rounds(tmp_path) == left
     folders = sorted(int(path.name[-6:]) for path in (tmp_path / "checkpoints").iterdir())
-    assert folders == [*left, 6]  # what is being written is not touched
+    assert folders == [*left, 6]  # a checkpoint in progress is not touched
 
 
 def test_a_checkpoint_loses_its_manifest_before_anything_else(tmp_path, monkeypatch):

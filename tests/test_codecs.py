@@ -1,4 +1,4 @@
-"""What holds of every codec, and what holds of some."""
+"""Properties of all codecs, and of single ones."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ def decoded(codec, payload, num, key):
 
 
 def exact(codec):
-    """Is it rounding to nearest, or selection, or both?"""
+    """Whether it rounds to nearest, or selects, or both."""
     values = getattr(codec, "values", codec)
     return not (values.unbiased and values != Identity() and type(codec) is not RandK) and CODECS.name_of(
         codec
@@ -37,7 +37,7 @@ def exact(codec):
 def test_the_payload_is_as_long_as_declared_and_a_function_of_the_key(codec, num):
     x = vector(num)
     payloads = []
-    for fill in (0, 0xAA):  # what was in the buffer before does not travel
+    for fill in (0, 0xAA):  # old buffer content must not be sent
         guarded = torch.full((codec.max_bytes(num) + 8,), fill, dtype=torch.uint8)
         num_bytes = codec.encode(x, guarded, key=2**64 - 5)
         assert num_bytes <= codec.max_bytes(num) and (num_bytes == codec.max_bytes(num) or not codec.fixed)
@@ -176,7 +176,7 @@ def test_sums_of_linear_payloads_decode_to_the_sum(codec):
 
 
 def local_steps(codec, feedback, num_steps=3500, num=100):
-    """Distance to the optimum of |w - b|^2 / 2, relative to the start, by steps of 0.002 gradients that travel."""
+    """Distance to the optimum of |w - b|^2 / 2, relative to the start, after steps of 0.002 encoded gradients."""
     b, w, residual = vector(num, 8, wide=False), torch.zeros(num), torch.zeros(num)
     payload = buffer(codec, num)
     for step in range(num_steps):
@@ -191,13 +191,13 @@ def local_steps(codec, feedback, num_steps=3500, num=100):
 @every_codec
 def test_feedback_reaches_the_optimum(codec):
     limit = 0.01
-    if CODECS.name_of(codec) in ("threshold", "uniform"):  # stops where all is below its step
+    if CODECS.name_of(codec) in ("threshold", "uniform"):  # these stop once all values are below their step
         limit = 0.3 if getattr(codec, "step", 0) == 0.25 or getattr(codec, "threshold", 0) == 0.2 else 0.02
     assert local_steps(codec, feedback=True) < limit
 
 
 def test_silos_that_pull_apart_need_feedback():
-    """Of (4, 1) and (-4, 1) the largest cancel: without feedback the second coordinate never moves."""
+    """The largest values of (4, 1) and (-4, 1) cancel: without feedback the second coordinate never moves."""
     codec, pulls, optimum = TopK(ratio=0.5), torch.tensor([[4.0, 0.0], [-4.0, 0.0]]), torch.tensor([0.0, 1.0])
     reached = {}
     for feedback in (False, True):
@@ -334,7 +334,7 @@ def test_nothing_of_the_vectors_size_is_allocated(codec):
     codec.encode(x, payload, 0, residual_N=residual)
     try:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts again from here
+            file.write("5")  # resets the high-water mark
     except OSError:
         pytest.skip("this system does not say how much memory was used at most")
     before = status("VmRSS")

@@ -1,4 +1,4 @@
-"""Configuration: what is said to a wrong one, how overrides are read, and that it comes back as it was."""
+"""Configuration: the messages for wrong ones, how overrides are read, and that it survives writing and reading."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from fedmpi.types import SiloData, Source
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a configuration; its path comes back."""
+    """Write a configuration; returns its path."""
 
     def write(text, name="a.yaml"):
         (tmp_path / name).write_text(textwrap.dedent(text))
@@ -37,7 +37,7 @@ def file(tmp_path):
 
 
 def refusal(call, *args):
-    """What ConfigError says, in one line."""
+    """The message of ConfigError, one line."""
     with pytest.raises(ConfigError) as caught:
         call(*args)
     assert str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
@@ -96,7 +96,7 @@ REFUSED = [
     ("local: {name: sgd, lr: .inf, epochs: 1}", "local.lr: input should be a finite number, got inf"),
     ("local: {name: sgd, lr: -0.1, epochs: 1}", "local.lr: input should be greater than 0, got -0.1"),
     ("checkpoint: {keep: 0}", "checkpoint.keep: input should be greater than 0, got 0"),
-    # what does not go together, what is missing
+    # options that exclude each other, and missing ones
     ("local: {name: sgd, epochs: 1}", "local.lr: local rule 'sgd' needs it"),
     ("local: {name: sgd, lr: 1}", "local: give either 'epochs' or 'steps'"),
     (SGD + ", steps: 3}", "local: give either 'epochs' or 'steps'"),
@@ -162,7 +162,7 @@ REFUSED = [
         SGD + ", keep_optimizer: true, optimizer: {name: SGD, momentum: 0.9}}\naggregate: fednova",
         "aggregate: fednova divides by the gradients that a round's delta holds, and with local.keep_optimizer",
     ),
-    # nothing, where something must be
+    # null where a value is required
     ("data: null", "data"), ("model: null", "model"), ("local: null", "local"), ("select: null", "select"),
     ("aggregate: null", "aggregate"), ("server: {optimizer: null}", "server.optimizer"),
     (SGD + ", schedule: null}", "local.schedule"), ("data: {name: digits, partition: null}", "data.partition"),
@@ -174,7 +174,7 @@ REFUSED = [
         "select: {name: 'fedmpi.local:Sgd', lr: 0.1, epochs: 1}",
         "select: 'fedmpi.local:Sgd' has no init, select, so it cannot be a selector",
     ),
-    # sections in sections
+    # nested sections
     ("device: cuda", "device: expected keys and values, got 'cuda'; there is: name, share"),
     ("exchange: {up: int8}", "exchange.up: expected keys and values, got 'int8'; there is: codec, feedback, decay"),
     ("exchange: {regions: {evry: 2}}", "exchange.regions: 'regions' has no 'evry'; did you mean 'every'?"),
@@ -183,7 +183,7 @@ REFUSED = [
     ("exchange: {regions: {levels: [{up: {codec: int9}}]}}", "exchange.regions.levels.0.up.codec: no codec 'int9'; "),
     ("exchange: {regions: {levels: [{by: rack}]}}", "exchange.regions.levels.0.by: takes node or regions such as"),
     ("exchange: {regions: {levels: [{by: {a: vm}}]}}", "exchange.regions.levels.0.by: takes node or regions such as"),
-    # a newcomer's
+    # beginners' mistakes
     ("rounds: 3\nlocal: {name: sgd, lr: 1, epochs: 1}\nlocal: sgd", "a.yaml:3: 'local' is there twice, first"),
     ("data:\n  name: digits\n  silos: 3\n  silos: 4", "a.yaml:4: 'silos' is there twice, first in line 3"),
     ("exchange: {regions: {levels: [{by: node, by: node}]}}", "a.yaml:1: 'by' is there twice, first in line 1"),
@@ -193,7 +193,7 @@ REFUSED = [
     ("plan: window", "configuration has no 'plan'; did you mean 'exchange.plan'?"),
     ("model: mine.Net", "model: no model 'mine.Net'; your own is written 'mine:Net'"),
     ("data: {name: files, task: binary, shape: 2, silos: [{id: a, path: a.csv}]}", "data.shape: expected a list, "),
-    # no YAML
+    # not YAML
     ("rounds: 3\nseed: [1\nout: a", "a.yaml:3: not YAML: "),
     ("rounds: 3\n\tseed: 1", "a.yaml:2: not YAML: found character"),
     ("just words", "a.yaml: expected keys and values, such as `rounds: 20`"),
@@ -439,7 +439,7 @@ def test_a_users_own_model_factory_is_called_with_the_values_of_the_configuratio
     assert refusal(load, file("model: 'own_components:factory'")).startswith("model: 'factory': missing a required")
 
 
-listed = functools.cache(lines)  # it reads sources
+listed = functools.cache(lines)  # reads source files, so cache it
 MADE = [(family, name, cls) for family, (members, _) in FAMILIES.items() for name, cls in members.members.items()]
 
 
@@ -452,7 +452,7 @@ def test_the_list_says_a_sentence_of_every_member_and_explains_every_field(famil
         return
     assert text[at].endswith(".") and text[at].count("(") == text[at].count(")")
     below = itertools.takewhile(lambda line: line.startswith("    "), text[at + 1 :])
-    fields = [line for line in below if line[4] != " "]  # not those of what is in a field
+    fields = [line for line in below if line[4] != " "]  # without nested fields
     described = descriptions(cls)
     assert [line.split()[0] for line in fields] == list(hints(cls)) and all("  # " in line for line in fields)
     assert all(f"  # {described[line.split()[0]]}" in line for line in fields)

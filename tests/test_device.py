@@ -11,7 +11,7 @@ from fedmpi.comm import SoloComm
 
 
 class Two(SoloComm):
-    """A rank that another one is like, but for the name of its host."""
+    """A rank that equals another one except for its host name."""
 
     def __init__(self, other: "Two | None", host: str) -> None:
         super().__init__()

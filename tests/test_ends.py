@@ -1,4 +1,4 @@
-"""How a run and its process end: signals, what is put back, output that nobody takes, the exit code in all of it."""
+"""How a run and its process end: signals, restored handlers, closed output, and the exit code in each case."""
 
 import contextlib
 import errno
@@ -40,7 +40,7 @@ def handlers():
 
 @pytest.mark.parametrize("sent", SIGNALS[:3])
 def test_a_stop_saves_the_round_before_and_the_next_run_of_the_process_knows_nothing_of_it(tmp_path, sent):
-    """Ctrl-C in one process too."""
+    """Ctrl-C also works in a single process."""
     before = handlers()
     how, said = config(tmp_path, 6, checkpoint={"every": 9}), rf"{sent.name} \(rank 0\); round 3 is on disk; the same"
     with pytest.raises(Stopped, match=rf"{said} command resumes$"), fedmpi.Run(how, comm=SoloComm()) as halted:
@@ -116,11 +116,10 @@ def test_what_ends_a_run_early_says_what_remains(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hook(monkeypatch):
-    """What an exception that nobody catches comes to in a process of one rank that has connected; and what Python's own
-    hook was given."""
+    """What an uncaught exception leads to in a connected process of one rank, and what Python's own hook received."""
     given = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: given.append(error))
-    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # the process goes on after all
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # so that the process survives
     process.abort_on_uncaught(SoloComm())
     return sys.excepthook, given
 
@@ -148,7 +147,7 @@ def test_where_somebody_types_signals_are_as_they_were_and_python_goes_on(hook, 
 
 
 class Pair(SoloComm):
-    """One of two ranks, whose job's end is only noted."""
+    """One of two ranks; the end of their job is only recorded."""
 
     size = 2
 
@@ -251,7 +250,7 @@ def shell(tmp_path, line, **more):
 
 
 def test_output_that_nobody_takes_and_a_home_that_is_not_there_end_no_run(tmp_path):
-    """And signals without end after the stop was agreed, in a program of one's own, do not change its exit code."""
+    """Endless signals after the stop was agreed, in a user's own program, do not change its exit code."""
     place(tmp_path)
     (tmp_path / "own.py").write_text(PROGRAM)
     lines = {
@@ -303,12 +302,12 @@ def test_a_line_that_the_locale_has_no_letters_for_is_written_all_the_same(monke
     assert raw.getvalue() == b"silo Z\\xfcrich\n"
 
 
-# ---------------------------------------------------------------- a disk that is full
+# ---------------------------------------------------------------- a full disk
 
 
 @pytest.fixture
 def full(monkeypatch):
-    """What rank 0 writes round by round finds no room as long as this is True."""
+    """While this is True, rank 0's writes fail for lack of room."""
     state = {"full": False}
 
     def guarded(write):
@@ -392,7 +391,7 @@ def test_a_directory_tells_of_what_was_trained_in_it_whatever_is_asked_for_later
     assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         5 of 6\n")
     code, out, err = command(capsys, "inspect", str(tmp_path), "--done")
     assert code == 1 and not out and "has 5 of 6 rounds" in err
-    run(config(tmp_path, 5))  # what is there is enough after all
+    run(config(tmp_path, 5))  # the memory suffices after all
     code, out, _ = command(capsys, "inspect", str(tmp_path), "--done")
     assert code == 0 and out.startswith("rounds         5 of 5\n")
 

@@ -1,4 +1,4 @@
-"""Every algorithm is its paper's, in float64: on one rank in this process, on two and four with the same numbers."""
+"""Every algorithm follows its paper, in float64: on one rank in this process, on two and four with equal results."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """What a case gives in this process, run once however many tests look at it."""
+    """A case's result in this process, computed once for all tests."""
     return functools.cache(lambda case: check(CASES[case], str(tmp_path_factory.mktemp("alone")), SoloComm()))
 
 

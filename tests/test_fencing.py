@@ -1,4 +1,4 @@
-"""The epoch of a run directory: one winner a number, and nobody below the highest goes on."""
+"""The epoch of a run directory: one winner per number, and only the highest epoch may commit."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ def test_every_epoch_has_one_owner(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(won) == list(range(1, 41)) and fencing.highest(tmp_path) == 40
-    assert sorted(os.listdir(tmp_path / "epochs")) == [f"{epoch:06d}" for epoch in range(1, 41)]  # and nothing else
+    assert sorted(os.listdir(tmp_path / "epochs")) == [f"{epoch:06d}" for epoch in range(1, 41)]  # and no other files
     assert json.loads((tmp_path / "epochs" / "000007").read_text())["pid"] == os.getpid()
 
 
@@ -59,12 +59,12 @@ def test_a_rank_reads_its_epoch_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv(fencing.VARIABLE, "3")
     with pytest.raises(ConfigError, match="rank 0 does not see epoch 3 in "):
         fencing.joined(tmp_path, wait_s=0.01)
-    threading.Timer(0.2, lambda: fencing.raise_epoch(tmp_path, {})).start()  # it shows late on this host
+    threading.Timer(0.2, lambda: fencing.raise_epoch(tmp_path, {})).start()  # appears late on this host
     assert fencing.joined(tmp_path, wait_s=20) == 3
 
 
 def test_a_start_that_has_an_epoch_keeps_it_or_ends(tmp_path, monkeypatch):
-    """As ranks do that go on without one that they have lost."""
+    """As on ranks that continue after the loss of one."""
     monkeypatch.delenv(fencing.VARIABLE, raising=False)
     assert fencing.joined(tmp_path, 0) == 0
     fencing.raise_epoch(tmp_path, {})

@@ -1,4 +1,4 @@
-"""The flat model: the module stays views of one vector through everything that training does to it."""
+"""The flat model: the module's tensors stay views of one vector during all that training does."""
 
 import copy
 import hashlib
@@ -72,7 +72,7 @@ MODULES = {
 
 
 class Pool:
-    """An allocator that remembers what it gave."""
+    """An allocator that remembers its allocations."""
 
     def __init__(self):
         self.given = []
@@ -93,7 +93,7 @@ def module(request):
 
 
 def train(module, steps=4, optimizer=torch.optim.SGD, step_of=lambda optimizer: optimizer.step, **arguments):
-    """A few steps with batches that are always the same; gradients are set to None in between."""
+    """A few steps with the same batches; gradients are set to None in between."""
     rng = torch.Generator().manual_seed(0)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = optimizer(trained, **{"lr": 0.05, **arguments})
@@ -143,7 +143,7 @@ def test_training_gives_the_bits_of_the_module_by_itself(module):
     assert same(saved(alone), saved(module))
 
 
-@pytest.mark.parametrize("name", sorted(set(TORCH_OPTIMIZERS.members) - {"Muon"}))  # which takes matrices only
+@pytest.mark.parametrize("name", sorted(set(TORCH_OPTIMIZERS.members) - {"Muon"}))  # Muon takes matrices only
 def test_every_optimizer_moves_the_vector_as_it_moves_the_module_by_itself(name):
     torch.manual_seed(1)
     module = MODULES["plain"]()
@@ -197,7 +197,7 @@ def test_a_delta_is_what_was_trained_minus_what_was_loaded_in_every_round(name, 
     model = with_vectors(MIXED[name](), shared, [Auxiliary("control")])
     params_P = model.params()
     for number in range(3):
-        params_P += 1e-4 * torch.randn(params_P.shape, dtype=params_P.dtype)  # which halves do not resolve
+        params_P += 1e-4 * torch.randn(params_P.shape, dtype=params_P.dtype)  # below the resolution of half precision
         before_P = params_P.clone()
         model.load(params_P)
         loaded_P = by_hand(model, model.module.state_dict())
@@ -336,7 +336,7 @@ def test_personal_parts_take_turns_in_one_model(module, shared):
         mine = {e.name for e in model.entries if e.kind in ("personal", "integers")}
         assert all(torch.equal(module.state_dict()[name], state[name]) for name in mine)
         assert same(model.personal(), own)
-    model.load(params_P)  # what is shared never touches what is personal
+    model.load(params_P)  # shared parameters do not touch personal ones
     assert same(model.personal(), kept["a"][0])
 
 
@@ -362,7 +362,7 @@ def test_where_what_is_not_trained_lies():
             marked_P[part] = 1.0
         buffers = ("1.running_mean", "1.running_var")
         assert all(bool(v.all() if name in buffers else not v.any()) for name, v in model.shared(marked_P).items())
-        assert len(model.layout.averaged) == 1  # they lie side by side
+        assert len(model.layout.averaged) == 1  # they are adjacent
     module = MODULES["batch norm"]()
     module[0].weight.requires_grad_(False)
     assert FlatModel(module).layout.averaged[0] == slice(0, module[0].weight.numel())

@@ -1,4 +1,4 @@
-"""Vectors on a make-believe GPU (stand_in.py): exchanges, codecs and whole runs give what they give on the CPU."""
+"""Vectors on a simulated GPU (stand_in.py): exchanges, codecs and whole runs give the same results as on the CPU."""
 
 import importlib.util
 import json
@@ -96,7 +96,7 @@ def test_an_exchange_of_vectors_on_a_device_has_the_bits_of_one_on_the_cpu(name,
 @pytest.mark.parametrize("num_ranks", (1, 3))
 def test_collectives_take_vectors_on_a_device(num_ranks):
     def work(comm):
-        for length in (5, 9, 3):  # memory on the way is used again
+        for length in (5, 9, 3):  # memory is reused
             send = (torch.arange(float(length)) + comm.rank).to("cuda")
             sums, at_0, sent = (torch.full((length,), -1.0).to("cuda") for _ in range(3))
             comm.allreduce(send, sums)
@@ -113,7 +113,7 @@ def test_collectives_take_vectors_on_a_device(num_ranks):
 
 
 class Weighed(Aggregator):
-    """An aggregator of one's own that weighs silos by where they stand in the cohort."""
+    """A user's aggregator that weights silos by their position in the cohort."""
 
     needs = "rows"
 
@@ -192,7 +192,7 @@ def gpu(monkeypatch):
 
 
 def told(gpu, path, *arguments):
-    """What the job writes, and its exit code."""
+    """The job's output and exit code."""
     with stand_in.gpu():
         try:
             gpu.main(["--quick", "--json", str(path), *arguments])
@@ -253,7 +253,7 @@ def test_without_a_gpu_there_is_nothing_to_do_unless_one_is_required(gpu, capsys
 
 
 def test_overlap_has_one_stream_for_the_whole_run(gpu):
-    """Memory that a stream has used is kept for it: a stream a round would keep thirty-two times as much."""
+    """torch caches memory per stream: one stream per round would hold thirty-two times as much."""
     with stand_in.gpu():
         before = stand_in.Stream.made
         gpu._steady(SoloComm())

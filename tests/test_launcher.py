@@ -1,4 +1,4 @@
-"""A rank goes with its launcher, and only with that."""
+"""A rank ends with its launcher, and only then."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def gone(pid):
     ("name", "how", "follows"), [("mpirun", "main", True), ("mpirun", "thread", False), ("bash", "main", False)]
 )
 def test_a_rank_ends_with_its_launcher(name, how, follows):
-    """One that was started by a launcher's thread must outlive that thread."""
+    """A rank that was started by a launcher's thread must outlive that thread."""
     with subprocess.Popen([sys.executable, "-c", PARENT, name, how], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid, said = parent.stdout.readline().split()

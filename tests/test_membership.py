@@ -1,4 +1,4 @@
-"""Members that change between two rounds: the same bits as a run that is resumed with them."""
+"""Members that change between two rounds: same bits as a run that is resumed with them."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ CHANGES = {
     "one joins": lambda now: now.with_silo("s4", 0),
     "one for another": lambda now: now.without("s2").with_silo("s4", 0),
 }
-# Every run with one change, and one with all.
+# Runs with one change each, and one with all.
 CASES = [*zip(RUNS, itertools.cycle(CHANGES)), ("scaffold", "one leaves"), ("scaffold", "one for another")]
 
 
@@ -90,7 +90,7 @@ def test_members_that_change_between_rounds_end_as_a_restart_with_them_does(tmp_
 
 
 def test_a_run_that_is_left_goes_on_with_the_members_that_it_had(tmp_path):
-    """Of a command that says nothing of them, whose data have more."""
+    """Of a command without a membership, whose data have more silos."""
     members = first("s0", "s1", "s2", "s3")
     records, sha, after = trained(tmp_path / "whole", "turns", members, change=CHANGES["one for another"])
     trained(tmp_path / "left", "turns", members, until=AT + 1, change=CHANGES["one for another"])
@@ -138,7 +138,7 @@ def test_a_silo_that_comes_back_begins_as_one_that_is_new(tmp_path):
 
 @pytest.mark.parametrize("scope", ["rank", "silo"])
 def test_the_residual_of_a_rank_stays_and_that_of_a_silo_leaves_with_it(tmp_path, scope):
-    """A rank's is in units of the weight of all silos, which is another one then."""
+    """A rank's residual is in units of the weight of all silos, which changes."""
     exchange = {"plan": "sharded", "scope": scope, "up": UP}
     with fedmpi.Run(config(tmp_path, ROUNDS, exchange=exchange), comm=SoloComm()) as run:  # 20, 30 and 50 samples
         next(iter(run))

@@ -1,4 +1,4 @@
-"""What ranks keep for each other of a commit (mirror.py); whole runs whose ranks die are in mpi/test_heal.py."""
+"""What ranks store for each other at a commit (mirror.py); whole runs whose ranks die are in mpi/test_heal.py."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from fedmpi.state import StateTensor
 
 @pytest.mark.parametrize("num_elements", [4 << 16, (4 << 16) + 1, 1000])
 def test_what_is_divided_is_told_from_what_every_rank_has(num_elements):
-    """Also where all parts are equal, and as long as the first rank's piece of so short a vector."""
+    """Also if all parts are equal, and as long as the first rank's piece of such a short vector."""
 
     def work(comm):
         grid = Grid(num_elements, comm.size)

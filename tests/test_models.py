@@ -1,4 +1,4 @@
-"""Models: one contract over the family, published parameter counts, and what is said when shapes disagree."""
+"""Models: one contract for the family, published parameter counts, and the messages when shapes disagree."""
 
 import pytest
 import torch

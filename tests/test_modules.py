@@ -1,4 +1,4 @@
-"""Modules of one's own in whole runs: what they draw, assign anew, share and make late."""
+"""Users' modules in whole runs: what they draw, reassign, share and create late."""
 
 import random
 import re
@@ -54,7 +54,7 @@ def all_set(seed):
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-    np.random.randn()  # numpy keeps the second number of a pair
+    np.random.randn()  # numpy caches the second number of a pair
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -81,7 +81,7 @@ def test_numbers_drawn_without_a_generator_are_keyed_and_the_process_gets_its_ow
 
 
 def test_a_silo_draws_the_same_whoever_drew_before(tmp_path):
-    """Which is what makes numbers of ranks alike: there every rank has other silos."""
+    """On several ranks each has other silos, so this is why the number of ranks does not matter."""
     _, done = run(drift(tmp_path, {"name": "support.modules:Jitter", "always": True}, rounds=1), rounds=1)
     fed, deltas = done.federation, []
     for silos in (["s0", "s1", "s2"], ["s2"]):
@@ -105,13 +105,13 @@ def test_data_of_ones_own_that_draw_without_a_generator_are_the_same_in_every_ru
     assert len(fingerprints) == 1
 
 
-# ---------------------------------------------------------------- tensors that leave their place
+# ---------------------------------------------------------------- tensors that move
 
 RING = {"exchange": {"reduction": "reproducible"}, "rounds": 3}
 
 
 def trained(out, model, **other):
-    """SHA-256 of the parameters, records, and the run; what its checkpoint evaluates to is what training reported."""
+    """SHA-256 of the parameters, records, and the run; its checkpoint evaluates to the figures of training."""
     records, done = run(drift(out, model, **{**RING, **other}))
     again = results.evaluate(out)
     assert again["loss"] == records[-1]["loss"] and again["mae"] == records[-1]["mae"]
@@ -131,7 +131,7 @@ def test_a_buffer_that_is_assigned_anew_counts_like_one_that_is_written_in_place
 
 @pytest.mark.parametrize(("how", "plain"), [("always in place", "always"), ("always", "always in place")])
 def test_what_an_evaluation_writes_goes_to_no_other_silo(how, plain, tmp_path):
-    """Alone with its rank a silo would not find it: figures would hang on the number of ranks."""
+    """A silo alone on its rank would not find it, so figures would depend on the number of ranks."""
     first, second = (
         trained(tmp_path / name, {"name": "support.modules:Statistic", "how": name}) for name in (how, plain)
     )
@@ -155,7 +155,7 @@ def test_weights_whose_memory_is_exchanged_in_forward_train_as_those_that_stay(h
     model = FlatModel(Weights(how))
     params_P = model.params()
     model.module(torch.ones(2, 3))
-    model.load(params_P + 1)  # after a forward pass that took the weights elsewhere
+    model.load(params_P + 1)  # after a forward pass that moved the weights
     assert torch.equal(model.params(), params_P + 1)
     torch.testing.assert_close(model.take_delta(params_P), torch.ones_like(params_P))
 
@@ -229,7 +229,7 @@ def test_views_stay_views_of_what_they_are_views_of(tmp_path):
     module.table.fill_(7.0)
     assert (module.last == 7).all() and (module.column == 7).all()
     params_P = model.params()
-    model.load(params_P + 1)  # after it has left it is a model like any other
+    model.load(params_P + 1)  # after the run it is a normal model
     assert torch.equal(model.params(), params_P + 1) and torch.equal(module.last, module.table[3])
     assert torch.equal(model.take_delta(params_P), torch.ones_like(params_P))
     twin = FlatModel(Views()).twin()
@@ -244,7 +244,7 @@ def test_what_is_not_saved_goes_from_no_silo_to_another_and_is_said(how, tmp_pat
     first = trained(tmp_path / "all", {"name": "support.modules:Unsaved", "how": how}, rounds=1)
     assert "model: 'mean' changes in training and is not saved" in caplog.text
     fed = first[2].federation
-    for name in ("s3", "s0"):  # as if it were alone with its rank
+    for name in ("s3", "s0"):  # as if it were alone on its rank
         fresh = FlatModel(Unsaved(how))
         start_P = torch.zeros(4)
         deltas = [
@@ -268,7 +268,7 @@ def test_what_a_module_remembers_in_plain_attributes_goes_from_no_silo_to_anothe
     known = how in ("list", "dict", "number", "array", "generator", "torch generator")
     assert ("model: 'mean' changes in training and is not saved" in caplog.text) == known
     fed = first[2].federation
-    for name in ("s3", "s0"):  # as if it were alone with its rank
+    for name in ("s3", "s0"):  # as if it were alone on its rank
         fresh = FlatModel(Remembers(how))
         deltas = [
             fed.rule.train(
@@ -288,7 +288,7 @@ def test_a_frozen_parameter_that_training_writes_is_shared_or_refused_by_name(ho
     said = refused(drift(tmp_path / "a", model, exchange={"parameters": "trainable"}))
     assert said.startswith("model: the frozen parameter 'slow.weight' is written in a forward pass and is not shared")
     trained(tmp_path / "b", model)
-    alone = FlatModel(Follower(how), "trainable")  # where only a later pass writes it
+    alone = FlatModel(Follower(how), "trainable")  # only a later forward pass writes it
     alone.load(params_P := alone.params())
     alone.module.train()(torch.ones(2, 3))
     with pytest.raises(ConfigError, match=r"'slow.weight' is written"):
@@ -321,7 +321,7 @@ def test_an_extra_state_is_left_alone_and_one_that_changes_is_refused(tmp_path):
 def test_looking_whether_all_is_in_place_costs_microseconds():
     model = FlatModel(torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(50))))
     best = min(timeit.repeat(model.settle, timer=time.process_time, number=20, repeat=10)) / 20
-    assert best < 100 * 5e-6  # of a hundred tensors; it takes some 0.3 each
+    assert best < 100 * 5e-6  # for a hundred tensors; one takes about 0.3 us
 
 
 # ---------------------------------------------------------------- a last batch of one sample
@@ -362,7 +362,7 @@ def test_a_batch_of_one_sample_is_refused_where_the_model_cannot_have_one(local,
         {"last_batch": "drop"},
         {"last_batch": "merge"},
         {"batch_size": None},
-        {"epochs": None, "steps": 1},  # two rounds of which never come to the epoch's end
+        {"epochs": None, "steps": 1},  # two rounds that never reach the end of the epoch
         {"model": "logistic"},
         {"model": "support.modules:PlainNorm"},
         {"name": "scaffold", "option": "I", "last_batch": "drop"},
@@ -421,7 +421,7 @@ def test_a_whole_gradient_is_the_same_however_its_samples_are_cut():
 def test_a_layer_that_a_forward_pass_freezes_is_trained_by_the_next_silo_too(tmp_path):
     done = trained(tmp_path / "all", {"name": "support.modules:Freezes"}, rounds=1)[2]
     fed, deltas = done.federation, []
-    for silo in fed.silos.values():  # each as if it were alone with its rank
+    for silo in fed.silos.values():  # as if each were alone on its rank
         fresh = FlatModel(Freezes())
         start_P = fresh.params()
         alone, round = replace(silo, cursor=0, kept={}), Round(1, 1, 0, fed.objective.loss, int)

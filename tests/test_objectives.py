@@ -1,4 +1,4 @@
-"""Losses and metrics: each task's own against whole-set formulas, your own functions, and refusals."""
+"""Losses and metrics: built-in ones against formulas on the whole set, user functions, and rejected input."""
 
 import math
 
@@ -21,7 +21,7 @@ def resolve(objective, task):
 
 
 def evaluate(objective, *args):
-    """Loss, the value of the metric that decides, and test samples."""
+    """Loss, the value of the deciding metric, and test samples."""
     tally = objective.score(*args)
     return (
         tally.loss,

@@ -1,4 +1,4 @@
-"""Silos as the ranks open them: all that is wrong is told at once, and so is that nothing will be evaluated."""
+"""Opening silos: all errors are reported at once, and so is that nothing will be evaluated."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_a_renamed_and_a_missing_file_are_both_in_the_line(tmp_path):
 
 
 class Returns(nn.Module):
-    """A model whose outputs are not all that it returns."""
+    """A model that returns more than its outputs."""
 
     def __init__(self, what="tuple"):
         super().__init__()

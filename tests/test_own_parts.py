@@ -1,4 +1,4 @@
-"""Samplers and cohorts of one's own that do not fit: one line that names what is wrong."""
+"""Users' samplers and selectors with invalid results: one line that names the fault."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from fedmpi.local.workload import WORKLOADS
 from fedmpi.selection import SELECTORS, All
 from fedmpi.server import OPTIMIZERS
 
-HERE = "test_own_parts:"  # what configurations call this module's own components
+HERE = "test_own_parts:"  # how configurations name this module's components
 
 GIVEN = {
     "many": lambda n: np.arange(n + 12) % n,
@@ -32,7 +32,7 @@ GIVEN = {
 
 @component
 class Sampling:
-    """In order for the first epoch, then what it is told to give to silo s1."""
+    """In order for the first epoch; then it gives silo s1 what the test sets."""
 
     what: str = "many"
     repeats: bool = False
@@ -175,7 +175,7 @@ def test_a_schedule_that_does_not_end_has_nothing_to_say(tmp_path, capsys):
 
 @component
 class Namer(Sgd):
-    """Keeps ones under names of its own."""
+    """Keeps tensors of ones under its own names."""
 
     names: tuple[str, ...] = ()
 
@@ -187,7 +187,7 @@ class Namer(Sgd):
 
 
 def test_names_that_a_rule_keeps_tensors_under_are_nobody_else_s(tmp_path):
-    """Layers, integers, an optimizer and a loss are kept beside them, and a model's own figures are told of."""
+    """Layers, integers, an optimizer and a loss are kept beside them, and the model's own figures are reported."""
     names = ["personal_0", "integers", "optimizer_0_momentum_buffer", "optimizer_mine", "train_loss", "own_params"]
     shas = []
     for out, some in (("plain", ["x"]), ("other", names)):

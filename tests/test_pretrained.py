@@ -1,4 +1,4 @@
-"""`init`: other people's files, taken where they fit, and summed up in one line where they do not."""
+"""`init`: foreign files, loaded where they fit, and summed up in one line where they do not."""
 
 import argparse
 
@@ -29,7 +29,7 @@ class WithHead(nn.Module):
 
 
 class Tied(nn.Module):
-    """As language models of Hugging Face are: one tensor under two names."""
+    """Tied as in Hugging Face language models: one tensor under two names."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Tied(nn.Module):
 
 
 def filled(module, value=0.5):
-    """The state_dict, every number of which is this."""
+    """A state_dict filled with this value."""
     return {name: torch.full_like(tensor, value) for name, tensor in module.state_dict().items()}
 
 
@@ -64,7 +64,7 @@ def test_a_file_of_either_kind_is_taken_whatever_its_name(tmp_path, name, wrap):
     else:
         torch.save(wrap(filled(module)), tmp_path / name)
     assert start(module, str(tmp_path / name)) == ""
-    assert values(module) == {0.5, 0.0}  # batches that a normalization has seen are whole
+    assert values(module) == {0.5, 0.0}  # the number of batches that a normalization has seen is an integer
 
 
 def test_a_file_that_runs_code_is_refused(tmp_path):
@@ -122,7 +122,7 @@ def test_a_pretrained_body_gets_a_new_head(tmp_path):
     said = start(module, InitSection(path=path, strict=False, prefix="body."))
     assert said == f"init: {path}: 9 of the model's 11 tensors are loaded; the file lacks 2 (head.weight, head.bias)"
     assert values(module.body) == {0.5, 0.0} and torch.equal(head, module.head.weight)
-    assert "file lacks 2" in refusal(WithHead(), InitSection(path=path, prefix="body."))  # strict still
+    assert "file lacks 2" in refusal(WithHead(), InitSection(path=path, prefix="body."))  # still strict
 
 
 def test_another_head_in_the_file_is_left_there(tmp_path):

@@ -1,4 +1,4 @@
-"""silos.json and `fedmpi silos`: who takes part in a run, whether it is finished, running or dead."""
+"""silos.json and `fedmpi silos`: who takes part in a run, and whether it is finished, running or dead."""
 
 import json
 import time
@@ -56,7 +56,7 @@ def test_what_single_silos_do_not_disclose_is_not_told(tmp_path):
 
 
 def test_members_that_change_are_told_of_across_restarts(tmp_path):
-    """`left` after round 2, back after round 3, gone again after round 4; then a run that begins again at round 2."""
+    """`left` after round 2, back after round 3, gone again after round 4; then a run that restarts from round 2."""
     how = config(tmp_path, 8)
     first = Membership(0, {"s0": (0,), "s1": (0,)})
     with fedmpi.Run(how, comm=SoloComm(), membership=first) as started:
@@ -76,15 +76,15 @@ def test_members_that_change_are_told_of_across_restarts(tmp_path):
         "s1": ("active", 1, None),
         "s2": ("active", 4, None),
     }
-    again = roster.Roster(tmp_path, 2, 8)  # the checkpoint of a round before the changes is gone on from
+    again = roster.Roster(tmp_path, 2, 8)  # resumes from the checkpoint before the changes
     again.register(Membership(1, {"s1": (0,)}), ["s0", "s1", "s2"], {"s1": facts()}, [{"rank": 0}], 2, {})
     rows = {row["id"]: row for row in roster.read(tmp_path)["silos"]}
     assert {silo: (row["state"], row["since"]) for silo, row in rows.items()} == {
-        "s0": ("retired", None),  # it was heard in round 2
+        "s0": ("retired", None),  # it took part in round 2
         "s1": ("active", 1),
         "s2": ("absent", None),
     }
-    assert rows["s1"]["heard"] is None  # of a round that is done again
+    assert rows["s1"]["heard"] is None  # in a round that is repeated
 
 
 def facts():

@@ -1,4 +1,4 @@
-"""Whole runs in this process, on one rank: against the plain reference, broken off, resumed, refused, told of."""
+"""Whole runs in this process, on one rank: against the plain reference, interrupted, resumed, refused, reported."""
 
 import errno
 import os
@@ -148,7 +148,7 @@ RESUMED = {
 
 
 def copied(out, copy):
-    """The directory of a run that is writing; begun anew when a file gets its final name before it was copied."""
+    """Copy the directory of a run that is writing; restart if a file gets its final name before it was copied."""
     for last in (False,) * 20 + (True,):
         try:
             return shutil.copytree(out, copy)
@@ -162,7 +162,7 @@ def copied(out, copy):
 def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, kind):
     records, undisturbed = run(config(tmp_path / "a", **RESUMED[kind]))
     first, _ = run(config(tmp_path / "b", **RESUMED[kind]), 2)
-    # A kill: the directory as it is in the middle of the run, with whatever is written by then.
+    # A kill: the directory in the middle of the run, with whatever is written by then.
     with fedmpi.Run(config(tmp_path / "c", **RESUMED[kind]), comm=SoloComm()) as killed:
         for record in killed:
             if record["round"] == 3:
@@ -233,10 +233,10 @@ def test_the_directory_of_another_run_is_refused_with_what_differs(tmp_path, mon
         said = refused(config(tmp_path, 1, **NORMED, **fields))
         assert said.startswith(f"{tmp_path} holds checkpoints of another run: ") and says in said
     assert everything(tmp_path) == before
-    assert run(config(tmp_path, 2, **NORMED))[1].resumed == 1  # the refusal has left nothing locked
+    assert run(config(tmp_path, 2, **NORMED))[1].resumed == 1  # the refused run left no lock
 
 
-# ---------------------------------------------------------------- what is wrong
+# ---------------------------------------------------------------- wrong input
 
 
 @pytest.mark.parametrize(
@@ -311,10 +311,10 @@ def test_a_directory_of_another_format_is_refused_by_both_versions_and_left_as_i
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", format)
         patch.setattr(fedmpi, "__version__", "0.1.0")
-        patch.setattr(train, "versions", train.versions.__wrapped__)  # which are looked up once
+        patch.setattr(train, "versions", train.versions.__wrapped__)  # they are looked up once
         run(config(tmp_path, 1))
     path = tmp_path / "config.yaml"
-    if format == 1:  # which did not say so
+    if format == 1:  # it did not say so
         text, _, _ = path.read_text().rpartition("# sha256")
         path.write_text(text.replace("  format: 1\n", ""))
     files = [path, *(found for found in tmp_path.glob("checkpoints/*/*"))]
@@ -346,7 +346,7 @@ def test_a_refusal_leaves_the_directory_free(tmp_path):
     assert len(run(config(tmp_path, 1))[0]) == 1
 
 
-# ---------------------------------------------------------------- what a run tells and leaves
+# ---------------------------------------------------------------- what a run reports and leaves
 
 
 def test_records_tell_norms_spread_and_likeness(tmp_path):
@@ -391,7 +391,7 @@ def test_a_round_that_is_checkpointed_is_not_copied_as_the_best_besides(tmp_path
 
 
 class Listening(SoloComm):
-    """What is said to the other ranks that there might be."""
+    """Records what would be said to other ranks."""
 
     def __init__(self):
         super().__init__()
@@ -427,7 +427,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_start(tmp_pa
         (tmp_path / name).write_text("half")
     run(config(tmp_path, 1))
     left = {path.name for path in tmp_path.glob("*.part-*")}
-    assert left == {names[1], "mine.part-1"}  # that of a process that runs, and what is none of ours
+    assert left == {names[1], "mine.part-1"}  # one of a running process, and one that is not ours
 
 
 BEST = {"plain": {}, "personal": {**NORMED, **PERSONAL}, "average": {"server": {"average": {"decay": 0.5}}}}
@@ -435,7 +435,7 @@ BEST = {"plain": {}, "personal": {**NORMED, **PERSONAL}, "average": {"server": {
 
 @pytest.mark.parametrize("kind", BEST)
 def test_the_best_round_is_on_disk_and_the_same_to_all_that_ask(tmp_path, kind):
-    """The best is off the grid of checkpoints, and was not yet written when the run was killed."""
+    """The best round is off the grid of checkpoints, and was not yet written when the run was killed."""
     objective = {"metrics": [{"name": OWN + "up_and_down", "maximize": True}]}
     how = {"checkpoint": {"every": 4, "keep": 1}, "objective": objective, **BEST[kind]}
     records, _ = run(config(tmp_path / "a", 12, **how), 11)
@@ -485,7 +485,7 @@ def test_what_a_directory_says_is_what_the_run_said(tmp_path, fields):
 
 
 def outcome(call, *args):
-    """What comes back, or that it was refused."""
+    """The result, or that it was refused."""
     try:
         return call(*args)
     except FedmpiError:

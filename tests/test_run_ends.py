@@ -1,4 +1,4 @@
-"""What whole runs stand up to: divergence, stops, failures, what components of one's own give, weights that go far."""
+"""What whole runs survive: divergence, stops, failures, results of users' components, extreme weights."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from fedmpi.errors import ConfigError, Diverged, FedmpiError, NoCohort, SiloErro
 from fedmpi.local import Sgd
 from fedmpi.types import Silo, SiloData, Source
 
-HERE = "test_run_ends:"  # what configurations call this module's own components
+HERE = "test_run_ends:"  # how configurations name this module's components
 
 
 def test_a_run_that_diverges_says_so_and_leaves_its_last_whole_round(tmp_path):
@@ -43,7 +43,7 @@ def test_a_round_without_anybody_leaves_the_rounds_before_it_on_disk(tmp_path):
 
 @component
 class Counting:
-    """State of every kind: what there is only later, in more dimensions than one, in none."""
+    """State of every kind: created late, with several dimensions, with none."""
 
     def init(self, num_train):
         return {"seen": np.zeros((len(num_train), 2)), "none": np.zeros(())}
@@ -56,7 +56,7 @@ class Counting:
 
 @component
 class PerSample:
-    """A rule that keeps a number for every sample, so tensors of another length for every silo."""
+    """A rule that keeps a number per sample, so that tensors have another length for every silo."""
 
     lr: float = 0.1
     epochs: int = 1
@@ -80,7 +80,7 @@ def test_state_of_ones_own_comes_back_whatever_its_shape(tmp_path, other):
 
 @component
 class Choosing:
-    """Gives what it is told to."""
+    """Returns what the test sets."""
 
     gives: Any = None
 
@@ -107,7 +107,7 @@ def test_what_a_selector_gives_is_looked_at(tmp_path, gives, why):
 
 @component
 class Sloppy:
-    """A rule whose work is not what it should be."""
+    """A rule with invalid work."""
 
     what: str
     lr: float = 0.1
@@ -143,7 +143,7 @@ def test_rounds_in_doubt_are_no_checkpoint_when_a_run_is_stopped(tmp_path):
     how = config(tmp_path / "a", stop={"patience": 3}, checkpoint={"every": 1, "keep": 1}, **SLOPE)
     with pytest.raises(Stopped, match=r"; round 3 is on disk;"), fedmpi.Run(how, comm=SoloComm()) as halted:
         for record in halted:
-            if record["round"] == 5:  # the second that is doubted
+            if record["round"] == 5:  # the second bad round
                 os.kill(os.getpid(), signal.SIGUSR1)
     assert results.newest(tmp_path / "a") == 3
     with pytest.raises(Diverged, match=r"^round 6: the run has diverged"):
@@ -216,7 +216,7 @@ def test_a_stop_ends_the_round_between_batches_with_the_last_whole_one_on_disk(t
     assert str(caught.value) == f"stopped in round {epoch + 1}: {why} (rank 0); {on_disk}"
     assert everything(tmp_path / "a")[0] == epoch and not (tmp_path / "a" / "stop").exists()
     monkeypatch.delenv("EPOCH")
-    (tmp_path / "a" / "stop").touch()  # as if it was asked twice: the second one was meant for that job too
+    (tmp_path / "a" / "stop").touch()  # as if it was requested twice: the second request was meant for that job too
     assert run(config(tmp_path / "a", **EVENTFUL))[1].resumed == epoch
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
 
@@ -276,7 +276,7 @@ def test_the_last_checkpoint_of_a_run_may_not_fail(tmp_path, monkeypatch):
 
 
 def test_the_best_round_is_not_lost_with_the_checkpoint_that_had_it(tmp_path, monkeypatch):
-    """Held on to until a checkpoint is written, whichever that is."""
+    """Held until any checkpoint is written."""
     folders, write_file = [], checkpoint.write_file
 
     def write(path, tables):
@@ -295,7 +295,7 @@ def test_the_best_round_is_not_lost_with_the_checkpoint_that_had_it(tmp_path, mo
 
 
 BREAKS = {
-    # SIGKILL where the server's file of round 4 is written but has not its name yet, or the manifest's.
+    # SIGKILL when the server's file of round 4, or the manifest, is written but not yet renamed.
     "server.h5": """
 def replace(source, target, replaced=os.replace):
     if target.name == "server.h5" and target.parent.name == "round-000004":
@@ -310,7 +310,7 @@ def replace(source, target, replaced=os.replace):
     replaced(source, target)
 os.replace = replace
 """,
-    # No file may grow beyond what is there: what a full disk does, down in the library that writes.
+    # No file may grow: simulates a full disk, also inside the library that writes.
     "full": """
 import resource
 def write(path, tables, written=checkpoint.write_file):
@@ -384,7 +384,7 @@ def test_an_old_start_writes_nothing_once_a_newer_one_has_begun(tmp_path, monkey
 
 @component
 class Unequal:
-    """Three silos of sixty thousand samples and one of one, whose optimum lies far away."""
+    """Three silos of sixty thousand samples and one of one sample, whose optimum is far away."""
 
     def source(self, seed):
         ids = {"s0": 60_000, "s1": 60_000, "s2": 60_000, "s3": 1}
@@ -407,7 +407,7 @@ def test_the_control_of_a_tiny_silo_is_weighed_up_and_not_taken_for_one_that_exp
 
 @pytest.mark.slow
 def test_weights_that_are_counts_of_steps_do_not_run_over_the_ring(tmp_path):
-    """Shares of a thousand steps: sums are right, or the update is rejected by name; never wrapped round."""
+    """Weights from a thousand steps: sums are right, or the update is rejected by name; they never wrap around."""
     how = {"local": {"steps": 1000, "epochs": None, "lr": 1e-5}, "aggregate": {"name": "mean", "weights": "steps"}}
     ends = []
     for reduction in ("fast", "reproducible"):

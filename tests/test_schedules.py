@@ -1,4 +1,4 @@
-"""Learning rates over rounds: one contract over the family, and exact values."""
+"""Learning rates over rounds: one contract for the family, and exact values."""
 
 import math
 

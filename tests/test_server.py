@@ -1,4 +1,4 @@
-"""Server optimizers: one contract over the family, and each one's equations from reference.py."""
+"""Server optimizers: one contract for the family, and each one's equations from reference.py."""
 
 import dataclasses
 import itertools
@@ -195,7 +195,7 @@ def test_at_is_the_optimizer_of_one_round(name):
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.99, 1.0])
 def test_average_weighs_rounds_by_the_powers_of_decay(decay, block):
     _, points_P = vectors(num_rounds=7)
-    average_P = torch.full((P,), 1e9, dtype=torch.float64)  # where it starts is forgotten
+    average_P = torch.full((P,), 1e9, dtype=torch.float64)  # its start is forgotten
     for number, point_P in enumerate(points_P, start=1):
         average_P = server.Average(decay=decay).follow(average_P, point_P, number)
         weights = np.array([decay ** (number - i) for i in range(1, number + 1)])
@@ -256,7 +256,7 @@ def test_statistics_become_the_mean_of_the_silos_whatever_the_optimizer_makes_of
     plain_P, _ = optimizer.step(params_P, 3 * mean_P, optimizer.init(params_P))
     whole_P, _ = server.step(params_P, mean_P.clone(), optimizer.init(params_P))
     assert torch.equal(whole_P, torch.where(there, params_P + mean_P, plain_P))
-    for start in range(0, 12, 5):  # any slice gives what the whole gives
+    for start in range(0, 12, 5):  # any slice gives the same as the whole
         part = slice(start, start + 5)
         some_S, _ = server.step(params_P[part], mean_P[part].clone(), optimizer.init(params_P[part]), start)
         assert torch.equal(some_S, whole_P[part])

@@ -1,4 +1,4 @@
-"""What a silo would use for itself: scored beside the global model, evaluated again, exported, handed out."""
+"""The model that a silo would use for itself: scored beside the global one, evaluated again, exported, handed out."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from fedmpi.errors import ConfigError
 NORMED = {"model": "support.personal:Normed"}
 HEAD = {"exchange": {"parameters": ["*", "!head.*"]}, **NORMED}
 SGD = {"name": "sgd", "epochs": 1}
-# What every silo has for itself, and which layers of it stay with the silo.
+# What every silo has for itself, and which layers stay with the silo.
 KINDS = {
     "fedper": (SGD, HEAD),
     "fedrep": ({"name": "fedrep", "epochs": 1, "head_steps": 2}, HEAD),
@@ -40,7 +40,7 @@ def trained(out, kind, **more):
 
 
 def mae(state, silo):
-    """Of a model on a silo's test set, by torch alone."""
+    """A model's figures on a silo's test set, by torch alone."""
     module, data = Normed().eval(), samples(silo)
     module.load_state_dict(state)
     with torch.no_grad():

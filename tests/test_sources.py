@@ -1,4 +1,4 @@
-"""The code that a run was trained with: found, kept, and compared when the run goes on."""
+"""The code that a run was trained with: found, stored, and compared when the run resumes."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ OWN_CODE = {"model": "mine_net:net", "objective": {"loss": "mine_loss:loss"}}
 
 @pytest.fixture
 def code(tmp_path, monkeypatch):
-    """Modules of one's own in the current folder."""
+    """User modules in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, text in FILES.items():
@@ -69,7 +69,7 @@ def test_code_that_has_changed_is_named_and_refused_or_warned_of(code, caplog, n
     )
     Path(name).write_text(before)
     forget()
-    assert run(config("out", 3, **OWN_CODE))[1].resumed == 2  # as it was
+    assert run(config("out", 3, **OWN_CODE))[1].resumed == 2  # unchanged
     Path(name).write_text(before + "# other\n")
     forget()
     how = config("out", 4, resume={"code": "warn"}, **OWN_CODE)
@@ -77,7 +77,7 @@ def test_code_that_has_changed_is_named_and_refused_or_warned_of(code, caplog, n
     assert f"kept in out/code: {name}" in caplog.text
     assert Path("out/code", name).read_text() == before + "# other\n"
     assert Path("out/code-to-round-000003", name).read_text() == before
-    assert run(config("out", 5, **OWN_CODE))[1].resumed == 4  # what went on is what counts now
+    assert run(config("out", 5, **OWN_CODE))[1].resumed == 4  # compared with the code of the last start
 
 
 def test_changes_are_named_by_what_became_of_the_file():

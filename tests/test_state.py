@@ -1,4 +1,4 @@
-"""One protocol for state: whatever offers `state` and `restore` survives a checkpoint, on other ranks and plans too."""
+"""One protocol for state: whatever has `state` and `restore` survives a checkpoint, also on other ranks and plans."""
 
 import itertools
 
@@ -29,7 +29,7 @@ from fedmpi.state import (
     within,
 )
 
-P = 20_000  # five pieces of which the last is short
+P = 20_000  # five pieces, the last one short
 CPU = torch.device("cpu")
 NAMES = ["", "/", "#", "a/b", "exchange", "é\ud800", "\0", "x" * 999]
 
@@ -43,7 +43,7 @@ def short_pieces(monkeypatch):
 
 
 class Privacy:
-    """An accountant: rank 0 alone spends."""
+    """A privacy accountant: only rank 0 spends."""
 
     def __init__(self, rank):
         self.spent = torch.zeros(2, dtype=torch.float64) if rank == 0 else None
@@ -57,7 +57,7 @@ class Privacy:
 
 
 class Centre:
-    """An aggregator's vector, divided as the server's state is."""
+    """An aggregator's vector, divided like the server's state."""
 
     def __init__(self, exchange, length):
         self.part = exchange.shard(torch.zeros(length)).clone()
@@ -66,11 +66,11 @@ class Centre:
         return [StateTensor(("centre",), self.part, "sharded")]
 
     def restore(self, stored):
-        """It has been filled in place."""
+        """Does nothing: the tensor was filled in place."""
 
 
 class Quantile:
-    """A clip that follows the norms: alike on all ranks, and a history that grows."""
+    """A clip that follows the norms: equal on all ranks, with a history that grows."""
 
     def __init__(self):
         self.norm, self.history = torch.tensor(1.0), []
@@ -85,7 +85,7 @@ class Quantile:
 
 
 class Momenta:
-    """Something of every silo, of a shape of its own."""
+    """State of every silo, with a shape of its own."""
 
     def __init__(self, silos):
         self.of = {silo: None for silo in silos}
@@ -106,7 +106,7 @@ def hosted(comm):
 
 
 def federation(comm, plan, length=P):
-    """An exchange, and holders of every placement that have just begun."""
+    """An exchange, and new holders of every placement."""
     facts = ExchangeContext(1.0, SILOS, hosted(comm))
     exchange = make(section(plan), comm, torch.zeros(P), facts)
     found = {name: Quantile() for name in NAMES}
@@ -120,7 +120,7 @@ OWN = {silo: torch.full((k + 1, 2), float(k)) for k, silo in enumerate(SILOS)}
 
 
 def trained(comm, root, plan, length):
-    """Ranks that have come to something write it."""
+    """Ranks whose state has changed write it."""
     exchange, found = federation(comm, plan, length)
     found["centre"].part.copy_(exchange.shard(WHOLE_P[:length]))
     if comm.rank == 0:
@@ -140,7 +140,7 @@ def trained(comm, root, plan, length):
 
 
 def resumed(comm, root, plan, length):
-    """Other ranks read it, and give it up again."""
+    """Other ranks read it, and return it."""
     exchange, found = federation(comm, plan, length)
     stored = checkpoint.read_state(root, 3) if comm.rank == 0 else []
     tensors = scattered(stored, found, exchange, comm)
@@ -170,7 +170,7 @@ def test_holders_of_every_placement_resume_on_other_ranks_and_plans(tmp_path, be
     assert {silo for rank in again for key, silo in rank if key == ("momenta", "m")} == set(SILOS)
 
 
-# ---------------------------------------------------------------- what does not fit
+# ---------------------------------------------------------------- mismatches
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
@@ -217,7 +217,7 @@ def test_two_tensors_under_one_key_are_refused_when_they_are_written():
 
 
 def test_keys_of_two_holders_never_meet():
-    """However their names and those of their tensors run into each other."""
+    """Even if their names, joined with those of their tensors, are equal."""
     found = Holders({name: Vectors({other: torch.zeros(1) for other in NAMES}, "replicated") for name in NAMES})
     assert len({one.key for one in found.state()}) == len(NAMES) ** 2
     nested = Holders({"a": found, "a/b": found})
@@ -258,7 +258,7 @@ def test_what_a_silos_new_rank_has_no_use_for_is_handed_to_rank_0(num_ranks):
 
 
 class Accountant:
-    """Counts the rounds that a checkpoint was made of; nothing in the project knows it."""
+    """Counts the rounds of its checkpoints; nothing in the project knows it."""
 
     def __init__(self):
         self.steps = 0

@@ -1,4 +1,4 @@
-"""The supervisor with a launcher that plays mpirun: what it believes, what it ends, when it starts again."""
+"""The supervisor with a simulated launcher: what it trusts, what it ends, when it starts again."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ ROUNDS = 6
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    """Milliseconds where people wait seconds; a manifest is all that a fake checkpoint has."""
+    """Milliseconds where people wait seconds; a fake checkpoint has only a manifest."""
     for name, value in {"POLL_S": 0.02, "BACK_OFF_S": 0.0, "LEAVE_S": 0.1, "FREE_S": 0.1, "ONCE_S": 0.1}.items():
         monkeypatch.setattr(supervisor, name, value)
     monkeypatch.setattr(remains, "TERM_S", 0.2)
@@ -45,12 +45,12 @@ def events(out, *names):
 
 
 def kinds(out):
-    """Without the one that a fast launcher may leave no time for."""
+    """Without the event for which a fast launcher may leave no time."""
     return [row["event"] for row in events(out) if row["event"] != "trains"]
 
 
 def ask(out, number, times=1):
-    """Send the supervisor, which is this process, a signal once the first start has come so far."""
+    """Send this process, the supervisor, a signal once the first start has come so far."""
 
     def work():
         for sent in range(times):
@@ -65,7 +65,7 @@ def ask(out, number, times=1):
 
 
 def gone(pid_file):
-    """Or nobody has looked after its end yet."""
+    """Or its parent has not yet reaped it."""
     pid = int(pid_file.read_text())
     return not remains.alive(remains.Rank(0, "", pid, launcher.born(pid)))
 
@@ -188,7 +188,7 @@ def test_a_directory_has_one_supervisor_and_no_other_job(tmp_path):
 
 
 def test_a_supervisor_that_was_overtaken_starts_nothing_more(tmp_path, monkeypatch):
-    """Where the file system has no locks."""
+    """On a file system without locks."""
     started = Supervisor._one_start
 
     def overtaken(self):
@@ -244,7 +244,7 @@ def test_a_hostfile_is_written_anew(tmp_path):
         LaunchLine.of(["mpirun", "--hostfile", "nowhere"])
 
 
-# ---------------------------------------------------------------- ending what is left
+# ---------------------------------------------------------------- ending leftover processes
 
 
 @pytest.fixture
@@ -275,13 +275,13 @@ def test_a_rank_of_this_host_is_ended_by_its_number_and_start_time(tmp_path, sle
     write_ranks(tmp_path, (0, here, sleeper.pid, born))
     child = over()
     assert remains.left_here(child, remains.ranks_of(tmp_path)) == 1
-    threading.Thread(target=sleeper.wait).start()  # its parent looks after it
+    threading.Thread(target=sleeper.wait).start()  # its parent reaps it
     assert remains.end(child, remains.ranks_of(tmp_path)) == [] and sleeper.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("way", ["ssh", "srun"])
 def test_ranks_of_other_hosts_are_ended_from_here(tmp_path, monkeypatch, sleeper, way):
-    """By a command that is the true one but runs here."""
+    """Through a fake command that runs here."""
     script = tmp_path / way
     script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\nexec sh -c "$last"\n')
     script.chmod(0o755)
@@ -308,7 +308,7 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
     assert [rank.rank for rank in remains.end(over(), remains.ranks_of(tmp_path))] == [3]
 
 
-# ---------------------------------------------------------------- what it reads, and the command
+# ---------------------------------------------------------------- its input, and the command
 
 
 def test_progress_is_what_is_new_in_the_directory(tmp_path):

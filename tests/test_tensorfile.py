@@ -1,4 +1,4 @@
-"""Files of tensors: any name and type comes back, and nothing outside the file is ever read."""
+"""Files of tensors: any name and dtype survives, and nothing outside the file is ever read."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ def test_silos_and_the_server_keep_tensors_under_any_name_and_of_any_type(tmp_pa
         "b/#": {key: tensor.clone() for key, tensor in kept.items()},
         "c": {("cursor",): torch.tensor(1)},
     }
-    silos["b/#"]["kept", "cursor"] = torch.ones(5, dtype=torch.bool)  # another shape and type than a's
+    silos["b/#"]["kept", "cursor"] = torch.ones(5, dtype=torch.bool)  # another shape and dtype than a's
     writer = Writer(tmp_path, 0)
     writer.start(1, tensors_of(kept, silos))
     writer.join()
@@ -74,7 +74,7 @@ def test_silos_and_the_server_keep_tensors_under_any_name_and_of_any_type(tmp_pa
 
 
 def rewritten(path, change):
-    """A file of two tensors that is then changed with h5py, as an attacker would."""
+    """A file of two tensors, changed with h5py as an attacker would."""
     tensorfile.write(path, [Table(("params",), torch.arange(4.0)), Table(("rows",), torch.ones(2, 3), ["a", "b"])])
     with h5py.File(path, "r+") as file:
         change(file, path.parent / "secret")
@@ -186,7 +186,7 @@ assert all(torch.equal(one.tensor, table.tensor) for one, table in zip(tensorfil
 
 
 def test_a_process_lives_on_after_a_write_that_failed_wherever_it_did(tmp_path):
-    """No file may grow beyond what is there: a full disk as the library that writes sees it."""
+    """No file may grow: a full disk as the library that writes sees it."""
     command = [sys.executable, "-c", FULL, str(tmp_path / "t.h5")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""What happens to an update between rule and exchange; the numbers of clip and max_norm are in equations/updates.py."""
+"""Transforms between rule and exchange; the numbers of clip and max_norm are in equations/updates.py."""
 
 import math
 from typing import Any
@@ -52,7 +52,7 @@ def steps(*transforms, kept=None, seed=0, round=1):
     return updates.steps(updates.init() if kept is None else kept, seed, round, LAYOUT)
 
 
-# ------------------------------------------------------------ every member
+# ------------------------------------------------------------ all members
 
 
 def test_every_member_has_a_case():
@@ -99,7 +99,7 @@ def test_state_is_arrays_that_follow_from_norms_alone_and_nothing_is_learned_of_
     assert transform.follow(np.zeros(0), after) == after
 
 
-# ------------------------------------------------------------ one by one
+# ------------------------------------------------------------ single members
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
@@ -194,7 +194,7 @@ def test_a_server_changes_the_mean_before_it_scales_and_steps_it_and_leaves_othe
 
 @component
 class NoLongerThanMine(Transform):
-    """A user's own, which needs nothing but what it writes."""
+    """A user's transform, which needs only what it writes."""
 
     def on_silo(self, update, state, about):
         return update.silo != "s1"

@@ -1,4 +1,4 @@
-"""What a run directory may make a reader of it run."""
+"""What code of a run directory a reader of it may execute."""
 
 import sys
 from pathlib import Path
@@ -69,7 +69,7 @@ PLAIN = {"data": {"name": "digits"}, "model": {"name": "logistic"}}
 
 
 def rewrite(changes):
-    """A config.yaml that somebody else made, with its checksum right."""
+    """A config.yaml from somebody else, with a valid checksum."""
     about = directory.read_config(Path("outs/a")).about
     directory.write_config(Path("outs/a"), {**PLAIN, **changes}, about)
 

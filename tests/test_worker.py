@@ -1,4 +1,4 @@
-"""The threads behind a run: one each, from its set-up on."""
+"""The threads behind a run: one each, started at set-up."""
 
 import _thread
 import threading
@@ -39,7 +39,7 @@ def test_what_a_job_raises_is_kept_until_the_next_one():
 
 @pytest.mark.parametrize("how", ("does not begin", "cannot be started"))
 def test_a_thread_without_memory_is_an_error_and_no_hang(monkeypatch, how):
-    """What happens under RLIMIT_AS: the thread is made and dies before it says that it is there, or is not made."""
+    """Simulates RLIMIT_AS: the thread is created and dies before it reports, or is not created."""
 
     def no_thread(function, arguments):
         if how == "cannot be started":

@@ -1,4 +1,4 @@
-"""Inner products of silos' deltas: piece by piece over ranks that are threads, and what records say of them."""
+"""Inner products of silos' deltas: piece by piece over ranks that are threads, and in records."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from fedmpi.types import Contribution
 __all__ = ["put_back"]
 
 HERE = "aggregate.test_gram:"
-P, OWN = 17_000, 12_345  # behind OWN lies what is no delta
+P, OWN = 17_000, 12_345  # only OWN elements are the delta
 OWNERS = {1: (0, 0, 0, 0, 0), 2: (0, 1, 0, 1, 1), 3: (2, 0, 2, 1, 0)}
 WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
 
@@ -115,7 +115,7 @@ def test_dissimilarity_is_the_mean_square_distance_to_the_mean():
 
 @component
 class Heard:
-    """A measurement of one's own that needs no vector."""
+    """A user's measurement that needs no vector."""
 
     needs = frozenset()
 

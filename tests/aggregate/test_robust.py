@@ -33,7 +33,7 @@ def order(num, round=1):
     return rng.generator(SEED, purpose="bucketing", round=round).permutation(num)
 
 
-# Name: (configuration, the same on whole vectors given the round and the last result).
+# Name: (configuration, the reference on whole vectors, given the round and the last result).
 CASES = {
     "median": ({"name": "median"}, lambda x, t, v: robust.median(x)),
     "trimmed_mean": ({"name": "trimmed_mean", "fraction": 0.2}, lambda x, t, v: robust.trimmed_mean(x, 0.2)),
@@ -82,7 +82,7 @@ def member(given):
 
 
 def aggregated(aggregator, x, centre=None, round=1, state=None):
-    """One round of it on whole vectors."""
+    """One round of the aggregator on whole vectors."""
     rows_KP = torch.from_numpy(np.asarray(x))
     if aggregator.centre:
         centre = np.zeros(rows_KP.shape[1]) if centre is None else centre
@@ -94,7 +94,7 @@ def aggregated(aggregator, x, centre=None, round=1, state=None):
 
 
 def rows(num=11, length=300, seed=0, apart=0.05):
-    """Silos that have something in common, in norms around 1."""
+    """Silos with something in common; norms around 1."""
     draw = np.random.default_rng(seed)
     return draw.normal(size=length) / length**0.5 + apart * draw.normal(size=(num, length))
 
@@ -117,11 +117,11 @@ def test_a_member_is_its_equation(name, seed):
 
 @pytest.fixture(scope="module")
 def byzfl(byzfl):
-    """Its aggregators alone."""
+    """Only its aggregators."""
     return byzfl("aggregators")
 
 
-# Krum's nearest others are K - f - 2 in the paper and here, K - f - 1 in byzfl: its f is one more.
+# Krum sums over K - f - 2 nearest others in the paper and here, over K - f - 1 in byzfl: its f is one more.
 ORACLES = {
     "median": ({"name": "median"}, lambda b: b.Median()),
     "trimmed_mean": ({"name": "trimmed_mean", "fraction": 0.2}, lambda b: b.TrMean(f=2)),
@@ -160,10 +160,10 @@ def test_bucketing_and_norm_bounding_are_byzfls(byzfl, monkeypatch):
     np.testing.assert_allclose(aggregated(member({"name": "norm_bound", "norm": 0.9}), x), clipped, rtol=1e-5)
 
 
-# ------------------------------------------------------------ what all of them promise
+# ------------------------------------------------------------ contract of all
 
 HOSTILE = 2
-SCALED = ("centered_clipping", "norm_bound")  # whose radius is in units of deltas
+SCALED = ("centered_clipping", "norm_bound")  # their radius is in units of deltas
 ROBUST = {
     "median": {},
     "trimmed_mean": {"fraction": 0.2},
@@ -195,7 +195,7 @@ def test_votes_and_bounded_norms_are_moved_by_no_more_than_they_say():
     assert np.linalg.norm(bounded - honest) <= 2 * 2.0 / len(x) + 1e-12
 
 
-# Bucketing draws; of the two last that Bulyan may choose each is the other's nearest, and the first is taken.
+# Bucketing draws. Of the two last candidates of Bulyan, each is the other's nearest, and the first is taken.
 @pytest.mark.parametrize("name", [name for name in CASES if "bucketing" not in name and "bulyan" not in name])
 def test_the_order_of_silos_does_not_matter(name):
     x, turned = rows(), np.random.default_rng(3).permutation(11)
@@ -315,7 +315,7 @@ def test_over_ranks_a_member_is_its_equation_on_what_arrived_and_the_same_bits_f
         equation = lambda x, t, v: robust.bulyan(  # noqa: E731
             robust.nearest_mixed(robust.buckets(x, 2, order(len(x), t)), 1), 0
         )
-    start_P, deltas_RKP = drawn(1 if "bulyan" in name else 3)  # its equation goes coordinate by coordinate
+    start_P, deltas_RKP = drawn(1 if "bulyan" in name else 3)  # its equation works by coordinate
     deltas_RKP[:, :, ::7] += 1e-2  # what they have in common
     deltas_RKP[:, 3] *= 50.0
     how = section(up, scope="silo")
@@ -356,11 +356,11 @@ def test_what_is_held_until_the_weights_are_known_is_a_ranks_share_of_all_deltas
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("name", ["krum", "centered_clipping", "geometric_median"])
 def test_what_travels_beside_a_codec_counts_in_distances_and_moves_with_the_rest(name, num_ranks):
-    """Two rounds in which values that no codec sees are what makes one silo an outlier."""
+    """Two rounds in which one silo is an outlier only in values that no codec sees."""
     draw = torch.Generator().manual_seed(2)
     deltas_RKP = 1e-3 * torch.randn(2, 5, P_EXACT, generator=draw)
     exact = chosen(EXACT)
-    deltas_RKP[:, :, ~exact] = deltas_RKP[:, :1, ~exact]  # alike but for them
+    deltas_RKP[:, :, ~exact] = deltas_RKP[:, :1, ~exact]  # equal except for them
     deltas_RKP[:, :, exact] += torch.randn(2, 5, int(exact.sum()), generator=draw)
     deltas_RKP[:, 2, exact] += 100.0
     given = {"krum": {"hostile": 1}, "centered_clipping": {"tau": 2.0}, "geometric_median": {}}[name]

@@ -1,4 +1,4 @@
-"""The benches, on small vectors: what their rows say. Times are there and nothing is asked of them."""
+"""The benches, on small vectors: what their rows say. Times must exist, but their values are not checked."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ CODECS = [("sharded", codec, codec != "bf16") for codec in ("bf16", "int8", "int
 ALONE = [("memcpy", None, None), *PLANS, *CODECS, ("allreduce", None, None)]
 ROWS = {1: ALONE, 2: [*ALONE, ("gloo", None, None), ("tcp", None, None)]}
 WIRE = {
-    ("root", "identity"): 4.0002,  # beside the vector its weight
+    ("root", "identity"): 4.0002,  # the vector and its weight
     ("replicated", "identity"): 4.0002,
     ("sharded", "identity"): 4.0,
     ("sharded", "bf16"): 2.0,
@@ -41,7 +41,7 @@ WIRE = {
     ("sharded", "int4"): 0.52,
     ("sharded", "topk"): 0.06,
     ("tcp", None): 4.0,
-}  # at most so many bytes a parameter, and no less than 4/5 of that
+}  # at most so many bytes per parameter, and at least 4/5 of that
 
 Row = dict[str, Any]
 
@@ -100,14 +100,14 @@ def test_link_share_is_that_of_the_busiest_rank() -> None:
         if key[0] in ("memcpy", "shared_memory"):
             assert row["link_share"] is None
             continue
-        # Two ranks: whatever the plan, a whole vector leaves each, half of it or all of it up.
+        # With two ranks, each sends a whole vector under any plan: half of it or all of it up.
         wire = sum(row[f"wire_bytes_per_param_{way}"] or 4.0 for way in ("up", "down")) / 2
         least = wire * PARAMS * 8 / (row["seconds"]["median"] * GBIT * 1e9)
         assert row["link_share"] == pytest.approx(least, rel=0.05), key
 
 
 def test_link_bytes_of_unequal_owners() -> None:
-    """Three ranks that own 5, 3 and 2 of 10: each sends what others own, and its own to both others."""
+    """Three ranks that own 5, 3 and 2 of 10: each sends others their parts, and its own to both others."""
     owned = np.array([5.0, 3.0, 2.0])
     up_R = down_R = 10 - owned
     assert Sharded.link_bytes(up_R, down_R, 10) == 15.0  # rank 0: 5 up and 10 down
@@ -192,7 +192,7 @@ def test_feedback_goes_with_every_codec_that_loses_something(monkeypatch: pytest
     assert [row["codec"] for row in found if row["feedback"]] == ["int8"]
     lost = {one.key: one.tensor for one in made[-1].holders.state()}
     assert lost["up", "rank", "feedback"].any() and lost["down", "feedback"].any()
-    assert made[-1].round == 2  # each round has a number of its own
+    assert made[-1].round == 2  # each round has its own number
 
 
 def test_raw_tcp_moves_what_plan_sharded_moves() -> None:
@@ -243,4 +243,4 @@ def test_checkpoint() -> None:
     assert list(row) == ["waited", "ratio", "params", "round_s", "rounds"]
     assert 0 <= row["waited"] < 1 and row["ratio"] > 0 and row["round_s"] > 0
     assert row["rounds"] == 12 and abs(row["params"] / PARAMS - 1) < 0.02
-    assert bench(1, "checkpoint", "--rounds", "10").rc == 2  # none of them would have a writer behind it
+    assert bench(1, "checkpoint", "--rounds", "10").rc == 2  # no round would overlap with a write

@@ -1,5 +1,8 @@
-"""What every communicator promises (programs/collectives.py): one rank by itself, and ranks that are threads; those of
-MPI jobs in mpi/test_collectives.py. And what ranks say of others that are gone."""
+"""Communicator contract (programs/collectives.py) on one rank and on ranks that are threads; and messages about lost
+ranks.
+
+MPI jobs run the same contract in mpi/test_collectives.py.
+"""
 
 import inspect
 import resource
@@ -81,14 +84,14 @@ def test_ranks_in_different_calls_are_told_so():
 
 
 class Broken(Exception):
-    """An error of MPI, of a class."""
+    """An MPI error with a class."""
 
     def Get_error_class(self):
         return self.args[0]
 
 
 def mpi_rank(error, failed):
-    """A rank whose every call of MPI fails."""
+    """A rank on which every MPI call fails."""
 
     def fails(*arguments, **options):
         raise error
@@ -126,7 +129,7 @@ def test_what_mpi_says_of_a_lost_rank_comes_out_as_rank_lost(call):
         with pytest.raises(RankLost) as lost:
             CALLS[call](comm)
         assert lost.value.ranks == tuple(sorted(failed)) and comm.depth == 0
-    with pytest.raises(Broken):  # any other error is a mistake in a program
+    with pytest.raises(Broken):  # any other error is a bug
         CALLS[call](mpi_rank(Broken(15), [1]))
 
 
@@ -136,7 +139,7 @@ def test_an_mpi_that_cannot_go_on_without_a_rank_says_so_in_one_line():
 
 
 def test_one_more_that_dies_as_ranks_shrink_lets_none_of_them_wait_for_another(monkeypatch):
-    """Ranks that are through, and those that are not, take what is left of the same communicator the next time."""
+    """Finished and unfinished ranks use the rest of the same communicator the next time."""
     made = []
 
     class Left(MpiComm):
@@ -166,7 +169,7 @@ def test_one_more_that_dies_as_ranks_shrink_lets_none_of_them_wait_for_another(m
 
 
 def test_too_little_address_space_for_mpi_is_said_before_it_starts(monkeypatch):
-    """Else Open MPI goes on without the memory that its ranks share, and the first message never comes."""
+    """Otherwise Open MPI continues without the ranks' shared memory, and the first message never comes."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     monkeypatch.setattr(process, "launched", lambda: 2)
     monkeypatch.setattr(process, "library", lambda: pytest.fail("MPI was started"))

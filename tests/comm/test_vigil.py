@@ -1,4 +1,4 @@
-"""How long a rank waits for the others, on a clock of its own; and real ranks that fall silent."""
+"""How long a rank waits for the others, with a simulated clock; and real ranks that fall silent."""
 
 import _thread
 import os
@@ -16,7 +16,7 @@ from fedmpi.comm.vigil import SET_UP, Vigil
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that stands still until it is told to move; no thread looks at it."""
+    """Time that moves only on command; no thread watches it."""
     at = SimpleNamespace(now_s=100.0)
     monkeypatch.setattr(time, "monotonic", lambda: at.now_s)
     monkeypatch.setattr(_thread, "start_new_thread", lambda *args: None)
@@ -31,7 +31,7 @@ def waiting(rank, clock, num_ranks=3, timeout_s=10.0):
 
 
 def passes(watch, lane, clock, seconds, speak=(), trains=False, named=[]):  # noqa: B006
-    """The first thing that it has to say within so many seconds, in which these ranks are heard."""
+    """The first message within so many seconds in which these ranks are heard."""
     for _ in range(int(seconds)):
         clock.now_s += 1.0
         watch.pulse(trains=False)
@@ -73,7 +73,7 @@ def test_the_longest_round_and_the_set_up_have_more_time(clock):
 
 
 def test_who_did_not_listen_does_not_say_that_others_were_silent(clock):
-    """A user's own code between two rounds, on all ranks; or a process that was stopped itself."""
+    """A user's slow code between two rounds, on all ranks; or a process that was stopped itself."""
     watch, lane = waiting(0, clock)
     assert passes(watch, lane, clock, 5, speak=(1, 2), trains=True) == ""
     clock.now_s += 1000.0
@@ -94,7 +94,7 @@ def test_a_call_that_blocks_is_given_up():
     watch.lanes.append(lane)
     assert not told.wait(0.5), said
     lane.depth = 1
-    for _ in range(8):  # it moves on
+    for _ in range(8):  # it makes progress
         time.sleep(0.1)
         lane.calls += 1
     for _ in range(8):  # it polls
@@ -111,7 +111,7 @@ def test_hosts_that_do_not_answer_do_not_hold_up_the_end(clock, monkeypatch):
 
     def answers(host):
         asked.append(host)
-        clock.now_s += 6.0  # its name is looked for
+        clock.now_s += 6.0  # while its name is looked up
         return False
 
     monkeypatch.setattr(vigil, "answers", answers)
@@ -135,7 +135,7 @@ def test_a_rank_that_cannot_watch_ends_the_job_before_others_wait_for_it(monkeyp
 
 
 def test_a_part_that_is_given_back_is_watched_no_longer():
-    """And a part's part until then: a group of regions of regions."""
+    """A group of regions of regions is watched until then."""
     whole, region, across = (MpiComm.__new__(MpiComm) for _ in range(3))
     watch = SimpleNamespace(lanes=[whole, region, across])
     for one, above, groups in ((whole, None, [region]), (region, whole, [across]), (across, region, [])):
@@ -149,19 +149,19 @@ def test_a_part_that_is_given_back_is_watched_no_longer():
 
 @pytest.mark.parametrize("silent", (1, 0))
 def test_a_stopped_rank_ends_the_job(place: Place, silent: int) -> None:
-    """In the midst of ten minutes of work, of which the others say that they do it."""
+    """Inside ten minutes of work, of which the others report that they do it."""
     with place.start(3, f"silent-{silent}", "comm.timeout_s=4", **TEN_MINUTES) as job:
         os.kill(place.busy(job, f"silent-{silent}")[silent], signal.SIGSTOP)
         began_s = time.monotonic()
         done = job.wait(90)
     assert time.monotonic() - began_s < 4 * SET_UP + 20  # it may have been stopped before the first round began
     assert done.rc == 1, done.tails
-    lines = [line for line in own_lines(done) if not line.startswith("no round is on disk in ")]  # how to go on
+    lines = [line for line in own_lines(done) if not line.startswith("no round is on disk in ")]  # how to resume
     assert lines and all(f"silent: rank {silent} on " in line for line in lines), done.tails
 
 
 def test_long_training_is_not_silence(place: Place) -> None:
-    """Rank 0 only waits, far longer than it would for one that says nothing."""
+    """Rank 0 only waits, far longer than it would for a silent rank."""
     few = ("comm.timeout_s=2", "server.dedicated=true", "rounds=1", "local.steps=40")
     done = place.train(2, "patient", *few, SLEEP_S="0.1")
     assert done.rc == 0 and done.seconds > 16, done.tails

@@ -24,7 +24,7 @@ TOP = TESTS.parent
 
 @pytest.fixture
 def compare(monkeypatch, tmp_path):
-    """What the command is made of, and the command itself, on one rank; it writes into a folder of the test."""
+    """The command and its parts, on one rank; it writes into a folder of the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(comm, "connect", SoloComm)
 
@@ -68,7 +68,7 @@ def test_runs_on_other_numbers_of_ranks_have_no_bytes_to_compare(compare, tmp_pa
     told = compare.Grid(algorithms={"fedavg": {}, "fedprox": {}})
     rows = [compare.row(*names, curves, told, True) for names, curves in compare.comparable(alike).items()]
     assert [(r["megabytes"], r["ranks"]) for r in rows] == [(8.0, "2"), (5.0, "2")] and not capsys.readouterr().err
-    for other in (some(4.0, 4), some(4.0, 2, 4)):  # another run, or one that was resumed
+    for other in (some(4.0, 4), some(4.0, 2, 4)):  # another run, or a resumed one
         mixed = compare.comparable(alike | {("iid", "scaffold"): [other]})
         rows = [compare.row(*names, curves, told, True) for names, curves in mixed.items()]
         assert [r["megabytes"] for r in rows] == [None] * 3 and [r["final"] for r in rows] == [0.6] * 3
@@ -80,7 +80,7 @@ def test_runs_on_other_numbers_of_ranks_have_no_bytes_to_compare(compare, tmp_pa
 def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(compare, tmp_path, capsys):
     arguments = grid(tmp_path / "grid.yaml", seeds=[0])
     _, _, cells = compare.cells(tmp_path / "grid.yaml", str(tmp_path / "out"))
-    with fedmpi.Run(cells[0].config, comm=SoloComm()) as run:  # one is broken off after a round, another one is done
+    with fedmpi.Run(cells[0].config, comm=SoloComm()) as run:  # one is interrupted after a round, another is done
         next(iter(run))
     compare.main([*arguments, "--only", "skewed"])
     first = capsys.readouterr()
@@ -111,7 +111,7 @@ def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(compare, tmp_pa
 
     assert {r["ranks"] for r in rows} == {"1"} and {r["megabytes"] for r in rows} == {"0.0"}
 
-    compare.main(grid(tmp_path / "grid.yaml"))  # and one more seed
+    compare.main(grid(tmp_path / "grid.yaml"))  # with one more seed
     said = capsys.readouterr()
     assert "4 of 4: skewed/fedprox/1" in said.err and " to " in said.out.splitlines()[2]
 

@@ -49,7 +49,7 @@ def test_partition_gives_every_sample_to_one_silo_and_depends_on_the_seed_alone(
     again, other = (divide(partition, Y_TRAIN, Y_TEST, num_silos, seed=s) for s in (3, 4))
     assert all(np.array_equal(parts[s].train, again[s].train) for s in parts)
     assert all(np.array_equal(parts[s].test, again[s].test) for s in parts)
-    if num_silos > 1 and not (cls is Sorted and 10 % num_silos == 0):  # which cuts no class
+    if num_silos > 1 and not (cls is Sorted and 10 % num_silos == 0):  # it cuts no class
         assert not all(np.array_equal(parts[s].train, other[s].train) for s in parts)
     # A silo is tested on its own mixture: its share of every class is the same in both sets, up to rounding.
     if type(partition) in (Dirichlet, Labels, Sorted):
@@ -180,7 +180,7 @@ def test_every_field_says_what_it_is_and_goes_through_a_configuration(cls):
 
 @pytest.mark.slow
 def test_import_is_cheap():
-    """Neither the import nor opening digits loads what takes longer than a short run."""
+    """Neither the import nor opening digits loads modules that take longer than a short run."""
     code = "import sys, fedmpi.data as d; s = d.DATASETS.build('digits', '').source(0); s.open('silo-0');"
     code += "print(sorted({'sklearn', 'h5py', 'pandas', 'mpi4py'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -541,7 +541,7 @@ def test_fetch_names_a_file_only_when_its_checksum_is_right(monkeypatch, tmp_pat
     target = root / "tinyshakespeare" / "input.txt"
     assert fetch("shakespeare", root) == [target] and target.read_text() == "to be"
     (site / "input.txt").write_text("not to be")
-    assert fetch("shakespeare", root) == [target]  # right already: nothing is read
+    assert fetch("shakespeare", root) == [target]  # already right: nothing is read
     target.write_text("torn")
     with pytest.raises(ConfigError, match=r"has MD5 .* the official one"):
         official.verify("shakespeare", root)

@@ -1,4 +1,4 @@
-"""A silo's file that is not what it should be: one line that names silo, file, the place in it and the remedy."""
+"""Invalid silo files: one line that names the silo, the file, the place in it and the remedy."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def write(path, content):
 
 
 def opened(root, name, content, **fields):
-    """What the only silo of a data set hands out, all of it for training."""
+    """The samples of the only silo of a dataset, all of it for training."""
     write(root / name, content)
     fields = {"task": "binary", "shape": [2], "test_fraction": 0, "silos": [{"id": "a", "path": name}]} | fields
     return build(Files, {"root": root, **fields}, "data", "dataset 'files'").source(0).open("a")
@@ -245,7 +245,7 @@ def test_arrays_are_refused_with_name_and_row(tmp_path, name, content, fields, s
         (X, Y + 1, {"classes": [1, 2]}),
         (X, Y + 1.0, {"classes": [1, 2]}),
         (X, TEXT, {"classes": ["no", "yes"]}),
-        (X, np.array([2**62, 2**62 + 1] * 2), {"classes": [2**62, 2**62 + 1]}),  # alike as float64
+        (X, np.array([2**62, 2**62 + 1] * 2), {"classes": [2**62, 2**62 + 1]}),  # equal as float64
     ],
 )
 def test_arrays_of_any_real_type_are_read(tmp_path, name, x, y, fields):

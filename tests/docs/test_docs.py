@@ -1,4 +1,4 @@
-"""README and docs/: blocks run, links lead somewhere, pages are short, the reference is up to date, the site builds."""
+"""README and docs/: blocks run, links work, pages are short, the reference is up to date, the site builds."""
 
 import importlib.util
 import os
@@ -72,7 +72,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def anchors(page):
-    """What a link into a page may name: its headings as code hosts and mkdocs write them."""
+    """Link targets in a page: its headings as code hosts and mkdocs write them."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     heads = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", head.lower()).strip()) for head in heads}
@@ -113,12 +113,12 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert (tmp_path / "site/index.html").exists()
 
 
-# What stands in a message in place of something that the code fills in.
+# What replaces a value in a message.
 VALUES = r"'[^']*'|\b\d+\b|\[\d+\]|\b(?:median|pooled|rank|ranks|n1|n2|nan|x_train)\b|\S+\.(?:gz|pt|jsonl)\b|[;,] "
 
 
 def test_messages_in_troubleshooting_are_messages_of_the_code():
-    """Each heading's message, cut where values stand, is in the source (or is the launcher's own)."""
+    """Each heading's message, cut at its values, is in the source (or comes from the launcher)."""
     source = " ".join(
         re.sub(r'"\s*f?"', "", re.sub(r"\s+", " ", path.read_text())) for path in (TOP / "src").rglob("*.py")
     )

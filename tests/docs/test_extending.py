@@ -1,4 +1,4 @@
-"""examples/extending: every family that takes members from outside has a recipe, and every recipe trains."""
+"""examples/extending: every family that users can extend has a recipe, and every recipe trains."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ TOP = Path(__file__).parents[2]
 PROGRAM = TOP / "tests/support/programs/recipes.py"
 RECIPES = program.RECIPES
 
-# Where in a configuration a recipe's class stands, as `fedmpi list` has it; some families have two recipes.
+# The place of a recipe's class in a configuration, as `fedmpi list` prints it; some families have two recipes.
 HOMES = {
     "local_rule": "local",
     "aggregator": "aggregate",
@@ -43,7 +43,7 @@ HOMES = {
     "policy": "engine.policy",
     "attack": "attack",
 }
-# torch's own, one after the other, and one round after the other: nobody has needed others yet.
+# Families with built-in members only: torch's optimizers, silos one by one, rounds one by one.
 NO_RECIPE = {"local.optimizer", "runner", "engine"}
 
 
@@ -74,7 +74,7 @@ def test_a_recipe_trains(name, tmp_path, at_top):
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_recipes_train_alike_on_one_rank_and_on_two(tmp_path):
-    """Robust rule, codec and plan exchange something then."""
+    """Robust rule, codec and plan exchange something in this run."""
     names = ["robust_rule", "codec", "plan", "server_optimizer", "selector", "dataset"]
     found = {}
     for n in (1, 2):

@@ -1,4 +1,4 @@
-"""Every example does what its header says: the commands are read from there, and so is what the run reaches."""
+"""Every example does what its header says: the header lists the commands and the figures that they reach."""
 
 import importlib.util
 import json
@@ -15,12 +15,12 @@ from support.mpi import PYTHON, absent, mpirun
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MOST_LINES = 10  # of a header
-LIMIT_S = 200  # of a command, on a busy machine; alone on it all of an example's take under 20 s
+LIMIT_S = 200  # per command, on a busy machine; alone, all commands of an example take under 20 s
 
 
 @dataclass(frozen=True)
 class Example:
-    """What the header of an example says."""
+    """The content of an example's header."""
 
     file: Path
     lines: list[str]
@@ -39,13 +39,13 @@ class Example:
 
     @property
     def reaches(self):
-        """A figure's name in records, and what it exceeds after the last round."""
+        """A figure's name in records, and the value that it exceeds after the last round."""
         (figure, floor), *more = re.findall(r"reaches (\w+) > ([\d.]+)", "\n".join(self.lines))
         assert not more
         return figure, float(floor.rstrip("."))
 
     def run(self, place, ranks):
-        """What it prints and the last record of each of its runs, made in a copy of its folder."""
+        """Its output and the last record of each of its runs, made in a copy of its folder."""
         for package in re.findall(r"It needs (\w+)", "\n".join(self.lines)):
             if importlib.util.find_spec(package) is None:
                 absent(package, f"{package} is not installed (pip install fedmpi[examples])")
@@ -80,7 +80,7 @@ HEADERS = [Example.read(file) for file in sorted([*EXAMPLES.glob("*/*.yaml"), *E
 each = pytest.mark.parametrize("example", HEADERS, ids=lambda example: example.file.stem)
 
 
-ALONE = ("python_rounds", "hospitals")  # run in one process too; the same lines are run by either
+ALONE = ("python_rounds", "hospitals")  # run in one process too, with the same lines
 RUNS = [(example, 2) for example in HEADERS] + [(example, 1) for example in HEADERS if example.file.stem in ALONE]
 
 

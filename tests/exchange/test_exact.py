@@ -1,4 +1,4 @@
-"""What travels beside lossy codecs as it is: statistics, what a configuration names, and what stands still."""
+"""Values that are sent exactly beside lossy codecs: statistics, configured patterns, and frozen parameters."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def short_pieces(monkeypatch):
 def drawn(moves=False):
     draw = torch.Generator().manual_seed(1)
     start_P, deltas_KP = torch.randn(P, generator=draw), 1e-2 * torch.randn(SILOS, P, generator=draw)
-    deltas_KP[:, there(EXACT)] *= 1e4  # statistics, which are of another size
+    deltas_KP[:, there(EXACT)] *= 1e4  # statistics, of another magnitude
     deltas_KP[:, there(STILL)] *= moves
     return start_P, deltas_KP
 
@@ -82,7 +82,7 @@ def test_what_is_exact_arrives_as_it_is_beside_every_codec(name, way, scope, num
     for params_P, _ in done:
         assert torch.equal(params_P, done[0][0])
         torch.testing.assert_close(params_P[exact], wanted_P[exact], rtol=2e-7, atol=1e-6)
-        assert torch.equal(params_P[still], start_P[still])  # not even the sign of 0 moves it
+        assert torch.equal(params_P[still], start_P[still])  # not even the sign of 0 changes
         assert not torch.allclose(params_P[~exact & ~still], wanted_P[~exact & ~still], rtol=0, atol=1e-7)
 
 

@@ -1,4 +1,4 @@
-"""The exchange: what ranks fold, send and divide, over one rank and over ranks that are threads of this process."""
+"""The exchange: what ranks fold, send and divide, on one rank and on ranks that are threads of this process."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_the_ring_is_as_near_to_the_exact_mean_as_it_says(cohort):
     done = run(section(reduction="reproducible"), start_P, [{k: deltas_KP[k] for k in cohort}], weights, [0] * 8, 1)
     kept = list(cohort)
     exact_P = np.average(deltas_KP[kept].numpy(), axis=0, weights=weights[kept])
-    # Half a unit for each delta and each weight, seen from the cohort's share of all weight.
+    # Half a unit for each delta and each weight, relative to the cohort's share of all weight.
     unit = len(kept) * 0.5 / UNIT * weights.sum() / weights[kept].sum()
     bound_P = unit * (1 + np.abs(exact_P)) + 1e-15 * np.abs(deltas_KP[kept].numpy()).max(0)
     assert (np.abs(done[0][0].numpy() - exact_P) <= 1.01 * bound_P).all()

@@ -1,4 +1,4 @@
-"""`exchange.fragments`: a part of the parameters a round, against plain numpy as silos see it; and what refuses it."""
+"""`exchange.fragments`: one part of the parameters per round, against plain numpy as silos see it; invalid options."""
 
 import numpy as np
 import pytest
@@ -24,17 +24,17 @@ WEIGHTS = np.array([3.0, 1.0, 4.0, 2.0])
 COHORTS = [[0, 1, 2, 3], [0, 2], [1, 2, 3], [0, 1, 3], [2], [0, 1, 2, 3], [1, 3], [0, 2, 3], [0, 1, 2, 3]]
 OWNERS = {1: [0, 0, 0, 0], 2: [0, 1, 1, 0], 3: [2, 0, 0, 1]}
 IDS = ["a", "b", "c", "d"]
-RATE = 0.3  # of the way to its own target a silo goes in a round
+RATE = 0.3  # share of the way to its target that a silo goes in a round
 
 
 def drawn(num_params, seed=0):
-    """Where all begin, and where each silo is drawn to."""
+    """The common start, and each silo's target."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=num_params), rng.normal(size=(4, num_params))
 
 
 def streaming(w_P, targets_KP, num_parts, server, late, **options):
-    """The parameters that each round comes out with, as silos see it: x_k are a silo's own parameters."""
+    """The parameters after each round, as silos see it: x_k are a silo's own parameters."""
     cuts = [len(w_P) * n // num_parts for n in range(num_parts + 1)]
     x_KP, (m, v), w_P = np.tile(w_P, (4, 1)), reference.start(w_P), w_P.copy()
     before_P, after, on_its_way = w_P.copy(), [], None
@@ -45,7 +45,7 @@ def streaming(w_P, targets_KP, num_parts, server, late, **options):
         n = number % num_parts
         part = slice(cuts[n], cuts[n + 1])
         sent = x_KP[cohort, part] - w_P[part]
-        if on_its_way is not None:  # the round before: the silo's own is replaced, what it did since stays
+        if on_its_way is not None:  # the round before: the server's step replaces the silo's, its later progress stays
             x_KP[:, on_its_way] = w_P[on_its_way] + moved_KP[:, on_its_way]
         before_P = w_P.copy()
         mean = np.average(sent, axis=0, weights=WEIGHTS[cohort])
@@ -60,7 +60,7 @@ def streaming(w_P, targets_KP, num_parts, server, late, **options):
 
 
 def exchanged(how, start_P, targets_KP, optimizer, num_ranks, layout=None):
-    """The parameters that each round comes out with on every rank, and the bytes that each has counted."""
+    """The parameters after each round on every rank, and the bytes that each rank has counted."""
 
     def work(comm):
         params_P = torch.from_numpy(start_P).float()
@@ -76,7 +76,7 @@ def exchanged(how, start_P, targets_KP, optimizer, num_ranks, layout=None):
                 begun_P = exchange.start(IDS[k], params_P)
                 delta_P = (RATE * (torch.from_numpy(targets_KP[k]) - begun_P.double())).float()
                 exchange.add(Contribution(IDS[k], number, WEIGHTS[k], delta_P, 0.0, 1, 1))
-                delta_P.fill_(torch.nan)  # the next silo's
+                delta_P.fill_(torch.nan)  # the next silo overwrites it
             params_P, state = exchange.finish(params_P, Server(optimizer, exchange.layout), state)
             found.append(params_P.clone())
             sent.append(comm.bytes_up + comm.bytes_down)
@@ -99,7 +99,7 @@ HOW = [(plan, False) for plan in PLANS] + [(plan, True) for plan in PLANS[:3]]
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize(("plan", "late"), HOW)
 def test_every_round_is_what_silos_see(plan, late, server, num_ranks):
-    start_P, targets_KP = drawn(300_001 if plan == "sharded" else 4001)  # parts of two pieces, where they are cut
+    start_P, targets_KP = drawn(300_001 if plan == "sharded" else 4001)  # each part is cut into two pieces
     options = {} if server == "fedavg" else {"lr": 0.7, "beta": 0.5, "nesterov": True}
     wanted = streaming(start_P, targets_KP, 4, server, late, **options)
     how = ExchangeSection(plan=plan, fragments=4, overlap=late)
@@ -122,7 +122,7 @@ def test_the_same_bits_on_any_number_of_ranks_and_under_every_plan(late):
 
 
 def test_parts_travel_through_codecs_as_vectors_of_their_own():
-    """Bit for bit: each part's exchange, its residuals and random bits are those of a run that has nothing else."""
+    """Bit for bit: each part's exchange, residuals and random bits are those of a run with that part only."""
     start_P, targets_KP = drawn(5000)
     up = {"codec": {"name": "topk", "ratio": 0.1}, "feedback": True}
     down = {"codec": {"name": "int8", "rounding": "stochastic"}, "feedback": True}
@@ -136,7 +136,7 @@ def test_parts_travel_through_codecs_as_vectors_of_their_own():
         params_P, ends = torch.from_numpy(start_P).float(), []
         halves = [params_P[part] for part in parts(5000, 2)]
         exchanges = [make(build(ExchangeSection, values), comm, half_S, facts) for half_S in halves]
-        x_KP = {k: torch.zeros(5000) for k in range(4)}  # how far silos have come
+        x_KP = {k: torch.zeros(5000) for k in range(4)}  # the silos' progress
         for number, cohort in enumerate(COHORTS, start=1):
             n = turn(number, 2)
             exchanges[n].begin(number, 2)
@@ -158,7 +158,7 @@ def test_parts_travel_through_codecs_as_vectors_of_their_own():
 
 @pytest.mark.parametrize("late", [False, True])
 def test_statistics_travel_exactly_in_the_part_that_they_lie_in(late):
-    """One lies across two parts. They become the silos' mean, whatever the server's optimizer."""
+    """One lies across two parts. They become the silos' mean, for any server optimizer."""
     start_P, targets_KP = drawn(4000)
     beside = Segment("bn.running_mean", 900, 1100, "exact", averaged=True)
     layout = Layout((Segment("delta", 0, 4000, "delta"), beside))

@@ -1,4 +1,4 @@
-"""Server optimizers keep state for the parameters alone, and none for vectors that follow a rule of their own."""
+"""Server optimizers keep state for the parameters only, not for vectors that follow their own rule."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`exchange.overlap`: what it is refused with, and that it converges where local training goes far."""
+"""`exchange.overlap`: invalid options, and that it converges when local training goes far."""
 
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ def test_shared_memory_is_never_measured(tmp_path):
 
 
 def test_a_checkpoint_is_of_the_parameters_that_its_record_speaks_of(tmp_path):
-    """And as large as plan says."""
+    """And its size is what plan says."""
     config = build(
         Config,
         {
@@ -58,7 +58,7 @@ def test_a_checkpoint_is_of_the_parameters_that_its_record_speaks_of(tmp_path):
 
 @pytest.fixture
 def undisturbed():
-    """What a reproducible run sets in its process is put back."""
+    """Restore what a reproducible run sets in its process."""
     threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
@@ -69,7 +69,7 @@ LR, DECAY, EPOCHS, BATCH, ROUNDS = 1.0, 1e-3, 5, 32, 20
 
 
 def accuracies(tmp_path, overlap):
-    """By round, and the run's configuration and start."""
+    """Parameters by round, and the run's configuration and start."""
     config = build(
         Config,
         {
@@ -91,7 +91,7 @@ def accuracies(tmp_path, overlap):
 
 
 def naive(config, w_P):
-    """What overlap is not: training begins at the old parameters, and its mean is added to those that have arrived."""
+    """The naive version: training starts at the old parameters, and its mean is added to those that have arrived."""
     source = config.data.source(config.seed)
     data = [source.open(silo.id) for silo in source.silos]
     arrays = [[t.reshape(len(t), -1).squeeze().double().numpy() for t in some] for some in data]
@@ -115,7 +115,7 @@ def naive(config, w_P):
 
 @pytest.mark.slow
 def test_overlap_converges_where_local_training_goes_far_and_the_naive_way_does_not(tmp_path, undisturbed):
-    """Five epochs at a large step, silos with other classes. Late means on old starts swing for ever."""
+    """Five epochs at a large step, silos with different classes. Late means on old starts oscillate for ever."""
     without, config, first_P = accuracies(tmp_path, False)
     overlap, *_ = accuracies(tmp_path, True)
     swinging = naive(config, first_P)

@@ -1,4 +1,4 @@
-"""The family of plans: what each supports it carries out, and which one `plan: auto` takes where."""
+"""The family of plans: each carries out what it supports, and which one `plan: auto` chooses."""
 
 import ast
 import logging
@@ -101,7 +101,7 @@ def test_auto_goes_by_placement_and_sizes(machine, num_elements, how, takes, why
 
 
 class Ranks(SoloComm):
-    """As many, on as many nodes, as the test wants."""
+    """Any number of ranks, on any number of nodes."""
 
     def __init__(self, size=2, nodes=1, full=""):
         super().__init__()
@@ -161,7 +161,7 @@ def test_a_plan_that_cannot_go_on_gives_way_and_this_is_said(caplog):
 
 
 def test_a_run_of_the_old_default_goes_on_with_the_same_bits(tmp_path):
-    """config.yaml says everything: that the plan was replicated, though nobody had named it."""
+    """config.yaml records the resolved plan, replicated, although nobody had named it."""
     whole = run(config(tmp_path / "whole", 4, exchange={"plan": "root"}))[1]
     run(config(tmp_path / "left", 2, exchange={"plan": "root"}))
     again = run(config(tmp_path / "left", 4))[1]
@@ -226,7 +226,7 @@ def test_memory_for_ranks_that_outlive_each_other_is_told_where_they_may():
 
 
 class Gathered(Whole):
-    """Every rank hears all ranks' sums, and adds them up in the order of ranks. A plan of one's own."""
+    """A user's plan: every rank receives all ranks' sums, and adds them in the order of ranks."""
 
     @classmethod
     def supports(cls, section, machine):
@@ -253,7 +253,7 @@ def test_a_plan_of_one_s_own_opens_one_file(tmp_path, monkeypatch):
     theirs, ours = (run(config(tmp_path / name, 2, **how))[1] for name, how in (("a", {}), ("b", own)))
     torch.testing.assert_close(ours.parameters, theirs.parameters, rtol=1e-6, atol=1e-7)
     assert ours.plan.section.plan == "my_plans:Gathered"
-    assert run(config(tmp_path / "b", 3))[1].plan.section.plan == "my_plans:Gathered"  # it was begun with it
+    assert run(config(tmp_path / "b", 3))[1].plan.section.plan == "my_plans:Gathered"  # the run started with it
     with pytest.raises(
         ConfigError, match="plan my_plans:Gathered takes no overlap; take replicated or sharded or root"
     ):

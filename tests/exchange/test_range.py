@@ -1,4 +1,4 @@
-"""Updates that a codec's format does not hold: rejected by name, and the round goes on."""
+"""Updates that a codec cannot represent: rejected by name, and the round continues."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ from fedmpi.errors import Diverged, ExchangeError
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.local import Sgd
 
-HERE = "exchange.test_range:"  # what configurations call this module's own components
+HERE = "exchange.test_range:"  # how configurations name this module's components
 
 
 @component
 class Far:
-    """SGD, but silo s1 goes very far in one coordinate, or in all silos."""
+    """SGD, but silo s1 goes very far in one coordinate, or all silos do."""
 
     by: float = 70_000.0
     all: bool = False
@@ -33,7 +33,7 @@ class Far:
 
 
 def far(out, rounds, exchange, **local):
-    """A run with that rule, whose work has fields of its own."""
+    """A run with that rule and these fields."""
     values = to_dict(config(out, rounds, exchange=exchange))
     return build(Config, {**values, "local": {"name": HERE + "Far", **local}})
 

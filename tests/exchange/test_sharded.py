@@ -1,5 +1,6 @@
-"""The sharded plan with codecs, over ranks that are threads: against a plain transcription, and the same bits for any
-number of ranks."""
+"""The sharded plan with codecs, over ranks that are threads: against a plain reference, and the same bits for any
+number of ranks.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ LOSSY = [name for name in CODECS.members if name != "identity"]
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
-    """The shortest that codecs can do with; the real length is for speed alone."""
+    """The shortest length that codecs allow; the real length only makes it faster."""
     monkeypatch.setattr(chunks, "SHORTEST", 4096)
 
 
@@ -35,7 +36,7 @@ def fed_back(codec):
 
 
 def transcribed(how, start_P, deltas_RKP, server="fedavg"):
-    """The same, one line per sentence of the docstrings: no ranks, no rows."""
+    """The reference, one line per sentence of the docstrings: no ranks, no rows."""
     grid, params_P, optimizer = Grid(P, 1), start_P.clone(), OPTIMIZERS.build(server, "")
     up = Coder(how.up, grid, 7, params_P.device, "up")
     down = Coder(how.down, grid, 7, params_P.device, "down")
@@ -108,7 +109,7 @@ def test_how_many_stripes_travel_together_changes_no_bit(name, scope, monkeypatc
 @pytest.mark.parametrize("name", ["int8", "topk", "qsgd", "threshold"])
 @pytest.mark.parametrize("scope", ["rank", "silo"])
 def test_feedback_loses_nothing_over_rounds(name, num_ranks, scope):
-    """What has arrived and what is kept back are together what was sent."""
+    """What has arrived and the residuals together equal what was sent."""
     _, deltas_RKP = drawn(4)
     done = run(section(fed_back(name), fed_back(name), scope=scope), torch.zeros(P), deltas_RKP, num_ranks)
     shares = torch.tensor(WEIGHTS) / sum(WEIGHTS)
@@ -165,7 +166,7 @@ def test_residuals_of_ranks_move_with_silos_and_add_up(num_ranks):
         exchange.holders["up"].restore(mine)
         return sum(fed_back_of(exchange).values(), torch.zeros(P))
 
-    for weight in (1.0, 0.5):  # of all silos then: a residual is in its units
+    for weight in (1.0, 0.5):  # total weight at that time: the unit of a residual
         torch.testing.assert_close(sum(on_ranks(3, moved)), sum(kept.values()) * weight)
 
 
@@ -183,7 +184,7 @@ def test_what_a_format_cannot_hold_on_one_rank_is_an_error_on_all(way, scope, nu
     start_P, deltas_RKP = drawn(1)
     deltas_RKP[0, 0, 9000] = 9e5
     how = section(**{way: {"codec": "fp16"}}, scope=scope)
-    if way == "up" and scope == "silo":  # said while the silo trains, where it is the silo's error
+    if way == "up" and scope == "silo":  # raised while the silo trains, as the silo's error
         with pytest.raises(FedmpiError, match=r"exchange\.up: values 8192 to 12288"):
             run(how, start_P, deltas_RKP, 1)
         return

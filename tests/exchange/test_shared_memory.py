@@ -1,4 +1,4 @@
-"""Plan shared_memory where memory that ranks share is short: known on all ranks before anything is allocated."""
+"""Plan shared_memory with too little shared memory: all ranks learn it before anything is allocated."""
 
 import os
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def docker(monkeypatch):
-    """64 MiB, none of which is in use."""
+    """64 MiB, all free."""
     at = SimpleNamespace(f_bavail=64, f_frsize=MIB, f_blocks=64)
     monkeypatch.setattr(os, "statvfs", lambda path: at)
     return at

@@ -62,7 +62,7 @@ def test_what_the_ring_has_no_room_for_is_refused_by_name(tmp_path):
 
 
 def test_a_heavy_silo_among_many_light_ones_has_the_room_that_it_needs(tmp_path):
-    """Its delta is beyond 2^18 over its share of the silos, and its sum is not."""
+    """Its delta exceeds 2^18 divided by its share of the silos, but its sum does not."""
     sizes = (8,) * 20
     spread = {f"s{i}": 1e6 if i == 0 else 1.0 for i in range(20)}
     how = config(
@@ -110,7 +110,7 @@ def test_the_sum_of_two_thousand_vectors_that_travel_one_by_one_is_right_in_floa
 
 @pytest.mark.parametrize("plan", ["root", "replicated", "sharded"])
 def test_weights_far_beyond_one_are_added_up_alike_on_any_number_of_ranks(plan):
-    """As where steps are counted: a float64 does not hold their sum in the ring's units."""
+    """As if steps were counted: a float64 cannot hold their sum in the ring's units."""
     rng = np.random.default_rng(0)
     given = (rng.uniform(1, 1e5, size=7) * 1e3).tolist()
     deltas_KP = torch.from_numpy(rng.normal(size=(7, 50)) * 1e-3)

@@ -1,4 +1,4 @@
-"""The kernels and their plain twin: the same bits."""
+"""The kernels equal their plain version, bit for bit."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ ROOMS = {"cpu": (cpu, base.to_array), "plain": (plain, base.to_array), "cuda": (
 
 
 def special(num):
-    """Ties, zeros of both signs, runs of equals, subnormals, the largest numbers, halves of a step."""
+    """Ties, zeros of both signs, runs of equal values, subnormals, the largest numbers, halves of a step."""
     x = torch.zeros(num)
     pool = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-40, 1.2e-38, 0.5, 63.5 / 127, 2.5 / 7, 1e-4, 1.5e-4, 60000.0])
     places = torch.from_numpy(np.random.default_rng(num).integers(0, len(pool), num))
@@ -43,7 +43,7 @@ def test_kernels_have_the_bits_of_their_twin(codec, room, make, monkeypatch):
             wanted = everything(codec, "plain", monkeypatch, make(num), feedback)
             for what, mine, theirs in zip(("payload", "residual", "out", "sum"), found, wanted, strict=True):
                 assert mine.shape == theirs.shape, (num, what)
-                # As bits: a zero's sign counts too.
+                # compare bits: a zero's sign counts too
                 assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), (num, feedback, what)
 
 
@@ -102,10 +102,10 @@ def test_selection_is_exact_whatever_the_values(room):
     num = 20_000
     spiky = np.zeros(num, np.float32)
     spiky[rng.choice(num, 300, replace=False)] = 1.0
-    periodic = np.where(np.arange(num) % 4 == 0, 100.0, 1.0).astype(np.float32)  # what a strided sample sees of it
+    periodic = np.where(np.arange(num) % 4 == 0, 100.0, 1.0).astype(np.float32)  # a strided sample misses some values
     normal = rng.standard_normal(num).astype(np.float32)
     rounded = np.round(normal * 4).astype(np.float32)
-    uneven = np.full(num, 0.5, np.float32)  # and here it sees only the few large ones, not those at the floor
+    uneven = np.full(num, 0.5, np.float32)  # here it sees only the few large ones, not those at the floor
     uneven[0:6400:2], uneven[1:2000:2] = 100.0, 1.0
     for x in (normal, spiky, periodic, rounded, uneven, np.ones(num, np.float32), normal[:100], -np.abs(normal)):
         for k in {1, 3, len(x) // 100 or 1, len(x) // 4, len(x)}:

@@ -1,4 +1,4 @@
-"""Silos that do not all do the same: what comes of it, and what is refused."""
+"""Uneven local work: its results, and invalid options."""
 
 import time
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ CENTRES = {"a": 1.0, "b": -2.0, "c": 4.0}
 
 @dataclass(frozen=True)
 class Bowls:
-    """Silos whose losses are (w - c)^2, as many samples each: the optimum of the sum is the mean of the centres."""
+    """Silos whose losses are (w - c)^2, with equal sample counts: the optimum of the sum is the mean of the centres."""
 
     def source(self, seed):
         return Source("regression", (1,), 1, tuple(Silo(name, 4) for name in CENTRES), self.opened)
@@ -65,11 +65,11 @@ def test_a_silo_with_ten_times_the_steps_pulls_the_mean_away_and_fednova_not(tmp
             taken = [{k: row["num_steps"] for k, row in record["silos"].items()} for record in run]
             ends[aggregate] = float(run.parameters[0])
     assert all(steps == {"a": 1, "b": 1, "c": 10} for steps in taken)
-    # One step of a bowl goes 0.01 of the way, ten steps 1 - 0.99^10 of it: where they balance is the mean's end.
+    # One step goes 0.01 of the way, ten steps 1 - 0.99^10 of it: the fixed point is where they balance.
     pulls = {"a": 0.01, "b": 0.01, "c": 1 - 0.99**10}
     biased = sum(pulls[k] * c for k, c in CENTRES.items()) / sum(pulls.values())
     assert ends["mean"] == pytest.approx(biased, abs=0.01) and biased > 3.2
-    # FedNova's end is the optimum, 1, but for what ten steps bend: (1 - 0.99^10) / 10 against 0.01.
+    # FedNova's fixed point is the optimum, 1, except for the curvature of ten steps: (1 - 0.99^10) / 10 against 0.01.
     assert abs(ends["fednova"] - 1.0) < 0.08 < abs(ends["mean"] - 1.0) / 25
 
 

@@ -1,4 +1,4 @@
-"""One contract over every local rule, what optimizers make of gradients and keep, and what single rules promise."""
+"""One contract for every local rule, what optimizers do to gradients and keep, and properties of single rules."""
 
 import copy
 import itertools
@@ -65,7 +65,7 @@ class Bench:
         self.checks += 1
 
     def train(self, number, params_P=None, check=None):
-        """What the silo contributes, copied; its state is the silo's new one, as a round would commit it."""
+        """A copy of the silo's contribution; the silo's state is committed, as a round would do."""
         generator = torch.Generator().manual_seed(number)
         vectors = {a.name: 0.1 * torch.randn(len(self.params_P), generator=generator) for a in self.auxiliaries}
         loss = torch.nn.functional.cross_entropy
@@ -95,7 +95,7 @@ def test_the_same_inputs_give_the_same_bits(bench):
     other = Bench(bench.rule)
     for number in (1, 2, 3):
         one = bench.train(number)
-        torch.rand(number)  # who else has drawn does not matter
+        torch.rand(number)  # other draws do not matter
         two = other.train(number)
         assert torch.equal(one.vector_Q, two.vector_Q) and one.loss == two.loss
         assert bench.silo.kept.keys() == other.silo.kept.keys()
@@ -110,7 +110,7 @@ def test_parameters_and_what_is_kept_are_read_and_not_written(bench):
         assert torch.equal(bench.params_P, params_P)
         assert kept.keys() == before.keys() and all(torch.equal(kept[name], before[name]) for name in kept)
         pieces = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in bench.silo.kept.values() if t.nbytes]
-        travels = bench.model.take_delta(params_P)  # what the next silo's training overwrites
+        travels = bench.model.take_delta(params_P)  # the next silo's training overwrites it
         low, high = travels.data_ptr(), travels.data_ptr() + travels.nbytes
         assert all(end <= low or start >= high for start, end in pieces), "kept in the model's memory"
         bench.params_P = params_P + delta_P
@@ -201,7 +201,7 @@ LINEAR = [
 @pytest.mark.parametrize("tau", [1, 2, 7])
 @pytest.mark.parametrize(("target", "takes", "pull"), LINEAR)
 def test_num_gradients_is_the_sum_of_what_every_gradient_has_moved(target, takes, pull, tau):
-    """By torch's own steps: parameter i has the gradient 1 in step i and the proximal term's alone in all others."""
+    """With torch's own steps: parameter i has gradient 1 in step i, and only the proximal term's in all others."""
     lr = 0.05
     param = torch.nn.Parameter(torch.zeros(tau, dtype=torch.float64))
     optimizer = target([param], lr=lr, **takes)
@@ -224,7 +224,7 @@ def test_what_is_not_linear_in_the_gradients_has_no_number(target, takes):
     assert num_gradients(Deferred("", target, takes), 3) is None
 
 
-# ------------------------------------------------------------ optimizers that go on
+# ------------------------------------------------------------ optimizers that keep state
 
 
 @pytest.mark.parametrize("name", TORCH_OPTIMIZERS.members)
@@ -268,7 +268,7 @@ def test_an_optimizer_goes_on_from_what_was_kept(name, dtype):
 
 
 def run(local, out, rounds, **other):
-    """The parameters at the end, in the world of equations/."""
+    """The final parameters, on the problem of equations/."""
     values = {
         "rounds": rounds,
         "out": str(out),
@@ -283,7 +283,7 @@ def run(local, out, rounds, **other):
 
 
 def scaffold_on_quadratics(divisor, rounds, lr, steps, rho):
-    """Option II with whole gradients, momentum and equal weights, and where the mean of the losses is least."""
+    """Option II with full gradients, momentum and equal weights; and the minimizer of the mean loss."""
     problem = equations.Problem(np.zeros(4), [], [])
     silos = [(x.T @ x / len(x), x.T @ y / len(x)) for x, y in map(_with_ones, map(problem.whole, range(5)))]
     w, c, own = np.zeros(4), np.zeros(4), [np.zeros(4)] * 5
@@ -367,7 +367,7 @@ def test_moon_leaves_running_statistics_to_the_model_that_trains() -> None:
         found.params_P = found.model.params()
         return found
 
-    # In the second layer's mean, which personal statistics hold, only three batches a round have left a trace.
+    # The second layer's mean uses personal statistics, so only three batches per round have changed it.
     sgd, moon = bench({"name": "sgd", "lr": 1e-9}), bench({"name": "moon", "features": "0", "lr": 1e-9})
     for number in (1, 2, 3):
         for one in (sgd, moon):
@@ -390,7 +390,7 @@ def test_moon_says_which_model_it_cannot_compare() -> None:
 
 @pytest.mark.slow
 def test_optimizers_are_made_and_step_without_torch_s_compiler_which_would_come_without_that_patch():
-    """Where torch changes under local/optimizers.py, or does not import its compiler any more, one of the two fails."""
+    """Fails if torch changes below local/optimizers.py, or no longer imports its compiler."""
     code = """
 import inspect, sys, torch
 from fedmpi.local import plain_step

@@ -1,4 +1,4 @@
-"""Models of the silos' own: what is scored, what is kept, what never leaves."""
+"""The silos' own models: what is scored, what is kept, what never leaves."""
 
 import json
 from functools import partial
@@ -149,7 +149,7 @@ def test_all_but_batch_norm_finds_it_by_its_type():
 
 
 def test_fedbn_leaves_every_silo_its_own_normalization(tmp_path):
-    """Li et al. 2021, Algorithm 1: FedAvg over the rest; so one silo's round is SGD on the whole of its model."""
+    """Li et al. 2021, Algorithm 1: FedAvg over the rest; so one silo's round is SGD on its whole model."""
     chosen = config(
         tmp_path,
         {"name": "sgd", "epochs": 1, "sampler": "in_order"},
@@ -212,7 +212,7 @@ def test_fedrep_needs_a_head_that_stays_and_a_body_that_does_not(tmp_path):
         config(tmp_path / "a", {"name": "fedrep", "steps": 1})
 
 
-# ---------------------------------------------------------------- what rules owe
+# ---------------------------------------------------------------- contract of rules
 
 
 class Everything(nn.Module):
@@ -289,7 +289,7 @@ def test_broken_off_in_the_head_everything_is_trained_again():
 
 
 def trained_once(values):
-    """A round of a rule on a model with a head of its own: the contribution, and how many batches were begun."""
+    """A round of a rule on a model with its own head: the contribution, and how many batches were begun."""
     rule = RULES.build({"lr": 0.1, "batch_size": 4, **values}, "local")
     model, x, begun = FlatModel(Everything(), ["*", "!head.*"]), torch.randn(8, 4), []
     silo = LocalSilo("a", SiloData(x, torch.arange(8) % 2, x, torch.arange(8) % 2), 8.0)
@@ -318,7 +318,7 @@ def test_an_amount_is_of_the_shared_model_where_the_own_one_has_a_number(values)
 @pytest.mark.parametrize("n", (2, 3))
 @pytest.mark.mpi
 def test_what_is_personal_is_never_handed_to_mpi(case, n, tmp_path_factory):
-    """And ranks evaluate the checkpoint each where its silos' data are, see programs/personal.py."""
+    """And each rank evaluates the checkpoint where its silos' data are, see programs/personal.py."""
     folder = tmp_path_factory.getbasetemp() / "secrets"
     told = launch("personal", n, str(folder)).check(case)
     assert told["buffers"] > 20 and told["shared"] > 0 and told["secret"] == 0

@@ -1,4 +1,4 @@
-"""Silo runners: whoever trains several silos at once docks here, and nobody else notices."""
+"""Silo runners: one that trains several silos at once fits in, and nothing else notices."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ RUNS = {
 
 @component
 class AllAtOnce:
-    """Every silo has trained before the first contribution is handed out, as where models are batched."""
+    """Every silo has trained before the first contribution is handed out, as with batched models."""
 
     def run(self, rule, model, silos, begin):
         found = []

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn on the pooled samples, whatever silos, batches and ranks they are in."""
+"""Metrics against scikit-learn on the pooled samples, for any distribution over silos, batches and ranks."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ from fedmpi.types import SiloData
 
 SIZES = (40, 1, 17, 0, 90)  # of silos; one is empty and one has a single sample
 IDS = [f"s{i}" for i in range(len(SIZES))]
-SKEW = (0.0, 0.4, 1.5, 0.0, -1.0)  # silos' outputs lie apart, so that means over silos are not the pooled figures
+SKEW = (0.0, 0.4, 1.5, 0.0, -1.0)  # silos' outputs differ, so that means over silos are not the pooled figures
 CLASSES = {"classification": 4, "binary": 1, "regression": 2, "next_token": 6}
 
 
@@ -56,8 +56,7 @@ def samples(task, seed=0):
 
 
 def scored(fields, task, silos, num_ranks=1, batch_size=7):
-    """Rows of silos, figures of all and the objective; the silos are dealt out to ranks, and have models of their own
-    that are the global one."""
+    """Rows of silos, figures of all and the objective. Ranks share the silos, whose own models equal the global one."""
     objective = resolve(build(Objective, fields, "objective"), task, CLASSES[task])
     scores, ids = Scores(objective), [f"s{i}" for i in range(len(silos))]
     boards = [StatusTable(num_ranks, (), len(silos), scores.columns, scores.num_counts) for _ in range(num_ranks)]
@@ -139,7 +138,7 @@ def test_the_figure_of_all_is_scikits_on_the_pooled_samples(name, task):
         assert abs(found[key] - wanted) <= found["auc_within"] < 0.01
     else:
         assert found[key] == pytest.approx(wanted, rel=1e-5 if name == "r2" else 1e-6)
-    # The same bits for any number of ranks, and whatever the batches.
+    # The same bits for any number of ranks and any batches.
     assert scored(fields, task, silos, num_ranks=3)[1] == found
     if name not in ("log_loss", "perplexity", "mse", "rmse", "mae", "r2"):
         assert scored(fields, task, silos, batch_size=1000)[1][key] == found[key]
@@ -175,7 +174,7 @@ def test_log_odds_keep_their_digits_where_one_class_is_all_but_certain():
     logits = torch.tensor([[40.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     assert log_odds(logits)[0].tolist() == pytest.approx([40 - math.log(1 + math.e), -40, -39], rel=1e-12)
     assert log_odds(logits)[1].tolist() == pytest.approx([-math.log(2)] * 3)
-    assert area(np.zeros((2, 2, 4)))[0] != area(np.zeros((2, 2, 4)))[0]  # nan where there is nothing
+    assert area(np.zeros((2, 2, 4)))[0] != area(np.zeros((2, 2, 4)))[0]  # nan if there is nothing
 
 
 def test_r2_keeps_its_digits_where_targets_lie_far_from_zero():
@@ -377,7 +376,7 @@ def test_metrics_of_torchmetrics_whose_states_add_up_are_pooled_exactly(name, fi
 )
 @pytest.mark.filterwarnings("ignore:pkg_resources")
 def test_torchmetrics_takes_no_batch_of_logits_for_probabilities(name, fields, task):
-    """It would where all of them lie between 0 and 1."""
+    """torchmetrics would convert a batch whose outputs all lie between 0 and 1."""
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     silos = [s for s in samples(task) if len(s[0]) > 1]
     silos[0] = (silos[0][0].sigmoid() * 0.9, silos[0][1])
@@ -427,7 +426,7 @@ def test_metrics_of_torchmetrics_pool_their_least_and_largest(tmp_path, monkeypa
     assert found["Range"] == pytest.approx(float((outputs.max() - outputs.min()) * outputs.numel()), rel=1e-6)
 
 
-# ---------------------------------------------------------------- targets that do not count
+# ---------------------------------------------------------------- ignored targets
 
 
 @pytest.mark.parametrize("task", ["classification", "next_token"])
@@ -439,7 +438,7 @@ def test_targets_that_are_ignored_count_in_no_figure(task):
         away = torch.tensor(rng.random(targets.shape) < 0.4)
         kept.append((outputs[~away], targets[~away]))
         silos.append((outputs, targets.masked_fill(away, -100)))
-    silos[1] = (silos[1][0], torch.full_like(silos[1][1], -100))  # a silo of which nothing counts
+    silos[1] = (silos[1][0], torch.full_like(silos[1][1], -100))  # a silo with only ignored targets
     kept[1] = (kept[1][0][:0], kept[1][1][:0])
     rows, found, _ = scored({"metrics": names}, task, silos)
     z, y = whole(kept)
@@ -473,7 +472,7 @@ IN_ORDER = {"batch_size": 2, "epochs": 1, "sampler": "in_order"}
     ids=lambda rule: str(rule["name"]),
 )
 def test_a_training_loss_is_the_mean_of_the_targets_that_count(tmp_path, rule):
-    """Some of them, none of a batch, none of a silo: at a rate of nothing the loss is that of the first parameters."""
+    """Some of them, none of a batch, none of a silo: with lr 0 the loss is that of the first parameters."""
     (record,), done = run(ignoring(tmp_path, rule | {"lr": 1e-12}))
     source, losses, counts = done.config.data.source(0), {}, {}
     for silo in ("s0", "s1", "s2"):
@@ -482,7 +481,7 @@ def test_a_training_loss_is_the_mean_of_the_targets_that_count(tmp_path, rule):
         counts[silo] = len(y)
         losses[silo] = torch.nn.functional.cross_entropy(done.model(x), y, reduction="sum").item()
     assert counts == {"s0": 5, "s1": 12, "s2": 0}
-    exact = rule["name"] != "per_fedavg"  # which looks at the halves of batches
+    exact = rule["name"] != "per_fedavg"  # it uses the halves of batches
     for silo in ("s0", "s1"):
         assert record["silos"][silo]["train_loss"] == pytest.approx(losses[silo] / counts[silo], rel=1e-6) or not exact
     assert record["train_loss"] == pytest.approx(sum(losses.values()) / 17, rel=1e-6) or not exact
@@ -497,7 +496,7 @@ def test_a_round_in_which_no_target_counts_says_nothing_of_divergence(tmp_path):
 
 @pytest.mark.parametrize("ignored", [0, 7])
 def test_the_loss_of_a_long_batch_of_float16_is_finite(ignored):
-    """Sums of 48,000 terms are more than float16 holds."""
+    """Sums of 48,000 terms exceed float16."""
     x = torch.zeros(48, 1000, dtype=torch.int64)
     y = torch.arange(48_000).view(48, 1000) % 4
     y[0, :ignored] = -100
@@ -525,7 +524,7 @@ def test_one_whole_batch_steps_along_the_gradient_of_the_targets_that_count(tmp_
         assert torch.allclose(moved, -grad, atol=1e-6)
 
 
-# ---------------------------------------------------------------- where the classes are
+# ---------------------------------------------------------------- the dimension of classes
 
 
 def test_logits_with_their_classes_first_and_last_train_and_score_alike(tmp_path):
@@ -553,7 +552,7 @@ def test_where_classes_may_be_in_either_dimension_it_has_to_be_said(tmp_path):
     for classes in ("first", "last"):
         how = config(tmp_path / classes, 8, data=data, model=model, objective={"classes": classes})
         losses.append(run(how)[0][-1]["loss"])
-    assert losses[0] < 0.9 * losses[1]  # what lies across trains on nonsense
+    assert losses[0] < 0.9 * losses[1]  # a transposed one trains on nonsense
     how = config(tmp_path / "b", data={"name": "support.runs:Pixels"}, model=model, objective={"classes": "last"})
     assert "logits are [N, ..., classes] for targets [N, ...]" in refused(how)
 

@@ -1,4 +1,4 @@
-"""Records: files that survive a kill, small sums that do not depend on who made them, figures on a terminal."""
+"""Records: files that survive a kill, checksums and sums that do not depend on ranks, figures on a terminal."""
 
 import errno
 import io
@@ -383,7 +383,7 @@ def test_the_figures_of_own_models_stand_beside_the_global_ones(tmp_path, monkey
 
 
 class Mine(Sink):
-    """A user's own, which fails when it is told to."""
+    """A user's sink, which fails on command."""
 
     def __init__(self, prefix: str = "r", fails: int = 0) -> None:
         self.prefix, self.fails = prefix, fails

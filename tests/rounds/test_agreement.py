@@ -1,4 +1,4 @@
-"""Errors that all ranks raise alike, and those that one rank alone may have."""
+"""Errors that all ranks raise alike, and those that only one rank raises."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from fedmpi.rounds.engine import Everybody
 
 
 class Pair(SoloComm):
-    """Rank 1 of two whose other one is elsewhere: to call a collective would be to wait for ever."""
+    """Rank 1 of two whose other rank is absent: a collective would wait for ever."""
 
     rank, size, fatal = 1, 2, (MemoryError,)
 

@@ -1,4 +1,4 @@
-"""What of single silos leaves their rank: all figures, who took part, or sums alone."""
+"""What leaves a rank about single silos: all figures, who took part, or only sums."""
 
 import json
 import math
@@ -37,7 +37,7 @@ HOW = {"objective": {"metrics": METRICS}, "select": {"name": "uniform", "fractio
 
 
 class Overheard(SoloComm):
-    """One rank, and all numbers that it hands to a collective."""
+    """One rank, and all numbers that it passes to a collective."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ PRIVATE = ("train_loss", "delta_norm", "loss", "accuracy", "log_loss", "num_samp
 
 
 def private(records):
-    """The figures of single silos, but for those that figures of all may be by chance."""
+    """The figures of single silos, except those that equal figures of all by chance."""
     found = {row[key] for record in records for row in record["silos"].values() for key in PRIVATE if key in row}
     return {value for value in found if value is not None and value not in (0, 1) and not float(value).is_integer()}
 
@@ -99,7 +99,7 @@ def torch_equal(one, two):
 
 
 def pack(rows, disclose):
-    """What a rank hands to the collective that tells of training, and what is known after it."""
+    """What a rank passes to the collective about training, and what is known after it."""
     board = StatusTable(2, READY_RANK, 3, READY_SILO, pooling=ready_pooling(disclose))
     for silo, row in enumerate(rows):
         board.set_silo(silo, **row)
@@ -212,7 +212,7 @@ def test_a_cohort_of_one_silo_has_no_sums_to_hide_behind(tmp_path, how):
 
 @component
 class Curious:
-    """A selector that does not say what it reads."""
+    """A selector that does not declare what it reads."""
 
     def init(self, num_train):
         return {}
@@ -246,7 +246,7 @@ def test_what_reads_figures_of_single_silos_is_refused_with_the_reason(values, w
     with pytest.raises(ConfigError, match=why) as caught:
         build(Config, values | {"disclose": disclose})
     assert f"disclose: {disclose}" in str(caught.value) and "\n" not in str(caught.value)
-    build(Config, values)  # under `silo` it goes
+    build(Config, values)  # `silo` allows it
 
 
 def test_a_metric_that_is_no_sum_is_refused(tmp_path):
@@ -255,7 +255,7 @@ def test_a_metric_that_is_no_sum_is_refused(tmp_path):
         fedmpi.Run(config(tmp_path, 1, disclose="pooled", **how), comm=SoloComm())
 
 
-# ---------------------------------------------------------------- what members declare
+# ---------------------------------------------------------------- declarations of members
 
 
 def told(hide):

@@ -1,4 +1,4 @@
-"""Losses that are not finite: the silo is named and left out, the run goes on, until nobody's is."""
+"""Losses that are not finite: the silo is named and left out, and the run continues until no silo is left."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ from fedmpi.outcome import RoundOutcome
 from fedmpi.selection import SELECTORS
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
-HERE = "rounds.test_finite:"  # what configurations call this module's own components
+HERE = "rounds.test_finite:"  # how configurations name this module's components
 IDS = ["s0", "s1", "s2"]
 
 
 @component
 class Wild:
-    """Three silos; the loss of those that are named is infinite in float32, and clipping makes their updates 0."""
+    """Three silos; the loss of the named ones is infinite in float32, and clipping makes their updates 0."""
 
     wild: tuple[str, ...] = ("s1",)
 
@@ -68,7 +68,7 @@ def test_a_candidate_whose_fresh_loss_is_not_finite_is_named_and_comes_last(tmp_
 
 
 def test_a_silo_that_never_tells_a_finite_loss_is_not_chosen_for_ever():
-    """Power-of-choice by last losses: infinite before the first participation, not after it."""
+    """Power-of-choice by last losses: infinite before the first participation, finite after it."""
     selector = SELECTORS.build({"name": "power_of_choice", "count": 1, "num_candidates": 3, "losses": "last"}, "select")
     state = selector.init([5, 5, 5])
     told = {"s0": {"train_loss": 3.0}, "s1": {"train_loss": None}, "s2": {"train_loss": 1.0}}
@@ -93,7 +93,7 @@ def test_fairness_rejects_by_name_whoever_s_loss_of_the_global_parameters_is_not
 
 @component
 class Endless(Aggregator):
-    """A mean that is multiplied with what is no number."""
+    """A mean that is multiplied by a value that is not finite."""
 
     def base(self, silo, num_samples):
         return 1.0

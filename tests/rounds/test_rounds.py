@@ -1,4 +1,4 @@
-"""A round as a value: what it has come to is known before anything changes, and can be had back from its record."""
+"""A round as a value: its outcome is known before anything changes, and can be restored from its record."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_an_outcome_for_some_silos_keeps_their_figures_together():
 
 @component
 class Stubborn:
-    """Goes on only where all of the cohort was heard."""
+    """Continues only if the whole cohort took part."""
 
     def objection(self, outcome):
         missing = outcome.rejected

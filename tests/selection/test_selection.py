@@ -1,4 +1,4 @@
-"""Selectors: one contract over the family, and what each claims: unbiased where it says so, by seeded draws."""
+"""Selectors: one contract for the family, and each one's claims: unbiased if it says so, by seeded draws."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def make(name, spec):
 
 
 def outcome(number, cohort, seed=0):
-    """What a round came to; figures that differ, one silo's update rejected."""
+    """The outcome of a round; figures that differ, one silo's update rejected."""
     rng = np.random.default_rng((seed, number))
     taken = cohort[: max(1, len(cohort) - (number == 2))]
     rows = {s: {"train_loss": float(rng.uniform(0.1, 2)), "delta_norm": float(rng.uniform(0, 3))} for s in taken}
@@ -79,7 +79,7 @@ def test_going_on_from_what_a_checkpoint_holds_gives_the_same_cohorts(name, spec
     assert [(c.cohort, c.factors) for c, _ in again] == [(c.cohort, c.factors) for c, _ in found[4:]]
 
 
-# ---------------------------------------------------------------- what is claimed of the mean
+# ---------------------------------------------------------------- claims about the mean
 
 DELTAS = np.random.default_rng(3).normal(size=(K, 4)) * np.array([[1], [0.1], [3], [2], [1], [0.5]])
 A = (N / N.sum())[:, None] * DELTAS  # what each silo adds to the full update
@@ -111,7 +111,7 @@ UNBIASED = [(name, spec) for name, spec in CASES if getattr(make(name, spec), "u
 @pytest.mark.parametrize(("name", "spec"), UNBIASED)
 @pytest.mark.parametrize("heard", [0, 3])
 def test_who_claims_to_be_unbiased_is(name, spec, heard):
-    """Before anybody was heard, and from unequal probabilities."""
+    """Before any silo took part, and from unequal probabilities."""
     selector = make(name, spec)
     state, last = selector.init(N.astype(int).tolist()), None
     if heard:
@@ -199,7 +199,7 @@ def test_power_of_choice_takes_the_candidates_with_the_highest_losses():
     assert last.candidates(IDS, state, None, rng) == []
     known = {"a": {"train_loss": 3.0}, "b": {"train_loss": 1.0}, "c": {"train_loss": 5.0}, "d": {"train_loss": 2.0}}
     state = last.observe(IDS, last.init(N), RoundOutcome.of(IDS, 1, "abcd", rows=known))
-    assert last.select(IDS, state, None, rng).cohort == ["e", "f"]  # nobody knows them
+    assert last.select(IDS, state, None, rng).cohort == ["e", "f"]  # unknown silos
     known = {"e": {"train_loss": 0.1}, "f": {"train_loss": 0.2}}
     state = last.observe(IDS, state, RoundOutcome.of(IDS, 2, "ef", rows=known))
     assert last.select(IDS, state, None, rng).cohort == ["a", "c"]
@@ -243,7 +243,7 @@ def test_upper_confidence_bounds_are_the_papers():
         for silo, plays, earned in zip(IDS, EARNED["plays"], EARNED["earned"], strict=True)
         if plays
     }
-    order = ["f", *sorted(bounds, key=bounds.get, reverse=True)]  # who never played comes first
+    order = ["f", *sorted(bounds, key=bounds.get, reverse=True)]  # silos that never played come first
     for size in range(1, K + 1):
         selector = make("ucb", {"fraction": size / K, "exploration": 0.5})
         assert selector.select(IDS, state, None, np.random.default_rng(0)).cohort == sorted(order[:size])
@@ -283,7 +283,7 @@ def test_round_robin_gives_everybody_a_turn():
     assert found == [["a", "b", "c", "d"], ["a", "b", "e", "f"], ["c", "d", "e", "f"]]
 
 
-# ---------------------------------------------------------------- who is there
+# ---------------------------------------------------------------- availability
 
 
 def test_only_who_is_there_is_chosen_and_what_others_did_is_not_forgotten():
