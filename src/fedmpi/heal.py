@@ -217,6 +217,6 @@ class Loss:
         what = [*taken[:8], *(["..."] if taken[8:] else []), *([f"{', '.join(left[:8])} left"] if left else [])]
         num = len(self.old_ranks)
         return (
-            f"lost {ranks_text(self.ranks)}, and goes on after round {self.round} with {num} "
-            f"rank{'s' if num > 1 else ''}, {self.seconds:.2f} s later: {'; '.join(what) or 'no silo was there'}"
+            f"lost {ranks_text(self.ranks)}; training goes on after round {self.round} with {num} "
+            f"rank{'s' if num > 1 else ''}, {self.seconds:.2f} s later: {'; '.join(what) or 'they hosted no silo'}"
         )

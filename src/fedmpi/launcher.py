@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WAITS_S = 10.0  # seconds for a launcher to end a job that a rank has aborted
-LATE_S = 10.0  # for a host's ranks to be started, once one of them calls MPI_Init
-GRACE_S = 2.0  # for a launcher to end a job that a rank left
+LATE_S = 10.0  # seconds for all ranks of a host to start, once one of them calls MPI_Init
+GRACE_S = 2.0  # seconds for a launcher to end a job whose rank has exited
 STARTERS = ("mpirun", "mpiexec", "prterun")  # started by a user or script; the others serve on their hosts
 LAUNCHERS = (*STARTERS, "prted", "orted", "hydra_pmi_proxy", "slurmstepd")
 PR_SET_PDEATHSIG = 1
@@ -64,7 +64,10 @@ def _above(names: tuple[str, ...]) -> tuple[int, str]:
 
 
 def end_later(seconds: float = WAITS_S) -> None:
-    """Kill the launcher above this process if it still runs in `seconds`. Open MPI's waits for a lost host for ever."""
+    """Kill the launcher above this process if it still runs in `seconds`.
+
+    If a host is lost, Open MPI's launcher waits for it for ever, although all ranks have ended.
+    """
     try:
         pid, name = _above(STARTERS)
         if pid:
@@ -79,8 +82,11 @@ def end_later(seconds: float = WAITS_S) -> None:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Ends the job if a rank of this host dies while the block runs, which calls MPI_Init: an MPI that outlives its
-    ranks waits there for ever, and holds the interpreter. So a process of its own watches."""
+    """End the job if a rank of this host dies inside the block, which calls MPI_Init.
+
+    An MPI that survives its ranks would wait there for ever. It also holds the interpreter, so a separate process
+    watches.
+    """
     watcher = None
     with contextlib.suppress(OSError):
         pid, _ = _above(LAUNCHERS)
@@ -97,13 +103,13 @@ def watched() -> Iterator[None]:
 
 
 def _watch(pid: int, job: str, num: int) -> None:
-    """Send the launcher SIGTERM once one of the job's `num` ranks here has died, or is not there within LATE_S."""
+    """Send the launcher SIGTERM once one of the job's `num` ranks here has died, or has not started within LATE_S."""
     rank, late_s, mark = os.getppid(), time.monotonic() + LATE_S, f"PMIX_NAMESPACE={job}\0".encode()
     known: set[str] = set()
     while os.getppid() == rank:
         there = {child for child in _children(pid) if mark in _environment(child)}
         if known - there or (len(known | there) < num and time.monotonic() > late_s):
-            time.sleep(GRACE_S)  # a rank that ended with a word of its own ends the job
+            time.sleep(GRACE_S)  # time for the launcher to end the job after an exit code
             if os.getppid() == rank:
                 sys.stderr.write("fedmpi: a rank died before MPI had started; the job ends\n")
                 os.kill(pid, signal.SIGTERM)
@@ -121,7 +127,7 @@ def _children(pid: int) -> list[str]:
 
 
 def _environment(pid: str) -> bytes:
-    """Empty for a process that has died."""
+    """The environment of a process; empty if it has died."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
         return file.read()
     return b""

@@ -52,7 +52,7 @@ class LaunchLine:
         """The words and the number of ranks without the lost hosts; the remaining hosts go into `hostfile`, if one is
         used.
 
-        There is one rank per slot, or, if the line has more ranks than slots, as many per slot as before.
+        There is at most one rank per slot; or, if the line has more ranks than slots, as many per slot as before.
         """
         left = sum(num for host, num in self.slots.items() if host not in lost)
         total = sum(self.slots.values())

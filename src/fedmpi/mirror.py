@@ -32,7 +32,7 @@ Runs = list[tuple[int, int]]  # start and length of each part of a vector that a
 class Commit:
     """One commit, as a rank stores it."""
 
-    state: State  # One commit, as a rank stores it.
+    state: State  # without its vectors
     whole: list[StateTensor]  # what every rank has
     mine: list[StateTensor]  # what only this rank has: its silos' tensors, its parts of vectors
     others: dict[int, list[StateTensor]]  # the same for the ranks whose buddy this rank is

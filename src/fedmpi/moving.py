@@ -39,7 +39,7 @@ def heirs(before: Membership, after: Membership) -> dict[str, str]:
 def remaining(tensors: Iterable[StateTensor], before: Membership, heir_of: Mapping[str, str]) -> list[StateTensor]:
     """The tensors without those of silos that left, in the order of the silos before.
 
-    One order, whatever the route, makes sums of them reproducible.
+    What a silo that left had stored for its rank remains. The order makes sums of it reproducible.
     """
     number = {silo: i for i, silo in enumerate(before.ids)}
     stays = (one for one in tensors if one.silo not in heir_of or (one.key[0] == "exchange" and OF_RANK in one.key))

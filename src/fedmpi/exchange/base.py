@@ -177,7 +177,7 @@ class Exchange:
             self.float_B = torch.zeros(BLOCK, dtype=torch.float64, device=self.device)
             self.int_B = torch.zeros(BLOCK, dtype=torch.int64, device=self.device)
 
-    # ------------------------------------------------------------ where things are kept
+    # ------------------------------------------------------------ memory and state
 
     def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
         """This rank's part of a server vector [P]: all of it, a slice, or nothing."""

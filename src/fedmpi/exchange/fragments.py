@@ -88,7 +88,7 @@ class Parts(Exchange):
         self._kept = [slice(start, stop) for start, stop in pairwise(ends)]  # each part in this rank's shard
         self.holders["parts"] = _OfParts(self._plans, self._kept)
 
-    # ------------------------------------------------------------ where things are kept
+    # ------------------------------------------------------------ memory and state
 
     def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
         return torch.cat([plan.shard(vector_P[part]) for plan, part in zip(self._plans, self.parts, strict=True)])

@@ -152,7 +152,7 @@ class Behind(Exchange):
     def settle(self) -> None:
         self._wait()
 
-    # ------------------------------------------------------------ where things are kept
+    # ------------------------------------------------------------ memory and state
 
     def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
         """The parameters, the plan's state (one round ahead), the order of the two vectors, and uncounted bytes."""

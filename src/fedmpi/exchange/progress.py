@@ -126,7 +126,7 @@ class Progress(Exchange):
     def settle(self) -> None:
         self._inner.settle()
 
-    # ------------------------------------------------------------ where things are kept
+    # ------------------------------------------------------------ memory and state
 
     def state(self, params_P: torch.Tensor) -> Iterator[StateTensor]:
         """The inner exchange's state, and every a_k."""

@@ -93,7 +93,7 @@ class Regional(Exchange):
         self._weight = 0.0  # of this rank's silos this round
         self._since = 0.0  # of this rank's region since the last exchange across
 
-    # ------------------------------------------------------------ where things are kept
+    # ------------------------------------------------------------ memory and state
 
     def delta(self) -> torch.Tensor:
         return self._inside[0].delta()
@@ -145,8 +145,8 @@ class Regional(Exchange):
 
     def restore(self, params_P: torch.Tensor, round: int, stored: Sequence[StateTensor]) -> None:
         here = [one for one in stored if one.key[0] in (PARAMS, *self.holders)]
-        # A silo may have moved to a rank that leads no region. Its region's state then goes to a rank that
-        # leads one; residuals add up.
+        # A silo may have moved to a rank that leads no region. Its region's state then goes to a rank that leads
+        # one; residuals add up.
         others = [one for one in stored if one.silo and one.key[0] not in (REGION[0], *self.holders)]
         super().restore(params_P, round, here + handed_over(others, self.comm))
         self._done = round

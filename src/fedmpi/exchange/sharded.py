@@ -131,7 +131,7 @@ class Sharded(Exchange):
         self._sum: torch.Tensor | None = None  # of several silos
         self._folded: float | None = None  # their weight; None: none added yet
 
-    # ------------------------------------------------------------ where things are kept
+    # ------------------------------------------------------------ memory and state
 
     def shard(self, vector_P: torch.Tensor) -> torch.Tensor:
         parts = [vector_P[self.grid.part(piece)] for piece in self.grid.owned(self.comm.rank)]
