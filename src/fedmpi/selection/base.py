@@ -74,7 +74,7 @@ class Selector:
         """Raise ConfigError if an option asks for more silos than there are."""
 
     def knows(self, ids: Sequence[str]) -> None:
-        """ConfigError where an option names a silo that is none of these, which are all that may ever take part."""
+        """Raise ConfigError if an option names a silo that is not among `ids`, all silos that may ever take part."""
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
         """The smallest possible cohort in these rounds, for aggregators that need a minimum."""
