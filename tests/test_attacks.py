@@ -152,7 +152,7 @@ def test_every_attack_says_who_is_hostile(name):
     for fields, says in (
         ({}, "either 'silos' or 'count'"),
         ({"silos": ["s1"], "count": 1}, "either 'silos' or 'count'"),
-        ({"silos": ["t1"]}, "no silo 't1'; there is: s0, s1"),
+        ({"silos": ["t1"]}, "no silo 't1'; available: s0, s1"),
         ({"silos": []}, "0 of 7 silos are hostile"),
         ({"count": 7}, "7 of 7 silos are hostile"),
         ({"count": 9}, "7 of 7 silos are hostile"),
@@ -172,7 +172,7 @@ def test_a_target_is_an_honest_silo():
 
 
 def test_no_attack_without_experimental():
-    with pytest.raises(ConfigError, match=r"attack: ipm .* for experiments alone; say experimental: true"):
+    with pytest.raises(ConfigError, match=r"attack: ipm .* for experiments only; set experimental: true"):
         build(Config, {"attack": {"name": "ipm", "count": 1}})
     assert build(Config, {}).attack is None and not build(Config, {}).experimental
 
@@ -283,7 +283,7 @@ def test_aggregators_get_what_an_omniscient_attacker_sends(tmp_path, name, aggre
     [
         ({}, "it needs exchange: {plan: sharded, scope: silo}"),
         ({"exchange": {"plan": "auto", "scope": "rank"}}, "it needs exchange: {plan: sharded, scope: silo}"),
-        ({"exchange": {"plan": "sharded", "scope": "silo", "up": {"codec": "bf16"}}}, "take no exchange.up.codec"),
+        ({"exchange": {"plan": "sharded", "scope": "silo", "up": {"codec": "bf16"}}}, "remove exchange.up.codec"),
         ({"exchange": {"plan": "sharded", "scope": "silo"}, "local": {"name": "scaffold"}}, "take a rule that sends"),
     ],
 )
@@ -297,7 +297,7 @@ def test_a_rule_of_hostile_silos_must_send_what_the_others_send_and_be_of_use(tm
     with pytest.raises(ConfigError, match="attack: label_flip has a local rule that sends other vectors"):
         runs.config(tmp_path, attack={"name": "label_flip", "count": 1, "local": own}, experimental=True)
     attack = {"name": "ipm", "count": 1, "local": own | {"name": "sgd"}}
-    with pytest.raises(ConfigError, match=r"attack: ipm sends nothing of what .*; take no attack\.local"):
+    with pytest.raises(ConfigError, match=r"attack: ipm sends nothing of what .*; remove attack\.local"):
         runs.config(tmp_path, attack=attack, experimental=True, exchange={"plan": "sharded", "scope": "silo"})
 
 

@@ -143,13 +143,13 @@ HARMS = [
     ("manifest.json", truncate, "manifest.json"),
     ("manifest.json", lambda path: path.write_text("[]"), "manifest.json"),
     ("manifest.json", lambda path: path.write_text("{}"), "manifest.json"),
-    ("manifest.json", flip, "its checksum is not its own"),
-    ("manifest.json", of_another_round, "speaks of another round"),
-    ("manifest.json", in_its_place(os.mkdir), "is no regular file"),
-    ("manifest.json", in_its_place(os.mkfifo), "is no regular file"),
+    ("manifest.json", flip, "its checksum does not match"),
+    ("manifest.json", of_another_round, "is of another round"),
+    ("manifest.json", in_its_place(os.mkdir), "is not a regular file"),
+    ("manifest.json", in_its_place(os.mkfifo), "is not a regular file"),
     ("manifest.json", in_its_place(lambda path: path.symlink_to("elsewhere")), "is a link"),
     ("server.h5", in_its_place(lambda path: path.symlink_to("elsewhere")), "is a link"),
-    ("rank-0001.h5", in_its_place(os.mkfifo), "is no regular file"),
+    ("rank-0001.h5", in_its_place(os.mkfifo), "is not a regular file"),
 ]
 
 

@@ -182,7 +182,7 @@ def test_your_own_functions_see_the_whole_test_set(tmp_path, monkeypatch):
         (
             {"metrics": ["accuracy", "mae"]},
             "next_token",
-            "objective.metrics.1: 'mae' is for regression, the data's task is next_token; there is: accuracy, top_k, "
+            "objective.metrics.1: 'mae' is for regression, the data's task is next_token; available: accuracy, top_k, "
             "log_loss, perplexity",
         ),
         (
@@ -219,7 +219,7 @@ def test_your_own_functions_see_the_whole_test_set(tmp_path, monkeypatch):
             "binary",
             "objective.metrics: confusion_matrix is no number; add one that tells the best round",
         ),
-        ({"best": "auc"}, "binary", "objective.best: no metric 'auc' that is a number; there is: accuracy"),
+        ({"best": "auc"}, "binary", "objective.best: no metric 'auc' that is a number; available: accuracy"),
         (
             {"metrics": {"name": "top_k", "k": 5}},
             "classification",

@@ -125,7 +125,7 @@ def test_a_damaged_file_is_one_line_and_the_next_start_writes_it_anew(tmp_path, 
 
 def test_a_folder_that_is_no_run_directory_is_one_line(tmp_path):
     done = CliRunner().invoke(app, ["silos", str(tmp_path)])
-    assert (done.exit_code, done.output) == (2, f"fedmpi: {tmp_path} is no run directory\n")
+    assert (done.exit_code, done.output) == (2, f"fedmpi: {tmp_path} is not a run directory\n")
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ConfigError, match=r"has no silos\.json"):
         roster.tell(tmp_path)

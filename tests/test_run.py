@@ -301,7 +301,7 @@ def test_a_flipped_bit_of_the_configuration_file_is_noticed_by_all_that_read_it(
                 look(tmp_path)
         assert refused(config(tmp_path, 2)).startswith(f"{path} is damaged; put it back")
     path.unlink()
-    assert refused(config(tmp_path, 2)) == f"{tmp_path} is no run directory: config.yaml: No such file or directory"
+    assert refused(config(tmp_path, 2)) == f"{tmp_path} is not a run directory: config.yaml: No such file or directory"
     path.write_bytes(whole)
     assert run(config(tmp_path, 2))[1].resumed == 1
 
@@ -480,7 +480,7 @@ def test_what_a_directory_says_is_what_the_run_said(tmp_path, fields):
             told["accuracy"],
         )
         assert all(row.items() <= told["silos"][silo].items() for silo, row in again["silos"].items())
-    with pytest.raises(ConfigError, match="no checkpoint of round 99; there is: "):
+    with pytest.raises(ConfigError, match="no checkpoint of round 99; available: "):
         results.choose(tmp_path, 99)
 
 

@@ -159,7 +159,7 @@ def test_looking_at_a_silos_model_between_rounds_changes_nothing(tmp_path, kind)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--silo", "zz"], "--silo: no silo 'zz'; there is: a, b"),
+        (["--silo", "zz"], "--silo: no silo 'zz'; available: a, b"),
         (["--silo", "a", "--shared"], "give either --silo or --shared"),
         ([], "every silo has its own head.weight, head.bias: give --silo ID for that silo's model"),
     ],

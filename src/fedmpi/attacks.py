@@ -68,18 +68,18 @@ class Attack:
     def _conflicts(self, config: Config) -> str | None:
         exchange = config.exchange
         if not config.experimental:
-            return "makes silos hostile, which is for experiments alone; say experimental: true beside it"
+            return "makes silos hostile, for experiments only; set experimental: true"
         own, others = (rule.auxiliaries for rule in (self.local or config.local, config.local))
         if own != others:
             return "has a local rule that sends other vectors than the honest silos' rule"
         if not self.omniscient:
             return None
         if self.local is not None:
-            return "sends nothing of what hostile silos train; take no attack.local"
+            return "sends nothing of what hostile silos train; remove attack.local"
         if not exchange.one_by_one or exchange.regions is not None:
             return "reads what honest silos send; it needs exchange: {plan: sharded, scope: silo} and no regions"
         if not exchange.up.plain:
-            return "reads what honest silos send, of which a codec sends parts another way; take no exchange.up.codec"
+            return "reads what honest silos send, of which a codec sends parts another way; remove exchange.up.codec"
         if config.local.auxiliaries:
             return "reads what honest silos send, and is defined for deltas alone; take a rule that sends nothing else"
         return None

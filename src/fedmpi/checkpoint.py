@@ -289,11 +289,11 @@ def manifest(root: Path, round: int, best: bool = False) -> Manifest:
     try:
         body, sha, digest = disk.read_bytes(path).decode().rpartition(_OWN_SHA)
         if not sha or digest != f"{_sha256(body)}{_OWN_END}":
-            raise ValueError("it is damaged: its checksum is not its own")
+            raise ValueError("it is damaged: its checksum does not match")
         found = _MANIFEST.validate_python(json.loads(body + _END))
         silos = [silo for file in found.files.values() for silo in file.silos]
         if found.round != round or (found.record or {"round": round}).get("round") != round:
-            raise ValueError("it speaks of another round")
+            raise ValueError("it is of another round")
         if SERVER not in found.files or len(set(silos)) != len(silos):
             raise ValueError(f"it has no {SERVER}, or a silo twice")
     except pydantic.ValidationError as error:
@@ -357,7 +357,7 @@ def _check_file(path: Path, file: File) -> None:
         raise CheckpointError(f"{path} is corrupt: its checksum is not the manifest's")
     rows = {silo for entry in tensorfile.contents(path) for silo in entry.silos or ()}
     if rows != set(file.silos):
-        raise CheckpointError(f"{path} has other silos than its manifest says")
+        raise CheckpointError(f"{path} holds other silos than its manifest lists")
 
 
 def newest(

@@ -175,7 +175,7 @@ def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> N
         if comm.rank == 0:
             say(_headline(run))
             if run.resumed >= run.config.rounds:
-                say(f"nothing to do: {run.resumed} rounds are done; rounds=N goes on")
+                say(f"nothing to do: {run.resumed} rounds are done; set rounds=N to train more")
         run.add_sink(progress)
         try:
             for _ in run:
@@ -250,11 +250,11 @@ def _print_plan(result: dict[str, Any]) -> None:
     if result["plan_why"]:
         console.print(f"plan {result['plan_asked']}: {result['plan_why']}")
     if result["bytes_up"] is None:
-        console.print("bytes of a round: they depend on where regions lie, which is known when ranks have hosts")
+        console.print("bytes of a round: they depend on which host each rank is on, which is known only at launch")
     else:
         console.print(
             f"a round, all ranks: {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down "
-            f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} of small things"
+            f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} control traffic"
         )
     kept = result["checkpoints_kept"]
     console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
@@ -353,14 +353,14 @@ def stop(directory: RunDir) -> None:
         from fedmpi.stopping import STOP_FILE, is_training
 
         if not (directory / "config.yaml").exists():
-            raise ConfigError(f"{directory} is no run directory")
+            raise ConfigError(f"{directory} is not a run directory")
         training = is_training(directory)
         if training is False:
             raise ConfigError(f"no job is training in {directory}")
         try:
             (directory / STOP_FILE).touch()
         except OSError as error:
-            raise ConfigError(f"{directory}: cannot ask there: {error.strerror}") from None
+            raise ConfigError(f"{directory}: cannot write the stop request: {error.strerror}") from None
         sure = "" if training else ", if there is one: that cannot be seen from this host"
         print(f"asked the job in {directory} to stop{sure}")
 

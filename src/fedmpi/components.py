@@ -103,7 +103,7 @@ class Family:
         close = did_you_mean(name, self.members)
         if self.outside and "." in name and "did you mean" not in close:
             module, _, attribute = name.rpartition(".")
-            close = f"; your own is written '{module}:{attribute}'"
+            close = f"; write your own as '{module}:{attribute}'"
         raise ConfigError(f"{path}: no {self.what} '{name}'{close}")
 
     def build(self, value: Any, path: str) -> Any:
@@ -133,7 +133,7 @@ class Family:
             if name not in self.members:
                 check_factory(found, name, path, self.what)
             return Deferred(name, found, _fitting(found, rest, path))
-        raise ConfigError(f"{path}: '{name}' is no dataclass, so it cannot be a {self.what}")
+        raise ConfigError(f"{path}: '{name}' is not a dataclass, so it cannot be a {self.what}")
 
     def _methods(self) -> list[str]:
         """Names of the methods that a member must have."""
@@ -143,7 +143,7 @@ class Family:
         return [n for n, m in vars(self.protocol or object).items() if isinstance(m, kinds) and not n.startswith("_")]
 
     def _no(self, value: Any, path: str) -> Any:
-        raise ConfigError(f"{path}: {value!r} is no {self.what}; one of: {', '.join(self.members)}")
+        raise ConfigError(f"{path}: {value!r} is not a valid {self.what}; one of: {', '.join(self.members)}")
 
     def name_of(self, member: Any) -> str:
         """The `name` that a configuration uses for this member."""
@@ -251,7 +251,7 @@ def _in_section(section: type, many: bool, value: Any, path: str, name: str) -> 
     if value is None or dataclasses.is_dataclass(value):
         return value
     what = "a list of " if many else ""
-    raise ConfigError(f"{path}: expected {what}keys and values, got {value!r}; there is: {', '.join(hints(section))}")
+    raise ConfigError(f"{path}: expected {what}keys and values, got {value!r}; available: {', '.join(hints(section))}")
 
 
 def _is_list(annotation: Any) -> bool:
@@ -289,7 +289,7 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the list of known names if none is similar."""
     names = [str(n) for n in known]
     close = [n for n in names if n.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; there is: {', '.join(names) or 'nothing'}"
+    return f"; did you mean '{close[0]}'?" if close else f"; available: {', '.join(names) or 'nothing'}"
 
 
 def import_object(name: str, path: str = "") -> Any:

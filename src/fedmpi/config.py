@@ -151,11 +151,11 @@ class RecordsSection:
         if "gram" not in self.needs:
             return None
         if not config.exchange.one_by_one:
-            return f"{key}: deltas meet one by one under exchange.scope: silo and plan sharded alone"
+            return f"{key}: needs exchange.scope: silo and plan sharded, where deltas meet one by one"
         if config.exchange.overlap:
-            return f"{key}: with exchange.overlap deltas meet after their round's record"
+            return f"{key}: not available with exchange.overlap: deltas arrive after their round's record"
         if config.exchange.fragments > 1:
-            return f"{key}: with exchange.fragments no whole deltas meet"
+            return f"{key}: not available with exchange.fragments: no rank sees whole deltas"
         return None
 
     def open_sinks(self) -> list[Sink]:
@@ -237,7 +237,7 @@ class Config:
         section = self.exchange
         for name, there in (("overlap", section.overlap), ("regions", section.regions is not None)):
             if there and self.on_failure not in (None, "stop"):
-                raise ValueError(f"on_failure: {self.on_failure} does not go with exchange.{name}; take stop")
+                raise ValueError(f"on_failure: {self.on_failure} cannot be combined with exchange.{name}; use stop")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -268,7 +268,7 @@ class Config:
             )
         if isinstance(self.server.optimizer, ReadsNorms) and statistics:
             raise ConfigError(
-                f"server.optimizer: {called(self.server.optimizer)} goes by how long deltas are, and '{statistics[0]}' "
+                f"server.optimizer: {called(self.server.optimizer)} uses the norms of deltas, and '{statistics[0]}' "
                 "is a statistic of another unit; take exchange.parameters: all_but_batch_norm or trainable"
             )
         for rule in (self.local, self.evaluate.finetune):
@@ -328,7 +328,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"'{override}' is no override; write key=value, such as local.lr=0.1")
+            raise ConfigError(f"'{override}' is not an override; write key=value, such as local.lr=0.1")
         try:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
@@ -357,7 +357,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, such as `rounds: 20`")
     for key, first, second in _twice(node):
-        raise ConfigError(f"{path}:{second}: '{key}' is there twice, first in line {first}")
+        raise ConfigError(f"{path}:{second}: '{key}' appears twice, first in line {first}")
     origins = {key: f"{path}:{line}" for key, line in _lines(node)} if node is not None else {}
     return values, origins
 

@@ -75,7 +75,7 @@ def read_config(root: Path) -> Begun:
         if checksum != f"{_sha256(text)}\n" or not all(isinstance(about[n], kind) for n, kind in _TOLD.items()):
             raise ValueError
     except OSError as error:
-        raise ConfigError(f"{root} is no run directory: {CONFIG_FILE}: {error.strerror or error}") from None
+        raise ConfigError(f"{root} is not a run directory: {CONFIG_FILE}: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError):
         raise ConfigError(f"{path} is damaged; put it back, or choose another out=") from None
     return Begun({name: value for name, value in values.items() if name != ABOUT}, about)

@@ -85,7 +85,7 @@ def open_regular(path: Path) -> int:
         raise OSError(error.errno, f"{path} is a link" if path.is_symlink() else error.strerror, str(path)) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is not a regular file")
     return descriptor
 
 

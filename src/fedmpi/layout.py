@@ -101,7 +101,7 @@ class Layout:
         for segment in self.segments:
             if segment.name == name and segment.role != "exact":
                 return cast(Vector, vector_Q[segment.place])
-        raise KeyError(f"no '{name}' travels; there is: {', '.join(self.names)}")
+        raise KeyError(f"no '{name}' travels; available: {', '.join(self.names)}")
 
     def params(self, vector_Q: Vector) -> Vector:
         """A view of the parameters in one of the server's vectors, [P]."""

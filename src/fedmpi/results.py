@@ -100,11 +100,11 @@ def choose(root: Path, which: RoundChoice, silos: Collection[str] | None = None,
         return best
     there = sorted({*checkpoint.sealed_rounds(root), *checkpoint.sealed_rounds(root, best=True)})
     if which not in there:
-        raise ConfigError(f"{root}: no checkpoint of round {which}; there is: {', '.join(map(str, there)) or 'none'}")
+        raise ConfigError(f"{root}: no checkpoint of round {which}; available: {', '.join(map(str, there)) or 'none'}")
     try:
         checkpoint.check(root, which, silos=silos, best=checkpoint.kept_as_best(root, which), others=others)
     except CheckpointError as error:
-        raise ConfigError(f"{error}; choose another round, there is: {', '.join(map(str, there))}") from None
+        raise ConfigError(f"{error}; choose another round; available: {', '.join(map(str, there))}") from None
     return which
 
 

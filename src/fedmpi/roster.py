@@ -148,7 +148,7 @@ def tell(root: Path) -> dict[str, Any]:
     """What the file says, and `training`: does a job train there now? None where that cannot be told from this host.
     ConfigError in one line."""
     if not (root / "config.yaml").exists():
-        raise ConfigError(f"{root} is no run directory")
+        raise ConfigError(f"{root} is not a run directory")
     found = read(root)
     return {"training": stopping.is_training(root), **{n: found[n] for n in ("round", "rounds", "silos")}}
 

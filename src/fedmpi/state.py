@@ -154,7 +154,7 @@ def _numbers(name: str, array: Any) -> torch.Tensor:
     try:
         return torch.from_numpy(np.asarray(array))
     except TypeError:
-        raise CheckpointError(f"'{name}' is kept as {np.asarray(array).dtype}, which is no number") from None
+        raise CheckpointError(f"'{name}' is kept as {np.asarray(array).dtype}, which is not a number") from None
 
 
 # ---------------------------------------------------------------- from ranks to whole tensors, and back

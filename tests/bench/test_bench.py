@@ -153,7 +153,7 @@ REFUSED = {
     "{name: topk, ratio: 2}": "--codec.ratio: input should be less than or equal to 1",
     "{name: topk": "--codec {name: topk: give a name, or a mapping",
     "{}": "--codec: needs a 'name'",
-    "3": "--codec: 3 is no codec",
+    "3": "--codec: 3 is not a valid codec",
 }
 
 

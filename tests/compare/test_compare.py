@@ -243,7 +243,7 @@ def test_a_folder_without_a_run_is_one_line(compare, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as ended:
         compare.main(["empty", "nowhere"])
-    assert ended.value.code == 2 and capsys.readouterr().err == "fedmpi: empty is no run directory\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == "fedmpi: empty is not a run directory\n"
 
 
 @pytest.mark.parametrize("option", [["--out", "x"], ["--only", "iid"], ["--quick"]])

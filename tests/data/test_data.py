@@ -478,7 +478,7 @@ NAN = np.where(X == 3, np.nan, X)
         ("a.npz", {"x": X, "y": Y + 0.5}, {}, "label 0.5 is not a whole number"),
         ("a.npz", {"x": X, "y": Y}, {"task": "binary", "num_classes": 1}, "label 2 is not a whole number from 0 to 1"),
         ("a.csv", {"x": X, "y": Y}, {"target": "targte"}, "no column 'targte' .*; did you mean 'target'"),
-        ("a.csv", {"x": NAN, "y": Y}, {}, "column 'f1': line 3 is 'nan'; nothing is filled in"),
+        ("a.csv", {"x": NAN, "y": Y}, {}, "column 'f1': line 3 is 'nan'; missing values are not filled in"),
         ("a.csv", {"x": X, "y": ["b"] * 20}, {"num_classes": None, "classes": ["a", "c"]}, "'b'.* not one of a, c"),
         ("a.csv", {"x": X, "y": ["b"] * 20}, {}, "'target': line 2 is 'b'.*need data.classes"),
         ("a.csv", {"x": np.array([["a", 1]]), "y": [1]}, {}, "column 'f0': line 2 is 'a'; .* into data.levels"),

@@ -45,13 +45,13 @@ def refusal(*given, **fields):
 # ---------------------------------------------------------------- CSV
 
 SAYS = [
-    ("renamed", CSV.replace("bp", "blood"), {"features": ["age", "bp"]}, "has no column 'bp'; its others are: blood"),
+    ("renamed", CSV.replace("bp", "blood"), {"features": ["age", "bp"]}, "has no column 'bp'; other columns: blood"),
     ("renamed a little", CSV.replace("bp", "bP"), {"features": ["age", "bp"]}, "no column 'bp'; did you mean 'bP'?"),
     (
         "two renamed",
         CSV.replace("age,bp", "u,v"),
         {"features": ["age", "bp"]},
-        "no columns 'age', 'bp'; its others are: u, v",
+        "no columns 'age', 'bp'; other columns: u, v",
     ),
     ("target renamed", CSV.replace("target", "died"), {}, "no column 'target' (data.target)"),
     (
@@ -62,9 +62,9 @@ SAYS = [
     ),
     ("two of a name", CSV.replace("bp", "age"), {}, "columns 1, 2 are all called 'age'; rename"),
     ("no name", CSV.replace("age", ""), {}, "has no name for its column 1 (an index, as pandas writes it?"),
-    ("empty cell", CSV.replace("3,4", "3,"), {}, "column 'bp': line 3 is empty; nothing is filled in"),
-    ("NaN", CSV.replace("3,4", "3,NaN"), {}, "column 'bp': line 3 is 'NaN'; nothing is filled in"),
-    ("n/a", CSV.replace("3,4", "n/a,4"), {}, "column 'age': line 3 is 'n/a'; nothing is filled in"),
+    ("empty cell", CSV.replace("3,4", "3,"), {}, "column 'bp': line 3 is empty; missing values are not filled in"),
+    ("NaN", CSV.replace("3,4", "3,NaN"), {}, "column 'bp': line 3 is 'NaN'; missing values are not filled in"),
+    ("n/a", CSV.replace("3,4", "n/a,4"), {}, "column 'age': line 3 is 'n/a'; missing values are not filled in"),
     (
         "two columns",
         CSV.replace("3,4", "NA,?"),
@@ -104,7 +104,7 @@ SAYS = [
     ("open quote", CSV.replace("4", '"4'), {}, "cannot be read as CSV at line 4: unexpected end of data"),
     ("latin-1", CSV.encode() + "é,2,1\n".encode("latin-1"), {}, "is not UTF-8 in line 5 (byte 0xe9)"),
     ("UTF-16", CSV.encode("utf-16"), {}, "is UTF-16; save it as UTF-8"),
-    ("spreadsheet", b"PK\x03\x04...", {}, "is no text; a spreadsheet or an archive"),
+    ("spreadsheet", b"PK\x03\x04...", {}, "is not text; a spreadsheet or an archive"),
     (
         "labels from 1",
         CSV.replace(",0\n", ",2\n"),
@@ -113,7 +113,7 @@ SAYS = [
     ),
     ("labels -1, 1", CSV.replace(",0\n", ",-1\n"), {}, "name them in their order: data.classes: [-1, 1]"),
     ("label of text", CSV.replace(",0\n", ",no\n").replace(",1\n", ",yes\n"), {}, "data.classes: [no, yes]"),
-    ("label empty", CSV.replace("4,1", "4,"), {}, "column 'target': line 3 is empty, which is no number"),
+    ("label empty", CSV.replace("4,1", "4,"), {}, "column 'target': line 3 is empty, which is not a number"),
     (
         "label NaN",
         CSV.replace("4,1", "4,nan"),
@@ -170,7 +170,7 @@ ARRAYS = [
         {"shape": [3]},
         "samples of x have shape [2], data.shape is [3]",
     ),
-    ("no numbers", {"x": np.array([[b"1", b"a"]] * 4), "y": Y}, {}, "x: x[0] is 'a', which is no number"),
+    ("no numbers", {"x": np.array([[b"1", b"a"]] * 4), "y": Y}, {}, "x: x[0] is 'a', which is not a number"),
     ("complex", {"x": X + 1j, "y": Y}, {}, "x holds complex128; plain numbers are needed"),
     ("records", {"x": np.zeros(4, [("a", "f4")]), "y": Y}, {}, "x holds [('a', '<f4')]; plain numbers are needed"),
     ("NaN", {"x": NAN, "y": Y}, {}, "x has NaN or infinite values in 1 of 4 samples, first in x[1]"),
@@ -206,7 +206,7 @@ ARRAYS = [
         "labels of text",
         {"x": X, "y": TEXT},
         {},
-        "y: y[0] is 'no', which is no number; name them in their order: data.cl",
+        "y: y[0] is 'no', which is not a number; name them in their order: data.cl",
     ),
     ("no UTF-8", {"x": X, "y": np.array([b"\xff"] * 4)}, {"classes": ["no", "yes"]}, "which is not one of no, yes"),
     (
@@ -218,7 +218,7 @@ ARRAYS = [
     ("a number", {"x": X, "y": 1}, {}, "x has 4 samples, but y has shape []"),
     ("no batch axis", {"x": X[:, 0], "y": Y}, {}, "samples of x have shape [], data.shape is [2]"),
     ("nothing", {"x": X[:0], "y": Y[:0]}, {}, "silo 'a' has no samples for training"),
-    ("too much", {"x": X, "y": Y, "x_train": X}, {}, "has x and y beside x_train; which are meant?"),
+    ("too much", {"x": X, "y": Y, "x_train": X}, {}, "has both x, y and x_train; keep one set"),
     (
         "negative symbol",
         {"x": -X, "y": X},
@@ -274,7 +274,7 @@ def test_columns_of_a_csv_file_that_target_names_are_the_targets_in_its_order(tm
         (SURVIVAL, {"target": ["years", "years"]}, "column 'years' is named twice in target"),
         (SURVIVAL, {"features": ["event"]}, "'event' is the target; it cannot be a feature too"),
         (SURVIVAL.replace("event", "died"), {}, "no column 'event' (data.target)"),
-        (SURVIVAL.replace("0.5,0", "0.5,"), {}, "columns 'years', 'event': line 3 is empty, which is no number"),
+        (SURVIVAL.replace("0.5,0", "0.5,"), {}, "columns 'years', 'event': line 3 is empty, which is not a number"),
     ],
 )
 def test_several_target_columns_that_cannot_be_are_refused(tmp_path, content, fields, says):
@@ -375,7 +375,7 @@ def test_an_array_without_a_name_and_a_group_are_no_arrays(tmp_path):
     with h5py.File(tmp_path / "b.h5", "w") as file:
         file.create_group("x")
         file["y"] = Y
-    assert "'x' is no array" in refusal(tmp_path, "a.h5", (tmp_path / "b.h5").read_bytes())
+    assert "'x' is not an array" in refusal(tmp_path, "a.h5", (tmp_path / "b.h5").read_bytes())
     assert "Python objects" in refusal(tmp_path, "a.npz", {"x": np.array([[1], [2, 3]], object), "y": Y[:2]})
 
 

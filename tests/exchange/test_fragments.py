@@ -261,7 +261,7 @@ def test_one_fragment_is_a_run_without_a_word_of_it(tmp_path):
         ),
         (
             {"exchange": {"fragments": 2, "scope": "silo", "plan": "sharded"}, "records": {"gram": True}},
-            "records.gram: with exchange.fragments no whole deltas meet",
+            "records.gram: not available with exchange.fragments: no rank sees whole deltas",
         ),
     ],
 )

@@ -380,7 +380,7 @@ def test_moon_says_which_model_it_cannot_compare() -> None:
     module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten())
     with pytest.raises(ConfigError, match=r"local.features: the model has no Linear layer; name the module"):
         RULES.build({"name": "moon", **USUAL}, "local").suits(module, entries(module), [])
-    with pytest.raises(ConfigError, match=r"local.features: the model has no module '2'; there is: , 0, 1"):
+    with pytest.raises(ConfigError, match=r"local.features: the model has no module '2'; available: , 0, 1"):
         RULES.build({"name": "moon", "features": "2", **USUAL}, "local").suits(module, entries(module), [])
     RULES.build({"name": "moon", "features": "1", **USUAL}, "local").suits(module, entries(module), [])
     single = torch.nn.Sequential(torch.nn.Linear(3, 1))

@@ -86,6 +86,6 @@ def test_a_lost_rank_ends_a_run_that_is_to_stop(tmp_path):
 
 @pytest.mark.parametrize("part", ["exchange.overlap=true", "exchange.regions={levels: [{by: node}]}"])
 def test_what_cannot_go_on_without_a_rank_says_so(part):
-    with pytest.raises(ConfigError, match="on_failure: adopt does not go with exchange"):
+    with pytest.raises(ConfigError, match="on_failure: adopt cannot be combined with exchange"):
         load(str(ROOT / "configs" / "digits.yaml"), [part, "on_failure=adopt"])
     assert load(str(ROOT / "configs" / "digits.yaml"), [part])[0].heals == "stop"

@@ -107,7 +107,7 @@ class Aggregator:
         if reads_deltas and not config.exchange.one_by_one:
             return f"aggregate: {called(self)} reads each delta; it needs exchange.scope: silo and plan sharded"
         if reads_deltas and (names := ", ".join(auxiliary.name for auxiliary in config.local.auxiliaries)):
-            return f"aggregate: {called(config.local)} sends {names} besides the delta, to be summed and not chosen"
+            return f"aggregate: {called(config.local)} sends {names} besides the delta; take an aggregator that sums"
         if self.scaled and config.exchange.fragments > 1:
             return f"aggregate: {called(self)} looks at one round, and a fragment holds several rounds of a silo"
         if self.scaled and regions is not None and regions.every > 1:

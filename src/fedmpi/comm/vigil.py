@@ -128,7 +128,7 @@ class Vigil:
     def _timeout(self, what: str, silent: Sequence[int]) -> CommTimeout:
         gone = sorted({*silent, *self._gone()})
         names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in gone[:8]) + (", ..." if gone[8:] else "")
-        blame = f"silent: {names}" if gone else "every rank is there, but they do not wait for the same thing"
+        blame = f"silent: {names}" if gone else "every rank responds, but they wait for different things"
         me = f"rank {self.rank} on {self._hosts[self.rank]}"
         return CommTimeout(gone, f"{me} {what}; {blame} (comm.timeout_s is {self.timeout_s:g})")
 

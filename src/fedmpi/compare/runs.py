@@ -22,7 +22,7 @@ def compare_runs(roots: Sequence[Path]) -> list[dict[str, Any]]:
     """
     for root in roots:
         if not (root / "config.yaml").exists():
-            raise ConfigError(f"{root} is no run directory")
+            raise ConfigError(f"{root} is not a run directory")
     begun = [read_config(root) for root in roots]
     flat = [flatten(values) if isinstance(values := to_dict(one.config), dict) else {} for one in begun]
     keys = dict.fromkeys(key for values in flat for key in values)

@@ -291,4 +291,6 @@ def _floats(values: npt.NDArray[Any], rows: _Rows, dtype: Any) -> npt.NDArray[An
     if bad is None:  # True and False, or numbers with blanks around them
         return np.array(numbers, dtype).reshape(values.shape)
     shown = repr(numbers[bad]) if numbers[bad] else "empty"
-    raise ConfigError(f"{rows.name}: {rows.place(bad // (len(numbers) // len(values)))} is {shown}, which is no number")
+    raise ConfigError(
+        f"{rows.name}: {rows.place(bad // (len(numbers) // len(values)))} is {shown}, which is not a number"
+    )

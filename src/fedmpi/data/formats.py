@@ -67,7 +67,7 @@ def read(path: Path, where: str, columns: Columns) -> Content:
         if all(key in arrays for key in keys):
             if keys == WHOLE and len(arrays) > len(WHOLE):
                 beside = ", ".join(key for key in arrays if key not in WHOLE)
-                raise ConfigError(f"{where} has x and y beside {beside}; which are meant?")
+                raise ConfigError(f"{where} has both x, y and {beside}; keep one set")
             return Content({key: arrays[key] for key in keys})
     wanted = PARTED if {"x_train", "x_test"} & set(arrays) or not {*WHOLE} & set(arrays) else WHOLE
     lacks = ", ".join(repr(key) for key in wanted if key not in arrays)
@@ -89,7 +89,7 @@ def _why(error: BaseException, ending: str) -> str:
     if "Object arrays" in text:
         return "holds Python objects (rows of several lengths?); save arrays of numbers"
     if "pickle" in text:  # numpy assumes a pickle if the file is neither an archive nor an array
-        return f"cannot be read as {ending}: it is none"
+        return f"cannot be read as {ending}: it is not in that format"
     return f"cannot be read as {ending}: {text[:300] or type(error).__name__}"
 
 
@@ -101,7 +101,7 @@ def _read_hdf5(path: Path) -> dict[str, npt.NDArray[Any]]:
         for key in (*PARTED, *WHOLE):
             if key in file:
                 if not isinstance(file[key], h5py.Dataset) or file[key].shape is None:
-                    raise ValueError(f"'{key}' is no array")
+                    raise ValueError(f"'{key}' is not an array")
                 arrays[key] = np.asarray(file[key])
         return arrays
 

@@ -70,5 +70,5 @@ def read_idx(file: Path, dataset: str) -> npt.NDArray[np.uint8]:
     shape = np.frombuffer(data, ">u4", num_axes, offset=4) if len(data) >= 4 + 4 * num_axes else np.zeros(1)
     # An IDX header is two zero bytes, 8 for unsigned bytes, the number of axes, and each axis's length.
     if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * num_axes + shape.prod(dtype=np.int64):
-        raise ConfigError(f"{dataset}: {file} is no IDX file of bytes; remove it and fetch it again")
+        raise ConfigError(f"{dataset}: {file} is not an IDX file of bytes; remove it and fetch it again")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(shape.astype(int))

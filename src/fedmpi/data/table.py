@@ -78,7 +78,7 @@ def _text(path: Path, where: str) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ConfigError(f"{where} is UTF-16; save it as UTF-8")
     if b"\0" in content or content.startswith((b"PK\x03\x04", b"\x1f\x8b")):
-        raise ConfigError(f"{where} is no text; a spreadsheet or an archive must be saved as CSV first")
+        raise ConfigError(f"{where} is not text; a spreadsheet or an archive must be saved as CSV first")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -131,7 +131,7 @@ def _check_names(names: list[str], wanted: list[str], where: str, columns: Colum
         left = (
             "" if not others or (len(close) == len(missing) and set(columns.targets) <= set(names)) else listed(others)
         )
-        left = left and f"; its others are: {left}"
+        left = left and f"; other columns: {left}"
         raise ConfigError(f"{where} has no column{'s' if len(missing) > 1 else ''} {told}{left}")
     for name in wanted:
         if names.count(name) > 1:
@@ -183,7 +183,7 @@ def _what_is_wrong(name: str, cells: Cells, lines: Sequence[int]) -> tuple[str, 
     told = f"column '{name}': {', '.join(first)}{more}"
     kinds = {str(cells[i]).strip() for i in bad}
     if all(kind.lower() in MISSING for kind in kinds):
-        return told, "; nothing is filled in for what is missing: give a number, or leave line or column out"
+        return told, "; missing values are not filled in: give a number, or remove the line or column"
     if all(re.fullmatch(r"[-+]?\d+,\d+", kind) for kind in kinds):
         return told, "; write a decimal point"
     if all(isinstance(plain(kind), str) for kind in kinds) and len(bad) == len(cells):

@@ -139,7 +139,7 @@ def _evaluated(run, last, comm):
     assert there == opened, there
     rows = comm.gather(json.dumps(again).encode().ljust(20_000))
     assert len(set(rows)) == 1
-    for which, said in ((7, "no checkpoint of round 7; there is: 1, 2, 3"), ("best", "")):
+    for which, said in ((7, "no checkpoint of round 7; available: 1, 2, 3"), ("best", "")):
         try:
             results.evaluate(run.out, which, comm=comm)
         except ConfigError as error:
