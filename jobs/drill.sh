@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a run survives: faults made on purpose, what came of them, PASS or FAIL.
-#   bash jobs/drill.sh --help               the drills, a line each
-#   bash jobs/drill.sh kill-silo ...        some of them
-#   bash jobs/drill.sh all                  all of them
+# Injects faults into training runs and checks that each run survives: PASS or FAIL.
+#   bash jobs/drill.sh --help               lists the drills
+#   bash jobs/drill.sh kill-silo ...        runs some of them
+#   bash jobs/drill.sh all                  runs all of them
 #   bash jobs/drill.sh kill-silo --quick    in fewer rounds
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

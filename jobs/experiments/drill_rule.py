@@ -1,5 +1,5 @@
-"""The local rule of the drills (drill.py): SGD whose batches take longer than the digits need, and whose silos can be
-slow or send what no update may be."""
+"""The local rule of the drills (drill.py): SGD with pauses before batches, and with silos that are slow or send invalid
+updates."""
 
 import math
 import time
@@ -20,17 +20,17 @@ class Drilled(Sgd):
     """SGD with a pause before every batch."""
 
     pause_s: NonNegativeFloat = 0.0
-    """before every batch"""
+    """pause before every batch, in seconds"""
     slow: str = ""
     """id of a silo that pauses `factor` times as long; empty: none"""
     factor: PositiveFloat = 10.0
-    """see `slow`"""
+    """how many times longer a slow silo pauses"""
     nan: str = ""
     """id of a silo that sends NaN; empty: none"""
     huge: str = ""
     """id of a silo that sends 1e30; empty: none"""
     first: PositiveInt = 1
-    """the round from which silos are slow or send such updates"""
+    """first round in which silos are slow or send invalid updates"""
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         contribution = super().train(silo, model, params_P, round)
