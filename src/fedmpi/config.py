@@ -74,7 +74,7 @@ class ResumeSection:
     """What happens if a resumed run differs from its start."""
 
     code: Literal["refuse", "warn"] = "refuse"
-    """if your own code has changed since; the code is kept in OUT/code"""
+    """what to do if your own code has changed; a copy is kept in OUT/code"""
 
 
 @component
@@ -106,7 +106,7 @@ class CommSection:
     """Timeouts of communication."""
 
     timeout_s: PositiveFloat = 300.0
-    """seconds without a sign of life from a rank, beyond the longest round; training ranks send heartbeats"""
+    """time limit for a rank without a heartbeat, beyond the longest round; ranks send heartbeats while they train"""
 
 
 @component
@@ -114,7 +114,7 @@ class DeviceSection:
     """Where a rank trains."""
 
     name: str = "auto"
-    """auto (a GPU where there is one), cpu or cuda"""
+    """auto (a GPU if there is one), cpu or cuda"""
     share: bool = False
     """whether several ranks may use one GPU"""
 
