@@ -509,7 +509,7 @@ def test_the_list_has_the_paper_and_what_stands_below_a_field():
         "Hsu et al. 2019",
     ):
         assert paper in told
-    assert "weights = samples  # n_k; every silo the same" in told and "optimizer = SGD  # of torch.optim" in told
+    assert "weights = samples  # samples: n_k; " in told and "optimizer = SGD  # of torch.optim" in told
 
 
 def test_list_shows_the_fields_of_sections():
@@ -543,7 +543,7 @@ def test_list_shows_the_fields_of_sections():
         ("exchange.regions.levels", "  by = node  # "),
         ("init", "  strict = true  # "),
         ("objective", "    loss: cross_entropy"),
-        ("rounds", "  rounds = 20  # rounds to have done at the end"),
+        ("rounds", "  rounds = 20  # total number of rounds"),
         ("data.silos", "    path (required)  # .h5, .npz or .csv"),
         ("model.hidden", "  hidden = [200, 200]  # "),
         ("topk", "    ratio = 0.01  # "),
