@@ -53,7 +53,7 @@ REFUSED = [
     (SGD + ", bach_size: 3}", "local: local rule 'sgd' has no 'bach_size'; did you mean 'batch_size'?"),
     ("server: {optimiser: fedadam}", "server: 'server' has no 'optimiser'; did you mean 'optimizer'?"),
     ("server: {optimizer: {name: fedadam, bet1: 0}}", "server.optimizer: server optimizer 'fedadam' has no 'bet1'"),
-    ("checkpoint: {zzz: 1}", "checkpoint: 'checkpoint' has no 'zzz'; there is: every, keep"),
+    ("checkpoint: {zzz: 1}", "checkpoint: 'checkpoint' has no 'zzz'; available: every, keep"),
     ("1: 2", "configuration has no '1'"),
     ("server: {average: {dekay: 0.9}}", "server.average: 'average' has no 'dekay'; did you mean 'decay'?"),
     ("server: {average: {decay: 1.5}}", "server.average.decay: input should be less than or equal to 1, got 1.5"),
@@ -71,10 +71,10 @@ REFUSED = [
     ("data: {name: digits, partition: dirichlt}", "data.partition: no partition 'dirichlt'; did you mean 'dirichlet'?"),
     (SGD + ", optimizer: {name: Adan}}", "local.optimizer: no optimizer 'Adan'; did you mean 'Adam'?"),
     (SGD + ", schedule: cosin}", "local.schedule: no schedule 'cosin'; did you mean 'cosine'?"),
-    ("aggregate: qqq", "aggregate: no aggregator 'qqq'; there is: mean"),
+    ("aggregate: qqq", "aggregate: no aggregator 'qqq'; available: mean"),
     ("data: {silos: 3}", "data: needs a 'name' beside silos, one of: digits, "),
-    ("model: 3", "model: 3 is no model; one of: logistic, "),
-    ("select: [all]", "select: ['all'] is no selector; one of: all, uniform"),
+    ("model: 3", "model: 3 is not a valid model; one of: logistic, "),
+    ("select: [all]", "select: ['all'] is not a valid selector; one of: all, uniform"),
     # wrong type
     ("rounds: many", "rounds: input should be a valid integer"),
     ("rounds: 1.5", "rounds: input should be a valid integer"),
@@ -86,7 +86,7 @@ REFUSED = [
     ("model: {name: mlp, hidden: [8, x]}", "model.hidden.1: input should be a valid integer"),
     (
         "exchange: {plan: ring}",
-        "exchange.plan: no plan 'ring'; there is: auto, measure, replicated, shared_memory, sharded, root",
+        "exchange.plan: no plan 'ring'; available: auto, measure, replicated, shared_memory, sharded, root",
     ),
     # out of range
     ("rounds: 0", "rounds: input should be greater than 0, got 0"),
@@ -120,10 +120,10 @@ REFUSED = [
         "{aggregate: {name: qffl, lr: 0.1}, rounds: 4, exchange: {regions: {every: 2}}}",
         "aggregate: qffl looks at one round, exchange.regions.every is 2",
     ),
-    ("records: {gram: true}", "records.gram: deltas meet one by one under exchange.scope: silo and plan sharded alone"),
+    ("records: {gram: true}", "records.gram: needs exchange.scope: silo and plan sharded, where deltas meet"),
     (
         "{records: {gram: true}, exchange: {plan: sharded, scope: silo, overlap: true}}",
-        "records.gram: with exchange.overlap deltas meet after their round's record",
+        "records.gram: not available with exchange.overlap: deltas arrive after their round's record",
     ),
     ("stop: {loss_factor: 1}", "stop.loss_factor: input should be greater than 1, got 1"),
     ("select: {name: available, traces: {a: [[3, 3]]}}", "select.traces: silo 'a': [3, 3) is no interval of rounds"),
@@ -169,14 +169,14 @@ REFUSED = [
     # a user's own
     ("model: {name: 'nowhere_at_all:factory'}", "model: cannot import 'nowhere_at_all:factory': No module named"),
     ("model: {name: 'fedmpi.models:nothing'}", "model: cannot import 'fedmpi.models:nothing': module"),
-    ("select: {name: 'collections:Counter'}", "select: 'collections:Counter' is no dataclass, so it cannot be"),
+    ("select: {name: 'collections:Counter'}", "select: 'collections:Counter' is not a dataclass, so it cannot be"),
     (
         "select: {name: 'fedmpi.local:Sgd', lr: 0.1, epochs: 1}",
         "select: 'fedmpi.local:Sgd' has no init, select, so it cannot be a selector",
     ),
     # nested sections
-    ("device: cuda", "device: expected keys and values, got 'cuda'; there is: name, share"),
-    ("exchange: {up: int8}", "exchange.up: expected keys and values, got 'int8'; there is: codec, feedback, decay"),
+    ("device: cuda", "device: expected keys and values, got 'cuda'; available: name, share"),
+    ("exchange: {up: int8}", "exchange.up: expected keys and values, got 'int8'; available: codec, feedback, decay"),
     ("exchange: {regions: {evry: 2}}", "exchange.regions: 'regions' has no 'evry'; did you mean 'every'?"),
     ("exchange: {regions: {levels: {by: node}}}", "exchange.regions.levels: expected a list of keys and values, got"),
     ("exchange: {regions: {levels: [node]}}", "exchange.regions.levels.0: expected keys and values, got 'node'; "),
@@ -184,14 +184,14 @@ REFUSED = [
     ("exchange: {regions: {levels: [{by: rack}]}}", "exchange.regions.levels.0.by: takes node or regions such as"),
     ("exchange: {regions: {levels: [{by: {a: vm}}]}}", "exchange.regions.levels.0.by: takes node or regions such as"),
     # beginners' mistakes
-    ("rounds: 3\nlocal: {name: sgd, lr: 1, epochs: 1}\nlocal: sgd", "a.yaml:3: 'local' is there twice, first"),
-    ("data:\n  name: digits\n  silos: 3\n  silos: 4", "a.yaml:4: 'silos' is there twice, first in line 3"),
-    ("exchange: {regions: {levels: [{by: node, by: node}]}}", "a.yaml:1: 'by' is there twice, first in line 1"),
+    ("rounds: 3\nlocal: {name: sgd, lr: 1, epochs: 1}\nlocal: sgd", "a.yaml:3: 'local' appears twice, first"),
+    ("data:\n  name: digits\n  silos: 3\n  silos: 4", "a.yaml:4: 'silos' appears twice, first in line 3"),
+    ("exchange: {regions: {levels: [{by: node, by: node}]}}", "a.yaml:1: 'by' appears twice, first in line 1"),
     ("local: {name: sgd, lr: 0,05, epochs: 1}", "local: local rule 'sgd' has no '5'; numbers have a decimal point"),
     ("lr: 0.1", "configuration has no 'lr'; did you mean 'local.lr'?"),
     ("fraction: 0.1", "configuration has no 'fraction'; did you mean 'select.fraction'?"),
     ("plan: window", "configuration has no 'plan'; did you mean 'exchange.plan'?"),
-    ("model: mine.Net", "model: no model 'mine.Net'; your own is written 'mine:Net'"),
+    ("model: mine.Net", "model: no model 'mine.Net'; write your own as 'mine:Net'"),
     ("data: {name: files, task: binary, shape: 2, silos: [{id: a, path: a.csv}]}", "data.shape: expected a list, "),
     # not YAML
     ("rounds: 3\nseed: [1\nout: a", "a.yaml:3: not YAML: "),
@@ -210,8 +210,8 @@ def test_a_wrong_configuration_is_one_line_that_names_the_key(file, text, says):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("rounds", "'rounds' is no override; write key=value, such as local.lr=0.1"),
-        ("=3", "'=3' is no override"),
+        ("rounds", "'rounds' is not an override; write key=value, such as local.lr=0.1"),
+        ("=3", "'=3' is not an override"),
         ("--rounds=3", "configuration has no '--rounds'; did you mean 'rounds'?"),
         ("local.lr=[1", "local.lr: cannot read '[1' as a value"),
         ("local.lr=", "local.lr: input should be a valid number, got None"),
@@ -338,7 +338,7 @@ def test_every_member_comes_back_from_its_plain_values(key, name):
             build(Config, values)
         values["exchange"] = {"plan": "sharded", "scope": "silo"}
     if key == "attack":
-        with pytest.raises(ConfigError, match=rf"^attack: {name} .* for experiments alone; say experimental: true"):
+        with pytest.raises(ConfigError, match=rf"^attack: {name} .* for experiments only; set experimental: true"):
             build(Config, values)
         values |= {"experimental": True, "exchange": {"plan": "sharded", "scope": "silo"}}
     config = build(Config, FEDDYN_BOTH | values if name == "feddyn" else values)
@@ -509,7 +509,7 @@ def test_the_list_has_the_paper_and_what_stands_below_a_field():
         "Hsu et al. 2019",
     ):
         assert paper in told
-    assert "weights = samples  # samples: n_k; " in told and "optimizer = SGD  # of torch.optim" in told
+    assert "weights = samples  # samples: n_k; " in told and "optimizer = SGD  # " in told
 
 
 def test_list_shows_the_fields_of_sections():
@@ -531,7 +531,7 @@ def test_list_shows_the_fields_of_sections():
         ("local", "  fedprox: "),
         ("data", "  files: "),
         ("model", "  logistic: "),
-        ("select", "    count = null  # S itself"),
+        ("select", "    count = null  # "),
         ("aggregate", "  trimmed_mean: "),
         ("local.optimizer", "  SGD: torch.optim.SGD"),
         ("data.partition", "  dirichlet: "),
@@ -558,7 +558,7 @@ def test_list_names_the_values_that_a_field_takes():
     shown = lines("exchange")
     assert any("  plan = " in line and line.endswith("(see: fedmpi list plans)") for line in shown)
     assert any("codec = " in line and line.endswith("(see: fedmpi list codecs)") for line in shown)
-    assert any(line.endswith("of the federation's silos (0 to 1)") for line in lines("uniform"))
+    assert any("fraction = " in line and line.endswith("(0 to 1)") for line in lines("uniform"))
     assert any("stem = cifar" in line and "imagenet" in line for line in lines("resnet18"))
 
 

@@ -220,7 +220,7 @@ def test_a_round_in_which_a_transform_rejects_everybody_stops_the_run_and_names_
         ({"updates": [{"name": "max_norm"}]}, "updates.0: give either 'norm' or 'times'"),
         (
             {"updates": [{"name": "clip", "norm": 1, "vectors": ["control"]}]},
-            "updates: clip: no vector 'control' is sent; there is: delta",
+            "updates: clip: no vector 'control' is sent; available: delta",
         ),
         (
             {

@@ -159,7 +159,7 @@ class Clip(Transform):
     def conflicts(self, config: Config) -> str | None:
         travel = [DELTA, *(auxiliary.name for auxiliary in config.local.auxiliaries)]
         if others := [name for name in self.vectors if name not in travel]:
-            return f"updates: clip: no vector '{others[0]}' is sent; there is: {', '.join(travel)}"
+            return f"updates: clip: no vector '{others[0]}' is sent; available: {', '.join(travel)}"
         return super().conflicts(config)
 
 

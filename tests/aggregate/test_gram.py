@@ -137,7 +137,9 @@ def test_what_is_measured_is_in_the_record(tmp_path):
 
 
 def test_what_needs_inner_products_is_refused_where_deltas_never_meet(tmp_path):
-    assert refused_config({"records": {"measure": ["dissimilarity"]}}).startswith("records.measure: deltas meet one by")
+    assert refused_config({"records": {"measure": ["dissimilarity"]}}).startswith(
+        "records.measure: needs exchange.scope: silo"
+    )
     assert refused_config({"records": {"gram": True}}).startswith("records.gram: needs exchange.scope: silo")
 
 

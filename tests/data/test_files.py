@@ -69,7 +69,7 @@ SAYS = [
         "two columns",
         CSV.replace("3,4", "NA,?"),
         {},
-        "column 'age': line 3 is 'NA'; column 'bp': line 3 is '?'; nothing",
+        "column 'age': line 3 is 'NA'; column 'bp': line 3 is '?'; missing",
     ),
     ("typing error", CSV.replace("3,4", "3,4o"), {}, "column 'bp': line 3 is '4o'; every cell must be a finite number"),
     ("inf", CSV.replace("3,4", "inf,4"), {}, "column 'age': line 3 is 'inf'; every cell must be a finite number"),
