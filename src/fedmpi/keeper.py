@@ -162,7 +162,7 @@ class Keeper:
         self._config, self._fed, self._health, self._directory = config, federation, health, directory
         self._out, self._score_of = directory.path, score
         self._order = order  # all silos of the data, in their order
-        self._others = others  # may a checkpoint have other members than the run?
+        self._others = others  # whether a checkpoint may have other members than the run
         self._pending: int | None = None  # round whose checkpoint is being written
         self._pending_record: Record | None = None
         self._pending_members = federation.membership

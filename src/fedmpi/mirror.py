@@ -48,7 +48,7 @@ class Mirror:
 
     fed: Federation
     generation: int = 0  # number of earlier federations of the run that were mirrored
-    adopts: bool = True  # may silos of a lost rank move to another? If not, their state is not sent to buddies
+    adopts: bool = True  # whether silos of a lost rank may move to another; if not, buddies do not get their state
     commits: list[Commit] = field(default_factory=list)  # newest last
     _totals: dict[Key, int] = field(default_factory=dict)  # elements of vectors that are divided among ranks
     _runs: dict[int, Runs] = field(default_factory=dict)  # this rank's parts, by the vector's number of elements

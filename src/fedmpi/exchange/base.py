@@ -43,35 +43,35 @@ if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
 
 UNIT = 2.0**44  # ring integers per 1.0
-LARGEST_NORM = 2.0**18  # larger deltas are absurd, and do not fit into the ring
-BLOCK = 1 << 18  # elements worked on at a time, so that scratch stays in cache
+LARGEST_NORM = 2.0**18  # larger deltas are rejected: they are absurd, and do not fit into the ring
+BLOCK = 1 << 18  # elements per step, so that scratch memory stays in cache
 MANY = 64  # vectors; float32 sums of more of them lose precision
 
 Lap = Callable[[str], None]
-PARAMS = "params"  # their name in a checkpoint
+PARAMS = "params"  # key of the parameters in a checkpoint
 
 
 class ExchangeContext(NamedTuple):
-    """What an exchange knows of the run."""
+    """The facts of the run that a plan needs."""
 
-    total_weight: float  # W, of all silos
+    total_weight: float  # W, summed over all silos
     ids: Sequence[str] = ()  # all silos, in the federation's order
-    hosted: Sequence[str] = ()  # those of this rank
+    hosted: Sequence[str] = ()  # silos of this rank
     seed: int = 0
-    aggregator: Aggregator | None = None  # one that reads each delta; None: the weighted mean
-    rounds: int = 0  # of the whole run
-    gram: int = 0  # leading elements of vectors of which silos' inner products are wanted
-    states: int = 0  # vectors of the server optimizer's state
-    layout: Layout | None = None  # of the vector; None: it is the delta and nothing else
-    edit: Edit | None = None  # what an attack does to silos' rows before anybody reads them
+    aggregator: Aggregator | None = None  # an aggregator that reads each delta; None: the weighted mean
+    rounds: int = 0  # rounds of the whole run
+    gram: int = 0  # number of leading elements for the inner products of silos' deltas; 0: none are computed
+    states: int = 0  # vectors in the server optimizer's state
+    layout: Layout | None = None  # layout of the vector; None: it holds only the delta
+    edit: Edit | None = None  # how an attack changes silos' rows before anything reads them
 
 
 class Machine(NamedTuple):
     """Where a run's ranks are."""
 
     num_ranks: int = 1
-    one_node: bool = True  # do all of them share memory?
-    on_device: bool = False  # do any keep their vectors on a GPU?
+    one_node: bool = True  # whether all ranks share memory
+    on_device: bool = False  # whether any rank keeps its vectors on a GPU
 
     @classmethod
     def of(cls, comm: Comm, device: torch.device) -> Machine:
@@ -99,9 +99,9 @@ class Exchange:
     """
 
     params_placement: Placement = "replicated"
-    in_shared_memory: ClassVar[bool] = False  # do silos train in memory that other ranks read?
-    rounds_held: int = 1  # rounds of a silo's progress that one of its vectors may hold when it is sent
-    one_by_one: ClassVar[bool] = False  # under `scope: silo`, does an aggregator see every silo's vector?
+    in_shared_memory: ClassVar[bool] = False  # whether silos train in memory that other ranks read
+    rounds_held: int = 1  # rounds of a silo's progress in one vector that it sends
+    one_by_one: ClassVar[bool] = False  # whether an aggregator sees every silo's vector under `scope: silo`
 
     # ------------------------------------------------------------ what a plan declares
 
@@ -158,19 +158,19 @@ class Exchange:
         self.dtype, self.device = params_P.dtype, params_P.device
         if self.dtype != torch.float32 and not (section.up.plain and section.down.plain):
             raise agreed(ConfigError(f"codecs take float32, and the shared parameters are {self.dtype}"))
-        # Silos' own vectors are added in the silos' order, which is as good as a ring.
+        # Single silos' vectors are added in the silos' order, which is as reproducible as a ring.
         self.ring = section.reduction == "reproducible" and section.scope == "rank"
         self.sum_dtype = torch.int64 if self.ring else self.dtype
         self.round = 0
-        self._near = 1.0  # what the round's shares are multiplied with
-        self._many = False  # does this rank fold so many silos that float32 is too short?
-        self._wide_P: torch.Tensor | None = None  # float64, for that
+        self._near = 1.0  # factor of the round's shares
+        self._many = False  # whether this rank folds too many silos for float32
+        self._wide_P: torch.Tensor | None = None  # float64 sum for that case
         lossy = not (section.up.plain and section.down.plain) and (self.layout.exact or self.layout.still)
-        self.exact = Exact(self.layout, comm) if lossy else None  # what no codec touches
+        self.exact = Exact(self.layout, comm) if lossy else None  # values that no codec touches
         self.gram: np.ndarray | None = None  # inner products of the last round's deltas, in the silos' order [K, K]
-        self._largest = section.largest  # values that codecs hold are smaller
-        self.asks = True  # are all ranks asked in `finish` whether a codec refused a value? Else whoever calls it asks
-        self.coders: list[Coder] = []  # which note what they refuse, since the other ranks wait for something
+        self._largest = section.largest  # codecs can encode smaller values only
+        self.asks = True  # whether `finish` shares a codec's refusal with all ranks; if not, its caller does
+        self.coders: list[Coder] = []  # they record refusals, because other ranks wait for a payload
         self._declared = {**to_dict(section), "length": self.num_params, "dtype": str(self.dtype)}
         self._facts_text = repr(self._declared)
         if self.ring:
@@ -219,7 +219,7 @@ class Exchange:
         self.set_params(params_P, named.get((PARAMS,)))
         self.holders.restore([one for one in stored if one.key != (PARAMS,)])
 
-    # ------------------------------------------------------------ for one whose parameters arrive late or in parts
+    # ------------------------------------------------------------ for plans whose parameters arrive late or in parts
 
     def start(self, silo: str, params_P: torch.Tensor) -> torch.Tensor:
         """The parameters that the silo's training starts from; valid until the next silo starts."""
@@ -295,7 +295,7 @@ class Exchange:
     # ------------------------------------------------------------ folding
 
     def share(self, contribution: Contribution) -> float:
-        """w_k/W."""
+        """The contribution's share w_k/W, scaled by the round's `near`."""
         return contribution.weight / self.facts.total_weight * self._near
 
     def fold(self, sum_P: torch.Tensor, delta_P: torch.Tensor, share: float, empty: bool) -> None:

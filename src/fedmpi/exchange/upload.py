@@ -72,7 +72,7 @@ class Upload:
         # An aggregator that needs all deltas for its weights reads each batch twice, so batches stay in memory.
         held = facts.aggregator is not None and facts.aggregator.needs == "gram"
         self._num_rooms = max(1, batches.num) if held else AHEAD + 1
-        self._lazily = section.up.codec.fixed  # are all payload sizes known before encoding?
+        self._lazily = section.up.codec.fixed  # whether all payload sizes are known before encoding
         self._raw = torch.uint8 if self.coder else dtype
         self._stride = self.coder.stride if self.coder else grid.length
         self._payloads: list[tuple[torch.Tensor, Bare]] = []  # payload memory by vector, reused

@@ -90,7 +90,7 @@ class Torchmetric(Scorer):
 
     def __init__(self, name: str, metric: Any, maximize: bool, task: Task, num_classes: int) -> None:
         self.name, self.maximize, self._metric, self._task = name, maximize, metric, task
-        # Convert outputs to probabilities here? torchmetrics would decide this anew for each batch.
+        # Convert outputs to probabilities here, because torchmetrics would decide this anew for each batch.
         self.of_logits = any(c.__module__.startswith("torchmetrics.classification") for c in type(metric).__mro__)
         self.of_logits = self.of_logits and task != "regression"
         ways = {n: self.REDUCTIONS.get(getattr(r, "__name__", "")) for n, r in metric._reductions.items()}

@@ -46,12 +46,12 @@ class Scorer:
     """
 
     name: str  # in a silo's row
-    maximize: bool | None  # is higher better? None: not a number
-    pools = True  # is the figure of all silos that of the pooled samples?
-    whole = False  # does `update` need all of a silo's outputs at once?
+    maximize: bool | None  # whether higher is better; None: not a number
+    pools = True  # whether the figure of all silos is that of the pooled samples
+    whole = False  # whether `update` needs all of a silo's outputs at once
     num_counts: int  # integers that are summed over silos
     num_sums = 0  # numbers with one row per silo
-    # Do the summed rows, with the mean of values weighted by `weight`, give the same figure of all silos?
+    # Whether the summed rows, with the mean of values weighted by `weight`, give the same figure of all silos.
     adds_up = False
 
     @property
