@@ -1,4 +1,4 @@
-"""Training as a loop in Python: look at every round, react, stop when it gets no better, use the model.
+"""Training as a loop in Python: look at every round, stop when accuracy no longer improves, use the model.
 
 Shows a configuration made in Python, records, the silos' own figures, and the trained torch module after the run.
 In this folder:

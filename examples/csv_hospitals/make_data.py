@@ -1,4 +1,4 @@
-"""Write data/leiden.csv, turin.csv and york.csv: patients who do not exist, older in one hospital than in the other."""
+"""Write data/leiden.csv, turin.csv and york.csv: synthetic patients, of a different mean age in each hospital."""
 
 import csv
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""A network for columns in units of their own: years, mmHg, mg/dl."""
+"""A network for columns with different units: years, mmHg, mg/dl."""
 
 import torch
 from torch import Tensor, nn
 
 
 class ScaledMlp(nn.Module):
-    """[N, columns] -> one logit a row [N]. Centres and scales are constants, no statistics of anybody's data."""
+    """[N, columns] -> one logit per row, [N]. Centres and scales are constants, not statistics of a silo's data."""
 
     centres: Tensor
     scales: Tensor

@@ -1,4 +1,4 @@
-"""An aggregator of sums: a weighted mean in which a silo weighs the square root of its number of samples.
+"""An aggregator of sums: a weighted mean; a silo's weight is the square root of its number of samples.
 
 The base is `Aggregator` in fedmpi/aggregate/base.py. `needs` is "sum" by default: ranks add up weighted deltas before
 they send anything, so the cost does not grow with the number of silos.
@@ -14,8 +14,8 @@ from fedmpi.components import Fraction, component
 class RootSamples(Aggregator):
     """Weights n_k^power: 0 gives every silo the same weight, 1 is FedAvg's."""
 
-    reads = frozenset()  # of single silos, so it also works under `disclose: pooled`
-    refuses_factors = ""  # a selector may count silos by 1/probability
+    reads = frozenset()  # no per-silo figures, so it also works under `disclose: pooled`
+    refuses_factors = ""  # a selector may weight silos by 1/probability
 
     power: Fraction = 0.5
     """Exponent of the number of samples."""

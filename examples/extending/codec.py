@@ -1,8 +1,8 @@
 """A codec: 16-bit integers with one scale per vector, the largest magnitude / 32767.
 
-The base is `Codec` in fedmpi/codecs/base.py; a codec keeps nothing. `_encode` gets x, the payload's bytes, the residual
-of error feedback (empty without feedback) and the place for the new residual (empty if nobody wants it); it returns the
-number of bytes, or -1 for values that it cannot hold. On CPUs the vectors are numpy arrays.
+The base is `Codec` in fedmpi/codecs/base.py; a codec has no state. `_encode` gets x, a buffer for the payload, the
+residual of error feedback (empty without feedback) and a buffer for the new residual (empty if not needed). It returns
+the number of bytes, or -1 for values that it cannot encode. On CPUs the vectors are numpy arrays.
 
     exchange:
       plan: sharded

@@ -1,8 +1,8 @@
-"""A dataset: two Gaussian clouds per silo, which lie elsewhere for every silo.
+"""A dataset: two Gaussian clouds per silo, at a different position for every silo.
 
-A dataset is a component with `source(seed)`; `Source` and `SiloData` stand in fedmpi/types.py. `open` is called on the
-rank that hosts the silo, so it reads that silo's files and no others. Files in HDF5, npz or CSV need no code: see
-`data: {name: files, ...}`.
+A dataset is a component with `source(seed)`; `Source` and `SiloData` are in fedmpi/types.py. `open` is called on the
+rank that hosts the silo, so it reads only that silo's files. Files in HDF5, npz or CSV need no code: see `data: {name:
+files, ...}`.
 
     data: {name: "examples.extending.dataset:Clouds", silos: 3, samples: 60}
     model: {name: logistic}
@@ -21,7 +21,7 @@ class Clouds:
     silos: PositiveInt = 4
     """Number of silos."""
     samples: PositiveInt = 100
-    """Samples of a silo; a fifth of them are for tests."""
+    """Samples per silo; a fifth of them are test samples."""
 
     def source(self, seed):
         names = [f"cloud-{i}" for i in range(self.silos)]

@@ -12,7 +12,7 @@ from fedmpi.local.base import GradientRule, local_steps
 
 @component
 class Centralized(GradientRule):
-    """From the gradient of each output unit its mean over the inputs is subtracted."""
+    """Subtracts from the gradient of each output unit its mean over the inputs."""
 
     def train(self, silo, model, params_P, round):
         weights = [p for p in model.module.parameters() if p.requires_grad and p.dim() > 1]

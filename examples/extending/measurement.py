@@ -1,7 +1,7 @@
-"""A measurement: how much longer the longest delta of a round is than the median.
+"""A measurement: the largest norm of a delta in a round, divided by the median norm.
 
 `of` gets the round's outcome, arrays over the silos (fedmpi/outcome.py), and returns fields for the record. `reads`
-names the arrays it looks at, so that `disclose` can refuse it; `needs` is {"gram"} if it wants inner products.
+names the arrays that it reads, so that `disclose` can refuse it; `needs` is {"gram"} if it needs inner products.
 
     records: {measure: ["examples.extending.measurement:Longest"]}
 """
@@ -13,7 +13,7 @@ from fedmpi.components import component
 
 @component
 class Longest:
-    """The field `longest`: 1 where all deltas have the same norm."""
+    """The field `longest`: 1 if all deltas have the same norm."""
 
     needs = frozenset()
     reads = frozenset({"norm"})

@@ -1,8 +1,8 @@
 """A metric: the Brier score, the mean squared distance between predicted probabilities and the true class.
 
-A metric of states has `init`, `update` and `compute`, and says whether it is to be maximized. States are added up over
-batches and silos, so the figure of all silos is that of the pooled test samples. A function `f(outputs, targets)` works
-too, but only its mean over silos is known then.
+A metric with a state has `init`, `update` and `compute`, and `maximize`. States are added up over batches and silos, so
+the metric of all silos is that of the pooled test samples. A function `f(outputs, targets)` works too, but then only
+its mean over silos is known.
 
     objective: {metrics: [accuracy, {name: "examples.extending.metric:Brier"}]}
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 class Brier:
-    """Lower is better; 0 for certain and right."""
+    """Lower is better; 0 for correct predictions with probability 1."""
 
     maximize = False
 

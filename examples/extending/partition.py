@@ -1,7 +1,7 @@
 """A partition of a central dataset: the first silo gets most of the samples.
 
 A partition has `split`, which returns a `Part` (indices of training and test samples) for every silo; each index of
-either set stands in exactly one part. Labels are given, so that a partition may go by class.
+either set is in exactly one part. It gets the labels, so that a partition can depend on them.
 
     data: {name: digits, silos: 3, partition: {name: "examples.extending.partition:Hub", share: 0.6}}
 """
@@ -17,7 +17,7 @@ class Hub:
     """One silo has `share` of all samples, the others share the rest equally."""
 
     share: PositiveFraction = 0.5
-    """Of the samples, for the first silo."""
+    """Share of the samples for the first silo."""
 
     def split(self, y_train_N, y_test_M, num_silos, rng):
         def cut(number):

@@ -1,8 +1,8 @@
 """A plan: Reduce, then Bcast of the sum, after which every rank takes the same step.
 
-The base is `Exchange` in fedmpi/exchange/base.py. A plan says what it `supports` and what it will `cost`; `finish` is
-the round's exchange. This one inherits from `Whole`, which folds the silos of a rank into one sum and divides what
-comes back by the weights. For MPI libraries whose Allreduce is slower than the two.
+The base is `Exchange` in fedmpi/exchange/base.py. A plan declares what it `supports` and its `cost`; `finish` is the
+round's exchange. This one inherits from `Whole`, which adds up the silos of a rank and divides the result by the
+weights. Use it for MPI libraries whose Allreduce is slower than Reduce and Bcast.
 
     exchange: {plan: "examples.extending.plan:ReduceBroadcast"}
 """
@@ -17,7 +17,7 @@ class ReduceBroadcast(Whole):
 
     @classmethod
     def supports(cls, section, machine):
-        return without(section)  # no codecs, no vectors of single silos
+        return without(section)  # no codecs, no scope: silo
 
     @classmethod
     def cost(cls, section, sizes):

@@ -1,7 +1,7 @@
 """A policy of the engine: a round needs a quorum of updates.
 
-A policy has `objection(outcome)`, asked on every rank after training and before any vector travels. What it returns
-ends the run with the round before on disk; an empty text lets the round go on.
+A policy has `objection(outcome)`, called on every rank after training and before vectors are sent. A reason ends the
+run with the round before on disk; an empty string lets the round go on.
 
     engine: {name: synchronous, policy: {name: "examples.extending.policy:Quorum", share: 0.5}}
 """
@@ -13,10 +13,10 @@ from fedmpi.components import PositiveFraction, component
 class Quorum:
     """At least `share` of the cohort's updates must be usable."""
 
-    reads = frozenset()  # of single silos; numbers alone
+    reads = frozenset()  # no per-silo figures, only counts
 
     share: PositiveFraction = 0.5
-    """Of the cohort."""
+    """Share of the cohort."""
 
     def objection(self, outcome):
         wanted = self.share * len(outcome.cohort)

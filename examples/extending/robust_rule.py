@@ -1,8 +1,8 @@
 """A robust rule: the mean of the values nearest to the median, per coordinate (Xie et al. 2018, mean around median).
 
-A rule that reads single deltas says `needs = "rows"`: it gets K rows of any slice of the coordinates. One that has to
-know distances between whole deltas says "gram" and writes `row_weights` (see fedmpi/aggregate/krum.py). Both need plan
-`sharded` and `scope: silo`.
+A rule that reads each delta has `needs = "rows"`: it gets K rows of any slice of the coordinates. A rule that needs
+distances between whole deltas has `needs = "gram"` and defines `row_weights` (see fedmpi/aggregate/krum.py). Both need
+plan `sharded` and `scope: silo`.
 
     aggregate: {name: "examples.extending.robust_rule:MeanAroundMedian", hostile: 1}
     exchange: {plan: sharded, scope: silo}
@@ -15,12 +15,12 @@ from fedmpi.errors import ConfigError
 
 @component
 class MeanAroundMedian(Aggregator):
-    """Of K values the mean of the K - hostile nearest to their median."""
+    """The mean of the K - hostile values nearest to the median, per coordinate."""
 
     needs = "rows"
 
     hostile: NonNegativeInt = 0
-    """Silos that may send anything; fewer than half."""
+    """Number of silos that may send anything; fewer than half."""
 
     def combine(self, rows_KS, weights):
         middle_S = rows_KS.median(dim=0).values

@@ -1,7 +1,7 @@
-"""A sampler: FlipFlop (Rajput et al. 2022), every second epoch visits the order of the one before backwards.
+"""A sampler: FlipFlop (Rajput et al. 2022), every second epoch reverses the order of the one before.
 
-The base is `Sampler` in fedmpi/local/samplers.py. An order depends on the arguments alone, or a resumed run would
-differ; `rng.generator` gives random numbers that are keyed by what they are for.
+The base is `Sampler` in fedmpi/local/samplers.py. An order must depend on the arguments only, or a resumed run would
+differ; `rng.generator` gives keyed random numbers.
 
     local: {name: sgd, lr: 0.1, epochs: 2, sampler: {name: "examples.extending.sampler:FlipFlop"}}
 """
@@ -13,7 +13,7 @@ from fedmpi.local.samplers import Sampler
 
 @component
 class FlipFlop(Sampler):
-    """A new permutation every second epoch, and between them the reverse of the last."""
+    """A new permutation every second epoch, its reverse in the epochs between."""
 
     def order(self, seed, silo, epoch, num_samples):
         order_N = rng.generator(seed, purpose="order", silo=silo, epoch=epoch // 2).permutation(num_samples)

@@ -1,8 +1,8 @@
 """A selector: the silos take part in blocks, one block after the other (Eichner et al. 2019, Semi-Cyclic SGD).
 
 The base is `Selector` in fedmpi/selection/base.py. `select` returns the cohort in the federation's order and the new
-state, a dict of arrays that goes into checkpoints. It is called on every rank with the same arguments, so it may draw
-from `rng` and from nothing else.
+state, a dict of arrays that is saved in checkpoints. It is called on every rank with the same arguments, so it may use
+only `rng` for random numbers.
 
     select: {name: "examples.extending.selector:Blocks", blocks: 2, rounds: 1}
 """
@@ -15,10 +15,10 @@ from fedmpi.selection.base import Selector
 class Blocks(Selector):
     """Every `rounds` rounds the next block of silos."""
 
-    reads = frozenset()  # of the last round's outcome nothing but its number
+    reads = frozenset()  # only the number of the last round
 
     blocks: PositiveInt = 2
-    """Number of blocks; silos are dealt out to them in turn."""
+    """Number of blocks; silos are assigned to them in turn."""
     rounds: PositiveInt = 1
     """Rounds before the next block takes over."""
 

@@ -1,7 +1,7 @@
 """A server optimizer: Lion (Chen et al. 2023, Algorithm 2, without weight decay) on the mean delta.
 
-The base is `ServerOptimizer` in fedmpi/server.py. `step` must be elementwise, since plans step slices of the vector;
-it takes over the memory of `mean_P` and of `state` and does not write `params_P`.
+The base is `ServerOptimizer` in fedmpi/server.py. `step` must be elementwise, because plans step slices of the vector.
+It reuses the memory of `mean_P` and of `state` and must not write `params_P`.
 
     server: {optimizer: {name: "examples.extending.server_optimizer:Lion", lr: 0.03}}
 """
@@ -25,7 +25,7 @@ class Lion(ServerOptimizer):
     """w + lr sign(beta1 m + (1 - beta1) delta), then m = beta2 m + (1 - beta2) delta."""
 
     lr: PositiveFloat = 1e-3
-    """Length of a step in each coordinate."""
+    """Step size in each coordinate."""
     beta1: Decay = 0.9
     """Share of the running mean in a step."""
     beta2: Decay = 0.99

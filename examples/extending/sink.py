@@ -1,7 +1,7 @@
 """A sink: a CSV file with a line per round.
 
-The base is `Sink` in fedmpi/records/sink.py; it lives on rank 0 only. Options are the constructor's arguments. A sink
-that raises is left out of the rest of the run, with a warning; training goes on.
+The base is `Sink` in fedmpi/records/sink.py; sinks run on rank 0 only. Options are the constructor's arguments. If a
+sink raises, it is dropped with a warning and training goes on.
 
     records: {sinks: [{name: "examples.extending.sink:Csv", fields: [round, train_loss, accuracy]}]}
 """

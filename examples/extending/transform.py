@@ -12,9 +12,9 @@ from fedmpi.transforms import Transform
 
 @component
 class Clamp(Transform):
-    """Values of a delta lie between -limit and limit."""
+    """Clamps the values of a delta to -limit..limit."""
 
-    changes = True  # updates differ from what the silo trained
+    changes = True  # it changes updates
 
     limit: PositiveFloat
     """Largest magnitude of a value."""

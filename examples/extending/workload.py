@@ -1,4 +1,4 @@
-"""A workload: silos train one epoch (or step) in the first round and one more in every round.
+"""A workload: silos train one epoch (or step) in the first round and one more in each later round.
 
 The base is `Amount` in fedmpi/local/workload.py; `of` returns a number from 1 to `most`, the rule's epochs or steps.
 

@@ -1,4 +1,4 @@
-"""Write data/north.h5, south.h5 and west.h5: noisy images of bars, discs and rings, in other shares at every clinic."""
+"""Write data/north.h5, south.h5 and west.h5: noisy images of bars, discs and rings, in different shares per clinic."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ SHARES = {"north": (0.7, 0.2, 0.1), "south": (0.1, 0.7, 0.2), "west": (0.2, 0.1,
 
 
 def image(shape: int, rng: np.random.Generator) -> np.ndarray:
-    """One image [1, 16, 16] in about 0 to 1."""
+    """One image [1, 16, 16], values about 0 to 1."""
     y, x = np.mgrid[:SIDE, :SIDE]
     centre_y, centre_x = rng.uniform(6, 10, size=2)
     distance = np.hypot(y - centre_y, x - centre_x)

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 as fedmpi takes models: samples in, one tensor of logits out."""
+"""Hugging Face's GPT-2 as a model for fedmpi: samples in, one tensor of logits out."""
 
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -1,4 +1,4 @@
-"""Write data/a.npz, b.npz and c.npz: texts of ten symbols, in which two symbols tell the next nine times of ten."""
+"""Write data/a.npz, b.npz and c.npz: texts of ten symbols; a symbol determines the next one nine times out of ten."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ SYMBOLS, LENGTH = 10, 16
 
 Path("data").mkdir(exist_ok=True)
 rng = np.random.default_rng(0)
-following = rng.integers(SYMBOLS, size=SYMBOLS)  # the language: what comes after each symbol, nine times of ten
+following = rng.integers(SYMBOLS, size=SYMBOLS)  # the language: the usual next symbol after each symbol
 for silo, num_texts in {"a": 200, "b": 150, "c": 100}.items():
     texts = rng.integers(SYMBOLS, size=(num_texts, LENGTH + 1))
     for i in range(1, LENGTH + 1):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class LoraLinear(nn.Linear):
-    """W x + b + B A x, with W and b frozen. B starts at zero, so the layer starts as it was."""
+    """W x + b + B A x, with W and b frozen. B starts at zero, so the layer's output is unchanged at first."""
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
         super().__init__(inputs, outputs)
@@ -18,7 +18,7 @@ class LoraLinear(nn.Linear):
 
 
 class Adapted(nn.Sequential):
-    """The network of pretrain.py with an adapter beside every linear layer; the names of its weights are the same."""
+    """The network of pretrain.py with an adapter in every linear layer; its weights have the same names."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""A local rule: how a silo turns the global parameters into an update."""
+"""A local rule: how a silo trains."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fedmpi.types import Contribution
 class FedSam(GradientRule):  # lr, epochs or steps, batch_size, optimizer, schedule, ... are GradientRule's
     """Sharpness-aware steps at every silo (Qu et al. 2022, FedSAM; the step is that of Foret et al. 2021, SAM).
 
-    A step goes along the gradient at w + rho g / |g|, where g is the batch's gradient at w: the steepest point nearby.
+    A step follows the gradient at w + rho g / |g|, where g is the batch's gradient at w: the worst point nearby.
     """
 
     rho: PositiveFloat = 0.05

@@ -1,4 +1,4 @@
-"""A network in two parts: a body that somebody has trained, a head for the classes at hand."""
+"""A network in two parts: a pretrained body and a new head."""
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ def body() -> nn.Sequential:
 
 
 class NewHead(nn.Module):
-    """The body, and one linear layer. A frozen body stays as it is; else it is trained on, too."""
+    """The body and one linear layer. A frozen body is not trained."""
 
     def __init__(self, classes: int, frozen: bool) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Write data/alder.npz, birch.npz, cedar.npz and doyle.npz: one curve, of which every plant sees another part."""
+"""Write data/alder.npz, birch.npz, cedar.npz and doyle.npz: one function; each plant samples another part of it."""
 
 from pathlib import Path
 
 import numpy as np
 
-PLANTS = {"alder": -1.5, "birch": -0.5, "cedar": 0.5, "doyle": 1.5}  # where a plant's first input lies
+PLANTS = {"alder": -1.5, "birch": -0.5, "cedar": 0.5, "doyle": 1.5}  # mean of a plant's first input
 
 Path("data").mkdir(exist_ok=True)
 rng = np.random.default_rng(0)

@@ -14,13 +14,13 @@ NOISE = {"ct-1": 0.2, "ct-2": 0.3, "mr-1": 0.4}  # scanners, and the standard de
 
 @component
 class Scanners:
-    """Images made on the spot. To read files, let `open` read those of one scanner: a rank opens only its own silos."""
+    """Synthetic images. To read files, read those of one scanner in `open`: a rank opens only its own silos."""
 
     num_images: PositiveInt = 40
-    """Images of a scanner for training; half as many more are for testing."""
+    """Training images per scanner; there are half as many test images."""
 
     def source(self, seed: int) -> Source:
-        """What is known of the silos before any is opened."""
+        """The silos, before any is opened."""
         silos = tuple(Silo(scanner, self.num_images) for scanner in NOISE)
         return Source("classification", (1, SIDE, SIDE), CLASSES, silos, self.open)
 
@@ -59,9 +59,9 @@ class ConvNet(nn.Module):
 
 
 class Dice:
-    """Twice the overlap of predicted and true pixels over their sum, the mean over disc and ring.
+    """Dice score: 2 |predicted and true| / (|predicted| + |true|), the mean over disc and ring.
 
-    `update` counts, so the score of all scanners is that of all their pixels, however they are spread over ranks.
+    The state is counts, so the score of all scanners is that of all their pixels, for any placement on ranks.
     """
 
     maximize: ClassVar[bool] = True

@@ -1,12 +1,18 @@
-"""Write data/east.csv, north.csv and south.csv: times to an event, with another baseline hazard in every registry."""
+"""Write data/east.csv, north.csv and south.csv: times to an event, with a different baseline hazard per registry."""
 
 import csv
 from pathlib import Path
 
 import numpy as np
 
-REGISTRIES = {"east": (400, 0.5), "north": (300, 1.0), "south": (200, 2.0)}  # patients, events a year at zero risk
-EFFECTS = {"age": 1.0, "grade": -1.0, "nodes": 0.8, "size": 0.0, "marker": 0.5}  # of a standard unit on the log hazard
+REGISTRIES = {"east": (400, 0.5), "north": (300, 1.0), "south": (200, 2.0)}  # patients, events per year at zero risk
+EFFECTS = {
+    "age": 1.0,
+    "grade": -1.0,
+    "nodes": 0.8,
+    "size": 0.0,
+    "marker": 0.5,
+}  # of one standard deviation, on the log hazard
 
 Path("data").mkdir(exist_ok=True)
 rng = np.random.default_rng(0)

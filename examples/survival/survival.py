@@ -1,4 +1,4 @@
-"""A model, a loss and a metric for survival analysis. Targets [N, 2] are a time, and 1 for an event, 0 for censored."""
+"""A model, a loss and a metric for survival analysis. Targets [N, 2] are time and event (1, or 0 if censored)."""
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,15 @@ class LogHazard(nn.Module):
 
 
 def cox_loss(log_hazards_N: Tensor, targets: Tensor) -> Tensor:
-    """Negative log partial likelihood per event (Cox 1972), ties as Breslow has them; no event gives 0."""
+    """Negative log partial likelihood per event (Cox 1972), with Breslow's method for ties; 0 without events."""
     times_N, events_N = targets.unbind(1)
-    at_risk = times_N[None, :] >= times_N[:, None]  # row i: who is still there at the time of patient i
+    at_risk = times_N[None, :] >= times_N[:, None]  # row i: patients at risk at the time of patient i
     log_risk_N = torch.where(at_risk, log_hazards_N[None, :], -torch.inf).logsumexp(1)
     return ((log_risk_N - log_hazards_N) * events_N).sum() / events_N.sum().clamp(min=1)
 
 
 def c_index(log_hazards_N: Tensor, targets: Tensor) -> Tensor:
-    """Share of comparable pairs in which who has the event first has the larger hazard (Harrell et al. 1982).
+    """Share of comparable pairs in which the earlier event has the larger hazard (Harrell et al. 1982).
 
     A pair is comparable if its earlier time is an event. Equal hazards count one half.
     """
