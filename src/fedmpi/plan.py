@@ -204,8 +204,8 @@ def _checkpoint(config: Config, counts: Counts, section: ExchangeSection, sizes:
 
 
 def _mirror(config: Config, checkpoint: Mapping[str, int], num_ranks: int) -> int:
-    """Bytes of the commits that a rank keeps under a fault-tolerant launcher, at most: each has all that is of no silo,
-    and the rank's share and its buddies' of what is kept of silos."""
+    """Most bytes of commits that a rank keeps in memory under a fault-tolerant launcher. Each commit holds the state
+    that belongs to no silo, and the silo state of this rank and its buddies."""
     if config.heals == "stop" or num_ranks == 1:
         return 0
     of_silos = sum(checkpoint[name] for name in ("residuals up", "progress of silos", "kept by silos"))

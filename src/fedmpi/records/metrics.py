@@ -40,7 +40,7 @@ def read_metrics(root: Path) -> list[Record]:
 
 
 def last_round(root: Path) -> int:
-    """The round of the last line of metrics.jsonl; 0 where there is none. Reads the end of the file only."""
+    """The round of the last line of metrics.jsonl, 0 if there is none. Reads only the end of the file."""
     try:
         with open(disk.open_regular(root / METRICS), "rb") as file:
             total, size = file.seek(0, os.SEEK_END), 1 << 16
