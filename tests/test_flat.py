@@ -9,6 +9,7 @@ import torch
 from support.modules import with_vectors
 from torch import nn
 
+from fedmpi import flat
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel, entries, master_dtype, num_shared, sha256, signature
 from fedmpi.local.optimizers import TORCH_OPTIMIZERS, plain_step
@@ -366,3 +367,106 @@ def test_where_what_is_not_trained_lies():
     module = MODULES["batch norm"]()
     module[0].weight.requires_grad_(False)
     assert FlatModel(module).layout.averaged[0] == slice(0, module[0].weight.numel())
+
+
+# ---------------------------------------------------------------- a model that is known to hold the parameters
+
+
+def marked():
+    """A model that holds params_P, and a mark in its memory that torch did not count and a copy would wipe out."""
+    model = FlatModel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    params_P = model.params()
+    model.hold(params_P)
+    model._shared[0].numpy()[0] = 77.0
+    return model, params_P
+
+
+def is_marked(model):
+    return float(model.params()[0]) == 77.0
+
+
+def test_parameters_that_the_model_holds_are_not_copied_again():
+    model, params_P = marked()
+    model.load(params_P)
+    assert is_marked(model)
+    model.load(params_P)  # training may have written since
+    assert not is_marked(model)
+
+
+def written(model, params_P):
+    with torch.no_grad():
+        next(model.module.parameters()).add_(1)
+
+
+def counted(model, params_P):
+    model.module.train()(torch.randn(8, 3))  # batch statistics
+
+
+def rebound(model, params_P):
+    model.module[0].bias.data = model.module[0].bias.data.clone()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        written,
+        counted,
+        rebound,
+        lambda model, params_P: params_P.mul_(1),
+        lambda model, params_P: params_P[2:].mul_(1),
+        lambda model, params_P: model.hand_out(),
+        lambda model, params_P: model.take_delta(params_P),
+        lambda model, params_P: model.load(params_P.clone()),
+        lambda model, params_P: model.leave(),
+    ],
+    ids=["model", "statistics", "rebound", "vector", "part of it", "handed out", "spent", "others loaded", "moved"],
+)
+def test_they_are_copied_where_either_may_have_been_written(spoil):
+    model, params_P = marked()
+    spoil(model, params_P)
+    model.load(params_P)
+    assert not is_marked(model)
+
+
+def test_statistics_that_a_forward_pass_updates_are_noticed():
+    model = FlatModel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    model.load(model.params())
+    model.module.eval()(torch.randn(8, 3))
+    assert not model.touched
+    model.module.train()(torch.randn(8, 3))  # torch does not count this write
+    assert model.touched
+
+
+def test_other_memory_with_the_same_values_is_copied():
+    model, params_P = marked()
+    model.load(params_P.clone())
+    assert not is_marked(model)
+
+
+def test_a_module_that_was_handed_out_is_never_taken_to_hold_them():
+    model, params_P = marked()
+    assert model.hand_out() is model.module
+    model.hold(params_P)
+    model.load(params_P)
+    assert not is_marked(model)
+
+
+def test_a_model_of_half_precision_loads_every_time():
+    model = FlatModel(nn.Linear(3, 4).half())
+    params_P = model.params()
+    model.hold(params_P)
+    model._shared[0].numpy()[0] = 77.0
+    model.load(params_P)
+    assert not is_marked(model)
+
+
+def test_the_norm_of_a_long_delta_is_measured_on_the_way(monkeypatch):
+    model = FlatModel(nn.Linear(300, 40))
+    params_P = model.params()
+    model.take_delta(params_P)
+    assert model.delta_norm != model.delta_norm, "a short one is left to torch"
+    monkeypatch.setattr(flat, "COMPILED", 1000)
+    model.load(params_P)
+    written(model, params_P)
+    delta_P = model.take_delta(params_P)
+    assert model.delta_norm == pytest.approx(float(delta_P.norm()), rel=1e-6) and model.delta_norm > 10

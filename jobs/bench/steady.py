@@ -1,23 +1,29 @@
-"""Measures the exchange inside `train`: seconds from deltas to new parameters, and whether memory stays constant.
+"""Measures rounds of `train` without the training, and whether memory stays constant.
 
     mpirun -n 2 python jobs/bench/steady.py [--params 25e6] [--rounds 30] [--quick] [EXCHANGE ...]
 
 EXCHANGE is the content of `exchange:` in a configuration, such as '{plan: sharded, up: {codec: int8}}'; default: all
-plans and the usual codecs. Silos only move their parameters a little, so that rounds consist of the exchange. Figures
-are those of the slowest rank, per round after the first three: the median of exchange and step, next to a copy of the
-vector and one MPI_Allreduce of it after each round; fresh memory touched during the exchange (page faults; malloc is
-set to return large blocks at once), as a share of the vector; and a rank's growth from a tenth of the rounds to the
-last but one (the last writes a checkpoint).
+plans and the usual codecs. Figures are those of the slowest rank, per round after the first three:
+
+    round_s        median of a whole round: load the model, take the delta and its norm, exchange, step, evaluate,
+                   record; without the work of the silos, which only move their parameters a little
+    exchange_s     median of exchange and step alone
+    allreduce_s    median of one MPI_Allreduce of the vector after each round; memcpy: of a copy of it
+    fresh_memory   memory touched for the first time during the exchange (page faults; malloc is set to return large
+                   blocks at once), as a share of the vector
+    growth_bytes   growth of a rank from a tenth of the rounds to the last but one (the last writes a checkpoint)
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,18 +77,29 @@ class Vector(torch.nn.Module):
         return x * self.w[:2]
 
 
+TRAINED_S: list[float] = []  # what the silo of this rank took for its work, round by round
+
+
 @dataclass(frozen=True)
 class Drift(LocalRule):
     """Local training that only moves parameters, by different amounts in every silo and round."""
 
+    barrier: Callable[[], None]
+
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         model.load(params_P)
         rng = np.random.default_rng([round.number, int(silo.id[-1])])
-        bump = torch.from_numpy(rng.standard_normal(1 << 16).astype(np.float32) * 1e-3)
+        bump = torch.from_numpy(rng.standard_normal(1 << 16).astype(np.float32) * 1e-3)  # a millisecond
         own = model.module.w.detach()  # type: ignore[operator, union-attr]
+        begun_s = time.perf_counter()
         for start in range(0, len(own), len(bump)):
             own[start : start + len(bump)] += bump[: len(own) - start]
-        return Contribution(silo.id, round.number, silo.weight, model.take_delta(params_P), 0.0, 1, 1)
+        self.barrier()  # nobody waits for another's work afterwards
+        TRAINED_S.append(time.perf_counter() - begun_s)
+        vector_P = model.take_delta(params_P)
+        about = (vector_P, 0.0, 1, 1)
+        measured = -1 if math.isnan(model.delta_norm) else vector_P._version
+        return Contribution(silo.id, round.number, silo.weight, *about, norm=model.delta_norm, measured=measured)
 
 
 def memory_bytes() -> int:
@@ -96,15 +113,14 @@ def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -
         out=out,
         data=Nothing(comm.size),
         model=fedmpi.components.Deferred("vector", lambda: Vector(num_params), {}),
-        local=Drift(),
+        local=Drift(comm.barrier),
         exchange=build(fedmpi.exchange.config.ExchangeSection, yaml.safe_load(exchange)),
-        evaluate=fedmpi.config.EvaluateSection(every=rounds),
         checkpoint=fedmpi.config.CheckpointSection(every=rounds),
         device=fedmpi.config.DeviceSection(name="cpu"),
     )
     one_P, other_P = torch.zeros(num_params), torch.zeros(num_params)
     # Allocated and touched before the first round: lists that grow per round would count as growth.
-    spent = {n: np.full(rounds, np.nan) for n in ("exchange", "memcpy", "allreduce", "faults", "memory")}
+    spent = {n: np.full(rounds, np.nan) for n in ("round", "exchange", "memcpy", "allreduce", "faults", "memory")}
     with fedmpi.Run(config, comm=comm) as run:
         made = run.federation.exchange
         finish = made.finish
@@ -117,8 +133,10 @@ def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -
             return result
 
         made.finish = watched  # type: ignore[assignment, method-assign]
+        begun_s = time.perf_counter()
         for record in run:
             at = record["round"] - 1
+            spent["round"][at] = time.perf_counter() - begun_s - TRAINED_S[-1]
             spent["exchange"][at] = record["seconds"]["exchange"] + record["seconds"]["step"]
             spent["memory"][at] = memory_bytes()
             for name, work in (
@@ -129,20 +147,28 @@ def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -
                 start_s = time.perf_counter()
                 work()
                 spent[name][at] = time.perf_counter() - start_s
-    mine = np.zeros((comm.size, 5))
+            comm.barrier()
+            begun_s = time.perf_counter()
+    mine = np.zeros((comm.size, 6))
     steady = slice(min(3, rounds - 1), None)
-    mine[comm.rank, :3] = [statistics.median(spent[n][steady]) for n in ("exchange", "memcpy", "allreduce")]
-    mine[comm.rank, 3] = max(spent["faults"][steady]) / (4 * num_params)
-    mine[comm.rank, 4] = spent["memory"][-2] - spent["memory"][rounds // 10]
-    seconds, memcpy, allreduce, fresh, growth = comm.share(mine.reshape(-1)).reshape(mine.shape).max(0).tolist()
+    timed = ("round", "exchange", "memcpy", "allreduce")
+    mine[comm.rank, :4] = [statistics.median(spent[n][steady]) for n in timed]
+    mine[comm.rank, 4] = max(spent["faults"][steady]) / (4 * num_params)
+    mine[comm.rank, 5] = spent["memory"][-2] - spent["memory"][rounds // 10]
+    round_s, seconds, memcpy, allreduce, fresh, growth = (
+        comm.share(mine.reshape(-1)).reshape(mine.shape).max(0).tolist()
+    )
     return {
         "exchange": exchange,
         "ranks": comm.size,
         "params": num_params,
         "rounds": rounds,
-        "seconds": seconds,
-        "x_memcpy": seconds / memcpy,
-        "x_allreduce": seconds / allreduce,
+        "round_s": round_s,
+        "exchange_s": seconds,
+        "allreduce_s": allreduce,
+        "round_x_memcpy": round_s / memcpy,
+        "round_x_allreduce": round_s / allreduce,
+        "exchange_x_allreduce": seconds / allreduce,
         "fresh_memory": fresh,
         "growth_bytes": int(growth),
     }

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -194,6 +195,14 @@ def changed_entries(there: Mapping[str, object], found: Sequence[Entry]) -> list
 
 Allocate = Callable[[int, torch.dtype], torch.Tensor]
 
+COMPILED = 1 << 22  # elements from which on compiled passes are worth the second that numba takes to load
+
+
+def compiled(vector_P: torch.Tensor) -> bool:
+    """Whether compiled passes (kernels/vectors.py) work on the vector, and are worth it."""
+    plain = vector_P.device.type == "cpu" and vector_P.dtype == torch.float32 and vector_P.is_contiguous()
+    return plain and len(vector_P) >= COMPILED
+
 
 class FlatModel:
     """The model of a rank. Its silos take turns in it: load, train, take the delta."""
@@ -251,8 +260,13 @@ class FlatModel:
         self._places = Places(module, self.tied)
         self._places.watch(frozen_alone(self.entries))
         self._trained = [(t, t.requires_grad) for t in self.tensors.values() if isinstance(t, torch.nn.Parameter)]
-        self._counted = [self.tensors[e.name] for e in self.entries if e.kind == "shared" and not e.trainable]
+        self._counted = [self.tensors[e.name] for e in self.entries if e.kind == "shared"]
+        self._has_buffers = any(e.kind == "shared" and e.buffer for e in self.entries)
         self._versions: list[int] = []
+        self._loaded: torch.Tensor | None = None  # what the model held when `_versions` were counted
+        self._held: tuple[torch.Tensor, int] | None = None  # what `hold` was told, and how often it had been written
+        self._handed_out = False
+        self.delta_norm = math.nan  # of the last delta, where taking it has measured it
         self.first_personal = self.personal()  # what a silo starts from at its first participation
 
     def params(self) -> torch.Tensor:
@@ -261,28 +275,70 @@ class FlatModel:
         return torch.cat([part.to(self.dtype) for part in self._shared]) if self._shared else torch.zeros(0)
 
     def load(self, params_P: torch.Tensor) -> None:
-        """The model's shared parameters become params_P, [P]."""
+        """The model's shared parameters become params_P, [P]. Copies nothing where `hold` said that they are, and
+        neither has been written since."""
+        if self._holds(params_P):
+            self._held = None
+            return
+        self._held = None
         self._places.settle()
         start = 0
         with torch.no_grad():
             for part in self._shared:
                 part.copy_(params_P[start : start + len(part)])
                 start += len(part)
-        self._versions = [tensor._version for tensor in self._counted]
+        self._versions, self._loaded = self._written(), params_P
+
+    def hold(self, params_P: torch.Tensor) -> None:
+        """Note that the shared parameters equal params_P, [P]: the next `load` of the same memory need not copy. It
+        does all the same once the module was handed out to code that may write into it at any time."""
+        if not self._handed_out and self._in_place:
+            self._held = (params_P, params_P._version)
+            self._versions, self._loaded = self._written(), params_P
+
+    def hand_out(self) -> torch.nn.Module:
+        """The module, for code that may write into it at any time: every `load` copies from now on."""
+        self._held, self._handed_out = None, True
+        return self.module
+
+    def _holds(self, params_P: torch.Tensor) -> bool:
+        if self._held is None or self.touched:
+            return False
+        held_P, version = self._held
+        same = held_P.data_ptr() == params_P.data_ptr() and len(held_P) == len(params_P)
+        return same and held_P._version == params_P._version == version
+
+    def _written(self) -> list[int]:
+        """How often each shared tensor has been written, as torch counts it."""
+        return [tensor._version for tensor in self._counted]
 
     @property
     def touched(self) -> bool:
-        """Has something written into shared buffers since `load`, as it may in training alone?"""
-        return self._places.settle() or self._versions != [tensor._version for tensor in self._counted]
+        """Whether a shared tensor was written since `load`. Buffers are compared by value: torch does not count what
+        batch normalization writes."""
+        if self._places.settle() or self._versions != self._written():
+            return True
+        if self._loaded is None or not self._has_buffers:
+            return False
+        buffers = [(self.tensors[entry.name], part) for entry, part in self._parts(self._loaded) if entry.buffer]
+        return not all(torch.equal(tensor, part.to(tensor.dtype)) for tensor, part in buffers)
 
     def take_delta(self, params_P: torch.Tensor) -> torch.Tensor:
         """What was trained minus what `load(params_P)` had put there, [P], and behind it room for the auxiliary vectors
         of the layout, [Q]; in memory that the next `load` or `take_delta` reuses: the model is spent.
 
-        Where the model is of half precision that is params_P rounded, so that a step of nothing is a delta of 0.
+        Where the model is of half precision that is params_P rounded, so that a step of nothing is a delta of 0. The
+        norm of a long delta is measured on the way, in `delta_norm`; else that is NaN.
         """
+        self._held, self.delta_norm = None, math.nan
         self._places.settle()
         with torch.no_grad():
+            if self._in_place and compiled(params_P):
+                from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
+
+                delta_P = self._travels[: self.num_shared]
+                self.delta_norm = math.sqrt(vectors.subtract(delta_P.numpy(), params_P.numpy()))
+                return self._travels
             if not self._in_place:
                 start = 0
                 for part in self._shared:
@@ -407,6 +463,7 @@ class FlatModel:
 
     def leave(self) -> None:
         """The model gets memory of its own: the exchange's goes with the run."""
+        self._held = self._loaded = None
         for number, vector in ((i, vector) for i, vector in enumerate(self._shared) if len(vector)):
             memory = vector.untyped_storage().data_ptr()
             whole = vector.new_zeros(len(vector) + self._in_place * self._behind)

@@ -146,12 +146,23 @@ class Server:
         optimizer = self.optimizer.knowing(self.scale * self.squares, self.scale**2 * square)
         return replace(self, optimizer=optimizer, on_mean=None)
 
+    @property
+    def _plain(self) -> bool:
+        """Whether parameters are moved by the optimizer and nothing else."""
+        return self.scale == 1.0 and self.on_mean is None and (self.layout is None or self.layout.steps_alone)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the step is params + mean for all elements."""
+        optimizer, layout = self.optimizer, self.layout
+        alone = layout is None or not layout.auxiliaries
+        return self._plain and alone and type(optimizer) is FedAvg and optimizer.lr == 1.0
+
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
         """New values [S] of the elements from `start` on, and new state, in the memory of `mean_S` and of `state`."""
         layout, stop = self.layout, start + len(mean_S)
         border = stop if layout is None else layout.num_params
-        plain = self.scale == 1.0 and self.on_mean is None and (layout is None or layout.steps_alone)
-        if start < stop <= border and plain:  # the common case, without the cost of slicing
+        if start < stop <= border and self._plain:  # the common case, without the cost of slicing
             new, _ = self.optimizer.step(params_S, mean_S, state)
             if new.data_ptr() != mean_S.data_ptr():
                 mean_S.copy_(new)

@@ -154,9 +154,9 @@ class Run:
         self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
         self.unshared, self.plan = parts.unshared, parts.plan
-        self.model, self.state = fed.model.module, parts.state
-        module = [type(self.model).__module__] if isinstance(self.config.model, torch.nn.Module) else []
-        self.code = self.comm.collectively(lambda: sources.own_code(to_dict(self.config), *module))
+        self.state, module = parts.state, fed.model.module
+        modules = [type(module).__module__] if isinstance(self.config.model, torch.nn.Module) else []
+        self.code = self.comm.collectively(lambda: sources.own_code(to_dict(self.config), *modules))
         digest_of_code = hashlib.sha256(repr(sources.digests(self.code)).encode()).digest()
         self.comm.require_equal("the code that the configuration names", digest_of_code, ConfigError)
 
@@ -332,6 +332,11 @@ class Run:
         self._added.append(sink)
         if self.comm.rank == 0:
             self._sinks.add(sink)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The torch module, which every silo of this rank trains in."""
+        return self.federation.model.hand_out()
 
     @property
     def parameters(self) -> torch.Tensor:

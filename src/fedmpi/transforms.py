@@ -98,7 +98,8 @@ class Checks(Transform):
 
     def on_silo(self, update: Contribution, state: State, about: About) -> bool:
         others_A = update.vector_Q[about.layout.num_params :]
-        update.norm = norm_of(update[DELTA])
+        if update.measured != update.vector_Q._version:
+            update.norm = norm_of(update[DELTA])
         norms = [update.norm, *([norm_of(others_A)] if len(others_A) else [])]
         return math.isfinite(update.weight) and all(norm < about.largest for norm in norms)  # False for nan
 

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedmpi import flat
 from fedmpi.comm import SoloComm
 from fedmpi.comm.machine import room
 from fedmpi.comm.threads import on_ranks
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.shared_memory import SharedMemory
-from fedmpi.server import NoState
+from fedmpi.server import FedAvg, FedAvgM, NoState, Server
+from fedmpi.types import Contribution
 
 MIB = 1 << 20
 
@@ -55,3 +57,36 @@ def test_what_the_plan_takes_is_counted(monkeypatch):
         exchange.home(params_P, NoState())
         counted = SharedMemory.shared_bytes(section, params_P, 0, True)
         assert 0 <= sum(made) - counted <= 64  # weights beside the sums
+
+
+def steps(ranks, optimizer, num_params=5000, idle=()):
+    """Two rounds of ranks that train in place but for the idle ones: the parameters, and what each model held."""
+    made = SharedMemory(ExchangeSection(plan="shared_memory"), ranks, torch.zeros(num_params), ExchangeContext(3.0))
+    own, held = made.delta(), []
+    params_P, state = made.home(torch.linspace(-1, 1, num_params), optimizer.init(torch.zeros(num_params)))
+    for number in (1, 2):
+        trains = ranks.rank not in idle
+        made.begin(number, int(trains))
+        if trains:
+            draw = torch.Generator().manual_seed(10 * number + ranks.rank)
+            own.copy_(torch.randn(num_params, generator=draw))
+            made.add(Contribution("a", number, 1.0 + ranks.rank, own, 0.0, 1, 1))
+        params_P, state = made.finish(params_P, Server(optimizer), state)
+        held.append((made.wrote_model, torch.equal(own, params_P)))
+    return params_P.clone(), held
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("optimizer", [FedAvg(), FedAvg(lr=0.5), FedAvgM()], ids=["adds", "scales", "momentum"])
+def test_compiled_steps_have_the_same_bits_and_models_that_trained_hold_them(num_ranks, optimizer, monkeypatch):
+    plain = on_ranks(num_ranks, lambda ranks: steps(ranks, optimizer))
+    monkeypatch.setattr(flat, "COMPILED", 1)
+    compiled = on_ranks(num_ranks, lambda ranks: steps(ranks, optimizer))
+    for (params_P, held), (same_P, held_too) in zip(plain, compiled, strict=True):
+        assert torch.equal(params_P, same_P) and params_P.std() > 0.5
+        assert held == held_too == [(True, True)] * 2
+
+
+def test_a_rank_that_did_not_train_does_not_hold_the_parameters():
+    (_, first), (_, second), (_, idle) = on_ranks(3, lambda ranks: steps(ranks, FedAvg(), idle={2}))
+    assert first == second == [(True, True)] * 2 and idle == [(False, False)] * 2

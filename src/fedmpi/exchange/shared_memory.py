@@ -2,6 +2,9 @@
 
 Every rank owns 1/n of the coordinates, adds them up, steps them, and writes where all read. Parameters and server state
 are there once per node, whatever the number of ranks; nothing is sent.
+
+A rank with one silo trains it in memory that the others read its delta out of. The new parameters are written there
+too, while the delta's elements are in the cache, so that the next round finds its model loaded.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 
 from fedmpi.comm import Comm
@@ -16,6 +20,7 @@ from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
 from fedmpi.exchange.base import BLOCK, Exchange, ExchangeContext, Lap, Machine, without
 from fedmpi.exchange.cost import Cost, Sizes, Traffic, word_bytes
+from fedmpi.flat import compiled
 from fedmpi.server import Server
 from fedmpi.types import Contribution
 
@@ -99,6 +104,7 @@ class SharedMemory(Exchange):
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)
         self._heads[self.comm.rank].zero_()
+        self.wrote_model = False
         self._weight = 0
         self._only = num_contributions == 1 and bool(self._deltas) and not self.ring
 
@@ -119,14 +125,20 @@ class SharedMemory(Exchange):
             self.folded(self._sums[self.comm.rank])
         self.comm.barrier()
         given: list[tuple[torch.Tensor, float]] = []
+        models: list[torch.Tensor] = []  # that trained in place
         weight: float = 0
         for rank, (in_place, *limbs) in enumerate(head.tolist() for head in self._heads):
             if share := self.joined(limbs):
                 given.append((self._deltas[rank], share) if in_place else (self._sums[rank], 1.0))
+                models += [self._deltas[rank]] if in_place else []
+                self.wrote_model |= bool(in_place) and rank == self.comm.rank
                 weight += share
         if not given:
             raise ExchangeError("no weight arrived: nothing to divide by")
         mine = shard(self.num_params, self.comm.rank, self.comm.size)
+        if server.adds and len(models) == len(given) and compiled(params_P):
+            self._step_compiled(params_P[mine], [delta[mine] for delta in models], [n / weight for _, n in given])
+            mine = slice(mine.stop, mine.stop)
         parts = [slice(start, min(start + BLOCK, mine.stop)) for start in range(mine.start, mine.stop, BLOCK)]
         means: list[torch.Tensor] = []
         if server.reads_norms:  # of the whole mean, before anybody steps
@@ -137,11 +149,19 @@ class SharedMemory(Exchange):
             mean = means[number] if means else self._mean(given, weight, part)
             new_S, _ = server.step(params_P[part], mean, type(state)(*(tensor[part] for tensor in state)), part.start)
             params_P[part].copy_(new_S)
+            for model in models:
+                model[part].copy_(new_S)
         lap("step")
         self.comm.barrier()
         self.verify(params_P)
         lap("exchange")
         return params_P, state
+
+    def _step_compiled(self, params_S: torch.Tensor, rows: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+        """What `finish` does block by block, in one compiled pass; the bits are the same."""
+        from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
+
+        vectors.step(tuple(row.numpy() for row in rows), np.array(factors, np.float32), params_S.numpy())
 
     def _mean(self, given: Sequence[tuple[torch.Tensor, float]], weight: float, part: slice) -> torch.Tensor:
         """A block of the mean; valid until the next one's."""

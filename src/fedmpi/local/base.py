@@ -407,7 +407,19 @@ def local_steps(
     if work.amount.reads_loss:
         silo.kept[LOSS] = torch.tensor(loss_mean, dtype=torch.float64)
     about = (loss_mean, num_samples, num_steps, held)
-    return Contribution(silo.id, round.number, silo.weight, vector_Q, *about, num_targets=targets, layout=model.layout)
+    norm = model.delta_norm
+    measured = -1 if math.isnan(norm) else vector_Q._version
+    return Contribution(
+        silo.id,
+        round.number,
+        silo.weight,
+        vector_Q,
+        *about,
+        num_targets=targets,
+        norm=norm,
+        measured=measured,
+        layout=model.layout,
+    )
 
 
 def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Correct:

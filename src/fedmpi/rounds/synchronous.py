@@ -72,6 +72,8 @@ class SynchronousRound:
         params_Q, optimizer = fed.exchange.finish(state.params_Q, self.server, state.optimizer, timer.lap)
         fed.silos.update(self.trained)
         params_P = fed.layout.params(params_Q)
+        if fed.exchange.wrote_model:
+            fed.model.hold(params_P)
         average_P = state.average_P
         if fed.average is not None and average_P is not None:
             params_P = average_P = fed.average.follow(average_P, params_P, number)
