@@ -14,7 +14,7 @@ from fedmpi.cli import app
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
     *("errors", "output", "disk", "fencing", "rng", "layout", "types", "state", "trust", "sources", "components"),
-    *("outcome", "stopping", "worker"),
+    *("outcome", "requests", "stopping", "worker"),
     *("launcher", "module", "kernels"),
     *(
         "codecs",
@@ -41,9 +41,10 @@ ORDER = [
         "device",
         "health",
         "roster",
+        "asking",
     ),
     *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
-    *("moving", "keeper", "rebuild", "mirror", "heal", "train"),
+    *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "train"),
     *("plan", "results", "compare", "launchline", "remains", "supervisor"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]

@@ -19,6 +19,7 @@ from fedmpi import device, pretrained, rng, stopping
 from fedmpi.attacks import HostileRule, edit_of, poisoned, said
 from fedmpi.comm import Comm
 from fedmpi.config import Config
+from fedmpi.data.files import Files
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange.base import Exchange, ExchangeContext
 from fedmpi.exchange.choose import Choice, choose
@@ -52,6 +53,13 @@ from fedmpi.types import SiloData, Source
 log = logging.getLogger("fedmpi")
 
 
+class Admitted(NamedTuple):
+    """A silo that was admitted to a running job and that the configuration does not name."""
+
+    id: str
+    path: str
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a federation is made of, independent of its current members; the same on every rank."""
@@ -64,6 +72,7 @@ class Spec:
     section: ExchangeSection  # as configured; `plan` is filled in once it is chosen
     device: torch.device
     watch: stopping.Watch
+    admitted: tuple[Admitted, ...] = ()  # silos of `source` that the configuration does not name
 
     @property
     def known(self) -> list[str]:
@@ -107,6 +116,8 @@ def assemble(
     spec = specify(config, comm, out)
     told = comm.collectively(lambda: members_before() if comm.rank == 0 else None)
     told = json.loads(comm.broadcast_text(json.dumps(told), 0))
+    if told is not None and (more := [Admitted(*one) for one in told[2]]):
+        spec = comm.collectively(lambda: with_admitted(spec, more))
     first = comm.collectively(lambda: _first_members(spec, comm.hosts, members, told))
     unshared = _unshared(spec.module, spec.entries)
     comms = Comms.of(comm)
@@ -117,7 +128,8 @@ def assemble(
     return Assembly(built.spec, built.federation, state, threads, unshared, built.plan)
 
 
-MembersBefore = tuple[int, list[list[str]]]  # epoch, and silo ids of each rank
+# Epoch, silo ids of each rank, and id and path of each silo that the configuration does not name.
+MembersBefore = tuple[int, list[list[str]], list[list[str]]]
 
 
 def _first_members(
@@ -125,7 +137,7 @@ def _first_members(
 ) -> Membership:
     """Members at the start of a run, or on resume."""
     silos, dedicated = spec.source.silos, spec.config.server.dedicated
-    before = None if told is None else Membership.of(*told, [silo.id for silo in silos])
+    before = None if told is None else Membership.of(told[0], told[1], [silo.id for silo in silos])
     if given is not None:
         changed = before is not None and given.teams != before.teams
         return replace(given, epoch=max(given.epoch, before.epoch + 1)) if changed and before is not None else given
@@ -291,13 +303,22 @@ def _model(spec: Spec, exchange: Exchange, comms: Comms) -> FlatModel:
     return comms.control.collectively(lambda: FlatModel(spec.module, shared, spec.device, allocate, exchange.layout))
 
 
-def source_of(config: Config) -> Source:
-    """The dataset. The global generators of torch, numpy and Python are seeded around a user's dataset, so it draws the
-    same numbers in every run and on every rank, for each silo's samples too."""
-    seed = config.seed
+def with_admitted(spec: Spec, admitted: Sequence[Admitted]) -> Spec:
+    """The spec with these silos in its data, besides the configured ones. ConfigError if they do not fit."""
+    return replace(spec, source=source_of(spec.config, admitted), admitted=tuple(admitted))
+
+
+def source_of(config: Config, admitted: Sequence[Admitted] = ()) -> Source:
+    """The dataset, with the `admitted` silos added. The global generators of torch, numpy and Python are seeded around
+    a user's dataset, so it draws the same numbers in every run and on every rank, for each silo's samples too."""
+    seed, data = config.seed, config.data
+    for silo, path in admitted:
+        if not isinstance(data, Files):
+            raise ConfigError(f"silo '{silo}' has a file of its own, but data is not `files`")
+        data = data.with_silo(silo, Path(path))
     with rng.borrowed():
         rng.set_all(rng.key(seed, purpose="data"))
-        source = config.data.source(seed)
+        source = data.source(seed)
 
     def opened(silo: str) -> SiloData:
         with rng.borrowed():

@@ -261,6 +261,10 @@ class Manifest:
     score: pydantic.StrictFloat | None = None  # higher is better; None: not evaluated
     ranks: pydantic.StrictInt = 1
     epoch: pydantic.StrictInt = 0  # of the round's membership
+    # Id and path of each silo that was admitted and that the configuration does not name.
+    admitted: list[Annotated[list[str], pydantic.Field(min_length=2, max_length=2)]] = pydantic.Field(
+        default_factory=list
+    )
 
     @property
     def hosted(self) -> list[list[str]]:

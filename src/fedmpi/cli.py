@@ -386,6 +386,47 @@ def silos(directory: RunDir, as_json: Json = False) -> None:
     _answer(work)
 
 
+SiloId = Annotated[str, typer.Argument(metavar="ID", help="a silo of the run")]
+Wait = Annotated[float, typer.Option("--wait", min=0.0, metavar="S", help="seconds to wait for what becomes of it")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="ask, and do not wait")]
+
+
+@app.command()
+def retire(directory: RunDir, silo: SiloId, wait: Wait = 60.0, no_wait: NoWait = False) -> None:
+    """Ask the job that trains in DIR to let a silo leave after its round. What the silo keeps is dropped; a resumed run
+    goes on without it. Says after which round it has left.
+
+    Exit code 2 where it cannot be, and the run goes on as it was; 1 where nothing came of it within the wait."""
+    _ask("retire", directory, silo, None, 0.0 if no_wait else wait)
+
+
+@app.command()
+def admit(
+    directory: RunDir,
+    silo: SiloId,
+    path: Annotated[
+        Path | None,
+        typer.Option("--path", metavar="FILE", help="of a silo that the configuration does not name (admit: any)"),
+    ] = None,
+    wait: Wait = 60.0,
+    no_wait: NoWait = False,
+) -> None:
+    """Ask the job that trains in DIR to let a silo take part from its next round on: one that was retired or lost, or
+    with `admit: any` in the configuration a new one with its file. It begins as all did.
+
+    Exit code 2 where it cannot be, and the run goes on as it was; 1 where nothing came of it within the wait."""
+    _ask("admit", directory, silo, path, 0.0 if no_wait else wait)
+
+
+def _ask(what: Any, directory: Path, silo: str, path: Path | None, wait_s: float) -> None:
+    def work() -> None:
+        from fedmpi.asking import ask
+
+        print(ask(directory, what, silo, path, wait_s))
+
+    _answer(work)
+
+
 def _which(text: str) -> Any:
     if text in ("best", "newest"):
         return text

@@ -25,6 +25,7 @@ from fedmpi.attacks import ATTACKS, Attack
 from fedmpi.components import NonNegativeInt, PositiveFloat, PositiveInt, build, called, component, to_dict
 from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
+from fedmpi.data.files import Files
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.plans import FORMERLY
@@ -210,6 +211,9 @@ class Config:
     records: RecordsSection = RecordsSection()
     device: DeviceSection = DeviceSection()
     comm: CommSection = CommSection()
+    admit: Literal["configured", "any"] = "configured"
+    """silos that `fedmpi admit` may bring in: configured: those of `data`; any: also others, each with its file (needs
+    data: files)"""
     on_failure: OnFailure | None = None
     """when a rank dies under a fault-tolerant MPI (mpirun --with-ft ulfm): adopt: other ranks take over its silos if
     they can open their data; continue: its silos leave; stop: the run ends; null: adopt, but stop with exchange.overlap
@@ -238,6 +242,14 @@ class Config:
         for name, there in (("overlap", section.overlap), ("regions", section.regions is not None)):
             if there and self.on_failure not in (None, "stop"):
                 raise ValueError(f"on_failure: {self.on_failure} cannot be combined with exchange.{name}; use stop")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _admits(self) -> Config:
+        if self.admit == "any" and not isinstance(self.data, Files):
+            raise ValueError("admit: any needs data: files, since an admitted silo brings a file")
+        if self.admit == "any" and self.attack is not None:
+            raise ValueError("admit: any does not go with attack: which silos are hostile depends on all of them")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -278,7 +290,10 @@ class Config:
 
 
 # Keys that a resumed run may change: length, output, and machine.
-MAY_CHANGE = ("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "init")
+MAY_CHANGE = (
+    *("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "init"),
+    "admit",
+)
 
 PLAN = "exchange.plan"
 

@@ -188,12 +188,13 @@ class RunDirectory:
         except ConfigError:  # reported later
             return ""
 
-    def members_before(self) -> tuple[int, list[list[str]]] | None:
-        """Epoch, and silo ids of each rank, of the newest checkpoint; None if there is none."""
+    def members_before(self) -> tuple[int, list[list[str]], list[list[str]]] | None:
+        """Of the newest checkpoint: epoch, silo ids of each rank, id and path of each silo that the configuration does
+        not name. None if there is no checkpoint."""
         for round in reversed(checkpoint.sealed_rounds(self.path)):
             with contextlib.suppress(CheckpointError):  # reported when it is read
                 found = checkpoint.manifest(self.path, round)
-                return found.epoch, found.hosted
+                return found.epoch, found.hosted, found.admitted
         return None
 
     def release(self) -> None:

@@ -10,11 +10,13 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedmpi import checkpoint, stopping
+from fedmpi.assembly import Admitted
 from fedmpi.comm import ranks_text
 from fedmpi.config import Config
 from fedmpi.directory import RunDirectory, newest_whole
@@ -156,12 +158,14 @@ class Keeper:
         score: Callable[[Record], float | None],
         order: Sequence[str],
         others: bool = False,
+        admitted: Sequence[Admitted] = (),
     ) -> None:
         self.comm = federation.comm
         self.sealed = -1
         self._config, self._fed, self._health, self._directory = config, federation, health, directory
         self._out, self._score_of = directory.path, score
         self._order = order  # all silos of the data, in their order
+        self._admitted = admitted  # silos that the configuration does not name
         self._others = others  # whether a checkpoint may have other members than the run
         self._pending: int | None = None  # round whose checkpoint is being written
         self._pending_record: Record | None = None
@@ -289,18 +293,20 @@ class Keeper:
         except CheckpointError:
             return FAILED
 
-    def keep(self, state: State) -> None:
+    def keep(self, state: State, due: bool = False) -> None:
         """Handle a finished round: hold it if it is the best, seal a checkpoint that is safe by now, and start one if
-        due."""
+        due. `due`: it is, and it is sealed at once."""
         self._hold_best(state)
         if self._pending is not None and (state.written >= self._pending or state.written == FAILED):
             self.seal()
-        if state.round % self._config.checkpoint.every == 0 and not self._health.doubts:
+        if (due or state.round % self._config.checkpoint.every == 0) and not self._health.doubts:
             self.write(state)
+        if due:
+            self.seal()
 
-    def follow(self, federation: Federation) -> None:
+    def follow(self, federation: Federation, admitted: Sequence[Admitted]) -> None:
         """Continue with another federation; the checkpoints of the one before are on disk."""
-        self._fed = federation
+        self._fed, self._admitted = federation, admitted
 
     def has(self, state: State) -> bool:
         """Whether a checkpoint of the round exists or is being written."""
@@ -417,7 +423,9 @@ class Keeper:
         if best is not None:
             self._scores[best.round] = best.score
         scores = (self._scores[round], None if best is None else best.score)
-        about = {"ranks": ranks, "epoch": members.epoch, "score": self._scores[round], "record": record}
+        about: dict[str, Any] = {"ranks": ranks, "epoch": members.epoch, "score": self._scores[round], "record": record}
+        if self._admitted:
+            about["admitted"] = [list(one) for one in self._admitted]
 
         def write() -> None:
             if self.comm.rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from fedmpi.errors import ConfigError
 from fedmpi.membership import Membership, same_host
@@ -56,9 +56,11 @@ def adopted(
     num_train: Mapping[str, int],
     hosts: Sequence[str],
     dedicated: bool = False,
+    among: Collection[int] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The ranks that take over the `orphans`, silos whose rank is gone: the largest silo first, each to the rank with
-    the fewest samples. Silos that no rank may open are left out. `stay` are the teams of the other silos.
+    the fewest samples. Silos that no rank may open, of `among` if given, are left out. `stay` are the teams of the
+    other silos.
 
     >>> a, b, c = Silo("a"), Silo("b"), Silo("c", host="n2")
     >>> adopted({"a": (0,)}, [b, c], [a, b, c], {"a": 3, "b": 2, "c": 1}, ["n1", "n1"])
@@ -76,6 +78,7 @@ def adopted(
         kind = {silo.host is not None}
         # A rank that hosts pinned silos hosts no others, unless it is alone.
         may = [r for r in able if same_host(silo.host, hosts[r]) and (len(able) == 1 or kinds[r] <= kind)]
+        may = [r for r in may if among is None or r in among]
         if may:
             rank = found[silo.id] = min(may, key=lambda r: (load[r], r))
             load[rank] += num_train[silo.id]

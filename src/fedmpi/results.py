@@ -3,6 +3,7 @@ rank evaluates its own silos."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import yaml
 from safetensors.torch import load
 
 from fedmpi import checkpoint, disk, rng, sources
-from fedmpi.assembly import build_module, digest_of, source_of
+from fedmpi.assembly import Admitted, build_module, digest_of, source_of
 from fedmpi.comm import Comm, SoloComm, ranks_text
 from fedmpi.components import build, did_you_mean, to_dict
 from fedmpi.config import Config
@@ -223,6 +224,14 @@ def _choose(root: Path, which: RoundChoice, comm: Comm, mine: Collection[str]) -
     return round
 
 
+def _admitted(root: Path) -> list[list[str]]:
+    """Id and path of the silos that the configuration does not name, of all checkpoints: a later one has them all."""
+    for round in reversed(checkpoint.sealed_rounds(root)):
+        with contextlib.suppress(CheckpointError):  # reported when it is to be read
+            return checkpoint.manifest(root, round).admitted
+    return []
+
+
 def _members(root: Path, round: int, comm: Comm) -> set[str]:
     """The silos that were members in that round. Collective."""
     best = comm.collectively(lambda: comm.rank == 0 and checkpoint.kept_as_best(root, round))
@@ -243,14 +252,14 @@ class _Stored:
     def open(cls, root: Path, comm: Comm) -> _Stored:
         """Read the run directory on rank 0 (others need not see it) and build all parts on every rank. Collective."""
         begun = comm.collectively(lambda: read_config(root) if comm.rank == 0 else None)
-        text = comm.broadcast_text("" if begun is None else yaml.safe_dump([begun.config, begun.about]), 0)
-        values, about = yaml.safe_load(text)
+        told = None if begun is None else [begun.config, begun.about, _admitted(root)]
+        values, about, admitted = yaml.safe_load(comm.broadcast_text(yaml.safe_dump(told), 0))
         unshared = comm.collectively(lambda: _unshared(root, about["unshared"]) if comm.rank == 0 else {})
         unshared = _from_first(unshared, comm)
 
         def put_together() -> _Stored:
             config = build(Config, {**values, "init": None})  # pretrained tensors are in the run directory already
-            source = source_of(config)
+            source = source_of(config, [Admitted(*one) for one in admitted])
             module = build_module(config, source)
             module.load_state_dict(unshared, strict=False)
             if comm.rank == 0:

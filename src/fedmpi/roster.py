@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import disk, stopping
+from fedmpi import disk, requests, stopping
 from fedmpi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ log = logging.getLogger("fedmpi")
 FILE = "silos.json"
 FORMAT = 1
 MOST_BYTES = 1 << 28
+ANSWERS = 100  # newest that are kept
 HEARD_S = 5.0  # between two writes for what was last heard, at least
 SHARE = 0.01  # of the time, at most, that they take
 
@@ -38,14 +39,16 @@ class Roster:
     round and Unix time of its last contribution; `data` and `code`, fingerprints as of when it was registered.
     """
 
-    def __init__(self, root: Path, done: int, rounds: int) -> None:
-        self._path, self._rounds, self._done = root / FILE, rounds, done
+    def __init__(self, root: Path, done: int, rounds: int, admit: str = "configured") -> None:
+        self._path, self._rounds, self._done, self._admit = root / FILE, rounds, done, admit
         self._rows: dict[str, Row] = {}
+        self._answers: list[Row] = []
         self._next_s, self._warned = 0.0, False
         try:
             before = read(root)
         except ConfigError:  # it is written anew
             return
+        self._answers = before["answers"]
         for row in before["silos"]:
             if row["heard"] is not None and row["heard"]["round"] > done:
                 row["heard"] = None
@@ -94,6 +97,11 @@ class Roster:
         if time.monotonic() >= self._next_s or done >= self._rounds:
             self.save()
 
+    def answer(self, token: str, done: int, why: str | None) -> None:
+        """A request was carried out after round `done`; or refused, and `why`."""
+        self._answers = [*self._answers, {"token": token, "round": done, "refused": why}][-ANSWERS:]
+        self.save()
+
     def save(self) -> None:
         """Write it; where that fails the next time will do, and the run goes on."""
         began_s = time.monotonic()
@@ -107,8 +115,8 @@ class Roster:
         self._next_s = began_s + max(HEARD_S, took_s / SHARE)
 
     def _write(self) -> None:
-        whole = {"format": FORMAT, "round": self._done, "rounds": self._rounds, "silos": [*self._rows.values()]}
-        disk.replace_text(self._path, json.dumps(whole))
+        whole = {"format": FORMAT, "round": self._done, "rounds": self._rounds, "admit": self._admit}
+        disk.replace_text(self._path, json.dumps({**whole, "silos": [*self._rows.values()], "answers": self._answers}))
 
 
 _OF_RANK = ("rank", "host", "device", "gpu", "memory_bytes", "threads")
@@ -132,6 +140,11 @@ def read(root: Path) -> dict[str, Any]:
                 raise ValueError
             if row["memory_bytes"] is not None and not isinstance(row["memory_bytes"], int):
                 raise ValueError
+        found.setdefault("answers", [])
+        found.setdefault("admit", "configured")
+        for answer in found["answers"]:
+            if not isinstance(answer["token"], str) or not isinstance(answer["round"], int) or "refused" not in answer:
+                raise ValueError
         if not isinstance(found["round"], int) or not isinstance(found["rounds"], int):
             raise ValueError
     except FileNotFoundError:
@@ -146,11 +159,21 @@ def read(root: Path) -> dict[str, Any]:
 
 def tell(root: Path) -> dict[str, Any]:
     """What the file says, and `training`: does a job train there now? None where that cannot be told from this host.
-    ConfigError in one line."""
+    A silo about which a request waits says in `why` what is asked; one that is to be admitted is `pending`. ConfigError
+    in one line."""
     if not (root / "config.yaml").exists():
         raise ConfigError(f"{root} is not a run directory")
     found = read(root)
-    return {"training": stopping.is_training(root), **{n: found[n] for n in ("round", "rounds", "silos")}}
+    rows = {row["id"]: row for row in found["silos"]}
+    for _, request in requests.read(root):
+        if isinstance(request, requests.Request) and request.epoch is None:
+            unknown = {"id": request.silo, "state": "absent", "why": None, **dict.fromkeys(_FIELDS)}
+            row = rows.setdefault(request.silo, unknown)
+            row["why"] = f"asked to {'leave' if request.what == 'retire' else 'be admitted'}"
+            if request.what == "admit" and row["state"] != "active":
+                row["state"] = "pending"
+    kept = {name: found[name] for name in ("round", "rounds", "admit", "answers")}
+    return {"training": stopping.is_training(root), **kept, "silos": [*rows.values()]}
 
 
 def table(found: Mapping[str, Any]) -> Any:

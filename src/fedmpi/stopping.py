@@ -29,6 +29,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from fedmpi import requests
+
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
 
@@ -187,6 +189,7 @@ class Watch:
 
     def __init__(self, comm: Comm, folder: Path | None = None) -> None:
         self.comm = comm
+        self._folder = folder if comm.rank == 0 else None
         self.file = folder / STOP_FILE if folder is not None and comm.rank == 0 else None
         self.status = READY
         self.reason = ""  # why this rank asked for a stop; empty on the others
@@ -203,6 +206,10 @@ class Watch:
             if self.file is not None and self.status < STOP and os.path.exists(self.file):
                 self.tell(STOP, "fedmpi stop")
         return self.status
+
+    def asked(self) -> bool:
+        """Does the run directory hold a request about members? Rank 0 looks; False on other ranks."""
+        return self._folder is not None and requests.there(self._folder)
 
     def check(self) -> None:
         """A safe point. Raises BrokenOff if this rank should leave the round."""

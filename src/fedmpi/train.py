@@ -19,7 +19,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 import fedmpi
 from fedmpi import checkpoint, disk, launcher, rng, sources, stopping
 from fedmpi.assembly import assemble, digest_of, open_members
+from fedmpi.changes import asked_for
 from fedmpi.comm import Comm, connect, go_on_with
 from fedmpi.components import did_you_mean, to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
@@ -68,6 +69,7 @@ from fedmpi.rebuild import admitted, rebuilt
 from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
 from fedmpi.records.metrics import last_round
 from fedmpi.records.sink import Timings
+from fedmpi.requests import Desk, Request
 from fedmpi.roster import Roster
 from fedmpi.rounds import Federation
 from fedmpi.trust import confined
@@ -131,6 +133,7 @@ class Run:
         self._mirrors: list[Mirror] = []  # of the state; two until a first round has followed a loss
         self._added: list[Sink] = []  # by `add_sink`
         self._roster: Roster | None = None  # rank 0's, once there are rounds to tell of
+        self._desk: Desk | None = None  # rank 0's too
         self._rounds_before: int | None = None  # what the run that the directory holds was begun with
         try:
             with confined(named_by, allow):
@@ -171,7 +174,16 @@ class Run:
 
     def _make_keeper(self, others: bool) -> Keeper:
         order = [silo.id for silo in self._spec.source.silos]
-        return Keeper(self.config, self.federation, self._health, self._directory, self._score, order, others)
+        return Keeper(
+            self.config,
+            self.federation,
+            self._health,
+            self._directory,
+            self._score,
+            order,
+            others,
+            self._spec.admitted,
+        )
 
     def _judge(self, outcome: RoundOutcome) -> None:
         """Give up where a round that is not committed yet shows that the run diverges; what was last good is on disk
@@ -240,8 +252,10 @@ class Run:
             if not over:
                 keep_code(self.out, self.code, self.state.round)
                 write_config(self.out, to_dict(self.config), about)
-                self._roster = Roster(self.out, self.state.round, rounds)
+                self._roster = Roster(self.out, self.state.round, rounds, self.config.admit)
                 self._register(ranks)
+                self._desk = Desk(self.out)
+                self._desk.begin(self.membership.epoch)
             self._open_sinks(self.state.round)
 
         def written() -> None:
@@ -320,7 +334,7 @@ class Run:
         self.state = replace(state, params_Q=state.params_Q.clone(), optimizer=None)
         self.federation, self.state = rebuilt(self._spec, fed, state, self._health, opened)
         self._spoiled = False
-        self._keeper.follow(self.federation)
+        self._keeper.follow(self.federation, self._spec.admitted)
         self._mirror_anew()
         ranks = self._ranks()
         self.comm.collectively(lambda: self._register(ranks) if self.comm.rank == 0 else None)
@@ -368,8 +382,12 @@ class Run:
         yielded = self.state.round
         try:
             self._mirror_anew()
+            begun = False  # has what was asked for before the first round been carried out?
             while self.state.round < self.config.rounds:
                 try:
+                    if not begun:
+                        self._take_up()
+                        begun = True
                     self._round()
                 except Exception as error:
                     if not self._outlives(error):
@@ -414,8 +432,80 @@ class Run:
         if self._roster is not None:
             rejected = {*record.get("rejected", ())}
             self._roster.heard(self.state.round, [silo for silo in record["cohort"] if silo not in rejected])
+        if self.federation.done.rank("asked").any() and self.state.round < self.config.rounds:
+            self._take_up()
         if not self._keeper.has(self.state):
             self._keeper.keep(self.state)
+
+    # ------------------------------------------------------------ requests
+
+    def _take_up(self) -> None:
+        """Carry out what is asked of the members, and put what came of it on disk. Collective."""
+        state, regions = self.state, self.config.exchange.regions
+        if regions is not None and state.round % regions.every:
+            return  # until all regions have the same model
+        has_before = self._keeper.has(state)  # a checkpoint with the members before
+        due = self.comm.collectively(self._due if self.comm.rank == 0 else list)
+        due = json.loads(self.comm.broadcast_text(json.dumps(due), 0))
+        if any([self._carry_out(Request(**one)) for one in due]):
+            self.comm.took(0.0)  # data were opened meanwhile
+            if not has_before:
+                self._keeper.keep(self.state, due=True)
+                if self._desk is not None and self._keeper.sealed == state.round:
+                    self._desk.sealed(state.round)
+
+    def _due(self) -> list[dict[str, Any]]:
+        """Rank 0's: what is to be carried out now."""
+        assert self._desk is not None
+        self._desk.sealed(self._keeper.sealed - 1)
+        found = []
+        for token, one in self._desk.due(self.state.round):
+            if isinstance(one, Request):
+                found.append(asdict(one))
+            else:
+                self._answer(token, one)
+        return found
+
+    def _carry_out(self, request: Request) -> bool:
+        """Change the members as asked; or refuse, and the run is as it was. Returns which. Collective."""
+        before = self._spec
+        try:
+            self._spec, members = asked_for(request, before, self.federation)
+            self.rebuild(members)
+        except FedmpiError as error:
+            if not error.agreed or self._spoiled or isinstance(error, CheckpointError):
+                raise
+            self._spec = before
+            self._answer(request.token, str(error).strip().splitlines()[-1], request)
+            return False
+        if self._desk is not None:
+            self._desk.carried_out(request, self.state.round, self.membership.epoch)
+        self._answer(request.token, None, request)
+        return True
+
+    def _answer(self, token: str, why: str | None, request: Request | None = None) -> None:
+        """Rank 0: tell what became of a request; `why` it is refused, None if it is carried out."""
+        if self.comm.rank != 0:
+            return
+        done = self.state.round
+        asked = "a request" if request is None else f"{request.what} {request.silo}"
+        say(f"fedmpi: after round {done}: {asked}{'' if why is None else f': refused: {why}'}", error=True)
+        if self._roster is not None:
+            self._roster.answer(token, done, why)
+        if why is not None:
+            (self._desk or Desk(self.out)).close(token)
+        elif request is not None:
+            told = {"event": request.what, "round": done, "silo": request.silo, "epoch": self.membership.epoch}
+            disk.append_line(self.out / EVENTS_FILE, json.dumps(told))
+
+    def _close_desk(self) -> None:
+        """Rank 0: no request is left without an answer once all rounds are done."""
+        desk, rounds = self._desk or Desk(self.out), self.config.rounds
+        desk.sealed(self._keeper.sealed - 1)
+        if self.state.round >= rounds:
+            for token, one in desk.due(rounds):
+                why = one if isinstance(one, str) else f"the run has ended: all {rounds} rounds are done"
+                self._answer(token, why, one if isinstance(one, Request) else None)
 
     # ------------------------------------------------------------ lost ranks
 
@@ -506,8 +596,9 @@ class Run:
         def write() -> None:
             if self._roster is not None:
                 self._roster.save()
-            self._roster = Roster(self.out, done, self.config.rounds)
+            self._roster = Roster(self.out, done, self.config.rounds, self.config.admit)
             self._register(ranks, why)
+            self._desk = Desk(self.out) if self._desk is None else self._desk
             self._open_sinks(done)
             for sink in self._added:
                 self._sinks.add(sink)
@@ -563,6 +654,7 @@ class Run:
                     except OSError as error:
                         raise CheckpointError(f"cannot write model.safetensors into {self.out}: {error}") from None
                 (self.out / stopping.STOP_FILE).unlink(missing_ok=True)
+                self._close_desk()
 
         self.comm.collectively(write)
         self.federation.exchange.settle()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
 import torch
 
 from fedmpi.components import Decay, PositiveInt, component
@@ -126,8 +128,25 @@ class Files:
         silos = tuple(Silo(id=s.id, num_samples=s.num_samples, host=s.host) for s in self.silos)
         columns: dict[str, tuple[str, ...]] = {}
         return Source(
-            self.task, self.shape, self._outputs(), silos, lambda silo: self._open(silo, columns), columns=columns
+            self.task,
+            self.shape,
+            self._outputs(),
+            silos,
+            lambda silo: self._open(silo, columns),
+            columns=columns,
+            readable=self._readable,
         )
+
+    def with_silo(self, silo: str, path: Path) -> Files:
+        """With one more silo. ConfigError in one line where it does not fit the others."""
+        try:
+            return replace(self, silos=(*self.silos, FileSilo(id=silo, path=path)))
+        except pydantic.ValidationError as error:
+            raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def _readable(self, silo: str) -> bool:
+        path = root_of(self.root) / next(s.path for s in self.silos if s.id == silo)
+        return path.is_file() and os.access(path, os.R_OK)
 
     def _targets(self) -> tuple[str, ...]:
         return (self.target,) if isinstance(self.target, str) else self.target

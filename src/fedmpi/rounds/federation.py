@@ -29,7 +29,7 @@ READY_RANK = ("status", "fingerprint")
 READY_SILO = (
     *("taken", "rejected", "loss", "targets", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss"),
 )
-DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written")
+DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written", "asked")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ class SynchronousRound:
         fed.done.set_rank(
             comm.rank,
             written=written,
+            asked=fed.watch.asked(),
             started_s=timer.started_s,
             rss=peak_rss_bytes(),
             **timer.seconds,

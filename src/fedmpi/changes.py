@@ -1,0 +1,74 @@
+"""The membership that a request leads to, or why it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmpi.assembly import Admitted, Spec, with_admitted
+from fedmpi.components import did_you_mean
+from fedmpi.errors import ConfigError, agreed
+from fedmpi.membership import Membership
+from fedmpi.placement import adopted
+from fedmpi.requests import Request
+from fedmpi.rounds import Federation
+
+
+def asked_for(request: Request, spec: Spec, fed: Federation) -> tuple[Spec, Membership]:
+    """The members that the request leads to, and what the federation is then made of: `spec`, with one more silo in its
+    data where the request brings one. Nothing is opened yet. A call of all ranks; ConfigError alike on every one."""
+    now, silo = fed.membership, request.silo
+    if request.what == "retire":
+        return spec, _without(silo, spec, now)
+    if silo in now.teams:
+        raise agreed(ConfigError(f"silo '{silo}' takes part already"))
+    if silo in spec.known and request.path is not None:
+        raise agreed(ConfigError(f"silo '{silo}' has its data in the configuration; leave out --path"))
+    if silo not in spec.known:
+        spec = _with_new(request, spec, fed)
+    return spec, now.with_silo(silo, _rank_for(silo, spec, fed))
+
+
+def _without(silo: str, spec: Spec, now: Membership) -> Membership:
+    if silo not in spec.known:
+        raise agreed(ConfigError(f"the run has no silo '{silo}'{did_you_mean(silo, now.ids)}"))
+    if silo not in now.teams:
+        raise agreed(ConfigError(f"silo '{silo}' takes no part"))
+    if len(now.teams) == 1:
+        raise agreed(ConfigError(f"silo '{silo}' is the last one that takes part; `fedmpi stop` ends the run"))
+    return now.without(silo)
+
+
+def _with_new(request: Request, spec: Spec, fed: Federation) -> Spec:
+    """With a silo that the configuration does not name."""
+    silo = request.silo
+    if spec.config.admit != "any":
+        near = did_you_mean(silo, spec.known)
+        raise agreed(ConfigError(f"the configuration names no silo '{silo}' and does not say admit: any{near}"))
+    if request.path is None:
+        raise agreed(ConfigError(f"the configuration names no silo '{silo}': give its file, --path FILE"))
+    more = (*spec.admitted, Admitted(silo, str(Path(request.path))))
+    return fed.comm.collectively(lambda: with_admitted(spec, more))
+
+
+def _rank_for(silo: str, spec: Spec, fed: Federation) -> int:
+    """The rank that gets it: of those that may open it and see its data, the one with the fewest samples."""
+    comm, config, hosts = fed.comm, spec.config, fed.comms.world.hosts
+    declared = next(one for one in spec.source.silos if one.id == silo)
+    seen = comm.gather_number(comm.collectively(lambda: spec.source.readable(silo)))
+    sizes = {**dict(zip(fed.ids, fed.num_train, strict=True)), silo: declared.num_samples or 0}
+
+    def first(able: Any) -> int | None:
+        taken = adopted(
+            fed.membership.teams, [declared], spec.source.silos, sizes, hosts, config.server.dedicated, able
+        )
+        return taken[silo][0] if silo in taken else None
+
+    rank = first({int(r) for r in np.flatnonzero(seen)})
+    rank = first(None) if rank is None else rank  # whose words then say what is missing
+    if rank is None:
+        where = f"it is pinned to host '{declared.host}'" if declared.host else "all ranks host pinned silos"
+        raise agreed(ConfigError(f"no rank may open silo '{silo}': {where}"))
+    return rank
