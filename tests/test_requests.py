@@ -87,15 +87,15 @@ def test_one_that_comes_back_takes_part_again_and_two_requests_are_two_changes(t
 
 
 REFUSED = {
-    "unknown": ([("retire", "s9")], "the run has no silo 's9'; there is: s0, s1, s2"),
+    "unknown": ([("retire", "s9")], "the run has no silo 's9'; available: s0, s1, s2"),
     "unknown to admit": (
         [("admit", "s9")],
-        "the configuration names no silo 's9' and does not say admit: any; there is: s0, s1, s2",
+        "the configuration names no silo 's9' and does not say admit: any; available: s0, s1, s2",
     ),
     "there already": ([("admit", "s1")], "silo 's1' takes part already"),
     "gone already": ([("retire", "s1"), ("retire", "s1")], "silo 's1' takes no part"),
     "last": ([("retire", s) for s in ("s0", "s1", "s2")], "silo 's2' is the last one that takes part; `fedmpi stop`"),
-    "a file too many": ([("retire", "s1"), ("admit", "s1", "/x.npz")], "silo 's1' has its data in the configuration"),
+    "a file too many": ([("retire", "s1"), ("admit", "s1", "/x.npz")], "silo 's1' has its data already; leave"),
 }
 
 
@@ -211,7 +211,7 @@ def test_the_command_waits_for_what_becomes_of_it(tmp_path):
         "retire s1": 0, "retire s9": 2, "admit s0": 2, "admit s1": 0, "retire s0 --no-wait": 0,
     }  # fmt: skip
     assert "silo 's1' has left after round 2\n" in done["retire s1"]
-    assert done["retire s9"] == f"fedmpi: the configuration of {tmp_path} names no silo 's9'; there is: s0, s1, s2\n"
+    assert done["retire s9"] == f"fedmpi: the configuration of {tmp_path} names no silo 's9'; available: s0, s1, s2\n"
     assert "fedmpi: refused after round 3: silo 's0' takes part already\n" in done["admit s0"]
     assert "takes part from round" in done["admit s1"] and "30 training samples" in done["admit s1"]
     code, said = ask(tmp_path, "retire", "s0")

@@ -24,8 +24,8 @@ def asked_for(request: Request, spec: Spec, fed: Federation) -> tuple[Spec, Memb
         return spec, _without(silo, spec, now)
     if silo in now.teams:
         raise agreed(ConfigError(f"silo '{silo}' takes part already"))
-    if silo in spec.known and request.path is not None:
-        raise agreed(ConfigError(f"silo '{silo}' has its data in the configuration; leave out --path"))
+    if silo in spec.known and request.path not in (None, dict(spec.admitted).get(silo)):
+        raise agreed(ConfigError(f"silo '{silo}' has its data already; leave out --path"))
     if silo not in spec.known:
         spec = _with_new(request, spec, fed)
     return spec, now.with_silo(silo, _rank_for(silo, spec, fed))
