@@ -219,7 +219,7 @@ def test_the_command_waits_for_what_becomes_of_it(tmp_path):
 
 
 def test_asking_where_nobody_can_be_asked_is_one_line(tmp_path, monkeypatch):
-    assert ask(tmp_path, "retire", "a") == (2, f"fedmpi: {tmp_path} is no run directory\n")
+    assert ask(tmp_path, "retire", "a") == (2, f"fedmpi: {tmp_path} is not a run directory\n")
     with fedmpi.Run(config(tmp_path, 2), comm=SoloComm()) as run:
         next(iter(run))
         (tmp_path / "requests").write_text("")  # no folder can be made there, also by root
