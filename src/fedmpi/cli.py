@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from fedmpi.output import say
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
+    from fedmpi.exchange.config import Channel
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 bad configuration or data, 3 stopped on request with a checkpoint written."
@@ -543,10 +544,13 @@ def bench_exchange(
     def work(comm: Comm) -> None:
         from fedmpi.bench import exchange, timing
 
-        num_params = timing.check_params(params)
-        channels = [exchange.channel(text) for text in codec] if codec else exchange.CHANNELS
-        if link_gbit is not None and not 0 < link_gbit < float("inf"):
-            raise ConfigError(f"--link-gbit {link_gbit:g}: give a positive number, such as 1 or 0.1")
+        def checked() -> tuple[int, Sequence[Channel]]:
+            if link_gbit is not None and not 0 < link_gbit < float("inf"):
+                raise ConfigError(f"--link-gbit {link_gbit:g}: give a positive number, such as 1 or 0.1")
+            channels = [exchange.channel(text) for text in codec] if codec else exchange.CHANNELS
+            return timing.check_params(params), channels
+
+        num_params, channels = comm.collectively(checked)
         rows = exchange.exchange(comm, num_params, repeats, channels, link_gbit)
         if comm.rank == 0:
             print(json.dumps(rows) if as_json else timing.table(rows, exchange.COLUMNS), flush=True)
