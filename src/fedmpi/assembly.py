@@ -245,6 +245,7 @@ def build_federation(
             disclose=config.disclose,
             updates=Updates(config.updates),
             finetune=config.evaluate.finetune,
+            told=config.policy.columns,
             experiment="" if attack is None else said(attack, spec.known),
         )
     return Built(federation, replace(spec, section=plan.section), plan)

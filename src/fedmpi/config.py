@@ -38,7 +38,7 @@ from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
 from fedmpi.records import MEASUREMENTS, SINKS, Measurement, Sink
 from fedmpi.records.measurements import Gram
-from fedmpi.rounds import ENGINES, Engine, Synchronous
+from fedmpi.rounds import ENGINES, Engine, Everybody, Policy, Synchronous
 from fedmpi.rounds.disclosure import Disclose, refuse_hidden
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, ReadsNorms, ServerOptimizer
@@ -220,6 +220,12 @@ class Config:
     or exchange.regions"""
 
     @property
+    def policy(self) -> Policy:
+        """The engine's; one that has none waits for every silo."""
+        found: Policy = getattr(self.engine, "policy", Everybody())
+        return found
+
+    @property
     def heals(self) -> OnFailure:
         """`on_failure` with its default resolved."""
         return self.on_failure or ("stop" if self.exchange.overlap or self.exchange.regions else "adopt")
@@ -227,8 +233,7 @@ class Config:
     @pydantic.model_validator(mode="after")
     def _disclosed(self) -> Config:
         readers: list[tuple[str, Any]] = [("select", self.select), ("aggregate", self.aggregate)]
-        if isinstance(self.engine, Synchronous):
-            readers.append(("engine.policy", self.engine.policy))
+        readers.append(("engine.policy", self.policy))
         readers += [("records.measure", measurement) for measurement in self.records.measurements]
         readers += [(f"updates.{i}", transform) for i, transform in enumerate(self.updates)]
         refuse_hidden(self.disclose, readers)
@@ -255,7 +260,7 @@ class Config:
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
         parts = (self.aggregate, self.attack, self.records, self.local, self.server.optimizer, self.server.average)
-        for part in (*parts, self.select, self.evaluate, self.exchange, *self.updates):
+        for part in (*parts, self.select, self.evaluate, self.exchange, self.policy, *self.updates):
             if part is not None and (why := part.conflicts(self)):
                 raise ValueError(why)
         return self
@@ -271,7 +276,9 @@ class Config:
                 f"disclose: {self.disclose}, but a cohort may be a single silo, and sums over it are its figures; take "
                 "a select that draws two or more, or disclose: silo"
             )
-        self.aggregate.suits(self.select.least(ids, self.rounds))
+        least = self.select.least(ids, self.rounds)
+        self.policy.suits(least)
+        self.aggregate.suits(self.policy.least(least))
         statistics = [entry.name for entry in found if entry.kind == "shared" and entry.buffer]
         if not self.aggregate.averages and statistics:
             raise ConfigError(

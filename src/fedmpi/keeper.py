@@ -112,6 +112,7 @@ def holders(state: State, fed: Federation, health: Health) -> Holders:
         "optimizer": Vectors(state.optimizer._asdict(), "sharded"),
         "selector": Arrays(state.selector),
         "updates": Arrays(state.updates),
+        "policy": Arrays(state.policy),
         "health": health,
         "silos": Silos(fed.silos),
     }
@@ -134,10 +135,10 @@ def restored(
     """
     found = holders(state, fed, health)
     found.restore([*scattered(whole, found, fed.exchange, fed.comm), *of_silos])
-    selector, updates = found["selector"], found["updates"]
-    assert isinstance(selector, Arrays) and isinstance(updates, Arrays)
+    selector, updates, policy = found["selector"], found["updates"], found["policy"]
+    assert isinstance(selector, Arrays) and isinstance(updates, Arrays) and isinstance(policy, Arrays)
     arrays = carried(fed.selector, selector.arrays, before.ids, fed.ids, fed.num_train)
-    return replace(state, selector=arrays, updates=updates.arrays)
+    return replace(state, selector=arrays, updates=updates.arrays, policy=policy.arrays)
 
 
 # ---------------------------------------------------------------- the checkpoints of a run

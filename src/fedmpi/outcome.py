@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 
+# What became of a silo that still trained when its round closed, by number; 0: it was on time.
+LATE = ("", "partial", "dropped", "buffered", "void")
+PARTIAL, DROPPED, BUFFERED, VOID = range(1, 5)
+
 
 @dataclass(frozen=True)
 class RoundOutcome:
@@ -30,6 +34,9 @@ class RoundOutcome:
     not_finite: Sequence[str] = ()  # silos with a loss that is not finite, if disclosed
     num_rejected: int = 0
     num_not_finite: int = 0
+    late_K: np.ndarray | None = None  # int: number in LATE; None: the policy waits for every silo
+    deadline_s: float | None = None  # of the round; None: it had none
+    repeats: int = 0  # times the round was trained again
     # By silo: the record's rows, with test figures.
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # Inner products of the accepted deltas, for measurements only; not in checkpoints.
@@ -40,13 +47,30 @@ class RoundOutcome:
         """bool [K]: update accepted. Raises LookupError under `disclose: pooled`."""
         if self.rejected_K is None:
             raise LookupError("whose updates were taken is not disclosed (disclose: pooled)")
-        taken_K: np.ndarray = self.cohort_K & ~self.rejected_K
+        taken_K: np.ndarray = self.cohort_K & ~self.rejected_K & ~self.absent_K
         return taken_K
+
+    @property
+    def absent_K(self) -> np.ndarray:
+        """bool [K]: late, and contributes nothing of this round."""
+        none_K: np.ndarray = np.zeros(len(self.ids), dtype=bool)
+        return none_K if self.late_K is None else self.late_K > PARTIAL
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the round was broken off because too few silos were through at the deadline."""
+        return self.late_K is not None and bool((self.late_K == VOID).any())
+
+    @property
+    def late(self) -> dict[str, str]:
+        """What became of each late silo."""
+        numbers = [] if self.late_K is None else self.late_K.tolist()
+        return {silo: LATE[int(number)] for silo, number in zip(self.ids, numbers, strict=False) if number}
 
     @property
     def num_taken(self) -> int:
         """Number of accepted updates."""
-        return int(self.cohort_K.sum()) - self.num_rejected
+        return int(self.cohort_K.sum()) - self.num_rejected - int(self.absent_K.sum())
 
     @property
     def cohort(self) -> list[str]:
@@ -92,8 +116,11 @@ class RoundOutcome:
     @classmethod
     def from_record(cls, ids: Sequence[str], record: Mapping[str, Any]) -> RoundOutcome:
         """The outcome that a stored record was made from."""
-        of_all = {"loss": record["train_loss"], "norm": record["delta_norm"]}
+        of_all: dict[str, Any] = {"loss": record["train_loss"], "norm": record["delta_norm"]}
         named = (record["round"], record["cohort"], record.get("rejected"), record["silos"])
+        if (late := record.get("late")) is not None:
+            of_all["late_K"] = np.array([LATE.index(late.get(silo, "")) for silo in ids])
+            of_all |= {"deadline_s": record["deadline_s"], "repeats": record.get("repeats", 0)}
         if "num_rejected" in record:
             of_all["num_rejected"] = record["num_rejected"]
         not_finite = record.get("not_finite", ())
@@ -103,7 +130,7 @@ class RoundOutcome:
 
 # Names of these figures in a record's rows.
 _OF_SILO = {"loss_K": "train_loss", "norm_K": "delta_norm", "samples_K": "num_samples", "steps_K": "num_steps"}
-_ARRAYS = ("cohort_K", "rejected_K", *_OF_SILO)
+_ARRAYS = ("cohort_K", "rejected_K", "late_K", *_OF_SILO)
 
 
 def members(ids: Sequence[str], names: Sequence[str]) -> np.ndarray:

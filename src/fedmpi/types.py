@@ -87,6 +87,7 @@ class Contribution:
     normalizer: float | None = None  # FedNova's |a_k|_1, the number of gradients in the delta; None: num_steps
     start_loss: float = 0.0  # loss of the global parameters on the training samples, if the aggregator needs it
     num_targets: int | None = None  # targets that `loss` is the mean of; None: num_samples
+    part: float = 1.0  # share of the planned gradients that it holds; below 1 if the silo was stopped early
     norm: float = math.nan  # norm of the delta, set by the last check
     measured: int = -1  # version of `vector_Q` (torch's count of writes) that `norm` is of; another one: it is outdated
     layout: Layout | None = None  # of the vector; None: only the delta

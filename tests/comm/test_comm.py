@@ -114,6 +114,8 @@ CALLS = {
     "gather": lambda comm: comm.gather(b"-"),
     "notices": lambda comm: comm.notices(),
     "notify": lambda comm: comm.notify(1),
+    "post": lambda comm: comm.post(0, (1,)),
+    "posted": lambda comm: comm.posted(),
     "allreduce": lambda comm: comm.allreduce(torch.zeros(3), torch.zeros(3)),
     "bcast": lambda comm: comm.bcast(torch.zeros(3)),
     "alltoall": lambda comm: comm.alltoall(torch.zeros(3), [(0, 1)] * 3, torch.zeros(3), [(0, 1)] * 3),

@@ -12,7 +12,7 @@ from fedmpi.records import StatusTable
 from fedmpi.rounds import READY_RANK, READY_SILO
 from fedmpi.rounds.agreement import REFUSED, agree_ready
 from fedmpi.rounds.cohort import select_cohort
-from fedmpi.rounds.engine import Everybody
+from fedmpi.rounds.policies import Everybody
 
 
 class Pair(SoloComm):

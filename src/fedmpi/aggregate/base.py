@@ -101,6 +101,17 @@ class Aggregator:
         """Why a selector's factors (1/probability) would not make the result unbiased; empty if they would."""
         return "every silo has one vote"
 
+    @property
+    def refuses_partial(self) -> str:
+        """Why deltas of silos that were ended early do not go into it; empty if they do, divided by `Contribution.part`
+        unless it `normalises` them itself."""
+        return "it takes every delta for a whole round's work"
+
+    @property
+    def normalises(self) -> bool:
+        """Does `weight` divide by the gradients that a delta holds?"""
+        return False
+
     def conflicts(self, config: Config) -> str | None:
         """Why the rest of the configuration is incompatible, in one line; None if it is compatible."""
         regions, reads_deltas = config.exchange.regions, self.needs != "sum"

@@ -43,6 +43,11 @@ class Mean(Aggregator):
         """Steps are known only for the silos whose deltas arrived."""
         return "weights: steps divides by the steps of the cohort" if self.weights == "steps" else ""
 
+    @property
+    def refuses_partial(self) -> str:
+        """Step counts as weights favour the silos that take more steps."""
+        return "weights: steps counts a silo that took fewer steps for less" if self.weights == "steps" else ""
+
     def base(self, silo: str, num_samples: int) -> float:
         """n_k, 1, or the user's weight. Raises ConfigError for a silo without a weight."""
         if isinstance(self.weights, dict):
@@ -72,6 +77,8 @@ class FedNova(Aggregator):
 
     reads = frozenset[str]()  # nothing per silo
     refuses_factors = "it multiplies two sums over the cohort, and the product of two estimates is biased"
+    refuses_partial = ""
+    normalises = True
     scaled = True
 
     weights: Literal["samples", "uniform"] = "samples"

@@ -97,6 +97,14 @@ class Control(Protocol):
     def notices(self) -> int:
         """The highest status that other ranks have notified so far."""
 
+    @abstractmethod
+    def post(self, rank: int, numbers: Sequence[int]) -> None:
+        """Send another rank up to three integers. `posted` returns them there."""
+
+    @abstractmethod
+    def posted(self) -> list[tuple[int, tuple[int, ...]]]:
+        """What has arrived since the last call, as (sender, three integers), in the order sent by each sender."""
+
     # ------------------------------------------------------------ built on the above
 
     def gather_number(self, value: float) -> np.ndarray:

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_NOTICE, _LAST, _PULSE = 71, 72, 73  # tags on the control communicator
+_NOTICE, _LAST, _PULSE, _POST = 71, 72, 73, 74  # tags on the control communicator
 _LOST = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")  # error classes that mean a lost rank
 
 
@@ -172,6 +172,19 @@ class MpiControl(Comm):
                 self._relay(int(buffer[0]))
         return self._worst
 
+    @translated
+    def post(self, rank: int, numbers: Sequence[int]) -> None:
+        buffer = np.array((*numbers, 0, 0, 0)[:3], dtype=np.int64)
+        self._sent.append((self._control.Isend(buffer, dest=rank, tag=_POST), buffer))
+
+    @translated
+    def posted(self) -> list[tuple[int, tuple[int, ...]]]:
+        found, status, buffer = [], self._mpi.Status(), np.zeros(3, dtype=np.int64)
+        while self._control.Iprobe(tag=_POST, status=status):
+            self._control.Recv(buffer, source=status.source, tag=_POST)
+            found.append((int(status.source), tuple(int(number) for number in buffer)))
+        return found
+
     def _relay(self, status: int) -> None:
         if status > self._passed_on:
             self._passed_on = status
@@ -198,7 +211,7 @@ class MpiControl(Comm):
         self._worst = self._passed_on = 0  # another run may follow
 
     def _drain(self, sender: int) -> None:
-        buffer = np.zeros(1, dtype=np.int64)
+        buffer = np.zeros(3, dtype=np.int64)  # the longest message
         status = self._mpi.Status()
         while status.tag != _LAST:
             self._control.Recv(buffer, source=sender, status=status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,11 @@ class SoloComm(Comm):
 
     def notices(self) -> int:
         return 0
+
+    def post(self, rank: int, numbers: Sequence[int]) -> None: ...
+
+    def posted(self) -> list[tuple[int, tuple[int, ...]]]:
+        return []
 
     def finish(self) -> None: ...
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -60,6 +60,7 @@ class _Meeting:
         self.lost: set[int] = set()  # numbers of lost threads
         self.made: dict[Any, Any] = {}  # shared objects, made by the first rank that asks: vectors, groups
         self.notices: dict[int, int] = {}
+        self.posted: dict[int, list[tuple[int, tuple[int, ...]]]] = {}  # by receiver
         self._brought: dict[Any, dict[int, Any]] = {}  # by call and rank: the contribution
         self._left: dict[Any, int] = {}  # by call: number of ranks that have not read it yet
         self._parts: list[_Meeting] = []
@@ -291,6 +292,14 @@ class ThreadComm(Comm):
     def notices(self) -> int:
         return self._meeting.notices.get(self.rank, 0)
 
+    def post(self, rank: int, numbers: Sequence[int]) -> None:
+        with self._meeting.changed:
+            self._meeting.posted.setdefault(rank, []).append((self.rank, (*numbers, 0, 0, 0)[:3]))
+
+    def posted(self) -> list[tuple[int, tuple[int, ...]]]:
+        with self._meeting.changed:
+            return self._meeting.posted.pop(self.rank, [])
+
     # ------------------------------------------------------------ ranks
 
     def dup(self) -> ThreadComm:
@@ -327,6 +336,7 @@ class ThreadComm(Comm):
     def finish(self) -> None:
         self.barrier()
         self._meeting.notices.pop(self.rank, None)
+        self.posted()
         self.barrier()
 
     def abort(self, code: int) -> None:

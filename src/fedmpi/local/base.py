@@ -61,6 +61,8 @@ class Round:
     check: Callable[[], None]  # a safe point: called between batches, may raise to break the round off
     auxiliary: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the rule's vectors as they are now, [P]
     count: Count = torch.Tensor.numel  # how many targets of a batch its loss is the mean of
+    # Asked after each step where a round may end before the silo does: is it over? Then the work done so far counts.
+    over: Callable[[], bool] | None = None
 
 
 class LocalRule:
@@ -116,6 +118,11 @@ class LocalRule:
     def carries_over(self) -> bool:
         """Do gradients of earlier rounds go into a round's delta?"""
         return False
+
+    @property
+    def refuses_partial(self) -> str:
+        """Why a round may not end a silo early and count what it has done (`Round.over`); empty if it may."""
+        return "it does not say that it asks `round.over` (refuses_partial)"
 
     @property
     def server_step(self) -> type[ServerOptimizer] | None:
@@ -211,6 +218,10 @@ class GradientRule(LocalRule):
         return self.amount.limit_s < math.inf
 
     @property
+    def refuses_partial(self) -> str:
+        return ""
+
+    @property
     def carries_over(self) -> bool:
         if not self.keep_optimizer:
             return False
@@ -270,6 +281,21 @@ class GradientRule(LocalRule):
             yield x[rows], y[rows]
             if time.monotonic() >= until_s:
                 return
+
+    def num_batches(self, cursor: int, num_samples: int, amount: int | None = None) -> int:
+        """How many batches `batches` gives from a cursor on, whatever the clock says."""
+        if self.steps is not None:
+            return amount or self.steps
+        n, size, num = num_samples, min(self.batch_size or num_samples, num_samples), 0
+        end = cursor + (amount or self.epochs or 0) * n
+        while cursor < end:
+            left = n - cursor % n
+            taken = min(size, left)
+            if self.last_batch != "keep" and 0 < left - taken < size:
+                taken = left  # merged, or dropped
+            cursor += taken
+            num += 1
+        return num
 
 
 def load_silo(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> list[torch.nn.Parameter]:
@@ -359,12 +385,14 @@ def local_steps(
     round: Round,
     correct: Correct | None = None,
     batch_loss: BatchLoss | None = None,
+    pull: float = 0.0,
 ) -> Contribution:
     """The loop over batches that rules share: from params_P on, with the silo's personal parameters.
 
     `correct` is called without gradients after each backward pass, before clipping and the step: it may change the
     parameters' `.grad` (`model.pairs`). `batch_loss(x, y)` takes the place of the objective's loss of the model's
-    outputs. The silo's kept state becomes a new dict with its personal parameters as they are at the end.
+    outputs. `pull` is lr mu of a proximal term that `correct` adds. The silo's kept state becomes a new dict with its
+    personal parameters as they are at the end. Where the round is over after a step, that step is the last.
     """
     module, device = model.module, model.device
     trained = load_silo(silo, model, params_P, round)
@@ -376,6 +404,7 @@ def local_steps(
     num_samples = num_steps = 0
     num_targets: int | torch.Tensor = 0
     amount = work.amount.of(work.epochs or work.steps or 1, silo, round)
+    first, began_s, part = silo.cursor, time.monotonic(), 1.0
 
     def loss_of_outputs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return round.loss(module(x), y)
@@ -398,65 +427,33 @@ def local_steps(
         num_targets = num_targets + counted
         num_samples += len(x)
         num_steps += 1
+        if round.over is not None and round.over():
+            planned = work.num_batches(first, len(silo.data.x_train), amount)
+            part = _part(work, num_steps, planned, time.monotonic() - began_s, pull)
+            break
     silo.kept = {**silo.kept, **model.personal()}
     if work.keep_optimizer:
         silo.kept = {n: t for n, t in silo.kept.items() if not n.startswith(KEPT)} | state_to_keep(optimizer)
     targets = int(num_targets)
-    loss_mean, held = float(losses) / max(targets, 1), num_gradients(work.optimizer, num_steps)
+    loss_mean, held = float(losses) / max(targets, 1), num_gradients(work.optimizer, num_steps, pull)
     vector_Q = model.take_delta(params_P)
     if work.amount.reads_loss:
         silo.kept[LOSS] = torch.tensor(loss_mean, dtype=torch.float64)
-    about = (loss_mean, num_samples, num_steps, held)
     norm = model.delta_norm
-    measured = -1 if math.isnan(norm) else vector_Q._version
     return Contribution(
-        silo.id,
-        round.number,
-        silo.weight,
-        vector_Q,
-        *about,
+        *(silo.id, round.number, silo.weight, vector_Q, loss_mean, num_samples, num_steps, held),
         num_targets=targets,
+        part=part,
         norm=norm,
-        measured=measured,
+        measured=-1 if math.isnan(norm) else vector_Q._version,
         layout=model.layout,
     )
 
 
-def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Correct:
-    """A `correct` for `local_steps`: g becomes scale g + by, in place and in one call for all parameters."""
-    pairs = model.pairs(by_P)
-
-    def correct() -> None:
-        grads, parts = _graded(pairs)
-        if scale != 1.0:
-            torch._foreach_mul_(grads, scale)
-        torch._foreach_add_(grads, parts)
-
-    return correct
-
-
-def pulled(model: FlatModel, mu: float, by_P: torch.Tensor) -> Correct:
-    """A `correct` for `local_steps`: g becomes g + mu w + by; towards a point if `by` is -mu times it."""
-    pairs = model.pairs(by_P)
-    whole = [(param, part) for param, part in pairs if param.dtype == part.dtype]
-    halves = [(param, part) for param, part in pairs if param.dtype != part.dtype]
-
-    def correct() -> None:
-        for param, part in halves:  # in single precision: what is drawn by nothing must not move
-            if param.grad is not None:
-                param.grad.add_(torch.add(part, param.to(part.dtype), alpha=mu))
-        if not whole:
-            return
-        grads, parts = _graded(whole)
-        torch._foreach_add_(grads, [param for param, _ in whole if param.grad is not None], alpha=mu)
-        torch._foreach_add_(grads, parts)
-
-    return correct
-
-
-def _graded(
-    pairs: list[tuple[torch.nn.Parameter, torch.Tensor]],
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The gradients of those parameters that have one, and their parts."""
-    found = [(param.grad, part) for param, part in pairs if param.grad is not None]
-    return [grad for grad, _ in found], [part for _, part in found]
+def _part(work: GradientRule, num_steps: int, planned: int, seconds: float, pull: float) -> float:
+    """The share of the planned gradients that so many steps hold: |a_k|_1 of FedNova over what it was to be. What
+    `amount: seconds` would have come to is told by the pace so far."""
+    if seconds > 0 and work.amount.limit_s < math.inf:
+        planned = min(planned, max(num_steps, math.ceil(num_steps * work.amount.limit_s / seconds)))
+    held, whole = (num_gradients(work.optimizer, steps, pull) for steps in (num_steps, planned))
+    return num_steps / planned if held is None or not whole else held / whole

@@ -16,13 +16,12 @@ from fedmpi.local.base import (
     GradientRule,
     LocalSilo,
     Round,
-    corrected,
     gradient_vector,
     kept_vector,
     local_steps,
-    pulled,
     whole_gradient,
 )
+from fedmpi.local.corrections import corrected, pulled
 from fedmpi.local.optimizers import num_gradients
 from fedmpi.types import Auxiliary, Contribution
 
@@ -94,6 +93,11 @@ class Scaffold(GradientRule):
         return super().conflicts(config)
 
     @property
+    def refuses_partial(self) -> str:
+        """The benchmark's control variates compare where the silo went with where all went."""
+        return "its variant benchmark needs silos that take equal steps" if self.variant == "benchmark" else ""
+
+    @property
     def auxiliaries(self) -> tuple[Auxiliary, ...]:
         return () if self.variant == "benchmark" else (Auxiliary("control", "population"),)
 
@@ -161,6 +165,7 @@ class FedDyn(GradientRule):
     """weight of the dynamic regulariser; equal to the server's alpha"""
     kept_vectors: ClassVar[int] = 1
     server_step: ClassVar[type[server.ServerOptimizer]] = server.FedDyn
+    refuses_partial: ClassVar[str] = "its h_k takes what a silo did in a round for a solved subproblem"
 
     def conflicts(self, config: Config) -> str | None:
         """feddyn needs its own server optimizer, whose h is a mean over all silos in every round."""

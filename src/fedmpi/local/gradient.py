@@ -9,8 +9,8 @@ import torch
 
 from fedmpi.components import NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.flat import Entry, FlatModel, refuse_frozen
-from fedmpi.local.base import GradientRule, LocalRule, LocalSilo, Round, local_steps, pulled, shortest, whole_gradient
-from fedmpi.local.optimizers import num_gradients
+from fedmpi.local.base import GradientRule, LocalRule, LocalSilo, Round, local_steps, shortest, whole_gradient
+from fedmpi.local.corrections import pulled
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.types import Contribution
 
@@ -42,6 +42,7 @@ class FedSgd(LocalRule):
     """
 
     whole_batches = ("merge",)
+    refuses_partial = "its one step takes the gradient of all samples"
 
     lr: PositiveFloat
     """step size at the schedule's start"""
@@ -109,10 +110,8 @@ class FedProx(GradientRule):
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         kept = silo.kept.get("proximal") if self.adaptive else None  # mu, the last loss, how often in a row it fell
         mu, last, falls = (self.mu, None, 0) if kept is None else (kept[0].item(), kept[1].item(), int(kept[2]))
-        contribution = local_steps(
-            self, silo, model, params_P, round, pulled(model, mu, model.as_loaded(params_P) * -mu) if mu else None
-        )
-        contribution.normalizer = num_gradients(self.optimizer, contribution.num_steps, self.rate(round) * mu)
+        correct = pulled(model, mu, model.as_loaded(params_P) * -mu) if mu else None
+        contribution = local_steps(self, silo, model, params_P, round, correct, pull=self.rate(round) * mu)
         if self.adaptive:
             if last is not None and contribution.loss > last:
                 mu, falls = mu + MU_STEP, 0

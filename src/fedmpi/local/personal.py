@@ -23,7 +23,8 @@ from torch.func import functional_call
 from fedmpi.components import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry, FlatModel
-from fedmpi.local.base import GradientRule, LocalSilo, Round, gradient, local_steps, pulled
+from fedmpi.local.base import GradientRule, LocalSilo, Round, gradient, local_steps
+from fedmpi.local.corrections import pulled
 from fedmpi.local.optimizers import plain_step
 from fedmpi.local.workload import Whole
 from fedmpi.types import Contribution

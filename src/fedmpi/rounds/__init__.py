@@ -15,8 +15,9 @@ the next round's training (exchange/overlap.py).
 """
 
 from fedmpi.components import Family
-from fedmpi.rounds.engine import POLICIES, Engine, Policy, PreparedRound
+from fedmpi.rounds.engine import Engine, PreparedRound
 from fedmpi.rounds.federation import DONE_RANK, READY_RANK, READY_SILO, Federation, State
+from fedmpi.rounds.policies import POLICIES, Everybody, Policy
 from fedmpi.rounds.synchronous import Synchronous
 
 ENGINES = Family("engine", {"synchronous": Synchronous}, Engine)
@@ -28,6 +29,7 @@ __all__ = [
     "READY_RANK",
     "READY_SILO",
     "Engine",
+    "Everybody",
     "Federation",
     "Policy",
     "PreparedRound",

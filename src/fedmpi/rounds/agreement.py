@@ -14,8 +14,8 @@ from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoC
 from fedmpi.exchange.base import LARGEST_NORM, UNIT
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.disclosure import heard
-from fedmpi.rounds.engine import Policy
 from fedmpi.rounds.federation import Federation
+from fedmpi.rounds.policies import Policy
 from fedmpi.stopping import FAILED, STOP
 from fedmpi.transforms import CHECKS
 
@@ -26,8 +26,8 @@ WITHIN = 2e-7  # largest rounding error of the ring's mean, for deltas of norm 1
 def agree_ready(
     fed: Federation, outcome: RoundOutcome, policy: Policy, error: FedmpiError | None, near: float = 1.0
 ) -> None:
-    """Return on every rank, or raise the same error on every rank. If no rank failed or stops, the policy decides.
-    Collective. `near` is the factor of `exchange.weights.nearness`.
+    """Return on every rank, or raise the same error on every rank. If no rank failed or stops, the policy decides;
+    a void round, which may be repeated, returns. Collective. `near` is the factor of `exchange.weights.nearness`.
 
     Raises SiloError or ConfigError (a rank failed), Stopped, NoCohort, Diverged (the policy objects), or ExchangeError
     (ranks prepared different exchanges, or the integer ring is too coarse for this round's weights).
@@ -46,6 +46,8 @@ def agree_ready(
         raise agreed(ExchangeError(_difference(fed, cohort, others.tolist())))
     if not cohort:
         raise agreed(NoCohort(f"round {number}: the selector chose no silo"))
+    if outcome.is_void:
+        return
     if why := policy.objection(outcome):
         if outcome.num_rejected:
             why += _why_rejected(fed)

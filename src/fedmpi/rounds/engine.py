@@ -1,4 +1,4 @@
-"""Protocols of the engine, which runs rounds, and of the policy, which decides whether a round may go on.
+"""Protocols of the engine, which runs rounds, one after another.
 
     prepared = engine.step(state, federation)   silos train and all ranks agree; nothing changes yet
     prepared.outcome                            the result of training
@@ -9,10 +9,8 @@ To drop a prepared round, do not commit it: its state and its silos are unchange
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar, Protocol
+from typing import Protocol
 
-from fedmpi.components import Family, component
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.federation import Federation, State
 
@@ -38,28 +36,3 @@ class Engine(Protocol):
         """The next round, prepared: silos have trained and nothing has changed. Collective. Raises the same error on
         every rank, Stopped, Diverged, NoCohort or SiloError, and leaves the state unchanged."""
         ...
-
-
-class Policy:
-    """Decides whether a round may go on with the updates that arrived. A rank that failed or was asked to stop ends the
-    round under every policy. Members define `objection` and `reads`."""
-
-    reads: ClassVar[frozenset[str] | None] = None  # per-silo figures that it reads, as for a selector; None: unknown
-
-    @abstractmethod
-    def objection(self, outcome: RoundOutcome) -> str:
-        """Why the round may not go on; empty if it may. Every rank asks with the same outcome."""
-        ...
-
-
-@component
-class Everybody(Policy):
-    """Waits for every rank. A round goes on if at least one update is usable, with all that are."""
-
-    reads: ClassVar[frozenset[str]] = frozenset()
-
-    def objection(self, outcome: RoundOutcome) -> str:
-        return "" if outcome.num_taken else "every update was rejected"
-
-
-POLICIES = Family("policy", {"all": Everybody}, Policy, defaults=True)

@@ -46,6 +46,7 @@ class State:
     record: Record | None = None  # its log line
     average_P: torch.Tensor | None = None  # average of the parameters over rounds, equal on every rank; None: not kept
     updates: Mapping[str, np.ndarray] = field(default_factory=dict)  # the state of `Federation.updates`
+    policy: Mapping[str, np.ndarray] = field(default_factory=dict)  # the state of the engine's policy
     written: int = -1  # newest round whose checkpoint files are safe on every rank
 
 
@@ -75,6 +76,7 @@ class Federation:
     disclose: Disclose = "silo"  # which figures of single silos leave their rank
     updates: Updates = field(default_factory=Updates)  # transforms of updates before the exchange
     finetune: LocalRule | None = None  # fine-tunes a personal model per silo after the last round
+    told: Sequence[str] = ()  # columns of the silos' table that the policy needs
     experiment: str = ""  # label in the records of an experiment
     timer: Timer = field(default_factory=Timer)
 
@@ -86,7 +88,7 @@ class Federation:
         self.layout = self.exchange.layout  # of `State.params_Q` and of contributions
         rows = zip(self.ids, self.num_train, strict=True)
         self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # base weights
-        of_silo = (*READY_SILO, *self.updates.told)
+        of_silo = (*READY_SILO, *self.updates.told, *self.told)
         shown = ready_pooling(self.disclose)
         self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), of_silo, pooling=shown)
         pools = self.disclose != "silo"

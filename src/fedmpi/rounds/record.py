@@ -47,6 +47,7 @@ def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossle
         not_finite=[silo for silo in fed.ids if silo in no_loss],
         num_rejected=int((rejected > 0).sum()),
         num_not_finite=len(no_loss),
+        late_K=ready.silo("late").astype(np.int64) if "late" in fed.told else None,
     )
 
 
@@ -84,6 +85,10 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
         record["rejected"] = outcome.rejected
     else:
         record["num_rejected"] = outcome.num_rejected
+    if outcome.late_K is not None:
+        record |= {"deadline_s": outcome.deadline_s, "late": outcome.late}
+    if outcome.repeats:
+        record["repeats"] = outcome.repeats
     if fed.experiment:
         record["experiment"] = fed.experiment
     if set((by := fed.rejected_by).values()) - {CHECKS}:

@@ -1,9 +1,10 @@
-"""The synchronous engine: each round waits for every silo of its cohort."""
+"""The synchronous engine: each round waits for the silos of its cohort, as its policy says."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fedmpi.aggregate import CohortSummary
@@ -14,11 +15,12 @@ from fedmpi.local import LocalSilo
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import peak_rss_bytes
 from fedmpi.rounds.agreement import agree_ready, raise_failure
+from fedmpi.rounds.closing import Closing, normalised
 from fedmpi.rounds.cohort import select_cohort, share_of_all
 from fedmpi.rounds.disclosure import heard
-from fedmpi.rounds.engine import POLICIES, Everybody, Policy
 from fedmpi.rounds.evaluation import evaluate
 from fedmpi.rounds.federation import Federation, State
+from fedmpi.rounds.policies import POLICIES, Everybody, Policy
 from fedmpi.rounds.record import make_record, training_outcome
 from fedmpi.rounds.training import train_silos
 from fedmpi.selection import Selection
@@ -43,14 +45,22 @@ class Synchronous:
 
         share = share_of_all(fed, cohort, factors)
         near = 1.0 if fed.exchange.section.lossy or not cohort else nearness(share)
-        trained, error = train_silos(state, fed, number, cohort, factors, near, near * share, refused)
-        timer.lap("train")
-        fed.ready.share(lambda values: comm.share(values, fed.watch.look))
-        outcome = training_outcome(fed, number, cohort, lossless)
-        agree_ready(fed, outcome, self.policy, error, near)
-        timer.lap("wait")
+        for repeats in itertools.count():
+            closing = self.policy.closing(fed, state.policy, (number, repeats), cohort)
+            trained, error = train_silos(state, fed, number, cohort, factors, near, near * share, refused, closing)
+            timer.lap("train")
+            _share_ready(fed, closing)
+            outcome = training_outcome(fed, number, cohort, lossless)
+            if closing is not None:
+                limit_s = closing.limit_s if math.isfinite(closing.limit_s) else None
+                outcome = replace(outcome, deadline_s=limit_s, repeats=repeats)
+            agree_ready(fed, outcome, self.policy, error, near)
+            timer.lap("wait")
+            if not outcome.is_void:
+                break
+            self.policy.give_up(outcome)
         server = _server(state, fed, number, selection, near)
-        return SynchronousRound(state, fed, outcome, selection, trained, server, sent)
+        return SynchronousRound(state, fed, outcome, selection, trained, server, sent, self.policy)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class SynchronousRound:
     trained: dict[str, LocalSilo]  # this rank's silos of the cohort, after training
     server: Server  # the server's step
     sent: tuple[int, int, int]  # bytes sent up, down and as control traffic before this round
+    policy: Policy
 
     def commit(self, written: int = -1) -> State:
         state, fed, number = self.state, self.fed, self.outcome.round
@@ -98,7 +109,17 @@ class SynchronousRound:
         outcome, record = make_record(fed, self.outcome)
         safe = int(fed.done.rank("written").min())
         updates = fed.updates.follow(state.updates, fed.ready.silo)
-        return State(number, params_Q, optimizer, self.selection.state, outcome, record, average_P, updates, safe)
+        policy = self.policy.follow(state.policy, fed, outcome)
+        return State(
+            *(number, params_Q, optimizer, self.selection.state, outcome, record, average_P, updates),
+            policy=policy,
+            written=safe,
+        )
+
+
+def _share_ready(fed: Federation, closing: Closing | None) -> None:
+    meanwhile = fed.watch.look if closing is None else closing.wait
+    fed.ready.share(lambda values: fed.comm.share(values, meanwhile))
 
 
 def _server(state: State, fed: Federation, number: int, selection: Selection, near: float) -> Server:
@@ -109,6 +130,8 @@ def _server(state: State, fed: Federation, number: int, selection: Selection, ne
         among = selection.among or fed.ids
         total = sum(fed.aggregator.base(silo, fed.num_train[fed.index[silo]]) for silo in among)
     scale = fed.aggregator.scale(CohortSummary(weights, sent, normalizers, losses, norms, total))
+    if "plain" in fed.told:
+        scale *= normalised(fed.ready)
     if not math.isfinite(scale):
         aggregator = type(fed.aggregator).__name__
         raise agreed(Diverged(f"round {number}: {aggregator} would multiply the mean of the updates by {scale}"))

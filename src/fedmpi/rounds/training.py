@@ -12,7 +12,9 @@ import torch
 from fedmpi.errors import FedmpiError
 from fedmpi.exchange.base import LARGEST_NORM
 from fedmpi.local import LocalSilo, Round
+from fedmpi.outcome import DROPPED, PARTIAL, VOID
 from fedmpi.rounds.agreement import REFUSED, as_error
+from fedmpi.rounds.closing import Closing, Late
 from fedmpi.rounds.cohort import start_loss
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.stopping import FAILED, BrokenOff
@@ -28,22 +30,25 @@ def train_silos(
     near: float,
     stands_for: float,
     refused: FedmpiError | None,
+    closing: Closing | None = None,
 ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
     """Train this rank's silos of the cohort and fold their contributions. `ready` records what happened. The cohort is
-    empty if this rank's selector `refused`."""
+    empty if this rank's selector `refused`. `closing` may end the round before all silos are through."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
     fed.exchange.begin(number, len(mine), near)
     steps = fed.updates.steps(state.updates, fed.seed, number, fed.layout)
     trained: dict[str, LocalSilo] = {}
     error: FedmpiError | None = None
-    status, name = 0, ""
+    status, num_done, name = 0, 0, ""
     losses_before: dict[str, float] = {}
 
     def begin(silo: LocalSilo) -> tuple[torch.Tensor, Round]:
         nonlocal name
         name = silo.id
-        return _begin(state, fed, number, silo, losses_before)
+        if closing is not None:
+            closing.begin()
+        return _begin(state, fed, number, silo, losses_before, closing)
 
     try:
         fed.watch.check()
@@ -51,10 +56,13 @@ def train_silos(
         drafts = [replace(silo, kept=dict(silo.kept)) for silo in (fed.silos[name] for name, _ in mine)]
         contributions = fed.runner.run(fed.rule, fed.model, drafts, begin)
         for (name, factor), silo, contribution in zip(mine, drafts, contributions, strict=True):
+            num_done += 1
             _check(contribution, silo, fed)
             contribution.start_loss = losses_before.get(name, 0.0)
             contribution.weight = silo.weight * factor
             contribution.weight = fed.aggregator.weight(contribution)
+            if closing is not None:
+                _normalise(contribution, fed, silo.weight * factor, closing)
             fed.ready.set_silo(
                 fed.index[name],
                 samples=contribution.num_samples,
@@ -84,17 +92,35 @@ def train_silos(
                 norm=contribution.norm,
                 sent=contribution.weight,
             )
+    except Late:
+        pass
     except BrokenOff as broken:
         status = broken.status
     except (Exception, SystemExit) as raised:
         status, error = FAILED, as_error(raised, f"rank {fed.comm.rank}, silo '{name}', round {number}")
         fed.watch.tell(FAILED, "")
+    if closing is not None:
+        for name, _ in mine[num_done:]:
+            late = VOID if closing.is_broken else DROPPED
+            fed.ready.set_silo(fed.index[name], late=late, seconds=2 * closing.limit_s)
     if refused is not None:
         status, error = REFUSED, refused
         fed.watch.tell(FAILED, "")
     fingerprint = fed.exchange.fingerprint(cohort)
     fed.ready.set_rank(fed.comm.rank, status=status, fingerprint=fingerprint)
     return trained, error
+
+
+def _normalise(contribution: Contribution, fed: Federation, stands_for: float, closing: Closing) -> None:
+    """Divide the weight of a late silo's delta by the part that it has done (closing.normalised)."""
+    part = 1.0 if fed.aggregator.normalises else contribution.part
+    row = {"done": stands_for * part, "plain": contribution.weight}
+    contribution.weight /= part
+    if contribution.part < 1.0:
+        row |= {"late": PARTIAL, "seconds": 2 * closing.limit_s}
+    else:
+        row["seconds"] = closing.through()
+    fed.ready.set_silo(fed.index[contribution.silo], **row)
 
 
 def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
@@ -106,7 +132,12 @@ def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
 
 
 def _begin(
-    state: State, fed: Federation, number: int, silo: LocalSilo, losses_before: dict[str, float]
+    state: State,
+    fed: Federation,
+    number: int,
+    silo: LocalSilo,
+    losses_before: dict[str, float],
+    closing: Closing | None,
 ) -> tuple[torch.Tensor, Round]:
     """The parameters that a silo starts from, [P], and what its rule knows of the round. If the aggregator needs the
     loss before training, it goes into `losses_before`."""
@@ -117,7 +148,8 @@ def _begin(
         fed.model.load(params_P)
         losses_before[silo.id] = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
     criterion = fed.criterion(silo)
-    return params_P, Round(number, fed.rounds, fed.seed, criterion.loss, fed.watch.check, auxiliary, criterion.count)
+    check, over = (fed.watch.check, None) if closing is None else (closing.check, closing.over)
+    return params_P, Round(number, fed.rounds, fed.seed, criterion.loss, check, auxiliary, criterion.count, over)
 
 
 def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> bool:

@@ -257,6 +257,26 @@ def the_worst_notice_wins(comm):
 
 
 @case
+def posts_arrive_once_in_order_at_one_rank(comm):
+    fresh = comm.dup()
+    last, arrived, deadline = fresh.size - 1, [], time.monotonic() + 10
+    for number in range(3):
+        if fresh.rank != last:
+            fresh.post(last, (fresh.rank, number))
+    while fresh.rank == last and len(arrived) < 3 * last:
+        arrived += fresh.posted()
+        assert time.monotonic() < deadline, f"only {arrived} arrived"
+    for sender in range(last if fresh.rank == last else 0):
+        require_equal("of one sender", [n for s, n in arrived if s == sender], [(sender, n, 0) for n in range(3)])
+    if fresh.rank == last and last:
+        fresh.post(0, (1, 2, 3))  # nobody reads it
+    fresh.gather(b"-")
+    fresh.finish()
+    require_equal("after the run's last call", fresh.posted(), [])
+    quiet(fresh)
+
+
+@case
 def finish_drains_what_nobody_read(comm):
     fresh = comm.dup()
     fresh.notify(1)
