@@ -103,7 +103,7 @@ def mpi_rank(error, failed):
     world = SimpleNamespace(rank=0, size=3, Dup=lambda: control)
     for call in ("Allreduce", "Bcast", "Ialltoallv", "Ibarrier", "Iprobe", "Shrink"):
         setattr(world, call, fails)
-    mpi = SimpleNamespace(Exception=Broken, ERR_PROC_FAILED=75, ERR_REVOKED=77, SUM=None)
+    mpi = SimpleNamespace(Exception=Broken, Status=lambda: None, ERR_PROC_FAILED=75, ERR_REVOKED=77, SUM=None)
     comm = MpiComm.__new__(MpiComm)
     super(MpiComm, comm).__init__(mpi, world)
     return comm

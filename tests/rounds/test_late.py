@@ -225,6 +225,7 @@ REFUSED = {
     "aggregate qffl": {"aggregate": {"name": "qffl", "lr": 0.1}},
     "aggregate median": {"aggregate": "median", "exchange": {"plan": "sharded", "scope": "silo"}},
     "1/probability": {"select": {"name": "optimal", "fraction": 0.5}},
+    "norms of whole rounds": {"server": {"optimizer": "fedexp"}},
     "exchange.fragments": {"exchange": {"fragments": 2}},
     "reads the lateness of each silo": {"disclose": "pooled"},
     "min_silos: 4, and a cohort may be 3": {"policy": {"min_silos": 4}},

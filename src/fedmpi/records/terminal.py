@@ -62,6 +62,8 @@ class Progress(Sink):
         for key, what in (("rejected", "rejected "), ("not_finite", "loss not finite: ")):
             who = ", ".join(record.get(key, ())) or record.get(f"num_{key}")
             parts += [f"{what}{who}"] if who else []
+        if late := ", ".join(f"{silo} ({what})" for silo, what in record.get("late", {}).items()):
+            parts.append(f"late {late}")
         return "  ".join([*parts, f"{record['seconds']['round']:.2f} s"])
 
     def close(self) -> None:

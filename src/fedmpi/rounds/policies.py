@@ -15,6 +15,7 @@ from fedmpi.errors import ConfigError, NoCohort, agreed
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.closing import COLUMNS, Closing
 from fedmpi.rounds.federation import Federation
+from fedmpi.server import ReadsNorms
 
 if TYPE_CHECKING:
     from fedmpi.config import Config
@@ -160,6 +161,9 @@ class Deadline(Policy):
             return (
                 f"{more} does not go with aggregate {called(aggregate)}: {aggregate.refuses_partial}; take late: drop"
             )
+        if isinstance(config.server.optimizer, ReadsNorms):
+            optimizer = called(config.server.optimizer)
+            return f"{more} does not go with server.optimizer {optimizer}, which goes by the norms of whole rounds"
         if config.select.unbiased:
             return (
                 f"{more} does not go with select {called(config.select)}, which counts silos by 1/probability: the "
