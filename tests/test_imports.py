@@ -25,6 +25,7 @@ ORDER = [
         "transforms",
         "flat",
         "comm",
+        "watchdog",
         "targets",
         "metrics",
         "objectives",

@@ -49,6 +49,7 @@ from fedmpi.rounds.disclosure import refuse_metrics
 from fedmpi.transforms import Updates
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
+from fedmpi.watchdog import Watchdog
 
 log = logging.getLogger("fedmpi")
 
@@ -170,7 +171,9 @@ def specify(config: Config, comm: Comm, out: Path) -> Spec:
     comm.require_equal("the model's first parameters", digest_of(saved(module)), ConfigError)
     found = comm.collectively(lambda: entries(module, config.exchange.parameters))
     comm.collectively(lambda: _starts_finite(module, found))
-    watch = stopping.Watch(comm, out)
+    grace_s, heals = config.comm.grace_s, config.heals != "stop"
+    watchdog = comm.collectively(lambda: None if grace_s is None else Watchdog(grace_s, comm, heals))
+    watch = stopping.Watch(comm, out, watchdog)
     return Spec(config, source, objective, module, found, config.exchange, chosen, watch)
 
 

@@ -108,6 +108,8 @@ class CommSection:
 
     timeout_s: PositiveFloat = 300.0
     """time limit for a rank without a heartbeat, beyond the longest round; ranks send heartbeats while they train"""
+    grace_s: PositiveFloat | None = None
+    """time limit for a batch; a rank whose silo takes longer prints where it hangs and ends itself; null: none"""
 
 
 @component

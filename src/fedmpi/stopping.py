@@ -33,6 +33,7 @@ from fedmpi import requests
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
+    from fedmpi.watchdog import Watchdog
 
 STOP_FILE = "stop"  # in the run directory
 LOCK_FILE = ".lock"  # in the run directory; locked by the job that trains
@@ -187,9 +188,10 @@ class BrokenOff(Exception):
 class Watch:
     """Checks for stop requests and failures between batches."""
 
-    def __init__(self, comm: Comm, folder: Path | None = None) -> None:
+    def __init__(self, comm: Comm, folder: Path | None = None, watchdog: Watchdog | None = None) -> None:
         self.comm = comm
         self._folder = folder if comm.rank == 0 else None
+        self.watchdog = watchdog  # None: a silo may take as long as it likes for a batch
         self.file = folder / STOP_FILE if folder is not None and comm.rank == 0 else None
         self.status = READY
         self.reason = ""  # why this rank asked for a stop; empty on the others
@@ -213,8 +215,20 @@ class Watch:
 
     def check(self) -> None:
         """A safe point. Raises BrokenOff if this rank should leave the round."""
+        if self.watchdog is not None:
+            self.watchdog.beat()
         if self.look() != READY:
             raise BrokenOff(self.status)
+
+    def begin(self, what: str) -> None:
+        """A silo begins to train; `rest` says that none does."""
+        if self.watchdog is not None:
+            self.watchdog.begin(what)
+
+    def rest(self) -> None:
+        """No silo of this rank trains."""
+        if self.watchdog is not None:
+            self.watchdog.rest()
 
     def tell(self, status: int, reason: str) -> None:
         """Notify all other ranks, once per status."""

@@ -567,7 +567,9 @@ class Run:
         self.comm = left
         left.set_up(self.config.comm.timeout_s)
         self._directory.hand_over(left)
-        self._spec = replace(self._spec, watch=stopping.Watch(left, self.out))
+        if (watchdog := self._spec.watch.watchdog) is not None:
+            watchdog.comm = left
+        self._spec = replace(self._spec, watch=stopping.Watch(left, self.out, watchdog))
 
     def _reopened(self, fed: Federation, group: Regrouped) -> Opened:
         """The members from now on. Lost silos whose data cannot be opened elsewhere leave."""
@@ -702,6 +704,8 @@ class Run:
         if not self._closed:
             self._closed = True
             self.comm.open_runs -= 1
+            if "_spec" in vars(self) and (watchdog := self._spec.watch.watchdog) is not None:
+                watchdog.end()
             self.comm.set_up(self.config.comm.timeout_s)  # what ranks do now takes as long as it takes
             if "federation" in vars(self):
                 self.federation.exchange.leave()

@@ -1,6 +1,7 @@
 """Ranks that die at any point of a run, and the continued run: no batch is lost, and all bits are the same."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,19 @@ def test_what_cannot_go_on_without_a_rank_says_so(part):
     with pytest.raises(ConfigError, match="on_failure: adopt cannot be combined with exchange"):
         load(str(ROOT / "configs" / "digits.yaml"), [part, "on_failure=adopt"])
     assert load(str(ROOT / "configs" / "digits.yaml"), [part])[0].heals == "stop"
+
+
+HANGS = ("comm.grace_s=4", "checkpoint.every=1")
+
+
+def test_a_silo_that_hangs_costs_its_rank_and_the_run_goes_on(tmp_path):
+    done, rows = launch(3, tmp_path / "out", "1:3:hang", *HANGS)
+    assert len(rows) == 1 and rows[0]["ranks"] == 2 and rows[0]["seen"] == list(range(1, 11)), done.tails
+    assert re.search(r"rank 1 on .*: silo '.*', round 3: no batch for 4 s \(comm\.grace_s\)", done.err), done.tails
+    assert "most recent call first" in done.err and "heal.py" in done.err, done.tails
+
+
+def test_a_silo_that_hangs_ends_a_job_that_cannot_go_on(tmp_path):
+    done = mpirun(2, PYTHON, PROGRAM, str(tmp_path / "out"), "1:3:hang", *ROUNDS, *HANGS, cwd=ROOT, timeout_s=60)
+    assert done.rc == 1 and done.seconds < 45 and "no batch for 4 s" in done.err, done.tails
+    assert sealed_rounds(tmp_path / "out")[-1] in (1, 2)

@@ -46,6 +46,7 @@ def train_silos(
     def begin(silo: LocalSilo) -> tuple[torch.Tensor, Round]:
         nonlocal name
         name = silo.id
+        fed.watch.begin(f"silo '{name}', round {number}")
         if closing is not None:
             closing.begin()
         return _begin(state, fed, number, silo, losses_before, closing)
@@ -99,6 +100,7 @@ def train_silos(
     except (Exception, SystemExit) as raised:
         status, error = FAILED, as_error(raised, f"rank {fed.comm.rank}, silo '{name}', round {number}")
         fed.watch.tell(FAILED, "")
+    fed.watch.rest()
     if closing is not None:
         for name, _ in mine[num_done:]:
             late = VOID if closing.is_broken else DROPPED

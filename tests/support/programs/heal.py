@@ -5,7 +5,7 @@ python heal.py OUT RANK:ROUND:POINT[,...] [KEY=VALUE ...]    ranks are those tha
 Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (during it), evaluate,
 mirror (while the commit is stored), tell (once it is stored), write (when a checkpoint is due), end (after the last
 round); and during recovery: shrink (once the remaining ranks have met), heal, take (once they have the state). At
-`late` a rank does not die, but acts as if the remaining ranks had not met.
+`late` a rank does not die, but acts as if the remaining ranks had not met; at `hang` its silo trains for ever.
 """
 
 import json
@@ -37,6 +37,8 @@ def dies_at(owner, name, point):
 
     def dying(*arguments, **named):
         now = len(rounds) + 1
+        while (now, "hang") in mine and point == "train":
+            time.sleep(0.1)
         if (now, point) in mine:
             time.sleep(0.05 * (rank % 2))  # so that the others are in different calls
             os.kill(os.getpid(), signal.SIGKILL)
