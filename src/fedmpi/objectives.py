@@ -347,6 +347,7 @@ TAKEN = (
         "rejected",
         "late",
         "deadline_s",
+        "stale",
         "repeats",
         "rejected_by",
         "worst",

@@ -14,7 +14,7 @@ import fedmpi
 from fedmpi.comm import SoloComm
 from fedmpi.components import build, component
 from fedmpi.config import Config
-from fedmpi.errors import ConfigError, NoCohort
+from fedmpi.errors import ConfigError, Diverged, NoCohort
 from fedmpi.local import Sgd
 from fedmpi.rounds import closing, training
 from fedmpi.rounds.policies import Deadline
@@ -72,12 +72,13 @@ class Scripted(Deadline):
     """A deadline that comes after so many steps of each silo, in place of seconds."""
 
     steps: tuple[int, ...] = (100, 100, 2)
-    from_round: int = 1
+    in_rounds: tuple[int, ...] = ()
+    """empty: all"""
 
     def closing(self, fed, state, key, cohort):
         made = super().closing(fed, state, key, cohort)
         made.__class__ = Script
-        made.script = self.steps if key[0] >= self.from_round else ()
+        made.script = self.steps if key[0] in (self.in_rounds or key) else ()
         return made
 
 
@@ -138,20 +139,58 @@ def test_where_nobody_is_late_no_bit_changes(tmp_path):
         assert told == figures(one)
 
 
-@pytest.mark.parametrize("late", ["partial", "drop"])
+@pytest.mark.parametrize("aggregate", ["mean", "fednova"])
+@pytest.mark.parametrize("again", [True, False])
+def test_a_buffered_update_enters_the_next_round_by_its_staleness(tmp_path, aggregate, again):
+    """FedBuff's weight 2^-1/2; with a fresh update of the silo beside it, or without."""
+    _, before = run(points(tmp_path / "before", 1, {"lr": 1e-30}))
+    w0, a = float(before.parameters), 2**-0.5
+    data = {"sizes": (40, 40, 80), "centres": (1.0, 6.0, 3.0)}
+    engine = scripted(late="buffer", in_rounds=(1, 2) if again else (1,))
+    how = points(tmp_path / "after", 3, {"lr": 0.05}, data, aggregate=aggregate, engine=engine)
+    run(how, 1)  # the update that waits is in the checkpoint
+    reached, records = found(replace(how, rounds=2))
+
+    def delta(w, tau, centre):
+        return (1 - (1 - 2 * 0.05) ** tau) * (centre - w)
+
+    w1 = w0 + (delta(w0, 10, 1.0) + delta(w0, 10, 6.0)) / 2
+    # weights, steps and deltas that come in
+    rows = [(40, 10, delta(w1, 10, 1.0)), (40, 10, delta(w1, 10, 6.0)), (80 * a, 2, delta(w0, 2, 3.0))]
+    rows += [] if again else [(80, 10, delta(w1, 10, 3.0))]
+    p, tau, deltas = (np.array(column) for column in zip(*rows, strict=True))
+    p /= p.sum()
+    assert reached == pytest.approx(w1 + (p @ tau) * (p @ (deltas / tau)), rel=1e-6)
+    assert records[-1]["stale"] == {"s2": 1} and records[-1]["late"] == ({"s2": "buffered"} if again else {})
+
+
+def test_a_buffered_update_enters_where_its_silo_is_not_drawn_and_is_rejected_by_name(tmp_path):
+    engine = scripted(late="buffer", steps=(100, 2), in_rounds=(1,))
+    how = points(tmp_path / "drawn", 3, select={"name": "round_robin", "count": 2}, engine=engine)
+    records, done = run(how)
+    (late,) = records[0]["late"]
+    assert records[1]["stale"] == {late: 1} and "stale" not in records[2]
+    assert not any(name.startswith("fedmpi/late") for silo in done.federation.silos.values() for name in silo.kept)
+    far = points(tmp_path / "far", 2, updates=[{"name": "max_norm", "norm": 1e-9}], engine=scripted(late="buffer"))
+    with pytest.raises(Diverged, match="no update was usable"):
+        run(far)
+
+
+@pytest.mark.parametrize("late", ["partial", "drop", "buffer"])
 def test_a_run_with_late_silos_resumes_with_its_bits(tmp_path, late):
     engine = scripted(late=late, steps=(100, 3, 100))
-    how = config(tmp_path / "whole", 4, local={"name": "scaffold", "lr": 0.05}, engine=engine)
+    rule = "sgd" if late == "buffer" else "scaffold"
+    how = config(tmp_path / "whole", 4, local={"name": rule, "lr": 0.05}, engine=engine)
     records, _ = run(how)
     run(replace(how, out=str(tmp_path / "cut"), rounds=2))
     again, _ = run(replace(how, out=str(tmp_path / "cut")))
     assert everything(tmp_path / "whole") == everything(tmp_path / "cut")
     assert [figures(r) for r in again] == [figures(r) for r in records[2:]]
-    assert records[0]["late"] == {"s1": "partial" if late == "partial" else "dropped", "s2": "dropped"}
+    assert records[0]["late"] == {"s1": {"drop": "dropped", "buffer": "buffered"}.get(late, late), "s2": "dropped"}
 
 
 def test_a_dropped_silo_stays_as_it_was(tmp_path):
-    how = points(tmp_path, 4, engine=scripted(late="drop", steps=(100, 100, 0), from_round=3))
+    how = points(tmp_path, 4, engine=scripted(late="drop", steps=(100, 100, 0), in_rounds=(3, 4)))
     _, done = run(how)
     silos = done.federation.silos
     assert [silos[name].cursor for name in ("s0", "s1", "s2")] == [160, 160, 80]
@@ -225,6 +264,8 @@ REFUSED = {
     "aggregate qffl": {"aggregate": {"name": "qffl", "lr": 0.1}},
     "aggregate median": {"aggregate": "median", "exchange": {"plan": "sharded", "scope": "silo"}},
     "1/probability": {"select": {"name": "optimal", "fraction": 0.5}},
+    "exchange.scope: silo": {"policy": {"late": "buffer"}, "exchange": {"plan": "sharded", "scope": "silo"}},
+    "its control must not arrive": {"policy": {"late": "buffer"}, "local": {"name": "scaffold"}},
     "norms of whole rounds": {"server": {"optimizer": "fedexp"}},
     "exchange.fragments": {"exchange": {"fragments": 2}},
     "reads the lateness of each silo": {"disclose": "pooled"},

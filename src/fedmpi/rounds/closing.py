@@ -23,8 +23,8 @@ OPEN, CLOSED, BROKEN = range(3)  # verdicts: broken is a round that too few silo
 POLL_S = 0.01  # between two looks; one per batch would cost too much where batches take microseconds
 
 # Of a silo's row: number in outcome.LATE; seconds to its end; its weight times the part that it has done; the weight
-# that its delta would have been sent with had it not been divided by that part.
-COLUMNS = ("late", "seconds", "done", "plain")
+# that its delta would have been sent with had it not been divided by that part; rounds since its update that entered.
+COLUMNS = ("late", "seconds", "done", "plain", "stale")
 
 
 class Late(Exception):
@@ -43,11 +43,13 @@ class Closing:
         quorum: int,
         waits: bool,
         partial: bool,
+        buffers: bool = False,
     ) -> None:
         """`key` is the number of the round and of its repetition, `limit_s` the deadline in seconds from now. If fewer
         than `quorum` silos are through by then, the round `waits` for more or breaks. If `partial`, silos that have
-        taken a step stop after one, in place of raising Late."""
-        self.limit_s = limit_s
+        taken a step stop after one, in place of raising Late; `buffers` says that their updates wait for the next
+        round."""
+        self.limit_s, self.buffers = limit_s, buffers
         self._comm, self._watch, self._key, self._quorum, self._waits = comm, watch, key, quorum, waits
         self._partial, self._stepped = partial, False
         self._verdict = OPEN

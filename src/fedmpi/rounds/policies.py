@@ -91,8 +91,9 @@ class Deadline(Policy):
     """of `deadline_s: auto`"""
     min_silos: PositiveInt = 1
     """silos that must be through before the round closes"""
-    late: Literal["partial", "drop"] = "partial"
-    """what a late silo contributes: partial: what it has done, normalised; drop: nothing, and it stays as it was"""
+    late: Literal["partial", "drop", "buffer"] = "partial"
+    """what a late silo contributes: partial: what it has done, normalised; drop: nothing, and it stays as it was;
+    buffer: the same as partial, in the next round and with (1 + 1)^(-1/2) of its weight (rounds/buffered.py)"""
     too_few: Literal["wait", "repeat", "stop"] = "wait"
     """if fewer than `min_silos` are through: wait for more, repeat the round with twice the time, or stop the run with
     a checkpoint"""
@@ -100,7 +101,8 @@ class Deadline(Policy):
     def closing(self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str]) -> Closing:
         limit_s = self.limit_s(state) * 2 ** key[1]
         quorum = min(self.min_silos, len(cohort))
-        return Closing(fed.comm, fed.watch, key, limit_s, quorum, self.too_few == "wait", self.late == "partial")
+        partial, buffers = self.late != "drop", self.late == "buffer"
+        return Closing(fed.comm, fed.watch, key, limit_s, quorum, self.too_few == "wait", partial, buffers)
 
     def limit_s(self, state: State) -> float:
         """The deadline of the next round; infinite if nothing is known yet.
@@ -169,6 +171,10 @@ class Deadline(Policy):
                 f"{more} does not go with select {called(config.select)}, which counts silos by 1/probability: the "
                 "product of two estimates is biased; take late: drop"
             )
+        if self.late == "buffer" and section.scope == "silo":
+            return f"{more} does not go with exchange.scope: silo, where a silo has one row in a round"
+        if self.late == "buffer" and (names := ", ".join(auxiliary.name for auxiliary in rule.auxiliaries)):
+            return f"{more} does not go with local {called(rule)}: its {names} must not arrive a round late"
         if section.fragments > 1:
             return f"{more} does not go with exchange.fragments: a fragment holds several rounds of a silo"
         return None

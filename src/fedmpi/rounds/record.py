@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmpi.evaluate import PERSONAL
 from fedmpi.metrics.scorers import pooled
-from fedmpi.outcome import RoundOutcome, members
+from fedmpi.outcome import PARTIAL, RoundOutcome, members
 from fedmpi.records import PHASES, SCHEMA, Record, plain
 from fedmpi.rounds.federation import Federation
 from fedmpi.transforms import CHECKS
@@ -25,7 +25,11 @@ def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossle
         return _pooled_outcome(fed, number, cohort_K)
     rejected, taken, targets, losses = (ready.silo(name) for name in ("rejected", "taken", "targets", "loss"))
     finite = np.isfinite(losses)
+    late_K = ready.silo("late").astype(np.int64) if "late" in fed.told else None
     taken_K = taken > 0
+    if late_K is not None:  # the update that was taken of a late or rejected silo is one of an earlier round
+        taken_K = taken_K & cohort_K & (rejected == 0) & (late_K <= PARTIAL)
+        taken = taken_K.astype(np.float64)
     loss = pooled(np.where(finite, losses, 0.0), targets * taken * finite)
     norm = pooled(ready.silo("norm"), taken)
     no_loss = {*lossless, *(fed.ids[i] for i in np.flatnonzero(~finite).tolist())}
@@ -47,7 +51,7 @@ def training_outcome(fed: Federation, number: int, cohort: Sequence[str], lossle
         not_finite=[silo for silo in fed.ids if silo in no_loss],
         num_rejected=int((rejected > 0).sum()),
         num_not_finite=len(no_loss),
-        late_K=ready.silo("late").astype(np.int64) if "late" in fed.told else None,
+        late_K=late_K,
     )
 
 
@@ -87,6 +91,9 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
         record["num_rejected"] = outcome.num_rejected
     if outcome.late_K is not None:
         record |= {"deadline_s": outcome.deadline_s, "late": outcome.late}
+        stale_K = fed.ready.silo("stale") if "stale" in fed.told else np.zeros(0)
+        if stale_K.any():
+            record["stale"] = {silo: int(s) for silo, s in zip(fed.ids, stale_K.tolist(), strict=True) if s}
     if outcome.repeats:
         record["repeats"] = outcome.repeats
     if fed.experiment:

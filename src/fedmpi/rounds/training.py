@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from fedmpi.errors import FedmpiError
 from fedmpi.exchange.base import LARGEST_NORM
 from fedmpi.local import LocalSilo, Round
-from fedmpi.outcome import DROPPED, PARTIAL, VOID
+from fedmpi.outcome import BUFFERED, DROPPED, PARTIAL, VOID
 from fedmpi.rounds.agreement import REFUSED, as_error
+from fedmpi.rounds.buffered import Buffered, add_rows, without
 from fedmpi.rounds.closing import Closing, Late
 from fedmpi.rounds.cohort import start_loss
 from fedmpi.rounds.federation import Federation, State
@@ -36,7 +36,11 @@ def train_silos(
     empty if this rank's selector `refused`. `closing` may end the round before all silos are through."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
-    fed.exchange.begin(number, len(mine), near)
+    buffers = closing is not None and closing.buffers
+    waiting = [one for silo in fed.silos.values() if (one := Buffered.of(silo, fed.model.device))] if buffers else []
+    entering = [one.entering(number) for one in waiting]
+    stands_for *= 1 + buffers  # a silo may bring two updates
+    fed.exchange.begin(number, len(mine) + len(entering), near)
     steps = fed.updates.steps(state.updates, fed.seed, number, fed.layout)
     trained: dict[str, LocalSilo] = {}
     error: FedmpiError | None = None
@@ -54,7 +58,10 @@ def train_silos(
     try:
         fed.watch.check()
         # The round may still be dropped: what silos keep changes only when it commits.
-        drafts = [replace(silo, kept=dict(silo.kept)) for silo in (fed.silos[name] for name, _ in mine)]
+        for one in entering:
+            fed.exchange.add(one.contribution)
+            trained[one.contribution.silo] = without(fed.silos[one.contribution.silo])
+        drafts = [without(silo) for silo in (fed.silos[name] for name, _ in mine)]
         contributions = fed.runner.run(fed.rule, fed.model, drafts, begin)
         for (name, factor), silo, contribution in zip(mine, drafts, contributions, strict=True):
             num_done += 1
@@ -83,9 +90,14 @@ def train_silos(
                 rejected = fed.updates.by_checks
             if rejected:
                 fed.ready.set_silo(fed.index[name], rejected=rejected)
+                if buffers and contribution.part < 1.0:
+                    fed.ready.set_silo(fed.index[name], late=PARTIAL)  # nothing of it waits
+                continue
+            trained[name] = silo
+            if buffers and contribution.part < 1.0:
+                _buffer(contribution, silo, fed)
                 continue
             fed.exchange.add(contribution)
-            trained[name] = silo
             fed.ready.set_silo(
                 fed.index[name],
                 taken=True,
@@ -105,6 +117,7 @@ def train_silos(
         for name, _ in mine[num_done:]:
             late = VOID if closing.is_broken else DROPPED
             fed.ready.set_silo(fed.index[name], late=late, seconds=2 * closing.limit_s)
+    add_rows(fed.ready, ((fed.index[o.contribution.silo], number - o.contribution.round, o) for o in entering))
     if refused is not None:
         status, error = REFUSED, refused
         fed.watch.tell(FAILED, "")
@@ -119,10 +132,16 @@ def _normalise(contribution: Contribution, fed: Federation, stands_for: float, c
     row = {"done": stands_for * part, "plain": contribution.weight}
     contribution.weight /= part
     if contribution.part < 1.0:
-        row |= {"late": PARTIAL, "seconds": 2 * closing.limit_s}
+        row |= {"late": BUFFERED if closing.buffers else PARTIAL, "seconds": 2 * closing.limit_s}
     else:
         row["seconds"] = closing.through()
     fed.ready.set_silo(fed.index[contribution.silo], **row)
+
+
+def _buffer(contribution: Contribution, silo: LocalSilo, fed: Federation) -> None:
+    """Keep a late silo's update, which has passed all checks, for the next round."""
+    weight, done, plain = (float(fed.ready.silo(n)[fed.index[silo.id]]) for n in ("weight", "done", "plain"))
+    Buffered(contribution, weight, done, plain).keep(silo)
 
 
 def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
