@@ -17,7 +17,7 @@ from fedmpi.flat import sha256
 from fedmpi.local import Sgd
 
 HERE = "support.programs.late:"
-STEP_S, STEPS = 0.005, 80
+STEP_S, STEPS = 0.02, 25  # half a second a silo and round
 CASES = {}
 
 
@@ -28,9 +28,10 @@ def case(work):
 
 @component
 class Paced(Sgd):
-    """Every step takes as long; of a silo that is slow ten times that. A silo may stop its process for a while."""
+    """Every step takes as long, but for one silo in one round; a silo may stop its process for a while."""
 
     slow: str = ""
+    slower: float = 10.0
     stops: str = ""
     in_round: int = 2
 
@@ -38,11 +39,11 @@ class Paced(Sgd):
         now = round.number == self.in_round
 
         def check(before=round.check):
-            time.sleep(STEP_S * (10 if now and silo.id == self.slow else 1))
+            time.sleep(STEP_S * (self.slower if now and silo.id == self.slow else 1))
             before()
 
         if now and silo.id == self.stops:
-            stop = f"sleep 0.05; kill -STOP {os.getpid()}; sleep 1.7; kill -CONT {os.getpid()}"
+            stop = f"sleep 0.4; kill -STOP {os.getpid()}; sleep 1.7; kill -CONT {os.getpid()}"
             subprocess.Popen(["/bin/sh", "-c", stop], start_new_session=True)
         return super().train(silo, model, params_P, replace(round, check=check))
 
@@ -67,21 +68,19 @@ def where(records, rank):
 
 @case
 def a_slow_silo_does_not_make_the_others_wait(comm, folder):
-    limit = {"name": "deadline", "min_silos": comm.size - 1}
     records, _ = trained(comm, folder, "even", {}, "all", rounds=2)
     even_s = records[-1]["seconds"]["round"]
     slow = {"slow": where(records, comm.size - 1)}
     waits, _ = trained(comm, folder, "waits", slow, "all", rounds=2)
-    told = {}
-    for late in ("partial", "drop"):
-        policy = limit | {"deadline_s": even_s, "late": late}
+    told = {"all": waits[1]["seconds"]["round"]}
+    for late, what in (("partial", "partial"), ("drop", "dropped"), ("buffer", "buffered")):
+        policy = {"name": "deadline", "deadline_s": even_s, "min_silos": comm.size - 1, "late": late}
         records, _ = trained(comm, folder, late, slow, policy)
-        wanted = {slow["slow"]: "dropped" if late == "drop" else late}
-        require_equal("late", [r["late"] for r in records], [{}, wanted, {}])
-        told[late] = records[1]["seconds"]["round"] / even_s
-    told["all"] = waits[1]["seconds"]["round"] / even_s
-    assert told["all"] > 4, told
-    assert max(told["partial"], told["drop"]) < 1.6, told  # 1.2 where nobody else computes
+        require_equal("late", records[1]["late"], {slow["slow"]: what})
+        require_equal("stale", records[2].get("stale"), {slow["slow"]: 1} if late == "buffer" else None)
+        told[late] = records[1]["seconds"]["round"]
+    assert told["all"] > 4.5, told
+    assert max(told["partial"], told["drop"], told["buffer"]) < told["all"] / 2, (even_s, told)
     return told
 
 
@@ -89,14 +88,12 @@ def a_slow_silo_does_not_make_the_others_wait(comm, folder):
 def a_stopped_rank_is_late_and_comes_back(comm, folder):
     records, _ = trained(comm, folder, "first", {}, "all", rounds=1)
     for rank in (0, comm.size - 1):
-        stops = where(records, rank)
+        silo = where(records, rank)
         policy = {"name": "deadline", "deadline_s": 0.5, "min_silos": comm.size - 1}
-        found, _ = trained(comm, folder, f"stopped-{rank}", {"stops": stops}, policy)
-        # Rank 0 decides, and is itself the one that was stopped: then nobody is told before it is through.
-        late = {stops: "partial"} if found[1]["late"] else {}
-        require_equal("late", [r["late"] for r in found], [{}, late, {}])
-        assert 1.2 < found[1]["seconds"]["round"] < 4.0 > found[2]["seconds"]["round"], found[1]["seconds"]
-        assert late or rank == 0
+        found, _ = trained(comm, folder, f"stopped-{rank}", {"stops": silo, "slow": silo}, policy)
+        require_equal("late", list(found[1]["late"]), [silo])
+        assert 1.5 < found[1]["seconds"]["round"] < 4.9, found[1]["seconds"]  # 1.7 of them stopped; else 5
+        require_equal("all come", [len(r["silos"]) for r in found], [comm.size] * 3)
 
 
 @case
@@ -104,20 +101,19 @@ def silos_that_have_not_begun_contribute_nothing(comm, folder):
     """Two silos to a rank, the first one of the last rank is slow."""
     records, _ = trained(comm, folder, "two", {}, "all", 2 * comm.size, rounds=1)
     theirs = [silo for silo, row in records[0]["silos"].items() if row["rank"] == comm.size - 1]
-    policy = {"name": "deadline", "deadline_s": 0.7, "min_silos": comm.size}
+    policy = {"name": "deadline", "deadline_s": 1.0, "min_silos": 2 * comm.size - 2}
     found, _ = trained(comm, folder, "behind", {"slow": theirs[0]}, policy, 2 * comm.size)
     require_equal("late", found[1]["late"], {theirs[0]: "partial", theirs[1]: "dropped"})
-    require_equal("silos", len(found[1]["silos"]), 2 * comm.size)
-    require_equal("again", found[2]["late"], {})
+    require_equal("steps", [found[1]["silos"][silo].get("num_steps", 0) > 0 for silo in theirs], [True, False])
 
 
 @case
 def a_round_of_too_few_is_repeated_with_twice_the_time(comm, folder):
     records, _ = trained(comm, folder, "few", {}, "all", rounds=1)
-    slow = {"slow": where(records, comm.size - 1)}
-    policy = {"name": "deadline", "deadline_s": 0.6, "min_silos": comm.size, "too_few": "repeat"}
+    slow = {"slow": where(records, comm.size - 1), "slower": 4.0}
+    policy = {"name": "deadline", "deadline_s": 1.2, "min_silos": comm.size, "too_few": "repeat"}
     found, bits = trained(comm, folder, "repeated", slow, policy)
-    require_equal("repeats", [r.get("repeats", 0) for r in found], [0, 2, 0])
+    assert found[1]["repeats"] >= 1 and not any(r["late"] for r in found), found[1]
     _, whole = trained(comm, folder, "whole", {}, "all")
     require_equal("bits", bits, whole)
 
