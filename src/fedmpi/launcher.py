@@ -109,7 +109,10 @@ def _watch(pid: int, job: str, num: int) -> None:
     while os.getppid() == rank:
         there = {child for child in _children(pid) if mark in _environment(child)}
         if known - there or (len(known | there) < num and time.monotonic() > late_s):
-            time.sleep(GRACE_S)  # time for the launcher to end the job after an exit code
+            # Time for the launcher to end the job after an exit code. Only one rank signals it first: at a second
+            # signal Open MPI leaves processes behind.
+            left = sorted(there, key=int)
+            time.sleep(GRACE_S * (1 + 3 * (left.index(str(rank)) if str(rank) in left else 0)))
             if os.getppid() == rank:
                 sys.stderr.write("fedmpi: a rank died before MPI had started; the job ends\n")
                 os.kill(pid, signal.SIGTERM)
