@@ -151,13 +151,9 @@ def one_run(folder: Path, campaign: Campaign, number: int, whole: dict[str, Any]
     tally.seconds = time.monotonic() - job.begun_s
     if tally.code == 0:
         tally.same_bits = sha(out) == whole["sha256"]
+    out.with_suffix(".moments").write_text("".join(f"+{at_s:.2f} s {text}\n" for at_s, text in job.moments))
     if passed(tally):
         shutil.rmtree(out)
-        for file in (out.with_suffix(".log"), out.with_suffix(".yaml")):
-            file.unlink()
-    else:
-        moments = "".join(f"+{at_s:.2f} s {text}\n" for at_s, text in job.moments)
-        out.with_suffix(".moments").write_text(moments)
     return tally
 
 
