@@ -172,6 +172,7 @@ class Keeper:
         self._pending_record: Record | None = None
         self._pending_members = federation.membership
         self._best: checkpoint.Best | None = None  # best round so far, until a checkpoint holds it
+        self._best_P = torch.empty(0)  # its parameters, on rank 0 and wherever rank 0 may die
         self._pending_best: checkpoint.Best | None = None  # best round that is being written
         self._writer: checkpoint.Writer | None = None
         self._failures = 0  # failed writes in a row
@@ -276,6 +277,7 @@ class Keeper:
         self._writer = self.comm.collectively(
             lambda: checkpoint.Writer(self._out, self.comm.rank, self._directory.require_newest)
         )
+        self._hold_inherited()
 
     @property
     def writer(self) -> checkpoint.Writer:
@@ -337,13 +339,40 @@ class Keeper:
         if state.round % self._config.checkpoint.every == 0:
             self._best = None  # the checkpoint of this round will hold it
             return
+        if self.comm.rank == 0 or self.comm.outlives_ranks:
+            params_P = fed.layout.params(state.params_Q) if state.average_P is None else state.average_P
+            self._best_P = params_P.detach().to("cpu", copy=True)
+        self._best = checkpoint.Best(state.round, state.record, score, self._of_best(), fed.membership)
+
+    def _of_best(self) -> list[StateTensor]:
+        """This rank's tensors of the best round."""
+        fed = self._fed
         # Rules never write into kept tensors, so no copy is needed.
         own = None if fed.rule.is_personal else fed.model.first_personal.keys()
         tensors = [*under("silos", Silos(fed.silos, own).state())]
-        if self.comm.rank == 0:
-            params_P = fed.layout.params(state.params_Q) if state.average_P is None else state.average_P
-            tensors.append(StateTensor(checkpoint.PARAMS, params_P.detach().to("cpu", copy=True)))
-        self._best = checkpoint.Best(state.round, state.record, score, tensors, fed.membership)
+        return [*tensors, StateTensor(checkpoint.PARAMS, self._best_P)] if self.comm.rank == 0 else tensors
+
+    def inherit(self, before: Keeper) -> None:
+        """Take over the best round that the keeper `before` held; `open` decides whether to go on holding it."""
+        self._best, self._best_P = before._newest_best(), before._best_P
+
+    def _hold_inherited(self) -> None:
+        """Hold an inherited best round only if every rank inherited it. Collective.
+
+        Not where silos have models of their own, which went with their ranks, or where silos have left.
+        """
+        best, fed, self._best = self._best, self._fed, None
+        rounds = self.comm.gather_number(-1 if best is None else best.round)
+        if best is None or best.score <= self._best_score or (rounds != best.round).any():
+            return
+        if best.members.ids == fed.ids and not fed.rule.is_personal and not fed.model.first_personal:
+            self._best_score = best.score
+            self._best = replace(best, tensors=self._of_best(), members=fed.membership)
+
+    def _newest_best(self) -> checkpoint.Best | None:
+        """The better of the best round held and the one that is being written."""
+        held = [one for one in (self._pending_best, self._best) if one is not None]
+        return max(held, key=lambda one: one.score, default=None)
 
     def write(self, state: State, last: bool = False) -> None:
         """Start to write a checkpoint of the state; if it is the `last`, a failure raises. Collective."""
@@ -388,8 +417,7 @@ class Keeper:
 
     def _give_up(self, round: int, error: FedmpiError, last: bool) -> None:
         """Continue without the round's checkpoint, or raise CheckpointError. Collective."""
-        held = [one for one in (self._pending_best, self._best) if one is not None]
-        self._best = max(held, key=lambda one: one.score, default=None)
+        self._best = self._newest_best()
         self._best_score = self._stored_score if self._best is None else max(self._stored_score, self._best.score)
         self._pending, self._pending_best = None, None
         self._failures += 1

@@ -137,7 +137,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "collectives": on_wire.collectives if flat else f"in regions, then across: {on_wire.collectives}",
         "checkpoint_bytes": sum(checkpoint.values()) + _HEADER_BYTES * (1 + num_ranks),
         "checkpoints_kept": config.checkpoint.keep + 1,
-        "mirror_bytes": _mirror(config, checkpoint, num_ranks),
+        "mirror_bytes": _mirror(config, counts, checkpoint, num_ranks),
         "out": str(Path(config.out)),
         "config": {
             key: {"value": value, "from": origin_of(key, origins)} for key, value in flatten(to_dict(config)).items()
@@ -203,14 +203,14 @@ def _checkpoint(config: Config, counts: Counts, section: ExchangeSection, sizes:
     }
 
 
-def _mirror(config: Config, checkpoint: Mapping[str, int], num_ranks: int) -> int:
-    """Most bytes of commits that a rank keeps in memory under a fault-tolerant launcher. Each commit holds the state
-    that belongs to no silo, and the silo state of this rank and its buddies."""
+def _mirror(config: Config, counts: Counts, checkpoint: Mapping[str, int], num_ranks: int) -> int:
+    """Most bytes that a rank keeps under a fault-tolerant launcher: the best round's parameters, and commits. A commit
+    holds the state that belongs to no silo, and the silo state of this rank and its buddies."""
     if config.heals == "stop" or num_ranks == 1:
         return 0
     of_silos = sum(checkpoint[name] for name in ("residuals up", "progress of silos", "kept by silos"))
-    shares = 1 + len(buddies(0, num_ranks))
-    return COMMITS * (sum(checkpoint.values()) - of_silos + of_silos * shares // num_ranks)
+    shares, whole = 1 + len(buddies(0, num_ranks)), sum(checkpoint.values()) - of_silos
+    return counts.shared * counts.word + COMMITS * (whole + of_silos * shares // num_ranks)
 
 
 def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:

@@ -592,7 +592,8 @@ class Run:
             self._sinks.close()
             del self._sinks
         why = {silo: f"rank {lost.before.rank(silo)} was lost" for lost in losses for silo in lost.silos}
-        self._keeper = self._make_keeper(others=True)
+        before, self._keeper = self._keeper, self._make_keeper(others=True)
+        self._keeper.inherit(before)
         self._keeper.take_over(done)
 
         def write() -> None:

@@ -8,7 +8,7 @@ import pytest
 from support.mpi import PROGRAMS, PYTHON, Done, launcher, mpirun
 from support.runs import run
 
-from fedmpi import roster
+from fedmpi import results, roster
 from fedmpi.checkpoint import sealed_rounds
 from fedmpi.config import load
 from fedmpi.errors import ConfigError
@@ -29,9 +29,10 @@ def launch(n: int, out: Path, deaths: str, *overrides: str) -> tuple[Done, list[
     return done, [json.loads(line) for line in done.out.splitlines() if line[:1] == "{"]
 
 
+ADAM = ["server.optimizer=fedadam"]
 CASES = {
     # deaths in different phases, also of rank 0, two at once, and one during recovery from another
-    "sharded": (5, "2:2:train,0:4:exchange,3:7:evaluate", ["exchange.plan=sharded", "server.optimizer=fedadam"]),
+    "sharded": (5, "2:2:train,0:5:exchange,3:7:evaluate", ["exchange.plan=sharded", *ADAM, "checkpoint.every=5"]),
     "shared": (5, "4:2:ready,1:4:step,3:7:exchange", ["exchange.plan=shared_memory", "server.optimizer=fedadam"]),
     "feedback": (
         5,
@@ -62,6 +63,8 @@ def test_a_run_whose_ranks_die_ends_with_the_bits_of_one_whose_ranks_do_not(case
     samples = [[sum(s["num_samples"] for s in record["silos"].values()) for record in some] for some in (told, records)]
     assert samples[0] == samples[1]  # no batch is lost
     assert sealed_rounds(tmp_path / "died")[-1] == 10
+    assert sealed_rounds(tmp_path / "died", best=True) == [3]
+    assert results.evaluate(tmp_path / "died", 3)["loss"] == pytest.approx(records[2]["loss"])
     events = [json.loads(line) for line in (tmp_path / "died" / "events.jsonl").read_text().splitlines()]
     assert sum(len(event["ranks"]) for event in events) == len(dead)
 
