@@ -161,6 +161,19 @@ def test_a_job_that_is_killed_before_its_checkpoint_does_the_same_again(tmp_path
     assert not waiting(tmp_path / "killed")
 
 
+def test_a_silo_stays_out_though_the_checkpoint_that_says_so_is_damaged(tmp_path, caplog):
+    """It left after round 2, and the checkpoint of round 1 is gone on from, twice."""
+    how = config(tmp_path, ROUNDS, checkpoint={"every": 1, "keep": 9})
+    trained(how, when=[(2, [("retire", "s1")])], until=2)
+    (checkpoint.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
+    run = fedmpi.Run(how, comm=SoloComm())
+    assert (run.state.round, run.membership.ids) == (1, ["s0", "s2"])
+    assert "round 1 has members that left later (s1): the run goes on without them" in caplog.text
+    run._release(RuntimeError())  # it is killed before its next checkpoint
+    records, *_ = trained(how)
+    assert [list(record["silos"]) for record in records] == [["s0", "s2"]] * 5 and not waiting(tmp_path)
+
+
 def test_what_a_checkpoint_has_is_not_done_again(tmp_path):
     """The job was killed after the seal, and before the request was removed."""
     how = config(tmp_path, ROUNDS, **SCAFFOLD)

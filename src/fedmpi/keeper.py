@@ -147,7 +147,8 @@ def restored(
 class Keeper:
     """The checkpoints of one run; every rank calls it alike.
 
-    Attributes: sealed (the newest round whose checkpoint is sealed; -1 for none).
+    Attributes: sealed (the newest round whose checkpoint is sealed; -1 for none); left (members of the resumed round
+    that left later, as a damaged newer checkpoint says).
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class Keeper:
     ) -> None:
         self.comm = federation.comm
         self.sealed = -1
+        self.left: list[str] = []
         self._config, self._fed, self._health, self._directory = config, federation, health, directory
         self._out, self._score_of = directory.path, score
         self._order = order  # all silos of the data, in their order
@@ -237,11 +239,8 @@ class Keeper:
         told = None if about is None else (about.record, about.epoch, about.hosted)
         record, epoch, hosted = json.loads(comm.broadcast_text(json.dumps(told), 0))
         before = Membership.of(epoch, hosted, self._order)
-        if before.ids != fed.ids and not self._others:
-            who = ", ".join(sorted(set(before.ids) ^ set(fed.ids))[:4])
-            raise agreed(
-                ConfigError(f"{self._out}: round {round} has other members ({who}); give the run a membership")
-            )
+        if before.ids != fed.ids and not self._others:  # a newer checkpoint is damaged
+            self._require_left(round, before)
         heir_of = heirs(before, fed.membership)
         mine = [silo for silo in before.ids if heir_of.get(silo, silo) in fed.silos]
         stored = comm.collectively(lambda: checkpoint.read_silos(self._out, round, mine))
@@ -255,6 +254,15 @@ class Keeper:
         outcome = None if record is None else RoundOutcome.from_record(fed.ids, record)
         state = replace(state, outcome=outcome, record=record)
         return restored(state, fed, self._health, whole, remaining(of_silos, before, heir_of), before)
+
+    def _require_left(self, round: int, before: Membership) -> None:
+        """ConfigError unless the members are those of the round without silos that left later, which stay out."""
+        self.left = [silo for silo in before.ids if silo not in self._fed.index]
+        who = ", ".join(self.left[:4]) + (", ..." if self.left[4:] else "")
+        if len(before.ids) != len(self._fed.ids) + len(self.left):
+            raise agreed(ConfigError(f"{self._out}: round {round} has other members; give the run a membership"))
+        if self.comm.rank == 0:
+            log.warning("round %d has members that left later (%s): the run goes on without them", round, who)
 
     def _require_same(self, others: Sequence[str]) -> None:
         if others:

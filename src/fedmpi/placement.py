@@ -65,6 +65,8 @@ def adopted(
     >>> a, b, c = Silo("a"), Silo("b"), Silo("c", host="n2")
     >>> adopted({"a": (0,)}, [b, c], [a, b, c], {"a": 3, "b": 2, "c": 1}, ["n1", "n1"])
     {'b': (1,)}
+    >>> adopted({}, [b], [b], {"b": 2}, ["n1", "n1", "n1"], among={2})
+    {'b': (2,)}
     """
     pins = {silo.id: silo.host for silo in silos}
     able = range(1 if dedicated and len(hosts) > 1 else 0, len(hosts))

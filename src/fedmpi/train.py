@@ -256,6 +256,9 @@ class Run:
                 self._register(ranks)
                 self._desk = Desk(self.out)
                 self._desk.begin(self.membership.epoch)
+                for silo in self._keeper.left:  # until a checkpoint says so
+                    request = Request(f"0-{silo.encode().hex()}", "retire", silo)
+                    self._desk.carried_out(request, self.state.round, self.membership.epoch)
             self._open_sinks(self.state.round)
 
         def written() -> None:
