@@ -316,12 +316,13 @@ NO_FILE = {
 @pytest.mark.parametrize("case", NO_FILE)
 def test_a_new_silo_that_does_not_fit_is_refused_and_no_trace_is_left(tmp_path, case):
     (what, silo, *path), says = NO_FILE[case]
-    asked = [(2, [(what, silo, *(tmp_path / one for one in path))])]
+    then = ("retire", "b")
+    asked = [(2, [(what, silo, *(tmp_path / one for one in path)), then])]
     records, sha, members = trained(files(tmp_path, "a"), when=asked, until=3)
-    ((done, why),) = answers(tmp_path / "a")
-    assert done == 2
+    (done, why), retired = answers(tmp_path / "a")
+    assert done == 2 and retired == (2, None)
     assert re.match(says, why)
-    assert (records, sha, members) == trained(files(tmp_path, "b"), until=3)
+    assert (records, sha, members) == trained(files(tmp_path, "b"), when=[(2, [then])], until=3)
     assert checkpoint.manifest(tmp_path / "a", 3).admitted == [] and list(told(tmp_path / "a")[1]) == ["a", "b"]
 
 

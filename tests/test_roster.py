@@ -105,6 +105,11 @@ def test_a_lost_silo_says_why_and_a_later_start_repeats_it(tmp_path):
     row = roster.read(tmp_path)["silos"][1]
     assert (row["state"], row["why"], row["until"], row["host"]) == ("lost", "rank 1 was lost", 5, "b")
     assert row["heard"]["round"] == 5 and "pid" not in row
+    undone = roster.Roster(tmp_path, 4, 9)  # the round in which it was lost is done again, with it
+    undone.register(both, silos, about, ranks, 4, {})
+    row = roster.read(tmp_path)["silos"][1]
+    assert (row["state"], row["why"], row["since"], row["until"], row["heard"]) == ("active", None, 1, None, None)
+    second.save()
     shown = roster.table({**roster.read(tmp_path), "training": None})
     assert list(shown.columns[1].cells) == ["active", "lost: rank 1 was lost"]
     assert list(shown.columns[2].cells) == ["1-", "1-5"]
