@@ -31,6 +31,20 @@ SHARE = 0.01  # of the time, at most, that they take
 Row = dict[str, Any]
 
 
+def contributors(record: Mapping[str, Any]) -> list[str]:
+    """The silos whose updates count in a round, as far as its record says.
+
+    >>> contributors({"cohort": ["a", "b", "c", "d"], "rejected": ["a"], "late": {"b": "partial", "c": "dropped"}})
+    ['b', 'd']
+    >>> contributors({"cohort": ["a"], "stale": {"b": 1}})
+    ['a', 'b']
+    """
+    absent = {silo for silo, what in record.get("late", {}).items() if what != "partial"}
+    absent.update(record.get("rejected", ()))
+    arrived = [silo for silo in record.get("stale", {}) if silo not in record["cohort"]]
+    return [silo for silo in record["cohort"] if silo not in absent or silo in record.get("stale", {})] + arrived
+
+
 class Roster:
     """Rank 0's. It begins with what an earlier start has left, as of the round that is gone on from.
 

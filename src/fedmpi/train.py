@@ -70,7 +70,7 @@ from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
 from fedmpi.records.metrics import last_round
 from fedmpi.records.sink import Timings
 from fedmpi.requests import Desk, Request
-from fedmpi.roster import Roster
+from fedmpi.roster import Roster, contributors
 from fedmpi.rounds import Federation
 from fedmpi.trust import confined
 
@@ -433,8 +433,7 @@ class Run:
         if self.comm.rank == 0:
             self._sinks.write(record)
         if self._roster is not None:
-            rejected = {*record.get("rejected", ())}
-            self._roster.heard(self.state.round, [silo for silo in record["cohort"] if silo not in rejected])
+            self._roster.heard(self.state.round, contributors(record))
         if self.federation.done.rank("asked").any() and self.state.round < self.config.rounds:
             self._take_up()
         if not self._keeper.has(self.state):
