@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +76,13 @@ class Vector(torch.nn.Module):
         return x * self.w[:2]
 
 
-TRAINED_S: list[float] = []  # what the silo of this rank took for its work, round by round
+COMM: list[Any] = []  # of this process
+TRAINED_S: list[float] = []  # time of the silo's work, round by round
 
 
 @dataclass(frozen=True)
 class Drift(LocalRule):
     """Local training that only moves parameters, by different amounts in every silo and round."""
-
-    barrier: Callable[[], None]
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         model.load(params_P)
@@ -94,7 +92,7 @@ class Drift(LocalRule):
         begun_s = time.perf_counter()
         for start in range(0, len(own), len(bump)):
             own[start : start + len(bump)] += bump[: len(own) - start]
-        self.barrier()  # nobody waits for another's work afterwards
+        COMM[0].barrier()  # nobody waits for another's work afterwards
         TRAINED_S.append(time.perf_counter() - begun_s)
         vector_P = model.take_delta(params_P)
         about = (vector_P, 0.0, 1, 1)
@@ -108,12 +106,13 @@ def memory_bytes() -> int:
 
 
 def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -> dict[str, object]:
+    COMM[:] = [comm]
     config = fedmpi.Config(
         rounds=rounds,
         out=out,
         data=Nothing(comm.size),
         model=fedmpi.components.Deferred("vector", lambda: Vector(num_params), {}),
-        local=Drift(comm.barrier),
+        local=Drift(),
         exchange=build(fedmpi.exchange.config.ExchangeSection, yaml.safe_load(exchange)),
         checkpoint=fedmpi.config.CheckpointSection(every=rounds),
         device=fedmpi.config.DeviceSection(name="cpu"),
