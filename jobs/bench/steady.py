@@ -16,7 +16,6 @@ plans and the usual codecs. Figures are those of the slowest rank, per round aft
 
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -94,10 +93,7 @@ class Drift(LocalRule):
             own[start : start + len(bump)] += bump[: len(own) - start]
         COMM[0].barrier()  # nobody waits for another's work afterwards
         TRAINED_S.append(time.perf_counter() - begun_s)
-        vector_P = model.take_delta(params_P)
-        about = (vector_P, 0.0, 1, 1)
-        measured = -1 if math.isnan(model.delta_norm) else vector_P._version
-        return Contribution(silo.id, round.number, silo.weight, *about, norm=model.delta_norm, measured=measured)
+        return model.give(Contribution(silo.id, round.number, silo.weight, torch.empty(0), 0.0, 1, 1), params_P)
 
 
 def memory_bytes() -> int:

@@ -13,11 +13,12 @@ resolves.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -27,7 +28,7 @@ from fedmpi.components import did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.layout import DELTA, Layout, Segment
 from fedmpi.module import Places, Tie, retie, slots, ties
-from fedmpi.types import Auxiliary
+from fedmpi.types import Auxiliary, Contribution, TrainedContribution
 
 HALF = (torch.bfloat16, torch.float16)
 RESERVED = "fedmpi/"  # begins the names under which a silo keeps what is not its rule's: a rule's own may be any others
@@ -266,6 +267,8 @@ class FlatModel:
         self._loaded: torch.Tensor | None = None  # what the model held when `_versions` were counted
         self._held: tuple[torch.Tensor, int] | None = None  # what `hold` was told, and how often it had been written
         self._handed_out = False
+        self.lends = False  # may the exchange subtract the global parameters itself? Said anew every round
+        self._lent: TrainedContribution | None = None  # whose delta was not taken when training ended
         self.delta_norm = math.nan  # of the last delta, where taking it has measured it
         self.first_personal = self.personal()  # what a silo starts from at its first participation
 
@@ -277,10 +280,10 @@ class FlatModel:
     def load(self, params_P: torch.Tensor) -> None:
         """The model's shared parameters become params_P, [P]. Copies nothing where `hold` said that they are, and
         neither has been written since."""
-        if self._holds(params_P):
-            self._held = None
+        holds, self._held = self._holds(params_P), None
+        self.take_back()
+        if holds:
             return
-        self._held = None
         self._places.settle()
         start = 0
         with torch.no_grad():
@@ -346,6 +349,34 @@ class FlatModel:
                     start += len(part)
             self._travels[: self.num_shared].sub_(self.as_loaded(params_P))
             return self._travels
+
+    def give(self, contribution: Contribution, params_P: torch.Tensor) -> Contribution:
+        """The contribution with what was trained minus what `load(params_P)` had put there.
+
+        Its norm is measured if the vector is long. If the exchange subtracts by itself (`lends`), the delta is not
+        taken before somebody reads it: until then the model's memory stands for it.
+        """
+        if not (self.lends and self._in_place and not self._behind and compiled(params_P)):
+            contribution.vector_Q = self.take_delta(params_P)
+            if not math.isnan(self.delta_norm):
+                contribution.norm, contribution.measured = self.delta_norm, contribution.vector_Q._version
+            return contribution
+        from fedmpi.kernels import vectors
+
+        self._held = None
+        self._places.settle()
+        squares = vectors.distance(self._travels.numpy(), params_P.numpy())
+        known = {field.name: getattr(contribution, field.name) for field in fields(contribution)}
+        measured = {"vector_Q": self._travels, "norm": math.sqrt(squares), "measured": self._travels._version}
+        self._lent = TrainedContribution(**known | measured)
+        self._lent.take = functools.partial(self.take_delta, params_P)
+        return self._lent
+
+    def take_back(self) -> None:
+        """The model's memory is about to be written: a contribution that it stands for can give no delta any more."""
+        if self._lent is not None:
+            self._lent.take = None
+            self._lent = None
 
     def as_loaded(self, params_P: torch.Tensor) -> torch.Tensor:
         """params_P as the model holds them once they are loaded, [P]: rounded where it is of half precision. Read

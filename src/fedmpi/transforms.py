@@ -97,6 +97,8 @@ class Checks(Transform):
     runs first."""
 
     def on_silo(self, update: Contribution, state: State, about: About) -> bool:
+        if update.untaken and update.measured >= 0:  # nothing travels besides the delta, which nobody has changed
+            return math.isfinite(update.weight) and update.norm < about.largest
         others_A = update.vector_Q[about.layout.num_params :]
         if update.measured != update.vector_Q._version:
             update.norm = norm_of(update[DELTA])

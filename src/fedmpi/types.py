@@ -98,6 +98,11 @@ class Contribution:
         return layout.of(self.vector_Q, name)
 
     @property
+    def untaken(self) -> bool:
+        """Whether the memory of `vector_Q` still holds trained parameters; reading `vector_Q` takes the delta."""
+        return False
+
+    @property
     def num_gradients(self) -> float:
         """The normaliser, or the number of steps."""
         return self.normalizer or self.num_steps
@@ -106,3 +111,28 @@ class Contribution:
     def counted(self) -> int:
         """Number of targets that the loss is the mean of."""
         return self.num_samples if self.num_targets is None else self.num_targets
+
+
+class TrainedContribution(Contribution):
+    """A contribution whose delta is taken when `vector_Q` is first read.
+
+    Until then the same memory holds the trained parameters: a plan that subtracts the global parameters while it adds
+    up saves a pass over the vector. `take` takes the delta, in place; None once that is done or no longer possible.
+    """
+
+    take: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def vector_Q(self) -> torch.Tensor:  # type: ignore[override]
+        if self.take is not None:
+            take, self.take = self.take, None
+            take()
+        return self._memory_Q
+
+    @vector_Q.setter
+    def vector_Q(self, memory_Q: torch.Tensor) -> None:
+        self._memory_Q = memory_Q
+
+    @property
+    def untaken(self) -> bool:
+        return self.take is not None

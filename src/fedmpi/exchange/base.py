@@ -101,6 +101,7 @@ class Exchange:
     params_placement: Placement = "replicated"
     in_shared_memory: ClassVar[bool] = False  # whether silos train in memory that other ranks read
     rounds_held: int = 1  # rounds of a silo's progress in one vector that it sends
+    subtracts: bool = False  # whether this round `add` takes trained parameters in place of a delta
     wrote_model: bool = False  # whether the last `finish` left the new parameters in this rank's model
     one_by_one: ClassVar[bool] = False  # whether an aggregator sees every silo's vector under `scope: silo`
 

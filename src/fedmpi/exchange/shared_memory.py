@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
 
 
+SUM, DELTA, TRAINED = 0, 1, 2  # what a rank gives: its sum, or the vector of its only silo in the silo's model
+
+
 class SharedMemory(Exchange):
     """On one node each rank adds up and steps its part straight out of the others' memory; nothing is sent."""
 
@@ -61,9 +64,10 @@ class SharedMemory(Exchange):
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self._sums = comm.shared(self.num_params, self.sum_dtype)
-        # Of each rank: is its delta to be read in place? And its weight.
+        # Of each rank: the kind of what it gives, and its weight.
         self._heads = comm.shared(1 + weights.LIMBS, torch.float64)
         self._weight: float = 0  # of this rank's silos
+        self._untaken: Contribution | None = None  # the only one, whose delta was not taken
         self._deltas: list[torch.Tensor] = []
         self._total_B = torch.zeros(BLOCK, dtype=self.sum_dtype)
         self._mean_B = torch.zeros(BLOCK, dtype=self.dtype)
@@ -107,14 +111,23 @@ class SharedMemory(Exchange):
         self.wrote_model = False
         self._weight = 0
         self._only = num_contributions == 1 and bool(self._deltas) and not self.ring
+        self.subtracts, self._untaken = self._only, None
 
     def add(self, contribution: Contribution) -> None:
-        share, delta_P = self.share(contribution), contribution.vector_Q
-        in_place = self._only and delta_P.data_ptr() == self._deltas[self.comm.rank].data_ptr()
-        if not in_place:
-            self.fold(self._sums[self.comm.rank], delta_P, share, empty=not self._weight)
+        share, kind = self.share(contribution), SUM
+        if contribution.untaken and self.subtracts:
+            kind, self._untaken = TRAINED, contribution
+        else:
+            delta_P = contribution.vector_Q
+            if self._only and delta_P.data_ptr() == self._deltas[self.comm.rank].data_ptr():
+                kind = DELTA
+            else:
+                self.fold(self._sums[self.comm.rank], delta_P, share, empty=not self._weight)
         self._weight += self.weigh(share)
-        head = torch.tensor((in_place, *self.cut(self._weight)), dtype=torch.float64)
+        self._tell(kind)
+
+    def _tell(self, kind: int) -> None:
+        head = torch.tensor((kind, *self.cut(self._weight)), dtype=torch.float64)
         self._heads[self.comm.rank].copy_(head)
 
     def finish(
@@ -123,22 +136,48 @@ class SharedMemory(Exchange):
         """My coordinates: added up in rank order, divided, stepped, written where everybody reads; block by block."""
         if self._weight:
             self.folded(self._sums[self.comm.rank])
+        fused = server.adds and compiled(params_P)
+        if self._untaken is not None:
+            if not fused:
+                self._untaken.vector_Q  # noqa: B018 (takes the delta)
+                self._tell(DELTA)
+            self._untaken = None
         self.comm.barrier()
         given: list[tuple[torch.Tensor, float]] = []
-        models: list[torch.Tensor] = []  # that trained in place
+        kinds: list[int] = []
         weight: float = 0
-        for rank, (in_place, *limbs) in enumerate(head.tolist() for head in self._heads):
+        for rank, (told, *limbs) in enumerate(head.tolist() for head in self._heads):
             if share := self.joined(limbs):
-                given.append((self._deltas[rank], share) if in_place else (self._sums[rank], 1.0))
-                models += [self._deltas[rank]] if in_place else []
-                self.wrote_model |= bool(in_place) and rank == self.comm.rank
+                kind = int(told)
+                given.append((self._sums[rank], 1.0) if kind == SUM else (self._deltas[rank], share))
+                kinds.append(kind)
+                self.wrote_model |= kind != SUM and rank == self.comm.rank
                 weight += share
         if not given:
             raise ExchangeError("no weight arrived: nothing to divide by")
         mine = shard(self.num_params, self.comm.rank, self.comm.size)
-        if server.adds and len(models) == len(given) and compiled(params_P):
-            self._step_compiled(params_P[mine], [delta[mine] for delta in models], [n / weight for _, n in given])
-            mine = slice(mine.stop, mine.stop)
+        if fused:
+            self._step_fused(params_P, given, kinds, weight, mine)
+        else:
+            models = [row for (row, _), kind in zip(given, kinds, strict=True) if kind != SUM]
+            self._step(params_P, server, state, given, models, weight, mine)
+        lap("step")
+        self.comm.barrier()
+        self.verify(params_P)
+        lap("exchange")
+        return params_P, state
+
+    def _step(
+        self,
+        params_P: torch.Tensor,
+        server: Server,
+        state: Any,
+        given: Sequence[tuple[torch.Tensor, float]],
+        models: Sequence[torch.Tensor],
+        weight: float,
+        mine: slice,
+    ) -> None:
+        """The step of my coordinates, block by block; the new parameters also go into the models."""
         parts = [slice(start, min(start + BLOCK, mine.stop)) for start in range(mine.start, mine.stop, BLOCK)]
         means: list[torch.Tensor] = []
         if server.reads_norms:  # of the whole mean, before anybody steps
@@ -151,17 +190,21 @@ class SharedMemory(Exchange):
             params_P[part].copy_(new_S)
             for model in models:
                 model[part].copy_(new_S)
-        lap("step")
-        self.comm.barrier()
-        self.verify(params_P)
-        lap("exchange")
-        return params_P, state
 
-    def _step_compiled(self, params_S: torch.Tensor, rows: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
-        """What `finish` does block by block, in one compiled pass; the bits are the same."""
+    def _step_fused(
+        self,
+        params_P: torch.Tensor,
+        given: Sequence[tuple[torch.Tensor, float]],
+        kinds: Sequence[int],
+        weight: float,
+        mine: slice,
+    ) -> None:
+        """The same in one compiled pass, where the step only adds the mean; the bits are the same."""
         from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
 
-        vectors.step(tuple(row.numpy() for row in rows), np.array(factors, np.float32), params_S.numpy())
+        rows = tuple(row[mine].numpy() for row, _ in given)
+        factors = np.array([share / weight for _, share in given], np.float32)
+        vectors.step(rows, factors, np.array(kinds), params_P[mine].numpy())
 
     def _mean(self, given: Sequence[tuple[torch.Tensor, float]], weight: float, part: slice) -> torch.Tensor:
         """A block of the mean; valid until the next one's."""

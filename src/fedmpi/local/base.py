@@ -436,18 +436,15 @@ def local_steps(
         silo.kept = {n: t for n, t in silo.kept.items() if not n.startswith(KEPT)} | state_to_keep(optimizer)
     targets = int(num_targets)
     loss_mean, held = float(losses) / max(targets, 1), num_gradients(work.optimizer, num_steps, pull)
-    vector_Q = model.take_delta(params_P)
     if work.amount.reads_loss:
         silo.kept[LOSS] = torch.tensor(loss_mean, dtype=torch.float64)
-    norm = model.delta_norm
-    return Contribution(
-        *(silo.id, round.number, silo.weight, vector_Q, loss_mean, num_samples, num_steps, held),
+    contribution = Contribution(
+        *(silo.id, round.number, silo.weight, torch.empty(0), loss_mean, num_samples, num_steps, held),
         num_targets=targets,
         part=part,
-        norm=norm,
-        measured=-1 if math.isnan(norm) else vector_Q._version,
         layout=model.layout,
     )
+    return model.give(contribution, params_P)
 
 
 def _part(work: GradientRule, num_steps: int, planned: int, seconds: float, pull: float) -> float:

@@ -41,6 +41,7 @@ def train_silos(
     entering = [one.entering(number) for one in waiting]
     stands_for *= 1 + buffers  # a silo may bring two updates
     fed.exchange.begin(number, len(mine) + len(entering), near)
+    fed.model.lends = fed.exchange.subtracts
     steps = fed.updates.steps(state.updates, fed.seed, number, fed.layout)
     trained: dict[str, LocalSilo] = {}
     error: FedmpiError | None = None
@@ -85,7 +86,7 @@ def train_silos(
             fed.ready.set_silo(fed.index[name], **norms)
             if not rejected and not (
                 _rescaled(contribution, fed, silo.weight * factor, near)
-                and fed.exchange.holds(contribution.vector_Q, grown)
+                and (contribution.untaken or fed.exchange.holds(contribution.vector_Q, grown))
             ):
                 rejected = fed.updates.by_checks
             if rejected:
@@ -113,6 +114,7 @@ def train_silos(
         status, error = FAILED, as_error(raised, f"rank {fed.comm.rank}, silo '{name}', round {number}")
         fed.watch.tell(FAILED, "")
     fed.watch.rest()
+    fed.model.lends = False
     if closing is not None:
         for name, _ in mine[num_done:]:
             late = VOID if closing.is_broken else DROPPED
@@ -191,12 +193,13 @@ def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
     rule, length = type(fed.rule).__name__, fed.layout.size
     if not isinstance(contribution, Contribution):
         raise TypeError(f"the rule {rule} returned {type(contribution).__name__} in place of a Contribution")
-    delta = contribution.vector_Q
-    if delta.shape != (length,) or delta.dtype != fed.model.dtype:
-        wanted = f"{fed.model.dtype} of [{length}]"
-        raise TypeError(
-            f"the rule {rule} gave a delta that is {delta.dtype} of {list(delta.shape)} in place of {wanted}"
-        )
+    if not contribution.untaken:
+        delta = contribution.vector_Q
+        if delta.shape != (length,) or delta.dtype != fed.model.dtype:
+            wanted = f"{fed.model.dtype} of [{length}]"
+            raise TypeError(
+                f"the rule {rule} gave a delta that is {delta.dtype} of {list(delta.shape)} in place of {wanted}"
+            )
     for name, kept in silo.kept.items():
         if not isinstance(kept, torch.Tensor):
             raise TypeError(f"the rule {rule} keeps '{name}' as {type(kept).__name__}; silos keep tensors")
