@@ -106,18 +106,25 @@ def _watch(pid: int, job: str, num: int) -> None:
     """Send the launcher SIGTERM once one of the job's `num` ranks here has died, or has not started within LATE_S."""
     rank, late_s, mark = os.getppid(), time.monotonic() + LATE_S, f"PMIX_NAMESPACE={job}\0".encode()
     known: set[str] = set()
+
+    def there() -> set[str]:
+        return {child for child in _children(pid) if mark in _environment(child)}
+
+    def one_is_gone() -> bool:
+        now = there()
+        return bool(known - now) or (len(known | now) < num and time.monotonic() > late_s)
+
     while os.getppid() == rank:
-        there = {child for child in _children(pid) if mark in _environment(child)}
-        if known - there or (len(known | there) < num and time.monotonic() > late_s):
+        if one_is_gone():
             # Time for the launcher to end the job after an exit code. Only one rank signals it first: at a second
             # signal Open MPI leaves processes behind.
-            left = sorted(there, key=int)
+            left = sorted(there(), key=int)
             time.sleep(GRACE_S * (1 + 3 * (left.index(str(rank)) if str(rank) in left else 0)))
-            if os.getppid() == rank:
+            if os.getppid() == rank and one_is_gone():  # a process that begins another program has no environment
                 sys.stderr.write("fedmpi: a rank died before MPI had started; the job ends\n")
                 os.kill(pid, signal.SIGTERM)
-            return
-        known |= there
+                return
+        known |= there()
         time.sleep(0.5)
 
 
