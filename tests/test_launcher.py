@@ -78,3 +78,32 @@ def test_a_launcher_that_does_not_end_an_aborted_job_is_ended(name, started, end
         except subprocess.TimeoutExpired:
             assert not ends
             parent.kill()
+
+
+STARTS = """
+import ctypes, os, subprocess, sys, time
+ctypes.CDLL(None).prctl(15, b"prterun")
+env = {**os.environ, "PMIX_NAMESPACE": "job", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}
+line = "import time; from fedmpi import launcher\\nwith launcher.watched(): print('in', flush=True); time.sleep(60)"
+ranks = [subprocess.Popen(["sleep", "60"], env=env), subprocess.Popen(["sleep", "60"], env=env)]
+ranks.append(subprocess.Popen([sys.executable, "-c", line], env=env))
+print(*(rank.pid for rank in ranks), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_launcher_is_ended_whose_ranks_wait_for_one_that_died_before_mpi_had_started():
+    with subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        lines = [parent.stdout.readline() for _ in range(2)]
+        pids = next(list(map(int, line.split())) for line in lines if line != "in\n")
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                parent.wait(2)  # all are there
+            os.kill(pids[0], signal.SIGKILL)
+            assert parent.wait(15) == -signal.SIGTERM
+        finally:
+            parent.kill()
+            for pid in pids:
+                if not gone(pid):
+                    os.kill(pid, signal.SIGKILL)
