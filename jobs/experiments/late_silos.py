@@ -1,6 +1,6 @@
 """What one slow silo costs: rounds with it, without it, and with `engine.policy: deadline`.
 
-    mpirun -n 4 python jobs/experiments/late_silos.py [--steps 200] [--step-ms 10] [--slower 10] [--rounds 4]
+    mpirun -n 4 python jobs/experiments/late_silos.py [--steps 200] [--step-ms 10] [--slower 10] [--lr 0.05] [--rounds 4]
 
 Each rank has one silo of digits whose steps take `--step-ms`, slept and not computed; those of the last silo take
 `--slower` times as long in all rounds but the first. The last line is JSON: for each way to treat the late silo the
@@ -54,7 +54,7 @@ class Paced(Sgd):
 
 def trained(values: dict[str, Any], rule: dict[str, Any], policy: Any, out: str) -> list[dict[str, Any]]:
     """The records of a run."""
-    local = Paced(lr=0.05, batch_size=16, **rule)
+    local = Paced(batch_size=16, **rule)
     engine = {"name": "synchronous", "policy": policy}
     with fedmpi.Run(build(Config, values | {"out": out, "engine": engine, "local": local}), comm=connect()) as run:
         return list(run)
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--slower", type=float, default=10.0)
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
     comm = connect()
@@ -75,7 +76,7 @@ def main() -> None:
         "device": {"name": "cpu"},
         "checkpoint": {"every": 1000},
     }
-    rule = {"steps": args.steps, "step_s": args.step_ms / 1e3, "slower": args.slower}
+    rule = {"lr": args.lr, "steps": args.steps, "step_s": args.step_ms / 1e3, "slower": args.slower}
     root = comm.broadcast_text(tempfile.mkdtemp() if comm.rank == 0 else "", 0)
     even = trained(values, rule, "all", f"{root}/even")
     even_s = statistics.median(record["seconds"]["round"] for record in even[1:])
