@@ -1,6 +1,6 @@
 """What one slow silo costs: rounds with it, without it, and with `engine.policy: deadline`.
 
-    mpirun -n 4 python jobs/experiments/late_silos.py [--steps 200] [--step-ms 10] [--slower 10] [--lr 0.05] [--rounds 4]
+    mpirun -n 4 python jobs/experiments/late_silos.py [--steps 200] [--step-ms 10] [--slower 10] [--lr 0.05] ...
 
 Each rank has one silo of digits whose steps take `--step-ms`, slept and not computed; those of the last silo take
 `--slower` times as long in all rounds but the first. The last line is JSON: for each way to treat the late silo the
