@@ -4,6 +4,7 @@ built the same way."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -304,7 +305,11 @@ def _model(spec: Spec, exchange: Exchange, comms: Comms) -> FlatModel:
         own = exchange.delta()
         allocate = lambda n, dtype: own[:n]  # noqa: E731
     shared = spec.config.exchange.parameters
-    return comms.control.collectively(lambda: FlatModel(spec.module, shared, spec.device, allocate, exchange.layout))
+    make = functools.partial(FlatModel, spec.module, shared, spec.device, allocate, exchange.layout)
+    model = comms.control.collectively(make)
+    if isinstance(spec.config.model, torch.nn.Module):
+        model.hand_out()  # who made the configuration still has it
+    return model
 
 
 def with_admitted(spec: Spec, admitted: Sequence[Admitted]) -> Spec:

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -199,6 +200,10 @@ Allocate = Callable[[int, torch.dtype], torch.Tensor]
 COMPILED = 1 << 22  # elements from which on compiled passes are worth the second that numba takes to load
 
 
+# Modules that code outside fedmpi has in its hands; kept here because a run may make its FlatModel anew.
+_HANDED_OUT: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
 def compiled(vector_P: torch.Tensor) -> bool:
     """Whether compiled passes (kernels/vectors.py) work on the vector, and are worth it."""
     plain = vector_P.device.type == "cpu" and vector_P.dtype == torch.float32 and vector_P.is_contiguous()
@@ -266,10 +271,8 @@ class FlatModel:
         self._versions: list[int] = []
         self._loaded: torch.Tensor | None = None  # what the model held when `_versions` were counted
         self._held: tuple[torch.Tensor, int] | None = None  # what `hold` was told, and how often it had been written
-        self._handed_out = False
         self.lends = False  # may the exchange subtract the global parameters itself? Said anew every round
         self._lent: TrainedContribution | None = None  # whose delta was not taken when training ended
-        self.delta_norm = math.nan  # of the last delta, where taking it has measured it
         self.first_personal = self.personal()  # what a silo starts from at its first participation
 
     def params(self) -> torch.Tensor:
@@ -293,15 +296,21 @@ class FlatModel:
         self._versions, self._loaded = self._written(), params_P
 
     def hold(self, params_P: torch.Tensor) -> None:
-        """Note that the shared parameters equal params_P, [P]: the next `load` of the same memory need not copy. It
-        does all the same once the module was handed out to code that may write into it at any time."""
-        if not self._handed_out and self._in_place:
+        """Note that the shared parameters of a large model equal params_P, [P]: the next `load` of the same memory need
+        not copy. `release` must be called before anybody writes params_P: torch does not count what MPI, other
+        processes and compiled passes write. `load` copies all the same once the module was handed out."""
+        if self.module not in _HANDED_OUT and self._in_place and compiled(params_P):
             self._held = (params_P, params_P._version)
             self._versions, self._loaded = self._written(), params_P
 
+    def release(self) -> None:
+        """Forget what `hold` noted."""
+        self._held = None
+
     def hand_out(self) -> torch.nn.Module:
         """The module, for code that may write into it at any time: every `load` copies from now on."""
-        self._held, self._handed_out = None, True
+        self._held = None
+        _HANDED_OUT.add(self.module)
         return self.module
 
     def _holds(self, params_P: torch.Tensor) -> bool:
@@ -330,18 +339,11 @@ class FlatModel:
         """What was trained minus what `load(params_P)` had put there, [P], and behind it room for the auxiliary vectors
         of the layout, [Q]; in memory that the next `load` or `take_delta` reuses: the model is spent.
 
-        Where the model is of half precision that is params_P rounded, so that a step of nothing is a delta of 0. The
-        norm of a long delta is measured on the way, in `delta_norm`; else that is NaN.
+        Where the model is of half precision that is params_P rounded, so that a step of nothing is a delta of 0.
         """
-        self._held, self.delta_norm = None, math.nan
+        self._held = None
         self._places.settle()
         with torch.no_grad():
-            if self._in_place and compiled(params_P):
-                from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
-
-                delta_P = self._travels[: self.num_shared]
-                self.delta_norm = math.sqrt(vectors.subtract(delta_P.numpy(), params_P.numpy()))
-                return self._travels
             if not self._in_place:
                 start = 0
                 for part in self._shared:
@@ -353,22 +355,19 @@ class FlatModel:
     def give(self, contribution: Contribution, params_P: torch.Tensor) -> Contribution:
         """The contribution with what was trained minus what `load(params_P)` had put there.
 
-        Its norm is measured if the vector is long. If the exchange subtracts by itself (`lends`), the delta is not
-        taken before somebody reads it: until then the model's memory stands for it.
+        If the exchange subtracts by itself (`lends`), only the norm of the delta is measured. The delta is not taken
+        before somebody reads it: until then the model's memory stands for it.
         """
         if not (self.lends and self._in_place and not self._behind and compiled(params_P)):
             contribution.vector_Q = self.take_delta(params_P)
-            if not math.isnan(self.delta_norm):
-                contribution.norm, contribution.measured = self.delta_norm, contribution.vector_Q._version
             return contribution
-        from fedmpi.kernels import vectors
+        from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
 
         self._held = None
         self._places.settle()
         squares = vectors.distance(self._travels.numpy(), params_P.numpy())
         known = {field.name: getattr(contribution, field.name) for field in fields(contribution)}
-        measured = {"vector_Q": self._travels, "norm": math.sqrt(squares), "measured": self._travels._version}
-        self._lent = TrainedContribution(**known | measured)
+        self._lent = TrainedContribution(**known | {"vector_Q": self._travels, "norm": math.sqrt(squares)})
         self._lent.take = functools.partial(self.take_delta, params_P)
         return self._lent
 

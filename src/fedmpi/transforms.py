@@ -97,11 +97,10 @@ class Checks(Transform):
     runs first."""
 
     def on_silo(self, update: Contribution, state: State, about: About) -> bool:
-        if update.untaken and update.measured >= 0:  # nothing travels besides the delta, which nobody has changed
+        if update.untaken:  # nobody has read the delta, whose norm is known, and nothing travels besides
             return math.isfinite(update.weight) and update.norm < about.largest
         others_A = update.vector_Q[about.layout.num_params :]
-        if update.measured != update.vector_Q._version:
-            update.norm = norm_of(update[DELTA])
+        update.norm = norm_of(update[DELTA])
         norms = [update.norm, *([norm_of(others_A)] if len(others_A) else [])]
         return math.isfinite(update.weight) and all(norm < about.largest for norm in norms)  # False for nan
 

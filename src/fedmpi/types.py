@@ -89,7 +89,6 @@ class Contribution:
     num_targets: int | None = None  # targets that `loss` is the mean of; None: num_samples
     part: float = 1.0  # share of the planned gradients that it holds; below 1 if the silo was stopped early
     norm: float = math.nan  # norm of the delta, set by the last check
-    measured: int = -1  # version of `vector_Q` (torch's count of writes) that `norm` is of; another one: it is outdated
     layout: Layout | None = None  # of the vector; None: only the delta
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -116,8 +115,9 @@ class Contribution:
 class TrainedContribution(Contribution):
     """A contribution whose delta is taken when `vector_Q` is first read.
 
-    Until then the same memory holds the trained parameters: a plan that subtracts the global parameters while it adds
-    up saves a pass over the vector. `take` takes the delta, in place; None once that is done or no longer possible.
+    Until then the same memory holds the trained parameters, and `norm` is that of the delta: a plan that subtracts the
+    global parameters while it adds up saves a pass over the vector. `take` takes the delta, in place; it is None once
+    that is done or no longer possible.
     """
 
     take: Callable[[], torch.Tensor] | None = None

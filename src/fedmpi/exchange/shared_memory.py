@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
 
 
-SUM, DELTA, TRAINED = 0, 1, 2  # what a rank gives: its sum, or the vector of its only silo in the silo's model
+# What a rank gives: nothing, its sum, or the vector of its only silo, in the memory of the silo's model.
+NOTHING, SUM, DELTA, TRAINED = -1, 0, 1, 2
 
 
 class SharedMemory(Exchange):
@@ -67,6 +68,8 @@ class SharedMemory(Exchange):
         # Of each rank: the kind of what it gives, and its weight.
         self._heads = comm.shared(1 + weights.LIMBS, torch.float64)
         self._weight: float = 0  # of this rank's silos
+        if compiled(params_P):
+            from fedmpi.kernels import vectors  # noqa: F401 (loaded at set-up: a rank whose numba is broken fails here)
         self._untaken: Contribution | None = None  # the only one, whose delta was not taken
         self._deltas: list[torch.Tensor] = []
         self._total_B = torch.zeros(BLOCK, dtype=self.sum_dtype)
@@ -143,23 +146,24 @@ class SharedMemory(Exchange):
                 self._tell(DELTA)
             self._untaken = None
         self.comm.barrier()
-        given: list[tuple[torch.Tensor, float]] = []
+        given: list[tuple[torch.Tensor, float]] = []  # one for each rank; weight 0: nothing
         kinds: list[int] = []
         weight: float = 0
         for rank, (told, *limbs) in enumerate(head.tolist() for head in self._heads):
-            if share := self.joined(limbs):
-                kind = int(told)
-                given.append((self._sums[rank], 1.0) if kind == SUM else (self._deltas[rank], share))
-                kinds.append(kind)
-                self.wrote_model |= kind != SUM and rank == self.comm.rank
-                weight += share
-        if not given:
+            share = self.joined(limbs)
+            kind = int(told) if share else NOTHING
+            given.append((self._deltas[rank], share) if kind > SUM else (self._sums[rank], float(bool(share))))
+            kinds.append(kind)
+            self.wrote_model |= kind > SUM and rank == self.comm.rank
+            weight += share
+        if not weight:
             raise ExchangeError("no weight arrived: nothing to divide by")
         mine = shard(self.num_params, self.comm.rank, self.comm.size)
         if fused:
             self._step_fused(params_P, given, kinds, weight, mine)
         else:
-            models = [row for (row, _), kind in zip(given, kinds, strict=True) if kind != SUM]
+            models = [row for (row, _), kind in zip(given, kinds, strict=True) if kind > SUM]
+            given = [one for one, kind in zip(given, kinds, strict=True) if kind != NOTHING]
             self._step(params_P, server, state, given, models, weight, mine)
         lap("step")
         self.comm.barrier()

@@ -80,6 +80,7 @@ class SynchronousRound:
         state, fed, number = self.state, self.fed, self.outcome.round
         comm, timer = fed.comm, fed.timer
         timer.lap("checkpoint")
+        fed.model.release()  # the parameters are written
         params_Q, optimizer = fed.exchange.finish(state.params_Q, self.server, state.optimizer, timer.lap)
         fed.silos.update(self.trained)
         params_P = fed.layout.params(params_Q)
