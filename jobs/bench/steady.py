@@ -85,10 +85,10 @@ class Drift(LocalRule):
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         model.load(params_P)
+        begun_s = time.perf_counter()
         rng = np.random.default_rng([round.number, int(silo.id[-1])])
         bump = torch.from_numpy(rng.standard_normal(1 << 16).astype(np.float32) * 1e-3)  # a millisecond
         own = model.module.w.detach()  # type: ignore[operator, union-attr]
-        begun_s = time.perf_counter()
         for start in range(0, len(own), len(bump)):
             own[start : start + len(bump)] += bump[: len(own) - start]
         COMM[0].barrier()  # nobody waits for another's work afterwards

@@ -18,7 +18,7 @@ import numpy as np
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any
 
-BLOCK = 4096  # elements that are worked on at a time, in the first cache
+BLOCK = 1024  # elements that are worked on at a time, in the first cache
 LANES = 256  # sums of squares side by side
 ROWS = 16  # times 4 squares in each, before they are added up in double precision
 
