@@ -15,7 +15,7 @@ from fedmpi.aggregate import AGGREGATORS
 from fedmpi.attacks import ATTACKS
 from fedmpi.catalogue import FAMILIES, descriptions, lines
 from fedmpi.components import Deferred, build, component, hints, to_dict
-from fedmpi.config import Config, differences, digest, flatten, load, origin_of
+from fedmpi.config import Config, differences, digest, flatten, load, origin_of, run_directory
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.plans import PLANS
 from fedmpi.local import Sgd
@@ -247,9 +247,19 @@ def test_a_configuration_with_a_mark_of_its_encoding_is_read(tmp_path):
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     assert refusal(load, tmp_path / "no.yaml") == f"cannot read {tmp_path}/no.yaml: No such file or directory"
-    assert refusal(load, tmp_path) == f"cannot read {tmp_path}: Is a directory"
+    assert refusal(load, tmp_path) == f"cannot read {tmp_path}/config.yaml: No such file or directory"
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert refusal(load, tmp_path / "binary.yaml").startswith(f"cannot read {tmp_path}/binary.yaml: ")
+
+
+def test_a_run_directory_is_named_by_its_folder_wherever_it_is(file, tmp_path):
+    path = file("about: {versions: {}}\nrounds: 2\nout: moved/from_here", "config.yaml")
+    config, origins = load(tmp_path)
+    assert (config.rounds, config.out, origins["out"]) == (2, str(tmp_path), "command line")
+    assert load(tmp_path, ["out=b"])[0].out == "b" and load(path)[0].out == "moved/from_here"
+    assert run_directory(tmp_path) == run_directory(path) == tmp_path
+    file("rounds: 2\nout: a", "config.yaml")  # a folder of the user's own
+    assert load(tmp_path)[0].out == "a" and run_directory(tmp_path) is None
 
 
 def test_a_pattern_that_matches_no_parameter_is_refused_by_plan(file):

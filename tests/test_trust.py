@@ -78,7 +78,7 @@ COMMANDS = {
     "eval": ["eval", "outs/a"],
     "export": ["export", "outs/a", "--to", "out.pt"],
     "plan": ["plan", "outs/a/config.yaml"],
-    "train": ["train", "outs/a/config.yaml", "out=outs/b"],
+    "train": ["train", "outs/a", "out=outs/b"],
 }
 REFUSED = {
     "os:system": {"command": "touch reached"},

@@ -33,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # the entry point must see errors, to abort the other ranks
 )
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `fedmpi list` shows its keys")]
+ConfigPath = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file, `fedmpi list` shows its keys; or a run directory")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as rounds=50 local.lr=0.1 out=runs/a")
 ]

@@ -311,6 +311,8 @@ HORIZON = ".schedule.rounds"  # suffix of keys that set a schedule's length; nul
 # Keys that may differ between the ranks of one run: where a site keeps its files. For `init` and data, contents count.
 OF_A_SITE = ("out", "data.root", "device", "records.trace", "records.tensorboard", "records.sinks", "init")
 
+CONFIG_FILE = "config.yaml"  # in a run directory
+
 ABOUT = "about"  # key of a run's own config.yaml that describes the run; ignored when the file is read as configuration
 
 
@@ -330,8 +332,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _file(path: Path) -> Path:
+    """The configuration file that is meant: a folder stands for its config.yaml."""
+    return path / CONFIG_FILE if path.is_dir() else path
+
+
 def run_directory(path: Path) -> Path | None:
-    """The run directory that this configuration file was written into; None for a file that a user keeps elsewhere."""
+    """The run directory that this configuration file was written into; None for a file that a user keeps elsewhere.
+    `path` may also be the directory."""
+    path = _file(path)
     try:
         written = ABOUT in read(path)[0]
     except ConfigError:  # reported by `load`
@@ -343,12 +352,15 @@ def run_directory(path: Path) -> Path | None:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
     """Reads a YAML file and applies overrides; returns the configuration and each value's origin.
 
+    `path` may also be a run directory: its config.yaml is read, and `out` is this directory, even if it was moved.
     Origins are "FILE:LINE" or "command line". Raises a one-line ConfigError.
     """
-    values, origins = read(Path(path))
-    values.pop(ABOUT, None)
+    file = _file(Path(path))
+    values, origins = read(file)
+    if values.pop(ABOUT, None) is not None and file != Path(path):
+        overrides = [f"out={json.dumps(str(path))}", *overrides]
     if "out" not in values:
-        values["out"] = f"runs/{Path(path).stem}"
+        values["out"] = f"runs/{file.stem}"
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

@@ -23,13 +23,12 @@ import yaml
 import fedmpi
 from fedmpi import checkpoint, disk, fencing, stopping
 from fedmpi.comm import Comm
-from fedmpi.config import ABOUT
+from fedmpi.config import ABOUT, CONFIG_FILE
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.flat import FlatModel
 
 log = logging.getLogger("fedmpi")
 
-CONFIG_FILE = "config.yaml"
 UNSHARED_FILE = "unshared.safetensors"
 CODE = "code"  # folder of the user's code
 
