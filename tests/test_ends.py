@@ -386,6 +386,11 @@ def test_a_directory_tells_of_what_was_trained_in_it_whatever_is_asked_for_later
     for rounds in (2, 4):
         assert run(config(tmp_path, rounds))[0] == []
         assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert (
+        "\nnothing to do: 4 rounds are done; set rounds=N to train more\n" in command(capsys, "train", str(tmp_path))[1]
+    )
+    out = command(capsys, "train", str(tmp_path), "rounds=2")[1]
+    assert "\nrounds=2 is below the 4 rounds that are done; set rounds above 4 to train more\n" in out
     assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         4 of 4\n")
     run(config(tmp_path, 6), rounds=1)
     assert command(capsys, "inspect", str(tmp_path))[1].startswith("rounds         5 of 6\n")

@@ -1,11 +1,15 @@
 """Placement: longest processing time first, pins, and the same answer on every rank."""
 
 import random
+import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+from support.runs import OWN
+from typer.testing import CliRunner
 
-from fedmpi import placement
+from fedmpi import cli, placement
 from fedmpi.errors import ConfigError
 from fedmpi.types import Silo
 
@@ -103,3 +107,21 @@ def test_what_cannot_be_placed_is_one_line(some, hosts, dedicated, says):
     with pytest.raises(ConfigError) as caught:
         place(some, hosts, dedicated)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_ranks_without_a_silo_are_counted_and_sizes_that_are_not_declared_are_not_made_up(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"data: '{OWN}Blobs'")
+
+    def planned(*overrides):
+        return CliRunner().invoke(cli.app, ["plan", str(tmp_path / "a.yaml"), *overrides, "--ranks", "5"]).output
+
+    assert "\n2 ranks host no silo\n" in planned() and "\n1 rank hosts no silo\n" in planned("server.dedicated=true")
+    assert re.search(r"│ 0 +│ s0 +│ \? +│ \? +│ .*B \+ data +│\n", planned())
+    assert re.search(r"│ 0 +│ s0 +│ 20 +│ 320 B +│ .*B +│\n", planned("data.declared=20"))
+    assert "host" not in planned("data.sizes=[1, 1, 1, 1, 1]").partition("configuration")[0]
+    run = SimpleNamespace(central=False, resumed=0, device="cpu", threads=1, out="a", comm=SimpleNamespace(size=4))
+    run.federation = SimpleNamespace(ids=["a", "b"], model=SimpleNamespace(num_shared=8))
+    run.membership = placement.place(silos(1, 1), [""] * 2)
+    run.plan = SimpleNamespace(section=SimpleNamespace(plan="root"), why="")
+    run.config = SimpleNamespace(server=SimpleNamespace(dedicated=False))
+    assert cli._headline(run).startswith("fedmpi: 2 silos on 4 ranks, 2 ranks host no silo, 8 shared parameters, ")

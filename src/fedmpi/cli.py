@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -177,8 +177,11 @@ def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> N
         progress = Progress()
         if comm.rank == 0:
             say(_headline(run))
-            if run.resumed >= run.config.rounds:
-                say(f"nothing to do: {run.resumed} rounds are done; set rounds=N to train more")
+            done, rounds = run.resumed, run.config.rounds
+            if done == rounds:
+                say(f"nothing to do: {done} rounds are done; set rounds=N to train more")
+            if done > rounds:
+                say(f"rounds={rounds} is below the {done} rounds that are done; set rounds above {done} to train more")
         run.add_sink(progress)
         try:
             for _ in run:
@@ -197,6 +200,7 @@ def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> N
 def _headline(run: Any) -> str:
     fed = run.federation
     where = f"{len(fed.ids)} silos on {run.comm.size} rank{'s' if run.comm.size > 1 else ''}"
+    where += f", {idle}" if (idle := _idle(run.comm.size, run.membership.ranks, run.config.server.dedicated)) else ""
     reads = " (one central set: every rank reads all of it)" if run.central else ""
     since = f", resumed after round {run.resumed}" if run.resumed else ""
     plan = f"plan {run.plan.section.plan}" + (f" ({run.plan.why})" if run.plan.why else "")
@@ -204,6 +208,13 @@ def _headline(run: Any) -> str:
         f"fedmpi: {where}{reads}, {fed.model.num_shared:,} shared parameters, {plan}, "
         f"{run.device}, {run.threads} thread{'s' if run.threads > 1 else ''} per rank, out {run.out}{since}"
     )
+
+
+def _idle(num_ranks: int, hosts: Collection[int], dedicated: bool) -> str:
+    """How many ranks host no silo, as text; empty if all host one. A dedicated server is not counted. `hosts` are the
+    ranks that host silos."""
+    num = len(set(range(1 if dedicated else 0, num_ranks)).difference(hosts))
+    return f"{num} rank{'s host' if num > 1 else ' hosts'} no silo" if num else ""
 
 
 @app.command()
@@ -237,15 +248,20 @@ def _print_plan(result: dict[str, Any]) -> None:
     table = Table("rank", "silos", "train samples", "data", "vectors", "memory", title="ranks")
     for row in result["ranks"]:
         silos = ", ".join(row["silos"][:6]) + (f" and {len(row['silos']) - 6} more" if len(row["silos"]) > 6 else "")
-        sizes = (_size(row[key]) for key in ("data_bytes", "vector_bytes", "memory_bytes"))
-        table.add_row(str(row["rank"]), silos or "-", str(row["train_samples"]), *sizes)
+        known = row["train_samples"] is not None
+        samples, data = (str(row["train_samples"]), _size(row["data_bytes"])) if known else ("?", "?")
+        memory = _size(row["memory_bytes"]) + ("" if known else " + data")
+        table.add_row(str(row["rank"]), silos or "-", samples, data, _size(row["vector_bytes"]), memory)
     console.print(table)
+    hosts = [row["rank"] for row in result["ranks"] if row["silos"]]
+    if idle := _idle(len(result["ranks"]), hosts, result["config"]["server.dedicated"]["value"]):
+        console.print(idle)
     if result["central"]:
         console.print("data: one central set; every rank reads all of it and keeps its silos' parts")
     if result["undeclared"]:
         ids = result["undeclared"]
         silos = ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
-        console.print(f"num_samples is not declared, so their data are not in the figures above: {silos}")
+        console.print(f"num_samples is not declared, so the size of their data is not known: {silos}")
     for silo, host in result["pinned"].items():
         console.print(f"silo {silo}: only on host {host} (placed above as if it were free)")
     console.print(f"parameters: {result['parameters']:,}, of which shared {result['shared_parameters']:,}")

@@ -69,7 +69,9 @@ class Counts:
 def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str, Any]:
     """Silos per rank, bytes per round, memory per rank, disk per checkpoint, collectives, and the origin of each value.
 
-    Raises ConfigError for what `train` would refuse, as far as it shows without data and ranks.
+    If a silo of a rank declares no number of samples, `train_samples` and `data_bytes` of the rank are None, and its
+    `memory_bytes` are without these samples. Raises ConfigError for what `train` would refuse, as far as it shows
+    without data and ranks.
     """
     source = config.data.source(config.seed)
     objective = resolve(config.objective, source.task, source.num_classes)
@@ -104,13 +106,14 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     for rank in range(num_ranks):
         mine = [silo for silo, owner in zip(source.silos, owners, strict=True) if owner == rank]
         samples = sum(silo.num_samples or 0 for silo in mine)
+        known = all(silo.num_samples is not None for silo in mine)
         vectors = _vectors(config, counts, section, replace(sizes, rank=rank, hosted=len(mine)))
         ranks.append(
             {
                 "rank": rank,
                 "silos": [silo.id for silo in mine],
-                "train_samples": samples,
-                "data_bytes": samples * sample_bytes,
+                "train_samples": samples if known else None,
+                "data_bytes": samples * sample_bytes if known else None,
                 "vectors": vectors,
                 "vector_bytes": sum(vectors.values()),
                 "memory_bytes": sum(vectors.values()) + samples * sample_bytes + peak_rss_bytes(),
