@@ -399,6 +399,28 @@ def test_what_may_change_is_no_difference_and_everything_else_is():
     ]
 
 
+def test_of_lists_and_mappings_only_the_single_values_that_differ_are_named():
+    silos = [{"id": name, "path": f"{name}.csv"} for name in ("north", "south")]
+    values = {"data": {"name": "files", "task": "binary", "shape": [3], "silos": silos}}
+    stored = to_dict(build(Config, values))
+    values["data"]["silos"] = [{"id": "north", "path": "north_s.csv"}, silos[1]]
+    assert differences(stored, build(Config, values)) == ["data.silos[0].path is north.csv there and north_s.csv here"]
+    values["data"]["silos"] = silos[:1]
+    told = differences(stored, build(Config, values))
+    assert told[:2] == [
+        "data.silos[1].id is south there and not set here",
+        "data.silos[1].path is south.csv there and not set here",
+    ]
+    assert all("{" not in text for text in told)
+    added = {"updates": [{"name": "clip", "norm": 1.0}]}
+    told = differences(to_dict(Config()), build(Config, added))
+    assert told[:2] == [
+        "updates[0].name is not set there and clip here",
+        "updates[0].norm is not set there and 1.0 here",
+    ]
+    assert differences({**to_dict(Config()), "updates": "clip"}, Config()) == ["updates is clip there and [] here"]
+
+
 OWN = """
 import dataclasses
 import torch

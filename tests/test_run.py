@@ -215,7 +215,12 @@ def test_one_harmed_checkpoint_does_not_stand_in_the_way(tmp_path, harmed, name,
     [
         ({"seed": 1}, "seed is 0 there and 1 here"),
         ({"local": {"lr": 0.2}}, "local.lr is 0.1 there and 0.2 here"),
-        ({"data": {"sizes": [10, 10, 10]}}, "data.sizes is [20, 30, 50] there and [10, 10, 10] here"),
+        ({"data": {"sizes": [20, 10, 50]}}, ": data.sizes[1] is 30 there and 10 here; choose another out="),
+        (
+            {"data": {"sizes": [1, 2, 3, 4]}},
+            ": data.sizes[0] is 20 there and 1 here; data.sizes[1] is 30 there and 2 here; data.sizes[2] is 50 there "
+            "and 3 here (and 1 more); choose another out=",
+        ),
         (
             {"WIDTH": "7"},
             "the model's base.bias is ['float32', [6], 'shared'] there and ['float32', [7], 'shared'] here",

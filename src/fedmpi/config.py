@@ -468,7 +468,7 @@ def digest(config: Config) -> bytes:
 
 
 def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> list[str]:
-    """Keys in which the stored configuration of a run differs from this one, as text, apart from `MAY_CHANGE`.
+    """Single values in which the stored configuration of a run differs from this one, as text, apart from `MAY_CHANGE`.
 
     `plan` is the plan that the run used; it is kept unless this configuration names another."""
     old = _without(MAY_CHANGE, {k: v for k, v in stored.items() if k != ABOUT})
@@ -481,12 +481,28 @@ def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> li
             del new[key]
     # Keys that an earlier version did not store had their defaults.
     old = {key: value for key, value in flatten(to_dict(Config())).items() if key in new} | old
-    missing = "not set"
-    return [
-        f"{key} is {old.get(key, missing)} there and {new.get(key, missing)} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, missing) != new.get(key, missing)
-    ]
+    keys = sorted(old.keys() | new.keys())
+    return [text for key in keys for text in _leaves(key, old.get(key, _UNSET), new.get(key, _UNSET))]
+
+
+_UNSET = "not set"
+
+
+def _leaves(key: str, there: Any, here: Any) -> Iterator[str]:
+    """Text for each single value at or below a key that differs."""
+    old, new = _parts(there), _parts(here)
+    if (old or new) and (type(there) is type(here) or _UNSET in (there, here)):
+        for part in old | new:
+            yield from _leaves(key + part, old.get(part, _UNSET), new.get(part, _UNSET))
+    elif there != here:
+        yield f"{key} is {there} there and {here} here"
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """The values in a list or a mapping, by what their keys end in; none for anything else."""
+    if isinstance(value, Mapping):
+        return {f".{name}": part for name, part in value.items()}
+    return {f"[{i}]": part for i, part in enumerate(value)} if isinstance(value, list) else {}
 
 
 def moved_schedules(stored: Mapping[str, Any], config: Config) -> list[str]:

@@ -215,9 +215,9 @@ class Run:
         if not changed and about["unshared"] != digest_of(self.unshared).hex():
             changed = ["what the model does not share starts otherwise (was `init` given then?)"]
         if changed:
-            more = f" (and {len(changed) - 2} more)" if len(changed) > 2 else ""
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise ConfigError(
-                f"{self.out} holds checkpoints of another run: {'; '.join(changed[:2])}{more}; choose another out="
+                f"{self.out} holds checkpoints of another run: {'; '.join(changed[:3])}{more}; choose another out="
             )
         if moved := moved_schedules(begun.config, self.config):
             before, now = begun.config["rounds"], self.config.rounds
