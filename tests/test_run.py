@@ -217,9 +217,9 @@ def test_one_harmed_checkpoint_does_not_stand_in_the_way(tmp_path, harmed, name,
         ({"local": {"lr": 0.2}}, "local.lr is 0.1 there and 0.2 here"),
         ({"data": {"sizes": [20, 10, 50]}}, ": data.sizes[1] is 30 there and 10 here; choose another out="),
         (
-            {"data": {"sizes": [1, 2, 3, 4]}},
-            ": data.sizes[0] is 20 there and 1 here; data.sizes[1] is 30 there and 2 here; data.sizes[2] is 50 there "
-            "and 3 here (and 1 more); choose another out=",
+            {"data": {"sizes": [11, 12, 13, 14]}},
+            ": data.sizes[0] is 20 there and 11 here; data.sizes[1] is 30 there and 12 here; data.sizes[2] is 50 there "
+            "and 13 here (and 1 more); choose another out=",
         ),
         (
             {"WIDTH": "7"},
