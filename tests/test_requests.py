@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_roster import told
 from typer.testing import CliRunner
 
 import fedmpi
-from fedmpi import asking, checkpoint, requests, results, roster
+from fedmpi import asking, checkpoint, requests, results, roster, stopping
 from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
@@ -86,7 +87,7 @@ def test_one_that_comes_back_takes_part_again_and_two_requests_are_two_changes(t
     assert trained(config(tmp_path / "left", ROUNDS, **SCAFFOLD))[:2] == (records[4:], sha)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[list[tuple[str, ...]], str]] = {
     "unknown": ([("retire", "s9")], "the run has no silo 's9'; available: s0, s1, s2"),
     "unknown to admit": (
         [("admit", "s9")],
@@ -102,7 +103,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_is_refused_and_the_run_goes_on(tmp_path, case):
     asks, says = REFUSED[case]
-    asks = [(what, silo, *map(requests.Path, path)) for what, silo, *path in asks]
+    asks = [(what, silo, *map(Path, path)) for what, silo, *path in asks]
     records, sha, members = trained(config(tmp_path / "a", 3), when=[(2, asks)], until=3)
     *_, (done, why) = answers(tmp_path / "a")
     assert done == 2 and why.startswith(says)
@@ -240,7 +241,7 @@ def test_asking_where_nobody_can_be_asked_is_one_line(tmp_path, monkeypatch):
         (tmp_path / "requests").unlink()
         assert ask(tmp_path, "admit", "s1", "--path", "folder")[1].startswith("fedmpi: --path folder: give the silo's")
         answered = iter([True, False])
-        monkeypatch.setattr(asking.stopping, "is_training", lambda root: next(answered, False))
+        monkeypatch.setattr(stopping, "is_training", lambda root: next(answered, False))
         with pytest.raises(FedmpiError, match="has ended before it took up the request; the request stays"):
             asking.ask(tmp_path, "retire", "s1", None, 5.0)
         assert len(waiting(tmp_path)) == 1

@@ -8,7 +8,7 @@ from support.runs import config, refused, run
 from typer.testing import CliRunner
 
 import fedmpi
-from fedmpi import roster
+from fedmpi import disk, roster
 from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
@@ -142,7 +142,7 @@ def test_a_directory_that_cannot_hold_it_is_refused_and_a_full_disk_is_not(tmp_p
 
     with fedmpi.Run(config(tmp_path / "b", 3), comm=SoloComm()) as started:
         for _ in started:
-            monkeypatch.setattr(roster.disk, "replace_text", full)
+            monkeypatch.setattr(disk, "replace_text", full)
             break
         for _ in range(2):
             started._roster.heard(3, ["s0"])

@@ -2,6 +2,7 @@
 
 import math
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -59,5 +60,5 @@ def test_without_a_place_for_numba_s_cache_kernels_are_compiled_all_the_same(mon
 
         return refuse
 
-    monkeypatch.setattr(vectors.numba, "njit", njit)
+    monkeypatch.setattr(numba, "njit", njit)
     assert vectors.jit(fastmath={"contract"})(len) is len

@@ -1,5 +1,7 @@
 """Rounds of large models, in whose compiled passes no delta may ever be taken, are those of small ones bit for bit."""
 
+from typing import Any
+
 import pytest
 from support.runs import OWN, config, figures, put_back, run  # noqa: F401
 
@@ -9,7 +11,7 @@ from fedmpi.local import RULES
 
 MLP = {"model": {"name": "mlp", "hidden": [6]}}
 SHARED = ["*", "!linear.*"]
-NEEDS = {
+NEEDS: dict[str, dict[str, Any]] = {
     "feddyn": {"server": {"optimizer": {"name": "feddyn", "alpha": 0.01}}},
     "moon": MLP,
     "fedrep": MLP | {"local": {"head_epochs": 1}, "exchange": {"parameters": SHARED}},

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ class Scripted(Deadline):
     def closing(self, fed, state, key, cohort):
         made = super().closing(fed, state, key, cohort)
         made.__class__ = Script
-        made.script = self.steps if key[0] in (self.in_rounds or key) else ()
+        vars(made)["script"] = self.steps if key[0] in (self.in_rounds or key) else ()
         return made
 
 
@@ -251,7 +252,7 @@ def test_an_automatic_deadline_follows_the_median_silo(tmp_path):
     assert len(medians) == 4 and records[3]["deadline_s"] == pytest.approx(2 * np.median(medians[:3]))
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "exchange.overlap": {"exchange": {"overlap": True}},
     "exchange.regions": {"exchange": {"regions": {"levels": [{"by": "node"}]}}},
     "what no clock repeats": {"exchange": {"reduction": "reproducible"}},
