@@ -76,14 +76,14 @@ REFUSED = [
     ("model: 3", "model: 3 is not a valid model; one of: logistic, "),
     ("select: [all]", "select: ['all'] is not a valid selector; one of: all, uniform"),
     # wrong type
-    ("rounds: many", "rounds: input should be a valid integer"),
-    ("rounds: 1.5", "rounds: input should be a valid integer"),
-    ("rounds:", "rounds: input should be a valid integer, got None"),
+    ("rounds: many", "rounds: a whole number is needed, got 'many'"),
+    ("rounds: 1.5", "rounds: a whole number is needed, got 1.5"),
+    ("rounds:", "rounds: a whole number is needed, got None"),
     ("out: [a]", "out: input should be a valid string, got ['a']"),
     ("server: 3", "server: "),
-    ("server: {dedicated: perhaps}", "server.dedicated: input should be a valid boolean"),
-    ("local: {name: sgd, lr: fast, epochs: 1}", "local.lr: input should be a valid number"),
-    ("model: {name: mlp, hidden: [8, x]}", "model.hidden.1: input should be a valid integer"),
+    ("server: {dedicated: perhaps}", "server.dedicated: true or false is needed, got 'perhaps'"),
+    ("local: {name: sgd, lr: fast, epochs: 1}", "local.lr: a number is needed, got 'fast'"),
+    ("model: {name: mlp, hidden: [8, x]}", "model.hidden.1: a whole number is needed, got 'x'"),
     (
         "exchange: {plan: ring}",
         "exchange.plan: no plan 'ring'; available: auto, measure, replicated, shared_memory, sharded, root",
@@ -189,6 +189,10 @@ REFUSED = [
     ("exchange: {regions: {levels: [{by: node, by: node}]}}", "a.yaml:1: 'by' appears twice, first in line 1"),
     ("local: {name: sgd, lr: 0,05, epochs: 1}", "local: local rule 'sgd' has no '5'; numbers have a decimal point"),
     ("lr: 0.1", "configuration has no 'lr'; did you mean 'local.lr'?"),
+    ("learning_rate: 0.1", "configuration has no 'learning_rate'; did you mean 'local.lr'?"),
+    (SGD + ", learning_rate: 1}", "local: local rule 'sgd' has no 'learning_rate'; did you mean 'lr'?"),
+    (SGD + ", batch: 8}", "local: local rule 'sgd' has no 'batch'; did you mean 'batch_size'?"),
+    ("data: {name: digits, clients: 8}", "data: dataset 'digits' has no 'clients'; did you mean 'silos'?"),
     ("fraction: 0.1", "configuration has no 'fraction'; did you mean 'select.fraction'?"),
     ("plan: window", "configuration has no 'plan'; did you mean 'exchange.plan'?"),
     ("model: mine.Net", "model: no model 'mine.Net'; write your own as 'mine:Net'"),
@@ -214,10 +218,10 @@ def test_a_wrong_configuration_is_one_line_that_names_the_key(file, text, says):
         ("=3", "'=3' is not an override"),
         ("--rounds=3", "configuration has no '--rounds'; did you mean 'rounds'?"),
         ("local.lr=[1", "local.lr: cannot read '[1' as a value"),
-        ("local.lr=", "local.lr: input should be a valid number, got None"),
+        ("local.lr=", "local.lr: a number is needed, got None"),
         ("local.l=1", "local: local rule 'sgd' has no 'l'; "),
         ("local..lr=1", "local: local rule 'sgd' has no ''; "),
-        ("rounds.x=1", "rounds: input should be a valid integer, got {'x': 1}"),
+        ("rounds.x=1", "rounds: a whole number is needed, got {'x': 1}"),
         ("server.optimizer=fedadm", "server.optimizer: no server optimizer 'fedadm'; did you mean 'fedadam'?"),
         ("server.lr=0.1", "server: 'server' has no 'lr'; "),
     ],
@@ -232,6 +236,7 @@ def test_a_wrong_override_is_one_line(file, override, says):
         ("x = 1 +\n", "invalid syntax (own_broken.py, line 1)"),
         ("import math\n\nx = undefined\n", "NameError: name 'undefined' is not defined ("),
         ("raise RuntimeError('no\\nGPU')\n", "RuntimeError: no GPU ("),
+        ("import math\n\nmath.sine\n", "module 'math' has no attribute 'sine'"),
     ],
 )
 def test_a_module_of_ones_own_that_cannot_be_loaded_is_one_line(file, tmp_path, monkeypatch, code, says):
@@ -448,6 +453,14 @@ def own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
+def test_a_users_own_that_is_named_a_little_wrong_is_named_right(own, file):
+    said = refusal(load, file("model: 'own_components.py:factory'"))
+    assert said == "model: cannot import 'own_components.py:factory': leave out .py: 'own_components:factory'"
+    assert refusal(load, file("model: 'a/b.py:Net'")).endswith("leave out .py: 'a.b:Net'")
+    assert refusal(load, file("model: 'own_components:factry'")).endswith("; did you mean 'factory'?")
+    assert refusal(load, file("model: 'own_components:xyz'")).endswith("has no attribute 'xyz'")
+
+
 @pytest.mark.parametrize("name", ["First", "Checked"])
 def test_a_users_own_component_is_a_component_like_any_other(own, file, name):
     text = f"select: {{name: 'own_components:{name}', count: 2}}"
@@ -457,7 +470,7 @@ def test_a_users_own_component_is_a_component_like_any_other(own, file, name):
     assert build(Config, to_dict(config)) == config
     said = refusal(load, file(text), ["select.coumt=3"])
     assert said == f"select: selector 'own_components:{name}' has no 'coumt'; did you mean 'count'?"
-    assert refusal(load, file(text), ["select.count=x"]).startswith("select.count: input should be a valid integer")
+    assert refusal(load, file(text), ["select.count=x"]).startswith("select.count: a whole number is needed")
 
 
 def test_a_users_own_model_factory_is_called_with_the_values_of_the_configuration(own, file):

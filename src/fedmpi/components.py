@@ -220,17 +220,26 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", what: str = "
         if first["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
             raise ConfigError(f"{at}: {what} needs it") from None
         message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        if first["type"] in ("tuple_type", "list_type"):
-            message = "expected a list, such as [2, 3]"
+        message = _EXPECTED.get(first["type"], message)
         got = "" if first["type"] in ("value_error", "assertion_error") else f", got {first['input']!r}"
         where = f"{at}: " if at else ""
         raise ConfigError(f"{where}{message[:1].lower()}{message[1:]}{got}") from None
+
+
+# What pydantic's types of errors mean to a user; its own text stands for the others.
+_EXPECTED = dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number is needed")
+_EXPECTED |= dict.fromkeys(("float_type", "float_parsing"), "a number is needed")
+_EXPECTED |= dict.fromkeys(("bool_type", "bool_parsing"), "true or false is needed")
+_EXPECTED |= dict.fromkeys(("tuple_type", "list_type"), "expected a list, such as [2, 3]")
+
+_ELSEWHERE = {"learning_rate": "lr", "batch": "batch_size", "clients": "silos"}  # names in other frameworks
 
 
 def _nearest_key(name: str, known: Mapping[str, Any], value: Any) -> str:
     """A hint for an unknown key: the nearest key, or the same name one level deeper."""
     if name.isdigit() and value is None:  # {lr: 0,05}
         return "; numbers have a decimal point, such as 0.05"
+    name = _ELSEWHERE.get(name, name)
     close = did_you_mean(name, known)
     if "did you mean" in close:
         return close
@@ -301,14 +310,21 @@ def import_object(name: str, path: str = "") -> Any:
     if "" not in sys.path and "." not in sys.path:
         sys.path.append(".")
     check_module(name, path)
+    found: Any = None
     try:
-        found: Any = importlib.import_module(module_name)
+        found = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
+        file = module_name.removesuffix(".py").replace("/", ".")
+        if isinstance(error, ModuleNotFoundError) and module_name.endswith(".py"):
+            raise ConfigError(f"{where}cannot import '{name}': leave out .py: '{file}:{attribute}'") from None
         missing = isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
-        looked = "; modules are looked for in the current folder and on PYTHONPATH" if missing else ""
-        raise ConfigError(f"{where}cannot import '{name}': {error}{looked}") from None
+        hint = "; modules are looked for in the current folder and on PYTHONPATH" if missing else ""
+        if isinstance(error, AttributeError) and isinstance(found, types.ModuleType):
+            close = did_you_mean(part, [n for n in vars(found) if not n.startswith("_")])
+            hint = close if "did you mean" in close else ""
+        raise ConfigError(f"{where}cannot import '{name}': {error}{hint}") from None
     except SyntaxError as error:
         raise ConfigError(f"{where}cannot import '{name}': {error}") from None
     except Exception as error:

@@ -136,7 +136,9 @@ class RunDirectory:
                 disk.remove_parts(self.path)
                 self._sign(descriptor)
             except OSError as error:
-                raise ConfigError(f"out: cannot write into {self.path}: {error.strerror}") from None
+                file = next((path for path in (self.path, *self.path.parents) if path.is_file()), None)
+                why = error.strerror if file is None else f"{file} is a file"
+                raise ConfigError(f"out: cannot write into {self.path}: {why}") from None
             opened.pop_all()
         return descriptor
 

@@ -138,7 +138,7 @@ def test_a_run_that_diverges_is_a_row_that_says_so(compare, tmp_path, capsys):
         ({"algoritms": {}}, "grid has no 'algoritms'; did you mean 'algorithms'?"),
         ({"algorithms": {"a b": {}}}, "'a b' names a folder: use letters, digits and . _ + - only"),
         ({"seeds": []}, "nothing to compare: give algorithms, and at least one seed"),
-        ({"seeds": ["x"]}, "seeds.0: input should be a valid integer"),
+        ({"seeds": ["x"]}, "seeds.0: a whole number is needed"),
         ({"published": {"iidd": {}}}, "published: no partition 'iidd'; did you mean 'iid'?"),
         ({"published": {"iid": {"fedavgg": 1}}}, "published.iid: no algorithm 'fedavgg'; did you mean 'fedavg'?"),
         (
