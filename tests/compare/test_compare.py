@@ -201,7 +201,7 @@ def test_the_grids_that_come_along_can_be_built(compare, name):
         for cell in cells:
             attack, ids = cell.config.attack, [f"silo-{k:02d}" for k in range(25)]
             assert (cell.config.rounds, cell.config.experimental, attack.hostile(ids)) == (600, True, set(ids[20:]))
-        assert len(cells) == 16 and all(len(known) == 8 for known in grid.published.values())
+        assert len(cells) == 48 and all(len(known) == 8 for known in grid.published.values())
     if name == "fashion":
         for cell in cells:
             local, data = cell.config.local, cell.config.data
