@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import fedmpi
-from fedmpi import checkpoint, disk, launcher, rng, sources, stopping
+from fedmpi import checkpoint, disk, launcher, rng, roster, sources, stopping
 from fedmpi.assembly import assemble, digest_of, open_members
 from fedmpi.changes import asked_for
 from fedmpi.comm import Comm, connect, go_on_with
@@ -134,6 +134,9 @@ class Run:
         self._added: list[Sink] = []  # by `add_sink`
         self._roster: Roster | None = None  # rank 0's, once there are rounds to tell of
         self._desk: Desk | None = None  # rank 0's too
+        self._changes: list[
+            tuple[Request, int, int]
+        ] = []  # requests, rounds done, epochs; rank 0 may not have marked them
         self._rounds_before: int | None = None  # what the run that the directory holds was begun with
         try:
             with confined(named_by, allow):
@@ -449,6 +452,7 @@ class Run:
         has_before = self._keeper.has(state)  # a checkpoint with the members before
         due = self.comm.collectively(self._due if self.comm.rank == 0 else list)
         due = json.loads(self.comm.broadcast_text(json.dumps(due), 0))
+        self._changes.clear()  # rank 0 has marked all of them
         if any([self._carry_out(Request(**one)) for one in due]):
             self.comm.took(0.0)  # data were opened meanwhile
             if not has_before:
@@ -473,11 +477,13 @@ class Run:
         before = self._spec
         try:
             self._spec, members = asked_for(request, before, self.federation)
+            self._changes.append((request, self.state.round, members.epoch))
             self.rebuild(members)
         except FedmpiError as error:
             if not error.agreed or self._spoiled or isinstance(error, CheckpointError):
                 raise
             self._spec = before
+            self._changes = [change for change in self._changes if change[0] != request]
             self._answer(request.token, str(error).strip().splitlines()[-1], request)
             return False
         if self._desk is not None:
@@ -499,6 +505,15 @@ class Run:
         elif request is not None:
             told = {"event": request.what, "round": done, "silo": request.silo, "epoch": self.membership.epoch}
             disk.append_line(self.out / EVENTS_FILE, json.dumps(told))
+
+    def _mark_changes(self, epoch: int) -> None:
+        """Rank 0: mark and answer the requests that led to the members of this epoch, if the lost rank 0 did not."""
+        assert self._desk is not None
+        answered = {answer["token"] for answer in roster.read(self.out)["answers"]}
+        for request, done, made in self._changes:
+            if made <= epoch and request.token not in answered:
+                self._desk.carried_out(request, done, made)
+                self._answer(request.token, None, request)
 
     def _close_desk(self) -> None:
         """Rank 0: no request is left without an answer once all rounds are done."""
@@ -604,6 +619,7 @@ class Run:
             self._roster = Roster(self.out, done, self.config.rounds, self.config.admit)
             self._register(ranks, why)
             self._desk = Desk(self.out) if self._desk is None else self._desk
+            self._mark_changes(losses[0].before.epoch)
             self._open_sinks(done)
             for sink in self._added:
                 self._sinks.add(sink)
@@ -611,6 +627,7 @@ class Run:
                 self._sinks.write(record)
 
         self.comm.collectively(write if self.comm.rank == 0 else lambda: None)
+        self._changes.clear()
         self._keeper.open(lambda: self._sinks.sync())
         self._keeper.remember()
         if record is not None and not self._keeper.has(self.state):

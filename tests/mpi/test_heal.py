@@ -8,7 +8,7 @@ import pytest
 from support.mpi import PROGRAMS, PYTHON, Done, launcher, mpirun
 from support.runs import run
 
-from fedmpi import results, roster
+from fedmpi import requests, results, roster
 from fedmpi.checkpoint import sealed_rounds
 from fedmpi.config import load
 from fedmpi.errors import ConfigError
@@ -80,6 +80,17 @@ def test_silos_of_a_lost_rank_leave_where_they_are_not_to_be_taken_over(tmp_path
     told = {row["id"]: row for row in roster.read(tmp_path / "out")["silos"]}[gone]
     assert (told["state"], told["why"], told["until"]) == ("lost", "rank 1 was lost", 2)
     assert gone not in rows[0]["silos"] and rows[0]["seen"] == list(range(1, 11))
+
+
+def test_a_request_is_answered_once_if_rank_0_dies_before_it_is_marked(tmp_path):
+    out = tmp_path / "out"
+    (out / requests.FOLDER).mkdir(parents=True)
+    for silo in ("silo-3", "silo-2"):  # the second change is under way when rank 0 dies
+        requests.put(out, "retire", silo)
+    done, rows = launch(3, out, "0:1:mark", "rounds=2")
+    assert len(rows) == 1 and rows[0]["ranks"] == 2 and rows[0]["silos"] == ["silo-0", "silo-1"], done.tails
+    assert [(one["round"], one["refused"]) for one in roster.read(out)["answers"]] == [(0, None)] * 2, done.tails
+    assert not list(requests.read(out)) and len(read_metrics(out)) == 2
 
 
 def test_a_lost_rank_ends_a_run_that_is_to_stop(tmp_path):

@@ -4,8 +4,9 @@ python heal.py OUT RANK:ROUND:POINT[,...] [KEY=VALUE ...]    ranks are those tha
 
 Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (during it), evaluate,
 mirror (while the commit is stored), tell (once it is stored), write (when a checkpoint is due), end (after the last
-round); and during recovery: shrink (once the remaining ranks have met), heal, take (once they have the state). At
-`late` a rank does not die, but acts as if the remaining ranks had not met; at `hang` its silo trains for ever.
+round), mark (once members have changed as asked); and during recovery: shrink (once the remaining ranks have met),
+heal, take (once they have the state). At `late` a rank does not die, but acts as if the remaining ranks had not met; at
+`hang` its silo trains for ever.
 """
 
 import json
@@ -21,6 +22,7 @@ from fedmpi.comm.mpi import MpiComm
 from fedmpi.errors import RankLost
 from fedmpi.flat import sha256
 from fedmpi.keeper import Keeper
+from fedmpi.requests import Desk
 from fedmpi.rounds import synchronous, training
 from fedmpi.server import Server
 
@@ -59,6 +61,7 @@ dies_at(train.Run, "_conclude", "end")
 dies_at(MpiComm, "keep_vigil", "shrink")
 dies_at(heal, "_handed_on", "heal")
 dies_at(Keeper, "take_over", "take")
+dies_at(Desk, "carried_out", "mark")
 
 
 def late(comm, *arguments, share=MpiComm.share):
