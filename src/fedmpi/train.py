@@ -134,9 +134,7 @@ class Run:
         self._added: list[Sink] = []  # by `add_sink`
         self._roster: Roster | None = None  # rank 0's, once there are rounds to tell of
         self._desk: Desk | None = None  # rank 0's too
-        self._changes: list[
-            tuple[Request, int, int]
-        ] = []  # requests, rounds done, epochs; rank 0 may not have marked them
+        self._changes: list[tuple[Request, int, int]] = []  # of the last `_take_up`: request, rounds done, epoch
         self._rounds_before: int | None = None  # what the run that the directory holds was begun with
         try:
             with confined(named_by, allow):
