@@ -230,7 +230,7 @@ def test_arrays_come_and_go_and_what_is_no_number_is_named():
     after.restore(list(before.state()))
     assert after.arrays.keys() == {"b", "seen"} and after.arrays["seen"].tolist() == [0, 1, 2]
     assert after.arrays["b"].shape == () and all(one.grows for one in before.state())
-    with pytest.raises(FedmpiError, match=r"'names' .*no number"):
+    with pytest.raises(FedmpiError, match=r"'names' .*not a number"):
         list(Arrays({"names": np.array(["a"])}).state())
 
 

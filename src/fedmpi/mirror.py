@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from fedmpi.keeper import holders
 from fedmpi.moving import exchanged, packed, unpacked
 from fedmpi.rounds import Federation, State
 from fedmpi.state import Key, StateTensor
+
+if TYPE_CHECKING:
+    from fedmpi.assembly import Spec
 
 COMMITS = 2  # that a rank keeps
 BUDDIES = 2  # ranks that store what only one rank has
@@ -49,6 +53,7 @@ class Mirror:
     fed: Federation
     generation: int = 0  # number of earlier federations of the run that were mirrored
     adopts: bool = True  # whether silos of a lost rank may move to another; if not, buddies do not get their state
+    spec: Spec | None = None  # what the federation is made of
     commits: list[Commit] = field(default_factory=list)  # newest last
     _totals: dict[Key, int] = field(default_factory=dict)  # elements of vectors that are divided among ranks
     _runs: dict[int, Runs] = field(default_factory=dict)  # this rank's parts, by the vector's number of elements

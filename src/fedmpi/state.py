@@ -196,11 +196,11 @@ def scattered(stored: Sequence[StateTensor], holder: Holder, sharding: Sharding,
         key, tensor = tuple(key), stored[number].tensor if comm.rank == 0 else None
         meta = shapes[key]
         if placement == "sharded":
-            part = here[key].tensor if key in here else torch.empty_like(sharding.shard(meta), device="cpu")
+            part = here[key].tensor if key in here else _on_cpu(sharding.shard(meta))
             sharding.scatter(tensor, part)
             tensor = part
         elif placement == "replicated":
-            tensor = torch.empty_like(meta, device="cpu") if tensor is None else tensor
+            tensor = _on_cpu(meta) if tensor is None else tensor
             comm.bcast(tensor.reshape(-1).view(torch.uint8))
         if tensor is not None:
             taken.append(StateTensor(key, tensor, placement))
@@ -249,3 +249,8 @@ def _expect(
             raise ConfigError(f"the checkpoint's {name} is {there.dtype} of {list(there.shape)}, this run's {mine}")
     for key in stored.keys() - here.keys() - optional if first else ():
         raise ConfigError(f"the checkpoint's {'/'.join(key)} is not of this run")
+
+
+def _on_cpu(meta: torch.Tensor) -> torch.Tensor:
+    """A tensor like one on the meta device. `empty_like` would import sympy, which takes a second."""
+    return torch.empty(meta.shape, dtype=meta.dtype)

@@ -341,7 +341,14 @@ class Run:
         self._keeper.follow(self.federation, self._spec.admitted)
         self._mirror_anew()
         ranks = self._ranks()
-        self.comm.collectively(lambda: self._register(ranks) if self.comm.rank == 0 else None)
+
+        def register() -> None:  # what the run is has changed: no file for people to look at undoes that
+            try:
+                self._register(ranks)
+            except OSError as error:
+                log.warning("%s: cannot write who takes part: %s", self.out, error.strerror or error)
+
+        self.comm.collectively(register if self.comm.rank == 0 else lambda: None)
 
     # ------------------------------------------------------------ rounds
 
@@ -397,6 +404,7 @@ class Run:
                     if not self._outlives(error):
                         raise
                     self._heal(error)
+                    begun = False  # some ranks may have carried it out, and others not
                 if self.state.round > yielded:
                     yielded = self.state.round
                     assert self.record is not None
@@ -530,7 +538,7 @@ class Run:
             self._mirrors = []
         else:
             generation = self._mirrors[-1].generation + 1 if self._mirrors else 0
-            self._mirrors.append(Mirror(self.federation, generation, self.config.heals == "adopt"))
+            self._mirrors.append(Mirror(self.federation, generation, self.config.heals == "adopt", spec=self._spec))
             self._mirrors[-1].keep(self.state, self._health)
 
     def _outlives(self, error: Exception) -> bool:
@@ -557,6 +565,9 @@ class Run:
                 if not group.lost:
                     raise agreed(FedmpiError(f"no rank is lost, and yet: {error}"))
                 commit = newest_common(mirror, group)
+                assert mirror.spec is not None
+                # Not the specification of a change that only some ranks had begun.
+                self._spec = replace(mirror.spec, watch=self._spec.watch)
                 opened = self._reopened(mirror.fed, group)
                 self.federation, self.state = healed(self._spec, mirror, self._health, group, commit, opened)
                 before, after = mirror.fed.membership, self.membership

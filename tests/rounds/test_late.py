@@ -12,10 +12,11 @@ from support.runs import OWN, config, everything, figures, put_back, run
 from torch import nn
 
 import fedmpi
+from fedmpi import stopping
 from fedmpi.comm import SoloComm
 from fedmpi.components import build, component
 from fedmpi.config import Config
-from fedmpi.errors import ConfigError, Diverged, NoCohort
+from fedmpi.errors import ConfigError, Diverged, NoCohort, Stopped
 from fedmpi.local import Sgd
 from fedmpi.rounds import closing, training
 from fedmpi.rounds.policies import Deadline
@@ -188,6 +189,38 @@ def test_a_run_with_late_silos_resumes_with_its_bits(tmp_path, late):
     assert everything(tmp_path / "whole") == everything(tmp_path / "cut")
     assert [figures(r) for r in again] == [figures(r) for r in records[2:]]
     assert records[0]["late"] == {"s1": {"drop": "dropped", "buffer": "buffered"}.get(late, late), "s2": "dropped"}
+
+
+def test_a_stale_update_has_no_norm_of_its_own(tmp_path):
+    late = scripted(late="buffer", steps=(100, 5), in_rounds=(1, 2))
+    others = {"select": {"name": "round_robin", "count": 2}, "updates": [{"name": "max_norm", "times": 1.5}]}
+    how = points(tmp_path, 4, {"lr": 0.005}, {"centres": (3.0, 3.0, 3.0)}, engine=late, **others)
+    records, _ = run(how)
+    assert len(records) == 4 and [record["rejected"] for record in records] == [[]] * 4
+
+
+def test_a_buffered_update_outlives_a_round_that_is_broken_off(tmp_path, monkeypatch):
+    def how(out):
+        engine = scripted(late="buffer", steps=(100, 3, 100), in_rounds=(1,))
+        exchange = {"plan": "sharded", "up": {"codec": "int8"}}
+        return config(out, 3, None, OWN + "Normed", {"batch_size": 4}, exchange=exchange, engine=engine)
+
+    run(how(tmp_path / "whole"))
+    begin = training._begin
+    with fedmpi.Run(how(tmp_path / "cut"), comm=SoloComm()) as cut:
+        rounds = iter(cut)
+        next(rounds)
+
+        def stops(*given):
+            cut.federation.watch.tell(stopping.STOP, "a test")
+            return begin(*given)
+
+        monkeypatch.setattr(training, "_begin", stops)
+        with pytest.raises(Stopped):
+            next(rounds)
+    monkeypatch.setattr(training, "_begin", begin)
+    run(how(tmp_path / "cut"))
+    assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
 
 
 def test_a_dropped_silo_stays_as_it_was(tmp_path):

@@ -37,7 +37,7 @@ class Buffered:
         if UPDATE not in silo.kept:
             return None
         round, sent, weight, done, plain, gradients, norm = silo.kept[ABOUT].tolist()
-        vector_Q = silo.kept[UPDATE].to(device)
+        vector_Q = silo.kept[UPDATE].to(device, copy=True)  # an exchange may blank parts of it
         update = Contribution(silo.id, int(round), sent, vector_Q, 0.0, 0, 1, normalizer=gradients, norm=norm)
         return cls(update, weight, done, plain)
 

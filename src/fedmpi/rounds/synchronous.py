@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated
+
+import numpy as np
 
 from fedmpi.aggregate import CohortSummary
 from fedmpi.components import component
 from fedmpi.errors import Diverged, agreed
 from fedmpi.exchange.weights import nearness
 from fedmpi.local import LocalSilo
-from fedmpi.outcome import RoundOutcome
+from fedmpi.outcome import BUFFERED, RoundOutcome
 from fedmpi.records import peak_rss_bytes
 from fedmpi.rounds.agreement import agree_ready, raise_failure
 from fedmpi.rounds.closing import Closing, normalised
@@ -109,13 +112,22 @@ class SynchronousRound:
         raise_failure(fed, fed.done.rank("status"), error)
         outcome, record = make_record(fed, self.outcome)
         safe = int(fed.done.rank("written").min())
-        updates = fed.updates.follow(state.updates, fed.ready.silo)
+        updates = fed.updates.follow(state.updates, _fresh_updates(fed, outcome))
         policy = self.policy.follow(state.policy, fed, outcome)
         return State(
             *(number, params_Q, optimizer, self.selection.state, outcome, record, average_P, updates),
             policy=policy,
             written=safe,
         )
+
+
+def _fresh_updates(fed: Federation, outcome: RoundOutcome) -> Callable[[str], np.ndarray]:
+    """Columns of the silos' table, in which `taken` says whose own update of this round came in: one that waited since
+    an earlier round has no norm here."""
+    if outcome.late_K is None:
+        return fed.ready.silo
+    fresh_K = outcome.taken_K | (outcome.late_K == BUFFERED)
+    return lambda name: fresh_K & (fed.ready.silo("rejected") == 0) if name == "taken" else fed.ready.silo(name)
 
 
 def _share_ready(fed: Federation, closing: Closing | None) -> None:
