@@ -40,6 +40,14 @@ LONG = {
     "mpi/test_heal.py::test_a_run_whose_ranks_die": ("sharded", "at_once"),
     "mpi/test_lost.py::test_a_rank_that_dies_before": ("2",),
     "mpi/test_supervisor.py": ("rank",),
+    "mpi/test_overlap.py": ("signal",),
+    "mpi/test_fragments.py": (),
+    "mpi/test_heart_published.py": ("1-", "4-"),
+    "mpi/test_stop.py::test_signal_in_a_ten_minute_round": ("SIGUSR1-1-1",),
+    "mpi/test_jobs.py": ("quick_form", "startup", "killed_run"),
+    "mpi/test_heal.py::test_a_request": (),
+    "mpi/test_heal.py::test_a_silo_that_hangs_ends": (),
+    "rounds/test_fused.py::test_rules": ("sgd", "ditto", "scaffold"),
 }
 
 

@@ -119,8 +119,8 @@ def _evaluated(run, last, comm):
     """The checkpoint is evaluated where the silos' data are, with the run's figures; so are exported models."""
     opened = []
 
-    def counting(config):
-        source = source_of(config)
+    def counting(config, admitted=()):
+        source = source_of(config, admitted)
 
         def open(silo):
             opened.append(silo)
