@@ -47,6 +47,8 @@ LONG = {
     "mpi/test_jobs.py": ("quick_form", "startup", "killed_run"),
     "mpi/test_heal.py::test_a_request": (),
     "mpi/test_heal.py::test_a_silo_that_hangs_ends": (),
+    "rounds/test_late.py::test_too_few": (),
+    "rounds/test_late.py::test_an_automatic": (),
     "rounds/test_fused.py::test_rules": ("sgd", "ditto", "scaffold"),
 }
 

@@ -254,24 +254,23 @@ def slow(out, rounds, policy, **fields):
 
 
 def test_a_round_ends_at_its_deadline_once_enough_silos_are_through(tmp_path):
-    began_s = time.monotonic()
-    records, _ = run(slow(tmp_path / "a", 2, {"deadline_s": 0.3, "min_silos": 2}))
-    assert time.monotonic() - began_s < 1.2 and 0.25 < records[0]["seconds"]["train"] < 0.8
+    records, _ = run(slow(tmp_path / "a", 2, {"deadline_s": 2.0, "min_silos": 2}, seconds=0.4))
+    assert 1.9 < records[0]["seconds"]["train"] < 9.0, "its 25 steps take 10 s"
     assert [record["late"] for record in records] == [{"s2": "partial"}, {}]
     assert 0 < records[0]["silos"]["s2"]["num_steps"] < 25 == records[1]["silos"]["s2"]["num_steps"]
 
 
 def test_too_few_silos_are_waited_for_repeated_or_end_the_run(tmp_path):
-    few = {"deadline_s": 0.2, "min_silos": 3}
-    waited, _ = run(slow(tmp_path / "wait", 1, few, seconds=0.02))
-    assert waited[0]["late"] == {} and waited[0]["seconds"]["train"] > 0.5
-    repeated, done = run(slow(tmp_path / "repeat", 2, few | {"too_few": "repeat"}, seconds=0.02))
-    assert [record.get("repeats", 0) for record in repeated] == [2, 0] and repeated[0]["deadline_s"] == 0.8
+    few = {"deadline_s": 1.0, "min_silos": 3}
+    waited, _ = run(slow(tmp_path / "wait", 1, few, seconds=0.1))
+    assert waited[0]["late"] == {} and waited[0]["seconds"]["train"] > 2.5
+    repeated, done = run(slow(tmp_path / "repeat", 2, few | {"too_few": "repeat"}, seconds=0.1))
+    assert [record.get("repeats", 0) for record in repeated] == [2, 0] and repeated[0]["deadline_s"] == 4.0
     assert [silo.cursor for silo in done.federation.silos.values()] == [40, 60, 100]
     run(slow(tmp_path / "alike", 2, {"deadline_s": 60.0, "min_silos": 3}, slowed=()))
     assert everything(tmp_path / "repeat") == everything(tmp_path / "alike")
-    with pytest.raises(NoCohort, match=r"round 2: 2 of 3 silos were through at the deadline of 0\.2 s, and .* is 3"):
-        run(slow(tmp_path / "stop", 3, few | {"too_few": "stop"}, seconds=0.02, slowed=(2,)))
+    with pytest.raises(NoCohort, match=r"round 2: 2 of 3 silos were through at the deadline of 1 s, and .* is 3"):
+        run(slow(tmp_path / "stop", 3, few | {"too_few": "stop"}, seconds=0.1, slowed=(2,)))
     assert everything(tmp_path / "stop")[0] == 1  # with a checkpoint
 
 
