@@ -295,11 +295,13 @@ class FlatModel:
                 start += len(part)
         self._versions, self._loaded = self._written(), params_P
 
-    def hold(self, params_P: torch.Tensor) -> None:
+    def hold(self, params_P: torch.Tensor, loaded: bool = False) -> None:
         """Note that the shared parameters of a large model equal params_P, [P]: the next `load` of the same memory need
         not copy. `release` must be called before anybody writes params_P: torch does not count what MPI, other
-        processes and compiled passes write. `load` copies all the same once the module was handed out."""
-        if self.module not in _HANDED_OUT and self._in_place and compiled(params_P):
+        processes and compiled passes write. `load` copies all the same once the module was handed out. `loaded`: they
+        equal what was loaded last, unless the model was touched since."""
+        large = self._in_place and compiled(params_P)
+        if large and self.module not in _HANDED_OUT and not (loaded and self.touched):
             self._held = (params_P, params_P._version)
             self._versions, self._loaded = self._written(), params_P
 

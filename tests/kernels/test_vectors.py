@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedmpi.kernels import vectors
+from fedmpi.kernels.jit import jit_with
 
 LENGTHS = [1, 7, 33, 4095, 4097, 16384, 16384 + 5, 100_003]
 
@@ -61,4 +62,4 @@ def test_without_a_place_for_numba_s_cache_kernels_are_compiled_all_the_same(mon
         return refuse
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert vectors.jit(fastmath={"contract"})(len) is len
+    assert jit_with(fastmath={"contract"})(len) is len

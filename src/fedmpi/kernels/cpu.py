@@ -1,6 +1,6 @@
 """The kernels in numba: one pass over blocks that stay in cache, on the caller's thread, without the GIL.
 
-Compiled at first use, cached on disk. No fastmath and no fused multiply-add: every operation is rounded by itself, in
+No fastmath and no fused multiply-add: every operation is rounded by itself, in
 the same order as in `plain`, so payloads and residuals have the same bits on any processor.
 
 All kernels are in one file, because numba invalidates a cached kernel only when its own file changes: a stale copy of a
@@ -9,13 +9,12 @@ loop from another file would survive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba  # type: ignore[import-untyped,unused-ignore]
 import numpy as np
 
-F = TypeVar("F", bound=Callable[..., Any])
+from fedmpi.kernels.jit import jit
+
 Array = Any  # one-dimensional and contiguous
 
 SIGN_OFF = np.int32(0x7FFFFFFF)
@@ -38,10 +37,6 @@ FMIX1 = np.uint32(0x85EBCA6B)
 FMIX2 = np.uint32(0xC2B2AE35)
 UNIT = np.float32(2.0**-24)
 LOW4 = np.uint32(15)
-
-
-def jit(function: F) -> F:
-    return cast(F, numba.njit(cache=True, nogil=True)(function))
 
 
 @jit

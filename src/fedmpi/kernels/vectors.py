@@ -3,19 +3,17 @@
 A round of a large model costs what memory is read and written. Here each vector is read and written once, where torch
 reads it again for every operation. Steps have the bits of torch's operations on processors with fused multiply-add.
 
-Compiled at first use, cached on disk if numba finds a place; one thread, no lock held. Vectors are one-dimensional,
-contiguous float32.
+Vectors are one-dimensional, contiguous float32; one thread works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba  # type: ignore[import-untyped,unused-ignore]
 import numpy as np
 
-F = TypeVar("F", bound=Callable[..., Any])
+from fedmpi.kernels.jit import jit, jit_with
+
 Array = Any
 
 BLOCK = 1024  # elements that are worked on at a time, in the first cache
@@ -23,19 +21,7 @@ LANES = 256  # sums of squares side by side
 ROWS = 16  # times 4 squares in each, before they are added up in double precision
 
 
-def jit(**options: Any) -> Callable[[F], F]:
-    """numba.njit without the interpreter lock, and with a cache on disk where there is a place for one."""
-
-    def compiled(function: F) -> F:
-        try:
-            return cast(F, numba.njit(cache=True, nogil=True, **options)(function))
-        except RuntimeError:  # no folder for the cache can be written
-            return cast(F, numba.njit(nogil=True, **options)(function))
-
-    return compiled
-
-
-@jit()
+@jit
 def distance(x: Array, w: Array) -> float:
     """The sum of squares of x - w, in an order that is the same everywhere.
 
@@ -61,26 +47,26 @@ def distance(x: Array, w: Array) -> float:
     return total
 
 
-@jit()
+@jit
 def _difference(x: Array, w: Array, out: Array) -> None:
     for i in range(out.size):
         out[i] = x[i] - w[i]
 
 
-@jit()
+@jit
 def _scaled(x: Array, factor: Any, out: Array) -> None:
     for i in range(out.size):
         out[i] = x[i] * factor
 
 
 # torch adds a multiple with one rounding where the processor can; so does this.
-@jit(fastmath={"contract"})
+@jit_with(fastmath={"contract"})
 def _multiple_added(x: Array, factor: Any, out: Array) -> None:
     for i in range(out.size):
         out[i] += x[i] * factor
 
 
-@jit()
+@jit
 def step(rows: tuple[Array, ...], factors: Array, kinds: Array, params: Array) -> None:
     """params += sum_k factors[k] delta_k, and rows that silos train in become copies of the new params.
 

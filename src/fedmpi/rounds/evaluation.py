@@ -32,8 +32,7 @@ def evaluate(fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiErro
                 tallies[name] = evaluate_silo(fed.model, fed.objective, silo, fed.evaluate_batch, fed.watch.look)
                 fed.scores.enter(fed.done, fed.index[name], tallies[name])
                 tell(f"round {number}", name, tallies[name])
-            if not fed.model.touched:
-                fed.model.hold(params_P)  # training, which starts from these, need not load them again
+            fed.model.hold(params_P, loaded=True)  # training, which starts from these, need not load them again
             for name, silo in fed.silos.items():
                 own = _evaluate_personal(fed, number, silo, params_P, tallies[name])
                 if own is not None:
