@@ -1,4 +1,4 @@
-"""`fedmpi retire` and `fedmpi admit`: ask the job that trains in a run directory, and wait for what becomes of it."""
+"""`fedmpi retire` and `fedmpi admit`: send a request to the job that trains in a run directory; wait for its answer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ POLL_S = 0.1
 
 
 def ask(root: Path, what: requests.What, silo: str, path: Path | None, wait_s: float) -> str:
-    """One line that says what was done, or with `wait_s` 0 that it was asked for.
+    """Send a request; returns one line that says what was done, or, with `wait_s` 0, that the request was sent.
 
-    ConfigError for what is refused and where no job trains; FedmpiError where nothing came of it within `wait_s`."""
+    Raises ConfigError if the request is refused or no job trains, FedmpiError if no answer came within `wait_s` seconds
+    or the job ended before it."""
     found = roster.tell(root)
     if found["training"] is False:
         over = f": all {found['rounds']} rounds are done" if found["round"] >= found["rounds"] else ""
@@ -38,7 +39,7 @@ def _waited(root: Path, request: requests.Request, wait_s: float) -> str:
     until_s = time.monotonic() + wait_s
     later = "the request stays, and the next start takes it up"
     while True:
-        training = stopping.is_training(root)  # asked first: the answer may be the last thing that a job writes
+        training = stopping.is_training(root)  # before the answer, which may be the last thing that a job writes
         if (answer := _answer(root, request.token)) is not None:
             return _told(root, request, answer)
         if training is False:
@@ -58,12 +59,12 @@ def _waited(root: Path, request: requests.Request, wait_s: float) -> str:
 def _answer(root: Path, token: str) -> Any:
     try:
         return next((one for one in roster.read(root)["answers"] if one["token"] == token), None)
-    except ConfigError:  # on a file system that shows a new file late
+    except ConfigError:  # a network file system may show a new file late
         return None
 
 
 def _told(root: Path, request: requests.Request, answer: Any) -> str:
-    """One line; ConfigError where the request was refused."""
+    """The answer in one line. Raises ConfigError if the request was refused."""
     if answer["refused"] is not None:
         raise ConfigError(f"refused after round {answer['round']}: {answer['refused']}")
     silo, done = request.silo, answer["round"]

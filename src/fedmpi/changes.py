@@ -1,4 +1,4 @@
-"""The membership that a request leads to, or why it cannot be."""
+"""Turns a request to retire or admit a silo into the next membership, or refuses it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedmpi.rounds import Federation
 
 
 def asked_for(request: Request, spec: Spec, fed: Federation) -> tuple[Spec, Membership]:
-    """The members that the request leads to, and what the federation is then made of: `spec`, with one more silo in its
-    data where the request brings one. Nothing is opened yet. A call of all ranks; ConfigError alike on every one."""
+    """The spec and the membership after the request. The spec has one more silo if the request admits a silo that the
+    configuration does not name. Opens no data. Collective; raises the same ConfigError on every rank if it refuses."""
     now, silo = fed.membership, request.silo
     if request.what == "retire":
         return spec, _without(silo, spec, now)
@@ -42,7 +42,7 @@ def _without(silo: str, spec: Spec, now: Membership) -> Membership:
 
 
 def _with_new(request: Request, spec: Spec, fed: Federation) -> Spec:
-    """With a silo that the configuration does not name."""
+    """The spec with a silo that the configuration does not name. Collective."""
     silo = request.silo
     if spec.config.admit != "any":
         near = did_you_mean(silo, spec.known)
@@ -54,7 +54,7 @@ def _with_new(request: Request, spec: Spec, fed: Federation) -> Spec:
 
 
 def _rank_for(silo: str, spec: Spec, fed: Federation) -> int:
-    """The rank that gets it: of those that may open it and see its data, the one with the fewest samples."""
+    """The rank for a new silo: the one with the fewest samples among those that can read its data. Collective."""
     comm, config, hosts = fed.comm, spec.config, fed.comms.world.hosts
     declared = next(one for one in spec.source.silos if one.id == silo)
     seen = comm.gather_number(comm.collectively(lambda: spec.source.readable(silo)))
@@ -67,7 +67,7 @@ def _rank_for(silo: str, spec: Spec, fed: Federation) -> int:
         return taken[silo][0] if silo in taken else None
 
     rank = first({int(r) for r in np.flatnonzero(seen)})
-    rank = first(None) if rank is None else rank  # whose words then say what is missing
+    rank = first(None) if rank is None else rank  # opening the silo there then reports what is missing
     if rank is None:
         where = f"it is pinned to host '{declared.host}'" if declared.host else "all ranks host pinned silos"
         raise agreed(ConfigError(f"no rank may open silo '{silo}': {where}"))

@@ -388,8 +388,8 @@ def stop(directory: RunDir) -> None:
 
 @app.command()
 def silos(directory: RunDir, as_json: Json = False) -> None:
-    """Who takes part in the run of DIR: every silo's state, rounds, last contribution, samples, rank, host, device, and
-    fingerprints of its data and code. Reads one file only: the run may be finished, running or dead."""
+    """Show who takes part in the run of DIR: for every silo its state, rounds, last contribution, samples, rank, host,
+    device, and fingerprints of its data and code. Reads one file only: the run may be finished, running or dead."""
 
     def work() -> None:
         from fedmpi import roster
@@ -412,10 +412,10 @@ NoWait = Annotated[bool, typer.Option("--no-wait", help="ask, and do not wait")]
 
 @app.command()
 def retire(directory: RunDir, silo: SiloId, wait: Wait = 60.0, no_wait: NoWait = False) -> None:
-    """Ask the job that trains in DIR to let a silo leave after its round. What the silo keeps is dropped; a resumed run
-    goes on without it. Says after which round it has left.
+    """Ask the job that trains in DIR to let a silo leave after the current round. The silo's state is discarded; a
+    resumed run goes on without it. Prints the round after which the silo has left.
 
-    Exit code 2 where it cannot be, and the run goes on as it was; 1 where nothing came of it within the wait."""
+    Exits with 2 if the request is refused, and the run goes on unchanged; with 1 if no answer comes in time."""
     _ask("retire", directory, silo, None, 0.0 if no_wait else wait)
 
 
@@ -430,10 +430,10 @@ def admit(
     wait: Wait = 60.0,
     no_wait: NoWait = False,
 ) -> None:
-    """Ask the job that trains in DIR to let a silo take part from its next round on: one that was retired or lost, or
-    with `admit: any` in the configuration a new one with its file. It begins as all did.
+    """Ask the job that trains in DIR to let a silo take part from the next round on: a retired, lost or absent silo,
+    or, with `admit: any` in the configuration, a new one with its file. It starts as every silo of the run started.
 
-    Exit code 2 where it cannot be, and the run goes on as it was; 1 where nothing came of it within the wait."""
+    Exits with 2 if the request is refused, and the run goes on unchanged; with 1 if no answer comes in time."""
     _ask("admit", directory, silo, path, 0.0 if no_wait else wait)
 
 

@@ -1,8 +1,8 @@
-"""Ends a rank when its launcher dies, in whatever state the rank is; ends a launcher whose job a rank gave up, or
-whose ranks wait in MPI_Init for one that has died.
+"""Ends a rank when its launcher dies; ends a launcher whose job a rank aborted, or whose ranks wait in MPI_Init for a
+rank that died.
 
-Imports nothing heavy, because a launcher may be killed while its ranks still import modules or are in MPI_Init, where
-no Python thread would run.
+A rank ends in whatever state it is. So this module imports nothing heavy: a launcher may be killed while its ranks
+still import modules or are in MPI_Init, where no Python thread runs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-WAITS_S = 10.0  # seconds for a launcher to end a job that a rank has aborted
-LATE_S = 10.0  # seconds for all ranks of a host to start, once one of them calls MPI_Init
-GRACE_S = 2.0  # seconds for a launcher to end a job whose rank has exited
-STARTERS = ("mpirun", "mpiexec", "prterun")  # started by a user or script; the others serve on their hosts
+WAITS_S = 10.0  # seconds that a launcher has to end a job after a rank aborted it
+LATE_S = 10.0  # seconds for all ranks of a host to start, after one of them calls MPI_Init
+GRACE_S = 2.0  # seconds that a launcher has to end a job after a rank exited
+STARTERS = ("mpirun", "mpiexec", "prterun")  # started by a user or script; the others run on each host
 LAUNCHERS = (*STARTERS, "prted", "orted", "hydra_pmi_proxy", "slurmstepd")
 PR_SET_PDEATHSIG = 1
 
@@ -29,7 +29,7 @@ def follow() -> bool:
     """Ask the kernel to kill this process when its parent, the launcher, dies. Returns False if there is no launcher.
 
     The kernel sends the signal when the THREAD that started this process ends. A launcher may start ranks from
-    short-lived threads, so this asks only if the launcher's main thread started us, which ends with its process.
+    short-lived threads, so this asks only if the launcher's main thread started us: it ends with the process.
     """
     parent = os.getppid()
     try:
@@ -47,8 +47,8 @@ def follow() -> bool:
 
 
 def born(pid: int) -> int:
-    """When the process started, in clock ticks since boot; with `pid` it identifies one process for all time. 0 if
-    unknown."""
+    """When the process started, in clock ticks since boot; 0 if unknown. Together with `pid` it identifies a process
+    even after the id is reused."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, IndexError):
@@ -56,7 +56,7 @@ def born(pid: int) -> int:
 
 
 def _above(names: tuple[str, ...]) -> tuple[int, str]:
-    """Id and name of the process with such a name that this one descends from; 0 if there is none. Raises OSError."""
+    """Id and name of the nearest ancestor with one of these names; (0, "") if none. Raises OSError without /proc."""
     pid, name = os.getppid(), ""
     while pid > 1 and not (name := Path(f"/proc/{pid}/comm").read_text().strip()).startswith(names):
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # a script may be in between
@@ -64,7 +64,7 @@ def _above(names: tuple[str, ...]) -> tuple[int, str]:
 
 
 def end_later(seconds: float = WAITS_S) -> None:
-    """Kill the launcher above this process if it still runs in `seconds`.
+    """Kill the launcher of this process if it still runs after `seconds`.
 
     If a host is lost, Open MPI's launcher waits for it for ever, although all ranks have ended.
     """
@@ -84,8 +84,7 @@ def end_later(seconds: float = WAITS_S) -> None:
 def watched() -> Iterator[None]:
     """End the job if a rank of this host dies inside the block, which calls MPI_Init.
 
-    An MPI that survives its ranks would wait there for ever. It also holds the interpreter, so a separate process
-    watches.
+    A fault-tolerant MPI would wait there for ever. MPI_Init holds the interpreter lock, so a separate process watches.
     """
     watcher = None
     with contextlib.suppress(OSError):
@@ -103,7 +102,7 @@ def watched() -> Iterator[None]:
 
 
 def _watch(pid: int, job: str, num: int) -> None:
-    """Send the launcher SIGTERM once one of the job's `num` ranks here has died, or has not started within LATE_S."""
+    """Send SIGTERM to the launcher when one of the job's `num` ranks here has died or has not started within LATE_S."""
     rank, late_s, mark = os.getppid(), time.monotonic() + LATE_S, f"PMIX_NAMESPACE={job}\0".encode()
     known: set[str] = set()
 
@@ -116,11 +115,11 @@ def _watch(pid: int, job: str, num: int) -> None:
 
     while os.getppid() == rank:
         if one_is_gone():
-            # Time for the launcher to end the job after an exit code. Only one rank signals it first: at a second
-            # signal Open MPI leaves processes behind.
+            # The launcher may end the job itself after an exit code. Delays differ by rank, so that one rank signals
+            # first: at a second signal Open MPI leaves processes behind.
             left = sorted(there(), key=int)
             time.sleep(GRACE_S * (1 + 3 * (left.index(str(rank)) if str(rank) in left else 0)))
-            if os.getppid() == rank and one_is_gone():  # a process that begins another program has no environment
+            if os.getppid() == rank and one_is_gone():  # look twice: during exec a process has no environment
                 sys.stderr.write("fedmpi: a rank died before MPI had started; the job ends\n")
                 os.kill(pid, signal.SIGTERM)
                 return

@@ -1,11 +1,11 @@
-"""What somebody asks of a run's members while it trains: `fedmpi retire` and `fedmpi admit`.
+"""Requests to change the members of a running job: `fedmpi retire` and `fedmpi admit`.
 
-    DIR/requests/TOKEN.json   one request each, whole or not at all; the oldest first
+    DIR/requests/TOKEN.json   one request per file, written atomically; handled oldest first
 
-Rank 0 looks for them at the end of every round, and all ranks learn of it in the round's last collective. A request
-that is carried out stays until a checkpoint has what came of it, with the round (`after`) and the epoch of the
-membership: a job that is killed before does the same again, after the same round. What became of it stands in
-silos.json.
+Rank 0 looks for requests at the end of every round, and all ranks learn of them in the round's last collective. The
+file of an applied request stays, with the round (`after`) and the epoch of the new membership, until a checkpoint
+contains the change. So a job that is killed before that checkpoint repeats the change after the same round. The answer
+to a request is in silos.json.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ What = Literal["retire", "admit"]
 
 @dataclass(frozen=True)
 class Request:
-    """One request."""
+    """A request to retire or admit one silo."""
 
-    token: str  # the file's name without its ending; sorts by time
+    token: str  # the file's name without its suffix; tokens sort by time
     what: What
     silo: str
-    path: str | None = None  # the file of a silo that the configuration does not name
-    after: int = 0  # rounds that have to be done
-    epoch: int | None = None  # of the membership that came of it; None: it waits
+    path: str | None = None  # data file of a silo that the configuration does not name
+    after: int = 0  # apply it once this many rounds are done
+    epoch: int | None = None  # of the membership that it led to; None: still waiting
 
 
 def put(root: Path, what: What, silo: str, path: Path | None = None) -> Request:
-    """Ask the job that trains in `root`. ConfigError where nothing can be written there."""
+    """Write a request for the job that trains in `root`, and return it. Raises ConfigError if the write fails."""
     file = None if path is None else str(path.absolute())
     request = Request(f"{time.time_ns():020d}-{secrets.token_hex(4)}", what, silo, file)
     try:
@@ -55,7 +55,7 @@ def put(root: Path, what: What, silo: str, path: Path | None = None) -> Request:
 
 
 def withdraw(root: Path, request: Request) -> bool:
-    """Take a request back. Was it still there?"""
+    """Delete a request. False if its file is gone or cannot be deleted."""
     try:
         _file(root, request.token).unlink()
     except OSError:
@@ -64,7 +64,7 @@ def withdraw(root: Path, request: Request) -> bool:
 
 
 def there(root: Path) -> bool:
-    """Is there any request?"""
+    """Whether `root` holds any request."""
     try:
         with os.scandir(root / FOLDER) as entries:
             return any(entry.name.endswith(".json") for entry in entries)
@@ -73,7 +73,7 @@ def there(root: Path) -> bool:
 
 
 def read(root: Path) -> Iterator[tuple[str, Request | str]]:
-    """The token of every request, oldest first, and the request; or what is wrong with its file."""
+    """Yields (token, request), oldest first; for an unreadable or damaged file, a message replaces the request."""
     try:
         names = sorted(name for name in os.listdir(root / FOLDER) if name.endswith(".json"))
     except OSError:
@@ -82,7 +82,7 @@ def read(root: Path) -> Iterator[tuple[str, Request | str]]:
         token = name.removesuffix(".json")
         try:
             yield token, _parsed(token, json.loads(disk.read_bytes(root / FOLDER / name, MOST_BYTES)))
-        except FileNotFoundError:  # it was withdrawn meanwhile
+        except FileNotFoundError:  # withdrawn meanwhile
             continue
         except OSError as error:
             yield token, f"the request {FOLDER}/{name} cannot be read: {error.strerror or error}"
@@ -107,15 +107,15 @@ def _write(root: Path, request: Request) -> None:
 
 
 class Desk:
-    """Rank 0's: the requests of its run directory."""
+    """Handles the requests of a run directory, on rank 0."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._answered: set[str] = set()  # also those whose file cannot be removed
+        self._answered: set[str] = set()  # tokens; also of files that cannot be deleted
 
     def begin(self, epoch: int) -> None:
-        """A start goes on with members of this epoch: its checkpoint has what was carried out until then, and what was
-        carried out later is done again. OSError where that cannot be written down."""
+        """Prepare a start whose checkpoint has the membership of this epoch. Deletes requests that the checkpoint
+        contains; requests that were applied later wait again. Raises OSError if a file cannot be written."""
         if (self._root / FOLDER).is_dir():
             disk.remove_parts(self._root / FOLDER)
         for token, request in read(self._root):
@@ -126,15 +126,15 @@ class Desk:
                     _write(self._root, replace(request, epoch=None))
 
     def due(self, done: int) -> Iterator[tuple[str, Request | str]]:
-        """The token of every request that is to be carried out after round `done`, and the request; or what is wrong
-        with its file."""
+        """Yields (token, request) for every request to apply after round `done`; for an unreadable or damaged file, a
+        message replaces the request."""
         for token, one in read(self._root):
             waits = isinstance(one, str) or (one.epoch is None and one.after <= done)
             if waits and token not in self._answered:
                 yield token, one
 
     def carried_out(self, request: Request, done: int, epoch: int) -> None:
-        """After round `done` it came to the members of this epoch."""
+        """Record that the request was applied after round `done` and led to the membership of this epoch."""
         self._answered.add(request.token)
         try:
             _write(self._root, replace(request, after=done, epoch=epoch))
@@ -142,13 +142,13 @@ class Desk:
             log.warning("%s/%s cannot be written: %s", self._root, FOLDER, error.strerror or error)
 
     def sealed(self, done: int) -> None:
-        """A checkpoint has what was carried out up to round `done`."""
+        """Delete the requests applied up to round `done`: a checkpoint contains them."""
         for token, one in read(self._root):
             if isinstance(one, Request) and one.epoch is not None and one.after <= done:
                 self.close(token)
 
     def close(self, token: str) -> None:
-        """It is answered for good."""
+        """Delete the request: it has its final answer."""
         self._answered.add(token)
-        with contextlib.suppress(OSError):  # a folder in its place, or no right to: it is not looked at again
+        with contextlib.suppress(OSError):  # a folder, or no permission: `due` skips it from now on
             _file(self._root, token).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Who takes part in a run, as silos.json of its directory tells: for people and programs that look, never for a resume.
+"""silos.json: the silos of a run and their state, for people and programs that watch it. A resume never reads it.
 
-Rank 0 writes it when silos are registered, when a member leaves or comes, and now and then for what was last heard of
-them; each time whole or not at all.
+Rank 0 writes the file when silos are registered, when members change, and from time to time to update the last
+contributions. Each write is atomic.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ log = logging.getLogger("fedmpi")
 FILE = "silos.json"
 FORMAT = 1
 MOST_BYTES = 1 << 28
-ANSWERS = 100  # newest that are kept
-HEARD_S = 5.0  # between two writes for what was last heard, at least
-SHARE = 0.01  # of the time, at most, that they take
+ANSWERS = 100  # number kept, the newest
+HEARD_S = 5.0  # shortest time between two writes that only update last contributions
+SHARE = 0.01  # largest share of the run's time that these writes take
 
 Row = dict[str, Any]
 
 
 def contributors(record: Mapping[str, Any]) -> list[str]:
-    """The silos whose updates count in a round, as far as its record says.
+    """The silos whose updates count in a round, as far as its record tells.
 
     >>> contributors({"cohort": ["a", "b", "c", "d"], "rejected": ["a"], "late": {"b": "partial", "c": "dropped"}})
     ['b', 'd']
@@ -46,11 +46,12 @@ def contributors(record: Mapping[str, Any]) -> list[str]:
 
 
 class Roster:
-    """Rank 0's. It begins with what an earlier start has left, as of the round that is gone on from.
+    """Keeps silos.json up to date, on rank 0. Starts from the file of an earlier start, as of the round to resume from.
 
-    Each silo has a row: `id`; `state` (active, retired, lost or absent: it never took part) and `why`; `rank`, `host`
-    and what else `ranks` tell of the machine; `num_train`; `since` and `until`, its first and last round; `heard`,
-    round and Unix time of its last contribution; `data` and `code`, fingerprints as of when it was registered.
+    Each silo has a row: `id`; `state` (active, retired, lost, or absent if it never took part) and `why`; `rank`,
+    `host` and the other facts that `ranks` gives about the machine; `num_train`; `since` and `until`, its first and
+    last round; `heard`, round and Unix time of its last contribution; `data` and `code`, its fingerprints when it was
+    registered.
     """
 
     def __init__(self, root: Path, done: int, rounds: int, admit: str = "configured") -> None:
@@ -60,15 +61,15 @@ class Roster:
         self._next_s, self._warned = 0.0, False
         try:
             before = read(root)
-        except ConfigError:  # it is written anew
+        except ConfigError:  # a new file replaces it
             return
         self._answers = before["answers"]
         for row in before["silos"]:
             if row["heard"] is not None and row["heard"]["round"] > done:
                 row["heard"] = None
-            if row["until"] is not None and row["until"] > done:  # the round in which it left is done again
+            if row["until"] is not None and row["until"] > done:  # it left after the round to resume from
                 row |= {"state": "active", "why": None, "until": None}
-            if row["since"] is not None and row["since"] > done + 1:  # and the one from which it took part
+            if row["since"] is not None and row["since"] > done + 1:  # it joined after it
                 row |= {"state": "absent" if row["heard"] is None else "retired", "why": None, "since": None}
             self._rows[row["id"]] = row
 
@@ -82,9 +83,10 @@ class Roster:
         lost: Mapping[str, str],
         why: str | None = None,
     ) -> None:
-        """The members from now on, `done` rounds being done. `known` are all silos that may take part; `about` has
-        `num_train`, `data` and `code` of each member, `ranks` a row of each rank. Of those that have left since, `lost`
-        says why each was lost; the others are retired, `why` if somebody said so. OSError where it cannot be written.
+        """Set the members after `done` rounds and write the file. Raises OSError if that fails.
+
+        `known`: all silos that may take part. `about`: `num_train`, `data` and `code` of each member. `ranks`: one row
+        per rank. `lost`: why each lost silo was lost; other silos that left count as retired, with the reason `why`.
         """
         rows: dict[str, Row] = {}
         for silo in known:
@@ -103,7 +105,7 @@ class Roster:
         self._write()
 
     def heard(self, done: int, silos: Collection[str]) -> None:
-        """These have contributed to the round that is done."""
+        """Record that these silos contributed to round `done`. Writes the file after the last round, else at times."""
         told = {"round": done, "time": round(time.time(), 3)}
         for silo in silos:
             self._rows[silo]["heard"] = told
@@ -112,12 +114,12 @@ class Roster:
             self.save()
 
     def answer(self, token: str, done: int, why: str | None) -> None:
-        """A request was carried out after round `done`; or refused, and `why`."""
+        """Record that a request was applied after round `done`, or refused, with the reason `why`; write the file."""
         self._answers = [*self._answers, {"token": token, "round": done, "refused": why}][-ANSWERS:]
         self.save()
 
     def save(self) -> None:
-        """Write it; where that fails the next time will do, and the run goes on."""
+        """Write the file. On failure, warn once and go on; the next write tries again."""
         began_s = time.monotonic()
         try:
             self._write()
@@ -138,7 +140,7 @@ _FIELDS = (*_OF_RANK, "num_train", "since", "until", "heard", "data", "code")
 
 
 def read(root: Path) -> dict[str, Any]:
-    """What the file says. ConfigError in one line where there is none, or it is damaged."""
+    """The content of silos.json in `root`. Raises ConfigError if the file is missing, unreadable or damaged."""
     path = root / FILE
     try:
         found = json.loads(disk.read_bytes(path, MOST_BYTES))
@@ -172,9 +174,10 @@ def read(root: Path) -> dict[str, Any]:
 
 
 def tell(root: Path) -> dict[str, Any]:
-    """What the file says, and `training`: does a job train there now? None where that cannot be told from this host.
-    A silo about which a request waits says in `why` what is asked; one that is to be admitted is `pending`. ConfigError
-    in one line."""
+    """The content of silos.json, and `training`: whether a job trains in `root` now; None if this host cannot tell.
+
+    For a silo with a waiting request, `why` says what is asked; a silo that waits for admission is `pending`. Raises
+    ConfigError if `root` is no run directory, or as `read` does."""
     if not (root / "config.yaml").exists():
         raise ConfigError(f"{root} is not a run directory")
     found = read(root)
@@ -191,7 +194,7 @@ def tell(root: Path) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> Any:
-    """What `tell` says, a row per silo, for rich to print."""
+    """A rich table of what `tell` returns, one row per silo."""
     from rich.table import Table
 
     training = {True: "a job is training", False: "no job is training", None: "a job may be training on another host"}
@@ -212,7 +215,7 @@ def table(found: Mapping[str, Any]) -> Any:
 
 
 def _when(heard: Mapping[str, Any] | None) -> str | None:
-    """Round and local time."""
+    """Round and local time of a silo's last contribution; None if there is none."""
     if heard is None:
         return None
     return f"round {heard['round']}, {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(heard['time']))}"

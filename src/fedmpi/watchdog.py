@@ -1,8 +1,8 @@
 """Ends a rank whose silo has stopped making progress (`comm.grace_s`).
 
 The vigil (comm/vigil.py) watches ranks from outside and names those without a heartbeat. The watchdog watches from
-inside: a thread of the rank notices that a silo trains and begins no batch. It prints where the silo hangs and ends the
-process. Then the other ranks heal, or the supervisor starts the job again.
+inside: a thread of the rank notices when a silo that trains starts no new batch. It prints where the silo hangs and
+ends the process. Then the other ranks heal, or the supervisor restarts the job.
 
 A call that holds the interpreter lock stops this thread too; only the vigil of the other ranks notices that.
 """
@@ -19,35 +19,36 @@ import time
 from fedmpi.comm import Comm
 from fedmpi.output import flush, say
 
-TICK_S = 1.0  # longest time between two looks
+TICK_S = 1.0  # longest time between two checks
 
 
 class Watchdog:
-    """Watches this rank's training; the thread starts at once and lives until `end`."""
+    """Watches this rank's training. The thread starts at once and runs until `end`."""
 
     def __init__(self, grace_s: float, comm: Comm, heals: bool) -> None:
-        """`heals`: the run goes on without ranks that it loses, where MPI can."""
-        self.comm = comm  # of the ranks that are left
+        """`grace_s`: longest time without a batch, in seconds. `heals`: the run goes on without lost ranks, if
+        MPI can."""
+        self.comm = comm  # of the remaining ranks
         self._grace_s, self._heals = grace_s, heals
-        self._what = ""  # what trains; empty: nothing does
+        self._what = ""  # the silo that trains, for the message; empty: none
         self._beats = 0
         self._over = False
         _thread.start_new_thread(self._run, ())
 
     def begin(self, what: str) -> None:
-        """A silo begins to train."""
+        """Call when a silo starts to train; `what` names it in the message."""
         self._what, self._beats = what, self._beats + 1
 
     def beat(self) -> None:
-        """A batch begins."""
+        """Call when a batch starts."""
         self._beats += 1
 
     def rest(self) -> None:
-        """No silo trains."""
+        """Call when no silo trains any more."""
         self._what = ""
 
     def end(self) -> None:
-        """Let the thread end."""
+        """Stop the thread."""
         self._over, self._what = True, ""
 
     def _run(self) -> None:
@@ -56,7 +57,7 @@ class Watchdog:
         while not self._over:
             time.sleep(tick_s)
             now_s = time.monotonic()
-            passed_s, before_s = min(now_s - before_s, 2 * tick_s), now_s  # a stopped process has not hung meanwhile
+            passed_s, before_s = min(now_s - before_s, 2 * tick_s), now_s  # time while suspended does not count
             what, beats = self._what, self._beats
             silent_s = silent_s + passed_s if what and beats == seen else 0.0
             seen = beats

@@ -1,4 +1,4 @@
-"""How kernels are compiled: at first use, without the interpreter lock, cached on disk where a place is found."""
+"""Compiles kernels with numba: at first use, to run without the interpreter lock, cached if a folder is writable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def jit_with(**options: Any) -> Callable[[F], F]:
-    """A decorator: numba.njit with these options. Nothing is cached if numba finds no folder that it may write."""
+    """A decorator: numba.njit with these options. Caches nothing if numba finds no writable folder."""
 
     def compiled(function: F) -> F:
         try:

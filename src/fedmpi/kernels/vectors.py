@@ -1,9 +1,9 @@
-"""Passes over whole vectors in numba, for models whose vectors do not fit into a cache.
+"""Kernels in numba that pass over whole vectors once, for models whose vectors do not fit into a cache.
 
-A round of a large model costs what memory is read and written. Here each vector is read and written once, where torch
-reads it again for every operation. Steps have the bits of torch's operations on processors with fused multiply-add.
+Memory traffic bounds a round of a large model. These kernels read and write each vector once; torch reads it again for
+every operation. On processors with fused multiply-add, `step` gives the same bits as torch's operations.
 
-Vectors are one-dimensional, contiguous float32; one thread works.
+Vectors are contiguous float32 arrays [n]. Each kernel uses one thread.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from fedmpi.kernels.jit import jit, jit_with
 
 Array = Any
 
-BLOCK = 1024  # elements that are worked on at a time, in the first cache
-LANES = 256  # sums of squares side by side
-ROWS = 16  # times 4 squares in each, before they are added up in double precision
+BLOCK = 1024  # elements per block, so that a block stays in the L1 cache
+LANES = 256  # independent partial sums of squares
+ROWS = 16  # each partial sum takes 4 * ROWS squares before it is added to the total in float64
 
 
 @jit
 def distance(x: Array, w: Array) -> float:
-    """The sum of squares of x - w, in an order that is the same everywhere.
+    """The squared Euclidean distance of x and w, both [n]. The order of the sum is the same on every machine.
 
-    Four parts are read side by side, which keeps more of memory's requests in flight.
+    Reads four parts of the vectors interleaved, which keeps more memory requests in flight.
     """
     total = 0.0
     lanes = np.zeros(LANES, np.float32)
@@ -59,7 +59,7 @@ def _scaled(x: Array, factor: Any, out: Array) -> None:
         out[i] = x[i] * factor
 
 
-# torch adds a multiple with one rounding where the processor can; so does this.
+# Fused multiply-add rounds once, as in torch where the processor has it.
 @jit_with(fastmath={"contract"})
 def _multiple_added(x: Array, factor: Any, out: Array) -> None:
     for i in range(out.size):
@@ -68,11 +68,12 @@ def _multiple_added(x: Array, factor: Any, out: Array) -> None:
 
 @jit
 def step(rows: tuple[Array, ...], factors: Array, kinds: Array, params: Array) -> None:
-    """params += sum_k factors[k] delta_k, and rows that silos train in become copies of the new params.
+    """Compute params += sum_k factors[k] delta_k in place, and copy the new params into the rows that silos train in.
 
-    kinds[k]: row k is left out (-1), is a sum (0), the delta of one silo (1), or its trained parameters (2), from which
-    params are subtracted first. Rows of kind 1 and 2 are written. The sum is torch's `mul` of the first delta and
-    `add_(delta, alpha=factor)` of the others, in their order.
+    `params` and each of the K rows: float32 [n]; `factors`: float32 [K]; `kinds`: int [K]. kinds[k] says what row k
+    holds: nothing to add (-1), a sum (0), a silo's delta (1), or a silo's trained parameters (2), from which params are
+    subtracted first. Rows of kind 1 and 2 get the copy. The sum equals torch's `mul` of the first delta, then
+    `add_(delta, alpha=factor)` of the others in order.
     """
     mean, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for start in range(0, params.size, BLOCK):

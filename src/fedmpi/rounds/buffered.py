@@ -1,10 +1,10 @@
 """Updates of late silos that wait for the next round (`engine.policy: {name: deadline, late: buffer}`).
 
-A buffered update belongs to its silo: it is kept under names of its own in `LocalSilo.kept`, so checkpoints hold it and
-it moves with the silo. It enters the sum of the next round, also if the silo is not in the cohort, before the round's
-own updates. Its weight is multiplied by (1 + s)^(-1/2), where s is the number of rounds that it is late: FedBuff's
-staleness weight (Nguyen et al. 2022, Federated Learning with Buffered Asynchronous Aggregation, section 5). Deviation:
-FedBuff divides the sum by the number of updates; here it is divided by the sum of the weights.
+A buffered update is part of its silo's state (`LocalSilo.kept`), so it is in checkpoints and moves with the silo. It
+enters the sum of the next round before that round's own updates, even if the silo is not in the cohort. Its weight is
+multiplied by (1 + s)^(-1/2), where s is its staleness in rounds, as in FedBuff (Nguyen et al. 2022, Federated Learning
+with Buffered Asynchronous Aggregation, section 5). Deviation: FedBuff divides the sum by the number of updates; this
+divides it by the sum of the weights.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ UPDATE, ABOUT = f"{RESERVED}late_update", f"{RESERVED}late_about"  # names in Lo
 
 @dataclass(frozen=True)
 class Buffered:
-    """A silo's update of an earlier round. Weights are those of its round, without the staleness."""
+    """A silo's update from an earlier round. `of` gives the weights of that round, `entering` those with staleness."""
 
-    contribution: Contribution  # its weight is the one that it would have been sent with
-    weight: float  # what the silo stands for
-    done: float  # the same times the part that it has done
-    plain: float  # what it would have been sent with had it done all
+    contribution: Contribution  # its weight: the sent weight, already divided by the part done
+    weight: float  # the silo's base weight
+    done: float  # base weight times the part done
+    plain: float  # sent weight without the division by the part done
 
     @classmethod
     def of(cls, silo: LocalSilo, device: torch.device) -> Buffered | None:
-        """The silo's; None if it has none."""
+        """The silo's buffered update, on `device`; None if it has none."""
         if UPDATE not in silo.kept:
             return None
         round, sent, weight, done, plain, gradients, norm = silo.kept[ABOUT].tolist()
-        vector_Q = silo.kept[UPDATE].to(device, copy=True)  # an exchange may blank parts of it
+        vector_Q = silo.kept[UPDATE].to(device, copy=True)  # a copy: an exchange may blank parts of it
         update = Contribution(silo.id, int(round), sent, vector_Q, 0.0, 0, 1, normalizer=gradients, norm=norm)
         return cls(update, weight, done, plain)
 
     def keep(self, silo: LocalSilo) -> None:
-        """Put it where `of` finds it."""
+        """Store the update in the silo's state, where `of` reads it."""
         one = self.contribution
         about = (one.round, one.weight, self.weight, self.done, self.plain, one.num_gradients, one.norm)
         silo.kept[UPDATE] = one.vector_Q.clone()
         silo.kept[ABOUT] = torch.tensor(about, dtype=torch.float64)
 
     def entering(self, round: int) -> Buffered:
-        """With its weights as they are in a later round.
+        """The update with its weights in a later round, reduced by its staleness.
 
         >>> late = Buffered(Contribution("a", 4, 8.0, torch.ones(1), 0.0, 0, 1), weight=4.0, done=2.0, plain=4.0)
         >>> late.entering(7).contribution.weight, late.entering(7).weight
@@ -66,9 +66,9 @@ def without(silo: LocalSilo) -> LocalSilo:
 
 
 def add_rows(ready: StatusTable, entered: Iterable[tuple[int, int, Buffered]]) -> None:
-    """Add updates that entered, given with their silo's row and their staleness, to what the rows say of this round's.
+    """Add buffered updates, given as (row of the silo, staleness in rounds, update), to the silos' rows of this round.
 
-    Only sums over silos are taken of these columns, so that a row may stand for two updates.
+    A row may then describe two updates. This is safe because only sums over silos use these columns.
     """
     for row, stale, one in entered:
         fresh = bool(ready.silo("taken")[row])

@@ -1,12 +1,12 @@
-"""How ranks learn that a round is over for the silos that still train.
+"""How ranks learn that a round closes while some silos still train.
 
-    a rank     posts to rank 0 how many of its silos are through
-    rank 0     counts; once the deadline has passed, it posts its verdict to all ranks
-    all ranks  look for it at safe points: between two batches, and while they wait for others
+    a rank     posts to rank 0 how many of its silos have finished
+    rank 0     counts them; after the deadline it posts its verdict to all ranks
+    all ranks  look for the verdict at safe points: between two batches, and while they wait for other ranks
 
-A verdict only hastens. The small collective that every rank enters after training tells all ranks which silos were
-late, so no rank branches on a clock of its own. Rank 0 decides at its own safe points; a round cannot end before rank 0
-is through anyway.
+A verdict only saves time. The small collective that every rank enters after training tells all ranks which silos were
+late, so no rank branches on its own clock. Rank 0 decides at its own safe points; a round cannot end before rank 0 has
+finished anyway.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from fedmpi.comm import Comm
 from fedmpi.records import StatusTable
 from fedmpi.stopping import Watch
 
-OPEN, CLOSED, BROKEN = range(3)  # verdicts: broken is a round that too few silos were through with at the deadline
-POLL_S = 0.01  # between two looks; one per batch would cost too much where batches take microseconds
+OPEN, CLOSED, BROKEN = range(3)  # verdicts; BROKEN: too few silos had finished at the deadline
+POLL_S = 0.01  # between two looks; a look per batch would slow down batches of microseconds
 
-# Of a silo's row: number in outcome.LATE; seconds to its end; its weight times the part that it has done; the weight
-# that its delta would have been sent with had it not been divided by that part; rounds since its update that entered.
+# Columns of a silo's row, in this order: index in outcome.LATE; seconds from the round's start to the silo's end; its
+# weight times the part r_k of the work that it did; the weight of its delta before the division by r_k; the staleness
+# of its buffered update, in rounds.
 COLUMNS = ("late", "seconds", "done", "plain", "stale")
 
 
 class Late(Exception):
-    """Raised at a safe point: the silo, and those of its rank that have not begun, contribute nothing to the round."""
+    """Raised at a safe point when the round is over: this silo and its rank's remaining silos contribute nothing."""
 
 
 class Closing:
-    """When one round ends, seen from one rank."""
+    """Decides when one round closes, seen from one rank."""
 
     def __init__(
         self,
@@ -45,55 +46,56 @@ class Closing:
         partial: bool,
         buffers: bool = False,
     ) -> None:
-        """`key` is the number of the round and of its repetition, `limit_s` the deadline in seconds from now. If fewer
-        than `quorum` silos are through by then, the round `waits` for more or breaks. If `partial`, silos that have
-        taken a step stop after one, in place of raising Late; `buffers` says that their updates wait for the next
+        """`key` is (round, repetition), `limit_s` the deadline in seconds from now. If fewer than `quorum` silos have
+        finished by then, the round waits for more if `waits`, else it is broken. With `partial`, a silo that has done a
+        step ends after its current step instead of raising Late; `buffers` says that its update waits for the next
         round."""
         self.limit_s, self.buffers = limit_s, buffers
         self._comm, self._watch, self._key, self._quorum, self._waits = comm, watch, key, quorum, waits
         self._partial, self._stepped = partial, False
         self._verdict = OPEN
         self._began_s, self._next_s = time.monotonic(), 0.0
-        self._through = {comm.rank: 0}  # silos by rank; on rank 0 of all ranks
+        self._through = {comm.rank: 0}  # finished silos by rank; only rank 0 knows other ranks'
 
     @property
     def is_broken(self) -> bool:
-        """Does the round come to nothing?"""
+        """Whether the round is void: too few silos had finished at the deadline."""
         return self._verdict == BROKEN
 
     @property
     def seconds(self) -> float:
-        """Since the round's training began on this rank."""
+        """Seconds since the round's training began on this rank."""
         return time.monotonic() - self._began_s
 
     # ------------------------------------------------------------ what training calls
 
     def begin(self) -> None:
-        """Before a silo trains. Raises Late where the round is over, and BrokenOff as a safe point does."""
+        """Call before a silo trains. Raises Late if the round is over, BrokenOff if this rank should leave it."""
         self._stepped = False
         self.check()
 
     def check(self) -> None:
-        """A safe point."""
+        """A safe point between two batches. Raises as `begin` does; with `partial`, a silo that did a step does not
+        get Late when the round closes: `over` ends it."""
         self._watch.check()
         verdict = self._look()
         if verdict == BROKEN or (verdict == CLOSED and not (self._partial and self._stepped)):
             raise Late
 
     def over(self) -> bool:
-        """After a step: is it the silo's last one?"""
+        """Call after a step; True if it is the silo's last one."""
         self._stepped = True
         return self._partial and self._look() == CLOSED
 
     def through(self) -> float:
-        """One more silo of this rank has done all that it was to do. Returns its seconds since the round began."""
+        """Count one more finished silo of this rank and tell rank 0. Returns the seconds since the round began."""
         self._through[self._comm.rank] += 1
         if self._comm.rank:
             self._comm.post(0, (*self._key, self._through[self._comm.rank]))
         return self.seconds
 
     def wait(self) -> None:
-        """What a rank does now and then while it waits for others."""
+        """Call now and then while this rank waits for others. Does not raise Late or BrokenOff."""
         self._watch.look()
         self._look()
 
@@ -104,7 +106,7 @@ class Closing:
         if self._verdict == OPEN and now_s >= self._next_s:
             self._next_s = now_s + POLL_S
             for sender, (*key, number) in self._comm.posted():
-                if tuple(key) != self._key:  # of a round that has ended without it
+                if tuple(key) != self._key:  # of an earlier round, which ended without this message
                     continue
                 if self._comm.rank:
                     self._verdict = number
@@ -125,10 +127,11 @@ class Closing:
 
 
 def normalised(ready: StatusTable) -> float:
-    """What the weighted mean is multiplied with once late silos' weights were divided by the part r_k that they did.
+    """Factor for the weighted mean if weights of late silos were divided by the part r_k of the work that they did.
 
-    tau_eff of FedNova (Wang et al. 2020, equation 9) in units of the planned steps, sum_k w_k r_k / sum_k w_k, times
-    what turns the mean under the weights w_k / r_k into their sum. Exactly 1 where no silo was late.
+    It is tau_eff of FedNova (Wang et al. 2020, equation 9) in units of the planned steps, sum_k w_k r_k / sum_k w_k,
+    times sum_k (w_k / r_k) / sum_k w_k, because the mean divides by the sent weights w_k / r_k. Exactly 1 if no silo
+    was late.
     """
     taken = ready.silo("taken") > 0
     weight, sent, done, plain = (float(np.sum(ready.silo(n)[taken])) for n in ("weight", "sent", "done", "plain"))

@@ -1,4 +1,4 @@
-"""Policies: they decide when a round ends, and whether it may go on with the updates that arrived."""
+"""Policies decide when a round closes, and whether it goes on with the updates that arrived."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ State = Mapping[str, np.ndarray]
 
 
 class Policy:
-    """Decides whether a round may go on with the updates that arrived. A rank that failed or was asked to stop ends the
-    round under every policy. Members define `objection` and `reads`."""
+    """Decides when a round closes, and whether it goes on with the updates that arrived. A rank that failed or was
+    asked to stop ends the round under every policy. Subclasses define `objection` and `reads`."""
 
-    reads: ClassVar[frozenset[str] | None] = None  # per-silo figures that it reads, as for a selector; None: unknown
-    columns: ClassVar[tuple[str, ...]] = ()  # of the silos' table, that it needs
+    reads: ClassVar[frozenset[str] | None] = None  # per-silo figures it reads, as for a selector; None: unknown
+    columns: ClassVar[tuple[str, ...]] = ()  # columns it needs in the silos' table
 
     @abstractmethod
     def objection(self, outcome: RoundOutcome) -> str:
-        """Why the round may not go on; empty if it may. Every rank asks with the same outcome."""
+        """Why the round may not go on; empty if it may. Every rank calls it with the same outcome."""
         ...
 
     def closing(self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str]) -> Closing | None:
-        """What ends the training of round `key[0]`, repeated `key[1]` times so far; None: the round waits for every
+        """The Closing of round `key[0]`, which was repeated `key[1]` times so far; None if the round waits for every
         silo."""
         return None
 
     def give_up(self, outcome: RoundOutcome) -> None:
-        """Raise NoCohort, alike on every rank, if a void round is not to be repeated."""
+        """Raise the same NoCohort on every rank if a void round must not be repeated."""
 
     def follow(self, state: State, fed: Federation, outcome: RoundOutcome) -> State:
-        """Its state after a round; arrays by name, equal on every rank, which checkpoints hold."""
+        """The policy's state after a round: arrays by name, equal on every rank, stored in checkpoints."""
         return state
 
     def least(self, num_silos: int) -> int:
-        """The fewest updates that a cohort of so many silos brings."""
+        """The fewest updates that a cohort of `num_silos` silos can bring."""
         return num_silos
 
     def suits(self, num_silos: int) -> None:
-        """ConfigError if the smallest cohort, of so many silos, is too small."""
+        """Raise ConfigError if `num_silos`, the size of the smallest cohort, is too small."""
 
     def conflicts(self, config: Config) -> str | None:
-        """Why the rest of a configuration does not go with it, in one line; None if it does."""
+        """Why the policy does not work with the rest of the configuration, in one line; None if it does."""
         return None
 
 
 @component
 class Everybody(Policy):
-    """Waits for every rank. A round goes on if at least one update is usable, with all that are."""
+    """Waits for every silo. A round goes on with all usable updates, if there is at least one."""
 
     reads: ClassVar[frozenset[str]] = frozenset()
 
@@ -71,32 +71,32 @@ class Everybody(Policy):
 
 @component
 class Deadline(Policy):
-    """Closes a round at a deadline, once enough silos are through; late silos stop after the batch that they are in.
+    """Closes a round at a deadline, once enough silos have finished; late silos stop after their current batch.
 
-    `partial` counts what a late silo has done, normalised as in FedNova (Wang et al. 2020, Tackling the Objective
+    `partial` counts the work of a late silo, normalised as in FedNova (Wang et al. 2020, Tackling the Objective
     Inconsistency Problem, equations 8-9) in units of planned work: a silo that did the part r_k of its planned
-    gradients has the weight w_k / r_k, and the mean is scaled by sum_k w_k r_k / sum_k w_k. So a late silo does not
-    pull the optimum, and if no silo is late every bit is as without a deadline. Small parts are scaled up: with large
-    steps (lr times curvature times planned steps well above 1) a silo that did few of many overshoots; take `drop`.
+    gradients gets the weight w_k / r_k, and the mean is scaled by sum_k w_k r_k / sum_k w_k. So late silos do not bias
+    the optimum. If no silo is late, every bit is as without a deadline. Small parts are scaled up: with large steps (lr
+    times curvature times planned steps well above 1), a silo that did few of its steps overshoots; use `drop` then.
 
-    A rank's silos train in turn. The deadline holds for all of them; those that have not begun contribute nothing.
+    The silos of one rank train in turn, under the same deadline; those that have not begun contribute nothing.
     """
 
     columns: ClassVar[tuple[str, ...]] = COLUMNS
     reads: ClassVar[frozenset[str]] = frozenset({"lateness"})
 
     deadline_s: PositiveFloat | Literal["auto"] = "auto"
-    """from the start of training; auto: `factor` times the median silo's time in the last 5 rounds, none in round 1"""
+    """seconds after training starts; auto: `factor` times the median silo time of the last 5 rounds, none in round 1"""
     factor: Annotated[float, pydantic.Field(ge=1)] = 2.0
-    """of `deadline_s: auto`"""
+    """multiple of the median time, for `deadline_s: auto`"""
     min_silos: PositiveInt = 1
-    """silos that must be through before the round closes"""
+    """silos that must have finished before the round closes"""
     late: Literal["partial", "drop", "buffer"] = "partial"
-    """what a late silo contributes: partial: what it has done, normalised; drop: nothing, and it stays as it was;
-    buffer: the same as partial, in the next round and with (1 + 1)^(-1/2) of its weight (rounds/buffered.py)"""
+    """what a late silo contributes: partial: its work so far, normalised; drop: nothing, and its state stays as it
+    was; buffer: as partial, but in the next round, with (1 + 1)^(-1/2) of its weight (rounds/buffered.py)"""
     too_few: Literal["wait", "repeat", "stop"] = "wait"
-    """if fewer than `min_silos` are through: wait for more, repeat the round with twice the time, or stop the run with
-    a checkpoint"""
+    """if fewer than `min_silos` have finished at the deadline: wait for more, repeat the round with twice the time, or
+    stop the run with a checkpoint"""
 
     def closing(self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str]) -> Closing:
         limit_s = self.limit_s(state) * 2 ** key[1]
@@ -105,7 +105,7 @@ class Deadline(Policy):
         return Closing(fed.comm, fed.watch, key, limit_s, quorum, self.too_few == "wait", partial, buffers)
 
     def limit_s(self, state: State) -> float:
-        """The deadline of the next round; infinite if nothing is known yet.
+        """The deadline of the next round, in seconds; infinite if no time is known yet.
 
         >>> Deadline(factor=3.0).limit_s({"medians": np.array([1.0, 2.0, 9.0])}), Deadline().limit_s({})
         (6.0, inf)
@@ -115,7 +115,7 @@ class Deadline(Policy):
         return self.factor * float(np.median(state["medians"])) if "medians" in state else math.inf
 
     def follow(self, state: State, fed: Federation, outcome: RoundOutcome) -> State:
-        """A late silo's time is unknown; it counts as twice the deadline."""
+        """Adds the median time of this round. The time of a late silo is unknown and counts as twice the deadline."""
         if self.deadline_s != "auto":
             return state
         seconds = fed.ready.silo("seconds")[outcome.cohort_K]
@@ -143,8 +143,8 @@ class Deadline(Policy):
             raise ConfigError(f"engine.policy.min_silos: {self.min_silos}, and a cohort may be {num_silos}")
 
     def conflicts(self, config: Config) -> str | None:
-        """Refuses what needs every silo, or a clock that repeats itself; with `partial` what takes a part for the whole
-        of a silo's work."""
+        """Refuses components that need every silo, and bitwise reproducible sums; unless `late` is drop, also
+        components that would take partial work for a silo's whole work."""
         section, rule, aggregate, who = config.exchange, config.local, config.aggregate, "engine.policy: deadline"
         if section.overlap:
             return f"{who} does not go with exchange.overlap, which has a round in flight while the next one trains"

@@ -1,4 +1,4 @@
-"""The synchronous engine: each round waits for the silos of its cohort, as its policy says."""
+"""The synchronous engine: each round waits for its cohort, for as long as its policy says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Synchronous:
     Algorithm 1)."""
 
     policy: Annotated[Policy, POLICIES] = Everybody()
-    """decides whether a round may go on"""
+    """decides when a round closes and whether it may go on"""
 
     def step(self, state: State, fed: Federation) -> SynchronousRound:
         comm, timer, number = fed.comm, fed.timer, state.round + 1
@@ -95,7 +95,7 @@ class SynchronousRound:
         error = evaluate(fed, number, params_P)
         timer.lap("evaluate")
         up, down, control = comm.counted()
-        now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # and the share below
+        now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # plus `share` below
         fed.done.set_rank(
             comm.rank,
             written=written,
@@ -122,8 +122,8 @@ class SynchronousRound:
 
 
 def _fresh_updates(fed: Federation, outcome: RoundOutcome) -> Callable[[str], np.ndarray]:
-    """Columns of the silos' table, in which `taken` says whose own update of this round came in: one that waited since
-    an earlier round has no norm here."""
+    """Columns of the silos' table by name. `taken` is True only for silos with an accepted update of this round: the
+    table has no norm for a buffered update of an earlier one."""
     if outcome.late_K is None:
         return fed.ready.silo
     fresh_K = outcome.taken_K | (outcome.late_K == BUFFERED)
@@ -136,10 +136,10 @@ def _share_ready(fed: Federation, closing: Closing | None) -> None:
 
 
 def _server(state: State, fed: Federation, number: int, selection: Selection, near: float) -> Server:
-    """The server's step of this round, from the figures of the accepted updates, which every rank has."""
+    """The server's step of this round. Every rank computes the same one from the figures of the accepted updates."""
     weights, sent, normalizers, losses, norms = heard(fed.ready)
     total = float(weights.sum())
-    if selection.factors is not None:  # the sum estimates that of all silos drawn from: divide by their weight
+    if selection.factors is not None:  # the sum estimates the one over all silos drawn from: divide by their weight
         among = selection.among or fed.ids
         total = sum(fed.aggregator.base(silo, fed.num_train[fed.index[silo]]) for silo in among)
     scale = fed.aggregator.scale(CohortSummary(weights, sent, normalizers, losses, norms, total))

@@ -1,4 +1,4 @@
-"""Training of this rank's silos of the cohort; their contributions."""
+"""Trains this rank's silos of the cohort and adds their contributions to the exchange."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def train_silos(
     refused: FedmpiError | None,
     closing: Closing | None = None,
 ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
-    """Train this rank's silos of the cohort and fold their contributions. `ready` records what happened. The cohort is
-    empty if this rank's selector `refused`. `closing` may end the round before all silos are through."""
+    """Train this rank's silos of the cohort and add their contributions to the exchange. Returns the trained silos by
+    id, and this rank's error, if any. `fed.ready` records the result of each silo. The cohort is empty if this
+    rank's selector `refused`. `closing` may end the round before all silos have finished."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
     buffers = closing is not None and closing.buffers
@@ -58,7 +59,7 @@ def train_silos(
 
     try:
         fed.watch.check()
-        # The round may still be dropped: what silos keep changes only when it commits.
+        # Work on copies: the round may still be dropped, and silo state changes only when it commits.
         for one in entering:
             fed.exchange.add(one.contribution)
             trained[one.contribution.silo] = without(fed.silos[one.contribution.silo])
@@ -92,7 +93,7 @@ def train_silos(
             if rejected:
                 fed.ready.set_silo(fed.index[name], rejected=rejected)
                 if buffers and contribution.part < 1.0:
-                    fed.ready.set_silo(fed.index[name], late=PARTIAL)  # nothing of it waits
+                    fed.ready.set_silo(fed.index[name], late=PARTIAL)  # rejected, so nothing is buffered
                 continue
             trained[name] = silo
             if buffers and contribution.part < 1.0:
@@ -129,7 +130,7 @@ def train_silos(
 
 
 def _normalise(contribution: Contribution, fed: Federation, stands_for: float, closing: Closing) -> None:
-    """Divide the weight of a late silo's delta by the part that it has done (closing.normalised)."""
+    """Divide the weight of a late silo's delta by the part of its work that it did (see closing.normalised)."""
     part = 1.0 if fed.aggregator.normalises else contribution.part
     row = {"done": stands_for * part, "plain": contribution.weight}
     contribution.weight /= part
@@ -141,7 +142,7 @@ def _normalise(contribution: Contribution, fed: Federation, stands_for: float, c
 
 
 def _buffer(contribution: Contribution, silo: LocalSilo, fed: Federation) -> None:
-    """Keep a late silo's update, which has passed all checks, for the next round."""
+    """Keep a late silo's update for the next round. It has passed all checks."""
     weight, done, plain = (float(fed.ready.silo(n)[fed.index[silo.id]]) for n in ("weight", "done", "plain"))
     Buffered(contribution, weight, done, plain).keep(silo)
 
@@ -162,8 +163,8 @@ def _begin(
     losses_before: dict[str, float],
     closing: Closing | None,
 ) -> tuple[torch.Tensor, Round]:
-    """The parameters that a silo starts from, [P], and what its rule knows of the round. If the aggregator needs the
-    loss before training, it goes into `losses_before`."""
+    """The parameters that a silo starts from, [P], and the Round for its rule. Stores the loss before training in
+    `losses_before` if the aggregator needs it."""
     start_Q = fed.exchange.start(silo.id, state.params_Q)
     params_P = fed.layout.params(start_Q)
     auxiliary = {segment.name: start_Q[segment.place] for segment in fed.layout.auxiliaries}
@@ -176,7 +177,7 @@ def _begin(
 
 
 def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> bool:
-    """Scale auxiliary vectors so that the aggregator's weights give their own mean. False if they are not finite."""
+    """Scale auxiliary vectors in place, so that the weighted sum gives their own mean. False if one is not finite."""
     if not fed.layout.auxiliaries:
         return True
     weight = contribution.weight
