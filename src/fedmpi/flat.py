@@ -1,13 +1,13 @@
-"""A torch model as views of one contiguous vector per dtype, so that a payload needs no packing.
+"""A torch model whose tensors are views of contiguous vectors, so that a payload needs no packing.
 
-What is shared is one vector, what is personal another. The federation's own copy of the shared parameters, `params_P`,
-is one vector of float32 (float64 if the model has any float64): half-precision models move by less than half precision
-resolves.
+Each dtype has one vector of shared tensors and one of personal tensors. The federation's copy of the shared parameters,
+`params_P`, is one float32 vector (float64 if any shared tensor is float64), because updates can be smaller than the
+resolution of half precision.
 
     shared     sent, averaged, stepped by the server
-    personal   trained or updated by a silo and kept by it: parameters and floating buffers that are not shared
-    integers   integer buffers (BatchNorm counts its batches): never sent, kept by the silo
-    the rest   frozen parameters that are not shared, buffers that are not saved: left where they are
+    personal   parameters and floating-point buffers that are not shared: each silo trains or updates its own
+    integers   integer buffers (BatchNorm's batch counter, ...): never sent, each silo keeps its own
+    rest       frozen parameters that are not shared: stay where they are, as do buffers that are not saved
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fedmpi.module import Places, Tie, retie, slots, ties
 from fedmpi.types import Auxiliary, Contribution, TrainedContribution
 
 HALF = (torch.bfloat16, torch.float16)
-RESERVED = "fedmpi/"  # begins the names under which a silo keeps what is not its rule's: a rule's own may be any others
-BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # of one, two and three dimensions, over ranks, your own
+RESERVED = "fedmpi/"  # prefix of keys in a silo's kept state that are fedmpi's own; a local rule uses any others
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # base class of BatchNorm1d to 3d and SyncBatchNorm
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Entry:
     dtype: torch.dtype
     trainable: bool
     kind: str  # shared, personal, integers or rest
-    buffer: bool = False  # no parameter: statistics and the like
+    buffer: bool = False  # whether it is a buffer (statistics, ...) and not a parameter
 
     @property
     def num_elements(self) -> int:
@@ -55,13 +55,13 @@ class Entry:
 def entries(
     module: torch.nn.Module, shared: str | Sequence[str] = "all", tied: Mapping[str, Tie] | None = None
 ) -> list[Entry]:
-    """What the model saves, each memory once (tied weights under their first name), and whether it is shared.
+    """The model's saved parameters and buffers, with their kind; tied weights once, under their first name.
 
-    `shared` is "all" (parameters and floating buffers), "trainable" (parameters that require a gradient),
+    `shared` is "all" (parameters and floating-point buffers), "trainable" (parameters that require a gradient),
     "all_but_batch_norm" (all but the parameters and statistics of batch normalization: FedBN, Li et al. 2021, Algorithm
-    1), or patterns of names of which the last match decides and "!" excludes: ["*", "!head.*"], ["*lora_*"]. Raises
-    ConfigError for a pattern that matches nothing, where there is no batch normalization to leave out, and when
-    nothing is shared.
+    1), or name patterns, where the last match decides and "!" excludes: ["*", "!head.*"], ["*lora_*"]. Raises
+    ConfigError for a pattern that matches nothing, for "all_but_batch_norm" without batch normalization, if nothing is
+    shared, for a trained parameter that is not in the state_dict, and for complex tensors.
     """
     tied = ties(module) if tied is None else tied
     norms = _in_batch_norm(module) if shared == "all_but_batch_norm" else set()
@@ -109,18 +109,18 @@ def entries(
 
 
 def refuse_frozen(found: Sequence[Entry]) -> None:
-    """ConfigError for a model of which nothing is trained."""
+    """Raise ConfigError if no parameter is trainable."""
     if not any(entry.trainable for entry in found):
         raise ConfigError("model: no parameter of it requires a gradient, so there is nothing to train")
 
 
 def frozen_alone(found: Sequence[Entry]) -> set[str]:
-    """The frozen parameters that are not shared: all silos have them as they began."""
+    """The names of frozen parameters that are not shared; they never change, so all silos use the same ones."""
     return {entry.name for entry in found if entry.kind == "rest"}
 
 
 def _in_batch_norm(module: torch.nn.Module) -> set[int]:
-    """The ids of what batch normalization trains and counts. ConfigError if there is none."""
+    """The `id` of every parameter and buffer of batch normalization. Raises ConfigError if there is none."""
     found = {id(slot.tensor) for m in module.modules() if isinstance(m, BATCH_NORM) for slot in slots(m)}
     if not found:
         raise ConfigError("exchange.parameters: all_but_batch_norm, but the model has no batch normalization")
@@ -128,8 +128,8 @@ def _in_batch_norm(module: torch.nn.Module) -> set[int]:
 
 
 def layout_of(found: Sequence[Entry], auxiliaries: Sequence[Auxiliary] = (), exact: Collection[str] = ()) -> Layout:
-    """Where what lies in the vector that is exchanged: the shared ones dtype by dtype, then auxiliary vectors. `exact`
-    are the names that no codec touches besides statistics and frozen parameters."""
+    """The layout of the exchanged vector [Q]: shared entries grouped by dtype [P], then the auxiliary vectors [P] each.
+    Buffers, frozen parameters and the names in `exact` bypass the codecs."""
     beside: list[Segment] = []
     start = 0
     for dtype in dict.fromkeys(e.dtype for e in found if e.kind in ("shared", "personal")):
@@ -137,7 +137,7 @@ def layout_of(found: Sequence[Entry], auxiliaries: Sequence[Auxiliary] = (), exa
             stop, named = start + entry.num_elements, entry.buffer or entry.name in exact
             if start < stop and (named or not entry.trainable):
                 averaged, still = not entry.trainable, not named
-                variance = entry.buffer and entry.name.endswith("running_var")  # as all of torch's normalizations say
+                variance = entry.buffer and entry.name.endswith("running_var")  # the name in all of torch's layers
                 part = Segment(entry.name, start, stop, "exact", averaged=averaged, still=still, non_negative=variance)
                 beside.append(part)
             start = stop
@@ -151,8 +151,8 @@ def layout_of(found: Sequence[Entry], auxiliaries: Sequence[Auxiliary] = (), exa
 
 
 def named_exact(found: Sequence[Entry], patterns: Sequence[str]) -> set[str]:
-    """The shared ones that patterns name, of which the last match decides and "!" excludes. ConfigError for one that
-    matches none."""
+    """The names of shared entries that the patterns select; the last match decides, "!" excludes. Raises ConfigError
+    for a pattern that matches nothing."""
     shared = [entry.name for entry in found if entry.kind == "shared"]
     chosen: set[str] = set()
     for pattern in patterns:
@@ -166,27 +166,27 @@ def named_exact(found: Sequence[Entry], patterns: Sequence[str]) -> set[str]:
 
 
 def master_dtype(found: Sequence[Entry]) -> torch.dtype:
-    """The dtype of `params_P`: float64 if any shared entry is, else float32."""
+    """The dtype of `params_P`: float64 if any shared entry is float64, else float32."""
     return torch.float64 if any(e.dtype == torch.float64 and e.kind == "shared" for e in found) else torch.float32
 
 
 def num_shared(found: Sequence[Entry]) -> int:
-    """P: how many parameters are sent."""
+    """P, the number of elements of the shared entries."""
     return sum(entry.num_elements for entry in found if entry.kind == "shared")
 
 
 def one_vector(found: Sequence[Entry]) -> bool:
-    """Are all shared entries of one dtype, that of `params_P`, so that a delta is one vector of the model's own?"""
+    """Whether all shared entries have the dtype of `params_P`, so that one vector of the model can hold the delta."""
     return {e.dtype for e in found if e.kind == "shared"} == {master_dtype(found)}
 
 
 def signature(found: Sequence[Entry]) -> dict[str, list[object]]:
-    """What must agree between a checkpoint and a model: shared and personal entries by name."""
+    """Dtype, shape and kind of each entry except `rest`, by name: a checkpoint and the model must agree on them."""
     return {e.name: [str(e.dtype).removeprefix("torch."), list(e.shape), e.kind] for e in found if e.kind != "rest"}
 
 
 def changed_entries(there: Mapping[str, object], found: Sequence[Entry]) -> list[str]:
-    """In what a model differs from the one whose `signature` was kept."""
+    """The differences between a model and a stored `signature`, one text each; empty if there are none."""
     here = signature(found)
     return [
         f"the model's {name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
@@ -197,21 +197,28 @@ def changed_entries(there: Mapping[str, object], found: Sequence[Entry]) -> list
 
 Allocate = Callable[[int, torch.dtype], torch.Tensor]
 
-COMPILED = 1 << 22  # elements from which on compiled passes are worth the second that numba takes to load
+COMPILED = 1 << 22  # elements; for shorter vectors compiled passes do not pay for loading numba (a second)
 
 
-# Modules that code outside fedmpi has in its hands; kept here because a run may make its FlatModel anew.
+# Modules that code outside fedmpi can write to. Global, because a run may build a new FlatModel over the same module.
 _HANDED_OUT: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def compiled(vector_P: torch.Tensor) -> bool:
-    """Whether compiled passes (kernels/vectors.py) work on the vector, and are worth it."""
+    """Whether compiled passes (kernels/vectors.py) support the vector and are faster for it."""
     plain = vector_P.device.type == "cpu" and vector_P.dtype == torch.float32 and vector_P.is_contiguous()
     return plain and len(vector_P) >= COMPILED
 
 
 class FlatModel:
-    """The model of a rank. Its silos take turns in it: load, train, take the delta."""
+    """The model of a rank. The rank's silos use it in turn: load, train, take the delta.
+
+    `shared` is that of `entries`. `allocate(num_elements, dtype)` gives the memory of a CPU model's shared vectors.
+    `layout` is that of the vector sent; the default is the delta alone. Raises ConfigError as `entries` does.
+
+    Attributes: module; entries; tied (tied tensors by name); dtype (of params_P); num_shared (P); layout; tensors (all
+    parameters and buffers by name); lends; first_personal (what `personal` returned before any training).
+    """
 
     def __init__(
         self,
@@ -222,15 +229,15 @@ class FlatModel:
         layout: Layout | None = None,
     ) -> None:
         self._chosen = shared
-        self.tied = ties(module)  # before it is moved, which takes apart what shares memory
+        self.tied = ties(module)  # before `to`, which separates tensors that share memory
         self.entries = entries(module, shared, self.tied)
         self.module = module.to(device)
         self.device = torch.device(device)
         self.dtype = master_dtype(self.entries)
         self.num_shared = num_shared(self.entries)
-        self.layout = layout_of(self.entries) if layout is None else layout  # of the vector that takes the delta along
-        self._behind = self.layout.size - self.num_shared  # elements behind the delta, where auxiliary vectors lie
-        # Is the model trained in the memory that its delta and they travel out of, [P + A P]?
+        self.layout = layout_of(self.entries) if layout is None else layout  # of the vector sent, [Q]
+        self._behind = self.layout.size - self.num_shared  # elements of the auxiliary vectors, after the delta
+        # Whether the model trains in the memory from which delta and auxiliary vectors are sent, [P + A P].
         self._in_place = one_vector(self.entries)
         if allocate is None or self.device.type != "cpu":
             allocate = lambda n, dtype: torch.zeros(n, dtype=dtype, device=self.device)  # noqa: E731
@@ -242,7 +249,7 @@ class FlatModel:
                 [e for e in self.entries if e.kind == kind and e.dtype == dtype] for kind in ("shared", "personal")
             ]
             sizes = [sum(e.num_elements for e in some) for some in kinds]
-            # What is personal lies in memory of this process alone, wherever the shared slice may lie.
+            # The personal slice always lies in private memory, because only the shared slice is sent.
             all_here = sizes[0] > 0 and self._in_place
             whole = allocate(sizes[0] + all_here * self._behind, dtype)
             if all_here:
@@ -253,7 +260,7 @@ class FlatModel:
                 for entry in some:
                     tensor, part = tensors[entry.name], vector[start : start + entry.num_elements]
                     part.copy_(tensor.detach().reshape(-1))
-                    tensor.data = part.view(entry.shape)  # the object stays: ties and optimizers hold on to it
+                    tensor.data = part.view(entry.shape)  # same object: ties and optimizers refer to it
                     start += entry.num_elements
             self._shared.append(vectors[0])
             self._personal.append(vectors[1])
@@ -261,7 +268,7 @@ class FlatModel:
             self._travels = torch.zeros(self.num_shared + self._behind, dtype=self.dtype, device=self.device)
         self._integers = [tensors[e.name] for e in self.entries if e.kind == "integers"]
         retie(module, self.tied)
-        self.tensors = {slot.name: slot.tensor for slot in slots(module)}  # as the module holds them, by every name
+        self.tensors = {slot.name: slot.tensor for slot in slots(module)}  # all names, also of tied tensors
         self._views = {n: tie for n, tie in self.tied.items() if self.tensors[n] is not self.tensors[tie.owner]}
         self._places = Places(module, self.tied)
         self._places.watch(frozen_alone(self.entries))
@@ -269,11 +276,11 @@ class FlatModel:
         self._counted = [self.tensors[e.name] for e in self.entries if e.kind == "shared"]
         self._has_buffers = any(e.kind == "shared" and e.buffer for e in self.entries)
         self._versions: list[int] = []
-        self._loaded: torch.Tensor | None = None  # what the model held when `_versions` were counted
-        self._held: tuple[torch.Tensor, int] | None = None  # what `hold` was told, and how often it had been written
-        self.lends = False  # may the exchange subtract the global parameters itself? Said anew every round
-        self._lent: TrainedContribution | None = None  # whose delta was not taken when training ended
-        self.first_personal = self.personal()  # what a silo starts from at its first participation
+        self._loaded: torch.Tensor | None = None  # params_P of the model when `_versions` was taken
+        self._held: tuple[torch.Tensor, int] | None = None  # params_P of `hold`, and its version then
+        self.lends = False  # whether the exchange subtracts params_P itself; set every round
+        self._lent: TrainedContribution | None = None  # contribution whose delta is not taken yet
+        self.first_personal = self.personal()  # a silo starts from it in its first round
 
     def params(self) -> torch.Tensor:
         """A copy of the shared parameters, [P]."""
@@ -281,8 +288,8 @@ class FlatModel:
         return torch.cat([part.to(self.dtype) for part in self._shared]) if self._shared else torch.zeros(0)
 
     def load(self, params_P: torch.Tensor) -> None:
-        """The model's shared parameters become params_P, [P]. Copies nothing where `hold` said that they are, and
-        neither has been written since."""
+        """Set the model's shared parameters to params_P, [P]. Skips the copy if `hold` noted that they are equal and
+        neither was written since."""
         holds, self._held = self._holds(params_P), None
         self.take_back()
         if holds:
@@ -296,10 +303,11 @@ class FlatModel:
         self._versions, self._loaded = self._written(), params_P
 
     def hold(self, params_P: torch.Tensor, loaded: bool = False) -> None:
-        """Note that the shared parameters of a large model equal params_P, [P]: the next `load` of the same memory need
-        not copy. `release` must be called before anybody writes params_P: torch does not count what MPI, other
-        processes and compiled passes write. `load` copies all the same once the module was handed out. `loaded`: they
-        equal what was loaded last, unless the model was touched since."""
+        """Note that a large model's shared parameters equal params_P, [P]: the next `load` of it skips the copy.
+
+        Call `release` before params_P is written: torch's version counter misses writes by MPI, other processes and
+        compiled passes. Has no effect after `hand_out`. `loaded`: params_P equals what was loaded last, so nothing is
+        noted if the model was touched since."""
         large = self._in_place and compiled(params_P)
         if large and self.module not in _HANDED_OUT and not (loaded and self.touched):
             self._held = (params_P, params_P._version)
@@ -310,12 +318,13 @@ class FlatModel:
         self._held = None
 
     def hand_out(self) -> torch.nn.Module:
-        """The module, for code that may write into it at any time: every `load` copies from now on."""
+        """The module, for code that may write to it at any time; from now on every `load` copies."""
         self._held = None
         _HANDED_OUT.add(self.module)
         return self.module
 
     def _holds(self, params_P: torch.Tensor) -> bool:
+        """Whether `hold` noted this params_P and neither it nor the model was written since."""
         if self._held is None or self.touched:
             return False
         held_P, version = self._held
@@ -323,13 +332,13 @@ class FlatModel:
         return same and held_P._version == params_P._version == version
 
     def _written(self) -> list[int]:
-        """How often each shared tensor has been written, as torch counts it."""
+        """The version counter of each shared tensor."""
         return [tensor._version for tensor in self._counted]
 
     @property
     def touched(self) -> bool:
-        """Whether a shared tensor was written since `load`. Buffers are compared by value: torch does not count what
-        batch normalization writes."""
+        """Whether a shared tensor was written since `load`. Compares buffers by value, because batch normalization
+        writes them without raising their version counter."""
         if self._places.settle() or self._versions != self._written():
             return True
         if self._loaded is None or not self._has_buffers:
@@ -338,10 +347,11 @@ class FlatModel:
         return not all(torch.equal(tensor, part.to(tensor.dtype)) for tensor, part in buffers)
 
     def take_delta(self, params_P: torch.Tensor) -> torch.Tensor:
-        """What was trained minus what `load(params_P)` had put there, [P], and behind it room for the auxiliary vectors
-        of the layout, [Q]; in memory that the next `load` or `take_delta` reuses: the model is spent.
+        """The delta [P], followed by room for the layout's auxiliary vectors, as one vector [Q].
 
-        Where the model is of half precision that is params_P rounded, so that a step of nothing is a delta of 0.
+        The delta is the trained parameters minus those that `load(params_P)` set. For half-precision tensors these are
+        params_P rounded, so that without any step the delta is 0. The delta may overwrite the trained parameters; the
+        next `load` or `take_delta` overwrites the delta.
         """
         self._held = None
         self._places.settle()
@@ -355,10 +365,10 @@ class FlatModel:
             return self._travels
 
     def give(self, contribution: Contribution, params_P: torch.Tensor) -> Contribution:
-        """The contribution with what was trained minus what `load(params_P)` had put there.
+        """The contribution with its vector [Q]: the delta since `load(params_P)`, and room for auxiliary vectors.
 
-        If the exchange subtracts by itself (`lends`), only the norm of the delta is measured. The delta is not taken
-        before somebody reads it: until then the model's memory stands for it.
+        If the exchange subtracts params_P itself (`lends`), this only computes the delta's norm, and the model's memory
+        keeps the trained parameters until somebody reads the vector.
         """
         if not (self.lends and self._in_place and not self._behind and compiled(params_P)):
             contribution.vector_Q = self.take_delta(params_P)
@@ -374,14 +384,13 @@ class FlatModel:
         return self._lent
 
     def take_back(self) -> None:
-        """The model's memory is about to be written: a contribution that it stands for can give no delta any more."""
+        """Before the model's memory is written: a contribution that still relies on it can no longer take its delta."""
         if self._lent is not None:
             self._lent.take = None
             self._lent = None
 
     def as_loaded(self, params_P: torch.Tensor) -> torch.Tensor:
-        """params_P as the model holds them once they are loaded, [P]: rounded where it is of half precision. Read
-        only: they may be the same tensor."""
+        """params_P, [P], rounded like the model's half-precision tensors. Read-only: it may be params_P itself."""
         if self._in_place or all(part.dtype == self.dtype for part in self._shared if len(part)):
             return params_P
         starts = [0, *itertools.accumulate(len(part) for part in self._shared)]
@@ -393,7 +402,7 @@ class FlatModel:
         )
 
     def pairs(self, vector_P: torch.Tensor) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Each shared parameter that is trained, and its part of a vector, in its shape."""
+        """Each trainable shared parameter with its part of the vector, as a view in the parameter's shape."""
         return [
             (cast(torch.nn.Parameter, self.tensors[entry.name]), part)
             for entry, part in self._parts(vector_P)
@@ -401,17 +410,17 @@ class FlatModel:
         ]
 
     def shared(self, vector_P: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the module's shared parameters and buffers would be with this vector, by name: views where dtypes are
-        the same. For torch.func.functional_call."""
+        """The vector's parts by name, in the module's shapes and dtypes, for torch.func.functional_call. Parts of the
+        vector's own dtype are views."""
         return self.with_views({entry.name: part.to(entry.dtype) for entry, part in self._parts(vector_P)})
 
     def with_views(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same and, for functional_call, what else of the module lies in the memory of those that are named."""
+        """`named` plus the tied tensors that are views of its tensors, as functional_call needs them."""
         views = {n: tie.of(named[tie.owner].detach()) for n, tie in self._views.items() if tie.owner in named}
         return named | views if views else named
 
     def _parts(self, vector_P: torch.Tensor) -> list[tuple[Entry, torch.Tensor]]:
-        """Each shared entry and its part of a vector, in its shape."""
+        """Each shared entry with its part of the vector, as a view in the entry's shape."""
         found, start = [], 0
         for dtype in dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal")):
             for entry in self.entries:
@@ -421,8 +430,8 @@ class FlatModel:
         return found
 
     def named(self, vector_P: torch.Tensor, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All that is shared, personal or an integer, by name and in its shape: views of a vector and of what
-        `personal` gave."""
+        """Shared, personal and integer entries by name, in their shapes: views of the vector [P] and of the tensors
+        that `personal` returned."""
         found: dict[str, torch.Tensor] = {}
         starts = {"shared": 0}
         for i, dtype in enumerate(dict.fromkeys(e.dtype for e in self.entries if e.kind in ("shared", "personal"))):
@@ -436,7 +445,7 @@ class FlatModel:
         return found
 
     def personal(self) -> dict[str, torch.Tensor]:
-        """A copy of what a silo keeps to itself; empty for most models. Halves as float32, which holds them exactly."""
+        """A copy of the personal tensors and integer buffers, by key. Half precision becomes float32 (exact)."""
         self._places.settle()
         kept = {
             _personal(i): part.to(torch.float32 if part.dtype in HALF else part.dtype, copy=True)
@@ -450,16 +459,16 @@ class FlatModel:
 
     @property
     def has_personal(self) -> bool:
-        """Does a silo keep parameters or floating buffers to itself?"""
+        """Whether the model has personal parameters or floating-point buffers."""
         return any(len(part) for part in self._personal)
 
     def is_personal(self, kept: Mapping[str, torch.Tensor]) -> bool:
-        """Are a silo's own parameters or floating buffers there, as after its first participation?"""
+        """Whether a silo's kept state has personal parameters or buffers, as after its first round."""
         return any(_personal(i) in kept for i in range(len(self._personal)))
 
     def load_personal(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `personal` gave; without it, what the model started with. Buffers that are not saved, and
-        tensors that are plain attributes, become what they were at first: they go from no silo to another."""
+        """Load what `personal` returned; for missing keys, the model's first values. Unsaved buffers and tensors in
+        plain attributes also get their first values, so that nothing passes from one silo to another."""
         self._places.settle()
         self._places.reset()
         with torch.no_grad():
@@ -475,18 +484,18 @@ class FlatModel:
                 starts[name] = start + tensor.numel()
 
     def settle(self) -> None:
-        """Bring back into the vectors what a forward pass has assigned anew. ConfigError for what cannot be."""
+        """Move tensors that a forward pass reassigned back into the vectors. Raises ConfigError if it cannot."""
         self._places.settle()
 
     def thaw(self) -> None:
-        """What is trained is what was at first: a forward pass may have frozen parameters, or thawed them."""
+        """Restore every parameter's first `requires_grad`, which a forward pass may have changed."""
         for tensor, trained in self._trained:
             if tensor.requires_grad is not trained:
                 tensor.requires_grad_(trained)
 
     def twin(self) -> FlatModel:
-        """The same model in memory of its own."""
-        self._places.reset()  # what is not saved is as it was at first there too
+        """A copy of the model in its own memory."""
+        self._places.reset()  # so that the copy has the first values of what is not saved
         module = copy.deepcopy(self.module)
         retie(module, self.tied)
         found = FlatModel(module, self._chosen, self.device)
@@ -494,7 +503,7 @@ class FlatModel:
         return found
 
     def leave(self) -> None:
-        """The model gets memory of its own: the exchange's goes with the run."""
+        """Move the model into its own memory, because the exchange's memory is freed with the run."""
         self._held = self._loaded = None
         for number, vector in ((i, vector) for i, vector in enumerate(self._shared) if len(vector)):
             memory = vector.untyped_storage().data_ptr()
@@ -511,22 +520,22 @@ class FlatModel:
 
 
 def _personal(number: int) -> str:
-    """What a silo keeps its personal parameters and buffers of one dtype under."""
+    """Key of a silo's personal parameters and buffers of one dtype."""
     return f"{RESERVED}personal_{number}"
 
 
 def _integers(dtype: torch.dtype) -> str:
-    """What a silo keeps its integer buffers of a dtype under."""
+    """Key of a silo's integer buffers of one dtype."""
     return f"{RESERVED}integers_{str(dtype).removeprefix('torch.')}"
 
 
 def _next(whole: torch.Tensor, entry: Entry, name: str, starts: dict[str, int]) -> torch.Tensor:
-    """The part of a vector where the next entry begins; the start that goes by the name moves on."""
+    """The entry's part of a vector, from `starts[name]` on, in its shape; advances `starts[name]`."""
     start = starts.get(name, 0)
     starts[name] = start + entry.num_elements
     return whole[start : start + entry.num_elements].view(entry.shape)
 
 
 def sha256(params_P: torch.Tensor) -> str:
-    """The SHA-256 of the vector's bytes, little-endian: two runs agree bit for bit when these agree."""
+    """The SHA-256 of the vector's little-endian bytes; equal if and only if two vectors agree bit for bit."""
     return hashlib.sha256(params_P.detach().cpu().contiguous().numpy().data).hexdigest()

@@ -1,11 +1,11 @@
-"""The run: put together, resumed, round after round, checkpoint, stop.
+"""The training loop of a run: assemble, resume, train rounds, evaluate, record, checkpoint, stop.
 
     with fedmpi.Run("configs/digits.yaml", "rounds=5") as run:
         for record in run:
             print(record["round"], record["accuracy"])
 
-Every rank executes the same lines. What can fail on one rank only goes through `comm.collectively`, so
-that all fail alike.
+Every rank executes the same lines. What can fail on one rank only runs in `comm.collectively`, so that all ranks raise
+the same error.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ log = logging.getLogger("fedmpi")
 
 RANKS_FILE = "ranks.json"
 EVENTS_FILE = "events.jsonl"
-WRITER_S = 30.0  # how long a run that failed waits for the checkpoint that it was writing
-ALONE_S = 1.0  # the same of a rank that ends alone, while the others wait for it
+WRITER_S = 30.0  # seconds that a failed run waits for the checkpoint that is being written
+ALONE_S = 1.0  # the same for a rank that fails alone, while the others wait for it
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What a run's figures were made with."""
+    """The versions of fedmpi, Python and the packages that affect a run's figures."""
     from importlib.metadata import version
 
     names = ("torch", "numpy", "mpi4py", "h5py")
@@ -92,15 +92,16 @@ def versions() -> dict[str, str]:
 
 
 class Run:
-    """A federated run; iterate over it for its records. A context manager, since checkpoints are written behind it.
+    """A federated run. Iterating over it trains and yields one record per round. Construction is collective.
 
-    `config` is a Config or a YAML file with overrides; from the config.yaml of a run directory code is imported as
-    trust.py says, and what `allow` names. `membership` says which silos take part, and on which ranks; without it all
-    do, or those that did when the run was left. All ranks of the MPI job build it together. Raises ConfigError, alike
-    on every rank, before anything is trained.
+    It is a context manager, because checkpoints are written in the background. `config` is a Config or a YAML file with
+    overrides; from the config.yaml of a run directory only trusted code is imported (trust.py) and what `allow` names.
+    `membership` says which silos take part, on which ranks; the default is all silos, or on resume those of the
+    checkpoint. Raises ConfigError, the same on every rank, before anything is trained.
 
     Attributes: config; out (the run directory); parameters (the global shared parameters, [P]); record (the last one);
-    resumed (the round it went on from); metric and maximize (which figure tells the best round, and in which sense).
+    resumed (the round it resumed from); metric and maximize (the metric that decides the best round, and whether higher
+    is better).
     """
 
     def __init__(
@@ -111,11 +112,11 @@ class Run:
         comm: Comm | None = None,
         membership: Membership | None = None,
     ) -> None:
-        stopping.listen()  # before MPI: a batch system may signal a job while it starts
+        stopping.listen()  # before MPI starts: a batch system may signal a job during its start
         try:
             self.comm = comm if comm is not None else connect()
             if not self.comm.open_runs:
-                self.comm.finish()  # an earlier run of this process: no notice of its end must end this one
+                self.comm.finish()  # an earlier run's stop notice must not stop this one
             named_by = None if isinstance(config, Config) else run_directory(Path(config))
             with confined(named_by, allow):
                 self.config = self.comm.collectively(lambda: _loaded(config, overrides))
@@ -125,17 +126,17 @@ class Run:
             stopping.forget()
             raise
         self._closed = False
-        self._spoiled = False  # has a round failed after its parameters were overwritten?
+        self._spoiled = False  # whether a round failed after its parameters were overwritten
         self._listens = True  # to signals
-        self._stopped = False  # does the run end because it was asked to?
-        self._breaks_off = False  # does it end before its last round, on what all ranks raise?
+        self._stopped = False  # whether a stop request ends the run
+        self._breaks_off = False  # whether an error that all ranks raise ends it before its last round
         self.comm.open_runs += 1
-        self._mirrors: list[Mirror] = []  # of the state; two until a first round has followed a loss
+        self._mirrors: list[Mirror] = []  # of the state; two from a new membership to the next commit
         self._added: list[Sink] = []  # by `add_sink`
-        self._roster: Roster | None = None  # rank 0's, once there are rounds to tell of
-        self._desk: Desk | None = None  # rank 0's too
-        self._changes: list[tuple[Request, int, int]] = []  # of the last `_take_up`: request, rounds done, epoch
-        self._rounds_before: int | None = None  # what the run that the directory holds was begun with
+        self._roster: Roster | None = None  # on rank 0, unless all rounds are done
+        self._desk: Desk | None = None  # likewise
+        self._changes: list[tuple[Request, int, int]] = []  # in the last `_take_up`: request, rounds done, epoch
+        self._rounds_before: int | None = None  # `rounds` in the run directory's stored configuration
         try:
             with confined(named_by, allow):
                 self._assemble(membership)
@@ -148,7 +149,7 @@ class Run:
     # ------------------------------------------------------------ set-up
 
     def _assemble(self, members: Membership | None) -> None:
-        """A directory that is ours, and what the run is made of."""
+        """Lock the run directory and build the run's parts. Collective."""
         self._directory = RunDirectory(Path(self.config.out), self.comm)
         self.out = self._directory.path
         before = self._directory.members_before
@@ -165,8 +166,8 @@ class Run:
         self.comm.require_equal("the code that the configuration names", digest_of_code, ConfigError)
 
     def _resume(self, others: bool) -> None:
-        """Go on from the newest round that is whole on all ranks, if there is one; of `others`: may it have had other
-        members?"""
+        """Resume from the newest round that is whole on all ranks, if there is one. Collective. `others`: whether that
+        round may have had other members."""
         self.comm.collectively(self._check_stored if self.comm.rank == 0 else lambda: None)
         self._health = Health(self.config.stop)
         self._keeper = self._make_keeper(others)
@@ -187,11 +188,11 @@ class Run:
         )
 
     def _judge(self, outcome: RoundOutcome) -> None:
-        """Give up where a round that is not committed yet shows that the run diverges; what was last good is on disk
-        from the first doubt on."""
+        """Raise Diverged, on all ranks, if a round that is not committed yet shows divergence. Collective. At the first
+        doubt the last good state is written to disk."""
         loss, norm = outcome.loss, outcome.norm
         if loss is None and not outcome.num_not_finite:
-            return  # no target counted, which says nothing
+            return  # no target was counted, so there is nothing to judge
         if not self._health.doubts and self._health.suspects(loss, norm) and not self._keeper.has(self.state):
             self._keeper.write(self.state)
         why = self._health.look(outcome.round, loss, norm)
@@ -199,7 +200,7 @@ class Run:
             raise agreed(Diverged(why))
 
     def _check_stored(self) -> None:
-        """Refuse a run directory that another configuration, model or dataset has begun."""
+        """Raise ConfigError if the run directory was started with another configuration, model or code."""
         if not checkpoint.sealed_rounds(self.out):
             return
         begun = read_config(self.out)
@@ -229,7 +230,7 @@ class Run:
             )
 
     def _describe(self) -> None:
-        """Write what the run is into its directory."""
+        """Write the run's description, configuration and code into its directory. Collective."""
         fed, ranks = self.federation, self._ranks()
         about = {
             "versions": versions(),
@@ -244,7 +245,7 @@ class Run:
             "code": sources.digests(self.code),
         }
         rounds = self.config.rounds
-        # Where nothing is left to train, the directory goes on telling of what was trained.
+        # If no round is left to train, the directory keeps the description of the run that trained.
         over = self.resumed > rounds or self.resumed == rounds == self._rounds_before
 
         def write() -> None:
@@ -257,7 +258,7 @@ class Run:
                 self._register(ranks)
                 self._desk = Desk(self.out)
                 self._desk.begin(self.membership.epoch)
-                for silo in self._keeper.left:  # until a checkpoint says so
+                for silo in self._keeper.left:  # a request keeps them out until a checkpoint does
                     request = Request(f"0-{silo.encode().hex()}", "retire", silo)
                     self._desk.carried_out(request, self.state.round, self.membership.epoch)
             self._open_sinks(self.state.round)
@@ -276,12 +277,12 @@ class Run:
         self._sinks = Sinks(info, self.config.records.open_sinks())
 
     def _timings(self) -> Timings:
-        """When each rank began the last round, and the seconds of its phases."""
+        """Each rank's start time of the last round, and the seconds of its phases, both by rank [n]."""
         done = self.federation.done
         return done.rank("started_s"), {name: done.rank(name) for name in PHASES}
 
     def _ranks(self) -> list[dict[str, Any]]:
-        """The rows of ranks.json. A call of all ranks."""
+        """The rows of ranks.json. Collective."""
         pid = os.getpid()
         row = {"pid": pid, "born": launcher.born(pid), **capabilities(self.device), "threads": self.threads}
         rows = self.comm.gather(json.dumps(row).encode().ljust(320))
@@ -292,7 +293,7 @@ class Run:
         ]
 
     def _register(self, ranks: Sequence[dict[str, Any]], lost: Mapping[str, str] = {}, why: str | None = None) -> None:
-        """Tell of the members from now on in ranks.json and silos.json; see Roster.register. Rank 0's."""
+        """Write the current members to ranks.json and silos.json; see Roster.register. Rank 0 only."""
         disk.replace_text(self.out / RANKS_FILE, json.dumps(ranks, indent=1))
         if self._roster is not None:
             fed = self.federation
@@ -313,28 +314,27 @@ class Run:
 
     @rng.borrowed()
     def rebuild(self, membership: Membership) -> None:
-        """Go on with other members, or with silos on other ranks, from the next round on. A call of all ranks, between
-        two rounds.
+        """Change the members, or the ranks of silos, from the next round on. Collective, between two rounds.
 
             for record in run:
                 if record["round"] == 10:
                     run.rebuild(run.membership.without("c").moved("a", 1))
 
-        A silo that moves takes along what it keeps; its data are opened by the rank that it comes to. One that joins is
-        a silo of the data that was no member, or has left before: it begins as all did. What follows has the bits of a
-        run that is resumed from this round with this membership. Tensors that were read of the run before, such as
-        `parameters`, are not to be looked at afterwards. A run that is killed before the next checkpoint goes on from
-        the last one, with the members of then.
+        A silo that moves keeps its state; its new rank opens its data. A silo that joins must be in the data set and
+        not a member, for example because it left earlier; it starts without kept state. The next rounds give the same
+        bits as a run that resumes from this round with this membership. Tensors read from the run before the call, such
+        as `parameters`, are invalid afterwards. A run that is killed before the next checkpoint resumes from the last
+        one, with that checkpoint's members.
 
-        Raises ConfigError, alike on every rank, for a membership that cannot be; the run is then as it was.
+        Raises ConfigError, the same on every rank, for an impossible membership; the run is then unchanged.
         """
         if self._closed:
             raise ConfigError("membership: the run is closed")
         fed, state = self.federation, self.state
-        self.comm.set_up(self.config.comm.timeout_s)  # data are opened
+        self.comm.set_up(self.config.comm.timeout_s)  # opening data takes time
         opened = admitted(self._spec, fed, state, membership)
         self._keeper.seal()
-        self._spoiled = True  # until the new federation stands
+        self._spoiled = True  # until the new federation is complete
         self.state = replace(state, params_Q=state.params_Q.clone(), optimizer=None)
         self.federation, self.state = rebuilt(self._spec, fed, state, self._health, opened)
         self._spoiled = False
@@ -342,7 +342,7 @@ class Run:
         self._mirror_anew()
         ranks = self._ranks()
 
-        def register() -> None:  # what the run is has changed: no file for people to look at undoes that
+        def register() -> None:  # the change is done: a file that only people read must not undo it
             try:
                 self._register(ranks)
             except OSError as error:
@@ -353,14 +353,14 @@ class Run:
     # ------------------------------------------------------------ rounds
 
     def add_sink(self, sink: Sink) -> None:
-        """Let `sink.write` have every record from now on, on rank 0; other ranks may call it and nothing happens."""
+        """Pass every record from now on to `sink.write`, on rank 0; on other ranks the call does nothing."""
         self._added.append(sink)
         if self.comm.rank == 0:
             self._sinks.add(sink)
 
     @property
     def model(self) -> torch.nn.Module:
-        """The torch module, which every silo of this rank trains in."""
+        """The torch module that this rank's silos train in, one after the other."""
         return self.federation.model.hand_out()
 
     @property
@@ -370,30 +370,30 @@ class Run:
 
     @property
     def averaged_parameters(self) -> torch.Tensor:
-        """The parameters that records evaluate and model.safetensors holds, [P]: their average over rounds if
-        `server.average` keeps one."""
+        """The parameters that are evaluated and saved to model.safetensors, [P]: with `server.average` their average
+        over rounds, otherwise `parameters`."""
         return self.parameters if self.state.average_P is None else self.state.average_P
 
     @property
     def saved(self) -> str:
-        """What remains of a run that ends early."""
+        """What remains of a run that ends early, as text for the user."""
         return self._keeper.saved
 
     @property
     def record(self) -> Record | None:
-        """The last round's record."""
+        """The last round's record; None before the first round."""
         return self.state.record
 
     def __iter__(self) -> Iterator[Record]:
-        """Train round after round up to `rounds`; each record comes when its round is committed on every rank."""
+        """Train up to `rounds`; yield each round's record once every rank has committed the round. Collective."""
         self.federation.timer.reset()
-        stopping.mind_interrupts()  # from now on there are rounds to lose
+        stopping.mind_interrupts()  # from now on an interrupt may lose rounds
         self._keeper.remember()
         self.comm.took(0.0)
         yielded = self.state.round
         try:
             self._mirror_anew()
-            begun = False  # has what was asked for before the first round been carried out?
+            begun = False  # whether requests made before the first round are carried out
             while self.state.round < self.config.rounds:
                 try:
                     if not begun:
@@ -404,13 +404,13 @@ class Run:
                     if not self._outlives(error):
                         raise
                     self._heal(error)
-                    begun = False  # some ranks may have carried it out, and others not
+                    begun = False  # only some ranks may have carried them out
                 if self.state.round > yielded:
                     yielded = self.state.round
                     assert self.record is not None
                     yield self.record
         except Exception as error:
-            # What one rank alone raises leaves the others where they are: no collective can follow.
+            # After an error of one rank alone the others are elsewhere, so no collective can follow.
             alike = self.comm.alike(error)
             if alike and isinstance(error, (Stopped, Diverged, NoCohort)):
                 self._stopped, self._breaks_off = isinstance(error, Stopped), True
@@ -423,8 +423,8 @@ class Run:
             raise
 
     def _round(self) -> None:
-        """One round, committed and told; a checkpoint of it where one is due."""
-        fed = self.federation  # which may be another one for every round
+        """Train, commit and record one round; write a checkpoint if one is due. Collective."""
+        fed = self.federation  # it may be a new one every round
         with rng.borrowed():
             prepared = self.config.engine.step(self.state, fed)
             self._judge(prepared.outcome)
@@ -435,7 +435,7 @@ class Run:
         self._tell()
 
     def _tell(self) -> None:
-        """Write the record of the round just done, and a checkpoint where one is due."""
+        """Write the last round's record, take up requests, and write a checkpoint if one is due. Collective."""
         record = self.state.record
         assert record is not None
         self.comm.took(record["seconds"]["round"])
@@ -451,23 +451,23 @@ class Run:
     # ------------------------------------------------------------ requests
 
     def _take_up(self) -> None:
-        """Carry out what is asked of the members, and put what came of it on disk. Collective."""
+        """Carry out the requests to change the members, and write the result to disk. Collective."""
         state, regions = self.state, self.config.exchange.regions
         if regions is not None and state.round % regions.every:
-            return  # until all regions have the same model
-        has_before = self._keeper.has(state)  # a checkpoint with the members before
+            return  # wait until all regions have the same model
+        has_before = self._keeper.has(state)  # whether a checkpoint has the members before the change
         due = self.comm.collectively(self._due if self.comm.rank == 0 else list)
         due = json.loads(self.comm.broadcast_text(json.dumps(due), 0))
-        self._changes.clear()  # rank 0 has marked all of them
+        self._changes.clear()  # rank 0 has recorded all of them
         if any([self._carry_out(Request(**one)) for one in due]):
-            self.comm.took(0.0)  # data were opened meanwhile
+            self.comm.took(0.0)  # opening data took time that is not a round's
             if not has_before:
                 self._keeper.keep(self.state, due=True)
                 if self._desk is not None and self._keeper.sealed == state.round:
                     self._desk.sealed(state.round)
 
     def _due(self) -> list[dict[str, Any]]:
-        """Rank 0's: what is to be carried out now."""
+        """The requests to carry out now, as dicts; invalid ones are refused. Rank 0 only."""
         assert self._desk is not None
         self._desk.sealed(self._keeper.sealed - 1)
         found = []
@@ -479,7 +479,7 @@ class Run:
         return found
 
     def _carry_out(self, request: Request) -> bool:
-        """Change the members as asked; or refuse, and the run is as it was. Returns which. Collective."""
+        """Carry out a request. Returns False if it is refused; the run is then unchanged. Collective."""
         before = self._spec
         try:
             self._spec, members = asked_for(request, before, self.federation)
@@ -498,7 +498,7 @@ class Run:
         return True
 
     def _answer(self, token: str, why: str | None, request: Request | None = None) -> None:
-        """Rank 0: tell what became of a request; `why` it is refused, None if it is carried out."""
+        """Answer a request, on rank 0. `why`: why it was refused; None if it was carried out."""
         if self.comm.rank != 0:
             return
         done = self.state.round
@@ -513,7 +513,7 @@ class Run:
             disk.append_line(self.out / EVENTS_FILE, json.dumps(told))
 
     def _mark_changes(self, epoch: int) -> None:
-        """Rank 0: mark and answer the requests that led to the members of this epoch, if the lost rank 0 did not."""
+        """Record and answer requests up to this epoch that the lost rank 0 left unanswered. Rank 0 only."""
         assert self._desk is not None
         answered = {answer["token"] for answer in roster.read(self.out)["answers"]}
         for request, done, made in self._changes:
@@ -522,7 +522,7 @@ class Run:
                 self._answer(request.token, None, request)
 
     def _close_desk(self) -> None:
-        """Rank 0: no request is left without an answer once all rounds are done."""
+        """Remove requests that a checkpoint holds; refuse the others if all rounds are done. Rank 0 only."""
         desk, rounds = self._desk or Desk(self.out), self.config.rounds
         desk.sealed(self._keeper.sealed - 1)
         if self.state.round >= rounds:
@@ -533,7 +533,7 @@ class Run:
     # ------------------------------------------------------------ lost ranks
 
     def _mirror_anew(self) -> None:
-        """Keep the state in the memory of all ranks, where they are to outlive each other. A call of all ranks."""
+        """Start to mirror the state in all ranks' memory, if the run survives lost ranks. Collective."""
         if not self.comm.outlives_ranks or self.config.heals == "stop":
             self._mirrors = []
         else:
@@ -542,31 +542,31 @@ class Run:
             self._mirrors[-1].keep(self.state, self._health)
 
     def _outlives(self, error: Exception) -> bool:
-        """May the run go on without the ranks that are lost?"""
+        """Whether the error is a loss of ranks that the run can continue without."""
         lost = isinstance(error, (RankLost, *self.comm.fatal)) and not isinstance(error, (MemoryError, CommTimeout))
         return lost and bool(self._mirrors)
 
     @rng.borrowed()
     def _heal(self, error: Exception) -> None:
-        """Go on with the ranks that are left, from the newest commit that all of them have in memory. Raises `error`
-        where nobody is lost."""
+        """Continue on the remaining ranks, from the newest commit that all of them have in memory. Collective over
+        these. Raises FedmpiError, with the text of `error`, if no rank is lost."""
         began_s = time.monotonic()
         self._spoiled = True
         losses: list[Loss] = []
-        made: tuple[int, Loss] | None = None  # by the last attempt: a generation, and what it makes up for
+        made: tuple[int, Loss] | None = None  # by the last attempt: its generation and loss
         while True:
             try:
                 self._keeper.close(ALONE_S)
                 self._succeed(self.comm.shrink())
                 mirror, group = agreed_mirror(self._mirrors, self.comm)
                 if made is not None and made[0] == mirror.generation:
-                    losses.append(made[1])  # all had it before one more was lost
+                    losses.append(made[1])  # the last attempt was complete on all ranks before the next loss
                 made = None
                 if not group.lost:
                     raise agreed(FedmpiError(f"no rank is lost, and yet: {error}"))
                 commit = newest_common(mirror, group)
                 assert mirror.spec is not None
-                # Not the specification of a change that only some ranks had begun.
+                # The mirror's, because only some ranks may have begun a change of the current one.
                 self._spec = replace(mirror.spec, watch=self._spec.watch)
                 opened = self._reopened(mirror.fed, group)
                 self.federation, self.state = healed(self._spec, mirror, self._health, group, commit, opened)
@@ -580,7 +580,7 @@ class Run:
             except Exception as another:
                 if not self._outlives(another):
                     raise
-                # One more is lost.
+                # Another rank was lost: try again.
         self._spoiled = False
         losses.append(replace(loss, seconds=time.monotonic() - began_s))
         for told in losses if self.comm.rank == 0 else ():
@@ -588,7 +588,7 @@ class Run:
             disk.append_line(self.out / EVENTS_FILE, told.line)
 
     def _succeed(self, left: Comm) -> None:
-        """These ranks are all there are from now on."""
+        """Continue on the communicator of the remaining ranks. Collective over these."""
         go_on_with(left, self.comm)
         self.comm = left
         left.set_up(self.config.comm.timeout_s)
@@ -598,7 +598,7 @@ class Run:
         self._spec = replace(self._spec, watch=stopping.Watch(left, self.out, watchdog))
 
     def _reopened(self, fed: Federation, group: Regrouped) -> Opened:
-        """The members from now on. Lost silos whose data cannot be opened elsewhere leave."""
+        """Open the members' data on the remaining ranks. If adoption fails, the lost ranks' silos leave. Collective."""
         comms, how = Comms.of(self.comm), self.config.heals
         try:
             members = inherited(self._spec, fed, group, how)
@@ -612,7 +612,7 @@ class Run:
             return open_members(self._spec, members, comms, fed.silos, fed.facts)
 
     def _go_on(self, losses: Sequence[Loss]) -> None:
-        """Checkpoints, records and ranks.json are those of the ranks that are left. A call of all of them."""
+        """Move checkpoints, records and ranks.json to the remaining ranks. Collective over these."""
         done, ranks, record = self.state.round, self._ranks(), self.state.record
         if "_sinks" in vars(self):
             self._sinks.close()
@@ -645,16 +645,16 @@ class Run:
         self.federation.timer.reset()
 
     def _score(self, record: Record) -> float | None:
-        """How good a round is, higher is better; None where it was not evaluated."""
+        """The round's score, higher is better; None if the round was not evaluated."""
         value = record.get(self.metric)
         return None if value is None else float(value if self.maximize else -value)
 
     # ------------------------------------------------------------ the end
 
     def close(self) -> None:
-        """Write the last checkpoint and, once all rounds are done, model.safetensors. A call of all ranks. After a
-        round that failed it writes nothing: the newest checkpoint stays what it is. Ranks that are lost meanwhile are
-        made up for, unless the run breaks off: a rank that did not come to know of it would train on."""
+        """Write the last checkpoint and, if all rounds are done, model.safetensors. Collective. After a failed round it
+        writes nothing, and the newest checkpoint stays. If ranks are lost meanwhile, the others finish without them;
+        not after an error that ends the run early, since a rank that missed it would go on training."""
         if self._closed:
             return
         try:
@@ -671,10 +671,11 @@ class Run:
         self._release()
 
     def _conclude(self) -> None:
+        """Write the last checkpoint and the model, then close. Collective."""
         self._keeper.finish(self.state)
-        self.comm.set_up(self.config.comm.timeout_s)  # a large model takes rank 0 as long as it takes
+        self.comm.set_up(self.config.comm.timeout_s)  # rank 0 may need long to write a large model
         self.federation.model.load(self.averaged_parameters)
-        self.federation.model.load_personal({})  # no silo's own leaves it
+        self.federation.model.load_personal({})  # no silo's personal layers are saved
 
         def write() -> None:
             if self.comm.rank == 0:
@@ -693,11 +694,11 @@ class Run:
         self.comm.finish()
 
     def silo_model(self, silo: str) -> torch.nn.Module | None:
-        """A copy of the model that the silo would use for itself: fine-tuned after the last round where the run does
-        that, its rule's own, or the global parameters with its own layers; the global model where it has no other.
+        """A copy of the silo's personal model; None on the ranks that do not host the silo.
 
-        None on the ranks that do not host the silo. Raises ConfigError where there is no such silo, and where its
-        layers were not trained yet.
+        It is the first of these that exists: the model fine-tuned after the last round, the personal model of the
+        silo's local rule, the global parameters with the silo's personal layers, the global model. Raises ConfigError
+        for an unknown silo, and if its personal layers are not trained yet.
         """
         fed = self.federation
         if silo not in fed.index:
@@ -707,35 +708,36 @@ class Run:
         own = fed.silos[silo]
 
         def check() -> None:
-            if not self._closed:  # the other ranks wait for this one at the run's end
+            if not self._closed:  # heartbeat: other ranks wait for this one at the run's end
                 self.comm.beat(trains=True)
 
-        # One beside the run's, whose memory belongs to the exchange and goes with the run.
+        # A copy, because the memory of the run's model belongs to the exchange and is freed with the run.
         model = fed.model.twin()
         with rng.borrowed():
             load_own(fed.rule, model, own, self.averaged_parameters, fed.tuning(own, self.state.round, check))
         return model.module
 
     def _keep_readable(self) -> None:
-        """Shared memory goes with the run, or with the next: what is looked at afterwards gets memory of its own."""
+        """Copy the parameters and the model out of shared memory, which is freed when the run ends."""
         self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
         self.federation.model.leave()
 
     def _release(self, error: BaseException | None = None) -> None:
-        """All that a run has taken is given back; also where it failed on some rank alone."""
+        """Release everything that the run holds. Not collective: it also runs if this rank fails alone."""
         self._put_away(WRITER_S if error is None or self.comm.alike(error) else ALONE_S)
         if self._listens:
             self._listens = False
             stopping.forget(self._stopped)
 
     def _put_away(self, writer_s: float = WRITER_S) -> None:
-        """Close this rank's files and give the run directory free. Only what all have begun is waited for."""
+        """Close this rank's files and unlock the run directory. Waits for the exchange in flight, which all ranks have
+        begun, and at most `writer_s` seconds for the checkpoint writer."""
         if not self._closed:
             self._closed = True
             self.comm.open_runs -= 1
             if "_spec" in vars(self) and (watchdog := self._spec.watch.watchdog) is not None:
                 watchdog.end()
-            self.comm.set_up(self.config.comm.timeout_s)  # what ranks do now takes as long as it takes
+            self.comm.set_up(self.config.comm.timeout_s)  # closing may take long
             if "federation" in vars(self):
                 self.federation.exchange.leave()
             if "_keeper" in vars(self):
@@ -755,7 +757,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close after a whole loop, a `break` or a stop; what was raised goes up, with what remains on disk."""
+        """Close the run, or only release it after a failure. Adds what is saved on disk to the error that ended it."""
         if kind is None or (issubclass(kind, (Stopped, Diverged)) and self.comm.alike(error)):
             self.close()
         else:
@@ -764,7 +766,7 @@ class Run:
             more = Stopped(f"{error}; {self.saved}")
             more.agreed = error.agreed
             raise more from None
-        says_so = isinstance(error, CheckpointError) and error.agreed  # or would come again
+        says_so = isinstance(error, CheckpointError) and error.agreed  # its text already does
         if isinstance(error, (Exception, KeyboardInterrupt)) and not (
             says_so or isinstance(error, (Diverged, NoCohort))
         ):
@@ -772,6 +774,7 @@ class Run:
 
 
 def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> Config:
+    """The configuration, read if it is a file. Raises ConfigError, also for overrides of a Config."""
     if isinstance(config, Config):
         if overrides:
             raise ConfigError("overrides go with a configuration file; a Config is built with its values")

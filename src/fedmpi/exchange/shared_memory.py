@@ -1,10 +1,10 @@
-"""Plan shared_memory: every rank adds up its own coordinates straight out of the others' shared memory.
+"""Plan shared_memory: each rank sums its own coordinates directly from the other ranks' memory; nothing is sent.
 
-Every rank owns 1/n of the coordinates, adds them up, steps them, and writes where all read. Parameters and server state
-are there once per node, whatever the number of ranks; nothing is sent.
+Each of the n ranks owns 1/n of the coordinates. It sums them, takes the server's step, and writes the result to memory
+that all ranks read. The node holds one copy of the parameters and of the server state, for any number of ranks.
 
-A rank with one silo trains it in memory that the others read its delta out of. The new parameters are written there
-too, while the delta's elements are in the cache, so that the next round finds its model loaded.
+A rank with one silo trains it in shared memory, where the others read its delta. The owners of the coordinates write
+the new parameters there too, while the delta is in the cache, so the next round need not load them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
 
 
-# What a rank gives: nothing, its sum, or the vector of its only silo, in the memory of the silo's model.
+# What a rank contributes: nothing, the sum of its silos, its only silo's delta, or that silo's trained parameters.
 NOTHING, SUM, DELTA, TRAINED = -1, 0, 1, 2
 
 
 class SharedMemory(Exchange):
-    """On one node each rank adds up and steps its part straight out of the others' memory; nothing is sent."""
+    """On one node, each rank sums its coordinates directly from the others' memory and steps them; nothing is sent."""
 
     in_shared_memory: ClassVar[bool] = True
 
@@ -56,35 +56,35 @@ class SharedMemory(Exchange):
     @classmethod
     def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
         memory = {"sum": (sizes.num_elements + 1) * word_bytes(section, sizes)}
-        if sizes.rank == 0:  # once for the node
+        if sizes.rank == 0:  # one copy per node
             memory |= {"global parameters": sizes.vector_bytes, "server state": sizes.state_bytes}
         return Cost(Traffic(0, 0, 0, "shared memory of one node"), memory)
 
-    params_placement = "root"  # what rank 0 writes is what all read
+    params_placement = "root"  # all ranks read what rank 0 writes
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self._sums = comm.shared(self.num_params, self.sum_dtype)
-        # Of each rank: the kind of what it gives, and its weight.
+        # Per rank: the kind of its contribution, and its weight.
         self._heads = comm.shared(1 + weights.LIMBS, torch.float64)
         self._weight: float = 0  # of this rank's silos
         if compiled(params_P):
             from fedmpi.kernels import vectors  # noqa: F401 (loaded at set-up: a rank whose numba is broken fails here)
-        self._untaken: Contribution | None = None  # the only one, whose delta was not taken
+        self._untaken: Contribution | None = None  # the only one, if its delta is not taken yet
         self._deltas: list[torch.Tensor] = []
         self._total_B = torch.zeros(BLOCK, dtype=self.sum_dtype)
         self._mean_B = torch.zeros(BLOCK, dtype=self.dtype)
 
     @classmethod
     def shared_bytes(cls, section: ExchangeSection, params_P: torch.Tensor, states: int, first: bool) -> int:
-        """Of shared memory that a rank makes; the `first` one also for the parameters and the server's `states`."""
+        """Bytes of shared memory that a rank allocates; the `first` also holds parameters and the server's `states`."""
         integers = section.reduction == "reproducible" and section.scope == "rank"
         sums = 8 if integers else params_P.itemsize
         own = len(params_P) * (sums + params_P.itemsize)
         return own + (len(params_P) * params_P.itemsize * (1 + states) if first else 0)
 
     def delta(self) -> torch.Tensor:
-        """Where a rank has but one contribution the others read it in here."""
+        """Shared memory [P] for the model, where the others read the delta of a rank with one contribution."""
         self._deltas = self.comm.shared(self.num_params, self.dtype)
         return self._deltas[self.comm.rank]
 
@@ -94,14 +94,14 @@ class SharedMemory(Exchange):
         return shared[0], type(state)(*shared[1:])
 
     def _shared(self, tensor: torch.Tensor) -> torch.Tensor:
-        """One copy for the node; every rank touches its part first, so that it lies near the rank that will step it."""
+        """One copy for the node. Each rank writes its part first, so that its pages lie near the rank (NUMA)."""
         there = self.comm.shared(len(tensor), tensor.dtype, owner=0)[0]
         part = shard(len(tensor), self.comm.rank, self.comm.size)
         there[part].copy_(tensor[part])
         return there
 
     def scatter(self, whole_P: torch.Tensor | None, part: torch.Tensor) -> None:
-        if self.comm.rank == 0 and whole_P is not None:  # what it writes is what all see
+        if self.comm.rank == 0 and whole_P is not None:  # all ranks read what it writes
             part.copy_(whole_P)
         self.comm.barrier()
 
@@ -130,13 +130,14 @@ class SharedMemory(Exchange):
         self._tell(kind)
 
     def _tell(self, kind: int) -> None:
+        """Write this rank's kind and weight where all ranks read them."""
         head = torch.tensor((kind, *self.cut(self._weight)), dtype=torch.float64)
         self._heads[self.comm.rank].copy_(head)
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        """My coordinates: added up in rank order, divided, stepped, written where everybody reads; block by block."""
+        """Sum this rank's coordinates in rank order, divide, step and write them for all ranks, block by block."""
         if self._weight:
             self.folded(self._sums[self.comm.rank])
         fused = server.adds and compiled(params_P)
@@ -146,7 +147,7 @@ class SharedMemory(Exchange):
                 self._tell(DELTA)
             self._untaken = None
         self.comm.barrier()
-        given: list[tuple[torch.Tensor, float]] = []  # one for each rank; weight 0: nothing
+        given: list[tuple[torch.Tensor, float]] = []  # by rank; weight 0: contributes nothing
         kinds: list[int] = []
         weight: float = 0
         for rank, (told, *limbs) in enumerate(head.tolist() for head in self._heads):
@@ -181,10 +182,10 @@ class SharedMemory(Exchange):
         weight: float,
         mine: slice,
     ) -> None:
-        """The step of my coordinates, block by block; the new parameters also go into the models."""
+        """Step this rank's coordinates `mine`, block by block; also writes the new parameters into `models`."""
         parts = [slice(start, min(start + BLOCK, mine.stop)) for start in range(mine.start, mine.stop, BLOCK)]
         means: list[torch.Tensor] = []
-        if server.reads_norms:  # of the whole mean, before anybody steps
+        if server.reads_norms:  # norms of the whole mean are needed before any step
             means = [self._mean(given, weight, part).clone() for part in parts]
             square = sum(server.look(mean, part.start) for mean, part in zip(means, parts, strict=True))
             server = server.knowing(float(self.comm.gather_number(square).sum()))
@@ -203,7 +204,7 @@ class SharedMemory(Exchange):
         weight: float,
         mine: slice,
     ) -> None:
-        """The same in one compiled pass, where the step only adds the mean; the bits are the same."""
+        """`_step` with the same bits in one compiled pass, for a server step that only adds the mean."""
         from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
 
         rows = tuple(row[mine].numpy() for row, _ in given)
@@ -211,7 +212,7 @@ class SharedMemory(Exchange):
         vectors.step(rows, factors, np.array(kinds), params_P[mine].numpy())
 
     def _mean(self, given: Sequence[tuple[torch.Tensor, float]], weight: float, part: slice) -> torch.Tensor:
-        """A block of the mean; valid until the next one's."""
+        """A block of the mean; valid until the next call."""
         (first, first_share), *others = given
         total, mean = self._total_B[: part.stop - part.start], self._mean_B[: part.stop - part.start]
         if self.ring:
@@ -227,7 +228,7 @@ class SharedMemory(Exchange):
 
 
 def shard(num_elements: int, rank: int, num_ranks: int) -> slice:
-    """The coordinates that a rank owns: equal parts of whole pages, the last one what is left.
+    """The coordinates that a rank owns: equal parts in multiples of 1024; the last rank also owns the remainder.
 
     >>> shard(10_000, 1, 2)
     slice(4096, 10000, None)

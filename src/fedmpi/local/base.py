@@ -1,7 +1,7 @@
-"""What local rules share: a silo and what it keeps, the round as a rule sees it, the loop over batches.
+"""The base classes of local rules, the silo and its state, the round, and the training loop.
 
-Samples are visited in an order that is keyed by (seed, silo, epoch); the cursor, how many samples the silo has visited
-since the run began, is silo state. So a silo trains the same wherever it lives and whenever it is restarted.
+The order of samples is keyed by (seed, silo, epoch). The cursor, the number of samples that the silo has visited since
+the run began, is part of its state. So a silo trains the same on every rank and after every restart.
 """
 
 from __future__ import annotations
@@ -38,99 +38,99 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class LocalSilo:
-    """A silo that this rank hosts: its data and what it keeps from round to round."""
+    """A silo that this rank hosts: its data and its state between rounds."""
 
     id: str
     data: SiloData
     weight: float
     cursor: int = 0  # training samples visited since the run began
-    # By name: personal parameters, under names that begin with flat.RESERVED, and what its rule keeps from round to
-    # round, under any others; empty before it first trained. A rule puts new tensors under a name and never writes into
-    # those that are there: the round may yet be broken off.
+    # Tensors by name: personal parameters under names that begin with flat.RESERVED, the rule's own state under other
+    # names. Empty before the first training. A rule replaces tensors and never writes into them, because the round may
+    # still be dropped.
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a rule may know of the round it trains in."""
+    """What a rule knows about the current round."""
 
     number: int  # 1 to `rounds`
     rounds: int
     seed: int
     loss: Loss
-    check: Callable[[], None]  # a safe point: called between batches, may raise to break the round off
-    auxiliary: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the rule's vectors as they are now, [P]
-    count: Count = torch.Tensor.numel  # how many targets of a batch its loss is the mean of
-    # Asked after each step where a round may end before the silo does: is it over? Then the work done so far counts.
+    check: Callable[[], None]  # a safe point, called between batches; raises to end the round early
+    auxiliary: Mapping[str, torch.Tensor] = field(default_factory=dict)  # current values by name, [P] each
+    count: Count = torch.Tensor.numel  # number of targets that a batch's mean loss covers
+    # Whether the round has ended; asked after each step. If so, the silo stops and its work so far counts. None: the
+    # round waits for the silo.
     over: Callable[[], bool] | None = None
 
 
 class LocalRule:
-    """How a silo turns global parameters into a contribution. Members say `train`, and what else is other than here."""
+    """How a silo turns global parameters into a contribution. A rule overrides `train` and whatever else differs."""
 
     @property
     def auxiliaries(self) -> tuple[Auxiliary, ...]:
-        """Vectors that travel with the delta. `train` finds what they are now in `round.auxiliary` and writes what the
-        silo sends into the contribution's vector of that name."""
+        """Vectors that are sent with the delta, [P] each. `train` reads their current values from `round.auxiliary` and
+        writes the silo's values to `contribution[name]`."""
         return ()
 
     @property
     def kept_vectors(self) -> int:
-        """How many vectors as long as the parameters a silo keeps, for `fedmpi plan`."""
+        """Number of vectors [P] that a silo keeps between rounds, for `fedmpi plan`."""
         return 0
 
     @property
     def optimizer(self) -> Deferred | None:
-        """Of torch, that steps; None: there is none."""
+        """The torch optimizer that takes the steps; None if there is none."""
         return None
 
     @property
     def precision(self) -> str:
-        """In which a model computes: float32, or bf16, which needs a GPU."""
+        """Precision of forward and backward passes: float32, or bf16, which needs a GPU."""
         return "float32"
 
     @property
     def timed(self) -> bool:
-        """Does what a silo does hang on a clock?"""
+        """Whether the number of steps depends on elapsed time."""
         return False
 
     @property
     def is_personal(self) -> bool:
-        """Does it make silos models of their own?"""
+        """Whether the rule trains a personal model for each silo."""
         return type(self).personal is not LocalRule.personal
 
     def personal(self, silo: LocalSilo, params_P: torch.Tensor) -> torch.Tensor | None:
-        """The parameters [P] that the silo would use for itself, or None before it has any; records then give personal
-        figures beside the global ones. What of the personal model is not shared is kept under `own_` and its name
-        (personal.py)."""
+        """The parameters [P] of the silo's personal model; None before it has one. Records then report personal metrics
+        beside the global ones. Unshared tensors of the personal model are kept under `own_` + name (personal.py)."""
         return None
 
     def smallest_batch(self, silo: str, num_samples: int, rounds: int) -> int | None:
-        """Samples of the smallest batch that a silo of so many trains on in so many rounds; None: not known."""
+        """Samples in the smallest batch of a silo with `num_samples` over all `rounds`; None if unknown."""
         return None
 
     @property
     def whole_batches(self) -> tuple[str, ...]:
-        """The values of its field `last_batch` that leave no short batch; empty: it has no such field."""
+        """Values of the field `last_batch` that avoid a short batch; empty if the rule has no such field."""
         return ()
 
     @property
     def carries_over(self) -> bool:
-        """Do gradients of earlier rounds go into a round's delta?"""
+        """Whether a round's delta contains gradients of earlier rounds."""
         return False
 
     @property
     def refuses_partial(self) -> str:
-        """Why a round may not end a silo early and count what it has done (`Round.over`); empty if it may."""
+        """Why a round must not stop a silo early and count its partial work (`Round.over`); empty if it may."""
         return "it does not say that it asks `round.over` (refuses_partial)"
 
     @property
     def server_step(self) -> type[ServerOptimizer] | None:
-        """The server's half of the same algorithm, which goes with no other rule."""
+        """The server optimizer that belongs to this rule's algorithm and to no other rule; None if there is none."""
         return None
 
     def conflicts(self, config: Config) -> str | None:
-        """Why the rest of a configuration does not go with it, in one line; None where it does."""
+        """Why the rule does not work with the rest of the configuration, in one line; None if it does."""
         exchange, rule, names = config.exchange, called(self), ", ".join(a.name for a in self.auxiliaries)
         if exchange.reduction == "reproducible" and self.timed:
             return "exchange.reduction: reproducible, but local.amount: seconds is what no clock repeats"
@@ -151,13 +151,14 @@ class LocalRule:
         return None
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
-        """ConfigError where the rule cannot do with the model, what it shares or these silos."""
+        """Raise ConfigError if the rule does not support the model, its shared entries, or these silos."""
 
     @abstractmethod
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        """Train the silo from params_P, which is not written; the contribution's delta lives in the model's memory.
+        """Train the silo from params_P [P], which stays unchanged, and return its contribution.
 
-        Reads and writes the silo's cursor and kept state. Raises what `round.check` raises.
+        The contribution's vector lies in the model's memory and is valid until the next training. The silo's cursor and
+        kept state advance. Raises what `round.check` raises.
         """
 
 
@@ -165,7 +166,7 @@ LastBatch = Literal["keep", "drop", "merge"]
 
 
 def shortest(num_samples: int, batch_size: int | None, last_batch: LastBatch) -> int:
-    """Samples of the shortest batch of an epoch.
+    """Samples in the shortest batch of an epoch.
 
     >>> shortest(65, 32, "keep"), shortest(65, 32, "merge"), shortest(65, None, "keep"), shortest(1, 32, "drop")
     (1, 32, 65, 1)
@@ -177,35 +178,35 @@ def shortest(num_samples: int, batch_size: int | None, last_batch: LastBatch) ->
 
 @component
 class GradientRule(LocalRule):
-    """The fields that every rule of gradient steps has: how much, with what, how fast."""
+    """Base class of rules that take gradient steps: their common fields and the batches."""
 
     whole_batches = ("drop", "merge")
 
     lr: PositiveFloat
     """step size at the schedule's start"""
     epochs: PositiveInt | None = None
-    """passes over the silo's samples per round; or give `steps`"""
+    """passes over the silo's samples per round; give this or `steps`"""
     steps: PositiveInt | None = None
-    """batches per round; they run on across rounds, an epoch's last may be short"""
+    """batches per round; the next round continues in the same epoch, whose last batch may be short"""
     batch_size: PositiveInt | None = 32
-    """samples per step; null: the whole silo"""
+    """samples per step; null: all samples of the silo"""
     last_batch: LastBatch = "keep"
-    """of an epoch, where it is short: keep it, drop its samples, or merge them into the batch before; a single sample
-    is too few for batch normalization"""
+    """a short last batch of an epoch: keep it, drop it, or merge it into the batch before; batch normalization needs
+    more than one sample"""
     optimizer: Annotated[Deferred, TORCH_OPTIMIZERS] = Deferred("SGD", torch.optim.SGD, {})
-    """of torch.optim, new every round"""
+    """optimizer of torch.optim; its state is reset every round, unless `keep_optimizer`"""
     schedule: Annotated[Schedule, SCHEDULES] = Constant()
-    """of lr over rounds"""
+    """learning rate over rounds"""
     clip: PositiveFloat | None = None
-    """largest norm of what a step goes along, a rule's corrections in it; null: any"""
+    """largest norm of a step's gradient, including the rule's corrections; null: no clipping"""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: autocast on CUDA"""
     sampler: Annotated[Sampler, SAMPLERS] = Shuffle()
-    """the order of a silo's samples"""
+    """order of a silo's samples"""
     keep_optimizer: bool = False
-    """a silo's optimizer goes on where its last round left it, in place of a new one"""
+    """keep each silo's optimizer state from round to round"""
     amount: Annotated[Amount, WORKLOADS] = Whole()
-    """how much of `epochs` or `steps` a silo does in a round"""
+    """how many of the `epochs` or `steps` a silo takes in a round"""
 
     @pydantic.model_validator(mode="after")
     def _one_amount(self) -> GradientRule:
@@ -226,35 +227,38 @@ class GradientRule(LocalRule):
         if not self.keep_optimizer:
             return False
         one, two = (num_gradients(self.optimizer, steps) for steps in (1, 2))
-        return one is not None and two != 2 * one  # as it is with momentum
+        return one is not None and two != 2 * one  # momentum, for example
 
     def rate(self, round: Round) -> float:
-        """The learning rate of a round."""
+        """The learning rate of the round."""
         return self.schedule.lr(self.lr, round.number, round.rounds)
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
-        """ConfigError for a model without parameters to train, and for an amount of a silo that is none."""
+        """Raise ConfigError if the model has no trainable parameter, or if `amount` names an unknown silo."""
         refuse_frozen(entries)
         if isinstance(self.amount, BySilo) and (others := sorted(self.amount.silos.keys() - set(ids))):
             raise ConfigError(f"local.amount.silos: no silo '{others[0]}'{did_you_mean(others[0], ids)}")
 
     def most_batches(self, silo: str, rounds: int) -> float:
-        """How many batches a silo takes in so many rounds, at most, as far as `steps` tell."""
+        """Upper bound of the batches that a silo takes in `rounds` rounds; inf if only `epochs` is given."""
         steps = self.amount.silos.get(silo, self.steps) if isinstance(self.amount, BySilo) else self.steps
         return math.inf if self.steps is None or steps is None else steps * rounds
 
     def smallest_batch(self, silo: str, num_samples: int, rounds: int) -> int:
-        """Samples of the smallest batch that a silo meets in so many rounds."""
+        """Samples in the smallest batch that a silo with `num_samples` gets in `rounds` rounds."""
         size = min(self.batch_size or num_samples, num_samples)
         if self.most_batches(silo, rounds) <= num_samples // size:
-            return size  # it never comes to an epoch's end
+            return size  # it never reaches the end of an epoch
         return shortest(num_samples, self.batch_size, self.last_batch)
 
     def batches(
         self, silo: LocalSilo, seed: int, amount: int | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This round's batches from the silo's cursor on, `amount` epochs or steps of them (None: all that the rule is
-        given); the cursor moves as they are taken."""
+        """Yield this round's batches (x, y) from the silo's cursor on, and advance the cursor.
+
+        `amount` is the number of epochs or steps; None: that of the rule. Raises ConfigError for an invalid order of
+        the sampler.
+        """
         x, y = silo.data.x_train, silo.data.y_train
         n = len(x)
         size = min(self.batch_size or n, n)
@@ -268,7 +272,7 @@ class GradientRule(LocalRule):
                 epoch = silo.cursor // n
                 given = order_of(self.sampler, seed, silo.id, epoch, n)
                 order = torch.from_numpy(np.ascontiguousarray(given, dtype=np.int64)).to(x.device)
-            if len(order) < min(start + size, n):  # one that ends early is enough where the run ends there too
+            if len(order) < min(start + size, n):  # a short order is enough if the run ends before its end
                 raise no_order(self.sampler, silo.id, epoch, f"{len(order)} indices", n)
             rows = order[start : start + size]
             if self.last_batch != "keep" and 0 < (rest := n - start - len(rows)) < size:
@@ -283,7 +287,7 @@ class GradientRule(LocalRule):
                 return
 
     def num_batches(self, cursor: int, num_samples: int, amount: int | None = None) -> int:
-        """How many batches `batches` gives from a cursor on, whatever the clock says."""
+        """Number of batches that `batches` yields from a cursor on, without a time limit."""
         if self.steps is not None:
             return amount or self.steps
         n, size, num = num_samples, min(self.batch_size or num_samples, num_samples), 0
@@ -299,11 +303,11 @@ class GradientRule(LocalRule):
 
 
 def load_silo(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> list[torch.nn.Parameter]:
-    """Make the model the silo's at the start of its round; its trained parameters come back."""
+    """Load the silo's model for the start of its round; returns the trainable parameters."""
     model.load(params_P)
     model.load_personal(silo.kept)
     model.module.train()
-    # Dropout, augmentation and the like draw from generators without a name: a silo draws the same on every rank.
+    # Dropout, augmentation and the like use the global generators: seeded here, a silo draws the same on every rank.
     rng.set_all(rng.key(round.seed, purpose="train", round=round.number, silo=silo.id))
     return [p for p in model.module.parameters() if p.requires_grad]
 
@@ -313,10 +317,9 @@ BatchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def gradient(model: FlatModel, batch: Batch, batch_loss: BatchLoss, precision: str = "float32") -> torch.Tensor:
-    """Forward, loss and backward of one batch, which is on the model's device: the gradient is added to `.grad` of the
-    parameters, and the loss comes back, without its graph.
+    """The detached loss of one batch, which lies on the model's device; adds its gradient to the parameters' `.grad`.
 
-    Every gradient that a rule descends along is made here.
+    All rules compute their gradients here.
     """
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
         loss = batch_loss(*batch)
@@ -333,10 +336,10 @@ def whole_gradient(
     precision: str = "float32",
     merge: bool = False,
 ) -> float:
-    """The gradient at params_P over all of the silo's samples, into `.grad` of the parameters; the loss comes back.
+    """The mean loss over all of the silo's samples at params_P; its gradient goes into the parameters' `.grad`.
 
-    So many samples at a time (null: at once), which matters for memory alone, unless the model has batch statistics;
-    `merge` adds those of a short last batch to the one before. Neither cursor nor kept state move.
+    `batch_size` samples at a time (None: all at once). This only affects memory, unless the model has batch statistics.
+    `merge` joins a short last batch with the one before. The silo's cursor and kept state stay unchanged.
     """
     trained = load_silo(silo, model, params_P, round)
     x_all, y_all, device = silo.data.x_train, silo.data.y_train, model.device
@@ -360,7 +363,7 @@ def whole_gradient(
 
 
 def gradient_vector(model: FlatModel, params_P: torch.Tensor) -> torch.Tensor:
-    """`.grad` of the shared parameters as one new vector [P], 0 where there is none."""
+    """The gradients of the shared parameters as one new vector [P]; 0 for parameters without `.grad`."""
     vector_P = torch.zeros_like(params_P)
     for param, part in model.pairs(vector_P):
         if param.grad is not None:
@@ -369,7 +372,7 @@ def gradient_vector(model: FlatModel, params_P: torch.Tensor) -> torch.Tensor:
 
 
 def kept_vector(silo: LocalSilo, name: str, params_P: torch.Tensor) -> torch.Tensor | None:
-    """What the silo keeps under a name, where params_P is; None at first. After a resume it is still on the CPU."""
+    """The silo's kept tensor of that name, on the device of params_P (after a resume it lies on the CPU), or None."""
     found = silo.kept.get(name)
     return None if found is None else found.to(params_P.device)
 
@@ -387,12 +390,13 @@ def local_steps(
     batch_loss: BatchLoss | None = None,
     pull: float = 0.0,
 ) -> Contribution:
-    """The loop over batches that rules share: from params_P on, with the silo's personal parameters.
+    """The training loop that rules share: gradient steps from params_P [P] and the silo's personal parameters.
 
-    `correct` is called without gradients after each backward pass, before clipping and the step: it may change the
-    parameters' `.grad` (`model.pairs`). `batch_loss(x, y)` takes the place of the objective's loss of the model's
-    outputs. `pull` is lr mu of a proximal term that `correct` adds. The silo's kept state becomes a new dict with its
-    personal parameters as they are at the end. Where the round is over after a step, that step is the last.
+    `correct` may change the parameters' `.grad` (see `model.pairs`); it is called without autograd after each backward
+    pass, before clipping and the step. `batch_loss(x, y)` replaces the objective's loss of the model's outputs. `pull`
+    is lr mu of a proximal term that `correct` adds. Returns the contribution, and sets `silo.kept` to a new dict with
+    the final personal parameters. If the round is over after a step, the loop ends there. Raises what `round.check`
+    raises.
     """
     module, device = model.module, model.device
     trained = load_silo(silo, model, params_P, round)
@@ -412,7 +416,7 @@ def local_steps(
     for x, y in work.batches(silo, round.seed, amount):
         round.check()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        for param in trained:  # the optimizer's zero_grad without the profiler's mark, a tenth of a small model's step
+        for param in trained:  # like zero_grad, but without its profiler record: a tenth of a small model's step
             param.grad = None
         loss = gradient(model, (x, y), batch_loss or loss_of_outputs, work.precision)
         if correct is not None:
@@ -423,7 +427,7 @@ def local_steps(
         with torch.no_grad():
             step()
         counted = round.count(y)
-        losses += (loss.float() if loss.dtype in HALF else loss) * counted  # float16 ends at 65504
+        losses += (loss.float() if loss.dtype in HALF else loss) * counted  # float16 overflows above 65504
         num_targets = num_targets + counted
         num_samples += len(x)
         num_steps += 1
@@ -448,8 +452,8 @@ def local_steps(
 
 
 def _part(work: GradientRule, num_steps: int, planned: int, seconds: float, pull: float) -> float:
-    """The share of the planned gradients that so many steps hold: |a_k|_1 of FedNova over what it was to be. What
-    `amount: seconds` would have come to is told by the pace so far."""
+    """Share of the planned gradients in a delta of `num_steps` steps: FedNova's |a_k|_1 over its planned value. With
+    `amount: seconds` the planned steps are extrapolated from the pace so far."""
     if seconds > 0 and work.amount.limit_s < math.inf:
         planned = min(planned, max(num_steps, math.ceil(num_steps * work.amount.limit_s / seconds)))
     held, whole = (num_gradients(work.optimizer, steps, pull) for steps in (num_steps, planned))

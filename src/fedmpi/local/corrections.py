@@ -1,4 +1,4 @@
-"""What rules add to gradients before a step: the `correct` of `local_steps`."""
+"""Corrections that rules add to gradients before each step, for `correct` of `local_steps`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedmpi.local.base import Correct
 
 
 def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Correct:
-    """A `correct` for `local_steps`: g becomes scale g + by, in place and in one call for all parameters."""
+    """A `correct` for `local_steps`: g becomes `scale` g + `by_P`, in place. `by_P` [P] is read at every step."""
     pairs = model.pairs(by_P)
 
     def correct() -> None:
@@ -22,13 +22,16 @@ def corrected(model: FlatModel, by_P: torch.Tensor, scale: float = 1.0) -> Corre
 
 
 def pulled(model: FlatModel, mu: float, by_P: torch.Tensor) -> Correct:
-    """A `correct` for `local_steps`: g becomes g + mu w + by; towards a point if `by` is -mu times it."""
+    """A `correct` for `local_steps`: g becomes g + mu w + `by_P`, in place. `by_P` [P] is read at every step.
+
+    With `by_P` = -mu z this is the gradient of mu/2 |w - z|^2, which pulls the parameters w towards z.
+    """
     pairs = model.pairs(by_P)
     whole = [(param, part) for param, part in pairs if param.dtype == part.dtype]
     halves = [(param, part) for param, part in pairs if param.dtype != part.dtype]
 
     def correct() -> None:
-        for param, part in halves:  # in single precision: what is drawn by nothing must not move
+        for param, part in halves:  # in float32, so that at w = z rounding adds no pull
             if param.grad is not None:
                 param.grad.add_(torch.add(part, param.to(part.dtype), alpha=mu))
         if not whole:
@@ -43,6 +46,6 @@ def pulled(model: FlatModel, mu: float, by_P: torch.Tensor) -> Correct:
 def _graded(
     pairs: list[tuple[torch.nn.Parameter, torch.Tensor]],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The gradients of those parameters that have one, and their parts."""
+    """The gradients of the parameters that have one, and their parts of the vector."""
     found = [(param.grad, part) for param, part in pairs if param.grad is not None]
     return [grad for grad, _ in found], [part for _, part in found]
