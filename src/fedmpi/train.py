@@ -71,7 +71,7 @@ from fedmpi.records.metrics import last_round
 from fedmpi.records.sink import Timings
 from fedmpi.requests import Desk, Request
 from fedmpi.roster import Roster, contributors
-from fedmpi.rounds import Federation
+from fedmpi.rounds import Federation, Synchronous
 from fedmpi.trust import confined
 
 log = logging.getLogger("fedmpi")
@@ -138,6 +138,7 @@ class Run:
         self._changes: list[tuple[Request, int, int]] = []  # in the last `_take_up`: request, rounds done, epoch
         self._rounds_before: int | None = None  # `rounds` in the run directory's stored configuration
         try:
+            self._require_own_posts()
             with confined(named_by, allow):
                 self._assemble(membership)
             self._resume(others=membership is not None)
@@ -147,6 +148,13 @@ class Run:
             raise
 
     # ------------------------------------------------------------ set-up
+
+    def _require_own_posts(self) -> None:
+        """Raise ConfigError if this run's posts between ranks could be read by another open run of the process."""
+        engine = self.config.engine
+        posts = isinstance(engine, Synchronous) and engine.policy.posts
+        if posts and self.comm.size > 1 and self.comm.open_runs > 1:
+            raise agreed(ConfigError("engine.policy: a deadline needs the ranks to itself; close the open run first"))
 
     def _assemble(self, members: Membership | None) -> None:
         """Lock the run directory and build the run's parts. Collective."""

@@ -29,6 +29,7 @@ class Policy:
 
     reads: ClassVar[frozenset[str] | None] = None  # per-silo figures it reads, as for a selector; None: unknown
     columns: ClassVar[tuple[str, ...]] = ()  # columns it needs in the silos' table
+    posts: ClassVar[bool] = False  # whether ranks post to each other during training
 
     @abstractmethod
     def objection(self, outcome: RoundOutcome) -> str:
@@ -83,6 +84,7 @@ class Deadline(Policy):
     """
 
     columns: ClassVar[tuple[str, ...]] = COLUMNS
+    posts: ClassVar[bool] = True
     reads: ClassVar[frozenset[str]] = frozenset({"lateness"})
 
     deadline_s: PositiveFloat | Literal["auto"] = "auto"

@@ -13,6 +13,7 @@ import fedmpi
 from fedmpi import comm as ranks
 from fedmpi.components import build, component
 from fedmpi.config import Config
+from fedmpi.errors import ConfigError
 from fedmpi.flat import sha256
 from fedmpi.local import Sgd
 
@@ -59,6 +60,22 @@ def trained(comm, folder, name, local, policy, num_silos=0, rounds=3):
     with fedmpi.Run(config, comm=comm) as run:
         records = list(run)
         return records, sha256(run.parameters)
+
+
+@case
+def a_second_open_run_is_refused(comm, folder):
+    values = {"data": {"name": OWN + "Blobs"}, "model": "logistic", "device": {"name": "cpu"}, "rounds": 1}
+    values["local"] = {"name": "sgd", "lr": 0.1, "steps": 2}
+    late = values | {"engine": {"name": "synchronous", "policy": "deadline"}, "out": f"{folder}/second-{comm.size}"}
+    with fedmpi.Run(build(Config, values | {"out": f"{folder}/opened-{comm.size}"}), comm=comm) as opened:
+        try:
+            fedmpi.Run(build(Config, late), comm=comm)
+        except ConfigError as error:
+            told = str(error)
+        assert len(list(opened)) == 1, "the first run goes on"
+    with fedmpi.Run(build(Config, late), comm=comm) as alone:
+        assert len(list(alone)) == 1
+    require_equal("the refusal", told, "engine.policy: a deadline needs the ranks to itself; close the open run first")
 
 
 def where(records, rank):
