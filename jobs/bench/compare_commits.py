@@ -64,11 +64,11 @@ def measured(folder: Path, given: argparse.Namespace) -> Seconds:
 
 
 def _said(command: list[str], folder: Path, env: dict[str, str] | None = None) -> str:
-    """Runs a command; returns the last line that it prints."""
+    """Runs a command; returns the last line that it prints, without the codes by which mpirun resets a terminal."""
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
     if done.returncode or not done.stdout.strip():
         raise SystemExit(f"compare_commits: {' '.join(command[:6])} ... -> {done.returncode}\n{done.stderr[-2000:]}")
-    return done.stdout.strip().splitlines()[-1]
+    return [line for line in done.stdout.replace("\x1b[0m", "").splitlines() if line.strip()][-1]
 
 
 def compared(turns: list[tuple[Seconds, Seconds]]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What one slow silo costs: rounds with it, without it, and with `engine.policy: deadline`.
 
-    mpirun -n 4 python jobs/experiments/late_silos.py [--steps 200] [--step-ms 10] [--slower 10] [--lr 0.05] ...
+    mpirun -n 4 python jobs/experiments/late_silos.py [--steps 200] [--step-ms 10] [--slower 10] [--lr 0.05] [--quick]
 
 Each rank has one silo of digits whose steps take `--step-ms`, slept and not computed; those of the last silo take
 `--slower` times as long in all rounds but the first. The last line is JSON: for each way to treat the late silo the
@@ -67,7 +67,10 @@ def main() -> None:
     parser.add_argument("--slower", type=float, default=10.0)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="smoke test: 2 rounds of 20 steps")
     args = parser.parse_args()
+    if args.quick:
+        args.steps, args.rounds = 20, 2
     comm = connect()
     values = {
         "rounds": args.rounds,

@@ -1,9 +1,10 @@
 """A picture of a run that loses three of its four ranks, one after the other, under `mpirun --with-ft ulfm`.
 
-    python jobs/experiments/three_deaths.py [--out runs/three_deaths] [--to docs/assets/three_deaths.svg]
+    python jobs/experiments/three_deaths.py [--out runs/three_deaths] [--to docs/assets/three_deaths.svg] [--quick]
 
 Trains the digits as the drills do (drill.py), kills a rank after rounds 3, 6 and 9, and draws the phases of trace.json,
-a line per rank of the start. Needs matplotlib. Exit code 1 if the run does not end well.
+a line per rank of the start. Needs matplotlib. Exit code 1 if the run does not end well. `--quick`: one death, after
+round 1 of 3.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from drill_job import RANKS, Job, mpirun, read_events, settings
 
 ROUNDS = 12
-KILLS = ((3, 2), (6, 0), (9, 3))  # after this round, this rank
+Kills = Sequence[tuple[int, int]]
+KILLS: Kills = ((3, 2), (6, 0), (9, 3))  # after this round, this rank
 LIMIT_S = 120.0
 COLOURS = {
     "train": ("#4c78a8", "train"),
@@ -27,11 +30,11 @@ COLOURS = {
 SAME = {"step": "exchange", "evaluate": "exchange", "agree": "wait", "select": "wait"}
 
 
-def train(out: Path) -> list[float]:
+def train(out: Path, rounds: int, kills: Kills) -> list[float]:
     """Run the job; the times of the kills, seconds since 1970."""
     at_s = []
-    with Job(out, settings(ROUNDS), mpirun()) as job:
-        for after, rank in KILLS:
+    with Job(out, settings(rounds), mpirun()) as job:
+        for after, rank in kills:
             job.until_round(after, LIMIT_S)
             time.sleep(0.5)  # into the next round's training
             at_s.append(time.time())
@@ -41,7 +44,7 @@ def train(out: Path) -> list[float]:
     return at_s
 
 
-def draw(out: Path, killed_s: list[float], to: Path) -> None:
+def draw(out: Path, kills: Kills, killed_s: list[float], to: Path) -> None:
     """Draw the run's trace.json."""
     import matplotlib
 
@@ -62,7 +65,7 @@ def draw(out: Path, killed_s: list[float], to: Path) -> None:
         if event["dur"] > 2000.0:
             start_s, length_s = (event["ts"] - zero) / 1e6, event["dur"] / 1e6
             axes.broken_barh([(start_s, length_s)], (group[event["pid"]] - 0.35, 0.7), color=COLOURS[phase][0])
-    for (_, rank), at_s, loss in zip(KILLS, killed_s, losses, strict=True):
+    for (_, rank), at_s, loss in zip(kills, killed_s, losses, strict=True):
         x = at_s - zero / 1e6
         axes.plot(x, rank, "x", color="#d62728", markersize=11, markeredgewidth=2.5)
         axes.annotate(f"healed in {loss['seconds']:.2f} s", (x, rank), (8, 0), textcoords="offset points", va="center")
@@ -81,8 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/three_deaths"))
     parser.add_argument("--to", type=Path, default=Path("docs/assets/three_deaths.svg"))
+    parser.add_argument("--quick", action="store_true", help="one death in three rounds")
     args = parser.parse_args()
-    draw(args.out, train(args.out.resolve()), args.to)
+    rounds, kills = (3, ((1, 2),)) if args.quick else (ROUNDS, KILLS)
+    draw(args.out, kills, train(args.out.resolve(), rounds, kills), args.to)
 
 
 if __name__ == "__main__":

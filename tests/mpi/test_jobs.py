@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.mpi import ENVIRONMENT, FEDMPI, PYTHON, launcher
+from support.mpi import ENVIRONMENT, FEDMPI, PYTHON, launcher, mpirun
 
 TOP = Path(__file__).parents[2]
 # Scripts without a quick form: the others source setup.sh; test.sh would start these tests again. tests/test_jobs.py
@@ -31,8 +31,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(TOP / folder, top / folder)  # with numba's compiled kernels
     shutil.copy(TOP / "setup.cfg", top)
     (top / ".venv/bin").mkdir(parents=True)
-    mpirun = " ".join(launcher()) or "mpirun"
-    for name, command in (("python", PYTHON), ("fedmpi", FEDMPI), ("mpirun", mpirun)):
+    launch = " ".join(launcher()) or "mpirun"
+    for name, command in (("python", PYTHON), ("fedmpi", FEDMPI), ("mpirun", launch)):
         (top / ".venv/bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (top / ".venv/bin" / name).chmod(0o755)
     (top / "stamp.sh").write_text(STAMP)
@@ -68,6 +68,21 @@ def test_every_script_has_a_test_of_its_quick_form() -> None:
         assert "--quick" in code or "__main__" not in code or path.name in ("first_batch.py", "reference.py"), (
             f"{path} has no --quick"
         )
+
+
+def test_three_deaths_are_drawn(tmp_path: Path) -> None:
+    script, picture = TOP / "jobs/experiments/three_deaths.py", tmp_path / "picture.svg"
+    options = ("--quick", "--out", str(tmp_path / "run"), "--to", str(picture))
+    done = subprocess.run([PYTHON, str(script), *options], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "healed in" in picture.read_text()
+
+
+def test_every_way_to_treat_late_silos_is_shown() -> None:
+    done = mpirun(2, PYTHON, str(TOP / "jobs/experiments/late_silos.py"), "--quick")
+    assert done.rc == 0, done.tails
+    rows = next(json.loads(line) for line in done.out.splitlines() if line.startswith("{"))
+    assert set(rows) == {"even", "all", "partial", "drop", "buffer"}
 
 
 def test_startup_says_how_long_the_first_batch_takes(checkout: Path) -> None:
