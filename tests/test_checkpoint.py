@@ -13,6 +13,8 @@ from support.runs import tensors_of
 
 from fedmpi import checkpoint, disk
 from fedmpi.checkpoint import SERVER, Writer, folder_of, newest, prune, read_server, read_silos, seal
+from fedmpi.comm.threads import on_ranks
+from fedmpi.directory import Stored, newest_usable, newest_whole
 from fedmpi.errors import CheckpointError
 
 SERVER_STATE = {
@@ -179,6 +181,25 @@ def test_a_rank_looks_only_at_the_files_that_it_will_read(tmp_path):
     flip(path_of(tmp_path, "rank-0001.h5"))
     assert newest(tmp_path, silos=()) == newest(tmp_path, server=False, silos=["a"]) == 6
     assert newest(tmp_path, server=False, silos=["b"]) == newest(tmp_path) == -1
+
+
+def test_the_newest_usable_checkpoint_is_whole_with_its_own_members(tmp_path):
+    """Only the file of the silo that joined is damaged, on a rank that reads nothing else."""
+    write(tmp_path, 1, [{"a": state("a")}, {}])
+    write(tmp_path, 2, [{"a": state("a")}, {"b": state("b")}])
+    flip(folder_of(tmp_path, 2) / checkpoint.rank_file(1))
+    stored = [Stored(2, 1, [["a"], ["b"]], []), Stored(1, 0, [["a"], []], [])]
+
+    def chosen(comm, stored=stored):
+        return newest_usable(tmp_path, comm, stored, lambda one: one.hosted[comm.rank])
+
+    assert on_ranks(2, chosen) == [1, 1]
+    assert on_ranks(2, lambda comm: chosen(comm, stored[:1])) == [0, 0]  # the keeper says what is wrong with it
+
+    def resumed(comm):  # round 2 is whole for who reads nothing of b
+        return newest_whole(tmp_path, comm, stored[1].hosted[comm.rank], below=2)[0]
+
+    assert on_ranks(2, resumed) == [1, 1]
 
 
 def test_newest_below_a_round_and_of_nothing(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.flat import sha256
+from fedmpi.membership import Membership
 
 ROUNDS = 6
 SCAFFOLD = {"local": {"name": "scaffold", "lr": 0.05, "epochs": 1, "batch_size": 8}, "checkpoint": {"every": 10}}
@@ -175,6 +177,38 @@ def test_a_silo_stays_out_though_the_checkpoint_that_says_so_is_damaged(tmp_path
     assert [list(record["silos"]) for record in records] == [["s0", "s2"]] * 5 and not waiting(tmp_path)
 
 
+def test_of_two_changes_behind_a_damaged_checkpoint_one_stays_and_the_other_is_done_again(tmp_path):
+    """s2 comes back and s1 leaves after round 2, and round 1, with s1 alone or without s2, is gone on from."""
+    how = config(tmp_path, ROUNDS, checkpoint={"every": 1, "keep": 9})
+    trained(how, when=[(1, [("retire", "s2")]), (2, [("admit", "s2"), ("retire", "s1")])], until=2)
+    (checkpoint.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
+    records, *_ = trained(how)
+    assert [list(record["silos"]) for record in records] == [["s0"]] + [["s0", "s2"]] * 4
+    assert all(why is None for _, why in answers(tmp_path)) and not waiting(tmp_path)
+    assert checkpoint.manifest(tmp_path, ROUNDS).epoch > checkpoint.manifest(tmp_path, 1).epoch
+
+
+def test_members_that_all_left_cannot_go_on(tmp_path):
+    how = config(tmp_path, ROUNDS, checkpoint={"every": 1, "keep": 9})
+    asked = [(1, [("retire", "s2"), ("retire", "s1")]), (2, [("admit", "s1"), ("retire", "s0")])]
+    trained(how, when=asked, until=2)
+    (checkpoint.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
+    says = r"all members of round 1 left later \(s0\), and the newer checkpoints are damaged; mend those, or"
+    with pytest.raises(ConfigError, match=says):
+        fedmpi.Run(how, comm=SoloComm())
+    assert checkpoint.sealed_rounds(tmp_path) == [0, 1, 2]
+
+
+def test_a_request_is_kept_until_every_checkpoint_has_it(tmp_path):
+    how = config(tmp_path, ROUNDS, checkpoint={"every": 1, "keep": 2})
+    trained(how, when=[(2, [("retire", "s1")])], until=2)
+    kept = tmp_path / "requests" / "done"
+    assert len(list(kept.iterdir())) == 1 and not waiting(tmp_path)
+    trained(how)
+    assert checkpoint.sealed_rounds(tmp_path)[-2:] == [5, 6]
+    assert len(list(kept.iterdir())) == (checkpoint.sealed_rounds(tmp_path)[0] < 2)
+
+
 def test_what_a_checkpoint_has_is_not_done_again(tmp_path):
     """The job was killed after the seal, and before the request was removed."""
     how = config(tmp_path, ROUNDS, **SCAFFOLD)
@@ -296,9 +330,41 @@ def test_a_new_silo_with_its_file_takes_part_and_stays(tmp_path):
     assert sha256(run.parameters) == sha
 
 
-def fedmpi_members(*silos):
-    from fedmpi.membership import Membership
+TORN_BEHIND = {
+    "damaged": lambda folder, out: (checkpoint.folder_of(out, 3) / checkpoint.SERVER).write_bytes(b"torn"),
+    "manifest": lambda folder, out: (checkpoint.folder_of(out, 3) / checkpoint.MANIFEST).write_text("{}"),
+    "file gone": lambda folder, out: (folder / "c.npz").rename(folder / "c.moved"),
+    "request gone": lambda folder, out: shutil.rmtree(out / "requests"),
+}
 
+
+@pytest.mark.parametrize("case", TORN_BEHIND)
+def test_a_run_goes_on_from_before_an_admission_and_makes_it_again(tmp_path, caplog, case):
+    """Admitted after round 2. The checkpoints of rounds 2 and 3, which have the new silo, are damaged."""
+    many = {"checkpoint": {"every": 1, "keep": 9}}
+    asked = [(2, [("admit", "c", tmp_path / "c.npz")])]
+    records, sha, _ = trained(files(tmp_path, "whole", **many), when=asked)
+    out = tmp_path / "left"
+    trained(files(tmp_path, "left", **many), when=asked, until=3)
+    for round in (2, 3):
+        (checkpoint.folder_of(out, round) / checkpoint.SERVER).write_bytes(b"torn")
+    how = files(tmp_path, "left", **many)
+    TORN_BEHIND[case](tmp_path, out)
+    again, sha_again, members = trained(how)
+    assert again[0] == records[1] and len(again) == ROUNDS - 1 and not waiting(out)
+    assert {"round 2: ", "round 3: "} <= {one.getMessage()[22:31] for one in caplog.records}
+    assert ("silo 'c' joined after round 1, which the run resumes from: the request" in caplog.text) == (
+        case != "request gone"
+    )
+    if case in ("file gone", "request gone"):
+        assert members.ids == ["a", "b"]
+        why = answers(out)[-1][1] if case == "file gone" else caplog.text
+        assert ("silo 'c': no file" if case == "file gone" else "it takes no part; admit it again") in why
+    else:
+        assert (again, sha_again) == (records[1:], sha) and answers(out) == [(2, None)] * 2
+
+
+def fedmpi_members(*silos):
     return Membership(0, {silo: (0,) for silo in silos})
 
 

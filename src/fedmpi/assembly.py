@@ -21,6 +21,7 @@ from fedmpi.attacks import HostileRule, edit_of, poisoned, said
 from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.data.files import Files
+from fedmpi.directory import Stored, newest_usable
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange.base import Exchange, ExchangeContext
 from fedmpi.exchange.choose import Choice, choose
@@ -89,6 +90,14 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Resumes:
+    """The checkpoint whose members a run goes on with, because newer ones with other members are damaged."""
+
+    round: int
+    later: Sequence[str]  # silos that joined after it
+
+
+@dataclass(frozen=True)
 class Assembly:
     """A federation with its initial state, and what the run reports about itself."""
 
@@ -98,6 +107,7 @@ class Assembly:
     threads: int
     unshared: dict[str, torch.Tensor]  # initial values of the model that no checkpoint stores
     plan: Choice  # of the exchange
+    resumes: Resumes | None  # None: from the newest whole checkpoint that fits the members, if there is one
 
 
 @rng.borrowed()
@@ -107,46 +117,79 @@ def assemble(
     out: Path,
     plan_before: Callable[[], str],
     members: Membership | None = None,
-    members_before: Callable[[], MembersBefore | None] = lambda: None,
+    members_before: Callable[[], Sequence[Stored]] = lambda: [],
 ) -> Assembly:
     """Builds and checks everything a run needs. Collective; raises ConfigError on every rank alike.
 
     `plan_before` is called on rank 0 and returns the plan the run began with, or an empty string. `members` are the
-    members to continue with. If None, they are those that `members_before` returns on rank 0; in a new run, all silos.
+    members to continue with. If None, they are those of the newest whole checkpoint in what `members_before` returns
+    on rank 0, the newest first; in a new run, all silos.
     """
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
     spec = specify(config, comm, out)
-    told = comm.collectively(lambda: members_before() if comm.rank == 0 else None)
-    told = json.loads(comm.broadcast_text(json.dumps(told), 0))
-    if told is not None and (more := [Admitted(*one) for one in told[2]]):
-        spec = comm.collectively(lambda: with_admitted(spec, more))
-    first = comm.collectively(lambda: _first_members(spec, comm.hosts, members, told))
+    before = comm.collectively(lambda: members_before() if comm.rank == 0 else [])
+    stored = [Stored(*one) for one in json.loads(comm.broadcast_text(json.dumps(before), 0))]
+    resumes: Resumes | None = None
+    if stored and members is None:
+        spec, first, resumes = _resumed_members(spec, comm, out, stored)
+    else:
+        spec = comm.collectively(lambda: _spec_of(spec, stored[0])) if stored else spec
+        first = comm.collectively(lambda: _first_members(spec, comm.hosts, members, stored))
     unshared = _unshared(spec.module, spec.entries)
     comms = Comms.of(comm)
     opened = open_members(spec, first, comms)
     built = build_federation(spec, opened, comms, plan_before=plan_before)
     with _or_leave(built.federation.exchange):
         state = begin(built.federation)
-    return Assembly(built.spec, built.federation, state, threads, unshared, built.plan)
+    return Assembly(built.spec, built.federation, state, threads, unshared, built.plan, resumes)
 
 
-# Epoch, silo ids of each rank, and id and path of each silo that the configuration does not name.
-MembersBefore = tuple[int, list[list[str]], list[list[str]]]
+def _first_members(spec: Spec, hosts: Sequence[str], given: Membership | None, stored: Sequence[Stored]) -> Membership:
+    """Members at the start of a run without a checkpoint, or with given members."""
+    if given is None:
+        return place(spec.source.silos, hosts, spec.config.server.dedicated)
+    if not stored:
+        return given
+    before = Membership.of(stored[0].epoch, stored[0].hosted, spec.known)
+    return given if given.teams == before.teams else replace(given, epoch=max(given.epoch, before.epoch + 1))
 
 
-def _first_members(
-    spec: Spec, hosts: Sequence[str], given: Membership | None, told: MembersBefore | None
-) -> Membership:
-    """Members at the start of a run, or on resume."""
+def _resumed_members(
+    spec: Spec, comm: Comm, out: Path, stored: Sequence[Stored]
+) -> tuple[Spec, Membership, Resumes | None]:
+    """The members of the newest checkpoint that is whole on all ranks, and the spec with those of its silos that the
+    configuration does not name. Silos that left later, as damaged newer checkpoints say, stay out. Collective."""
+
+    def members_of(one: Stored) -> Membership:
+        return _as_stored(_spec_of(spec, one), comm.hosts, one, stored[0].silos)
+
+    chosen = stored[newest_usable(out, comm, stored, lambda one: members_of(one).hosted(comm.rank))]
+    members = comm.collectively(lambda: members_of(chosen))
+    later = sorted(stored[0].silos - members.teams.keys())
+    resumes = None if chosen is stored[0] else Resumes(chosen.round, later)
+    return comm.collectively(lambda: _spec_of(spec, chosen)), members, resumes
+
+
+def _spec_of(spec: Spec, one: Stored) -> Spec:
+    """The spec with the checkpoint's silos that the configuration does not name."""
+    return with_admitted(spec, [Admitted(*silo) for silo in one.admitted]) if one.admitted else spec
+
+
+def _as_stored(spec: Spec, hosts: Sequence[str], one: Stored, newest: Collection[str]) -> Membership:
+    """The members of a checkpoint that are also `newest` members. ConfigError if there is none."""
     silos, dedicated = spec.source.silos, spec.config.server.dedicated
-    before = None if told is None else Membership.of(told[0], told[1], [silo.id for silo in silos])
-    if given is not None:
-        changed = before is not None and given.teams != before.teams
-        return replace(given, epoch=max(given.epoch, before.epoch + 1)) if changed and before is not None else given
-    if before is None or (before.epoch == 0 and len(before.teams) == len(silos)):
+    before = Membership.of(one.epoch, one.hosted, spec.known)
+    if left := [silo for silo in before.ids if silo not in newest]:
+        if len(left) == len(before.ids):
+            raise ConfigError(
+                f"all members of round {one.round} left later ({', '.join(left[:4])}), and the newer checkpoints are "
+                "damaged; mend those, or choose another out="
+            )
+        before = before.without(*left)
+    if before.epoch == 0 and len(before.teams) == len(silos):
         return place(silos, hosts, dedicated)
     with contextlib.suppress(ConfigError):
-        if told is not None and len(told[1]) == len(hosts):
+        if len(one.hosted) == len(hosts):
             return before.checked(silos, hosts, dedicated)
     again = place([silo for silo in silos if silo.id in before.teams], hosts, dedicated)  # ranks or hosts changed
     return replace(again, epoch=before.epoch)

@@ -370,11 +370,12 @@ def newest(
     silos: Collection[str] | None = None,
     below: int | None = None,
     others: bool = False,
+    least: int = 0,
 ) -> int:
-    """The newest round, below `below`, that is whole for this rank (see `check`); -1 for none. Others are skipped with
-    a warning."""
+    """The newest round, below `below` and from `least` on, that is whole for this rank (see `check`); -1 for none.
+    Others are skipped with a warning."""
     for round in reversed(sealed_rounds(root)):
-        if below is not None and round >= below:
+        if round < least or (below is not None and round >= below):
             continue
         try:
             check(root, round, server, silos, others=others)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import logging
 import os
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,6 +79,20 @@ def read_config(root: Path) -> Begun:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError):
         raise ConfigError(f"{path} is damaged; put it back, or choose another out=") from None
     return Begun({name: value for name, value in values.items() if name != ABOUT}, about)
+
+
+class Stored(NamedTuple):
+    """The members of a checkpoint, as its manifest tells."""
+
+    round: int
+    epoch: int
+    hosted: list[list[str]]  # silo ids of each rank
+    admitted: list[list[str]]  # id and path of each silo that the configuration does not name
+
+    @property
+    def silos(self) -> set[str]:
+        """All members."""
+        return {silo for some in self.hosted for silo in some}
 
 
 class RunDirectory:
@@ -189,14 +204,18 @@ class RunDirectory:
         except ConfigError:  # reported later
             return ""
 
-    def members_before(self) -> tuple[int, list[list[str]], list[list[str]]] | None:
-        """Of the newest checkpoint: epoch, silo ids of each rank, id and path of each silo that the configuration does
-        not name. None if there is no checkpoint."""
+    def stored(self) -> list[Stored]:
+        """The members of every checkpoint with a readable manifest, the newest first."""
+        found = []
         for round in reversed(checkpoint.sealed_rounds(self.path)):
             with contextlib.suppress(CheckpointError):  # reported when it is read
-                found = checkpoint.manifest(self.path, round)
-                return found.epoch, found.hosted, found.admitted
-        return None
+                about = checkpoint.manifest(self.path, round)
+                found.append(Stored(round, about.epoch, about.hosted, about.admitted))
+        return found
+
+    def oldest_epoch(self) -> int:
+        """The lowest epoch of a stored membership; -1 for none."""
+        return min((one.epoch for one in self.stored()), default=-1)
 
     def release(self) -> None:
         """Unlocks the directory."""
@@ -218,12 +237,35 @@ def keep_code(root: Path, code: Mapping[str, bytes], round: int) -> None:
             disk.replace_bytes(folder / name, content)
 
 
-def newest_whole(root: Path, comm: Comm, mine: Collection[str], others: bool = False) -> tuple[int, list[int]]:
-    """The newest round whose checkpoint is whole on every rank, or -1 and the ranks that see none. Collective.
+def newest_usable(root: Path, comm: Comm, stored: Sequence[Stored], mine: Callable[[Stored], Collection[str]]) -> int:
+    """The index of the newest checkpoint in `stored` that is whole on every rank with its own members; 0 if there is
+    none. `mine`: this rank's silos with these members. Reads no file if all have the same members. Collective."""
+    if all(one.silos == stored[0].silos for one in stored):
+        return 0
+
+    def whole(one: Stored) -> bool:
+        silos = mine(one)
+        idle = comm.rank != 0 and not silos  # reads nothing
+        return idle or checkpoint.newest(root, comm.rank == 0, silos, one.round + 1, least=one.round) == one.round
+
+    for index, one in enumerate(stored):
+        if comm.gather_number(comm.collectively(functools.partial(whole, one))).all():
+            if index and comm.rank == 0:
+                unread = {*checkpoint.sealed_rounds(root)} - {other.round for other in stored}
+                for round in sorted(round for round in unread if round > one.round):
+                    log.warning("skipped checkpoint of round %d: its manifest cannot be read", round)
+            return index
+    return 0
+
+
+def newest_whole(
+    root: Path, comm: Comm, mine: Collection[str], others: bool = False, below: int | None = None
+) -> tuple[int, list[int]]:
+    """The newest round, below `below`, whose checkpoint is whole on every rank, or -1 and the ranks that see none.
+    Collective.
 
     Each rank checks the files that it will read: the server's on rank 0, and those of its silos `mine`. With `others`,
     some of these silos may have no stored state."""
-    below: int | None = None
     idle = comm.rank != 0 and not mine  # reads nothing, so every round is whole for it
     while True:
         newest = comm.collectively(

@@ -147,8 +147,8 @@ def restored(
 class Keeper:
     """The checkpoints of one run; every rank calls it alike.
 
-    Attributes: sealed (the newest round whose checkpoint is sealed; -1 for none); left (members of the resumed round
-    that left later, as a damaged newer checkpoint says).
+    Attributes: sealed (the newest round whose checkpoint is sealed; -1 for none); epoch (of the resumed round's
+    membership; -1 for none); left (members of that round that left later, as a damaged newer checkpoint says).
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Keeper:
         admitted: Sequence[Admitted] = (),
     ) -> None:
         self.comm = federation.comm
-        self.sealed = -1
+        self.sealed = self.epoch = -1
         self.left: list[str] = []
         self._config, self._fed, self._health, self._directory = config, federation, health, directory
         self._out, self._score_of = directory.path, score
@@ -194,12 +194,13 @@ class Keeper:
 
     # ------------------------------------------------------------ resuming
 
-    def resume(self, state: State) -> State:
-        """The state of the newest round that is whole on all ranks, in the memory of `state`. Collective.
+    def resume(self, state: State, latest: int | None = None) -> State:
+        """The state of the newest round, up to `latest`, that is whole on all ranks, in the memory of `state`.
+        Collective.
 
         Returns `state` unchanged if there is no such round. Later rounds are deleted from disk.
         """
-        self.sealed = self._newest()
+        self.sealed = self._newest(latest)
         if self.sealed >= 0:
             state = self._restore(replace(state, round=self.sealed, written=self.sealed))
         # Delete only after everything was read: until here nothing on disk has changed.
@@ -219,9 +220,11 @@ class Keeper:
         self.comm.collectively(self._require_ours)
         self.comm.collectively(lambda: checkpoint.remove_after(self._out, round) if self._directory.leads else None)
 
-    def _newest(self) -> int:
-        """The newest round that is whole on every rank; each rank checks the files that it will read. Collective."""
-        round, lost = newest_whole(self._out, self.comm, self._fed.silos, self._others)
+    def _newest(self, latest: int | None) -> int:
+        """The newest round, up to `latest`, that is whole on every rank; each checks the files that it will read.
+        Collective."""
+        below = None if latest is None else latest + 1
+        round, lost = newest_whole(self._out, self.comm, self._fed.silos, self._others, below)
         if round >= 0:
             return round
         # No round is whole everywhere. A fresh start would overwrite checkpoints that some rank still sees.
@@ -238,7 +241,7 @@ class Keeper:
         about = comm.collectively(lambda: checkpoint.manifest(self._out, round) if comm.rank == 0 else None)
         told = None if about is None else (about.record, about.epoch, about.hosted)
         record, epoch, hosted = json.loads(comm.broadcast_text(json.dumps(told), 0))
-        before = Membership.of(epoch, hosted, self._order)
+        before, self.epoch = Membership.of(epoch, hosted, self._order), epoch
         if before.ids != fed.ids and not self._others:  # a newer checkpoint is damaged
             self._require_left(round, before)
         heir_of = heirs(before, fed.membership)

@@ -160,13 +160,13 @@ class Run:
         """Lock the run directory and build the run's parts. Collective."""
         self._directory = RunDirectory(Path(self.config.out), self.comm)
         self.out = self._directory.path
-        before = self._directory.members_before
+        before = self._directory.stored
         parts = assemble(self.config, self.comm, self.out, self._directory.plan_before, members, before)
         fed, self._spec = parts.federation, parts.spec
         self.federation = fed
         self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
-        self.unshared, self.plan = parts.unshared, parts.plan
+        self.unshared, self.plan, self._resumes = parts.unshared, parts.plan, parts.resumes
         self.state, module = parts.state, fed.model.module
         modules = [type(module).__module__] if isinstance(self.config.model, torch.nn.Module) else []
         self.code = self.comm.collectively(lambda: sources.own_code(to_dict(self.config), *modules))
@@ -179,7 +179,7 @@ class Run:
         self.comm.collectively(self._check_stored if self.comm.rank == 0 else lambda: None)
         self._health = Health(self.config.stop)
         self._keeper = self._make_keeper(others)
-        self.state = self._keeper.resume(self.state)
+        self.state = self._keeper.resume(self.state, None if self._resumes is None else self._resumes.round)
         self.resumed = self.state.round
 
     def _make_keeper(self, others: bool) -> Keeper:
@@ -265,10 +265,7 @@ class Run:
                 self._roster = Roster(self.out, self.state.round, rounds, self.config.admit)
                 self._register(ranks)
                 self._desk = Desk(self.out)
-                self._desk.begin(self.membership.epoch)
-                for silo in self._keeper.left:  # a request keeps them out until a checkpoint does
-                    request = Request(f"0-{silo.encode().hex()}", "retire", silo)
-                    self._desk.carried_out(request, self.state.round, self.membership.epoch)
+                self._begin_desk(self._desk)
             self._open_sinks(self.state.round)
 
         def written() -> None:
@@ -458,6 +455,17 @@ class Run:
 
     # ------------------------------------------------------------ requests
 
+    def _begin_desk(self, desk: Desk) -> None:
+        """Let changes that the resumed checkpoint does not hold wait again. Rank 0 only."""
+        done, keeper = self.state.round, self._keeper
+        again = {one.silo for one in desk.begin(keeper.epoch, keeper.left)}
+        for silo in keeper.left:  # a request keeps them out until a checkpoint does
+            desk.carried_out(Request(f"0-{silo.encode().hex()}", "retire", silo), done, self.membership.epoch)
+        desk.forget(self._directory.oldest_epoch)
+        for silo in self._resumes.later if self._resumes is not None else ():
+            what = "the request is carried out again" if silo in again else "it takes no part; admit it again"
+            log.warning("silo '%s' joined after round %d, which the run resumes from: %s", silo, done, what)
+
     def _take_up(self) -> None:
         """Carry out the requests to change the members, and write the result to disk. Collective."""
         state, regions = self.state, self.config.exchange.regions
@@ -478,6 +486,7 @@ class Run:
         """The requests to carry out now, as dicts; invalid ones are refused. Rank 0 only."""
         assert self._desk is not None
         self._desk.sealed(self._keeper.sealed - 1)
+        self._desk.forget(self._directory.oldest_epoch)
         found = []
         for token, one in self._desk.due(self.state.round):
             if isinstance(one, Request):
@@ -533,6 +542,7 @@ class Run:
         """Remove requests that a checkpoint holds; refuse the others if all rounds are done. Rank 0 only."""
         desk, rounds = self._desk or Desk(self.out), self.config.rounds
         desk.sealed(self._keeper.sealed - 1)
+        desk.forget(self._directory.oldest_epoch)
         if self.state.round >= rounds:
             for token, one in desk.due(rounds):
                 why = one if isinstance(one, str) else f"the run has ended: all {rounds} rounds are done"
