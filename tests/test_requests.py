@@ -209,6 +209,35 @@ def test_a_request_is_kept_until_every_checkpoint_has_it(tmp_path):
     assert len(list(kept.iterdir())) == (checkpoint.sealed_rounds(tmp_path)[0] < 2)
 
 
+@pytest.mark.parametrize("given", [{"s0": (0,), "s1": (0,), "s2": (0,)}, {"s0": (0,), "s2": (0,)}])
+def test_a_start_with_given_members_does_not_lose_a_request(tmp_path, monkeypatch, given):
+    """s1 came back after round 2, then the members are given, and the job is killed after a change that no checkpoint
+    has: the next start makes it again, or refuses it with an answer."""
+    how = config(tmp_path, 8, checkpoint={"every": 2, "keep": 9})
+    trained(how, when=[(2, [("retire", "s1"), ("admit", "s1")])], until=2)
+    assert checkpoint.manifest(tmp_path, 2).epoch == 2
+    run = fedmpi.Run(how, comm=SoloComm(), membership=Membership(0, given))
+    assert run.membership.epoch == (2 if "s1" in given else 3)
+    requests.put(tmp_path, "retire", "s0")
+    monkeypatch.setattr(type(run._keeper), "keep", lambda *_, **__: None)
+    next(iter(run))
+    assert "s0" not in run.membership.teams
+    run._release(RuntimeError())
+    monkeypatch.undo()
+    with fedmpi.Run(how, comm=SoloComm(), membership=Membership(9, given)) as run:
+        assert "s0" in run.membership.teams
+        assert next(iter(run))["silos"].keys() == given.keys() - {"s0"}
+    assert answers(tmp_path)[-2:] == [(2, None)] * 2 and not waiting(tmp_path)
+
+
+def test_a_change_is_counted_though_the_members_given_for_it_say_otherwise(tmp_path):
+    with fedmpi.Run(config(tmp_path, 3), comm=SoloComm()) as run:
+        next(iter(run))
+        for silo in ("s0", "s1"):
+            run.rebuild(Membership(0, {silo: (0,)}))
+        assert run.membership.epoch == 2
+
+
 def test_what_a_checkpoint_has_is_not_done_again(tmp_path):
     """The job was killed after the seal, and before the request was removed."""
     how = config(tmp_path, ROUNDS, **SCAFFOLD)

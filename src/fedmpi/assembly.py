@@ -151,7 +151,8 @@ def _first_members(spec: Spec, hosts: Sequence[str], given: Membership | None, s
     if not stored:
         return given
     before = Membership.of(stored[0].epoch, stored[0].hosted, spec.known)
-    return given if given.teams == before.teams else replace(given, epoch=max(given.epoch, before.epoch + 1))
+    # The epoch never falls: requests of a lower one count as done.
+    return replace(given, epoch=max(given.epoch, before.epoch + (given.teams != before.teams)))
 
 
 def _resumed_members(

@@ -336,6 +336,7 @@ class Run:
         if self._closed:
             raise ConfigError("membership: the run is closed")
         fed, state = self.federation, self.state
+        membership = replace(membership, epoch=max(membership.epoch, fed.membership.epoch + 1))
         self.comm.set_up(self.config.comm.timeout_s)  # opening data takes time
         opened = admitted(self._spec, fed, state, membership)
         self._keeper.seal()
