@@ -223,7 +223,7 @@ def test_hosts_that_do_not_answer_are_left_out_until_they_do(tmp_path, monkeypat
 
 
 def test_fewer_ranks_than_wanted_are_not_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "answers", lambda host, port: host == "a")
+    monkeypatch.setattr(remains, "answers", lambda host, port: host == "a")
     run = supervised(tmp_path, "6:0", starts=3, min_ranks=3)
     run._line = LaunchLine.of([*run._line.words, "-n", "4", "--host", "a:2,b:2"])
     with pytest.raises(FedmpiError, match="3 starts in a row"):
@@ -306,6 +306,20 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     write_ranks(tmp_path, (0, socket.gethostname(), 1, 1), (3, "far", 1, 1))
     assert [rank.rank for rank in remains.end(over(), remains.ranks_of(tmp_path))] == [3]
+
+
+def test_hosts_are_asked_at_once_and_a_silent_one_is_not_waited_for(tmp_path, monkeypatch):
+    together = threading.Barrier(4, timeout=20)
+
+    def answers(host, port):
+        together.wait()
+        return (host, port) == ("near", 9)
+
+    monkeypatch.setattr(remains, "answers", answers)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(remains, "_reach", lambda host, line: ["true"] if host == "near" else ["sleep", "600"])
+    write_ranks(tmp_path, (0, "near", 1, 1), (1, "silent", 1, 1), (2, "near", 2, 1))
+    assert [rank.rank for rank in remains.end(over(), remains.ranks_of(tmp_path))] == [1]
 
 
 # ---------------------------------------------------------------- its input, and the command

@@ -14,16 +14,19 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmpi import disk, launcher
+from fedmpi.comm.vigil import answers
 
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 KILL_S = 10.0  # wait after SIGKILL; a process blocked on a dead disk may never go
 REMOTE_S = 10.0  # wait for another host
+PORTS = (22, 9)  # a live host accepts or refuses a connection to one of these
 # `rows` are PID:BORN. Field 22 of stat is the 20th after the name, which may contain blanks and brackets.
 REMOTE = (
     'for p in {rows}; do s=$(sed "s/.*) //" /proc/${{p%:*}}/stat 2>/dev/null | cut -d" " -f20); '
@@ -57,14 +60,34 @@ def alive(rank: Rank) -> bool:
     return launcher.born(rank.pid) == rank.born and _state(rank.pid)[0] not in "ZX"
 
 
+def reachable(hosts: Iterable[str]) -> set[str]:
+    """The hosts that answer; all are asked at once, within PROBE_S (vigil.py)."""
+    asked = [(host, port) for host in dict.fromkeys(hosts) for port in PORTS]
+    if not asked:
+        return set()
+    with ThreadPoolExecutor(min(64, len(asked))) as pool:
+        there = pool.map(lambda one: answers(*one), asked)
+        return {host for (host, _), answered in zip(asked, there, strict=True) if answered}
+
+
 def end(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> list[Rank]:
     """End the launcher's session and the ranks: SIGTERM to the launcher, which can reach its other hosts; after 2 s
-    SIGKILL to the rest. Returns the ranks on hosts that could not be reached."""
+    SIGKILL to the rest. Returns the ranks on hosts that could not be reached. No ssh to a host that does not answer."""
+    here = socket.gethostname()
+    mine, others = ([rank for rank in ranks if (rank.host == here) is there] for there in (True, False))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(reachable, [] if _under_slurm() else [rank.host for rank in others])
+        _end_here(child, mine)
+        there = asked.result()
+    silent = [rank for rank in others if not (_under_slurm() or rank.host in there)]
+    return silent + _end_elsewhere([rank for rank in others if rank not in silent])
+
+
+def _end_here(child: subprocess.Popen[bytes], mine: Sequence[Rank]) -> None:
+    """End the launcher's session and the ranks of this host."""
     if child.poll() is None:
         _signal(child.pid, signal.SIGTERM)
         _until_gone(child, [], TERM_S)
-    here = socket.gethostname()
-    mine = [rank for rank in ranks if rank.host == here]
     until_s = time.monotonic() + KILL_S
     while time.monotonic() < until_s:
         left = [*_session(child), *(rank.pid for rank in mine if alive(rank))]
@@ -76,7 +99,6 @@ def end(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> list[Rank]:
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
         _until_gone(child, mine, 0.2)
-    return _end_elsewhere([rank for rank in ranks if rank.host != here])
 
 
 def left_here(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> int:
@@ -143,6 +165,10 @@ def _end_elsewhere(ranks: Sequence[Rank]) -> list[Rank]:
 
 def _reach(host: str, line: str) -> list[str]:
     """The command that runs a shell line on a host."""
-    if os.environ.get("SLURM_JOB_ID") and shutil.which("srun"):
+    if _under_slurm():
         return ["srun", "--overlap", "--mpi=none", "-N1", "-n1", f"--nodelist={host}", "sh", "-c", line]
     return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host, line]
+
+
+def _under_slurm() -> bool:
+    return bool(os.environ.get("SLURM_JOB_ID")) and shutil.which("srun") is not None

@@ -20,14 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fedmpi import checkpoint, disk, fencing, launcher, remains, stopping
-from fedmpi.comm.vigil import SET_UP, answers
+from fedmpi.comm.vigil import SET_UP
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, FedmpiError, Stopped
 from fedmpi.launchline import LaunchLine, own_command
@@ -37,7 +36,6 @@ from fedmpi.records.metrics import METRICS
 EVENTS = "supervisor.jsonl"  # in the run directory
 LOCK_FILE = ".supervisor"  # in the run directory
 HOSTFILE = "hosts"  # in the run directory: the hosts that answered at the last start, if some did not
-PORTS = (22, 9)  # a live host accepts or refuses a connection to one of these
 POLL_S = 0.2  # interval between checks of the run directory
 LEAVE_S = 60.0  # limit for the launcher to end once all rounds and the model are on disk
 BACK_OFF_S = 60.0  # longest wait before a restart without progress
@@ -298,12 +296,7 @@ class Supervisor:
 
     def _lost_hosts(self) -> set[str]:
         """The hosts of the launcher line that do not answer."""
-        others = list(self._line.slots)
-        if not others:
-            return set()
-        with ThreadPoolExecutor(min(32, len(others))) as pool:
-            there = pool.map(lambda host: any(answers(host, port) for port in PORTS), others)
-            return {host for host, answer in zip(others, there, strict=True) if not answer}
+        return {*self._line.slots} - remains.reachable(self._line.slots)
 
     def _raise_epoch(self) -> None:
         if self._epoch and fencing.highest(self.root) != self._epoch:
