@@ -5,6 +5,7 @@ MPI jobs run the same contract in mpi/test_collectives.py.
 """
 
 import inspect
+import os
 import resource
 import time
 from pathlib import Path
@@ -181,3 +182,14 @@ def test_too_little_address_space_for_mpi_is_said_before_it_starts(monkeypatch):
     for limit in (resource.RLIM_INFINITY, used + 2**30):
         monkeypatch.setattr(resource, "getrlimit", lambda which, limit=limit: (limit, limit))
         assert machine.tight() == ""
+
+
+@pytest.mark.parametrize("enabled", ["0", "1"])
+def test_open_mpi_has_no_collectives_for_hosts_where_ranks_may_be_lost(monkeypatch, enabled):
+    told = {"OMPI_MCA_mpi_ft_enable": enabled}
+    monkeypatch.setattr(os, "environ", told)
+    process._choose_components()
+    assert told.get("OMPI_MCA_coll") == ("^han" if enabled == "1" else None)
+    told["OMPI_MCA_coll"] = "^cuda"
+    process._choose_components()
+    assert told["OMPI_MCA_coll"] == "^cuda"

@@ -46,11 +46,7 @@ def _connect() -> Comm:
     launcher.follow()
     if not os.environ.get("HOME"):  # Open MPI does not start without it; it only looks for settings there
         os.environ["HOME"] = _home()
-    # Open MPI's ucx one-sided component prints warnings about windows on networks it is not made for.
-    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
-    # Over TCP, Open MPI announces messages above 64 KiB and waits for an answer, which queues behind the data that the
-    # other side sends: half the link's rate when both send. With a higher limit a block is sent at once.
-    os.environ.setdefault("OMPI_MCA_btl_tcp_eager_limit", str(1 << 20))
+    _choose_components()
     if launched() > 1 and (why := tight()):
         raise ConfigError(why)
     try:
@@ -74,6 +70,17 @@ def _connect() -> Comm:
     abort_on_uncaught(comm)
     atexit.register(_abort_if_open, comm)  # runs before MPI's own handler, which would wait for the others
     return comm
+
+
+def _choose_components() -> None:
+    """Sets Open MPI's parameters; those that are set already stay."""
+    # Its ucx one-sided component prints warnings about windows on networks it is not made for.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    if tolerant():  # its collectives for several hosts crash in Revoke when ranks are lost
+        os.environ.setdefault("OMPI_MCA_coll", "^han")
+    # Over TCP it announces messages above 64 KiB and waits for an answer, which queues behind the data that the other
+    # side sends: half the link's rate when both send. With a higher limit a block is sent at once.
+    os.environ.setdefault("OMPI_MCA_btl_tcp_eager_limit", str(1 << 20))
 
 
 def go_on_with(left: Comm, lost: Comm) -> None:
