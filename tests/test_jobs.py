@@ -3,14 +3,20 @@ their calls; those that train run on very little data, in this process.
 """
 
 import copy
+import functools
 import importlib.util
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +25,7 @@ from support.mpi import absent
 
 import fedmpi
 from fedmpi.comm import SoloComm
+from fedmpi.components import build
 from fedmpi.data.digits import Digits
 
 TOP = Path(__file__).parents[1]
@@ -409,6 +416,118 @@ def test_a_campaign_of_deaths_goes_on_and_tells_what_was_lost(job, capsys, monke
     assert "run 3: 3 deaths" in said and "same bits     2 of 3 runs" in said and "FAIL kill-loop: 1 runs failed" in said
     assert loop.kill_loop(tmp_path, loop.Campaign(rounds=8, mtbf_s=6.0), 10.0, 9, str) == 1
     assert "other settings" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cuts(job, monkeypatch):
+    monkeypatch.syspath_prepend(TOP / "jobs/experiments")
+    return job("drill_cut", connects=False)
+
+
+def committed(cuts, folder, *starts):
+    """A history of rounds of these starts: (rounds, trained from), each with a process of its own."""
+    history = cuts.History(folder / "run", folder / "trace")
+    history.trace.mkdir(parents=True)
+    (history.out / "epochs").mkdir(parents=True)
+    for epoch, rounds in enumerate(starts, start=1):
+        (begun := history.out / "epochs" / f"{epoch:06d}").touch()
+        os.utime(begun, (100.0 * epoch, 100.0 * epoch))
+        rows = [{"round": r, "epoch": epoch, "parent": f"sha {parent}"} for r, parent in rounds]
+        (history.trace / f"{epoch}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for number, (r, _) in enumerate(rounds):
+            history.sealed[r] = cuts.Sealed(f"sha {r}", epoch, frozenset({epoch}), 100.0 * epoch + 10 * number)
+    return history
+
+
+@pytest.mark.parametrize(
+    ("starts", "wrong"),
+    [
+        ([[(1, 0), (2, 1)], [(3, 2)]], []),
+        ([[(1, 0), (3, 2)]], ["rounds [2] have no checkpoint", "round 3 of epoch 1 was not trained from round 1"]),
+        ([[(1, 0), (2, 1)], [(3, 1)]], ["round 3 of epoch 2 was not trained from round 2 as it is on disk"]),
+        ([[(1, 0), (3, 2)], [(2, 1)]], ["round 3 is of epoch 1, the one before of epoch 2"]),
+        ([[(r, r - 1) for r in range(1, 13)], []], ["round 12 of epoch 1 was committed after the next epoch"]),
+    ],
+    ids=["one_line", "gap", "other_parent", "two_starts", "late"],
+)
+def test_a_history_of_two_lines_is_told(cuts, tmp_path, starts, wrong):
+    history = committed(cuts, tmp_path, *starts)
+    history.judge()
+    assert len(history.wrong) == len(wrong) and all(map(str.startswith, history.wrong, wrong)), history.wrong
+
+
+def test_halves_that_both_commit_are_told(cuts, tmp_path):
+    history = committed(cuts, tmp_path, [(1, 0), (2, 1), (3, 2)])
+    history.sealed[2] = replace(history.sealed[2], pids=frozenset({1, 7}))
+    history.judge()
+    assert history.wrong == ["round 2 was trained by [1, 7], the one before by [1]"]
+
+
+def test_a_round_that_is_committed_twice_must_have_the_same_bits(cuts, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "drill_rule", raising=False)
+    monkeypatch.setenv("FEDMPI_EPOCH", "1")
+    history = cuts.History(tmp_path / "run", tmp_path)
+
+    def trained(lr):
+        shutil.rmtree(history.out, ignore_errors=True)
+        (history.out / "epochs").mkdir(parents=True)
+        (history.out / "epochs" / "000001").touch()
+        rule = {"name": "drill_rule:Traced", "trace": str(tmp_path), "lr": lr, "epochs": 1, "batch_size": 64}
+        about = {"rounds": 2, "out": str(history.out), "local": rule, "checkpoint": {"every": 1}}
+        with fedmpi.Run(build(fedmpi.Config, about), comm=SoloComm()) as run:
+            assert len([*run]) == 2
+        history.judge()
+
+    trained(0.1)
+    assert history.wrong == [] and history.sealed[2].pids == {os.getpid()} and history.sealed[1].epoch == 1
+    trained(0.1)
+    assert history.wrong == []
+    trained(0.2)
+    assert [text[:28] for text in history.wrong][:2] == [f"round {r} was committed twice:"[:28] for r in (1, 2)]
+
+
+class Dying:
+    """A job of five ranks whose processes die as they are killed."""
+
+    def __init__(self, over):
+        self.begun_s = self.last_commit_s = 0.0
+        self.left, self.starts, self.over = {rank: 100 + rank for rank in range(5)}, [], over
+        self.process = SimpleNamespace(poll=lambda: 0 if self.over(self) else None)
+
+    def ranks(self):
+        return self.left
+
+    def look(self):
+        self.last_commit_s += 0.02
+
+    def signal(self, number, *ranks):
+        for rank in ranks:
+            del self.left[rank]
+
+
+def test_faults_spare_ranks_and_are_told_by_host(job, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(TOP / "jobs/experiments")
+    loop = job("drill_loop", connects=False)
+    deaths = []
+    for seed in range(24):
+        clock = itertools.count(0.0, 0.01)
+        passing = SimpleNamespace(sleep=lambda s: None, monotonic=functools.partial(next, clock))
+        monkeypatch.setattr(loop, "time", passing)
+        dying, tally = Dying(lambda job: job.last_commit_s > 5), loop.Tally(1)
+        campaign = loop.Campaign(24, 0.1, ranks=5, hosts=2, spare=2, in_set_up=0.0)
+        faults = loop.disturb(dying, random.Random(seed), tally, campaign, 1e9)
+        assert tally.deaths == 3 and len(dying.left) == 2 and 1 <= len(faults) == sum(tally.faults.values())
+        assert tally.on_host == Counter(f"h{rank % 2 + 1}" for rank in {*range(5)} - {*dying.left})
+        deaths += tally.faults
+    assert "three in a row" in deaths and len({*deaths}) > 2
+    made = sys.modules["drill_job"]
+    monkeypatch.setattr(made.subprocess, "run", lambda words, **_: SimpleNamespace(returncode=0))
+    inside, line = campaign.launch()
+    assert inside[1:5] == ["--hosts", "2", "--ranks-per-host", "3"]
+    assert line[:8] == ["mpirun", "--with-ft", "ulfm", "-n", "5", "--host", "h1:3,h2:3", "--map-by"]
+    monkeypatch.setattr(made.subprocess, "run", lambda words, **_: SimpleNamespace(returncode=77, stderr="no root"))
+    monkeypatch.setattr(loop, "undisturbed", lambda *_: {})
+    assert loop.kill_loop(tmp_path, campaign, 10.0, 9, str) == 77
 
 
 def test_the_exchange_inside_training_is_told_beside_a_copy(job, capsys, monkeypatch):

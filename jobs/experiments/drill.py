@@ -22,21 +22,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import drill_cut
 import drill_loop
-from drill_job import RANKS, TOP, Job, TooLong, follow_parent, mpirun, read_events, sealed_rounds, settings, useful
+from drill_job import (
+    CANNOT,
+    RANKS,
+    Cannot,
+    Job,
+    TooLong,
+    follow_parent,
+    mpirun,
+    read_events,
+    sealed_rounds,
+    settings,
+    testbed,
+    useful,
+)
 
 QUICK = 6  # rounds with --quick
 ROUNDS = 12
 LOOP, LOOP_ROUNDS = "kill-loop", 60
+CUTS = "cut-loop"
 FAULT = 3  # disturbed after this round
 GRACE_S = 4.0  # of supervised drills
-TESTBED = TOP / "tests/support/testbed.sh"
 NAMESPACE = "DRILL_MOUNTS"  # set in the mount namespace of a drill
-CANNOT = 77  # exit code of what the machine cannot do
-
-
-class Cannot(Exception):
-    """This machine cannot do the drill."""
 
 
 @dataclass
@@ -266,14 +275,9 @@ def read_only(drill: Drill) -> None:
 
 def cut_host(drill: Drill) -> None:
     """the network of one of two hosts is cut: the supervisor starts again on the other, and the rest may not write"""
-    testbed = [str(TESTBED), "--hosts", "2", "--ranks-per-host", str(RANKS // 2), "--rate", "1gbit", "--once", "--"]
-    tried = subprocess.run([*testbed, "true"], capture_output=True, text=True)
-    if tried.returncode:
-        raise Cannot(tried.stderr.strip())
+    inside, line = testbed(2)
     whole = drill.undisturbed()
-    hosts = ["--host", f"h1:{RANKS // 2},h2:{RANKS // 2}", "--map-by", "node:oversubscribe", "--bind-to", "none"]
-    line = [*mpirun(), *hosts]
-    with Job(drill.folder / "run", settings(drill.rounds), line, GRACE_S, inside=testbed) as job:
+    with Job(drill.folder / "run", settings(drill.rounds), line, GRACE_S, inside=inside) as job:
         job.until_round(FAULT, drill.left_s)
         rows = json.loads((job.out / "ranks.json").read_text())
         cut = [row["rank"] for row in rows if row["host"] == "h2"]
@@ -355,17 +359,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="drill.sh",
         description=f"{(__doc__ or '').splitlines()[0]}\n\n{lines}\n  {'all':<12} all of these, one after the other\n"
-        f"  {LOOP:<12} random deaths every --mtbf s for --minutes m, or until --deaths; called again it goes on",
+        f"  {LOOP:<12} random deaths every --mtbf s for --minutes m, or until --deaths; called again it goes on\n"
+        f"  {CUTS:<12} one of two hosts is cut off and joined again, --tries times; called again it goes on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("drills", nargs="+", metavar="DRILL", choices=[*DRILLS, "all", LOOP])
+    parser.add_argument("drills", nargs="+", metavar="DRILL", choices=[*DRILLS, "all", LOOP, CUTS])
     parser.add_argument("--out", type=Path, default=Path("runs/drills"), help="folder of runs and results")
     parser.add_argument("--limit-s", type=float, default=60.0, help="of a drill")
     parser.add_argument("--rounds", type=int, help=f"of a run; {ROUNDS}, of kill-loop {LOOP_ROUNDS}")
     parser.add_argument("--mtbf", type=float, default=60.0, help="seconds between faults of kill-loop, on average")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of this call of kill-loop")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of this call of a loop")
     parser.add_argument("--deaths", type=int, help="after so many a campaign of kill-loop is over")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults of kill-loop")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults of a loop")
+    parser.add_argument("--tries", type=int, default=100, help="after so many a campaign of cut-loop is over")
+    parser.add_argument("--ranks", type=int, default=RANKS, help="of kill-loop")
+    parser.add_argument("--hosts", type=int, default=1, help="of kill-loop, on this machine: needs root and namespaces")
+    parser.add_argument("--spare", type=int, default=0, help="ranks of a job that no fault of kill-loop takes")
+    parser.add_argument(
+        "--in-set-up", type=float, default=0.25, help="share of kill-loop's starts in which a rank dies"
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} rounds")
     options = parser.parse_args(arguments)
     if shutil.which("mpirun") is None:
@@ -373,8 +385,14 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder, rounds = options.out.absolute(), QUICK if options.quick else options.rounds
     if LOOP in options.drills:
-        campaign = drill_loop.Campaign(rounds or LOOP_ROUNDS, options.mtbf, options.seed)
+        if options.quick:
+            options.mtbf, options.deaths, options.in_set_up = 0.5, 1, 0.0
+        faults = options.mtbf, options.seed, options.ranks, options.hosts, options.spare, options.in_set_up
+        campaign = drill_loop.Campaign(rounds or LOOP_ROUNDS, *faults)
         return drill_loop.kill_loop(folder / LOOP, campaign, options.minutes, options.deaths, sha)
+    if CUTS in options.drills:
+        tries = 2 if options.quick else options.tries
+        return drill_cut.cut_loop(folder / CUTS, tries, options.minutes, options.seed)
     names = list(DRILLS) if "all" in options.drills else options.drills
     codes = [run(name, folder, options.limit_s, rounds or ROUNDS) for name in dict.fromkeys(names)]
     return 1 if 1 in codes else max(codes)

@@ -22,8 +22,8 @@ FEDMPI = (sys.executable, "-m", "fedmpi")
 RANKS = 4
 # Pauses make a round long enough to be disturbed; of silos on one rank they add up, as computing would.
 LOCAL = "local={name: drill_rule:Drilled, lr: 0.1, epochs: 5, batch_size: 32, pause_s: 0.004%s}"
+DATA = "data={name: digits, silos: %d, partition: {name: dirichlet, alpha: 0.5}}"
 SETTINGS = (
-    "data={name: digits, silos: 4, partition: {name: dirichlet, alpha: 0.5}}",
     "model={name: mlp, hidden: [64]}",
     "device.name=cpu",
     "exchange.reduction=reproducible",
@@ -31,6 +31,8 @@ SETTINGS = (
     "checkpoint.every=1",
 )
 POLL_S = 0.02
+CANNOT = 77  # exit code of what the machine cannot do
+TESTBED = TOP / "tests/support/testbed.sh"
 OTHERS = ("OMPI_", "PMIX_", "PMI_", "SLURM_", "FEDMPI_")  # what an outer launcher would tell ours
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -45,14 +47,30 @@ class TooLong(Exception):
     """Something did not come about in time."""
 
 
-def settings(rounds: int, more: str = "") -> tuple[str, ...]:
+class Cannot(Exception):
+    """This machine cannot do the drill."""
+
+
+def settings(rounds: int, more: str = "", silos: int = RANKS) -> tuple[str, ...]:
     """Of a run of so many rounds; `more` fields of its local rule, such as `, slow: silo-1`."""
-    return (f"rounds={rounds}", LOCAL % more, *SETTINGS)
+    return (f"rounds={rounds}", LOCAL % more, DATA % silos, *SETTINGS)
 
 
 def mpirun(ranks: int = RANKS) -> list[str]:
     """A launcher line whose ranks outlive each other."""
     return ["mpirun", "--with-ft", "ulfm", "-n", str(ranks)]
+
+
+def testbed(hosts: int, ranks: int = RANKS) -> tuple[list[str], list[str]]:
+    """Words that make hosts of a machine (h1, h2, ...), and a launcher line inside; rank r is on host r % hosts. Cannot
+    where this machine has no namespaces."""
+    each = -(-ranks // hosts)
+    inside = [str(TESTBED), "--hosts", str(hosts), "--ranks-per-host", str(each), "--rate", "1gbit", "--once", "--"]
+    tried = subprocess.run([*inside, "true"], capture_output=True, text=True)
+    if tried.returncode:
+        raise Cannot(tried.stderr.strip())
+    names = ",".join(f"h{number}:{each}" for number in range(1, hosts + 1))
+    return inside, [*mpirun(ranks), "--host", names, "--map-by", "node:oversubscribe", "--bind-to", "none"]
 
 
 class Job:

@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drill_job import POLL_S, Job, TooLong, mpirun, read_events, settings
+from drill_job import CANNOT, POLL_S, RANKS, Cannot, Job, TooLong, mpirun, read_events, settings, testbed
 
 GRACE_S = 15.0  # without progress, and the supervisor takes a job for hung
-# How often each kind of fault is drawn.
-KINDS = {"silo": 6, "server": 3, "two at once": 2, "during recovery": 2, "three in a row": 2}
-IN_SET_UP = 0.25  # of starts: a rank dies within SET_UP_S, when there is nothing yet to go on from
-SET_UP_S = 12.0
+# How often each kind of fault is drawn, and how many ranks die of it.
+KINDS = {"silo": (6, 1), "server": (3, 1), "two at once": (2, 2), "during recovery": (2, 2), "three in a row": (2, 3)}
+SET_UP_S = 12.0  # within these a rank dies in set-up, when there is nothing yet to go on from
 QUIET_S = 3.0  # since the last commit: the ranks do not train
 RUN_S = 240.0  # the longest run; no faults in its second half
 
@@ -36,6 +35,17 @@ class Campaign:
     rounds: int
     mtbf_s: float  # from a fault to the next, on average; exponentially distributed
     seed: int = 0
+    ranks: int = RANKS  # and silos
+    hosts: int = 1  # over which the ranks are spread
+    spare: int = 0  # ranks of a job that no fault takes
+    in_set_up: float = 0.25  # share of starts in which a rank dies before it trains
+
+    def launch(self) -> tuple[list[str], list[str]]:
+        """Words before a supervised job, and its launcher line. Cannot where the machine has no such hosts."""
+        return ([], mpirun(self.ranks)) if self.hosts == 1 else testbed(self.hosts, self.ranks)
+
+    def settings(self) -> tuple[str, ...]:
+        return settings(self.rounds, silos=self.ranks)
 
 
 @dataclass
@@ -48,6 +58,7 @@ class Tally:
     restarts: int = 0  # of the job, by the supervisor
     hung: int = 0  # restarts since there was no progress
     faults: Counter[str] = field(default_factory=Counter)  # by kind
+    on_host: Counter[str] = field(default_factory=Counter)  # deaths
     undone: int = 0  # rounds trained again though a whole checkpoint of them had been there
     again: int = 0  # rounds trained again that had a record and no whole checkpoint yet
     missing: int = 0  # rounds without a record at the end
@@ -60,11 +71,12 @@ class Tally:
     why: str = ""
 
 
-def disturb(job: Job, rng: random.Random, tally: Tally, mtbf_s: float, limit_s: float) -> list[float]:
+def disturb(job: Job, rng: random.Random, tally: Tally, campaign: Campaign, limit_s: float) -> list[float]:
     """Kill ranks until the job ends, or has taken half of its time; when each fault was. The clock of faults runs while
     the ranks train: those that kill a start before it trains are drawn by start."""
     faults: list[float] = []
-    left_s, before_s, starts, due_s = rng.expovariate(1 / mtbf_s), time.monotonic(), 0, math.inf
+    rate = 1 / campaign.mtbf_s
+    left_s, before_s, starts, due_s = rng.expovariate(rate), time.monotonic(), 0, math.inf
     while job.process.poll() is None:
         time.sleep(POLL_S)
         job.look()
@@ -77,30 +89,34 @@ def disturb(job: Job, rng: random.Random, tally: Tally, mtbf_s: float, limit_s: 
             continue  # a run has to end
         if len(job.starts) > starts:
             starts = len(job.starts)
-            due_s = now_s + rng.uniform(0.0, SET_UP_S) if rng.random() < IN_SET_UP else math.inf
+            due_s = now_s + rng.uniform(0.0, SET_UP_S) if rng.random() < campaign.in_set_up else math.inf
         trains = so_far_s - job.last_commit_s < QUIET_S
         left_s -= passed_s * trains
         if now_s > due_s:
             kind, due_s = "in set-up", math.inf
         elif left_s < 0:
-            kind, left_s = rng.choices([*KINDS], [*KINDS.values()])[0], rng.expovariate(1 / mtbf_s)
+            most, left_s = len(job.ranks()) - campaign.spare, rng.expovariate(rate)
+            if not (weights := {kind: weight for kind, (weight, deaths) in KINDS.items() if deaths <= most}):
+                continue
+            kind = rng.choices([*weights], [*weights.values()])[0]
         else:
             continue
-        if deaths := _kill(job, kind, rng):
+        if killed := _kill(job, kind, rng):
             tally.faults[kind] += 1
-            tally.deaths += deaths
+            tally.deaths += len(killed)
+            tally.on_host.update(f"h{rank % campaign.hosts + 1}" for rank in killed)
             faults.append(now_s - job.begun_s)
     job.look()
     return faults
 
 
-def _kill(job: Job, kind: str, rng: random.Random) -> int:
-    """How many ranks have died of a fault of this kind; those of a job that is being set up may be among them."""
+def _kill(job: Job, kind: str, rng: random.Random) -> list[int]:
+    """The ranks that have died of a fault of this kind; those of a job that is being set up may be among them."""
 
-    def one(server: bool = False) -> int:
+    def one(server: bool = False) -> list[int]:
         there = sorted(job.ranks())
         if not there:
-            return 0
+            return []
         # The lowest one of those that are left is the server.
         chosen = there[0] if server or len(there) == 1 else rng.choice(there[1:])
         return _signalled(job, chosen)
@@ -109,33 +125,34 @@ def _kill(job: Job, kind: str, rng: random.Random) -> int:
         there = sorted(job.ranks())
         return _signalled(job, *rng.sample(there, min(2, len(there))))
     if kind == "during recovery":
-        deaths = one()
+        killed = one()
         time.sleep(rng.uniform(0.01, 0.6))
-        return deaths + one(rng.random() < 0.5)
+        return killed + one(rng.random() < 0.5)
     if kind == "three in a row":
-        deaths = one()
+        killed = one()
         for _ in range(2):
             time.sleep(rng.uniform(0.2, 2.0))
-            deaths += one(rng.random() < 0.3)
-        return deaths
+            killed += one(rng.random() < 0.3)
+        return killed
     return one(kind == "server")
 
 
-def _signalled(job: Job, *ranks: int) -> int:
+def _signalled(job: Job, *ranks: int) -> list[int]:
     try:
         job.signal(signal.SIGKILL, *ranks)
     except KeyError:
-        return 0
-    return len(ranks)
+        return []
+    return [*ranks]
 
 
 def one_run(folder: Path, campaign: Campaign, number: int, whole: dict[str, Any], sha: Callable[[Path], str]) -> Tally:
     """One run from start to end; its folder stays where something is wrong."""
     rng, tally, out = random.Random(f"{campaign.seed} {number}"), Tally(number), folder / f"run-{number:03d}"
-    with Job(out, settings(campaign.rounds), mpirun(), GRACE_S) as job:
+    inside, line = campaign.launch()
+    with Job(out, campaign.settings(), line, GRACE_S, inside) as job:
         faults: list[float] = []
         try:
-            faults = disturb(job, rng, tally, campaign.mtbf_s, RUN_S)
+            faults = disturb(job, rng, tally, campaign, RUN_S)
             tally.code = job.process.returncode
         except TooLong as why:
             tally.why = str(why)
@@ -167,7 +184,7 @@ def undisturbed(folder: Path, campaign: Campaign, sha: Callable[[Path], str]) ->
     file = folder / "undisturbed.json"
     if file.exists():
         return dict(json.loads(file.read_text()))
-    with Job(folder / "undisturbed", settings(campaign.rounds), mpirun()) as job:
+    with Job(folder / "undisturbed", campaign.settings(), mpirun(campaign.ranks)) as job:
         if code := job.wait(RUN_S):
             raise TooLong(f"the undisturbed run ended with exit code {code}: see {job.out}.log")
     found = {"sha256": sha(job.out), "samples_per_s": job.samples_per_s}
@@ -200,6 +217,9 @@ def kill_loop(folder: Path, campaign: Campaign, minutes: float, deaths: int | No
                 f"{tally.seconds:.0f} s: {said}",
                 flush=True,
             )
+    except Cannot as why:
+        print(f"CANNOT kill-loop: {why}")
+        return CANNOT
     except TooLong as why:
         print(f"FAIL kill-loop: {why}")
         return 1
@@ -208,7 +228,7 @@ def kill_loop(folder: Path, campaign: Campaign, minutes: float, deaths: int | No
 
 def report(campaign: Campaign, rows: list[dict[str, Any]], wanted: int | None) -> int:
     """What the runs so far came to; 0 where all is well."""
-    runs = [Tally(**{**row, "faults": Counter(row["faults"])}) for row in rows]
+    runs = [Tally(**{**row, "faults": Counter(row["faults"]), "on_host": Counter(row["on_host"])}) for row in rows]
     total = {name: sum(getattr(run, name) for run in runs) for name in ("deaths", "healed", "restarts", "hung")}
     faults = sum((run.faults for run in runs), Counter[str]())
     next_s = [took for run in runs for took in run.next_round_s]
@@ -220,6 +240,9 @@ def report(campaign: Campaign, rows: list[dict[str, Any]], wanted: int | None) -
         f"  {'deaths':<14}{total['deaths']}: {total['healed']} healed in the job, the others by {total['restarts']} "
         f"restarts of the supervisor ({total['hung']} of them of a job that hung)"
     )
+    if campaign.hosts > 1:
+        on_host = sum((run.on_host for run in runs), Counter[str]())
+        print(f"  {'hosts':<14}{', '.join(f'{number} deaths on {host}' for host, number in sorted(on_host.items()))}")
     lost = sum(run.undone for run in runs), sum(run.missing for run in runs), sum(run.again for run in runs)
     print(
         f"  {'lost':<14}{lost[0] + lost[1]} committed rounds; {lost[2]} not yet on disk were trained again by a restart"

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.mpi import ENVIRONMENT, FEDMPI, PYTHON, launcher, mpirun
+from support.mpi import ENVIRONMENT, FEDMPI, PYTHON, absent, launcher, mpirun
 
 TOP = Path(__file__).parents[2]
 # Scripts without a quick form: the others source setup.sh; test.sh would start these tests again. tests/test_jobs.py
@@ -109,6 +109,24 @@ def test_a_drill_kills_a_rank_and_tells_what_was_lost(checkout: Path) -> None:
     assert re.search(r"SIGKILL to rank 2, after round 3\n.* lost \[2\], healed in .*silo-\d to rank [0-2]", said), said
     assert re.search(r"lost +0 rounds, 0 of \d+ batches\n +next round +\d+\.\d+ s after the fault", said), said
     assert re.search(r"ok +SHA-256 [0-9a-f]{12} is the undisturbed run's", said), said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("kill-loop", "--hosts", "2", "--spare", "2"), r"deaths +[12]: [12] healed in the job[^$]*on h[12]"),
+        (("cut-loop",), r"tries +2, [^$]*history +0 tries with two lines"),
+    ],
+    ids=["kill", "cut"],
+)
+def test_a_campaign_on_two_hosts(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+    drill = [PYTHON, str(TOP / "jobs/experiments/drill.py"), *words, "--quick", "--out", str(tmp_path)]
+    path = os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]])
+    environment = {**os.environ, **ENVIRONMENT, "PATH": path}
+    done = subprocess.run(drill, env=environment, capture_output=True, text=True, timeout=280)
+    if done.returncode == 77:
+        absent("netns", done.stdout)
+    assert done.returncode == 0 and re.search(told, done.stdout) and f"PASS {words[0]}" in done.stdout, done.stdout
 
 
 def test_two_commits_are_compared_in_turns(checkout: Path) -> None:
