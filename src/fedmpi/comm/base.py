@@ -44,6 +44,18 @@ class Over:
         return True
 
 
+class All:
+    """Several requests in flight, as one."""
+
+    def __init__(self, requests: Sequence[Pending]) -> None:
+        self._requests = list(requests)
+
+    def Test(self) -> bool:
+        while self._requests and self._requests[0].Test():
+            self._requests.pop(0)
+        return not self._requests
+
+
 class Control(Protocol):
     """Control traffic; counted in `bytes_control`."""
 
@@ -228,6 +240,16 @@ class Transport(Protocol):
     @abstractmethod
     def allgather(self, vector: torch.Tensor, parts: CountsDispls) -> Pending:
         """Starts to send this rank's part of `vector` to all ranks and to receive theirs into it. Collective."""
+
+    @abstractmethod
+    def isend(self, vector: torch.Tensor, rank: int) -> Pending:
+        """Starts to send a vector in host memory to another rank, which receives it with `irecv`. Vectors between two
+        ranks arrive in the order in which they were sent. The vector must stay unchanged until the request has
+        completed. Not collective."""
+
+    @abstractmethod
+    def irecv(self, vector: torch.Tensor, rank: int) -> Pending:
+        """Starts to receive a vector of this length and dtype from another rank. Not collective."""
 
     @abstractmethod
     def wait(self, pending: Pending) -> None:

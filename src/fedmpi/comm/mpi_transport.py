@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedmpi.comm import machine
-from fedmpi.comm.base import CountsDispls, Pending, blocks, summable
+from fedmpi.comm.base import All, CountsDispls, Pending, blocks, summable
 from fedmpi.comm.mpi_control import MpiControl, bounded, translated
 from fedmpi.comm.staging import Staging
 from fedmpi.errors import ExchangeError, agreed
@@ -19,6 +19,7 @@ from fedmpi.errors import ExchangeError, agreed
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_VECTOR = 75  # tag of vectors between two ranks
 _AHEAD = 4  # blocks in flight where waiting means sleeping
 
 
@@ -93,6 +94,19 @@ class MpiTransport(MpiControl):
         self.bytes_down += array.itemsize * sum(length for r, (_, length) in enumerate(parts) if r != self.rank)
         request: Pending = self._world.Iallgatherv(self._mpi.IN_PLACE, [array, _counts(parts)])
         return request
+
+    @translated
+    def isend(self, vector: torch.Tensor, rank: int) -> Pending:
+        array = summable(vector)
+        self.bytes_up += array.nbytes
+        parts = blocks(len(array), array.itemsize)
+        return All([self._world.Isend(array[part], dest=rank, tag=_VECTOR) for part in parts])
+
+    @translated
+    def irecv(self, vector: torch.Tensor, rank: int) -> Pending:
+        array = summable(vector)
+        parts = blocks(len(array), array.itemsize)
+        return All([self._world.Irecv(array[part], source=rank, tag=_VECTOR) for part in parts])
 
     @translated
     def progress(self) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from fedmpi.comm.base import Comm, CountsDispls, Over, Pending, summable
 from fedmpi.comm.staging import Staging
+from fedmpi.errors import ExchangeError
 
 
 class SoloComm(Comm):
@@ -67,6 +68,12 @@ class SoloComm(Comm):
 
     def allgather(self, vector: torch.Tensor, parts: CountsDispls) -> Pending:
         return Over()
+
+    def isend(self, vector: torch.Tensor, rank: int) -> Pending:
+        raise ExchangeError("a single rank has nobody to send to")
+
+    def irecv(self, vector: torch.Tensor, rank: int) -> Pending:
+        raise ExchangeError("a single rank receives from nobody")
 
     def wait(self, pending: Pending) -> None: ...
 

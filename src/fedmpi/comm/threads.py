@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fedmpi.comm.base import LOST, Comm, CountsDispls, Pending, summable
+from fedmpi.comm.base import LOST, Comm, CountsDispls, Over, Pending, summable
 from fedmpi.comm.staging import Staging
 from fedmpi.errors import CommTimeout, ExchangeError, RankLost
 
@@ -61,6 +62,7 @@ class _Meeting:
         self.made: dict[Any, Any] = {}  # shared objects, made by the first rank that asks: vectors, groups
         self.notices: dict[int, int] = {}
         self.posted: dict[int, list[tuple[int, tuple[int, ...]]]] = {}  # by receiver
+        self.letters: dict[tuple[int, int], deque[np.ndarray]] = {}  # vectors by sender and receiver
         self._brought: dict[Any, dict[int, Any]] = {}  # by call and rank: the contribution
         self._left: dict[Any, int] = {}  # by call: number of ranks that have not read it yet
         self._parts: list[_Meeting] = []
@@ -124,6 +126,24 @@ class _UnderWay:
             if self._land is not None and self.meeting.is_whole(self.call):
                 land, self._land = self._land, None
                 land(self.meeting.take(self.call))
+        return self._land is None
+
+
+class _Letter:
+    """A vector that another rank may have sent; `land` receives it."""
+
+    def __init__(self, meeting: _Meeting, way: tuple[int, int], land: Callable[[np.ndarray], None]) -> None:
+        self.meeting, self.way = meeting, way
+        self._land: Callable[[np.ndarray], None] | None = land
+
+    def Test(self) -> bool:
+        with self.meeting.changed:
+            if self._land is not None:
+                if self.meeting.letters.get(self.way):
+                    land, self._land = self._land, None
+                    land(self.meeting.letters[self.way].popleft())
+                elif self.meeting.ranks[self.way[0]] in self.meeting.lost:
+                    raise RankLost([self.way[0]])
         return self._land is None
 
 
@@ -220,6 +240,24 @@ class ThreadComm(Comm):
 
         start, length = parts[self.rank]
         return self._begin("vectors", "allgather", array[start : start + length].copy(), land)
+
+    def isend(self, vector: torch.Tensor, rank: int) -> Pending:
+        array = summable(vector)
+        self.bytes_up += array.nbytes
+        with self._meeting.changed:
+            self._meeting.letters.setdefault((self.rank, rank), deque()).append(array.copy())
+            self._meeting.changed.notify_all()
+        return Over()
+
+    def irecv(self, vector: torch.Tensor, rank: int) -> Pending:
+        array = summable(vector)
+
+        def land(sent: np.ndarray) -> None:
+            if sent.shape != array.shape or sent.dtype != array.dtype:
+                raise ExchangeError(f"{len(sent)} elements came where {len(array)} are waited for")
+            array[:] = sent
+
+        return _Letter(self._meeting, (rank, self.rank), land)
 
     def progress(self) -> None: ...
 

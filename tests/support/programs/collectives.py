@@ -65,7 +65,21 @@ def bcast(comm, length, dtype):
     assert np.array_equal(vector.numpy(), drawn(0, length, dtype)), f"length {length}"
 
 
-for part in (reduce, allreduce, bcast):
+def between_two(comm, length, dtype):
+    """Every rank sends two vectors to rank 0, which receives them in the order sent, the last rank's first."""
+    pending = []
+    for number in (0, 1) if comm.rank else ():
+        pending.append((comm.isend(kept := torch.from_numpy(drawn(comm.rank + number, length, dtype)), 0), kept))
+    for rank in range(comm.size - 1, 0, -1) if comm.rank == 0 else ():
+        for number in (0, 1):
+            recv = torch.full((length,), 7, dtype=dtype)
+            comm.wait(comm.irecv(recv, rank))
+            assert np.array_equal(recv.numpy(), drawn(rank + number, length, dtype)), f"length {length}"
+    for request, _ in pending:
+        comm.wait(request)
+
+
+for part in (reduce, allreduce, bcast, between_two):
     over_types(part.__name__, part)
 
 
