@@ -336,6 +336,9 @@ NEEDS |= {name: {"count": 1} for name in ATTACKS.members} | {"noise": {"count": 
 NEEDS |= {"clip": {"norm": 1.0}, "max_norm": {"norm": 1.0}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}
 INSIDE["engine"] = {"name": "synchronous"}
+INSIDE["clock"] = {"name": "virtual"}
+NEEDS["buffered"] = {"clock": INSIDE["clock"]}
+TIMES_NEED = {"uniform": {"low": 1.0, "high": 2.0}, "trace": {"file": "trace.csv"}}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key and family is not PLANS for name in family.members]
 
 
@@ -343,9 +346,11 @@ MEMBERS = [(key, name) for family, key in FAMILIES.values() if key and family is
 def test_every_member_comes_back_from_its_plain_values(key, name):
     parents = key.split(".")
     needs = NEEDS | ({"noise": {"sigma": 0.1}} if key == "updates" else {})
+    needs |= TIMES_NEED if key == "engine.clock.compute" else {}
+    inside = INSIDE | ({"engine": {"name": "buffered", **NEEDS["buffered"]}} if key == "engine.staleness" else {})
     values = {"name": name, **needs.get(name, NEEDS["sgd"] if key == "local" else {})}
     for parent in reversed(parents):
-        values = {parent: INSIDE.get(parent, {}) | values if parent != parents[-1] else values}
+        values = {parent: inside.get(parent, {}) | values if parent != parents[-1] else values}
     if key == "records.measure":
         values["exchange"] = {"plan": "sharded", "scope": "silo"}
     if key == "aggregate" and AGGREGATORS.build(values[key], key).needs != "sum":

@@ -237,8 +237,6 @@ def open_members(
     comm.collectively(lambda: config.entries(spec.module, members.ids, spec.known))
     comm.collectively(lambda: _weights(config, members.ids, opened.num_train))
     _try_members(spec, members, opened.data, comm)
-    if (capped := config.select.capped(len(members.ids))) and comm.rank == 0:
-        log.warning(capped)
     return opened
 
 
@@ -295,7 +293,7 @@ def build_federation(
             disclose=config.disclose,
             updates=Updates(config.updates),
             finetune=config.evaluate.finetune,
-            told=config.policy.columns,
+            told=(*config.policy.columns, *config.engine.columns),
             experiment="" if attack is None else said(attack, spec.known),
         )
     return Built(federation, replace(spec, section=plan.section), plan)
@@ -341,6 +339,7 @@ def _context(spec: Spec, weights: Mapping[str, float], hosted: Sequence[str], co
         states,
         layout,
         None if config.attack is None or not config.attack.omniscient else edit_of(config.attack, spec.known),
+        config.engine.arrivals > 0,
     )
 
 

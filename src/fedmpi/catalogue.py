@@ -29,7 +29,7 @@ from fedmpi.metrics import METRICS
 from fedmpi.models import MODELS
 from fedmpi.objectives import DEFAULTS, LOSSES, Objective
 from fedmpi.records import MEASUREMENTS, SINKS
-from fedmpi.rounds import ENGINES, POLICIES
+from fedmpi.rounds import CLOCKS, ENGINES, POLICIES, STALENESS, TIMES
 from fedmpi.schedules import SCHEDULES
 from fedmpi.selection import SELECTORS
 from fedmpi.server import OPTIMIZERS
@@ -54,6 +54,9 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "servers": (OPTIMIZERS, "server.optimizer"),
     "engines": (ENGINES, "engine"),
     "policies": (POLICIES, "engine.policy"),
+    "staleness": (STALENESS, "engine.staleness"),
+    "clocks": (CLOCKS, "engine.clock"),
+    "times": (TIMES, "engine.clock.compute"),
     "measurements": (MEASUREMENTS, "records.measure"),
     "sinks": (SINKS, "records.sinks"),
     "codecs": (CODECS, "exchange.up.codec"),

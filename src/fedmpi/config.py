@@ -38,7 +38,7 @@ from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
 from fedmpi.records import MEASUREMENTS, SINKS, Measurement, Sink
 from fedmpi.records.measurements import Gram
-from fedmpi.rounds import ENGINES, Engine, Everybody, Policy, Synchronous
+from fedmpi.rounds import ENGINES, Engine, Policy, Synchronous
 from fedmpi.rounds.disclosure import Disclose, refuse_hidden
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, ReadsNorms, ServerOptimizer
@@ -223,9 +223,8 @@ class Config:
 
     @property
     def policy(self) -> Policy:
-        """The engine's; one that has none waits for every silo."""
-        found: Policy = getattr(self.engine, "policy", Everybody())
-        return found
+        """The engine's."""
+        return self.engine.policy
 
     @property
     def heals(self) -> OnFailure:
@@ -262,17 +261,20 @@ class Config:
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
         parts = (self.aggregate, self.attack, self.records, self.local, self.server.optimizer, self.server.average)
-        for part in (*parts, self.select, self.evaluate, self.exchange, self.policy, *self.updates):
+        engine = (self.engine, self.engine.clock, self.policy)
+        others: tuple[Any, ...] = (self.select, self.evaluate, self.exchange, *engine, *self.updates)
+        for part in (*parts, *others):
             if part is not None and (why := part.conflicts(self)):
                 raise ValueError(why)
         return self
 
     def entries(self, module: torch.nn.Module, ids: Sequence[str], known: Sequence[str]) -> list[Entry]:
         """The model's tensors and which are shared. Raises ConfigError if a component does not support them or the
-        number of members `ids`, or names or counts silos beyond `known`, which are all that may ever take part."""
+        number of silos, or names a silo that is none of `known`, which are all that may ever take part."""
         found = entries(module, self.exchange.parameters)
-        self.select.suits(len(known))
+        self.select.suits(len(ids))
         self.select.knows(known)
+        self.engine.clock.suits(known)
         if self.disclose != "silo" and self.select.least(ids, self.rounds) < 2:
             raise ConfigError(
                 f"disclose: {self.disclose}, but a cohort may be a single silo, and sums over it are its figures; take "

@@ -39,6 +39,7 @@ class RoundOutcome:
     repeats: int = 0  # times the round was trained again
     # By silo: the record's rows, with test figures.
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    told: Mapping[str, Any] = field(default_factory=dict)  # what the engine adds to the record
     # Inner products of the accepted deltas, for measurements only; not in checkpoints.
     gram_KK: np.ndarray | None = None
 

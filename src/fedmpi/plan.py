@@ -14,7 +14,7 @@ from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
 from fedmpi.exchange.base import Machine
-from fedmpi.exchange.choose import by_rule, cost
+from fedmpi.exchange.choose import BY_ARRIVAL, by_rule, cost
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import Sizes, num_vectors
 from fedmpi.exchange.fragments import parts
@@ -94,11 +94,12 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         num_elements=counts.travels,
         element_bytes=counts.word,
         num_ranks=num_ranks,
-        vectors=num_vectors(section, hosted),
+        vectors=hosted if config.engine.arrivals else num_vectors(section, hosted),
         num_silos=len(owners),
         num_exact=counts.exact,
         num_states=_server_copies(config),
         num_stepped=counts.shared,
+        arrivals=config.engine.arrivals,
         aggregator=None if config.aggregate.needs == "sum" else config.aggregate,
     )
     sample_bytes = 4 * int(torch.Size(source.shape).numel())
@@ -152,6 +153,8 @@ def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[Exchang
     """The exchange with the plan that it would get on one node, and how the plan is chosen; empty if the configuration
     names it."""
     section = config.exchange
+    if config.engine.arrivals:
+        return replace(section, plan="root"), f"root ({BY_ARRIVAL})"
     if not section.chosen:
         return section, ""
 

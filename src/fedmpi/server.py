@@ -158,6 +158,14 @@ class Server:
         alone = layout is None or not layout.auxiliaries
         return self._plain and alone and type(optimizer) is FedAvg and optimizer.lr == 1.0
 
+    @property
+    def gain(self) -> float | None:
+        """c if the step is params + c mean for all elements, else None."""
+        optimizer, layout = self.optimizer, self.layout
+        alone = layout is None or (layout.steps_alone and not layout.auxiliaries)
+        plain = alone and self.on_mean is None and type(optimizer) is FedAvg
+        return optimizer.lr * self.scale if plain and isinstance(optimizer, FedAvg) else None
+
     def step(self, params_S: Tensor, mean_S: Tensor, state: Any, start: int = 0) -> tuple[Tensor, Any]:
         """New values [S] of the elements from `start` on, and new state, in the memory of `mean_S` and of `state`."""
         layout, stop = self.layout, start + len(mean_S)

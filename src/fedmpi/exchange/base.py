@@ -64,6 +64,7 @@ class ExchangeContext(NamedTuple):
     states: int = 0  # vectors in the server optimizer's state
     layout: Layout | None = None  # layout of the vector; None: it holds only the delta
     edit: Edit | None = None  # how an attack changes silos' rows before anything reads them
+    arrivals: bool = False  # whether updates arrive one by one (exchange/arrivals.py), in place of a plan's collectives
 
 
 class Machine(NamedTuple):

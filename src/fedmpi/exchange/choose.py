@@ -19,6 +19,7 @@ import torch
 
 from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
+from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.autotune import measure
 from fedmpi.exchange.base import Exchange, ExchangeContext, Machine
 from fedmpi.exchange.config import ExchangeSection
@@ -26,6 +27,8 @@ from fedmpi.exchange.cost import Cost, Sizes, Traffic
 from fedmpi.exchange.plans import FORMERLY, MEASURE, PLANS
 from fedmpi.exchange.progress import Progress
 from fedmpi.exchange.regions import Regional
+
+BY_ARRIVAL = "updates go to rank 0 as they arrive"  # why, under engine: buffered
 
 log = logging.getLogger("fedmpi")
 
@@ -41,6 +44,8 @@ class Choice:
 
 def make(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> Exchange:
     """The exchange for a section whose plan is named. Collective."""
+    if facts.arrivals:
+        return Arrivals(section, comm, params_P, facts)
     if section.regions is not None:
         return Regional(section, comm, params_P, facts)
     if section.goes_on:
@@ -54,7 +59,8 @@ def cost(section: ExchangeSection, sizes: Sizes) -> Cost:
     >>> cost(ExchangeSection(plan="root"), Sizes(1000, 4, 4)).traffic
     Traffic(up=12072, down=12000, control=0, collectives='Reduce + Bcast')
     """
-    plan = Regional if section.regions is not None else Progress if section.goes_on else section.member
+    plan: type[Exchange] = Regional if section.regions is not None else Progress if section.goes_on else section.member
+    plan = Arrivals if sizes.arrivals else plan
     found = plan.cost(section, sizes)
     return found if sizes.num_ranks > 1 else found._replace(traffic=Traffic(0, 0, 0, "none"))
 
@@ -94,6 +100,8 @@ def choose(
 
     Collective. Raises ConfigError on every rank if the named plan cannot carry out the section.
     """
+    if facts.arrivals:
+        return Choice(replace(section, plan="root"), BY_ARRIVAL)
     machine = Machine.of(comm, params_P.device)
 
     def refuses(name: str) -> str:

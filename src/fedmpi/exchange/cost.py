@@ -34,6 +34,7 @@ class Sizes:
     hosted: int = 1  # silos on that rank
     num_states: int = 0  # vectors in the server optimizer's state
     num_stepped: int = 0  # elements of each of them
+    arrivals: int = 0  # updates of a round that reach rank 0 one by one (arrivals.py); 0: the plan's collectives
     aggregator: Aggregator | None = None  # an aggregator that reads each delta; None: a weighted mean
 
     @property

@@ -15,19 +15,26 @@ the next round's training (exchange/overlap.py).
 """
 
 from fedmpi.components import Family
+from fedmpi.rounds.asynchronous import Buffered
+from fedmpi.rounds.clocks import CLOCKS, TIMES
 from fedmpi.rounds.engine import Engine, PreparedRound
 from fedmpi.rounds.federation import DONE_RANK, READY_RANK, READY_SILO, Federation, State
 from fedmpi.rounds.policies import POLICIES, Everybody, Policy
+from fedmpi.rounds.staleness import STALENESS
 from fedmpi.rounds.synchronous import Synchronous
 
-ENGINES = Family("engine", {"synchronous": Synchronous}, Engine)
+ENGINES = Family("engine", {"synchronous": Synchronous, "buffered": Buffered}, Engine, defaults=True)
 
 __all__ = [
+    "CLOCKS",
     "DONE_RANK",
     "ENGINES",
     "POLICIES",
     "READY_RANK",
     "READY_SILO",
+    "STALENESS",
+    "TIMES",
+    "Buffered",
     "Engine",
     "Everybody",
     "Federation",

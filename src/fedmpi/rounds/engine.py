@@ -1,4 +1,4 @@
-"""Protocols of the engine, which runs rounds, one after another.
+"""The engine runs rounds, one after another.
 
     prepared = engine.step(state, federation)   silos train and all ranks agree; nothing changes yet
     prepared.outcome                            the result of training
@@ -9,10 +9,16 @@ To drop a prepared round, do not commit it: its state and its silos are unchange
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Protocol
 
 from fedmpi.outcome import RoundOutcome
+from fedmpi.rounds.clocks import Clock, Real
 from fedmpi.rounds.federation import Federation, State
+from fedmpi.rounds.policies import Everybody, Policy
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
 
 
 class PreparedRound(Protocol):
@@ -29,9 +35,34 @@ class PreparedRound(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """Runs rounds, one after another."""
+class Engine:
+    """Runs rounds, one after another. Members define `step`, and override the rest as needed."""
 
+    @property
+    def policy(self) -> Policy:
+        """Decides when a round closes, and whether it goes on."""
+        return Everybody()
+
+    @property
+    def clock(self) -> Clock:
+        """How long training takes."""
+        return Real()
+
+    @property
+    def arrivals(self) -> int:
+        """Updates of a round, if each goes to rank 0 by itself (exchange/arrivals.py); 0: the plan's collectives."""
+        return 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it needs in the silos' table, besides those of its policy."""
+        return ()
+
+    def conflicts(self, config: Config) -> str | None:
+        """Why it does not work with the rest of the configuration, in one line; None if it does."""
+        return None
+
+    @abstractmethod
     def step(self, state: State, federation: Federation) -> PreparedRound:
         """The next round, prepared: silos have trained and nothing has changed. Collective. Raises the same error on
         every rank, Stopped, Diverged, NoCohort or SiloError, and leaves the state unchanged."""

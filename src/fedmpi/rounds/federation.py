@@ -46,7 +46,7 @@ class State:
     record: Record | None = None  # its log line
     average_P: torch.Tensor | None = None  # average of the parameters over rounds, equal on every rank; None: not kept
     updates: Mapping[str, np.ndarray] = field(default_factory=dict)  # the state of `Federation.updates`
-    policy: Mapping[str, np.ndarray] = field(default_factory=dict)  # the state of the engine's policy
+    policy: Mapping[str, np.ndarray] = field(default_factory=dict)  # the state of the engine, its policy and clock
     written: int = -1  # newest round whose checkpoint files are safe on every rank
 
 
@@ -76,7 +76,7 @@ class Federation:
     disclose: Disclose = "silo"  # which figures of single silos leave their rank
     updates: Updates = field(default_factory=Updates)  # transforms of updates before the exchange
     finetune: LocalRule | None = None  # fine-tunes a personal model per silo after the last round
-    told: Sequence[str] = ()  # columns of the silos' table that the policy needs
+    told: Sequence[str] = ()  # columns of the silos' table that the engine needs
     experiment: str = ""  # label in the records of an experiment
     timer: Timer = field(default_factory=Timer)
 

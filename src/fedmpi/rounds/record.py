@@ -94,6 +94,7 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
         stale_K = fed.ready.silo("stale") if "stale" in fed.told else np.zeros(0)
         if stale_K.any():
             record["stale"] = {silo: int(s) for silo, s in zip(fed.ids, stale_K.tolist(), strict=True) if s}
+    record |= outcome.told
     if outcome.repeats:
         record["repeats"] = outcome.repeats
     if fed.experiment:

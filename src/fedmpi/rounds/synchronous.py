@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
@@ -18,9 +18,11 @@ from fedmpi.local import LocalSilo
 from fedmpi.outcome import BUFFERED, RoundOutcome
 from fedmpi.records import peak_rss_bytes
 from fedmpi.rounds.agreement import agree_ready, raise_failure
+from fedmpi.rounds.clocks import CLOCKS, NOW, Clock, Real, now
 from fedmpi.rounds.closing import Closing, normalised
 from fedmpi.rounds.cohort import select_cohort, share_of_all
 from fedmpi.rounds.disclosure import heard
+from fedmpi.rounds.engine import Engine
 from fedmpi.rounds.evaluation import evaluate
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.rounds.policies import POLICIES, Everybody, Policy
@@ -29,14 +31,25 @@ from fedmpi.rounds.training import train_silos
 from fedmpi.selection import Selection
 from fedmpi.server import Server
 
+if TYPE_CHECKING:
+    from fedmpi.config import Config
+
 
 @component
-class Synchronous:
+class Synchronous(Engine):
     """Synchronous rounds: the cohort trains, its updates are aggregated, the server steps (McMahan et al. 2017,
     Algorithm 1)."""
 
     policy: Annotated[Policy, POLICIES] = Everybody()
     """decides when a round closes and whether it may go on"""
+    clock: Annotated[Clock, CLOCKS] = Real()
+    """real, or a virtual one: a round takes as long as the slowest silo of its cohort"""
+
+    def conflicts(self, config: Config) -> str | None:
+        """Refuses deadlines under a virtual clock."""
+        if self.clock.is_virtual and self.policy.posts:
+            return "engine.policy: deadline closes rounds by the machine's clock; with engine.clock: virtual take all"
+        return None
 
     def step(self, state: State, fed: Federation) -> SynchronousRound:
         comm, timer, number = fed.comm, fed.timer, state.round + 1
@@ -62,8 +75,17 @@ class Synchronous:
             if not outcome.is_void:
                 break
             self.policy.give_up(outcome)
-        server = _server(state, fed, number, selection, near)
-        return SynchronousRound(state, fed, outcome, selection, trained, server, sent, self.policy)
+        kept: dict[str, np.ndarray] = {}
+        if self.clock.is_virtual:
+            kept = {NOW: np.array([now(state.policy) + self._slowest(fed, number, cohort)])}
+            outcome = replace(outcome, told={"virtual_s": float(kept[NOW][0])})
+        server = server_of(state, fed, number, selection, near)
+        return SynchronousRound(state, fed, outcome, selection, trained, server, sent, self.policy, kept)
+
+    def _slowest(self, fed: Federation, number: int, cohort: Sequence[str]) -> float:
+        """Virtual seconds of the round's slowest silo."""
+        num_train = dict(zip(fed.ids, fed.num_train, strict=True))
+        return max(self.clock.seconds(fed.seed, silo, number - 1, num_train[silo]) for silo in cohort)
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,7 @@ class SynchronousRound:
     server: Server  # the server's step
     sent: tuple[int, int, int]  # bytes sent up, down and as control traffic before this round
     policy: Policy
+    kept: Mapping[str, np.ndarray]  # the engine's own state after the round, besides its policy's
 
     def commit(self, written: int = -1) -> State:
         state, fed, number = self.state, self.fed, self.outcome.round
@@ -116,7 +139,7 @@ class SynchronousRound:
         policy = self.policy.follow(state.policy, fed, outcome)
         return State(
             *(number, params_Q, optimizer, self.selection.state, outcome, record, average_P, updates),
-            policy=policy,
+            policy={**policy, **self.kept},
             written=safe,
         )
 
@@ -135,7 +158,7 @@ def _share_ready(fed: Federation, closing: Closing | None) -> None:
     fed.ready.share(lambda values: fed.comm.share(values, meanwhile))
 
 
-def _server(state: State, fed: Federation, number: int, selection: Selection, near: float) -> Server:
+def server_of(state: State, fed: Federation, number: int, selection: Selection, near: float) -> Server:
     """The server's step of this round. Every rank computes the same one from the figures of the accepted updates."""
     weights, sent, normalizers, losses, norms = heard(fed.ready)
     total = float(weights.sum())

@@ -67,7 +67,7 @@ def train_silos(
         contributions = fed.runner.run(fed.rule, fed.model, drafts, begin)
         for (name, factor), silo, contribution in zip(mine, drafts, contributions, strict=True):
             num_done += 1
-            _check(contribution, silo, fed)
+            check_contribution(contribution, silo, fed)
             contribution.start_loss = losses_before.get(name, 0.0)
             contribution.weight = silo.weight * factor
             contribution.weight = fed.aggregator.weight(contribution)
@@ -189,7 +189,7 @@ def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, ne
     return bool(torch.isfinite(torch.linalg.vector_norm(contribution.vector_Q[fed.layout.num_params :])))
 
 
-def _check(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
+def check_contribution(contribution: Any, silo: LocalSilo, fed: Federation) -> None:
     """Raise TypeError if a rule returned something that cannot be summed or kept."""
     rule, length = type(fed.rule).__name__, fed.layout.size
     if not isinstance(contribution, Contribution):

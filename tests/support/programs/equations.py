@@ -5,6 +5,7 @@ import sys
 
 from support.equations import check
 from support.equations.adaptive import CASES as ADAPTIVE
+from support.equations.asynchronous import CASES as ASYNCHRONOUS
 from support.equations.control import CASES as CONTROL
 from support.equations.personal import CASES as PERSONAL
 from support.equations.rules import CASES as RULES
@@ -15,7 +16,7 @@ from support.programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE, **UPDATES}
+CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE, **UPDATES, **ASYNCHRONOUS}
 
 if __name__ == "__main__":
     comm = connect()

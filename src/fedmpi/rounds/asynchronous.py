@@ -1,0 +1,170 @@
+"""The asynchronous engine: silos do not wait for each other. A round is one step of the server.
+
+    a silo       fetches the newest parameters, trains, sends its update, and fetches again
+    the server   adds each update, weighted by its staleness, to a buffer; once `size` updates have arrived, it steps
+                 by their mean
+
+With M updates in the buffer, made from the versions tau_i, with weights p_i and staleness weights s, the step from
+version t is that of server.optimizer on
+
+    mean = sum_i p_i s(t - tau_i) delta_i / sum_i p_i
+
+The silos of a round are trained when they are due, from the version that they fetched, and their updates are added in
+the order of arrival (exchange/arrivals.py). A round is committed like a synchronous one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fedmpi.aggregate import Mean
+from fedmpi.components import NonNegativeFloat, NonNegativeInt, PositiveInt, called, component
+from fedmpi.exchange.arrivals import Arrivals
+from fedmpi.outcome import RoundOutcome
+from fedmpi.rounds.agreement import agree_ready
+from fedmpi.rounds.clocks import CLOCKS, Clock, Real
+from fedmpi.rounds.due import COLUMNS, Work, train_due
+from fedmpi.rounds.engine import Engine
+from fedmpi.rounds.federation import Federation, State
+from fedmpi.rounds.policies import Everybody
+from fedmpi.rounds.queue import Arrival, Queue
+from fedmpi.rounds.record import training_outcome
+from fedmpi.rounds.staleness import STALENESS, Polynomial, Staleness
+from fedmpi.rounds.synchronous import SynchronousRound, server_of
+from fedmpi.selection import All, Selection
+from fedmpi.server import ReadsNorms
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
+
+
+@component
+class Buffered(Engine):
+    """Asynchronous rounds with a buffer: every silo trains all the time, and the server steps once `size` updates have
+    arrived (Nguyen et al. 2022, Federated Learning with Buffered Asynchronous Aggregation, Algorithm 1, FedBuff).
+
+    With size 1 it is w + alpha s(t - tau) (w_k - w_tau), where alpha is the lr of server.optimizer fedavg. Deviation
+    from FedAsync (Xie et al. 2019, Asynchronous Federated Optimization, Algorithm 1): that mixes models,
+    w + alpha s(t - tau) (w_k - w), so it also pulls w back to the silo's older start. Deviations from FedBuff: all
+    silos train, in place of a drawn set; the mean has the weights of `aggregate`, uniform in the paper.
+
+    `rounds` counts server steps, and so do schedules. A silo's learning rate is that of the version it started from.
+    """
+
+    size: PositiveInt = 1
+    """updates that the server waits for before it steps; those that are rejected or dropped do not count"""
+    staleness: Annotated[Staleness, STALENESS] = Polynomial()
+    """how much an update counts, by the server steps that it missed"""
+    max_staleness: NonNegativeInt | None = None
+    """updates that missed more server steps are dropped, and the record names them; null: none"""
+    window_s: NonNegativeFloat = 0.0
+    """seconds that the server waits for further updates once `size` have arrived"""
+    clock: Annotated[Clock, CLOCKS] = Real()
+    """virtual: time by a model, the same on every machine"""
+
+    @property
+    def arrivals(self) -> int:
+        return self.size
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return COLUMNS
+
+    def conflicts(self, config: Config) -> str | None:
+        """Refuses whatever needs a cohort, whole deltas side by side, or all ranks at once."""
+        section, rule, optimizer = config.exchange, config.local, config.server.optimizer
+        who = "engine: buffered"
+        if not self.clock.is_virtual:
+            return f"{who} needs engine.clock: virtual; in real time take engine: synchronous with a deadline"
+        if not isinstance(config.select, All):
+            return f"{who} lets every silo train all the time, so there is no cohort to draw; take select: all"
+        if not isinstance(config.aggregate, Mean):
+            return (
+                f"{who} keeps the weighted sum of updates, not each; aggregate: {called(config.aggregate)} needs mean"
+            )
+        if rule.auxiliaries or rule.server_step is not None:
+            names = ", ".join(auxiliary.name for auxiliary in rule.auxiliaries)
+            what = f"its {names} would be of different versions" if names else "its server counts silos in a round"
+            return f"{who} does not go with local: {called(rule)}: {what}; take a rule that sends only deltas"
+        if isinstance(optimizer, ReadsNorms):
+            return f"{who} does not go with server.optimizer: {called(optimizer)}, which compares whole deltas"
+        if section.plan not in ("auto", "root"):
+            return f"{who} sends each update to rank 0; exchange.plan: {section.plan} does not, take auto"
+        if section.reduction == "reproducible":
+            return f"{who} adds updates in the order of arrival, for any number of ranks; take exchange.reduction: fast"
+        for name, there in (
+            ("scope: silo", section.scope == "silo"),
+            ("overlap", section.overlap),
+            ("fragments", section.fragments > 1),
+            ("regions", section.regions is not None),
+            ("up.codec", not section.up.plain),
+            ("down.codec", not section.down.plain),
+        ):
+            if there:
+                return f"{who} does not go with exchange.{name}"
+        if config.attack is not None and config.attack.omniscient:
+            return f"{who} does not go with attack: {called(config.attack)}, which sees all updates of a round"
+        if config.disclose != "silo":
+            return f"{who} tells every rank which silo's update arrives when; it needs disclose: silo"
+        return None
+
+    def step(self, state: State, fed: Federation) -> SynchronousRound:
+        exchange, timer, number = fed.exchange, fed.timer, state.round + 1
+        assert isinstance(exchange, Arrivals)
+        sent = fed.comm.counted()
+        timer.lap("checkpoint")
+        queue = Queue.of(state.policy, state.round, self.clock, fed.seed, fed.ids, fed.num_train)
+        timer.lap("select")
+
+        exchange.begin(number, self.size)
+        work, arrivals = Work(), list[Arrival]()
+        while True:
+            due = queue.take(self.size, self.window_s, state.round, self.max_staleness)
+            arrivals += due
+            train_due(state, fed, exchange, due, self.staleness, work)
+            timer.lap("train")
+            outcome = self._agreed(fed, number, due, arrivals, work)
+            timer.lap("wait")
+            if outcome.num_taken:
+                break
+        queue.step(number)
+        exchange.fetched(queue.versions)
+        outcome = replace(outcome, told={"virtual_s": queue.now, "arrivals": [*map(_row, arrivals)]})
+        selection = Selection(outcome.cohort, state.selector)
+        server = server_of(state, fed, number, selection, 1.0)
+        return SynchronousRound(state, fed, outcome, selection, work.trained, server, sent, self.policy, queue.arrays())
+
+    def _agreed(
+        self, fed: Federation, number: int, due: list[Arrival], arrivals: list[Arrival], work: Work
+    ) -> RoundOutcome:
+        """The outcome so far, once all ranks have shared theirs. Collective. Raises as `agree_ready`, and Diverged if
+        an update of every silo was rejected."""
+        assert isinstance(fed.exchange, Arrivals)
+        taken = {one.silo for one in arrivals if not one.dropped}
+        cohort = [silo for silo in fed.ids if silo in taken]
+        fed.exchange.expect([fed.membership.rank(one.silo) for one in due if not one.dropped])
+        fed.ready.clear()
+        for silo, row in work.rows.items():
+            fed.ready.set_silo(fed.index[silo], **{n: v for n, v in row.items() if n != "taken_updates"})
+        fed.ready.set_rank(fed.comm.rank, status=work.status, fingerprint=fed.exchange.fingerprint(cohort))
+        fed.ready.share(lambda values: fed.comm.share(values, fed.watch.look))
+        outcome = training_outcome(fed, number, cohort, ())
+        agree_ready(fed, outcome, _Usable(taken == set(fed.ids)), work.error)
+        return outcome
+
+
+@dataclass(frozen=True)
+class _Usable(Everybody):
+    """Goes on without a usable update until every silo has brought one."""
+
+    all_came: bool = True
+
+    def objection(self, outcome: RoundOutcome) -> str:
+        return super().objection(outcome) if self.all_came else ""
+
+
+def _row(one: Arrival) -> dict[str, Any]:
+    """An arrival in the record."""
+    row = {"silo": one.silo, "at_s": one.at_s, "version": one.version, "staleness": one.staleness}
+    return row | ({"dropped": True} if one.dropped else {})

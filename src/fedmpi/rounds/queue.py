@@ -1,0 +1,121 @@
+"""When each silo's update arrives in virtual time, and which version of the parameters it is made from.
+
+Every rank computes the same queue, without a message, from the seed and the clock. Of updates that arrive at the same
+time, that of the silo that comes first in the federation is the first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmpi.rounds.clocks import NOW, Clock, now
+
+_IDS, _ARRAYS = "queue_ids", ("due", "version", "training")  # names in the engine's state
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An update that arrives."""
+
+    silo: str
+    at_s: float
+    version: int  # number of server steps in the parameters that it is made from
+    staleness: int  # server steps since then
+    training: int  # number of the silo's training, from 0
+    dropped: bool = False  # whether it is too old to count
+
+
+class Queue:
+    """The updates under way: one of each silo."""
+
+    def __init__(self, clock: Clock, seed: int, ids: Sequence[str], num_train: Sequence[int]) -> None:
+        self.clock, self.seed, self.ids, self.num_train = clock, seed, list(ids), num_train
+        self.now = 0.0
+        self.due_K = np.zeros(len(self.ids))  # when it arrives, in seconds
+        self.version_K = np.zeros(len(self.ids), dtype=np.int64)
+        self.training_K = np.full(len(self.ids), -1, dtype=np.int64)
+        self._waiting: list[int] = []  # silos whose updates have arrived and that fetch after the step
+
+    @classmethod
+    def of(
+        cls,
+        state: Mapping[str, np.ndarray],
+        version: int,
+        clock: Clock,
+        seed: int,
+        ids: Sequence[str],
+        num_train: Sequence[int],
+    ) -> Queue:
+        """The queue in an engine's state. Silos that it does not know fetch `version` now."""
+        queue = cls(clock, seed, ids, num_train)
+        queue.now = now(state)
+        before = json.loads(state[_IDS].tobytes()) if _IDS in state else []
+        place = {silo: i for i, silo in enumerate(before)}
+        for k, silo in enumerate(ids):
+            if silo in place:
+                due, made_from, training = (state[f"queue_{name}"][place[silo]] for name in _ARRAYS)
+                queue.due_K[k], queue.version_K[k], queue.training_K[k] = due, made_from, training
+            else:
+                queue._fetch(k, version, queue.now)
+        return queue
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The queue as `of` reads it."""
+        ids = np.frombuffer(json.dumps(self.ids).encode(), dtype=np.uint8).copy()
+        columns = zip(_ARRAYS, (self.due_K, self.version_K, self.training_K), strict=True)
+        return {NOW: np.array([self.now]), _IDS: ids, **{f"queue_{name}": column for name, column in columns}}
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """The version that each silo trains from."""
+        return dict(zip(self.ids, self.version_K.tolist(), strict=True))
+
+    def _fetch(self, k: int, version: int, at_s: float) -> None:
+        self.training_K[k] += 1
+        self.version_K[k] = version
+        training = int(self.training_K[k])
+        self.due_K[k] = at_s + self.clock.seconds(self.seed, self.ids[k], training, self.num_train[k])
+
+    def take(self, size: int, window_s: float, version: int, oldest: int | None) -> list[Arrival]:
+        """The next `size` updates, and those that arrive within `window_s` seconds after them.
+
+        `version` is the server's. Older updates than `oldest` steps are dropped, and do not count. A silo whose update
+        arrives before the buffer is full fetches this version at once; others wait for `step`.
+        """
+        self._go_on(version)
+        found: list[Arrival] = []
+        num, closes_s = 0, math.inf
+        while True:
+            k = int(np.argmin(self.due_K))  # the first of equal ones
+            at_s = float(self.due_K[k])
+            if num >= size and not (window_s and at_s <= closes_s):
+                break
+            staleness = version - int(self.version_K[k])
+            drop = oldest is not None and staleness > oldest
+            made = (int(self.version_K[k]), staleness, int(self.training_K[k]))
+            found.append(Arrival(self.ids[k], at_s, *made, dropped=drop))
+            num += not drop
+            if num == size and not drop and closes_s == math.inf:
+                closes_s = at_s + window_s
+            if drop or num < size:
+                self._fetch(k, version, at_s)
+            else:
+                self._waiting.append(k)
+                self.due_K[k] = math.inf
+        self.now = closes_s
+        return found
+
+    def _go_on(self, version: int) -> None:
+        """Silos that waited for a step fetch, now."""
+        waiting, self._waiting = self._waiting, []
+        for k in waiting:
+            self._fetch(k, version, self.now)
+
+    def step(self, version: int) -> None:
+        """The server has stepped to `version`, and the silos that waited for it fetch it."""
+        self._go_on(version)

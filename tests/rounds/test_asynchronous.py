@@ -1,0 +1,310 @@
+"""Asynchronous rounds and virtual time. Their numbers are checked against the papers in equations/asynchronous.py."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.runs import OWN, config, everything, figures, put_back, run
+
+import fedmpi
+from fedmpi.comm import SoloComm
+from fedmpi.comm.threads import on_ranks
+from fedmpi.components import build, component
+from fedmpi.errors import ConfigError, Diverged, ExchangeError
+from fedmpi.exchange.arrivals import Arrivals
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.config import ExchangeSection
+from fedmpi.rounds import CLOCKS, TIMES, Buffered
+from fedmpi.rounds.clocks import Virtual
+from fedmpi.rounds.queue import Queue
+from fedmpi.server import FedAvg, FedAvgM, NoState, Server
+from fedmpi.types import Contribution
+
+__all__ = ["put_back"]
+
+HERE = "rounds.test_asynchronous:"
+NOISY = {"name": "virtual", "compute": {"name": "lognormal", "sigma": 0.8}, "slower": {"s2": 4.0}}
+
+
+def buffered(size=2, **fields):
+    return {"name": "buffered", "size": size, "clock": NOISY} | fields
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("case", ["fedasync", "fedbuff", "adam", "kept", "clip"])
+def test_a_run_that_is_resumed_has_the_bits_of_one_that_was_not(tmp_path, case):
+    more = {
+        "fedasync": {"engine": buffered(1)},
+        "fedbuff": {"engine": buffered(3, max_staleness=1, window_s=0.2)},
+        "adam": {"engine": buffered(), "server": {"optimizer": "fedadam", "average": {}}},
+        "kept": {"engine": buffered(1), "model": OWN + "Normed", "local": {"name": OWN + "Keeper"}},
+        "clip": {"engine": buffered(), "updates": [{"name": "clip", "norm": 0.1, "quantile": 0.5}]},
+    }[case]
+    how = config(tmp_path / "whole", 9, **more)
+    records, _ = run(how)
+    run(replace(how, out=str(tmp_path / "cut"), rounds=4))
+    again, _ = run(replace(how, out=str(tmp_path / "cut")))
+    assert everything(tmp_path / "whole") == everything(tmp_path / "cut")
+    assert [figures(record) for record in again] == [figures(record) for record in records[4:]]
+    assert max(one["staleness"] for record in records for one in record["arrivals"]) > 0
+
+
+@component
+class Hesitant(Buffered):
+    """Prepares every round twice and drops the first."""
+
+    def step(self, state, fed):
+        super().step(state, fed)
+        return super().step(state, fed)
+
+
+def test_a_round_that_is_prepared_and_dropped_leaves_no_trace(tmp_path):
+    run(config(tmp_path / "once", 6, engine=buffered(2)))
+    run(config(tmp_path / "twice", 6, engine=buffered(2, name=HERE + "Hesitant")))
+    assert everything(tmp_path / "once") == everything(tmp_path / "twice")
+
+
+def test_the_record_tells_every_arrival_in_order(tmp_path):
+    records, _ = run(config(tmp_path, 12, engine=buffered(2, max_staleness=2)))
+    arrivals = [one for record in records for one in record["arrivals"]]
+    assert [one["at_s"] for one in arrivals] == sorted(one["at_s"] for one in arrivals)
+    assert [record["virtual_s"] for record in records] == sorted({record["virtual_s"] for record in records})
+    for record in records:
+        came = [one for one in record["arrivals"] if not one.get("dropped")]
+        assert len(came) == 2 and record["virtual_s"] == came[-1]["at_s"]
+        assert {one["silo"] for one in came} == set(record["cohort"])
+        for one in record["arrivals"]:
+            assert one["staleness"] == record["round"] - 1 - one["version"]
+            assert (one["staleness"] > 2) == one.get("dropped", False)
+    assert any(one.get("dropped") for one in arrivals)
+    assert records[-1]["seconds"]["round"] > 0
+
+
+def test_a_dropped_update_leaves_its_silo_as_it_was(tmp_path):
+    """s2 is always too old: it never advances in its data."""
+    clock = {"name": "virtual", "slower": {"s2": 9.5}}
+    records, done = run(
+        config(tmp_path, 60, engine=buffered(1, max_staleness=3, clock=clock), records={"trace": False})
+    )
+    assert [one for record in records for one in record["arrivals"] if one.get("dropped")]
+    assert done.federation.silos["s2"].cursor == 0 < done.federation.silos["s0"].cursor
+
+
+def test_updates_of_a_window_are_merged_by_their_weights(tmp_path):
+    clock = {"name": "virtual", "slower": {"s1": 1.2, "s2": 3.2}}
+    records, _ = run(config(tmp_path, 3, engine=buffered(1, window_s=0.5, clock=clock)))
+    assert [record["cohort"] for record in records] == [["s0", "s1"], ["s0", "s1"], ["s2"]]
+    assert [record["virtual_s"] for record in records] == [1.5, 3.0, 3.7]
+
+
+def test_a_silo_whose_updates_are_rejected_does_not_stop_the_others(tmp_path):
+    clock = {"name": "virtual", "slower": {"s1": 0.9}}
+    records, _ = run(config(tmp_path / "a", 4, {"infinite": "s1"}, engine=buffered(1, clock=clock)))
+    assert records[0]["cohort"] == ["s0", "s1"] and records[0]["rejected"] == ["s1"]
+    assert all(len(record["cohort"]) > len(record["rejected"]) for record in records)
+    with pytest.raises(Diverged, match="every update was rejected"):
+        run(config(tmp_path / "b", 4, engine=buffered(1), updates=[{"name": "max_norm", "norm": 1e-9}]))
+
+
+def test_silos_leave_and_join_while_updates_are_under_way(tmp_path):
+    with fedmpi.Run(config(tmp_path, 12, engine=buffered(2)), comm=SoloComm()) as done:
+        records = []
+        for record in done:
+            records.append(record)
+            if record["round"] == 4:
+                done.rebuild(done.membership.without("s1"))
+            if record["round"] == 8:
+                done.rebuild(done.membership.with_silo("s1", 0))
+    came = [{one["silo"] for one in record["arrivals"]} for record in records]
+    assert not any("s1" in one for one in came[4:8]) and any("s1" in one for one in came[8:])
+    versions = [one["version"] for record in records[8:] for one in record["arrivals"] if one["silo"] == "s1"]
+    assert min(versions) == 8  # it fetched when it joined
+
+
+def test_a_start_that_is_not_kept_is_an_error_and_no_other_start(tmp_path):
+    with (
+        fedmpi.Run(config(tmp_path, 9, engine=buffered(1)), comm=SoloComm()) as done,
+        pytest.raises(Exception) as error,
+    ):
+        for _ in done:
+            vars(done.federation.exchange)["_starts"].clear()
+    assert "fetched are not kept" in str(error.value)
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+REFUSED = {
+    "clock": ({"engine": "buffered"}, "needs engine.clock: virtual"),
+    "select": ({"select": {"name": "uniform", "fraction": 0.5}}, "take select: all"),
+    "median": ({"aggregate": "median", "exchange": {"scope": "silo"}}, "aggregate: median needs mean"),
+    "fednova": ({"aggregate": "fednova"}, "aggregate: fednova needs mean"),
+    "scaffold": ({"local": {"name": "scaffold"}}, "its control would be of different versions"),
+    "feddyn": (
+        {"local": {"name": "feddyn", "alpha": 0.1}, "server": {"optimizer": {"name": "feddyn", "alpha": 0.1}}},
+        "does not go with local: feddyn",
+    ),
+    "fedexp": ({"server": {"optimizer": "fedexp"}}, "server.optimizer: fedexp"),
+    "sharded": ({"exchange": {"plan": "sharded"}}, "exchange.plan: sharded"),
+    "ring": ({"exchange": {"reduction": "reproducible"}}, "take exchange.reduction: fast"),
+    "scope": ({"exchange": {"scope": "silo"}}, "exchange.scope: silo"),
+    "codec": ({"exchange": {"up": {"codec": "int8"}}}, "exchange.up.codec"),
+    "down": ({"exchange": {"down": {"codec": "bf16"}}}, "exchange.down.codec"),
+    "overlap": ({"exchange": {"overlap": True}}, "exchange.overlap"),
+    "fragments": ({"exchange": {"fragments": 2}}, "exchange.fragments"),
+    "regions": ({"exchange": {"regions": {"every": 2}}}, "exchange.regions"),
+    "disclose": ({"disclose": "cohort"}, "needs disclose: silo"),
+    "timed": ({"local": {"amount": {"name": "seconds", "seconds": 1.0}}}, "counts the machine's"),
+    "deadline": (
+        {"engine": {"name": "synchronous", "policy": "deadline", "clock": "virtual"}},
+        "with engine.clock: virtual take all",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_go_together_is_refused_in_one_line(tmp_path, case):
+    values, why = REFUSED[case]
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, **{"engine": buffered()} | values)
+    assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- virtual time
+
+
+def test_a_synchronous_round_takes_as_long_as_its_slowest_silo(tmp_path):
+    clock = {"name": "virtual", "slower": {"s1": 2.0, "s2": 5.0}}
+    how = config(
+        tmp_path / "a", 4, engine={"name": "synchronous", "clock": clock}, select={"name": "round_robin", "count": 2}
+    )
+    records, _ = run(how)
+    slower, now = {"s0": 1.0, "s1": 2.0, "s2": 5.0}, 0.0
+    for record in records:
+        now += max(slower[silo] for silo in record["cohort"])
+        assert record["virtual_s"] == now
+    run(replace(how, out=str(tmp_path / "cut"), rounds=2))
+    again, _ = run(replace(how, out=str(tmp_path / "cut")))
+    assert [record["virtual_s"] for record in again] == [record["virtual_s"] for record in records[2:]]
+    plain, _ = run(config(tmp_path / "b", 4, select={"name": "round_robin", "count": 2}))
+    assert [record["train_loss"] for record in plain] == [record["train_loss"] for record in records]
+
+
+def test_silos_that_arrive_together_come_in_the_federations_order():
+    queue = Queue.of({}, 0, Virtual(), 0, ["b", "a", "c"], [1, 1, 1])
+    assert [one.silo for one in queue.take(3, 0.0, 0, None)] == ["b", "a", "c"]
+    queue.step(1)
+    assert [(one.silo, one.version) for one in queue.take(3, 0.0, 1, None)] == [("b", 0), ("a", 0), ("c", 1)]
+
+
+def test_times_follow_their_distributions_and_depend_on_the_silo_alone():
+    clock = build(
+        Virtual,
+        {
+            "compute": {"name": "lognormal", "median": 3.0, "sigma": 0.4},
+            "speed": {"name": "uniform", "low": 1.0, "high": 2.0},
+        },
+    )
+    drawn = np.array([[clock.seconds(7, f"s{k}", i, 10) for i in range(200)] for k in range(20)])
+    factors = np.exp(np.log(drawn).mean(axis=1)) / 3.0
+    assert 0.9 < factors.min() < 1.4 and 1.6 < factors.max() < 2.1
+    assert np.log(drawn).std(axis=1) == pytest.approx(0.4, rel=0.2)
+    assert clock.seconds(7, "s3", 5, 99) == drawn[3, 5] and clock.seconds(8, "s3", 5, 99) != drawn[3, 5]
+    per_sample = replace(clock, per="sample", delay=TIMES.build({"name": "constant", "value": 0.5}, ""))
+    assert per_sample.seconds(7, "s3", 5, 10) == pytest.approx(10 * drawn[3, 5] + 0.5, rel=1e-11)
+
+
+def test_a_trace_gives_each_silo_its_values_in_turn(tmp_path):
+    file = tmp_path / "trace.csv"
+    file.write_text("silo,value\na,1.5\nb,2\na,0.5\n\n")
+    clock = CLOCKS.build({"name": "virtual", "compute": {"name": "trace", "file": str(file)}}, "engine.clock")
+    assert [clock.seconds(0, "a", i, 1) for i in range(3)] == [1.5, 0.5, 1.5]
+    with pytest.raises(ConfigError, match=r"engine\.clock\.compute: .* has no value for silo 'c'"):
+        clock.suits(["a", "b", "c"])
+    for number, line in enumerate(("a,x", "a,-1", "a", "a,inf")):
+        (bad := tmp_path / f"{number}.csv").write_text(f"b,1\n{line}\n")
+        with pytest.raises(ConfigError, match=rf"{number}\.csv:2: not a line SILO,VALUE"):
+            TIMES.build({"name": "trace", "file": str(bad)}, "").knows(["b"], "here")
+    with pytest.raises(ConfigError, match=r"engine\.clock\.slower: no silo 'bb'; did you mean 'b'"):
+        build(Virtual, {"slower": {"bb": 2.0}}).suits(["a", "b"])
+    with pytest.raises(ConfigError, match="cannot read"):
+        TIMES.build({"name": "trace", "file": str(tmp_path / "none")}, "").knows([], "")
+
+
+# ---------------------------------------------------------------- the exchange
+
+
+def exchanged(comm, weights, optimizer, rejected=(), num=300_000):
+    """Parameters after a round in which silo i, on rank i modulo the ranks, brings update i; all silos in turn."""
+    ids = [f"s{i}" for i in range(len(weights))]
+    params_P = torch.linspace(-1, 1, num)
+    facts = ExchangeContext(
+        10.0, ids, [silo for i, silo in enumerate(ids) if i % comm.size == comm.rank], arrivals=True
+    )
+    exchange = Arrivals(ExchangeSection(plan="root"), comm, params_P, facts)
+    state = optimizer.init(exchange.shard(params_P))
+    for number in (1, 2):
+        exchange.begin(number, len(ids))
+        for i, silo in enumerate(ids):
+            if i % comm.size == comm.rank and i in rejected:
+                exchange.reject()
+            elif i % comm.size == comm.rank:
+                delta_P = torch.randn(num, generator=torch.Generator().manual_seed(10 * number + i))
+                exchange.add(Contribution(silo, number, weights[i], delta_P, 0.0, 1, 1))
+                delta_P.fill_(torch.nan)  # the next silo reuses it
+        exchange.expect([i % comm.size for i in range(len(ids))])
+        exchange.fetched({silo: number - 1 if i == 0 or i == number == 1 else number for i, silo in enumerate(ids)})
+        before_P = params_P.clone()
+        params_P, state = exchange.finish(params_P, Server(optimizer, scale=0.5), state)
+        if comm.rank == 0:
+            assert torch.equal(exchange.older("s0"), before_P)
+            kept = [one.silo for one in exchange.holders["start"].state()]
+            assert kept == ["s0", *(["s1"] if number == comm.size == 1 else [])]
+            with pytest.raises(ExchangeError, match="silo 's2'"):
+                exchange.older("s2")
+    return params_P
+
+
+@pytest.mark.parametrize("optimizer", [FedAvg(lr=0.8), FedAvgM()])
+@pytest.mark.parametrize("rejected", [(), (0, 3)])
+def test_a_round_has_the_same_bits_on_any_number_of_ranks(optimizer, rejected):
+    weights = (1.0, 2.5, 0.3, 4.0, 1.0)
+    alone = exchanged(SoloComm(), weights, optimizer, rejected)
+    for num_ranks in (2, 3):
+        for params_P in on_ranks(num_ranks, lambda comm: exchanged(comm, weights, optimizer, rejected)):
+            assert torch.equal(params_P, alone)
+    w, v = torch.linspace(-1, 1, 300_000).double(), torch.zeros(300_000, dtype=torch.float64)
+    for number in (1, 2):
+        brought = [i for i in range(5) if i not in rejected]
+        total = sum(weights[i] for i in brought)
+        deltas = [
+            torch.randn(300_000, generator=torch.Generator().manual_seed(10 * number + i)).double() for i in range(5)
+        ]
+        mean = 0.5 * sum(weights[i] / total * deltas[i] for i in brought)
+        v = 0.9 * v + mean
+        w = w + (0.8 * mean if isinstance(optimizer, FedAvg) else v)
+    assert torch.allclose(alone.double(), w, atol=1e-6)
+
+
+def test_a_single_update_is_added_in_one_pass_with_the_same_result():
+    server = Server(FedAvg(lr=0.5), scale=math.sqrt(0.5))
+    w, delta = torch.randn(1000), torch.randn(1000)
+    wanted, _ = server.step(w, delta.clone(), NoState())
+    assert server.gain == 0.5 * math.sqrt(0.5) and Server(FedAvgM()).gain is None
+    assert torch.allclose(w + server.gain * delta, wanted, atol=1e-7)
+
+
+def test_more_updates_than_float32_sums_well_are_summed_in_float64():
+    weights = (1.0,) * 100
+    found = exchanged(SoloComm(), weights, FedAvg(), num=2000)
+    w = torch.linspace(-1, 1, 2000).double()
+    for number in (1, 2):
+        draws = [
+            torch.randn(2000, generator=torch.Generator().manual_seed(10 * number + i)).double() for i in range(100)
+        ]
+        w += 0.5 * torch.stack(draws).mean(0)
+    assert torch.allclose(found.double(), w, atol=2e-7, rtol=0)

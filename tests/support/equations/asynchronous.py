@@ -1,0 +1,162 @@
+"""Asynchronous rounds in virtual time: FedAsync and FedBuff with their staleness weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from support.equations import IDS, ROUNDS, SIZES, Case, Problem
+
+LR = 0.05
+SECONDS = {"a": 1.0, "b": 1.3, "c": 2.9, "d": 0.7, "e": 3.1}  # of one training
+SLOWEST_LAST = {**SECONDS, "e": 4.6}
+
+
+def constant(x: int) -> float:
+    return 1.0
+
+
+def polynomial(x: int) -> float:
+    """Xie et al. 2019, section 5.2, with a = 0.5; as in FedBuff, section 5."""
+    return 1 / math.sqrt(1 + x)
+
+
+def hinge(x: int) -> float:
+    """Xie et al. 2019, section 5.2, with a = 2 and b = 1."""
+    return 1.0 if x <= 1 else 1 / (2 * (x - 1) + 1)
+
+
+def inverse(x: int) -> float:
+    return 1 / (1 + 0.5 * x)
+
+
+def trained(problem: Problem, w: np.ndarray, k: int) -> np.ndarray:
+    """The delta of three steps from w."""
+    y = w
+    for batch in problem.steps(k, 3):
+        y = y - LR * problem.gradient(y, batch)
+    return y - w
+
+
+def fedasync(s: Callable[[int], float], alpha: float) -> Callable[[Problem], list[np.ndarray]]:
+    """Each update as it arrives: w + alpha s(t - tau) (w_k - w_tau)."""
+
+    def wanted(problem: Problem) -> list[np.ndarray]:
+        ends = {k: SECONDS[silo] for k, silo in enumerate(IDS)}
+        versions, tau = [problem.start_P], dict.fromkeys(ends, 0)
+        for t in range(ROUNDS):
+            k = min(ends, key=lambda k: (ends[k], k))
+            delta = trained(problem, versions[tau[k]], k)
+            versions.append(versions[t] + alpha * s(t - tau[k]) * delta)
+            tau[k], ends[k] = t + 1, ends[k] + SECONDS[IDS[k]]
+        return versions[1:]
+
+    return wanted
+
+
+def fedbuff(
+    s: Callable[[int], float],
+    size: int,
+    server: Callable[[], Callable[[np.ndarray, np.ndarray], np.ndarray]],
+    uniform: bool = True,
+    most: int = 10**9,
+    window: float = 0.0,
+    seconds: dict[str, float] = SECONDS,
+) -> Callable[[Problem], list[np.ndarray]]:
+    """Nguyen et al. 2022, Algorithm 1: `size` updates go into the buffer, then the server steps by their mean."""
+
+    def wanted(problem: Problem) -> list[np.ndarray]:
+        step = server()
+        ends = {k: seconds[silo] for k, silo in enumerate(IDS)}
+        w, versions, tau, t = problem.start_P, [problem.start_P], dict.fromkeys(ends, 0), 0
+        buffer: list[tuple[float, np.ndarray]] = []
+        waits: list[int] = []
+        closes = math.inf
+        while t < ROUNDS:
+            k = min(ends, key=lambda k: (ends[k], k))
+            now = ends[k]
+            if len(buffer) >= size and not (window and now <= closes):
+                total = sum(p for p, _ in buffer)
+                w = step(w, sum(p / total * d for p, d in buffer))
+                t, buffer = t + 1, []
+                versions.append(w)
+                for other in waits:
+                    tau[other], ends[other] = t, closes + seconds[IDS[other]]
+                waits, closes = [], math.inf
+                continue
+            if t - tau[k] > most:  # too old: it does not count, and its silo takes up its data again where it was
+                tau[k], ends[k] = t, now + seconds[IDS[k]]
+                continue
+            p = 1.0 if uniform else float(SIZES[k])
+            buffer.append((p, s(t - tau[k]) * trained(problem, versions[tau[k]], k)))
+            if len(buffer) == size:
+                closes = now + window
+            if len(buffer) >= size:
+                waits.append(k)
+                ends[k] = math.inf
+            else:
+                tau[k], ends[k] = t, now + seconds[IDS[k]]
+        return versions[1:]
+
+    return wanted
+
+
+def average() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    return lambda w, mean: w + 0.8 * mean
+
+
+def momentum() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    v = 0.0
+
+    def step(w: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        nonlocal v
+        v = 0.6 * v + mean
+        return w + 0.5 * v
+
+    return step
+
+
+def case(
+    wanted: Callable[[Problem], list[np.ndarray]],
+    staleness: Any,
+    optimizer: Any = None,
+    seconds: dict[str, float] = SECONDS,
+    weights: str = "uniform",
+    **engine: Any,
+) -> Case:
+    clock = {"name": "virtual", "slower": seconds}
+    return Case(
+        {
+            "local": {"name": "sgd", "steps": 3},
+            "aggregate": {"name": "mean", "weights": weights},
+            "server": {"optimizer": optimizer or {"name": "fedavg", "lr": 0.8}},
+            "engine": {"name": "buffered", "staleness": staleness, "clock": clock, **engine},
+        },
+        wanted,
+    )
+
+
+POLYNOMIAL = {"name": "polynomial", "a": 0.5}
+MOMENTUM = {"name": "fedavgm", "lr": 0.5, "beta": 0.6}
+
+CASES = {
+    "fedasync_constant": case(fedasync(constant, 0.8), "constant"),
+    "fedasync_hinge": case(fedasync(hinge, 0.8), {"name": "hinge", "a": 2.0, "b": 1.0}),
+    "fedasync_polynomial": case(fedasync(polynomial, 0.8), POLYNOMIAL),
+    "fedasync_inverse": case(fedasync(inverse, 0.8), {"name": "inverse", "beta": 0.5}),
+    "fedbuff": case(fedbuff(polynomial, 3, average), POLYNOMIAL, size=3),
+    "fedbuff_momentum": case(fedbuff(polynomial, 2, momentum), POLYNOMIAL, MOMENTUM, size=2),
+    "fedbuff_samples": case(fedbuff(polynomial, 3, average, uniform=False), POLYNOMIAL, weights="samples", size=3),
+    "fedbuff_window": case(
+        fedbuff(hinge, 2, average, window=0.5), {"name": "hinge", "a": 2.0, "b": 1.0}, size=2, window_s=0.5
+    ),
+    "fedbuff_max_staleness": case(
+        fedbuff(constant, 2, average, most=1, seconds=SLOWEST_LAST),
+        "constant",
+        seconds=SLOWEST_LAST,
+        size=2,
+        max_staleness=1,
+    ),
+    "fedasync_momentum": case(fedbuff(constant, 1, momentum), "constant", MOMENTUM),
+}
