@@ -133,7 +133,7 @@ class RunDirectory:
         self.epoch = int(comm.broadcast_text(str(epoch), 0))
         sees = comm.collectively(lambda: comm.rank == 0 or self.is_ours())
         blind = np.flatnonzero(comm.gather_number(not sees))
-        first_blind = [r for r in blind if comm.hosts[r] == comm.hosts[comm.rank]][:1]
+        first_blind = [r for r in blind if comm.machines[r] == comm.machines[comm.rank]][:1]
         self.leads = comm.rank == 0 or comm.rank in first_blind
         comm.collectively(lambda: self._writable() if self.leads else None)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -61,27 +61,28 @@ def agreed_mirror(mirrors: Sequence[Mirror], left: Comm) -> tuple[Mirror, Regrou
     mirror = _newest_of_all({mirror.generation: mirror for mirror in mirrors if mirror.commits}, left)
     before = mirror.fed.comm
     old_ranks = [int(rank) for rank in left.gather_number(before.rank)]
-    _require_quorum(before.hosts, old_ranks)
+    _require_quorum(before.machines, old_ranks, before.hosts)
     return mirror, Regrouped(left, before, old_ranks)
 
 
-def _require_quorum(hosts: Sequence[str], left: Sequence[int]) -> None:
-    """Raise FedmpiError if another part of a partitioned network may continue.
+def _require_quorum(hosts: Sequence[Any], left: Sequence[int], names: Sequence[str]) -> None:
+    """Raise FedmpiError if another part of a partitioned network may continue. `hosts`: each rank's, by identity;
+    `names`: for the message.
 
     A host that is gone as a whole may only be unreachable, with ranks that continue by themselves. Then the part with
     most of the ranks continues, or with half of them and rank 0.
 
-    >>> _require_quorum(["a", "b", "b"], [0])    # host b is gone as a whole
+    >>> _require_quorum([1, 2, 2], [0], ["a", "b", "b"])    # host b is gone as a whole
     Traceback (most recent call last):
     fedmpi.errors.FedmpiError: 1 of 3 ranks are left, and host b is gone as a whole: its ranks may still be running, \
 so these end; start again from the checkpoint
-    >>> _require_quorum(["a", "a", "b"], [0, 1]), _require_quorum(["a", "b"], [0])
+    >>> _require_quorum([1, 1, 2], [0, 1], "aab"), _require_quorum([1, 2], [0], "ab")
     (None, None)
-    >>> _require_quorum(["a", "a", "a"], [2])    # the lost ranks' host is reachable, so they are dead
+    >>> _require_quorum([1, 1, 1], [2], "aaa")    # the lost ranks' host is reachable, so they are dead
     """
     there = {hosts[rank] for rank in left}
-    gone = sorted({*hosts} - there)
-    apart = [rank for rank, host in enumerate(hosts) if host in gone]  # ranks that may still be running
+    apart = [rank for rank, host in enumerate(hosts) if host not in there]  # ranks that may still be running
+    gone = dict.fromkeys(names[rank] for rank in apart)
     if not apart or len(left) > len(apart) or (len(left) == len(apart) and 0 in left):
         return
     raise agreed(

@@ -50,6 +50,14 @@ def test_a_rank_that_falls_silent_is_named(clock):
     assert ranks == [(2,)]
 
 
+def test_a_process_of_another_host_with_the_same_name_is_not_looked_for_here(monkeypatch):
+    monkeypatch.setattr(vigil, "answers", lambda host: True)
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *args: None)
+    pids = [os.getpid(), 2**22 + 1]  # the second runs on no host like this
+    assert Vigil(0, ["node"] * 2, pids, lambda why: None, [b"a", b"a"])._gone() == [1]
+    assert Vigil(0, ["node"] * 2, pids, lambda why: None, [b"a", b"b"])._gone() == []
+
+
 def test_others_listen_to_rank_0(clock):
     watch, lane = waiting(1, clock)
     assert passes(watch, lane, clock, 60, speak=(0,), trains=True) == ""
@@ -127,7 +135,8 @@ def test_a_rank_that_cannot_watch_ends_the_job_before_others_wait_for_it(monkeyp
 
     said = []
     monkeypatch.setattr(_thread, "start_new_thread", refuses)
-    rank = SimpleNamespace(size=2, rank=1, hosts=("a", "a"), gather=lambda row: [row, row], _give_up=said.append)
+    rank = SimpleNamespace(size=2, rank=1, hosts=("a", "a"), machines=(b"a", b"a"))
+    vars(rank).update(gather=lambda row: [row, row], _give_up=said.append)
     MpiComm.keep_vigil(rank)
     assert [str(error) for error in said] == [
         "rank 1 cannot start a thread: can't start new thread; raise ulimit -v or -u"

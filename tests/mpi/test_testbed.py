@@ -19,13 +19,14 @@ LIMIT_S = 90  # limit for what takes a second or two on an idle machine
 HELLO = """
 import json, os, sys
 import numpy as np
+from fedmpi.comm.machine import host_identity
 from mpi4py import MPI
 world = MPI.COMM_WORLD
 total = np.empty(1000)
 world.Allreduce(np.full(1000, world.rank + 1.0), total)
 node = world.Split_type(MPI.COMM_TYPE_SHARED)
 mine = {"host": os.uname().nodename, "totals": sorted(set(total)), "node": node.size, "cwd": os.getcwd()}
-mine |= {"said": os.environ["FEDMPI_SAID"], "mpi": MPI.Get_library_version()}
+mine |= {"machine": host_identity().hex(), "said": os.environ["FEDMPI_SAID"], "mpi": MPI.Get_library_version()}
 if every := world.gather(mine):
     print(json.dumps(every))
 """
@@ -115,6 +116,7 @@ def test_ranks_go_round_hosts_that_are_apart(kind: str, hosts: int, per_host: in
         every = json.loads(testbed.output())
     ranks = hosts * per_host
     assert [mine["host"] for mine in every] == [f"h{rank % hosts + 1}" for rank in range(ranks)]
+    assert len({mine["machine"] for mine in every}) == hosts
     for mine in every:
         assert mine["totals"] == [ranks * (ranks + 1) / 2]
         assert (mine["node"], mine["cwd"], mine["said"]) == (per_host, str(tmp_path), "it's")

@@ -99,7 +99,7 @@ def connected(comm: Comm) -> Iterator[dict[int, socket.socket]]:
         def connect() -> None:
             for rank in range(comm.rank):
                 address, port = told[rank]
-                if comm.hosts[rank] == comm.hosts[comm.rank]:
+                if comm.machines[rank] == comm.machines[comm.rank]:
                     address = "127.0.0.1"
                 elif address.startswith("127."):
                     address = comm.hosts[rank]  # a loopback address is valid only on its own host
@@ -140,7 +140,7 @@ def gloo(comm: Comm, num_params: int, peers: dict[int, socket.socket]) -> Iterat
 
     if not dist.is_available() or not dist.is_gloo_available():
         raise FedmpiError("this torch has no gloo")
-    away = [peer for rank, peer in peers.items() if comm.hosts[rank] != comm.hosts[comm.rank]]
+    away = [peer for rank, peer in peers.items() if comm.machines[rank] != comm.machines[comm.rank]]
     here = (away or list(peers.values()))[0].getsockname()[0]
     if (interface := _interface(here)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

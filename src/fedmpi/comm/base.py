@@ -61,7 +61,8 @@ class Control(Protocol):
 
     rank: int
     size: int
-    hosts: tuple[str, ...]  # host name of each rank
+    hosts: tuple[str, ...]  # host name of each rank, for people and for pinned silos
+    machines: tuple[bytes, ...]  # identity of each rank's host (machine.host_identity): equal for ranks on one
     fatal: tuple[type[BaseException], ...]  # errors after which a rank cannot agree with the others
     bytes_control: int = 0  # sent and received
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import resource
@@ -66,6 +67,19 @@ def tight() -> str:
         return ""
     left, needed = max(0, limit - used) / 2**20, _MPI_BYTES / 2**20
     return f"ulimit -v leaves {left:.0f} MiB of address space, and MPI takes up to {needed:.0f} MiB; raise it"
+
+
+def host_identity() -> bytes:
+    """Identifies the host that this process runs on, 32 bytes: kernel and boot, host name, network.
+
+    Equal for processes that cannot be cut off from each other by a broken network. Containers on one machine are hosts
+    of their own, and so are machines and containers with the same host name.
+    """
+    about = [machine_name(), socket.gethostname()]
+    for namespace in ("uts", "net"):
+        with contextlib.suppress(OSError):  # not Linux
+            about.append(os.readlink(f"/proc/self/ns/{namespace}"))
+    return hashlib.sha256(repr(about).encode()).digest()
 
 
 def machine_name() -> str:

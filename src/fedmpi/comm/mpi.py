@@ -19,7 +19,7 @@ import numpy as np
 
 from fedmpi import launcher
 from fedmpi.comm.base import LOST, Comm
-from fedmpi.comm.machine import cores
+from fedmpi.comm.machine import cores, host_identity
 from fedmpi.comm.mpi_control import bounded
 from fedmpi.comm.mpi_transport import MpiTransport
 from fedmpi.comm.staging import Staging
@@ -53,10 +53,11 @@ class MpiComm(MpiTransport):
         self._twins: list[MpiComm] = []
         self._first = self._world  # the communicator before any rank was lost
         name = socket.gethostname().encode()[:256]
-        rows = self.gather(name.ljust(256, b"\0") + (mine := cores())[0])
+        rows = self.gather(name.ljust(256, b"\0") + host_identity() + (mine := cores())[0])
         self.hosts = tuple(row[:256].rstrip(b"\0").decode() for row in rows)
-        self.oversubscribed = sum(row[256:] == mine[0] for row in rows) > mine[1]
-        peers = [r for r, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
+        self.machines = tuple(row[256:288] for row in rows)
+        self.oversubscribed = sum(row[288:] == mine[0] for row in rows) > mine[1]
+        peers = [r for r, machine in enumerate(self.machines) if machine == self.machines[self.rank]]
         self.local_rank, self.local_size = peers.index(self.rank), len(peers)
         self.fatal = (*LOST, mpi.Exception) if self.size > 1 else ()
         self.outlives_ranks = self.size > 1 and hasattr(mpi.Comm, "Shrink") and tolerant()
@@ -163,7 +164,7 @@ class MpiComm(MpiTransport):
         if self.size > 1:
             pids = [int.from_bytes(row, "little") for row in self.gather(os.getpid().to_bytes(8, "little"))]
             try:
-                self._vigil = Vigil(self.rank, self.hosts, pids, self._give_up)
+                self._vigil = Vigil(self.rank, self.hosts, pids, self._give_up, self.machines)
             except (RuntimeError, MemoryError) as error:  # the other ranks continue, and would wait for this one
                 why = f"rank {self.rank} cannot start a thread: {error}; raise ulimit -v or -u"
                 self._give_up(FedmpiError(why))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedmpi.comm.base import Comm, CountsDispls, Over, Pending, summable
+from fedmpi.comm.machine import host_identity
 from fedmpi.comm.staging import Staging
 from fedmpi.errors import ExchangeError
 
@@ -30,7 +31,7 @@ class SoloComm(Comm):
     fatal = ()
 
     def __init__(self) -> None:
-        self.hosts, self.staging = (socket.gethostname(),), Staging()
+        self.hosts, self.machines, self.staging = (socket.gethostname(),), (host_identity(),), Staging()
 
     def dup(self) -> SoloComm:
         return SoloComm()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fedmpi.comm.base import LOST, Comm, CountsDispls, Over, Pending, summable
+from fedmpi.comm.machine import host_identity
 from fedmpi.comm.staging import Staging
 from fedmpi.errors import CommTimeout, ExchangeError, RankLost
 
@@ -156,7 +157,7 @@ class ThreadComm(Comm):
         self._meeting = meeting
         self.rank = self.local_rank = rank
         self.size = self.local_size = len(meeting.ranks)
-        self.hosts = (socket.gethostname(),) * self.size
+        self.hosts, self.machines = (socket.gethostname(),) * self.size, (host_identity(),) * self.size
         self.staging = Staging()
         self._calls: dict[str, int] = {}
         self._groups: list[Comm] = []

@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedmpi.errors import CommTimeout
 
@@ -38,12 +38,18 @@ class Vigil:
     """What one rank knows of the others. `give_up` must abort the job, because the clock thread cannot raise."""
 
     def __init__(
-        self, rank: int, hosts: Sequence[str], pids: Sequence[int], give_up: Callable[[CommTimeout], None]
+        self,
+        rank: int,
+        hosts: Sequence[str],
+        pids: Sequence[int],
+        give_up: Callable[[CommTimeout], None],
+        machines: Sequence[Any] | None = None,
     ) -> None:
         self.rank = rank
         self.lanes: list[Lane] = []
         self._over = False
         self._hosts, self._pids, self._give_up = hosts, pids, give_up
+        self._machines = hosts if machines is None else machines
         self._heard_s = [0.0] * len(hosts)
         self._trained_s = 0.0  # time of the last report that some rank trains
         self._entered_s, self._calls = 0.0, -1  # start of the call in progress, and its number
@@ -134,13 +140,14 @@ class Vigil:
 
     def _gone(self) -> list[int]:
         """Ranks that cannot run: their process is stopped or gone, or their host does not answer."""
-        here = self._hosts[self.rank]
+        near = [machine == self._machines[self.rank] for machine in self._machines]
         until_s = time.monotonic() + PROBES_S
-        far = {h: time.monotonic() > until_s or answers(h) for h in dict.fromkeys(self._hosts) if h != here}
+        asked = dict.fromkeys(host for host, is_near in zip(self._hosts, near, strict=True) if not is_near)
+        far = {host: time.monotonic() > until_s or answers(host) for host in asked}
         return [
             rank
-            for rank, (host, pid) in enumerate(zip(self._hosts, self._pids, strict=True))
-            if (not _runs(pid) if host == here else not far[host])
+            for rank, (host, is_near, pid) in enumerate(zip(self._hosts, near, self._pids, strict=True))
+            if (not _runs(pid) if is_near else not far[host])
         ]
 
 

@@ -325,6 +325,7 @@ def places_on_this_host(comm):
     require_equal("local", (comm.local_rank, comm.local_size), (comm.rank, comm.size))
     require_equal("hosts", len(set(comm.hosts)), 1)
     require_equal("number of hosts", len(comm.hosts), comm.size)
+    require_equal("machines", (len(set(comm.machines)), len(comm.machines)), (1, comm.size))
 
 
 def parts(comm, rank):
