@@ -25,7 +25,7 @@ from fedmpi.metrics.scorers import pooled
 from fedmpi.records import PHASES, RunInfo, Sink, StatusTable, Timer, peak_rss_bytes, read_metrics
 from fedmpi.records.metrics import Metrics, last_round, line_of
 from fedmpi.records.terminal import Progress, on_terminal, silo_table
-from fedmpi.records.trace import Trace
+from fedmpi.records.trace import _EVENT, Trace
 
 __all__ = ["put_back"]
 
@@ -203,6 +203,18 @@ def test_the_trace_is_valid_after_close_and_after_resuming_from_a_closed_one(tmp
     assert len(events(write_trace(tmp_path, first))) == len(first) * 2 * len(PHASES)
     found = events(write_trace(tmp_path, second, resumed=True))
     assert [e["args"]["round"] for e in found[:: 2 * len(PHASES)]] == first + second
+
+
+def test_a_resumed_trace_drops_what_is_damaged_and_keeps_other_events(tmp_path):
+    path = write_trace(tmp_path, [1, 2])
+    lines = path.read_bytes().splitlines()
+    other = b'{"name": "mine", "ts": 1}'
+    assert len(lines[1:-1]) == len([line for line in lines if _EVENT.fullmatch(line)])
+    lines[3] = lines[3].replace(b'"ts"', b'"ts')
+    lines[5:5] = [other + b",", b"#"]
+    path.write_bytes(b"\n".join(lines))
+    wanted = [json.loads(line.rstrip(b",")) for line in (*lines[1:3], *lines[4:6], *lines[7:-1])]
+    assert events(write_trace(tmp_path, [], resumed=True)) == wanted and json.loads(other) in wanted
 
 
 def test_the_trace_is_valid_after_resuming_from_one_that_a_kill_tore(tmp_path):
