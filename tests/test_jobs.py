@@ -443,8 +443,8 @@ def committed(cuts, folder, *starts):
     ("starts", "wrong"),
     [
         ([[(1, 0), (2, 1)], [(3, 2)]], []),
-        ([[(1, 0), (3, 2)]], ["rounds [2] have no checkpoint", "round 3 of epoch 1 was not trained from round 1"]),
-        ([[(1, 0), (2, 1)], [(3, 1)]], ["round 3 of epoch 2 was not trained from round 2 as it is on disk"]),
+        ([[(1, 0), (3, 2)]], ["round 3 of epoch 1 does not follow round 1 as it is on disk"]),
+        ([[(1, 0), (2, 1)], [(3, 1)]], ["round 3 of epoch 2 does not follow round 2 as it is on disk"]),
         ([[(1, 0), (3, 2)], [(2, 1)]], ["round 3 is of epoch 1, the one before of epoch 2"]),
         ([[(r, r - 1) for r in range(1, 13)], []], ["round 12 of epoch 1 was committed after the next epoch"]),
     ],
@@ -454,6 +454,17 @@ def test_a_history_of_two_lines_is_told(cuts, tmp_path, starts, wrong):
     history = committed(cuts, tmp_path, *starts)
     history.judge()
     assert len(history.wrong) == len(wrong) and all(map(str.startswith, history.wrong, wrong)), history.wrong
+
+
+def test_a_round_that_was_committed_in_memory_only_is_no_gap(cuts, tmp_path):
+    history = committed(cuts, tmp_path, [(1, 0), (2, 1), (3, 2), (4, 3)])
+    del history.sealed[2], history.sealed[3]
+    history.judge()
+    assert history.wrong == []
+    with open(history.trace / "1.jsonl", "a") as file:  # another half trained round 4 from another round 3
+        file.write('{"round": 4, "epoch": 1, "parent": "sha other"}\n')
+    history.judge()
+    assert history.wrong == ["round 4 of epoch 1 does not follow round 1 as it is on disk"]
 
 
 def test_halves_that_both_commit_are_told(cuts, tmp_path):
@@ -486,11 +497,58 @@ def test_a_round_that_is_committed_twice_must_have_the_same_bits(cuts, monkeypat
     assert [text[:28] for text in history.wrong][:2] == [f"round {r} was committed twice:"[:28] for r in (1, 2)]
 
 
+def test_a_soak_fails_where_a_process_grows_apart_from_deaths(job, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(TOP / "jobs/experiments")
+    soak = job("drill_soak", connects=False)
+
+    def process(name, leak, at_death):
+        rows = {
+            r: {"rss_kib": 1e5 + leak * r + at_death * (r > 500), "threads": 4, "descriptors": 20} for r in range(1000)
+        }
+        return soak.Process(name, {r: {**row, "mappings": 700} for r, row in rows.items()})
+
+    over = SimpleNamespace(returncode=0)
+    done = SimpleNamespace(moments=[(1.0, "SIGKILL")], records=range(1000), starts=[1.0], begun_s=0.0, process=over)
+    assert soak.sample(os.getpid())["descriptors"] > 2
+    assert soak.report(done, [process("rank 0", 0, 9e3), process("rank 1", 1, 0)], [500], 1000) == 0
+    said = capsys.readouterr().out
+    assert "1 deaths +26, else +784" in said and "PASS soak" in said
+    assert soak.report(done, [process("rank 0", 10, 9e3)], [500], 1000) == 1
+    said = capsys.readouterr().out
+    assert "else +7,840   GROWS" in said and said.count("GROWS") == 1
+
+
+def test_goodput_is_counted_from_commit_to_commit(job, monkeypatch):
+    monkeypatch.syspath_prepend(TOP / "jobs/experiments")
+    goodput = job("goodput", connects=False)
+    now = [0.0]
+    passing = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + 0.25))
+    monkeypatch.setattr(goodput, "time", passing)
+    killed = []
+
+    def commits():  # 100 samples every 2 s from 4 s on, and nothing for 6 s after a death
+        lost_s = 6 * len(killed)
+        return 100 * max(0, int((now[0] - 2 - lost_s) // 2))
+
+    def kill():
+        killed.append(now[0])
+        return "SIGKILL"
+
+    assert goodput.measured(20.0, False, commits, kill) == (50.0, 0) and killed == []
+    now[0] = 0.0
+    rate, num = goodput.measured(100.0, True, commits, kill)
+    assert num == 2 and killed == pytest.approx([34, 94], abs=0.5) and rate == pytest.approx(50 * 0.88, rel=0.04)
+    now[0] = 0.0
+    with pytest.raises(goodput.TooLong, match="no commit within"):
+        goodput.measured(9.0, False, lambda: 0, kill)
+
+
 class Dying:
     """A job of five ranks whose processes die as they are killed."""
 
     def __init__(self, over):
         self.begun_s = self.last_commit_s = 0.0
+        self.newest, self.rounds = 5, 24
         self.left, self.starts, self.over = {rank: 100 + rank for rank in range(5)}, [], over
         self.process = SimpleNamespace(poll=lambda: 0 if self.over(self) else None)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import drill_cut
 import drill_loop
+import drill_soak
 from drill_job import (
     CANNOT,
     RANKS,
@@ -43,6 +44,7 @@ QUICK = 6  # rounds with --quick
 ROUNDS = 12
 LOOP, LOOP_ROUNDS = "kill-loop", 60
 CUTS = "cut-loop"
+SOAK, SOAK_ROUNDS = "soak", 5000
 FAULT = 3  # disturbed after this round
 GRACE_S = 4.0  # of supervised drills
 NAMESPACE = "DRILL_MOUNTS"  # set in the mount namespace of a drill
@@ -360,13 +362,14 @@ def main(arguments: list[str] | None = None) -> int:
         prog="drill.sh",
         description=f"{(__doc__ or '').splitlines()[0]}\n\n{lines}\n  {'all':<12} all of these, one after the other\n"
         f"  {LOOP:<12} random deaths every --mtbf s for --minutes m, or until --deaths; called again it goes on\n"
-        f"  {CUTS:<12} one of two hosts is cut off and joined again, --tries times; called again it goes on",
+        f"  {CUTS:<12} one of two hosts is cut off and joined again, --tries times; called again it goes on\n"
+        f"  {SOAK:<12} short rounds with deaths now and then: memory, threads and descriptors stay flat",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("drills", nargs="+", metavar="DRILL", choices=[*DRILLS, "all", LOOP, CUTS])
+    parser.add_argument("drills", nargs="+", metavar="DRILL", choices=[*DRILLS, "all", LOOP, CUTS, SOAK])
     parser.add_argument("--out", type=Path, default=Path("runs/drills"), help="folder of runs and results")
     parser.add_argument("--limit-s", type=float, default=60.0, help="of a drill")
-    parser.add_argument("--rounds", type=int, help=f"of a run; {ROUNDS}, of kill-loop {LOOP_ROUNDS}")
+    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}; of kill-loop {LOOP_ROUNDS}, of soak {SOAK_ROUNDS}")
     parser.add_argument("--mtbf", type=float, default=60.0, help="seconds between faults of kill-loop, on average")
     parser.add_argument("--minutes", type=float, default=10.0, help="of this call of a loop")
     parser.add_argument("--deaths", type=int, help="after so many a campaign of kill-loop is over")
@@ -390,6 +393,9 @@ def main(arguments: list[str] | None = None) -> int:
         faults = options.mtbf, options.seed, options.ranks, options.hosts, options.spare, options.in_set_up
         campaign = drill_loop.Campaign(rounds or LOOP_ROUNDS, *faults)
         return drill_loop.kill_loop(folder / LOOP, campaign, options.minutes, options.deaths, sha)
+    if SOAK in options.drills:
+        rounds = drill_soak.QUICK if options.quick else options.rounds or SOAK_ROUNDS
+        return drill_soak.soak(folder / SOAK, rounds, options.seed)
     if CUTS in options.drills:
         tries = 2 if options.quick else options.tries
         return drill_cut.cut_loop(folder / CUTS, tries, options.minutes, options.seed)

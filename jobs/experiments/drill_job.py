@@ -90,6 +90,7 @@ class Job:
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.mark = out, uuid.uuid4().hex
+        self.rounds = next(int(word[7:]) for word in overrides if word.startswith("rounds="))
         self.last_commit_s = -math.inf  # when a record came last, of whatever round
         self.starts: list[float] = []  # of the ranks, by the supervisor
         self.commits: dict[int, float] = {}  # when each round was first seen to be committed

@@ -138,6 +138,9 @@ def _kill(job: Job, kind: str, rng: random.Random) -> list[int]:
 
 
 def _signalled(job: Job, *ranks: int) -> list[int]:
+    """The ranks that were killed; none once all rounds are done."""
+    if job.newest >= job.rounds:
+        return []
     try:
         job.signal(signal.SIGKILL, *ranks)
     except KeyError:

@@ -58,6 +58,13 @@ def quick(checkout: Path, name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def experiment(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A script of jobs/experiments in its quick form, which starts mpirun itself."""
+    environment = {**os.environ, **ENVIRONMENT, "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
+    words = [PYTHON, str(TOP / "jobs/experiments" / name), *arguments, "--quick"]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+
+
 def test_every_script_has_a_test_of_its_quick_form() -> None:
     text = Path(__file__).read_text() + (TOP / "tests" / "test_jobs.py").read_text()
     for path in sorted((TOP / "jobs").rglob("*.sh")):
@@ -65,9 +72,11 @@ def test_every_script_has_a_test_of_its_quick_form() -> None:
         assert path.name in APART or f'"{name}"' in text or f'"{name} --quick' in text, f"{name} is run by no test"
     for path in (TOP / "jobs").rglob("*.py"):
         code = path.read_text()
-        assert "--quick" in code or "__main__" not in code or path.name in ("first_batch.py", "reference.py"), (
-            f"{path} has no --quick"
-        )
+        assert (
+            "--quick" in code
+            or "__main__" not in code
+            or path.name in ("first_batch.py", "goodput_torchft.py", "reference.py")
+        ), f"{path} has no --quick"
 
 
 def test_three_deaths_are_drawn(tmp_path: Path) -> None:
@@ -120,13 +129,24 @@ def test_a_drill_kills_a_rank_and_tells_what_was_lost(checkout: Path) -> None:
     ids=["kill", "cut"],
 )
 def test_a_campaign_on_two_hosts(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
-    drill = [PYTHON, str(TOP / "jobs/experiments/drill.py"), *words, "--quick", "--out", str(tmp_path)]
-    path = os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]])
-    environment = {**os.environ, **ENVIRONMENT, "PATH": path}
-    done = subprocess.run(drill, env=environment, capture_output=True, text=True, timeout=280)
+    done = experiment("drill.py", *words, "--out", str(tmp_path))
     if done.returncode == 77:
         absent("netns", done.stdout)
     assert done.returncode == 0 and re.search(told, done.stdout) and f"PASS {words[0]}" in done.stdout, done.stdout
+
+
+def test_a_soak_reads_all_processes(tmp_path: Path) -> None:
+    done = experiment("drill.py", "soak", "--out", str(tmp_path))
+    assert done.returncode == 0 and "PASS soak" in done.stdout, done.stdout
+    for name in ("rank", "launcher", "supervisor"):
+        assert re.search(rf"descriptors +{name} +\d+ to \d+ over \d+ rounds", done.stdout), done.stdout
+
+
+def test_goodput_is_told_beside_the_undisturbed_run(tmp_path: Path) -> None:
+    done = experiment("goodput.py", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])["restart"]
+    assert row["deaths"] == 0 and row["undisturbed"] > 500 and 0.5 < row["goodput"] < 2
 
 
 def test_two_commits_are_compared_in_turns(checkout: Path) -> None:
