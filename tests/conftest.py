@@ -39,6 +39,7 @@ LONG = {
     "examples/test_examples.py::test_an_example_reaches": ("hospitals-2", "python_rounds-1", "fedsam-2"),
     "mpi/test_heal.py::test_a_run_whose_ranks_die": ("sharded", "at_once"),
     "mpi/test_lost.py::test_a_rank_that_dies_before": ("2",),
+    "mpi/test_respawn.py": ("[one]",),
     "mpi/test_supervisor.py": ("rank",),
     "mpi/test_overlap.py": ("signal",),
     "mpi/test_fragments.py": (),

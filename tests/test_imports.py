@@ -15,7 +15,7 @@ ROOT = Path(fedmpi.__file__).parent
 ORDER = [
     *("errors", "output", "disk", "fencing", "rng", "layout", "types", "state", "trust", "sources", "components"),
     *("outcome", "requests", "stopping", "worker"),
-    *("launcher", "module", "kernels"),
+    *("launcher", "fresh", "module", "kernels"),
     *(
         "codecs",
         "selection",

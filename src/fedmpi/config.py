@@ -218,8 +218,8 @@ class Config:
     data: files)"""
     on_failure: OnFailure | None = None
     """when a rank dies under a fault-tolerant MPI (mpirun --with-ft ulfm): adopt: other ranks take over its silos if
-    they can open their data; continue: its silos leave; stop: the run ends; null: adopt, but stop with exchange.overlap
-    or exchange.regions"""
+    they can open their data; respawn: the same, until a fresh rank that MPI starts takes its place; continue: its silos
+    leave; stop: the run ends; null: adopt, but stop with exchange.overlap or exchange.regions"""
 
     @property
     def policy(self) -> Policy:
@@ -230,6 +230,11 @@ class Config:
     def heals(self) -> OnFailure:
         """`on_failure` with its default resolved."""
         return self.on_failure or ("stop" if self.exchange.overlap or self.exchange.regions else "adopt")
+
+    @property
+    def adopts(self) -> bool:
+        """Whether other ranks take over the silos of a lost one."""
+        return self.heals in ("adopt", "respawn")
 
     @pydantic.model_validator(mode="after")
     def _disclosed(self) -> Config:

@@ -104,12 +104,13 @@ class RunDirectory:
     first rank of a host that does not see rank 0's directory but has its own).
     """
 
-    def __init__(self, path: Path, comm: Comm) -> None:
+    def __init__(self, path: Path, comm: Comm, epoch: int | None = None) -> None:
+        """`epoch`: of the start that goes on with other ranks; a pending stop request then stays."""
         self.path = path
         self._ticket = comm.broadcast_text(uuid.uuid4().hex, 0)
-        self._descriptor = comm.collectively(lambda: self._lock() if comm.rank == 0 else None)
+        self._descriptor = comm.collectively(lambda: self._lock(asked=epoch is not None) if comm.rank == 0 else None)
         try:
-            self._look(comm)
+            self._look(comm, epoch)
         except Exception:
             self.release()
             raise

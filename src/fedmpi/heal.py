@@ -22,7 +22,7 @@ from fedmpi.assembly import Spec
 from fedmpi.comm import Comm
 from fedmpi.errors import FedmpiError, agreed, ranks_text
 from fedmpi.health import Health
-from fedmpi.membership import Comms, Membership, OnFailure
+from fedmpi.membership import Comms, Membership
 from fedmpi.mirror import AT, Commit, Mirror, buddies
 from fedmpi.moving import exchanged, heirs, packed, unpacked
 from fedmpi.opening import Opened
@@ -109,8 +109,8 @@ def _newest_of_all(numbered: Mapping[int, T], comm: Comm) -> T:
 _AGAIN = "start again from the checkpoint"
 
 
-def inherited(spec: Spec, fed: Federation, group: Regrouped, how: OnFailure) -> Membership:
-    """The membership on the ranks that are left; `how` says whether orphaned silos are adopted or leave."""
+def inherited(spec: Spec, fed: Federation, group: Regrouped, adopts: bool) -> Membership:
+    """The membership on the ranks that are left; orphaned silos are adopted, or leave."""
     before, now = fed.membership, group.new_ranks
     hosts, dedicated = group.comm.hosts, spec.config.server.dedicated
     stay = {silo: (now[rank],) for silo, (rank, *_) in before.teams.items() if rank in now}
@@ -118,7 +118,6 @@ def inherited(spec: Spec, fed: Federation, group: Regrouped, how: OnFailure) -> 
         stay = {silo: team for silo, team in stay.items() if team[0] != 0}
     declared = [silo for silo in spec.source.silos if silo.id in before.teams]
     num_train = dict(zip(fed.ids, fed.num_train, strict=True))
-    adopts = how == "adopt"
     orphans = [s for s in declared if s.id not in stay and (adopts or before.rank(s.id) in now)]
     taken = adopted(stay, orphans, declared, num_train, hosts, dedicated)
     teams = {silo: taken.get(silo, stay.get(silo, ())) for silo in before.ids}

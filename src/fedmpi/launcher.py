@@ -80,6 +80,27 @@ def end_later(seconds: float = WAITS_S) -> None:
         pass  # not Linux, or no process can be started
 
 
+def end_now() -> None:
+    """Let the launcher of this process end all ranks."""
+    with contextlib.suppress(OSError):
+        pid, _ = _above(LAUNCHERS)
+        if pid:
+            os.kill(pid, signal.SIGTERM)
+
+
+def ranks_of_others() -> list[int]:
+    """Process ids of the ranks on this host that the launcher of this process started in another job than this one."""
+    job = f"PMIX_NAMESPACE={os.environ.get('PMIX_NAMESPACE', '')}\0".encode()
+    found = []
+    with contextlib.suppress(OSError):
+        pid, _ = _above(LAUNCHERS)
+        for child in _children(pid):
+            environment = _environment(child)
+            if b"PMIX_NAMESPACE=" in environment and job not in environment:
+                found.append(int(child))
+    return found
+
+
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
     """End the job if a rank of this host dies inside the block, which calls MPI_Init.

@@ -19,7 +19,7 @@ from fedmpi.components import did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.types import Silo
 
-OnFailure = Literal["adopt", "continue", "stop"]
+OnFailure = Literal["adopt", "respawn", "continue", "stop"]
 
 
 @dataclass(frozen=True)

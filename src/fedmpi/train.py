@@ -18,11 +18,12 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,7 +31,7 @@ import fedmpi
 from fedmpi import checkpoint, disk, launcher, rng, roster, sources, stopping
 from fedmpi.assembly import assemble, digest_of, open_members
 from fedmpi.changes import asked_for
-from fedmpi.comm import Comm, connect, go_on_with
+from fedmpi.comm import Comm, Spawned, connect, go_on_with
 from fedmpi.components import did_you_mean, to_dict
 from fedmpi.config import Config, differences, digest, load, moved_schedules, run_directory
 from fedmpi.device import capabilities
@@ -57,6 +58,7 @@ from fedmpi.errors import (
 )
 from fedmpi.evaluate import load_own
 from fedmpi.flat import changed_entries, signature
+from fedmpi.fresh import is_fresh, joins_no_more
 from fedmpi.heal import Loss, Regrouped, agreed_mirror, healed, inherited, newest_common
 from fedmpi.health import Health
 from fedmpi.keeper import Keeper
@@ -65,7 +67,7 @@ from fedmpi.mirror import Mirror
 from fedmpi.opening import Opened, fingerprint
 from fedmpi.outcome import RoundOutcome
 from fedmpi.output import say
-from fedmpi.rebuild import admitted, rebuilt
+from fedmpi.rebuild import admitted, leave_memory, rebuilt
 from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
 from fedmpi.records.metrics import last_round
 from fedmpi.records.sink import Timings
@@ -78,6 +80,7 @@ log = logging.getLogger("fedmpi")
 
 RANKS_FILE = "ranks.json"
 EVENTS_FILE = "events.jsonl"
+SPAWNS = 8  # times that fresh ranks are started in a run
 WRITER_S = 30.0  # seconds that a failed run waits for the checkpoint that is being written
 ALONE_S = 1.0  # the same for a rank that fails alone, while the others wait for it
 
@@ -115,15 +118,13 @@ class Run:
         stopping.listen()  # before MPI starts: a batch system may signal a job during its start
         try:
             self.comm = comm if comm is not None else connect()
-            if not self.comm.open_runs:
-                self.comm.finish()  # an earlier run's stop notice must not stop this one
             named_by = None if isinstance(config, Config) else run_directory(Path(config))
-            with confined(named_by, allow):
-                self.config = self.comm.collectively(lambda: _loaded(config, overrides))
-            self.comm.require_equal("the configuration", digest(self.config), ConfigError)
-            self.comm.set_up(self.config.comm.timeout_s)
+            self._confined = functools.partial(confined, named_by, allow)
+            self._agree(lambda: _loaded(config, overrides))
         except BaseException:
             stopping.forget()
+            if is_fresh():
+                _leave_others()
             raise
         self._closed = False
         self._spoiled = False  # whether a round failed after its parameters were overwritten
@@ -137,17 +138,36 @@ class Run:
         self._desk: Desk | None = None  # likewise
         self._changes: list[tuple[Request, int, int]] = []  # in the last `_take_up`: request, rounds done, epoch
         self._rounds_before: int | None = None  # `rounds` in the run directory's stored configuration
+        self._full_hosts = self.comm.hosts  # of all ranks, with lost ones
+        self._spawned: Spawned | None = None  # fresh ranks that have not joined yet
+        self._spawns = SPAWNS  # how often fresh ranks may be started
         try:
-            self._require_own_posts()
-            with confined(named_by, allow):
-                self._assemble(membership)
-            self._resume(others=membership is not None)
-            self._describe()
+            self._set_up(membership)
         except BaseException as error:
             self._release(error)
+            if is_fresh():
+                _leave_others()
             raise
+        joins_no_more()
 
     # ------------------------------------------------------------ set-up
+
+    def _agree(self, load: Callable[[], Config]) -> None:
+        """Agree on the configuration. Collective."""
+        if not self.comm.open_runs:
+            self.comm.finish()  # an earlier run's stop notice must not stop this one
+        with self._confined():
+            self.config = self.comm.collectively(load)
+        self.comm.require_equal("the configuration", digest(self.config), ConfigError)
+        self.comm.set_up(self.config.comm.timeout_s)
+
+    def _set_up(self, membership: Membership | None, epoch: int | None = None) -> None:
+        """Build the run's parts, and resume. `epoch`: of the start that goes on. Collective."""
+        self._require_own_posts()
+        with self._confined():
+            self._assemble(membership, epoch)
+        self._resume(others=membership is not None)
+        self._describe()
 
     def _require_own_posts(self) -> None:
         """Raise ConfigError if this run's posts between ranks could be read by another open run of the process."""
@@ -156,9 +176,9 @@ class Run:
         if posts and self.comm.size > 1 and self.comm.open_runs > 1:
             raise agreed(ConfigError("engine.policy: a deadline needs the ranks to itself; close the open run first"))
 
-    def _assemble(self, members: Membership | None) -> None:
+    def _assemble(self, members: Membership | None, epoch: int | None) -> None:
         """Lock the run directory and build the run's parts. Collective."""
-        self._directory = RunDirectory(Path(self.config.out), self.comm)
+        self._directory = RunDirectory(Path(self.config.out), self.comm, epoch)
         self.out = self._directory.path
         before = self._directory.stored
         parts = assemble(self.config, self.comm, self.out, self._directory.plan_before, members, before)
@@ -281,6 +301,11 @@ class Run:
         info = RunInfo(self.out, done, self.config.rounds, self.metric, self._timings)
         self._sinks = Sinks(info, self.config.records.open_sinks())
 
+    def _close_sinks(self) -> None:
+        if "_sinks" in vars(self):  # on rank 0, while a run is open
+            self._sinks.close()
+            del self._sinks
+
     def _timings(self) -> Timings:
         """Each rank's start time of the last round, and the seconds of its phases, both by rank [n]."""
         done = self.federation.done
@@ -402,6 +427,8 @@ class Run:
             begun = False  # whether requests made before the first round are carried out
             while self.state.round < self.config.rounds:
                 try:
+                    if self._refill():
+                        begun = False  # as the fresh ranks
                     if not begun:
                         self._take_up()
                         begun = True
@@ -557,7 +584,7 @@ class Run:
             self._mirrors = []
         else:
             generation = self._mirrors[-1].generation + 1 if self._mirrors else 0
-            self._mirrors.append(Mirror(self.federation, generation, self.config.heals == "adopt", spec=self._spec))
+            self._mirrors.append(Mirror(self.federation, generation, self.config.adopts, spec=self._spec))
             self._mirrors[-1].keep(self.state, self._health)
 
     def _outlives(self, error: Exception) -> bool:
@@ -566,9 +593,12 @@ class Run:
         return lost and bool(self._mirrors)
 
     @rng.borrowed()
-    def _heal(self, error: Exception) -> None:
+    def _heal(self, error: Exception, lost: bool = True) -> None:
         """Continue on the remaining ranks, from the newest commit that all of them have in memory. Collective over
-        these. Raises FedmpiError, with the text of `error`, if no rank is lost."""
+        these. Raises FedmpiError, with the text of `error`, if a rank should be `lost` and none is."""
+        if self._spawned is not None:
+            self._spawned.drop()  # others are started once it is known how many
+            self._spawned = None
         began_s = time.monotonic()
         self._spoiled = True
         losses: list[Loss] = []
@@ -581,7 +611,7 @@ class Run:
                 if made is not None and made[0] == mirror.generation:
                     losses.append(made[1])  # the last attempt was complete on all ranks before the next loss
                 made = None
-                if not group.lost:
+                if lost and not group.lost:
                     raise agreed(FedmpiError(f"no rank is lost, and yet: {error}"))
                 commit = newest_common(mirror, group)
                 assert mirror.spec is not None
@@ -602,7 +632,7 @@ class Run:
                 # Another rank was lost: try again.
         self._spoiled = False
         losses.append(replace(loss, seconds=time.monotonic() - began_s))
-        for told in losses if self.comm.rank == 0 else ():
+        for told in (one for one in losses if one.ranks and self.comm.rank == 0):
             say(f"fedmpi: {told}", error=True)
             disk.append_line(self.out / EVENTS_FILE, told.line)
 
@@ -618,24 +648,22 @@ class Run:
 
     def _reopened(self, fed: Federation, group: Regrouped) -> Opened:
         """Open the members' data on the remaining ranks. If adoption fails, the lost ranks' silos leave. Collective."""
-        comms, how = Comms.of(self.comm), self.config.heals
+        comms, adopts = Comms.of(self.comm), self.config.adopts
         try:
-            members = inherited(self._spec, fed, group, how)
+            members = inherited(self._spec, fed, group, adopts)
             return open_members(self._spec, members, comms, fed.silos, fed.facts)
         except FedmpiError as error:
-            if how != "adopt" or not error.agreed:
+            if not adopts or not error.agreed:
                 raise
             if self.comm.rank == 0:
                 say(f"fedmpi: nobody can take over what is lost, and it leaves: {error}", error=True)
-            members = inherited(self._spec, fed, group, "continue")
+            members = inherited(self._spec, fed, group, adopts=False)
             return open_members(self._spec, members, comms, fed.silos, fed.facts)
 
     def _go_on(self, losses: Sequence[Loss]) -> None:
         """Move checkpoints, records and ranks.json to the remaining ranks. Collective over these."""
         done, ranks, record = self.state.round, self._ranks(), self.state.record
-        if "_sinks" in vars(self):
-            self._sinks.close()
-            del self._sinks
+        self._close_sinks()
         why = {silo: f"rank {lost.before.rank(silo)} was lost" for lost in losses for silo in lost.silos}
         before, self._keeper = self._keeper, self._make_keeper(others=True)
         self._keeper.inherit(before)
@@ -662,6 +690,108 @@ class Run:
             self._keeper.keep(self.state)
         self.comm.took(record["seconds"]["round"] if record is not None else 0.0)
         self.federation.timer.reset()
+
+    # ------------------------------------------------------------ fresh ranks
+
+    def _refill(self) -> bool:
+        """Start fresh ranks in place of lost ones, or let them join if ready; True if they joined. Collective."""
+        if self.config.heals != "respawn" or self.comm.size == len(self._full_hosts):
+            return False
+        if self._spawned is None:
+            self._spawn()
+            return False
+        ready = self._spawned.ready()
+        if ready is None:
+            self._drop_spawned("a fresh rank has died")
+        return bool(ready) and self._join()
+
+    def _spawn(self) -> None:
+        """Start a fresh rank for each lost one, unless that was done too often. Collective."""
+        if self._spawns:
+            self._spawns -= 1
+            lost = Counter(self._full_hosts) - Counter(self.comm.hosts)
+            try:
+                self._spawned = Spawned(self.comm, [*lost.elements()])
+            except ConfigError as error:
+                self._drop_spawned(str(error))
+
+    def _drop_spawned(self, why: str) -> None:
+        """Go on without the fresh ranks. It is not collective."""
+        if self._spawned is not None:
+            self._spawned.drop()
+            self._spawned = None
+        if self.comm.rank == 0:
+            more = "another is started" if self._spawns else "training goes on without it"
+            say(f"fedmpi: no fresh rank takes the place of a lost one: {why}; {more}", error=True)
+
+    def _join(self) -> bool:
+        """Go on with the fresh ranks, from a checkpoint of this round. Collective over all but these, which start as
+        any rank does that resumes. True if they take part; else the run goes on as before."""
+        assert self._spawned is not None
+        if not self._keeper.has(self.state):
+            self._keeper.write(self.state)
+        self._keeper.seal()
+        if self._keeper.sealed != self.state.round:
+            return False  # the disk does not take it now: try again after the next round
+        spawned, began_s = self._spawned, time.monotonic()
+        joined = spawned.join()
+        if joined is None:
+            self._drop_spawned("a fresh rank has died")
+            return False
+        before, spec, directory, resumed = self.comm, self._spec, self._directory, self.resumed
+        config, keeper = self.config, self._keeper
+        self._take_down()
+        go_on_with(joined, before)
+        self.comm = joined
+        try:
+            joined.finish()  # as each rank does before its first run
+            self._agree(lambda: config)
+            self._set_up(None, directory.epoch)
+        except Exception as error:
+            if not (isinstance(error, (FedmpiError, *joined.fatal)) and self._mirrors):
+                raise
+            self._directory.release()
+            if not isinstance(error, FedmpiError) or not error.agreed:
+                joined.revoke()  # the other ranks may wait for this one
+            go_on_with(before, joined)
+            self.comm, self._spec, self._directory, self._keeper = before, spec, directory, keeper
+            self.config, self.resumed = config, resumed
+            self._spawned = None  # they end by themselves
+            self._heal(error, lost=False)
+            if self.comm.gather_number(joined.alike(error)).any():
+                self._spawns = 0  # others would fail alike
+            self._drop_spawned(str(error))
+            return False
+        self._spawned, self._mirrors, self.resumed = None, [], resumed
+        spawned.comm.retire()
+        for sink in self._added if self.comm.rank == 0 else ():
+            self._sinks.add(sink)
+        self.federation.timer.reset()
+        self._keeper.remember()
+        self.comm.took(0.0)
+        self._mirror_anew()
+        if self.comm.rank == 0:
+            told = {"event": "joined", "round": self.state.round, "num_ranks": self.comm.size}
+            seconds = round(time.monotonic() - began_s, 3)
+            disk.append_line(self.out / EVENTS_FILE, json.dumps({**told, "seconds": seconds}))
+            say(f"fedmpi: fresh ranks have joined after round {self.state.round}, {seconds:.2f} s", error=True)
+        return True
+
+    def _take_down(self) -> None:
+        """Close what a start opens, and free what ranks share. Collective."""
+        fed = self.federation
+        fed.exchange.settle()
+        fed.exchange.leave()
+        leave_memory(fed)
+        self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
+        self.comm.free_parts()
+        if self._spec.watch.watchdog is not None:
+            self._spec.watch.watchdog.end()
+        self._keeper.close(WRITER_S)
+        self._close_sinks()
+        if self._roster is not None:
+            self._roster.save()
+        self._directory.release()
 
     def _score(self, record: Record) -> float | None:
         """The round's score, higher is better; None if the round was not evaluated."""
@@ -757,14 +887,15 @@ class Run:
             if "_spec" in vars(self) and (watchdog := self._spec.watch.watchdog) is not None:
                 watchdog.end()
             self.comm.set_up(self.config.comm.timeout_s)  # closing may take long
+            if self._spawned is not None:
+                self._spawned.drop()
             if "federation" in vars(self):
                 self.federation.exchange.leave()
             if "_keeper" in vars(self):
                 self._keeper.close(writer_s)
             if "state" in vars(self):
                 self._keep_readable()
-            if "_sinks" in vars(self):
-                self._sinks.close()
+            self._close_sinks()
             if self._roster is not None and self._directory.is_ours():
                 self._roster.save()
             if "_directory" in vars(self):
@@ -790,6 +921,12 @@ class Run:
             says_so or isinstance(error, (Diverged, NoCohort))
         ):
             error.add_note(self.saved)
+
+
+def _leave_others() -> NoReturn:
+    """End a fresh rank that cannot take part; the other ranks go on without it."""
+    time.sleep(1.0)  # they may still be in the call that failed
+    os._exit(1)
 
 
 def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> Config:

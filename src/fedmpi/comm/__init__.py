@@ -4,6 +4,7 @@ base       the interfaces Control, Transport and Comm, and functions that all im
 solo       one rank without MPI
 threads    ranks as threads of one process, for tests
 mpi        the ranks of an MPI job; the only module that imports mpi4py, and only when it is called
+spawn      fresh ranks in place of lost ones
 process    joins the launched ranks (`connect`), and ends a rank without leaving the others in a collective
 vigil      timeouts: how long a rank waits for the others
 machine    cores and shared memory of this machine
@@ -13,6 +14,7 @@ from fedmpi.comm.base import BLOCK_BYTES, Comm, Control, CountsDispls, Pending, 
 from fedmpi.comm.mpi import MpiComm
 from fedmpi.comm.process import connect, go_on_with, is_first, launched, leave, told
 from fedmpi.comm.solo import SoloComm
+from fedmpi.comm.spawn import Spawned
 from fedmpi.errors import ranks_text
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "MpiComm",
     "Pending",
     "SoloComm",
+    "Spawned",
     "Transport",
     "blocks",
     "connect",

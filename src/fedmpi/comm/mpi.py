@@ -45,7 +45,12 @@ def library() -> Any:
 
 
 class MpiComm(MpiTransport):
-    """All ranks of an MPI job, or a group of them."""
+    """All ranks of an MPI job, or a group of them.
+
+    `is_extended`: fresh ranks have joined (spawn.py).
+    """
+
+    is_extended = False
 
     def __init__(self, mpi: Any, world: Any = None) -> None:
         super().__init__(mpi, mpi.COMM_WORLD.Dup() if world is None else world)
@@ -104,7 +109,7 @@ class MpiComm(MpiTransport):
                         left = MpiComm(self._mpi, self._world.Shrink())
                         break
                     for comm in (self, *([left] if left is not None else [])):
-                        comm._revoke()
+                        comm.revoke()
                     # Always shrink the first communicator: if another rank dies now, ranks that have finished and ranks
                     # that have not would shrink two different ones, and wait for each other.
                     left = None
@@ -127,17 +132,35 @@ class MpiComm(MpiTransport):
             self.depth -= 1
             self.calls += 1
         left.oversubscribed = left.oversubscribed or self.oversubscribed
+        left.is_extended = self.is_extended
         if self._vigil is not None:
             self._vigil.end()
         return left
 
-    def _revoke(self) -> None:
+    def revoke(self) -> None:
         """Makes pending and future calls on this communicator and its parts fail on every rank."""
         for part in (*self._twins, *self._groups):
-            part._revoke()
+            part.revoke()
         for communicator in (self._node, self._control, self._world):
             if communicator is not None:
                 communicator.Revoke()
+
+    @bounded
+    def start(self, command: list[str], num_ranks: int, info: Any) -> Any:
+        """Starts processes; the intercommunicator with them once they have initialised MPI. Collective."""
+        return self._world.Spawn(  # type: ignore[attr-defined]
+            command[0], command[1:], num_ranks, info, root=0
+        )
+
+    @property
+    def mpi(self) -> Any:
+        """mpi4py's module MPI."""
+        return self._mpi
+
+    def retire(self) -> None:
+        """Stops the timeouts: from now on another communicator is used."""
+        if self._vigil is not None:
+            self._vigil.end()
 
     def counted(self) -> tuple[int, int, int]:
         own = (self.bytes_up, self.bytes_down, self.bytes_control)
@@ -192,4 +215,6 @@ class MpiComm(MpiTransport):
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback_later(10, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
         time.sleep(0.1)  # the launcher receives output and aborts on separate channels; let it print the output first
+        if self.is_extended:  # Abort ends the ranks that were started together, and not the others
+            launcher.end_now()
         self._mpi.COMM_WORLD.Abort(code)

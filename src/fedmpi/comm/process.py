@@ -20,7 +20,9 @@ from fedmpi.comm.base import Comm
 from fedmpi.comm.machine import tight
 from fedmpi.comm.mpi import MpiComm, library, tolerant
 from fedmpi.comm.solo import SoloComm
+from fedmpi.comm.spawn import connected
 from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost
+from fedmpi.fresh import is_fresh
 from fedmpi.output import say
 
 LATE_S = 10.0  # how long ranks that end together wait for each other
@@ -59,9 +61,13 @@ def _connect() -> Comm:
     else:
         if tolerant():
             atexit.register(_finalize)
-        comm = all_ranks = MpiComm(mpi)
-        all_ranks.keep_vigil()
-    expected = launched()
+        if is_fresh():
+            comm = connected(mpi)
+            _left.append(comm)
+        else:
+            comm = all_ranks = MpiComm(mpi)
+            all_ranks.keep_vigil()
+    expected = 0 if is_fresh() else launched()
     if expected not in (0, comm.size):
         raise ConfigError(
             f"the launcher started {expected} ranks but MPI sees {comm.size}: launcher and MPI library do not belong "

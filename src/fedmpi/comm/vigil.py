@@ -147,11 +147,11 @@ class Vigil:
         return [
             rank
             for rank, (host, is_near, pid) in enumerate(zip(self._hosts, near, self._pids, strict=True))
-            if (not _runs(pid) if is_near else not far[host])
+            if (not runs(pid) if is_near else not far[host])
         ]
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
