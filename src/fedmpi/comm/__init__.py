@@ -3,7 +3,7 @@
 base       the interfaces Control, Transport and Comm, and functions that all implementations share
 solo       one rank without MPI
 threads    ranks as threads of one process, for tests
-mpi        the ranks of an MPI job; the only module that imports mpi4py, and only when it is called
+mpi        the ranks of an MPI job; imports mpi4py when it is called
 spawn      fresh ranks in place of lost ones
 process    joins the launched ranks (`connect`), and ends a rank without leaving the others in a collective
 vigil      timeouts: how long a rank waits for the others

@@ -1,4 +1,4 @@
-"""The ranks of an MPI job; the only module that imports mpi4py, and only when `library` is called.
+"""The ranks of an MPI job; only this module and fresh.py import mpi4py, and this one only when `library` is called.
 
 world    vectors (mpi_transport.py)
 control  control traffic (mpi_control.py)
