@@ -155,7 +155,7 @@ def test_one_more_that_dies_as_ranks_shrink_lets_none_of_them_wait_for_another(m
             if len(made) == 1:
                 raise RankLost([1])
 
-        def _revoke(self):
+        def revoke(self):
             self.revoked += 1
 
     first = SimpleNamespace()

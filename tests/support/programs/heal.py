@@ -49,7 +49,7 @@ def dies_at(owner, name, point):
     setattr(owner, name, dying)
 
 
-dies_at(training, "_check", "train")
+dies_at(training, "check_contribution", "train")
 dies_at(synchronous, "agree_ready", "ready")
 dies_at(synchronous.SynchronousRound, "commit", "exchange")
 dies_at(Server, "step", "step")
