@@ -12,11 +12,10 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import socket
 import sys
 
 VARIABLE = "FEDMPI_FRESH"  # in the environment of a fresh rank
-HELLO = 80  # tag of the message that tells host and process id of every fresh rank
+HELLO = 80  # tag of the message that identifies the process of every fresh rank
 
 
 def is_fresh() -> bool:
@@ -54,7 +53,8 @@ def main() -> None:
     mpi4py.rc.finalize = False
     from mpi4py import MPI  # the other ranks wait for this
 
-    rows = MPI.COMM_WORLD.gather([socket.gethostname(), os.getpid()])
+    pid = os.getpid()
+    rows = MPI.COMM_WORLD.gather([launcher.pid_space(), pid, launcher.born(pid)])
     if rows is not None:
         MPI.Comm.Get_parent().Send(json.dumps(rows).encode(), dest=0, tag=HELLO)
 

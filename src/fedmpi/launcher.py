@@ -46,6 +46,14 @@ def follow() -> bool:
     return True
 
 
+def pid_space() -> str:
+    """Equal for processes that see each other under the same process ids: boot and namespace. Empty if unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def born(pid: int) -> int:
     """When the process started, in clock ticks since boot; 0 if unknown. Together with `pid` it identifies a process
     even after the id is reused."""

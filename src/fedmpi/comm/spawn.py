@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +42,7 @@ class Spawned:
         if not isinstance(comm, MpiComm):
             raise agreed(ConfigError("only MPI starts ranks"))
         self.comm, self._mpi = comm, comm.mpi
-        self._processes: list[tuple[str, int]] = []  # host and id of the fresh ranks
+        self._processes: list[tuple[str, int, int]] = []  # of the fresh ranks: see `_is_there`
         self._sent: list[Any] = []
         self._until_s = time.monotonic() + START_S
         command = comm.collectively(_command)
@@ -67,12 +66,11 @@ class Spawned:
             buffer = bytearray(1 << 16)
             self._inter.Recv(buffer, source=0, tag=HELLO)
             told = buffer.rstrip(b"\0").decode()
-        self._processes = [(host, pid) for host, pid in json.loads(comm.broadcast_text(told, 0))]
+        self._processes = [(space, pid, born) for space, pid, born in json.loads(comm.broadcast_text(told, 0))]
 
     def ready(self) -> bool | None:
         """Whether all of them wait to join; None if one has died, or takes too long."""
-        here = socket.gethostname()
-        dead = not self._processes or any(host == here and not runs(pid) for host, pid in self._processes)
+        dead = not self._processes or any(_is_there(*process) is False for process in self._processes)
         found = float(self.comm.rank == 0 and self._arrives(READY, 0.0))
         if dead or time.monotonic() > self._until_s:
             found = -1.0
@@ -101,11 +99,10 @@ class Spawned:
 
     def drop(self) -> None:
         """Let them end. It is not collective: each rank ends those on its host."""
-        here = socket.gethostname()
         if self.comm.rank == 0 and self._processes:
             self._send(GO)
-        for host, pid in self._processes:
-            if host == here:
+        for space, pid, born in self._processes:
+            if _is_there(space, pid, born):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         self._processes = []
@@ -117,6 +114,13 @@ class Spawned:
     def _arrives(self, tag: int, seconds: float) -> bool:
         """Whether a message of the first fresh rank arrives within so many seconds."""
         return _arrives(self._inter, [tag], seconds) == tag
+
+
+def _is_there(space: str, pid: int, born: int) -> bool | None:
+    """Whether the process born at this time runs; None if it cannot be seen from here."""
+    if not space or space != launcher.pid_space():
+        return None
+    return runs(pid) and launcher.born(pid) == born
 
 
 def connected(mpi: Any) -> MpiComm:
