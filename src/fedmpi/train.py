@@ -603,9 +603,11 @@ class Run:
         self._spoiled = True
         losses: list[Loss] = []
         made: tuple[int, Loss] | None = None  # by the last attempt: its generation and loss
+        lost_comms: list[Comm] = []
         while True:
             try:
                 self._keeper.close(ALONE_S)
+                lost_comms.append(self.comm)
                 self._succeed(self.comm.shrink())
                 mirror, group = agreed_mirror(self._mirrors, self.comm)
                 if made is not None and made[0] == mirror.generation:
@@ -631,6 +633,8 @@ class Run:
                     raise
                 # Another rank was lost: try again.
         self._spoiled = False
+        for comm in lost_comms:
+            comm.discard_shared()
         losses.append(replace(loss, seconds=time.monotonic() - began_s))
         for told in (one for one in losses if one.ranks and self.comm.rank == 0):
             say(f"fedmpi: {told}", error=True)

@@ -290,6 +290,12 @@ class Transport(Protocol):
         Returns how many are left.
         """
 
+    def discard_shared(self) -> None:
+        """Gives the memory of shared vectors back where ranks were lost and `free_shared` would wait for them. Not
+        collective. Nobody may use the vectors any more: they read as zeros. By default their last reference frees them.
+        """
+        return
+
     @abstractmethod
     def barrier(self) -> None:
         """Waits for all ranks; writes to shared vectors before it are visible to all after it. Collective."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
+import mmap
 import os
 import resource
 import socket
+import sys
 from pathlib import Path
 
 from fedmpi.comm.base import Control
@@ -30,6 +33,21 @@ def shared_memory() -> tuple[int, bytes]:
         there, found = None, 0
     free = there.f_bavail * there.f_frsize if there is not None and there.f_blocks else 1 << 62  # no blocks: no limit
     return free, hashlib.sha256(f"{machine_name()} {found}".encode()).digest()
+
+
+def discard(address: int, num_bytes: int) -> None:
+    """Gives the pages inside this part of a mapped file back to the system; they read as zeros from then on. Where the
+    system cannot do that, they stay."""
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_REMOVE)
+
+
+def trim() -> None:
+    """Gives free memory of the C library's heap back to the system, where it can (glibc)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def room(control: Control, num_bytes: int) -> str:

@@ -176,6 +176,11 @@ class MpiComm(MpiTransport):
         self._groups.clear()
         self.free_shared()
 
+    def discard_shared(self) -> None:
+        for part in (*self._twins, *self._groups):
+            part.discard_shared()
+        super().discard_shared()
+
     def _free(self) -> None:
         self.free_parts()
         for communicator in (self._node, self._control, self._world):

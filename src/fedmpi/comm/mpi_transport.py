@@ -158,6 +158,15 @@ class MpiTransport(MpiControl):
             window.Free()
         return len(self._windows)
 
+    def discard_shared(self) -> None:
+        for window in self._windows:
+            assert self._node is not None
+            for rank in range(self._node.size):
+                memory, _ = window.Shared_query(rank)
+                machine.discard(memory.address, memory.nbytes)
+        self._windows.clear()
+        machine.trim()  # what the lost federation leaves on the heap, several times its parameters
+
     @translated
     def barrier(self) -> None:
         for window in self._windows:

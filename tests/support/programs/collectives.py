@@ -1,5 +1,6 @@
 """Cases that every communicator must pass, on ranks (see cases.py) and threads (comm/test_comm.py)."""
 
+import sys
 import time
 
 import numpy as np
@@ -416,6 +417,22 @@ def what_ranks_share_is_seen_after_a_barrier(comm):
     require_equal("each", [v.tolist() for v in mine], [[r + 1.0] * 3 for r in range(comm.size)])
     require_equal("the owner's", one[0].tolist(), [7, 7])
     del mine, one
+    require_equal("left", comm.free_shared(), kept)
+
+
+@case
+def discarded_memory_goes_back_to_the_system(comm):
+    kept = comm.free_shared()
+    mine = comm.shared(1 << 16, torch.float32)
+    for vector in mine:
+        vector[:] = 1.0
+    comm.barrier()
+    comm.discard_shared()
+    if isinstance(comm, ranks.MpiComm) and comm.size > 1 and sys.platform == "linux":
+        for vector in mine:  # whole pages only
+            require_equal("inside", vector[1024:-1024].count_nonzero().item(), 0)
+    comm.barrier()
+    del mine
     require_equal("left", comm.free_shared(), kept)
 
 
