@@ -210,13 +210,16 @@ def test_members_have_the_order_of_the_data_whoever_came_first():
         members.with_silo("a", 1)
 
 
+ALL_THREE = {"name": "synchronous", "policy": {"name": "deadline", "deadline_s": 3600.0, "min_silos": 3}}
+
+
 def test_a_joining_silo_that_no_component_can_do_with_is_refused_and_the_run_goes_on(tmp_path):
-    alone = config(tmp_path / "a", 2, select={"name": "uniform", "count": 3})
+    alone = config(tmp_path / "a", 2, engine=ALL_THREE)
     with fedmpi.Run(alone, comm=SoloComm()) as run:
         rounds = iter(run)
         next(rounds)
         before = run.federation
-        with pytest.raises(ConfigError, match=r"select\.count: 3 silos, and there are 2"):
+        with pytest.raises(ConfigError, match="min_silos: 3, and a cohort may be 2"):
             run.rebuild(run.membership.without("s0"))
         assert run.federation is before
         next(rounds)
@@ -227,8 +230,32 @@ def test_a_joining_silo_that_no_component_can_do_with_is_refused_and_the_run_goe
 
 
 def trained_alone(out):
-    with fedmpi.Run(config(out, 2, select={"name": "uniform", "count": 3}), comm=SoloComm()) as run:
+    with fedmpi.Run(config(out, 2, engine=ALL_THREE), comm=SoloComm()) as run:
         return list(run), sha256(run.parameters)
+
+
+COUNTS = {name: {"count": 3} for name in SELECTORS.members if name not in ("all", "available")}
+COUNTS["power_of_choice"] |= {"num_candidates": 3}
+COUNTS["available"] = {"traces": {"s1": [[1, 9]]}, "inner": {"name": "uniform", "count": 3, "weights": "inverse"}}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_is_capped_at_the_silos_that_are_left(tmp_path, caplog, name):
+    how = config(tmp_path, 4, select={"name": name, **COUNTS[name]})
+    more = " and num_candidates is 3" if name == "power_of_choice" else ""
+    with fedmpi.Run(how, comm=SoloComm()) as run:
+        rounds = iter(run)
+        next(rounds)
+        assert not caplog.records
+        run.rebuild(run.membership.without("s0"))
+        says = f"select: count is 3{more}, capped at the 2 silos that take part"
+        assert [one.getMessage() for one in caplog.records] == [says]
+        for record in (next(rounds), next(rounds)):
+            assert set(record["cohort"]) <= {"s1", "s2"}
+            # With replacement, and one by one, a silo may be left to chance.
+            assert len(record["cohort"]) == 2 or name in ("proportional", "norm")
+    with fedmpi.Run(how, comm=SoloComm()) as run:  # on resume it is told again
+        assert [one.getMessage() for one in caplog.records] == [says] * 2 and run.resumed == 3
 
 
 def test_a_restart_says_which_silo_has_other_data(tmp_path, monkeypatch):

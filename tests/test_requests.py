@@ -115,10 +115,11 @@ def test_what_cannot_be_is_refused_and_the_run_goes_on(tmp_path, case):
 
 
 def test_what_a_component_cannot_do_with_is_refused(tmp_path):
-    how = config(tmp_path, 3, select={"name": "uniform", "count": 3})
+    policy = {"name": "deadline", "deadline_s": 3600.0, "min_silos": 3}
+    how = config(tmp_path, 3, engine={"name": "synchronous", "policy": policy})
     _, _, members = trained(how, when=[(2, [("retire", "s1")])], until=3)
     ((_, why),) = answers(tmp_path)
-    assert "select.count: 3 silos, and there are 2" in why and members.epoch == 0
+    assert "engine.policy.min_silos: 3, and a cohort may be 2" in why and members.epoch == 0
 
 
 TORN = {"empty": "", "torn": '{"what": "retire", "si', "list": "[]", "odd": '{"what": "fire", "silo": "s1"}'}

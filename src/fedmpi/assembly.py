@@ -237,6 +237,8 @@ def open_members(
     comm.collectively(lambda: config.entries(spec.module, members.ids, spec.known))
     comm.collectively(lambda: _weights(config, members.ids, opened.num_train))
     _try_members(spec, members, opened.data, comm)
+    if (capped := config.select.capped(len(members.ids))) and comm.rank == 0:
+        log.warning(capped)
     return opened
 
 

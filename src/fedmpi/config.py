@@ -275,9 +275,9 @@ class Config:
 
     def entries(self, module: torch.nn.Module, ids: Sequence[str], known: Sequence[str]) -> list[Entry]:
         """The model's tensors and which are shared. Raises ConfigError if a component does not support them or the
-        number of silos, or names a silo that is none of `known`, which are all that may ever take part."""
+        number of members `ids`, or names or counts silos beyond `known`, which are all that may ever take part."""
         found = entries(module, self.exchange.parameters)
-        self.select.suits(len(ids))
+        self.select.suits(len(known))
         self.select.knows(known)
         self.engine.clock.suits(known)
         if self.disclose != "silo" and self.select.least(ids, self.rounds) < 2:

@@ -70,7 +70,8 @@ def test_a_run_whose_ranks_die_ends_with_the_bits_of_one_whose_ranks_do_not(case
 
 
 def test_silos_of_a_lost_rank_leave_where_they_are_not_to_be_taken_over(tmp_path):
-    done, rows = launch(3, tmp_path / "out", "1:3:train", "on_failure=continue")
+    select = "select={name: uniform, count: 4}"  # of 4 silos, and then of 3
+    done, rows = launch(3, tmp_path / "out", "1:3:train", "on_failure=continue", select)
     assert len(rows) == 1, done.tails
     (event,) = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
     (gone,) = event["silos"]
@@ -79,6 +80,8 @@ def test_silos_of_a_lost_rank_leave_where_they_are_not_to_be_taken_over(tmp_path
     assert [gone in record["silos"] for record in records] == [True] * 2 + [False] * 8
     told = {row["id"]: row for row in roster.read(tmp_path / "out")["silos"]}[gone]
     assert (told["state"], told["why"], told["until"]) == ("lost", "rank 1 was lost", 2)
+    assert {len(record["cohort"]) for record in records} == {4, 3}
+    assert "select: count is 4, capped at the 3 silos that take part" in str(done.tails)
     assert gone not in rows[0]["silos"] and rows[0]["seen"] == list(range(1, 11))
 
 

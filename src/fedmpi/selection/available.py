@@ -60,6 +60,11 @@ class Available(Selector):
                     raise ValueError(f"silo '{silo}': [{start}, {stop}) is no interval of rounds, counted from 1")
         return traces
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """The inner selector's."""
+        return self.inner.counts
+
     def suits(self, num_silos: int) -> None:
         """Raise ConfigError if the inner selector asks for more silos than there are."""
         self.inner.suits(num_silos)

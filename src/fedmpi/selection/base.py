@@ -70,8 +70,21 @@ class Selector:
             return f"select: {weighs} of a round, and exchange.regions.every is {regions.every} rounds"
         return None
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Options that ask for a number of silos. Each is capped at the number of members, which may fall."""
+        return {}
+
     def suits(self, num_silos: int) -> None:
-        """Raise ConfigError if an option asks for more silos than there are."""
+        """Raise ConfigError if one of `counts` exceeds the number of silos that may ever take part."""
+        for name, count in self.counts.items():
+            if count > num_silos:
+                raise ConfigError(f"select.{name}: {count} silos, and there are {num_silos}")
+
+    def capped(self, num_silos: int) -> str:
+        """Which of `counts` exceed the number of members, in one line; empty if none does."""
+        over = [f"{name} is {count}" for name, count in self.counts.items() if count > num_silos]
+        return f"select: {' and '.join(over)}, capped at the {num_silos} silos that take part" if over else ""
 
     def knows(self, ids: Sequence[str]) -> None:
         """Raise ConfigError if an option names a silo that is not among `ids`, all silos that may ever take part."""
@@ -121,20 +134,14 @@ class Part(Selector):
         """S = max(1, round(C K)), or the count."""
         return min(self.count, num_silos) if self.count is not None else max(1, round(self.fraction * num_silos))
 
-    def suits(self, num_silos: int) -> None:
-        """Raise ConfigError if `count` exceeds the number of silos."""
-        if self.count is not None:
-            at_most(num_silos, "count", self.count)
+    @property
+    def counts(self) -> dict[str, int]:
+        """`count`, if given."""
+        return {} if self.count is None else {"count": self.count}
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
         """S."""
         return self.size(len(ids))
-
-
-def at_most(num_silos: int, name: str, count: int) -> None:
-    """Raise ConfigError if the option `name` asks for more silos than there are."""
-    if count > num_silos:
-        raise ConfigError(f"select.{name}: {count} silos, and there are {num_silos}")
 
 
 def cohort_of(ids: Sequence[str], indices: np.ndarray) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmpi.components import PositiveInt, component
 from fedmpi.outcome import RoundOutcome
-from fedmpi.selection.base import Part, Selection, Selector, State, at_most, cohort_of, with_replacement
+from fedmpi.selection.base import Part, Selection, Selector, State, cohort_of, with_replacement
 
 
 @component
@@ -120,9 +120,10 @@ class RoundRobin(Selector):
     count: PositiveInt = 1
     """silos per round"""
 
-    def suits(self, num_silos: int) -> None:
-        """Raise ConfigError if `count` exceeds the number of silos."""
-        at_most(num_silos, "count", self.count)
+    @property
+    def counts(self) -> dict[str, int]:
+        """`count`."""
+        return {"count": self.count}
 
     def least(self, ids: Sequence[str], rounds: int) -> int:
         """`count`, or the number of silos if that is smaller."""

@@ -12,7 +12,7 @@ import numpy as np
 from fedmpi.components import PositiveFloat, PositiveFraction, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.outcome import RoundOutcome
-from fedmpi.selection.base import Part, Selection, State, at_most, cohort_of, highest, newest
+from fedmpi.selection.base import Part, Selection, State, cohort_of, highest, newest
 
 NO_LOSS = -np.inf  # marks a silo that took part without a finite loss
 
@@ -42,13 +42,17 @@ class PowerOfChoice(Part):
     samples: PositiveInt | None = None
     """samples per candidate for fresh losses; null: all"""
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """`count` and `num_candidates`, if given."""
+        more = {} if self.num_candidates is None else {"num_candidates": self.num_candidates}
+        return super().counts | more
+
     def suits(self, num_silos: int) -> None:
         """Raise ConfigError if `count` or `num_candidates` does not fit the number of silos, or each other."""
         super().suits(num_silos)
-        if self.num_candidates is not None:
-            at_most(num_silos, "num_candidates", self.num_candidates)
-            if self.num_candidates < (m := self.size(num_silos)):
-                raise ConfigError(f"select.num_candidates: {self.num_candidates}, and {m} silos are chosen of them")
+        if self.num_candidates is not None and self.num_candidates < (m := self.size(num_silos)):
+            raise ConfigError(f"select.num_candidates: {self.num_candidates}, and {m} silos are chosen of them")
 
     @property
     def asks(self) -> bool:
