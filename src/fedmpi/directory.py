@@ -104,19 +104,19 @@ class RunDirectory:
     first rank of a host that does not see rank 0's directory but has its own).
     """
 
-    def __init__(self, path: Path, comm: Comm, epoch: int | None = None) -> None:
-        """`epoch`: of the start that goes on with other ranks; a pending stop request then stays."""
+    def __init__(self, path: Path, comm: Comm) -> None:
         self.path = path
         self._ticket = comm.broadcast_text(uuid.uuid4().hex, 0)
-        self._descriptor = comm.collectively(lambda: self._lock(asked=epoch is not None) if comm.rank == 0 else None)
+        self._descriptor = comm.collectively(lambda: self._lock() if comm.rank == 0 else None)
         try:
-            self._look(comm, epoch)
+            self._look(comm)
         except Exception:
             self.release()
             raise
 
     def hand_over(self, comm: Comm) -> None:
-        """Passes the directory on to the remaining ranks; rank 0 may be another one. Collective over these."""
+        """Passes the directory on to other ranks; rank 0 may be another one. Collective over these, and the same
+        calls as the construction on a fresh rank."""
         self._ticket = comm.broadcast_text(uuid.uuid4().hex, 0)
 
         def take() -> None:

@@ -326,6 +326,13 @@ class Keeper:
         """Whether a checkpoint of the round exists or is being written."""
         return state.round in (self.sealed, self._pending)
 
+    def may_hold(self, state: State) -> bool:
+        """Whether a checkpoint of this round can serve a start that goes on as this run does: not while the state is in
+        doubt, not if the round's checkpoint has the members before a change. After a failed write it must be due."""
+        if self.has(state):
+            return self._pending_members == self._fed.membership
+        return not self._health.doubts and not self._failures
+
     def _score(self, record: Record | None) -> float | None:
         """The score of a round, higher is better; None if it was not evaluated.
 

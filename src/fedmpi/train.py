@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -66,7 +67,7 @@ from fedmpi.membership import Comms, Membership
 from fedmpi.mirror import Mirror
 from fedmpi.opening import Opened, fingerprint
 from fedmpi.outcome import RoundOutcome
-from fedmpi.output import say
+from fedmpi.output import flush, say
 from fedmpi.rebuild import admitted, leave_memory, rebuilt
 from fedmpi.records import PHASES, Record, RunInfo, Sink, Sinks
 from fedmpi.records.metrics import last_round
@@ -121,11 +122,12 @@ class Run:
             named_by = None if isinstance(config, Config) else run_directory(Path(config))
             self._confined = functools.partial(confined, named_by, allow)
             self._agree(lambda: _loaded(config, overrides))
-        except BaseException:
+        except BaseException as error:
             stopping.forget()
             if is_fresh():
-                _leave_others()
+                _leave_others(error)
             raise
+        self.code: dict[str, bytes] = {}  # of the user, that the configuration names
         self._closed = False
         self._spoiled = False  # whether a round failed after its parameters were overwritten
         self._listens = True  # to signals
@@ -142,13 +144,12 @@ class Run:
         self._spawned: Spawned | None = None  # fresh ranks that have not joined yet
         self._spawns = SPAWNS  # how often fresh ranks may be started
         try:
-            self._set_up(membership)
+            self._set_up(None if is_fresh() else membership)  # a fresh rank takes the members that the others have now
         except BaseException as error:
             self._release(error)
             if is_fresh():
-                _leave_others()
+                _leave_others(error)
             raise
-        joins_no_more()
 
     # ------------------------------------------------------------ set-up
 
@@ -161,11 +162,11 @@ class Run:
         self.comm.require_equal("the configuration", digest(self.config), ConfigError)
         self.comm.set_up(self.config.comm.timeout_s)
 
-    def _set_up(self, membership: Membership | None, epoch: int | None = None) -> None:
-        """Build the run's parts, and resume. `epoch`: of the start that goes on. Collective."""
+    def _set_up(self, membership: Membership | None, directory: RunDirectory | None = None) -> None:
+        """Build the run's parts, and resume. `directory`: of the start that goes on with fresh ranks. Collective."""
         self._require_own_posts()
         with self._confined():
-            self._assemble(membership, epoch)
+            self._assemble(membership, directory)
         self._resume(others=membership is not None)
         self._describe()
 
@@ -176,9 +177,15 @@ class Run:
         if posts and self.comm.size > 1 and self.comm.open_runs > 1:
             raise agreed(ConfigError("engine.policy: a deadline needs the ranks to itself; close the open run first"))
 
-    def _assemble(self, members: Membership | None, epoch: int | None) -> None:
+    def _assemble(self, members: Membership | None, directory: RunDirectory | None) -> None:
         """Lock the run directory and build the run's parts. Collective."""
-        self._directory = RunDirectory(Path(self.config.out), self.comm, epoch)
+        kept: dict[str, bytes] | None = (
+            None if directory is None else self.code
+        )  # what runs here, even if the files have changed since
+        if directory is None:
+            self._directory = RunDirectory(Path(self.config.out), self.comm)
+        else:
+            directory.hand_over(self.comm)
         self.out = self._directory.path
         before = self._directory.stored
         parts = assemble(self.config, self.comm, self.out, self._directory.plan_before, members, before)
@@ -189,7 +196,9 @@ class Run:
         self.unshared, self.plan, self._resumes = parts.unshared, parts.plan, parts.resumes
         self.state, module = parts.state, fed.model.module
         modules = [type(module).__module__] if isinstance(self.config.model, torch.nn.Module) else []
-        self.code = self.comm.collectively(lambda: sources.own_code(to_dict(self.config), *modules))
+        self.code = self.comm.collectively(
+            lambda: sources.own_code(to_dict(self.config), *modules) if kept is None else kept
+        )
         digest_of_code = hashlib.sha256(repr(sources.digests(self.code)).encode()).digest()
         self.comm.require_equal("the code that the configuration names", digest_of_code, ConfigError)
 
@@ -423,7 +432,7 @@ class Run:
         self.comm.took(0.0)
         yielded = self.state.round
         try:
-            self._mirror_anew()
+            self._begin_mirror()
             begun = False  # whether requests made before the first round are carried out
             while self.state.round < self.config.rounds:
                 try:
@@ -583,9 +592,20 @@ class Run:
         if not self.comm.outlives_ranks or self.config.heals == "stop":
             self._mirrors = []
         else:
-            generation = self._mirrors[-1].generation + 1 if self._mirrors else 0
+            newest = self._mirrors[-1].generation if self._mirrors else -1  # a fresh rank has none
+            generation = 1 + int(self.comm.gather_number(newest).max())
             self._mirrors.append(Mirror(self.federation, generation, self.config.adopts, spec=self._spec))
             self._mirrors[-1].keep(self.state, self._health)
+
+    def _begin_mirror(self) -> None:
+        """Mirror the state before the first round. Until then the others go on without a fresh rank. Collective."""
+        try:
+            self._mirror_anew()
+        except Exception as error:
+            if is_fresh():
+                _leave_others(error)
+            raise
+        joins_no_more()
 
     def _outlives(self, error: Exception) -> bool:
         """Whether the error is a loss of ranks that the run can continue without."""
@@ -599,7 +619,7 @@ class Run:
         if self._spawned is not None:
             self._spawned.drop()  # others are started once it is known how many
             self._spawned = None
-        began_s = time.monotonic()
+        began_s, num_ranks = time.monotonic(), self.comm.size
         self._spoiled = True
         losses: list[Loss] = []
         made: tuple[int, Loss] | None = None  # by the last attempt: its generation and loss
@@ -613,7 +633,7 @@ class Run:
                 if made is not None and made[0] == mirror.generation:
                     losses.append(made[1])  # the last attempt was complete on all ranks before the next loss
                 made = None
-                if lost and not group.lost:
+                if lost and self.comm.size == num_ranks:
                     raise agreed(FedmpiError(f"no rank is lost, and yet: {error}"))
                 commit = newest_common(mirror, group)
                 assert mirror.spec is not None
@@ -639,6 +659,8 @@ class Run:
         for told in (one for one in losses if one.ranks and self.comm.rank == 0):
             say(f"fedmpi: {told}", error=True)
             disk.append_line(self.out / EVENTS_FILE, told.line)
+        if lost and self.comm.rank == 0 and not any(one.ranks for one in losses):
+            say("fedmpi: a fresh rank has died before its first round; training goes on without it", error=True)
 
     def _succeed(self, left: Comm) -> None:
         """Continue on the communicator of the remaining ranks. Collective over these."""
@@ -711,6 +733,10 @@ class Run:
 
     def _spawn(self) -> None:
         """Start a fresh rank for each lost one, unless that was done too often. Collective."""
+        if self._spawns and (why := self._stands_alone()):
+            self._spawns = 0
+            self._drop_spawned(why)
+        self._spawns = int(self.comm.gather_number(self._spawns).min())  # each rank counts from its own start
         if self._spawns:
             self._spawns -= 1
             lost = Counter(self._full_hosts) - Counter(self.comm.hosts)
@@ -718,6 +744,14 @@ class Run:
                 self._spawned = Spawned(self.comm, [*lost.elements()])
             except ConfigError as error:
                 self._drop_spawned(str(error))
+
+    def _stands_alone(self) -> str:
+        """Why no fresh rank can take part; empty if one can."""
+        if self.comm.open_runs != 1:
+            return "several runs are open"
+        if isinstance(self.config.model, torch.nn.Module):
+            return "the model is an object of the running processes; give its name"
+        return ""
 
     def _drop_spawned(self, why: str) -> None:
         """Go on without the fresh ranks. It is not collective."""
@@ -732,42 +766,57 @@ class Run:
         """Go on with the fresh ranks, from a checkpoint of this round. Collective over all but these, which start as
         any rank does that resumes. True if they take part; else the run goes on as before."""
         assert self._spawned is not None
+        if not self._keeper.may_hold(self.state):
+            return False  # try again after the next round
         if not self._keeper.has(self.state):
             self._keeper.write(self.state)
         self._keeper.seal()
         if self._keeper.sealed != self.state.round:
-            return False  # the disk does not take it now: try again after the next round
+            return False  # the disk does not take it now
+        if not self._mirrors:  # one rank is left, and has none
+            self._mirrors = [Mirror(self.federation, 0, self.config.adopts, spec=self._spec)]
+            self._mirrors[-1].keep(self.state, self._health)
         spawned, began_s = self._spawned, time.monotonic()
         joined = spawned.join()
         if joined is None:
             self._drop_spawned("a fresh rank has died")
             return False
-        before, spec, directory, resumed = self.comm, self._spec, self._directory, self.resumed
-        config, keeper = self.config, self._keeper
+        before, spec, resumed, config, keeper = self.comm, self._spec, self.resumed, self.config, self._keeper
         self._take_down()
         go_on_with(joined, before)
         self.comm = joined
+        error: Exception | None = None
         try:
             joined.finish()  # as each rank does before its first run
             self._agree(lambda: config)
-            self._set_up(None, directory.epoch)
-        except Exception as error:
-            if not (isinstance(error, (FedmpiError, *joined.fatal)) and self._mirrors):
+            self._set_up(None, self._directory)
+        except Exception as raised:
+            if not isinstance(raised, (FedmpiError, *joined.fatal)):
                 raise
-            self._directory.release()
-            if not isinstance(error, FedmpiError) or not error.agreed:
+            error = raised
+            if not joined.alike(error):
                 joined.revoke()  # the other ranks may wait for this one
+        if (error := self._any_error(error, before)) is not None:
+            if not joined.alike(error):
+                joined.revoke()
+            joined.retire()
+            if self._spec is not spec and self._spec.watch.watchdog is not None:
+                self._spec.watch.watchdog.end()
             go_on_with(before, joined)
-            self.comm, self._spec, self._directory, self._keeper = before, spec, directory, keeper
-            self.config, self.resumed = config, resumed
-            self._spawned = None  # they end by themselves
-            self._heal(error, lost=False)
+            self.comm, self._spec, self._keeper, self.config, self.resumed = before, spec, keeper, config, resumed
+            self._spawned = None  # they may still be in the call that failed
+            try:
+                self._heal(error, lost=False)
+            finally:
+                self._spawned = spawned
             if self.comm.gather_number(joined.alike(error)).any():
                 self._spawns = 0  # others would fail alike
             self._drop_spawned(str(error))
             return False
-        self._spawned, self._mirrors, self.resumed = None, [], resumed
+        self._spawned, self.resumed = None, resumed
         spawned.comm.retire()
+        if spec.watch.watchdog is not None:
+            spec.watch.watchdog.end()
         for sink in self._added if self.comm.rank == 0 else ():
             self._sinks.add(sink)
         self.federation.timer.reset()
@@ -789,13 +838,22 @@ class Run:
         leave_memory(fed)
         self.state = replace(self.state, params_Q=self.state.params_Q.clone(), optimizer=None)
         self.comm.free_parts()
-        if self._spec.watch.watchdog is not None:
-            self._spec.watch.watchdog.end()
         self._keeper.close(WRITER_S)
         self._close_sinks()
         if self._roster is not None:
             self._roster.save()
-        self._directory.release()
+
+    def _any_error(self, error: Exception | None, before: Comm) -> Exception | None:
+        """`error`, or another if a rank of `before` has one: these ranks go on with fresh ranks together, or not at
+        all. Collective over them."""
+        try:
+            if before.gather_number(error is not None).any() and error is None:
+                return RankLost([], "a fresh rank has died")
+        except Exception as raised:
+            if not isinstance(raised, (RankLost, *before.fatal)):
+                raise
+            return error or raised
+        return error
 
     def _score(self, record: Record) -> float | None:
         """The round's score, higher is better; None if the round was not evaluated."""
@@ -927,8 +985,11 @@ class Run:
             error.add_note(self.saved)
 
 
-def _leave_others() -> NoReturn:
+def _leave_others(error: BaseException) -> NoReturn:
     """End a fresh rank that cannot take part; the other ranks go on without it."""
+    if not isinstance(error, FedmpiError):  # the others do not know it
+        say(f"fedmpi: a fresh rank failed\n{''.join(traceback.format_exception(error))}", error=True)
+    flush()
     time.sleep(1.0)  # they may still be in the call that failed
     os._exit(1)
 

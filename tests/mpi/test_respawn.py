@@ -46,7 +46,8 @@ CASES = {  # ranks, deaths, what else, options, ranks at the end
     "meanwhile": (4, "1:2,0:3", "nothing", [], 4),
     "dies": (3, "1:2", "dies", [], 3),
     "joins": (3, "2:2", "joins", [], 3),
-    "differs": (3, "1:2", "differs", [], 2),
+    "first": (3, "1:2", "first", ["comm={grace_s: 100}"], 3),
+    "differs": (2, "1:2", "differs", ["comm={grace_s: 100}"], 1),
 }
 
 
@@ -62,6 +63,8 @@ def test_fresh_ranks_take_the_place_of_lost_ones(case, tmp_path):
     assert sum(len(event["ranks"]) for event in told if event["event"] == "lost") >= deaths.count(":")
     if what == "dies":
         assert "a fresh rank has died; another is started" in done.err, done.tails
+    if what == "first":
+        assert "a fresh rank has died before its first round" in done.err, done.tails
     if what == "differs":
         assert "the configuration differs" in done.err, done.tails
 

@@ -13,12 +13,13 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fedmpi import launcher
-from fedmpi.comm.base import LOST, Comm
+from fedmpi.comm.base import LOST, Comm, T
 from fedmpi.comm.machine import cores, host_identity
 from fedmpi.comm.mpi_control import bounded
 from fedmpi.comm.mpi_transport import MpiTransport
@@ -151,6 +152,11 @@ class MpiComm(MpiTransport):
         return self._world.Spawn(  # type: ignore[attr-defined]
             command[0], command[1:], num_ranks, info, root=0
         )
+
+    @bounded
+    def inside(self, call: Callable[[], T]) -> T:
+        """Runs a call that waits for other processes under the timeouts."""
+        return call()
 
     @property
     def mpi(self) -> Any:

@@ -61,18 +61,20 @@ class Spawned:
             raise agreed(ConfigError(comm.broadcast_text(why, int(failed.argmax()))))
         self._inter.Set_errhandler(self._mpi.ERRORS_RETURN)
         comm.is_extended = True
-        told = "[]"
-        if comm.rank == 0 and self._arrives(HELLO, ANSWER_S):
-            buffer = bytearray(1 << 16)
-            self._inter.Recv(buffer, source=0, tag=HELLO)
-            told = buffer.rstrip(b"\0").decode()
+        buffer = bytearray(b"[]".ljust(1 << 16, b"\0"))
+        if comm.rank == 0:
+            self._takes(HELLO, ANSWER_S, buffer)
+        told = buffer.rstrip(b"\0").decode()
         self._processes = [(space, pid, born) for space, pid, born in json.loads(comm.broadcast_text(told, 0))]
 
     def ready(self) -> bool | None:
         """Whether all of them wait to join; None if one has died, or takes too long."""
-        dead = not self._processes or any(_is_there(*process) is False for process in self._processes)
-        found = float(self.comm.rank == 0 and self._arrives(READY, 0.0))
-        if dead or time.monotonic() > self._until_s:
+        found = 0.0
+        if self.comm.rank == 0:
+            found = float(self._arrives(READY, 0.0))
+            if not found and time.monotonic() > self._until_s:  # not if it waits by now: rounds may be long
+                found = -1.0
+        if not self._processes or any(_is_there(*process) is False for process in self._processes):
             found = -1.0
         some = self.comm.gather_number(found)
         return None if some.min() < 0 else bool(some[0])
@@ -80,20 +82,18 @@ class Spawned:
     def join(self) -> MpiComm | None:
         """All ranks, the fresh ones last; None if that failed, and then `comm` is as it was."""
         there = self.comm.rank != 0
-        if not there:
-            self._inter.Recv(np.zeros(1), source=0, tag=READY)
+        if not there and self._takes(READY, 0.0):
             self._send(COME)
-            there = self._arrives(HERE, ANSWER_S)
-            if there:
-                self._inter.Recv(np.zeros(1), source=0, tag=HERE)
+            there = self._takes(HERE, ANSWER_S)
         if self.comm.gather_number(not there).any():
             return None
         joined: MpiComm | None = None
         with contextlib.suppress(self._mpi.Exception, RankLost):
-            joined = merged(self._mpi, self._inter, fresh=False)
+            joined = self.comm.inside(lambda: merged(self._mpi, self._inter, fresh=False))
         if self.comm.gather_number(joined is None).any():
             if joined is not None:
                 joined.revoke()
+                joined.retire()
             return None
         return joined
 
@@ -109,11 +109,24 @@ class Spawned:
 
     def _send(self, tag: int) -> None:
         nothing = np.zeros(1)
-        self._sent.append((self._inter.Isend(nothing, dest=0, tag=tag), nothing))  # nobody waits for it
+        with contextlib.suppress(self._mpi.Exception):  # a dead one does not answer
+            self._sent.append((self._inter.Isend(nothing, dest=0, tag=tag), nothing))  # nobody waits for it
 
     def _arrives(self, tag: int, seconds: float) -> bool:
-        """Whether a message of the first fresh rank arrives within so many seconds."""
-        return _arrives(self._inter, [tag], seconds) == tag
+        """Whether a message of the first fresh rank arrives within so many seconds. It raises nothing, because only
+        rank 0 asks."""
+        with contextlib.suppress(self._mpi.Exception):
+            return _arrives(self._inter, [tag], seconds) == tag
+        return False
+
+    def _takes(self, tag: int, seconds: float, buffer: Any = None) -> bool:
+        """Receive such a message; False if none arrives."""
+        if not self._arrives(tag, seconds):
+            return False
+        with contextlib.suppress(self._mpi.Exception):
+            self._inter.Recv(np.zeros(1) if buffer is None else buffer, source=0, tag=tag)
+            return True
+        return False
 
 
 def _is_there(space: str, pid: int, born: int) -> bool | None:
@@ -133,10 +146,11 @@ def connected(mpi: Any) -> MpiComm:
         if own.rank == 0:
             parent.Send(nothing, dest=0, tag=READY)
             tag = _arrives(parent, [COME, GO], float("inf"), launcher.ranks_of_others())
-            if tag == COME:
+        if own.bcast(tag) == COME:
+            own.Barrier()  # all are alive, so that the merge below does not wait for a dead one
+            if own.rank == 0:
                 parent.Recv(nothing, source=0, tag=COME)
                 parent.Send(nothing, dest=0, tag=HERE)
-        if own.bcast(tag) == COME:
             return merged(mpi, parent, fresh=True)
     except (mpi.Exception, RankLost):
         pass

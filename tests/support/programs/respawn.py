@@ -3,8 +3,8 @@
 python respawn.py OUT DEATHS WHAT [KEY=VALUE ...]
 
 DEATHS: RANK:ROUND,...: this rank dies after this round, once. WHAT happens besides: nothing; dies: the first fresh rank
-dies while it starts; joins: rank 1 dies while fresh ranks join; differs: fresh ranks have another configuration;
-raises: a fresh rank raises.
+dies while it starts; first: it dies after it has joined, before its first round; joins: rank 1 dies while fresh ranks
+join; differs: fresh ranks have another configuration; raises: a fresh rank raises.
 """
 
 import json
@@ -45,6 +45,8 @@ def main() -> None:
         fedmpi.Run._describe = dying  # type: ignore[method-assign]
     config = Path(__file__).parents[3] / "configs" / "digits.yaml"
     with fedmpi.Run(config, f"out={out}", "on_failure=respawn", *overrides) as run:
+        if fresh and what == "first":
+            die_once(marks / "fresh")
         for record in run:
             sizes.append(run.comm.size)
             if (run.comm.rank, record["round"]) in kills:
