@@ -174,6 +174,24 @@ def test_a_stop_that_somebody_else_asked_for_is_final_too(tmp_path):
         supervised(tmp_path, "2:3,4:0").run()
 
 
+def test_a_stop_is_final_if_the_launcher_has_another_exit_code(tmp_path, monkeypatch):
+    file, watch, told = tmp_path / "events.jsonl", Supervisor._watch, '{"event": "stopped", "round": 2}\n'
+    file.write_text(told)  # of an earlier start
+    supervised(tmp_path, f"2:137,{ROUNDS}:0").run()
+    assert fencing.highest(tmp_path) == 2
+
+    def stopped(self, *args):
+        file.write_text(file.read_text() + told)
+        return watch(self, *args)
+
+    monkeypatch.setattr(Supervisor, "_watch", stopped)
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "out" / "events.jsonl"
+    file.write_text("")
+    with pytest.raises(Stopped):
+        supervised(tmp_path / "out", f"2:137,{ROUNDS}:0").run()
+
+
 def test_a_directory_has_one_supervisor_and_no_other_job(tmp_path):
     first = supervised(tmp_path, "6:0")
     with first._locked(), pytest.raises(ConfigError, match="another supervisor runs"):

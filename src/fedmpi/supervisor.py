@@ -231,6 +231,7 @@ class Supervisor:
         environment = {**os.environ, fencing.VARIABLE: str(self._epoch)}
         if lost and "FEDMPI_RANKS" in environment:
             environment["FEDMPI_RANKS"] = str(num_ranks)
+        told = _length(self.root / stopping.EVENTS_FILE)
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -244,11 +245,20 @@ class Supervisor:
         behind = remains.left_here(child, ranks)
         unreached = remains.end(child, [] if code == 0 and self._progress.commit >= self.rounds else ranks)
         self._progress.look()
+        if code and self._was_stopped(told):
+            code = Stopped.exit_code  # Open MPI's mpirun has another if fresh ranks were started
         self._tell_end(code, silent_s, time.monotonic() - begun, behind)
         if unreached:
             names = ", ".join(f"rank {rank.rank} on {rank.host}" for rank in unreached)
             self._tell("left", f"could not reach {names}: the next start's epoch keeps them from writing")
         return code
+
+    def _was_stopped(self, told: int) -> bool:
+        """Whether the events after the first `told` bytes end with a stop on request."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            lines = (self.root / stopping.EVENTS_FILE).read_bytes()[told:].splitlines()
+            return bool(json.loads(lines[-1])["event"] == stopping.STOPPED)
+        return False
 
     def _watch(self, child: subprocess.Popen[bytes], resumed: int, model: int) -> tuple[int | None, float]:
         """Wait for the launcher. Returns its exit code, None if it hangs, and the seconds without progress."""
@@ -370,6 +380,13 @@ class Supervisor:
             if time.monotonic() > until_s:
                 raise ConfigError(f"out: another job is training in {self.root}")
             time.sleep(POLL_S)
+
+
+def _length(path: Path) -> int:
+    """The file's size in bytes, 0 if it does not exist."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _inode(path: Path) -> int:

@@ -80,7 +80,6 @@ from fedmpi.trust import confined
 log = logging.getLogger("fedmpi")
 
 RANKS_FILE = "ranks.json"
-EVENTS_FILE = "events.jsonl"
 SPAWNS = 8  # times that fresh ranks are started in a run
 WRITER_S = 30.0  # seconds that a failed run waits for the checkpoint that is being written
 ALONE_S = 1.0  # the same for a rank that fails alone, while the others wait for it
@@ -457,6 +456,10 @@ class Run:
             if alike and isinstance(error, (Stopped, Diverged, NoCohort)):
                 self._stopped, self._breaks_off = isinstance(error, Stopped), True
                 self._keeper.finish(self.state)
+                if self._stopped and self.comm.rank == 0:  # the launcher's exit code may not say so
+                    with contextlib.suppress(OSError):
+                        told = {"event": stopping.STOPPED, "round": self.state.round}
+                        disk.append_line(self.out / stopping.EVENTS_FILE, json.dumps(told))
                 raise
             self._spoiled = True
             if alike and isinstance(error, FedmpiError):
@@ -564,7 +567,7 @@ class Run:
             (self._desk or Desk(self.out)).close(token)
         elif request is not None:
             told = {"event": request.what, "round": done, "silo": request.silo, "epoch": self.membership.epoch}
-            disk.append_line(self.out / EVENTS_FILE, json.dumps(told))
+            disk.append_line(self.out / stopping.EVENTS_FILE, json.dumps(told))
 
     def _mark_changes(self, epoch: int) -> None:
         """Record and answer requests up to this epoch that the lost rank 0 left unanswered. Rank 0 only."""
@@ -658,7 +661,7 @@ class Run:
         losses.append(replace(loss, seconds=time.monotonic() - began_s))
         for told in (one for one in losses if one.ranks and self.comm.rank == 0):
             say(f"fedmpi: {told}", error=True)
-            disk.append_line(self.out / EVENTS_FILE, told.line)
+            disk.append_line(self.out / stopping.EVENTS_FILE, told.line)
         if lost and self.comm.rank == 0 and not any(one.ranks for one in losses):
             say("fedmpi: a fresh rank has died before its first round; training goes on without it", error=True)
 
@@ -809,6 +812,7 @@ class Run:
                 self._heal(error, lost=False)
             finally:
                 self._spawned = spawned
+            joined.discard_shared()
             if self.comm.gather_number(joined.alike(error)).any():
                 self._spawns = 0  # others would fail alike
             self._drop_spawned(str(error))
@@ -826,7 +830,7 @@ class Run:
         if self.comm.rank == 0:
             told = {"event": "joined", "round": self.state.round, "num_ranks": self.comm.size}
             seconds = round(time.monotonic() - began_s, 3)
-            disk.append_line(self.out / EVENTS_FILE, json.dumps({**told, "seconds": seconds}))
+            disk.append_line(self.out / stopping.EVENTS_FILE, json.dumps({**told, "seconds": seconds}))
             say(f"fedmpi: fresh ranks have joined after round {self.state.round}, {seconds:.2f} s", error=True)
         return True
 
