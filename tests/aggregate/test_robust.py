@@ -13,7 +13,7 @@ from support.sharded import run as over_rounds
 
 from fedmpi import rng
 from fedmpi.aggregate import AGGREGATORS, Cohort
-from fedmpi.aggregate.base import products
+from fedmpi.aggregate.base import distances, products
 from fedmpi.comm.threads import on_ranks
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError
@@ -101,6 +101,13 @@ def rows(num=11, length=300, seed=0, apart=0.05):
 
 def test_every_member_that_reads_deltas_has_a_case():
     assert AGGREGATORS.members.keys() - {"mean", "fednova", "qffl"} == {name for name in CASES if "," not in name}
+
+
+def test_distances_are_symmetric_though_products_are_rounded_in_two_ways():
+    gram_KK = np.random.default_rng(0).normal(size=(20, 300))
+    gram_KK = gram_KK @ gram_KK.T * (1 + 1e-15 * np.triu(np.ones((20, 20)), 1))
+    assert (gram_KK != gram_KK.T).any()
+    assert (distances(gram_KK) == distances(gram_KK).T).all()
 
 
 @pytest.mark.parametrize("seed", range(3))

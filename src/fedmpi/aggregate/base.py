@@ -181,7 +181,9 @@ def distances(gram_KK: np.ndarray) -> np.ndarray:
            [5., 0.]])
     """
     norms_K = np.diag(gram_KK)
-    squares_KK: np.ndarray = np.maximum(norms_K[:, None] + norms_K - gram_KK - gram_KK.T, 0.0)
+    # Exactly symmetric, though a BLAS may round the two halves of `gram_KK` differently: otherwise a tie between two
+    # rows that are each other's nearest would go by rounding.
+    squares_KK: np.ndarray = np.maximum(norms_K[:, None] + norms_K - (gram_KK + gram_KK.T), 0.0)
     np.fill_diagonal(squares_KK, 0.0)
     return squares_KK
 
