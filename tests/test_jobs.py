@@ -418,6 +418,17 @@ def test_a_campaign_of_deaths_goes_on_and_tells_what_was_lost(job, capsys, monke
     assert "other settings" in capsys.readouterr().out
 
 
+def test_events_of_other_kinds_are_told_and_are_no_losses(job, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(TOP / "jobs/experiments")
+    made = job("drill_job", connects=False)
+    lost = {"event": "lost", "round": 4, "ranks": [1], "silos": {"a": 0, "b": None}, "num_ranks": 2, "seconds": 0.5}
+    joined = {"event": "joined", "round": 5, "num_ranks": 3}
+    (tmp_path / "events.jsonl").write_text(f"{json.dumps(lost)}\n{json.dumps(joined)}\n")
+    assert [*made.read_events(tmp_path)] == [lost]
+    assert "2 ranks go on after round 4 (a to rank 0, b to nobody)" in made.told_of_event(lost)
+    assert made.told_of_event(joined) == "event joined, round 5, num_ranks 3"
+
+
 @pytest.fixture
 def cuts(job, monkeypatch):
     monkeypatch.syspath_prepend(TOP / "jobs/experiments")

@@ -168,7 +168,7 @@ class Job:
                 for line in (self.out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
                     self._see(line, now_s)
                 self._metrics = about.st_ino, about.st_size
-        for name, words in (("events.jsonl", told_of_loss), ("supervisor.jsonl", told_by_supervisor)):
+        for name, words in (("events.jsonl", told_of_event), ("supervisor.jsonl", told_by_supervisor)):
             with contextlib.suppress(OSError):
                 lines = (self.out / name).read_bytes().split(b"\n")[:-1]
                 for event in map(json.loads, lines[self._told.get(name, 0) :]):
@@ -274,8 +274,10 @@ def useful(record: Mapping[str, Any], what: str) -> int:
     return sum(row[what] for silo, row in record["silos"].items() if silo not in record["rejected"] and what in row)
 
 
-def told_of_loss(event: Mapping[str, Any]) -> str:
+def told_of_event(event: Mapping[str, Any]) -> str:
     """A line of events.jsonl for people."""
+    if event["event"] != "lost":
+        return ", ".join(f"{name} {value}" for name, value in event.items())
     silos = ", ".join(
         f"{silo} to {'nobody' if rank is None else f'rank {rank}'}" for silo, rank in event["silos"].items()
     )
@@ -293,7 +295,8 @@ def told_by_supervisor(event: Mapping[str, Any]) -> str:
 def read_events(out: Path, name: str = "events.jsonl") -> Iterator[dict[str, Any]]:
     """The lines of a file; without a name the losses that were made up for in the job."""
     with contextlib.suppress(OSError):
-        yield from map(json.loads, (out / name).read_text().splitlines())
+        rows = [*map(json.loads, (out / name).read_text().splitlines())]
+        yield from (row for row in rows if name != "events.jsonl" or row["event"] == "lost")
 
 
 def _state(pid: int) -> str:

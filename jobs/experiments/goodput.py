@@ -40,11 +40,13 @@ PLAIN = ["mpirun", "-n", str(SILOS)]
 WAYS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "adopt": (mpirun(SILOS), ("on_failure=adopt",)),
     "spare": (mpirun(SILOS + 3), ("on_failure=adopt",)),
+    "respawn": (mpirun(SILOS), ("on_failure=respawn",)),
     "restart": (PLAIN, ("on_failure=stop",)),
 }
 TOLD = {
     "adopt": "`adopt`, 4 ranks: fewer after each death",
     "spare": "`adopt`, 3 more ranks without silos",
+    "respawn": "`respawn`, a fresh rank for each death",
     "restart": "`fedmpi run`, checkpoint and restart",
     "torchft": "torchft, `LocalSGD`, processes started again",
 }
@@ -158,23 +160,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--minutes", type=float, default=2.0, help="of each way")
     parser.add_argument("--whole-s", type=float, default=40.0, help="of each way without deaths, in seconds")
     parser.add_argument("--torchft", metavar="PYTHON", help="an interpreter with torch and torchft")
-    parser.add_argument("--only", default="adopt,spare,restart,torchft")
+    parser.add_argument("--only", default="adopt,spare,respawn,restart,torchft")
     parser.add_argument("--out", type=Path, default=Path("runs/goodput"))
     parser.add_argument("--quick", action="store_true", help="smoke test: `restart` for 12 s, without deaths")
     options = parser.parse_args(arguments)
     folder, found = options.out.absolute(), {}
     if options.quick:
         options.minutes, options.whole_s, options.only = 0.2, 6.0, "restart"
+    wholes: dict[str, float] = {}  # samples per second without deaths
     for way in options.only.split(","):
         if way == "torchft" and not options.torchft:
             continue
-        rates = []
-        for seconds, disturbed in ((options.whole_s, False), (60 * options.minutes, True)):
+
+        def run(seconds: float, disturbed: bool, way: str = way) -> tuple[float, int]:
             if way == "torchft":
-                rates.append(of_torchft(options.torchft, folder, seconds, disturbed))
-            else:
-                rates.append(of_fedmpi(way, folder, seconds, disturbed))
-        (whole, _), (rate, num) = rates
+                return of_torchft(options.torchft, folder, seconds, disturbed)
+            return of_fedmpi(way, folder, seconds, disturbed)
+
+        with_what = "torchft" if way == "torchft" else "fedmpi"
+        if with_what not in wholes:
+            wholes[with_what] = run(options.whole_s, False)[0]
+        (rate, num), whole = run(60 * options.minutes, True), wholes[with_what]
         found[way] = {"undisturbed": whole, "samples_per_s": rate, "deaths": num, "goodput": rate / whole}
         print(f"| {TOLD[way]} | {whole:,.0f} | {rate:,.0f} | {num} | {rate / whole:.0%} |", flush=True)
     print(json.dumps(found))
