@@ -56,6 +56,12 @@ class Process:
         rounds = sorted(self.rows)
         return [r for r in rounds if r >= rounds[0] + WARM_UP]
 
+    @property
+    def span(self) -> int:
+        """From the first round that counts to the last."""
+        rounds = self.judged()
+        return rounds[-1] - rounds[0] if rounds else 0
+
     def medians(self, what: str) -> tuple[float, float]:
         """Of the first tenth and of the last tenth."""
         rounds = self.judged()
@@ -153,7 +159,7 @@ def report(job: Job, seen: Sequence[Process], deaths: Sequence[int], rounds: int
         f"  {'rounds':<14}{len(job.records)} of {rounds}, {(time.monotonic() - job.begun_s) / 60:.1f} minutes; {kills} "
         f"faults, {len(deaths)} healed in the job, {len(job.starts) - 1} restarts; exit code {job.process.returncode}"
     )
-    judged = [process for process in seen if len(process.judged()) >= min(LEAST, rounds // 4)]
+    judged = [process for process in seen if process.span >= min(LEAST, rounds // 4)]
     bad = int(job.process.returncode != 0 or len(job.records) < rounds or not judged)
     for what, most in MOST.items():
         for name in ("rank", "launcher", "supervisor"):
