@@ -43,6 +43,7 @@ LONG = {
     "mpi/test_supervisor.py": ("rank",),
     "mpi/test_overlap.py": ("signal",),
     "mpi/test_fragments.py": (),
+    "mpi/test_arrivals.py::test_other_arrivals": (),
     "mpi/test_heart_published.py": ("1-", "4-"),
     "mpi/test_stop.py::test_signal_in_a_ten_minute_round": ("SIGUSR1-1-1",),
     "mpi/test_jobs.py": ("quick_form", "startup", "killed_run"),

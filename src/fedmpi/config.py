@@ -219,7 +219,8 @@ class Config:
     on_failure: OnFailure | None = None
     """when a rank dies under a fault-tolerant MPI (mpirun --with-ft ulfm): adopt: other ranks take over its silos if
     they can open their data; respawn: the same, until a fresh rank that MPI starts takes its place; continue: its silos
-    leave; stop: the run ends; null: adopt, but stop with exchange.overlap or exchange.regions"""
+    leave; stop: the run ends; null: adopt, but stop with exchange.overlap, exchange.regions, or engine: buffered in
+    real time"""
 
     @property
     def policy(self) -> Policy:
@@ -229,7 +230,9 @@ class Config:
     @property
     def heals(self) -> OnFailure:
         """`on_failure` with its default resolved."""
-        return self.on_failure or ("stop" if self.exchange.overlap or self.exchange.regions else "adopt")
+        at_large = self.engine.arrivals > 0 and not self.engine.clock.is_virtual  # updates under way are on one rank
+        stops = self.exchange.overlap or self.exchange.regions or at_large
+        return self.on_failure or ("stop" if stops else "adopt")
 
     @property
     def adopts(self) -> bool:

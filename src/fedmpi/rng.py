@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -41,6 +41,21 @@ def set_all(key: int) -> None:
         torch.cuda.manual_seed_all(key >> 1)
     np.random.seed(key & 0xFFFFFFFF)
     random.seed(key)
+
+
+def kept() -> Callable[[], None]:
+    """A function that restores the global generators to their present state."""
+    of_torch, of_numpy, of_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+    def restore() -> None:
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+
+    return restore
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ from fedmpi.records.metrics import last_round
 from fedmpi.records.sink import Timings
 from fedmpi.requests import Desk, Request
 from fedmpi.roster import Roster, contributors
-from fedmpi.rounds import Federation, Synchronous
+from fedmpi.rounds import Federation
 from fedmpi.trust import confined
 
 log = logging.getLogger("fedmpi")
@@ -172,9 +172,10 @@ class Run:
     def _require_own_posts(self) -> None:
         """Raise ConfigError if this run's posts between ranks could be read by another open run of the process."""
         engine = self.config.engine
-        posts = isinstance(engine, Synchronous) and engine.policy.posts
+        who = "engine.policy: a deadline" if engine.policy.posts else "engine: buffered in real time"
+        posts = engine.policy.posts or (engine.arrivals > 0 and not engine.clock.is_virtual)
         if posts and self.comm.size > 1 and self.comm.open_runs > 1:
-            raise agreed(ConfigError("engine.policy: a deadline needs the ranks to itself; close the open run first"))
+            raise agreed(ConfigError(f"{who} needs the ranks to itself; close the open run first"))
 
     def _assemble(self, members: Membership | None, directory: RunDirectory | None) -> None:
         """Lock the run directory and build the run's parts. Collective."""

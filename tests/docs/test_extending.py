@@ -43,8 +43,8 @@ HOMES = {
     "policy": "engine.policy",
     "attack": "attack",
 }
-# Families with built-in members only: torch's optimizers, silos one by one, rounds one by one.
-NO_RECIPE = {"local.optimizer", "runner", "engine"}
+# Families without a recipe: torch's optimizers, silos one by one, engines and their small parts.
+NO_RECIPE = {"local.optimizer", "runner", "engine", "engine.staleness", "engine.clock", "engine.clock.compute"}
 
 
 def test_every_family_that_takes_members_from_outside_has_a_recipe():

@@ -1,6 +1,7 @@
 """Asynchronous rounds and virtual time. Their numbers are checked against the papers in equations/asynchronous.py."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedmpi.exchange.config import ExchangeSection
 from fedmpi.rounds import CLOCKS, TIMES, Buffered
 from fedmpi.rounds.clocks import Virtual
 from fedmpi.rounds.queue import Queue
+from fedmpi.rounds.trainer import PACE_S, Trainer
 from fedmpi.server import FedAvg, FedAvgM, NoState, Server
 from fedmpi.types import Contribution
 
@@ -135,11 +137,68 @@ def test_a_start_that_is_not_kept_is_an_error_and_no_other_start(tmp_path):
     assert "fetched are not kept" in str(error.value)
 
 
+# ---------------------------------------------------------------- real time, on one rank
+
+
+@pytest.mark.parametrize("engine", [{"size": 1}, {"size": 2, "max_staleness": 0}, {"size": 1, "window_s": 0.05}])
+def test_a_run_in_real_time_is_replayed_with_its_bits(tmp_path, engine):
+    more = {"model": OWN + "Normed", "local": {"name": OWN + "Keeper"}, "checkpoint": {"every": 3}}
+    real = config(tmp_path / "real", 8, engine={"name": "buffered", **engine}, **more)
+    run(replace(real, rounds=5))
+    run(real)  # silos start anew after a resume
+    clock = {"name": "replay", "run": str(tmp_path / "real")}
+    records, _ = run(config(tmp_path / "again", 8, engine={"name": "buffered", "clock": clock}, **more))
+    (round, wanted), (_, found) = everything(tmp_path / "real"), everything(tmp_path / "again")
+    assert round == 8 and len(records) == 8
+
+    def without_times(state):
+        return {name: value for name, value in state.items() if "policy" not in name and "start" not in str(name)}
+
+    assert without_times(found) == without_times(wanted)
+
+
+def test_a_training_gives_way_and_keeps_its_random_numbers():
+    """Numbers drawn in the main thread between two turns do not change those of the training."""
+    trainer = Trainer()
+
+    def drawn(pauses):
+        torch.default_generator.manual_seed(5)
+        found = []
+        for _ in range(4):
+            found.append(float(torch.rand(1)) + np.random.default_rng(len(found)).random())
+            time.sleep(2 * PACE_S * pauses)
+            trainer.pause()
+        return found
+
+    results = []
+    for pauses in (0, 1):
+        trainer.start(lambda pauses=pauses: drawn(pauses))
+        turns = 1
+        while (result := trainer.turn()) is None:
+            torch.default_generator.manual_seed(turns)
+            turns += 1
+        results.append(result)
+    assert turns > 1 and results[0] == results[1]
+    trainer.start(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.turn()
+    trainer.start(lambda: drawn(1))
+    assert trainer.turn() is None and trainer.busy
+    trainer.end()
+
+
 # ---------------------------------------------------------------- what it refuses
 
 
 REFUSED = {
-    "clock": ({"engine": "buffered"}, "needs engine.clock: virtual"),
+    "stateful": (
+        {"engine": "buffered", "updates": [{"name": "max_norm", "times": 2.0}]},
+        "takes no updates: max_norm that follows earlier rounds",
+    ),
+    "adopt": (
+        {"engine": "buffered", "on_failure": "adopt"},
+        "on_failure: adopt cannot be combined with engine: buffered",
+    ),
     "select": ({"select": {"name": "uniform", "fraction": 0.5}}, "take select: all"),
     "median": ({"aggregate": "median", "exchange": {"scope": "silo"}}, "aggregate: median needs mean"),
     "fednova": ({"aggregate": "fednova"}, "aggregate: fednova needs mean"),
@@ -172,6 +231,19 @@ def test_what_does_not_go_together_is_refused_in_one_line(tmp_path, case):
     with pytest.raises(ConfigError) as caught:
         config(tmp_path, **{"engine": buffered()} | values)
     assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_replay_needs_the_arrivals_of_all_rounds(tmp_path):
+    run(config(tmp_path / "first", 3, engine=buffered(1)))
+    again = buffered(1, clock={"name": "replay", "run": str(tmp_path / "first")})
+    with pytest.raises(ConfigError, match="first has no arrivals of round 4"):
+        config(tmp_path / "second", 4, engine=again)
+    with pytest.raises(ConfigError, match=r"has a silo 's\d', which is none here"):
+        run(config(tmp_path / "second", 3, {"sizes": (20,)}, engine=again))
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl with arrivals"):
+        config(tmp_path / "second", 3, engine=buffered(1, clock={"name": "replay", "run": str(tmp_path / "none")}))
+    with pytest.raises(ConfigError, match="which only engine: buffered has"):
+        config(tmp_path / "second", 3, engine={"name": "synchronous", "clock": again["clock"]})
 
 
 # ---------------------------------------------------------------- virtual time

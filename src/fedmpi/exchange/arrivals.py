@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -40,8 +40,20 @@ class _Kept(NamedTuple):
     vector: torch.Tensor | None
 
 
+class Runtime(Protocol):
+    """What an engine keeps from round to round besides its state: threads, messages under way."""
+
+    def settle(self) -> None:
+        """Receive all messages under way. Collective."""
+
+    def end(self) -> None:
+        """End all threads; not collective."""
+
+
 class Arrivals(Exchange):
     """Point to point to rank 0, in the order of arrival; rank 0 alone keeps the server's state and steps."""
+
+    runtime: Runtime | None = None  # the engine's, ended with the exchange
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
@@ -52,6 +64,7 @@ class Arrivals(Exchange):
         self._versions: dict[str, int] = {}  # by silo of this rank: the version that it trains from after the round
         length = self.num_params if comm.rank == 0 else 0
         self._sum = torch.zeros(length, dtype=self.dtype, device=self.device)
+        self._first_P = self._sum  # of the updates in the buffer
         self._came = comm.allocate(length, self.dtype, pinned=self.device.type != "cpu")
         self._head = torch.zeros(1, dtype=torch.float64)
         self._weight, self._num = 0.0, 0  # of the updates in the buffer
@@ -166,18 +179,39 @@ class Arrivals(Exchange):
             self.comm.wait(self.comm.irecv(self._head, rank))
             share, vector = float(self._head[0]), None
             if share:
-                self.comm.wait(self.comm.irecv(self._came, rank))
-                vector = self._came
+                # The first one is read where it lies, so nothing may overwrite it.
+                vector = self._sum if self._num == 0 and self.device.type == "cpu" else self._came
+                self.comm.wait(self.comm.irecv(vector, rank))
         if vector is not None:
             self.fold_in(vector.to(self.device), share)
 
+    def share_of(self, weight: float) -> float:
+        """A weight as a share of the weight of all silos."""
+        return weight / self.facts.total_weight
+
+    def received(self, rank: int) -> torch.Tensor:
+        """The next vector that a rank sends with `isend`, in host memory."""
+        vector = self.comm.allocate(self.num_params, self.dtype)
+        self.comm.wait(self.comm.irecv(vector, rank))
+        return vector
+
+    def settle(self) -> None:
+        if self.runtime is not None:
+            self.runtime.settle()
+
+    def leave(self) -> None:
+        if self.runtime is not None:
+            self.runtime.end()
+            self.runtime = None
+
     def fold_in(self, delta_P: torch.Tensor, share: float) -> None:
-        """Add a delta to the buffer. The first is only copied: if it stays alone, its factor is the step's."""
+        """Add a delta to the buffer. The first is only remembered, and must stay unchanged until the round's step: if
+        it stays alone, its factor is the step's."""
         if self._num == 0:
-            self._sum.copy_(delta_P)
+            self._first_P = delta_P
         else:
             if self._num == 1:
-                self.fold(self._sum, self._sum, self._weight, True)
+                self.fold(self._sum, self._first_P, self._weight, True)
             self.fold(self._sum, delta_P, share, False)
         self._weight += share
         self._num += 1
@@ -186,7 +220,7 @@ class Arrivals(Exchange):
         """The server's step on the mean of the buffer, in place and block by block, so that a block stays in cache."""
         if self._num == 0:
             raise ExchangeError("no update arrived: nothing to step by")
-        mean_P = self.folded(self._sum) if self._num > 1 else self._sum
+        mean_P = self.folded(self._sum) if self._num > 1 else self._first_P
         if self._num == 1 and server.gain is not None:
             params_P.add_(mean_P, alpha=server.gain)
             return state

@@ -20,15 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fedmpi.aggregate import Mean
 from fedmpi.components import NonNegativeFloat, NonNegativeInt, PositiveInt, called, component
+from fedmpi.errors import FedmpiError
 from fedmpi.exchange.arrivals import Arrivals
+from fedmpi.exchange.dense import Root
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.agreement import agree_ready
-from fedmpi.rounds.clocks import CLOCKS, Clock, Real
-from fedmpi.rounds.due import COLUMNS, Work, train_due
+from fedmpi.rounds.clocks import CLOCKS, Clock, Real, Replay
+from fedmpi.rounds.due import COLUMNS, Work, share_rows, train_due
 from fedmpi.rounds.engine import Engine
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.rounds.policies import Everybody
-from fedmpi.rounds.queue import Arrival, Queue
+from fedmpi.rounds.queue import Arrival, Queue, Replayed, after_trainings, trainings
+from fedmpi.rounds.realtime import RealTime
 from fedmpi.rounds.record import training_outcome
 from fedmpi.rounds.staleness import STALENESS, Polynomial, Staleness
 from fedmpi.rounds.synchronous import SynchronousRound, server_of
@@ -75,8 +78,10 @@ class Buffered(Engine):
         """Refuses whatever needs a cohort, whole deltas side by side, or all ranks at once."""
         section, rule, optimizer = config.exchange, config.local, config.server.optimizer
         who = "engine: buffered"
-        if not self.clock.is_virtual:
-            return f"{who} needs engine.clock: virtual; in real time take engine: synchronous with a deadline"
+        if not self.clock.is_virtual and (stateful := [called(one) for one in config.updates if one.init()]):
+            return f"{who} in real time takes no updates: {stateful[0]} that follows earlier rounds"
+        if not self.clock.is_virtual and config.on_failure not in (None, "stop"):
+            return f"on_failure: {config.on_failure} cannot be combined with {who} in real time; use stop"
         if not isinstance(config.select, All):
             return f"{who} lets every silo train all the time, so there is no cohort to draw; take select: all"
         if not isinstance(config.aggregate, Mean):
@@ -89,7 +94,7 @@ class Buffered(Engine):
             return f"{who} does not go with local: {called(rule)}: {what}; take a rule that sends only deltas"
         if isinstance(optimizer, ReadsNorms):
             return f"{who} does not go with server.optimizer: {called(optimizer)}, which compares whole deltas"
-        if section.plan not in ("auto", "root"):
+        if not section.chosen and section.member is not Root:
             return f"{who} sends each update to rank 0; exchange.plan: {section.plan} does not, take auto"
         if section.reduction == "reproducible":
             return f"{who} adds updates in the order of arrival, for any number of ranks; take exchange.reduction: fast"
@@ -114,7 +119,12 @@ class Buffered(Engine):
         assert isinstance(exchange, Arrivals)
         sent = fed.comm.counted()
         timer.lap("checkpoint")
-        queue = Queue.of(state.policy, state.round, self.clock, fed.seed, fed.ids, fed.num_train)
+        if not self.clock.is_virtual:
+            return self._in_real_time(state, fed, exchange, sent)
+        if isinstance(self.clock, Replay):
+            queue: Queue | Replayed = Replayed(self.clock, state.round, fed.ids)
+        else:
+            queue = Queue.of(state.policy, state.round, self.clock, fed.seed, fed.ids, fed.num_train)
         timer.lap("select")
 
         exchange.begin(number, self.size)
@@ -135,6 +145,34 @@ class Buffered(Engine):
         server = server_of(state, fed, number, selection, 1.0)
         return SynchronousRound(state, fed, outcome, selection, work.trained, server, sent, self.policy, queue.arrays())
 
+    def _in_real_time(
+        self, state: State, fed: Federation, exchange: Arrivals, sent: tuple[int, int, int]
+    ) -> SynchronousRound:
+        """The round of whichever updates arrive first."""
+        if exchange.runtime is None:
+            exchange.runtime = RealTime(self, fed, exchange, state)
+        real, timer, number, work = exchange.runtime, fed.timer, state.round + 1, Work()
+        assert isinstance(real, RealTime)
+        exchange.begin(number, self.size)
+        arrivals, end_s = real.round(state, work)
+        timer.lap("train")
+        taken = {one.silo for one in arrivals if not one.dropped}
+        cohort = [silo for silo in fed.ids if silo in taken]
+        share_rows(fed, work, exchange.fingerprint(cohort))
+        outcome = training_outcome(fed, number, cohort, ())
+        try:
+            agree_ready(fed, outcome, self.policy, work.error)
+        except FedmpiError as error:
+            if error.agreed:
+                exchange.settle()  # the run ends, and no vector may be under way
+            raise
+        timer.lap("wait")
+        numbers = trainings(state.policy, fed.ids) | {one.silo: one.training for one in arrivals}
+        outcome = replace(outcome, told={"arrivals": [*map(_row, arrivals)]})
+        server = server_of(state, fed, number, selection := Selection(cohort, state.selector), 1.0)
+        kept = after_trainings(end_s, numbers)
+        return SynchronousRound(state, fed, outcome, selection, work.trained, server, sent, self.policy, kept)
+
     def _agreed(
         self, fed: Federation, number: int, due: list[Arrival], arrivals: list[Arrival], work: Work
     ) -> RoundOutcome:
@@ -144,11 +182,7 @@ class Buffered(Engine):
         taken = {one.silo for one in arrivals if not one.dropped}
         cohort = [silo for silo in fed.ids if silo in taken]
         fed.exchange.expect([fed.membership.rank(one.silo) for one in due if not one.dropped])
-        fed.ready.clear()
-        for silo, row in work.rows.items():
-            fed.ready.set_silo(fed.index[silo], **{n: v for n, v in row.items() if n != "taken_updates"})
-        fed.ready.set_rank(fed.comm.rank, status=work.status, fingerprint=fed.exchange.fingerprint(cohort))
-        fed.ready.share(lambda values: fed.comm.share(values, fed.watch.look))
+        share_rows(fed, work, fed.exchange.fingerprint(cohort))
         outcome = training_outcome(fed, number, cohort, ())
         agree_ready(fed, outcome, _Usable(taken == set(fed.ids)), work.error)
         return outcome
@@ -166,5 +200,5 @@ class _Usable(Everybody):
 
 def _row(one: Arrival) -> dict[str, Any]:
     """An arrival in the record."""
-    row = {"silo": one.silo, "at_s": one.at_s, "version": one.version, "staleness": one.staleness}
-    return row | ({"dropped": True} if one.dropped else {})
+    names = ("silo", "at_s", "version", "staleness", "training")
+    return {name: getattr(one, name) for name in names} | ({"dropped": True} if one.dropped else {})

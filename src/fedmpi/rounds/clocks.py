@@ -2,6 +2,7 @@
 
     real       as long as it takes
     virtual    as long as a model says: the order of events, and so every result, depends on the seed alone
+    replay     as long as it took in an earlier run
 
 Under a virtual clock a silo trains when it is due, as fast as the machine can, and the record carries both clocks.
 Times are keyed random numbers, rounded to twelve digits, because the last bit of a logarithm depends on the processor
@@ -15,7 +16,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -23,6 +24,7 @@ import pydantic
 from fedmpi import rng
 from fedmpi.components import Family, NonNegativeFloat, PositiveFloat, component, did_you_mean
 from fedmpi.errors import ConfigError
+from fedmpi.records.metrics import read_metrics
 
 if TYPE_CHECKING:
     from fedmpi.config import Config
@@ -206,7 +208,44 @@ class Virtual(Clock):
         return None
 
 
-CLOCKS = Family("clock", {"real": Real, "virtual": Virtual}, Clock, defaults=True)
+@component
+class Replay(Clock):
+    """The order of arrivals of an earlier run with engine: buffered, in real or virtual time: its updates are trained
+    from the same versions and added in the same order, which gives the same bits."""
+
+    is_virtual: ClassVar[bool] = True
+
+    run: str
+    """the earlier run's directory; its metrics.jsonl has the arrivals"""
+
+    @property
+    def arrivals(self) -> Mapping[int, list[dict[str, Any]]]:
+        """The arrivals of each round. Raises ConfigError if there are none."""
+        return _arrivals(self.run)
+
+    def suits(self, ids: Sequence[str]) -> None:
+        """Raise ConfigError unless all silos of the earlier run are among these."""
+        for of_round in self.arrivals.values():
+            for one in of_round:
+                if one["silo"] not in ids:
+                    raise ConfigError(f"engine.clock.run: {self.run} has a silo '{one['silo']}', which is none here")
+
+    def conflicts(self, config: Config) -> str | None:
+        if missing := [number for number in range(1, config.rounds + 1) if number not in self.arrivals]:
+            return f"engine.clock.run: {self.run} has no arrivals of round {missing[0]}"
+        return None
+
+
+@functools.cache
+def _arrivals(run: str) -> dict[int, list[dict[str, Any]]]:
+    records = read_metrics(Path(run))
+    found = {record["round"]: record["arrivals"] for record in records if "arrivals" in record}
+    if not found:
+        raise ConfigError(f"engine.clock.run: {run} has no metrics.jsonl with arrivals")
+    return found
+
+
+CLOCKS = Family("clock", {"real": Real, "virtual": Virtual, "replay": Replay}, Clock, defaults=True)
 
 NOW = "now"  # name of the virtual time, in seconds, in the engine's state
 

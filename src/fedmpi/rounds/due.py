@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from fedmpi.errors import FedmpiError
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.base import LARGEST_NORM
+from fedmpi.flat import FlatModel
 from fedmpi.local import LocalSilo, Round
 from fedmpi.rounds.agreement import as_error
 from fedmpi.rounds.federation import Federation, State
@@ -22,6 +23,7 @@ from fedmpi.types import Contribution
 # Columns of a silo's row, which may hold several updates: its weight, its weight without staleness, and how many of its
 # updates were rejected.
 COLUMNS = ("done", "plain", "refused")
+_NUM = "updates"  # in a row, but in no table: how many of the silo's updates were accepted
 
 
 @dataclass
@@ -32,6 +34,11 @@ class Work:
     rows: dict[str, dict[str, float]] = field(default_factory=dict)  # their rows of the silos' table
     error: FedmpiError | None = None
     status: int = 0
+
+    def failed(self, fed: Federation, raised: BaseException, silo: str, number: int) -> None:
+        """Note an error of this rank, and tell the others."""
+        self.status, self.error = FAILED, as_error(raised, f"rank {fed.comm.rank}, silo '{silo}', round {number}")
+        fed.watch.tell(FAILED, "")
 
 
 def train_due(
@@ -46,45 +53,81 @@ def train_due(
             if one.dropped or one.silo not in fed.silos:
                 continue
             name = one.silo
-            before = work.trained.get(name, fed.silos[name])
-            draft = replace(before, kept=dict(before.kept))  # the round may still be dropped
-
-            def begin(silo: LocalSilo, one: Arrival = one) -> tuple[torch.Tensor, Round]:
-                fed.watch.begin(f"silo '{one.silo}', round {state.round + 1}")
-                start_P = exchange.older(one.silo) if one.staleness else state.params_Q
-                criterion = fed.criterion(silo)
-                number, check = one.version + 1, fed.watch.check
-                return start_P, Round(number, fed.rounds, fed.seed, criterion.loss, check, count=criterion.count)
-
-            (contribution,) = fed.runner.run(fed.rule, fed.model, [draft], begin)
-            check_contribution(contribution, draft, fed)
-            contribution.weight = draft.weight
-            plain = contribution.weight = fed.aggregator.weight(contribution)
-            contribution.weight *= staleness.weight(one.staleness)
-            steps = fed.updates.steps(state.updates, fed.seed, one.training + 1, fed.layout)
-            rejected, norms = steps.on_silo(contribution, LARGEST_NORM)
+            draft = drafted(work.trained.get(name, fed.silos[name]))
+            fed.watch.begin(f"silo '{name}', round {state.round + 1}")
+            start_P = exchange.older(name) if one.staleness else state.params_Q
+            update = trained(fed, fed.model, draft, one.version, start_P, fed.watch.check)
+            rejected, norms = judged(state, fed, update, draft, one.training)
             row = work.rows.setdefault(name, {})
             row |= norms
+            plain, update.weight = update.weight, update.weight * staleness.weight(one.staleness)
             if rejected:
                 exchange.reject()
-                row["refused"] = row.get("refused", 0) + 1
-                row["rejected"] = 0 if row.get("taken") else rejected
+                refuse(row, rejected)
             else:
-                exchange.add(contribution)
+                exchange.add(update)
                 work.trained[name] = draft
-                _enter(row, contribution, draft.weight, plain)
+                enter(row, update, draft.weight, plain)
     except BrokenOff as broken:
         work.status = broken.status
     except (Exception, SystemExit) as raised:
-        work.status = FAILED
-        work.error = as_error(raised, f"rank {fed.comm.rank}, silo '{name}', round {state.round + 1}")
-        fed.watch.tell(FAILED, "")
+        work.failed(fed, raised, name, state.round + 1)
     fed.watch.rest()
 
 
-def _enter(row: dict[str, float], update: Contribution, weight: float, plain: float) -> None:
+def drafted(silo: LocalSilo) -> LocalSilo:
+    """A copy to train, because the round may still be dropped."""
+    return replace(silo, kept=dict(silo.kept))
+
+
+def trained(
+    fed: Federation,
+    model: FlatModel,
+    silo: LocalSilo,
+    version: int,
+    start_P: torch.Tensor,
+    check: Callable[[], None],
+) -> Contribution:
+    """The silo's update from `start_P`, the parameters [P] of this version, in the model's memory."""
+
+    def begin(one: LocalSilo) -> tuple[torch.Tensor, Round]:
+        criterion = fed.criterion(one)
+        return start_P, Round(version + 1, fed.rounds, fed.seed, criterion.loss, check, count=criterion.count)
+
+    (contribution,) = fed.runner.run(fed.rule, model, [silo], begin)
+    return contribution
+
+
+def judged(
+    state: State, fed: Federation, update: Contribution, silo: LocalSilo, training: int
+) -> tuple[int, dict[str, float]]:
+    """Weigh and transform an update in place. Returns the number, from 1, of the transform that rejects it (0: none),
+    and norms by column."""
+    check_contribution(update, silo, fed)
+    update.weight = silo.weight
+    update.weight = fed.aggregator.weight(update)
+    steps = fed.updates.steps(state.updates, fed.seed, training + 1, fed.layout)
+    return steps.on_silo(update, LARGEST_NORM)
+
+
+def refuse(row: dict[str, float], rejected: int) -> None:
+    """Note a rejected update in its silo's row."""
+    row["refused"] = row.get("refused", 0) + 1
+    row["rejected"] = 0 if row.get("taken") else rejected
+
+
+def share_rows(fed: Federation, work: Work, fingerprint: float) -> None:
+    """Give every rank the rows of all silos. Collective."""
+    fed.ready.clear()
+    for silo, row in work.rows.items():
+        fed.ready.set_silo(fed.index[silo], **{name: value for name, value in row.items() if name != _NUM})
+    fed.ready.set_rank(fed.comm.rank, status=work.status, fingerprint=fingerprint)
+    fed.ready.share(lambda values: fed.comm.share(values, fed.watch.look))
+
+
+def enter(row: dict[str, float], update: Contribution, weight: float, plain: float) -> None:
     """Add an accepted update to its silo's row: sums, and means over the silo's updates of the round."""
-    num, targets = row.get("taken_updates", 0), row.get("targets", 0)
+    num, targets = row.get(_NUM, 0), row.get("targets", 0)
     both = targets + update.counted
     loss = (row.get("loss", 0.0) * targets + update.loss * update.counted) / both if both else update.loss
     norm = (row.get("norm", 0.0) * num + update.norm) / (num + 1)
@@ -96,7 +139,7 @@ def _enter(row: dict[str, float], update: Contribution, weight: float, plain: fl
         "done": weight,
         "plain": plain,
         "sent": update.weight,
-        "taken_updates": 1,
+        _NUM: 1,
     }
     row |= {name: row.get(name, 0) + value for name, value in added.items()}
     row |= {"taken": 1, "rejected": 0, "loss": loss, "norm": norm, "normalizer": update.num_gradients}

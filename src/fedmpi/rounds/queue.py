@@ -13,9 +13,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmpi.rounds.clocks import NOW, Clock, now
+from fedmpi.errors import ConfigError, agreed
+from fedmpi.rounds.clocks import NOW, Clock, Replay, now
 
 _IDS, _ARRAYS = "queue_ids", ("due", "version", "training")  # names in the engine's state
+
+
+def trainings(state: Mapping[str, np.ndarray], ids: Sequence[str]) -> dict[str, int]:
+    """By silo, the number of its last training in an engine's state; -1 before the first."""
+    before = json.loads(state[_IDS].tobytes()) if _IDS in state else []
+    known = dict(zip(before, state["queue_training"].tolist(), strict=True)) if before else {}
+    return {silo: known.get(silo, -1) for silo in ids}
+
+
+def after_trainings(now_s: float, numbers: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """An engine's state in which `trainings` finds these numbers, and the time."""
+    return {NOW: np.array([now_s]), _IDS: _text(list(numbers)), "queue_training": np.array([*numbers.values()])}
+
+
+def _text(ids: Sequence[str]) -> np.ndarray:
+    return np.frombuffer(json.dumps(list(ids)).encode(), dtype=np.uint8).copy()
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,12 @@ class Arrival:
     staleness: int  # server steps since then
     training: int  # number of the silo's training, from 0
     dropped: bool = False  # whether it is too old to count
+    rejected: bool = False  # whether its silo rejected it, where that is known when it arrives
+
+    @property
+    def counts(self) -> bool:
+        """Whether it goes into the buffer, as far as is known when it arrives."""
+        return not self.dropped and not self.rejected
 
 
 class Queue:
@@ -66,9 +89,12 @@ class Queue:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The queue as `of` reads it."""
-        ids = np.frombuffer(json.dumps(self.ids).encode(), dtype=np.uint8).copy()
         columns = zip(_ARRAYS, (self.due_K, self.version_K, self.training_K), strict=True)
-        return {NOW: np.array([self.now]), _IDS: ids, **{f"queue_{name}": column for name, column in columns}}
+        return {
+            NOW: np.array([self.now]),
+            _IDS: _text(self.ids),
+            **{f"queue_{name}": column for name, column in columns},
+        }
 
     @property
     def versions(self) -> dict[str, int]:
@@ -119,3 +145,36 @@ class Queue:
     def step(self, version: int) -> None:
         """The server has stepped to `version`, and the silos that waited for it fetch it."""
         self._go_on(version)
+
+
+class Replayed:
+    """The updates under way as they were in an earlier run."""
+
+    def __init__(self, clock: Replay, version: int, ids: Sequence[str]) -> None:
+        self._arrivals, self._number = clock.arrivals, version + 1
+        self.ids = list(ids)
+        self.now = 0.0
+
+    def take(self, size: int, window_s: float, version: int, oldest: int | None) -> list[Arrival]:
+        """All updates of the round. Raises ConfigError if it has been called before: then none was usable."""
+        if self.now:
+            raise agreed(ConfigError("engine.clock.run: the updates of a round are usable there and not here"))
+        rows = self._arrivals[self._number]
+        self.now = float(rows[-1]["at_s"])
+        return [Arrival(**row) for row in rows]
+
+    def step(self, version: int) -> None:
+        """Nothing: the versions that silos fetch are those of their next arrivals."""
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """The version of each silo's next update after this round; this round's for a silo that brings none."""
+        found = dict.fromkeys(self.ids, self._number)
+        for number in sorted((n for n in self._arrivals if n > self._number), reverse=True):
+            for row in reversed(self._arrivals[number]):
+                found[row["silo"]] = row["version"]
+        return found
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The time; everything else is in the earlier run."""
+        return {NOW: np.array([self.now])}

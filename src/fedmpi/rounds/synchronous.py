@@ -18,7 +18,7 @@ from fedmpi.local import LocalSilo
 from fedmpi.outcome import BUFFERED, RoundOutcome
 from fedmpi.records import peak_rss_bytes
 from fedmpi.rounds.agreement import agree_ready, raise_failure
-from fedmpi.rounds.clocks import CLOCKS, NOW, Clock, Real, now
+from fedmpi.rounds.clocks import CLOCKS, NOW, Clock, Real, Replay, now
 from fedmpi.rounds.closing import Closing, normalised
 from fedmpi.rounds.cohort import select_cohort, share_of_all
 from fedmpi.rounds.disclosure import heard
@@ -47,6 +47,8 @@ class Synchronous(Engine):
 
     def conflicts(self, config: Config) -> str | None:
         """Refuses deadlines under a virtual clock."""
+        if isinstance(self.clock, Replay):
+            return "engine.clock: replay gives the order of arrivals, which only engine: buffered has"
         if self.clock.is_virtual and self.policy.posts:
             return "engine.policy: deadline closes rounds by the machine's clock; with engine.clock: virtual take all"
         return None
