@@ -45,7 +45,7 @@ ORDER = [
         "asking",
     ),
     *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
-    *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "train"),
+    *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train"),
     *("plan", "results", "compare", "launchline", "remains", "supervisor"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]

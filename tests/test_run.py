@@ -15,7 +15,7 @@ from support.runs import OWN, Normed, config, everything, figures, put_back, ran
 from torch import nn
 
 import fedmpi
-from fedmpi import checkpoint, results, train
+from fedmpi import checkpoint, parts, results
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
@@ -316,7 +316,7 @@ def test_a_directory_of_another_format_is_refused_by_both_versions_and_left_as_i
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", format)
         patch.setattr(fedmpi, "__version__", "0.1.0")
-        patch.setattr(train, "versions", train.versions.__wrapped__)  # they are looked up once
+        patch.setattr(parts, "versions", parts.versions.__wrapped__)  # they are looked up once
         run(config(tmp_path, 1))
     path = tmp_path / "config.yaml"
     if format == 1:  # it did not say so

@@ -170,8 +170,8 @@ def _on_ranks(work: Callable[[Comm], None]) -> None:
 
 
 def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> None:
+    from fedmpi import Run
     from fedmpi.records.terminal import Progress, on_terminal, silo_table
-    from fedmpi.train import Run
 
     with Run(config, *overrides, allow=allow, comm=comm) as run:
         progress = Progress()

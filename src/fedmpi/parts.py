@@ -1,0 +1,277 @@
+"""The parts of a run, and how they are made at a start and when fresh ranks join: assemble, resume, describe.
+
+What can fail on one rank only runs in `comm.collectively`, so that all ranks raise the same error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedmpi
+from fedmpi import checkpoint, disk, launcher, sources
+from fedmpi.assembly import assemble, digest_of
+from fedmpi.comm import Comm
+from fedmpi.components import to_dict
+from fedmpi.config import Config, differences, digest, moved_schedules
+from fedmpi.device import capabilities
+from fedmpi.directory import (
+    CODE,
+    UNSHARED_FILE,
+    RunDirectory,
+    keep_code,
+    read_config,
+    save_tensors,
+    write_config,
+)
+from fedmpi.errors import (
+    ConfigError,
+    agreed,
+)
+from fedmpi.flat import changed_entries, signature
+from fedmpi.health import Health
+from fedmpi.keeper import Keeper
+from fedmpi.membership import Membership
+from fedmpi.opening import fingerprint
+from fedmpi.output import say
+from fedmpi.records import PHASES, Record, RunInfo, Sinks
+from fedmpi.records.sink import Timings
+from fedmpi.requests import Desk, Request
+from fedmpi.roster import Roster
+
+log = logging.getLogger("fedmpi")
+
+RANKS_FILE = "ranks.json"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of fedmpi, Python and the packages that affect a run's figures."""
+    from importlib.metadata import version
+
+    names = ("torch", "numpy", "mpi4py", "h5py")
+    return {"fedmpi": fedmpi.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
+
+
+class Parts:
+    """What a run consists of. Every method is called by all ranks alike."""
+
+    config: Config
+    comm: Comm
+    code: dict[str, bytes]  # the user's, by file
+    resumed: int  # the round it resumed from
+    _confined: Callable[[], contextlib.AbstractContextManager[None]]  # what code may be imported meanwhile
+    _roster: Roster | None  # on rank 0, unless all rounds are done
+    _desk: Desk | None  # likewise
+    _rounds_before: int | None  # `rounds` in the run directory's stored configuration
+
+    def _agree(self, load: Callable[[], Config]) -> None:
+        """Agree on the configuration. Collective."""
+        if not self.comm.open_runs:
+            self.comm.finish()  # an earlier run's stop notice must not stop this one
+        with self._confined():
+            self.config = self.comm.collectively(load)
+        self.comm.require_equal("the configuration", digest(self.config), ConfigError)
+        self.comm.set_up(self.config.comm.timeout_s)
+
+    def _set_up(self, membership: Membership | None, directory: RunDirectory | None = None) -> None:
+        """Build the run's parts, and resume. `directory`: of the start that goes on with fresh ranks. Collective."""
+        self._require_own_posts()
+        with self._confined():
+            self._assemble(membership, directory)
+        self._resume(others=membership is not None)
+        self._describe()
+
+    def _require_own_posts(self) -> None:
+        """Raise ConfigError if this run's posts between ranks could be read by another open run of the process."""
+        engine = self.config.engine
+        who = "engine.policy: a deadline" if engine.policy.posts else "engine: buffered in real time"
+        posts = engine.policy.posts or (engine.arrivals > 0 and not engine.clock.is_virtual)
+        if posts and self.comm.size > 1 and self.comm.open_runs > 1:
+            raise agreed(ConfigError(f"{who} needs the ranks to itself; close the open run first"))
+
+    def _assemble(self, members: Membership | None, directory: RunDirectory | None) -> None:
+        """Lock the run directory and build the run's parts. Collective."""
+        kept: dict[str, bytes] | None = (
+            None if directory is None else self.code
+        )  # what runs here, even if the files have changed since
+        if directory is None:
+            self._directory = RunDirectory(Path(self.config.out), self.comm)
+        else:
+            directory.hand_over(self.comm)
+        self.out = self._directory.path
+        before = self._directory.stored
+        parts = assemble(self.config, self.comm, self.out, self._directory.plan_before, members, before)
+        fed, self._spec = parts.federation, parts.spec
+        self.federation = fed
+        self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
+        self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
+        self.unshared, self.plan, self._resumes = parts.unshared, parts.plan, parts.resumes
+        self.state, module = parts.state, fed.model.module
+        modules = [type(module).__module__] if isinstance(self.config.model, torch.nn.Module) else []
+        self.code = self.comm.collectively(
+            lambda: sources.own_code(to_dict(self.config), *modules) if kept is None else kept
+        )
+        digest_of_code = hashlib.sha256(repr(sources.digests(self.code)).encode()).digest()
+        self.comm.require_equal("the code that the configuration names", digest_of_code, ConfigError)
+
+    def _resume(self, others: bool) -> None:
+        """Resume from the newest round that is whole on all ranks, if there is one. Collective. `others`: whether that
+        round may have had other members."""
+        self.comm.collectively(self._check_stored if self.comm.rank == 0 else lambda: None)
+        self._health = Health(self.config.stop)
+        self._keeper = self._make_keeper(others)
+        self.state = self._keeper.resume(self.state, None if self._resumes is None else self._resumes.round)
+        self.resumed = self.state.round
+
+    def _make_keeper(self, others: bool) -> Keeper:
+        order = [silo.id for silo in self._spec.source.silos]
+        return Keeper(
+            self.config,
+            self.federation,
+            self._health,
+            self._directory,
+            self._score,
+            order,
+            others,
+            self._spec.admitted,
+        )
+
+    def _check_stored(self) -> None:
+        """Raise ConfigError if the run directory was started with another configuration, model or code."""
+        if not checkpoint.sealed_rounds(self.out):
+            return
+        begun = read_config(self.out)
+        about = begun.about
+        self._rounds_before = begun.config.get("rounds")
+        changed = differences(begun.config, self.config, about["plan"])
+        if not changed and (others := sources.changes(about.get("code", {}), sources.digests(self.code))):
+            text = f"code has changed since {self.out} was trained with it, and is kept in {self.out / CODE}: "
+            text += ", ".join(others)
+            if self.config.resume.code == "refuse":
+                raise ConfigError(f"{text}; put it back, say resume.code=warn, or choose another out=")
+            log.warning("%s", text)
+        changed += changed_entries(about["model"], self.federation.model.entries)
+        if not changed and about["unshared"] != digest_of(self.unshared).hex():
+            changed = ["what the model does not share starts otherwise (was `init` given then?)"]
+        if changed:
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+            raise ConfigError(
+                f"{self.out} holds checkpoints of another run: {'; '.join(changed[:3])}{more}; choose another out="
+            )
+        if moved := moved_schedules(begun.config, self.config):
+            before, now = begun.config["rounds"], self.config.rounds
+            say(
+                f"fedmpi: rounds was {before} and is {now}: {' and '.join(moved)} now ends at {now}; to keep it as it "
+                f"was, {moved[0]}.rounds={before}",
+                error=True,
+            )
+
+    def _describe(self) -> None:
+        """Write the run's description, configuration and code into its directory. Collective."""
+        fed, ranks = self.federation, self._ranks()
+        about = {
+            "versions": versions(),
+            "unshared": digest_of(self.unshared).hex(),
+            "metric": self.metric,
+            "maximize": self.maximize,
+            "params": fed.model.num_shared,
+            "plan": fed.exchange.section.plan,
+            "plan_seconds": dict(self.plan.seconds),
+            "ranks": self.comm.size,
+            "model": signature(fed.model.entries),
+            "code": sources.digests(self.code),
+        }
+        rounds = self.config.rounds
+        # If no round is left to train, the directory keeps the description of the run that trained.
+        over = self.resumed > rounds or self.resumed == rounds == self._rounds_before
+
+        def write() -> None:
+            if self.unshared:
+                save_tensors(self.unshared, self.out / UNSHARED_FILE)
+            if not over:
+                keep_code(self.out, self.code, self.state.round)
+                write_config(self.out, to_dict(self.config), about)
+                self._roster = Roster(self.out, self.state.round, rounds, self.config.admit)
+                self._register(ranks)
+                self._desk = Desk(self.out)
+                self._begin_desk(self._desk)
+            self._open_sinks(self.state.round)
+
+        def written() -> None:
+            try:
+                write()
+            except OSError as error:
+                raise ConfigError(f"out: cannot write into {self.out}: {error.strerror or error}") from None
+
+        self.comm.collectively(written if self.comm.rank == 0 else lambda: None)
+        self._keeper.open(lambda: self._sinks.sync())
+
+    def _open_sinks(self, done: int) -> None:
+        info = RunInfo(self.out, done, self.config.rounds, self.metric, self._timings)
+        self._sinks = Sinks(info, self.config.records.open_sinks())
+
+    def _close_sinks(self) -> None:
+        if "_sinks" in vars(self):  # on rank 0, while a run is open
+            self._sinks.close()
+            del self._sinks
+
+    def _timings(self) -> Timings:
+        """Each rank's start time of the last round, and the seconds of its phases, both by rank [n]."""
+        done = self.federation.done
+        return done.rank("started_s"), {name: done.rank(name) for name in PHASES}
+
+    @property
+    def membership(self) -> Membership:
+        """Which silos take part, and on which ranks."""
+        return self.federation.membership
+
+    def _ranks(self) -> list[dict[str, Any]]:
+        """The rows of ranks.json. Collective."""
+        pid = os.getpid()
+        row = {"pid": pid, "born": launcher.born(pid), **capabilities(self.device), "threads": self.threads}
+        rows = self.comm.gather(json.dumps(row).encode().ljust(320))
+        hosted = self.membership.by_rank(self.comm.size)
+        return [
+            {"rank": rank, "host": host, **json.loads(text), "silos": silos}
+            for rank, (host, text, silos) in enumerate(zip(self.comm.hosts, rows, hosted, strict=True))
+        ]
+
+    def _register(self, ranks: Sequence[dict[str, Any]], lost: Mapping[str, str] = {}, why: str | None = None) -> None:
+        """Write the current members to ranks.json and silos.json; see Roster.register. Rank 0 only."""
+        disk.replace_text(self.out / RANKS_FILE, json.dumps(ranks, indent=1))
+        if self._roster is not None:
+            fed = self.federation
+            code = hashlib.sha256(repr((fedmpi.__version__, sources.digests(self.code))).encode()).hexdigest()[:8]
+            shown = self.config.disclose == "silo"
+            about = {
+                silo: {"num_train": int(facts[0]), "data": fingerprint(facts) if shown else None, "code": code}
+                for silo, facts in fed.facts.items()
+            }
+            self._roster.register(self.membership, self._spec.known, about, ranks, self.state.round, lost, why)
+
+    def _score(self, record: Record) -> float | None:
+        """The round's score, higher is better; None if the round was not evaluated."""
+        value = record.get(self.metric)
+        return None if value is None else float(value if self.maximize else -value)
+
+    def _begin_desk(self, desk: Desk) -> None:
+        """Let changes that the resumed checkpoint does not hold wait again. Rank 0 only."""
+        done, keeper = self.state.round, self._keeper
+        again = {one.silo for one in desk.begin(keeper.epoch, keeper.left)}
+        for silo in keeper.left:  # a request keeps them out until a checkpoint does
+            desk.carried_out(Request(f"0-{silo.encode().hex()}", "retire", silo), done, self.membership.epoch)
+        desk.forget(self._directory.oldest_epoch)
+        for silo in self._resumes.later if self._resumes is not None else ():
+            what = "the request is carried out again" if silo in again else "it takes no part; admit it again"
+            log.warning("silo '%s' joined after round %d, which the run resumes from: %s", silo, done, what)
