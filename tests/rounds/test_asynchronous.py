@@ -127,6 +127,25 @@ def test_silos_leave_and_join_while_updates_are_under_way(tmp_path):
     assert min(versions) == 8  # it fetched when it joined
 
 
+@pytest.mark.parametrize("clock", [{"name": "virtual", "slower": {"s2": 2.5}}, "real"])
+def test_statistics_are_those_of_the_silo_however_stale_its_update_is(tmp_path, clock):
+    """A step of batch normalization moves its running mean by a tenth of the way to the batch's, from the silo's start.
+    The server's becomes the silo's; a sum of deltas would overshoot."""
+    local = {"lr": 1e-12, "epochs": None, "steps": 1, "batch_size": None}
+    how = config(tmp_path, 9, engine=buffered(1, clock=clock), model=OWN + "Normed", local=local)
+    records, done = run(how)
+    model = done.federation.model
+    model.load(done.parameters)
+    module = model.module.eval()
+    means = {name: module.base(silo.data.x_train).mean(0) for name, silo in done.federation.silos.items()}
+    versions = [torch.zeros(len(module.norm.running_mean))]
+    for record in records:
+        [one] = record["arrivals"]
+        versions.append(0.9 * versions[one["version"]] + 0.1 * means[one["silo"]])
+    assert torch.allclose(module.norm.running_mean, versions[-1], atol=1e-6)
+    assert clock == "real" or max(record["arrivals"][0]["staleness"] for record in records) > 1
+
+
 def test_a_start_that_is_not_kept_is_an_error_and_no_other_start(tmp_path):
     with (
         fedmpi.Run(config(tmp_path, 9, engine=buffered(1)), comm=SoloComm()) as done,

@@ -65,6 +65,8 @@ def train_due(
                 exchange.reject()
                 refuse(row, rejected)
             else:
+                move_averaged(fed, update.vector_Q, start_P, 1)
+                move_averaged(fed, update.vector_Q, state.params_Q, -1)
                 exchange.add(update)
                 work.trained[name] = draft
                 enter(row, update, draft.weight, plain)
@@ -108,6 +110,14 @@ def judged(
     update.weight = fed.aggregator.weight(update)
     steps = fed.updates.steps(state.updates, fed.seed, training + 1, fed.layout)
     return steps.on_silo(update, LARGEST_NORM)
+
+
+def move_averaged(fed: Federation, vector_Q: torch.Tensor, params_Q: torch.Tensor, sign: int) -> None:
+    """Add the parameters, or subtract them, where the vector is a delta of averaged statistics. Plus its start an
+    update holds the silo's values; minus the newest parameters it is a delta whose step gives the mean of the values. A
+    delta from an older start would count again what the steps since then have moved."""
+    for part in fed.layout.averaged:
+        vector_Q[part].add_(params_Q[part].to(vector_Q.device), alpha=sign)
 
 
 def refuse(row: dict[str, float], rejected: int) -> None:

@@ -28,7 +28,7 @@ from fedmpi.comm import Pending
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.local import LocalSilo
 from fedmpi.rounds.clocks import now
-from fedmpi.rounds.due import Work, drafted, enter, judged, refuse, trained
+from fedmpi.rounds.due import Work, drafted, enter, judged, move_averaged, refuse, trained
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.rounds.queue import Arrival, trainings
 from fedmpi.rounds.trainer import Trainer
@@ -184,6 +184,7 @@ class RealTime:
         if one.counts and mail.vector is not None:
             weight = mail.weight * self.engine.staleness.weight(staleness)
             share = self.exchange.share_of(weight)
+            move_averaged(self.fed, mail.vector, self.state.params_Q, -1)
             self.exchange.fold_in(mail.vector.to(self.exchange.device), share)
         self._arrivals.append(one)
         self._enough()
@@ -231,6 +232,8 @@ class RealTime:
         fed, training = self.fed, self._training[silo]
         rejected, norms = judged(self.state, fed, update, self._draft, training)
         number, vector = fed.index[silo], None if rejected else update.vector_Q.to("cpu", copy=True)
+        if vector is not None:  # rank 0 knows which parameters it meets
+            move_averaged(fed, vector, self._start_P, 1)
         update.vector_Q = torch.empty(0)
         self._sent[silo].append(_Update(silo, version, training, before, self._draft, update, rejected, norms))
         self._waiting.add(silo)
