@@ -13,7 +13,7 @@ import fedmpi
 from fedmpi.comm import SoloComm
 from fedmpi.comm.threads import on_ranks
 from fedmpi.components import build, component
-from fedmpi.errors import ConfigError, Diverged, ExchangeError
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, Stopped
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
@@ -22,6 +22,7 @@ from fedmpi.rounds.clocks import Virtual
 from fedmpi.rounds.queue import Queue
 from fedmpi.rounds.trainer import PACE_S, Trainer
 from fedmpi.server import FedAvg, FedAvgM, NoState, Server
+from fedmpi.stopping import STOP
 from fedmpi.types import Contribution
 
 __all__ = ["put_back"]
@@ -174,6 +175,25 @@ def test_a_run_in_real_time_is_replayed_with_its_bits(tmp_path, engine):
         return {name: value for name, value in state.items() if "policy" not in name and "start" not in str(name)}
 
     assert without_times(found) == without_times(wanted)
+
+
+def test_a_silo_that_waits_for_a_window_to_close_can_be_stopped(tmp_path, monkeypatch):
+    """And it counts as resting, since it starts no batch."""
+    silent, slept = [], []
+    with fedmpi.Run(config(tmp_path, 1, engine={"name": "buffered", "window_s": 3600.0}), comm=SoloComm()) as done:
+        watch = done.federation.watch
+        monkeypatch.setattr(watch, "begin", lambda what: silent.append(what))
+        monkeypatch.setattr(watch, "rest", silent.clear)
+
+        def sleep(seconds):
+            assert not silent and seconds < 1.0
+            slept.append(seconds)
+            watch.tell(STOP, "a test")
+
+        monkeypatch.setattr("fedmpi.rounds.realtime.time.sleep", sleep)
+        with pytest.raises(Stopped, match="a test"):
+            list(done)
+    assert slept
 
 
 def test_a_training_gives_way_and_keeps_its_random_numbers():

@@ -334,6 +334,7 @@ class ThreadComm(Comm):
     def post(self, rank: int, numbers: Sequence[int]) -> None:
         with self._meeting.changed:
             self._meeting.posted.setdefault(rank, []).append((self.rank, (*numbers, 0, 0, 0)[:3]))
+            self._meeting.changed.notify_all()
 
     def posted(self) -> list[tuple[int, tuple[int, ...]]]:
         with self._meeting.changed:

@@ -38,6 +38,7 @@ from fedmpi.types import Contribution
 if TYPE_CHECKING:
     from fedmpi.rounds.asynchronous import Buffered
 
+POLL_S = 0.05  # between two looks for a stop while a window is open
 GO, DROPPED, CLOSED = range(3)  # rank 0's answers
 _LOW = (1 << 32) - 1
 
@@ -131,7 +132,7 @@ class RealTime:
                     if update is not None:
                         self._bring(update)
                 elif comm.size == 1:
-                    time.sleep(max(0.0, self.until_s - time.monotonic()))
+                    time.sleep(max(0.0, min(POLL_S, self.until_s - time.monotonic())))
                 else:
                     comm.wait(_Wait(self))
         except BrokenOff as broken:
@@ -230,6 +231,7 @@ class RealTime:
         assert self._running is not None
         (silo, version, before), self._running = self._running, None
         fed, training = self.fed, self._training[silo]
+        fed.watch.rest()  # no batch comes while it waits for an answer
         rejected, norms = judged(self.state, fed, update, self._draft, training)
         number, vector = fed.index[silo], None if rejected else update.vector_Q.to("cpu", copy=True)
         if vector is not None:  # rank 0 knows which parameters it meets
