@@ -13,7 +13,7 @@ import fedmpi
 from fedmpi.comm import SoloComm
 from fedmpi.comm.threads import on_ranks
 from fedmpi.components import build, component
-from fedmpi.errors import ConfigError, Diverged, ExchangeError, Stopped
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, SiloError, Stopped
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
@@ -22,7 +22,7 @@ from fedmpi.rounds.clocks import Virtual
 from fedmpi.rounds.queue import Queue
 from fedmpi.rounds.trainer import PACE_S, Trainer
 from fedmpi.server import FedAvg, FedAvgM, NoState, Server
-from fedmpi.stopping import STOP
+from fedmpi.stopping import FAILED, STOP
 from fedmpi.types import Contribution
 
 __all__ = ["put_back"]
@@ -194,6 +194,26 @@ def test_a_silo_that_waits_for_a_window_to_close_can_be_stopped(tmp_path, monkey
         with pytest.raises(Stopped, match="a test"):
             list(done)
     assert slept
+
+
+def test_no_vector_is_left_under_way_where_evaluation_ends_the_run(tmp_path, monkeypatch):
+    """Another run on the same ranks would receive it as its own."""
+    settled = []
+    with (
+        pytest.raises(SiloError, match="the evaluation"),
+        fedmpi.Run(config(tmp_path, 5, engine="buffered"), comm=SoloComm()) as done,
+    ):
+        for record in done:
+            fed = done.federation
+            monkeypatch.setattr(fed.exchange.runtime, "settle", lambda record=record: settled.append(record["round"]))
+
+            def evaluate(*_, fed=fed):
+                fed.done.clear()
+                fed.done.set_rank(0, status=FAILED)
+                return SiloError("the evaluation")
+
+            monkeypatch.setattr("fedmpi.rounds.synchronous.evaluate", evaluate)
+    assert settled == [1]
 
 
 def test_a_training_gives_way_and_keeps_its_random_numbers():

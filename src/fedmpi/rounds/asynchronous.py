@@ -15,6 +15,8 @@ the order of arrival (exchange/arrivals.py). A round is committed like a synchro
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,7 @@ from fedmpi.aggregate import Mean
 from fedmpi.components import NonNegativeFloat, NonNegativeInt, PositiveInt, called, component
 from fedmpi.errors import FedmpiError
 from fedmpi.exchange.arrivals import Arrivals
+from fedmpi.exchange.base import Exchange
 from fedmpi.exchange.dense import Root
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.agreement import agree_ready
@@ -160,18 +163,14 @@ class Buffered(Engine):
         cohort = [silo for silo in fed.ids if silo in taken]
         share_rows(fed, work, exchange.fingerprint(cohort))
         outcome = training_outcome(fed, number, cohort, ())
-        try:
+        with _settling(exchange):
             agree_ready(fed, outcome, self.policy, work.error)
-        except FedmpiError as error:
-            if error.agreed:
-                exchange.settle()  # the run ends, and no vector may be under way
-            raise
         timer.lap("wait")
         numbers = trainings(state.policy, fed.ids) | {one.silo: one.training for one in arrivals}
         outcome = replace(outcome, told={"arrivals": [*map(_row, arrivals)]})
         server = server_of(state, fed, number, selection := Selection(cohort, state.selector), 1.0)
         kept = after_trainings(end_s, numbers)
-        return SynchronousRound(state, fed, outcome, selection, work.trained, server, sent, self.policy, kept)
+        return _InRealTime(state, fed, outcome, selection, work.trained, server, sent, self.policy, kept)
 
     def _agreed(
         self, fed: Federation, number: int, due: list[Arrival], arrivals: list[Arrival], work: Work
@@ -186,6 +185,25 @@ class Buffered(Engine):
         outcome = training_outcome(fed, number, cohort, ())
         agree_ready(fed, outcome, _Usable(taken == set(fed.ids)), work.error)
         return outcome
+
+
+@contextlib.contextmanager
+def _settling(exchange: Exchange) -> Iterator[None]:
+    """Leaves no vector under way where an error of all ranks ends the run: another run would receive it."""
+    try:
+        yield
+    except FedmpiError as error:
+        if error.agreed:
+            exchange.settle()
+        raise
+
+
+class _InRealTime(SynchronousRound):
+    """A round that is committed while other updates are under way."""
+
+    def commit(self, written: int = -1) -> State:
+        with _settling(self.fed.exchange):
+            return super().commit(written)
 
 
 @dataclass(frozen=True)
