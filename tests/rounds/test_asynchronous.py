@@ -126,6 +126,9 @@ def test_silos_leave_and_join_while_updates_are_under_way(tmp_path):
     assert not any("s1" in one for one in came[4:8]) and any("s1" in one for one in came[8:])
     versions = [one["version"] for record in records[8:] for one in record["arrivals"] if one["silo"] == "s1"]
     assert min(versions) == 8  # it fetched when it joined
+    again = buffered(2, clock={"name": "replay", "run": str(tmp_path)})
+    with pytest.raises(ConfigError, match="has other members in round 5 than before"):
+        config(tmp_path / "again", 12, engine=again)
 
 
 @pytest.mark.parametrize("clock", [{"name": "virtual", "slower": {"s2": 2.5}}, "real"])

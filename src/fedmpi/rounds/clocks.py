@@ -211,7 +211,7 @@ class Virtual(Clock):
 @component
 class Replay(Clock):
     """The order of arrivals of an earlier run with engine: buffered, in real or virtual time: its updates are trained
-    from the same versions and added in the same order, which gives the same bits."""
+    from the same versions and added in the same order, which gives the same bits. Not of one whose members changed."""
 
     is_virtual: ClassVar[bool] = True
 
@@ -238,11 +238,13 @@ class Replay(Clock):
 
 @functools.cache
 def _arrivals(run: str) -> dict[int, list[dict[str, Any]]]:
-    records = read_metrics(Path(run))
-    found = {record["round"]: record["arrivals"] for record in records if "arrivals" in record}
-    if not found:
+    records = [record for record in read_metrics(Path(run)) if "arrivals" in record]
+    if not records:
         raise ConfigError(f"engine.clock.run: {run} has no metrics.jsonl with arrivals")
-    return found
+    for record in records:  # a silo that left and came back began anew, and weights are shares of all members'
+        if record["silos"].keys() != records[0]["silos"].keys():
+            raise ConfigError(f"engine.clock.run: {run} has other members in round {record['round']} than before")
+    return {record["round"]: record["arrivals"] for record in records}
 
 
 CLOCKS = Family("clock", {"real": Real, "virtual": Virtual, "replay": Replay}, Clock, defaults=True)
