@@ -19,7 +19,7 @@ from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.rounds import CLOCKS, TIMES, Buffered
 from fedmpi.rounds.clocks import Virtual
-from fedmpi.rounds.queue import Queue
+from fedmpi.rounds.queue import Queue, after_trainings, trainings
 from fedmpi.rounds.trainer import PACE_S, Trainer
 from fedmpi.server import FedAvg, FedAvgM, NoState, Server
 from fedmpi.stopping import FAILED, STOP
@@ -126,6 +126,8 @@ def test_silos_leave_and_join_while_updates_are_under_way(tmp_path):
     assert not any("s1" in one for one in came[4:8]) and any("s1" in one for one in came[8:])
     versions = [one["version"] for record in records[8:] for one in record["arrivals"] if one["silo"] == "s1"]
     assert min(versions) == 8  # it fetched when it joined
+    numbers = [one["training"] for record in records for one in record["arrivals"] if one["silo"] == "s1"]
+    assert numbers == sorted(set(numbers))  # so no noise is drawn twice
     again = buffered(2, clock={"name": "replay", "run": str(tmp_path)})
     with pytest.raises(ConfigError, match="has other members in round 5 than before"):
         config(tmp_path / "again", 12, engine=again)
@@ -326,6 +328,12 @@ def test_a_synchronous_round_takes_as_long_as_its_slowest_silo(tmp_path):
     assert [record["virtual_s"] for record in again] == [record["virtual_s"] for record in records[2:]]
     plain, _ = run(config(tmp_path / "b", 4, select={"name": "round_robin", "count": 2}))
     assert [record["train_loss"] for record in plain] == [record["train_loss"] for record in records]
+
+
+def test_a_silo_that_comes_back_goes_on_with_its_numbers():
+    kept = after_trainings(1.0, {"a": 4, "b": 7})
+    kept = after_trainings(2.0, trainings(kept, ["a"]) | {"a": 5})
+    assert trainings(kept, ["a", "b", "c"]) == {"a": 5, "b": 7, "c": -1}
 
 
 def test_silos_that_arrive_together_come_in_the_federations_order():

@@ -20,10 +20,11 @@ _IDS, _ARRAYS = "queue_ids", ("due", "version", "training")  # names in the engi
 
 
 def trainings(state: Mapping[str, np.ndarray], ids: Sequence[str]) -> dict[str, int]:
-    """By silo, the number of its last training in an engine's state; -1 before the first."""
+    """By silo, the number of its last training in an engine's state; -1 before the first. Silos that left are kept: if
+    they come back their random numbers go on."""
     before = json.loads(state[_IDS].tobytes()) if _IDS in state else []
     known = dict(zip(before, state["queue_training"].tolist(), strict=True)) if before else {}
-    return {silo: known.get(silo, -1) for silo in ids}
+    return dict.fromkeys(ids, -1) | known
 
 
 def after_trainings(now_s: float, numbers: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -62,6 +63,7 @@ class Queue:
         self.due_K = np.zeros(len(self.ids))  # when it arrives, in seconds
         self.version_K = np.zeros(len(self.ids), dtype=np.int64)
         self.training_K = np.full(len(self.ids), -1, dtype=np.int64)
+        self._gone: dict[str, int] = {}  # number of the last training of silos that left
         self._waiting: list[int] = []  # silos whose updates have arrived and that fetch after the step
 
     @classmethod
@@ -80,20 +82,25 @@ class Queue:
         before = json.loads(state[_IDS].tobytes()) if _IDS in state else []
         place = {silo: i for i, silo in enumerate(before)}
         for k, silo in enumerate(ids):
-            if silo in place:
+            if silo in place and math.isfinite(state["queue_due"][place[silo]]):
                 due, made_from, training = (state[f"queue_{name}"][place[silo]] for name in _ARRAYS)
                 queue.due_K[k], queue.version_K[k], queue.training_K[k] = due, made_from, training
             else:
+                queue.training_K[k] = -1 if silo not in place else state["queue_training"][place[silo]]
                 queue._fetch(k, version, queue.now)
+        gone = place.keys() - set(ids)
+        queue._gone = {silo: int(state["queue_training"][i]) for silo, i in place.items() if silo in gone}
         return queue
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The queue as `of` reads it."""
-        columns = zip(_ARRAYS, (self.due_K, self.version_K, self.training_K), strict=True)
+        gone = np.array([*self._gone.values()], dtype=np.int64)
+        more = (np.full(len(gone), math.inf), gone, gone)
+        columns = zip(_ARRAYS, (self.due_K, self.version_K, self.training_K), more, strict=True)
         return {
             NOW: np.array([self.now]),
-            _IDS: _text(self.ids),
-            **{f"queue_{name}": column for name, column in columns},
+            _IDS: _text([*self.ids, *self._gone]),
+            **{f"queue_{name}": np.concatenate([column, end]) for name, column, end in columns},
         }
 
     @property
