@@ -209,8 +209,9 @@ def test_no_vector_is_left_under_way_where_evaluation_ends_the_run(tmp_path, mon
         fedmpi.Run(config(tmp_path, 5, engine="buffered"), comm=SoloComm()) as done,
     ):
         for record in done:
-            fed = done.federation
-            monkeypatch.setattr(fed.exchange.runtime, "settle", lambda record=record: settled.append(record["round"]))
+            fed, exchange = done.federation, done.federation.exchange
+            assert isinstance(exchange, Arrivals)
+            monkeypatch.setattr(exchange.runtime, "settle", lambda record=record: settled.append(record["round"]))
 
             def evaluate(*_, fed=fed):
                 fed.done.clear()
