@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator
@@ -102,6 +103,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ranks" if file.endswith(LAUNCHES) else file
 
     return Files(config, log)
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Restores the handlers of stop signals: a command that fails ignores them, and so would all later processes."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

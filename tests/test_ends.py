@@ -183,7 +183,7 @@ def test_a_job_ends_where_no_thread_can_be_started_to_watch_its_end(monkeypatch,
     codes = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", refuses)
     world = SimpleNamespace(COMM_WORLD=SimpleNamespace(Abort=codes.append))
-    MpiComm.abort(SimpleNamespace(_mpi=world), 3)
+    MpiComm.abort(SimpleNamespace(_mpi=world, is_extended=False), 3)
     assert codes == [3]
 
 

@@ -57,7 +57,8 @@ def test_fedmpi_stop_in_a_ten_minute_round(place: Place, undisturbed: str) -> No
 
 def test_ctrl_c_at_mpirun_says_what_remains(place: Place) -> None:
     """The launcher gives its ranks half a second, and passes on none of their output in it."""
-    with place.start(2, "interrupted", "checkpoint.every=1", **TEN_MINUTES, AFTER=str(STEPS)) as job:
+    slow = 'server.optimizer={name: "mine:Late"}'  # ranks wait for a checkpoint for a share of the round
+    with place.start(2, "interrupted", "checkpoint.every=1", slow, STEP_S="5", **TEN_MINUTES, AFTER=str(STEPS)) as job:
         place.busy(job, "interrupted")
         until(lambda: place.rounds("interrupted") == [1], 60)
         os.kill(job.process.pid, signal.SIGINT)
