@@ -33,8 +33,7 @@ def same_program() -> list[str] | None:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     file = getattr(sys.modules["__main__"], "__file__", None)
     if spec is not None:
-        name = spec.name.removesuffix(".__main__") if spec.name.endswith(".__main__") else spec.name
-        what = ["module", name]
+        what = ["module", spec.name.removesuffix(".__main__")]
     elif file is not None:
         what = ["script", os.path.abspath(file)]
     else:

@@ -9,11 +9,7 @@ from typing import Any
 
 from fedmpi import disk, rng, roster, stopping
 from fedmpi.changes import asked_for
-from fedmpi.errors import (
-    CheckpointError,
-    ConfigError,
-    FedmpiError,
-)
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError
 from fedmpi.membership import Membership
 from fedmpi.output import say
 from fedmpi.parts import Parts

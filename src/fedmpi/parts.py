@@ -25,19 +25,8 @@ from fedmpi.comm import Comm
 from fedmpi.components import to_dict
 from fedmpi.config import Config, differences, digest, moved_schedules
 from fedmpi.device import capabilities
-from fedmpi.directory import (
-    CODE,
-    UNSHARED_FILE,
-    RunDirectory,
-    keep_code,
-    read_config,
-    save_tensors,
-    write_config,
-)
-from fedmpi.errors import (
-    ConfigError,
-    agreed,
-)
+from fedmpi.directory import CODE, UNSHARED_FILE, RunDirectory, keep_code, read_config, save_tensors, write_config
+from fedmpi.errors import ConfigError, agreed
 from fedmpi.flat import changed_entries, signature
 from fedmpi.health import Health
 from fedmpi.keeper import Keeper
@@ -102,9 +91,8 @@ class Parts:
 
     def _assemble(self, members: Membership | None, directory: RunDirectory | None) -> None:
         """Lock the run directory and build the run's parts. Collective."""
-        kept: dict[str, bytes] | None = (
-            None if directory is None else self.code
-        )  # what runs here, even if the files have changed since
+        # Where the start goes on, what runs here, even if the files have changed since.
+        kept = None if directory is None else self.code
         if directory is None:
             self._directory = RunDirectory(Path(self.config.out), self.comm)
         else:

@@ -7,7 +7,6 @@ checkpoints, records and the roster.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 import traceback
@@ -21,13 +20,7 @@ import torch
 from fedmpi import disk, rng, stopping
 from fedmpi.assembly import open_members
 from fedmpi.comm import Comm, Spawned, go_on_with
-from fedmpi.errors import (
-    CommTimeout,
-    ConfigError,
-    FedmpiError,
-    RankLost,
-    agreed,
-)
+from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost, agreed
 from fedmpi.fresh import is_fresh, joins_no_more
 from fedmpi.heal import Loss, Regrouped, agreed_mirror, healed, inherited, newest_common
 from fedmpi.members import Members
@@ -41,8 +34,6 @@ from fedmpi.records.metrics import last_round
 from fedmpi.requests import Desk
 from fedmpi.roster import Roster
 from fedmpi.rounds import Federation
-
-log = logging.getLogger("fedmpi")
 
 SPAWNS = 8  # times that fresh ranks are started in a run
 WRITER_S = 30.0  # seconds that a failed run waits for the checkpoint that is being written
@@ -187,6 +178,8 @@ class Recovery(Members):
             self._keeper.keep(self.state)
         self.comm.took(record["seconds"]["round"] if record is not None else 0.0)
         self.federation.timer.reset()
+
+    # ------------------------------------------------------------ fresh ranks
 
     def _refill(self) -> bool:
         """Start fresh ranks in place of lost ones, or let them join if ready; True if they joined. Collective."""

@@ -25,18 +25,8 @@ from fedmpi import disk, rng, stopping
 from fedmpi.comm import Comm, Spawned, connect
 from fedmpi.components import did_you_mean
 from fedmpi.config import Config, load, run_directory
-from fedmpi.directory import (
-    save_model,
-)
-from fedmpi.errors import (
-    CheckpointError,
-    ConfigError,
-    Diverged,
-    FedmpiError,
-    NoCohort,
-    Stopped,
-    agreed,
-)
+from fedmpi.directory import save_model
+from fedmpi.errors import CheckpointError, ConfigError, Diverged, FedmpiError, NoCohort, Stopped, agreed
 from fedmpi.evaluate import load_own
 from fedmpi.fresh import is_fresh
 from fedmpi.membership import Membership

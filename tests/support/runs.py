@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from fedmpi.state import StateTensor
 from fedmpi.types import Silo, SiloData, Source
 
 OWN = "support.runs:"  # how configurations name this module's components
+
+
+def paced(round, step_s):
+    """The round of a silo that sleeps so many seconds before each step."""
+
+    def check():
+        time.sleep(step_s)
+        round.check()
+
+    return replace(round, check=check)
 
 
 @component

@@ -2,13 +2,12 @@
 
 import json
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from support.programs.cases import require_equal, run
-from support.runs import OWN
+from support.runs import OWN, paced
 
 import fedmpi
 from fedmpi.comm import SoloComm, connect
@@ -38,13 +37,10 @@ class Paced(Sgd):
     in_training: int = 2
 
     def train(self, silo, model, params_P, round):
-        def check(before=round.check):
-            time.sleep(STEP_S * (self.slower if silo.id == self.slow else 1))
-            before()
-
         if silo.id == self.fails and silo.cursor >= self.in_training * 40:
             raise OSError("its disk is gone")
-        return super().train(silo, model, params_P, replace(round, check=check))
+        step_s = STEP_S * (self.slower if silo.id == self.slow else 1)
+        return super().train(silo, model, params_P, paced(round, step_s))
 
 
 def config(folder, out, num_silos, rounds=8, local=None, **more):
