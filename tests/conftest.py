@@ -52,6 +52,7 @@ LONG = {
     "mpi/test_heal.py::test_a_silo_that_hangs_ends": (),
     "rounds/test_late.py::test_too_few": (),
     "rounds/test_late.py::test_an_automatic": (),
+    "secure/test_protocol.py::test_every_drop_out_of_each": ("phase[3]",),
     "rounds/test_fused.py::test_rules": ("sgd", "ditto", "scaffold"),
 }
 

@@ -44,7 +44,7 @@ ORDER = [
         "roster",
         "asking",
     ),
-    *("evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
+    *("secure", "evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train"),
     *("plan", "results", "compare", "launchline", "remains", "supervisor"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
@@ -82,7 +82,12 @@ def test_a_module_imports_only_what_stands_before_it(path):
 
 
 @pytest.mark.parametrize(
-    ("package", "allowed"), [("mpi4py", {"comm/mpi.py", "fresh.py"}), ("h5py", {"tensorfile.py", "data/formats.py"})]
+    ("package", "allowed"),
+    [
+        ("mpi4py", {"comm/mpi.py", "fresh.py"}),
+        ("h5py", {"tensorfile.py", "data/formats.py"}),
+        ("cryptography", {"secure/masks.py"}),
+    ],
 )
 def test_a_package_has_one_door(package, allowed):
     users = {

@@ -1,0 +1,123 @@
+"""Keys and masks. All cryptography is from the package `cryptography`; here are only names, labels and sizes.
+
+    X25519 (RFC 7748)            two public keys -> a secret that both owners compute
+    HKDF-SHA256 (RFC 5869)       a secret and a label -> a key for one use
+    AES-128-CTR (SP 800-38A)     a key -> a stream of uniform words; any piece of it by itself
+    AES-128-GCM (SP 800-38D)     shares that pass through the server's hands
+
+Every key encrypts one stream from counter 0, so the nonce is always 0. Mask words are unsigned integers of 32 or 64
+bits, which sums wrap around. Secrets live in memory only.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedmpi.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+KEY_BYTES = 16  # of AES-128
+PUBLIC_BYTES = 32  # of X25519
+BLOCK_BYTES = 16  # of AES; the counter counts these
+CHUNK = 1 << 15  # words per step, so that stream and sum stay in the cache
+
+_ZEROS = np.zeros(CHUNK, dtype=np.uint64)
+
+
+def require() -> None:
+    """Raise ConfigError if `cryptography` is not installed."""
+    try:
+        import cryptography  # noqa: F401
+    except ImportError:
+        raise ConfigError("secure: needs the package cryptography; pip install 'fedmpi[secure]'") from None
+
+
+class KeyPair:
+    """A key pair of X25519. `repr` and pickling do not show the private key."""
+
+    def __init__(self, private: bytes | None = None) -> None:
+        from cryptography.hazmat.primitives.asymmetric import x25519
+
+        key = x25519.X25519PrivateKey
+        self._private: X25519PrivateKey = key.generate() if private is None else key.from_private_bytes(private)
+        self.public: bytes = self._private.public_key().public_bytes_raw()
+
+    def private_bytes(self) -> bytes:
+        """The private key, 32 bytes."""
+        return self._private.private_bytes_raw()
+
+    def agree(self, public: bytes) -> bytes:
+        """The secret shared with the owner of a public key. Raises ValueError for a public key of low order."""
+        from cryptography.hazmat.primitives.asymmetric import x25519
+
+        return self._private.exchange(x25519.X25519PublicKey.from_public_bytes(public))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("keys stay in memory")
+
+
+def derive(secret: bytes, label: str, *numbers: int, num_bytes: int = KEY_BYTES, salt: bytes = b"") -> bytes:
+    """A key for one use, named by a label and numbers. HKDF-SHA256."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    info = b"fedmpi " + label.encode() + b"\0" + struct.pack(f">{len(numbers)}q", *numbers)
+    return HKDF(algorithm=hashes.SHA256(), length=num_bytes, salt=salt or None, info=info).derive(secret)
+
+
+def stream_into(key: bytes, words: np.ndarray, start: int = 0) -> None:
+    """Fill `words` (contiguous unsigned integers) with a key's stream from word `start` on. AES-128-CTR.
+
+    Any piece of a stream can be made by itself: the counter starts at the piece.
+    """
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    block, skipped = divmod(start * words.itemsize, BLOCK_BYTES)
+    counter = block.to_bytes(BLOCK_BYTES, "big")
+    encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
+    zeros, out = _ZEROS.view(np.uint8).data, words.view(np.uint8).data
+    if skipped:
+        encryptor.update(bytes(skipped))
+    for begin in range(0, len(out), _ZEROS.nbytes):
+        part = out[begin : begin + _ZEROS.nbytes]
+        encryptor.update_into(zeros[: len(part)], part)
+
+
+def add_stream(key: bytes, sign: int, words: np.ndarray, start: int = 0) -> None:
+    """Add (`sign` 1) or subtract (-1) a key's stream from word `start` on, in place, modulo 2^32 or 2^64."""
+    if words.dtype.kind != "u":
+        raise TypeError(f"masks are sums of unsigned integers, not {words.dtype}")
+    scratch = np.empty(min(CHUNK, len(words)), dtype=words.dtype)
+    for begin in range(0, len(words), CHUNK):
+        part = words[begin : begin + CHUNK]
+        stream_into(key, scratch[: len(part)], start + begin)
+        (np.add if sign > 0 else np.subtract)(part, scratch[: len(part)], out=part)
+
+
+def seal(key: bytes, text: bytes, about: bytes) -> bytes:
+    """The text, encrypted and authenticated together with `about`, under a key that seals one text only."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    return AESGCM(key).encrypt(bytes(12), text, about)
+
+
+def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes:
+    """The text of `seal`. Raises ValueError if it was changed, or sealed with other keys."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    try:
+        return AESGCM(key).decrypt(bytes(12), sealed, about)
+    except InvalidTag:
+        raise ValueError("a sealed message was changed, or is not for this silo") from None
+
+
+def fresh_secret() -> bytes:
+    """32 random bytes of the operating system."""
+    return secrets.token_bytes(32)
