@@ -43,6 +43,7 @@ ORDER = [
         "health",
         "roster",
         "asking",
+        "files",
     ),
     *("secure", "evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train"),

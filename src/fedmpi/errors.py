@@ -14,6 +14,8 @@ FedmpiError                 exit 1
 ├── RankLost                exit 1   other ranks have died; carries which
 ├── CommTimeout             exit 1   a wait for other ranks took too long; carries which were silent
 ├── CheckpointError         exit 1   a checkpoint could not be written or read
+├── FolderError             exit 1   the shared folder of jobs could not be read or written for too long
+├── Superseded              exit 1   a newer start of the same server or silo has taken over
 └── Stopped                 exit 3   a signal or `fedmpi stop`; the last whole round is on disk
 """
 
@@ -92,6 +94,14 @@ class CommTimeout(FedmpiError):
 
 class CheckpointError(FedmpiError):
     """A checkpoint could not be written, or none of those found can be used."""
+
+
+class FolderError(FedmpiError):
+    """The shared folder of jobs cannot be read or written, or holds what it should not."""
+
+
+class Superseded(FedmpiError):
+    """A newer start of the same server or silo has taken over; this one writes nothing more."""
 
 
 class Stopped(FedmpiError):

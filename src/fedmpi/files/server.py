@@ -1,0 +1,218 @@
+"""What the server job does with the folder: claim the epoch, read updates, commit versions, tidy up.
+
+Two servers cannot both commit. A server writes its commit beside the claims of epochs, then looks for a higher claim,
+then links the commit to its number on the line. A new server claims first, then removes what others have written beside
+the claims, then reads the line. So either the old server finds the new claim, or its commit is on the line that the new
+one reads, or it has nothing to link any more. No clock and no waiting is involved.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmpi.errors import ConfigError, Superseded
+from fedmpi.files import claims, names
+from fedmpi.files.beats import Heart, Leases, Pulse
+from fedmpi.files.claims import Claim
+from fedmpi.files.envelope import Buffer, Envelope, packed
+from fedmpi.files.folder import Folder
+from fedmpi.files.line import NEVER, Commit, Entry, File, Line, answered
+from fedmpi.files.reading import Damaged, noted, of_silos, read_of_silo
+from fedmpi.files.root import open_run
+from fedmpi.files.tidy import Tidy
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An update that is whole. `entry(counts)` is what a commit says of it."""
+
+    silo: str
+    number: int  # of the silo's training, from 0
+    by: int  # incarnation of the silo's job
+    content: Envelope
+
+    def entry(self, counts: bool = True) -> Entry:
+        """This update as an entry of a commit; `counts` False: it is dropped."""
+        return Entry(self.silo, self.number, self.by, self.content.digest, counts)
+
+
+class Server:
+    """The folder as the server sees it; made by `start`. Raises Superseded when a newer server has taken over."""
+
+    def __init__(self, folder: Folder, run: str, claim: Claim, lease_s: float, keep: int, keep_updates: bool) -> None:
+        self.folder, self.run, self.epoch = folder, run, claim.number
+        self.leases = Leases(folder, lease_s)
+        self._claim = claim
+        self._line = Line(folder, run)
+        self._heart = Heart(folder, run, names.SERVER, claim.number)
+        self._registered: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._taken: dict[str, tuple[int, int]] = {}  # by silo: last update read and its incarnation
+        self._damaged = Damaged(folder)
+        self._tidy = Tidy(folder, self.epoch, keep, keep_updates)
+        claim.sweep()
+        self._recent = deque((c for c in self._line.retained()), maxlen=keep)
+        self._line.look()
+
+    @classmethod
+    def start(
+        cls,
+        folder: Folder,
+        run_about: Mapping[str, Any],
+        about: Mapping[str, Any],
+        *,
+        lease_s: float = 60.0,
+        keep: int = 3,
+        keep_updates: bool = False,
+    ) -> Server:
+        """Become the server of the run in this folder.
+
+        `run_about` identifies the run (compared by all jobs), `about` this job (host, job id; for messages). Waits
+        until the lease of an earlier server has ended; returns at once if that one said that it ended. `keep` versions
+        keep their files; with `keep_updates` all committed updates are kept. Raises ConfigError if another server is
+        alive.
+        """
+        run = open_run(folder, run_about)
+        _wait_for_lease(folder, lease_s)
+        claim = Claim.take(folder, run, names.EPOCHS, "", about)
+        return cls(folder, run, claim, lease_s, keep, keep_updates)
+
+    # ------------------------------------------------------------ the line
+
+    @property
+    def head(self) -> Commit | None:
+        """The newest commit; None before the first. No operation: only this server commits."""
+        return self._line.head
+
+    def put(self, kind: str, number: int, head: Mapping[str, Any], payload: Sequence[Buffer] = ()) -> File:
+        """Write a file for silos to read, and return what a commit says of it. `number` is a version, or counts up;
+        the last few of a kind are kept, and those that the last commits name."""
+        fixed = {"kind": kind, "run": self.run, "who": kind, "number": number, "by": self.epoch}
+        parts, digest = packed({**head, **fixed}, payload)
+        self.folder.publish(names.path(names.NOTES, kind, number, self.epoch), parts)
+        self._tidy.wrote(kind, number)
+        return File(kind, number, self.epoch, digest)
+
+    def fetch(self, file: File) -> Envelope | None:
+        """A file of the server that a commit names, to resume from it; None if it was removed."""
+        return noted(self.folder, self.run, file)
+
+    def commit(
+        self, entries: Sequence[Entry], files: Sequence[File], about: Mapping[str, Any], ended: bool = False
+    ) -> Commit:
+        """Commit the next version: it answers the updates of `entries`, and `files` belong to it. `about` is free JSON.
+
+        Raises ValueError if an update was answered before, Superseded, and FolderError if it is not known whether the
+        commit was made (a new start finds out).
+        """
+        parent = self._line.head
+        version, digest = (0, "") if parent is None else (parent.version + 1, parent.digest)
+        last = answered({} if parent is None else parent.last, entries)
+        head = {
+            **{"kind": "commit", "run": self.run, "number": version, "by": self.epoch, "parent": digest},
+            **{"entries": [list(e) for e in entries], "files": [list(f) for f in files], "ended": ended},
+            **{"last": {silo: list(row) for silo, row in last.items()}, "about": dict(about)},
+        }
+        parts, digest = packed(head)
+        part = f"{names.path(names.EPOCHS, '', self.epoch, version)}{names.PART}{self.folder.token()}"
+        path = names.path(names.LINE, "", version)
+        if not self.folder.publish_first(path, parts, part, self._claim.require_newest):
+            raise Superseded(f"version {version} was committed by another server than this one (epoch {self.epoch})")
+        commit = Commit.of(head, digest)
+        self._line.follow(commit)
+        self._recent.append(commit)
+        self._tidy.committed(commit, self._recent)
+        return commit
+
+    def recent(self) -> list[Commit]:
+        """The last commits, oldest first; as many as keep their files."""
+        return list(self._recent)
+
+    # ------------------------------------------------------------ silos
+
+    def registrations(self) -> dict[str, tuple[int, dict[str, Any]]]:
+        """By silo: the incarnation that registered last, and what it says of itself. Operations: a listing, and a read
+        for each new one."""
+        for silo, number in claims.claimed(self.folder, names.SILOS).items():
+            if self._registered.get(silo, (0, {}))[0] < number:
+                head = claims.read(self.folder, names.SILOS, silo, number)
+                if head is not None:  # else seen at the next call
+                    self._registered[silo] = (number, head["about"])
+        return dict(self._registered)
+
+    def poll(self) -> list[Arrived]:
+        """The updates that have become whole since the last call, each once, a silo's in their order. Operations: a
+        listing, and a read for each new file.
+
+        An update is returned again only by a later server, if no commit has answered it. Of two files with one number
+        (a silo's old job that still wrote beside its new one) one is returned.
+        """
+        arrived = []
+        for silo, number, by in of_silos(self.folder, names.UPDATE):
+            if number != self._expected(silo):
+                continue
+            content = read_of_silo(self.folder, self.run, names.UPDATE, silo, number, by)
+            path = names.path(names.OF_SILOS[names.UPDATE], silo, number, by)
+            if content is None:
+                if self._damaged.too_long(path):  # the silo finds it gone and writes it again
+                    self._claim.require_newest()
+                    self.folder.remove(path)
+                continue
+            self._damaged.whole(path)
+            self._taken[silo] = (number, by)
+            arrived.append(Arrived(silo, number, by, content))
+        return arrived
+
+    def _expected(self, silo: str) -> int:
+        head = self._line.head
+        last = NEVER if head is None else head.last.get(silo, NEVER)
+        return max(last.number, self._taken.get(silo, (-1, 0))[0]) + 1
+
+    def silo_files(self, kind: str) -> list[tuple[str, int, int]]:
+        """Silo, number and incarnation of all files of a kind that are there."""
+        return of_silos(self.folder, kind)
+
+    def read_silo(self, kind: str, silo: str, number: int, by: int) -> Envelope | None:
+        """A file of a silo; None while it is not whole."""
+        return read_of_silo(self.folder, self.run, kind, silo, number, by)
+
+    def remove(self, kind: str, silo: str, number: int, by: int) -> None:
+        """Remove a file of a silo that is not needed any more. Answered updates are removed by `commit`."""
+        self.folder.remove(names.path(names.OF_SILOS[kind], silo, number, by))
+
+    # ------------------------------------------------------------ being there
+
+    def beat(self, about: Mapping[str, Any], ended: bool = False) -> None:
+        """Show that the server is alive, at least four times a lease; also tells silos which updates it has read.
+        Raises Superseded. Safe in another thread."""
+        self._claim.require_newest()
+        self._heart.beat({**about, "taken": {silo: list(last) for silo, last in self._taken.copy().items()}}, ended)
+
+    def tidy(self) -> None:
+        """Remove what earlier jobs have left behind. Lists every folder; call it every hundred rounds or so."""
+        self._tidy.everything(self._line, self._recent)
+
+
+def _wait_for_lease(folder: Folder, lease_s: float) -> None:
+    """Return when no other server is alive. Raises ConfigError if one is."""
+    leases, epoch = Leases(folder, lease_s), claims.claimed(folder, names.EPOCHS).get("", 0)
+    if epoch == 0:
+        return
+    first: Pulse | None = None
+    until_s = folder.now() + lease_s
+    while folder.now() <= until_s:
+        leases.look(names.SERVER)
+        pulse = leases.pulses.get(names.SERVER)
+        newest = claims.claimed(folder, names.EPOCHS).get("", 0)
+        if pulse is not None and pulse.ended and pulse.by == newest:
+            return
+        if newest > epoch or (first is not None and pulse is not first):
+            owner = claims.read(folder, names.EPOCHS, "", newest)
+            about = {} if owner is None else owner["about"]
+            who = f" ({', '.join(f'{key} {value}' for key, value in about.items())})" if about else ""
+            raise ConfigError(f"transport.root: another server{who} of the run in {folder.root} is alive")
+        if first is None and pulse is not None:
+            first, until_s = pulse, folder.now() + lease_s
+        folder.wait(lease_s / 16)

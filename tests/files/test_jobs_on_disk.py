@@ -1,0 +1,87 @@
+"""A server and a silo in one folder on a real disk."""
+
+import re
+
+import pytest
+
+from fedmpi.errors import ConfigError, Superseded
+from fedmpi.files import names
+from fedmpi.files.folder import Disk
+from fedmpi.files.server import Server
+from fedmpi.files.silo import Silo
+
+RUN = {"seed": 1}
+
+
+@pytest.fixture
+def server(tmp_path):
+    return Server.start(Disk(tmp_path), RUN, {"host": "n1"}, lease_s=0.2)
+
+
+def a_silo(path, name="St. Mary/3"):
+    return Silo.start(Disk(path), RUN, name, {"num_train": 5}, lease_s=0.2)
+
+
+def rounds(server, silo, number):
+    """Commit the first version if there is none, and then so many with an update each."""
+    if server.head is None:
+        server.commit([], [server.put("model", 0, {}, [b"0"])], {})
+    for _ in range(number):
+        update = server.head.version
+        silo.publish(names.STATE, update, {})
+        silo.publish(names.UPDATE, update, {"weight": 5}, [b"de", b"lta"])
+        (arrived,) = server.poll()
+        assert server.poll() == [] and bytes(arrived.content.payload) == b"delta"
+        server.commit([arrived.entry()], [server.put("model", update + 1, {}, [b"%d" % (update + 1)])], {})
+        assert silo.answer(update) == arrived.entry()
+        silo.tidy()
+
+
+def test_rounds_of_one_silo(tmp_path, server):
+    silo = a_silo(tmp_path)
+    assert server.registrations() == {"St. Mary/3": (1, {"num_train": 5})} and silo.look() is None
+    rounds(server, silo, 5)
+    assert silo.look() == server.head and silo.look().version == 5
+    assert bytes(silo.fetch(silo.look().files["model"]).payload) == b"5"
+    assert silo.position() == ((4, 1, 4, 1), [])
+
+
+def test_folders_stay_small(tmp_path, server):
+    rounds(server, a_silo(tmp_path), 100)
+    server.tidy()
+    files = sorted(path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file())
+    assert {folder: files.count(folder) for folder in files} == {
+        **{"epochs": 1, "line": 64, "notes": 3, "run": 1, "silos": 1, "states": 1}
+    }
+
+
+def test_two_servers_cannot_both_commit(tmp_path, server):
+    rounds(server, a_silo(tmp_path), 1)
+    newer = Server.start(Disk(tmp_path), RUN, {}, lease_s=0.2)
+    with pytest.raises(Superseded, match=re.escape("this start (1) of the server is superseded by a newer one (2)")):
+        server.commit([], [], {})
+    assert newer.commit([], [], {}).version == 2
+
+
+def test_a_server_that_is_alive_is_not_superseded(tmp_path, server):
+    other = Disk(tmp_path)
+    other.wait = lambda seconds: server.beat({})
+    with pytest.raises(ConfigError, match=r"another server \(host n1\) of the run in .* is alive"):
+        Server.start(other, RUN, {}, lease_s=0.2)
+
+
+def test_a_silo_goes_on_where_its_last_job_ended(tmp_path, server):
+    old = a_silo(tmp_path)
+    rounds(server, old, 2)
+    old.publish(names.STATE, 2, {})
+    old.publish(names.UPDATE, 2, {})
+    old.publish(names.STATE, 3, {})  # it ends before its update 3
+    new = a_silo(tmp_path)
+    assert new.position() == ((1, 1, 1, 1), [(2, 1)]) and new.position().upcoming == 3
+    with pytest.raises(Superseded, match=re.escape("of the silo 'St. Mary/3'")):
+        old.publish(names.UPDATE, 3, {})
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path, server):
+    with pytest.raises(ConfigError, match="belongs to another run: its seed is 1, here it is 2; take another folder"):
+        Silo.start(Disk(tmp_path), {"seed": 2}, "a", {})
