@@ -106,7 +106,7 @@ def mpi_rank(error, failed):
         setattr(world, call, fails)
     mpi = SimpleNamespace(Exception=Broken, Status=lambda: None, ERR_PROC_FAILED=75, ERR_REVOKED=77, SUM=None)
     comm = MpiComm.__new__(MpiComm)
-    super(MpiComm, comm).__init__(mpi, world)
+    super(MpiComm, comm).__init__(mpi, world, control)
     return comm
 
 

@@ -41,7 +41,7 @@ CASES = {
     ),
     "kept": (4, "0:3:tell,2:6:write", ["exchange.plan=replicated", "local={name: scaffold, lr: 0.05, epochs: 1}"]),
     "alone": (2, "1:3:train", []),
-    "again": (5, "1:3:train,2:3:shrink,3:3:late,4:3:take", ["exchange.plan=sharded", "server.optimizer=fedadam"]),
+    "again": (5, "1:3:train,2:3:shrink,3:3:late,0:3:apart,4:3:take", ["exchange.plan=sharded", *ADAM]),
     "at_once": (5, "0:3:train,2:3:train,3:3:heal", ["exchange.plan=root"]),
 }
 
@@ -54,7 +54,7 @@ def test_a_run_whose_ranks_die_ends_with_the_bits_of_one_whose_ranks_do_not(case
     (row,) = rows
     config = load(str(ROOT / "configs" / "digits.yaml"), [f"out={tmp_path / 'whole'}", *ROUNDS, *overrides])[0]
     records, whole = run(config)
-    dead = {int(death.partition(":")[0]) for death in deaths.split(",") if not death.endswith("late")}
+    dead = {int(death.partition(":")[0]) for death in deaths.split(",") if not death.endswith(("late", "apart"))}
     assert row["ranks"] == n - len(dead), done.tails
     assert row["seen"] == list(range(1, 11))
     assert row["sha256"] == sha256(whole.parameters), done.tails

@@ -21,17 +21,12 @@ import numpy as np
 from fedmpi import launcher
 from fedmpi.comm.base import LOST, Comm, T
 from fedmpi.comm.machine import cores, host_identity
-from fedmpi.comm.mpi_control import bounded
+from fedmpi.comm.mpi_control import bounded, revoked_on_loss, tolerant
 from fedmpi.comm.mpi_transport import MpiTransport
 from fedmpi.comm.staging import Staging
 from fedmpi.comm.vigil import Vigil
 from fedmpi.errors import ConfigError, FedmpiError, RankLost, agreed
 from fedmpi.output import flush, say
-
-
-def tolerant() -> bool:
-    """Whether this job was started to survive lost ranks, as by `mpirun --with-ft ulfm`."""
-    return os.environ.get("OMPI_MCA_mpi_ft_enable", "0") in ("1", "true", "yes")  # noqa: SIM112
 
 
 def library() -> Any:
@@ -54,12 +49,17 @@ class MpiComm(MpiTransport):
     is_extended = False
 
     def __init__(self, mpi: Any, world: Any = None) -> None:
-        super().__init__(mpi, mpi.COMM_WORLD.Dup() if world is None else world)
-        self._groups: list[MpiComm] = []  # made by `split`
-        self._twins: list[MpiComm] = []
-        self._first = self._world  # the communicator before any rank was lost
-        name = socket.gethostname().encode()[:256]
-        rows = self.gather(name.ljust(256, b"\0") + host_identity() + (mine := cores())[0])
+        world = mpi.COMM_WORLD.Dup() if world is None else world
+        with revoked_on_loss(mpi, world):
+            control = world.Dup()
+            world.Barrier()  # now every rank has it and can revoke it
+        with revoked_on_loss(mpi, control, world):
+            super().__init__(mpi, world, control)
+            self._groups: list[MpiComm] = []  # made by `split`
+            self._twins: list[MpiComm] = []
+            self._first = self._world  # the communicator before any rank was lost
+            name = socket.gethostname().encode()[:256]
+            rows = self.gather(name.ljust(256, b"\0") + host_identity() + (mine := cores())[0])
         self.hosts = tuple(row[:256].rstrip(b"\0").decode() for row in rows)
         self.machines = tuple(row[256:288] for row in rows)
         self.oversubscribed = sum(row[288:] == mine[0] for row in rows) > mine[1]

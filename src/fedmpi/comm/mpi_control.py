@@ -5,11 +5,12 @@ Every MPI call runs inside `bounded` or `translated`, which turn MPI's errors ab
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,28 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _NOTICE, _LAST, _PULSE, _POST = 71, 72, 73, 74  # tags on the control communicator
 _LOST = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")  # error classes that mean a lost rank
+
+# Seconds until every rank has made a communicator that one of them has: revoking it meanwhile crashes Open MPI 5.0.11.
+MADE_S = 0.25
+
+
+def tolerant() -> bool:
+    """Whether this job was started to survive lost ranks, as by `mpirun --with-ft ulfm`."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "0") in ("1", "true", "yes")  # noqa: SIM112
+
+
+@contextlib.contextmanager
+def revoked_on_loss(mpi: Any, *communicators: Any) -> Iterator[None]:
+    """Revokes new communicators if a call inside fails, because ranks whose calls have not failed would wait in them
+    for this one."""
+    try:
+        yield
+    except (mpi.Exception, RankLost):
+        if tolerant():
+            time.sleep(MADE_S)
+            for communicator in communicators:
+                communicator.Revoke()
+        raise
 
 
 def bounded(call: F) -> F:
@@ -61,13 +84,13 @@ def translated(call: F) -> F:
 class MpiControl(Comm):
     """Control traffic between the ranks of an MPI job, on its own communicator."""
 
-    def __init__(self, mpi: Any, world: MPI.Comm) -> None:
+    def __init__(self, mpi: Any, world: MPI.Comm, control: MPI.Comm) -> None:
         self.depth = self.calls = 0  # for the timeouts: calls in progress, and calls completed
         self._vigil: Vigil | None = None
         self._above: MpiControl | None = None  # the communicator that this one was split from
         self._beat_s = math.inf  # time of the next heartbeat
         self._mpi = mpi
-        self._control: MPI.Comm = world.Dup()
+        self._control = control
         self._worst = 0
         self._passed_on = 0  # rank 0: the highest notice it has relayed
         self._sent: list[tuple[Any, np.ndarray]] = []  # requests keep their buffers

@@ -12,7 +12,7 @@ import torch
 
 from fedmpi.comm import machine
 from fedmpi.comm.base import All, CountsDispls, Pending, blocks, summable
-from fedmpi.comm.mpi_control import MpiControl, bounded, translated
+from fedmpi.comm.mpi_control import MpiControl, bounded, revoked_on_loss, translated
 from fedmpi.comm.staging import Staging
 from fedmpi.errors import ExchangeError, agreed
 
@@ -26,8 +26,8 @@ _AHEAD = 4  # blocks in flight where waiting means sleeping
 class MpiTransport(MpiControl):
     """Vector collectives between the ranks of an MPI job."""
 
-    def __init__(self, mpi: Any, world: MPI.Comm) -> None:
-        super().__init__(mpi, world)
+    def __init__(self, mpi: Any, world: MPI.Comm, control: MPI.Comm) -> None:
+        super().__init__(mpi, world, control)
         self.staging = Staging()
         self._world = world
         self._node: MPI.Comm | None = None  # ranks that share memory with this one; created on first use
@@ -117,7 +117,10 @@ class MpiTransport(MpiControl):
     @bounded
     def one_node(self) -> bool:
         if self._node is None:
-            self._node = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
+            node = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
+            with revoked_on_loss(self._mpi, node):
+                self.wait(self._world.Ibarrier())  # now every rank has its node's, and can revoke it
+            self._node = node
         return bool(self._node.size == self.size)
 
     @bounded

@@ -18,7 +18,8 @@ from types import TracebackType
 from fedmpi import launcher, stopping
 from fedmpi.comm.base import Comm
 from fedmpi.comm.machine import tight
-from fedmpi.comm.mpi import MpiComm, library, tolerant
+from fedmpi.comm.mpi import MpiComm, library
+from fedmpi.comm.mpi_control import tolerant
 from fedmpi.comm.solo import SoloComm
 from fedmpi.comm.spawn import connected
 from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost

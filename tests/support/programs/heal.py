@@ -5,8 +5,8 @@ python heal.py OUT RANK:ROUND:POINT[,...] [KEY=VALUE ...]    ranks are those tha
 Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (during it), evaluate,
 mirror (while the commit is stored), tell (once it is stored), write (when a checkpoint is due), end (after the last
 round), mark (once members have changed as asked); and during recovery: shrink (once the remaining ranks have met),
-heal, take (once they have the state). At `late` a rank does not die, but acts as if the remaining ranks had not met; at
-`hang` its silo trains for ever.
+heal, take (once they have the state). At `late` and `apart` a rank does not die, but acts as if the remaining ranks had
+not met: after they did, and while the others wait for it in a call. At `hang` its silo trains for ever.
 """
 
 import json
@@ -72,7 +72,15 @@ def late(comm, *arguments, share=MpiComm.share):
     return total
 
 
+def apart(comm, row, gather=MpiComm.gather):
+    if (len(rounds) + 1, "apart") in mine and sys._getframe(1).f_code.co_name == "__init__":
+        mine.remove((len(rounds) + 1, "apart"))
+        raise RankLost([])
+    return gather(comm, row)
+
+
 MpiComm.share = late
+MpiComm.gather = apart
 train.Run._score = lambda self, record: float(record["round"] == 3)  # the best round lies between two checkpoints
 
 with fedmpi.Run("configs/digits.yaml", f"out={out}", *overrides) as run:
