@@ -143,7 +143,7 @@ def _handed_on(
     comm, heir_of = group.comm, heirs(fed.membership, members)
     held, old = list(commit.mine), group.before.rank
     for lost, tensors in commit.others.items():
-        keepers = [rank for rank in buddies(lost, group.before.size) if rank not in group.lost]
+        keepers = [rank for rank in buddies(group.before.machines)[lost] if rank not in group.lost]
         if lost in group.lost and keepers[0] == old:
             held += tensors
     going: list[list[StateTensor]] = [[] for _ in range(comm.size)]

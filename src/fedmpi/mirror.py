@@ -1,7 +1,8 @@
 """Keeps the last commits in the ranks' memory, so that the ranks left after a loss can continue from them.
 
-After each commit a rank copies its own part of the state. It sends what no other rank has to its buddies, the two ranks
-after it. If a rank dies, a buddy still has its part; if all three die, the newest checkpoint remains.
+After each commit a rank copies its own part of the state. It sends what no other rank has to its buddies, three other
+ranks, on other hosts if possible. If a rank dies, a buddy still has its part; if all four die, the newest checkpoint
+remains.
 
 Two commits are kept. Ranks that notice a death in different calls differ by at most one commit, and continue from the
 newest that all of them have. `keep` ends with a barrier: a rank that leaves it knows that all ranks have the commit.
@@ -9,9 +10,10 @@ newest that all of them have. `keep` ends with a barrier: a rank that leaves it 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from fedmpi.assembly import Spec
 
 COMMITS = 2  # that a rank keeps
-BUDDIES = 2  # ranks that store what only one rank has
+BUDDIES = 3  # ranks that store what only one rank has
 AT = "at"  # in a key: followed by the whole vector's length and the places of the rank's parts in it
 Runs = list[tuple[int, int]]  # start and length of each part of a vector that a rank has
 
@@ -71,10 +73,10 @@ class Mirror:
         mine = [one for one, is_mine in zip(copies, alone, strict=True) if is_mine]
         whole = [one for one, is_mine in zip(copies, alone, strict=True) if not is_mine]
         to_buddies = packed([one for one in mine if self._outlives(one)])
-        mates, nothing = buddies(comm.rank, comm.size), torch.empty(0, dtype=torch.uint8)
-        outgoing = [to_buddies if rank in mates else nothing for rank in range(comm.size)]
+        mates, nothing = buddies(comm.machines), torch.empty(0, dtype=torch.uint8)
+        outgoing = [to_buddies if rank in mates[comm.rank] else nothing for rank in range(comm.size)]
         arrived = exchanged(outgoing, comm)
-        others = {rank: unpacked(arrived[rank]) for rank in range(comm.size) if comm.rank in buddies(rank, comm.size)}
+        others = {rank: unpacked(arrived[rank]) for rank in range(comm.size) if comm.rank in mates[rank]}
         bare = replace(state, params_Q=torch.empty(0), optimizer=None, average_P=None, written=-1)
         self.commits = [*self.commits[1 - COMMITS :], Commit(bare, whole, mine, others)]
         comm.share(np.zeros(1))
@@ -115,13 +117,23 @@ class Mirror:
         return one._replace(key=(*one.key, AT, str(total), *lies))
 
 
-def buddies(rank: int, num_ranks: int) -> list[int]:
-    """The ranks that store what only this rank has.
+@functools.lru_cache(maxsize=8)
+def buddies(hosts: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
+    """For each rank, the ranks that store what only it has. `hosts`: each rank's.
 
-    >>> buddies(2, 4), buddies(0, 2), buddies(0, 1)
-    ([3, 0], [1], [])
+    Ranks form a ring, host by host. Buddies are a quarter, half and three quarters of the ring away: one of them is on
+    another host unless more than half of the ranks are on one host, and four equal hosts have one copy each. Every rank
+    is the buddy of equally many.
+
+    >>> buddies(("a", "b", "a", "b"))[0], buddies(("a",) * 3), buddies(("a",))
+    ((2, 1, 3), ((1, 2), (2, 0), (0, 1)), ((),))
     """
-    return [(rank + step) % num_ranks for step in range(1, min(BUDDIES, num_ranks - 1) + 1)]
+    size, number = len(hosts), {host: i for i, host in enumerate(dict.fromkeys(hosts))}
+    ring = sorted(range(size), key=lambda rank: number[hosts[rank]])
+    copies = min(BUDDIES, size - 1)
+    steps = [size * copy // (copies + 1) for copy in range(1, copies + 1)]
+    found = {rank: tuple(ring[(place + step) % size] for step in steps) for place, rank in enumerate(ring)}
+    return tuple(found[rank] for rank in range(size))
 
 
 def _runs(places_N: torch.Tensor) -> Runs:

@@ -21,7 +21,7 @@ from fedmpi.exchange.fragments import parts
 from fedmpi.exchange.plans import MEASURE, PLANS
 from fedmpi.flat import Entry, layout_of, master_dtype, named_exact
 from fedmpi.local import plain_step
-from fedmpi.mirror import COMMITS, buddies
+from fedmpi.mirror import BUDDIES, COMMITS
 from fedmpi.models import make
 from fedmpi.objectives import resolve
 from fedmpi.placement import place
@@ -215,7 +215,7 @@ def _mirror(config: Config, counts: Counts, checkpoint: Mapping[str, int], num_r
     if config.heals == "stop" or num_ranks == 1:
         return 0
     of_silos = sum(checkpoint[name] for name in ("residuals up", "progress of silos", "kept by silos"))
-    shares, whole = 1 + len(buddies(0, num_ranks)), sum(checkpoint.values()) - of_silos
+    shares, whole = 1 + min(BUDDIES, num_ranks - 1), sum(checkpoint.values()) - of_silos
     return counts.shared * counts.word + COMMITS * (whole + of_silos * shares // num_ranks)
 
 

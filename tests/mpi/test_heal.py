@@ -42,7 +42,7 @@ CASES = {
     "kept": (4, "0:3:tell,2:6:write", ["exchange.plan=replicated", "local={name: scaffold, lr: 0.05, epochs: 1}"]),
     "alone": (2, "1:3:train", []),
     "again": (5, "1:3:train,2:3:shrink,3:3:late,0:3:apart,4:3:take", ["exchange.plan=sharded", *ADAM]),
-    "at_once": (5, "0:3:train,2:3:train,3:3:heal", ["exchange.plan=root"]),
+    "at_once": (5, "0:3:train,1:3:train,2:3:heal", ["exchange.plan=root"]),
 }
 
 
