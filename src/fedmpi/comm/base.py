@@ -343,7 +343,8 @@ class Comm(Control, Transport, Protocol):
 
     @abstractmethod
     def finish(self) -> None:
-        """Waits for all ranks, with no message in flight; the last call of a run. Collective."""
+        """Waits for all ranks, and drops notices, posts and vectors that nobody has read; the last call of a run, and
+        the first one of the next. Collective."""
 
     @abstractmethod
     def abort(self, code: int) -> None:

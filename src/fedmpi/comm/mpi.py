@@ -90,6 +90,7 @@ class MpiComm(MpiTransport):
         twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
         twin.bytes_up = twin.bytes_down = twin.bytes_control = twin._worst = twin._passed_on = 0
         twin.staging, twin.sleeps_while_waiting = Staging(), True
+        twin._forget_vectors()
         twin.depth, twin._beat_s, twin._above = 0, math.inf, None  # the other thread sends the heartbeats
         if self._vigil is not None:
             self._vigil.lanes.append(twin)
@@ -215,6 +216,7 @@ class MpiComm(MpiTransport):
     @bounded
     def finish(self) -> None:
         self._drain_all()  # so that no message is left at Finalize
+        self._drop_vectors()
         if not self.open_runs:
             self.free_parts()
         self._world.Barrier()

@@ -4,6 +4,7 @@ Blocks: a 100 MB Allreduce takes half as long in 4 MiB blocks as in one call, an
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ class MpiTransport(MpiControl):
         self._world = world
         self._node: MPI.Comm | None = None  # ranks that share memory with this one; created on first use
         self._windows: list[MPI.Win] = []
+        self._num_sent = np.zeros(self.size)  # messages of vectors to each rank
+        self._num_taken = 0  # messages of vectors that this rank has received, or begun to
+        self._sending: list[All] = []  # keeps their memory, whoever gives them up
 
     @bounded
     def _reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
@@ -99,14 +103,39 @@ class MpiTransport(MpiControl):
     def isend(self, vector: torch.Tensor, rank: int) -> Pending:
         array = summable(vector)
         self.bytes_up += array.nbytes
-        parts = blocks(len(array), array.itemsize)
-        return All([self._world.Isend(array[part], dest=rank, tag=_VECTOR) for part in parts])
+        parts = [self._world.Isend(array[part], dest=rank, tag=_VECTOR) for part in blocks(len(array), array.itemsize)]
+        self._num_sent[rank] += len(parts)
+        self._sending = [one for one in self._sending if not one.Test()]
+        self._sending.append(request := All(parts))
+        return request
 
     @translated
     def irecv(self, vector: torch.Tensor, rank: int) -> Pending:
         array = summable(vector)
-        parts = blocks(len(array), array.itemsize)
-        return All([self._world.Irecv(array[part], source=rank, tag=_VECTOR) for part in parts])
+        parts = [
+            self._world.Irecv(array[part], source=rank, tag=_VECTOR) for part in blocks(len(array), array.itemsize)
+        ]
+        self._num_taken += len(parts)
+        return All(parts)
+
+    def _forget_vectors(self) -> None:
+        """Count the vectors between two ranks anew."""
+        self._num_sent, self._num_taken, self._sending = np.zeros(self.size), 0, []
+
+    def _drop_vectors(self) -> None:
+        """Receive the vectors that nobody took, and throw them away: a later run would take them. Collective."""
+        come, status = int(self.share(self._num_sent)[self.rank]), self._mpi.Status()
+        while self._num_taken < come:
+            if self._world.Iprobe(tag=_VECTOR, status=status):
+                memory = bytearray(status.Get_count(self._mpi.BYTE))
+                self._world.Recv([memory, self._mpi.BYTE], source=status.source, tag=_VECTOR)
+                self._num_taken += 1
+            else:
+                self.beat()
+                time.sleep(1e-4)
+        for request in self._sending:
+            self.wait(request)
+        self._forget_vectors()
 
     @translated
     def progress(self) -> None:

@@ -377,6 +377,9 @@ class ThreadComm(Comm):
         self.barrier()
         self._meeting.notices.pop(self.rank, None)
         self.posted()
+        with self._meeting.changed:
+            for way in [way for way in self._meeting.letters if way[1] == self.rank]:
+                del self._meeting.letters[way]
         self.barrier()
 
     def abort(self, code: int) -> None:

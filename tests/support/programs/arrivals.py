@@ -163,6 +163,25 @@ def members_change_while_updates_are_under_way(comm, folder):
 
 
 @case
+def the_next_run_gets_nothing_of_one_that_its_caller_left(comm, folder):
+    """Updates are under way when the caller leaves it; the next run's model is larger."""
+    try:
+        with fedmpi.Run(config(folder, f"left-{comm.size}", comm.size, 9), comm=comm) as done:
+            for record in done:
+                if record["round"] == 2:
+                    raise KeyError("of the caller")
+    except KeyError:
+        pass
+    how = config(folder, f"after-{comm.size}", comm.size, 6, model="logistic")
+    records, bits = trained(how, comm)
+    for record in records:
+        came = [(one["silo"], one["training"]) for one in record["arrivals"]]
+        assert len(set(came)) == len(came) == 2, came
+    _, again = replayed(folder, f"after-{comm.size}", f"after-{comm.size}-again", comm, comm.size, 6, model="logistic")
+    require_equal("bits", again, bits)
+
+
+@case
 def a_second_open_run_is_refused(comm, folder):
     plain = config(folder, f"first-{comm.size}", comm.size, 1, engine="synchronous")
     with fedmpi.Run(plain, comm=comm) as opened:

@@ -304,6 +304,20 @@ def finish_drains_what_nobody_read(comm):
 
 
 @case
+def finish_drops_vectors_that_nobody_received(comm):
+    fresh = comm.dup()
+    for length in (10, 3 << 20) if fresh.rank else ():  # the second one is several messages
+        fresh.isend(torch.full((length,), -1.0), 0)  # its memory is given up at once
+    fresh.finish()
+    if fresh.rank:
+        fresh.wait(fresh.isend(torch.full((10,), float(fresh.rank)), 0))
+    for rank in range(1, fresh.size) if fresh.rank == 0 else ():
+        fresh.wait(fresh.irecv(recv := torch.zeros(10), rank))
+        require_equal("the next run's vector", recv.tolist(), [float(rank)] * 10)
+    fresh.finish()
+
+
+@case
 def counters_count_what_collectives_were_given(comm):
     fresh = comm.dup()  # its counts start at 0
     vector, out = torch.zeros(1001), torch.zeros(1001)
