@@ -11,6 +11,7 @@ and all ranks must see the same order.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from abc import abstractmethod
@@ -97,17 +98,21 @@ class Trace(Times):
     """a text file; a first line `silo,value` is skipped"""
 
     def draw(self, silo: str, number: int, generator: np.random.Generator) -> float:
-        values = _trace(self.file)[silo]
+        values = self._values[silo]
         return values[number % len(values)]
 
     def knows(self, ids: Sequence[str], where: str) -> None:
-        """Raise ConfigError if the file cannot be read, or has no values for one of these silos."""
-        found = _trace(self.file)
-        if missing := [silo for silo in ids if silo not in found]:
+        """Read the file. Raise ConfigError if it cannot be read, or has no values for one of these silos."""
+        vars(self).pop("_values", None)  # the file may have changed since an earlier run
+        values = self._values
+        if missing := [silo for silo in ids if silo not in values]:
             raise ConfigError(f"{where}: {self.file} has no value for silo '{missing[0]}'")
 
+    @functools.cached_property
+    def _values(self) -> dict[str, list[float]]:
+        return _trace(self.file)
 
-@functools.cache
+
 def _trace(file: str) -> dict[str, list[float]]:
     """The values of each silo in a trace file. Raises ConfigError."""
     found: dict[str, list[float]] = {}
@@ -218,13 +223,33 @@ class Replay(Clock):
     run: str
     """the earlier run's directory; its metrics.jsonl has the arrivals"""
 
-    @property
+    @functools.cached_property
     def arrivals(self) -> Mapping[int, list[dict[str, Any]]]:
         """The arrivals of each round. Raises ConfigError if there are none."""
         return _arrivals(self.run)
 
+    @functools.cached_property
+    def _brings(self) -> dict[str, tuple[list[int], list[int]]]:
+        """By silo: the rounds to which it brings updates, in order, and the version of its first one in each."""
+        found: dict[str, tuple[list[int], list[int]]] = {}
+        for number in sorted(self.arrivals):
+            for row in self.arrivals[number]:
+                rounds, versions = found.setdefault(row["silo"], ([], []))
+                if number not in rounds[-1:]:
+                    rounds.append(number)
+                    versions.append(row["version"])
+        return found
+
+    def next_version(self, silo: str, number: int) -> int:
+        """The version of the silo's next update after round `number`; `number` if none comes."""
+        rounds, versions = self._brings.get(silo, ([], []))
+        at = bisect.bisect_right(rounds, number)
+        return versions[at] if at < len(rounds) else number
+
     def suits(self, ids: Sequence[str]) -> None:
-        """Raise ConfigError unless all silos of the earlier run are among these."""
+        """Read the arrivals. Raise ConfigError unless all silos of the earlier run are among these."""
+        for name in ("arrivals", "_brings"):
+            vars(self).pop(name, None)  # the file may have changed since an earlier run
         for of_round in self.arrivals.values():
             for one in of_round:
                 if one["silo"] not in ids:
@@ -236,7 +261,6 @@ class Replay(Clock):
         return None
 
 
-@functools.cache
 def _arrivals(run: str) -> dict[int, list[dict[str, Any]]]:
     records = [record for record in read_metrics(Path(run)) if "arrivals" in record]
     if not records:

@@ -158,7 +158,7 @@ class Replayed:
     """The updates under way as they were in an earlier run."""
 
     def __init__(self, clock: Replay, version: int, ids: Sequence[str]) -> None:
-        self._arrivals, self._number = clock.arrivals, version + 1
+        self._clock, self._number = clock, version + 1
         self.ids = list(ids)
         self.now = 0.0
 
@@ -166,7 +166,7 @@ class Replayed:
         """All updates of the round. Raises ConfigError if it has been called before: then none was usable."""
         if self.now:
             raise agreed(ConfigError("engine.clock.run: the updates of a round are usable there and not here"))
-        rows = self._arrivals[self._number]
+        rows = self._clock.arrivals[self._number]
         self.now = float(rows[-1]["at_s"])
         return [Arrival(**row) for row in rows]
 
@@ -176,11 +176,7 @@ class Replayed:
     @property
     def versions(self) -> dict[str, int]:
         """The version of each silo's next update after this round; this round's for a silo that brings none."""
-        found = dict.fromkeys(self.ids, self._number)
-        for number in sorted((n for n in self._arrivals if n > self._number), reverse=True):
-            for row in reversed(self._arrivals[number]):
-                found[row["silo"]] = row["version"]
-        return found
+        return {silo: self._clock.next_version(silo, self._number) for silo in self.ids}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The time; everything else is in the earlier run."""

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import torch
+
 from fedmpi import rng
 from fedmpi.errors import FedmpiError
 
@@ -31,7 +33,9 @@ class _Ended(Exception):
 class Trainer(Generic[T]):
     """One training at a time, in a thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device`: of the model that it trains."""
+        self._device = device
         self._goes, self._waits = threading.Semaphore(0), threading.Semaphore(0)
         self._work: Callable[[], T] | None = None
         self._result: T | None = None
@@ -83,11 +87,15 @@ class Trainer(Generic[T]):
             self._over.wait(ENDS_S)
 
     def _run(self) -> None:
+        on_device = False
         while True:
             self._goes.acquire()
             if self._ends or self._work is None:
                 break
             try:
+                if not on_device and self._device is not None and self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)  # each thread begins on the first GPU
+                    on_device = True
                 self._result = self._work()
             except _Ended:
                 break
