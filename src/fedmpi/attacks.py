@@ -270,7 +270,7 @@ class HostileRule:
         if silo.id not in self._hostile:
             return self._rule.train(silo, model, params_P, round)
         contribution = (self._attack.local or self._rule).train(silo, model, params_P, round)
-        key = rng.key(round.seed, purpose="attack", round=round.number, silo=silo.id)
+        key = rng.key(round.seed, purpose="attack", round=round.draw, silo=silo.id)
         self._attack.on_delta(contribution["delta"], key)
         return contribution
 

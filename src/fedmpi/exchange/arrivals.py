@@ -23,7 +23,7 @@ import torch
 
 from fedmpi.comm import Comm, Pending
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.base import BLOCK, Exchange, ExchangeContext, Lap, Machine, without
+from fedmpi.exchange.base import BLOCK, MANY, Exchange, ExchangeContext, Lap, Machine, without
 from fedmpi.exchange.cost import Cost, Sizes, Traffic
 from fedmpi.server import Server
 from fedmpi.state import OfSilos
@@ -101,6 +101,7 @@ class Arrivals(Exchange):
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)
+        self._many = False  # it is summed in float64 from the first update beyond MANY on, however many were planned
         self._kept.clear()
         self._ranks.clear()
         self._weight, self._num = 0.0, 0
@@ -212,6 +213,11 @@ class Arrivals(Exchange):
         else:
             if self._num == 1:
                 self.fold(self._sum, self._first_P, self._weight, True)
+            if self._num == MANY and self.dtype == torch.float32:
+                if self._wide_P is None:
+                    self._wide_P = torch.zeros(self.num_params, dtype=torch.float64, device=self.device)
+                self._wide_P.copy_(self._sum)
+                self._many = True
             self.fold(self._sum, delta_P, share, False)
         self._weight += share
         self._num += 1

@@ -64,6 +64,14 @@ class Round:
     # Whether the round has ended; asked after each step. If so, the silo stops and its work so far counts. None: the
     # round waits for the silo.
     over: Callable[[], bool] | None = None
+    # Number of the silo's training, from 1, where a silo may train several times from one round's parameters. None: the
+    # round's number.
+    training: int | None = None
+
+    @property
+    def draw(self) -> int:
+        """The number that keys the silo's random draws."""
+        return self.number if self.training is None else self.training
 
 
 class LocalRule:
@@ -308,7 +316,7 @@ def load_silo(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: 
     model.load_personal(silo.kept)
     model.module.train()
     # Dropout, augmentation and the like use the global generators: seeded here, a silo draws the same on every rank.
-    rng.set_all(rng.key(round.seed, purpose="train", round=round.number, silo=silo.id))
+    rng.set_all(rng.key(round.seed, purpose="train", round=round.draw, silo=silo.id))
     return [p for p in model.module.parameters() if p.requires_grad]
 
 

@@ -54,7 +54,7 @@ class Drawn(Amount):
 
     def of(self, most: int, silo: LocalSilo, round: Round) -> int:
         """A draw keyed by seed, round and silo."""
-        draw = rng.generator(round.seed, purpose="amount", round=round.number, silo=silo.id)
+        draw = rng.generator(round.seed, purpose="amount", round=round.draw, silo=silo.id)
         return int(draw.integers(1, most, endpoint=True))
 
 

@@ -23,7 +23,8 @@ from fedmpi.types import Contribution
 # Columns of a silo's row, which may hold several updates: its weight, its weight without staleness, and how many of its
 # updates were rejected.
 COLUMNS = ("done", "plain", "refused")
-_NUM = "updates"  # in a row, but in no table: how many of the silo's updates were accepted
+# In a row, but in no table: how many of the silo's updates were accepted, and how many have norms.
+_NUM, _NUM_NORMS = "updates", "norms"
 
 
 @dataclass
@@ -56,10 +57,10 @@ def train_due(
             draft = drafted(work.trained.get(name, fed.silos[name]))
             fed.watch.begin(f"silo '{name}', round {state.round + 1}")
             start_P = exchange.older(name) if one.staleness else state.params_Q
-            update = trained(fed, fed.model, draft, one.version, start_P, fed.watch.check)
+            update = trained(fed, fed.model, draft, one.version, one.training, start_P, fed.watch.check)
             rejected, norms = judged(state, fed, update, draft, one.training)
             row = work.rows.setdefault(name, {})
-            row |= norms
+            enter_norms(row, norms)
             plain, update.weight = update.weight, update.weight * staleness.weight(one.staleness)
             if rejected:
                 exchange.reject()
@@ -87,14 +88,17 @@ def trained(
     model: FlatModel,
     silo: LocalSilo,
     version: int,
+    training: int,
     start_P: torch.Tensor,
     check: Callable[[], None],
 ) -> Contribution:
-    """The silo's update from `start_P`, the parameters [P] of this version, in the model's memory."""
+    """The silo's update from `start_P`, the parameters [P] of this version, in the model's memory. `training` counts
+    the silo's trainings from 0."""
 
     def begin(one: LocalSilo) -> tuple[torch.Tensor, Round]:
         criterion = fed.criterion(one)
-        return start_P, Round(version + 1, fed.rounds, fed.seed, criterion.loss, check, count=criterion.count)
+        about = Round(version + 1, fed.rounds, fed.seed, criterion.loss, check, count=criterion.count)
+        return start_P, replace(about, training=training + 1)
 
     (contribution,) = fed.runner.run(fed.rule, model, [silo], begin)
     return contribution
@@ -126,11 +130,20 @@ def refuse(row: dict[str, float], rejected: int) -> None:
     row["rejected"] = 0 if row.get("taken") else rejected
 
 
+def enter_norms(row: dict[str, float], norms: dict[str, float]) -> None:
+    """Add an update's norms to its silo's row: means over the silo's updates of the round, also the rejected ones."""
+    num = row.get(_NUM_NORMS, 0)
+    row |= {name: (row.get(name, 0.0) * num + norm) / (num + 1) for name, norm in norms.items()}
+    row[_NUM_NORMS] = num + 1
+
+
 def share_rows(fed: Federation, work: Work, fingerprint: float) -> None:
     """Give every rank the rows of all silos. Collective."""
     fed.ready.clear()
     for silo, row in work.rows.items():
-        fed.ready.set_silo(fed.index[silo], **{name: value for name, value in row.items() if name != _NUM})
+        fed.ready.set_silo(
+            fed.index[silo], **{name: value for name, value in row.items() if name not in (_NUM, _NUM_NORMS)}
+        )
     fed.ready.set_rank(fed.comm.rank, status=work.status, fingerprint=fingerprint)
     fed.ready.share(lambda values: fed.comm.share(values, fed.watch.look))
 

@@ -28,7 +28,7 @@ from fedmpi.comm import Pending
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.local import LocalSilo
 from fedmpi.rounds.clocks import now
-from fedmpi.rounds.due import Work, drafted, enter, judged, move_averaged, refuse, trained
+from fedmpi.rounds.due import Work, drafted, enter, enter_norms, judged, move_averaged, refuse, trained
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.rounds.queue import Arrival, trainings
 from fedmpi.rounds.trainer import Trainer
@@ -94,7 +94,7 @@ class RealTime:
 
     def __post_init__(self) -> None:
         fed = self.fed
-        self._trainer: Trainer[Contribution] | None = Trainer() if fed.silos else None
+        self._trainer: Trainer[Contribution] | None = Trainer(fed.model.device) if fed.silos else None
         self._model = fed.model.twin()
         self._silos = dict(fed.silos)  # as the next training of each finds it
         self._idle = deque(fed.silos)  # silos in turn
@@ -221,9 +221,10 @@ class RealTime:
         before, start_P, trainer = self._silos[silo], self._start_P, self._trainer
         draft = drafted(before)
         self._training[silo] += 1
+        training = self._training[silo]
         self._running, self._draft = (silo, version, before), draft
         self.fed.watch.begin(f"silo '{silo}', round {version + 1}")
-        trainer.start(lambda: trained(self.fed, self._model, draft, version, start_P, trainer.pause))
+        trainer.start(lambda: trained(self.fed, self._model, draft, version, training, start_P, trainer.pause))
         return True
 
     def _bring(self, update: Contribution) -> None:
@@ -267,7 +268,7 @@ class RealTime:
             if one.dropped:
                 continue
             row = work.rows.setdefault(one.silo, {})
-            row |= sent.norms
+            enter_norms(row, sent.norms)
             if sent.rejected:
                 refuse(row, sent.rejected)
                 continue
