@@ -139,6 +139,7 @@ def _kill(job: Job, kind: str, rng: random.Random) -> list[int]:
 
 def _signalled(job: Job, *ranks: int) -> list[int]:
     """The ranks that were killed; none once all rounds are done."""
+    job.look()
     if job.newest >= job.rounds:
         return []
     try:

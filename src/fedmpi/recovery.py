@@ -6,6 +6,7 @@ checkpoints, records and the roster.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -178,6 +179,17 @@ class Recovery(Members):
             self._keeper.keep(self.state)
         self.comm.took(record["seconds"]["round"] if record is not None else 0.0)
         self.federation.timer.reset()
+
+    def _tell_parted(self, error: Exception) -> None:
+        """Report ranks that were lost after the run was on disk. Not collective: some ranks may not know of them."""
+        lost = error.ranks if isinstance(error, RankLost) else ()
+        if self.comm.rank == min({*range(self.comm.size)} - {*lost}):
+            done = self.state.round
+            say(f"fedmpi: {RankLost(lost)}; all is on disk after round {done}, and the others leave", error=True)
+            told = {"event": "lost", "round": done, "ranks": [*lost], "silos": {}}
+            with contextlib.suppress(OSError):
+                line = {**told, "num_ranks": self.comm.size - len(lost), "seconds": 0.0}
+                disk.append_line(self.out / stopping.EVENTS_FILE, json.dumps(line))
 
     # ------------------------------------------------------------ fresh ranks
 

@@ -226,9 +226,11 @@ class Run(Recovery):
                 try:
                     self._conclude()
                 except Exception as error:
-                    if self._closed or self._breaks_off or not self._outlives(error):
+                    if self._breaks_off or self._closed or not self._outlives(error):
                         raise
                     self._heal(error)
+            if not self._spoiled:
+                self._part()
         except BaseException as error:
             self._release(error)
             raise
@@ -255,7 +257,15 @@ class Run(Recovery):
         self.comm.collectively(write)
         self.federation.exchange.settle()
         self._put_away()
-        self.comm.finish()
+
+    def _part(self) -> None:
+        """Leave the run together. All is on disk, so ranks that were lost since are only reported. Collective."""
+        try:
+            self.comm.finish()
+        except Exception as error:
+            if self._breaks_off or not self._outlives(error):
+                raise
+            self._tell_parted(error)
 
     def silo_model(self, silo: str) -> torch.nn.Module | None:
         """A copy of the silo's personal model; None on the ranks that do not host the silo.

@@ -61,7 +61,7 @@ def _connect() -> Comm:
         comm: Comm = SoloComm()
     else:
         if tolerant():
-            atexit.register(_finalize)
+            atexit.register(_stay)
         if is_fresh():
             comm = connected(mpi)
             _left.append(comm)
@@ -98,12 +98,11 @@ def go_on_with(left: Comm, lost: Comm) -> None:
     atexit.register(_abort_if_open, left)
 
 
-def _finalize() -> None:
-    """Finalizes MPI, unless a rank was lost: Finalize might wait for it."""
-    if not _left:
-        library().Finalize()
-    elif _left[-1].size > 1:
-        time.sleep(LEAVES_S)  # ranks still in the last barrier would count this one as lost
+def _stay() -> None:
+    """Wait a moment before this process ends without Finalize, which might wait for a lost rank for ever. Ranks still
+    in the last barrier would count this one as lost."""
+    if launched() > 1:
+        time.sleep(LEAVES_S)
 
 
 def launched() -> int:

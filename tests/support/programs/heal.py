@@ -4,9 +4,10 @@ python heal.py OUT RANK:ROUND:POINT[,...] [KEY=VALUE ...]    ranks are those tha
 
 Points: train (a silo has trained), ready (before the ranks agree), exchange (before it), step (during it), evaluate,
 mirror (while the commit is stored), tell (once it is stored), write (when a checkpoint is due), end (after the last
-round), mark (once members have changed as asked); and during recovery: shrink (once the remaining ranks have met),
-heal, take (once they have the state). At `late` and `apart` a rank does not die, but acts as if the remaining ranks had
-not met: after they did, and while the others wait for it in a call. At `hang` its silo trains for ever.
+round), away (once all is on disk), mark (once members have changed as asked); and during recovery: shrink (once the
+remaining ranks have met), heal, take (once they have the state). At `late` and `apart` a rank does not die, but acts as
+if the remaining ranks had not met: after they did, and while the others wait for it in a call. At `hang` its silo does
+not end.
 """
 
 import json
@@ -58,6 +59,7 @@ dies_at(mirror, "exchanged", "mirror")
 dies_at(train.Run, "_tell", "tell")
 dies_at(Keeper, "write", "write")
 dies_at(train.Run, "_conclude", "end")
+dies_at(train.Run, "_part", "away")
 dies_at(MpiComm, "keep_vigil", "shrink")
 dies_at(heal, "_handed_on", "heal")
 dies_at(Keeper, "take_over", "take")
