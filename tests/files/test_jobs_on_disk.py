@@ -48,7 +48,6 @@ def test_rounds_of_one_silo(tmp_path, server):
 
 def test_folders_stay_small(tmp_path, server):
     rounds(server, a_silo(tmp_path), 100)
-    server.tidy()
     files = sorted(path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file())
     assert {folder: files.count(folder) for folder in files} == {
         **{"epochs": 1, "line": 64, "notes": 3, "run": 1, "silos": 1, "states": 1}

@@ -78,6 +78,6 @@ class Claim:
     def _is_older(self, name: str) -> bool:
         front, dot, _ = name.partition(names.PART)
         match names.parsed(front) if dot else None:
-            case ("", (number, _)):
+            case (names.COMMIT, (number, _)):
                 return number < self.number
         return False

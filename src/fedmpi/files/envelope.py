@@ -54,6 +54,11 @@ def packed(head: Mapping[str, Any], payload: Sequence[Buffer] = ()) -> tuple[lis
     return [fixed, text, *payload], digest.hexdigest()
 
 
+def digest_of(parts: Sequence[Buffer]) -> str:
+    """The digest in what `packed` returned."""
+    return bytes(_FIXED.unpack(parts[0])[3]).hex()
+
+
 def unpacked(content: Buffer, **expected: Any) -> Envelope:
     """The head and payload in a file's content. Raises Torn if it is not whole, or if its head differs from what is
     expected.

@@ -11,7 +11,6 @@ linked. After an error the listing or the content decides what has happened. Err
 from __future__ import annotations
 
 import abc
-import contextlib
 import errno
 import os
 import secrets
@@ -23,10 +22,11 @@ from typing import NoReturn
 
 from fedmpi import disk
 from fedmpi.errors import ConfigError, FolderError
-from fedmpi.files.envelope import Buffer, Torn, unpacked
+from fedmpi.files.envelope import Buffer, Torn, digest_of, unpacked
 from fedmpi.files.names import PART
 
 FINAL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}  # waiting won't help
+ATTEMPTS = 20  # at least, before an error is given up
 
 
 class Pace:
@@ -34,12 +34,23 @@ class Pace:
 
     def __init__(self, folder: Folder, first_s: float, most_s: float) -> None:
         self._folder, self._first_s, self._most_s = folder, first_s, most_s
-        self._next_s = first_s
+        self._next_s, self._num_waits, self._begun_s = first_s, 0, folder.now()
+
+    @classmethod
+    def of_errors(cls, folder: Folder) -> Pace:
+        """Pauses between attempts at something that fails, for as long as the folder's patience."""
+        return cls(folder, min(0.05, folder.patience_s / ATTEMPTS), min(5.0, folder.patience_s / ATTEMPTS))
+
+    def over(self) -> bool:
+        """Whether the folder's patience is over: that many seconds, and ATTEMPTS pauses. So a process that was
+        suspended for an hour still tries again."""
+        return self._num_waits >= ATTEMPTS and self._folder.now() - self._begun_s >= self._folder.patience_s
 
     def wait(self, most_s: float | None = None) -> None:
         """The next pause; at most `most_s` seconds."""
         self._folder.wait(self._next_s if most_s is None else min(self._next_s, most_s))
         self._next_s = min(1.5 * self._next_s, self._most_s)
+        self._num_waits += 1
 
     def reset(self) -> None:
         """Something has happened: look often again."""
@@ -111,77 +122,66 @@ class Folder(abc.ABC):
         """Give a file its content, atomically; replaces an older one. For names with one writer. `parts` come from
         envelope.packed. Three operations without errors: create, rename, sync."""
         folder, name = os.path.split(path)
-        part = f"{path}{PART}{self.token()}"
-        written = False
+        part = _Part(self, path, parts)
 
         def attempt() -> bool:
-            nonlocal written
-            if not written:
-                self.create(part, parts)
-                written = True
-            self.rename(part, path)
+            part.write()
+            self.rename(part.path, path)
             return True
 
         def decide() -> bool:
-            nonlocal written
             names = self.listing(folder)
-            if os.path.basename(part) in names:
-                if not written:  # an attempt to write it that failed
-                    self.unlink(part)
+            if os.path.basename(part.path) in names:
+                part.check()
                 return False
-            written = False
-            return name in names and unpacked(self.read(path)).digest == unpacked(b"".join(parts)).digest
+            part.renew()
+            return name in names and unpacked(self.read(path)).digest == part.digest
 
         try:
             self._persist(f"write {path}", attempt, decide)
-            self._tried(lambda: self.sync(folder))
+            self.tried(f"flush {folder}", lambda: self.sync(folder))
         except BaseException:
-            self.remove(part)
+            part.remove()
             raise
 
     def publish_first(
-        self, path: str, parts: Sequence[Buffer], part: str = "", fence: Callable[[], None] | None = None
+        self, path: str, parts: Sequence[Buffer], beside: str = "", fence: Callable[[], None] | None = None
     ) -> bool:
         """Give a name to a file unless the name is taken. Returns whether this file has it.
 
-        `parts` come from envelope.packed, and no other process writes the same content. `part` is where the file is
-        written first; `fence` is called between writing and linking, each time, and may raise. Four operations without
-        errors: create, link, sync, unlink.
+        `parts` come from envelope.packed, and no other process writes the same content. The file is written first under
+        a temporary name that starts with `beside`; `fence` is called between writing and linking, each time, and may
+        raise. Four operations without errors: create, link, sync, unlink.
         """
         folder, name = os.path.split(path)
-        part = part or f"{path}{PART}{self.token()}"
-        part_folder, part_name = os.path.split(part)
-        mine = unpacked(b"".join(parts)).digest
-        written, won = False, True
+        part = _Part(self, beside or path, parts)
+        won = True
 
         def attempt() -> bool:
-            nonlocal written
-            if not written:
-                self.create(part, parts)
-                written = True
+            part.write()
             if fence is not None:
                 fence()
-            self.link(part, path)
+            self.link(part.path, path)
             return True
 
         def decide() -> bool:
             # A lost reply makes a link fail that was made: the content tells whose it is.
-            nonlocal written, won
+            nonlocal won
             if name in self.listing(folder):
-                won = unpacked(self.read(path)).digest == mine
+                won = unpacked(self.read(path)).digest == part.digest
                 return True
-            if not written:
-                with contextlib.suppress(FileNotFoundError):
-                    self.unlink(part)
-            elif part_name not in self.listing(part_folder):
-                written = False
+            part_folder, part_name = os.path.split(part.path)
+            if part_name in self.listing(part_folder):
+                part.check()
+            else:
+                part.renew()
             return False
 
         try:
             self._persist(f"link {path}", attempt, decide)
-            self._tried(lambda: self.sync(folder))
+            self.tried(f"flush {folder}", lambda: self.sync(folder))
         finally:
-            self.remove(part)
+            part.remove()
         return won
 
     def remove(self, path: str) -> bool:
@@ -197,24 +197,21 @@ class Folder(abc.ABC):
     def listed(self, folder: str) -> list[str]:
         """`listing`, tried again on errors for `patience_s` seconds. Raises FolderError."""
         names: list[str] = []
-
-        def attempt() -> bool:
-            names[:] = self.listing(folder)
-            return True
-
-        self._persist(f"list {folder}", attempt, lambda: False)
+        self.tried(f"list {folder}", lambda: names.extend(self.listing(folder)))
         return names
 
-    def _tried(self, action: Callable[[], None]) -> None:
+    def tried(self, what: str, action: Callable[[], None]) -> None:
+        """Do something that may be done twice; try again on errors for `patience_s` seconds. Raises FolderError."""
+
         def attempt() -> bool:
             action()
             return True
 
-        self._persist("flush names", attempt, lambda: False)
+        self._persist(what, attempt, lambda: False)
 
     def _persist(self, what: str, attempt: Callable[[], bool], decide: Callable[[], bool]) -> None:
         """Try until `attempt`, or `decide` after an error, says that it is done."""
-        pace, until_s = Pace(self, 0.05, 5.0), self.now() + self.patience_s
+        pace = Pace.of_errors(self)
         while True:
             try:
                 if attempt():
@@ -228,9 +225,9 @@ class Folder(abc.ABC):
             except (OSError, Torn) as error:
                 if isinstance(error, OSError):
                     self._refuse(what, error)
-                elif self.now() >= until_s:
+                elif pace.over():
                     raise FolderError(f"{self.root}: cannot {what}: {error}") from None
-            if self.now() >= until_s:
+            if pace.over():
                 raise FolderError(f"{self.root}: cannot {what}: {last.strerror} for {self.patience_s:g} s") from None
             pace.wait()
 
@@ -241,6 +238,36 @@ class Folder(abc.ABC):
     def refuse(self, what: str, error: OSError) -> NoReturn:
         """Raise ConfigError: the user has to change something."""
         raise ConfigError(f"transport.root: cannot {what} in {self.root}: {error.strerror}") from None
+
+
+class _Part:
+    """A temporary file, written once under each of its names: an operation that was asked for and failed may still be
+    done later, and must not meet another file."""
+
+    def __init__(self, folder: Folder, front: str, parts: Sequence[Buffer]) -> None:
+        self._folder, self._front, self._parts = folder, front, parts
+        self.digest = digest_of(parts)
+        self.renew()
+
+    def renew(self) -> None:
+        """Take another name."""
+        self.path, self._written = f"{self._front}{PART}{self._folder.token()}", False
+
+    def write(self) -> None:
+        """Write the file unless it is written."""
+        if not self._written:
+            self._folder.create(self.path, self._parts)
+            self._written = True
+
+    def check(self) -> None:
+        """The file is there. Take another name if it is not known to be whole."""
+        if not self._written:
+            self.remove()
+            self.renew()
+
+    def remove(self) -> None:
+        """Remove the file if possible."""
+        self._folder.remove(self.path)
 
 
 class Disk(Folder):

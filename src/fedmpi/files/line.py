@@ -133,7 +133,7 @@ class Line:
     def read(self, version: int) -> Commit | None:
         """The commit of a version that was listed; None if it is there no more. Raises FolderError."""
         path = names.path(names.LINE, "", version)
-        pace, until_s = Pace(self._folder, 0.05, 5.0), self._folder.now() + self._folder.patience_s
+        pace = Pace.of_errors(self._folder)
         while True:
             try:
                 content = unpacked(self._folder.read(path), kind="commit", run=self._run, number=version)
@@ -144,7 +144,7 @@ class Line:
                 problem: Exception = error
             except (OSError, Torn) as error:
                 problem = error
-            if self._folder.now() >= until_s:
+            if pace.over():
                 raise FolderError(f"{self._folder.root}: cannot read commit {version}: {problem}")
             pace.wait()
 

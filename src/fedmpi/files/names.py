@@ -1,7 +1,8 @@
 """What the files of the transport are called. A name says who wrote it, so it has one writer and one content.
 
     run                 which run the folder belongs to
-    epochs/E            claim of the server's epoch E; E.V.part-T: commit V of epoch E before it is linked
+    epochs/E            claim of the server's epoch E
+    epochs/commit.E.V.part-T    commit V of epoch E before it is linked
     line/V              commit of version V
     notes/KIND.N.E      a file of the server's epoch E, such as the parameters of a version
     silos/ID.I          claim of incarnation I of a silo
@@ -26,6 +27,7 @@ EPOCHS, LINE, NOTES, SILOS, BEATS, KEPT = "epochs", "line", "notes", "silos", "b
 UPDATE, SCORE, STATE = "update", "score", "state"  # kinds of a silo's files
 OF_SILOS = {UPDATE: "updates", SCORE: "scores", STATE: "states"}  # their folders
 FOLDERS = (EPOCHS, LINE, NOTES, SILOS, BEATS, KEPT, *OF_SILOS.values())
+COMMIT = "commit"
 SERVER = "@"  # the server's name among those who beat; no silo's name contains it
 PART = ".part-"
 LONGEST = 120  # characters of a silo's name in file names

@@ -42,7 +42,7 @@ def notes(folder: Folder, kind: str) -> list[tuple[int, int]]:
 def noted(folder: Folder, run: str, file: File) -> Envelope | None:
     """A file of the server; None if it is not there any more. Waits until it is whole. An empty digest matches all."""
     path = names.path(names.NOTES, file.kind, file.number, file.epoch)
-    pace, until_s = Pace(folder, 0.05, 5.0), folder.now() + folder.patience_s
+    pace = Pace.of_errors(folder)
     while True:
         try:
             content = unpacked(folder.read(path), kind=file.kind, run=run, number=file.number, by=file.epoch)
@@ -53,7 +53,7 @@ def noted(folder: Folder, run: str, file: File) -> Envelope | None:
                 return None
         except (OSError, Torn):
             pass
-        if folder.now() >= until_s:
+        if pace.over():
             return None
         pace.wait()
 

@@ -116,9 +116,8 @@ class Server:
             **{"last": {silo: list(row) for silo, row in last.items()}, "about": dict(about)},
         }
         parts, digest = packed(head)
-        part = f"{names.path(names.EPOCHS, '', self.epoch, version)}{names.PART}{self.folder.token()}"
-        path = names.path(names.LINE, "", version)
-        if not self.folder.publish_first(path, parts, part, self._claim.require_newest):
+        path, beside = names.path(names.LINE, "", version), names.path(names.EPOCHS, names.COMMIT, self.epoch, version)
+        if not self.folder.publish_first(path, parts, beside, self._claim.require_newest):
             raise Superseded(f"version {version} was committed by another server than this one (epoch {self.epoch})")
         commit = Commit.of(head, digest)
         self._line.follow(commit)
@@ -189,10 +188,6 @@ class Server:
         Raises Superseded. Safe in another thread."""
         self._claim.require_newest()
         self._heart.beat({**about, "taken": {silo: list(last) for silo, last in self._taken.copy().items()}}, ended)
-
-    def tidy(self) -> None:
-        """Remove what earlier jobs have left behind. Lists every folder; call it every hundred rounds or so."""
-        self._tidy.everything(self._line, self._recent)
 
 
 def _wait_for_lease(folder: Folder, lease_s: float) -> None:

@@ -135,8 +135,10 @@ class Silo:
         return row is not None and row[0] >= number and row[1] == self.by
 
     def lost(self, number: int) -> bool:
-        """Whether this job's update is gone without an answer, because it was damaged: publish it again."""
-        if (number, self.by) in self.mine(names.UPDATE):
+        """Whether an update that was published is gone without an answer, because it was damaged. Publish it again: the
+        same bytes if this job made it, since the server may have read it; a new one if an earlier job did. Ask for the
+        oldest update that is not answered. Operations: a listing, and those of `look`."""
+        if any(number == published for published, _ in self.mine(names.UPDATE)):
             return False
         return number > self._last().number
 
