@@ -1,12 +1,13 @@
 """Lets a federation continue without its lost ranks, from the newest commit that all others have.
 
     agreed_mirror, newest_common   the commit, and the old rank of each rank that is left
+    is_gone                        whether state was lost with a rank and its buddies
     inherited                      the membership on the ranks that are left: silos move to them, or leave
     healed                         the federation of these members, with the state of the commit
 
 Only the data of adopted silos are read from disk. State that only a lost rank had comes from a buddy (mirror.py). If
-its buddies are lost too, or if a network partition may have left another half running, the job ends, and the newest
-checkpoint remains.
+its buddies are lost too, the run goes back to the newest checkpoint (recovery.py). If a network partition may have left
+another half running, the job ends, and the newest checkpoint remains.
 """
 
 from __future__ import annotations
@@ -122,6 +123,14 @@ def inherited(spec: Spec, fed: Federation, group: Regrouped, adopts: bool) -> Me
     taken = adopted(stay, orphans, declared, num_train, hosts, dedicated)
     teams = {silo: taken.get(silo, stay.get(silo, ())) for silo in before.ids}
     return Membership(before.epoch + 1, {silo: team for silo, team in teams.items() if team})
+
+
+def is_gone(mirror: Mirror, group: Regrouped) -> bool:
+    """Whether a rank was lost with all its buddies, and with it what a silo keeps or a part of a divided vector. The
+    same on every rank."""
+    mates, hosting = buddies(group.before.machines), {rank for rank, *_ in mirror.fed.membership.teams.values()}
+    gone = {rank for rank in group.lost if {*mates[rank]} <= {*group.lost}}
+    return bool(gone and mirror.divides) or bool(gone & hosting and mirror.adopts)
 
 
 def healed(

@@ -1,8 +1,8 @@
 """Keeps the last commits in the ranks' memory, so that the ranks left after a loss can continue from them.
 
 After each commit a rank copies its own part of the state. It sends what no other rank has to its buddies, three other
-ranks, on other hosts if possible. If a rank dies, a buddy still has its part; if all four die, the newest checkpoint
-remains.
+ranks, on other hosts if possible. If a rank dies, a buddy still has its part; if all four die, the run goes back to the
+newest checkpoint.
 
 Two commits are kept. Ranks that notice a death in different calls differ by at most one commit, and continue from the
 newest that all of them have. `keep` ends with a barrier: a rank that leaves it knows that all ranks have the commit.
@@ -98,6 +98,11 @@ class Mirror:
         piece).
         """
         return 0 < length == len(self.fed.exchange.shard(torch.empty(length)))
+
+    @property
+    def divides(self) -> bool:
+        """Whether a vector of the state is divided among the ranks."""
+        return any(total >= 0 for total in self._totals.values())
 
     def _is_mine(self, one: StateTensor) -> bool:
         return one.placement == "per_silo" or (one.placement == "sharded" and self._totals[one.key] >= 0)

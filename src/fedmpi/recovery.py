@@ -23,7 +23,7 @@ from fedmpi.assembly import open_members
 from fedmpi.comm import Comm, Spawned, go_on_with
 from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost, agreed
 from fedmpi.fresh import is_fresh, joins_no_more
-from fedmpi.heal import Loss, Regrouped, agreed_mirror, healed, inherited, newest_common
+from fedmpi.heal import Loss, Regrouped, agreed_mirror, healed, inherited, is_gone, newest_common
 from fedmpi.members import Members
 from fedmpi.membership import Comms
 from fedmpi.mirror import Mirror
@@ -76,9 +76,10 @@ class Recovery(Members):
         return lost and bool(self._mirrors)
 
     @rng.borrowed()
-    def _heal(self, error: Exception, lost: bool = True) -> None:
+    def _heal(self, error: Exception, lost: bool = True, rewinds: bool = True) -> None:
         """Continue on the remaining ranks, from the newest commit that all of them have in memory. Collective over
-        these. Raises FedmpiError, with the text of `error`, if a rank should be `lost` and none is."""
+        these. If state is in no memory any more, it goes back to the newest checkpoint if it `rewinds`. Raises
+        FedmpiError, with the text of `error`, if a rank should be `lost` and none is."""
         if self._spawned is not None:
             self._spawned.drop()  # others are started once it is known how many
             self._spawned = None
@@ -98,18 +99,24 @@ class Recovery(Members):
                 made = None
                 if lost and self.comm.size == num_ranks:
                     raise agreed(FedmpiError(f"no rank is lost, and yet: {error}"))
-                commit = newest_common(mirror, group)
-                assert mirror.spec is not None
-                # The mirror's, because only some ranks may have begun a change of the current one.
-                self._spec = replace(mirror.spec, watch=self._spec.watch)
-                opened = self._reopened(mirror.fed, group)
-                self.federation, self.state = healed(self._spec, mirror, self._health, group, commit, opened)
-                before, after = mirror.fed.membership, self.membership
-                loss = Loss(commit.round, group.lost, before, after, group.old_ranks, time.monotonic() - began_s)
+                before, goes_back = mirror.fed.membership, rewinds and self._may_rewind() and is_gone(mirror, group)
+                if goes_back:
+                    self._mirrors = [mirror]
+                    self._rewind(mirror.fed)
+                else:
+                    commit = newest_common(mirror, group)
+                    assert mirror.spec is not None
+                    # The mirror's, because only some ranks may have begun a change of the current one.
+                    self._spec = replace(mirror.spec, watch=self._spec.watch)
+                    opened = self._reopened(mirror.fed, group)
+                    self.federation, self.state = healed(self._spec, mirror, self._health, group, commit, opened)
+                seconds, done = time.monotonic() - began_s, self.state.round
+                loss = Loss(done, group.lost, before, self.membership, group.old_ranks, seconds)
                 made = mirror.generation + 1, loss
                 self._mirrors = [mirror]
                 self._mirror_anew()
-                self._go_on([*losses, loss])
+                if not goes_back:
+                    self._go_on([*losses, loss])
                 break
             except Exception as another:
                 if not self._outlives(another):
@@ -134,6 +141,38 @@ class Recovery(Members):
         if (watchdog := self._spec.watch.watchdog) is not None:
             watchdog.comm = left
         self._spec = replace(self._spec, watch=stopping.Watch(left, self.out, watchdog))
+
+    def _may_rewind(self) -> bool:
+        """Whether this process can go back to a checkpoint by itself, as a start that resumes."""
+        return self.config.adopts and not isinstance(self.config.model, torch.nn.Module)
+
+    def _rewind(self, fed: Federation) -> None:
+        """Go back to the newest checkpoint, or to the beginning if there is none. Collective over the remaining ranks.
+        `fed`: the federation that lost ranks."""
+        if self.comm.rank == 0:
+            say("fedmpi: a rank and its buddies are lost; the others go back to the newest checkpoint", error=True)
+        leave_memory(fed)
+        self._close_sinks()
+        if self._roster is not None:
+            self._roster.save()
+        self._roster, self._desk = None, None
+        if self._spec.watch.watchdog is not None:
+            self._spec.watch.watchdog.end()
+        resumed = self.resumed
+        try:
+            self._set_up(None, self._directory)
+        except ConfigError as error:
+            if not error.agreed:
+                raise
+            # Exit code 2 would say that the run cannot start.
+            raise agreed(FedmpiError(f"the others cannot go back to a checkpoint: {error}")) from error
+        self.resumed = resumed
+        self._changes.clear()
+        for sink in self._added if self.comm.rank == 0 else ():
+            self._sinks.add(sink)
+        self.federation.timer.reset()
+        self._keeper.remember()
+        self.comm.took(0.0)
 
     def _reopened(self, fed: Federation, group: Regrouped) -> Opened:
         """Open the members' data on the remaining ranks. If adoption fails, the lost ranks' silos leave. Collective."""

@@ -228,7 +228,7 @@ class Run(Recovery):
                 except Exception as error:
                     if self._breaks_off or self._closed or not self._outlives(error):
                         raise
-                    self._heal(error)
+                    self._heal(error, rewinds=False)  # nobody would train the rounds again
             if not self._spoiled:
                 self._part()
         except BaseException as error:

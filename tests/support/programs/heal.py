@@ -7,12 +7,13 @@ mirror (while the commit is stored), tell (once it is stored), write (when a che
 round), away (once all is on disk), mark (once members have changed as asked); and during recovery: shrink (once the
 remaining ranks have met), heal, take (once they have the state). At `late` and `apart` a rank does not die, but acts as
 if the remaining ranks had not met: after they did, and while the others wait for it in a call. At `hang` its silo does
-not end.
+not end, at `stop` its process stops for 3 s.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -42,6 +43,10 @@ def dies_at(owner, name, point):
         now = len(rounds) + 1
         while (now, "hang") in mine and point == "train":
             time.sleep(0.1)
+        if (now, "stop") in mine and point == "train":
+            mine.remove((now, "stop"))
+            subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
         if (now, point) in mine:
             time.sleep(0.05 * (rank % 2))  # so that the others are in different calls
             os.kill(os.getpid(), signal.SIGKILL)
