@@ -6,6 +6,7 @@ import pytest
 
 from fedmpi.errors import ConfigError, Superseded
 from fedmpi.files import names
+from fedmpi.files.claims import Claim
 from fedmpi.files.folder import Disk
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
@@ -47,7 +48,7 @@ def test_rounds_of_one_silo(tmp_path, server):
 
 
 def test_folders_stay_small(tmp_path, server):
-    rounds(server, a_silo(tmp_path), 100)
+    rounds(server, a_silo(tmp_path), 68)
     files = sorted(path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file())
     assert {folder: files.count(folder) for folder in files} == {
         **{"epochs": 1, "line": 64, "notes": 3, "run": 1, "silos": 1, "states": 1}
@@ -60,6 +61,30 @@ def test_two_servers_cannot_both_commit(tmp_path, server):
     with pytest.raises(Superseded, match=re.escape("this start (1) of the server is superseded by a newer one (2)")):
         server.commit([], [], {})
     assert newer.commit([], [], {}).version == 2
+
+
+@pytest.mark.parametrize("sweeps", [True, False])
+def test_a_commit_on_its_way_is_removed_by_a_new_server(tmp_path, monkeypatch, sweeps):
+    """The old server looks for a newer one, finds none, and is suspended before its link."""
+    if not sweeps:
+        monkeypatch.setattr(Claim, "sweep", lambda self: None)
+    old = Server.start(Disk(tmp_path), RUN, {}, lease_s=0.1)
+    rounds(old, a_silo(tmp_path), 1)
+    real, newer = old.folder.link, []
+
+    def link(source, name):
+        if not newer:
+            newer.append(Server.start(Disk(tmp_path), RUN, {}, lease_s=0.1))
+        real(source, name)
+
+    old.folder.link = link
+    if sweeps:
+        with pytest.raises(Superseded):
+            old.commit([], [], {})
+    else:
+        old.commit([], [], {})
+    assert newer[0].head.version == 1
+    assert (tmp_path / names.path(names.LINE, "", 2)).exists() != sweeps
 
 
 def test_a_server_that_is_alive_is_not_superseded(tmp_path, server):

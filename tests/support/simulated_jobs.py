@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmpi.errors import ConfigError, FolderError, Superseded
 from fedmpi.files import names
-from fedmpi.files.envelope import unpacked
+from fedmpi.files.envelope import Torn, unpacked
 from fedmpi.files.folder import Pace
 from fedmpi.files.line import NEVER, Commit, Last
 from fedmpi.files.server import Arrived, Server
@@ -72,7 +72,7 @@ class Truth:
     def committed(self, name: str, inode: Inode) -> None:
         """A commit is on the line."""
         version = int(name)
-        require(inode.flushed, "a commit that is not on disk is on the line")
+        self.are_whole()
         for where in ("updates", "notes"):
             for other, file in self.world.folders[where].items():
                 self.named(f"{where}/{other}", file)
@@ -103,6 +103,23 @@ class Truth:
         self.sums.append(total)
         self.most_files = max(self.most_files, sum(len(folder) for folder in self.world.folders.values()))
 
+    def are_whole(self) -> None:
+        """The commits on the line are whole, on every disk."""
+        for name, inode in self.world.folders["line"].items():
+            try:
+                unpacked(inode.content)
+            except Torn:
+                require(not name.isdigit(), f"commit {name} is lost")
+
+    def are_kept(self) -> None:
+        """All updates that count are there, so that the models can be computed again."""
+        files = {**self.world.folders["kept"], **self.world.folders["updates"]}
+        there = {unpacked(inode.content).digest for name, inode in files.items() if names.parsed(name)}
+        counted = {entry.digest for commit in self.line for entry in commit.entries if entry.counts}
+        require(counted <= there, f"{len(counted - there)} updates that count are not kept")
+        num = sum(name.startswith("@") for name in self.world.folders["kept"]) + len(self.world.folders["line"])
+        require(num >= len(self.line), "a commit is not kept")
+
     def believes(self, commit: Commit | None, before: Commit | None) -> None:
         """A job goes by this commit, after that one."""
         self.readers += 1
@@ -124,6 +141,7 @@ class Jobs:
         self.world, self.truth = world, Truth(world)
         self.living: dict[str, set[SharedFolder]] = defaultdict(set)
         self.ends: dict[str, int] = defaultdict(int)
+        self.keep_updates = False
         self.state_first = True  # a silo writes its state before its update
         self.submit("server", self.server)
         for k in range(num_silos):
@@ -162,8 +180,8 @@ class Jobs:
 
     def server(self, folder: SharedFolder) -> None:
         """Commit a version when three updates have arrived."""
-        truth = self.truth
-        server = Server.start(folder, RUN, {"host": folder.host.number}, lease_s=LEASE_S)
+        truth, about = self.truth, {"host": folder.host.number}
+        server = Server.start(folder, RUN, about, lease_s=LEASE_S, keep_updates=self.keep_updates)
         truth.serving = max(truth.serving, server.epoch)
         truth.believes(server.head, None)
         total, pool, beat_s, pace = 0, [], -BEAT_S, Pace(folder, 0.5, 5.0)
@@ -211,6 +229,7 @@ class Jobs:
                 pace.wait()
                 continue
             unanswered = {n: sent for n, sent in unanswered.items() if silo.answer(n) is None}
+            commit = silo.line.head  # to ask for answers is to look
             again = min(unanswered, default=-1) if rng.random() < 0.05 else -1
             if again >= 0 and silo.lost(again):
                 sent = unanswered[again]
@@ -254,9 +273,12 @@ def survive(world: World, num_silos: int = 8, prepare: Callable[[Jobs], None] = 
     prepare(jobs)
     world.run()
     truth = jobs.truth
+    truth.are_whole()
     require(len(truth.line) > 0, "nothing was committed")
     require(truth.at_operation[-1] > (world.calm_at + world.most) // 2, "no commit although all faults have ended")
-    require(truth.most_files < 64 + 16 + 60 * num_silos, f"{truth.most_files} files")
+    if jobs.keep_updates:
+        truth.are_kept()
+    require(jobs.keep_updates or truth.most_files < 64 + 16 + 60 * num_silos, f"{truth.most_files} files")
     gaps = [b - a for a, b in zip([0.0, *truth.times_s], [*truth.times_s, world.now_s], strict=True)]
     require(max(gaps) < MOST_GAP_S, f"no commit for {max(gaps):.0f} s")
     world.counts.update(jobs.ends)

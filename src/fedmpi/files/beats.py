@@ -6,6 +6,7 @@ saw the counter change. Times of different hosts, and times of files, are never 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,15 @@ class Heart:
         self._folder, self._path = folder, names.path(names.BEATS, who, number)
         self._head = {"kind": "beat", "run": run, "who": who, "by": number}
         self._count = 0
+        self._lock = threading.Lock()
 
     def beat(self, about: Mapping[str, Any], ended: bool = False) -> None:
-        """One beat; tells `about`, a small JSON object, and whether it is the last. Raises FolderError."""
-        self._count += 1
-        parts, _ = packed(self._head | {"count": self._count, "ended": ended, "about": dict(about)})
-        self._folder.publish(self._path, parts)
+        """One beat; tells `about`, a small JSON object, and whether it is the last. Raises FolderError. Several threads
+        may call it; the last call's beat stays."""
+        with self._lock:
+            self._count += 1
+            parts, _ = packed(self._head | {"count": self._count, "ended": ended, "about": dict(about)})
+            self._folder.publish(self._path, parts)
 
 
 @dataclass

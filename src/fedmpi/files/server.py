@@ -51,7 +51,7 @@ class Server:
         self._registered: dict[str, tuple[int, dict[str, Any]]] = {}
         self._taken: dict[str, tuple[int, int]] = {}  # by silo: last update read and its incarnation
         self._damaged = Damaged(folder)
-        self._tidy = Tidy(folder, self.epoch, keep, keep_updates)
+        self._tidy = Tidy(folder, self.epoch, keep, keep_updates, self._line)
         claim.sweep()
         self._recent = deque((c for c in self._line.retained()), maxlen=keep)
         self._line.look()

@@ -11,10 +11,11 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from fedmpi.errors import FolderError
 from fedmpi.files import names
 from fedmpi.files.claims import KEPT_CLAIMS
 from fedmpi.files.folder import Folder
-from fedmpi.files.line import NEVER, Commit
+from fedmpi.files.line import NEVER, Commit, Line
 
 KEPT_COMMITS = 64  # commits that stay on the line
 EVERY = 64  # versions, after which everything is looked through
@@ -24,8 +25,9 @@ PART_S = 3600.0  # age at which a temporary file is removed; its writer, if it i
 class Tidy:
     """Removes files for the server of an epoch. `keep` versions keep their files."""
 
-    def __init__(self, folder: Folder, epoch: int, keep: int, keep_updates: bool) -> None:
+    def __init__(self, folder: Folder, epoch: int, keep: int, keep_updates: bool, line: Line) -> None:
         self._folder, self._epoch, self._keep, self._keep_updates = folder, epoch, keep, keep_updates
+        self._line = line
         self._written: dict[str, list[int]] = defaultdict(list)  # by kind: numbers of this epoch's files
         self._first = True  # nothing was looked through yet
         self._first_seen_s: dict[str, float] = {}  # temporary files, on this process's clock
@@ -73,7 +75,7 @@ class Tidy:
 
     def everything(self, head: Commit, recent: Sequence[Commit]) -> None:
         """Remove what earlier processes have left, too. Lists every folder; one that cannot be listed is left alone."""
-        self._updates(head, recent)
+        self._updates(head)
         self._notes(recent)
         for version in self._numbers(names.LINE):
             if version <= head.version - KEPT_COMMITS:
@@ -97,11 +99,17 @@ class Tidy:
         parsed = map(names.parsed, self._listed(names.OF_SILOS[kind]))
         return [(row[0], row[1][0], row[1][1]) for row in parsed if row is not None and len(row[1]) == 2]
 
-    def _updates(self, head: Commit, recent: Sequence[Commit]) -> None:
-        counted = {entry[:3] for commit in recent for entry in commit.entries if entry.counts}
-        for silo, number, by in self._of_silos(names.UPDATE):
-            if number <= head.last.get(silo, NEVER).number:
-                self._answered(silo, number, by, (silo, number, by) in counted)
+    def _updates(self, head: Commit) -> None:
+        old = [row for row in self._of_silos(names.UPDATE) if row[1] <= head.last.get(row[0], NEVER).number]
+        counted: set[tuple[str, int, int]] = set()
+        if old and self._keep_updates:  # a commit could not move them
+            try:
+                commits = self._line.retained()
+            except FolderError:
+                return
+            counted = {entry[:3] for commit in commits for entry in commit.entries if entry.counts}
+        for row in old:
+            self._answered(*row, counts=row in counted)
         scores = self._of_silos(names.SCORE)
         newest = {silo: number for silo, number, _ in sorted(scores)}
         for silo, number, by in scores:
