@@ -48,6 +48,8 @@ from fedmpi.opening import Opened, open_silos
 from fedmpi.placement import place
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.disclosure import refuse_metrics
+from fedmpi.secure.masks import require
+from fedmpi.secure.session import Session
 from fedmpi.transforms import Updates
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
@@ -206,7 +208,7 @@ def specify(config: Config, comm: Comm, out: Path) -> Spec:
         log.warning("an experiment, not for use: %s", said(config.attack, [silo.id for silo in source.silos]))
     comm.require_equal("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
     objective = comm.collectively(lambda: resolve(config.objective, source.task, source.num_classes))
-    comm.collectively(lambda: refuse_metrics(config.disclose, objective.scorers))
+    comm.collectively(lambda: refuse_metrics(config.disclosed, objective.scorers))
     module = comm.collectively(lambda: build_module(config, source))
     if (init := config.init) is not None:
         left_out = comm.collectively(lambda: pretrained.start(module, init))
@@ -263,7 +265,8 @@ def build_federation(
     config, comm, members, attack = spec.config, comms.control, opened.members, spec.config.attack
     weights = _weights(config, members.ids, opened.num_train)
     hosted = members.hosted(comm.rank)
-    context = _context(spec, weights, hosted, comm)
+    secure = _session(spec, members, comm)
+    context = _context(spec, weights, hosted, comm)._replace(secure=secure)
     zeros_Q = torch.zeros(spec.layout.size, dtype=master_dtype(spec.entries), device=spec.device)
     plan = choose(spec.section, comms.leaders, zeros_Q, context, plan_before)
     exchange = make_exchange(plan.section, comms.leaders, zeros_Q, context)
@@ -292,13 +295,33 @@ def build_federation(
             evaluate_batch=config.evaluate.batch_size,
             average=config.server.average,
             measurements=config.records.measurements,
-            disclose=config.disclose,
+            disclose=config.disclosed,
             updates=Updates(config.updates),
             finetune=config.evaluate.finetune,
             told=(*config.policy.columns, *config.engine.columns),
+            secure=secure,
             experiment="" if attack is None else said(attack, spec.known),
         )
     return Built(federation, replace(spec, section=plan.section), plan)
+
+
+def _session(spec: Spec, members: Membership, comm: Comm) -> Session | None:
+    """New keys for these members; None without `secure`. Collective."""
+    config = spec.config
+    if (secure := config.secure) is None:
+        return None
+    comm.collectively(lambda: _can_mask(spec.device))
+    ring, threshold = secure.ring(config, len(members.ids)), secure.fewest(config, members.ids)
+    session = Session(comm, members.ids, members.ranks, ring, threshold, secure.neighbours)
+    if (seen := session.alone()) and comm.rank == 0:
+        log.warning("secure: %s", seen)
+    return session
+
+
+def _can_mask(chosen: torch.device) -> None:
+    require()
+    if chosen.type != "cpu":
+        raise ConfigError("secure: masks are made in host memory; take device.name: cpu")
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from fedmpi.objectives import DEFAULTS, LOSSES, Objective
 from fedmpi.records import MEASUREMENTS, SINKS
 from fedmpi.rounds import CLOCKS, ENGINES, POLICIES, STALENESS, TIMES
 from fedmpi.schedules import SCHEDULES
+from fedmpi.secure.secagg import SECURE
 from fedmpi.selection import SELECTORS
 from fedmpi.server import OPTIMIZERS
 from fedmpi.transforms import TRANSFORMS
@@ -48,6 +49,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "runners": (RUNNERS, "runner"),
     "selectors": (SELECTORS, "select"),
     "transforms": (TRANSFORMS, "updates"),
+    "secure": (SECURE, "secure"),
     "aggregators": (AGGREGATORS, "aggregate"),
     "attacks": (ATTACKS, "attack"),
     "metrics": (METRICS, "objective.metrics"),

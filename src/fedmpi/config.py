@@ -40,6 +40,7 @@ from fedmpi.records import MEASUREMENTS, SINKS, Measurement, Sink
 from fedmpi.records.measurements import Gram
 from fedmpi.rounds import ENGINES, Engine, Policy, Synchronous
 from fedmpi.rounds.disclosure import Disclose, refuse_hidden
+from fedmpi.secure.secagg import SECURE, SecAgg
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, ReadsNorms, ServerOptimizer
 from fedmpi.transforms import TRANSFORMS, Transform
@@ -206,6 +207,8 @@ class Config:
     exchange: ExchangeSection = ExchangeSection()
     disclose: Disclose = "silo"
     """which figures of single silos leave their rank: silo: all; cohort: only who took part; pooled: none, only sums"""
+    secure: Annotated[SecAgg, SECURE] | None = None
+    """secure aggregation: only sums over silos are seen by anybody; implies disclose: pooled"""
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     resume: ResumeSection = ResumeSection()
@@ -219,8 +222,8 @@ class Config:
     on_failure: OnFailure | None = None
     """when a rank dies under a fault-tolerant MPI (mpirun --with-ft ulfm): adopt: other ranks take over its silos if
     they can open their data; respawn: the same, until a fresh rank that MPI starts takes its place; continue: its silos
-    leave; stop: the run ends; null: adopt, but stop with exchange.overlap, exchange.regions, or engine: buffered in
-    real time"""
+    leave; stop: the run ends; null: adopt, but stop with exchange.overlap, exchange.regions, secure, or engine:
+    buffered in real time"""
 
     @property
     def policy(self) -> Policy:
@@ -228,10 +231,15 @@ class Config:
         return self.engine.policy
 
     @property
+    def disclosed(self) -> Disclose:
+        """`disclose`, or pooled under `secure`."""
+        return "pooled" if self.secure is not None else self.disclose
+
+    @property
     def heals(self) -> OnFailure:
         """`on_failure` with its default resolved."""
         at_large = self.engine.arrivals > 0 and not self.engine.clock.is_virtual  # updates under way are on one rank
-        stops = self.exchange.overlap or self.exchange.regions or at_large
+        stops = self.exchange.overlap or self.exchange.regions or at_large or self.secure is not None
         return self.on_failure or ("stop" if stops else "adopt")
 
     @property
@@ -245,7 +253,9 @@ class Config:
         readers.append(("engine.policy", self.policy))
         readers += [("records.measure", measurement) for measurement in self.records.measurements]
         readers += [(f"updates.{i}", transform) for i, transform in enumerate(self.updates)]
-        refuse_hidden(self.disclose, readers)
+        if self.secure is not None and (why := self.secure.conflicts(self)):
+            raise ValueError(why)
+        refuse_hidden(self.disclosed, readers)
         if self.disclose != "silo" and self.exchange.scope == "silo":
             raise ValueError(f"disclose: {self.disclose}, but with exchange.scope: silo each delta leaves its rank")
         return self
@@ -283,10 +293,16 @@ class Config:
         self.select.suits(len(known))
         self.select.knows(known)
         self.engine.clock.suits(known)
-        if self.disclose != "silo" and self.select.least(ids, self.rounds) < 2:
+        if self.secure is not None:
+            self.secure.fewest(self, ids)
+            self.secure.ring(self, len(ids))
+            personal = [entry.name for entry in found if entry.kind == "personal"]
+            if personal and self.adopts:
+                raise ConfigError(f"secure: on_failure: {self.heals} copies '{personal[0]}' to other ranks; take stop")
+        if self.disclosed != "silo" and self.select.least(ids, self.rounds) < 2:
             raise ConfigError(
-                f"disclose: {self.disclose}, but a cohort may be a single silo, and sums over it are its figures; take "
-                "a select that draws two or more, or disclose: silo"
+                f"disclose: {self.disclosed}, but a cohort may be a single silo, and sums over it are its figures; "
+                "take a select that draws two or more, or disclose: silo"
             )
         least = self.select.least(ids, self.rounds)
         self.policy.suits(least)

@@ -241,7 +241,7 @@ class Parts:
         if self._roster is not None:
             fed = self.federation
             code = hashlib.sha256(repr((fedmpi.__version__, sources.digests(self.code))).encode()).hexdigest()[:8]
-            shown = self.config.disclose == "silo"
+            shown = self.config.disclosed == "silo"
             about = {
                 silo: {"num_train": int(facts[0]), "data": fingerprint(facts) if shown else None, "code": code}
                 for silo, facts in fed.facts.items()

@@ -14,7 +14,7 @@ from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
 from fedmpi.exchange.base import Machine
-from fedmpi.exchange.choose import BY_ARRIVAL, by_rule, cost
+from fedmpi.exchange.choose import BY_ARRIVAL, UNMASKED, by_rule, cost
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import Sizes, num_vectors
 from fedmpi.exchange.fragments import parts
@@ -26,8 +26,11 @@ from fedmpi.models import make
 from fedmpi.objectives import resolve
 from fedmpi.placement import place
 from fedmpi.records import StatusTable, peak_rss_bytes
+from fedmpi.reveals import reveals, trust
 from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
 from fedmpi.rounds.disclosure import ready_pooling, refuse_metrics
+from fedmpi.secure.graph import degree
+from fedmpi.secure.session import num_covered
 from fedmpi.transforms import Updates
 
 _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
@@ -75,7 +78,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     """
     source = config.data.source(config.seed)
     objective = resolve(config.objective, source.task, source.num_classes)
-    refuse_metrics(config.disclose, objective.scorers)
+    refuse_metrics(config.disclosed, objective.scorers)
     with torch.device("meta"):
         module = make(config.model, source)
     if config.init is not None:
@@ -83,7 +86,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
     ids = [silo.id for silo in source.silos]
     found = config.entries(module, ids, ids)
     layers = any(e.kind == "personal" and e.num_elements for e in found)
-    scores = Scores.of(objective, config.local, config.evaluate.finetune, layers, config.disclose != "silo")
+    scores = Scores.of(objective, config.local, config.evaluate.finetune, layers, config.disclosed != "silo")
     counts = Counts.of(found, config)
     section, why = _planned(config, num_ranks, counts.travels)
     # Pinned silos cannot be placed on hosts that are not known yet.
@@ -100,6 +103,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         num_states=_server_copies(config),
         num_stepped=counts.shared,
         arrivals=config.engine.arrivals,
+        secure_bits=0 if config.secure is None else config.secure.ring(config, len(owners)).bits,
         aggregator=None if config.aggregate.needs == "sum" else config.aggregate,
     )
     sample_bytes = 4 * int(torch.Size(source.shape).numel())
@@ -143,9 +147,31 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "checkpoints_kept": config.checkpoint.keep + 1,
         "mirror_bytes": _mirror(config, counts, checkpoint, num_ranks),
         "out": str(Path(config.out)),
+        "privacy": [
+            row._asdict()
+            for row in reveals(config, ids, hosted, section.plan, source.central, layers or counts.kept_bytes > 0)
+        ],
+        "trust": trust(config),
+        "secure": _secure(config, ids),
         "config": {
             key: {"value": value, "from": origin_of(key, origins)} for key, value in flatten(to_dict(config)).items()
         },
+    }
+
+
+def _secure(config: Config, ids: Sequence[str]) -> dict[str, Any] | None:
+    """The ring and the threshold under `secure`."""
+    if config.secure is None:
+        return None
+    ring = config.secure.ring(config, len(ids))
+    return {
+        "threshold": config.secure.fewest(config, ids),
+        "bits": ring.bits,
+        "unit": ring.unit,
+        "largest_sum": ring.largest,
+        "clip": ring.bound,
+        "error": ring.error(len(ids)),
+        "neighbours": min(config.secure.neighbours or degree(len(ids)), len(ids) - 1),
     }
 
 
@@ -159,9 +185,11 @@ def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[Exchang
         return section, ""
 
     def ruled(machine: Machine) -> tuple[str, str]:
-        return by_rule(
-            machine, section.at_a_time(num_elements), lambda name: PLANS.find(name).supports(section, machine)
-        )
+        def refuses(name: str) -> str:
+            plan = PLANS.find(name)
+            return UNMASKED if config.secure is not None and not plan.masks else plan.supports(section, machine)
+
+        return by_rule(machine, section.at_a_time(num_elements), refuses)
 
     on_device = config.device.name == "cuda"
     name, why = ruled(Machine(num_ranks, on_device=on_device))
@@ -222,9 +250,11 @@ def _mirror(config: Config, counts: Counts, checkpoint: Mapping[str, int], num_r
 def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:
     """Elements of the small tables that ranks share in a round."""
     of_silo = (*READY_SILO, *Updates(config.updates).told)
-    ready = StatusTable(num_ranks, READY_RANK, num_silos, of_silo, pooling=ready_pooling(config.disclose))
+    masked = config.secure is not None
+    ready = StatusTable(num_ranks, READY_RANK, num_silos, of_silo, pooling=ready_pooling(config.disclosed, masked))
     done = StatusTable(num_ranks, DONE_RANK, num_silos, scores.columns, scores.num_counts, scores.pooling)
     num = (ready.num_bytes + done.num_bytes) // 8
+    num += sum(num_covered(table.num_hidden) - table.num_hidden for table in (ready, done)) if masked else 0
     num += 2 * num_ranks * config.exchange.overlap  # whether deltas are folded everywhere; the exchange's seconds
     num += (num_ranks + num_silos) * config.select.asks  # losses of candidates
     return num + num_silos**2 * ("gram" in config.records.needs)

@@ -132,7 +132,7 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
         params_P = run.averaged_parameters(round, comm)
         kept = comm.collectively(lambda: run.kept(round, mine))
         objective = comm.collectively(lambda: resolve(run.config.objective, run.source.task, run.source.num_classes))
-        scores = Scores(objective, pools=run.config.disclose != "silo")
+        scores = Scores(objective, pools=run.config.disclosed != "silo")
         board = StatusTable(comm.size, (), len(ids), scores.columns, scores.num_counts, scores.pooling)
 
         def score() -> None:

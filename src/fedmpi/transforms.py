@@ -280,14 +280,18 @@ class Steps:
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
 
-    def on_silo(self, update: Contribution, largest: float) -> tuple[int, dict[str, float]]:
+    def on_silo(
+        self, update: Contribution, largest: float, before: float | None = None
+    ) -> tuple[int, dict[str, float]]:
         """Run the transforms on an update. Returns the number, from 1, of the transform that rejects it (0: none), and
-        the needed norms by column. Checks reject norms beyond `largest`."""
+        the needed norms by column. Checks reject norms beyond `largest`; before other transforms, beyond `before` if it
+        is given."""
         norms: dict[str, float] = {}
         for number, step in enumerate(self.steps, start=1):
             if step.column:
                 norms[step.column] = norm_of(update[DELTA])
-            if not step.transform.on_silo(update, step.state, step.about._replace(largest=largest)):
+            most = largest if before is None or number == len(self.steps) else before
+            if not step.transform.on_silo(update, step.state, step.about._replace(largest=most)):
                 return number, norms
         return 0, norms
 

@@ -363,11 +363,13 @@ def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
 
 
 def summable(vector: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as an array for sums; int64 as uint64, whose overflow wraps. Else raises ExchangeError."""
+    """The tensor's memory as an array for sums; integers as unsigned ones, whose overflow wraps. Else raises
+    ExchangeError."""
     if vector.device.type != "cpu" or not vector.is_contiguous():
         raise ExchangeError(f"a collective needs contiguous host memory, got {vector.device} {vector.stride()}")
-    if vector.dtype not in (torch.float32, torch.float64, torch.int64, torch.uint8):
+    if vector.dtype not in (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8):
         # mpi4py passes bfloat16 to MPI as bytes, and the sum would be silently wrong.
         raise ExchangeError(f"no collective sums {vector.dtype}")
     array: np.ndarray = vector.detach().numpy()
-    return array.view(np.uint64) if vector.dtype == torch.int64 else array
+    unsigned = {torch.int32: np.uint32, torch.int64: np.uint64}.get(vector.dtype)
+    return array if unsigned is None else array.view(unsigned)

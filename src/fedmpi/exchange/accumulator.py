@@ -35,6 +35,7 @@ class Accumulator:
         params_P: torch.Tensor,
         facts: ExchangeContext,
         divide: Divide | None,
+        sum_dtype: torch.dtype = torch.int64,
     ) -> None:
         self.facts, self.coder, self.grid, self.device = facts, coder, grid, params_P.device
         self.aggregator = facts.aggregator
@@ -49,7 +50,7 @@ class Accumulator:
         self._mean = torch.zeros(grid.length, dtype=params_P.dtype, device=self.device)
         self._rows = torch.zeros(0, dtype=params_P.dtype, device=self.device)
         self._divide = divide  # for sums in the integer ring
-        self._total = torch.zeros(grid.length, dtype=torch.int64, device=self.device) if divide else None
+        self._total = torch.zeros(grid.length, dtype=sum_dtype, device=self.device) if divide else None
 
     def begin(self, senders: Sequence[Sender], weight: float, round: int) -> None:
         """Start a round that receives these vectors; `weight` is their total."""

@@ -8,6 +8,7 @@ of two that brings it close to the cohort's weight, so that a small cohort loses
     reproducible   sums integers modulo 2^64, where order does not matter: the same bits for any number of ranks. Each
                    silo's weighted delta is rounded to multiples of 2^-44 (6e-14). Sums up to 2^18 fit; a delta with a
                    larger norm is rejected.
+    under masks    the same with the ring of `secure` (secure/ring.py), to which masks are added before anything is sent
 
 A rank that folds more than `MANY` silos in float32 sums in float64. Buffers are allocated once. Vectors live on the
 rank's device.
@@ -27,13 +28,16 @@ from fedmpi.aggregate import Aggregator
 from fedmpi.attacks import Edit
 from fedmpi.codecs import CODECS
 from fedmpi.comm import Comm
+from fedmpi.comm.base import summable
 from fedmpi.components import to_dict
-from fedmpi.errors import ConfigError, agreed
+from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.exchange import weights
 from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.exact import Exact
 from fedmpi.flat import sha256
 from fedmpi.layout import Layout
+from fedmpi.secure.masks import Stream
+from fedmpi.secure.session import BROKEN, VECTOR, Session
 from fedmpi.server import Server
 from fedmpi.state import Holders, Placement, StateTensor
 from fedmpi.types import Contribution
@@ -65,6 +69,7 @@ class ExchangeContext(NamedTuple):
     layout: Layout | None = None  # layout of the vector; None: it holds only the delta
     edit: Edit | None = None  # how an attack changes silos' rows before anything reads them
     arrivals: bool = False  # whether updates arrive one by one (exchange/arrivals.py), in place of a plan's collectives
+    secure: Session | None = None  # masks between silos; None: vectors are summed as they are
 
 
 class Machine(NamedTuple):
@@ -104,6 +109,9 @@ class Exchange:
     rounds_held: int = 1  # rounds of a silo's progress in one vector that it sends
     subtracts: bool = False  # whether this round `add` takes trained parameters in place of a delta
     wrote_model: bool = False  # whether the last `finish` left the new parameters in this rank's model
+    masks: ClassVar[bool] = False  # whether it masks sums under `secure`
+    # What the server's rank and the other ranks see of what a rank sends ({}), in the table of `plan --privacy`.
+    sees: ClassVar[tuple[str, str]] = ("{}", "{}")
     one_by_one: ClassVar[bool] = False  # whether an aggregator sees every silo's vector under `scope: silo`
 
     # ------------------------------------------------------------ what a plan declares
@@ -162,8 +170,15 @@ class Exchange:
         if self.dtype != torch.float32 and not (section.up.plain and section.down.plain):
             raise agreed(ConfigError(f"codecs take float32, and the shared parameters are {self.dtype}"))
         # Single silos' vectors are added in the silos' order, which is as reproducible as a ring.
-        self.ring = section.reduction == "reproducible" and section.scope == "rank"
+        self.secure = facts.secure
+        self.ring = self.secure is not None or (section.reduction == "reproducible" and section.scope == "rank")
         self.sum_dtype = torch.int64 if self.ring else self.dtype
+        self.unit, self.largest_norm = UNIT, LARGEST_NORM  # of the ring, and beyond which a delta is rejected
+        if self.secure is not None:
+            self.unit, self.largest_norm = self.secure.ring.unit, self.secure.ring.largest
+            self.sum_dtype = torch.int32 if self.secure.ring.bits == 32 else torch.int64
+        self.there: Sequence[str] = ()  # the silos in the sum, under masks
+        self._streams: list[Stream] = []  # the masks of this round's sum
         self.round = 0
         self._near = 1.0  # factor of the round's shares
         self._many = False  # whether this rank folds too many silos for float32
@@ -178,7 +193,7 @@ class Exchange:
         self._facts_text = repr(self._declared)
         if self.ring:
             self.float_B = torch.zeros(BLOCK, dtype=torch.float64, device=self.device)
-            self.int_B = torch.zeros(BLOCK, dtype=torch.int64, device=self.device)
+            self.int_B = torch.zeros(BLOCK, dtype=self.sum_dtype, device=self.device)
 
     # ------------------------------------------------------------ memory and state
 
@@ -265,6 +280,10 @@ class Exchange:
         """Add one silo's contribution. Its memory may be reused afterwards."""
         raise NotImplementedError
 
+    def meet(self, silos: Sequence[str]) -> None:
+        """Under masks: say whose contributions are in the sum, once all ranks agree; before `finish`."""
+        self.there = silos
+
     def fingerprint(self, cohort: Sequence[str]) -> float:
         """A 32-bit checksum of what ranks must agree on before vectors are sent; exact as a float64."""
         return float(zlib.crc32(repr((self.round, self._facts_text, list(cohort))).encode()))
@@ -309,7 +328,7 @@ class Exchange:
             for start in range(0, self.num_params, BLOCK):
                 part = slice(start, min(start + BLOCK, self.num_params))
                 exact, whole = self.float_B[: part.stop - start], self.int_B[: part.stop - start]
-                exact.copy_(delta_P[part]).mul_(share * UNIT).round_()
+                exact.copy_(delta_P[part]).mul_(share * self.unit).round_()
                 sum_P[part].add_(whole.copy_(exact))
         elif self._many:
             if self._wide_P is None:
@@ -344,7 +363,25 @@ class Exchange:
         if not self.ring:
             torch.div(sum_N, weight, out=mean_N)
             return
-        weight = weight / (weights.GRAIN / UNIT)
+        weight = weight / (weights.GRAIN / self.unit)
         for start in range(0, len(sum_N), BLOCK):
             part = slice(start, min(start + BLOCK, len(sum_N)))
             mean_N[part].copy_(self.float_B[: part.stop - start].copy_(sum_N[part]).div_(weight))
+
+    # ------------------------------------------------------------ masks
+
+    def open_masks(self) -> None:
+        """Take the masks of this round's sum. Call once before `mask`, on every rank alike."""
+        assert self.secure is not None
+        self._streams = self.secure.streams(VECTOR, self.there, self.secure.ring.bits)
+
+    def mask(self, sum_N: torch.Tensor, start: int = 0) -> None:
+        """Add this rank's masks to the elements of its sum from `start` on, in place, modulo 2^32 or 2^64."""
+        words = summable(sum_N)
+        for stream in self._streams:
+            stream.add(words, start)
+
+    def require_all(self, num_silos: int) -> None:
+        """Raise ExchangeError unless the sum counts the silos that should be in it: else masks did not cancel."""
+        if num_silos != len(self.there):
+            raise ExchangeError(BROKEN)

@@ -28,6 +28,7 @@ from fedmpi.exchange.plans import FORMERLY, MEASURE, PLANS
 from fedmpi.exchange.progress import Progress
 from fedmpi.exchange.regions import Regional
 
+UNMASKED = "does not sum under masks"  # why a plan cannot serve `secure`
 BY_ARRIVAL = "updates go to rank 0 as they arrive"  # why, under engine: buffered
 
 log = logging.getLogger("fedmpi")
@@ -106,6 +107,8 @@ def choose(
 
     def refuses(name: str) -> str:
         plan = PLANS.find(name)
+        if facts.secure is not None and not plan.masks:
+            return UNMASKED
         if why := plan.supports(section, machine):
             return why
         full = no_room(plan, section, comm, params_P, facts)

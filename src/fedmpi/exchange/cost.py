@@ -35,6 +35,7 @@ class Sizes:
     num_states: int = 0  # vectors in the server optimizer's state
     num_stepped: int = 0  # elements of each of them
     arrivals: int = 0  # updates of a round that reach rank 0 one by one (arrivals.py); 0: the plan's collectives
+    secure_bits: int = 0  # of an element of a masked sum; 0: sums are not masked
     aggregator: Aggregator | None = None  # an aggregator that reads each delta; None: a weighted mean
 
     @property
@@ -79,13 +80,17 @@ def num_vectors(section: ExchangeSection, silos: Sequence[int]) -> list[int]:
 
 
 def word_bytes(section: ExchangeSection, sizes: Sizes) -> int:
-    """Bytes of one element of a sum; 8 in the integer ring."""
+    """Bytes of one element of a sum; 8 in the integer ring, 4 or 8 under masks."""
+    if sizes.secure_bits:
+        return sizes.secure_bits // 8
     return 8 if section.reduction == "reproducible" and section.scope == "rank" else sizes.element_bytes
 
 
 def limbs_bytes(section: ExchangeSection, sizes: Sizes) -> int:
     """Bytes of the weight that follows a sum."""
     word = word_bytes(section, sizes)
+    if sizes.secure_bits:  # and the number of silos
+        return (1 + behind(sizes.num_ranks, torch.int32 if word == 4 else torch.int64)[1]) * word
     return behind(sizes.num_ranks, _DTYPES[word] if word == sizes.element_bytes else torch.int64)[1] * word
 
 

@@ -9,7 +9,7 @@ payloads directly, because all ranks encode with one key (replicated).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,11 +31,15 @@ if TYPE_CHECKING:
 class Whole(Exchange):
     """Sums whole vectors, each followed by its weight, or the payloads of a linear codec."""
 
+    masks: ClassVar[bool] = True
+    sees: ClassVar[tuple[str, str]] = ("parts of {}", "parts of {}")
+
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self._coder: Coder | None = None
         self._bits, self._limbs = weights.behind(comm.size, self.sum_dtype)
-        length = self.num_params + self._limbs
+        self._tail = self._limbs + (self.secure is not None)  # behind the vector: its weight, and how many silos
+        length = self.num_params + self._tail
         # Ranks fold their sums on the device where silos train.
         self._sum = torch.zeros(length, dtype=self.sum_dtype, device=self.device)
         if not section.up.plain:
@@ -49,11 +53,12 @@ class Whole(Exchange):
         whole_mean = self.ring or apart
         self._mean_P = torch.zeros_like(params_P) if whole_mean else self._recv[: self.num_params]
         self._weight = 0  # of this rank's silos
+        self._num = 0  # of them
         self._empty = True
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)
-        self._weight, self._empty = 0, True
+        self._weight, self._num, self._empty = 0, 0, True
 
     def add(self, contribution: Contribution) -> None:
         share = self.share(contribution)
@@ -61,6 +66,7 @@ class Whole(Exchange):
             self.exact.take(self.comm.rank, share, contribution.vector_Q)
         self.fold(self._sum[: self.num_params], contribution.vector_Q, share, self._empty)
         self._weight += weights.counted(share)
+        self._num += 1
         self._empty = False
 
     def _sent(self) -> torch.Tensor:
@@ -70,7 +76,11 @@ class Whole(Exchange):
         else:
             self.folded(self._sum[: self.num_params])
         limbs = weights.cut(self._weight, self._bits, self._limbs)
-        self._sum[self.num_params :] = torch.tensor(limbs, dtype=self.sum_dtype)
+        behind = [*limbs, self._num] if self.secure is not None else limbs
+        self._sum[self.num_params :] = torch.tensor(behind, dtype=self.sum_dtype)
+        if self.secure is not None:
+            self.open_masks()
+            self.mask(self._sum)
         if self._coder is not None:
             self._send.zero_()
             self._coder.start(self.round)  # one key for all ranks
@@ -81,7 +91,10 @@ class Whole(Exchange):
         return self._send
 
     def _mean(self) -> torch.Tensor:
-        weight = weights.whole(self._recv[-self._limbs :].tolist(), self._bits)
+        limbs = self._recv[self.num_params :] if self._coder is None else self._recv[-self._limbs :]
+        if self.secure is not None:
+            self.require_all(int(limbs[-1]))
+        weight = weights.whole(limbs[: self._limbs].tolist(), self._bits)
         if not weight:
             raise ExchangeError("no weight arrived: nothing to divide by")
         if self._coder is not None:
@@ -108,7 +121,7 @@ class Whole(Exchange):
             own |= {"sum": vector, "payloads sent": payload, "payloads received": payload, "mean": vector}
             return own | ({"residual": vector} if section.up.feedback else {})
         own |= {"sum": (sizes.num_elements + 1) * word, "received": (sizes.num_elements + 1) * word}
-        return own | ({"mean": vector} if section.reduction == "reproducible" else {})
+        return own | ({"mean": vector} if section.reduction == "reproducible" or sizes.secure_bits else {})
 
 
 class Replicated(Whole):
@@ -161,6 +174,8 @@ class Replicated(Whole):
 
 class Root(Whole):
     """Reduce to rank 0, which alone keeps the server's state and steps; then Bcast."""
+
+    sees: ClassVar[tuple[str, str]] = ("{}", "sums on the way")
 
     @classmethod
     def supports(cls, section: ExchangeSection, machine: Machine) -> str:

@@ -115,6 +115,9 @@ class Parts(Exchange):
     def add(self, contribution: Contribution) -> None:
         self._plans[turn(self.round, len(self._plans))].add(contribution)
 
+    def meet(self, silos: Sequence[str]) -> None:
+        self._plans[turn(self.round, len(self._plans))].meet(silos)
+
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:

@@ -103,13 +103,14 @@ class Behind(Exchange):
         """Start the thread: new = old, stepped by this round's contributions. The server's state changes in place; the
         contributions and `old_P` are only read.
         """
-        plan, given, round, near = self._plan, self._next, self.round, self._near
+        plan, given, round, near, there = self._plan, self._next, self.round, self._near, self.there
         self._next = []
         if self._stream is not None:  # after the work queued so far
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
         def fold() -> None:
             plan.begin(round, len(given), near)
+            plan.meet(there)
             for contribution in given:
                 if plan.exact is None:
                     plan.add(contribution)

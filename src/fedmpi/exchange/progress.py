@@ -94,6 +94,9 @@ class Progress(Exchange):
         self._next[contribution.silo] = new_P
         self._inner.add(replace(contribution, vector_Q=new_P[self._part(self.round)]))
 
+    def meet(self, silos: Sequence[str]) -> None:
+        self._inner.meet(silos)
+
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:

@@ -30,7 +30,9 @@ import numpy as np
 import torch
 
 from fedmpi.comm import Comm, Pending
+from fedmpi.comm.base import summable
 from fedmpi.errors import ExchangeError
+from fedmpi.exchange import weights
 from fedmpi.exchange.accumulator import Accumulator, num_learned
 from fedmpi.exchange.base import MANY, Exchange, ExchangeContext, Lap, Machine
 from fedmpi.exchange.chunks import Batches, Grid, SiloResiduals, stride, stripes_per_batch
@@ -38,6 +40,7 @@ from fedmpi.exchange.cost import Cost, Sizes, Traffic, exact_bytes, word_bytes
 from fedmpi.exchange.download import Download
 from fedmpi.exchange.upload import AHEAD, Sender, Upload
 from fedmpi.exchange.weights import LIMBS
+from fedmpi.secure.session import WEIGHT, Session
 from fedmpi.server import Server
 from fedmpi.state import Vectors
 from fedmpi.types import Contribution
@@ -52,6 +55,8 @@ class Sharded(Exchange):
     """All-to-all of encoded pieces, step at their owners, all-gather."""
 
     one_by_one: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
+    sees: ClassVar[tuple[str, str]] = ("pieces of {}", "pieces of {}")
 
     @classmethod
     def suits(cls, machine: Machine, num_elements: int) -> str:
@@ -77,7 +82,7 @@ class Sharded(Exchange):
             table += num_ranks
         if sizes.aggregator is not None:
             table += num_learned(sizes.aggregator, sizes.num_silos, grid.num_pieces)
-        beside = exact_bytes(section, sizes)
+        beside = exact_bytes(section, sizes) + 8 * num_ranks * (LIMBS + 1) * bool(sizes.secure_bits)
         traffic = Traffic(
             sent + beside,
             (num_ranks - 1) * sum(payloads_down) + beside,
@@ -118,7 +123,8 @@ class Sharded(Exchange):
         self._upload = Upload(*about, self.sum_dtype)
         self._download = Download(*about)
         divide = self.divide if self.ring else None
-        self._accumulator = Accumulator(self.grid, comm.rank, self._upload.coder, params_P, facts, divide)
+        about_sum = (self._upload.coder, params_P, facts, divide, self.sum_dtype)
+        self._accumulator = Accumulator(self.grid, comm.rank, *about_sum)
         self.holders["up"] = self._upload.residual
         if self._download.residual is not None:
             self.holders["down"] = Vectors({"feedback": self._download.residual}, "sharded")
@@ -130,6 +136,7 @@ class Sharded(Exchange):
         self._by_silo = section.scope == "silo"
         self._sum: torch.Tensor | None = None  # of several silos
         self._folded: float | None = None  # their weight; None: none added yet
+        self._num = 0  # of them
 
     # ------------------------------------------------------------ memory and state
 
@@ -182,7 +189,7 @@ class Sharded(Exchange):
         super().begin(round, num_contributions, near)
         self._upload.begin()
         self._only = num_contributions == 1
-        self._folded = None
+        self._folded, self._num = None, 0
 
     def add(self, contribution: Contribution) -> None:
         share, delta_P, silo, rank = self.share(contribution), contribution.vector_Q, contribution.silo, self.comm.rank
@@ -197,14 +204,19 @@ class Sharded(Exchange):
                 self._sum = torch.zeros(self.num_params, dtype=self.sum_dtype, device=self.device)
             self.fold(self._sum, delta_P, share, empty=self._folded is None)
             self._folded = self.weigh(share) + (self._folded or 0)
+            self._num += 1
 
     # ------------------------------------------------------------ the exchange
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
+        if self.secure is not None:
+            self.open_masks()
         if self._folded is not None and self._sum is not None:
-            self._upload.put(self.comm.rank, self._folded, self.folded(self._sum), 1.0)
+            # Under masks the table of senders says only that there is a sum; its weight follows under masks.
+            share, mask = (self._folded, None) if self.secure is None else (1.0, self.mask)
+            self._upload.put(self.comm.rank, share, self.folded(self._sum), 1.0, mask)
         for coder in self.coders:
             coder.start(self.round)
         senders = self._senders()
@@ -248,7 +260,7 @@ class Sharded(Exchange):
             for number, (rank, index, factor, *limbs) in enumerate(table.tolist())
             if (share := self.joined(limbs))
         ]
-        weight = sum(sender.share for sender in senders)
+        weight = sum(sender.share for sender in senders) if self.secure is None else self._masked_weight(self.secure)
         if weight == 0.0:
             raise ExchangeError("no weight arrived: nothing to divide by")
         if self.exact is not None:
@@ -260,6 +272,18 @@ class Sharded(Exchange):
         self._accumulator.begin(senders, weight, self.round)
         self._upload.agree(senders)
         return senders
+
+    def _masked_weight(self, secure: Session) -> float:
+        """The weight of all ranks' silos, summed under masks. Collective."""
+        mine = torch.tensor([*weights.cut(int(self._folded or 0)), self._num], dtype=torch.int64)
+        words = summable(mine)
+        for stream in secure.streams(WEIGHT, self.there, 64):
+            stream.add(words)
+        total = torch.zeros_like(mine)
+        self.comm.allreduce(mine, total)
+        *limbs, num = total.tolist()
+        self.require_all(num)
+        return weights.whole(limbs)
 
     def _weighed(self, senders: list[Sender]) -> Iterable[int]:
         """The batches as they arrive, once the weights of their rows are known. Collective.

@@ -8,7 +8,7 @@ reuses its memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,8 @@ from fedmpi.exchange.chunks import Batches, Coder, Grid, RankResidual, SiloResid
 
 if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
+
+Mask = Callable[[torch.Tensor, int], None]  # changes the elements of a vector from a place on
 
 AHEAD = 3  # batches on their way up while the owner sums one
 
@@ -48,6 +50,7 @@ class Outgoing:
     payloads: torch.Tensor | None = None  # of all pieces, each at its offset
     payloads_B: Bare = None  # the same memory, for codecs
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # of the payloads [pieces]
+    mask: Mask | None = None  # masks a piece before it is sent
 
 
 class Upload:
@@ -92,10 +95,11 @@ class Upload:
         if isinstance(self.residual, SiloResiduals):
             self.residual.begin()
 
-    def put(self, number: int, share: float, vector_P: torch.Tensor, factor: float) -> None:
-        """Add a vector that stays unchanged until it has been sent; the sum holds it `factor` times."""
+    def put(self, number: int, share: float, vector_P: torch.Tensor, factor: float, mask: Mask | None = None) -> None:
+        """Add a vector that stays unchanged until it has been sent; the sum holds it `factor` times. `mask` is called
+        for each piece before it is sent."""
         if self.coder is None:
-            self.outgoing.append(Outgoing(number, share, factor, vector_P))
+            self.outgoing.append(Outgoing(number, share, factor, vector_P, mask=mask))
             return
         memory, sizes = self._memory(), self._full_sizes(self.coder)
         self.outgoing.append(Outgoing(number, share, 1.0, bare(vector_P), factor, *memory, sizes))
@@ -191,6 +195,8 @@ class Upload:
         if out.vector_P is None:
             return
         part = self.grid.part(piece)
+        if out.mask is not None:
+            out.mask(out.vector_P[part], part.start)
         if self.coder is not None:
             assert isinstance(self.residual, RankResidual)
             if piece == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +20,22 @@ class Pooling:
     add_up: Callable[[Column], Mapping[str, float]]  # computes the sums; rows not filled in are 0
 
 
+class Cover(Protocol):
+    """Hides a rank's figures from the others, which see only the sum over all ranks (secure/session.py)."""
+
+    def on(self, values: np.ndarray) -> np.ndarray:
+        """This rank's figures, covered."""
+        ...
+
+    def off(self, summed: np.ndarray) -> np.ndarray:
+        """The sums of the figures, from the sum of what `on` gave on every rank."""
+        ...
+
+    def width(self, num: int) -> int:
+        """How many numbers `on` gives for so many figures."""
+        ...
+
+
 class StatusTable:
     """A table of small numbers: a row per rank, a row per silo, and counts, all float64.
 
@@ -26,7 +43,7 @@ class StatusTable:
     silo order, so a record does not depend on placement. Counts are integers summed over all silos, exact in any order.
 
     With `pooling` only its columns and sums leave a rank. After `share` other columns are nan, even a rank's own rows,
-    so that all ranks compute the same results.
+    so that all ranks compute the same results. With a `cover`, sums and counts are added up under it.
     """
 
     def __init__(
@@ -37,8 +54,9 @@ class StatusTable:
         silo_columns: Sequence[str],
         num_counts: int = 0,
         pooling: Pooling | None = None,
+        cover: Cover | None = None,
     ):
-        self._pooling = pooling
+        self._pooling, self._cover = pooling, cover
         self._sums: dict[str, float] = {}
         self._rank_columns = {name: i for i, name in enumerate(rank_columns)}
         self._silo_columns = {name: i for i, name in enumerate(silo_columns)}
@@ -62,8 +80,13 @@ class StatusTable:
         if (pooling := self._pooling) is None:
             return self._values.nbytes
         num_silos = (self._end - self._split) // max(1, len(self._silo_columns))
-        rest = self._split + len(self.counts) + len(pooling.sums) + num_silos * len(pooling.shown)
-        return rest * self._values.itemsize
+        hidden = self.num_hidden if self._cover is None else self._cover.width(self.num_hidden)
+        return (self._split + num_silos * len(pooling.shown) + hidden) * self._values.itemsize
+
+    @property
+    def num_hidden(self) -> int:
+        """Counts and pooled sums: what a cover hides."""
+        return len(self.counts) + (0 if self._pooling is None else len(self._pooling.sums))
 
     def clear(self) -> None:
         self._values[:] = 0.0
@@ -99,11 +122,15 @@ class StatusTable:
             return
         sums = pooling.add_up(self.silo)
         shown = [self.silo(name) for name in pooling.shown]
-        parts = [self._values[: self._split], *shown, self.counts, np.array([sums[name] for name in pooling.sums])]
+        hidden = np.concatenate([self.counts, np.array([sums[name] for name in pooling.sums])])
+        hidden = hidden if self._cover is None else self._cover.on(hidden)
+        parts = [self._values[: self._split], *shown, hidden]
         ends = np.cumsum([len(part) for part in parts])
-        parts = np.split(over(np.concatenate(parts)), ends[:-1])
+        *parts, hidden = np.split(over(np.concatenate(parts)), ends[:-1])
+        hidden = hidden if self._cover is None else self._cover.off(hidden)
+        counts, of_all = np.split(hidden, [len(self.counts)])
         self._values[self._split : self._end] = np.nan
-        self._values[: self._split], self._values[self._end :] = parts[0], parts[-2]
-        for name, column in zip(pooling.shown, parts[1:-2], strict=True):
+        self._values[: self._split], self._values[self._end :] = parts[0], counts
+        for name, column in zip(pooling.shown, parts[1:], strict=True):
             self._view(False)[:, self._silo_columns[name]] = column
-        self._sums = dict(zip(pooling.sums, parts[-1].tolist(), strict=True))
+        self._sums = dict(zip(pooling.sums, of_all.tolist(), strict=True))

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmpi.comm import ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped, agreed
-from fedmpi.exchange.base import LARGEST_NORM, UNIT
+from fedmpi.exchange.base import LARGEST_NORM
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.federation import Federation
@@ -21,6 +21,7 @@ from fedmpi.transforms import CHECKS
 
 REFUSED = FAILED + 1  # status of a rank whose selector chose no cohort
 WITHIN = 2e-7  # largest rounding error of the ring's mean, for deltas of norm 1
+WITHIN_CLIP = 2e-6  # the same under masks, in units of the norm that updates are clipped to
 
 
 def agree_ready(
@@ -52,6 +53,8 @@ def agree_ready(
         if outcome.num_rejected:
             why += _why_rejected(fed)
         raise agreed(Diverged(f"round {number}: {why}"))
+    if fed.secure is not None and (why := fed.secure.objection(silos_taken(fed))):
+        raise agreed(NoCohort(f"round {number}: {why}"))
     if fed.exchange.ring:
         _has_room(fed, outcome, near)
     try:
@@ -81,7 +84,16 @@ def _beyond(fed: Federation) -> str:
 def _has_room(fed: Federation, outcome: RoundOutcome, near: float) -> None:
     """Raise ExchangeError if the accepted updates weigh so little that the ring's rounding would show in the mean."""
     share = float(heard(fed.ready).sent.sum()) / fed.exchange.facts.total_weight * near
-    if share < outcome.num_taken**0.5 / UNIT / WITHIN:
+    if fed.secure is not None:
+        ring = fed.secure.ring
+        if ring.error(outcome.num_taken, share) > WITHIN_CLIP * ring.bound:
+            raise agreed(
+                ExchangeError(
+                    f"round {outcome.round}: secure has no room in {ring.bits} bits for updates that weigh {share:.1e} "
+                    "of their cohort, and only they were usable; take secure.bits: 64, or weights nearer to each other"
+                )
+            )
+    elif share < outcome.num_taken**0.5 / fed.exchange.unit / WITHIN:
         known = outcome.names(outcome.taken_K)[:8] if outcome.rejected_K is not None else [str(outcome.num_taken)]
         names = ", ".join(known)
         raise agreed(
@@ -91,6 +103,11 @@ def _has_room(fed: Federation, outcome: RoundOutcome, near: float) -> None:
                 "nearer to each other"
             )
         )
+
+
+def silos_taken(fed: Federation) -> list[str]:
+    """The silos whose updates of the round in `fed.ready` are in its sum."""
+    return [silo for silo, taken in zip(fed.ids, fed.ready.silo("taken").tolist(), strict=True) if taken > 0]
 
 
 def as_error(raised: BaseException, where: str) -> FedmpiError:

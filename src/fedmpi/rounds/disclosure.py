@@ -5,8 +5,8 @@
     pooled   only sums; the cohort is still known, because every rank draws it
 
 Pooled figures are the same at every level, up to rounding. MPI adds the sums up on the way, so who reads the network
-learns the figures of a rank that hosts one silo. Every rank always knows the silos' numbers of training samples:
-placement and weights need them.
+learns the figures of a rank that hosts one silo, unless `secure` masks them. Every rank always knows the silos' numbers
+of training samples: placement and weights need them. `secure` implies pooled; whose updates are in the sum is known.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def refuse_hidden(disclose: Disclose, readers: Sequence[tuple[str, Any]]) -> Non
             )
 
 
-def ready_pooling(disclose: Disclose) -> Pooling | None:
-    """The training columns that are disclosed and the sums of the rest; None if all columns are disclosed."""
-    shown = {"cohort": ("taken", "rejected"), "pooled": ()}
+def ready_pooling(disclose: Disclose, masked: bool = False) -> Pooling | None:
+    """The training columns that are disclosed and the sums of the rest; None if all columns are disclosed. Masks are
+    made between silos whose updates are taken, so these are known if sums are `masked`."""
+    shown = {"cohort": ("taken", "rejected"), "pooled": ("taken",) if masked else ()}
     return None if disclose == "silo" else Pooling(shown[disclose], READY_SUMS, _add_up)
 
 

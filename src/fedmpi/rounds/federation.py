@@ -20,6 +20,7 @@ from fedmpi.objectives import Criterion, LossAndMetrics
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import PHASES, Measurement, Record, StatusTable, Timer
 from fedmpi.rounds.disclosure import Disclose, ready_pooling
+from fedmpi.secure.session import Session
 from fedmpi.selection import Selector
 from fedmpi.server import Average, ServerOptimizer
 from fedmpi.stopping import Watch
@@ -77,6 +78,7 @@ class Federation:
     updates: Updates = field(default_factory=Updates)  # transforms of updates before the exchange
     finetune: LocalRule | None = None  # fine-tunes a personal model per silo after the last round
     told: Sequence[str] = ()  # columns of the silos' table that the engine needs
+    secure: Session | None = None  # masks between silos; None: sums are not masked
     experiment: str = ""  # label in the records of an experiment
     timer: Timer = field(default_factory=Timer)
 
@@ -89,14 +91,15 @@ class Federation:
         rows = zip(self.ids, self.num_train, strict=True)
         self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # base weights
         of_silo = (*READY_SILO, *self.updates.told, *self.told)
-        shown = ready_pooling(self.disclose)
-        self.ready = StatusTable(self.comm.size, READY_RANK, len(self.ids), of_silo, pooling=shown)
+        shown = ready_pooling(self.disclose, self.secure is not None)
+        num = len(self.ids)
+        self.ready = StatusTable(self.comm.size, READY_RANK, num, of_silo, pooling=shown, cover=self.secure)
         pools = self.disclose != "silo"
         self.scores = Scores.of(self.objective, self.rule, self.finetune, self.model.has_personal, pools)
         columns, counts = self.scores.columns, self.scores.num_counts
         self._criteria: dict[str, Criterion] = {}
         ranks = (*DONE_RANK, *self.exchange.figures())
-        self.done = StatusTable(self.comm.size, ranks, len(self.ids), columns, counts, self.scores.pooling)
+        self.done = StatusTable(self.comm.size, ranks, num, columns, counts, self.scores.pooling, self.secure)
 
     @property
     def facts(self) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from fedmpi.exchange.weights import nearness
 from fedmpi.local import LocalSilo
 from fedmpi.outcome import BUFFERED, RoundOutcome
 from fedmpi.records import peak_rss_bytes
-from fedmpi.rounds.agreement import agree_ready, raise_failure
+from fedmpi.rounds.agreement import agree_ready, raise_failure, silos_taken
 from fedmpi.rounds.clocks import CLOCKS, NOW, Clock, Real, Replay, now
 from fedmpi.rounds.closing import Closing, normalised
 from fedmpi.rounds.cohort import select_cohort, share_of_all
@@ -109,6 +109,8 @@ class SynchronousRound:
         comm, timer = fed.comm, fed.timer
         timer.lap("checkpoint")
         fed.model.release()  # the parameters are written
+        if fed.secure is not None:
+            fed.exchange.meet(silos_taken(fed))
         params_Q, optimizer = fed.exchange.finish(state.params_Q, self.server, state.optimizer, timer.lap)
         fed.silos.update(self.trained)
         params_P = fed.layout.params(params_Q)

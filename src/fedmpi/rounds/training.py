@@ -83,7 +83,8 @@ def train_silos(
                 weight=silo.weight * factor,
             )
             grown = _grown(contribution.weight, silo.weight * factor, stands_for) * fed.exchange.rounds_held
-            rejected, norms = steps.on_silo(contribution, LARGEST_NORM / (grown if fed.exchange.ring else 1.0))
+            most = fed.exchange.largest_norm / (grown if fed.exchange.ring else 1.0)
+            rejected, norms = steps.on_silo(contribution, most, LARGEST_NORM if fed.secure is not None else None)
             fed.ready.set_silo(fed.index[name], **norms)
             if not rejected and not (
                 _rescaled(contribution, fed, silo.weight * factor, near)

@@ -76,14 +76,8 @@ def stream_into(key: bytes, words: np.ndarray, start: int = 0) -> None:
 
     Any piece of a stream can be made by itself: the counter starts at the piece.
     """
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
-    block, skipped = divmod(start * words.itemsize, BLOCK_BYTES)
-    counter = block.to_bytes(BLOCK_BYTES, "big")
-    encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
+    encryptor = _encryptor(key, start, words.itemsize)
     zeros, out = _ZEROS.view(np.uint8).data, words.view(np.uint8).data
-    if skipped:
-        encryptor.update(bytes(skipped))
     for begin in range(0, len(out), _ZEROS.nbytes):
         part = out[begin : begin + _ZEROS.nbytes]
         encryptor.update_into(zeros[: len(part)], part)
@@ -93,11 +87,41 @@ def add_stream(key: bytes, sign: int, words: np.ndarray, start: int = 0) -> None
     """Add (`sign` 1) or subtract (-1) a key's stream from word `start` on, in place, modulo 2^32 or 2^64."""
     if words.dtype.kind != "u":
         raise TypeError(f"masks are sums of unsigned integers, not {words.dtype}")
-    scratch = np.empty(min(CHUNK, len(words)), dtype=words.dtype)
-    for begin in range(0, len(words), CHUNK):
-        part = words[begin : begin + CHUNK]
-        stream_into(key, scratch[: len(part)], start + begin)
-        (np.add if sign > 0 else np.subtract)(part, scratch[: len(part)], out=part)
+    Stream(key, sign, 8 * words.itemsize).add(words, start)
+
+
+class Stream:
+    """A key's stream, added to or subtracted from the pieces of a vector. Adjacent pieces in turn cost the least."""
+
+    def __init__(self, key: bytes, sign: int, bits: int) -> None:
+        self._key, self._add = key, np.add if sign > 0 else np.subtract
+        self._scratch = np.empty(CHUNK, dtype=np.uint32 if bits == 32 else np.uint64)
+        self._encryptor: Any = None
+        self._next = -1  # word at which the encryptor stands
+
+    def add(self, words: np.ndarray, start: int = 0) -> None:
+        """Mask the words of the vector from `start` on, in place."""
+        if words.dtype != self._scratch.dtype:
+            raise TypeError(f"this mask is of {self._scratch.dtype}, not {words.dtype}")
+        if start != self._next:
+            self._encryptor = _encryptor(self._key, start, words.itemsize)
+        self._next = start + len(words)
+        zeros, scratch = _ZEROS.view(np.uint8).data, self._scratch.view(np.uint8).data
+        for begin in range(0, len(words), CHUNK):
+            part = words[begin : begin + CHUNK]
+            self._encryptor.update_into(zeros[: part.nbytes], scratch[: part.nbytes])
+            self._add(part, self._scratch[: len(part)], out=part)
+
+
+def _encryptor(key: bytes, start: int, itemsize: int) -> Any:
+    """AES-128-CTR that stands at a word of the key's stream."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    block, skipped = divmod(start * itemsize, BLOCK_BYTES)
+    encryptor = Cipher(algorithms.AES(key), modes.CTR(block.to_bytes(BLOCK_BYTES, "big"))).encryptor()
+    if skipped:
+        encryptor.update(bytes(skipped))
+    return encryptor
 
 
 def seal(key: bytes, text: bytes, about: bytes) -> bytes:

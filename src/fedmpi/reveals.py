@@ -1,0 +1,81 @@
+"""What a configuration reveals of a silo, and to whom: the table of `fedmpi plan --privacy` (docs/privacy.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fedmpi.config import Config
+from fedmpi.exchange.plans import PLANS
+
+READERS = ("server", "other silos", "network", "run directory")
+NO, YES, CLEAR = "no", "yes", "yes, not encrypted"
+
+
+class Row(NamedTuple):
+    """Who sees something of one silo. Server: rank 0, which may host silos as well. Other silos: the other ranks.
+    Network: whoever reads the traffic between hosts. Run directory: whoever can read all of its files."""
+
+    what: str
+    server: str
+    silos: str
+    network: str
+    files: str
+
+
+def reveals(
+    config: Config, ids: Sequence[str], hosted: Sequence[int], plan: str, central: bool, keeps: bool
+) -> list[Row]:
+    """The rows for a federation: `hosted` silos on each rank, `plan` of the exchange; `central`: one data set that
+    every rank reads; `keeps`: whether silos keep vectors from round to round."""
+    alone = sum(num > 0 for num in hosted) < 2
+    reads = "all ranks read all of it" if central else NO
+    rows = [Row("samples, targets, outputs", reads, reads, NO, NO)]
+    rows += [_update(config, ids, hosted, plan), _figures(config)]
+    usable = ", and who was usable" if config.disclosed != "pooled" or config.secure is not None else ""
+    rows.append(Row("who takes part in a round", f"yes{usable}", f"yes{usable}", CLEAR, YES))
+    rows.append(Row("ids, training samples, hosts", YES, YES, CLEAR, YES))
+    summed = "yes, as a checkpoint" if config.disclosed == "silo" else "the silo's checkpoint"
+    rows.append(Row("a checksum of the data", YES, YES, CLEAR, summed))
+    rows.append(Row("the model, in which updates are", YES, YES, CLEAR, YES))
+    if keeps:
+        copies = "copies, under ulfm" if config.adopts else NO
+        rows.append(Row("vectors that a silo keeps", copies, copies, copies, "the silo's checkpoint"))
+    return [row._replace(network="nothing is sent") for row in rows] if alone else rows
+
+
+def _update(config: Config, ids: Sequence[str], hosted: Sequence[int], plan: str) -> Row:
+    files = "the silo's checkpoint" if config.exchange.goes_on or config.exchange.lossy else "only the model"
+    if config.secure is not None:
+        fewest = config.secure.fewest(config, ids)
+        return Row("a silo's update", f"a sum of {fewest} or more", "the same, with their own", "masked words", files)
+    if config.exchange.scope == "silo" or config.engine.arrivals:
+        others = NO if config.engine.arrivals else "pieces of it"
+        return Row("a silo's update", YES if config.engine.arrivals else "pieces of it", others, CLEAR, files)
+    lone = min((num for num in hosted if num), default=1) == 1
+    sent = "it" if lone else "sums over a rank's silos"
+    server, silos = (text.format(sent) for text in PLANS.find(plan).sees)
+    return Row("a silo's update", server, silos, f"{sent}, not encrypted", files)
+
+
+def _figures(config: Config) -> Row:
+    what = "losses, norms, metrics, samples used"
+    if config.secure is not None:
+        return Row(what, "sums", "sums", "masked", "sums")
+    if config.disclosed == "silo":
+        return Row(what, YES, YES, CLEAR, YES)
+    return Row(what, "sums", "sums", "sums of a rank's silos", "sums")
+
+
+def trust(config: Config) -> list[str]:
+    """Sentences below the table: who is trusted with what."""
+    if config.secure is None:
+        told = [
+            "Every rank, and the network between hosts, is trusted with what it sees. secure: secagg sums under masks."
+        ]
+    else:
+        told = [
+            "All ranks are trusted to run this program unchanged; keys are exchanged without signatures.",
+            "Whoever controls several silos can subtract them from a sum: what is left is the sum of the others.",
+        ]
+    return [*told, "Nothing here is differential privacy: sums and models may still say something about a silo."]

@@ -1,0 +1,45 @@
+"""The ring: weighted updates as integers modulo 2^32 or 2^64, which masks make uniform and whose sums cannot overflow.
+
+Each silo's update has a norm of at most C, from `updates: clip`. Shares of the weight add up to at most 1 (the exchange
+scales them so), hence no coordinate of the sum exceeds C. The ring holds 4 C for each round of progress in an update:
+weights may grow beyond the base weights (counts of steps, factors of a selector). An update that would grow further is
+rejected. A coordinate is rounded to a multiple of 1/unit, so the sum of K silos is off by at most K / (2 unit).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from fedmpi.errors import ConfigError
+
+GROWS = 4  # times C that fit
+SAFE = 1 - 2.0**-10  # of the ring is used; norms are rounded
+
+
+class Ring(NamedTuple):
+    """Integers of `bits` bits, `unit` of them per 1.0.
+
+    >>> ring = Ring.of(32, bound=1.0, num_silos=8)
+    >>> ring.unit == 2**28, ring.largest, ring.error(8) < 2e-8
+    (True, 4.0, True)
+    """
+
+    bits: int
+    unit: float
+    bound: float  # C, of the norm of one silo's update
+    largest: float  # sums up to this fit
+
+    @classmethod
+    def of(cls, bits: int, bound: float, num_silos: int, rounds_held: int = 1) -> Ring:
+        """The finest ring that holds the sum of these silos. `rounds_held`: rounds of progress in one update. Raises
+        ConfigError if not even the rounding fits."""
+        largest = GROWS * bound * rounds_held
+        room = (2.0 ** (bits - 1) - num_silos) * SAFE
+        if room < 1 or not math.isfinite(largest):
+            raise ConfigError(f"secure: {bits} bits have no room for updates of norm {bound:g} of {num_silos} silos")
+        return cls(bits, 2.0 ** math.floor(math.log2(room / largest)), bound, largest)
+
+    def error(self, num_silos: int, share: float = 1.0) -> float:
+        """The largest error of a coordinate of the mean of these silos, which hold `share` of the weight."""
+        return num_silos / (2 * self.unit * share)

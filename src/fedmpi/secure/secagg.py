@@ -1,0 +1,114 @@
+"""The option `secure` of a configuration, and what it does not go with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import pydantic
+
+from fedmpi.components import Family, called, component
+from fedmpi.errors import ConfigError
+from fedmpi.layout import DELTA
+from fedmpi.secure.ring import Ring
+from fedmpi.transforms import Clip
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
+
+UNCLIPPED = 2.0**18  # norm beyond which updates are rejected anyway
+
+
+@component
+class SecAgg:
+    """Secure aggregation: silos' updates, weights and figures are summed under masks, and only sums are ever seen
+    (Bonawitz et al. 2017, Practical Secure Aggregation for Privacy-Preserving Machine Learning; Bell et al. 2020).
+
+    Updates become integers modulo 2^32 or 2^64; masks between silos cancel inside the exchange's collective. Silos and
+    server are trusted to follow the protocol, and see nothing of a single silo if they do. See privacy.md for what that
+    covers. `disclose: pooled` is implied.
+    """
+
+    threshold: Annotated[int, pydantic.Field(ge=2)] | None = None
+    """fewest silos in a sum; with fewer usable updates the round is given up; null: 2/3 of the smallest cohort"""
+    bits: Literal[32, 64] | None = None
+    """of the integers; 32 needs `updates: clip` with a fixed norm; null: 32 with such a clip, else 64"""
+    neighbours: Annotated[int, pydantic.Field(ge=2)] | None = None
+    """silos with which each silo shares masks, an even number; null: all, or from about 60 silos on as many as keep
+    honest silos connected with probability 1 - 2^-40 if a third is lost or corrupt"""
+
+    def ring(self, config: Config, num_silos: int) -> Ring:
+        """The ring for a federation. Raises ConfigError if bits are too few."""
+        bound = clipped(config)
+        bits = self.bits or (32 if bound < math.inf else 64)
+        return Ring.of(bits, min(bound, UNCLIPPED), num_silos, config.exchange.fragments)
+
+    def fewest(self, config: Config, ids: Sequence[str]) -> int:
+        """The threshold for a federation. Raises ConfigError if a cohort may be smaller."""
+        least = config.select.least(ids, config.rounds)
+        if self.threshold is not None and self.threshold > least:
+            raise ConfigError(f"secure.threshold: {self.threshold}, and a cohort may be {least}")
+        return self.threshold or max(2, math.ceil(2 * least / 3))
+
+    def conflicts(self, config: Config) -> str | None:
+        """Refuses what reads single updates, and what would reveal sums that differ by one silo."""
+        section, who = config.exchange, "secure"
+        if config.disclose == "cohort":
+            return f"{who}: implies disclose: pooled; leave disclose out"
+        if section.scope == "silo":
+            return f"{who}: exchange.scope: silo sends each silo's update by itself"
+        if config.aggregate.needs != "sum":
+            return f"{who}: aggregate {called(config.aggregate)} reads single updates, and only their sum is seen"
+        if config.records.needs:
+            return f"{who}: records.gram needs single updates, and only their sum is seen"
+        if config.attack is not None:
+            return f"{who}: does not go with attack, which edits single updates"
+        if section.lossy:
+            return f"{who}: a codec's payloads do not add up under masks; take exchange.up and down without codecs"
+        if section.regions is not None:
+            return f"{who}: exchange.regions unmasks each region's mean for the rank that leads it"
+        if section.plan == "measure":
+            return f"{who}: exchange.plan: measure times plans without masks; name a plan, or take auto"
+        if not section.chosen and not section.member.masks:
+            return f"{who}: exchange.plan: {section.plan} does not sum under masks; take replicated, sharded or root"
+        if config.engine.arrivals:
+            return f"{who}: engine: buffered brings updates to rank 0 one by one"
+        if config.policy.posts:
+            return (
+                f"{who}: a round repeated after engine.policy: deadline may close with other silos, and two sums that "
+                "differ by one silo show its update; take policy: all"
+            )
+        if config.on_failure == "continue":
+            return (
+                f"{who}: on_failure: continue repeats a round without the lost silos, and two sums that differ by one "
+                "silo show its update; take adopt or stop"
+            )
+        if config.adopts and (config.local.kept_vectors or section.fragments > 1):
+            return f"{who}: on_failure: {config.on_failure} copies vectors that silos keep to other ranks; take stop"
+        if config.admit == "any":
+            return f"{who}: admit: any changes the members, and two sums that differ by one silo show its update"
+        if config.device.name == "cuda":
+            return f"{who}: masks are made in host memory; take device.name: cpu"
+        bound = clipped(config)
+        if self.bits == 32 and bound == math.inf:
+            names = ", ".join(_vectors(config))
+            return f"{who}.bits: 32 needs `updates: clip` with a fixed norm for {names}, after all noise; or take 64"
+        return None
+
+
+def clipped(config: Config) -> float:
+    """Upper bound of the norms of all vectors that a silo sends, from fixed clips; infinite if one has none."""
+    bounds = dict.fromkeys(_vectors(config), math.inf)
+    for transform in config.updates:
+        bounds[DELTA] = transform.bound(transform.init(), bounds[DELTA])
+        if isinstance(transform, Clip) and transform.quantile is None:
+            bounds |= {name: min(bounds[name], transform.norm) for name in transform.vectors if name in bounds}
+    return max(bounds.values())
+
+
+def _vectors(config: Config) -> list[str]:
+    return [DELTA, *(auxiliary.name for auxiliary in config.local.auxiliaries)]
+
+
+SECURE = Family("secure aggregation", {"secagg": SecAgg}, outside=False)

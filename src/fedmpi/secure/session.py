@@ -1,0 +1,184 @@
+"""Masks between the silos of a running federation, whose vectors meet in collectives.
+
+A collective delivers every rank's vector or fails, and before any vector is sent all ranks agree whose updates are in
+the sum (rounds/agreement.py). So a silo masks only with silos that are in the sum, all masks cancel inside the
+collective, and nothing is ever unmasked: no shares of secrets, no second message. This is protocol.py without the
+phases that repair a sum whose summands may still be lost. If a rank dies, the round fails as a whole; what was sent
+stays masked for ever, and the round is repeated with new keys.
+
+    set-up     every silo has a key pair; public keys are gathered once per federation     (one small collective)
+    a sum      one key per pair and sum, by HKDF from the pair's secret and a counter       (no message)
+
+Two silos of one rank need no mask between them: it would cancel before anything leaves the rank. A silo has `degree`
+neighbours (graph.py). A new federation (another membership, a resumed run, lost ranks) makes new keys. Keys are in the
+memory of their rank only, in no checkpoint, log or record.
+
+Small figures (losses, counts of samples, metrics) are summed under masks as well: each as a fixed-point number in
+digits of 28 bits, modulo 2^40, which float64 sums exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fedmpi.comm import Comm
+from fedmpi.errors import ConfigError, ExchangeError, agreed
+from fedmpi.secure.graph import connected, degree, neighbours
+from fedmpi.secure.masks import PUBLIC_BYTES, KeyPair, Stream, derive
+from fedmpi.secure.ring import Ring
+
+VECTOR, WEIGHT, FIGURES = "vector", "weight", "figures"  # what is summed
+
+DIGIT, MODULUS, DIGITS = 28, 40, 8  # bits of a digit, of the sum of a digit, and number of digits
+POINT = 74  # bits behind the binary point
+MOST_RANKS = 1 << MODULUS - DIGIT - 1  # whose digits add up
+WIDTH = DIGITS + 1  # float64 per figure: the digits, and how many ranks' figures are not finite
+_LARGEST = 2.0 ** (DIGIT * DIGITS - 2 - POINT)
+
+
+class Session:
+    """The keys of this rank's silos, as long as the federation lasts. Making one is collective.
+
+    Attributes: ring (of the vectors); threshold (fewest silos in a sum).
+    """
+
+    def __init__(
+        self, comm: Comm, ids: Sequence[str], ranks: Sequence[int], ring: Ring, threshold: int, num: int | None = None
+    ) -> None:
+        """`ranks` are the silos' ranks; `num` neighbours of each silo, None: as graph.degree says. Raises ConfigError
+        on every rank if a rank's silos could be cut off from the others'."""
+        self.ring, self.threshold = ring, threshold
+        self._index = {silo: i for i, silo in enumerate(ids)}
+        self._ranks, self._num_ranks = list(ranks), comm.size
+        self._counts: dict[str, int] = {}
+        pairs = {i: KeyPair() for i, rank in enumerate(ranks) if rank == comm.rank}
+        publics = _gathered(comm, self._ranks, pairs)
+        self._near = neighbours(publics, min(degree(len(ids)) if num is None else num, len(ids) - 1))
+        if comm.size > MOST_RANKS:
+            raise agreed(ConfigError(f"secure: at most {MOST_RANKS} ranks, and there are {comm.size}"))
+        if why := self.cut_off(ids):
+            raise agreed(ConfigError(f"secure.neighbours: {why}; take more neighbours"))
+        self._secrets = {  # of a silo here and a neighbour elsewhere
+            (i, j): derive(pair.agree(publics[j]), "silos", min(i, j), max(i, j), num_bytes=32)
+            for i, pair in pairs.items()
+            for j in self._near[i]
+            if self._ranks[j] != comm.rank
+        }
+        self._hosting = sorted({*ranks})
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("keys stay in memory")
+
+    # ------------------------------------------------------------ vectors
+
+    def streams(self, what: str, silos: Collection[str], bits: int) -> list[Stream]:
+        """The masks of this rank's silos among `silos`, for the next sum of this kind; WEIGHT for the weight beside the
+        last vector. All ranks call this for the same sums in the same order."""
+        self._counts[what] = self._counts.get(what, 0) + 1
+        number = self._counts[VECTOR if what == WEIGHT else what]
+        there = {self._index[silo] for silo in silos}
+        return [
+            Stream(derive(secret, what, number), 1 if i < j else -1, bits)
+            for (i, j), secret in self._secrets.items()
+            if i in there and j in there
+        ]
+
+    def objection(self, silos: Collection[str]) -> str:
+        """Why the sum of these silos must not be revealed; empty if it may. The same on every rank."""
+        if len(silos) < self.threshold:
+            return f"{len(silos)} updates are usable, and secure.threshold is {self.threshold}: nothing was revealed"
+        return self.cut_off(silos)
+
+    def cut_off(self, silos: Collection[str]) -> str:
+        """Whether masks leave out some ranks' silos, whose sum would then show, even to a rank that knows its own."""
+        there = {self._index[silo] for silo in silos}
+        edges: dict[int, set[int]] = {}
+        for i in there:
+            mine = edges.setdefault(self._ranks[i], set())
+            mine |= {self._ranks[j] for j in self._near[i] if j in there}
+        for seer in {None, *edges}:
+            others = edges.keys() - {seer}
+            if not connected(others, edges):
+                return "the silos that remain are not connected by masks"
+        return ""
+
+    def alone(self) -> str:
+        """What a rank can compute of others at worst, as text; empty if that is the sum of two silos or more."""
+        if len(self._hosting) < 2:
+            return "one process hosts all silos, so it sees every update" if len(self._ranks) > 1 else ""
+        most = max(self._ranks.count(rank) for rank in self._hosting)
+        fewest = max(1, self.threshold - most)
+        if fewest > 1:
+            return ""
+        return (
+            f"whoever hosts {most} of the {self.threshold} silos that a sum needs can subtract them and see the rest, "
+            f"which may be one silo; take secure.threshold: {most + 2} or more, or more silos"
+        )
+
+    # ------------------------------------------------------------ figures
+
+    def on(self, values: np.ndarray) -> np.ndarray:
+        """This rank's figures under masks, [WIDTH * (n + 1)]; every rank's sum up to what `off` reads."""
+        words = np.array([_digits(value) for value in (*values.tolist(), 1.0)], dtype=np.int64).reshape(-1)
+        total = words.view(np.uint64)
+        for stream in self.streams(FIGURES, self._index, 64):
+            stream.add(total)
+        return (total & np.uint64((1 << MODULUS) - 1)).astype(np.float64)
+
+    def width(self, num: int) -> int:
+        """Numbers that `on` gives for so many figures."""
+        return num_covered(num)
+
+    def off(self, summed: np.ndarray) -> np.ndarray:
+        """The sums of the figures, [n]; nan where a rank's was not finite. Raises ExchangeError on every rank if masks
+        do not cancel."""
+        rows = np.mod(summed, 2.0**MODULUS).reshape(-1, WIDTH)
+        rows = np.where(rows >= 2.0 ** (MODULUS - 1), rows - 2.0**MODULUS, rows)
+        found = [_number(row) for row in rows.astype(np.int64).tolist()]
+        if found[-1] != self._num_ranks:
+            raise agreed(ExchangeError(BROKEN))
+        return np.array(found[:-1])
+
+
+BROKEN = "secure: the masks of this sum do not cancel, so ranks disagree about who is in it; the round is given up"
+
+
+def num_covered(num: int) -> int:
+    """Numbers that cross ranks for so many figures under masks."""
+    return WIDTH * (num + 1)
+
+
+def _gathered(comm: Comm, ranks: Sequence[int], pairs: dict[int, KeyPair]) -> list[bytes]:
+    """All silos' public keys. Collective."""
+    most = max(ranks.count(rank) for rank in {*ranks})
+    mine = b"".join(pair.public for _, pair in sorted(pairs.items()))
+    rows = comm.gather(mine.ljust(most * PUBLIC_BYTES, b"\0"))
+    taken = [0] * comm.size
+    publics = []
+    for rank in ranks:
+        publics.append(rows[rank][taken[rank] * PUBLIC_BYTES :][:PUBLIC_BYTES])
+        taken[rank] += 1
+    return publics
+
+
+def _digits(value: float) -> list[int]:
+    """The digits of a number, the lowest first, and 1 instead if it has none.
+
+    >>> _number(_digits(-0.1)), _number(_digits(3.4e38)), _number(_digits(math.inf))
+    (-0.1, 3.4e+38, nan)
+    """
+    if not math.isfinite(value) or abs(value) >= _LARGEST:
+        return [0] * DIGITS + [1]
+    top, bottom = value.as_integer_ratio()
+    number = (top << POINT) // bottom
+    digits: list[Any] = [number >> DIGIT * i & (1 << DIGIT) - 1 for i in range(DIGITS - 1)]
+    return [*digits, number >> DIGIT * (DIGITS - 1), 0]
+
+
+def _number(row: Sequence[int]) -> float:
+    *digits, missing = row
+    return math.nan if missing else sum(digit << DIGIT * i for i, digit in enumerate(digits)) / (1 << POINT)

@@ -1,0 +1,464 @@
+"""Sums under masks in the exchange's collectives: what they give, and what is on the wire."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from support.exchanges import section
+from support.runs import OWN, config, put_back, refused, run  # noqa: F401
+
+import fedmpi
+from fedmpi.changes import asked_for
+from fedmpi.comm import SoloComm
+from fedmpi.comm.threads import ThreadComm, on_ranks
+from fedmpi.errors import ConfigError, ExchangeError, NoCohort
+from fedmpi.exchange.base import ExchangeContext
+from fedmpi.exchange.choose import cost, make
+from fedmpi.exchange.cost import Sizes
+from fedmpi.records import StatusTable
+from fedmpi.requests import Request
+from fedmpi.rounds import READY_SILO
+from fedmpi.rounds.disclosure import ready_pooling
+from fedmpi.secure.masks import KeyPair
+from fedmpi.secure.ring import Ring
+from fedmpi.secure.session import Session
+from fedmpi.server import FedAvg, NoState, Server
+from fedmpi.types import Contribution
+
+SHORT, LONG = 777, 150_000  # LONG: three pieces
+PLANS = ("root", "replicated", "sharded")
+SPREADS = ([1, 1, 1, 1, 1, 1, 1, 1], [1, 1e6, 3, 1e3, 1, 1e6, 7, 1e5])
+
+
+def drawn(num, size=SHORT, norm=1.0):
+    deltas_KP = torch.randn(num, size, generator=torch.Generator().manual_seed(num))
+    return deltas_KP * (norm / deltas_KP.norm(dim=1, keepdim=True))
+
+
+def masked(plan, deltas_KP, weights, owners, num_ranks, bits=32, rounds=(None,), bound=1.0, spy=None, num=None, **how):
+    """The change of the parameters in each round, and the bytes counted; the cohort of a round is None for all."""
+    ids = [f"s{i}" for i in range(len(deltas_KP))]
+    size = deltas_KP.shape[1]
+
+    def work(comm):
+        here = [silo for silo, rank in zip(ids, owners, strict=True) if rank == comm.rank]
+        ring = Ring.of(bits, bound, len(ids), how.get("fragments", 1))
+        secure = Session(comm, ids, owners, ring, 2, num)
+        if spy is not None:
+            spy(comm, secure)
+        facts = ExchangeContext(float(sum(weights)), ids, here, secure=secure, rounds=len(rounds))
+        params_P = torch.zeros(size)
+        exchange, state, found = make(section(plan, **how), comm, params_P, facts), NoState(), []
+        params_P, state = exchange.home(params_P, state)
+        before = comm.counted()
+        for number, cohort in enumerate(rounds, start=1):
+            cohort = ids if cohort is None else [ids[i] for i in cohort]
+            exchange.begin(number, sum(silo in cohort for silo in here))
+            for silo in here:
+                if silo in cohort:
+                    i = ids.index(silo)
+                    exchange.add(Contribution(silo, number, weights[i], deltas_KP[i].clone(), 0.0, 1, 1))
+            exchange.meet(cohort)
+            if not how:  # a step from 0 has the bits of the mean
+                params_P.zero_()
+            started_P = params_P.clone()
+            params_P, state = exchange.finish(params_P, Server(FedAvg(), exchange.layout), state)
+            found.append(params_P - started_P)
+        exchange.settle()
+        exchange.leave()
+        return found, np.subtract(comm.counted(), before), ring
+
+    return on_ranks(num_ranks, work)
+
+
+def mean(deltas_KP, weights, cohort=None):
+    kept = list(range(len(weights))) if cohort is None else list(cohort)
+    return torch.from_numpy(np.average(deltas_KP[kept].double().numpy(), axis=0, weights=np.array(weights)[kept]))
+
+
+def close(found_P, deltas_KP, weights, ring, cohort=None):
+    """Within the stated error, and the rounding of float32."""
+    exact_P = mean(deltas_KP, weights, cohort)
+    num = len(weights) if cohort is None else len(cohort)
+    share = 1.0 if cohort is None else sum(weights[i] for i in cohort) / sum(weights)
+    bound = ring.error(num, share) + 3e-7 * float(exact_P.abs().max())
+    assert float((found_P.double() - exact_P).abs().max()) <= bound
+    assert float(found_P.abs().max()) > 100 * bound
+
+
+@pytest.mark.parametrize("weights", SPREADS)
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_masked_mean_is_the_plain_one_to_the_quantisation(plan, bits, weights):
+    for num, num_ranks in ((2, 2), (3, 3), (4, 2), (8, 4), (8, 3)):
+        deltas_KP, owners = drawn(num), [i % num_ranks for i in range(num)]
+        done = masked(plan, deltas_KP, weights[:num], owners, num_ranks, bits)
+        for found, _, ring in done:
+            close(found[0], deltas_KP, weights[:num], ring)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_long_vector_in_pieces_and_a_rank_without_silos(plan):
+    deltas_KP = drawn(4, LONG)
+    for found, _, ring in masked(plan, deltas_KP, [1, 2, 3, 4], [1, 1, 3, 2], 4):
+        close(found[0], deltas_KP, [1, 2, 3, 4], ring)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_whoever_is_left_of_a_cohort_has_the_exact_sum_of_those(plan):
+    """Every set of two silos or more, one after the other, with one set-up."""
+    cohorts = [some for size in (2, 3, 4, 5) for some in itertools.combinations(range(5), size)]
+    deltas_KP, weights = drawn(5), [1, 2, 3, 4, 5]
+    for found, _, ring in masked(plan, deltas_KP, weights, [0, 0, 1, 2, 2], 3, rounds=cohorts):
+        for got_P, cohort in zip(found, cohorts, strict=True):
+            close(got_P, deltas_KP, weights, ring, cohort)
+
+
+def test_the_graph_of_many_silos_gives_the_same_sums():
+    deltas_KP, weights = drawn(20, 100), [1.0] * 20
+    for num in (None, 8):
+        for found, _, ring in masked("sharded", deltas_KP, weights, [i % 3 for i in range(20)], 3, num=num):
+            close(found[0], deltas_KP, weights, ring)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_sums_have_the_same_bits_on_any_number_of_ranks(plan):
+    deltas_KP, weights = drawn(6), [1, 2, 3, 4, 5, 6]
+    bits = set()
+    for num_ranks in (1, 2, 3, 6):
+        owners = [i % num_ranks for i in range(6)]
+        bits |= {done[0][0].numpy().tobytes() for done in masked(plan, deltas_KP, weights, owners, num_ranks)}
+    assert len(bits) == 1
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_largest_updates_fit_even_if_all_point_the_same_way(plan):
+    for bits in (32, 64):
+        for sign in (1.0, -1.0):
+            deltas_KP = torch.zeros(8, 50)
+            deltas_KP[:, 7] = sign * 4.0  # what the checks let in at most: 4 C
+            done = masked(plan, deltas_KP, [1.0] * 8, [0, 1] * 4, 2, bits)
+            assert done[0][0][0][7] == sign * 4.0
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("how", [{"overlap": True}, {"fragments": 3}, {"fragments": 2, "overlap": True}])
+def test_overlap_and_fragments_give_what_they_give_without_masks(plan, how):
+    deltas_KP, weights = drawn(4), [1, 2, 3, 4]
+    rounds = [None] * 5
+    with_masks = masked(plan, deltas_KP, weights, [0, 1, 1, 2], 3, rounds=rounds, **how)[0][0]
+
+    def plain(comm):
+        ids = [f"s{i}" for i in range(4)]
+        params_P = torch.zeros(SHORT)
+        facts = ExchangeContext(10.0, ids, [], rounds=5)
+        exchange, state, found = make(section(plan, **how), comm, params_P, facts), NoState(), []
+        params_P, state = exchange.home(params_P, state)
+        for number in range(1, 6):
+            exchange.begin(number, 4)
+            for i, silo in enumerate(ids):
+                exchange.add(Contribution(silo, number, weights[i], deltas_KP[i].clone(), 0.0, 1, 1))
+            started_P = params_P.clone()
+            params_P, state = exchange.finish(params_P, Server(FedAvg(), exchange.layout), state)
+            found.append(params_P - started_P)
+        exchange.settle()
+        exchange.leave()
+        return found
+
+    for one, two in zip(with_masks, on_ranks(1, plain)[0], strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-7)
+    assert any(change.abs().max() > 0.01 for change in with_masks)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("plan", PLANS)
+def test_bytes_are_what_the_ranks_counted(plan, bits, num_ranks):
+    done = masked(plan, drawn(3), [1.0] * 3, [i % num_ranks for i in range(3)], num_ranks, bits)
+    said = cost(section(plan), Sizes(SHORT, 4, num_ranks, secure_bits=bits)).traffic
+    assert (said.up, said.down) == tuple(sum(counted[i] for _, counted, _ in done) for i in (0, 1))
+
+
+# ------------------------------------------------------------ what is on the wire
+
+
+class Wire:
+    """What every rank passes to collectives for vectors, as unsigned words."""
+
+    def __init__(self, monkeypatch):
+        self.sent = {}
+        begin = ThreadComm._begin
+
+        def listening(comm, lane, kind, value, land):
+            if kind in ("reduce", "allreduce", "alltoall"):
+                parts = value if isinstance(value, list) else [value]
+                self.sent.setdefault(comm.rank, []).extend(part.copy() for part in parts if part.dtype.kind == "u")
+            return begin(comm, lane, kind, value, land)
+
+        monkeypatch.setattr(ThreadComm, "_begin", listening)
+
+    def words(self, rank):
+        return np.concatenate([part.view(np.uint8) for part in self.sent[rank]])
+
+
+def chi_square(some_bytes):
+    """Of the 256 values of a byte, in standard deviations from its mean."""
+    counts = np.bincount(some_bytes, minlength=256)
+    expected = counts.sum() / 256
+    return float(((counts - expected) ** 2 / expected).sum() - 255) / 510**0.5
+
+
+DELTAS = {
+    "nothing": torch.zeros(3, LONG),
+    "one_value": torch.full((3, LONG), LONG**-0.5),
+    "noise": drawn(3, LONG),
+}
+
+
+@pytest.mark.parametrize("what", DELTAS)
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_a_rank_sends_is_uniform_whatever_it_holds(plan, bits, what, monkeypatch):
+    wire = Wire(monkeypatch)
+    masked(plan, DELTAS[what], [1, 2, 3], [0, 1, 2], 3, bits)
+    for rank in range(3):
+        assert len(wire.words(rank)) > 3 * LONG // 2
+        assert abs(chi_square(wire.words(rank))) < 6
+    one, two = (np.concatenate([part.view(np.uint32) for part in wire.sent[rank]]).astype(float) for rank in (0, 1))
+    assert abs(np.corrcoef(one[: len(two)], two[: len(one)])[0, 1]) < 6 / min(len(one), len(two)) ** 0.5
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_same_update_looks_different_in_every_round(plan, monkeypatch):
+    wire = Wire(monkeypatch)
+    masked(plan, drawn(2), [1, 1], [0, 1], 2, rounds=[None] * 2)
+    sent = wire.sent[1]
+    first, second = (np.concatenate(half) for half in (sent[: len(sent) // 2], sent[len(sent) // 2 :]))
+    assert (first == second).sum() <= 8  # 777 words: equal by chance, once in 5 million
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_masks_that_do_not_cancel_raise_and_give_no_number(plan):
+    """Rank 1 has lost count of the sums: the round fails."""
+
+    def spy(comm, secure):
+        if comm.rank == 1:
+            secure._counts["vector"] = 7
+
+    with pytest.raises(ExchangeError, match="do not cancel"):
+        masked(plan, drawn(3), [1, 1, 1], [0, 1, 2], 3, spy=spy)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_without_masks_both_tests_fail(plan, monkeypatch):
+    """The test of uniformity can fail: without masks it does."""
+    wire = Wire(monkeypatch)
+    masked(plan, DELTAS["one_value"], [1, 2, 3], [0, 1, 2], 3, spy=lambda comm, secure: secure._secrets.clear())
+    assert all(chi_square(wire.words(rank)) > 1e4 for rank in range(3))
+
+
+def test_ranks_that_disagree_about_the_sum_get_an_error_and_no_number():
+    def work(comm):
+        ids = ["a", "b", "c"]
+        secure = Session(comm, ids, [0, 1, 2], Ring.of(32, 1.0, 3), 2)
+        params_P = torch.zeros(5)
+        exchange = make(
+            section("replicated"), comm, params_P, ExchangeContext(3.0, ids, [ids[comm.rank]], secure=secure)
+        )
+        exchange.begin(1, 1)
+        exchange.add(Contribution(ids[comm.rank], 1, 1.0, torch.ones(5), 0.0, 1, 1))
+        exchange.meet(ids if comm.rank else ids[:2])
+        exchange.finish(params_P, Server(FedAvg()), NoState())
+
+    with pytest.raises(ExchangeError, match="do not cancel"):
+        on_ranks(3, work)
+
+
+# ------------------------------------------------------------ figures
+
+
+TAKEN = {"taken": 1, "samples": 8, "steps": 2, "normalizer": 2, "weight": 1, "sent": 1, "targets": 4}
+
+
+def figures(num_ranks, secure, losses):
+    """The sums of a table of one silo per rank, and what each rank passes to the collective."""
+
+    def work(comm):
+        session = Session(comm, [f"s{i}" for i in range(num_ranks)], range(num_ranks), Ring.of(32, 1.0, 4), 2)
+        cover = session if secure else None
+        pooling = ready_pooling("pooled", masked=secure)
+        board = StatusTable(num_ranks, ("status",), num_ranks, READY_SILO, 3, pooling, cover)
+        board.set_silo(comm.rank, **TAKEN, loss=losses[comm.rank], norm=0.1 * comm.rank)
+        board.counts[:] = comm.rank, 1, 2**40
+        passed = []
+
+        def over(values):
+            passed.append(values.copy())
+            return comm.share(values)
+
+        board.share(over)
+        assert board.num_bytes == passed[0].nbytes
+        return {name: board.sum(name) for name in pooling.sums}, board.counts.tolist(), board, passed[0]
+
+    return on_ranks(num_ranks, work)
+
+
+def test_figures_under_masks_are_those_without():
+    losses = [0.7, 1e-9, 3.5e30, 0.1]
+    for num_ranks in (1, 2, 4):
+        plain, hidden = figures(num_ranks, False, losses)[0], figures(num_ranks, True, losses)[0]
+        for name, value in plain[0].items():
+            assert hidden[0][name] == pytest.approx(value, rel=1e-15), name
+        assert plain[1] == hidden[1]
+        assert hidden[2].silo("taken").tolist() == [1] * num_ranks and np.isnan(hidden[2].silo("loss")).all()
+
+
+def test_a_figure_that_is_not_finite_makes_its_sum_nan_and_no_other():
+    sums = figures(3, True, [0.5, 1e300, 0.1])[1][0]
+    assert np.isnan(sums["loss"]) and sums["norm"] == pytest.approx(0.3)
+
+
+def test_a_figure_of_one_rank_is_nowhere_in_what_it_passes_on():
+    first, second = (figures(2, True, [0.7, 0.3])[0][3] for _ in range(2))
+    hidden = slice(2 + 2, None)  # behind the ranks' rows and `taken`
+    assert (first[hidden] == second[hidden]).sum() == 0  # new keys, other words
+    words = np.concatenate([figures(2, True, [0.7, 0.3])[0][3][hidden] for _ in range(60)]).astype(np.uint64)
+    low = words.view(np.uint8).reshape(-1, 8)[:, :5]  # 40 bits
+    assert abs(chi_square(low.reshape(-1))) < 6
+
+
+def test_figures_whose_masks_do_not_cancel_raise():
+    def work(comm):
+        session = Session(comm, ["a", "b"], [0, 1], Ring.of(32, 1.0, 2), 2)
+        session._counts["figures"] = comm.rank
+        session.off(comm.share(session.on(np.ones(3))))
+
+    with pytest.raises(ExchangeError, match="do not cancel"):
+        on_ranks(2, work)
+
+
+# ------------------------------------------------------------ who may be summed
+
+
+def test_a_sum_of_too_few_or_cut_off_silos_is_not_revealed():
+    def work(comm):
+        ids = [f"s{i}" for i in range(16)]
+        whole = Session(comm, ids, [i % 4 for i in range(16)], Ring.of(32, 1.0, 16), 3)
+        ring = Session(comm, ids, [i % 16 for i in range(16)], Ring.of(32, 1.0, 16), 2, num=4)
+        circle = {i: set(some) for i, some in enumerate(ring._near)}
+        far = next(j for j in range(16) if j not in circle[0] | {0})
+        return whole.objection(ids[:2]), whole.objection(ids[:3]), ring.objection([ids[0], ids[far]])
+
+    few, enough, apart = on_ranks(16, work)[0]
+    assert "2 updates are usable" in few and not enough and "not connected" in apart
+
+
+def test_what_a_rank_can_subtract_is_said():
+    def alone(owners, threshold):
+        ids = [f"s{i}" for i in range(len(owners))]
+        return on_ranks(3, lambda comm: Session(comm, ids, owners, Ring.of(32, 1.0, 5), threshold).alone())[0]
+
+    assert "may be one silo" in alone([0, 1], 2) and "take secure.threshold: 4" in alone([0, 0, 1, 2, 2], 3)
+    assert not alone([0, 1, 2], 3) and not alone([0, 0, 1, 2, 2], 4)
+    assert "sees every update" in alone([1, 1, 1], 3)
+
+
+def test_keys_do_not_leave_their_rank(monkeypatch):
+    """All that set-up and rounds pass to collectives holds no secret of any rank."""
+    passed, secrets = [], []
+    begin = ThreadComm._begin
+
+    def listening(comm, lane, kind, value, land):
+        values = value if isinstance(value, list) else [value]
+        passed.extend(v.tobytes() if isinstance(v, np.ndarray) else repr(v).encode() + bytes(v) if
+                      isinstance(v, bytes) else repr(v).encode() for v in values)  # fmt: skip
+        return begin(comm, lane, kind, value, land)
+
+    made = KeyPair.__init__
+
+    def noted(pair, private=None):
+        made(pair, private)
+        secrets.append(pair.private_bytes())
+
+    monkeypatch.setattr(ThreadComm, "_begin", listening)
+    monkeypatch.setattr(KeyPair, "__init__", noted)
+
+    def spy(comm, secure):
+        secrets.extend(secure._secrets.values())
+        assert not any(secret.hex() in repr(secure) for secret in secure._secrets.values())
+        with pytest.raises(TypeError, match="stay in memory"):
+            pickle.dumps(secure)
+
+    masked("sharded", drawn(3), [1, 2, 3], [0, 1, 2], 3, spy=spy)
+    whole = b"".join(passed)
+    assert len(secrets) == 3 + 6 and len(whole) > 3 * 4 * SHORT
+    assert not any(secret in whole or secret.hex().encode() in whole for secret in secrets)
+
+
+# ------------------------------------------------------------ configurations
+
+
+CLIP = {"updates": [{"name": "clip", "norm": 1.0}]}
+REFUSED = {
+    "robust": ({"aggregate": "median", "exchange": {"scope": "silo"}}, "sends each silo's update by itself"),
+    "median": ({"aggregate": {"name": "krum", "hostile": 0}}, "aggregate krum reads single updates"),
+    "topk": ({"exchange": {"up": {"codec": "topk"}}}, "codec's payloads do not add up"),
+    "regions": ({"exchange": {"regions": {}}}, "unmasks each region's mean"),
+    "shared": ({"exchange": {"plan": "shared_memory"}}, "does not sum under masks"),
+    "measure": ({"exchange": {"plan": "measure"}}, "without masks"),
+    "buffered": ({"engine": {"name": "buffered", "size": 2}}, "one by one"),
+    "deadline": ({"engine": {"name": "synchronous", "policy": "deadline"}}, "differ by one silo"),
+    "continue": ({"on_failure": "continue"}, "differ by one silo"),
+    "kept": ({"on_failure": "adopt", "local": {"name": "scaffold"}}, "copies vectors that silos keep"),
+    "parts": ({"on_failure": "respawn", "exchange": {"fragments": 2}}, "copies vectors that silos keep"),
+    "personal": (
+        {"on_failure": "adopt", "model": OWN + "Normed", "exchange": {"parameters": ["*", "!head.*"]}},
+        "copies 'head.weight' to other ranks",
+    ),
+    "cohort": ({"disclose": "cohort"}, "implies disclose: pooled"),
+    "norms": ({"select": {"name": "norm", "count": 2}}, "reads the norm"),
+    "gram": ({"records": {"gram": True}}, "single updates"),
+    "bits": ({"updates": [], "secure": {"name": "secagg", "bits": 32}}, "needs `updates: clip`"),
+    "noise": (
+        {"updates": [*CLIP["updates"], {"name": "noise", "sigma": 0.1}], "secure": {"name": "secagg", "bits": 32}},
+        "after all noise",
+    ),
+    "threshold": ({"secure": {"name": "secagg", "threshold": 4}}, "a cohort may be 3"),
+    "lone": ({"select": {"name": "uniform", "count": 1}}, "a cohort may be"),
+    "adaptive": ({"updates": [{"name": "clip", "norm": 1.0, "quantile": 0.5}]}, "reads the norm"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_reads_single_silos_is_refused_in_one_line(tmp_path, name):
+    other, why = REFUSED[name]
+    with pytest.raises(ConfigError) as caught:
+        run(config(tmp_path, **({"secure": "secagg"} | CLIP | other)))
+    assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_on_one_rank_a_secure_run_is_the_pooled_one_to_the_quantisation(tmp_path):
+    plain, one = run(config(tmp_path / "plain", disclose="pooled", **CLIP))
+    for bits in (32, 64):
+        hidden, two = run(config(tmp_path / str(bits), secure={"name": "secagg", "bits": bits}, **CLIP))
+        torch.testing.assert_close(one.parameters, two.parameters, rtol=0, atol=1e-6)
+        for before, after in zip(plain, hidden, strict=True):
+            for key in ("train_loss", "delta_norm", "loss", "accuracy"):
+                assert after[key] == pytest.approx(before[key], rel=1e-4), key
+            assert before.keys() == after.keys()
+
+
+def test_a_round_with_too_few_usable_updates_is_given_up(tmp_path):
+    how = {"data": {"infinite": "s1"}, **CLIP}
+    run(config(tmp_path / "two", 2, secure={"name": "secagg", "threshold": 2}, **how))
+    with pytest.raises(NoCohort, match="2 updates are usable"):
+        run(config(tmp_path / "three", 2, secure={"name": "secagg", "threshold": 3}, **how))
+
+
+def test_silos_neither_join_nor_leave(tmp_path):
+    out = tmp_path / "run"
+    how = config(out, 2, secure="secagg", **CLIP)
+    with fedmpi.Run(how, comm=SoloComm()) as one, pytest.raises(ConfigError, match="neither join nor leave"):
+        asked_for(Request("0", "retire", "s1"), one._spec, one.federation)
