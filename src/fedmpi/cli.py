@@ -177,6 +177,8 @@ def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> N
         progress = Progress()
         if comm.rank == 0:
             say(_headline(run))
+            if told := _unencrypted(run.comm.machines, run.config.secure is not None):
+                say(told)
             done, rounds = run.resumed, run.config.rounds
             if done == rounds:
                 say(f"nothing to do: {done} rounds are done; set rounds=N to train more")
@@ -195,6 +197,16 @@ def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> N
         console = Console(file=(table := io.StringIO()), width=None if live else 100, force_terminal=live)
         console.print(silo_table(run.record, run.metric))
         say(f"{table.getvalue()}results in {run.out}: fedmpi inspect {run.out}")
+
+
+def _unencrypted(machines: Collection[bytes], secure: bool) -> str:
+    """What to say if ranks are on several machines and updates are not masked; else empty."""
+    if secure or len(set(machines)) < 2:
+        return ""
+    return (
+        "fedmpi: ranks are on several hosts, and MPI does not encrypt: whoever reads the network sees updates. Take a "
+        "private network or WireGuard between sites, or secure: secagg (docs/privacy.md)"
+    )
 
 
 def _headline(run: Any) -> str:
@@ -224,6 +236,7 @@ def plan(
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="how many ranks will be launched")] = 1,
     as_json: Json = False,
     allow: Allow = None,
+    privacy: Annotated[bool, typer.Option("--privacy", help="show only who would see what of a silo")] = False,
 ) -> None:
     """Show what `train` would need and do: silos, bytes, memory, disk, collectives, and the source of every value."""
 
@@ -235,9 +248,33 @@ def plan(
         with confined(run_directory(Path(config)), allow or []):
             loaded, origins = load(config, overrides or [])
             result = compute(loaded, origins, ranks)
-        print(json.dumps(result)) if as_json else _print_plan(result)
+        print(json.dumps(result)) if as_json else (_print_privacy if privacy else _print_plan)(result)
 
     _answer(work)
+
+
+def _print_privacy(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    table = Table("of a silo", "server (rank 0)", "other silos", "network", "run directory", title="who sees what")
+    for row in result["privacy"]:
+        table.add_row(*row.values())
+    console.print(table)
+    _print_secure(console, result)
+    for sentence in result["trust"]:
+        console.print(sentence)
+
+
+def _print_secure(console: Any, result: dict[str, Any]) -> None:
+    if (secure := result["secure"]) is not None:
+        console.print(
+            f"secure: sums of {secure['threshold']} silos or more, modulo 2^{secure['bits']}, in steps of "
+            f"{1 / secure['unit']:.2g}; a coordinate of the mean is off by at most {secure['error']:.2g}, sums up to "
+            f"{secure['largest_sum']:g} fit (updates are bounded by {secure['clip']:g}); each silo shares masks with "
+            f"{secure['neighbours']}"
+        )
 
 
 def _print_plan(result: dict[str, Any]) -> None:
@@ -275,6 +312,7 @@ def _print_plan(result: dict[str, Any]) -> None:
             f"a round, all ranks: {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down "
             f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} control traffic"
         )
+    _print_secure(console, result)
     kept = result["checkpoints_kept"]
     console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
     if result["mirror_bytes"]:

@@ -1,0 +1,70 @@
+"""A round's exchange under masks against the plain one, of the same plan, in turns in one job.
+
+    mpirun -n 4 python jobs/bench/secure.py [PARAMETERS [TURNS [PLAN ...]]]
+
+One silo per rank, random float32 updates. Prints for each plan the median seconds of the slowest rank, plain and under
+masks with 32-bit words, and their ratio.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from fedmpi.comm import Comm, connect
+from fedmpi.exchange.base import Exchange, ExchangeContext
+from fedmpi.exchange.choose import make
+from fedmpi.exchange.config import ExchangeSection
+from fedmpi.secure.ring import Ring
+from fedmpi.secure.session import Session
+from fedmpi.server import FedAvg, NoState, Server
+from fedmpi.types import Contribution
+
+
+def made(plan: str, comm: Comm, num: int, masks: bool) -> Exchange:
+    """An exchange of vectors of `num` elements."""
+    ids = [f"s{rank}" for rank in range(comm.size)]
+    secure = Session(comm, ids, range(comm.size), Ring.of(32, 1.0, comm.size), 2) if masks else None
+    facts = ExchangeContext(float(comm.size), ids, [ids[comm.rank]], secure=secure)
+    return make(ExchangeSection(plan=plan), comm, torch.zeros(num), facts)
+
+
+def seconds(exchange: Exchange, delta_P: torch.Tensor, params_P: torch.Tensor, number: int) -> float:
+    """Seconds of one round on the slowest rank."""
+    comm, ids = exchange.comm, exchange.facts.ids
+    comm.barrier()
+    start_s = time.perf_counter()
+    exchange.begin(number, 1)
+    exchange.add(Contribution(ids[comm.rank], number, 1.0, delta_P, 0.0, 1, 1))
+    exchange.meet(ids)
+    exchange.finish(params_P, Server(FedAvg()), NoState())
+    return float(comm.gather_number(time.perf_counter() - start_s).max())
+
+
+def main(num: int, turns: int, plans: Sequence[str]) -> None:
+    """Print a line for each plan."""
+    comm = connect()
+    delta_P = torch.randn(num)
+    delta_P /= delta_P.norm()
+    for plan in plans:
+        plain, masked = (made(plan, comm, num, masks) for masks in (False, True))
+        params_P = torch.zeros(num)
+        times: tuple[list[float], list[float]] = ([], [])
+        for number in range(1, turns + 2):
+            for exchange, some in zip((plain, masked), times, strict=True):
+                some.append(seconds(exchange, delta_P, params_P, number))
+        one, two = (median(some[1:]) for some in times)
+        if comm.rank == 0:
+            print(
+                f"{plan:<12}{num} parameters, {comm.size} ranks: "
+                f"plain {one:.3f} s, masked {two:.3f} s, {two / one:.2f}x"
+            )
+
+
+if __name__ == "__main__":
+    parameters, rounds, *names = [*sys.argv[1:], *("25000000", "7")[len(sys.argv[1:]) :]]
+    main(int(parameters), int(rounds), names or ["replicated", "root", "sharded"])

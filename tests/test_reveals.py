@@ -1,0 +1,59 @@
+"""What `fedmpi plan --privacy` says of configurations."""
+
+import pytest
+from support.runs import config
+
+from fedmpi.cli import _unencrypted, app
+from fedmpi.plan import plan
+
+SECURE = {"secure": "secagg", "updates": [{"name": "clip", "norm": 1.0}]}
+
+
+def told(tmp_path, ranks=3, **how):
+    result = plan(config(tmp_path, **how), {}, ranks)
+    return {row["what"]: row for row in result["privacy"]}, result
+
+
+@pytest.mark.parametrize(
+    ("how", "server", "silos", "network"),
+    [
+        ({"exchange": {"plan": "root"}}, "it", "sums on the way", "it, not encrypted"),
+        ({"exchange": {"plan": "sharded"}}, "pieces of it", "pieces of it", "it, not encrypted"),
+        ({"exchange": {"plan": "sharded", "scope": "silo"}}, "pieces of it", "pieces of it", "yes, not encrypted"),
+        ({"engine": {"name": "buffered", "size": 2}}, "yes", "no", "yes, not encrypted"),
+        (SECURE, "a sum of 2 or more", "the same, with their own", "masked words"),
+    ],
+)
+def test_who_sees_a_silos_update(tmp_path, how, server, silos, network):
+    row = told(tmp_path, **how)[0]["a silo's update"]
+    assert (row["server"], row["silos"], row["network"]) == (server, silos, network)
+
+
+def test_figures_follow_what_is_disclosed(tmp_path):
+    what = "losses, norms, metrics, samples used"
+    seen = [told(tmp_path, **how)[0][what] for how in ({}, {"disclose": "pooled"}, SECURE)]
+    assert [row["server"] for row in seen] == ["yes", "sums", "sums"]
+    assert [row["network"] for row in seen] == ["yes, not encrypted", "sums of a rank's silos", "masked"]
+
+
+def test_one_rank_sends_nothing(tmp_path):
+    assert {row["network"] for row in told(tmp_path, ranks=1)[0].values()} == {"nothing is sent"}
+
+
+def test_the_ring_is_told(tmp_path):
+    found = told(tmp_path, **SECURE)[1]["secure"]
+    assert found["bits"] == 32 and found["threshold"] == 2 and found["clip"] == 1.0 and found["neighbours"] == 2
+    assert 0 < found["error"] < 1e-8 and found["largest_sum"] == 4.0
+    assert told(tmp_path)[1]["secure"] is None
+
+
+def test_the_command_prints_the_table_alone(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("rounds: 1\nsecure: secagg\nupdates: [{name: clip, norm: 1.0}]\n")
+    app(["plan", str(tmp_path / "c.yaml"), "--ranks", "4", "--privacy"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "masked" in shown and "secure: sums of" in shown and "collectives" not in shown
+
+
+def test_a_run_on_several_hosts_says_that_mpi_does_not_encrypt():
+    assert "does not encrypt" in _unencrypted([b"a", b"b"], secure=False)
+    assert not _unencrypted([b"a", b"b"], secure=True) and not _unencrypted([b"a", b"a"], secure=False)
