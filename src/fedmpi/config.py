@@ -306,7 +306,7 @@ class Config:
             )
         least = self.select.least(ids, self.rounds)
         self.policy.suits(least)
-        self.aggregate.suits(self.policy.least(least))
+        self.aggregate.suits(self.engine.arrivals or self.policy.least(least))
         statistics = [entry.name for entry in found if entry.kind == "shared" and entry.buffer]
         if not self.aggregate.averages and statistics:
             raise ConfigError(

@@ -498,7 +498,7 @@ class FlatModel:
         self._places.reset()  # so that the copy has the first values of what is not saved
         module = copy.deepcopy(self.module)
         retie(module, self.tied)
-        found = FlatModel(module, self._chosen, self.device)
+        found = FlatModel(module, self._chosen, self.device, layout=self.layout)
         found.first_personal = self.first_personal
         return found
 

@@ -14,7 +14,7 @@ from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.evaluate import Scores
 from fedmpi.exchange.base import Machine
-from fedmpi.exchange.choose import BY_ARRIVAL, UNMASKED, by_rule, cost
+from fedmpi.exchange.choose import BY_ARRIVAL, UNMASKED, by_arrival, by_rule, cost
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import Sizes, num_vectors
 from fedmpi.exchange.fragments import parts
@@ -180,7 +180,7 @@ def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[Exchang
     names it."""
     section = config.exchange
     if config.engine.arrivals:
-        return replace(section, plan="root"), f"root ({BY_ARRIVAL})"
+        return by_arrival(section), f"root ({BY_ARRIVAL})"
     if not section.chosen:
         return section, ""
 

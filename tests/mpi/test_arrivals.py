@@ -16,7 +16,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Report:
 @pytest.fixture(scope="session")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Report:
     others = [name for name in CASES if name not in SHORT]
-    return launch("arrivals", 3, str(tmp_path_factory.mktemp("arrivals")), *others, timeout_s=150)
+    return launch("arrivals", 3, str(tmp_path_factory.mktemp("arrivals")), *others, timeout_s=200)
 
 
 @pytest.mark.parametrize("case", SHORT)

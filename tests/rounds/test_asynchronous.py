@@ -11,6 +11,7 @@ import torch
 from support.runs import OWN, config, everything, figures, put_back, run
 
 import fedmpi
+from fedmpi.aggregate import AGGREGATORS
 from fedmpi.comm import SoloComm
 from fedmpi.comm.threads import on_ranks
 from fedmpi.components import build, component
@@ -18,6 +19,7 @@ from fedmpi.errors import ConfigError, Diverged, ExchangeError, SiloError, Stopp
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
+from fedmpi.local import Sgd
 from fedmpi.records.metrics import read_metrics
 from fedmpi.rounds import CLOCKS, TIMES, Buffered
 from fedmpi.rounds.clocks import Replay, Virtual
@@ -40,7 +42,14 @@ def buffered(size=2, **fields):
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("case", ["fedasync", "fedbuff", "adam", "kept", "clip"])
+FEEDBACK = {"codec": {"name": "topk", "ratio": 0.3, "values": "int8"}, "feedback": True}
+CODED = {"up": FEEDBACK, "down": {"codec": "int8", "feedback": True}}
+CENTRED = {"name": "centered_clipping", "tau": 0.05}
+
+
+@pytest.mark.parametrize(
+    "case", ["fedasync", "fedbuff", "adam", "kept", "clip", "codecs", "centre", "norm_bound", "scaffold"]
+)
 def test_a_run_that_is_resumed_has_the_bits_of_one_that_was_not(tmp_path, case):
     more = {
         "fedasync": {"engine": buffered(1)},
@@ -48,6 +57,10 @@ def test_a_run_that_is_resumed_has_the_bits_of_one_that_was_not(tmp_path, case):
         "adam": {"engine": buffered(), "server": {"optimizer": "fedadam", "average": {}}},
         "kept": {"engine": buffered(1), "model": OWN + "Normed", "local": {"name": OWN + "Keeper"}},
         "clip": {"engine": buffered(), "updates": [{"name": "clip", "norm": 0.1, "quantile": 0.5}]},
+        "codecs": {"engine": buffered(2, max_staleness=2), "exchange": CODED, "model": OWN + "Normed"},
+        "centre": {"engine": buffered(3), "aggregate": CENTRED},
+        "norm_bound": {"engine": buffered(3), "aggregate": {"name": "norm_bound", "quantile": 0.5}},
+        "scaffold": {"engine": buffered(), "local": {"name": "scaffold"}},
     }[case]
     how = config(tmp_path / "whole", 9, **more)
     records, _ = run(how)
@@ -113,6 +126,97 @@ def test_a_silo_whose_updates_are_rejected_does_not_stop_the_others(tmp_path):
     assert all(len(record["cohort"]) > len(record["rejected"]) for record in records)
     with pytest.raises(Diverged, match="every update was rejected"):
         run(config(tmp_path / "b", 4, engine=buffered(1), updates=[{"name": "max_norm", "norm": 1e-9}]))
+
+
+@component
+class Given(Sgd):
+    """Its delta is a random vector."""
+
+    def train(self, silo, model, params_P, round):
+        contribution = super().train(silo, model, params_P, round)
+        contribution["delta"].copy_(given(silo.id, round.training))
+        return contribution
+
+
+def given(silo, training, num=10):
+    return torch.randn(num, generator=torch.Generator().manual_seed(100 * int(silo[1:]) + training))
+
+
+@pytest.mark.parametrize("clock", [NOISY, "real"])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_codecs_keep_what_they_lose_with_the_silo_and_with_the_server(tmp_path, clock, feedback):
+    """A plain version: the largest three of ten values travel up and the largest five down, each way with what was
+    lost before, if there is feedback. An update that is dropped loses nothing."""
+    up, down = ({"codec": {"name": "topk", "ratio": ratio}, "feedback": feedback} for ratio in (0.3, 0.5))
+    how = config(
+        tmp_path,
+        20,
+        engine=buffered(2, max_staleness=1, clock=clock),
+        exchange={"up": up, "down": down},
+        local={"name": HERE + "Given"},
+        server={"optimizer": {"name": "fedavg", "lr": 0.8}},
+        aggregate={"name": "mean", "weights": "samples"},
+    )
+    with fedmpi.Run(how, comm=SoloComm()) as done:
+        w, versions, records = done.parameters.numpy().copy(), [], []
+        for record in done:
+            versions.append(done.parameters.numpy().copy())
+            records.append(record)
+    assert len(w) == 10 and (clock == "real" or any(one.get("dropped") for r in records for one in r["arrivals"]))
+
+    def largest(x, num):
+        kept = np.zeros_like(x)
+        places = np.argsort(-np.abs(x), kind="stable")[:num]
+        kept[places] = x[places]
+        return kept
+
+    lost, lost_down, n = {silo: np.zeros(10) for silo in ("s0", "s1", "s2")}, np.zeros(10), (20, 30, 50)
+    for record, found in zip(records, versions, strict=True):
+        total, weight = np.zeros(10), 0.0
+        for one in record["arrivals"]:
+            if one.get("dropped"):
+                continue
+            silo = one["silo"]
+            x = given(silo, one["training"] + 1).double().numpy() + feedback * lost[silo]
+            sent = largest(x, 3)
+            lost[silo] = x - sent
+            total += n[int(silo[1:])] * (one["staleness"] + 1) ** -0.5 * sent
+            weight += n[int(silo[1:])]
+        x = 0.8 * total / weight + feedback * lost_down
+        sent = largest(x, 5)
+        lost_down, w = x - sent, w + sent
+        assert np.allclose(found, w, atol=1e-5), record["round"]
+
+
+def test_a_message_holds_what_no_codec_may_touch(tmp_path):
+    """Statistics travel exactly, frozen parameters not at all."""
+    how = config(tmp_path, 6, engine=buffered(2), exchange=CODED, model=OWN + "Normed")
+    records, done = run(how)
+    start = fedmpi.Run(replace(how, out=str(tmp_path / "b")), comm=SoloComm())
+    module, first = done.federation.model, start.federation.model.module.base.weight.clone()
+    module.load(done.parameters)
+    assert torch.equal(module.module.base.weight, first)
+    assert (module.module.norm.running_var > 0).all()
+    start.close()
+    plain, _ = run(replace(how, out=str(tmp_path / "c"), exchange=ExchangeSection()))
+    assert len(records) == len(plain)
+
+
+def test_a_rejected_update_does_not_count_however_many_are_waited_for(tmp_path):
+    """The server waits for `size` updates that it can use."""
+    clock = {"name": "virtual", "slower": {"s1": 0.5}}
+    records, _ = run(config(tmp_path, 4, {"infinite": "s1"}, engine=buffered(2, clock=clock)))
+    for record in records:
+        assert sum(one["silo"] != "s1" for one in record["arrivals"]) == 2
+        assert record["rejected"] == ["s1"]
+
+
+def test_a_rule_that_reads_each_update_needs_as_many_as_it_says(tmp_path):
+    krum = {"name": "krum", "hostile": 1}
+    with pytest.raises(ConfigError, match="krum with hostile: 1 needs 5 silos or more, and has 4"):
+        run(config(tmp_path / "a", 4, engine=buffered(4), aggregate=krum))
+    records, _ = run(config(tmp_path / "b", 4, engine=buffered(5), aggregate=krum))
+    assert all(len(record["arrivals"]) == 5 for record in records)  # of three silos
 
 
 def test_silos_leave_and_join_while_updates_are_under_way(tmp_path):
@@ -201,14 +305,25 @@ def test_a_start_that_is_not_kept_is_an_error_and_no_other_start(tmp_path):
 # ---------------------------------------------------------------- real time, on one rank
 
 
-@pytest.mark.parametrize("engine", [{"size": 1}, {"size": 2, "max_staleness": 0}, {"size": 1, "window_s": 0.05}])
-def test_a_run_in_real_time_is_replayed_with_its_bits(tmp_path, engine):
-    more = {"model": OWN + "Normed", "local": {"name": OWN + "Keeper"}, "checkpoint": {"every": 3}}
+REAL = {
+    "size": ({"size": 1}, {}),
+    "dropped": ({"size": 2, "max_staleness": 0}, {}),
+    "window": ({"size": 1, "window_s": 0.05}, {}),
+    "codecs": ({"size": 2, "max_staleness": 0}, {"exchange": CODED}),
+    "centre": ({"size": 3}, {"aggregate": CENTRED}),
+    "scaffold": ({"size": 2}, {"local": {"name": "scaffold"}, "exchange": {"up": {"codec": "int8", "feedback": True}}}),
+}
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_a_run_in_real_time_is_replayed_with_its_bits(tmp_path, case):
+    engine, others = REAL[case]
+    more = {"model": OWN + "Normed", "local": {"name": OWN + "Keeper"}, "checkpoint": {"every": 3}} | others
     real = config(tmp_path / "real", 8, engine={"name": "buffered", **engine}, **more)
     run(replace(real, rounds=5))
     run(real)  # silos start anew after a resume
     clock = {"name": "replay", "run": str(tmp_path / "real")}
-    records, _ = run(config(tmp_path / "again", 8, engine={"name": "buffered", "clock": clock}, **more))
+    records, _ = run(config(tmp_path / "again", 8, engine={"name": "buffered", "clock": clock, **engine}, **more))
     (round, wanted), (_, found) = everything(tmp_path / "real"), everything(tmp_path / "again")
     assert round == 8 and len(records) == 8
 
@@ -312,9 +427,11 @@ REFUSED = {
         "on_failure: adopt cannot be combined with engine: buffered",
     ),
     "select": ({"select": {"name": "uniform", "fraction": 0.5}}, "take select: all"),
-    "median": ({"aggregate": "median", "exchange": {"scope": "silo"}}, "aggregate: median needs mean"),
-    "fednova": ({"aggregate": "fednova"}, "aggregate: fednova needs mean"),
-    "scaffold": ({"local": {"name": "scaffold"}}, "its control would be of different versions"),
+    "fednova": ({"aggregate": "fednova"}, "aggregate: fednova, whose factor belongs to the silos of one round"),
+    "fedlin": (
+        {"local": {"name": "gradient_correction"}},
+        "its gradient is a mean over silos that start from the same parameters",
+    ),
     "feddyn": (
         {"local": {"name": "feddyn", "alpha": 0.1}, "server": {"optimizer": {"name": "feddyn", "alpha": 0.1}}},
         "does not go with local: feddyn",
@@ -322,9 +439,6 @@ REFUSED = {
     "fedexp": ({"server": {"optimizer": "fedexp"}}, "server.optimizer: fedexp"),
     "sharded": ({"exchange": {"plan": "sharded"}}, "exchange.plan: sharded"),
     "ring": ({"exchange": {"reduction": "reproducible"}}, "take exchange.reduction: fast"),
-    "scope": ({"exchange": {"scope": "silo"}}, "exchange.scope: silo"),
-    "codec": ({"exchange": {"up": {"codec": "int8"}}}, "exchange.up.codec"),
-    "down": ({"exchange": {"down": {"codec": "bf16"}}}, "exchange.down.codec"),
     "overlap": ({"exchange": {"overlap": True}}, "exchange.overlap"),
     "fragments": ({"exchange": {"fragments": 2}}, "exchange.fragments"),
     "regions": ({"exchange": {"regions": {"every": 2}}}, "exchange.regions"),
@@ -478,15 +592,19 @@ def test_a_trace_gives_each_silo_its_values_in_turn(tmp_path):
 # ---------------------------------------------------------------- the exchange
 
 
-def exchanged(comm, weights, optimizer, rejected=(), num=300_000, planned=None, mean=0.0):
+def exchanged(comm, weights, optimizer, rejected=(), num=300_000, planned=None, mean=0.0, **how):
     """Parameters after a round in which silo i, on rank i modulo the ranks, brings update i; all silos in turn. The
     engine planned for so many updates (None: for all)."""
     ids = [f"s{i}" for i in range(len(weights))]
     params_P = torch.linspace(-1, 1, num)
     facts = ExchangeContext(
-        10.0, ids, [silo for i, silo in enumerate(ids) if i % comm.size == comm.rank], arrivals=True
+        10.0,
+        ids,
+        [silo for i, silo in enumerate(ids) if i % comm.size == comm.rank],
+        aggregator=how.get("aggregator"),
+        arrivals=True,
     )
-    exchange = Arrivals(ExchangeSection(plan="root"), comm, params_P, facts)
+    exchange = Arrivals(how.get("section", ExchangeSection(plan="root")), comm, params_P, facts)
     state = optimizer.init(exchange.shard(params_P))
     for number in (1, 2):
         exchange.begin(number, planned or len(ids))
@@ -495,9 +613,10 @@ def exchanged(comm, weights, optimizer, rejected=(), num=300_000, planned=None, 
                 exchange.reject()
             elif i % comm.size == comm.rank:
                 delta_P = mean + torch.randn(num, generator=torch.Generator().manual_seed(10 * number + i))
-                exchange.add(Contribution(silo, number, weights[i], delta_P, 0.0, 1, 1))
+                update = Contribution(silo, number, weights[i], delta_P, 0.0, 1, 1)
+                exchange.bring(exchange.packed(update, number, None)[0], weights[i], 1.0)
                 delta_P.fill_(torch.nan)  # the next silo reuses it
-        exchange.expect([i % comm.size for i in range(len(ids))])
+        exchange.expect(ids, [i % comm.size for i in range(len(ids))])
         exchange.fetched({silo: number - 1 if i == 0 or i == number == 1 else number for i, silo in enumerate(ids)})
         before_P = params_P.clone()
         params_P, state = exchange.finish(params_P, Server(optimizer, scale=0.5), state)
@@ -529,6 +648,18 @@ def test_a_round_has_the_same_bits_on_any_number_of_ranks(optimizer, rejected):
         v = 0.9 * v + mean
         w = w + (0.8 * mean if isinstance(optimizer, FedAvg) else v)
     assert torch.allclose(alone.double(), w, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["codecs", "median", "norm_bound", "centre"])
+def test_codecs_and_rules_that_read_each_update_have_the_same_bits_on_any_number_of_ranks(case):
+    section = build(ExchangeSection, CODED if case == "codecs" else {})
+    rules = {"median": "median", "norm_bound": {"name": "norm_bound", "quantile": 0.5}, "centre": CENTRED}
+    how = {"section": section, "aggregator": AGGREGATORS.build(rules[case], "") if case in rules else None}
+    weights = (1.0, 2.5, 0.3, 4.0, 1.0)
+    alone = exchanged(SoloComm(), weights, FedAvgM(), (2,), **how)
+    for num_ranks in (2, 3):
+        for params_P in on_ranks(num_ranks, lambda comm: exchanged(comm, weights, FedAvgM(), (2,), **how)):
+            assert torch.equal(params_P, alone)
 
 
 def test_a_single_update_is_added_in_one_pass_with_the_same_result():

@@ -115,7 +115,7 @@ class Aggregator:
     def conflicts(self, config: Config) -> str | None:
         """Why the rest of the configuration is incompatible, in one line; None if it is compatible."""
         regions, reads_deltas = config.exchange.regions, self.needs != "sum"
-        if reads_deltas and not config.exchange.one_by_one:
+        if reads_deltas and not config.exchange.one_by_one and not config.engine.arrivals:
             return f"aggregate: {called(self)} reads each delta; it needs exchange.scope: silo and plan sharded"
         if reads_deltas and (names := ", ".join(auxiliary.name for auxiliary in config.local.auxiliaries)):
             return f"aggregate: {called(config.local)} sends {names} besides the delta; take an aggregator that sums"

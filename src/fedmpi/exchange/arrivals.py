@@ -4,10 +4,13 @@ other (rounds/asynchronous.py).
     a silo's rank   keeps each update of the round, encoded by the codec of `up`, until the round commits; then it sends
                     them, in order
     rank 0          adds each update to the buffer as it arrives: one pass over the vector. When all have arrived, the
-                    server steps, and the new parameters are broadcast
+                    server steps, and the new parameters are broadcast, or the codec's step from the old ones
 
 The sum is in the order of arrival, so it has the same bits for any number of ranks. A round of a single update under
-server.optimizer fedavg is one pass in all: w + lr s delta.
+server.optimizer fedavg is one pass in all: w + lr s delta. For an aggregator that reads each update, rank 0 keeps them
+side by side (rows.py), each multiplied by its staleness weight.
+
+What a codec loses of an update is part of its silo's state, which the engine keeps.
 
 A silo whose training began before the last step starts from older parameters. They are kept here, one vector per silo
 and shared among silos of one version, and are part of its state.
@@ -25,8 +28,10 @@ from fedmpi.comm import Comm, Pending
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange.base import BLOCK, MANY, Exchange, ExchangeContext, Lap, Machine, without
 from fedmpi.exchange.cost import Cost, Sizes, Traffic
+from fedmpi.exchange.rows import Rows
+from fedmpi.exchange.wire import Wire
 from fedmpi.server import Server
-from fedmpi.state import OfSilos
+from fedmpi.state import OfSilos, Vectors
 from fedmpi.types import Contribution
 
 if TYPE_CHECKING:
@@ -34,10 +39,11 @@ if TYPE_CHECKING:
 
 
 class _Kept(NamedTuple):
-    """One of this rank's updates. A share of 0 says that it was rejected, and no vector follows."""
+    """One of this rank's updates. A share of 0 says that it was rejected, and no message follows."""
 
     share: float
-    vector: torch.Tensor | None
+    less: float  # its staleness weight
+    message: torch.Tensor | None
 
 
 class Runtime(Protocol):
@@ -60,29 +66,58 @@ class Arrivals(Exchange):
         self._starts: dict[str, torch.Tensor] = {}  # by silo: the parameters that it trains from, if not the newest
         self.holders["start"] = OfSilos("params", self._starts, self.device)
         self._kept: deque[_Kept] = deque()
-        self._ranks: list[int] = []  # of the round's updates, in the order of arrival
+        self._expected: list[tuple[str, int]] = []  # silo and rank of the round's updates, in the order of arrival
         self._versions: dict[str, int] = {}  # by silo of this rank: the version that it trains from after the round
         length = self.num_params if comm.rank == 0 else 0
         self._sum = torch.zeros(length, dtype=self.dtype, device=self.device)
         self._first_P = self._sum  # of the updates in the buffer
         self._came = comm.allocate(length, self.dtype, pinned=self.device.type != "cpu")
-        self._head = torch.zeros(1, dtype=torch.float64)
+        self._head = torch.zeros(3, dtype=torch.float64)  # share, staleness weight and length of a message
         self._weight, self._num = 0.0, 0  # of the updates in the buffer
+        self._up, self._down = (
+            None if channel.plain else Wire(channel, self.layout, facts.ids, facts.seed, self.device, way)
+            for way, channel in (("up", section.up), ("down", section.down))
+        )
+        self._lost_P: torch.Tensor | None = None  # what the codec of `down` has lost so far, on rank 0
+        if section.down.feedback:
+            self._lost_P = torch.zeros(length, dtype=self.dtype, device=self.device)
+            self.holders["down"] = Vectors({"feedback": self._lost_P}, "sharded")
+        self._rows: Rows | None = None
+        if facts.aggregator is not None:
+            self._rows = Rows(facts.aggregator, length, self.dtype, self.device)
+            self.holders["rows"] = self._rows.holders
+
+    @property
+    def reads_each(self) -> bool:
+        """Whether an aggregator reads each update. Then all count the same, whatever their weight."""
+        return self._rows is not None
 
     @classmethod
     def supports(cls, section: ExchangeSection, machine: Machine) -> str:
-        return without(section)
+        return without(section, scope=False, up=False, down=False)
 
     @classmethod
     def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
         """The bytes of a round whose updates come from all silos alike."""
         others, away = sizes.num_ranks - 1, sum(sizes.vectors[1:]) / max(1, sum(sizes.vectors))
-        up = round(sizes.arrivals * away) * (sizes.vector_bytes + 8)
-        own = {"global parameters": sizes.vector_bytes, "older parameters": sizes.hosted * sizes.vector_bytes}
-        own |= {"updates of a round": sizes.hosted * sizes.vector_bytes}
+        vector = sizes.vector_bytes
+        up_bytes, down_bytes = (
+            vector if channel.plain else Wire.most_bytes(channel, sizes.num_elements, sizes.num_exact or 0)
+            for channel in (section.up, section.down)
+        )
+        up = round(sizes.arrivals * away) * (up_bytes + 24)
+        own = {"global parameters": vector, "older parameters": sizes.hosted * vector}
+        own |= {
+            "updates of a round": sizes.hosted * up_bytes,
+            "residuals up": sizes.hosted * vector * section.up.feedback,
+        }
         if sizes.rank == 0:
-            own |= {"buffer": sizes.vector_bytes, "received": sizes.vector_bytes, "server state": sizes.state_bytes}
-        return Cost(Traffic(up, others * sizes.vector_bytes, 0, "Send to rank 0 + Bcast"), own)
+            own |= {"buffer": vector, "received": vector, "server state": sizes.state_bytes}
+            own |= {"residual down": vector * section.down.feedback}
+            if sizes.aggregator is not None:
+                own |= {"rows": (sizes.arrivals + sizes.aggregator.centre) * vector}
+        down = others * (down_bytes + 8 * (not section.down.plain))
+        return Cost(Traffic(up, down, 0, "Send to rank 0 + Bcast"), {name: held for name, held in own.items() if held})
 
     @classmethod
     def link_bytes(cls, up_R: Any, down_R: Any, vector_bytes: int) -> float:
@@ -103,8 +138,10 @@ class Arrivals(Exchange):
         super().begin(round, num_contributions, near)
         self._many = False  # it is summed in float64 from the first update beyond MANY on, however many were planned
         self._kept.clear()
-        self._ranks.clear()
+        self._expected.clear()
         self._weight, self._num = 0.0, 0
+        if self._rows is not None:
+            self._rows.begin()
 
     def older(self, silo: str) -> torch.Tensor:
         """The parameters before the last step or an earlier one, from which the silo trains."""
@@ -112,42 +149,75 @@ class Arrivals(Exchange):
             raise ExchangeError(f"the parameters that silo '{silo}' fetched are not kept")
         return self._starts[silo]
 
-    def add(self, contribution: Contribution) -> None:
-        vector_P = contribution.vector_Q
-        self._kept.append(_Kept(self.share(contribution), vector_P.to("cpu", copy=True)))
+    def packed(
+        self, update: Contribution, training: int, before_Q: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The message of a silo's update, in host memory, and what the codec has lost so far of the silo's updates;
+        None without feedback. `before_Q`: before this one; None: nothing. Overwrites parts of the update."""
+        if self._up is None:
+            return update.vector_Q.to("cpu", copy=True), None
+        lost_Q = None
+        if self._up.feedback:
+            lost_Q = torch.zeros_like(update.vector_Q) if before_Q is None else before_Q.to(self.device, copy=True)
+        return self._up.pack(update.vector_Q, update.silo, training, lost_Q), lost_Q
+
+    def unpacked(self, message: torch.Tensor, into_P: torch.Tensor | None = None) -> torch.Tensor:
+        """The update of a message; in a new vector if `into_P` is None."""
+        if self._up is None:
+            return message
+        into_P = torch.empty(self.num_params, dtype=self.dtype, device=self.device) if into_P is None else into_P
+        self._up.unpack(message, into_P)
+        return into_P
+
+    def factor(self, weight: float, less: float) -> float:
+        """The factor in the buffer of an update with this weight and staleness weight."""
+        return less if self.reads_each else weight * less / self.facts.total_weight
+
+    def bring(self, message: torch.Tensor, weight: float, less: float) -> None:
+        """Keep this rank's next update in the order of arrival until the round commits: its message, its weight and its
+        staleness weight."""
+        self._kept.append(_Kept(self.factor(weight, less), less, message))
 
     def reject(self) -> None:
         """Say that this rank's next update in the order of arrival was rejected."""
-        self._kept.append(_Kept(0.0, None))
+        self._kept.append(_Kept(0.0, 1.0, None))
 
-    def expect(self, ranks: Sequence[int]) -> None:
-        """Add to the ranks of the round's updates, in the order of arrival. The same on all ranks."""
-        self._ranks += ranks
+    def expect(self, silos: Sequence[str], ranks: Sequence[int]) -> None:
+        """Add to the round's updates, in the order of arrival: silos and their ranks. The same on all ranks."""
+        self._expected += zip(silos, ranks, strict=True)
 
     def fetched(self, versions: Mapping[str, int]) -> None:
         """The version that each silo trains from after the round, which makes version `round`."""
         self._versions = {silo: versions[silo] for silo in self.facts.hosted}
 
     def fingerprint(self, cohort: Sequence[str]) -> float:
-        return super().fingerprint([*cohort, *map(str, self._ranks)])
+        return super().fingerprint([*cohort, *(str(rank) for _, rank in self._expected)])
 
     def declared(self, cohort: Sequence[str]) -> dict[str, Any]:
-        return super().declared(cohort) | {"ranks of the arrivals": list(self._ranks)}
+        return super().declared(cohort) | {"ranks of the arrivals": [rank for _, rank in self._expected]}
 
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
         self._keep_starts(params_P)
         if self.comm.rank == 0:
-            for rank in self._ranks:
-                self.take(rank)
+            for silo, rank in self._expected:
+                self.take(silo, rank)
         else:
             self._send()
+        if self._up is not None:
+            self.ask()
         lap("exchange")
+        before_P = params_P.clone() if self._down is not None and self.comm.rank == 0 else params_P
         if self.comm.rank == 0:
             state = self._step(params_P, server, state)
+        if self._rows is not None:
+            self._rows.share_state(self.comm)
         lap("step")
-        self.comm.bcast(params_P)
+        if self._down is None:
+            self.comm.bcast(params_P)
+        else:
+            self._step_down(self._down, params_P, before_P)
         self.verify(params_P)
         lap("exchange")
         return params_P, state
@@ -165,36 +235,44 @@ class Arrivals(Exchange):
     def _send(self) -> None:
         """Send this rank's updates to rank 0."""
         pending: list[tuple[Pending, torch.Tensor]] = []  # requests, with what they send
-        for share, vector in self._kept:
-            for sent in (torch.tensor([share], dtype=torch.float64), *([] if vector is None else [vector])):
+        for share, less, message in self._kept:
+            head = torch.tensor([share, less, 0 if message is None else len(message)], dtype=torch.float64)
+            for sent in (head, *([] if message is None else [message])):
                 pending.append((self.comm.isend(sent, 0), sent))
         for request, _ in pending:
             self.comm.wait(request)
         self._kept.clear()
 
-    def take(self, rank: int) -> None:
-        """Add the next update of a rank to the buffer, on rank 0."""
+    def take(self, silo: str, rank: int) -> None:
+        """Add the next update of a rank, which is this silo's, to the buffer, on rank 0."""
+        # The first one is read where it lies, so nothing may overwrite it.
+        room = self._sum if self._num == 0 and self.device.type == "cpu" else self._came
         if rank == 0:
-            share, vector = self._kept.popleft()
+            share, less, message = self._kept.popleft()
         else:
             self.comm.wait(self.comm.irecv(self._head, rank))
-            share, vector = float(self._head[0]), None
+            (share, less, length), message = self._head.tolist(), None
             if share:
-                # The first one is read where it lies, so nothing may overwrite it.
-                vector = self._sum if self._num == 0 and self.device.type == "cpu" else self._came
-                self.comm.wait(self.comm.irecv(vector, rank))
-        if vector is not None:
-            self.fold_in(vector.to(self.device), share)
+                message = room if self._up is None else torch.empty(int(length), dtype=torch.uint8)
+                self.comm.wait(self.comm.irecv(message, rank))
+        if message is not None:
+            vector = self.unpacked(message, room if self.device.type == "cpu" else None)
+            self.fold_in(silo, vector.to(self.device), share, less)
 
-    def share_of(self, weight: float) -> float:
-        """A weight as a share of the weight of all silos."""
-        return weight / self.facts.total_weight
+    def send(self, message: torch.Tensor) -> list[tuple[Pending, torch.Tensor]]:
+        """Start to send an update's message to rank 0. The requests, with the memory that must stay unchanged."""
+        length = [] if self._up is None else [torch.tensor([len(message)])]
+        return [(self.comm.isend(vector, 0), vector) for vector in (*length, message)]
 
     def received(self, rank: int) -> torch.Tensor:
-        """The next vector that a rank sends with `isend`, in host memory."""
-        vector = self.comm.allocate(self.num_params, self.dtype)
-        self.comm.wait(self.comm.irecv(vector, rank))
-        return vector
+        """The update that a rank sends next with `send`."""
+        if self._up is None:
+            message = self.comm.allocate(self.num_params, self.dtype)
+        else:
+            self.comm.wait(self.comm.irecv(length := torch.zeros(1, dtype=torch.int64), rank))
+            message = torch.empty(int(length), dtype=torch.uint8)
+        self.comm.wait(self.comm.irecv(message, rank))
+        return self.unpacked(message)
 
     def settle(self) -> None:
         if self.runtime is not None:
@@ -205,10 +283,20 @@ class Arrivals(Exchange):
             self.runtime.end()
             self.runtime = None
 
-    def fold_in(self, delta_P: torch.Tensor, share: float) -> None:
-        """Add a delta to the buffer. The first is only remembered, and must stay unchanged until the round's step: if
-        it stays alone, its factor is the step's."""
-        if self._num == 0:
+    def fold_in(self, silo: str, delta_P: torch.Tensor, share: float, less: float) -> None:
+        """Add a delta to the buffer, `share` times, of which `less` is its staleness weight. The first is only
+        remembered, and must stay unchanged until the round's step: if it stays alone, its factor is the step's.
+
+        Auxiliary vectors count in full: the server's control variate stays the mean of the silos' ones only if each
+        change is added once, however late it comes."""
+        if less != 1.0:
+            for segment in self.layout.auxiliaries:
+                delta_P[segment.place].mul_(1 / less)
+        if self._rows is not None:
+            row_P = self._rows.add(silo, delta_P, share)
+            for part in self.layout.averaged:  # the silo's values, which its staleness does not make smaller
+                row_P[part].copy_(delta_P[part])
+        elif self._num == 0:
             self._first_P = delta_P
         else:
             if self._num == 1:
@@ -226,14 +314,40 @@ class Arrivals(Exchange):
         """The server's step on the mean of the buffer, in place and block by block, so that a block stays in cache."""
         if self._num == 0:
             raise ExchangeError("no update arrived: nothing to step by")
-        mean_P = self.folded(self._sum) if self._num > 1 else self._first_P
-        if self._num == 1 and server.gain is not None:
+        whole = self._num > 1 and self._rows is None  # whether the weights are still to be divided by
+        if self._rows is not None:
+            self._rows.combine(mean_P := self._sum, self.round, self.facts.seed)
+        else:
+            mean_P = self.folded(self._sum) if self._num > 1 else self._first_P
+        if self._num == 1 and self._rows is None and server.gain is not None:
             params_P.add_(mean_P, alpha=server.gain)
             return state
         for start in range(0, self.num_params, BLOCK):
             part = slice(start, min(start + BLOCK, self.num_params))
-            if self._num > 1:
+            if whole:
                 mean_P[part].div_(self._weight)
             new, _ = server.step(params_P[part], mean_P[part], type(state)(*(v[part] for v in state)), start)
             params_P[part].copy_(new)
         return state
+
+    def _step_down(self, wire: Wire, params_P: torch.Tensor, before_P: torch.Tensor) -> None:
+        """Give all ranks the step that the codec makes of rank 0's, from `before_P` to `params_P`. Collective."""
+        first = self.comm.rank == 0
+
+        def packed() -> torch.Tensor | None:
+            return wire.pack(params_P.sub_(before_P), self.facts.ids[0], self.round, self._lost_P) if first else None
+
+        message = self.comm.collectively(packed)
+        length = torch.tensor([0 if message is None else len(message)])
+        self.comm.bcast(length)
+        message = torch.empty(int(length), dtype=torch.uint8) if message is None else message
+        self.comm.bcast(message)
+        step_P = torch.empty_like(before_P)
+        wire.unpack(message, step_P)
+        torch.add(before_P, step_P, out=params_P)
+        self.ask()
+
+    def raise_failed(self) -> None:
+        for wire in (self._up, self._down):
+            if wire is not None:
+                wire.raise_failed()

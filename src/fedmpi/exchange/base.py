@@ -51,6 +51,7 @@ LARGEST_NORM = 2.0**18  # larger deltas are rejected: they are absurd, and do no
 BLOCK = 1 << 18  # elements per step, so that scratch memory stays in cache
 MANY = 64  # vectors; float32 sums of more of them lose precision
 
+
 Lap = Callable[[str], None]
 PARAMS = "params"  # key of the parameters in a checkpoint
 

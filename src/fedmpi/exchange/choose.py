@@ -24,6 +24,7 @@ from fedmpi.exchange.autotune import measure
 from fedmpi.exchange.base import Exchange, ExchangeContext, Machine
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import Cost, Sizes, Traffic
+from fedmpi.exchange.dense import Root
 from fedmpi.exchange.plans import FORMERLY, MEASURE, PLANS
 from fedmpi.exchange.progress import Progress
 from fedmpi.exchange.regions import Regional
@@ -41,6 +42,12 @@ class Choice:
     section: ExchangeSection
     why: str = ""  # the reason for the plan; empty if the configuration names it
     seconds: Mapping[str, float] = field(default_factory=dict)  # by plan, if they were measured
+
+
+def by_arrival(section: ExchangeSection) -> ExchangeSection:
+    """The section of an engine whose updates go to rank 0 one by one. Its plan is called root, unless the rest of the
+    section is what only they can carry out."""
+    return section if Root.supports(section, Machine()) else replace(section, plan="root")
 
 
 def make(section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> Exchange:
@@ -102,7 +109,7 @@ def choose(
     Collective. Raises ConfigError on every rank if the named plan cannot carry out the section.
     """
     if facts.arrivals:
-        return Choice(replace(section, plan="root"), BY_ARRIVAL)
+        return Choice(by_arrival(section), BY_ARRIVAL)
     machine = Machine.of(comm, params_P.device)
 
     def refuses(name: str) -> str:

@@ -25,10 +25,16 @@ WITHIN_CLIP = 2e-6  # the same under masks, in units of the norm that updates ar
 
 
 def agree_ready(
-    fed: Federation, outcome: RoundOutcome, policy: Policy, error: FedmpiError | None, near: float = 1.0
+    fed: Federation,
+    outcome: RoundOutcome,
+    policy: Policy,
+    error: FedmpiError | None,
+    near: float = 1.0,
+    num_updates: int | None = None,
 ) -> None:
     """Return on every rank, or raise the same error on every rank. If no rank failed or stops, the policy decides;
     a void round, which may be repeated, returns. Collective. `near` is the factor of `exchange.weights.nearness`.
+    `num_updates`: how many the aggregator will read; None: one of each accepted silo.
 
     Raises SiloError or ConfigError (a rank failed), Stopped, NoCohort, Diverged (the policy objects), or ExchangeError
     (ranks prepared different exchanges, or the integer ring is too coarse for this round's weights).
@@ -58,7 +64,7 @@ def agree_ready(
     if fed.exchange.ring:
         _has_room(fed, outcome, near)
     try:
-        fed.aggregator.suits(outcome.num_taken)
+        fed.aggregator.suits(outcome.num_taken if num_updates is None else num_updates)
     except ConfigError as few:  # the round brought too few updates; the configuration is fine
         raise agreed(NoCohort(f"round {number}: {few}")) from None
 

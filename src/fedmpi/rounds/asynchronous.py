@@ -9,6 +9,8 @@ version t is that of server.optimizer on
 
     mean = sum_i p_i s(t - tau_i) delta_i / sum_i p_i
 
+A robust rule combines the rows s(t - tau_i) delta_i in place of the mean.
+
 The silos of a round are trained when they are due, from the version that they fetched, and their updates are added in
 the order of arrival (exchange/arrivals.py). A round is committed like a synchronous one.
 """
@@ -78,7 +80,7 @@ class Buffered(Engine):
         return COLUMNS
 
     def conflicts(self, config: Config) -> str | None:
-        """Refuses whatever needs a cohort, whole deltas side by side, or all ranks at once."""
+        """Refuses whatever needs a cohort, or all ranks at once."""
         section, rule, optimizer = config.exchange, config.local, config.server.optimizer
         who = "engine: buffered"
         if not self.clock.is_virtual and (stateful := [called(one) for one in config.updates if one.init()]):
@@ -87,14 +89,18 @@ class Buffered(Engine):
             return f"on_failure: {config.on_failure} cannot be combined with {who} in real time; use stop"
         if not isinstance(config.select, All):
             return f"{who} lets every silo train all the time, so there is no cohort to draw; take select: all"
-        if not isinstance(config.aggregate, Mean):
+        if config.aggregate.needs == "sum" and not isinstance(config.aggregate, Mean):
             return (
-                f"{who} keeps the weighted sum of updates, not each; aggregate: {called(config.aggregate)} needs mean"
+                f"{who} does not go with aggregate: {called(config.aggregate)}, whose factor belongs to the silos of "
+                "one round; take mean, or a rule that reads each update"
             )
-        if rule.auxiliaries or rule.server_step is not None:
-            names = ", ".join(auxiliary.name for auxiliary in rule.auxiliaries)
-            what = f"its {names} would be of different versions" if names else "its server counts silos in a round"
-            return f"{who} does not go with local: {called(rule)}: {what}; take a rule that sends only deltas"
+        if of_cohort := [auxiliary.name for auxiliary in rule.auxiliaries if auxiliary.normaliser == "cohort"]:
+            return (
+                f"{who} does not go with local: {called(rule)}: its {of_cohort[0]} is a mean over silos that start "
+                "from the same parameters, which these do not"
+            )
+        if rule.server_step is not None:
+            return f"{who} does not go with local: {called(rule)}: its server counts the silos of a round"
         if isinstance(optimizer, ReadsNorms):
             return f"{who} does not go with server.optimizer: {called(optimizer)}, which compares whole deltas"
         if not section.chosen and section.member is not Root:
@@ -102,12 +108,9 @@ class Buffered(Engine):
         if section.reduction == "reproducible":
             return f"{who} adds updates in the order of arrival, for any number of ranks; take exchange.reduction: fast"
         for name, there in (
-            ("scope: silo", section.scope == "silo"),
             ("overlap", section.overlap),
             ("fragments", section.fragments > 1),
             ("regions", section.regions is not None),
-            ("up.codec", not section.up.plain),
-            ("down.codec", not section.down.plain),
         ):
             if there:
                 return f"{who} does not go with exchange.{name}"
@@ -131,15 +134,16 @@ class Buffered(Engine):
         timer.lap("select")
 
         exchange.begin(number, self.size)
-        work, arrivals = Work(), list[Arrival]()
+        work, arrivals, num = Work(), list[Arrival](), 0
         while True:
-            due = queue.take(self.size, self.window_s, state.round, self.max_staleness)
+            due = queue.take(self.size - num, self.window_s, state.round, self.max_staleness)
             arrivals += due
             train_due(state, fed, exchange, due, self.staleness, work)
             timer.lap("train")
             outcome = self._agreed(fed, number, due, arrivals, work)
             timer.lap("wait")
-            if outcome.num_taken:
+            num = int(fed.ready.silo("accepted").sum())
+            if num >= self.size or (num and isinstance(queue, Replayed)):
                 break
         queue.step(number)
         exchange.fetched(queue.versions)
@@ -164,7 +168,7 @@ class Buffered(Engine):
         share_rows(fed, work, exchange.fingerprint(cohort))
         outcome = training_outcome(fed, number, cohort, ())
         with _settling(exchange):
-            agree_ready(fed, outcome, self.policy, work.error)
+            agree_ready(fed, outcome, self.policy, work.error, num_updates=self.size)
         timer.lap("wait")
         numbers = trainings(state.policy, fed.ids) | {one.silo: one.training for one in arrivals}
         outcome = replace(outcome, told={"arrivals": [*map(_row, arrivals)]})
@@ -180,10 +184,11 @@ class Buffered(Engine):
         assert isinstance(fed.exchange, Arrivals)
         taken = {one.silo for one in arrivals if not one.dropped}
         cohort = [silo for silo in fed.ids if silo in taken]
-        fed.exchange.expect([fed.membership.rank(one.silo) for one in due if not one.dropped])
+        silos = [one.silo for one in due if not one.dropped]
+        fed.exchange.expect(silos, [fed.membership.rank(silo) for silo in silos])
         share_rows(fed, work, fed.exchange.fingerprint(cohort))
         outcome = training_outcome(fed, number, cohort, ())
-        agree_ready(fed, outcome, _Usable(taken == set(fed.ids)), work.error)
+        agree_ready(fed, outcome, _Usable(taken == set(fed.ids)), work.error, num_updates=self.size)
         return outcome
 
 

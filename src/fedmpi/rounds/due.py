@@ -10,7 +10,7 @@ import torch
 from fedmpi.errors import FedmpiError
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.base import LARGEST_NORM
-from fedmpi.flat import FlatModel
+from fedmpi.flat import RESERVED, FlatModel
 from fedmpi.local import LocalSilo, Round
 from fedmpi.rounds.agreement import as_error
 from fedmpi.rounds.federation import Federation, State
@@ -21,10 +21,10 @@ from fedmpi.stopping import FAILED, BrokenOff
 from fedmpi.types import Contribution
 
 # Columns of a silo's row, which may hold several updates: its weight, its weight without staleness, and how many of its
-# updates were rejected.
-COLUMNS = ("done", "plain", "refused")
-# In a row, but in no table: how many of the silo's updates were accepted, and how many have norms.
-_NUM, _NUM_NORMS = "updates", "norms"
+# updates were rejected and accepted.
+COLUMNS = ("done", "plain", "refused", "accepted")
+_NUM_NORMS = "norms"  # in a row, but in no table: how many of the silo's updates have norms
+RESIDUAL = f"{RESERVED}residual"  # in a silo's kept state: what the codec of `up` has lost of its updates
 
 
 @dataclass
@@ -61,16 +61,17 @@ def train_due(
             rejected, norms = judged(state, fed, update, draft, one.training)
             row = work.rows.setdefault(name, {})
             enter_norms(row, norms)
-            plain, update.weight = update.weight, update.weight * staleness.weight(one.staleness)
             if rejected:
                 exchange.reject()
                 refuse(row, rejected)
-            else:
-                move_averaged(fed, update.vector_Q, start_P, 1)
-                move_averaged(fed, update.vector_Q, state.params_Q, -1)
-                exchange.add(update)
-                work.trained[name] = draft
-                enter(row, update, draft.weight, plain)
+                continue
+            plain, less = update.weight, staleness.weight(one.staleness)
+            move_averaged(fed, update.vector_Q, start_P, 1)
+            move_averaged(fed, update.vector_Q, state.params_Q, -1)
+            exchange.bring(packed(exchange, update, draft, one.training), plain, less)
+            update.weight = sent_weight(exchange, plain, less)
+            work.trained[name] = draft
+            enter(row, update, draft.weight, plain)
     except BrokenOff as broken:
         work.status = broken.status
     except (Exception, SystemExit) as raised:
@@ -89,16 +90,17 @@ def trained(
     silo: LocalSilo,
     version: int,
     training: int,
-    start_P: torch.Tensor,
+    start_Q: torch.Tensor,
     check: Callable[[], None],
 ) -> Contribution:
-    """The silo's update from `start_P`, the parameters [P] of this version, in the model's memory. `training` counts
-    the silo's trainings from 0."""
+    """The silo's update from `start_Q`, the parameters and auxiliary vectors of this version, in the model's memory.
+    `training` counts the silo's trainings from 0."""
 
     def begin(one: LocalSilo) -> tuple[torch.Tensor, Round]:
         criterion = fed.criterion(one)
         about = Round(version + 1, fed.rounds, fed.seed, criterion.loss, check, count=criterion.count)
-        return start_P, replace(about, training=training + 1)
+        auxiliary = {segment.name: start_Q[segment.place] for segment in fed.layout.auxiliaries}
+        return fed.layout.params(start_Q), replace(about, training=training + 1, auxiliary=auxiliary)
 
     (contribution,) = fed.runner.run(fed.rule, model, [silo], begin)
     return contribution
@@ -113,7 +115,13 @@ def judged(
     update.weight = silo.weight
     update.weight = fed.aggregator.weight(update)
     steps = fed.updates.steps(state.updates, fed.seed, training + 1, fed.layout)
-    return steps.on_silo(update, LARGEST_NORM)
+    rejected, norms = steps.on_silo(update, LARGEST_NORM)
+    if not rejected:
+        for segment in fed.layout.auxiliaries:  # the weighted sum then gives their sum divided by the number of silos
+            update[segment.name].mul_(fed.exchange.facts.total_weight / (update.weight * len(fed.ids)))
+        if not fed.exchange.holds(update.vector_Q, 1.0):
+            rejected = fed.updates.by_checks
+    return rejected, norms
 
 
 def move_averaged(fed: Federation, vector_Q: torch.Tensor, params_Q: torch.Tensor, sign: int) -> None:
@@ -122,6 +130,19 @@ def move_averaged(fed: Federation, vector_Q: torch.Tensor, params_Q: torch.Tenso
     delta from an older start would count again what the steps since then have moved."""
     for part in fed.layout.averaged:
         vector_Q[part].add_(params_Q[part].to(vector_Q.device), alpha=sign)
+
+
+def packed(exchange: Arrivals, update: Contribution, silo: LocalSilo, training: int) -> torch.Tensor:
+    """The message of an accepted update. What the codec loses is kept with the silo."""
+    message, lost_Q = exchange.packed(update, training, silo.kept.get(RESIDUAL))
+    if lost_Q is not None:
+        silo.kept = {**silo.kept, RESIDUAL: lost_Q}
+    return message
+
+
+def sent_weight(exchange: Arrivals, plain: float, less: float) -> float:
+    """The weight of an update whose staleness weight is `less`; an aggregator that reads each update has none."""
+    return plain if exchange.reads_each else plain * less
 
 
 def refuse(row: dict[str, float], rejected: int) -> None:
@@ -141,16 +162,14 @@ def share_rows(fed: Federation, work: Work, fingerprint: float) -> None:
     """Give every rank the rows of all silos. Collective."""
     fed.ready.clear()
     for silo, row in work.rows.items():
-        fed.ready.set_silo(
-            fed.index[silo], **{name: value for name, value in row.items() if name not in (_NUM, _NUM_NORMS)}
-        )
+        fed.ready.set_silo(fed.index[silo], **{name: value for name, value in row.items() if name != _NUM_NORMS})
     fed.ready.set_rank(fed.comm.rank, status=work.status, fingerprint=fingerprint)
     fed.ready.share(lambda values: fed.comm.share(values, fed.watch.look))
 
 
 def enter(row: dict[str, float], update: Contribution, weight: float, plain: float) -> None:
     """Add an accepted update to its silo's row: sums, and means over the silo's updates of the round."""
-    num, targets = row.get(_NUM, 0), row.get("targets", 0)
+    num, targets = row.get("accepted", 0), row.get("targets", 0)
     both = targets + update.counted
     loss = (row.get("loss", 0.0) * targets + update.loss * update.counted) / both if both else update.loss
     norm = (row.get("norm", 0.0) * num + update.norm) / (num + 1)
@@ -162,7 +181,7 @@ def enter(row: dict[str, float], update: Contribution, weight: float, plain: flo
         "done": weight,
         "plain": plain,
         "sent": update.weight,
-        _NUM: 1,
+        "accepted": 1,
     }
     row |= {name: row.get(name, 0) + value for name, value in added.items()}
     row |= {"taken": 1, "rejected": 0, "loss": loss, "norm": norm, "normalizer": update.num_gradients}

@@ -28,7 +28,18 @@ from fedmpi.comm import Pending
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.local import LocalSilo
 from fedmpi.rounds.clocks import now
-from fedmpi.rounds.due import Work, drafted, enter, enter_norms, judged, move_averaged, refuse, trained
+from fedmpi.rounds.due import (
+    Work,
+    drafted,
+    enter,
+    enter_norms,
+    judged,
+    move_averaged,
+    packed,
+    refuse,
+    sent_weight,
+    trained,
+)
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.rounds.queue import Arrival, trainings
 from fedmpi.rounds.trainer import Trainer
@@ -183,10 +194,10 @@ class RealTime:
         drop = oldest is not None and staleness > oldest and not rejected
         one = Arrival(silo, self.seconds, mail.version, staleness, mail.training, dropped=drop, rejected=rejected)
         if one.counts and mail.vector is not None:
-            weight = mail.weight * self.engine.staleness.weight(staleness)
-            share = self.exchange.share_of(weight)
+            less = self.engine.staleness.weight(staleness)
             move_averaged(self.fed, mail.vector, self.state.params_Q, -1)
-            self.exchange.fold_in(mail.vector.to(self.exchange.device), share)
+            factor = self.exchange.factor(mail.weight, less)
+            self.exchange.fold_in(silo, mail.vector.to(self.exchange.device), factor, less)
         self._arrivals.append(one)
         self._enough()
         if self.until_s == float("inf"):  # else the silo waits for the new parameters
@@ -234,21 +245,23 @@ class RealTime:
         fed, training = self.fed, self._training[silo]
         fed.watch.rest()  # no batch comes while it waits for an answer
         rejected, norms = judged(self.state, fed, update, self._draft, training)
-        number, vector = fed.index[silo], None if rejected else update.vector_Q.to("cpu", copy=True)
-        if vector is not None:  # rank 0 knows which parameters it meets
-            move_averaged(fed, vector, self._start_P, 1)
+        number, message = fed.index[silo], None
+        if not rejected:
+            move_averaged(fed, update.vector_Q, self._start_P, 1)  # rank 0 knows which parameters it meets
+            message = packed(self.exchange, update, self._draft, training)
         update.vector_Q = torch.empty(0)
         self._sent[silo].append(_Update(silo, version, training, before, self._draft, update, rejected, norms))
         self._waiting.add(silo)
         if fed.comm.rank == 0:
+            vector = None if message is None else self.exchange.unpacked(message)
             self.mail.append(_Mail(number, version, training, update.weight, vector))
             return
         bits = struct.unpack("<q", struct.pack("<d", update.weight))[0]
         fed.comm.post(0, (number << 1 | bool(rejected), version << 32 | training, bits))
         self._num_posted += 1
         self._out = [pair for pair in self._out if not pair[0].Test()]
-        if vector is not None:
-            self._out.append((self.exchange.comm.isend(vector, 0), vector))
+        if message is not None:
+            self._out += self.exchange.send(message)
 
     def _answered(self, silo: str, dropped: bool) -> None:
         """The silo may train again: from what its last training left, or as it was before if that does not count."""
@@ -273,7 +286,8 @@ class RealTime:
                 refuse(row, sent.rejected)
                 continue
             plain = sent.update.weight
-            update = replace(sent.update, weight=plain * self.engine.staleness.weight(one.staleness))
+            less = self.engine.staleness.weight(one.staleness)
+            update = replace(sent.update, weight=sent_weight(self.exchange, plain, less))
             enter(row, update, sent.after.weight, plain)
             work.trained[one.silo] = sent.after
 

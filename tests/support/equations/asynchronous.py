@@ -63,11 +63,13 @@ def fedbuff(
     most: int = 10**9,
     window: float = 0.0,
     seconds: dict[str, float] = SECONDS,
+    combined: Callable[[], Callable[[np.ndarray], np.ndarray]] | None = None,
 ) -> Callable[[Problem], list[np.ndarray]]:
-    """Nguyen et al. 2022, Algorithm 1: `size` updates go into the buffer, then the server steps by their mean."""
+    """Nguyen et al. 2022, Algorithm 1: `size` updates go into the buffer, then the server steps by their mean, or by
+    what a robust rule makes of them, each multiplied by its staleness weight."""
 
     def wanted(problem: Problem) -> list[np.ndarray]:
-        step = server()
+        step, rule = server(), combined() if combined is not None else None
         ends = {k: seconds[silo] for k, silo in enumerate(IDS)}
         w, versions, tau, t = problem.start_P, [problem.start_P], dict.fromkeys(ends, 0), 0
         buffer: list[tuple[float, np.ndarray]] = []
@@ -78,7 +80,8 @@ def fedbuff(
             now = ends[k]
             if len(buffer) >= size and not (window and now <= closes):
                 total = sum(p for p, _ in buffer)
-                w = step(w, sum(p / total * d for p, d in buffer))
+                rows = np.array([d for _, d in buffer])
+                w = step(w, sum(p / total * d for p, d in buffer) if rule is None else rule(rows))
                 t, buffer = t + 1, []
                 versions.append(w)
                 for other in waits:
@@ -102,6 +105,67 @@ def fedbuff(
     return wanted
 
 
+def scaffold(s: Callable[[int], float], size: int) -> Callable[[Problem], list[np.ndarray]]:
+    """SCAFFOLD (Karimireddy et al. 2020, Algorithm 1, Option II) in FedBuff's order of arrivals. The server's c is the
+    mean of the control variates that the silos have sent so far: its changes have no staleness weight."""
+
+    def wanted(problem: Problem) -> list[np.ndarray]:
+        ends = {k: SECONDS[silo] for k, silo in enumerate(IDS)}
+        x, c = problem.start_P, np.zeros_like(problem.start_P)
+        own = [np.zeros_like(c) for _ in IDS]
+        versions, tau = [(x, c)], dict.fromkeys(ends, 0)
+        for t in range(ROUNDS):
+            buffer, last = [], 0
+            for number in range(size):
+                k = last = min(ends, key=lambda k: (ends[k], k))
+                start, control = versions[tau[k]]
+                y = start
+                for batch in problem.steps(k, 3):
+                    y = y - LR * (problem.gradient(y, batch) - own[k] + control)
+                new = own[k] - control + (start - y) / (3 * LR)
+                buffer.append((s(t - tau[k]) * (y - start), new - own[k]))
+                own[k] = new
+                if number < size - 1:
+                    tau[k], ends[k] = t, ends[k] + SECONDS[IDS[k]]
+            x = x + 0.8 * sum(delta for delta, _ in buffer) / size
+            c = c + sum(change for _, change in buffer) / len(IDS)
+            versions.append((x, c))
+            tau[last], ends[last] = t + 1, ends[last] + SECONDS[IDS[last]]
+        assert all(np.allclose(c, np.mean(own, axis=0)) for _ in own)
+        return [x for x, _ in versions[1:]]
+
+    return wanted
+
+
+def median() -> Callable[[np.ndarray], np.ndarray]:
+    return lambda rows: np.median(rows, axis=0)
+
+
+def krum() -> Callable[[np.ndarray], np.ndarray]:
+    """Blanchard et al. 2017, section 3, with five updates and f = 1: the sum of the two nearest."""
+
+    def rule(rows: np.ndarray) -> np.ndarray:
+        apart = ((rows[:, None] - rows[None]) ** 2).sum(axis=2)
+        np.fill_diagonal(apart, np.inf)
+        return rows[np.sort(apart, axis=1)[:, :2].sum(axis=1).argmin()]
+
+    return rule
+
+
+def clipped_around_the_last() -> Callable[[np.ndarray], np.ndarray]:
+    """Karimireddy et al. 2021, Learning from History, section 4, one step, tau 0.05."""
+    v: np.ndarray | float = 0.0
+
+    def rule(rows: np.ndarray) -> np.ndarray:
+        nonlocal v
+        moves = rows - v
+        norms = np.linalg.norm(moves, axis=1, keepdims=True)
+        v = v + (moves * np.minimum(1, 0.05 / norms)).mean(axis=0)
+        return np.asarray(v)
+
+    return rule
+
+
 def average() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     return lambda w, mean: w + 0.8 * mean
 
@@ -123,13 +187,15 @@ def case(
     optimizer: Any = None,
     seconds: dict[str, float] = SECONDS,
     weights: str = "uniform",
+    aggregate: Any = None,
+    local: Any = None,
     **engine: Any,
 ) -> Case:
     clock = {"name": "virtual", "slower": seconds}
     return Case(
         {
-            "local": {"name": "sgd", "steps": 3},
-            "aggregate": {"name": "mean", "weights": weights},
+            "local": local or {"name": "sgd", "steps": 3},
+            "aggregate": aggregate or {"name": "mean", "weights": weights},
             "server": {"optimizer": optimizer or {"name": "fedavg", "lr": 0.8}},
             "engine": {"name": "buffered", "staleness": staleness, "clock": clock, **engine},
         },
@@ -158,5 +224,21 @@ CASES = {
         size=2,
         max_staleness=1,
     ),
+    "fedbuff_median": case(fedbuff(polynomial, 3, average, combined=median), POLYNOMIAL, size=3, aggregate="median"),
+    "fedbuff_krum": case(
+        fedbuff(polynomial, 5, momentum, combined=krum),
+        POLYNOMIAL,
+        MOMENTUM,
+        size=5,
+        aggregate={"name": "krum", "hostile": 1},
+    ),
+    "fedbuff_clipped": case(
+        fedbuff(hinge, 3, average, combined=clipped_around_the_last),
+        {"name": "hinge", "a": 2.0, "b": 1.0},
+        size=3,
+        aggregate={"name": "centered_clipping", "tau": 0.05},
+    ),
+    "async_scaffold": case(scaffold(polynomial, 1), POLYNOMIAL, local={"name": "scaffold", "steps": 3}),
+    "buffered_scaffold": case(scaffold(polynomial, 3), POLYNOMIAL, size=3, local={"name": "scaffold", "steps": 3}),
     "fedasync_momentum": case(fedbuff(constant, 1, momentum), "constant", MOMENTUM),
 }

@@ -116,6 +116,13 @@ def so_it_does_with_a_window_and_several_silos_to_a_rank(comm, folder):
 
 
 @case
+def so_it_does_with_codecs(comm, folder):
+    topk = {"name": "topk", "ratio": 0.3, "values": "int8"}
+    ways = {way: {"codec": codec, "feedback": True} for way, codec in (("up", topk), ("down", "int8"))}
+    same_again(comm, folder, "codecs", comm.size, exchange=ways)
+
+
+@case
 def so_it_does_after_a_resume(comm, folder):
     same_again(comm, folder, "resumed", comm.size, checkpoint={"every": 2})
 
