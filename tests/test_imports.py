@@ -45,7 +45,7 @@ ORDER = [
         "asking",
         "files",
     ),
-    *("secure", "evaluate", "exchange", "rounds", "config", "directory", "opening", "trial", "assembly"),
+    *("secure", "evaluate", "exchange", "privacy", "rounds", "config", "directory", "opening", "trial", "assembly"),
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train"),
     *("reveals", "plan", "results", "compare", "launchline", "remains", "supervisor"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),

@@ -46,11 +46,12 @@ from fedmpi.module import saved
 from fedmpi.objectives import LossAndMetrics, resolve
 from fedmpi.opening import Opened, open_silos
 from fedmpi.placement import place
+from fedmpi.privacy import Spending, prepare
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.disclosure import refuse_metrics
 from fedmpi.secure.masks import require
 from fedmpi.secure.session import Session
-from fedmpi.transforms import Updates
+from fedmpi.transforms import Transform, Updates
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
 from fedmpi.watchdog import Watchdog
@@ -77,6 +78,7 @@ class Spec:
     section: ExchangeSection  # as configured; `plan` is filled in once it is chosen
     device: torch.device
     watch: stopping.Watch
+    private: Spending | None  # the account of differential privacy; it outlives every federation of the run
     admitted: tuple[Admitted, ...] = ()  # silos of `source` that the configuration does not name
 
     @property
@@ -221,7 +223,11 @@ def specify(config: Config, comm: Comm, out: Path) -> Spec:
     grace_s, heals = config.comm.grace_s, config.heals != "stop"
     watchdog = comm.collectively(lambda: None if grace_s is None else Watchdog(grace_s, comm, heals))
     watch = stopping.Watch(comm, out, watchdog)
-    return Spec(config, source, objective, module, found, config.exchange, chosen, watch)
+    private = None
+    if config.privacy is not None:
+        private = Spending.of(config.privacy, out, config.seed)
+        private.open(comm)
+    return Spec(config, source, objective, module, found, config.exchange, chosen, watch, private)
 
 
 def open_members(
@@ -270,7 +276,11 @@ def build_federation(
     zeros_Q = torch.zeros(spec.layout.size, dtype=master_dtype(spec.entries), device=spec.device)
     plan = choose(spec.section, comms.leaders, zeros_Q, context, plan_before)
     exchange = make_exchange(plan.section, comms.leaders, zeros_Q, context)
+    updates: tuple[Transform, ...] = config.updates
     with _or_leave(exchange):
+        if spec.private is not None:
+            num_train = dict(zip(members.ids, opened.num_train, strict=True))
+            updates = prepare(config, spec.private, num_train, weights, comm)
         model = _model(spec, exchange, comms)
         silos = comm.collectively(
             lambda: {silo: _local(silo, opened.data, held, weights[silo], spec.device) for silo in hosted}
@@ -296,11 +306,12 @@ def build_federation(
             average=config.server.average,
             measurements=config.records.measurements,
             disclose=config.disclosed,
-            updates=Updates(config.updates),
+            updates=Updates(updates),
+            private=spec.private,
             finetune=config.evaluate.finetune,
             told=(*config.policy.columns, *config.engine.columns),
             secure=secure,
-            experiment="" if attack is None else said(attack, spec.known),
+            experiment=_experiment(config, spec.known),
         )
     return Built(federation, replace(spec, section=plan.section), plan)
 
@@ -406,6 +417,13 @@ def source_of(config: Config, admitted: Sequence[Admitted] = ()) -> Source:
 
     keyed = replace(source, open=opened)
     return keyed if config.attack is None else poisoned(keyed, config.attack)
+
+
+def _experiment(config: Config, known: Sequence[str]) -> str:
+    """Label in the records of a run that is an experiment; empty for any other."""
+    if config.privacy is not None and config.privacy.reproducible:
+        return "privacy.reproducible: who knows the seed can remove the noise"
+    return "" if config.attack is None else said(config.attack, known)
 
 
 def _weights(config: Config, ids: Sequence[str], num_train: Sequence[int]) -> dict[str, float]:

@@ -28,6 +28,7 @@ from fedmpi.local.workload import WORKLOADS
 from fedmpi.metrics import METRICS
 from fedmpi.models import MODELS
 from fedmpi.objectives import DEFAULTS, LOSSES, Objective
+from fedmpi.privacy import PRIVACIES
 from fedmpi.records import MEASUREMENTS, SINKS
 from fedmpi.rounds import CLOCKS, ENGINES, POLICIES, STALENESS, TIMES
 from fedmpi.schedules import SCHEDULES
@@ -51,6 +52,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "transforms": (TRANSFORMS, "updates"),
     "secure": (SECURE, "secure"),
     "aggregators": (AGGREGATORS, "aggregate"),
+    "privacy": (PRIVACIES, "privacy"),
     "attacks": (ATTACKS, "attack"),
     "metrics": (METRICS, "objective.metrics"),
     "servers": (OPTIMIZERS, "server.optimizer"),

@@ -313,6 +313,15 @@ def _print_plan(result: dict[str, Any]) -> None:
             f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} control traffic"
         )
     _print_secure(console, result)
+    if (private := result["budget"]) is not None:
+        limit = "" if private["budget"] is None else f", budget {private['budget']:g}"
+        console.print(f"privacy: {private['sentence']}")
+        console.print(
+            f"privacy: all rounds spend epsilon {private['epsilon']:.4g} at delta {private['delta']:g}{limit}, noise "
+            f"multiplier {private['sigma']:.4g}; rounds that are repeated after a failure spend again"
+        )
+        for silo, row in private["silos"].items():
+            console.print(f"privacy: silo {silo}: epsilon {row['epsilon']:.4g}, noise multiplier {row['sigma']:.4g}")
     kept = result["checkpoints_kept"]
     console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
     if result["mirror_bytes"]:

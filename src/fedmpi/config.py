@@ -36,6 +36,7 @@ from fedmpi.membership import OnFailure
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
+from fedmpi.privacy import PRIVACIES, Privacy
 from fedmpi.records import MEASUREMENTS, SINKS, Measurement, Sink
 from fedmpi.records.measurements import Gram
 from fedmpi.rounds import ENGINES, Engine, Policy, Synchronous
@@ -197,6 +198,8 @@ class Config:
     """transforms applied to updates before the exchange"""
     aggregate: Annotated[Aggregator, AGGREGATORS] = Mean()
     """how deltas are combined"""
+    privacy: Annotated[Privacy, PRIVACIES] | None = None
+    """differential privacy, with its account; needs the extra `privacy`"""
     attack: Annotated[Attack, ATTACKS] | None = None
     """simulated attack by hostile silos; needs `experimental: true`"""
     experimental: bool = False
@@ -252,6 +255,7 @@ class Config:
         readers: list[tuple[str, Any]] = [("select", self.select), ("aggregate", self.aggregate)]
         readers.append(("engine.policy", self.policy))
         readers += [("records.measure", measurement) for measurement in self.records.measurements]
+        readers += [] if self.privacy is None else [("privacy", self.privacy)]
         readers += [(f"updates.{i}", transform) for i, transform in enumerate(self.updates)]
         if self.secure is not None and (why := self.secure.conflicts(self)):
             raise ValueError(why)
@@ -280,7 +284,7 @@ class Config:
     def _goes_together(self) -> Config:
         parts = (self.aggregate, self.attack, self.records, self.local, self.server.optimizer, self.server.average)
         engine = (self.engine, self.engine.clock, self.policy)
-        others: tuple[Any, ...] = (self.select, self.evaluate, self.exchange, *engine, *self.updates)
+        others: tuple[Any, ...] = (self.privacy, self.select, self.evaluate, self.exchange, *engine, *self.updates)
         for part in (*parts, *others):
             if part is not None and (why := part.conflicts(self)):
                 raise ValueError(why)
@@ -318,6 +322,8 @@ class Config:
                 f"server.optimizer: {called(self.server.optimizer)} uses the norms of deltas, and '{statistics[0]}' "
                 "is a statistic of another unit; take exchange.parameters: all_but_batch_norm or trainable"
             )
+        if self.privacy is not None:
+            self.privacy.suits(module, found, ids, self)
         for rule in (self.local, self.evaluate.finetune):
             if rule is not None:
                 rule.suits(module, found, known)

@@ -116,6 +116,8 @@ def holders(state: State, fed: Federation, health: Health) -> Holders:
         "health": health,
         "silos": Silos(fed.silos),
     }
+    if fed.private is not None:
+        found["privacy"] = fed.private
     if state.average_P is not None:
         found["average"] = Vectors({"params": state.average_P}, "replicated")
     return Holders(found)

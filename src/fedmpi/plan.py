@@ -12,6 +12,7 @@ import torch
 from fedmpi import pretrained
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
+from fedmpi.errors import ConfigError
 from fedmpi.evaluate import Scores
 from fedmpi.exchange.base import Machine
 from fedmpi.exchange.choose import BY_ARRIVAL, UNMASKED, by_arrival, by_rule, cost
@@ -25,6 +26,7 @@ from fedmpi.mirror import BUDDIES, COMMITS
 from fedmpi.models import make
 from fedmpi.objectives import resolve
 from fedmpi.placement import place
+from fedmpi.privacy import Privacy, epsilon
 from fedmpi.records import StatusTable, peak_rss_bytes
 from fedmpi.reveals import reveals, trust
 from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
@@ -32,6 +34,7 @@ from fedmpi.rounds.disclosure import ready_pooling, refuse_metrics
 from fedmpi.secure.graph import degree
 from fedmpi.secure.session import num_covered
 from fedmpi.transforms import Updates
+from fedmpi.types import Source
 
 _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
 
@@ -146,6 +149,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "checkpoint_bytes": sum(checkpoint.values()) + _HEADER_BYTES * (1 + num_ranks),
         "checkpoints_kept": config.checkpoint.keep + 1,
         "mirror_bytes": _mirror(config, counts, checkpoint, num_ranks),
+        "budget": None if config.privacy is None else _budget(config, config.privacy, source),
         "out": str(Path(config.out)),
         "privacy": [
             row._asdict()
@@ -245,6 +249,28 @@ def _mirror(config: Config, counts: Counts, checkpoint: Mapping[str, int], num_r
     of_silos = sum(checkpoint[name] for name in ("residuals up", "progress of silos", "kept by silos"))
     shares, whole = 1 + min(BUDDIES, num_ranks - 1), sum(checkpoint.values()) - of_silos
     return counts.shared * counts.word + COMMITS * (whole + of_silos * shares // num_ranks)
+
+
+def _budget(config: Config, section: Privacy, source: Source) -> dict[str, Any]:
+    """What the run will spend, undisturbed. Raises ConfigError if that is not known without the data."""
+    sizes = {silo.id: silo.num_samples for silo in source.silos}
+    num_train = {silo: num for silo, num in sizes.items() if num is not None}
+    unknown = sorted(sizes.keys() - num_train.keys())
+    if unknown and section.of_records:
+        raise ConfigError(f"privacy: silo '{unknown[0]}' declares no num_samples, so its budget is not known")
+    sigmas = section.sigmas(config, {silo: num or 0 for silo, num in sizes.items()})
+    uses = section.uses(config, {silo: num or 0 for silo, num in sizes.items()})
+    spent = {
+        use.silo: epsilon({use._replace(sigma=sigmas[use.silo]): count}, section.delta) for use, count in uses.items()
+    }
+    return {
+        "sentence": section.sentence(config),
+        "epsilon": max(spent.values()),
+        "delta": section.delta,
+        "budget": section.epsilon,
+        "sigma": max(sigmas.values()),
+        "silos": {silo: {"epsilon": spent[silo], "sigma": sigmas[silo]} for silo in sigmas if silo},
+    }
 
 
 def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:

@@ -32,6 +32,7 @@ from fedmpi.fresh import is_fresh
 from fedmpi.membership import Membership
 from fedmpi.mirror import Mirror
 from fedmpi.outcome import RoundOutcome
+from fedmpi.output import say
 from fedmpi.records import Record, Sink
 from fedmpi.recovery import ALONE_S, SPAWNS, WRITER_S, Recovery, leave_others
 from fedmpi.requests import Desk, Request
@@ -75,6 +76,7 @@ class Run(Recovery):
         self._closed = False
         self._spoiled = False  # whether a round failed after its parameters were overwritten
         self._listens = True  # to signals
+        self._spent = False  # whether the privacy budget ended the run
         self._stopped = False  # whether a stop request ends the run
         self._breaks_off = False  # whether an error that all ranks raise ends it before its last round
         self.comm.open_runs += 1
@@ -160,6 +162,8 @@ class Run(Recovery):
                     if not begun:
                         self._take_up()
                         begun = True
+                    if not self._affords():
+                        break
                     self._round()
                 except Exception as error:
                     if not self._outlives(error):
@@ -186,6 +190,17 @@ class Run(Recovery):
                 with contextlib.suppress(FedmpiError):
                     self._keeper.seal()
             raise
+
+    def _affords(self) -> bool:
+        """Whether the privacy budget, if there is one, suffices for the next round. Collective."""
+        private = self._spec.private
+        if private is None:
+            return True
+        self._spent = not private.begin(self.comm, self.state.round + 1)
+        if self._spent and self.comm.rank == 0:
+            done, rounds = self.state.round, self.config.rounds
+            say(f"fedmpi: the privacy budget is spent after round {done} of {rounds}: {private.told}", error=True)
+        return not self._spent
 
     def _round(self) -> None:
         """Train, commit and record one round; write a checkpoint if one is due. Collective."""
@@ -245,7 +260,7 @@ class Run(Recovery):
 
         def write() -> None:
             if self.comm.rank == 0:
-                if self.state.round >= self.config.rounds:
+                if self._spent or self.state.round >= self.config.rounds:
                     try:
                         model = self.federation.model
                         save_model(model, self.out / "model.safetensors", shared_only=model.has_personal)

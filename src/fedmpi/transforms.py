@@ -169,8 +169,8 @@ class Clip(Transform):
 class Noise(Transform):
     """Adds Gaussian noise, drawn for each round and silo, to every element of the delta except frozen parameters.
 
-    THERE IS NO ACCOUNTANT YET, AND NO CLAIM OF PRIVACY: no epsilon is computed, and anyone who knows the run's seed can
-    remove the noise. Use it to study the effect of noise on a model.
+    NO CLAIM OF PRIVACY: no epsilon is computed, and anyone who knows the run's seed can remove the noise. Use it to
+    study the effect of noise on a model, and `privacy` for a guarantee.
 
     With `where: mean` noise is added once, to the mean, in units of a silo's largest effect on it: the clip norm times
     the largest share of a silo in the mean (McMahan et al. 2018, Learning Differentially Private Recurrent Language

@@ -44,7 +44,15 @@ HOMES = {
     "attack": "attack",
 }
 # Families without a recipe: torch's optimizers, silos one by one, engines and their small parts.
-NO_RECIPE = {"local.optimizer", "runner", "engine", "engine.staleness", "engine.clock", "engine.clock.compute"}
+NO_RECIPE = {
+    "privacy",
+    "local.optimizer",
+    "runner",
+    "engine",
+    "engine.staleness",
+    "engine.clock",
+    "engine.clock.compute",
+}
 
 
 def test_every_family_that_takes_members_from_outside_has_a_recipe():

@@ -12,6 +12,7 @@ K = len(IDS)
 HALF = {"fraction": 0.5}
 SPECS: dict[str, list[dict[str, Any]]] = {
     "all": [{}],
+    "poisson": [{"rate": 0.4}, {"rate": 0.01}],
     "uniform": [HALF, {**HALF, "weights": "inverse"}],
     "proportional": [HALF, {**HALF, "replace": False}],
     "round_robin": [{"count": 2}],

@@ -8,7 +8,7 @@ import numpy as np
 import torch  # noqa: F401  for the doctest
 
 from fedmpi.aggregate.base import Aggregator, CohortSummary
-from fedmpi.components import NonNegativeFloat, PositiveFloat, component
+from fedmpi.components import NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.types import Contribution
 
@@ -31,6 +31,8 @@ class Mean(Aggregator):
 
     weights: Literal["samples", "uniform", "steps"] | dict[str, PositiveFloat] = "samples"
     """samples: n_k; uniform: the same for every silo; steps: local steps of the round; or your own, by silo id"""
+    max_samples: PositiveInt | None = None
+    """with weights by samples: larger silos weigh as if they had so many"""
 
     def conflicts(self, config: Config) -> str | None:
         """Refuses `steps` with fragments: steps are counted per round."""
@@ -54,7 +56,9 @@ class Mean(Aggregator):
             if silo not in self.weights:
                 raise ConfigError(f"aggregate.weights: silo '{silo}' has none")
             return self.weights[silo]
-        return float(num_samples) if self.weights == "samples" else 1.0
+        if self.weights != "samples":
+            return 1.0
+        return float(num_samples if self.max_samples is None else min(num_samples, self.max_samples))
 
     def weight(self, contribution: Contribution) -> float:
         """Base times the selector's factor, times the local steps if `weights: steps`."""

@@ -39,7 +39,7 @@ def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[
     If the selector names candidates, their losses of the global parameters are shared in one small collective. A rank
     that stops or fails while it evaluates says so there; every rank enters it.
     """
-    selector, draw = fed.selector, rng.generator(fed.seed, purpose="select", round=number)
+    selector, draw = fed.selector, _draw(fed, number)
     own = selector.observe(fed.ids, state.selector, state.outcome)
     candidates = selector.candidates(fed.ids, own, state.outcome, draw)
     if not candidates:
@@ -53,6 +53,13 @@ def _cohort(state: State, fed: Federation, number: int) -> tuple[Selection, set[
     of_candidates = {silo: losses[silo] for silo in candidates}
     found = selector.select(fed.ids, own, state.outcome, draw, of_candidates)  # type: ignore[call-arg]
     return _chosen(found, fed, number), {silo for silo, loss in of_candidates.items() if not math.isfinite(loss)}
+
+
+def _draw(fed: Federation, number: int) -> np.random.Generator:
+    """The generator of the round's draw; a secret one if privacy counts on the draw."""
+    if fed.private is not None and fed.private.draws:
+        return fed.private.draw()
+    return rng.generator(fed.seed, purpose="select", round=number)
 
 
 def _chosen(found: Any, fed: Federation, number: int) -> Selection:

@@ -18,6 +18,7 @@ from fedmpi.local import LocalRule, LocalSilo, Round, SiloRunner
 from fedmpi.membership import Comms, Membership
 from fedmpi.objectives import Criterion, LossAndMetrics
 from fedmpi.outcome import RoundOutcome
+from fedmpi.privacy import Spending
 from fedmpi.records import PHASES, Measurement, Record, StatusTable, Timer
 from fedmpi.rounds.disclosure import Disclose, ready_pooling
 from fedmpi.secure.session import Session
@@ -77,6 +78,7 @@ class Federation:
     disclose: Disclose = "silo"  # which figures of single silos leave their rank
     updates: Updates = field(default_factory=Updates)  # transforms of updates before the exchange
     finetune: LocalRule | None = None  # fine-tunes a personal model per silo after the last round
+    private: Spending | None = None  # the account of differential privacy, if there is any
     told: Sequence[str] = ()  # columns of the silos' table that the engine needs
     secure: Session | None = None  # masks between silos; None: sums are not masked
     experiment: str = ""  # label in the records of an experiment

@@ -95,6 +95,8 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
         if stale_K.any():
             record["stale"] = {silo: int(s) for silo, s in zip(fed.ids, stale_K.tolist(), strict=True) if s}
     record |= outcome.told
+    if fed.private is not None:
+        record |= {"epsilon": fed.private.epsilon, "delta": fed.private.delta}
     if outcome.repeats:
         record["repeats"] = outcome.repeats
     if fed.experiment:

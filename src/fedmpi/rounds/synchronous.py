@@ -59,6 +59,8 @@ class Synchronous(Engine):
         timer.lap("checkpoint")  # the time between rounds
         selection, lossless, refused = select_cohort(state, fed, number)
         cohort, _, factors, _ = selection
+        if fed.private is not None:
+            fed.private.drew(selection.state)
         timer.lap("select")
 
         share = share_of_all(fed, cohort, factors)
@@ -107,6 +109,8 @@ class SynchronousRound:
     def commit(self, written: int = -1) -> State:
         state, fed, number = self.state, self.fed, self.outcome.round
         comm, timer = fed.comm, fed.timer
+        if fed.private is not None and fed.private.of_silos:
+            fed.private.spend(comm)
         timer.lap("checkpoint")
         fed.model.release()  # the parameters are written
         if fed.secure is not None:
@@ -169,6 +173,9 @@ def server_of(state: State, fed: Federation, number: int, selection: Selection, 
     if selection.factors is not None:  # the sum estimates the one over all silos drawn from: divide by their weight
         among = selection.among or fed.ids
         total = sum(fed.aggregator.base(silo, fed.num_train[fed.index[silo]]) for silo in among)
+    private = fed.private if fed.private is not None and fed.private.of_silos else None
+    if private is not None:  # a divisor that does not depend on who takes part
+        total = private.denominator
     scale = fed.aggregator.scale(CohortSummary(weights, sent, normalizers, losses, norms, total))
     if "plain" in fed.told:
         scale *= normalised(fed.ready)
@@ -180,5 +187,6 @@ def server_of(state: State, fed: Federation, number: int, selection: Selection, 
     counts = float(sent.sum() / weights.sum()) if len(sent) else 1.0
     steps = fed.updates.steps(state.updates, fed.seed, number, fed.layout)
     shares = sent / sent.sum()
-    on_mean, squares = steps.on_mean(float(shares.max())), float((shares * norms**2).sum())
+    largest = float(shares.max()) if private is None else private.largest_weight / float(sent.sum())
+    on_mean, squares = steps.on_mean(largest), float((shares * norms**2).sum())
     return Server(optimizer, fed.layout, scale, share * near, counts, on_mean, squares)

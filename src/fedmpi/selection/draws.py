@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from fedmpi.components import PositiveInt, component
+from fedmpi.components import PositiveFraction, PositiveInt, component
 from fedmpi.outcome import RoundOutcome
 from fedmpi.selection.base import Part, Selection, Selector, State, cohort_of, with_replacement
 
@@ -65,6 +65,38 @@ class Uniform(Part):
         size = self.size(len(ids))
         cohort = cohort_of(ids, rng.choice(len(ids), size=size, replace=False))
         return Selection(cohort, state, [len(ids) / size] * size if self.unbiased else None)
+
+
+@component
+class Poisson(Selector):
+    """Every silo independently with probability `rate`, as amplification of privacy by sampling needs it.
+
+    If nobody is drawn, one silo stands in, drawn uniformly; under `privacy: {name: silo}` its update counts as zero.
+    Renormalised over the cohort, BIASED for unequal weights; under `privacy` divided by the expected weight of a
+    cohort, UNBIASED.
+
+    >>> Poisson(rate=0.5).select(["a", "b", "c", "d"], {}, None, np.random.default_rng(0)).cohort
+    ['b', 'c', 'd']
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    rate: PositiveFraction
+    """probability of a silo to take part"""
+
+    def init(self, num_train: Sequence[int]) -> State:
+        return {"empty": np.zeros(1)}
+
+    def least(self, ids: Sequence[str], rounds: int) -> int:
+        """1."""
+        return 1
+
+    def select(
+        self, ids: Sequence[str], state: State, outcome: RoundOutcome | None, rng: np.random.Generator
+    ) -> Selection:
+        chosen, stand_in = np.flatnonzero(rng.random(len(ids)) < self.rate), rng.integers(len(ids))
+        empty = not len(chosen)
+        return Selection(cohort_of(ids, np.array([stand_in]) if empty else chosen), {"empty": np.array([float(empty)])})
 
 
 @component
@@ -166,4 +198,4 @@ def systematic(p_K: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarr
     return order[np.searchsorted(ends, rng.random() + np.arange(size), side="right")]
 
 
-DRAWS = {"all": All, "uniform": Uniform, "proportional": Proportional, "round_robin": RoundRobin}
+DRAWS = {"all": All, "poisson": Poisson, "uniform": Uniform, "proportional": Proportional, "round_robin": RoundRobin}

@@ -1,0 +1,52 @@
+"""Differential privacy: what is clipped and noised, and what that spends.
+
+silo        whole silos are protected: noise on the mean of their clipped updates
+account     epsilon of what happened, noise for a target
+spending    the account as state: counted before a release, never taken back
+noise       noise from secret keys, independent or correlated between rounds
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fedmpi.aggregate import Mean
+from fedmpi.comm import Comm
+from fedmpi.components import Family
+from fedmpi.privacy.account import Use, epsilon, sigma_for
+from fedmpi.privacy.base import Privacy
+from fedmpi.privacy.silo import Bounded, SiloPrivacy
+from fedmpi.privacy.spending import Spending
+from fedmpi.selection.draws import Poisson
+from fedmpi.transforms import Transform
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
+
+PRIVACIES = Family("privacy", {"silo": SiloPrivacy}, Privacy, outside=False, defaults=True)
+
+
+def prepare(
+    config: Config, spending: Spending, num_train: Mapping[str, int], weights: Mapping[str, float], comm: Comm
+) -> tuple[Transform, ...]:
+    """Fit the account to these members, with their numbers of training samples and base weights. Returns the transforms
+    of updates that privacy needs. Collective. Raises ConfigError if no noise meets the target."""
+    section = config.privacy
+    assert isinstance(section, SiloPrivacy)
+    spending.renew()
+    if not spending.sigmas:
+        told = comm.collectively(lambda: json.dumps(section.sigmas(config, num_train)) if comm.rank == 0 else "")
+        spending.sigmas = json.loads(comm.broadcast_text(told, 0))
+    part, aggregate = section.part(config, len(num_train)), config.aggregate
+    assert isinstance(aggregate, Mean)
+    spending.of_silos, spending.draws = True, isinstance(config.select, Poisson)
+    spending.expected = part * len(num_train)
+    spending.denominator, spending.largest_weight = part * sum(weights.values()), section.largest_weight(aggregate)
+    spending.next = lambda segment: {section.use(config, len(num_train), spending.sigma, segment): 1}
+    comm.collectively(lambda: section.split(spending.sigma, spending.expected))
+    return (Bounded(section, spending),)
+
+
+__all__ = ["PRIVACIES", "Bounded", "Privacy", "SiloPrivacy", "Spending", "Use", "epsilon", "prepare", "sigma_for"]
