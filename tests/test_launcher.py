@@ -84,16 +84,24 @@ STARTS = """
 import ctypes, os, subprocess, sys, time
 ctypes.CDLL(None).prctl(15, b"prterun")
 env = {**os.environ, "PMIX_NAMESPACE": "job", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}
-line = "import time; from fedmpi import launcher\\nwith launcher.watched(): print('in', flush=True); time.sleep(60)"
+spawns = sys.argv[1] == "spawns"
+block = f"with launcher.watched({spawns}): print('in', flush=True); time.sleep(60)"
+line = "import time; from fedmpi import launcher\\n" + block
 ranks = [subprocess.Popen(["sleep", "60"], env=env), subprocess.Popen(["sleep", "60"], env=env)]
 ranks.append(subprocess.Popen([sys.executable, "-c", line], env=env))
 print(*(rank.pid for rank in ranks), flush=True)
+if spawns:
+    sys.stdin.readline()
+    print(subprocess.Popen(["sleep", "60"], env={**env, "PMIX_NAMESPACE": "fresh"}).pid, flush=True)
 time.sleep(60)
 """
 
 
-def test_a_launcher_is_ended_whose_ranks_wait_for_one_that_died_before_mpi_had_started():
-    with subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE, text=True) as parent:
+@pytest.mark.parametrize("what", ["starts", "spawns"])
+def test_a_launcher_is_ended_whose_ranks_wait_for_one_that_died_before_mpi_had_started(what):
+    """The others of a start, or a fresh rank; while that one starts, another rank's death does not matter."""
+    command, pipe = [sys.executable, "-c", STARTS, what], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as parent:
         assert parent.stdout is not None
         lines = [parent.stdout.readline() for _ in range(2)]
         pids = next(list(map(int, line.split())) for line in lines if line != "in\n")
@@ -101,6 +109,13 @@ def test_a_launcher_is_ended_whose_ranks_wait_for_one_that_died_before_mpi_had_s
             with pytest.raises(subprocess.TimeoutExpired):
                 parent.wait(2)  # all are there
             os.kill(pids[0], signal.SIGKILL)
+            if what == "spawns":
+                assert parent.stdin is not None
+                print(file=parent.stdin, flush=True)
+                pids.append(int(parent.stdout.readline()))
+                with pytest.raises(subprocess.TimeoutExpired):
+                    parent.wait(3)
+                os.kill(pids[-1], signal.SIGKILL)
             assert parent.wait(15) == -signal.SIGTERM
         finally:
             parent.kill()

@@ -110,8 +110,9 @@ def ranks_of_others() -> list[int]:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """End the job if a rank of this host dies inside the block, which calls MPI_Init.
+def watched(spawns: bool = False) -> Iterator[None]:
+    """End the job if a rank of this host dies inside the block, which calls MPI_Init; or, if it `spawns`, a fresh rank
+    that is started inside it.
 
     A fault-tolerant MPI would wait there for ever. MPI_Init holds the interpreter lock, so a separate process watches.
     """
@@ -120,6 +121,8 @@ def watched() -> Iterator[None]:
         pid, _ = _above(LAUNCHERS)
         job, num = (os.environ.get(name, "") for name in ("PMIX_NAMESPACE", "OMPI_COMM_WORLD_LOCAL_SIZE"))
         if pid and job and num.isdigit():
+            if spawns:
+                job, num = ",".join(_children(pid)), "0"
             words = [sys.executable, "-I", "-S", __file__, str(pid), job, num]
             watcher = subprocess.Popen(words, stdin=subprocess.DEVNULL)
     try:
@@ -131,12 +134,14 @@ def watched() -> Iterator[None]:
 
 
 def _watch(pid: int, job: str, num: int) -> None:
-    """Send SIGTERM to the launcher when one of the job's `num` ranks here has died or has not started within LATE_S."""
-    rank, late_s, mark = os.getppid(), time.monotonic() + LATE_S, f"PMIX_NAMESPACE={job}\0".encode()
+    """Send SIGTERM to the launcher when one of the job's `num` ranks here has died or has not started within LATE_S.
+    `num` 0: when a process has died that started after those in `job`."""
+    rank, late_s = os.getppid(), time.monotonic() + LATE_S
+    mark, before = (f"PMIX_NAMESPACE={job}\0" if num else "PMIX_NAMESPACE=").encode(), {*job.split(",")}
     known: set[str] = set()
 
     def there() -> set[str]:
-        return {child for child in _children(pid) if mark in _environment(child)}
+        return {child for child in _children(pid) if mark in _environment(child)} - before
 
     def one_is_gone() -> bool:
         now = there()
@@ -149,7 +154,8 @@ def _watch(pid: int, job: str, num: int) -> None:
             left = sorted(there(), key=int)
             time.sleep(GRACE_S * (1 + 3 * (left.index(str(rank)) if str(rank) in left else 0)))
             if os.getppid() == rank and one_is_gone():  # look twice: during exec a process has no environment
-                sys.stderr.write("fedmpi: a rank died before MPI had started; the job ends\n")
+                who = "a rank" if num else "a fresh rank"
+                sys.stderr.write(f"fedmpi: {who} died before MPI had started; the job ends\n")
                 os.kill(pid, signal.SIGTERM)
                 return
         known |= there()

@@ -43,7 +43,16 @@ CASES = {
         "1:3:mirror,4:4:stop,3:6:tell,0:11:end",
         ["exchange.scope=silo", "exchange.up={codec: int8, feedback: true}", "exchange.plan=sharded"],
     ),
-    "kept": (4, "0:3:tell,2:6:write", ["exchange.plan=replicated", "local={name: scaffold, lr: 0.05, epochs: 1}"]),
+    "kept": (
+        4,
+        "0:3:tell,2:6:write",
+        ["local={name: scaffold, lr: 0.05, epochs: 1}", "engine={name: synchronous, clock: {name: virtual}}"],
+    ),
+    "buffered": (
+        3,
+        "1:3:mirror,0:6:tell",
+        ["engine={name: buffered, size: 3, clock: {name: virtual}}", "exchange.reduction=fast"],
+    ),
     "alone": (2, "1:3:train", []),
     "again": (5, "1:3:train,2:3:shrink,3:3:late,0:3:apart,4:3:take", ["exchange.plan=sharded", *ADAM]),
     # one is left, without the state of a silo: back to the newest checkpoint
@@ -68,7 +77,9 @@ def test_a_run_whose_ranks_die_ends_with_the_bits_of_one_whose_ranks_do_not(case
     assert row["sha256"] == sha256(whole.parameters), done.tails
     told = read_metrics(tmp_path / "died")
     assert [record["round"] for record in told] == row["seen"]
-    samples = [[sum(s["num_samples"] for s in record["silos"].values()) for record in some] for some in (told, records)]
+    samples = [
+        [sum(s.get("num_samples", 0) for s in record["silos"].values()) for record in some] for some in (told, records)
+    ]
     assert samples[0] == samples[1]  # no batch is lost
     assert sealed_rounds(tmp_path / "died")[-1] == 10
     assert sealed_rounds(tmp_path / "died", best=True) == [3]

@@ -38,12 +38,13 @@ def undisturbed(out: Path, *overrides: str) -> str:
     return sha256(run(config)[1].parameters)
 
 
+BUFFERED = "engine={name: buffered, size: 3, clock: {name: virtual}}"
 CASES = {  # ranks, deaths, what else, options, ranks at the end
-    "one": (3, "1:2", "nothing", ["server.optimizer=fedadam"], 3),
+    "one": (3, "1:2", "nothing", ["server.optimizer=fedadam", "engine={name: synchronous, clock: {name: virtual}}"], 3),
     "server": (3, "0:2,2:14", "nothing", ["exchange.plan=sharded", "server.optimizer=fedadam"], 3),
     "two": (4, "1:2,2:2", "nothing", ["local={name: scaffold, lr: 0.05, epochs: 1}"], 4),
     "last": (2, "0:2", "nothing", ["exchange.scope=silo", "exchange.up={codec: int8, feedback: true}"], 2),
-    "meanwhile": (4, "1:2,0:3", "nothing", [], 4),
+    "meanwhile": (4, "1:2,0:3", "nothing", [BUFFERED, "exchange.reduction=fast"], 4),
     "dies": (3, "1:2", "dies", [], 3),
     "joins": (3, "2:2", "joins", [], 3),
     "first": (3, "1:2", "first", ["comm={grace_s: 100}"], 3),

@@ -149,10 +149,12 @@ class MpiComm(MpiTransport):
 
     @bounded
     def start(self, command: list[str], num_ranks: int, info: Any) -> Any:
-        """Starts processes; the intercommunicator with them once they have initialised MPI. Collective."""
-        return self._world.Spawn(  # type: ignore[attr-defined]
-            command[0], command[1:], num_ranks, info, root=0
-        )
+        """Starts processes; the intercommunicator with them once they have initialised MPI. Collective. If one dies
+        before that on a host with other ranks, the job ends."""
+        with launcher.watched(spawns=True) if self.local_rank == 0 else contextlib.nullcontext():
+            return self._world.Spawn(  # type: ignore[attr-defined]
+                command[0], command[1:], num_ranks, info, root=0
+            )
 
     @bounded
     def inside(self, call: Callable[[], T]) -> T:
