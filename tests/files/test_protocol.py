@@ -1,7 +1,10 @@
 """The protocol under faults, in virtual time; and that each of its rules is needed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support.faulty_folder import HARSH, NONE, Faults, SharedFolder, World, without
@@ -162,3 +165,15 @@ def test_a_state_is_written_before_its_update():
         jobs.state_first = False
 
     assert "the state of states/" in breaks(without(HARSH, "damaged"), 0, prepare)
+
+
+@pytest.mark.slow
+def test_the_experiment(tmp_path):
+    script, picture = Path(__file__).parents[2] / "jobs/experiments/files_faults.py", tmp_path / "picture.svg"
+    done = subprocess.run(
+        [sys.executable, script, "--quick", "--to", picture], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["operations"] >= 40_000 and figures["commits"] > 100 and figures["most_files"] < 400
+    assert "server job, by epoch" in picture.read_text()

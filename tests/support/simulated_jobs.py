@@ -141,6 +141,8 @@ class Jobs:
         self.world, self.truth = world, Truth(world)
         self.living: dict[str, set[SharedFolder]] = defaultdict(set)
         self.ends: dict[str, int] = defaultdict(int)
+        self.course: list[tuple[SharedFolder, str, float, float]] = []  # job, what, from when, until when
+        self.servers: dict[int, SharedFolder] = {}  # by epoch
         self.keep_updates = False
         self.state_first = True  # a silo writes its state before its update
         self.submit("server", self.server)
@@ -151,6 +153,7 @@ class Jobs:
         """Start a job of the role after some time in a queue."""
 
         def run(folder: SharedFolder) -> None:
+            begun_s = self.world.now_s
             try:
                 main(folder)
                 self.ends[f"{role.split()[0]} ended"] += 1
@@ -162,11 +165,13 @@ class Jobs:
                     folder_name = names.EPOCHS if role == "server" else names.SILOS
                     require(len(self.world.folders[folder_name]) > 1, f"{role} was superseded by nobody")
             finally:
+                self.course.append((folder, "runs", begun_s, self.world.now_s))
                 self.living[role].discard(folder)
                 if not self.living[role] and not self.world.over:
                     self.submit(role, main)
 
         def suspended(seconds: float) -> None:
+            self.course.append((folder, "suspended", self.world.now_s, self.world.now_s + seconds))
             # The queue believes that it is dead and starts another one, which may run beside it later.
             if seconds > 2 * LEASE_S and len(self.living[role]) < 2 and self.world.rng.random() < 0.7:
                 self.world.counts["zombies"] += 1
@@ -182,6 +187,7 @@ class Jobs:
         """Commit a version when three updates have arrived."""
         truth, about = self.truth, {"host": folder.host.number}
         server = Server.start(folder, RUN, about, lease_s=LEASE_S, keep_updates=self.keep_updates)
+        self.servers[server.epoch] = folder
         truth.serving = max(truth.serving, server.epoch)
         truth.believes(server.head, None)
         total, pool, beat_s, pace = 0, [], -BEAT_S, Pace(folder, 0.5, 5.0)
