@@ -78,4 +78,6 @@ def trust(config: Config) -> list[str]:
             "All ranks are trusted to run this program unchanged; keys are exchanged without signatures.",
             "Whoever controls several silos can subtract them from a sum: what is left is the sum of the others.",
         ]
+    if config.privacy is not None:
+        return [*told, config.privacy.sentence(config)]
     return [*told, "Nothing here is differential privacy: sums and models may still say something about a silo."]

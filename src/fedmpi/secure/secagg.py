@@ -62,6 +62,11 @@ class SecAgg:
             return f"{who}: aggregate {called(config.aggregate)} reads single updates, and only their sum is seen"
         if config.records.needs:
             return f"{who}: records.gram needs single updates, and only their sum is seen"
+        if config.privacy is not None:
+            return (
+                f"{who}: privacy adds its noise once the sum is unmasked, and a repeated round draws other silos, so "
+                "sums without noise could differ by one silo; take one of the two"
+            )
         if config.attack is not None:
             return f"{who}: does not go with attack, which edits single updates"
         if section.lossy:
