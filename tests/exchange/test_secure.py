@@ -181,6 +181,15 @@ def test_bytes_are_what_the_ranks_counted(plan, bits, num_ranks):
     assert (said.up, said.down) == tuple(sum(counted[i] for _, counted, _ in done) for i in (0, 1))
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_compiled_passes_change_no_bit(plan, monkeypatch):
+    deltas_KP, weights = drawn(3, LONG), [1, 2, 3]
+    before = masked(plan, deltas_KP, weights, [0, 1, 2], 3)[0][0][0]
+    monkeypatch.setattr("fedmpi.flat.COMPILED", 1)
+    assert torch.equal(before, masked(plan, deltas_KP, weights, [0, 1, 2], 3)[0][0][0])
+    assert torch.equal(before, masked(plan, deltas_KP, weights, [0, 1, 1], 2)[0][0][0])  # one rank folds two
+
+
 # ------------------------------------------------------------ what is on the wire
 
 
@@ -355,6 +364,21 @@ def test_a_sum_of_too_few_or_cut_off_silos_is_not_revealed():
     assert "2 updates are usable" in few and not enough and "not connected" in apart
 
 
+def test_no_two_sums_share_a_stream():
+    def work(comm):
+        session = Session(comm, ["a", "b"], [0, 1], Ring.of(64, 1.0, 2), 2)
+        found = []
+        for what in ("vector", "weight", "figures") * 3:
+            (stream,) = session.streams(what, ["a", "b"], 64)
+            stream.add(words := np.zeros(4, np.uint64))
+            found.append(words if comm.rank == 0 else -words)
+        return found
+
+    one, two = on_ranks(2, work)
+    assert len({words.tobytes() for words in one}) == 9
+    assert all((a == b).all() for a, b in zip(one, two, strict=True))
+
+
 def test_what_a_rank_can_subtract_is_said():
     def alone(owners, threshold):
         ids = [f"s{i}" for i in range(len(owners))]
@@ -409,6 +433,10 @@ REFUSED = {
     "shared": ({"exchange": {"plan": "shared_memory"}}, "does not sum under masks"),
     "measure": ({"exchange": {"plan": "measure"}}, "without masks"),
     "buffered": ({"engine": {"name": "buffered", "size": 2}}, "one by one"),
+    "privacy": (
+        {"privacy": {"name": "silo", "sigma": 1.0, "clip": 1.0, "delta": 1e-5}, "updates": []},
+        "take one of the two",
+    ),
     "deadline": ({"engine": {"name": "synchronous", "policy": "deadline"}}, "differ by one silo"),
     "continue": ({"on_failure": "continue"}, "differ by one silo"),
     "kept": ({"on_failure": "adopt", "local": {"name": "scaffold"}}, "copies vectors that silos keep"),

@@ -63,3 +63,19 @@ def test_without_a_place_for_numba_s_cache_kernels_are_compiled_all_the_same(mon
 
     monkeypatch.setattr(numba, "njit", njit)
     assert jit_with(fastmath={"contract"})(len) is len
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("num", LENGTHS)
+def test_integers_of_the_ring_have_the_bits_of_torch_s_operations(num, dtype):
+    x, factor = values(1, num, 5) % 100, 12345.6789
+    x[:1] = 2.5 / factor  # near half an integer
+    out = torch.zeros(num, dtype=dtype)
+    vectors.quantised(x.numpy(), factor, out.numpy())
+    assert torch.equal(out, x.double().mul(factor).round().to(dtype))
+    halves = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
+    vectors.quantised(halves.numpy(), 1.0, out.numpy()[: min(num, 5)])
+    assert out[:5].tolist() == [0, 2, 2, 0, -2][: min(num, 5)]
+    back = torch.zeros(num)
+    vectors.quotient(out.numpy(), 7.3e8, back.numpy())
+    assert torch.equal(back, out.double().div(7.3e8).float())

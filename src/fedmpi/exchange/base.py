@@ -34,9 +34,9 @@ from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.exchange import weights
 from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.exact import Exact
-from fedmpi.flat import sha256
+from fedmpi.flat import compiled, sha256
 from fedmpi.layout import Layout
-from fedmpi.secure.masks import Stream
+from fedmpi.secure.masks import CHUNK, Stream
 from fedmpi.secure.session import BROKEN, VECTOR, Session
 from fedmpi.server import Server
 from fedmpi.state import Holders, Placement, StateTensor
@@ -180,6 +180,10 @@ class Exchange:
             self.sum_dtype = torch.int32 if self.secure.ring.bits == 32 else torch.int64
         self.there: Sequence[str] = ()  # the silos in the sum, under masks
         self._streams: list[Stream] = []  # the masks of this round's sum
+        self._waits: tuple[torch.Tensor, float] | None = None  # the only silo's vector, and its factor in the ring
+        self._compiled = self.secure is not None and compiled(params_P)
+        if self._compiled:
+            from fedmpi.kernels import vectors  # noqa: F401 (loaded at set-up: a rank whose numba is broken fails here)
         self.round = 0
         self._near = 1.0  # factor of the round's shares
         self._many = False  # whether this rank folds too many silos for float32
@@ -260,7 +264,8 @@ class Exchange:
         """Start a round and forget the one before. A rank's only contribution keeps its delta unchanged until `finish`.
         `near` is the power of two that scales the cohort's weight up to that of all silos (weights.nearness); 1 with
         codecs, whose residuals and thresholds are in units of the total weight."""
-        self.round, self._near = round, near
+        self.round, self._near, self._waits = round, near, None
+        self._alone = num_contributions == 1
         self._many = num_contributions > MANY and self.sum_dtype == torch.float32
         if self.exact is not None:
             self.exact.begin()
@@ -322,8 +327,11 @@ class Exchange:
         return contribution.weight / self.facts.total_weight * self._near
 
     def fold(self, sum_P: torch.Tensor, delta_P: torch.Tensor, share: float, empty: bool) -> None:
-        """sum_P += share * delta_P, or sum_P = share * delta_P if `empty`; in integers if `reproducible`."""
-        if self.ring:
+        """sum_P += share * delta_P, or sum_P = share * delta_P if `empty`; in integers if `reproducible`. Under masks a
+        rank's only vector becomes integers where `mask` is called."""
+        if self.secure is not None and self._alone:
+            self._waits = (delta_P, share * self.unit)
+        elif self.ring:
             if empty:
                 sum_P.zero_()
             for start in range(0, self.num_params, BLOCK):
@@ -365,6 +373,11 @@ class Exchange:
             torch.div(sum_N, weight, out=mean_N)
             return
         weight = weight / (weights.GRAIN / self.unit)
+        if self._compiled:
+            from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
+
+            vectors.quotient(sum_N.numpy(), weight, mean_N.numpy())
+            return
         for start in range(0, len(sum_N), BLOCK):
             part = slice(start, min(start + BLOCK, len(sum_N)))
             mean_N[part].copy_(self.float_B[: part.stop - start].copy_(sum_N[part]).div_(weight))
@@ -377,10 +390,25 @@ class Exchange:
         self._streams = self.secure.streams(VECTOR, self.there, self.secure.ring.bits)
 
     def mask(self, sum_N: torch.Tensor, start: int = 0) -> None:
-        """Add this rank's masks to the elements of its sum from `start` on, in place, modulo 2^32 or 2^64."""
-        words = summable(sum_N)
-        for stream in self._streams:
-            stream.add(words, start)
+        """Add this rank's masks to the elements of its sum from `start` on, in place, modulo 2^32 or 2^64. Works in
+        blocks, so that each is in the cache from the silo's vector to its last mask."""
+        words, num = summable(sum_N), self.num_params
+        for low in range(0, len(words), CHUNK):
+            part, first = slice(low, min(low + CHUNK, len(words))), start + low
+            if self._waits is not None and first < num:
+                self._quantise(*self._waits, slice(first, min(start + part.stop, num)), sum_N[part])
+            for stream in self._streams:
+                stream.add(words[part], first)
+
+    def _quantise(self, vector_P: torch.Tensor, factor: float, there: slice, sum_N: torch.Tensor) -> None:
+        """Write a part of a silo's vector into the sum, as integers."""
+        into = sum_N[: there.stop - there.start]
+        if self._compiled:
+            from fedmpi.kernels import vectors
+
+            vectors.quantised(vector_P[there].numpy(), factor, into.numpy())
+        else:
+            into.copy_(self.float_B[: len(into)].copy_(vector_P[there]).mul_(factor).round_())
 
     def require_all(self, num_silos: int) -> None:
         """Raise ExchangeError unless the sum counts the silos that should be in it: else masks did not cancel."""

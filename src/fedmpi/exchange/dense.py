@@ -9,13 +9,14 @@ payloads directly, because all ranks encode with one key (replicated).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from fedmpi.codecs import bare
-from fedmpi.comm import Comm
+from fedmpi.comm import Comm, blocks
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
 from fedmpi.exchange.base import Exchange, ExchangeContext, Lap, Machine, without
@@ -26,6 +27,9 @@ from fedmpi.types import Contribution
 
 if TYPE_CHECKING:
     from fedmpi.exchange.config import ExchangeSection
+
+
+Transfer = Callable[[torch.Tensor, torch.Tensor], None]  # sums what ranks send into what they receive
 
 
 class Whole(Exchange):
@@ -78,9 +82,6 @@ class Whole(Exchange):
         limbs = weights.cut(self._weight, self._bits, self._limbs)
         behind = [*limbs, self._num] if self.secure is not None else limbs
         self._sum[self.num_params :] = torch.tensor(behind, dtype=self.sum_dtype)
-        if self.secure is not None:
-            self.open_masks()
-            self.mask(self._sum)
         if self._coder is not None:
             self._send.zero_()
             self._coder.start(self.round)  # one key for all ranks
@@ -89,6 +90,17 @@ class Whole(Exchange):
                 self._coder.encode_or_note(bare(self._sum)[part], payload, piece, 1.0, self._residual.part(part))
             self._send[-self._limbs :] = self._sum[-self._limbs :]
         return self._send
+
+    def _transfer(self, transfer: Transfer) -> None:
+        """Sum all ranks' vectors; under masks piece by piece, each masked while it is in the cache."""
+        send = self._sent()
+        if self.secure is None:
+            transfer(send, self._recv)
+            return
+        self.open_masks()
+        for part in blocks(len(send), send.itemsize):
+            self.mask(send[part], part.start)
+            transfer(send[part], self._recv[part])
 
     def _mean(self) -> torch.Tensor:
         limbs = self._recv[self.num_params :] if self._coder is None else self._recv[-self._limbs :]
@@ -158,7 +170,7 @@ class Replicated(Whole):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        self.comm.allreduce(self._sent(), self._recv)
+        self._transfer(self.comm.allreduce)
         if self._coder is not None:
             self.ask()
         lap("exchange")
@@ -202,7 +214,7 @@ class Root(Whole):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        self.comm.reduce(self._sent(), self._recv)
+        self._transfer(self.comm.reduce)
         lap("exchange")
         if self.comm.rank == 0:
             mean_P = self._mean()

@@ -3,7 +3,7 @@
 Memory traffic bounds a round of a large model. These kernels read and write each vector once; torch reads it again for
 every operation. On processors with fused multiply-add, `step` gives the same bits as torch's operations.
 
-Vectors are contiguous float32 arrays [n]. Each kernel uses one thread.
+Vectors are contiguous arrays [n], of float32 if nothing else is said. Each kernel uses one thread.
 """
 
 from __future__ import annotations
@@ -99,3 +99,17 @@ def step(rows: tuple[Array, ...], factors: Array, kinds: Array, params: Array) -
                 row_B = rows[k][start:stop]
                 for i in range(mean_B.size):
                     row_B[i] = part[i]
+
+
+@jit
+def quantised(x: Array, factor: float, out: Array) -> None:
+    """Write x * factor, rounded to the nearest integer, to even ones in between, into `out`, int32 or int64 [n]."""
+    for i in range(out.size):
+        out[i] = np.rint(np.float64(x[i]) * factor)
+
+
+@jit
+def quotient(x: Array, divisor: float, out: Array) -> None:
+    """Write x / divisor, computed in float64, into `out`, float32 [n]; `x` is int32 or int64 [n]."""
+    for i in range(out.size):
+        out[i] = np.float32(np.float64(x[i]) / divisor)

@@ -4,11 +4,13 @@ import base64
 import itertools
 from pathlib import Path
 
+import numpy as np
 import torch
 from support.programs.cases import require_equal, run
 
 import fedmpi
 from fedmpi import comm as ranks
+from fedmpi.comm.mpi import MpiComm
 from fedmpi.components import build
 from fedmpi.plan import plan as promise
 from fedmpi.secure import masks, session
@@ -123,6 +125,29 @@ def no_secret_is_in_the_run_directory(folder):
         for secret in secrets:
             for form in (secret, secret[::-1], secret.hex().encode(), base64.b64encode(secret)[:-4]):
                 assert form not in text, path
+
+
+@case
+def no_figure_of_a_rank_is_in_its_tables(folder):
+    """What a rank with one silo passes to collectives of small tables, without masks and with them."""
+    passed, share = {}, MpiComm.share
+
+    def listening(comm, values, meanwhile=None):
+        kept.extend(np.asarray(values, dtype=np.float64).ravel().tolist())
+        return share(comm, values, meanwhile)
+
+    MpiComm.share = listening
+    try:
+        for name, secure in (("plain", None), ("masked", {"name": "secagg"})):
+            kept: list[float] = []
+            trained(Path(folder) / f"tables-{name}", 4, secure, rounds=2)
+            passed[name] = {value for value in kept if not value.is_integer()}
+    finally:
+        MpiComm.share = share
+    assert len(passed["plain"]) > 20, passed["plain"]
+    require_equal("in both", passed["plain"] & passed["masked"], set())
+    figures = {value for value in passed["plain"] if value < 1e4}  # seconds differ anyway
+    assert len(figures) > 10, figures
 
 
 @case
