@@ -45,8 +45,9 @@ ORDER = [
         "asking",
         "files",
     ),
-    *("secure", "evaluate", "exchange", "privacy", "rounds", "config", "directory", "opening", "trial", "assembly"),
-    *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train"),
+    *("secure", "evaluate", "exchange", "privacy", "rounds", "transports", "config", "directory", "opening", "trial"),
+    "assembly",
+    *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
     *("reveals", "plan", "results", "compare", "launchline", "remains", "supervisor"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]

@@ -49,6 +49,7 @@ from fedmpi.placement import place
 from fedmpi.privacy import Spending, prepare
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.disclosure import refuse_metrics
+from fedmpi.rounds.remote import Remote
 from fedmpi.secure.masks import require
 from fedmpi.secure.session import Session
 from fedmpi.transforms import Transform, Updates
@@ -139,7 +140,7 @@ def assemble(
     else:
         spec = comm.collectively(lambda: _spec_of(spec, stored[0])) if stored else spec
         first = comm.collectively(lambda: _first_members(spec, comm.hosts, members, stored))
-    unshared = _unshared(spec.module, spec.entries)
+    unshared = first_values(spec)
     comms = Comms.of(comm)
     opened = open_members(spec, first, comms)
     built = build_federation(spec, opened, comms, plan_before=plan_before)
@@ -200,11 +201,11 @@ def _as_stored(spec: Spec, hosts: Sequence[str], one: Stored, newest: Collection
     return replace(again, epoch=before.epoch)
 
 
-def specify(config: Config, comm: Comm, out: Path) -> Spec:
-    """Builds what does not depend on the members. Collective."""
+def specify(config: Config, comm: Comm, out: Path, known: Source | None = None) -> Spec:
+    """Builds what does not depend on the members. Collective. `known`: the silos, if not from the configured data."""
     chosen = device.choose(config.device.name, config.device.share, comm)
     comm.collectively(lambda: _check_machine(config, chosen))
-    source = comm.collectively(lambda: source_of(config))
+    source = comm.collectively(lambda: source_of(config)) if known is None else known
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
     if config.attack is not None and comm.rank == 0:
         log.warning("an experiment, not for use: %s", said(config.attack, [silo.id for silo in source.silos]))
@@ -250,6 +251,16 @@ def open_members(
     return opened
 
 
+def open_alone(spec: Spec, silo: str, comms: Comms) -> Opened:
+    """Opens the data of one silo, whose process hosts no other, and tries them with the model. Raises ConfigError."""
+    members = Membership(0, {silo: (0,)}).checked(spec.source.silos, comms.world.hosts)
+    opened = open_silos(spec.source, members, comms.control)
+    spec.config.entries(spec.module, spec.known, spec.known)
+    _weights(spec.config, members.ids, opened.num_train)
+    _try_members(spec, members, opened.data, comms.control)
+    return opened
+
+
 class Built(NamedTuple):
     """A federation and what it was built from."""
 
@@ -264,19 +275,26 @@ def build_federation(
     comms: Comms,
     held: Mapping[str, LocalSilo] = {},
     plan_before: Callable[[], str] = lambda: "",
+    sends: type[Exchange] | None = None,
+    remote: Remote | None = None,
 ) -> Built:
     """Builds the federation of these members, with its own exchange and model, as before its first round.
 
-    `held`: silos that this rank has open. Collective; raises ConfigError on every rank alike."""
+    `held`: silos that this rank has open. `sends`: the exchange, in place of a plan of the configuration; `remote`:
+    silos in jobs of their own. Collective; raises ConfigError on every rank alike."""
     config, comm, members, attack = spec.config, comms.control, opened.members, spec.config.attack
     weights = _weights(config, members.ids, opened.num_train)
     hosted = members.hosted(comm.rank)
     secure = _session(spec, members, comm)
     context = _context(spec, weights, hosted, comm)._replace(secure=secure)
     zeros_Q = torch.zeros(spec.layout.size, dtype=master_dtype(spec.entries), device=spec.device)
-    plan = choose(spec.section, comms.leaders, zeros_Q, context, plan_before)
-    exchange = make_exchange(plan.section, comms.leaders, zeros_Q, context)
     updates: tuple[Transform, ...] = config.updates
+    if sends is None:
+        plan = choose(spec.section, comms.leaders, zeros_Q, context, plan_before)
+        exchange = make_exchange(plan.section, comms.leaders, zeros_Q, context)
+    else:
+        plan = Choice(spec.section)
+        exchange = sends(spec.section, comms.leaders, zeros_Q, context)
     with _or_leave(exchange):
         if spec.private is not None:
             num_train = dict(zip(members.ids, opened.num_train, strict=True))
@@ -312,6 +330,7 @@ def build_federation(
             told=(*config.policy.columns, *config.engine.columns),
             secure=secure,
             experiment=_experiment(config, spec.known),
+            remote=remote,
         )
     return Built(federation, replace(spec, section=plan.section), plan)
 
@@ -508,11 +527,11 @@ def _local(
     return LocalSilo(silo, SiloData(*device.keep_on(chosen, list(data.pop(silo)))), weight)
 
 
-def _unshared(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torch.Tensor]:
+def first_values(spec: Spec) -> dict[str, torch.Tensor]:
     """Copies of the initial values that no checkpoint stores: frozen parameters that are not shared, and the values
     from which silos start their personal ones."""
-    state = module.state_dict()
-    return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
+    state = spec.module.state_dict()
+    return {e.name: state[e.name].detach().cpu().clone() for e in spec.entries if e.kind != "shared"}
 
 
 def _try_metrics(

@@ -19,6 +19,7 @@ from fedmpi.output import say
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
     from fedmpi.exchange.config import Channel
+    from fedmpi.train import Run
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 bad configuration or data, 3 stopped on request with a checkpoint written."
@@ -97,6 +98,68 @@ def train(config: ConfigPath, overrides: Overrides = None, allow: Allow = None) 
 
 
 @app.command(epilog=EXIT_CODES)
+def serve(config: ConfigPath, overrides: Overrides = None, allow: Allow = None) -> None:
+    """The server's job of a federation whose silos are jobs of their own (transport: files). It opens no silo's data.
+
+    It waits for silos, collects their updates, steps, and commits new parameters, until all rounds are done. It may end
+    at any time and be started again: it goes on from its last commit.
+    """
+    _on_one(lambda: _serve(config, overrides or [], allow or []))
+
+
+def _on_one(work: Callable[[], None]) -> None:
+    """Runs `work` in a process that takes no part in MPI."""
+    from fedmpi.comm import launched
+
+    def alone() -> None:
+        if launched() > 1:
+            raise ConfigError("this command is one process: start it without mpirun")
+        work()
+
+    try:
+        _answer(alone)
+    except BaseException as error:
+        if isinstance(error, typer.Exit):
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise typer.Exit(1) from None
+
+
+def _serve(config: str, overrides: list[str], allow: list[str]) -> None:
+    from fedmpi.jobs.serve import Serving
+
+    with Serving(config, *overrides, allow=allow) as run:
+        _trained(run)
+    _told(run)
+
+
+@app.command(epilog=EXIT_CODES)
+def silo(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    silo: Annotated[str, typer.Option("--id", metavar="ID", help="the silo, as `data` names it")] = "",
+    allow: Allow = None,
+) -> None:
+    """The job of one silo of such a federation. It opens this silo's data only, and keeps its state in OUT/silos/ID.
+
+    It may end at any time and be started again, on any host that sees OUT/silos/ID. A second job of the same silo ends
+    the first one. Exit code 0 means that the run is over.
+    """
+
+    def work() -> None:
+        from fedmpi.config import load, run_directory
+        from fedmpi.jobs.silo import SiloJob
+        from fedmpi.trust import confined
+
+        if not silo:
+            raise ConfigError("--id: say which silo this job is")
+        with confined(run_directory(Path(config)), allow or []):
+            SiloJob(load(config, overrides or [])[0], silo).run()
+
+    _on_one(work)
+
+
+@app.command(epilog=EXIT_CODES)
 def run(
     config: ConfigPath,
     words: Annotated[
@@ -171,25 +234,38 @@ def _on_ranks(work: Callable[[Comm], None]) -> None:
 
 def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> None:
     from fedmpi import Run
-    from fedmpi.records.terminal import Progress, on_terminal, silo_table
 
     with Run(config, *overrides, allow=allow, comm=comm) as run:
-        progress = Progress()
-        if comm.rank == 0:
-            say(_headline(run))
-            if told := _unencrypted(run.comm.machines, run.config.secure is not None):
-                say(told)
-            done, rounds = run.resumed, run.config.rounds
-            if done == rounds:
-                say(f"nothing to do: {done} rounds are done; set rounds=N to train more")
-            if done > rounds:
-                say(f"rounds={rounds} is below the {done} rounds that are done; set rounds above {done} to train more")
-        run.add_sink(progress)
-        try:
-            for _ in run:
-                pass
-        finally:
-            progress.close()
+        _trained(run)
+    _told(run)
+
+
+def _trained(run: Run) -> None:
+    """Train all rounds, with progress on the terminal."""
+    from fedmpi.records.terminal import Progress
+
+    progress = Progress()
+    if run.comm.rank == 0:
+        say(_headline(run))
+        if told := _unencrypted(run.comm.machines, run.config.secure is not None):
+            say(told)
+        done, rounds = run.resumed, run.config.rounds
+        if done == rounds:
+            say(f"nothing to do: {done} rounds are done; set rounds=N to train more")
+        if done > rounds:
+            say(f"rounds={rounds} is below the {done} rounds that are done; set rounds above {done} to train more")
+    run.add_sink(progress)
+    try:
+        for _ in run:
+            pass
+    finally:
+        progress.close()
+
+
+def _told(run: Run) -> None:
+    """Print the last round's figures of all silos."""
+    from fedmpi.records.terminal import on_terminal, silo_table
+
     if run.comm.rank == 0 and run.record is not None:
         from rich.console import Console
 

@@ -45,6 +45,7 @@ from fedmpi.secure.secagg import SECURE, SecAgg
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, ReadsNorms, ServerOptimizer
 from fedmpi.transforms import TRANSFORMS, Transform
+from fedmpi.transports import TRANSPORTS, ByMpi, Transport
 from fedmpi.types import Dataset
 
 
@@ -207,6 +208,8 @@ class Config:
     server: ServerSection = ServerSection()
     engine: Annotated[Engine, ENGINES] = Synchronous()
     """how rounds follow one another"""
+    transport: Annotated[Transport, TRANSPORTS] = ByMpi()
+    """how silos and the server reach each other"""
     exchange: ExchangeSection = ExchangeSection()
     disclose: Disclose = "silo"
     """which figures of single silos leave their rank: silo: all; cohort: only who took part; pooled: none, only sums"""
@@ -285,6 +288,7 @@ class Config:
         parts = (self.aggregate, self.attack, self.records, self.local, self.server.optimizer, self.server.average)
         engine = (self.engine, self.engine.clock, self.policy)
         others: tuple[Any, ...] = (self.privacy, self.select, self.evaluate, self.exchange, *engine, *self.updates)
+        others += (self.transport,)
         for part in (*parts, *others):
             if part is not None and (why := part.conflicts(self)):
                 raise ValueError(why)
@@ -333,7 +337,7 @@ class Config:
 # Keys that a resumed run may change: length, output, and machine.
 MAY_CHANGE = (
     *("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "init"),
-    "admit",
+    *("admit", "transport.root", "transport.lease_s", "transport.poll_s", "transport.keep"),
 )
 
 PLAN = "exchange.plan"
@@ -341,7 +345,10 @@ PLAN = "exchange.plan"
 HORIZON = ".schedule.rounds"  # suffix of keys that set a schedule's length; null: the run's rounds
 
 # Keys that may differ between the ranks of one run: where a site keeps its files. For `init` and data, contents count.
-OF_A_SITE = ("out", "data.root", "device", "records.trace", "records.tensorboard", "records.sinks", "init")
+OF_A_SITE = (
+    *("out", "data.root", "device", "records.trace", "records.tensorboard", "records.sinks", "init"),
+    *("transport.root", "transport.poll_s"),
+)
 
 CONFIG_FILE = "config.yaml"  # in a run directory
 

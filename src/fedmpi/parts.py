@@ -20,12 +20,21 @@ import torch
 
 import fedmpi
 from fedmpi import checkpoint, disk, launcher, sources
-from fedmpi.assembly import assemble, digest_of
+from fedmpi.assembly import Assembly, assemble, digest_of
 from fedmpi.comm import Comm
 from fedmpi.components import to_dict
 from fedmpi.config import Config, differences, digest, moved_schedules
 from fedmpi.device import capabilities
-from fedmpi.directory import CODE, UNSHARED_FILE, RunDirectory, keep_code, read_config, save_tensors, write_config
+from fedmpi.directory import (
+    CODE,
+    UNSHARED_FILE,
+    RunDirectory,
+    Stored,
+    keep_code,
+    read_config,
+    save_tensors,
+    write_config,
+)
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.flat import changed_entries, signature
 from fedmpi.health import Health
@@ -99,7 +108,7 @@ class Parts:
             directory.hand_over(self.comm)
         self.out = self._directory.path
         before = self._directory.stored
-        parts = assemble(self.config, self.comm, self.out, self._directory.plan_before, members, before)
+        parts = self._built(members, before)
         fed, self._spec = parts.federation, parts.spec
         self.federation = fed
         self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
@@ -112,6 +121,12 @@ class Parts:
         )
         digest_of_code = hashlib.sha256(repr(sources.digests(self.code)).encode()).digest()
         self.comm.require_equal("the code that the configuration names", digest_of_code, ConfigError)
+
+    def _built(self, members: Membership | None, before: Callable[[], Sequence[Stored]]) -> Assembly:
+        """The federation and its first state. Collective."""
+        if self.config.transport.apart:
+            raise agreed(ConfigError("transport: files takes `fedmpi serve CONFIG` and `fedmpi silo CONFIG --id ID`"))
+        return assemble(self.config, self.comm, self.out, self._directory.plan_before, members, before)
 
     def _resume(self, others: bool) -> None:
         """Resume from the newest round that is whole on all ranks, if there is one. Collective. `others`: whether that

@@ -281,6 +281,10 @@ class SiloResiduals:
             self._kept[silo] = residual_P
         self._next.clear()
 
+    def drafted(self) -> Iterator[StateTensor]:
+        """The drafts of this round."""
+        return (StateTensor(("feedback",), tensor, "per_silo", silo) for silo, tensor in self._next.items())
+
     def state(self) -> Iterator[StateTensor]:
         """The residual of each silo."""
         return (StateTensor(("feedback",), tensor, "per_silo", silo) for silo, tensor in self._kept.items())

@@ -29,6 +29,18 @@ def read_of_silo(folder: Folder, run: str, kind: str, silo: str, number: int, by
         return None
 
 
+def read_at(folder: Folder, path: str) -> Envelope | None:
+    """A file that is listed. Tries again for `patience_s` seconds; then None."""
+    pace, until_s = Pace(folder, 0.05, 5.0), folder.now() + folder.patience_s
+    while True:
+        try:
+            return unpacked(folder.read(path))
+        except (OSError, Torn):
+            if folder.now() >= until_s:
+                return None
+        pace.wait()
+
+
 def notes(folder: Folder, kind: str) -> list[tuple[int, int]]:
     """Epoch and number of the server's files of a kind, sorted. One listing."""
     found = []

@@ -8,6 +8,7 @@ one reads, or it has nothing to link any more. No clock and no waiting is involv
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from fedmpi.files.claims import Claim
 from fedmpi.files.envelope import Buffer, Envelope, packed
 from fedmpi.files.folder import Folder
 from fedmpi.files.line import NEVER, Commit, Entry, File, Line, answered
-from fedmpi.files.reading import Damaged, noted, of_silos, read_of_silo
+from fedmpi.files.reading import Damaged, noted, of_silos, read_at, read_of_silo
 from fedmpi.files.root import open_run
 from fedmpi.files.tidy import Tidy
 
@@ -128,6 +129,26 @@ class Server:
     def recent(self) -> list[Commit]:
         """The last commits, oldest first; as many as keep their files."""
         return list(self._recent)
+
+    # ------------------------------------------------------------ to compute committed versions again
+
+    def commit_of(self, version: int) -> Commit | None:
+        """The commit of a version; None if it is not on the line any more. One read."""
+        return self._line.read(version)
+
+    def kept(self, entry: Entry) -> Envelope | None:
+        """The update of a commit, with `keep_updates`; None if it was removed."""
+        for where in (names.KEPT, names.OF_SILOS[names.UPDATE]):
+            path = names.path(where, entry.silo, entry.number, entry.by)
+            if os.path.basename(path) in self.folder.listed(where):
+                content = read_at(self.folder, path)
+                if content is not None and content.digest == entry.digest:
+                    return content
+        return None
+
+    def drop_kept(self, entry: Entry) -> None:
+        """Remove a kept update."""
+        self.folder.remove(names.path(names.KEPT, entry.silo, entry.number, entry.by))
 
     # ------------------------------------------------------------ silos
 

@@ -99,6 +99,10 @@ class StatusTable:
         for name, value in values.items():
             self._view(False)[silo, self._silo_columns[name]] = value
 
+    def row(self, silo: int) -> dict[str, float]:
+        """A silo's row by column."""
+        return dict(zip(self._silo_columns, self._view(False)[silo].tolist(), strict=True))
+
     def rank(self, column: str) -> np.ndarray:
         """One value per rank, [n]."""
         return self._view(True)[:, self._rank_columns[column]]

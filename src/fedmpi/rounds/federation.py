@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from fedmpi.selection import Selector
 from fedmpi.server import Average, ServerOptimizer
 from fedmpi.stopping import Watch
 from fedmpi.transforms import Updates
+
+if TYPE_CHECKING:
+    from fedmpi.rounds.remote import Remote
 
 READY_RANK = ("status", "fingerprint")
 READY_SILO = (
@@ -83,6 +86,7 @@ class Federation:
     secure: Session | None = None  # masks between silos; None: sums are not masked
     experiment: str = ""  # label in the records of an experiment
     timer: Timer = field(default_factory=Timer)
+    remote: Remote | None = None  # silos that are jobs of their own, in place of those that this rank trains
 
     def __post_init__(self) -> None:
         self.ids = self.membership.ids  # all silos, in the federation's order

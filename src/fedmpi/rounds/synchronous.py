@@ -67,7 +67,11 @@ class Synchronous(Engine):
         near = 1.0 if fed.exchange.section.lossy or not cohort else nearness(share)
         for repeats in itertools.count():
             closing = self.policy.closing(fed, state.policy, (number, repeats), cohort)
-            trained, error = train_silos(state, fed, number, cohort, factors, near, near * share, refused, closing)
+            of_cohort = (number, cohort, factors, near, near * share, refused, closing)
+            if fed.remote is None:
+                trained, error = train_silos(state, fed, *of_cohort)
+            else:
+                trained, error = fed.remote.collect(state, fed, *of_cohort)
             timer.lap("train")
             _share_ready(fed, closing)
             outcome = training_outcome(fed, number, cohort, lossless)
@@ -123,7 +127,9 @@ class SynchronousRound:
         average_P = state.average_P
         if fed.average is not None and average_P is not None:
             params_P = average_P = fed.average.follow(average_P, params_P, number)
-        error = evaluate(fed, number, params_P)
+        if fed.remote is not None:
+            fed.remote.commit(fed, number, params_Q, params_P)
+        error = evaluate(fed, number, params_P) if fed.remote is None else fed.remote.evaluate(fed, number, params_P)
         timer.lap("evaluate")
         up, down, control = comm.counted()
         now = (up, down, control + (2 * fed.done.num_bytes if comm.size > 1 else 0))  # plus `share` below

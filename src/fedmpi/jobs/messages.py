@@ -1,0 +1,120 @@
+"""What the server's job and the silos' jobs tell each other, as JSON values.
+
+a silo registers        facts of its data, its view of the federation
+the server's beat       Call: the members, the round that it collects, and what became of updates
+an update               the silo's row of the round's table, and its vector as payload
+a silo's beat           its scores of a version
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedmpi.components import to_dict
+from fedmpi.config import OF_A_SITE, Config, differences
+from fedmpi.errors import ConfigError
+from fedmpi.types import Task
+
+Row = dict[str, float]
+
+
+def told_row(row: Mapping[str, float]) -> dict[str, str]:
+    """Numbers as text, since JSON knows no infinity.
+
+    >>> read_row(told_row({"loss": float("inf"), "steps": 3.0}))
+    {'loss': inf, 'steps': 3.0}
+    """
+    return {name: repr(float(value)) for name, value in row.items() if value}
+
+
+def read_row(told: Mapping[str, str]) -> Row:
+    """The numbers that `told_row` has told."""
+    return {name: float(value) for name, value in told.items()}
+
+
+def shown(config: Config) -> dict[str, Any]:
+    """The configuration that all jobs share, as values."""
+    values: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
+    return values
+
+
+def require_same(theirs: Mapping[str, Any], config: Config) -> None:
+    """Raise ConfigError unless this job has the configuration of the server."""
+    changed = differences(theirs, config)
+    if theirs.get("rounds") != config.rounds:
+        changed.append(f"rounds is {theirs.get('rounds')} there and {config.rounds} here")
+    changed = [text for text in changed if not text.startswith(tuple(f"{key} is" for key in OF_A_SITE))]
+    if changed:
+        raise ConfigError(f"the server's job has another configuration: {'; '.join(changed[:3])}")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What a silo's job says when it starts."""
+
+    facts: list[float]  # numbers and checksums that identify its data (opening.py)
+    known: list[str]  # ids of all silos, in the federation's order
+    task: Task
+    shape: list[int]
+    num_classes: int
+    config: dict[str, Any]
+    begins: str  # SHA-256 of the model's first tensors
+    host: str
+
+    @property
+    def same(self) -> str:
+        """What all silos of a federation agree on, as text."""
+        return repr((self.known, self.task, self.shape, self.num_classes))
+
+
+@dataclass(frozen=True)
+class Call:
+    """The server's word to all silos, in its heart beat."""
+
+    config: dict[str, Any]
+    begins: str
+    epoch: int  # of the membership
+    ids: list[str]  # the members
+    facts: list[list[float]]
+    round: int  # that it collects; 0: none
+    cohort: list[str] = field(default_factory=list)
+    factors: list[float] | None = None
+    near: float = 1.0
+    stands_for: float = 1.0
+    updates: dict[str, Any] = field(default_factory=dict)  # the transforms' state, as `told_arrays`
+
+
+def told_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays of numbers as text, with their dtype."""
+    return {
+        name: {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "values": [repr(v) for v in array.ravel().tolist()],
+        }
+        for name, array in arrays.items()
+    }
+
+
+def read_arrays(told: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays that `told_arrays` has told.
+
+    >>> read_arrays(told_arrays({"norm": np.array([0.1, np.inf])}))
+    {'norm': array([0.1, inf])}
+    """
+    return {
+        name: np.array([_number(v) for v in one["values"]], dtype=one["dtype"]).reshape(one["shape"])
+        for name, one in told.items()
+    }
+
+
+def _number(text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

@@ -1,0 +1,196 @@
+"""The shared folder as the two kinds of jobs use it, with a thread that keeps the job's lease."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedmpi.components import to_dict
+from fedmpi.config import MAY_CHANGE, OF_A_SITE, Config, flatten
+from fedmpi.errors import ConfigError, FedmpiError, FolderError
+from fedmpi.files import names
+from fedmpi.files.folder import Disk
+from fedmpi.files.line import NEVER, Commit, Last
+from fedmpi.files.server import Server
+from fedmpi.files.silo import Silo
+from fedmpi.jobs.messages import Call, Registration
+from fedmpi.output import say
+from fedmpi.stopping import STOP, Watch
+from fedmpi.transports import ByFiles
+
+BEATS = 6  # in a lease
+SAYS_S = 30.0  # seconds after which a job says what it waits for
+
+
+def about_run(config: Config) -> dict[str, Any]:
+    """What all jobs of a run have in common, as values."""
+    values = flatten(json.loads(json.dumps(to_dict(config))))
+    apart = (*MAY_CHANGE, *OF_A_SITE)
+    return {key: v for key, v in values.items() if not any(key == one or key.startswith(f"{one}.") for one in apart)}
+
+
+def files_of(config: Config) -> ByFiles:
+    """The transport. Raises ConfigError if it is another."""
+    if not isinstance(config.transport, ByFiles):
+        raise ConfigError("transport: this command needs transport: {name: files, root: DIR}; else `fedmpi train`")
+    return config.transport
+
+
+class Beats:
+    """A thread that beats for a job until it is left. An error of it ends the job at its next safe point."""
+
+    def __init__(self, lease_s: float, watch: Watch) -> None:
+        self.error: FedmpiError | None = None
+        self._lease_s, self._watch = lease_s, watch
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._waited_s = 0.0
+
+    def beat(self, ended: bool = False) -> None:
+        """One beat."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Beat from now on."""
+        self.beat()
+        self._thread.start()
+
+    def end(self) -> None:
+        """Beat for the last time, unless this job is superseded."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join(self._lease_s)
+        if self.error is None:
+            with contextlib.suppress(FedmpiError):
+                self.beat(ended=True)
+
+    def _run(self) -> None:
+        last_s = time.monotonic()
+        while not self._over.wait(self._lease_s / BEATS):
+            try:
+                self.beat()
+                late_s, last_s = time.monotonic() - last_s, time.monotonic()
+                if late_s > self._lease_s / 2:
+                    raise FolderError(f"a heart beat took {late_s:.0f} s, more than half of transport.lease_s")
+            except FedmpiError as error:
+                self.error = error
+                self._watch.tell(STOP, str(error))
+                return
+
+    def waits(self, what: str, poll_s: float) -> None:
+        """Say now and then what this job waits for; `poll_s` seconds have passed."""
+        if self._waited_s == 0.0 or self._waited_s >= SAYS_S:
+            say(f"waits {what}")
+            self._waited_s = 0.0
+        self._waited_s += poll_s
+
+    def goes_on(self) -> None:
+        """The wait is over."""
+        self._waited_s = 0.0
+
+
+class SiloPost(Beats):
+    """The folder for the job of a silo; a context manager."""
+
+    def __init__(self, config: Config, silo: str, registration: Registration, watch: Watch) -> None:
+        transport = files_of(config)
+        super().__init__(transport.lease_s, watch)
+        self._poll_s = transport.poll_s
+        folder = Disk(Path(transport.root))
+        about = json.loads(json.dumps(vars(registration)))
+        self._files = Silo.start(folder, about_run(config), silo, about, lease_s=transport.lease_s)
+        self.by = self._files.by
+        self._call: tuple[Any, Call] | None = None
+
+    def beat(self, ended: bool = False) -> None:
+        self._files.beat({}, ended)
+
+    def look(self) -> tuple[Commit | None, Call | None]:
+        """The newest commit, and the server's last word."""
+        if (found := self._files.newest_note("call")) is not None:
+            file, content = found
+            if self._call is None or self._call[0] != file:
+                head = {name: content.head[name] for name in Call.__dataclass_fields__}
+                self._call = file, Call(**head)
+        return self._files.look(), None if self._call is None else self._call[1]
+
+    def last(self) -> Last:
+        """What the commits say of this silo."""
+        head = self._files.look()
+        return NEVER if head is None else head.last.get(self._files.silo, NEVER)
+
+    def sent(self) -> dict[int, int]:
+        """Numbers of updates that are published and not answered, and their rounds."""
+        found = {}
+        for number, by in self._files.position().pending:
+            if (content := self._files.read(names.UPDATE, number, by)) is not None:
+                found[number] = int(content.head["round"])
+        return found
+
+    def next_number(self, sent: Mapping[int, int]) -> int:
+        """Number of the next training."""
+        return max([self.last().number, *sent]) + 1
+
+    def fetch(self, commit: Commit, kind: str) -> memoryview | None:
+        """A file of a commit; None if a newer commit has replaced it."""
+        content = self._files.fetch(commit.files[kind])
+        return None if content is None else content.payload
+
+    def send(self, number: int, head: Mapping[str, Any], payload: bytes) -> None:
+        """Publish an update."""
+        self._files.publish(names.UPDATE, number, head, [payload])
+
+    def score(self, version: int, head: Mapping[str, Any]) -> None:
+        """Publish the scores of a version."""
+        self._files.publish(names.SCORE, version, head)
+        for number, by in self._files.mine(names.SCORE):
+            if number < version:
+                self._files.folder.remove(names.path(names.OF_SILOS[names.SCORE], self._files.silo, number, by))
+
+    def pause(self) -> None:
+        """Wait until the next look."""
+        self._files.folder.wait(self._poll_s)
+
+    def __enter__(self) -> SiloPost:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+class ServerPost(Beats):
+    """The folder for the server's job."""
+
+    def __init__(self, config: Config, about: Mapping[str, Any], watch: Watch) -> None:
+        transport = files_of(config)
+        super().__init__(transport.lease_s, watch)
+        self.transport = transport
+        folder = Disk(Path(transport.root))
+        self.files = Server.start(
+            folder, about_run(config), about, lease_s=transport.lease_s, keep=3, keep_updates=True
+        )
+
+    def beat(self, ended: bool = False) -> None:
+        self.files.beat({}, ended)
+
+    def pause(self) -> None:
+        """Wait until the next look."""
+        self.files.folder.wait(self.transport.poll_s)
+
+    def call(self, call: Call) -> None:
+        """Publish the server's word to all silos."""
+        self.files.put("call", call.round, json.loads(json.dumps(vars(call))))
+
+    def present(self) -> set[str]:
+        """Silos whose jobs are there."""
+        self.files.leases.look()
+        return self.files.leases.present

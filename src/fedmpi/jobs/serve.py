@@ -1,0 +1,383 @@
+"""The server's job: `fedmpi serve CONFIG`. A run on one process whose silos are jobs of their own.
+
+    a round    the server tells the cohort, waits for its updates, steps, commits the new parameters with the updates
+               that they contain; then silos score them, and the record is written
+    a resume   from the run's checkpoint; the rounds that were committed since are computed again, from the updates that
+               their commits name, and must give the same bits
+
+Everything else is as in any run: policies, aggregation, server optimizers, checkpoints, records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmpi import device, disk
+from fedmpi.assembly import Assembly, begin, build_federation, digest_of, first_values, specify
+from fedmpi.comm import SoloComm
+from fedmpi.config import Config
+from fedmpi.directory import Stored
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, Stopped, agreed
+from fedmpi.exchange.config import Channel
+from fedmpi.exchange.outbox import Inbox, Packed, as_bytes
+from fedmpi.files.line import Commit, Entry, File
+from fedmpi.files.server import Arrived
+from fedmpi.flat import sha256
+from fedmpi.jobs.messages import Call, Registration, read_row, shown, told_arrays, told_row
+from fedmpi.jobs.post import ServerPost, files_of
+from fedmpi.local import LocalSilo
+from fedmpi.membership import Comms, Membership
+from fedmpi.module import saved
+from fedmpi.opening import Opened
+from fedmpi.outcome import DROPPED, VOID
+from fedmpi.output import say
+from fedmpi.rounds import Federation, State
+from fedmpi.rounds.agreement import REFUSED, as_error
+from fedmpi.rounds.closing import Closing, Late
+from fedmpi.stopping import FAILED, READY, BrokenOff, Watch
+from fedmpi.train import Run
+from fedmpi.types import Contribution, Silo, SiloData, Source
+
+SCORES = "scores"  # folder in the run directory: the silos' scores of rounds that no checkpoint holds yet
+NO_DATA = SiloData(*(torch.empty(0) for _ in range(4)))
+
+
+class Serving(Run):
+    """The run of the server's job. Iterate over it as over a Run.
+
+    Raises ConfigError also if another server of the run is alive, and Superseded once a newer one has taken over.
+    """
+
+    _post: ServerPost | None = None
+
+    def __init__(self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = ()) -> None:
+        super().__init__(config, *overrides, allow=allow, comm=SoloComm())
+
+    def _built(self, members: Membership | None, before: Callable[[], Sequence[Stored]]) -> Assembly:
+        config, comm = self.config, self.comm
+        files_of(config)
+        threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
+        watch = Watch(comm, self.out)
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
+        self._post = post = ServerPost(config, about, watch)
+        post.start()
+        stored = [*before()]
+        registered = self._registered(watch, sorted(stored[0].silos) if stored else None)
+        first = registered[next(iter(registered))]
+        silos = tuple(map(Silo, first.known))
+        source = Source(first.task, tuple(first.shape), first.num_classes, silos, _refuse_to_open)
+        spec = replace(specify(config, comm, self.out, source), watch=watch)
+        spec = replace(spec, section=replace(spec.section, up=Channel()))  # silos encode
+        begins = digest_of(saved(spec.module)).hex()
+        ids = [silo for silo in first.known if silo in registered]
+        config.entries(spec.module, ids, first.known)
+        membership = Membership(stored[0].epoch if stored else 0, {silo: (0,) for silo in ids})
+        facts_KF = np.array([registered[silo].facts for silo in ids])
+        held = {silo: LocalSilo(silo, NO_DATA, 0.0) for silo in ids}
+        unshared, remote = first_values(spec), FilesRemote(config, post, self.out, begins)
+        built = build_federation(
+            spec, Opened(membership, {}, facts_KF), Comms.of(comm), held, self._directory.plan_before, remote=remote
+        )
+        return Assembly(built.spec, built.federation, begin(built.federation), threads, unshared, built.plan, None)
+
+    def _registered(self, watch: Watch, members: Sequence[str] | None) -> dict[str, Registration]:
+        """The silos that have registered, once all have: the `members` of a checkpoint, or all silos."""
+        post = self._post
+        assert post is not None
+        warned: set[str] = set()
+        while True:
+            if watch.look() != READY:
+                raise post.error or _stopped(watch)
+            found = {silo: Registration(**about) for silo, (_, about) in post.files.registrations().items()}
+            known = next(iter(found.values())).known if found else []
+            same = {silo: one for silo, one in found.items() if one.same == next(iter(found.values())).same}
+            for silo in sorted(found.keys() - same.keys() - warned):
+                say(f"fedmpi: silo '{silo}' sees another federation than the first one, and is left out", error=True)
+                warned.add(silo)
+            wanted = known if members is None else members
+            missing = [silo for silo in wanted if silo not in same]
+            if same and not missing:
+                return {silo: same[silo] for silo in wanted}
+            what = f"for silos to register: {len(same)} of {len(wanted) or 'all'} have"
+            post.waits(f"{what}; missing: {', '.join(missing[:6])}" if missing else what, post.transport.poll_s)
+            post.pause()
+
+    def _put_away(self, writer_s: float = 30.0) -> None:
+        super()._put_away(writer_s)
+        if self._post is not None:
+            self._post.end()
+            self._post = None
+
+
+def _stopped(watch: Watch) -> FedmpiError:
+    return agreed(Stopped(f"stopped before the first round: {watch.reason}"))
+
+
+def _refuse_to_open(silo: str) -> SiloData:
+    raise ConfigError(f"silo '{silo}': the server's job opens no silo's data")
+
+
+class FilesRemote:
+    """Silos behind the shared folder (rounds/remote.py)."""
+
+    def __init__(self, config: Config, post: ServerPost, out: Path, begins: str) -> None:
+        self._config, self._post, self._begins = config, post, begins
+        self._scores = out / SCORES
+        self._came: dict[tuple[str, int], Arrived] = {}  # by silo and number: updates that no commit answers yet
+        self._answers: list[Entry] = []  # of the round
+        self._inbox: Inbox | None = None
+        self._kept: list[tuple[int, Entry]] = []  # committed updates that are kept, with their rounds
+
+    # ------------------------------------------------------------ a round
+
+    def collect(
+        self,
+        state: State,
+        fed: Federation,
+        number: int,
+        cohort: Sequence[str],
+        factors: Sequence[float] | None,
+        near: float,
+        stands_for: float,
+        refused: FedmpiError | None,
+        closing: Closing | None = None,
+    ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
+        """See rounds/remote.py. Raises Superseded and FolderError; then the round is not committed."""
+        fed.ready.clear()
+        fed.exchange.begin(number, len(cohort), near)
+        status, error = 0, refused
+        if refused is not None:
+            status = REFUSED
+        else:
+            try:
+                self._begin(state, fed)
+                self._release(state)
+                if (commit := self._committed(number)) is not None:
+                    self._recall(commit, fed)
+                else:
+                    call = self._call(state, fed, number, cohort, factors, near, stands_for)
+                    self._post.call(call)
+                    self._wait(fed, number, cohort, closing)
+            except BrokenOff as broken:
+                if self._post.error is not None:
+                    raise self._post.error from None
+                status = broken.status
+            except (FedmpiError, SystemExit) as raised:
+                if isinstance(raised, FedmpiError):
+                    raise
+                status, error = FAILED, as_error(raised, f"round {number}")
+        fed.ready.set_rank(0, status=status, fingerprint=fed.exchange.fingerprint(cohort))
+        return {}, error
+
+    def _call(
+        self,
+        state: State,
+        fed: Federation,
+        number: int,
+        cohort: Sequence[str],
+        factors: Sequence[float] | None,
+        near: float,
+        stands_for: float,
+    ) -> Call:
+        members = fed.membership
+        told = (shown(self._config), self._begins, members.epoch, members.ids, fed.facts_KF.tolist())
+        weights = None if factors is None else list(factors)
+        return Call(*told, number, list(cohort), weights, near, stands_for, told_arrays(state.updates))
+
+    def _begin(self, state: State, fed: Federation) -> None:
+        """Make sure that the parameters that the round starts from are committed."""
+        head = self._post.files.head
+        if head is None and state.round > 0:
+            raise CheckpointError(f"{self._config.out} holds round {state.round}, and the shared folder no commit")
+        if head is None:
+            self._publish(0, fed, state.params_Q, fed.layout.params(state.params_Q), [])
+        elif head.version < state.round:
+            raise CheckpointError(
+                f"{self._config.out} holds round {state.round}, and the shared folder only version {head.version}"
+            )
+        elif (commit := self._committed(state.round)) is not None:
+            self._require(commit, state.params_Q)
+
+    def _committed(self, version: int) -> Commit | None:
+        """The commit of a version, if it was made."""
+        head = self._post.files.head
+        if head is None or head.version < version:
+            return None
+        return head if head.version == version else self._post.files.commit_of(version)
+
+    def _require(self, commit: Commit, params_Q: torch.Tensor) -> None:
+        if commit.about["params"] != sha256(params_Q):
+            raise CheckpointError(
+                f"version {commit.version}: the parameters of this run are not those that were committed; was the "
+                "run directory of another run given?"
+            )
+
+    def _release(self, state: State) -> None:
+        """Remove what a checkpoint holds by now."""
+        for round, entry in self._kept:
+            if round <= state.written and files_of(self._config).keep == "needed":
+                self._post.files.drop_kept(entry)
+        self._kept = [(round, entry) for round, entry in self._kept if round > state.written]
+        for path in self._scores.glob("*.json") if self._scores.is_dir() else ():
+            if int(path.stem) <= state.written:
+                path.unlink(missing_ok=True)
+
+    def _recall(self, commit: Commit, fed: Federation) -> None:
+        """Take the updates that a commit names."""
+        self._answers = list(commit.entries)
+        for silo, row in commit.about["rows"].items():
+            fed.ready.set_silo(fed.index[silo], **read_row(row))
+        for entry in commit.entries:
+            self._came.pop((entry.silo, entry.number), None)
+            if not entry.counts:
+                continue
+            content = self._post.files.kept(entry)
+            if content is None:
+                raise CheckpointError(
+                    f"version {commit.version} contains update {entry.number} of silo '{entry.silo}', which is gone"
+                )
+            self._add(Arrived(entry.silo, entry.number, entry.by, content), fed, commit.version)
+
+    def _wait(self, fed: Federation, number: int, cohort: Sequence[str], closing: Closing | None) -> None:
+        """Wait for the cohort's updates, or until the round closes; take what has come, in the cohort's order."""
+        found: dict[str, Arrived] = {}
+        seconds: dict[str, float] = {}
+        self._answers = []
+        with contextlib.suppress(Late):
+            while True:
+                for one in self._post.files.poll():
+                    self._came[one.silo, one.number] = one
+                for one in sorted(self._came.values(), key=lambda one: one.number):
+                    if one.content.head["round"] == number and one.silo in cohort and one.silo not in found:
+                        found[one.silo] = one
+                        seconds[one.silo] = 0.0 if closing is None else closing.through()
+                if len(found) == len(cohort):
+                    break
+                (fed.watch if closing is None else closing).check()
+                missing = [silo for silo in cohort if silo not in found]
+                self._post.waits(f"in round {number} for: {', '.join(missing[:6])}", self._post.transport.poll_s)
+                self._post.pause()
+        self._post.goes_on()
+        for one in sorted(self._came.values(), key=lambda one: one.number):
+            if one.content.head["round"] < number:
+                self._answers.append(one.entry(counts=False))
+        for silo in cohort:
+            if silo in found:
+                self._take(found[silo], fed, number, None if closing is None else seconds[silo])
+            elif closing is not None:
+                late = VOID if closing.is_broken else DROPPED
+                fed.ready.set_silo(fed.index[silo], late=late, seconds=2 * closing.limit_s)
+
+    def _take(self, one: Arrived, fed: Federation, number: int, seconds: float | None) -> None:
+        """Enter an update into the round's table, and add its vector to the sum."""
+        row = read_row(one.content.head["row"])
+        if seconds is not None:
+            row |= {"done": row.get("weight", 0.0), "plain": row.get("sent", 0.0), "seconds": seconds}
+        fed.ready.set_silo(fed.index[one.silo], **row)
+        self._answers.append(one.entry(counts=bool(row.get("taken"))))
+        if row.get("taken"):
+            self._add(one, fed, number)
+
+    def _add(self, one: Arrived, fed: Federation, number: int) -> None:
+        """Add an update's vector to the sum."""
+        row = read_row(one.content.head["row"])
+        vector_Q = self._vector(one, fed, number).to(fed.model.device)
+        fed.comm.bytes_up += len(one.content.payload)
+        fed.exchange.add(
+            Contribution(
+                *(one.silo, number, row["sent"], vector_Q, row.get("loss", 0.0), int(row.get("samples", 0))),
+                int(row.get("steps", 0)),
+                row.get("normalizer"),
+                row.get("start_loss", 0.0),
+                int(row.get("targets", 0)),
+                norm=row.get("norm", 0.0),
+                layout=fed.layout,
+            )
+        )
+
+    def _vector(self, one: Arrived, fed: Federation, number: int) -> torch.Tensor:
+        """The update's vector, [Q]."""
+        if self._inbox is None:
+            self._inbox = Inbox(self._config.exchange.up, fed.layout, fed.model.dtype, fed.seed)
+        packed = Packed(one.content.head["sizes"], bytes(one.content.payload))
+        return self._inbox.vector(packed, number, one.silo)
+
+    # ------------------------------------------------------------ after it
+
+    def commit(self, fed: Federation, number: int, params_Q: torch.Tensor, scored_P: torch.Tensor) -> None:
+        """Commit the parameters with the updates that they contain; or, if they were committed before, require them."""
+        self._kept += [(number, entry) for entry in self._answers if entry.counts]
+        if (commit := self._committed(number)) is not None:
+            self._require(commit, params_Q)
+        else:
+            self._publish(number, fed, params_Q, scored_P, self._answers)
+        for entry in self._answers:
+            self._came.pop((entry.silo, entry.number), None)
+
+    def _publish(
+        self,
+        version: int,
+        fed: Federation,
+        params_Q: torch.Tensor,
+        scored_P: torch.Tensor,
+        entries: Sequence[Entry],
+    ) -> None:
+        files: list[File] = []
+        for kind, vector in (("params", params_Q), *([("average", scored_P)] if fed.average is not None else [])):
+            files.append(self._post.files.put(kind, version, {}, [payload := as_bytes(vector)]))
+            fed.comm.bytes_down += len(payload)
+        scores = version > 0 and (version % fed.evaluate_every == 0 or version == fed.rounds)
+        rows = {silo: told_row(row) for silo in fed.ids if any((row := fed.ready.row(fed.index[silo])).values())}
+        about = {"params": sha256(params_Q), "scores": scores, "rows": rows if version else {}}
+        self._post.files.commit(entries, files, about, version >= fed.rounds)
+
+    def evaluate(self, fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiError | None:
+        """The scores of the silos that are there."""
+        fed.done.clear()
+        if number % fed.evaluate_every and number != fed.rounds:
+            return None
+        told = self._stored_scores(number)
+        if told is None:
+            told = self._wait_for_scores(fed, number)
+            disk.replace_text(self._scores / f"{number}.json", json.dumps(told))
+        for silo in fed.ids:
+            if silo in told:
+                fed.done.set_silo(fed.index[silo], **read_row(told[silo]["row"]))
+                fed.done.counts[:] += np.array(told[silo]["counts"])
+        return None
+
+    def _stored_scores(self, number: int) -> dict[str, Any] | None:
+        with contextlib.suppress(OSError, ValueError):
+            found: dict[str, Any] = json.loads((self._scores / f"{number}.json").read_text())
+            return found
+        return None
+
+    def _wait_for_scores(self, fed: Federation, number: int) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        while True:
+            newest = {silo: by for silo, version, by in self._post.files.silo_files("score") if version == number}
+            for silo, by in newest.items():
+                if silo in fed.index and silo not in told:
+                    content = self._post.files.read_silo("score", silo, number, by)
+                    if content is not None:
+                        told[silo] = {"row": content.head["row"], "counts": content.head["counts"]}
+            missing = [silo for silo in fed.ids if silo not in told]
+            if not missing or fed.watch.look() != READY:
+                break
+            present = self._post.present()
+            if not present.intersection(missing):
+                break
+            self._post.waits(f"for scores of round {number}: {', '.join(missing[:6])}", self._post.transport.poll_s)
+            self._post.pause()
+        self._post.goes_on()
+        return told

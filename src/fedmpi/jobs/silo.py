@@ -1,0 +1,248 @@
+"""The job of one silo: `fedmpi silo CONFIG --id ID`.
+
+It registers, waits for the server's word, trains from the newest committed parameters, and publishes its update. Its
+data and its state stay on its side. It may end and start again at any point: what its last training left counts if and
+only if a commit counts its update.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedmpi import device, rng, stopping
+from fedmpi.assembly import Spec, build_federation, digest_of, open_alone, specify
+from fedmpi.comm import SoloComm
+from fedmpi.components import did_you_mean
+from fedmpi.config import Config
+from fedmpi.directory import save_model
+from fedmpi.errors import ConfigError, SiloError, Stopped
+from fedmpi.evaluate import load_own
+from fedmpi.exchange.outbox import Outbox, from_bytes
+from fedmpi.files.line import NEVER, Commit
+from fedmpi.files.names import quoted
+from fedmpi.jobs.messages import Call, Registration, read_arrays, require_same, shown, told_row
+from fedmpi.jobs.post import SiloPost, files_of
+from fedmpi.jobs.private import Base, States
+from fedmpi.local import LocalSilo
+from fedmpi.membership import Comms, Membership
+from fedmpi.module import saved
+from fedmpi.opening import Opened
+from fedmpi.output import say
+from fedmpi.rounds import Federation, State
+from fedmpi.rounds.evaluation import evaluate
+from fedmpi.rounds.training import train_silos
+from fedmpi.stopping import READY, STOP
+
+MODEL = "model.safetensors"  # in the silo's folder, at the end
+
+
+class SiloJob:
+    """The job of one silo. `run` returns once the run is over.
+
+    Raises ConfigError (also if the server's configuration is another one), Stopped on a signal, Superseded if a newer
+    job of the same silo has started, SiloError if training failed.
+    """
+
+    def __init__(self, config: Config, silo: str) -> None:
+        self.config, self.silo, self._poll_s = config, silo, files_of(config).poll_s
+        self.out = Path(config.out) / "silos" / quoted(silo)
+        self.comm = SoloComm()
+        self._fed: Federation | None = None
+        self._epoch = -1  # of the membership
+        self._base: Base | None = None  # training whose state the silo has
+        self._draft: tuple[Base, dict[str, LocalSilo]] | None = None  # state after a training that is not answered
+        self._sent: dict[int, int] = {}  # rounds of updates that are not answered, by number
+        self._scored = -1  # newest version that this job has scored
+        self._version = -1  # of the newest parameters that were fetched:
+        self._params_Q, self._scored_P = torch.empty(0), torch.empty(0)  # to train from, and to score
+
+    # ------------------------------------------------------------ the job
+
+    def run(self) -> None:
+        """Take part until the run is over."""
+        stopping.listen()
+        stopped = False
+        try:
+            stopping.mind_interrupts()
+            device.set_threads(self.comm, self.config.exchange.reduction == "reproducible")
+            with rng.borrowed():
+                self._open()
+                with SiloPost(self.config, self.silo, self._registration(), self._spec.watch) as self._post:
+                    say(f"fedmpi: silo '{self.silo}', start {self._post.by}, {self._opened.num_train[0]} samples, "
+                        f"out {self.out}")  # fmt: skip
+                    self._remember_sent()
+                    while not self._turn():
+                        self._post.pause()
+        except Stopped:
+            stopped = True
+            raise
+        finally:
+            stopping.forget(stopped)
+
+    def _open(self) -> None:
+        """Open the silo's data, and try them with the model."""
+        self._states = States(self.out / "states")
+        self._spec: Spec = specify(self.config, self.comm, self.out)
+        if self.silo not in self._spec.known:
+            raise ConfigError(f"--id: no silo '{self.silo}'{did_you_mean(self.silo, self._spec.known)}")
+        self._begins = digest_of(saved(self._spec.module)).hex()
+        self._opened = open_alone(self._spec, self.silo, Comms.of(self.comm))
+
+    def _registration(self) -> Registration:
+        source = self._spec.source
+        return Registration(
+            facts=self._opened.facts_KF[0].tolist(),
+            known=self._spec.known,
+            task=source.task,
+            shape=list(source.shape),
+            num_classes=source.num_classes,
+            config=shown(self.config),
+            begins=self._begins,
+            host=socket.gethostname(),
+        )
+
+    def _remember_sent(self) -> None:
+        """Find the updates of earlier starts that no commit answers yet; forget states that nothing belongs to."""
+        self._sent = self._post.sent()
+        for base in self._states.stored():
+            if base[0] > self._post.last().number and base[0] not in self._sent:
+                self._states.remove(base)
+
+    # ------------------------------------------------------------ one look
+
+    def _turn(self) -> bool:
+        """Do what there is to do; True once the run is over."""
+        if self._spec.watch.look() != READY:
+            raise self._stop()
+        commit, call = self._post.look()
+        if commit is None or call is None or self.silo not in call.ids:
+            self._post.waits("for the server", self._poll_s)
+            return False
+        self._post.goes_on()
+        if self._fed is None or call.epoch != self._epoch:
+            self._join(call)
+        assert self._fed is not None
+        self._follow(commit)
+        if self._fetch(commit) and commit.about["scores"] and self._scored < commit.version:
+            self._score(commit)
+        if self._version != commit.version:
+            return False
+        if commit.ended:
+            self._finish(commit)
+            return True
+        if call.round == commit.version + 1 and self.silo in call.cohort and call.round not in self._sent.values():
+            self._train(commit, call)
+        return False
+
+    def _stop(self) -> Exception:
+        if self._post.error is not None:
+            return self._post.error
+        return Stopped(f"silo '{self.silo}' stopped: {self._spec.watch.reason}; the same command goes on")
+
+    def _join(self, call: Call) -> None:
+        """Build the federation as this silo sees it: all members, of which it has only itself."""
+        require_same(call.config, self.config)
+        if call.begins != self._begins:
+            raise ConfigError("the model's first parameters differ from the server's: other init, or torch")
+        facts_KF, before = np.array(call.facts), self._fed
+        if not np.array_equal(facts_KF[call.ids.index(self.silo)], self._opened.facts_KF[0]):
+            raise ConfigError(f"silo '{self.silo}': its data differ from those that it was trained on before")
+        members = Membership(call.epoch, {silo: (0 if silo == self.silo else 1,) for silo in call.ids})
+        opened = Opened(members, self._opened.data, facts_KF)
+        held = {} if before is None else before.silos
+        fed = build_federation(self._spec, opened, Comms.of(self.comm), held, sends=Outbox).federation
+        if before is not None:
+            own, was = fed.silos[self.silo], before.silos[self.silo]
+            own.cursor, own.kept = was.cursor, was.kept
+            fed.exchange.holders.restore([*before.exchange.holders.state()])
+        self._fed, self._epoch, self._draft = fed, call.epoch, None
+
+    @property
+    def _outbox(self) -> Outbox:
+        assert self._fed is not None and isinstance(self._fed.exchange, Outbox)
+        return self._fed.exchange
+
+    def _follow(self, commit: Commit) -> None:
+        """Take up the state that the commit says."""
+        assert self._fed is not None
+        last = commit.last.get(self.silo, NEVER)
+        self._sent = {number: round for number, round in self._sent.items() if number > last.number}
+        base = (last.counted, last.counted_by)
+        if last.counted < 0 or base == self._base:
+            return
+        if self._draft is not None and self._draft[0] == base:
+            self._fed.silos.update(self._draft[1])
+            self._outbox.taken()
+        else:
+            self._states.read(base, self._fed.silos[self.silo], self._outbox)
+        self._base, self._draft = base, None
+        self._states.forget(before=base[0])
+
+    def _fetch(self, commit: Commit) -> bool:
+        """Fetch the parameters of the commit; False if a newer one has replaced them."""
+        assert self._fed is not None
+        if self._version != commit.version:
+            layout, model = self._fed.layout, self._fed.model
+            found = [self._post.fetch(commit, kind) for kind in ("params", "average") if kind in commit.files]
+            payloads = [payload for payload in found if payload is not None]
+            if len(payloads) < len(found):
+                return False
+            self._params_Q = from_bytes(payloads[0], layout.size, model.dtype).to(model.device)
+            self._scored_P = layout.params(self._params_Q)
+            if len(payloads) > 1:
+                self._scored_P = from_bytes(payloads[1], layout.num_params, model.dtype).to(model.device)
+            self._version = commit.version
+        return True
+
+    # ------------------------------------------------------------ its work
+
+    def _score(self, commit: Commit) -> None:
+        """Score the committed parameters on the silo's test data."""
+        fed = self._fed
+        assert fed is not None
+        error = evaluate(fed, commit.version, self._scored_P)
+        if error is not None:
+            raise error
+        self._scored = commit.version
+        row = told_row(fed.done.row(fed.index[self.silo]))
+        self._post.score(commit.version, {"row": row, "counts": fed.done.counts.tolist()})
+
+    def _train(self, commit: Commit, call: Call) -> None:
+        """Train for the round of the call, and publish the update."""
+        fed, silo, number = self._fed, self.silo, self._post.next_number(self._sent)
+        assert fed is not None
+        state = State(call.round - 1, self._params_Q, None, {}, updates=read_arrays(call.updates))
+        of_cohort = (call.round, call.cohort, call.factors, call.near, call.stands_for, None)
+        trained, error = train_silos(state, fed, *of_cohort)
+        if error is not None:
+            raise error if isinstance(error, (SiloError, ConfigError)) else SiloError(str(error))
+        if fed.ready.rank("status")[0] >= STOP:
+            raise self._stop()
+        row = fed.ready.row(fed.index[silo])
+        packed = self._outbox.packed if row["taken"] else None
+        base = (number, self._post.by)
+        if packed is not None:
+            self._states.write(base, trained[silo], self._outbox)
+            self._draft = base, trained
+        head = {"round": call.round, "row": told_row(row), "sizes": [] if packed is None else packed.sizes}
+        self._post.send(number, head, b"" if packed is None else packed.data)
+        self._sent[number] = call.round
+        loss = f"loss {row['loss']:.4f}" if math.isfinite(row["loss"]) else "loss not finite"
+        say(f"round {call.round}: {int(row['steps'])} steps, {loss}{'' if packed is not None else ', rejected'}")
+
+    def _finish(self, commit: Commit) -> None:
+        """Write the silo's model at the end of the run."""
+        fed = self._fed
+        assert fed is not None
+        own = fed.silos[self.silo]
+        if fed.model.has_personal and self._base is None:
+            say(f"silo '{self.silo}': the run is over, and it has not trained")
+            return
+        load_own(fed.rule, fed.model, own, self._scored_P, fed.tuning(own, commit.version))
+        save_model(fed.model, self.out / MODEL, shared_only=False)
+        say(f"silo '{self.silo}': the run is over after {commit.version} rounds; its model is {self.out / MODEL}")

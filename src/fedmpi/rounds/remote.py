@@ -1,0 +1,42 @@
+"""The seam for silos that are jobs of their own: their updates and figures come from elsewhere, in place of training
+and evaluation on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from fedmpi.errors import FedmpiError
+from fedmpi.local import LocalSilo
+from fedmpi.rounds.closing import Closing
+from fedmpi.rounds.federation import Federation, State
+
+
+class Remote(Protocol):
+    """Silos that train and evaluate in jobs of their own."""
+
+    def collect(
+        self,
+        state: State,
+        fed: Federation,
+        number: int,
+        cohort: Sequence[str],
+        factors: Sequence[float] | None,
+        near: float,
+        stands_for: float,
+        refused: FedmpiError | None,
+        closing: Closing | None = None,
+    ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
+        """As `training.train_silos`: add the cohort's contributions to the exchange, and fill in `fed.ready`. The
+        silos' state is in their jobs, so the dict is empty."""
+        ...
+
+    def commit(self, fed: Federation, number: int, params_Q: torch.Tensor, scored_P: torch.Tensor) -> None:
+        """Publish the parameters after this round [Q], and those to score [P]; from now on it counts."""
+        ...
+
+    def evaluate(self, fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiError | None:
+        """As `evaluation.evaluate`: fill in `fed.done` with the silos' figures, if it is due."""
+        ...

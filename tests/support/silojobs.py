@@ -1,0 +1,105 @@
+"""Server and silo jobs of one federation as threads of this process, over a folder."""
+
+import signal
+import threading
+import traceback
+from dataclasses import replace
+from unittest import mock
+
+from fedmpi import assembly
+from fedmpi.errors import ConfigError, Superseded
+from fedmpi.jobs import serve
+from fedmpi.jobs.serve import Serving
+from fedmpi.jobs.silo import SiloJob
+from support.runs import config
+
+IDS = ("s0", "s1", "s2")
+
+
+def apart(tmp_path, rounds=3, name="run", transport=None, **other):
+    """A configuration of jobs with a folder of their own."""
+    root = tmp_path / f"{name}-share"
+    root.mkdir(exist_ok=True)
+    files = {"name": "files", "root": str(root), "poll_s": 0.01, "lease_s": 20} | (transport or {})
+    return config(tmp_path / name, rounds, transport=files, **other)
+
+
+ALONE = threading.RLock()  # jobs share the process's random generators
+
+
+class OneSilo(SiloJob):
+    """A silo's job that draws random numbers while no other job does."""
+
+    def _open(self):
+        with ALONE:
+            super()._open()
+
+    def _train(self, commit, call):
+        with ALONE:
+            super()._train(commit, call)
+
+    def _score(self, commit):
+        with ALONE:
+            super()._score(commit)
+
+
+class Job(threading.Thread):
+    """The job of one silo."""
+
+    def __init__(self, how, silo, job=OneSilo):
+        super().__init__(daemon=True)
+        self.job, self.error = job(how, silo), None
+        self.start()
+
+    def run(self):
+        try:
+            self.job.run()
+        except BaseException as error:
+            self.error = error
+            if not isinstance(error, (KeyboardInterrupt, Superseded, ConfigError)):
+                traceback.print_exc()
+                signal.raise_signal(signal.SIGTERM)  # else the server waits for ever
+
+    def ended(self, timeout_s=60):
+        """Wait for its end, and raise its error."""
+        self.join(timeout_s)
+        assert not self.is_alive(), "the silo's job does not end"
+        if self.error is not None:
+            raise self.error
+
+
+def alone(function):
+    """The function, while no silo draws random numbers."""
+
+    def called(*arguments):
+        with ALONE:
+            return function(*arguments)
+
+    return called
+
+
+def served(how, rounds=None):
+    """The records of the server's job, which is left after `rounds` more rounds."""
+    with mock.patch.object(serve, "specify", alone(assembly.specify)), Serving(how) as run:
+        records = []
+        for record in run:
+            records.append(record)
+            if len(records) == rounds:
+                break
+    return records, run
+
+
+def trained_apart(how, ids=IDS):
+    """The records and the run of a server with one job for each silo, all of which end."""
+    jobs = [Job(how, silo) for silo in ids]
+    records, run = served(how)
+    for job in jobs:
+        job.ended()
+    return records, run, jobs
+
+
+def in_one_process(how, tmp_path):
+    """The same configuration without the transport."""
+    from fedmpi.transports import ByMpi
+
+    return replace(how, transport=ByMpi(), out=str(tmp_path / "plain"))
