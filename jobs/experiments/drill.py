@@ -46,6 +46,7 @@ LOOP, LOOP_ROUNDS = "kill-loop", 60
 CUTS = "cut-loop"
 SOAK, SOAK_ROUNDS = "soak", 5000
 FAULT = 3  # disturbed after this round
+STOPPED_S = 10.0
 GRACE_S = 4.0  # of supervised drills
 NAMESPACE = "DRILL_MOUNTS"  # set in the mount namespace of a drill
 
@@ -58,6 +59,7 @@ class Drill:
     folder: Path
     limit_s: float
     rounds: int = ROUNDS
+    seconds: float = STOPPED_S  # that a rank is stopped
     begun_s: float = field(default_factory=time.monotonic)
     checks: list[tuple[bool, str]] = field(default_factory=list)
     figures: dict[str, float | None] = field(default_factory=dict)
@@ -173,6 +175,38 @@ def hang_silo(drill: Drill) -> None:
     drill.told(job, whole, fault_s)
     drill.require_same(job, whole, code)
     drill.check(any("hung" in text for _, text in job.moments), "the supervisor saw that it hung")
+
+
+def stop_silo(drill: Drill) -> None:
+    """a rank stops for --seconds s (SIGSTOP, SIGCONT): it is back, or replaced where the supervisor waits for less"""
+    drill.limit_s += 5 * (100 + drill.seconds)  # a loaded machine starts a job in half a minute
+    whole = drill.undisturbed()
+    policy = "{name: deadline, deadline_s: 2, min_silos: 3, late: drop}"
+    deadline = (f"engine={{name: synchronous, policy: {policy}}}", "exchange.reduction=fast")
+    for name, rank, more, grace_s in (
+        ("mpirun", 2, (), None),
+        ("mpirun, rank 0", 0, (), None),
+        ("mpirun, deadline", 2, deadline, None),
+        ("fedmpi run, longer --grace", 2, (), drill.seconds + 60),
+        ("fedmpi run, shorter --grace", 2, (), drill.seconds / 4),
+    ):
+        with Job(drill.folder / name.replace(" ", "-"), (*settings(drill.rounds), *more), mpirun(), grace_s) as job:
+            job.until_round(FAULT, drill.left_s)
+            pid = job.ranks()[rank]
+            fault_s = job.signal(signal.SIGSTOP, rank)
+            job.watch(drill.seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+                job.say("SIGCONT")
+            code = job.wait(drill.left_s)
+        print(f"  {name}")
+        drill.told(job, whole, fault_s)
+        drill.check(code == 0, f"{name}: exit code {code}")
+        drill.check(len(job.records) == drill.rounds, f"{name}: {len(job.records)} of {drill.rounds} rounds recorded")
+        replaced = any("hung" in text for _, text in job.moments)
+        drill.check(replaced == (grace_s == drill.seconds / 4), f"{name}: {'replaced' if replaced else 'back'}")
+        if not more:
+            drill.check(sha(job.out) == sha(whole.out), f"{name}: the undisturbed run's SHA-256")
 
 
 def poison(drill: Drill) -> None:
@@ -308,6 +342,7 @@ DRILLS: dict[str, Callable[[Drill], None]] = {
     "two-deaths": two_deaths,
     "slow-silo": slow_silo,
     "hang-silo": hang_silo,
+    "stop-silo": stop_silo,
     "cut-host": cut_host,
     "fill-disk": fill_disk,
     "read-only": read_only,
@@ -319,14 +354,14 @@ MOUNTS = ("fill-disk", "read-only")  # run in a mount namespace of their own
 # ---------------------------------------------------------------- the command
 
 
-def run(name: str, folder: Path, limit_s: float, rounds: int) -> int:
+def run(name: str, folder: Path, limit_s: float, rounds: int, seconds: float = STOPPED_S) -> int:
     """One drill, told on standard output; 0, 1, or 77 where the machine cannot do it."""
     if name in MOUNTS and not os.environ.get(NAMESPACE):
         return in_namespace(name, folder, limit_s, rounds)
     print(f"drill {name}: {DRILLS[name].__doc__}", flush=True)
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / name).mkdir(parents=True)
-    drill = Drill(name, folder / name, limit_s, rounds)
+    drill = Drill(name, folder / name, limit_s, rounds, seconds)
     try:
         DRILLS[name](drill)
     except Cannot as why:
@@ -369,6 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("drills", nargs="+", metavar="DRILL", choices=[*DRILLS, "all", LOOP, CUTS, SOAK])
     parser.add_argument("--out", type=Path, default=Path("runs/drills"), help="folder of runs and results")
     parser.add_argument("--limit-s", type=float, default=60.0, help="of a drill")
+    parser.add_argument("--seconds", type=float, default=STOPPED_S, help="that stop-silo stops a rank")
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}; of kill-loop {LOOP_ROUNDS}, of soak {SOAK_ROUNDS}")
     parser.add_argument("--mtbf", type=float, default=60.0, help="seconds between faults of kill-loop, on average")
     parser.add_argument("--minutes", type=float, default=10.0, help="of this call of a loop")
@@ -400,7 +436,7 @@ def main(arguments: list[str] | None = None) -> int:
         tries = 2 if options.quick else options.tries
         return drill_cut.cut_loop(folder / CUTS, tries, options.minutes, options.seed)
     names = list(DRILLS) if "all" in options.drills else options.drills
-    codes = [run(name, folder, options.limit_s, rounds or ROUNDS) for name in dict.fromkeys(names)]
+    codes = [run(name, folder, options.limit_s, rounds or ROUNDS, options.seconds) for name in dict.fromkeys(names)]
     return 1 if 1 in codes else max(codes)
 
 

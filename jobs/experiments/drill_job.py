@@ -215,6 +215,13 @@ class Job:
     def until_round(self, number: int, limit_s: float) -> None:
         self.until(lambda: self.newest >= number, limit_s, f"round {number} was committed")
 
+    def watch(self, seconds: float) -> None:
+        """Watch for so long, or until the job ends."""
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s and self.process.poll() is None:
+            self.look()
+            time.sleep(POLL_S)
+
     def signal(self, number: signal.Signals, *ranks: int) -> float:
         """Send ranks a signal, at once; when that was. KeyError where one is not there."""
         pids = self.ranks()
