@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -41,6 +42,7 @@ LEAVE_S = 60.0  # limit for the launcher to end once all rounds and the model ar
 BACK_OFF_S = 60.0  # longest wait before a restart without progress
 ONCE_S = 2.0  # signals within this time count as one
 FREE_S = 5.0  # limit for an ending job to leave the run directory
+FRESH_S = 3.0  # a start takes the answers of hosts that are no older
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Supervisor:
         self._starts, self._epoch = 0, 0
         self._asked, self._asked_s = 0, -math.inf  # number of stop requests, time of the last
         self._begun_s = time.monotonic()
+        self._silent: tuple[float, set[str]] = (-math.inf, set())  # hosts without answer, and when they were asked
 
     # ------------------------------------------------------------ events
 
@@ -211,7 +214,9 @@ class Supervisor:
     def _one_start(self) -> int | None:
         """Start the ranks, wait until they end or hang, end what is left. Returns the launcher's exit code, or None if
         the supervisor ended it or there are too few hosts."""
-        lost = self._lost_hosts()
+        asked_s, lost = self._silent
+        if time.monotonic() - asked_s > FRESH_S:
+            lost = self._lost_hosts()
         words, num_ranks = self._line.without(lost, self.root / HOSTFILE)
         if lost:
             names = ", ".join(sorted(lost))
@@ -243,7 +248,10 @@ class Supervisor:
         code, silent_s = self._watch(child, resumed, model)
         ranks = remains.ranks_of(self.root)
         behind = remains.left_here(child, ranks)
-        unreached = remains.end(child, [] if code == 0 and self._progress.commit >= self.rounds else ranks)
+        with ThreadPoolExecutor(1) as pool:  # a host that is gone takes as long to ask as the launcher to end
+            silent = pool.submit(self._lost_hosts)
+            unreached = remains.end(child, [] if code == 0 and self._progress.commit >= self.rounds else ranks)
+            self._silent = (time.monotonic(), silent.result())
         self._progress.look()
         if code and self._was_stopped(told):
             code = Stopped.exit_code  # Open MPI's mpirun has another if fresh ranks were started
