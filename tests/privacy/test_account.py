@@ -153,7 +153,7 @@ def test_after_kills_at_random_rounds_no_less_is_spent_than_happened(tmp_path):
 
 def test_nothing_takes_a_count_back(tmp_path):
     comm, spending = SoloComm(), Spending(tmp_path / "privacy.json", 1e-5)
-    spending.next = lambda segment: {Use(1.0): 1}
+    spending.next = lambda segment, cohort: {Use(1.0): 1}
     spending.open(comm)
     assert spending.begin(comm, 1)
     first = spending.secret

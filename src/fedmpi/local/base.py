@@ -12,7 +12,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import numpy as np
 import pydantic
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedmpi.config import Config
     from fedmpi.server import ServerOptimizer
 
+Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -48,6 +49,25 @@ class LocalSilo:
     # names. Empty before the first training. A rule replaces tensors and never writes into them, because the round may
     # still be dropped.
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Guard(Protocol):
+    """Trains a silo's round with differential privacy of its records (privacy/record.py)."""
+
+    @property
+    def size(self) -> float:
+        """Expected samples of a batch."""
+        ...
+
+    def batches(self, silo: LocalSilo) -> Iterator[Batch]:
+        """The round's batches, in place of the rule's; one may be empty."""
+        ...
+
+    def gradient(
+        self, module: torch.nn.Module, trained: Sequence[torch.nn.Parameter], loss: Loss, batch: Batch, step: int
+    ) -> None:
+        """Set the parameters' `.grad` for a batch, in place of `gradient`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,7 @@ class Round:
     # Number of the silo's training, from 1, where a silo may train several times from one round's parameters. None: the
     # round's number.
     training: int | None = None
+    guard: Guard | None = None  # how gradients are taken so that the silo's records stay private
 
     @property
     def draw(self) -> int:
@@ -320,7 +341,6 @@ def load_silo(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: 
     return [p for p in model.module.parameters() if p.requires_grad]
 
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 BatchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -421,12 +441,16 @@ def local_steps(
     def loss_of_outputs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return round.loss(module(x), y)
 
-    for x, y in work.batches(silo, round.seed, amount):
+    guard = round.guard
+    for x, y in work.batches(silo, round.seed, amount) if guard is None else guard.batches(silo):
         round.check()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         for param in trained:  # like zero_grad, but without its profiler record: a tenth of a small model's step
             param.grad = None
-        loss = gradient(model, (x, y), batch_loss or loss_of_outputs, work.precision)
+        if guard is None:
+            loss = gradient(model, (x, y), batch_loss or loss_of_outputs, work.precision)
+        else:
+            guard.gradient(module, trained, round.loss, (x, y), num_steps)
         if correct is not None:
             with torch.no_grad():
                 correct()
@@ -434,11 +458,13 @@ def local_steps(
             torch.nn.utils.clip_grad_norm_(trained, work.clip)
         with torch.no_grad():
             step()
+        num_steps += 1
+        if guard is not None:
+            continue  # losses and numbers of samples carry no noise, so they are not told
         counted = round.count(y)
         losses += (loss.float() if loss.dtype in HALF else loss) * counted  # float16 overflows above 65504
         num_targets = num_targets + counted
         num_samples += len(x)
-        num_steps += 1
         if round.over is not None and round.over():
             planned = work.num_batches(first, len(silo.data.x_train), amount)
             part = _part(work, num_steps, planned, time.monotonic() - began_s, pull)
@@ -446,6 +472,8 @@ def local_steps(
     silo.kept = {**silo.kept, **model.personal()}
     if work.keep_optimizer:
         silo.kept = {n: t for n, t in silo.kept.items() if not n.startswith(KEPT)} | state_to_keep(optimizer)
+    if guard is not None:
+        num_samples = math.ceil(num_steps * guard.size)
     targets = int(num_targets)
     loss_mean, held = float(losses) / max(targets, 1), num_gradients(work.optimizer, num_steps, pull)
     if work.amount.reads_loss:

@@ -17,6 +17,7 @@ from fedmpi.comm import Comm
 from fedmpi.components import Family
 from fedmpi.privacy.account import Use, epsilon, sigma_for
 from fedmpi.privacy.base import Privacy
+from fedmpi.privacy.record import DpSgd, RecordPrivacy
 from fedmpi.privacy.silo import Bounded, SiloPrivacy
 from fedmpi.privacy.spending import Spending
 from fedmpi.selection.draws import Poisson
@@ -25,7 +26,7 @@ from fedmpi.transforms import Transform
 if TYPE_CHECKING:
     from fedmpi.config import Config
 
-PRIVACIES = Family("privacy", {"silo": SiloPrivacy}, Privacy, outside=False, defaults=True)
+PRIVACIES = Family("privacy", {"silo": SiloPrivacy, "record": RecordPrivacy}, Privacy, outside=False, defaults=True)
 
 
 def prepare(
@@ -34,19 +35,47 @@ def prepare(
     """Fit the account to these members, with their numbers of training samples and base weights. Returns the transforms
     of updates that privacy needs. Collective. Raises ConfigError if no noise meets the target."""
     section = config.privacy
-    assert isinstance(section, SiloPrivacy)
+    assert section is not None
     spending.renew()
-    if not spending.sigmas:
-        told = comm.collectively(lambda: json.dumps(section.sigmas(config, num_train)) if comm.rank == 0 else "")
-        spending.sigmas = json.loads(comm.broadcast_text(told, 0))
+    missing = {silo: num for silo, num in num_train.items() if silo not in spending.sigmas}
+    if missing and "" not in spending.sigmas:
+        told = comm.collectively(lambda: json.dumps(section.sigmas(config, missing)) if comm.rank == 0 else "")
+        spending.sigmas |= json.loads(comm.broadcast_text(told, 0))
+    if isinstance(section, RecordPrivacy):
+        return _of_records(config, section, spending, num_train)
+    assert isinstance(section, SiloPrivacy)
     part, aggregate = section.part(config, len(num_train)), config.aggregate
     assert isinstance(aggregate, Mean)
     spending.of_silos, spending.draws = True, isinstance(config.select, Poisson)
     spending.expected = part * len(num_train)
     spending.denominator, spending.largest_weight = part * sum(weights.values()), section.largest_weight(aggregate)
-    spending.next = lambda segment: {section.use(config, len(num_train), spending.sigma, segment): 1}
-    comm.collectively(lambda: section.split(spending.sigma, spending.expected))
+    spending.next = lambda segment, cohort: {section.use(config, len(num_train), spending.sigmas[""], segment): 1}
+    comm.collectively(lambda: section.split(spending.sigmas[""], spending.expected))
     return (Bounded(section, spending),)
 
 
-__all__ = ["PRIVACIES", "Bounded", "Privacy", "SiloPrivacy", "Spending", "Use", "epsilon", "prepare", "sigma_for"]
+def _of_records(
+    config: Config, section: RecordPrivacy, spending: Spending, num_train: Mapping[str, int]
+) -> tuple[Transform, ...]:
+    spending.next = lambda segment, cohort: section.uses_of(
+        config, {silo: num_train[silo] for silo in (num_train if cohort is None else cohort)}, spending.sigmas
+    )
+    spending.guard = lambda silo, number: DpSgd.of(
+        section, config, spending.sigmas[silo], silo, num_train[silo], number
+    )
+    return config.updates
+
+
+__all__ = [
+    "PRIVACIES",
+    "Bounded",
+    "DpSgd",
+    "Privacy",
+    "RecordPrivacy",
+    "SiloPrivacy",
+    "Spending",
+    "Use",
+    "epsilon",
+    "prepare",
+    "sigma_for",
+]

@@ -57,7 +57,7 @@ def epsilon(uses: Uses, delta: float) -> float:
     return float(functools.reduce(lambda one, other: one.compose(other), lost).get_epsilon_for_delta(delta))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _once(sigma: float, rate: float) -> Any:
     """The privacy loss distribution of one use, as PLDAccountant makes it."""
     from dp_accounting.pld import privacy_loss_distribution

@@ -208,7 +208,7 @@ class Bounded(Transform):
     def on_mean(self, mean_S: torch.Tensor, start: int, share: float, state: State, about: About) -> None:
         """`share` is the largest weight that a silo may have / the weight in the mean."""
         spending = self.spending
-        sigma, _ = self.section.split(spending.sigma, spending.expected)
+        sigma, _ = self.section.split(spending.sigmas[""], spending.expected)
         scale = sigma * self._clip(state) * share
         bands = self.section.bands
         secret, step = (spending.segment, spending.step) if bands > 1 else (spending.secret, 0)
@@ -220,7 +220,7 @@ class Bounded(Transform):
             return state
         clip, expected = self._clip(state), spending.expected
         below_N = norms_N[:0] if spending.empty else norms_N <= clip  # nan is not
-        _, sigma = self.section.split(spending.sigma, expected)
+        _, sigma = self.section.split(spending.sigmas[""], expected)
         count = float((below_N - 0.5).sum()) + sigma * secret_generator(spending.secret, "count").standard_normal()
         share = 0.5 + count / expected
         return {"norm": np.array([clip * math.exp(-self.section.clip_lr * (share - quantile))])}

@@ -21,6 +21,7 @@ import torch
 from fedmpi import disk, rng
 from fedmpi.comm import Comm
 from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.local.base import Guard
 from fedmpi.privacy.account import Use, Uses, largest_epsilon
 from fedmpi.privacy.base import Privacy
 from fedmpi.privacy.noise import secret_generator
@@ -51,7 +52,9 @@ class Spending:
         self.of_silos = False  # whether whole silos are protected, not their records
         self.draws = False  # whether the cohort must be drawn in secret
         self.denominator = self.largest_weight = 1.0  # weight of an expected cohort, and at most of a silo
-        self.next: Callable[[str], Mapping[Use, int]] = lambda segment: {}  # what the next round spends
+        # What a round spends, given the segment and its cohort; without a cohort, what it may spend.
+        self.next: Callable[[str, Sequence[str] | None], Mapping[Use, int]] = lambda segment, cohort: {}
+        self.guard: Callable[[str, int], Guard | None] = lambda silo, number: None  # of a silo in a round
         self._fresh = True
         self._measured: tuple[Uses, float] = {}, 0.0
 
@@ -59,11 +62,6 @@ class Spending:
     def of(cls, section: Privacy, out: Path, seed: int) -> Spending:
         """The account of a run, before `open`."""
         return cls(out / FILE, section.delta, section.epsilon, seed if section.reproducible else None)
-
-    @property
-    def sigma(self) -> float:
-        """The noise multiplier where silos are protected."""
-        return self.sigmas[""]
 
     @property
     def told(self) -> str:
@@ -108,7 +106,7 @@ class Spending:
         return secret, segment, self.step + 1
 
     def _after(self) -> float:
-        return self._epsilon(_sum(self.uses, self.next(self.public_segment)))
+        return self._epsilon(_sum(self.uses, self.next(self.public_segment, None)))
 
     def _epsilon(self, uses: Uses) -> float:
         if self._measured[0] != uses:
@@ -128,10 +126,10 @@ class Spending:
         """The generator of the round's secret cohort."""
         return secret_generator(self.secret, "select")
 
-    def spend(self, comm: Comm, uses: Mapping[Use, int] | None = None) -> None:
+    def spend(self, comm: Comm, cohort: Sequence[str] | None = None) -> None:
         """Count a round, on disk and in memory, before anything of it is released. Raises CheckpointError on all ranks
         if it cannot be written."""
-        self.uses = _sum(self.uses, self.next(self.public_segment) if uses is None else uses)
+        self.uses = _sum(self.uses, self.next(self.public_segment, cohort))
         comm.collectively(self._write if comm.rank == 0 else lambda: None)
         self._measure(comm)
 

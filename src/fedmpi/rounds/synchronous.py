@@ -61,6 +61,8 @@ class Synchronous(Engine):
         cohort, _, factors, _ = selection
         if fed.private is not None:
             fed.private.drew(selection.state)
+            if not fed.private.of_silos:  # figures of noised updates are shared before the exchange
+                fed.private.spend(comm, cohort)
         timer.lap("select")
 
         share = share_of_all(fed, cohort, factors)

@@ -174,7 +174,9 @@ def _begin(
         losses_before[silo.id] = start_loss(fed, number, silo, silo.data.x_train, silo.data.y_train)
     criterion = fed.criterion(silo)
     check, over = (fed.watch.check, None) if closing is None else (closing.check, closing.over)
-    return params_P, Round(number, fed.rounds, fed.seed, criterion.loss, check, auxiliary, criterion.count, over)
+    guard = None if fed.private is None else fed.private.guard(silo.id, number)
+    known = (number, fed.rounds, fed.seed, criterion.loss, check, auxiliary, criterion.count, over)
+    return params_P, Round(*known, guard=guard)
 
 
 def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> bool:
