@@ -48,7 +48,7 @@ ORDER = [
     *("secure", "evaluate", "exchange", "privacy", "rounds", "transports", "config", "directory", "opening", "trial"),
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
-    *("reveals", "plan", "results", "compare", "launchline", "remains", "supervisor"),
+    *("reveals", "plan", "check", "results", "compare", "launchline", "remains", "supervisor"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}
@@ -121,6 +121,7 @@ from fedmpi.comm import SoloComm
 open("c.yaml", "w").write("rounds: 1")
 for args in (["list"], ["list", "servers"], ["plan", "c.yaml", "--ranks", "4"], ["plan", "c.yaml", "--json"]):
     app(args, standalone_mode=False)
+app(["check", "c.yaml"], standalone_mode=False)
 with fedmpi.Run("c.yaml", comm=SoloComm()) as run:
     list(run)
 for args in (["inspect", "runs/c"], ["silos", "runs/c", "--json"], ["stop", "runs/c"], ["eval", "runs/c"]):

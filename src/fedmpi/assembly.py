@@ -204,7 +204,7 @@ def _as_stored(spec: Spec, hosts: Sequence[str], one: Stored, newest: Collection
 def specify(config: Config, comm: Comm, out: Path, known: Source | None = None) -> Spec:
     """Builds what does not depend on the members. Collective. `known`: the silos, if not from the configured data."""
     chosen = device.choose(config.device.name, config.device.share, comm)
-    comm.collectively(lambda: _check_machine(config, chosen))
+    comm.collectively(lambda: check_machine(config, chosen))
     source = comm.collectively(lambda: source_of(config)) if known is None else known
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
     if config.attack is not None and comm.rank == 0:
@@ -220,7 +220,7 @@ def specify(config: Config, comm: Comm, out: Path, known: Source | None = None) 
     # Different initial values would make ranks train different models: other files in `init`, other torch versions.
     comm.require_equal("the model's first parameters", digest_of(saved(module)), ConfigError)
     found = comm.collectively(lambda: entries(module, config.exchange.parameters))
-    comm.collectively(lambda: _starts_finite(module, found))
+    comm.collectively(lambda: starts_finite(module, found))
     grace_s, heals = config.comm.grace_s, config.heals != "stop"
     watchdog = comm.collectively(lambda: None if grace_s is None else Watchdog(grace_s, comm, heals))
     watch = stopping.Watch(comm, out, watchdog)
@@ -244,7 +244,7 @@ def open_members(
     opened = open_silos(spec.source, members, comm, held, known)
     # Components raise if they do not support them.
     comm.collectively(lambda: config.entries(spec.module, members.ids, spec.known))
-    comm.collectively(lambda: _weights(config, members.ids, opened.num_train))
+    comm.collectively(lambda: weights_of(config, members.ids, opened.num_train))
     _try_members(spec, members, opened.data, comm)
     if (capped := config.select.capped(len(members.ids))) and comm.rank == 0:
         log.warning(capped)
@@ -256,7 +256,7 @@ def open_alone(spec: Spec, silo: str, comms: Comms) -> Opened:
     members = Membership(0, {silo: (0,)}).checked(spec.source.silos, comms.world.hosts)
     opened = open_silos(spec.source, members, comms.control)
     spec.config.entries(spec.module, spec.known, spec.known)
-    _weights(spec.config, members.ids, opened.num_train)
+    weights_of(spec.config, members.ids, opened.num_train)
     _try_members(spec, members, opened.data, comms.control)
     return opened
 
@@ -283,7 +283,7 @@ def build_federation(
     `held`: silos that this rank has open. `sends`: the exchange, in place of a plan of the configuration; `remote`:
     silos in jobs of their own. Collective; raises ConfigError on every rank alike."""
     config, comm, members, attack = spec.config, comms.control, opened.members, spec.config.attack
-    weights = _weights(config, members.ids, opened.num_train)
+    weights = weights_of(config, members.ids, opened.num_train)
     hosted = members.hosted(comm.rank)
     secure = _session(spec, members, comm)
     context = _context(spec, weights, hosted, comm)._replace(secure=secure)
@@ -445,7 +445,7 @@ def _experiment(config: Config, known: Sequence[str]) -> str:
     return "" if config.attack is None else said(config.attack, known)
 
 
-def _weights(config: Config, ids: Sequence[str], num_train: Sequence[int]) -> dict[str, float]:
+def weights_of(config: Config, ids: Sequence[str], num_train: Sequence[int]) -> dict[str, float]:
     """Base weight of each silo. Raises ConfigError unless it is positive and finite."""
     weights = {silo: config.aggregate.base(silo, n) for silo, n in zip(ids, num_train, strict=True)}
     for name, weight in weights.items():
@@ -493,7 +493,7 @@ def _try_out(
     refuse_lone_samples("evaluate.finetune", config.evaluate.finetune, 1, one, opened)
 
 
-def _starts_finite(module: torch.nn.Module, found: Sequence[Entry]) -> None:
+def starts_finite(module: torch.nn.Module, found: Sequence[Entry]) -> None:
     """Raises ConfigError if initial values are not finite."""
     tensors = saved(module)
     for entry in found:
@@ -511,7 +511,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return whole.digest()
 
 
-def _check_machine(config: Config, chosen: torch.device) -> None:
+def check_machine(config: Config, chosen: torch.device) -> None:
     """Checks what depends on the machine, not on the configuration alone."""
     for key, rule in (("local", config.local), ("evaluate.finetune", config.evaluate.finetune)):
         if rule is not None and rule.precision == "bf16" and chosen.type != "cuda":

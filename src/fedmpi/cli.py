@@ -353,6 +353,40 @@ def _print_secure(console: Any, result: dict[str, Any]) -> None:
         )
 
 
+@app.command("check")
+def check_run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="without a launcher: how many ranks the estimates are for")
+    ] = 1,
+    no_timing: Annotated[bool, typer.Option("--no-timing", help="time no batches, so estimate no seconds")] = False,
+    as_json: Json = False,
+    allow: Allow = None,
+) -> None:
+    """Look at a run before it waits in a queue: open the data, try model, loss and metrics, write into OUT, estimate
+    time and memory, and name all faults at once. Nothing is trained, and nothing is left on disk.
+
+    Without a launcher one process opens all silos, as on a login node. Under mpirun or srun every rank opens its own.
+    Exits with 2 if there is a fault.
+    """
+
+    def work(comm: Comm) -> None:
+        from fedmpi.check import check, lines
+        from fedmpi.errors import agreed
+
+        result = check(config, overrides or [], comm, ranks, not no_timing, allow or [])
+        if comm.rank == 0:
+            say(json.dumps(result) if as_json else "\n".join(lines(result)))
+        if result["faults"]:
+            raise agreed(ConfigError("the check found faults; correct them, and check again"))
+        comm.finish()
+
+    from fedmpi.comm import SoloComm, launched
+
+    _on_ranks(work) if launched() > 1 else _answer(lambda: work(SoloComm()))
+
+
 def _print_plan(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -402,6 +436,7 @@ def _print_plan(result: dict[str, Any]) -> None:
     console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
     if result["mirror_bytes"]:
         console.print(f"under mpirun --with-ft ulfm: up to {_size(result['mirror_bytes'])} more memory a rank")
+    console.print("not looked at: files, samples, model and loss on them, speed, out; `fedmpi check` does")
     values = Table("key", "value", "from", title="configuration")
     for key, entry in result["config"].items():
         values.add_row(key, str(entry["value"]), entry["from"])

@@ -394,6 +394,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
     `path` may also be a run directory: its config.yaml is read, and `out` is this directory, even if it was moved.
     Origins are "FILE:LINE" or "command line". Raises a one-line ConfigError.
     """
+    values, origins = values_of(path, overrides)
+    return build(Config, values), origins
+
+
+def values_of(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """The plain values and origins that `load` builds a configuration from. Raises a one-line ConfigError."""
     file = _file(Path(path))
     values, origins = read(file)
     if values.pop(ABOUT, None) is not None and file != Path(path):
@@ -412,7 +418,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
         for known in [k for k in origins if k == key or k.startswith(f"{key}.")]:
             del origins[known]
         origins[key] = "command line"
-    return build(Config, values), origins
+    return values, origins
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

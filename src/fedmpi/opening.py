@@ -64,13 +64,13 @@ def open_silos(
     silos = [silo for silo in source.silos if silo.id in members.teams]
     mine = [silo for silo in silos if members.rank(silo.id) == comm.rank]
     opened = comm.collectively(lambda: _all([silo for silo in mine if silo.id not in held], source))
-    told = comm.collectively(lambda: {silo: _facts(silo, data, source, known) for silo, data in opened.items()})
+    told = comm.collectively(lambda: {silo: facts_of(silo, data, source, known) for silo, data in opened.items()})
     facts_KF = np.zeros((len(silos), NUM_FACTS))
     for i, silo in enumerate(silos):
         if silo in mine:
             facts_KF[i] = told[silo.id] if silo.id in told else known[silo.id]
     facts_KF = comm.share(facts_KF.reshape(-1)).reshape(facts_KF.shape)
-    _same_columns(facts_KF[:, 4], source, members, comm)
+    same_columns(facts_KF[:, 4], source, members, comm)
     if comm.rank == 0 and not facts_KF[:, 1].any():
         log.warning("no silo has test samples, so nothing is evaluated: give the data a test part")
     return Opened(members, opened, facts_KF)
@@ -80,7 +80,7 @@ def _all(mine: Sequence[Silo], source: Source) -> dict[str, SiloData]:
     opened, wrong = {}, []
     for silo in mine:
         try:
-            opened[silo.id] = _opened(silo, source)
+            opened[silo.id] = open_silo(silo, source)
         except ConfigError as error:
             wrong.append(str(error))
     if wrong := list(dict.fromkeys(wrong)):
@@ -89,7 +89,7 @@ def _all(mine: Sequence[Silo], source: Source) -> dict[str, SiloData]:
     return opened
 
 
-def _opened(silo: Silo, source: Source) -> SiloData:
+def open_silo(silo: Silo, source: Source) -> SiloData:
     data = source.open(silo.id)
     if len(data.x_train) == 0:
         raise ConfigError(f"silo '{silo.id}' has no training samples")
@@ -103,7 +103,7 @@ def _opened(silo: Silo, source: Source) -> SiloData:
     return data
 
 
-def _facts(silo: str, data: SiloData, source: Source, known: Mapping[str, np.ndarray]) -> np.ndarray:
+def facts_of(silo: str, data: SiloData, source: Source, known: Mapping[str, np.ndarray]) -> np.ndarray:
     """Training samples, test samples, and checksums of inputs, targets and column names."""
     x, y = 0, 0
     for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
@@ -117,7 +117,7 @@ def _facts(silo: str, data: SiloData, source: Source, known: Mapping[str, np.nda
     return found
 
 
-def _same_columns(checksums_K: np.ndarray, source: Source, members: Membership, comm: Comm) -> None:
+def same_columns(checksums_K: np.ndarray, source: Source, members: Membership, comm: Comm) -> None:
     """Raise ConfigError if files name different columns. As many columns of other meaning would still train, to a
     model that is wrong. The names that most silos have are taken as right."""
     named = [int(i) for i in np.flatnonzero(checksums_K)]

@@ -1,0 +1,108 @@
+"""The run directory before a run: whether it can be written, its free space, and what it holds already."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import shutil
+from pathlib import Path
+
+from fedmpi import checkpoint, disk, sources, stopping
+from fedmpi.check.findings import Findings
+from fedmpi.components import to_dict
+from fedmpi.config import Config, differences
+from fedmpi.directory import read_config
+
+PROBE = ".check"
+
+
+def probe(root: Path, found: Findings) -> bool:
+    """Writes a file in `root`, locks it and removes it, and the folders that were made for it. Faults are noted.
+    Returns whether it worked."""
+    made: list[Path] = []
+    try:
+        for folder in reversed((root, *root.parents)):
+            if not folder.exists():
+                folder.mkdir(mode=disk.FOLDER_MODE)
+                made.append(folder)
+        path = root / f"{PROBE}-{os.getpid()}"
+        with open(disk.open_new(path), "wb") as file:
+            try:
+                file.write(b"written by fedmpi check\n")
+                file.flush()
+                os.fsync(file.fileno())
+                _locked(file.fileno(), root, found)
+            finally:
+                path.unlink()
+    except OSError as error:
+        blocked = next((str(path) for path in (root, *root.parents) if path.is_file()), None)
+        why = f"{blocked} is a file" if blocked else error.strerror or str(error)
+        found.fault(f"out: cannot write into {root}: {why}; choose another out=, or make room or rights there")
+        return False
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    return True
+
+
+def _locked(descriptor: int, root: Path, found: Findings) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        found.warn(f"out: {root} has no file locks ({error.strerror}): make sure that no two jobs train in it")
+
+
+def free_bytes(root: Path) -> int:
+    """Free space for this user where `root` is or would be."""
+    return shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+
+
+def room(root: Path, needed_bytes: int, found: Findings) -> int:
+    """The free bytes at `root`. Notes it if checkpoints do not fit, or hardly."""
+    free = free_bytes(root)
+    if free < needed_bytes:
+        found.fault(
+            f"out: {root} has {size(free)} free, and its checkpoints need {size(needed_bytes)}; free some, choose "
+            "another out=, or lower checkpoint.keep"
+        )
+    elif free < 2 * needed_bytes:
+        found.warn(f"out: {root} has {size(free)} free, hardly more than the {size(needed_bytes)} of its checkpoints")
+    return free
+
+
+def stored(root: Path, config: Config, found: Findings) -> int:
+    """The newest round on disk, 0 if there is none. Notes it if the run there is another one, or still trains."""
+    if stopping.is_training(root):
+        found.fault(f"out: another job is training in {root}; choose another out=, or `fedmpi stop {root}`")
+    rounds = checkpoint.sealed_rounds(root)
+    if not rounds:
+        return 0
+    begun = found.attempt(lambda: read_config(root), "out")
+    if begun is None:
+        return rounds[-1]
+    if changed := differences(begun.config, config, begun.about["plan"]):
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        found.fault(f"{root} holds checkpoints of another run: {'; '.join(changed[:3])}{more}; choose another out=")
+    else:
+        now = sources.digests(sources.own_code(to_dict(config)))
+        if others := sources.changes(begun.about.get("code", {}), now):
+            note = found.fault if config.resume.code == "refuse" else found.warn
+            note(f"code has changed since {root} was trained with it: {', '.join(others)}; restore it, or another out=")
+        if rounds[-1] >= config.rounds:
+            found.warn(f"nothing to do: {rounds[-1]} rounds are done in {root}; set rounds=N to train more")
+    return rounds[-1]
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as text.
+
+    >>> size(3 << 20), size(512)
+    ('3.0 MiB', '512 B')
+    """
+    if num_bytes < 1024:
+        return f"{num_bytes:.0f} B"
+    power = min(int(math.log(num_bytes, 1024)), 4)
+    return f"{num_bytes / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"

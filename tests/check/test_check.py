@@ -1,0 +1,670 @@
+"""`fedmpi check`: it finds every planted mistake in one run, all of several at once, and leaves nothing behind."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from support.mpi import FEDMPI, mpirun
+from support.programs.place import own_lines
+from support.runs import put_back  # noqa: F401
+from torch import nn
+from typer.testing import CliRunner
+
+import fedmpi
+from fedmpi import disk
+from fedmpi.check import check, folder, lines, skew
+from fedmpi.cli import app
+from fedmpi.comm import SoloComm
+from fedmpi.comm.threads import on_ranks
+from fedmpi.components import component
+from fedmpi.data.files import parted
+from fedmpi.types import Silo, SiloData, Source
+
+OWN = f"{__name__}:"
+SILOS = "abcd"
+
+
+def samples(number, num=60, classes=3):
+    """x [N, 4] and labels that depend on it."""
+    rng = np.random.default_rng(number)
+    y = np.arange(num) % classes
+    return rng.standard_normal((num, 4)).astype(np.float32) + y[:, None], y
+
+
+class Study:
+    """A configuration, four files of a silo each, and what a test changes of them before they are written."""
+
+    def __init__(self, root):
+        self.root, self.text, self.ranks, self.timing, self.overrides = root, None, 1, False, []
+        self.arrays = {silo: dict(zip("xy", samples(number), strict=True)) for number, silo in enumerate(SILOS)}
+        self.bytes = {}  # by path: instead of arrays
+        self.config = {
+            "rounds": 2,
+            "out": str(root / "out"),
+            "data": {
+                "name": "files",
+                "root": str(root / "data"),
+                "task": "classification",
+                "shape": [4],
+                "num_classes": 3,
+                "silos": [{"id": silo, "path": f"{silo}.npz"} for silo in SILOS],
+            },
+            "model": {"name": "logistic"},
+            "local": {"name": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 8},
+            "objective": {},
+            "device": {"name": "cpu"},
+        }
+
+    def write(self):
+        data = self.root / "data"
+        data.mkdir(exist_ok=True)
+        for silo, arrays in self.arrays.items():
+            np.savez(data / f"{silo}.npz", **arrays)
+        for name, content in self.bytes.items():
+            (data / name).write_bytes(content)
+        path = self.root / "config.yaml"
+        path.write_text(yaml.safe_dump(self.config) if self.text is None else self.text)
+        return path
+
+    def check(self):
+        return check(self.write(), self.overrides, SoloComm(), self.ranks, self.timing)
+
+    def check_on(self, num_ranks):
+        """The result on every rank."""
+        path = self.write()
+        return on_ranks(num_ranks, lambda comm: check(path, self.overrides, comm, timing=self.timing))
+
+    def csv(self, **texts):
+        """CSV files in place of the arrays, by silo."""
+        self.arrays.clear()
+        rows = "".join(f"{i % 7},{i % 5},{i % 3}\n" for i in range(30))
+        for silo in SILOS:
+            self.bytes[f"{silo}.csv"] = texts.get(silo, f"u,v,target\n{rows}").replace("ROWS", rows).encode()
+        silos = [{"id": silo, "path": f"{silo}.csv"} for silo in SILOS]
+        self.config["data"] |= {"shape": [2], "silos": silos}
+
+
+@pytest.fixture
+def study(tmp_path):
+    return Study(tmp_path)
+
+
+# ---------------------------------------------------------------- code of a user, with mistakes
+
+
+class Raises(nn.Linear):
+    def __init__(self):
+        super().__init__(7, 3)
+
+
+class Outputs(nn.Linear):
+    def __init__(self, number=2):
+        super().__init__(4, number)
+
+
+class Pair(Outputs):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Detached(Outputs):
+    def __init__(self):
+        super().__init__(3)
+
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class Idle(Outputs):
+    """A model with a layer that its forward pass does not use."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.idle = nn.Linear(2, 2)
+
+
+class Frozen(Outputs):
+    def __init__(self):
+        super().__init__(3)
+        self.requires_grad_(False)
+
+
+class Unsound(Outputs):
+    """A model whose first parameters are not numbers."""
+
+    def __init__(self):
+        super().__init__(3)
+        nn.init.constant_(self.weight, math.nan)
+
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def many_numbers(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def logarithm(outputs, targets):
+    return outputs.sum().mul(0).log()
+
+
+def raises(outputs, targets):
+    raise KeyError("no such column")
+
+
+@component
+class InCode:
+    """A dataset in code, with mistakes on request."""
+
+    wrong: str = ""
+
+    def source(self, seed):
+        def opened(silo):
+            x, y = map(torch.from_numpy, samples(SILOS.index(silo)))
+            if self.wrong == "labels of another type":
+                y = y.float()
+            if self.wrong == "samples of another type":
+                x = x.double()
+            if self.wrong == "raises":
+                raise FileNotFoundError("database is gone")
+            if self.wrong == "nan":
+                x[3, 2] = math.nan
+            if self.wrong == "label":
+                y[5] = 7
+            if self.wrong == "fewer targets":
+                y = y[:50]
+            return SiloData(x[:40], y[:40], x[40:], y[40:])
+
+        return Source("classification", (4,), 3, tuple(Silo(silo) for silo in SILOS), opened)
+
+
+# ---------------------------------------------------------------- the mistakes, one each
+
+FAULT, WARNING, UNSEEN, ADVICE = "faults", "warnings", "unseen", "advice"
+MISTAKES = {}
+
+
+def mistake(level, *says):
+    """Plants one mistake into a study; a line of this level must contain all of `says`."""
+
+    def register(plant):
+        MISTAKES[plant.__name__] = (plant, level, says)
+        return plant
+
+    return register
+
+
+def own_data(wrong):
+    return {"data": {"name": OWN + "InCode", "wrong": wrong}}
+
+
+def sets(level, says, name, **values):
+    """A mistake in the configuration alone: dotted keys, with __ for dots."""
+
+    def plant(study):
+        for key, value in values.items():
+            *parents, last = key.split("__")
+            section = study.config
+            for part in parents:
+                section = section.setdefault(part, {})
+            section[last] = value
+
+    MISTAKES[name] = (plant, level, says if isinstance(says, tuple) else (says,))
+
+
+@mistake(FAULT, "silo 'b': no file", "put it there or correct its path")
+def a_file_is_missing(study):
+    del study.arrays["b"]
+
+
+@mistake(FAULT, "silo 'b'", "is a folder")
+def a_path_is_a_folder(study):
+    study.config["data"]["silos"][1]["path"] = "b.npz"
+    del study.arrays["b"]
+    (study.root / "data/b.npz").mkdir(parents=True)
+
+
+@mistake(FAULT, "silo 'c'", "cannot be read as .npz")
+def a_file_is_damaged(study):
+    del study.arrays["c"]
+    study.bytes["c.npz"] = b"PK\x03\x04 cut off"
+
+
+@mistake(FAULT, "silo 'b'", "have shape [3]", "data.shape is [4]")
+def one_silo_has_another_shape(study):
+    study.arrays["b"]["x"] = study.arrays["b"]["x"][:, :3]
+
+
+@mistake(FAULT, "silo 'c'", "label 7 is not a whole number from 0 to 2")
+def a_label_is_outside_the_classes(study):
+    study.arrays["c"]["y"][4] = 7
+
+
+@mistake(FAULT, "labels counted from 1 need data.classes: [1, 2, 3]")
+def labels_are_counted_from_one(study):
+    for arrays in study.arrays.values():
+        arrays["y"] = arrays["y"] + 1
+
+
+@mistake(FAULT, "silo 'd'", "NaN or infinite values in 2 of 60 samples")
+def features_are_nan(study):
+    study.arrays["d"]["x"][[3, 9], 1] = np.nan
+
+
+@mistake(FAULT, "every training label of all silos is 1", "check data.target")
+def labels_are_constant(study):
+    for arrays in study.arrays.values():
+        arrays["y"] = np.ones(60, int)
+
+
+@mistake(WARNING, "silo 'b': all 48 training labels are 2")
+def labels_of_one_silo_are_constant(study):
+    study.arrays["b"]["y"] = np.full(60, 2)
+
+
+@mistake(FAULT, "silo 'a' has no samples for training")
+def a_silo_is_empty(study):
+    study.arrays["a"] = {"x": np.zeros((0, 4), np.float32), "y": np.zeros(0, int)}
+
+
+@mistake(FAULT, "silo 'a'", "is 'high', which is not a number")
+def features_are_text(study):
+    study.arrays["a"]["x"] = np.full((60, 4), "high")
+
+
+@mistake(FAULT, "silo 'b'", "x has 60 samples, but y has shape [50]")
+def there_are_fewer_targets_than_samples(study):
+    study.arrays["b"]["y"] = study.arrays["b"]["y"][:50]
+
+
+@mistake(FAULT, "two silos are called 'a'")
+def an_id_is_there_twice(study):
+    study.config["data"]["silos"][1]["id"] = "a"
+
+
+@mistake(FAULT, "silo 'c' declares 99 training samples")
+def a_declared_number_is_wrong(study):
+    study.config["data"]["silos"][2]["num_samples"] = 99
+
+
+@mistake(WARNING, "silo 'd' has the samples of silo 'c'")
+def a_file_is_a_copy(study):
+    study.arrays["d"] = study.arrays["c"]
+    x, y = samples(2)
+    for silo in "cd":  # with a test part, which is otherwise drawn by the silo's id
+        study.arrays[silo] = {"x_train": x[:40], "y_train": y[:40], "x_test": x[40:], "y_test": y[40:]}
+
+
+@mistake(WARNING, "silo 'a': 20 of its 20 test samples are training samples too")
+def test_samples_are_training_samples(study):
+    x, y = samples(0)
+    study.arrays["a"] = {"x_train": x, "y_train": y, "x_test": x[:20], "y_test": y[:20]}
+
+
+@mistake(ADVICE, "scale the columns", "x[2]")
+def a_feature_is_not_scaled(study):
+    for arrays in study.arrays.values():
+        arrays["x"] = arrays["x"] * [1, 1, 5000, 1]
+
+
+@mistake(ADVICE, "1 feature is constant in all silos", "x[0]")
+def a_feature_is_constant(study):
+    for arrays in study.arrays.values():
+        arrays["x"] = arrays["x"] * [0, 1, 1, 1]
+
+
+@mistake(ADVICE, "features differ between silos", "check units")
+def one_silo_has_another_unit(study):
+    study.arrays["b"]["x"][:, 3] += 40
+
+
+@mistake(ADVICE, "no silo has training labels of class 3")
+def a_class_is_never_there(study):
+    study.config["data"]["num_classes"] = 4
+
+
+@mistake(FAULT, "silo 'b' has 'w' where silo 'a' has 'v'", "rename them")
+def columns_of_one_silo_have_other_names(study):
+    study.csv(b="u,w,target\nROWS")
+
+
+@mistake(FAULT, "column 'v': line 2 is empty", "missing values are not filled in")
+def a_cell_is_empty(study):
+    study.csv(c="u,v,target\n1,,2\nROWS")
+
+
+@mistake(FAULT, "a column of text goes into data.levels")
+def a_column_is_text(study):
+    study.csv(a="u,v,target\n" + "".join(f"{i},{'fm'[i % 2]},{i % 3}\n" for i in range(30)))
+
+
+@mistake(FAULT, "has no column 'target' (data.target)")
+def the_target_column_is_missing(study):
+    study.csv(d="u,v,died\nROWS")
+
+
+@mistake(FAULT, "set data.separator")
+def columns_have_another_separator(study):
+    study.csv(d="u;v;target\n1;2;0\n2;3;1\n")
+
+
+@mistake(FAULT, "appears twice, first in line")
+def a_key_is_there_twice(study):
+    study.text = yaml.safe_dump(study.config) + "rounds: 3\n"
+
+
+@mistake(FAULT, "not YAML")
+def the_file_is_not_yaml(study):
+    study.text = "rounds: [1\nout: x"
+
+
+@mistake(FAULT, "'local.lr' is not an override; write key=value")
+def an_override_has_no_value(study):
+    study.overrides = ["local.lr"]
+
+
+@mistake(FAULT, "out: cannot write into", "is a file", "choose another out=")
+def out_is_a_file(study):
+    (study.root / "out").write_text("")
+
+
+@mistake(FAULT, "holds checkpoints of another run", "local.lr is 0.1 there and 0.2 here")
+def out_holds_another_run(study):
+    with fedmpi.Run(str(study.write()), comm=SoloComm()) as run:
+        list(run)
+    study.config["local"]["lr"] = 0.2
+
+
+@mistake(WARNING, "nothing to do: 2 rounds are done")
+def all_rounds_are_done(study):
+    with fedmpi.Run(str(study.write()), comm=SoloComm()) as run:
+        list(run)
+
+
+@mistake(WARNING, "9 ranks for 4 silos: 5 would host none; start 4 ranks")
+def there_are_more_ranks_than_silos(study):
+    study.ranks = 9
+
+
+@mistake(UNSEEN, "silo 'c': only host 'far' may open it")
+def a_silo_is_pinned_to_another_host(study):
+    study.config["data"]["silos"][2]["host"] = "far"
+
+
+@mistake(WARNING, "the loss of silo 'a' is", "lower local.lr")
+def the_learning_rate_is_much_too_high(study):
+    study.timing = True
+    study.config["local"] |= {"lr": 1e30, "epochs": 3}
+    study.config["model"] = {"name": "mlp", "hidden": [8]}
+
+
+sets(WARNING, "no silo has test samples", "no_test_part", data__test_fraction=0.0)
+sets(FAULT, "its training targets are float32, and task classification takes int64", "targets_of_another_type",
+     **own_data("labels of another type"))  # fmt: skip
+sets(WARNING, "its training samples are float64", "samples_of_another_type", **own_data("samples of another type"))
+sets(
+    FAULT,
+    ("silo 'a': FileNotFoundError: database is gone", "test_check.py, line"),
+    "a_dataset_raises",
+    **own_data("raises"),
+)
+sets(FAULT, "silo 'a': 1 of 160 values of its training samples are NaN", "a_dataset_gives_nan", **own_data("nan"))
+sets(
+    FAULT, "1 of its 40 training labels are not from 0 to 2 (such as 7)", "a_dataset_gives_a_label", **own_data("label")
+)
+sets(FAULT, "20 test samples, but 10 targets", "a_dataset_gives_fewer_targets", **own_data("fewer targets"))
+sets(FAULT, ("it returns 2 numbers per target", "3 classes"), "too_few_outputs", model={"name": OWN + "Outputs"})
+sets(WARNING, ("it returns 5 numbers per target", "give its last layer 3"), "too_many_outputs",
+     model={"name": OWN + "Outputs", "number": 5})  # fmt: skip
+sets(
+    FAULT,
+    ("model and data disagree", "must take samples of [4]"),
+    "a_model_of_another_size",
+    model={"name": OWN + "Raises"},
+)
+sets(FAULT, "model: it returns a tuple of 2", "a_model_returns_more", model={"name": OWN + "Pair"})
+sets(FAULT, "does not depend on the model's parameters", "a_model_that_detaches", model={"name": OWN + "Detached"})
+sets(WARNING, ("'idle.weight', 'idle.bias'", "got no gradient"), "an_unused_layer", model={"name": OWN + "Idle"})
+sets(FAULT, "no parameter of it requires a gradient", "a_frozen_model", model={"name": OWN + "Frozen"})
+sets(FAULT, "'weight' starts with values that are not finite", "a_model_of_nan", model={"name": OWN + "Unsound"})
+sets(
+    FAULT,
+    "cannot import 'nowhere:Net': No module named 'nowhere'",
+    "code_that_is_not_there",
+    model={"name": "nowhere:Net"},
+)
+sets(FAULT, "has no attribute 'Outputz'; did you mean 'Outputs'?", "a_misspelt_class", model={"name": OWN + "Outputz"})
+sets(FAULT, "No module named 'no_hook'", "a_hook_that_is_not_there", records={"sinks": ["no_hook:Sink"]})
+sets(FAULT, "'mse' is for regression", "a_loss_for_another_task", objective__loss="mse")
+sets(FAULT, "does not return one number", "a_loss_of_many_numbers", objective__loss=OWN + "many_numbers")
+sets(
+    FAULT,
+    ("the loss before training is -inf", "logarithm"),
+    "a_loss_that_is_not_finite",
+    objective__loss=OWN + "logarithm",
+)
+sets(FAULT, "objective.metrics.0", "a_metric_for_another_task", objective__metrics=["mae"])
+sets(FAULT, "no metric 'acuracy'; did you mean 'accuracy'?", "a_misspelt_metric", objective__metrics=["acuracy"])
+sets(FAULT, ("'raises' raised on every silo's samples", "no such column"), "a_metric_that_raises",
+     objective__metrics=[{"name": OWN + "raises", "maximize": True}, "accuracy"])  # fmt: skip
+sets(FAULT, "local.lr: input should be greater than 0", "a_learning_rate_of_zero", local__lr=0)
+sets(FAULT, "has no 'learning_rate'; did you mean 'lr'?", "a_misspelt_key", local__learning_rate=0.1)
+sets(FAULT, "rounds: input should be greater than 0", "no_rounds", rounds=0)
+sets(FAULT, "give either 'epochs' or 'steps'", "epochs_and_steps", local__steps=3)
+sets(
+    WARNING,
+    ("local.batch_size is 500", "silo 'a' has 48", "and 3 more"),
+    "a_batch_over_the_silo",
+    local__batch_size=500,
+)
+sets(FAULT, "leave one of a single sample", "a_batch_of_one", model={"name": OWN + "Normed"}, local__batch_size=47)
+sets(FAULT, "init:", "a_file_of_parameters_is_missing", init="gone.pt")
+sets(FAULT, "this host shows no GPU", "no_gpu", device__name="cuda")
+sets(FAULT, "krum", "too_few_silos_for_a_robust_rule", aggregate={"name": "krum", "byzantine": 3},
+     exchange={"plan": "sharded", "scope": "silo"})  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def told(result, level):
+    return result["skew"]["advice"] if level == ADVICE else result[level]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_planted_mistake_is_found(study, name):
+    plant, level, says = MISTAKES[name]
+    plant(study)
+    result = study.check()
+    lines_of_level = told(result, level)
+    assert any(all(text in line for text in says) for line in lines_of_level), lines(result)
+    assert all("\n" not in line for line in lines(result))
+
+
+def test_there_are_enough_mistakes_and_none_in_the_place_itself(study):
+    assert len(MISTAKES) >= 30
+    result = study.check()
+    assert (result["faults"], result["warnings"], result["unseen"]) == ([], [], ["speed: --no-timing"]), lines(result)
+    assert not (study.root / "out").exists()
+
+
+def test_a_disk_that_is_nearly_full(study, monkeypatch):
+    monkeypatch.setattr(folder, "free_bytes", lambda root: 1000)
+    [fault] = study.check()["faults"]
+    assert "has 1000 B free, and its checkpoints need" in fault and "lower checkpoint.keep" in fault
+    need = check(study.root / "config.yaml", [], SoloComm(), 1, False)["out"]["checkpoint_bytes"]
+    monkeypatch.setattr(folder, "free_bytes", lambda root: need + 1)
+    result = study.check()
+    assert not result["faults"] and "hardly more than" in result["warnings"][0]
+
+
+def test_a_folder_that_may_not_be_written(study, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(disk, "open_new", refuse)  # tests may run as root, who may write everywhere
+    [fault] = study.check()["faults"]
+    assert "Permission denied" in fault and not (study.root / "out").exists()
+
+
+# Mistakes that do not hide each other: at most one in the model, one in the loss, and one in each silo.
+TOGETHER = (
+    *("a_file_is_missing", "a_label_is_outside_the_classes", "features_are_nan", "a_silo_is_empty"),
+    *("out_is_a_file", "a_hook_that_is_not_there", "a_misspelt_metric", "a_learning_rate_of_zero", "no_rounds"),
+    *("too_few_outputs", "a_misspelt_key", "no_gpu", "there_are_more_ranks_than_silos"),
+)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_five_mistakes_are_named_together(study, seed):
+    names = random.Random(seed).sample(TOGETHER, 5)
+    for name in names:
+        MISTAKES[name][0](study)
+    result = study.check()
+    for name in names:
+        _, level, says = MISTAKES[name]
+        assert any(all(text in line for text in says) for line in told(result, level)), (name, lines(result))
+
+
+@pytest.mark.mpi
+def test_four_ranks_with_a_folder_each_name_all_mistakes(study):
+    """Each rank sees only its own silo's file; five mistakes on four ranks."""
+    for name in ("one_silo_has_another_shape", "a_label_is_outside_the_classes", "features_are_nan", "a_silo_is_empty"):
+        MISTAKES[name][0](study)
+    study.config["objective"]["metrics"] = ["acuracy"]
+    del study.config["data"]["root"]
+    study.write()
+    for rank, silo in enumerate(SILOS):
+        (study.root / f"site{rank}").mkdir()
+        (study.root / "data" / f"{silo}.npz").rename(study.root / f"site{rank}" / f"{silo}.npz")
+    script = 'exec "$0" check config.yaml data.root=site${OMPI_COMM_WORLD_RANK:-$PMI_RANK} --json'
+    done = mpirun(4, "sh", "-c", script, FEDMPI, cwd=study.root, timeout_s=100)
+    assert done.rc == 2, done.tails
+    result = json.loads(done.out)
+    for silo, text in {"a": "no samples", "b": "shape [3]", "c": "label 7", "d": "2 of 60 samples"}.items():
+        [fault] = [fault for fault in result["faults"] if f"silo '{silo}'" in fault]
+        assert text in fault
+    assert len(result["faults"]) == 5 and any("acuracy" in fault for fault in result["faults"]), result["faults"]
+    [line] = own_lines(done)
+    assert "the check found faults" in line
+    assert not (study.root / "out").exists()
+
+
+# ---------------------------------------------------------------- what the report says
+
+
+def skewed(study):
+    """Labels, sizes and one feature differ between silos; one silo has equal labels."""
+    for number, silo in enumerate(SILOS):
+        x, y = samples(number, 30 + 60 * number)
+        y = np.where(np.arange(len(y)) % 10 < 8, number % 3, y)
+        x[:, 1] += 3 * number
+        y = y if number else np.zeros_like(y)
+        study.arrays[silo] = {"x": x, "y": y}
+
+
+def test_ranks_and_one_process_tell_the_same(study):
+    skewed(study)
+    alone = study.check()
+    four = study.check_on(4)
+    assert all(other == four[0] for other in four)
+    assert [row["rank"] for row in four[0]["silos"]] == [0, 1, 2, 3]
+    for row, other in zip(alone["silos"], four[0]["silos"], strict=True):
+        assert row["labels"] == other["labels"]
+        assert row["shift"] == other["shift"] and row["divergence"] == other["divergence"]
+    assert json.dumps(alone["skew"]["labels"]) == json.dumps(four[0]["skew"]["labels"])
+    for name in ("between", "chance"):
+        assert alone["skew"]["features"][name] == pytest.approx(four[0]["skew"]["features"][name])
+    assert alone["start"] == pytest.approx(four[0]["start"])
+
+
+def test_divergence_and_share_of_variance_are_those_of_their_definitions(study):
+    skewed(study)
+    result = study.check()
+    data = {}
+    for silo in SILOS:
+        with np.load(study.root / "data" / f"{silo}.npz") as file:
+            data[silo] = parted(file["x"], file["y"], 0.2, silo)[:2]
+    counts = np.stack([np.bincount(y, minlength=3) for _, y in data.values()])
+    pooled = counts.sum(0) / counts.sum()
+
+    def kl(p, q):
+        return sum(a * math.log2(a / b) for a, b in zip(p, q, strict=True) if a)
+
+    far = []
+    for own in counts / counts.sum(1, keepdims=True):
+        middle = (own + pooled) / 2
+        far.append((kl(own, middle) + kl(pooled, middle)) / 2)
+    assert [row["divergence"] for row in result["silos"]] == pytest.approx(far)
+    assert result["skew"]["labels"]["divergence"] == pytest.approx(np.mean(far))
+    assert result["skew"]["labels"]["counts"] == counts.sum(0).tolist()
+    x = np.concatenate([x for x, _ in data.values()]).astype(float)
+    between = sum(len(own) * (own.mean(0) - x.mean(0)) ** 2 for own, _ in data.values()) / len(x) / x.var(0)
+    assert result["skew"]["features"]["between"] == pytest.approx(between.mean())
+    first = result["skew"]["features"]["shown"][0]
+    assert first["feature"] == "x[1]" and first["between"] == pytest.approx(between[1])
+    width = 2 * skew.SPAN * x[:, 1].std() / skew.BINS
+    assert first["quantiles"] == pytest.approx(np.quantile(x[:, 1], skew.QUANTILES), abs=width)
+    advice = " ".join(result["skew"]["advice"])
+    assert "labels differ strongly" in advice and "features differ between silos" in advice
+
+
+def test_alike_silos_suggest_nothing(study):
+    assert study.check()["skew"]["advice"] == ["nothing: labels, sizes and features are alike"]
+
+
+@pytest.mark.parametrize("disclose", ["pooled", "cohort"])
+def test_only_sums_are_told_unless_silos_are_disclosed(study, disclose):
+    skewed(study)
+    study.config["disclose"] = disclose
+    result = study.check_on(4)[0]
+    assert result["silos"] == [] and result["skew"]["labels"]["divergence"] > 0.1
+    text = "\n".join(lines(result))
+    assert f"disclose: {disclose}" in text and "most in" not in text and "farthest" not in text
+    assert not result["warnings"] and any("single silos" in line for line in result["unseen"])
+    sent = json.dumps(result)
+    study.config["disclose"] = "silo"
+    shown = study.check()
+    assert len(shown["silos"]) == 4 and f"most in {shown['silos'][0]['silo']}" not in text
+    for row in shown["silos"]:
+        assert str(row["divergence"]) not in sent
+
+
+def test_time_and_memory_are_estimated(study):
+    study.timing, study.ranks = True, 2
+    study.config |= {"rounds": 10}
+    result = study.check()
+    took = result["estimate"]["seconds"]
+    assert took["timed"] == 6 and took["batch"] > 0 and took["exchange"] is None
+    assert took["train"] == pytest.approx(12 * took["batch"])  # two silos of 48 samples on a rank, batches of 8
+    assert took["run"] == pytest.approx(10 * took["round"])
+    assert len(result["estimate"]["memory"]["ranks"]) == 2 and result["estimate"]["memory"]["limit_bytes"] > 1 << 28
+    assert any(line.startswith("time: a round about") for line in lines(result))
+
+
+def test_the_command_prints_lines_and_ends_with_2_for_a_fault(study, monkeypatch):
+    monkeypatch.chdir(study.root)
+    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "FEDMPI_RANKS"):
+        monkeypatch.delenv(variable, raising=False)
+    study.write()
+    done = CliRunner().invoke(app, ["check", "config.yaml", "--no-timing"])
+    assert done.exit_code == 0 and "no fault found" in done.stdout and "a     0     48     12" in done.stdout
+    done = CliRunner().invoke(app, ["check", "config.yaml", "local.lr=0", "--no-timing"])
+    assert done.exit_code == 2 and "fault: local.lr: input should be greater than 0, got 0" in done.stdout
+    done = CliRunner().invoke(app, ["check", "config.yaml", "--no-timing", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["faults"] == []
+
+
+def test_plan_says_what_it_did_not_look_at(study, monkeypatch):
+    monkeypatch.chdir(study.root)
+    study.write()
+    done = CliRunner().invoke(app, ["plan", "config.yaml"])
+    assert "not looked at: files, samples, model and loss on them, speed, out; `fedmpi check` does" in done.stdout
