@@ -5,9 +5,10 @@
 A server and silos as jobs that are killed, suspended and submitted again, over a folder that shows names late, fails
 with and without effect, loses replies, tears files and fills up (tests/support/faulty_folder.py). Checked at every
 commit: no update is counted twice, none is lost after its commit, there is one line of commits, every reader sees a
-beginning of it, an old server commits nothing after a new one has read the line. Checked at the end: commits are made
-again, and the number of files is bounded. The last line is JSON. Exit code 1 if something does not hold. `--to` draws
-the first two hours of one course; needs matplotlib. `--quick`: 40,000 operations.
+beginning of it, an old server commits nothing after a new one has read the line. Checked at the end, when faults have
+ended: commits are made, every silo is answered, and the number of files is bounded. The last line is JSON. Exit code 1
+if something does not hold. `--to` draws the first two hours of one course; needs matplotlib. `--quick`: 40,000
+operations.
 """
 
 import argparse
@@ -30,7 +31,7 @@ PROFILES = {
     "zombies": replace(HARSH, suspend_link=0.3, suspend_s=400.0, skew_s=1e5),
     "stale listings": replace(HARSH, stale_listing_s=60.0),
 }
-PIECE = 25_000  # operations of one course; 10,000 with --quick
+PIECE = 50_000  # operations of one course; 10,000 with --quick
 SEED = 7  # of the course that is drawn
 
 

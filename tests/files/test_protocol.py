@@ -75,8 +75,8 @@ def any_parent(monkeypatch):
 def no_digest(monkeypatch):
     def unpacked(content, **expected):
         try:
-            head = memoryview(content)[52:].tobytes().partition(b"}")[0] + b"}"
-            parts, _ = envelope.packed(json.loads(head), [memoryview(content)[52 + len(head) :]])
+            end = 52 + int.from_bytes(content[8:12], "little")
+            parts, _ = envelope.packed(json.loads(bytes(content[52:end])), [content[end:]])
         except ValueError:
             raise envelope.Torn from None
         return envelope.unpacked(b"".join(parts), **expected)
@@ -123,14 +123,14 @@ def leases_by_file_times(monkeypatch):
 
 # With the seed that shows it soonest; others follow.
 RULES = {
-    no_fsync: 0,
-    no_look_at_epochs: 9,
+    no_fsync: 6,
+    no_look_at_epochs: 13,
     commits_by_rename: 2,
-    any_parent: 9,
-    no_digest: 6,
+    any_parent: 13,
+    no_digest: 7,
     an_existing_link_is_lost: 0,
     forgets_the_line: 0,
-    leases_by_file_times: 1,
+    leases_by_file_times: 0,
 }
 
 

@@ -48,6 +48,7 @@ class Truth:
         self.times_s: list[float] = []
         self.at_operation: list[int] = []
         self.answered: dict[tuple[str, int], str] = {}
+        self.answered_at: dict[str, int] = {}  # by silo: number of operations at its last answer
         self.sums: list[int] = []  # the model of each version
         self.published: dict[str, dict[str, Any]] = {}  # updates by digest
         self.notes: dict[str, dict[str, Any]] = {}
@@ -90,6 +91,7 @@ class Truth:
             require(entry.number == 0 or (entry.silo, entry.number - 1) in self.answered, f"{key} leaves one out")
             require(entry.digest in self.published, f"update {key} has a digest that nobody published")
             self.answered[key] = entry.digest
+            self.answered_at[entry.silo] = self.world.num_operations
             if entry.counts:
                 total += self.published[entry.digest]["value"]
         model = self.notes.get(commit.files["model"].digest)
@@ -160,7 +162,8 @@ class Jobs:
             except (Superseded, FolderError, ConfigError) as error:
                 self.ends[f"{role.split()[0]}: {type(error).__name__}"] += 1
                 if isinstance(error, ConfigError):
-                    require("alive" in str(error) or "No space left" in str(error), str(error))
+                    expected = ("is alive", "cannot write in")  # a disk that is full, then errors
+                    require(any(text in str(error) for text in expected), str(error))
                 if isinstance(error, Superseded):
                     folder_name = names.EPOCHS if role == "server" else names.SILOS
                     require(len(self.world.folders[folder_name]) > 1, f"{role} was superseded by nobody")
@@ -236,7 +239,7 @@ class Jobs:
                 continue
             unanswered = {n: sent for n, sent in unanswered.items() if silo.answer(n) is None}
             commit = silo.line.head  # to ask for answers is to look
-            again = min(unanswered, default=-1) if rng.random() < 0.05 else -1
+            again = min(unanswered, default=-1) if rng.random() < 0.2 else -1
             if again >= 0 and silo.lost(again):
                 sent = unanswered[again]
             elif unanswered and (speed % 2 == 0 or not silo.taken(max(unanswered))):
@@ -284,6 +287,9 @@ def survive(world: World, num_silos: int = 8, prepare: Callable[[Jobs], None] = 
     require(truth.at_operation[-1] > (world.calm_at + world.most) // 2, "no commit although all faults have ended")
     if jobs.keep_updates:
         truth.are_kept()
+    if world.most - world.calm_at >= 10_000:  # long enough for a damaged update to be given up and sent again
+        starved = [silo for silo, at in truth.answered_at.items() if at < world.calm_at]
+        require(len(truth.answered_at) == num_silos and not starved, f"silos {starved} are not answered")
     require(jobs.keep_updates or truth.most_files < 64 + 16 + 60 * num_silos, f"{truth.most_files} files")
     gaps = [b - a for a, b in zip([0.0, *truth.times_s], [*truth.times_s, world.now_s], strict=True)]
     require(max(gaps) < MOST_GAP_S, f"no commit for {max(gaps):.0f} s")

@@ -3,8 +3,8 @@
     8 bytes    magic
     4 + 8      length of the head, length of the payload, little endian
     32         SHA-256 of head and payload
-    head       JSON: run, kind, who, number, by, and what the kind adds
-    payload    bytes
+    head       JSON: run, kind, who, number, by, and what the kind adds; then spaces, so that
+    payload    starts at a multiple of 64 bytes
 
 A file that is not whole is not there yet: file systems of several hosts show files before all of their content.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAGIC = b"fedmpi-1"
+_ALIGN = 64  # bytes
 _FIXED = struct.Struct("<8sIQ32s")
 
 Buffer = bytes | bytearray | memoryview
@@ -45,7 +46,8 @@ def packed(head: Mapping[str, Any], payload: Sequence[Buffer] = ()) -> tuple[lis
     >>> content.head, bytes(content.payload), content.digest == digest
     ({'kind': 'beat'}, b'abc', True)
     """
-    text = json.dumps(head, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    text = json.dumps(head, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-(_FIXED.size + len(text)) % _ALIGN)
     payload = [memoryview(part).cast("B") for part in payload]
     digest = hashlib.sha256(text)
     for part in payload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ def open_run(folder: Folder, about: Mapping[str, Any]) -> str:
 
     Raises ConfigError if the root does not exist, belongs to another run or to something else, or cannot be used.
     """
+    about = json.loads(json.dumps(about))  # as it is read back
     there = _listed(folder)
     foreign = [name for name in there if name not in FOLDERS and not name.startswith(RUN)]
     if foreign and RUN not in there:
@@ -41,7 +43,7 @@ def open_run(folder: Folder, about: Mapping[str, Any]) -> str:
             folder.tried(f"make {name}", lambda name=name: folder.make(name))  # type: ignore[misc]
     probe(folder)
     if RUN not in there:
-        parts, _ = packed({"kind": "run", "run": folder.token(), "about": dict(about)})
+        parts, _ = packed({"kind": "run", "run": folder.token(), "about": about})
         folder.publish_first(RUN, parts)
     stored = _read_run(folder)
     differs = [key for key in (*about, *stored["about"]) if about.get(key) != stored["about"].get(key)]
