@@ -21,7 +21,7 @@ def told(tmp_path, ranks=3, **how):
         ({"exchange": {"plan": "sharded"}}, "pieces of it", "pieces of it", "it, not encrypted"),
         ({"exchange": {"plan": "sharded", "scope": "silo"}}, "pieces of it", "pieces of it", "yes, not encrypted"),
         ({"engine": {"name": "buffered", "size": 2}}, "yes", "no", "yes, not encrypted"),
-        (SECURE, "a sum of 2 or more", "the same, with their own", "masked words"),
+        (SECURE, "a sum of 3 or more", "the same, with their own", "masked words"),
     ],
 )
 def test_who_sees_a_silos_update(tmp_path, how, server, silos, network):
@@ -42,7 +42,7 @@ def test_one_rank_sends_nothing(tmp_path):
 
 def test_the_ring_is_told(tmp_path):
     found = told(tmp_path, **SECURE)[1]["secure"]
-    assert found["bits"] == 32 and found["threshold"] == 2 and found["clip"] == 1.0 and found["neighbours"] == 2
+    assert found["bits"] == 32 and found["threshold"] == 3 and found["clip"] == 1.0 and found["neighbours"] == 2
     assert 0 < found["error"] < 1e-8 and found["largest_sum"] == 4.0
     assert told(tmp_path)[1]["secure"] is None
 

@@ -83,7 +83,7 @@ def train_silos(
                 weight=silo.weight * factor,
             )
             grown = _grown(contribution.weight, silo.weight * factor, stands_for) * fed.exchange.rounds_held
-            most = fed.exchange.largest_norm / (grown if fed.exchange.ring else 1.0)
+            most = min(LARGEST_NORM, fed.exchange.largest_norm / (grown if fed.exchange.ring else 1.0))
             rejected, norms = steps.on_silo(contribution, most, LARGEST_NORM if fed.secure is not None else None)
             fed.ready.set_silo(fed.index[name], **norms)
             if not rejected and not (

@@ -31,7 +31,8 @@ class SecAgg:
     """
 
     threshold: Annotated[int, pydantic.Field(ge=2)] | None = None
-    """fewest silos in a sum; with fewer usable updates the round is given up; null: 2/3 of the smallest cohort"""
+    """fewest silos in a sum; with fewer usable updates the round is given up; null: 2/3 of the smallest cohort,
+    but at least 3 if it has so many"""
     bits: Literal[32, 64] | None = None
     """of the integers; 32 needs `updates: clip` with a fixed norm; null: 32 with such a clip, else 64"""
     neighbours: Annotated[int, pydantic.Field(ge=2)] | None = None
@@ -49,7 +50,7 @@ class SecAgg:
         least = config.select.least(ids, config.rounds)
         if self.threshold is not None and self.threshold > least:
             raise ConfigError(f"secure.threshold: {self.threshold}, and a cohort may be {least}")
-        return self.threshold or max(2, math.ceil(2 * least / 3))
+        return self.threshold or max(2, min(3, least), math.ceil(2 * least / 3))
 
     def conflicts(self, config: Config) -> str | None:
         """Refuses what reads single updates, and what would reveal sums that differ by one silo."""
