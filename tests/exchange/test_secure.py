@@ -239,6 +239,18 @@ def test_what_a_rank_sends_is_uniform_whatever_it_holds(plan, bits, what, monkey
     assert abs(np.corrcoef(one[: len(two)], two[: len(one)])[0, 1]) < 6 / min(len(one), len(two)) ** 0.5
 
 
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("plan", PLANS)
+def test_no_part_of_a_stream_is_used_twice(plan, bits, monkeypatch):
+    """If it were, the difference of two pieces would be that of the update's."""
+    monkeypatch.setattr("fedmpi.comm.base.BLOCK_BYTES", 1 << 16)
+    wire = Wire(monkeypatch)
+    masked(plan, DELTAS["nothing"], [1, 2, 3], [0, 1, 2], 3, bits, rounds=[None] * 2)
+    for rank in range(3):
+        words = np.concatenate([part[: len(part) // 2 * 2].view(np.uint64) for part in wire.sent[rank]])
+        assert len(np.unique(words)) == len(words) > LONG // 2
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_same_update_looks_different_in_every_round(plan, monkeypatch):
     wire = Wire(monkeypatch)

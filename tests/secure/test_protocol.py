@@ -10,7 +10,7 @@ import pytest
 
 from fedmpi.secure import shamir
 from fedmpi.secure.graph import FROM, connected, degree, neighbours
-from fedmpi.secure.masks import KeyPair, add_stream, derive, seal, stream_into, unseal
+from fedmpi.secure.masks import KeyPair, Stream, add_stream, derive, seal, stream_into, unseal
 from fedmpi.secure.protocol import Answer, Collector, GivenUp, Party
 
 STAYS = 4  # phase in which a silo that never drops out drops out
@@ -107,6 +107,17 @@ def test_a_piece_of_a_stream_is_the_same_by_itself(dtype):
         assert (added == whole[start : start + size] + dtype(5)).all()
         add_stream(key, -1, added, start)
         assert (added == 5).all()
+
+
+def test_pieces_in_any_order_have_the_masks_of_the_whole():
+    whole, pieces = np.zeros(90_000, np.uint32), np.zeros(90_000, np.uint32)
+    stream, again = (Stream(derive(b"one", "pair", 1), 1, 32) for _ in range(2))
+    stream.add(whole)
+    for start in (60_000, 0, 30_000):
+        again.add(pieces[start : start + 30_000], start)
+    assert (whole == pieces).all()
+    with pytest.raises(TypeError, match="not uint64"):
+        stream.add(np.zeros(2, np.uint64))
 
 
 def test_masks_refuse_signed_words():
