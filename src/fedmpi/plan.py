@@ -191,7 +191,9 @@ def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[Exchang
     def ruled(machine: Machine) -> tuple[str, str]:
         def refuses(name: str) -> str:
             plan = PLANS.find(name)
-            return UNMASKED if config.secure is not None and not plan.masks else plan.supports(section, machine)
+            return (
+                UNMASKED if config.secure is not None and not plan.masks_itself() else plan.supports(section, machine)
+            )
 
         return by_rule(machine, section.at_a_time(num_elements), refuses)
 

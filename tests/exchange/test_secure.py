@@ -17,6 +17,7 @@ from fedmpi.errors import ConfigError, ExchangeError, NoCohort
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.choose import cost, make
 from fedmpi.exchange.cost import Sizes
+from fedmpi.exchange.dense import Replicated
 from fedmpi.records import StatusTable
 from fedmpi.requests import Request
 from fedmpi.rounds import READY_SILO
@@ -436,6 +437,10 @@ def test_keys_do_not_leave_their_rank(monkeypatch):
 # ------------------------------------------------------------ configurations
 
 
+class Own(Replicated):
+    """A user's plan, whose `finish` might send anything."""
+
+
 CLIP = {"updates": [{"name": "clip", "norm": 1.0}]}
 REFUSED = {
     "robust": ({"aggregate": "median", "exchange": {"scope": "silo"}}, "sends each silo's update by itself"),
@@ -443,6 +448,7 @@ REFUSED = {
     "topk": ({"exchange": {"up": {"codec": "topk"}}}, "codec's payloads do not add up"),
     "regions": ({"exchange": {"regions": {}}}, "unmasks each region's mean"),
     "shared": ({"exchange": {"plan": "shared_memory"}}, "does not sum under masks"),
+    "own": ({"exchange": {"plan": "exchange.test_secure:Own"}}, "Own does not sum under masks"),
     "measure": ({"exchange": {"plan": "measure"}}, "without masks"),
     "buffered": ({"engine": {"name": "buffered", "size": 2}}, "one by one"),
     "privacy": (

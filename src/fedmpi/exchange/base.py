@@ -110,7 +110,7 @@ class Exchange:
     rounds_held: int = 1  # rounds of a silo's progress in one vector that it sends
     subtracts: bool = False  # whether this round `add` takes trained parameters in place of a delta
     wrote_model: bool = False  # whether the last `finish` left the new parameters in this rank's model
-    masks: ClassVar[bool] = False  # whether it masks sums under `secure`
+    masks: ClassVar[bool] = False  # whether it masks sums under `secure`; not inherited, see `masks_itself`
     # What the server's rank and the other ranks see of what a rank sends ({}), in the table of `plan --privacy`.
     sees: ClassVar[tuple[str, str]] = ("{}", "{}")
     one_by_one: ClassVar[bool] = False  # whether an aggregator sees every silo's vector under `scope: silo`
@@ -122,6 +122,11 @@ class Exchange:
         """Why this plan cannot carry out the section on this machine, as text that follows the plan's name: "needs all
         ranks on one node". Empty if it can."""
         return ""
+
+    @classmethod
+    def masks_itself(cls) -> bool:
+        """Whether this class says `masks`. A subclass has to say it again: its `finish` may send sums as they are."""
+        return bool(vars(cls).get("masks", False))
 
     @classmethod
     def suits(cls, machine: Machine, num_elements: int) -> str:

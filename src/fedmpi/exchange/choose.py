@@ -114,7 +114,7 @@ def choose(
 
     def refuses(name: str) -> str:
         plan = PLANS.find(name)
-        if facts.secure is not None and not plan.masks:
+        if facts.secure is not None and not plan.masks_itself():
             return UNMASKED
         if why := plan.supports(section, machine):
             return why

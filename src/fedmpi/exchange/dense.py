@@ -35,7 +35,6 @@ Transfer = Callable[[torch.Tensor, torch.Tensor], None]  # sums what ranks send 
 class Whole(Exchange):
     """Sums whole vectors, each followed by its weight, or the payloads of a linear codec."""
 
-    masks: ClassVar[bool] = True
     sees: ClassVar[tuple[str, str]] = ("parts of {}", "parts of {}")
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
@@ -139,6 +138,8 @@ class Whole(Exchange):
 class Replicated(Whole):
     """Allreduce; every rank takes the same step."""
 
+    masks: ClassVar[bool] = True
+
     @classmethod
     def supports(cls, section: ExchangeSection, machine: Machine) -> str:
         return without(section, up=not section.up.codec.linear)
@@ -187,6 +188,7 @@ class Replicated(Whole):
 class Root(Whole):
     """Reduce to rank 0, which alone keeps the server's state and steps; then Bcast."""
 
+    masks: ClassVar[bool] = True
     sees: ClassVar[tuple[str, str]] = ("{}", "sums on the way")
 
     @classmethod

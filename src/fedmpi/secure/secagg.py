@@ -76,7 +76,7 @@ class SecAgg:
             return f"{who}: exchange.regions unmasks each region's mean for the rank that leads it"
         if section.plan == "measure":
             return f"{who}: exchange.plan: measure times plans without masks; name a plan, or take auto"
-        if not section.chosen and not section.member.masks:
+        if not section.chosen and not section.member.masks_itself():
             return f"{who}: exchange.plan: {section.plan} does not sum under masks; take replicated, sharded or root"
         if config.engine.arrivals:
             return f"{who}: engine: buffered brings updates to rank 0 one by one"
