@@ -38,6 +38,10 @@ class OneSilo(SiloJob):
         with ALONE:
             super()._train(commit, call)
 
+    def _train_at_once(self, commit):
+        with ALONE:
+            super()._train_at_once(commit)
+
     def _score(self, commit):
         with ALONE:
             super()._score(commit)

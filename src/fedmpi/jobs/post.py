@@ -130,8 +130,14 @@ class SiloPost(Beats):
         found = {}
         for number, by in self._files.position().pending:
             if (content := self._files.read(names.UPDATE, number, by)) is not None:
-                found[number] = int(content.head["round"])
+                found[number] = int(content.head.get("round", content.head.get("version", 0)))
         return found
+
+    def decided(self) -> tuple[int, int, bool] | None:
+        """What the server says of this silo's last update: number, incarnation, and whether it counts."""
+        pulse = self._files.server()
+        told = None if pulse is None else pulse.about.get("decided", {}).get(self._files.silo)
+        return None if told is None else (int(told[0]), int(told[1]), bool(told[2]))
 
     def next_number(self, sent: Mapping[int, int]) -> int:
         """Number of the next training."""
@@ -174,13 +180,34 @@ class ServerPost(Beats):
         transport = files_of(config)
         super().__init__(transport.lease_s, watch)
         self.transport = transport
+        self._decided: dict[str, list[Any]] = {}
+        self._version, self._buffer = -1, list[tuple[str, int]]()  # of the open round
+        self._one_beat = threading.Lock()
         folder = Disk(Path(transport.root))
         self.files = Server.start(
             folder, about_run(config), about, lease_s=transport.lease_s, keep=3, keep_updates=True
         )
+        self.files.leases.look(names.SERVER)
+        last = self.files.leases.pulses.get(names.SERVER)
+        self._before: dict[str, Any] = {} if last is None else last.about  # what an earlier start has told
 
     def beat(self, ended: bool = False) -> None:
-        self.files.beat({}, ended)
+        with self._one_beat:
+            told = {"decided": dict(self._decided), "version": self._version, "buffer": list(self._buffer)}
+            self.files.beat(told, ended)
+
+    def open(self, version: int) -> list[tuple[str, int]]:
+        """Begin the round that starts from this version. Returns the updates that an earlier start of the server has
+        told their silos about, in their order: they come first."""
+        before = self._before
+        self._version, self._buffer, self._before = version, [], {}
+        return [(silo, number) for silo, number in before.get("buffer", ())] if before.get("version") == version else []
+
+    def decide(self, silo: str, number: int, by: int, counts: bool) -> None:
+        """Tell a silo that its update is in the buffer, or does not count."""
+        self._decided = {**self._decided, silo: [number, by, counts]}
+        self._buffer.append((silo, number))
+        self.beat()
 
     def pause(self) -> None:
         """Wait until the next look."""

@@ -15,7 +15,7 @@ from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.exchange.outbox import Outbox
 from fedmpi.keeper import Silos
 from fedmpi.local import LocalSilo
-from fedmpi.state import Holders, StateTensor, under
+from fedmpi.state import StateTensor, under
 from fedmpi.tensorfile import Table
 
 Base = tuple[int, int]  # number of a training, incarnation of the job that did it
@@ -39,15 +39,18 @@ class States:
         found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted((int(one[1]), int(one[2])) for one in found if one)
 
-    def write(self, base: Base, silo: LocalSilo, exchange: Outbox) -> None:
+    def write(self, base: Base, silo: LocalSilo, exchange: Outbox | None) -> None:
         """Store the state after a training. Raises CheckpointError."""
-        tensors = [*under("silo", Silos({silo.id: silo}).state()), *under("sent", exchange.drafted())]
+        tensors = [
+            *under("silo", Silos({silo.id: silo}).state()),
+            *under("sent", () if exchange is None else exchange.drafted()),
+        ]
         try:
             tensorfile.write(self._path(base), [Table(one.key, one.tensor) for one in tensors])
         except OSError as error:
             raise CheckpointError(f"cannot write the silo's state into {self.folder}: {error}") from None
 
-    def read(self, base: Base, silo: LocalSilo, exchange: Outbox) -> None:
+    def read(self, base: Base, silo: LocalSilo, exchange: Outbox | None) -> None:
         """Put a stored state into the silo and its exchange. Raises ConfigError if it is not here."""
         if base not in self.stored():
             raise ConfigError(
@@ -58,7 +61,8 @@ class States:
         of_silo = [StateTensor(one.key[1:], one.tensor, "per_silo", silo.id) for one in tensors if one.key[0] == "silo"]
         of_sent = [StateTensor(one.key[1:], one.tensor, "per_silo", silo.id) for one in tensors if one.key[0] == "sent"]
         Silos({silo.id: silo}).restore(of_silo)
-        Holders(exchange.holders).restore(of_sent)
+        if exchange is not None:
+            exchange.holders.restore(of_sent)
 
     def forget(self, before: int) -> None:
         """Remove the states of trainings before this one."""

@@ -28,11 +28,13 @@ from fedmpi.comm import SoloComm
 from fedmpi.config import Config
 from fedmpi.directory import Stored
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, Stopped, agreed
+from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.config import Channel
 from fedmpi.exchange.outbox import Inbox, Packed, as_bytes
 from fedmpi.files.line import Commit, Entry, File
 from fedmpi.files.server import Arrived
 from fedmpi.flat import sha256
+from fedmpi.jobs.arrivals import FilesTime
 from fedmpi.jobs.messages import Call, Registration, read_row, shown, told_arrays, told_row
 from fedmpi.jobs.post import ServerPost, files_of
 from fedmpi.local import LocalSilo
@@ -41,6 +43,7 @@ from fedmpi.module import saved
 from fedmpi.opening import Opened
 from fedmpi.outcome import DROPPED, VOID
 from fedmpi.output import say
+from fedmpi.records import StatusTable, plain
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.agreement import REFUSED, as_error
 from fedmpi.rounds.closing import Closing, Late
@@ -77,7 +80,8 @@ class Serving(Run):
         silos = tuple(map(Silo, first.known))
         source = Source(first.task, tuple(first.shape), first.num_classes, silos, _refuse_to_open)
         spec = replace(specify(config, comm, self.out, source), watch=watch)
-        spec = replace(spec, section=replace(spec.section, up=Channel()))  # silos encode
+        if not config.engine.arrivals:  # silos encode
+            spec = replace(spec, section=replace(spec.section, up=Channel()))
         begins = digest_of(saved(spec.module)).hex()
         ids = [silo for silo in first.known if silo in registered]
         config.entries(spec.module, ids, first.known)
@@ -131,11 +135,14 @@ class FilesRemote:
     """Silos behind the shared folder (rounds/remote.py)."""
 
     def __init__(self, config: Config, post: ServerPost, out: Path, begins: str) -> None:
-        self._config, self._post, self._begins = config, post, begins
+        self._config, self.post, self._begins = config, post, begins
+        self.told: dict[str, Any] = {}  # by the engine, in the next commit
         self._scores = out / SCORES
         self._came: dict[tuple[str, int], Arrived] = {}  # by silo and number: updates that no commit answers yet
-        self._answers: list[Entry] = []  # of the round
+        self.answers: list[Entry] = []  # of the round, in the order of arrival
         self._inbox: Inbox | None = None
+        self._last_scores: dict[str, tuple[int, dict[str, Any]]] = {}  # by silo: version, and what it told
+        self._called = -1  # epoch of the membership that `call_all` has told
         self._kept: list[tuple[int, Entry]] = []  # committed updates that are kept, with their rounds
 
     # ------------------------------------------------------------ a round
@@ -160,17 +167,16 @@ class FilesRemote:
             status = REFUSED
         else:
             try:
-                self._begin(state, fed)
-                self._release(state)
-                if (commit := self._committed(number)) is not None:
+                self.begin(state, fed)
+                if (commit := self.committed(number)) is not None:
                     self._recall(commit, fed)
                 else:
                     call = self._call(state, fed, number, cohort, factors, near, stands_for)
-                    self._post.call(call)
+                    self.post.call(call)
                     self._wait(fed, number, cohort, closing)
             except BrokenOff as broken:
-                if self._post.error is not None:
-                    raise self._post.error from None
+                if self.post.error is not None:
+                    raise self.post.error from None
                 status = broken.status
             except (FedmpiError, SystemExit) as raised:
                 if isinstance(raised, FedmpiError):
@@ -194,9 +200,20 @@ class FilesRemote:
         weights = None if factors is None else list(factors)
         return Call(*told, number, list(cohort), weights, near, stands_for, told_arrays(state.updates))
 
-    def _begin(self, state: State, fed: Federation) -> None:
-        """Make sure that the parameters that the round starts from are committed."""
-        head = self._post.files.head
+    def real_time(self, engine: Any, fed: Federation, exchange: Arrivals, state: State) -> FilesTime:
+        """See rounds/remote.py."""
+        return FilesTime(engine, fed, exchange, state, remote=self)
+
+    def call_all(self, state: State, fed: Federation) -> None:
+        """Tell the silos who takes part, for rounds without a cohort."""
+        if self._called != fed.membership.epoch:
+            self.post.call(self._call(state, fed, state.round + 1, [], None, 1.0, 1.0))
+            self._called = fed.membership.epoch
+
+    def begin(self, state: State, fed: Federation) -> None:
+        """Make sure that the parameters that the round starts from are committed; forget what a checkpoint holds."""
+        self._release(state)
+        head = self.post.files.head
         if head is None and state.round > 0:
             raise CheckpointError(f"{self._config.out} holds round {state.round}, and the shared folder no commit")
         if head is None:
@@ -205,15 +222,15 @@ class FilesRemote:
             raise CheckpointError(
                 f"{self._config.out} holds round {state.round}, and the shared folder only version {head.version}"
             )
-        elif (commit := self._committed(state.round)) is not None:
+        elif (commit := self.committed(state.round)) is not None:
             self._require(commit, state.params_Q)
 
-    def _committed(self, version: int) -> Commit | None:
+    def committed(self, version: int) -> Commit | None:
         """The commit of a version, if it was made."""
-        head = self._post.files.head
+        head = self.post.files.head
         if head is None or head.version < version:
             return None
-        return head if head.version == version else self._post.files.commit_of(version)
+        return head if head.version == version else self.post.files.commit_of(version)
 
     def _require(self, commit: Commit, params_Q: torch.Tensor) -> None:
         if commit.about["params"] != sha256(params_Q):
@@ -226,7 +243,7 @@ class FilesRemote:
         """Remove what a checkpoint holds by now."""
         for round, entry in self._kept:
             if round <= state.written and files_of(self._config).keep == "needed":
-                self._post.files.drop_kept(entry)
+                self.post.files.drop_kept(entry)
         self._kept = [(round, entry) for round, entry in self._kept if round > state.written]
         for path in self._scores.glob("*.json") if self._scores.is_dir() else ():
             if int(path.stem) <= state.written:
@@ -234,14 +251,14 @@ class FilesRemote:
 
     def _recall(self, commit: Commit, fed: Federation) -> None:
         """Take the updates that a commit names."""
-        self._answers = list(commit.entries)
+        self.answers = list(commit.entries)
         for silo, row in commit.about["rows"].items():
             fed.ready.set_silo(fed.index[silo], **read_row(row))
         for entry in commit.entries:
             self._came.pop((entry.silo, entry.number), None)
             if not entry.counts:
                 continue
-            content = self._post.files.kept(entry)
+            content = self.post.files.kept(entry)
             if content is None:
                 raise CheckpointError(
                     f"version {commit.version} contains update {entry.number} of silo '{entry.silo}', which is gone"
@@ -252,10 +269,10 @@ class FilesRemote:
         """Wait for the cohort's updates, or until the round closes; take what has come, in the cohort's order."""
         found: dict[str, Arrived] = {}
         seconds: dict[str, float] = {}
-        self._answers = []
+        self.answers = []
         with contextlib.suppress(Late):
             while True:
-                for one in self._post.files.poll():
+                for one in self.post.files.poll():
                     self._came[one.silo, one.number] = one
                 for one in sorted(self._came.values(), key=lambda one: one.number):
                     if one.content.head["round"] == number and one.silo in cohort and one.silo not in found:
@@ -265,12 +282,12 @@ class FilesRemote:
                     break
                 (fed.watch if closing is None else closing).check()
                 missing = [silo for silo in cohort if silo not in found]
-                self._post.waits(f"in round {number} for: {', '.join(missing[:6])}", self._post.transport.poll_s)
-                self._post.pause()
-        self._post.goes_on()
+                self.post.waits(f"in round {number} for: {', '.join(missing[:6])}", self.post.transport.poll_s)
+                self.post.pause()
+        self.post.goes_on()
         for one in sorted(self._came.values(), key=lambda one: one.number):
             if one.content.head["round"] < number:
-                self._answers.append(one.entry(counts=False))
+                self.answers.append(one.entry(counts=False))
         for silo in cohort:
             if silo in found:
                 self._take(found[silo], fed, number, None if closing is None else seconds[silo])
@@ -284,7 +301,7 @@ class FilesRemote:
         if seconds is not None:
             row |= {"done": row.get("weight", 0.0), "plain": row.get("sent", 0.0), "seconds": seconds}
         fed.ready.set_silo(fed.index[one.silo], **row)
-        self._answers.append(one.entry(counts=bool(row.get("taken"))))
+        self.answers.append(one.entry(counts=bool(row.get("taken"))))
         if row.get("taken"):
             self._add(one, fed, number)
 
@@ -316,12 +333,12 @@ class FilesRemote:
 
     def commit(self, fed: Federation, number: int, params_Q: torch.Tensor, scored_P: torch.Tensor) -> None:
         """Commit the parameters with the updates that they contain; or, if they were committed before, require them."""
-        self._kept += [(number, entry) for entry in self._answers if entry.counts]
-        if (commit := self._committed(number)) is not None:
+        self._kept += [(number, entry) for entry in self.answers if entry.counts]
+        if (commit := self.committed(number)) is not None:
             self._require(commit, params_Q)
         else:
-            self._publish(number, fed, params_Q, scored_P, self._answers)
-        for entry in self._answers:
+            self._publish(number, fed, params_Q, scored_P, self.answers)
+        for entry in self.answers:
             self._came.pop((entry.silo, entry.number), None)
 
     def _publish(
@@ -334,18 +351,20 @@ class FilesRemote:
     ) -> None:
         files: list[File] = []
         for kind, vector in (("params", params_Q), *([("average", scored_P)] if fed.average is not None else [])):
-            files.append(self._post.files.put(kind, version, {}, [payload := as_bytes(vector)]))
+            files.append(self.post.files.put(kind, version, {}, [payload := as_bytes(vector)]))
             fed.comm.bytes_down += len(payload)
         scores = version > 0 and (version % fed.evaluate_every == 0 or version == fed.rounds)
         rows = {silo: told_row(row) for silo in fed.ids if any((row := fed.ready.row(fed.index[silo])).values())}
-        about = {"params": sha256(params_Q), "scores": scores, "rows": rows if version else {}}
-        self._post.files.commit(entries, files, about, version >= fed.rounds)
+        about = {"params": sha256(params_Q), "scores": scores, "rows": rows if version else {}, **self.told}
+        self.post.files.commit(entries, files, about, version >= fed.rounds)
 
     def evaluate(self, fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiError | None:
         """The scores of the silos that are there."""
         fed.done.clear()
         if number % fed.evaluate_every and number != fed.rounds:
             return None
+        if fed.exchange.facts.arrivals and number < fed.rounds:
+            return None  # silos are in training, and score when they fetch
         told = self._stored_scores(number)
         if told is None:
             told = self._wait_for_scores(fed, number)
@@ -356,6 +375,23 @@ class FilesRemote:
                 fed.done.counts[:] += np.array(told[silo]["counts"])
         return None
 
+    def scored(self, fed: Federation) -> dict[str, Any]:
+        """Under `engine: buffered`, the pooled figures of the silos' last scores, with their versions."""
+        if not fed.exchange.facts.arrivals:
+            return {}
+        board = StatusTable(1, (), len(fed.ids), fed.scores.columns, fed.scores.num_counts)
+        versions: dict[str, int] = {}
+        for silo, version, by in sorted(self.post.files.silo_files("score"), key=lambda one: one[1]):
+            if silo in fed.index and (content := self.post.files.read_silo("score", silo, version, by)) is not None:
+                self._last_scores[silo] = (version, content.head)
+        for silo, (version, head) in self._last_scores.items():
+            versions[silo] = version
+            board.set_silo(fed.index[silo], **read_row(head["row"]))
+            board.counts[:] += np.array(head["counts"])
+        figures = fed.scores.figures(board, fed.ids)[1]
+        shown = {name: plain(figures[name]) for name in ("loss", fed.objective.metric_name) if name in figures}
+        return {"scored": {"versions": versions, **shown}} if versions else {}
+
     def _stored_scores(self, number: int) -> dict[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):
             found: dict[str, Any] = json.loads((self._scores / f"{number}.json").read_text())
@@ -365,19 +401,19 @@ class FilesRemote:
     def _wait_for_scores(self, fed: Federation, number: int) -> dict[str, Any]:
         told: dict[str, Any] = {}
         while True:
-            newest = {silo: by for silo, version, by in self._post.files.silo_files("score") if version == number}
+            newest = {silo: by for silo, version, by in self.post.files.silo_files("score") if version == number}
             for silo, by in newest.items():
                 if silo in fed.index and silo not in told:
-                    content = self._post.files.read_silo("score", silo, number, by)
+                    content = self.post.files.read_silo("score", silo, number, by)
                     if content is not None:
                         told[silo] = {"row": content.head["row"], "counts": content.head["counts"]}
             missing = [silo for silo in fed.ids if silo not in told]
             if not missing or fed.watch.look() != READY:
                 break
-            present = self._post.present()
+            present = self.post.present()
             if not present.intersection(missing):
                 break
-            self._post.waits(f"for scores of round {number}: {', '.join(missing[:6])}", self._post.transport.poll_s)
-            self._post.pause()
-        self._post.goes_on()
+            self.post.waits(f"for scores of round {number}: {', '.join(missing[:6])}", self.post.transport.poll_s)
+            self.post.pause()
+        self.post.goes_on()
         return told

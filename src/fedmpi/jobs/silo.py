@@ -22,7 +22,8 @@ from fedmpi.config import Config
 from fedmpi.directory import save_model
 from fedmpi.errors import ConfigError, SiloError, Stopped
 from fedmpi.evaluate import load_own
-from fedmpi.exchange.outbox import Outbox, from_bytes
+from fedmpi.exchange.arrivals import Arrivals
+from fedmpi.exchange.outbox import Outbox, as_bytes, from_bytes
 from fedmpi.files.line import NEVER, Commit
 from fedmpi.files.names import quoted
 from fedmpi.jobs.messages import Call, Registration, read_arrays, require_same, shown, told_row
@@ -34,9 +35,10 @@ from fedmpi.module import saved
 from fedmpi.opening import Opened
 from fedmpi.output import say
 from fedmpi.rounds import Federation, State
+from fedmpi.rounds.due import drafted, judged, move_averaged, packed, trained
 from fedmpi.rounds.evaluation import evaluate
 from fedmpi.rounds.training import train_silos
-from fedmpi.stopping import READY, STOP
+from fedmpi.stopping import READY, STOP, BrokenOff
 
 MODEL = "model.safetensors"  # in the silo's folder, at the end
 
@@ -56,7 +58,8 @@ class SiloJob:
         self._epoch = -1  # of the membership
         self._base: Base | None = None  # training whose state the silo has
         self._draft: tuple[Base, dict[str, LocalSilo]] | None = None  # state after a training that is not answered
-        self._sent: dict[int, int] = {}  # rounds of updates that are not answered, by number
+        self._sent: dict[int, int] = {}  # rounds, or versions, of updates that are not answered, by number
+        self._answered = -1  # number of the last update that is decided, by a commit or before it
         self._scored = -1  # newest version that this job has scored
         self._version = -1  # of the newest parameters that were fetched:
         self._params_Q, self._scored_P = torch.empty(0), torch.empty(0)  # to train from, and to score
@@ -119,6 +122,8 @@ class SiloJob:
         """Do what there is to do; True once the run is over."""
         if self._spec.watch.look() != READY:
             raise self._stop()
+        if self._sent and self._fed is not None and self._outbox is None:
+            self._hear()  # before the look: the next training then starts from the version that took the last update
         commit, call = self._post.look()
         if commit is None or call is None or self.silo not in call.ids:
             self._post.waits("for the server", self._poll_s)
@@ -135,7 +140,9 @@ class SiloJob:
         if commit.ended:
             self._finish(commit)
             return True
-        if call.round == commit.version + 1 and self.silo in call.cohort and call.round not in self._sent.values():
+        if self._outbox is None:
+            self._train_at_once(commit)
+        elif call.round == commit.version + 1 and self.silo in call.cohort and call.round not in self._sent.values():
             self._train(commit, call)
         return False
 
@@ -155,7 +162,8 @@ class SiloJob:
         members = Membership(call.epoch, {silo: (0 if silo == self.silo else 1,) for silo in call.ids})
         opened = Opened(members, self._opened.data, facts_KF)
         held = {} if before is None else before.silos
-        fed = build_federation(self._spec, opened, Comms.of(self.comm), held, sends=Outbox).federation
+        sends = Arrivals if self.config.engine.arrivals else Outbox
+        fed = build_federation(self._spec, opened, Comms.of(self.comm), held, sends=sends).federation
         if before is not None:
             own, was = fed.silos[self.silo], before.silos[self.silo]
             own.cursor, own.kept = was.cursor, was.kept
@@ -163,9 +171,10 @@ class SiloJob:
         self._fed, self._epoch, self._draft = fed, call.epoch, None
 
     @property
-    def _outbox(self) -> Outbox:
-        assert self._fed is not None and isinstance(self._fed.exchange, Outbox)
-        return self._fed.exchange
+    def _outbox(self) -> Outbox | None:
+        """What packs updates of synchronous rounds."""
+        assert self._fed is not None
+        return self._fed.exchange if isinstance(self._fed.exchange, Outbox) else None
 
     def _follow(self, commit: Commit) -> None:
         """Take up the state that the commit says."""
@@ -175,13 +184,21 @@ class SiloJob:
         base = (last.counted, last.counted_by)
         if last.counted < 0 or base == self._base:
             return
+        self._go_on(base)
+        self._states.forget(before=base[0])
+
+    def _go_on(self, base: Base) -> None:
+        """Take up the state after a training that counts."""
+        assert self._fed is not None
+        if self._base is not None and self._base[0] > base[0]:
+            return  # a later training is in the server's buffer
         if self._draft is not None and self._draft[0] == base:
             self._fed.silos.update(self._draft[1])
-            self._outbox.taken()
+            if self._outbox is not None:
+                self._outbox.taken()
         else:
             self._states.read(base, self._fed.silos[self.silo], self._outbox)
         self._base, self._draft = base, None
-        self._states.forget(before=base[0])
 
     def _fetch(self, commit: Commit) -> bool:
         """Fetch the parameters of the commit; False if a newer one has replaced them."""
@@ -218,22 +235,64 @@ class SiloJob:
         assert fed is not None
         state = State(call.round - 1, self._params_Q, None, {}, updates=read_arrays(call.updates))
         of_cohort = (call.round, call.cohort, call.factors, call.near, call.stands_for, None)
-        trained, error = train_silos(state, fed, *of_cohort)
+        after, error = train_silos(state, fed, *of_cohort)
         if error is not None:
             raise error if isinstance(error, (SiloError, ConfigError)) else SiloError(str(error))
         if fed.ready.rank("status")[0] >= STOP:
             raise self._stop()
         row = fed.ready.row(fed.index[silo])
-        packed = self._outbox.packed if row["taken"] else None
+        outbox = self._outbox
+        sent = outbox.packed if outbox is not None and row["taken"] else None
         base = (number, self._post.by)
-        if packed is not None:
-            self._states.write(base, trained[silo], self._outbox)
-            self._draft = base, trained
-        head = {"round": call.round, "row": told_row(row), "sizes": [] if packed is None else packed.sizes}
-        self._post.send(number, head, b"" if packed is None else packed.data)
+        if sent is not None:
+            self._states.write(base, after[silo], outbox)
+            self._draft = base, after
+        head = {"round": call.round, "row": told_row(row), "sizes": [] if sent is None else sent.sizes}
+        self._post.send(number, head, b"" if sent is None else sent.data)
         self._sent[number] = call.round
         loss = f"loss {row['loss']:.4f}" if math.isfinite(row["loss"]) else "loss not finite"
-        say(f"round {call.round}: {int(row['steps'])} steps, {loss}{'' if packed is not None else ', rejected'}")
+        say(f"round {call.round}: {int(row['steps'])} steps, {loss}{'' if sent is not None else ', rejected'}")
+
+    def _hear(self) -> None:
+        """Learn whether the last update is in the server's buffer."""
+        decided = self._post.decided()
+        if decided is None or decided[0] < max(self._sent):
+            return
+        self._sent.clear()
+        self._answered = max(self._answered, decided[0])
+        if decided[2]:
+            self._go_on((decided[0], decided[1]))
+
+    def _train_at_once(self, commit: Commit) -> None:
+        """Train from the newest parameters, if the last update is decided, and publish the update."""
+        fed, silo = self._fed, self.silo
+        assert fed is not None and isinstance(fed.exchange, Arrivals)
+        if self._sent:
+            return
+        number = max(self._answered + 1, self._post.next_number({}))
+        version, params_Q, draft = commit.version, self._params_Q, drafted(fed.silos[silo])
+        try:
+            update = trained(fed, fed.model, draft, version, number, params_Q, fed.watch.check)
+        except BrokenOff:
+            raise self._stop() from None
+        state = State(version, params_Q, None, {}, updates=fed.updates.init())
+        rejected, norms = judged(state, fed, update, draft, number)
+        message = torch.empty(0)
+        if not rejected:
+            move_averaged(fed, update.vector_Q, params_Q, 1)
+            message = packed(fed.exchange, update, draft, number)
+            base = (number, self._post.by)
+            self._states.write(base, draft, None)
+            self._draft = base, {silo: draft}
+        row = {
+            **{"weight": update.weight, "silo": draft.weight, "loss": update.loss, "norm": update.norm},
+            **{"samples": update.num_samples, "steps": update.num_steps, "targets": update.counted},
+            **{"normalizer": update.num_gradients, **norms},
+        }
+        head = {"version": version, "rejected": rejected, "row": told_row(row)}
+        self._post.send(number, head, as_bytes(message))
+        self._sent[number] = version
+        say(f"from version {version}: {update.num_steps} steps, loss {update.loss:.4f}{', rejected' * bool(rejected)}")
 
     def _finish(self, commit: Commit) -> None:
         """Write the silo's model at the end of the run."""

@@ -157,7 +157,8 @@ class Buffered(Engine):
     ) -> SynchronousRound:
         """The round of whichever updates arrive first."""
         if exchange.runtime is None:
-            exchange.runtime = RealTime(self, fed, exchange, state)
+            build = RealTime if fed.remote is None else fed.remote.real_time
+            exchange.runtime = build(self, fed, exchange, state)
         real, timer, number, work = exchange.runtime, fed.timer, state.round + 1, Work()
         assert isinstance(real, RealTime)
         exchange.begin(number, self.size)

@@ -69,7 +69,7 @@ class _Update:
 
 
 @dataclass
-class _Mail:
+class Mail:
     """An update as rank 0 gets it; no vector if its silo rejected it."""
 
     silo: int
@@ -99,7 +99,7 @@ class RealTime:
     fed: Federation
     exchange: Arrivals
     state: State
-    mail: deque[_Mail] = field(default_factory=deque)  # rank 0: arrived, and not yet taken
+    mail: deque[Mail] = field(default_factory=deque)  # rank 0: arrived, and not yet taken
     answers: deque[tuple[int, int, int]] = field(default_factory=deque)  # from rank 0: round, answer, silo
     until_s: float = float("inf")  # rank 0: when the round closes
 
@@ -186,18 +186,15 @@ class RealTime:
             self.until_s = time.monotonic() + (self.engine.window_s if taken else 0.0)
         return enough and time.monotonic() >= self.until_s
 
-    def _take(self, mail: _Mail) -> None:
+    def _take(self, mail: Mail) -> None:
         """Add an update to the buffer, on rank 0, and answer its silo."""
         silo, version = self.fed.ids[mail.silo], self.state.round
         staleness, oldest = version - mail.version, self.engine.max_staleness
         rejected = mail.vector is None
         drop = oldest is not None and staleness > oldest and not rejected
         one = Arrival(silo, self.seconds, mail.version, staleness, mail.training, dropped=drop, rejected=rejected)
-        if one.counts and mail.vector is not None:
-            less = self.engine.staleness.weight(staleness)
-            move_averaged(self.fed, mail.vector, self.state.params_Q, -1)
-            factor = self.exchange.factor(mail.weight, less)
-            self.exchange.fold_in(silo, mail.vector.to(self.exchange.device), factor, less)
+        if one.counts:
+            self.fold(mail, staleness)
         self._arrivals.append(one)
         self._enough()
         if self.until_s == float("inf"):  # else the silo waits for the new parameters
@@ -205,6 +202,14 @@ class RealTime:
                 self._answered(silo, drop)
             else:
                 self.fed.comm.post(self.fed.membership.rank(silo), (version + 1, DROPPED if drop else GO, mail.silo))
+
+    def fold(self, mail: Mail, staleness: int) -> None:
+        """Add an update to the buffer."""
+        assert mail.vector is not None
+        less, silo = self.engine.staleness.weight(staleness), self.fed.ids[mail.silo]
+        move_averaged(self.fed, mail.vector, self.state.params_Q, -1)
+        factor = self.exchange.factor(mail.weight, less)
+        self.exchange.fold_in(silo, mail.vector.to(self.exchange.device), factor, less)
 
     def read(self) -> None:
         """Read what other ranks have posted; on rank 0, also the vectors that follow."""
@@ -216,7 +221,7 @@ class RealTime:
             silo, rejected = a >> 1, bool(a & 1)
             vector = None if rejected else self.exchange.received(sender)
             weight = struct.unpack("<d", struct.pack("<q", c))[0]
-            self.mail.append(_Mail(silo, b >> 32, b & _LOW, weight, vector))
+            self.mail.append(Mail(silo, b >> 32, b & _LOW, weight, vector))
             self._num_read += 1
 
     # ------------------------------------------------------------ this rank's silos
@@ -254,7 +259,7 @@ class RealTime:
         self._waiting.add(silo)
         if fed.comm.rank == 0:
             vector = None if message is None else self.exchange.unpacked(message)
-            self.mail.append(_Mail(number, version, training, update.weight, vector))
+            self.mail.append(Mail(number, version, training, update.weight, vector))
             return
         bits = struct.unpack("<q", struct.pack("<d", update.weight))[0]
         fed.comm.post(0, (number << 1 | bool(rejected), version << 32 | training, bits))

@@ -4,14 +4,18 @@ and evaluation on this rank."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fedmpi.errors import FedmpiError
+from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.local import LocalSilo
 from fedmpi.rounds.closing import Closing
 from fedmpi.rounds.federation import Federation, State
+
+if TYPE_CHECKING:
+    from fedmpi.rounds.realtime import RealTime
 
 
 class Remote(Protocol):
@@ -33,10 +37,18 @@ class Remote(Protocol):
         silos' state is in their jobs, so the dict is empty."""
         ...
 
+    def real_time(self, engine: Any, fed: Federation, exchange: Arrivals, state: State) -> RealTime:
+        """For engine: buffered in real time, in place of `realtime.RealTime`: who brings the updates of a round."""
+        ...
+
     def commit(self, fed: Federation, number: int, params_Q: torch.Tensor, scored_P: torch.Tensor) -> None:
         """Publish the parameters after this round [Q], and those to score [P]; from now on it counts."""
         ...
 
     def evaluate(self, fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiError | None:
         """As `evaluation.evaluate`: fill in `fed.done` with the silos' figures, if it is due."""
+        ...
+
+    def scored(self, fed: Federation) -> dict[str, Any]:
+        """What the round's record says of scores of earlier versions."""
         ...

@@ -150,6 +150,8 @@ class SynchronousRound:
         timer.lap("agree")
         raise_failure(fed, fed.done.rank("status"), error)
         outcome, record = make_record(fed, self.outcome)
+        if fed.remote is not None:
+            record |= fed.remote.scored(fed)
         safe = int(fed.done.rank("written").min())
         updates = fed.updates.follow(state.updates, _fresh_updates(fed, outcome))
         policy = self.policy.follow(state.policy, fed, outcome)

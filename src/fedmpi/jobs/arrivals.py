@@ -1,0 +1,162 @@
+"""Asynchronous rounds of silos in jobs of their own: updates come from the shared folder as they are published.
+
+The server takes updates in the order in which it reads them, as rank 0 does (rounds/realtime.py). It decides at once
+whether an update counts or is too old, and tells its silo so in a heart beat. A round that was committed before this
+start is computed again from the arrivals in its commit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedmpi.errors import CheckpointError
+from fedmpi.exchange.outbox import from_bytes
+from fedmpi.files.envelope import Envelope
+from fedmpi.files.line import Commit
+from fedmpi.files.server import Arrived
+from fedmpi.jobs.messages import read_row
+from fedmpi.rounds.clocks import now
+from fedmpi.rounds.due import Work, enter, enter_norms, refuse, sent_weight
+from fedmpi.rounds.queue import Arrival, trainings
+from fedmpi.rounds.realtime import Mail, RealTime
+from fedmpi.stopping import BrokenOff
+from fedmpi.types import Contribution
+
+if TYPE_CHECKING:
+    from fedmpi.jobs.serve import FilesRemote
+    from fedmpi.rounds import State
+
+Figures = dict[str, str]  # of an update, in its head
+
+
+@dataclass(kw_only=True)
+class FilesTime(RealTime):
+    """The asynchronous rounds as the server's job takes part in them."""
+
+    remote: FilesRemote
+
+    def __post_init__(self) -> None:
+        self._trainer = None
+        self._waiting = set()
+        self._sent = {}
+        self._out = []
+        self._num_posted = self._num_read = 0
+        self._training = trainings(self.state.policy, self.fed.ids)
+        self._began_s, self._before_s = time.monotonic(), now(self.state.policy)
+        self._came: deque[Arrived] = deque()  # by mail: the files
+        self._pool: dict[tuple[str, int], tuple[Mail, Arrived]] = {}  # read, and not yet in `mail`
+        self._first: deque[tuple[str, int]] = deque()  # updates that come before all others
+        self._figures: list[Figures] = []  # of the round's arrivals
+
+    def round(self, state: State, work: Work) -> tuple[list[Arrival], float]:
+        fed, remote = self.fed, self.remote
+        self.state, self._arrivals, self.until_s = state, list[Arrival](), float("inf")
+        self._figures = []
+        remote.answers = []
+        end_s = self.seconds
+        try:
+            remote.begin(state, fed)
+            if (commit := remote.committed(state.round + 1)) is not None:
+                end_s = self._recall(commit)
+            else:
+                self._first += remote.post.open(state.round)
+                remote.call_all(state, fed)
+                while not self._closed():
+                    fed.watch.check()
+                    self.read()
+                    if not self.mail:
+                        remote.post.waits("for updates", remote.post.transport.poll_s)
+                        remote.post.pause()
+                remote.post.goes_on()
+                end_s = self.seconds
+        except BrokenOff as broken:
+            if remote.post.error is not None:
+                raise remote.post.error from None
+            work.status = broken.status
+        arrivals = list(self._arrivals)
+        self._enter(arrivals, work)
+        remote.told = {"arrivals": [asdict(one) for one in arrivals], "figures": self._figures, "end_s": end_s}
+        return arrivals, end_s
+
+    def read(self) -> None:
+        for one in self.remote.post.files.poll():
+            head = one.content.head
+            vector = None if int(head["rejected"]) else self._vector(one.content)
+            weight = read_row(head["row"]).get("weight", 0.0)
+            mail = Mail(self.fed.index[one.silo], head["version"], one.number, weight, vector)
+            self._pool[one.silo, one.number] = mail, one
+        while self._pool:
+            following = self._first[0] if self._first else next(iter(self._pool))
+            if following not in self._pool:
+                break
+            mail, one = self._pool.pop(following)
+            if self._first:
+                self._first.popleft()
+            self.mail.append(mail)
+            self._came.append(one)
+
+    def _take(self, mail: Mail) -> None:
+        one = self._came.popleft()
+        super()._take(mail)
+        arrival = self._arrivals[-1]
+        self._figures.append({**one.content.head["row"], "rejected": str(one.content.head["rejected"])})
+        self.remote.answers.append(one.entry(counts=arrival.counts))
+        self.fed.comm.bytes_up += len(one.content.payload)
+        self.remote.post.decide(one.silo, one.number, one.by, arrival.counts)
+
+    def _vector(self, content: Envelope) -> torch.Tensor:
+        """The update of a file."""
+        plain = self.exchange.section.up.plain
+        dtype = self.fed.model.dtype if plain else torch.uint8
+        message = from_bytes(content.payload, len(content.payload) // dtype.itemsize, dtype)
+        return self.exchange.unpacked(message)
+
+    def _recall(self, commit: Commit) -> float:
+        """Take the updates of a commit again. Returns the time of its end."""
+        remote = self.remote
+        remote.answers = list(commit.entries)
+        self._figures = list(commit.about["figures"])
+        self._arrivals = [Arrival(**row) for row in commit.about["arrivals"]]
+        for arrival, entry in zip(self._arrivals, commit.entries, strict=True):
+            if not entry.counts:
+                continue
+            content = remote.post.files.kept(entry)
+            if content is None:
+                raise CheckpointError(
+                    f"version {commit.version} contains update {entry.number} of silo '{entry.silo}', which is gone"
+                )
+            weight = read_row(content.head["row"]).get("weight", 0.0)
+            where = (self.fed.index[entry.silo], arrival.version, arrival.training, weight, self._vector(content))
+            self.fold(Mail(*where), arrival.staleness)
+        return float(commit.about["end_s"])
+
+    def _enter(self, arrivals: list[Arrival], work: Work) -> None:
+        """Enter the figures of the round's updates into `work`."""
+        for one, figures in zip(arrivals, self._figures, strict=True):
+            if one.dropped:
+                continue
+            row = work.rows.setdefault(one.silo, {})
+            told = read_row({name: value for name, value in figures.items() if name != "rejected"})
+            enter_norms(row, {name: value for name, value in told.items() if name.startswith("norm_")})
+            if int(figures["rejected"]):
+                refuse(row, int(figures["rejected"]))
+                continue
+            less = self.engine.staleness.weight(one.staleness)
+            enter(row, _update(one, told, self.exchange, less), told.get("silo", 0.0), told.get("weight", 0.0))
+
+
+def _update(one: Arrival, told: dict[str, float], exchange: Any, less: float) -> Contribution:
+    """An update's figures, without its vector."""
+    weight = sent_weight(exchange, told.get("weight", 0.0), less)
+    return Contribution(
+        *(one.silo, one.version + 1, weight, torch.empty(0), told.get("loss", 0.0), int(told.get("samples", 0))),
+        int(told.get("steps", 0)),
+        told.get("normalizer"),
+        num_targets=int(told.get("targets", 0)),
+        norm=told.get("norm", 0.0),
+    )

@@ -1,0 +1,119 @@
+"""Asynchronous rounds of silos in jobs of their own, against a replay of their arrivals in one process."""
+
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+from support.runs import put_back, run
+from support.silojobs import IDS, Job, OneSilo, apart, in_one_process, served, trained_apart
+
+from fedmpi.errors import ConfigError
+from fedmpi.files.server import Server
+from fedmpi.flat import sha256
+from fedmpi.keeper import Keeper
+from fedmpi.rounds.clocks import Replay
+
+__all__ = ["put_back"]
+
+CASES = {
+    "fedasync": {"engine": {"name": "buffered", "size": 1}},
+    "fedbuff": {"engine": {"name": "buffered", "size": 2, "max_staleness": 1}, "server": {"optimizer": "fedadam"}},
+    "codec": {
+        "engine": {"name": "buffered", "size": 2},
+        "exchange": {"up": {"codec": "int8", "feedback": True}},
+        "local": {"name": "scaffold"},
+    },
+}
+
+
+def replayed(how, tmp_path):
+    """The parameters of the run's arrivals in one process."""
+    engine = replace(how.engine, clock=Replay(run=how.out))
+    return run(replace(in_one_process(how, tmp_path), engine=engine))[1].parameters
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_replay_in_one_process_has_the_bits_of_the_jobs(tmp_path, case):
+    how = apart(tmp_path, 8, **CASES[case])
+    records, there, _ = trained_apart(how)
+    assert sum(not one.get("dropped") for record in records for one in record["arrivals"]) >= 8
+    assert "accuracy" in records[-1] and set(records[-1]["silos"]) == set(IDS)
+    assert set(records[-1]["scored"]["versions"]) == set(IDS) and 0 <= records[-1]["scored"]["accuracy"] <= 1
+    assert sha256(replayed(how, tmp_path)) == sha256(there.parameters)
+
+
+@pytest.mark.parametrize("case", ["fedbuff", "codec"])
+def test_a_server_that_dies_takes_the_same_arrivals_again(tmp_path, monkeypatch, case):
+    how = apart(tmp_path, 9, checkpoint={"every": 4}, **CASES[case])
+    jobs = [Job(how, silo) for silo in IDS]
+    monkeypatch.setattr(Keeper, "finish", lambda self, state: None)
+    died = 0
+    for place, number in (("commit", 3), ("put", 2), ("poll", 4), ("commit", 2)):
+        with monkeypatch.context() as patch:
+            dies_at(patch, place, number)
+            try:
+                served(how)
+            except KeyboardInterrupt:
+                died += 1
+    assert died == 4
+    monkeypatch.undo()
+    _, there = served(how)
+    for job in jobs:
+        job.ended()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == list(range(1, 10))
+    trainings = [(one["silo"], one["training"]) for row in rows for one in row["arrivals"]]
+    assert len(set(trainings)) == len(trainings)
+    for silo in IDS:  # none is lost, none counts twice
+        numbers = [number for name, number in trainings if name == silo]
+        assert numbers == list(range(len(numbers)))
+    assert sha256(replayed(how, tmp_path)) == sha256(there.parameters)
+
+
+def dies_at(monkeypatch, place, number):
+    """The server's job dies at this call of `place`."""
+    calls, original = [0], getattr(Server, place)
+
+    def dies(self, *arguments, **more):
+        calls[0] += 1
+        if calls[0] == number:
+            raise KeyboardInterrupt(place)
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(Server, place, dies)
+
+
+class Dying(OneSilo):
+    """A silo's job that dies in its third training, after it has written its state."""
+
+    def _train_at_once(self, commit):
+        if self._answered >= 1:
+            self._post.send = self._dies
+        super()._train_at_once(commit)
+
+    def _dies(self, *_):
+        raise KeyboardInterrupt
+
+
+def test_a_silo_that_dies_goes_on_from_what_counts(tmp_path):
+    how = apart(tmp_path, 12, **CASES["codec"])
+    first, jobs = Job(how, "s1", Dying), [Job(how, silo) for silo in ("s0", "s2")]
+
+    def again():
+        first.join(60)
+        jobs.append(Job(how, "s1"))
+
+    starter = threading.Thread(target=again)
+    starter.start()
+    _, there = served(how)
+    starter.join()
+    for job in jobs:
+        job.ended()
+    assert isinstance(first.error, KeyboardInterrupt)
+    assert sha256(replayed(how, tmp_path)) == sha256(there.parameters)
+
+
+def test_what_follows_earlier_rounds_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="in real time takes no updates"):
+        apart(tmp_path, updates=[{"name": "clip", "norm": 1.0, "quantile": 0.5}], **CASES["fedasync"])
