@@ -35,7 +35,7 @@ CASES = {
     "sharded": (5, "2:2:train,0:5:exchange,3:7:evaluate", ["exchange.plan=sharded", *ADAM, "checkpoint.every=5"]),
     "shared": (
         5,
-        "4:2:ready,1:4:step,3:7:exchange,2:11:away",
+        "4:2:ready,1:4:step,2:11:away",
         ["exchange.plan=shared_memory", "server.optimizer=fedadam"],
     ),
     "feedback": (

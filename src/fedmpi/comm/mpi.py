@@ -217,11 +217,16 @@ class MpiComm(MpiTransport):
 
     @bounded
     def finish(self) -> None:
-        self._drain_all()  # so that no message is left at Finalize
-        self._drop_vectors()
-        if not self.open_runs:
-            self.free_parts()
-        self._world.Barrier()
+        try:
+            self._drain_all()  # so that no message is left at Finalize
+            self._drop_vectors()
+            if not self.open_runs:
+                self.free_parts()
+            self._world.Barrier()
+        except (self._mpi.Exception, RankLost):
+            if self.outlives_ranks:
+                self.revoke()  # others may wait for this rank, which leaves
+            raise
 
     def abort(self, code: int) -> None:
         flush()
