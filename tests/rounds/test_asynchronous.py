@@ -15,7 +15,7 @@ from fedmpi.aggregate import AGGREGATORS
 from fedmpi.comm import SoloComm
 from fedmpi.comm.threads import on_ranks
 from fedmpi.components import build, component
-from fedmpi.errors import ConfigError, Diverged, ExchangeError, SiloError, Stopped
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, NoCohort, SiloError, Stopped
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
@@ -444,10 +444,6 @@ REFUSED = {
     "regions": ({"exchange": {"regions": {"every": 2}}}, "exchange.regions"),
     "disclose": ({"disclose": "cohort"}, "needs disclose: silo"),
     "timed": ({"local": {"amount": {"name": "seconds", "seconds": 1.0}}}, "counts the machine's"),
-    "deadline": (
-        {"engine": {"name": "synchronous", "policy": "deadline", "clock": "virtual"}},
-        "with engine.clock: virtual take all",
-    ),
 }
 
 
@@ -490,6 +486,45 @@ def test_a_synchronous_round_takes_as_long_as_its_slowest_silo(tmp_path):
     assert [record["virtual_s"] for record in again] == [record["virtual_s"] for record in records[2:]]
     plain, _ = run(config(tmp_path / "b", 4, select={"name": "round_robin", "count": 2}))
     assert [record["train_loss"] for record in plain] == [record["train_loss"] for record in records]
+
+
+@pytest.mark.parametrize("too_few", ["wait", "repeat", "stop"])
+def test_a_round_in_virtual_time_closes_at_its_deadline(tmp_path, too_few):
+    policy = {"name": "deadline", "deadline_s": 1.5, "min_silos": 2, "late": "drop", "too_few": too_few}
+    clock = {"name": "virtual", "slower": {"s1": 2.5, "s2": 5.0}}
+    how = config(tmp_path, 3, engine={"name": "synchronous", "policy": policy, "clock": clock})
+    if too_few == "stop":
+        with pytest.raises(NoCohort, match=r"1 of 3 silos were through at the deadline of 1\.5 s"):
+            run(how)
+        return
+    records, done = run(how)
+    lasts = {"wait": 2.5, "repeat": 1.5 + 3.0}[too_few]  # until the second silo is through; a void round, and twice it
+    assert [record["virtual_s"] for record in records] == [lasts, 2 * lasts, 3 * lasts]
+    assert all(record["late"] == {"s2": "dropped"} for record in records)
+    assert done.federation.silos["s2"].cursor == 0 < done.federation.silos["s1"].cursor
+
+
+def test_a_deadline_in_virtual_time_follows_the_median_and_survives_a_resume(tmp_path):
+    engine = {"name": "synchronous", "policy": {"name": "deadline", "factor": 1.5, "late": "buffer"}, "clock": NOISY}
+    how = config(tmp_path / "whole", 6, engine=engine)
+    records, _ = run(how)
+    run(replace(how, out=str(tmp_path / "cut"), rounds=3))
+    run(replace(how, out=str(tmp_path / "cut")))
+    assert everything(tmp_path / "whole") == everything(tmp_path / "cut")
+    times = {silo: [clock_of(NOISY).seconds(0, silo, i, 0) for i in range(6)] for silo in ("s0", "s1", "s2")}
+    medians, now = [], 0.0
+    for i, record in enumerate(records):
+        limit = 1.5 * float(np.median(medians[-5:])) if medians else math.inf
+        assert record["deadline_s"] == (pytest.approx(limit) if medians else None)
+        ends = [times[silo][i] for silo in times]
+        medians.append(float(np.median([end if end <= limit else 2 * limit for end in ends])))
+        now += min(limit, max(ends))
+        assert record["virtual_s"] == pytest.approx(now)
+    assert any(record["late"] for record in records) and any("stale" in record for record in records)
+
+
+def clock_of(values):
+    return CLOCKS.build(values, "engine.clock")
 
 
 def test_a_silo_that_comes_back_goes_on_with_its_numbers():

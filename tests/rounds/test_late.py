@@ -55,12 +55,12 @@ class Script(closing.Closing):
 
     script = ()
 
-    def begin(self):
+    def begin(self, silo):
         self.number = getattr(self, "number", -1) + 1
         self.steps = 0
         if self.number < len(self.script) and self.script[self.number] == 0:
             self._verdict = closing.CLOSED
-        super().begin()
+        super().begin(silo)
 
     def over(self):
         self.steps += 1

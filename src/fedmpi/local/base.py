@@ -153,6 +153,10 @@ class LocalRule:
         """Why a round must not stop a silo early and count its partial work (`Round.over`); empty if it may."""
         return "it does not say that it asks `round.over` (refuses_partial)"
 
+    def num_steps(self, silo: LocalSilo, number: int, rounds: int, seed: int) -> int:
+        """Steps that the silo plans for round `number`."""
+        raise NotImplementedError
+
     @property
     def server_step(self) -> type[ServerOptimizer] | None:
         """The server optimizer that belongs to this rule's algorithm and to no other rule; None if there is none."""
@@ -314,6 +318,11 @@ class GradientRule(LocalRule):
             yield x[rows], y[rows]
             if time.monotonic() >= until_s:
                 return
+
+    def num_steps(self, silo: LocalSilo, number: int, rounds: int, seed: int) -> int:
+        about = Round(number, rounds, seed, torch.nn.functional.mse_loss, lambda: None)
+        amount = self.amount.of(self.epochs or self.steps or 1, silo, about)
+        return self.num_batches(silo.cursor, len(silo.data.x_train), amount)
 
     def num_batches(self, cursor: int, num_samples: int, amount: int | None = None) -> int:
         """Number of batches that `batches` yields from a cursor on, without a time limit."""

@@ -153,6 +153,11 @@ class Clock:
     def seconds(self, seed: int, silo: str, number: int, num_train: int) -> float:
         """Virtual seconds from when a silo fetches parameters until its update has arrived. `number` counts the silo's
         trainings from 0, `num_train` its training samples."""
+        compute_s, delay_s = self.parts(seed, silo, number, num_train)
+        return float(f"{compute_s + delay_s:.12g}")
+
+    def parts(self, seed: int, silo: str, number: int, num_train: int) -> tuple[float, float]:
+        """`seconds` in parts: those of the training, and those of the transfers."""
         raise NotImplementedError
 
     def suits(self, ids: Sequence[str]) -> None:
@@ -190,14 +195,14 @@ class Virtual(Clock):
     slower: dict[str, PositiveFloat] = pydantic.Field(default_factory=dict)
     """a further factor of `compute` for single silos, by id"""
 
-    def seconds(self, seed: int, silo: str, number: int, num_train: int) -> float:
+    def parts(self, seed: int, silo: str, number: int, num_train: int) -> tuple[float, float]:
         def drawn(times: Times, what: str, number: int) -> float:
             draw = rng.generator(seed, purpose=f"virtual {what}", round=number, silo=silo)
             return times.draw(silo, number, draw)
 
         compute = drawn(self.compute, "compute", number) * (num_train if self.per == "sample" else 1)
         factor = drawn(self.speed, "speed", 0) * self.slower.get(silo, 1.0)
-        return float(f"{factor * compute + drawn(self.delay, 'delay', number):.12g}")
+        return factor * compute, drawn(self.delay, "delay", number)
 
     def suits(self, ids: Sequence[str]) -> None:
         for name in ("compute", "delay", "speed"):

@@ -11,7 +11,9 @@ finished anyway.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -69,7 +71,15 @@ class Closing:
 
     # ------------------------------------------------------------ what training calls
 
-    def begin(self) -> None:
+    def takes(self, silo: str) -> bool:
+        """Whether the silo trains, as far as is known before."""
+        return True
+
+    def in_time(self, silo: str) -> bool:
+        """Whether a silo that does not train would have finished in time, because the round is void."""
+        return False
+
+    def begin(self, silo: str) -> None:
         """Call before a silo trains. Raises Late if the round is over, BrokenOff if this rank should leave it."""
         self._stepped = False
         self.check()
@@ -124,6 +134,69 @@ class Closing:
         if self._verdict != OPEN:
             for rank in range(1, self._comm.size):
                 self._comm.post(rank, (*self._key, self._verdict))
+
+
+class VirtualClosing(Closing):
+    """A round under a virtual clock: when it closes, and who is late, is known before anybody trains.
+
+    A late silo has done the steps that fit into the time until the round closes, less its transfers, at an even pace.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        times: Mapping[str, tuple[float, float]],
+        planned: Callable[[str], int],
+        limit_s: float,
+        quorum: int,
+        waits: bool,
+        partial: bool,
+        buffers: bool = False,
+    ) -> None:
+        """`times`: by silo of the cohort, its seconds of training and of transfers. `planned`: how many steps a silo of
+        this rank plans. The others: as for Closing."""
+        self.limit_s, self.buffers = limit_s, buffers
+        self._watch, self._partial, self._planned, self._times = watch, partial, planned, times
+        self._ends = {silo: float(f"{sum(parts):.12g}") for silo, parts in times.items()}
+        ends = sorted(self._ends.values())
+        through = sum(end <= limit_s for end in ends)
+        self._verdict = CLOSED if through >= quorum or waits else BROKEN
+        self._closes_s = limit_s if through >= quorum or not waits else ends[quorum - 1]
+        self.lasts_s = min(self._closes_s, ends[-1])  # virtual seconds of the round
+        self._silo, self._steps = "", 0
+
+    @property
+    def seconds(self) -> float:
+        return self._ends[self._silo]
+
+    def takes(self, silo: str) -> bool:
+        return not self.is_broken and (self.in_time(silo) or (self._partial and self._num_steps(silo) > 0))
+
+    def begin(self, silo: str) -> None:
+        self._silo, self._steps = silo, 0
+        self.check()
+
+    def check(self) -> None:
+        self._watch.check()
+
+    def over(self) -> bool:
+        self._steps += 1
+        return not self.in_time(self._silo) and self._steps >= self._num_steps(self._silo)
+
+    def through(self) -> float:
+        return self.seconds
+
+    def wait(self) -> None:
+        self._watch.look()
+
+    def in_time(self, silo: str) -> bool:
+        return self._ends[silo] <= self._closes_s
+
+    def _num_steps(self, silo: str) -> int:
+        """Steps of a late silo."""
+        (compute_s, delay_s), planned = self._times[silo], self._planned(silo)
+        done = (self._closes_s - delay_s) / compute_s if compute_s else 0.0
+        return max(0, min(planned - 1, math.floor(done * planned + 1e-9)))
 
 
 def normalised(ready: StatusTable) -> float:

@@ -12,8 +12,10 @@ import pydantic
 
 from fedmpi.components import Family, PositiveFloat, PositiveInt, called, component
 from fedmpi.errors import ConfigError, NoCohort, agreed
+from fedmpi.local import GradientRule
 from fedmpi.outcome import RoundOutcome
-from fedmpi.rounds.closing import COLUMNS, Closing
+from fedmpi.rounds.clocks import Clock
+from fedmpi.rounds.closing import COLUMNS, Closing, VirtualClosing
 from fedmpi.rounds.federation import Federation
 from fedmpi.server import ReadsNorms
 
@@ -39,6 +41,12 @@ class Policy:
     def closing(self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str]) -> Closing | None:
         """The Closing of round `key[0]`, which was repeated `key[1]` times so far; None if the round waits for every
         silo."""
+        return None
+
+    def virtual_closing(
+        self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str], clock: Clock
+    ) -> VirtualClosing | None:
+        """As `closing`, under a virtual clock."""
         return None
 
     def give_up(self, outcome: RoundOutcome) -> None:
@@ -101,10 +109,24 @@ class Deadline(Policy):
     stop the run with a checkpoint"""
 
     def closing(self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str]) -> Closing:
-        limit_s = self.limit_s(state) * 2 ** key[1]
-        quorum = min(self.min_silos, len(cohort))
-        partial, buffers = self.late != "drop", self.late == "buffer"
-        return Closing(fed.comm, fed.watch, key, limit_s, quorum, self.too_few == "wait", partial, buffers)
+        limit_s, rest = self.limit_s(state) * 2 ** key[1], self._closes(cohort)
+        return Closing(fed.comm, fed.watch, key, limit_s, *rest)
+
+    def virtual_closing(
+        self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str], clock: Clock
+    ) -> VirtualClosing:
+        num_train, number = dict(zip(fed.ids, fed.num_train, strict=True)), key[0]
+        times = {silo: clock.parts(fed.seed, silo, number - 1, num_train[silo]) for silo in cohort}
+
+        def planned(silo: str) -> int:
+            return fed.rule.num_steps(fed.silos[silo], number, fed.rounds, fed.seed)
+
+        limit_s, rest = self.limit_s(state) * 2 ** key[1], self._closes(cohort)
+        return VirtualClosing(fed.watch, times, planned, limit_s, *rest)
+
+    def _closes(self, cohort: Sequence[str]) -> tuple[int, bool, bool, bool]:
+        """The quorum, whether the round waits for it, and whether late silos contribute, now or in the next round."""
+        return min(self.min_silos, len(cohort)), self.too_few == "wait", self.late != "drop", self.late == "buffer"
 
     def limit_s(self, state: State) -> float:
         """The deadline of the next round, in seconds; infinite if no time is known yet.
@@ -152,11 +174,14 @@ class Deadline(Policy):
             return f"{who} does not go with exchange.overlap, which has a round in flight while the next one trains"
         if section.regions is not None:
             return f"{who} does not go with exchange.regions, whose regions wait for all of their silos"
-        if section.reduction == "reproducible":
+        virtual = config.engine.clock.is_virtual
+        if section.reduction == "reproducible" and not (virtual and self.late == "drop"):
             return f"exchange.reduction: reproducible, but who is late under {who} is what no clock repeats"
         if self.late == "drop":
             return None
         more = f"{who} with late: {self.late}"
+        if virtual and not isinstance(rule, GradientRule):
+            return f"{more} and engine.clock: virtual does not go with local {called(rule)}: it does not say its steps"
         if rule.refuses_partial:
             return f"{more} does not go with local {called(rule)}: {rule.refuses_partial}; take late: drop"
         if rule.carries_over:

@@ -19,7 +19,7 @@ from fedmpi.outcome import BUFFERED, RoundOutcome
 from fedmpi.records import peak_rss_bytes
 from fedmpi.rounds.agreement import agree_ready, raise_failure, silos_taken
 from fedmpi.rounds.clocks import CLOCKS, NOW, Clock, Real, Replay, now
-from fedmpi.rounds.closing import Closing, normalised
+from fedmpi.rounds.closing import Closing, VirtualClosing, normalised
 from fedmpi.rounds.cohort import select_cohort, share_of_all
 from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.engine import Engine
@@ -43,14 +43,12 @@ class Synchronous(Engine):
     policy: Annotated[Policy, POLICIES] = Everybody()
     """decides when a round closes and whether it may go on"""
     clock: Annotated[Clock, CLOCKS] = Real()
-    """real, or a virtual one: a round takes as long as the slowest silo of its cohort"""
+    """real, or a virtual one: a round takes as long as the slowest silo of its cohort, or until its deadline"""
 
     def conflicts(self, config: Config) -> str | None:
-        """Refuses deadlines under a virtual clock."""
+        """Refuses the order of arrivals of another run."""
         if isinstance(self.clock, Replay):
             return "engine.clock: replay gives the order of arrivals, which only engine: buffered has"
-        if self.clock.is_virtual and self.policy.posts:
-            return "engine.policy: deadline closes rounds by the machine's clock; with engine.clock: virtual take all"
         return None
 
     def step(self, state: State, fed: Federation) -> SynchronousRound:
@@ -67,8 +65,9 @@ class Synchronous(Engine):
 
         share = share_of_all(fed, cohort, factors)
         near = 1.0 if fed.exchange.section.lossy or not cohort else nearness(share)
+        virtual_s = now(state.policy)
         for repeats in itertools.count():
-            closing = self.policy.closing(fed, state.policy, (number, repeats), cohort)
+            closing = self._closing(state, fed, (number, repeats), cohort)
             of_cohort = (number, cohort, factors, near, near * share, refused, closing)
             if fed.remote is None:
                 trained, error = train_silos(state, fed, *of_cohort)
@@ -82,20 +81,29 @@ class Synchronous(Engine):
                 outcome = replace(outcome, deadline_s=limit_s, repeats=repeats)
             agree_ready(fed, outcome, self.policy, error, near)
             timer.lap("wait")
+            if self.clock.is_virtual:
+                lasts = closing.lasts_s if isinstance(closing, VirtualClosing) else self._slowest(fed, number, cohort)
+                virtual_s = virtual_s + lasts
             if not outcome.is_void:
                 break
             self.policy.give_up(outcome)
         kept: dict[str, np.ndarray] = {}
         if self.clock.is_virtual:
-            kept = {NOW: np.array([now(state.policy) + self._slowest(fed, number, cohort)])}
-            outcome = replace(outcome, told={"virtual_s": float(kept[NOW][0])})
+            kept = {NOW: np.array([virtual_s])}
+            outcome = replace(outcome, told={"virtual_s": virtual_s})
         server = server_of(state, fed, number, selection, near)
         return SynchronousRound(state, fed, outcome, selection, trained, server, sent, self.policy, kept)
+
+    def _closing(self, state: State, fed: Federation, key: tuple[int, int], cohort: Sequence[str]) -> Closing | None:
+        """The closing of round `key[0]`, repeated `key[1]` times so far."""
+        if self.clock.is_virtual:
+            return self.policy.virtual_closing(fed, state.policy, key, cohort, self.clock) if cohort else None
+        return self.policy.closing(fed, state.policy, key, cohort)
 
     def _slowest(self, fed: Federation, number: int, cohort: Sequence[str]) -> float:
         """Virtual seconds of the round's slowest silo."""
         num_train = dict(zip(fed.ids, fed.num_train, strict=True))
-        return max(self.clock.seconds(fed.seed, silo, number - 1, num_train[silo]) for silo in cohort)
+        return max((self.clock.seconds(fed.seed, silo, number - 1, num_train[silo]) for silo in cohort), default=0.0)
 
 
 @dataclass(frozen=True)

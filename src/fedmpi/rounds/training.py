@@ -37,6 +37,8 @@ def train_silos(
     rank's selector `refused`. `closing` may end the round before all silos have finished."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
+    left_out = [pair for pair in mine if closing is not None and not closing.takes(pair[0])]
+    mine = [pair for pair in mine if pair not in left_out] if left_out else mine
     buffers = closing is not None and closing.buffers
     waiting = [one for silo in fed.silos.values() if (one := Buffered.of(silo, fed.model.device))] if buffers else []
     entering = [one.entering(number) for one in waiting]
@@ -54,7 +56,7 @@ def train_silos(
         name = silo.id
         fed.watch.begin(f"silo '{name}', round {number}")
         if closing is not None:
-            closing.begin()
+            closing.begin(name)
         return _begin(state, fed, number, silo, losses_before, closing)
 
     try:
@@ -118,7 +120,7 @@ def train_silos(
     fed.watch.rest()
     fed.model.lends = False
     if closing is not None:
-        for name, _ in mine[num_done:]:
+        for name, _ in (*(pair for pair in left_out if not closing.in_time(pair[0])), *mine[num_done:]):
             late = VOID if closing.is_broken else DROPPED
             fed.ready.set_silo(fed.index[name], late=late, seconds=2 * closing.limit_s)
     add_rows(fed.ready, ((fed.index[o.contribution.silo], number - o.contribution.round, o) for o in entering))

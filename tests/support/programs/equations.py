@@ -7,6 +7,7 @@ from support.equations import check
 from support.equations.adaptive import CASES as ADAPTIVE
 from support.equations.asynchronous import CASES as ASYNCHRONOUS
 from support.equations.control import CASES as CONTROL
+from support.equations.deadline import CASES as DEADLINE
 from support.equations.personal import CASES as PERSONAL
 from support.equations.rules import CASES as RULES
 from support.equations.selection import CASES as SELECTION
@@ -16,7 +17,7 @@ from support.programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE, **UPDATES, **ASYNCHRONOUS}
+CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE, **UPDATES, **ASYNCHRONOUS, **DEADLINE}
 
 if __name__ == "__main__":
     comm = connect()
