@@ -313,6 +313,10 @@ def plan(
     as_json: Json = False,
     allow: Allow = None,
     privacy: Annotated[bool, typer.Option("--privacy", help="show only who would see what of a silo")] = False,
+    speeds: Annotated[
+        Path | None,
+        typer.Option("--speeds", help="seconds of the silos: lines SILO,SECONDS, or an earlier asynchronous run's DIR"),
+    ] = None,
 ) -> None:
     """Show what `train` would need and do: silos, bytes, memory, disk, collectives, and the source of every value."""
 
@@ -323,7 +327,7 @@ def plan(
 
         with confined(run_directory(Path(config)), allow or []):
             loaded, origins = load(config, overrides or [])
-            result = compute(loaded, origins, ranks)
+            result = compute(loaded, origins, ranks, speeds)
         print(json.dumps(result)) if as_json else (_print_privacy if privacy else _print_plan)(result)
 
     _answer(work)
@@ -387,6 +391,19 @@ def check_run(
     _on_ranks(work) if launched() > 1 else _answer(lambda: work(SoloComm()))
 
 
+def _print_engines(console: Any, result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    if result["engines"] is None:
+        return
+    table = Table("engine", "rounds/h", "updates/h", "staleness", "most", "dropped", "waiting", title="engines")
+    for row in result["engines"]:
+        rates = (f"{row[name]:.4g}" for name in ("rounds_per_hour", "updates_per_hour"))
+        shares = (f"{row[name]:.0%}" for name in ("dropped", "waiting"))
+        table.add_row(row["engine"], *rates, f"{row['mean_staleness']:.2g}", str(row["max_staleness"]), *shares)
+    console.print(table)
+
+
 def _print_plan(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -437,6 +454,7 @@ def _print_plan(result: dict[str, Any]) -> None:
     if result["mirror_bytes"]:
         console.print(f"under mpirun --with-ft ulfm: up to {_size(result['mirror_bytes'])} more memory a rank")
     console.print("not looked at: files, samples, model and loss on them, speed, out; `fedmpi check` does")
+    _print_engines(console, result)
     values = Table("key", "value", "from", title="configuration")
     for key, entry in result["config"].items():
         values.add_row(key, str(entry["value"]), entry["from"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from fedmpi.privacy import Privacy, epsilon
 from fedmpi.records import StatusTable, peak_rss_bytes
 from fedmpi.reveals import reveals, trust
 from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
+from fedmpi.rounds.clocks import Virtual
 from fedmpi.rounds.disclosure import ready_pooling, refuse_metrics
+from fedmpi.rounds.pace import measured, paces
 from fedmpi.secure.graph import degree
 from fedmpi.secure.session import num_covered
 from fedmpi.transforms import Updates
-from fedmpi.types import Source
+from fedmpi.types import Silo, Source
 
 _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
 
@@ -72,12 +74,12 @@ class Counts:
         )
 
 
-def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str, Any]:
+def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Path | None = None) -> dict[str, Any]:
     """Silos per rank, bytes per round, memory per rank, disk per checkpoint, collectives, and the origin of each value.
 
     If a silo of a rank declares no number of samples, `train_samples` and `data_bytes` of the rank are None, and its
-    `memory_bytes` are without these samples. Raises ConfigError for what `train` would refuse, as far as it shows
-    without data and ranks.
+    `memory_bytes` are without these samples. With a virtual clock, or measured `speeds` (rounds/pace.py), also the pace
+    of each engine. Raises ConfigError for what `train` would refuse, as far as it shows without data and ranks.
     """
     source = config.data.source(config.seed)
     objective = resolve(config.objective, source.task, source.num_classes)
@@ -150,6 +152,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int) -> dict[str
         "checkpoints_kept": config.checkpoint.keep + 1,
         "mirror_bytes": _mirror(config, counts, checkpoint, num_ranks),
         "budget": None if config.privacy is None else _budget(config, config.privacy, source),
+        "engines": _engines(config, source.silos, speeds),
         "out": str(Path(config.out)),
         "privacy": [
             row._asdict()
@@ -177,6 +180,20 @@ def _secure(config: Config, ids: Sequence[str]) -> dict[str, Any] | None:
         "error": ring.error(len(ids)),
         "neighbours": min(config.secure.neighbours or degree(len(ids)), len(ids) - 1),
     }
+
+
+def _engines(config: Config, silos: Sequence[Silo], speeds: Path | None) -> list[dict[str, Any]] | None:
+    """The pace of each engine; None if the speeds of silos are not known."""
+    ids, clock = [silo.id for silo in silos], config.engine.clock
+    if speeds is None and not isinstance(clock, Virtual):
+        return None
+    if speeds is not None:
+        clock = measured(speeds, ids)
+    elif isinstance(clock, Virtual):
+        clock.suits(ids)
+        if clock.per == "sample" and any(silo.num_samples is None for silo in silos):
+            return None
+    return [asdict(one) for one in paces(config, clock, ids, [silo.num_samples or 0 for silo in silos])]
 
 
 def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[ExchangeSection, str]:

@@ -110,10 +110,10 @@ class Trace(Times):
 
     @functools.cached_property
     def _values(self) -> dict[str, list[float]]:
-        return _trace(self.file)
+        return read_trace(self.file)
 
 
-def _trace(file: str) -> dict[str, list[float]]:
+def read_trace(file: str) -> dict[str, list[float]]:
     """The values of each silo in a trace file. Raises ConfigError."""
     found: dict[str, list[float]] = {}
     try:
