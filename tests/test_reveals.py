@@ -21,6 +21,10 @@ def told(tmp_path, ranks=3, **how):
         ({"exchange": {"plan": "sharded"}}, "pieces of it", "pieces of it", "it, not encrypted"),
         ({"exchange": {"plan": "sharded", "scope": "silo"}}, "pieces of it", "pieces of it", "yes, not encrypted"),
         ({"engine": {"name": "buffered", "size": 2}}, "yes", "no", "yes, not encrypted"),
+        (
+            {"transport": {"name": "files", "root": "shared"}},
+            *("yes", "who reads the shared folder", "files of the shared folder"),
+        ),
         (SECURE, "a sum of 3 or more", "the same, with their own", "masked words"),
     ],
 )

@@ -41,11 +41,15 @@ def reveals(
     if keeps:
         copies = "copies, under ulfm" if config.adopts else NO
         rows.append(Row("vectors that a silo keeps", copies, copies, copies, "the silo's checkpoint"))
+    if config.transport.apart:
+        return [row._replace(network="files of the shared folder") for row in rows]
     return [row._replace(network="nothing is sent") for row in rows] if alone else rows
 
 
 def _update(config: Config, ids: Sequence[str], hosted: Sequence[int], plan: str) -> Row:
     files = "the silo's checkpoint" if config.exchange.goes_on or config.exchange.lossy else "only the model"
+    if config.transport.apart:
+        return Row("a silo's update", YES, "who reads the shared folder", CLEAR, "only the model")
     if config.secure is not None:
         fewest = config.secure.fewest(config, ids)
         return Row("a silo's update", f"a sum of {fewest} or more", "the same, with their own", "masked words", files)

@@ -63,6 +63,8 @@ class SecAgg:
             return f"{who}: aggregate {called(config.aggregate)} reads single updates, and only their sum is seen"
         if config.records.needs:
             return f"{who}: records.gram needs single updates, and only their sum is seen"
+        if config.privacy is not None and config.privacy.of_records:
+            return f"{who}: nobody has shown yet what it gives together with privacy of records; take one of the two"
         if config.privacy is not None:
             return (
                 f"{who}: privacy adds its noise once the sum is unmasked, and a repeated round draws other silos, so "
