@@ -22,6 +22,7 @@ from fedmpi.local import Sgd
 from fedmpi.models import make
 from fedmpi.plan import plan
 from fedmpi.rounds import clocks
+from fedmpi.rounds.policies import Deadline
 from fedmpi.server import FedAdam
 from fedmpi.types import SiloData, Source
 
@@ -74,8 +75,11 @@ REFUSED = [
     (SGD + ", schedule: cosin}", "local.schedule: no schedule 'cosin'; did you mean 'cosine'?"),
     ("aggregate: qqq", "aggregate: no aggregator 'qqq'; available: mean"),
     ("data: {silos: 3}", "data: needs a 'name' beside silos, one of: digits, "),
+    ("select: {fraction: 0.5}", "select: needs a 'name' beside fraction, one of: uniform, proportional, "),
+    (SGD + ", momentum: 0.9}", "local: local rule 'sgd' has no 'momentum'; it is an argument of the optimizer:"),
+    ("engine: {size: 3}", "engine: needs a 'name' beside size, one of: buffered"),
     ("model: 3", "model: 3 is not a valid model; one of: logistic, "),
-    ("select: [all]", "select: ['all'] is not a valid selector; one of: all, uniform"),
+    ("select: [all]", "select: ['all'] is not a valid selector; one of: all, "),
     # wrong type
     ("rounds: many", "rounds: a whole number is needed, got 'many'"),
     ("rounds: 1.5", "rounds: a whole number is needed, got 1.5"),
@@ -298,6 +302,7 @@ def value(config, key):
         (["local.optimizer=Adam", "local.optimizer.betas=[0.5, 0.9]"], {"local.optimizer.betas": [0.5, 0.9]}),
         (["local.optimizer={name: SGD, weight_decay: 1e-4}"], {"local.optimizer.weight_decay": 1e-4}),
         (["local.optimizer=SGD", "local.optimizer.weight_decay=1e-4"], {"local.optimizer.weight_decay": 1e-4}),
+        (["engine.policy=deadline", "engine.policy.deadline_s=3"], {"engine.policy": Deadline(deadline_s=3)}),
         (["out=runs/a=b"], {"out": "runs/a=b"}),
         (["out=123"], {"out": "123"}),
         (["out=2026-01-02"], {"out": "2026-01-02"}),

@@ -219,7 +219,7 @@ def test_a_joining_silo_that_no_component_can_do_with_is_refused_and_the_run_goe
         rounds = iter(run)
         next(rounds)
         before = run.federation
-        with pytest.raises(ConfigError, match="min_silos: 3, and a cohort may be 2"):
+        with pytest.raises(ConfigError, match="min_silos is 3, but a cohort may have only 2 silos"):
             run.rebuild(run.membership.without("s0"))
         assert run.federation is before
         next(rounds)

@@ -119,7 +119,7 @@ def test_what_a_component_cannot_do_with_is_refused(tmp_path):
     how = config(tmp_path, 3, engine={"name": "synchronous", "policy": policy})
     _, _, members = trained(how, when=[(2, [("retire", "s1")])], until=3)
     ((_, why),) = answers(tmp_path)
-    assert "engine.policy.min_silos: 3, and a cohort may be 2" in why and members.epoch == 0
+    assert "engine.policy.min_silos is 3, but a cohort may have only 2 silos" in why and members.epoch == 0
 
 
 TORN = {"empty": "", "torn": '{"what": "retire", "si', "list": "[]", "odd": '{"what": "fire", "silo": "s1"}'}

@@ -14,6 +14,7 @@ from support.runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
 from fedmpi import checkpoint, fencing, results, stopping
+from fedmpi.__main__ import main
 from fedmpi.comm import SoloComm
 from fedmpi.components import component
 from fedmpi.errors import ConfigError, Diverged, FedmpiError, NoCohort, SiloError, Stopped
@@ -21,6 +22,28 @@ from fedmpi.local import Sgd
 from fedmpi.types import Silo, SiloData, Source
 
 HERE = "test_run_ends:"  # how configurations name this module's components
+
+
+def test_a_run_that_cannot_outlive_ranks_says_so_if_it_was_asked_to(tmp_path, capsys):
+    for wanted, told in (("respawn", True), ("stop", False), (None, False)):
+        run(config(tmp_path / str(wanted), 1, on_failure=wanted))
+        said = "fedmpi: on_failure: respawn has no effect: this job ends with the first rank that dies"
+        assert (said in capsys.readouterr().err) == told
+
+
+def test_a_run_may_go_on_with_another_on_failure(tmp_path):
+    run(config(tmp_path, 1))
+    run(config(tmp_path, 2, on_failure="continue"))
+    run(config(tmp_path / "b", 2))
+    assert results.inspect(tmp_path)["params_sha256"] == results.inspect(tmp_path / "b")["params_sha256"]
+
+
+def test_a_supervisor_without_dashes_before_its_launcher_says_where_they_go(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fedmpi", "run", "mine.yaml", "rounds=3", "mpirun", "-n", "3"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "fedmpi: put -- before the launcher: fedmpi run CONFIG -- mpirun -n 4\n"
 
 
 def test_a_run_that_diverges_says_so_and_leaves_its_last_whole_round(tmp_path):

@@ -15,6 +15,9 @@ def main() -> None:
         from fedmpi import stopping
 
         stopping.own_process()
+    if sys.argv[1:2] == ["run"] and "--" not in sys.argv and {"mpirun", "mpiexec", "srun"} & {*sys.argv}:
+        output.say("fedmpi: put -- before the launcher: fedmpi run CONFIG -- mpirun -n 4", error=True)
+        raise SystemExit(2)
     from fedmpi.cli import app
 
     app()

@@ -68,6 +68,7 @@ class Family:
         outside: bool = True,
         deferred: bool = False,
         defaults: bool = False,
+        implied: str | None = None,
     ) -> None:
         self.what = what
         self.members = dict(members)
@@ -75,6 +76,7 @@ class Family:
         self.outside = outside  # whether users may bring their own as "package.module:Class"
         self.deferred = deferred  # whether a member may be any callable, called when it is needed
         self.defaults = defaults  # whether missing methods, except abstract ones, are taken from the protocol
+        self.implied = implied  # the member that keys without a name belong to, if it has them all
         _FAMILIES.append(self)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
@@ -114,9 +116,12 @@ class Family:
             return value if not isinstance(value, (int, float, list, type(None))) else self._no(value, path)
         rest = dict(value)
         name = rest.pop("name", None)
+        if name is None and self.implied is not None and rest and self._has(self.members[self.implied], rest):
+            name = self.implied
         if not isinstance(name, str):
             beside = f" beside {', '.join(map(str, rest))}" if rest else ""
-            raise ConfigError(f"{path}: needs a 'name'{beside}, one of: {', '.join(self.members)}")
+            fitting = [one for one, cls in self.members.items() if self._has(cls, rest)] or self.members
+            raise ConfigError(f"{path}: needs a 'name'{beside}, one of: {', '.join(fitting)}")
         found = self.find(name, path)
         made = dataclasses.is_dataclass(found)
         if made:
@@ -134,6 +139,11 @@ class Family:
                 check_factory(found, name, path, self.what)
             return Deferred(name, found, _fitting(found, rest, path))
         raise ConfigError(f"{path}: '{name}' is not a dataclass, so it cannot be a {self.what}")
+
+    @staticmethod
+    def _has(cls: Any, keys: Mapping[str, Any]) -> bool:
+        """Whether these are fields of a component."""
+        return isinstance(cls, type) and dataclasses.is_dataclass(cls) and set(keys) <= set(hints(cls))
 
     def _methods(self) -> list[str]:
         """Names of the methods that a member must have."""
@@ -232,6 +242,7 @@ _EXPECTED |= dict.fromkeys(("float_type", "float_parsing"), "a number is needed"
 _EXPECTED |= dict.fromkeys(("bool_type", "bool_parsing"), "true or false is needed")
 _EXPECTED |= dict.fromkeys(("tuple_type", "list_type"), "expected a list, such as [2, 3]")
 
+_OF_TORCH = ("momentum", "weight_decay", "nesterov", "betas", "dampening")  # arguments in torch.optim
 _ELSEWHERE = {"learning_rate": "lr", "batch": "batch_size", "clients": "silos"}  # names in other frameworks
 
 
@@ -239,6 +250,8 @@ def _nearest_key(name: str, known: Mapping[str, Any], value: Any) -> str:
     """A hint for an unknown key: the nearest key, or the same name one level deeper."""
     if name.isdigit() and value is None:  # {lr: 0,05}
         return "; numbers have a decimal point, such as 0.05"
+    if name in _OF_TORCH and "optimizer" in known:
+        return f"; it is an argument of the optimizer: optimizer: {{name: SGD, {name}: {value}}}"
     name = _ELSEWHERE.get(name, name)
     close = did_you_mean(name, known)
     if "did you mean" in close:

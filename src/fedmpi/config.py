@@ -337,7 +337,7 @@ class Config:
 # Keys that a resumed run may change: length, output, and machine.
 MAY_CHANGE = (
     *("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "init"),
-    *("admit", "transport.root", "transport.lease_s", "transport.poll_s", "transport.keep"),
+    *("admit", "on_failure", "transport.root", "transport.lease_s", "transport.poll_s", "transport.keep"),
 )
 
 PLAN = "exchange.plan"

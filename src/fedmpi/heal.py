@@ -225,7 +225,9 @@ class Loss:
         left = [silo for silo, rank in self.silos.items() if rank is None]
         what = [*taken[:8], *(["..."] if taken[8:] else []), *([f"{', '.join(left[:8])} left"] if left else [])]
         num = len(self.old_ranks)
+        renumbered = ", numbered anew" if [*self.old_ranks] != [*range(num)] else ""
         return (
             f"lost {ranks_text(self.ranks)}; training goes on after round {self.round} with {num} "
-            f"rank{'s' if num > 1 else ''}, {self.seconds:.2f} s later: {'; '.join(what) or 'they hosted no silo'}"
+            f"rank{'s' if num > 1 else ''}{renumbered}, {self.seconds:.2f} s later: "
+            f"{'; '.join(what) or 'they hosted no silo'}"
         )

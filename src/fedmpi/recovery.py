@@ -62,6 +62,13 @@ class Recovery(Members):
 
     def _begin_mirror(self) -> None:
         """Mirror the state before the first round. Until then the others go on without a fresh rank. Collective."""
+        wanted = self.config.on_failure
+        if wanted not in (None, "stop") and not self.comm.outlives_ranks and self.comm.rank == 0:
+            say(
+                f"fedmpi: on_failure: {wanted} has no effect: this job ends with the first rank that dies; start Open "
+                "MPI 5 with mpirun --with-ft ulfm",
+                error=True,
+            )
         try:
             self._mirror_anew()
         except Exception as error:

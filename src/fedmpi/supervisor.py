@@ -199,10 +199,13 @@ class Supervisor:
     def _tell_goodput(self, before: int) -> None:
         wall_s = time.monotonic() - self._begun_s
         useful_s, rounds = self._progress.useful_s(before), max(0, self._progress.commit) - before
-        share = useful_s / wall_s if wall_s else 0.0
+        share, starts = (
+            useful_s / wall_s if wall_s else 0.0,
+            "1 start" if self._starts == 1 else f"{self._starts} starts",
+        )
         self._tell(
             "goodput",
-            f"{rounds} rounds in {wall_s:.1f} s and {self._starts} starts; goodput {share:.0%}: {useful_s:.1f} s of "
+            f"{rounds} rounds in {wall_s:.1f} s and {starts}; goodput {share:.0%}: {useful_s:.1f} s of "
             "committed rounds",
             seconds=round(wall_s, 3),
             useful_s=round(useful_s, 3),

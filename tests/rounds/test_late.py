@@ -287,7 +287,7 @@ def test_an_automatic_deadline_follows_the_median_silo(tmp_path):
 REFUSED: dict[str, dict[str, Any]] = {
     "exchange.overlap": {"exchange": {"overlap": True}},
     "exchange.regions": {"exchange": {"regions": {"levels": [{"by": "node"}]}}},
-    "what no clock repeats": {"exchange": {"reduction": "reproducible"}},
+    "no two runs have the same late silos": {"exchange": {"reduction": "reproducible"}},
     "its one step takes the gradient of all samples": {"local": {"name": "fedsgd", "lr": 0.1}, "field": "lr"},
     "its h_k takes what": {"local": {"name": "feddyn"}, "server": {"optimizer": "feddyn"}},
     "needs silos that take equal steps": {"local": {"name": "scaffold", "variant": "benchmark"}},
@@ -302,7 +302,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "norms of whole rounds": {"server": {"optimizer": "fedexp"}},
     "exchange.fragments": {"exchange": {"fragments": 2}},
     "reads the lateness of each silo": {"disclose": "pooled"},
-    "min_silos: 4, and a cohort may be 3": {"policy": {"min_silos": 4}},
+    "min_silos is 4, but a cohort may have only 3 silos": {"policy": {"min_silos": 4}},
 }
 
 

@@ -161,7 +161,8 @@ class Files:
             if path.is_dir():
                 raise DataMissing(f"silo '{silo}': {path.absolute()} is a folder; correct its path to one file in it")
             if not path.is_file():
-                raise DataMissing(f"silo '{silo}': no file {path.absolute()}; put it there or correct its path")
+                where = f"put it there, or correct its path or data.root ({root_of(self.root)})"
+                raise DataMissing(f"silo '{silo}': no file {path.absolute()}; {where}")
         except OSError as error:
             raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None
         where = f"silo '{silo}': {path}"

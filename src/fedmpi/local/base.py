@@ -166,7 +166,7 @@ class LocalRule:
         """Why the rule does not work with the rest of the configuration, in one line; None if it does."""
         exchange, rule, names = config.exchange, called(self), ", ".join(a.name for a in self.auxiliaries)
         if exchange.reduction == "reproducible" and self.timed:
-            return "exchange.reduction: reproducible, but local.amount: seconds is what no clock repeats"
+            return "exchange.reduction: reproducible does not go with local.amount: seconds: two runs differ in steps"
         if not names:
             return None
         if exchange.overlap:

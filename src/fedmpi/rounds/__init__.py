@@ -23,7 +23,13 @@ from fedmpi.rounds.policies import POLICIES, Everybody, Policy
 from fedmpi.rounds.staleness import STALENESS
 from fedmpi.rounds.synchronous import Synchronous
 
-ENGINES = Family("engine", {"synchronous": Synchronous, "buffered": Buffered}, Engine, defaults=True)
+ENGINES = Family(
+    "engine",
+    {"synchronous": Synchronous, "buffered": Buffered},
+    Engine,
+    defaults=True,
+    implied="synchronous",
+)
 
 __all__ = [
     "CLOCKS",

@@ -164,7 +164,8 @@ class Deadline(Policy):
 
     def suits(self, num_silos: int) -> None:
         if self.min_silos > num_silos:
-            raise ConfigError(f"engine.policy.min_silos: {self.min_silos}, and a cohort may be {num_silos}")
+            silos = "1 silo" if num_silos == 1 else f"{num_silos} silos"
+            raise ConfigError(f"engine.policy.min_silos is {self.min_silos}, but a cohort may have only {silos}")
 
     def conflicts(self, config: Config) -> str | None:
         """Refuses components that need every silo, and bitwise reproducible sums; unless `late` is drop, also
@@ -176,7 +177,7 @@ class Deadline(Policy):
             return f"{who} does not go with exchange.regions, whose regions wait for all of their silos"
         virtual = config.engine.clock.is_virtual
         if section.reduction == "reproducible" and not (virtual and self.late == "drop"):
-            return f"exchange.reduction: reproducible, but who is late under {who} is what no clock repeats"
+            return f"exchange.reduction: reproducible does not go with {who}: no two runs have the same late silos"
         if self.late == "drop":
             return None
         more = f"{who} with late: {self.late}"
