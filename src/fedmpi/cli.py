@@ -404,6 +404,35 @@ def _print_engines(console: Any, result: dict[str, Any]) -> None:
     console.print(table)
 
 
+@app.command()
+def doctor(
+    out: Annotated[Path, typer.Option("--out", help="folder that runs will write into")] = Path("runs"),
+    no_network: Annotated[bool, typer.Option("--no-network", help="measure no links between ranks")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at this machine, or at all ranks of a job: MPI library, devices, cores and binding, limits, file system,
+    clocks, versions, and the links between hosts. Each problem is a line with its remedy.
+
+    Without a launcher MPI is not initialised: another process asks the library for its name. Run it under mpirun or
+    srun to see the rest; the links take about two seconds. Exits with 2 if there is a fault that ends every run.
+    """
+
+    def work(comm: Comm) -> None:
+        from fedmpi.doctor import examine, lines
+        from fedmpi.errors import agreed
+
+        result = examine(comm, out, not no_network)
+        if comm.rank == 0:
+            say(json.dumps(result) if as_json else "\n".join(lines(result)))
+        if result["faults"]:
+            raise agreed(ConfigError("the doctor found faults; mend them first"))
+        comm.finish()
+
+    from fedmpi.comm import SoloComm, launched
+
+    _on_ranks(work) if launched() > 1 else _answer(lambda: work(SoloComm()))
+
+
 def _print_plan(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
