@@ -267,6 +267,43 @@ def test_the_servers_adamw_of_deltas_is_torchs_of_gradients(job):
     torch.testing.assert_close(params_P, weight.detach(), rtol=1e-12, atol=1e-12)
 
 
+def test_forty_silos_are_summed_up_and_drawn(job, tmp_path):
+    pytest.importorskip("matplotlib")
+    forty = job("async_40", connects=False)
+    rising = [(10.0 * i, 2.0 * i, 0.5 + 0.05 * i) for i in range(1, 7)]
+    results = {"synchronous": [rising, rising], "FedBuff": [[], rising]}
+    told = forty.summary(results)
+    assert told["synchronous"] == {  # the mean of three evaluations counts
+        "accuracy": 0.75,
+        **{"seconds to 0.6": 30.0, "megabytes to 0.6": 6.0, "seconds to 0.7": 50.0, "megabytes to 0.7": 10.0},
+        **{"seconds to 0.75": 60.0, "megabytes to 0.75": 12.0},
+    }
+    assert told["FedBuff"]["seconds to 0.6"] is None
+    forty.draw({"synchronous": [rising, rising]}, tmp_path / "assets" / "a.svg")
+    assert "virtual seconds" in (tmp_path / "assets" / "a.svg").read_text()
+
+
+def test_forty_silos_train_quickly(job, capsys, monkeypatch, tmp_path):
+    folder = Path(os.environ.get("FEDMPI_DATA", TOP.parent / "shared" / "data"))
+    if not (folder / "fashion_mnist").exists():
+        absent("data", "no fashion_mnist/ in FEDMPI_DATA nor in ../shared/data")
+    monkeypatch.setenv("FEDMPI_DATA", str(folder))
+    forty = job("async_40", connects=False)
+    monkeypatch.setattr(sys, "argv", ["async_40", "--quick", "--out", str(tmp_path)])
+    forty.main()
+    told = json.loads(capsys.readouterr().out)
+    assert told.keys() == forty.ENGINES.keys() and told["FedBuff"]["accuracy"] > 0.2
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == told.keys()
+
+
+def test_the_experiment_in_real_time_runs_on_one_rank(job, capsys, monkeypatch):
+    real = job("async_real")
+    monkeypatch.setattr(sys, "argv", ["async_real", "--quick"])
+    real.main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["same_bits"] == told["replays"] == 2 and told["buffered"]["server_steps"] == 4
+
+
 @pytest.fixture
 def text_at_hand(monkeypatch):
     folder = Path(os.environ.get("FEDMPI_DATA", TOP.parent / "shared" / "data"))
