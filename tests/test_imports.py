@@ -48,7 +48,7 @@ ORDER = [
     *("secure", "evaluate", "exchange", "privacy", "rounds", "transports", "config", "directory", "opening", "trial"),
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
-    *("reveals", "plan", "check", "doctor", "results", "compare", "launchline", "remains", "supervisor"),
+    *("reveals", "plan", "check", "doctor", "audit", "results", "compare", "launchline", "remains", "supervisor"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}

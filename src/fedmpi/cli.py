@@ -500,6 +500,38 @@ def _size(num_bytes: int) -> str:
 
 
 @app.command()
+def audit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    canaries: Annotated[int, typer.Option("--canaries", min=8, help="samples that may be in the training data")] = 200,
+    silo: Annotated[str | None, typer.Option("--silo", metavar="ID", help="who gets them (the largest)")] = None,
+    scale: Annotated[float, typer.Option("--scale", help="their spread / that of the silo's samples")] = 1.0,
+    confidence: Annotated[float, typer.Option("--confidence", help="of the bound")] = 0.95,
+    as_json: Json = False,
+    allow: Allow = None,
+) -> None:
+    """Train once with canaries in the data, in a temporary folder, and say how much epsilon is at least, judged by the
+    canaries that can be told apart afterwards, beside the account (Steinke et al. 2023). Also without `privacy`."""
+
+    def work() -> None:
+        from fedmpi.audit import audit as examine
+        from fedmpi.config import load, run_directory
+        from fedmpi.trust import confined
+
+        with confined(run_directory(Path(config)), allow or []):
+            told = examine(load(config, overrides or [])[0], silo, canaries, scale, confidence)
+        if as_json:
+            print(json.dumps(told))
+            return
+        least, most = f"{told['epsilon_at_least']:.4g}", told["epsilon_at_most"]
+        print(f"silo {told['silo']}: {told['correct']} of {told['guesses']} guesses are right, of {canaries} canaries")
+        print(f"epsilon is at least {least} at delta {told['delta']:g} ({confidence:.0%} confidence)")
+        print("without privacy there is no bound above" if most is None else f"epsilon is at most {most:.4g} (account)")
+
+    _answer(work)
+
+
+@app.command()
 def inspect(
     directory: RunDir,
     as_json: Json = False,

@@ -65,6 +65,13 @@ def experiment(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]"
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
 
 
+def test_private_heart_beside_the_published_figures() -> None:
+    done = experiment("private_heart.py")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["spent"] <= told["epsilon"] == 1.0 and 0 <= told["accuracy"] <= 1
+
+
 def test_every_script_has_a_test_of_its_quick_form() -> None:
     text = Path(__file__).read_text() + (TOP / "tests" / "test_jobs.py").read_text()
     for path in sorted((TOP / "jobs").rglob("*.sh")):

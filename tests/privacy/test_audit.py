@@ -1,0 +1,62 @@
+"""Audits: the bound's numbers, canaries that are found without privacy, and a bound below the account with it."""
+
+import json
+
+import pytest
+from support.runs import config, put_back  # noqa: F401
+from typer.testing import CliRunner
+
+from fedmpi.audit import audit, lower_bound, p_value
+from fedmpi.cli import app
+from fedmpi.errors import ConfigError
+from fedmpi.privacy import SiloPrivacy
+
+
+def overfits(out, epochs=30, **other):
+    """A net that learns its samples by heart."""
+    local = {"lr": 0.1, "epochs": epochs, "batch_size": 32}
+    model = {"name": "mlp", "hidden": [64]}
+    data = {"name": "digits", "silos": 2}
+    return config(out, 3, data, model=model, local=local, aggregate={"name": "mean", "weights": "uniform"}, **other)
+
+
+def test_bounds_are_those_of_the_paper():
+    # All of r guesses correct under pure DP: p = (e^eps / (1 + e^eps))^r.
+    assert p_value(50, 20, 20, 1.0, 0.0) == pytest.approx((1 / (1 + 2.718281828459045**-1)) ** 20)
+    assert p_value(50, 20, 15, 1.0, 1e-3) > p_value(50, 20, 15, 1.0, 0.0)
+    assert lower_bound(100, 100, 50, 0.0, 0.95) == 0.0
+    assert 2.9 < lower_bound(100, 100, 99, 0.0, 0.95) < 3.1  # 3.0: binomial with rate 0.9534
+    assert lower_bound(100, 100, 99, 1e-3, 0.95) < lower_bound(100, 100, 99, 0.0, 0.95)
+
+
+def test_canaries_are_found_without_privacy(tmp_path):
+    told = audit(overfits(tmp_path), canaries=80, scale=2.0)
+    assert told["epsilon_at_least"] > 1.0 and told["epsilon_at_most"] is None
+    assert told["correct"] > 0.9 * told["guesses"]
+
+
+def test_with_privacy_the_bound_lies_below_the_account(tmp_path):
+    private = {"name": "record", "clip": 1.0, "epsilon": 1.0, "delta": 1e-5}
+    told = audit(overfits(tmp_path, 5, privacy=private), canaries=80, scale=2.0)
+    assert told["epsilon_at_least"] <= told["epsilon_at_most"] <= 1.0
+    assert told["correct"] < 0.8 * told["guesses"]
+
+
+def test_what_cannot_be_audited_is_refused(tmp_path):
+    how = overfits(tmp_path)
+    with pytest.raises(ConfigError, match="too few"):
+        audit(overfits(tmp_path, privacy=SiloPrivacy(clip=1.0, sigma=1.0, delta=1e-3)))
+    with pytest.raises(ConfigError, match="8 canaries"):
+        audit(how, canaries=4)
+    with pytest.raises(ConfigError, match="no silo 'x'"):
+        audit(how, silo="x")
+
+
+def test_the_command_prints_bound_and_account(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text("rounds: 1\nprivacy: {name: record, clip: 1.0, sigma: 4, delta: 1.0e-5}\ndevice: {name: cpu}\n")
+    done = CliRunner().invoke(app, ["audit", str(file), "--canaries", "8", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output.strip().splitlines()[-1])
+    assert told["epsilon_at_least"] == 0.0 < told["epsilon_at_most"] and told["silo"] == "silo-0"
