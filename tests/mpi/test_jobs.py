@@ -65,11 +65,27 @@ def experiment(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]"
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
 
 
-def test_private_heart_beside_the_published_figures() -> None:
+def test_private_heart_beside_the_published_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMPI_DATA", str(root))
     done = experiment("private_heart.py")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["spent"] <= told["epsilon"] == 1.0 and 0 <= told["accuracy"] <= 1
+
+
+def test_private_mnist_in_its_quick_form() -> None:
+    done = experiment("private_mnist.py")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["epsilon"] > 0
+
+
+def test_gradients_of_single_samples_are_timed_beside_plain_ones() -> None:
+    done = subprocess.run(
+        [PYTHON, str(TOP / "jobs/bench/per_sample.py"), "--quick"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    ways = [json.loads(line)["way"] for line in done.stdout.splitlines()]
+    assert ways[:3] == ["sgd", "fast", "torch.func"]
 
 
 def test_every_script_has_a_test_of_its_quick_form() -> None:
