@@ -50,8 +50,8 @@ def ways(x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
 
 def _opacus(x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
     made: Any = importlib.import_module("opacus").GradSampleModule
-    layers = [part for part in models.make(models.CNN(), IMAGES) if not type(part).__name__.startswith("_")]
-    module = made(nn.Sequential(*layers))
+    layers = [part for part in models.make(models.CNN(), IMAGES).children() if not type(part).__name__.startswith("_")]
+    module: Any = made(nn.Sequential(*layers))
 
     def step() -> list[torch.Tensor]:
         for param in module.parameters():
