@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fedmpi
-from fedmpi import disk
-from fedmpi.check import check, folder, lines, skew
+from fedmpi import assembly, disk
+from fedmpi.check import check, folder, lines, skew, trying
 from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.comm.threads import on_ranks
@@ -73,9 +74,15 @@ class Study:
     def check(self):
         return check(self.write(), self.overrides, SoloComm(), self.ranks, self.timing)
 
-    def check_on(self, num_ranks):
-        """The result on every rank."""
-        path = self.write()
+    def check_on(self, num_ranks, monkeypatch):
+        """The result on every rank. The ranks are threads, which have one random state: models are built one by one."""
+        path, lock, build = self.write(), threading.Lock(), assembly.build_module
+
+        def one_by_one(*arguments):
+            with lock:
+                return build(*arguments)
+
+        monkeypatch.setattr(trying, "build_module", one_by_one)
         return on_ranks(num_ranks, lambda comm: check(path, self.overrides, comm, timing=self.timing))
 
     def csv(self, **texts):
@@ -571,10 +578,10 @@ def skewed(study):
         study.arrays[silo] = {"x": x, "y": y}
 
 
-def test_ranks_and_one_process_tell_the_same(study):
+def test_ranks_and_one_process_tell_the_same(study, monkeypatch):
     skewed(study)
     alone = study.check()
-    four = study.check_on(4)
+    four = study.check_on(4, monkeypatch)
     assert all(other == four[0] for other in four)
     assert [row["rank"] for row in four[0]["silos"]] == [0, 1, 2, 3]
     for row, other in zip(alone["silos"], four[0]["silos"], strict=True):
@@ -622,10 +629,10 @@ def test_alike_silos_suggest_nothing(study):
 
 
 @pytest.mark.parametrize("disclose", ["pooled", "cohort"])
-def test_only_sums_are_told_unless_silos_are_disclosed(study, disclose):
+def test_only_sums_are_told_unless_silos_are_disclosed(study, disclose, monkeypatch):
     skewed(study)
     study.config["disclose"] = disclose
-    result = study.check_on(4)[0]
+    result = study.check_on(4, monkeypatch)[0]
     assert result["silos"] == [] and result["skew"]["labels"]["divergence"] > 0.1
     text = "\n".join(lines(result))
     assert f"disclose: {disclose}" in text and "most in" not in text and "farthest" not in text
@@ -636,6 +643,17 @@ def test_only_sums_are_told_unless_silos_are_disclosed(study, disclose):
     assert len(shown["silos"]) == 4 and f"most in {shown['silos'][0]['silo']}" not in text
     for row in shown["silos"]:
         assert str(row["divergence"]) not in sent
+
+
+def test_no_sum_leaves_a_rank_under_secure_aggregation(study, monkeypatch):
+    pytest.importorskip("cryptography")
+    skewed(study)
+    study.config |= {"secure": {"name": "secagg", "threshold": 3}, "exchange": {"plan": "replicated"}}
+    result = study.check_on(4, monkeypatch)[0]
+    assert result["faults"] == [] and any("`secure`" in line for line in result["unseen"]), lines(result)
+    assert result["num_test"] > 0 and result["missing"] is None and "missing" not in lines(result)[0]
+    assert result["silos"] == [] and result["skew"]["silos"] == 0 and set(result["start"].values()) == {None}
+    assert result["skew"]["labels"] == {} and result["skew"]["features"] == {}
 
 
 def test_time_and_memory_are_estimated(study):

@@ -90,6 +90,7 @@ class _Check:
         self.data: dict[str, SiloData] = {}  # opened on this rank
         self.looks: dict[str, Look] = {}
         self.num_train: dict[str, int] = {}  # of all silos that were opened on some rank
+        self.num_test = 0
         # Whether sums over this rank's silos may leave it: one silo's figures, if it has only one.
         self.sums = comm.size == 1 or self.config.secure is None
 
@@ -153,8 +154,8 @@ class _Check:
             "silos": self._silo_rows(source, members, differing),
             "num_silos": len(source.silos),
             "num_train": int(sum(self.num_train.values())),
-            "num_test": self._total("num_test"),
-            "missing": self._total("missing"),
+            "num_test": self.num_test,
+            "missing": self._missing(),
             "skew": {
                 "silos": differing.silos,
                 "sizes": differing.sizes,
@@ -217,6 +218,7 @@ class _Check:
                 facts_KF[i] = facts_of(silo, self.data[silo], source, {})
         facts_KF = self.comm.share(facts_KF.reshape(-1)).reshape(facts_KF.shape)
         self.num_train = {silo: int(num) for silo, num in zip(ids, facts_KF[:, 0], strict=True) if num}
+        self.num_test = int(facts_KF[:, 1].sum())
         try:
             same_columns(facts_KF[:, 4], source, members, self.comm)
         except ConfigError as error:  # the same on all ranks
@@ -351,10 +353,10 @@ class _Check:
         means = [total / num if num else None for total, num in sums.tolist()]
         return dict(zip(("loss", *names), means, strict=True))
 
-    def _total(self, name: str) -> int:
-        """A figure of `Look`, over all silos."""
-        own = sum(vars(one)[name] for one in self.looks.values() if self.sums)
-        return int(self.comm.share(np.array([float(own)]))[0])
+    def _missing(self) -> int | None:
+        """Missing values of all silos; None if no sum may leave a rank."""
+        own = sum(one.missing for one in self.looks.values())
+        return int(self.comm.share(np.array([float(own)]))[0]) if self.sums else None
 
     # ------------------------------------------------------------ estimates
 
