@@ -344,6 +344,8 @@ INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "
 INSIDE["engine"] = {"name": "synchronous"}
 INSIDE["clock"] = {"name": "virtual"}
 NEEDS["replay"] = {"run": "runs/a"}
+NEEDS["poisson"] = {"rate": 0.5}
+NEEDS |= {name: {"clip": 1.0, "sigma": 1.0, "delta": 1e-5} for name in ("silo", "record")}
 NEEDS["buffered"] = {"clock": INSIDE["clock"]}
 TIMES_NEED = {"uniform": {"low": 1.0, "high": 2.0}, "trace": {"file": "trace.csv"}}
 MEMBERS = [(key, name) for family, key in FAMILIES.values() if key and family is not PLANS for name in family.members]
@@ -361,6 +363,8 @@ def test_every_member_comes_back_from_its_plain_values(key, name, monkeypatch):
     values = {"name": name, **needs.get(name, NEEDS["sgd"] if key == "local" else {})}
     for parent in reversed(parents):
         values = {parent: inside.get(parent, {}) | values if parent != parents[-1] else values}
+    if key == "privacy":
+        values["aggregate"] = {"name": "mean", "weights": "uniform"}
     if key == "records.measure":
         values["exchange"] = {"plan": "sharded", "scope": "silo"}
     if key == "aggregate" and AGGREGATORS.build(values[key], key).needs != "sum":
