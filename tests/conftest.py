@@ -30,7 +30,10 @@ FIXTURES = {"place": "mpi", "undisturbed": "mpi", "slurm": "slurm", "root": "dat
 FILES = {"mpi/test_testbed.py": "netns"}
 # Files of whole runs and processes: a tenth of the tests, but half of the time.
 RUNS = tuple(
-    f"/test_{name}.py" for name in ("ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_models", "trust")
+    f"/test_{name}.py"
+    for name in (
+        *("buffered_jobs", "ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_jobs", "silo_models", "trust"),
+    )
 )
 NOT_FAST = {"slow", "mpi", "slurm", "netns", "data", "long"}
 # Tests that take minutes and repeat others with other inputs: by file, the cases that stay in the normal run.
@@ -38,6 +41,10 @@ LONG = {
     "docs/test_docs.py::test_the_blocks_of_a_page_run": ("README", "quickstart", "own-data", "failures"),
     "docs/test_extending.py::test_a_recipe_trains": ("local_rule", "robust_rule", "codec", "selector"),
     "examples/test_examples.py::test_an_example_reaches": ("hospitals-2", "python_rounds-1", "fedsam-2"),
+    "files/test_buffered_jobs.py": ("fedbuff", "goes_on", "refused"),
+    "files/test_silo_jobs.py::test_jobs_train": ("plain", "scaffold", "topk", "kept", "median"),
+    "files/test_silo_jobs.py::test_a_server_that_dies": ("3-scaffold",),
+    "files/test_silo_jobs.py::test_a_silo_that_dies": ("between-int8",),
     "mpi/test_heal.py::test_a_run_whose_ranks_die": ("sharded", "at_once"),
     "mpi/test_lost.py::test_a_rank_that_dies_before": ("2",),
     "mpi/test_respawn.py": ("[one]",),

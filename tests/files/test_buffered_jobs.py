@@ -1,8 +1,11 @@
 """Asynchronous rounds of silos in jobs of their own, against a replay of their arrivals in one process."""
 
+import importlib.util
 import json
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support.runs import put_back, run
@@ -117,3 +120,26 @@ def test_a_silo_that_dies_goes_on_from_what_counts(tmp_path):
 def test_what_follows_earlier_rounds_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="in real time takes no updates"):
         apart(tmp_path, updates=[{"name": "clip", "norm": 1.0, "quantile": 0.5}], **CASES["fedasync"])
+
+
+def experiment(name):
+    """A module of jobs/experiments."""
+    path = Path(__file__).parents[2] / f"jobs/experiments/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # for its dataclasses and annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_queue_delays_compares_the_engines(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["queue_delays.py", "--quick"])
+    experiment("queue_delays").main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["sigma"] == 0.4 and told["reached"] >= told["accuracy"] and told["rounds"] == 3
+
+
+def test_a_killed_server_is_started_again(tmp_path):
+    told = experiment("kill_serve").experiment(tmp_path, 1, 10, "buffered")
+    assert told["kills"] == 1 and told["exit_codes"] == [0, 0, 0, 0] and told["rounds"] == 10
+    assert told["same_bits"] and not told["counted_twice"]
