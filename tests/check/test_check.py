@@ -225,7 +225,7 @@ def sets(level, says, name, **values):
     MISTAKES[name] = (plant, level, says if isinstance(says, tuple) else (says,))
 
 
-@mistake(FAULT, "silo 'b': no file", "put it there or correct its path")
+@mistake(FAULT, "silo 'b': no file")
 def a_file_is_missing(study):
     del study.arrays["b"]
 
