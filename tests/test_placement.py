@@ -10,6 +10,7 @@ from support.runs import OWN
 from typer.testing import CliRunner
 
 from fedmpi import cli, placement
+from fedmpi.cli import training
 from fedmpi.errors import ConfigError
 from fedmpi.types import Silo
 
@@ -124,4 +125,4 @@ def test_ranks_without_a_silo_are_counted_and_sizes_that_are_not_declared_are_no
     run.membership = placement.place(silos(1, 1), [""] * 2)
     run.plan = SimpleNamespace(section=SimpleNamespace(plan="root"), why="")
     run.config = SimpleNamespace(server=SimpleNamespace(dedicated=False))
-    assert cli._headline(run).startswith("fedmpi: 2 silos on 4 ranks, 2 ranks host no silo, 8 shared parameters, ")
+    assert training._headline(run).startswith("fedmpi: 2 silos on 4 ranks, 2 ranks host no silo, 8 shared parameters, ")

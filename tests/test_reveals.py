@@ -3,7 +3,8 @@
 import pytest
 from support.runs import config
 
-from fedmpi.cli import _unencrypted, app
+from fedmpi.cli import app
+from fedmpi.cli.training import _unencrypted
 from fedmpi.plan import plan
 
 SECURE = {"secure": "secagg", "updates": [{"name": "clip", "norm": 1.0}]}

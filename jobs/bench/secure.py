@@ -1,6 +1,6 @@
 """A round's exchange under masks against the plain one, of the same plan, in turns in one job.
 
-    mpirun -n 4 python jobs/bench/secure.py [PARAMETERS [TURNS [PLAN ...]]]
+    mpirun -n 4 python jobs/bench/secure.py [--params 25e6] [--turns 7] [--plans replicated ...] [--quick]
 
 One silo per rank, random float32 updates. Prints for each plan the median seconds of the slowest rank, plain and under
 masks with 32-bit words, and their ratio.
@@ -8,7 +8,7 @@ masks with 32-bit words, and their ratio.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -66,5 +66,12 @@ def main(num: int, turns: int, plans: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    parameters, rounds, *names = [*sys.argv[1:], *("25000000", "7")[len(sys.argv[1:]) :]]
-    main(int(parameters), int(rounds), names or ["replicated", "root", "sharded"])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--params", type=float, default=25e6, help="length of the vector")
+    parser.add_argument("--turns", type=int, default=7, help="timed rounds of each")
+    parser.add_argument("--plans", nargs="+", default=["replicated", "root", "sharded"])
+    parser.add_argument("--quick", action="store_true", help="a short vector, one turn")
+    options = parser.parse_args()
+    if options.quick:
+        options.params, options.turns = 1e4, 1
+    main(int(options.params), options.turns, options.plans)

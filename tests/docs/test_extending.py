@@ -43,9 +43,10 @@ HOMES = {
     "policy": "engine.policy",
     "attack": "attack",
 }
-# Families without a recipe: torch's optimizers, silos one by one, engines and their small parts.
+# Families without a recipe: privacy and its masks, torch's optimizers, silos one by one, engines and their small parts.
 NO_RECIPE = {
     "privacy",
+    "secure",
     "local.optimizer",
     "runner",
     "engine",

@@ -88,6 +88,23 @@ def test_gradients_of_single_samples_are_timed_beside_plain_ones() -> None:
     assert ways[:3] == ["sgd", "fast", "torch.func"]
 
 
+def test_masks_are_timed_beside_their_key_streams() -> None:
+    done = subprocess.run(
+        [PYTHON, str(TOP / "jobs/bench/masks.py"), "--words", "100000", "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"100000 words of (?:32|64) bits: stream [\d.]+ ms, mask [\d.]+ ms", done.stdout)) == 2
+
+
+def test_rounds_under_masks_are_timed_beside_plain_ones() -> None:
+    done = mpirun(2, str(TOP / "jobs/bench/secure.py"), "--quick", timeout_s=120)
+    assert done.rc == 0, done.tails
+    assert len(re.findall(r"10000 parameters, 2 ranks: plain [\d.]+ s, masked [\d.]+ s", done.out)) == 3
+
+
 def test_every_script_has_a_test_of_its_quick_form() -> None:
     text = Path(__file__).read_text() + (TOP / "tests" / "test_jobs.py").read_text()
     for path in sorted((TOP / "jobs").rglob("*.sh")):

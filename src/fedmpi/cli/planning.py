@@ -1,0 +1,244 @@
+"""Commands that come before a run: plan, check, doctor, audit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedmpi.cli.command import Allow, ConfigPath, Json, Overrides, answer, app, on_ranks
+from fedmpi.cli.training import idle_ranks
+from fedmpi.errors import ConfigError
+from fedmpi.output import say
+
+if TYPE_CHECKING:
+    from fedmpi.comm import Comm
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="how many ranks will be launched")] = 1,
+    as_json: Json = False,
+    allow: Allow = None,
+    privacy: Annotated[bool, typer.Option("--privacy", help="show only who would see what of a silo")] = False,
+    speeds: Annotated[
+        Path | None,
+        typer.Option("--speeds", help="seconds of the silos: lines SILO,SECONDS, or an earlier asynchronous run's DIR"),
+    ] = None,
+) -> None:
+    """Show what `train` would need and do: silos, bytes, memory, disk, collectives, and the source of every value."""
+
+    def work() -> None:
+        from fedmpi.config import load, run_directory
+        from fedmpi.plan import plan as compute
+        from fedmpi.trust import confined
+
+        with confined(run_directory(Path(config)), allow or []):
+            loaded, origins = load(config, overrides or [])
+            result = compute(loaded, origins, ranks, speeds)
+        print(json.dumps(result)) if as_json else (_print_privacy if privacy else _print_plan)(result)
+
+    answer(work)
+
+
+def _print_privacy(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    table = Table("of a silo", "server (rank 0)", "other silos", "network", "run directory", title="who sees what")
+    for row in result["privacy"]:
+        table.add_row(*row.values())
+    console.print(table)
+    _print_secure(console, result)
+    for sentence in result["trust"]:
+        console.print(sentence)
+
+
+def _print_secure(console: Any, result: dict[str, Any]) -> None:
+    if (secure := result["secure"]) is not None:
+        console.print(
+            f"secure: sums of {secure['threshold']} silos or more, modulo 2^{secure['bits']}, in steps of "
+            f"{1 / secure['unit']:.2g}; a coordinate of the mean is off by at most {secure['error']:.2g}, sums up to "
+            f"{secure['largest_sum']:g} fit (updates are bounded by {secure['clip']:g}); each silo shares masks with "
+            f"{secure['neighbours']}"
+        )
+
+
+@app.command("check")
+def check_run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="without a launcher: how many ranks the estimates are for")
+    ] = 1,
+    no_timing: Annotated[bool, typer.Option("--no-timing", help="time no batches, so estimate no seconds")] = False,
+    as_json: Json = False,
+    allow: Allow = None,
+) -> None:
+    """Look at a run before it waits in a queue: open the data, try model, loss and metrics, write into OUT, estimate
+    time and memory, and name all faults at once. Nothing is trained, and nothing is left on disk.
+
+    Without a launcher one process opens all silos, as on a login node. Under mpirun or srun every rank opens its own.
+    Exits with 2 if there is a fault.
+    """
+
+    def work(comm: Comm) -> None:
+        from fedmpi.check import check, lines
+        from fedmpi.errors import agreed
+
+        result = check(config, overrides or [], comm, ranks, not no_timing, allow or [])
+        if comm.rank == 0:
+            say(json.dumps(result) if as_json else "\n".join(lines(result)))
+        if result["faults"]:
+            raise agreed(ConfigError("the check found faults; correct them, and check again"))
+        comm.finish()
+
+    from fedmpi.comm import SoloComm, launched
+
+    on_ranks(work) if launched() > 1 else answer(lambda: work(SoloComm()))
+
+
+def _print_engines(console: Any, result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    if result["engines"] is None:
+        return
+    table = Table("engine", "rounds/h", "updates/h", "staleness", "most", "dropped", "waiting", title="engines")
+    for row in result["engines"]:
+        rates = (f"{row[name]:.4g}" for name in ("rounds_per_hour", "updates_per_hour"))
+        shares = (f"{row[name]:.0%}" for name in ("dropped", "waiting"))
+        table.add_row(row["engine"], *rates, f"{row['mean_staleness']:.2g}", str(row["max_staleness"]), *shares)
+    console.print(table)
+
+
+@app.command()
+def doctor(
+    out: Annotated[Path, typer.Option("--out", help="folder that runs will write into")] = Path("runs"),
+    no_network: Annotated[bool, typer.Option("--no-network", help="measure no links between ranks")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at this machine, or at all ranks of a job: MPI library, devices, cores and binding, limits, file system,
+    clocks, versions, and the links between hosts. Each problem is a line with its remedy.
+
+    Without a launcher MPI is not initialised: another process asks the library for its name. Run it under mpirun or
+    srun to see the rest; the links take about two seconds. Exits with 2 if there is a fault that ends every run.
+    """
+
+    def work(comm: Comm) -> None:
+        from fedmpi.doctor import examine, lines
+        from fedmpi.errors import agreed
+
+        result = examine(comm, out, not no_network)
+        if comm.rank == 0:
+            say(json.dumps(result) if as_json else "\n".join(lines(result)))
+        if result["faults"]:
+            raise agreed(ConfigError("the doctor found faults; mend them first"))
+        comm.finish()
+
+    from fedmpi.comm import SoloComm, launched
+
+    on_ranks(work) if launched() > 1 else answer(lambda: work(SoloComm()))
+
+
+def _print_plan(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    table = Table("rank", "silos", "train samples", "data", "vectors", "memory", title="ranks")
+    for row in result["ranks"]:
+        silos = ", ".join(row["silos"][:6]) + (f" and {len(row['silos']) - 6} more" if len(row["silos"]) > 6 else "")
+        known = row["train_samples"] is not None
+        samples, data = (str(row["train_samples"]), _size(row["data_bytes"])) if known else ("?", "?")
+        memory = _size(row["memory_bytes"]) + ("" if known else " + data")
+        table.add_row(str(row["rank"]), silos or "-", samples, data, _size(row["vector_bytes"]), memory)
+    console.print(table)
+    hosts = [row["rank"] for row in result["ranks"] if row["silos"]]
+    if idle := idle_ranks(len(result["ranks"]), hosts, result["config"]["server.dedicated"]["value"]):
+        console.print(idle)
+    if result["central"]:
+        console.print("data: one central set; every rank reads all of it and keeps its silos' parts")
+    if result["undeclared"]:
+        ids = result["undeclared"]
+        silos = ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+        console.print(f"num_samples is not declared, so the size of their data is not known: {silos}")
+    for silo, host in result["pinned"].items():
+        console.print(f"silo {silo}: only on host {host} (placed above as if it were free)")
+    console.print(f"parameters: {result['parameters']:,}, of which shared {result['shared_parameters']:,}")
+    console.print(f"collectives on vectors: {result['collectives']}")
+    if result["plan_why"]:
+        console.print(f"plan {result['plan_asked']}: {result['plan_why']}")
+    if result["bytes_up"] is None:
+        console.print("bytes of a round: they depend on which host each rank is on, which is known only at launch")
+    else:
+        console.print(
+            f"a round, all ranks: {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down "
+            f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} control traffic"
+        )
+    _print_secure(console, result)
+    if (private := result["budget"]) is not None:
+        limit = "" if private["budget"] is None else f", budget {private['budget']:g}"
+        console.print(f"privacy: {private['sentence']}")
+        console.print(
+            f"privacy: all rounds spend epsilon {private['epsilon']:.4g} at delta {private['delta']:g}{limit}, noise "
+            f"multiplier {private['sigma']:.4g}; rounds that are repeated after a failure spend again"
+        )
+        for silo, row in private["silos"].items():
+            console.print(f"privacy: silo {silo}: epsilon {row['epsilon']:.4g}, noise multiplier {row['sigma']:.4g}")
+    kept = result["checkpoints_kept"]
+    console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
+    if result["mirror_bytes"]:
+        console.print(f"under mpirun --with-ft ulfm: up to {_size(result['mirror_bytes'])} more memory a rank")
+    console.print("not looked at: files, samples, model and loss on them, speed, out; `fedmpi check` does")
+    _print_engines(console, result)
+    values = Table("key", "value", "from", title="configuration")
+    for key, entry in result["config"].items():
+        values.add_row(key, str(entry["value"]), entry["from"])
+    console.print(values)
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return ""
+
+
+@app.command()
+def audit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    canaries: Annotated[int, typer.Option("--canaries", min=8, help="samples that may be in the training data")] = 200,
+    silo: Annotated[str | None, typer.Option("--silo", metavar="ID", help="who gets them (the largest)")] = None,
+    scale: Annotated[float, typer.Option("--scale", help="their spread / that of the silo's samples")] = 1.0,
+    confidence: Annotated[float, typer.Option("--confidence", help="of the bound")] = 0.95,
+    as_json: Json = False,
+    allow: Allow = None,
+) -> None:
+    """Train once with canaries in the data, in a temporary folder, and say how much epsilon is at least, judged by the
+    canaries that can be told apart afterwards, beside the account (Steinke et al. 2023). Also without `privacy`."""
+
+    def work() -> None:
+        from fedmpi.audit import audit as examine
+        from fedmpi.config import load, run_directory
+        from fedmpi.trust import confined
+
+        with confined(run_directory(Path(config)), allow or []):
+            told = examine(load(config, overrides or [])[0], silo, canaries, scale, confidence)
+        if as_json:
+            print(json.dumps(told))
+            return
+        least, most = f"{told['epsilon_at_least']:.4g}", told["epsilon_at_most"]
+        print(f"silo {told['silo']}: {told['correct']} of {told['guesses']} guesses are right, of {canaries} canaries")
+        print(f"epsilon is at least {least} at delta {told['delta']:g} ({confidence:.0%} confidence)")
+        print("without privacy there is no bound above" if most is None else f"epsilon is at most {most:.4g} (account)")
+
+    answer(work)

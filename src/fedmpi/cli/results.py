@@ -1,0 +1,164 @@
+"""Commands that read results: inspect, compare, eval, export, list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedmpi.cli.command import Allow, Json, RunDir, answer, app, on_ranks
+from fedmpi.errors import ConfigError, FedmpiError
+
+if TYPE_CHECKING:
+    from fedmpi.comm import Comm
+
+
+@app.command()
+def inspect(
+    directory: RunDir,
+    as_json: Json = False,
+    done: Annotated[
+        bool, typer.Option("--done", help="exit 1 unless all rounds are on disk (some launchers exit 0 anyway)")
+    ] = False,
+) -> None:
+    """Show a run's results: rounds, metrics, SHA-256 of the global parameters, configuration. Only reads files."""
+
+    def work() -> None:
+        from fedmpi.results import inspect as read
+
+        found = read(directory)
+        if done and found["rounds"] < (goal := found["config"]["rounds"]):
+            raise FedmpiError(f"{directory} has {found['rounds']} of {goal} rounds; the same command resumes it")
+        if as_json:
+            print(json.dumps(found))
+            return
+        record, best = found["metrics"] or {}, found["best"] or {}
+        print(f"rounds         {found['rounds']} of {found['config']['rounds']}")
+        print(f"params_sha256  {found['params_sha256']}")
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name != "round":
+                print(f"{name:<18}{value:.6g}" if isinstance(value, float) else f"{name:<18}{value}")
+        if best:
+            print("best           " + ", ".join(f"{k} {v:.6g}" for k, v in best.items()))
+        rounds = (f"{r['round']}{'' if r['resumable'] else ' (the best: to evaluate)'}" for r in found["on_disk"])
+        print("on disk        " + ", ".join(rounds))
+        print("versions       " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
+        print(f"configuration  {directory / 'config.yaml'}")
+
+    answer(work)
+
+
+@app.command()
+def compare(
+    what: Annotated[list[Path], typer.Argument(metavar="GRID|RUN...", help="a grid's YAML file, or run directories")],
+    out: Annotated[str | None, typer.Option("--out", help="folder of a grid's runs, table and figure")] = None,
+    only: Annotated[
+        str, typer.Option("--only", metavar="NAME,NAME", help="algorithms, partitions or seeds of a grid")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="two rounds of each cell with the first seed")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a grid of runs (algorithm x partition x seed) and print one table, or print run directories side by side.
+
+    Under mpirun or srun all ranks train each run of a grid. Finished runs are not trained again.
+    """
+    if len(what) == 1 and what[0].suffix in (".yaml", ".yml"):
+        from fedmpi.compare import compare_grid
+
+        names = [name for name in only.split(",") if name]
+        on_ranks(lambda comm: compare_grid(what[0], out, names, quick, as_json, comm))
+    else:
+        options = {"--out": out is not None, "--only": bool(only), "--quick": quick}
+        answer(lambda: _compare_runs(what, [name for name, given in options.items() if given], as_json))
+
+
+def _compare_runs(roots: list[Path], grid_only: list[str], as_json: bool) -> None:
+    from fedmpi.compare.runs import compare_runs, lines
+
+    if grid_only:
+        raise ConfigError(f"{grid_only[0]} goes with a grid: one YAML file, no run directories")
+    rows = compare_runs(roots)
+    print(json.dumps(rows) if as_json else "\n".join(lines(rows)))
+
+
+def _which(text: str) -> Any:
+    if text in ("best", "newest"):
+        return text
+    if not text.isdigit():
+        raise ConfigError(f"--round {text}: give a number, best or newest")
+    return int(text)
+
+
+Which = Annotated[str, typer.Option("--round", help="a checkpoint: its number, `newest` or `best` (of all evaluated)")]
+
+
+@app.command("eval")
+def evaluate(directory: RunDir, round: Which = "newest", as_json: Json = False, allow: Allow = None) -> None:
+    """Evaluate a checkpoint on all silos' test data. Under mpirun or srun every rank evaluates the silos that it would
+    train; without a launcher, one process opens the data of all.
+    """
+
+    def work(comm: Comm) -> None:
+        from fedmpi.results import evaluate as score
+
+        record = score(directory, _which(round), allow or [], comm)
+        comm.finish()
+        if comm.rank:
+            return
+        if as_json:
+            print(json.dumps(record))
+            return
+        for silo, row in record["silos"].items():
+            print(f"{silo:<16}" + "  ".join(_pair(k, v) for k, v in row.items()))
+        figures = {k: v for k, v in record.items() if isinstance(v, float)}
+        print(f"{'all':<16}" + "  ".join(_pair(k, v) for k, v in figures.items()) + f"  (round {record['round']})")
+
+    from fedmpi.comm import SoloComm, launched
+
+    on_ranks(work) if launched() > 1 else answer(lambda: work(SoloComm()))
+
+
+def _pair(key: str, value: Any) -> str:
+    return f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+
+
+@app.command()
+def export(
+    directory: RunDir,
+    to: Annotated[Path, typer.Option("--to", help="model.safetensors or model.pt")],
+    round: Which = "newest",
+    silo: Annotated[
+        str | None,
+        typer.Option("--silo", metavar="ID", help="the model of this silo, with its personal tensors"),
+    ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="only the shared tensors; the file's metadata say so")
+    ] = False,
+    allow: Allow = None,
+) -> None:
+    """Write a checkpoint's model as a state_dict. If silos have personal layers, give --silo or --shared."""
+
+    def work() -> None:
+        from fedmpi.results import export as write
+
+        done = write(directory, to, _which(round), allow or [], silo, shared)
+        of_silo = "" if silo is None else f" of silo '{silo}'"
+        print(f"round {done}{of_silo} written to {to}")
+
+    answer(work)
+
+
+@app.command("list")
+def catalogue(
+    family: Annotated[str | None, typer.Argument(help="one family, or a section such as exchange")] = None,
+) -> None:
+    """List everything a configuration can name: families, their members, fields, defaults."""
+
+    def work() -> None:
+        from fedmpi.catalogue import lines
+
+        print("\n".join(lines(family)))
+
+    answer(work)
