@@ -100,7 +100,7 @@ def test_masks_are_timed_beside_their_key_streams() -> None:
 
 
 def test_rounds_under_masks_are_timed_beside_plain_ones() -> None:
-    done = mpirun(2, str(TOP / "jobs/bench/secure.py"), "--quick", timeout_s=120)
+    done = mpirun(2, PYTHON, str(TOP / "jobs/bench/secure.py"), "--quick", timeout_s=120)
     assert done.rc == 0, done.tails
     assert len(re.findall(r"10000 parameters, 2 ranks: plain [\d.]+ s, masked [\d.]+ s", done.out)) == 3
 
