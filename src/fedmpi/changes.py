@@ -20,6 +20,10 @@ def asked_for(request: Request, spec: Spec, fed: Federation) -> tuple[Spec, Memb
     """The spec and the membership after the request. The spec has one more silo if the request admits a silo that the
     configuration does not name. Opens no data. Collective; raises the same ConfigError on every rank if it refuses."""
     now, silo = fed.membership, request.silo
+    if fed.remote is not None:
+        raise agreed(
+            ConfigError("transport: files: silos neither join nor leave by request; a new run has other members")
+        )
     if spec.config.secure is not None:
         why = "a repeated round with other silos would give two sums that differ by one silo's update"
         raise agreed(ConfigError(f"secure: silos neither join nor leave a running job: {why}"))

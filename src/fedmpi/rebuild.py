@@ -69,7 +69,7 @@ def begun_again(
     """The opened members' federation with the gathered state: `whole` is on rank 0, `of_silos` is the kept state of the
     silos that this rank hosts now. `fed` cannot be used afterwards. Collective."""
     before = fed.membership
-    new = build_federation(spec, opened, comms, fed.silos).federation
+    new = build_federation(spec, opened, comms, fed.silos, remote=fed.remote).federation
     new.timer = fed.timer
     outcome = None if state.record is None else RoundOutcome.from_record(new.ids, state.record)
     begun = replace(begin(new), round=state.round, outcome=outcome, record=state.record, written=state.written)
