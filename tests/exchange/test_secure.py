@@ -347,8 +347,23 @@ def test_a_figure_of_one_rank_is_nowhere_in_what_it_passes_on():
     hidden = slice(2 + 2, None)  # behind the ranks' rows and `taken`
     assert (first[hidden] == second[hidden]).sum() == 0  # new keys, other words
     words = np.concatenate([figures(2, True, [0.7, 0.3])[0][3][hidden] for _ in range(60)]).astype(np.uint64)
-    low = words.view(np.uint8).reshape(-1, 8)[:, :5]  # 40 bits
-    assert abs(chi_square(low.reshape(-1))) < 6
+    low = words.view(np.uint8).reshape(-1, 9, 8)  # 8 digits of 28 bits, and 40 bits
+    assert abs(chi_square(low[:, :8, :3].reshape(-1))) < 6 and abs(chi_square(low[:, 8, :5].reshape(-1))) < 6
+
+
+def test_digits_of_a_sum_say_no_more_than_the_sum():
+    """Whatever the summands are, even their signs: here the sums of digits are those of 2^224 in two parts."""
+
+    def work(comm):
+        session, seen = Session(comm, ["a", "b"], [0, 1], Ring.of(32, 1.0, 2), 2), set()
+        for value in (0.0, 0.75, -5.0, 2.0**-40, 3e38):
+            summed = comm.share(session.on(np.array([value if comm.rank else -value])))
+            assert session.off(summed).tolist() == [0.0]
+            seen.add(tuple(summed[:8].tolist()))
+        return seen
+
+    (seen,) = on_ranks(2, work)[0]
+    assert seen == (2.0**28, *[2.0**28 - 1] * 7)
 
 
 def test_figures_whose_masks_do_not_cancel_raise():

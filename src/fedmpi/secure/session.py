@@ -13,31 +13,36 @@ Two silos of one rank need no mask between them: it would cancel before anything
 neighbours (graph.py). A new federation (another membership, a resumed run, lost ranks) makes new keys. Keys are in the
 memory of their rank only, in no checkpoint, log or record.
 
-Small figures (losses, counts of samples, metrics) are summed under masks as well: each as a fixed-point number in
-digits of 28 bits, modulo 2^40, which float64 sums exactly.
+Small figures (losses, counts of samples, metrics) are summed under masks as well: each as a fixed-point number modulo
+2^224. It is masked as a whole, and then cut into digits of 28 bits, which float64 sums exactly. So digits of the sum
+say no more than the sum: their carries depend on the masks alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.secure.graph import connected, degree, neighbours
-from fedmpi.secure.masks import PUBLIC_BYTES, KeyPair, Stream, derive
+from fedmpi.secure.masks import PUBLIC_BYTES, KeyPair, Stream, derive, stream_into
 from fedmpi.secure.ring import Ring
 
 VECTOR, WEIGHT, FIGURES = "vector", "weight", "figures"  # what is summed
 
-DIGIT, MODULUS, DIGITS = 28, 40, 8  # bits of a digit, of the sum of a digit, and number of digits
+DIGIT, DIGITS = 28, 8  # bits of a digit, and number of digits
+MODULUS = 40  # bits of the sum of how many ranks' figures are not finite
 POINT = 74  # bits behind the binary point
-MOST_RANKS = 1 << MODULUS - DIGIT - 1  # whose digits add up
+SPARE = 53 - MODULUS  # bits by which a sum may be larger than its summands
+MOST_RANKS = 1 << SPARE  # whose figures add up exactly in float64
 WIDTH = DIGITS + 1  # float64 per figure: the digits, and how many ranks' figures are not finite
-_LARGEST = 2.0 ** (DIGIT * DIGITS - 2 - POINT)
+_ALL = 1 << DIGIT * DIGITS  # the modulus of a figure
+_LIMBS = DIGIT * DIGITS // 32  # words of 32 bits that mask a figure
+_LARGEST = 2.0 ** (DIGIT * DIGITS - 1 - SPARE - POINT)
 
 
 class Session:
@@ -78,11 +83,15 @@ class Session:
     def streams(self, what: str, silos: Collection[str], bits: int) -> list[Stream]:
         """The masks of this rank's silos among `silos`, for the next sum of this kind; WEIGHT for the weight beside the
         last vector. All ranks call this for the same sums in the same order."""
+        return [Stream(key, sign, bits) for key, sign in self._keys(what, silos)]
+
+    def _keys(self, what: str, silos: Collection[str]) -> list[tuple[bytes, int]]:
+        """The keys of the masks of `streams`, and whether they are added (1) or subtracted (-1)."""
         self._counts[what] = self._counts.get(what, 0) + 1
         number = self._counts[VECTOR if what == WEIGHT else what]
         there = {self._index[silo] for silo in silos}
         return [
-            Stream(derive(secret, what, number), 1 if i < j else -1, bits)
+            (derive(secret, what, number), 1 if i < j else -1)
             for (i, j), secret in self._secrets.items()
             if i in there and j in there
         ]
@@ -123,11 +132,18 @@ class Session:
 
     def on(self, values: np.ndarray) -> np.ndarray:
         """This rank's figures under masks, [WIDTH * (n + 1)]; every rank's sum up to what `off` reads."""
-        words = np.array([_digits(value) for value in (*values.tolist(), 1.0)], dtype=np.int64).reshape(-1)
-        total = words.view(np.uint64)
-        for stream in self.streams(FIGURES, self._index, 64):
-            stream.add(total)
-        return (total & np.uint64((1 << MODULUS) - 1)).astype(np.float64)
+        fixed = [_fixed(value) for value in (*values.tolist(), 1.0)]
+        missing = np.array([number is None for number in fixed], dtype=np.uint64)
+        stream = np.empty((len(fixed), 5), dtype=np.uint64)  # a figure's limbs, a spare half word, that of `missing`
+        limbs = np.zeros((len(fixed), _LIMBS), dtype=np.int64)
+        for key, sign in self._keys(FIGURES, self._index):
+            stream_into(key, stream.reshape(-1))
+            limbs += sign * stream.view("<u4")[:, :_LIMBS].astype(np.int64)
+            missing += stream[:, 4] if sign > 0 else -stream[:, 4]
+        masks = [sum(limb << 32 * i for i, limb in enumerate(row)) for row in limbs.tolist()]
+        rows = [_digits((number or 0) + mask) for number, mask in zip(fixed, masks, strict=True)]
+        missing &= np.uint64((1 << MODULUS) - 1)
+        return np.column_stack([np.array(rows, dtype=np.float64), missing.astype(np.float64)]).reshape(-1)
 
     def width(self, num: int) -> int:
         """Numbers that `on` gives for so many figures."""
@@ -136,9 +152,7 @@ class Session:
     def off(self, summed: np.ndarray) -> np.ndarray:
         """The sums of the figures, [n]; nan where a rank's was not finite. Raises ExchangeError on every rank if masks
         do not cancel."""
-        rows = np.mod(summed, 2.0**MODULUS).reshape(-1, WIDTH)
-        rows = np.where(rows >= 2.0 ** (MODULUS - 1), rows - 2.0**MODULUS, rows)
-        found = [_number(row) for row in rows.astype(np.int64).tolist()]
+        found = [_number(row) for row in summed.reshape(-1, WIDTH).tolist()]
         if found[-1] != self._num_ranks:
             raise agreed(ExchangeError(BROKEN))
         return np.array(found[:-1])
@@ -165,20 +179,28 @@ def _gathered(comm: Comm, ranks: Sequence[int], pairs: dict[int, KeyPair]) -> li
     return publics
 
 
-def _digits(value: float) -> list[int]:
-    """The digits of a number, the lowest first, and 1 instead if it has none.
+def _fixed(value: float) -> int | None:
+    """The number in fixed point; None if it has none.
 
-    >>> _number(_digits(-0.1)), _number(_digits(3.4e38)), _number(_digits(math.inf))
-    (-0.1, 3.4e+38, nan)
+    >>> _number([*_digits(_fixed(-0.1)), 0]), _number([*_digits(_fixed(3.4e38)), 0]), _fixed(math.inf)
+    (-0.1, 3.4e+38, None)
     """
     if not math.isfinite(value) or abs(value) >= _LARGEST:
-        return [0] * DIGITS + [1]
+        return None
     top, bottom = value.as_integer_ratio()
-    number = (top << POINT) // bottom
-    digits: list[Any] = [number >> DIGIT * i & (1 << DIGIT) - 1 for i in range(DIGITS - 1)]
-    return [*digits, number >> DIGIT * (DIGITS - 1), 0]
+    return (top << POINT) // bottom
 
 
-def _number(row: Sequence[int]) -> float:
-    *digits, missing = row
-    return math.nan if missing else sum(digit << DIGIT * i for i, digit in enumerate(digits)) / (1 << POINT)
+def _digits(number: int) -> list[int]:
+    """The digits of a number modulo 2^224, the lowest first."""
+    number %= _ALL
+    return [number >> DIGIT * i & (1 << DIGIT) - 1 for i in range(DIGITS)]
+
+
+def _number(row: Sequence[float]) -> float:
+    """The sum of some ranks' figures, from the sums of their digits and of what says how many are missing."""
+    *digits, missing = (int(summed) for summed in row)
+    if missing % (1 << MODULUS):
+        return math.nan
+    number = sum(digit << DIGIT * i for i, digit in enumerate(digits)) % _ALL
+    return (number - _ALL * (number >= _ALL // 2)) / (1 << POINT)
