@@ -13,7 +13,8 @@ import fedmpi
 from fedmpi.changes import asked_for
 from fedmpi.comm import SoloComm
 from fedmpi.comm.threads import ThreadComm, on_ranks
-from fedmpi.errors import ConfigError, ExchangeError, NoCohort
+from fedmpi.components import component
+from fedmpi.errors import ConfigError, Diverged, ExchangeError, NoCohort, SiloError
 from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.choose import cost, make
 from fedmpi.exchange.cost import Sizes
@@ -26,6 +27,7 @@ from fedmpi.secure.masks import KeyPair
 from fedmpi.secure.ring import Ring
 from fedmpi.secure.session import Session
 from fedmpi.server import FedAvg, NoState, Server
+from fedmpi.transforms import Transform
 from fedmpi.types import Contribution
 
 SHORT, LONG = 777, 150_000  # LONG: three pieces
@@ -321,8 +323,8 @@ def figures(num_ranks, secure, losses):
             return comm.share(values)
 
         board.share(over)
-        assert board.num_bytes == passed[0].nbytes
-        return {name: board.sum(name) for name in pooling.sums}, board.counts.tolist(), board, passed[0]
+        assert board.num_bytes == sum(part.nbytes for part in passed) and len(passed) == 1 + secure
+        return {name: board.sum(name) for name in pooling.sums}, board.counts.tolist(), board, np.concatenate(passed)
 
     return on_ranks(num_ranks, work)
 
@@ -364,6 +366,35 @@ def test_digits_of_a_sum_say_no_more_than_the_sum():
 
     (seen,) = on_ranks(2, work)[0]
     assert seen == (2.0**28, *[2.0**28 - 1] * 7)
+
+
+def test_figures_that_may_not_be_seen_stay_where_they_are():
+    """Only what is shown leaves a rank; the next sums are right again."""
+
+    def work(comm):
+        session = Session(comm, ["a", "b", "c"], [0, 1, 2], Ring.of(32, 1.0, 3), 2)
+        board = StatusTable(3, ("status",), 3, READY_SILO, 1, ready_pooling("pooled", masked=True), session)
+        found = []
+        for status in (1, 0):
+            board.clear()
+            board.set_rank(comm.rank, status=comm.rank * status)
+            board.set_silo(comm.rank, **TAKEN, loss=0.7 + comm.rank)
+            board.counts[:] = 5
+            passed = []
+
+            def over(values, passed=passed):
+                passed.append(values.copy())
+                return comm.share(values)
+
+            board.share(over, lambda: board.rank("status").max() == 0)
+            found.append((board.sum("loss"), board.counts.tolist(), board.silo("taken").tolist(), len(passed)))
+            if status:
+                assert {*passed[0].tolist()} <= {0.0, 1.0, 2.0} and np.isnan(board.silo("loss")).all()
+        return found
+
+    for refused_, allowed in on_ranks(3, work):
+        assert np.isnan(refused_[0]) and refused_[1:] == ([0.0], [1, 1, 1], 1)
+        assert allowed == (pytest.approx(4 * (0.7 + 1.7 + 2.7)), [15.0], [1, 1, 1], 2)
 
 
 def test_figures_whose_masks_do_not_cancel_raise():
@@ -456,6 +487,16 @@ class Own(Replicated):
     """A user's plan, whose `finish` might send anything."""
 
 
+@component
+class Picky(Transform):
+    """Accepts the updates of the first silos."""
+
+    num: int
+
+    def on_silo(self, update, state, about):
+        return int(update.silo[1:]) < self.num
+
+
 CLIP = {"updates": [{"name": "clip", "norm": 1.0}]}
 REFUSED = {
     "robust": ({"aggregate": "median", "exchange": {"scope": "silo"}}, "sends each silo's update by itself"),
@@ -516,6 +557,42 @@ def test_a_round_with_too_few_usable_updates_is_given_up(tmp_path):
     run(config(tmp_path / "two", 2, secure={"name": "secagg", "threshold": 2}, **how))
     with pytest.raises(NoCohort, match="2 updates are usable"):
         run(config(tmp_path / "three", 2, secure={"name": "secagg", "threshold": 3}, **how))
+
+
+@pytest.fixture
+def uncovered(monkeypatch):
+    """Sums of figures that were uncovered."""
+    kept, off = [], Session.off
+
+    def noted(session, summed):
+        kept.append(off(session, summed))
+        return kept[-1]
+
+    monkeypatch.setattr(Session, "off", noted)
+    return kept
+
+
+def test_no_figures_are_seen_of_too_few_updates(tmp_path, uncovered):
+    for num in (2, 1, 0):  # accepted updates
+        picky = {"name": "exchange.test_secure:Picky", "num": num}
+        how = {"updates": [*CLIP["updates"], picky], "secure": {"name": "secagg", "threshold": 3}}
+        with pytest.raises((NoCohort, Diverged)):
+            run(config(tmp_path / str(num), 2, **how))
+    assert not uncovered
+
+
+@pytest.mark.parametrize("at", ["train", "evaluate"])
+def test_no_figures_are_seen_of_a_round_in_which_a_silo_fails(tmp_path, uncovered, monkeypatch, at):
+    """The repeated round would show how the sums differ."""
+
+    def fails(*arguments):
+        raise RuntimeError("no luck")
+
+    where = {"train": "training.check_contribution", "evaluate": "evaluation.evaluate_silo"}[at]
+    monkeypatch.setattr(f"fedmpi.rounds.{where}", fails)
+    with pytest.raises(SiloError, match="no luck"):
+        run(config(tmp_path, 2, secure="secagg", **CLIP))
+    assert len(uncovered) == (at == "evaluate")  # those of training
 
 
 def test_silos_neither_join_nor_leave(tmp_path):

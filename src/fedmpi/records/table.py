@@ -43,7 +43,7 @@ class StatusTable:
     silo order, so a record does not depend on placement. Counts are integers summed over all silos, exact in any order.
 
     With `pooling` only its columns and sums leave a rank. After `share` other columns are nan, even a rank's own rows,
-    so that all ranks compute the same results. With a `cover`, sums and counts are added up under it.
+    so that all ranks compute the same results. With a `cover`, sums and counts are added up under it, if they `may`.
     """
 
     def __init__(
@@ -120,21 +120,43 @@ class StatusTable:
         """Whether ranks share sums instead of rows."""
         return self._pooling is not None
 
-    def share(self, over: Callable[[np.ndarray], np.ndarray]) -> None:
+    def share(self, over: Callable[[np.ndarray], np.ndarray], may: Callable[[], bool] = lambda: True) -> None:
+        """Give every rank all rows, or the sums in their place. Collective.
+
+        With a cover this takes two steps: first the ranks' rows and the columns that are shown, then what is hidden. In
+        between `may` says, from what is known by then and so alike on every rank, whether sums may be uncovered. If
+        not, nothing more leaves a rank: sums are nan, and counts 0.
+        """
         if (pooling := self._pooling) is None:
             self._values = over(self._values)
             return
         sums = pooling.add_up(self.silo)
-        shown = [self.silo(name) for name in pooling.shown]
         hidden = np.concatenate([self.counts, np.array([sums[name] for name in pooling.sums])])
-        hidden = hidden if self._cover is None else self._cover.on(hidden)
-        parts = [self._values[: self._split], *shown, hidden]
-        ends = np.cumsum([len(part) for part in parts])
-        *parts, hidden = np.split(over(np.concatenate(parts)), ends[:-1])
-        hidden = hidden if self._cover is None else self._cover.off(hidden)
-        counts, of_all = np.split(hidden, [len(self.counts)])
-        self._values[self._split : self._end] = np.nan
-        self._values[: self._split], self._values[self._end :] = parts[0], counts
-        for name, column in zip(pooling.shown, parts[1:], strict=True):
-            self._view(False)[:, self._silo_columns[name]] = column
+        known = [self._values[: self._split], *(self.silo(name) for name in pooling.shown)]
+        if self._cover is None:
+            *known, hidden = _together(over, [*known, hidden])
+            self._known(known)
+        else:
+            self._known(_together(over, known))
+            hidden = self._cover.off(over(self._cover.on(hidden))) if may() else self._nothing()
+        self._values[self._end :], of_all = np.split(hidden, [len(self.counts)])
         self._sums = dict(zip(pooling.sums, of_all.tolist(), strict=True))
+
+    def _known(self, parts: Sequence[np.ndarray]) -> None:
+        """Fill in the ranks' rows and the columns that are shown; all other columns are nan."""
+        assert self._pooling is not None
+        self._values[: self._split], self._values[self._split : self._end] = parts[0], np.nan
+        for name, column in zip(self._pooling.shown, parts[1:], strict=True):
+            self._view(False)[:, self._silo_columns[name]] = column
+
+    def _nothing(self) -> np.ndarray:
+        """What stands for hidden figures that were not uncovered."""
+        nothing = np.full(self.num_hidden, np.nan)
+        nothing[: len(self.counts)] = 0.0
+        return nothing
+
+
+def _together(over: Callable[[np.ndarray], np.ndarray], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The parts, after one collective over all of them."""
+    ends = np.cumsum([len(part) for part in parts])
+    return np.split(over(np.concatenate(parts)), ends[:-1])

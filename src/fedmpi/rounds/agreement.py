@@ -16,7 +16,7 @@ from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.federation import Federation
 from fedmpi.rounds.policies import Policy
-from fedmpi.stopping import FAILED, STOP
+from fedmpi.stopping import FAILED, READY, STOP
 from fedmpi.transforms import CHECKS
 
 REFUSED = FAILED + 1  # status of a rank whose selector chose no cohort
@@ -109,6 +109,13 @@ def _has_room(fed: Federation, outcome: RoundOutcome, near: float) -> None:
                 "nearer to each other"
             )
         )
+
+
+def may_uncover(fed: Federation) -> bool:
+    """Whether the sums of the round's figures may be seen under masks: every rank is through, and the updates that are
+    taken may be summed. If not, `agree_ready` raises; a repeated round must not show how two sums differ."""
+    through = bool((fed.ready.rank("status") == READY).all())
+    return through and (fed.secure is None or not fed.secure.objection(silos_taken(fed)))
 
 
 def silos_taken(fed: Federation) -> list[str]:

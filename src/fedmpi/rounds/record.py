@@ -12,6 +12,7 @@ from fedmpi.evaluate import PERSONAL
 from fedmpi.metrics.scorers import pooled
 from fedmpi.outcome import PARTIAL, RoundOutcome, members
 from fedmpi.records import PHASES, SCHEMA, Record, plain
+from fedmpi.rounds.agreement import may_uncover
 from fedmpi.rounds.federation import Federation
 from fedmpi.transforms import CHECKS
 
@@ -59,7 +60,11 @@ def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> Round
     """The outcome if only sums of the training figures left their ranks."""
     ready = fed.ready
     blank_K = np.full(len(fed.ids), np.nan)
-    targets, taken = ready.sum("targets"), ready.sum("taken")
+    if fed.secure is not None and not may_uncover(fed):  # only who was taken is known
+        targets = taken = num_not_finite = 0.0
+    else:
+        targets, taken, num_not_finite = (ready.sum(name) for name in ("targets", "taken", "not_finite"))
+    num_rejected = ready.sum("rejected") if fed.secure is None else (cohort_K & ~(ready.silo("taken") > 0)).sum()
     return RoundOutcome(
         round=number,
         ids=fed.ids,
@@ -71,8 +76,8 @@ def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> Round
         steps_K=blank_K,
         loss=plain(ready.sum("loss") / targets) if targets else None,
         norm=plain(ready.sum("norm") / taken) if taken else None,
-        num_rejected=int(ready.sum("rejected")),
-        num_not_finite=int(ready.sum("not_finite")),
+        num_rejected=int(num_rejected),
+        num_not_finite=int(num_not_finite),
     )
 
 

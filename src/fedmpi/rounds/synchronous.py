@@ -17,7 +17,7 @@ from fedmpi.exchange.weights import nearness
 from fedmpi.local import LocalSilo
 from fedmpi.outcome import BUFFERED, RoundOutcome
 from fedmpi.records import peak_rss_bytes
-from fedmpi.rounds.agreement import agree_ready, raise_failure, silos_taken
+from fedmpi.rounds.agreement import agree_ready, may_uncover, raise_failure, silos_taken
 from fedmpi.rounds.clocks import CLOCKS, NOW, Clock, Real, Replay, now
 from fedmpi.rounds.closing import Closing, VirtualClosing, normalised
 from fedmpi.rounds.cohort import select_cohort, share_of_all
@@ -30,6 +30,7 @@ from fedmpi.rounds.record import make_record, training_outcome
 from fedmpi.rounds.training import train_silos
 from fedmpi.selection import Selection
 from fedmpi.server import Server
+from fedmpi.stopping import FAILED
 
 if TYPE_CHECKING:
     from fedmpi.config import Config
@@ -154,7 +155,7 @@ class SynchronousRound:
             **dict(zip(("up", "down", "control"), (b - a for a, b in zip(self.sent, now, strict=True)), strict=True)),
         )
         timer.reset()
-        fed.done.share(comm.share)
+        fed.done.share(comm.share, lambda: bool((fed.done.rank("status") < FAILED).all()))
         timer.lap("agree")
         raise_failure(fed, fed.done.rank("status"), error)
         outcome, record = make_record(fed, self.outcome)
@@ -181,7 +182,7 @@ def _fresh_updates(fed: Federation, outcome: RoundOutcome) -> Callable[[str], np
 
 def _share_ready(fed: Federation, closing: Closing | None) -> None:
     meanwhile = fed.watch.look if closing is None else closing.wait
-    fed.ready.share(lambda values: fed.comm.share(values, meanwhile))
+    fed.ready.share(lambda values: fed.comm.share(values, meanwhile), lambda: may_uncover(fed))
 
 
 def server_of(state: State, fed: Federation, number: int, selection: Selection, near: float) -> Server:
