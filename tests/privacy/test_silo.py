@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.runs import OWN, config, figures, put_back, refused, run  # noqa: F401
+from torch import nn
 
 import fedmpi
 from fedmpi import rng
@@ -14,7 +15,7 @@ from fedmpi.components import build, to_dict
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.layout import Layout, Segment
-from fedmpi.privacy import account
+from fedmpi.privacy import Bounded, Spending, account
 from fedmpi.privacy.noise import BLOCK, add_noise, coefficients, inverse, secret_generator
 
 SIZES = (20, 30, 50, 12, 25, 16)
@@ -155,6 +156,51 @@ def test_an_adaptive_clip_follows_the_noised_quantile(tmp_path):
     records = same(private(tmp_path / "a", 4, privacy={"quantile": 0.5}), params)
     dp = account.library()  # both queries together are one Gaussian of the multiplier asked for
     assert records[-1]["epsilon"] == pytest.approx(dp.gaussian_mechanism.get_epsilon_gaussian(0.35, 1e-3), rel=1e-12)
+
+
+def test_a_silo_left_out_moves_sum_and_count_by_what_the_account_says(tmp_path):
+    # Andrew et al. 2021: the count changes by 1/2 if a silo is left out of it, whatever its norm.
+    how = private(tmp_path, privacy={"quantile": 0.5})
+    assert "left out of every sum and count" in how.privacy.sentence(how)
+    sigma, of_count = how.privacy.split(0.7, 6.0)
+    spending = Spending(tmp_path / "p", 1e-3)
+    spending.sigmas, spending.expected, spending.secret = {"": 0.7}, 6.0, "s"
+    transform = Bounded(how.privacy, spending)
+
+    def count(*norms):
+        after = transform.follow(np.array(norms), transform.init())["norm"][0]
+        return -math.log(after / 0.05) / 0.2 * 6
+
+    for norm in (0.01, 9.0, math.nan):
+        moved = abs(count(0.02, 3.0, norm) - count(0.02, 3.0))
+        assert moved == pytest.approx(0.5, abs=1e-9)
+        assert math.hypot(1 / sigma, moved / of_count) == pytest.approx(1 / 0.7)
+
+
+# ------------------------------------------------------------ frozen parameters
+
+
+class Leaks(nn.Module):
+    """Its frozen parameter takes on the mean of the samples, though no gradient moves it."""
+
+    def __init__(self, inputs=4):
+        super().__init__()
+        self.last, self.seen = nn.Linear(inputs, 2), nn.Linear(inputs, 2).requires_grad_(False)
+        nn.init.zeros_(self.seen.weight)
+
+    def forward(self, x):
+        if self.training:
+            self.seen.weight.copy_(x.mean(0).expand(2, -1))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("exact", [(), ("seen.weight",)])
+def test_a_frozen_parameter_that_moves_in_training_is_not_told(tmp_path, exact):
+    how = private(tmp_path, 2, model="privacy.test_silo:Leaks", exchange={"exact": list(exact)})
+    _, done = run(how)
+    model = done.federation.model
+    model.load(done.parameters)
+    assert not model.module.seen.weight.any() and model.module.last.weight.any()
 
 
 # ------------------------------------------------------------ noise

@@ -15,7 +15,7 @@ import hashlib
 import numpy as np
 import torch
 
-from fedmpi.layout import Layout, within
+from fedmpi.layout import Layout, joined, within
 
 BLOCK = 1 << 16
 
@@ -49,14 +49,15 @@ def inverse(bands: int, steps: int) -> np.ndarray:
     d[0] = 1.0
     for k in range(1, steps):
         past = d[max(0, k - bands + 1) : k][::-1]
-        d[k] = -float(c[1 : 1 + len(past)] @ past)
+        d[k] = 0.0 - float(c[1 : 1 + len(past)] @ past)  # 0 - 0 has no sign
     return d
 
 
 def add_noise(
     vector_S: torch.Tensor, start: int, scale: float, secret: str, layout: Layout, bands: int = 1, step: int = 0
 ) -> None:
-    """Add noise of standard deviation `scale` to the elements from `start` on, except frozen ones.
+    """Add noise of standard deviation `scale` to the elements from `start` on, except frozen ones, which
+    a silo's update may not hold.
 
     With `bands` above 1 step t adds scale |c| y_t with C y = z, z independent normal and C of `coefficients`: a unit
     that takes part once in `bands` rounds or less often is protected as by independent noise of this `scale`
@@ -72,6 +73,6 @@ def add_noise(
                 draw = secret_generator(secret, "noise", step - age, block)
                 noise_B += weight * draw.standard_normal(high - block * BLOCK)
         added_B = torch.from_numpy(noise_B[low - block * BLOCK :] * scale)
-        for there in within(layout.still, low, high - low):
+        for there in within(joined((*layout.still, *layout.averaged)), low, high - low):
             added_B[there] = 0.0
         vector_S[low - start : high - start].add_(added_B.to(vector_S))

@@ -142,9 +142,9 @@ class SiloPrivacy(Privacy):
         else:
             sampling = "no amplification by sampling"
         return (
-            "silo level: neighbours differ in one silo, whose updates are replaced by zeros (the number of silos and "
-            f"their sizes are public); {sampling}; trusted are all ranks, the network and who reads the run directory, "
-            "protected against are those who get the parameters"
+            "silo level: neighbours differ in one silo, which is left out of every sum and count (divisors, the number "
+            f"of silos and their sizes are fixed and public); {sampling}; trusted are all ranks, the network and who "
+            "reads the run directory, protected against are those who get the parameters"
         )
 
     # ------------------------------------------------------------ the sums
@@ -163,7 +163,8 @@ class SiloPrivacy(Privacy):
 
     def split(self, sigma: float, expected: float) -> tuple[float, float]:
         """The noise multiplier of the sum of updates, and the standard deviation of the noise on the count, that
-        together are one Gaussian mechanism of multiplier sigma (Andrew et al. 2021, Theorem 1)."""
+        together are one Gaussian mechanism of multiplier sigma (Andrew et al. 2021, Theorem 1). A silo adds 1/2 or -1/2
+        to the count, and nothing if it is left out."""
         if self.quantile is None:
             return sigma, 0.0
         of_count = max(expected / 20, 2 * sigma) if self.count_sigma is None else self.count_sigma
@@ -200,6 +201,8 @@ class Bounded(Transform):
         delta_P = update[DELTA]
         if self.spending.empty:  # nobody was drawn, and this silo only stands in: its update counts as zero
             delta_P.zero_()
+        for part in (*about.layout.still, *about.layout.averaged):
+            delta_P[part] = 0.0  # gets no noise, so whatever moved a frozen parameter must not leave
         norm, largest = float(torch.linalg.vector_norm(delta_P, dtype=torch.float64)), self._clip(state) * SHAVED
         if norm > largest:
             delta_P.mul_(largest / norm)
