@@ -64,6 +64,7 @@ def federation(comm, select):
         comm=comm,
         ids=["a"],
         seed=0,
+        private=None,
         index={"a": 0},
         selector=SimpleNamespace(
             select=select, observe=lambda ids, state, outcome: state, candidates=lambda *known: []
