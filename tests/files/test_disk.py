@@ -17,6 +17,7 @@ from fedmpi.files.envelope import Torn, packed, unpacked
 from fedmpi.files.folder import Disk
 from fedmpi.files.line import Line
 from fedmpi.files.root import open_run
+from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
 
 TESTS = Path(__file__).parents[1]
@@ -176,3 +177,16 @@ def test_a_file_whose_bytes_are_cut_or_changed_is_not_there(tmp_path):
             unpacked(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     with pytest.raises(Torn, match="kind is 'update', not 'state'"):
         unpacked(content, kind="state")
+
+
+def test_updates_after_a_lost_one_are_withdrawn(tmp_path):
+    server, silo = Server.start(Disk(tmp_path), RUN, {}), Silo.start(Disk(tmp_path), RUN, "s0", {})
+    for number in range(3):
+        silo.publish(names.UPDATE, number, {"of": "first"})
+    Disk(tmp_path).unlink(names.path("updates", "s0", 1, silo.by))
+    server.commit([one.entry() for one in server.poll()], [], {})  # answers 0
+    assert server.poll() == [] and silo.lost(1) and not silo.lost(2)
+    silo.withdraw(1)
+    assert silo.mine(names.UPDATE) == []
+    silo.publish(names.UPDATE, 1, {"of": "second"})
+    assert [one.content.head["of"] for one in server.poll()] == ["second"] and not silo.lost(1)

@@ -1,5 +1,6 @@
 """Silos in jobs of their own, against the same run in one process."""
 
+import errno
 import json
 import threading
 import time
@@ -14,8 +15,11 @@ from support.slurm import until
 import fedmpi
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError, Superseded
+from fedmpi.files import reading
 from fedmpi.files.server import Server
 from fedmpi.flat import sha256
+from fedmpi.jobs import post
+from fedmpi.jobs.post import SiloPost
 from fedmpi.jobs.serve import Serving
 from fedmpi.jobs.silo import SiloJob
 from fedmpi.keeper import Keeper
@@ -150,6 +154,90 @@ def test_a_silo_that_dies_anywhere_goes_on_with_the_same_bits(tmp_path, monkeypa
     assert isinstance(first.error, KeyboardInterrupt)
     _, here = run(in_one_process(how, tmp_path))
     assert sha256(there.parameters) == sha256(here.parameters)
+
+
+def test_an_update_that_cannot_be_read_at_a_restart_still_counts(tmp_path, monkeypatch):
+    how = apart(tmp_path, 3, **CASES["scaffold"])
+    monkeypatch.setattr(Dying, "at", "after")
+    Waiting.until.clear()
+    first, jobs = Job(how, "s1", Dying), [Job(how, "s0", Waiting), Job(how, "s2")]
+    original, failed = SiloPost.sent, list[str]()
+
+    def sent(post):
+        def fails_once(path):
+            if path.startswith("updates") and not failed:
+                failed.append(path)
+                raise OSError(errno.EIO, "once")
+            return read(path)
+
+        folder, read = post._files.folder, post._files.folder.read
+        folder.read = fails_once
+        return original(post)
+
+    def again():
+        first.join(60)
+        monkeypatch.setattr(SiloPost, "sent", sent)
+        jobs.append(Job(how, "s1", Opening))
+
+    starter = threading.Thread(target=again)
+    starter.start()
+    _, there = served(how)
+    starter.join()
+    for job in jobs:
+        job.ended()
+    assert failed
+    _, here = run(in_one_process(how, tmp_path))
+    assert sha256(there.parameters) == sha256(here.parameters)
+
+
+class Waiting(OneSilo):
+    """A silo's job that waits in round 2 until another job has looked for its updates."""
+
+    until = threading.Event()
+
+    def _train(self, commit, call):
+        if call.round == 2:
+            assert self.until.wait(60)
+        super()._train(commit, call)
+
+
+class Opening(OneSilo):
+    """The job that `Waiting` waits for."""
+
+    def _turn(self):
+        Waiting.until.set()
+        return super()._turn()
+
+
+def test_a_damaged_update_is_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "DAMAGED_S", 0.3)
+    monkeypatch.setattr(post, "LOST_S", 0.1)
+    how = apart(tmp_path, 3, **CASES["int8"])
+    jobs = [Job(how, silo, Damaging if silo == "s1" else OneSilo) for silo in IDS]
+    _, there = served(how)
+    for job in jobs:
+        job.ended()
+    assert jobs[1].job.damaged == 1
+    _, here = run(in_one_process(how, tmp_path))
+    assert sha256(there.parameters) == sha256(here.parameters)
+
+
+class Damaging(OneSilo):
+    """A silo's job whose first update in round 2 loses its last bytes."""
+
+    damaged = 0
+
+    def _train(self, commit, call):
+        folder, original = self._post._files.folder, self._post._files.folder.create
+
+        def create(path, parts):
+            if path.startswith("updates") and call.round == 2 and not self.damaged:
+                self.damaged += 1
+                parts = [*parts[:-1], parts[-1][:-5]]
+            original(path, parts)
+
+        folder.create = create
+        super()._train(commit, call)
 
 
 def test_a_second_job_of_a_silo_ends_the_first(tmp_path):

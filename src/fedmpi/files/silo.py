@@ -7,7 +7,9 @@ submitted again, or still writes beside its successor, leaves a state for every 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from fedmpi.files import names
@@ -145,6 +147,19 @@ class Silo:
         if any(number == published for published, _ in self.mine(names.UPDATE)):
             return False
         return number > self._last().number
+
+    def withdraw(self, number: int) -> None:
+        """Remove this silo's updates after one that is lost. The server has read none of them: it reads them in their
+        order. Raises Superseded. A listing, and an operation each."""
+        self._claim.require_newest()
+        for later, by in reversed(self.mine(names.UPDATE)):
+            if later > number:
+                path = names.path(names.OF_SILOS[names.UPDATE], self.silo, later, by)
+                self.folder.tried(f"remove {path}", partial(self._removed, path))
+
+    def _removed(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.unlink(path)
 
     def tidy(self) -> None:
         """Remove this silo's states that are not needed any more. One listing."""

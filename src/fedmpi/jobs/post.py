@@ -25,6 +25,8 @@ from fedmpi.stopping import STOP, Watch
 from fedmpi.transports import ByFiles
 
 BEATS = 6  # in a lease
+LOST_S = 10.0  # between two looks whether an update is lost
+UNREAD = -1  # round of an update that is there and cannot be read yet
 SAYS_S = 30.0  # seconds after which a job says what it waits for
 
 
@@ -107,6 +109,7 @@ class SiloPost(Beats):
         self._files = Silo.start(folder, about_run(config), silo, about, lease_s=transport.lease_s)
         self.by = self._files.by
         self._call: tuple[Any, Call] | None = None
+        self._lost_s = self._files.folder.now()
 
     def beat(self, ended: bool = False) -> None:
         self._files.beat({}, ended)
@@ -126,12 +129,28 @@ class SiloPost(Beats):
         return NEVER if head is None else head.last.get(self._files.silo, NEVER)
 
     def sent(self) -> dict[int, int]:
-        """Numbers of updates that are published and not answered, and their rounds."""
-        found = {}
+        """Numbers of updates that are published and not answered, and their rounds, or versions; UNREAD if an update
+        is listed and cannot be read now."""
+        found: dict[int, int] = {}
         for number, by in self._files.position().pending:
+            found.setdefault(number, UNREAD)
             if (content := self._files.read(names.UPDATE, number, by)) is not None:
                 found[number] = int(content.head.get("round", content.head.get("version", 0)))
         return found
+
+    def lost(self, number: int) -> bool:
+        """Whether the oldest update that no commit answers, `number`, was damaged and is gone. Then the later ones are
+        removed, too: the server reads a silo's updates without a gap. Looks every LOST_S seconds."""
+        now_s = self._files.folder.now()
+        if now_s - self._lost_s < LOST_S:
+            return False
+        self._lost_s = now_s
+        decided = self.decided()
+        if (decided is not None and decided[0] >= number) or not self._files.lost(number):
+            return False
+        say(f"update {number} was damaged and is gone; the silo trains again")
+        self._files.withdraw(number)
+        return True
 
     def decided(self) -> tuple[int, int, bool] | None:
         """What the server says of this silo's last update: number, incarnation, and whether it counts."""

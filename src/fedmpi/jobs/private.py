@@ -70,9 +70,5 @@ class States:
             if base[0] < before:
                 self._path(base).unlink(missing_ok=True)
 
-    def remove(self, base: Base) -> None:
-        """Remove one state."""
-        self._path(base).unlink(missing_ok=True)
-
     def _path(self, base: Base) -> Path:
         return self.folder / f"{base[0]:08d}.{base[1]:04d}.h5"

@@ -27,7 +27,7 @@ from fedmpi.exchange.outbox import Outbox, as_bytes, from_bytes
 from fedmpi.files.line import NEVER, Commit
 from fedmpi.files.names import quoted
 from fedmpi.jobs.messages import Call, Registration, read_arrays, require_same, shown, told_row
-from fedmpi.jobs.post import SiloPost, files_of
+from fedmpi.jobs.post import UNREAD, SiloPost, files_of
 from fedmpi.jobs.private import Base, States
 from fedmpi.local import LocalSilo
 from fedmpi.membership import Comms, Membership
@@ -78,7 +78,7 @@ class SiloJob:
                 with SiloPost(self.config, self.silo, self._registration(), self._spec.watch) as self._post:
                     say(f"fedmpi: silo '{self.silo}', start {self._post.by}, {self._opened.num_train[0]} samples, "
                         f"out {self.out}")  # fmt: skip
-                    self._remember_sent()
+                    self._sent = self._post.sent()
                     while not self._turn():
                         self._post.pause()
         except Stopped:
@@ -109,13 +109,6 @@ class SiloJob:
             host=socket.gethostname(),
         )
 
-    def _remember_sent(self) -> None:
-        """Find the updates of earlier starts that no commit answers yet; forget states that nothing belongs to."""
-        self._sent = self._post.sent()
-        for base in self._states.stored():
-            if base[0] > self._post.last().number and base[0] not in self._sent:
-                self._states.remove(base)
-
     # ------------------------------------------------------------ one look
 
     def _turn(self) -> bool:
@@ -133,6 +126,12 @@ class SiloJob:
             self._join(call)
         assert self._fed is not None
         self._follow(commit)
+        if UNREAD in self._sent.values():
+            self._sent = self._post.sent() | {number: round for number, round in self._sent.items() if round != UNREAD}
+        decided = max(self._answered, commit.last.get(self.silo, NEVER).number)
+        if self._sent and self._post.lost(decided + 1):
+            self._sent.clear()  # their numbers are free: the next training takes the first of them
+            self._draft = None
         if self._fetch(commit) and commit.about["scores"] and self._scored < commit.version:
             self._score(commit)
         if self._version != commit.version:
@@ -142,9 +141,14 @@ class SiloJob:
             return True
         if self._outbox is None:
             self._train_at_once(commit)
-        elif call.round == commit.version + 1 and self.silo in call.cohort and call.round not in self._sent.values():
+        elif self._is_called(commit, call):
             self._train(commit, call)
         return False
+
+    def _is_called(self, commit: Commit, call: Call) -> bool:
+        """Whether the silo has to train for the call's round."""
+        answered = {call.round, UNREAD} & {*self._sent.values()}
+        return call.round == commit.version + 1 and self.silo in call.cohort and not answered
 
     def _stop(self) -> Exception:
         if self._post.error is not None:
