@@ -1,11 +1,16 @@
 """What the server's job of silos in separate jobs refuses, survives and cleans up."""
 
+import pytest
 from support.runs import put_back, run
-from support.silojobs import IDS, Job, apart, in_one_process
+from support.silojobs import IDS, Job, apart, in_one_process, served
 
 from fedmpi import requests, roster
+from fedmpi.errors import CheckpointError
+from fedmpi.files import tidy
 from fedmpi.flat import sha256
 from fedmpi.jobs.serve import Serving
+from fedmpi.keeper import Keeper
+from fedmpi.stopping import STOP
 
 __all__ = ["put_back"]
 
@@ -24,3 +29,34 @@ def test_silos_neither_leave_nor_join_by_request(tmp_path):
     assert len(whys) == 2 and all("transport: files: silos neither join nor leave" in why for why in whys)
     _, here = run(in_one_process(how, tmp_path))
     assert sha256(there.parameters) == sha256(here.parameters)
+
+
+def test_a_resume_reads_commits_that_have_left_the_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tidy, "KEPT_COMMITS", 2)
+    how = apart(tmp_path, 7, checkpoint={"every": 10})
+    jobs, kept = [Job(how, silo) for silo in IDS], tmp_path / "run-share" / "kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "finish", lambda self, state: None)  # as after a kill
+        served(how, rounds=6)
+    assert (kept / "@.00000003").exists() and len([*kept.glob("s?.*")]) == 18
+    records, there = served(how)
+    assert len(records) == 7
+    for job in jobs:
+        job.ended()
+    assert not [*kept.iterdir()]  # the last checkpoint holds all
+    _, here = run(in_one_process(how, tmp_path))
+    assert sha256(there.parameters) == sha256(here.parameters)
+
+
+def test_a_version_that_is_gone_ends_the_server_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tidy, "KEPT_COMMITS", 2)
+    monkeypatch.setattr(Keeper, "finish", lambda self, state: None)
+    how = apart(tmp_path, 7, checkpoint={"every": 10})
+    jobs = [Job(how, silo) for silo in IDS]
+    served(how, rounds=4)
+    (tmp_path / "run-share" / "kept" / "@.00000001").unlink()
+    with pytest.raises(CheckpointError, match="the shared folder holds version 4, but version 1 is gone"):
+        served(how)
+    for job in jobs:
+        job.job._spec.watch.tell(STOP, "the test is over")
+        job.join(20)

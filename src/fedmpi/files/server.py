@@ -133,8 +133,13 @@ class Server:
     # ------------------------------------------------------------ to compute committed versions again
 
     def commit_of(self, version: int) -> Commit | None:
-        """The commit of a version; None if it is not on the line any more. One read."""
-        return self._line.read(version)
+        """The commit of a version, with `keep_updates` also after it left the line; None if it was removed."""
+        commit, path = self._line.read(version), names.path(names.KEPT, names.SERVER, version)
+        if commit is None and os.path.basename(path) in self.folder.listed(names.KEPT):
+            content = read_at(self.folder, path)
+            if content is not None and (content.head["kind"], content.head["run"]) == ("commit", self.run):
+                commit = Commit.of(content.head, content.digest)
+        return commit
 
     def kept(self, entry: Entry) -> Envelope | None:
         """The update of a commit, with `keep_updates`; None if it was removed."""
@@ -149,6 +154,23 @@ class Server:
     def drop_kept(self, entry: Entry) -> None:
         """Remove a kept update."""
         self.folder.remove(names.path(names.KEPT, entry.silo, entry.number, entry.by))
+
+    def forget(self, version: int) -> None:
+        """Remove the kept files that no server needs which resumes from this version or a later one: commits before it,
+        and updates of no commit after it. Operations: a listing, and a read of each later commit. Raises Superseded."""
+        self._claim.require_newest()
+        kept = [row for row in map(names.parsed, self.folder.listed(names.KEPT)) if row is not None]
+        for who, (number, *_) in kept:
+            if who == names.SERVER and number < version:
+                self.folder.remove(names.path(names.KEPT, who, number))
+        last = -1 if self.head is None else self.head.version
+        later = [self.commit_of(number) for number in range(version + 1, last + 1)]
+        if None in later:
+            return  # what it needs is not known
+        needed = {entry[:3] for commit in later if commit is not None for entry in commit.entries}
+        for who, numbers in kept:
+            if who != names.SERVER and (who, *numbers) not in needed:
+                self.folder.remove(names.path(names.KEPT, who, *numbers))
 
     # ------------------------------------------------------------ silos
 

@@ -52,6 +52,7 @@ from fedmpi.train import Run
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
 SCORES = "scores"  # folder in the run directory: the silos' scores of rounds that no checkpoint holds yet
+FORGETS = 64  # rounds after which all kept files are looked through
 NO_DATA = SiloData(*(torch.empty(0) for _ in range(4)))
 
 
@@ -62,6 +63,7 @@ class Serving(Run):
     """
 
     _post: ServerPost | None = None
+    _remote: FilesRemote | None = None
 
     def __init__(self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = ()) -> None:
         super().__init__(config, *overrides, allow=allow, comm=SoloComm())
@@ -88,7 +90,8 @@ class Serving(Run):
         membership = Membership(stored[0].epoch if stored else 0, {silo: (0,) for silo in ids})
         facts_KF = np.array([registered[silo].facts for silo in ids])
         held = {silo: LocalSilo(silo, NO_DATA, 0.0) for silo in ids}
-        unshared, remote = first_values(spec), FilesRemote(config, post, self.out, begins)
+        unshared = first_values(spec)
+        self._remote = remote = FilesRemote(config, post, self.out, begins)
         built = build_federation(
             spec, Opened(membership, {}, facts_KF), Comms.of(comm), held, self._directory.plan_before, remote=remote
         )
@@ -119,6 +122,9 @@ class Serving(Run):
     def _put_away(self, writer_s: float = 30.0) -> None:
         super()._put_away(writer_s)
         if self._post is not None:
+            if self._remote is not None and "_keeper" in vars(self) and self._post.error is None:
+                with contextlib.suppress(FedmpiError):  # the next start comes again
+                    self._remote.release_all(self._keeper.sealed)
             self._post.end()
             self._post = None
 
@@ -143,6 +149,7 @@ class FilesRemote:
         self._inbox: Inbox | None = None
         self._last_scores: dict[str, tuple[int, dict[str, Any]]] = {}  # by silo: version, and what it told
         self._called = -1  # epoch of the membership that `call_all` has told
+        self._forgot = -1  # version up to which everything was looked through
         self._kept: list[tuple[int, Entry]] = []  # committed updates that are kept, with their rounds
 
     # ------------------------------------------------------------ a round
@@ -226,11 +233,14 @@ class FilesRemote:
             self._require(commit, state.params_Q)
 
     def committed(self, version: int) -> Commit | None:
-        """The commit of a version, if it was made."""
+        """The commit of a version, if it was made. Raises CheckpointError if it was and is gone."""
         head = self.post.files.head
         if head is None or head.version < version:
             return None
-        return head if head.version == version else self.post.files.commit_of(version)
+        commit = head if head.version == version else self.post.files.commit_of(version)
+        if commit is None:
+            raise CheckpointError(f"the shared folder holds version {head.version}, but version {version} is gone")
+        return commit
 
     def _require(self, commit: Commit, params_Q: torch.Tensor) -> None:
         if commit.about["params"] != sha256(params_Q):
@@ -239,8 +249,16 @@ class FilesRemote:
                 "run directory of another run given?"
             )
 
+    def release_all(self, written: int) -> None:
+        """Remove what the checkpoint of this round holds, also what earlier starts have left. Raises Superseded."""
+        if written >= 0 and files_of(self._config).keep == "needed":
+            self.post.files.forget(written)
+            self._forgot = written
+
     def _release(self, state: State) -> None:
         """Remove what a checkpoint holds by now."""
+        if self._forgot < 0 or state.written >= self._forgot + FORGETS:
+            self.release_all(state.written)
         for round, entry in self._kept:
             if round <= state.written and files_of(self._config).keep == "needed":
                 self.post.files.drop_kept(entry)
