@@ -1,14 +1,17 @@
 """What the server's job of silos in separate jobs refuses, survives and cleans up."""
 
+import threading
+
 import pytest
 from support.runs import put_back, run
-from support.silojobs import IDS, Job, apart, in_one_process, served
+from support.silojobs import ALONE, IDS, Job, OneSilo, apart, in_one_process, served
 
 from fedmpi import requests, roster
 from fedmpi.errors import CheckpointError
 from fedmpi.files import tidy
 from fedmpi.flat import sha256
 from fedmpi.jobs.serve import Serving
+from fedmpi.jobs.silo import SiloJob
 from fedmpi.keeper import Keeper
 from fedmpi.stopping import STOP
 
@@ -60,3 +63,26 @@ def test_a_version_that_is_gone_ends_the_server_with_one_line(tmp_path, monkeypa
     for job in jobs:
         job.job._spec.watch.tell(STOP, "the test is over")
         job.join(20)
+
+
+class Hangs(OneSilo):
+    """A silo's job that stays in its training of round 2 until the server has ended."""
+
+    over, freed = threading.Event(), False
+
+    def _train(self, commit, call):
+        if call.round == 2:
+            type(self).freed = self.over.wait(20)
+        with ALONE:
+            SiloJob._train(self, commit, call)
+
+
+def test_no_round_waits_for_the_scores_of_a_silo_that_was_dropped(tmp_path):
+    policy = {"name": "deadline", "deadline_s": 1.0, "late": "drop", "min_silos": 2}
+    how = apart(tmp_path, 3, engine={"name": "synchronous", "policy": policy})
+    jobs = [Job(how, silo, Hangs if silo == "s1" else OneSilo) for silo in IDS]
+    records, _ = served(how)
+    Hangs.over.set()
+    for job in jobs:
+        job.ended()
+    assert Hangs.freed and all("s1" in record["late"] for record in records[1:])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -149,6 +150,7 @@ class FilesRemote:
         self._inbox: Inbox | None = None
         self._last_scores: dict[str, tuple[int, dict[str, Any]]] = {}  # by silo: version, and what it told
         self._called = -1  # epoch of the membership that `call_all` has told
+        self._behind: dict[str, int] = {}  # by silo: last round that closed without it; it may still train
         self._forgot = -1  # version up to which everything was looked through
         self._kept: list[tuple[int, Entry]] = []  # committed updates that are kept, with their rounds
 
@@ -270,8 +272,10 @@ class FilesRemote:
     def _recall(self, commit: Commit, fed: Federation) -> None:
         """Take the updates that a commit names."""
         self.answers = list(commit.entries)
-        for silo, row in commit.about["rows"].items():
-            fed.ready.set_silo(fed.index[silo], **read_row(row))
+        for silo, told in commit.about["rows"].items():
+            fed.ready.set_silo(fed.index[silo], **(row := read_row(told)))
+            if row.get("late") in (DROPPED, VOID):
+                self._behind[silo] = commit.version
         for entry in commit.entries:
             self._came.pop((entry.silo, entry.number), None)
             if not entry.counts:
@@ -304,14 +308,21 @@ class FilesRemote:
                 self.post.pause()
         self.post.goes_on()
         for one in sorted(self._came.values(), key=lambda one: one.number):
+            self._heard(one)
             if one.content.head["round"] < number:
                 self.answers.append(one.entry(counts=False))
         for silo in cohort:
             if silo in found:
                 self._take(found[silo], fed, number, None if closing is None else seconds[silo])
             elif closing is not None:
+                self._behind[silo] = number
                 late = VOID if closing.is_broken else DROPPED
                 fed.ready.set_silo(fed.index[silo], late=late, seconds=2 * closing.limit_s)
+
+    def _heard(self, one: Arrived) -> None:
+        """A silo that was late is free again once the update of that round has come."""
+        if one.content.head["round"] >= self._behind.get(one.silo, math.inf):
+            del self._behind[one.silo]
 
     def _take(self, one: Arrived, fed: Federation, number: int, seconds: float | None) -> None:
         """Enter an update into the round's table, and add its vector to the sum."""
@@ -425,7 +436,10 @@ class FilesRemote:
                     content = self.post.files.read_silo("score", silo, number, by)
                     if content is not None:
                         told[silo] = {"row": content.head["row"], "counts": content.head["counts"]}
-            missing = [silo for silo in fed.ids if silo not in told]
+            for one in self.post.files.poll() if self._behind else ():
+                self._came[one.silo, one.number] = one
+                self._heard(one)
+            missing = [silo for silo in fed.ids if silo not in told and silo not in self._behind]
             if not missing or fed.watch.look() != READY:
                 break
             present = self.post.present()
