@@ -226,6 +226,7 @@ def specify(config: Config, comm: Comm, out: Path, known: Source | None = None) 
     watch = stopping.Watch(comm, out, watchdog)
     private = None
     if config.privacy is not None:
+        config.privacy.takes(source)  # alike on all ranks
         private = Spending.of(config.privacy, out, config.seed)
         private.open(comm)
     return Spec(config, source, objective, module, found, config.exchange, chosen, watch, private)

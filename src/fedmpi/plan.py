@@ -272,6 +272,7 @@ def _mirror(config: Config, counts: Counts, checkpoint: Mapping[str, int], num_r
 
 def _budget(config: Config, section: Privacy, source: Source) -> dict[str, Any]:
     """What the run will spend, undisturbed. Raises ConfigError if that is not known without the data."""
+    section.takes(source)
     sizes = {silo.id: silo.num_samples for silo in source.silos}
     num_train = {silo: num for silo, num in sizes.items() if num is not None}
     unknown = sorted(sizes.keys() - num_train.keys())

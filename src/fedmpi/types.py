@@ -46,6 +46,7 @@ class Source:
     open: Callable[[str], SiloData]  # by silo id; reads only that silo's files unless `central`
     central: bool = False  # one partitioned data set, which every rank reads whole
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by opened silo: names of x's columns, if known
+    fitted: bool = False  # preprocessing depends on training rows, such as normalisation by their mean
     readable: Callable[[str], bool] = lambda silo: True  # by silo id: whether this process sees its data; reads nothing
 
 

@@ -307,6 +307,26 @@ def test_heart_opens_one_hospital_at_a_time(root, tmp_path):
         source.open("hungary")
 
 
+def test_with_fixed_preprocessing_no_record_changes_another(tmp_path):
+    draw = np.random.default_rng(0)
+    rows = np.round(draw.uniform(0, 200, (130, 14)))
+    rows[:, -1] = draw.integers(2, size=130)
+    other = rows.copy()
+    other[3] = 7.0  # features and label of one record
+    other[3, -1] = 1 - rows[3, -1]
+    found = {}
+    for normalise in ("fixed", "fitted"):
+        for i, table in enumerate((rows, other)):
+            folder = tmp_path / f"{normalise}{i}" / "heart_disease"
+            folder.mkdir(parents=True)
+            np.savetxt(folder / "processed.va.data", table, delimiter=",")
+            data = heart_disease.HeartDisease(root=folder.parent, normalise=normalise).source(0).open("longbeach")
+            found[normalise, i] = torch.cat([data.x_train, data.x_test]), torch.cat([data.y_train, data.y_test])
+    for normalise, changed in (("fixed", 1), ("fitted", 130)):
+        differ = (found[normalise, 0][0] != found[normalise, 1][0]).any(1)
+        assert len(differ) in (129, 130) and (int(differ.sum()) == 1 if changed == 1 else int(differ.sum()) > 100)
+
+
 @pytest.mark.parametrize("seed", [42, 43, 44, 45, 46])
 def test_heart_reaches_the_published_federated_averaging(root, seed):
     """Plain numpy FedAvg in float64: 15 rounds of 100 batches; stored weights, and the published accuracies."""

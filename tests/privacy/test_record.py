@@ -2,15 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from privacy.test_silo import SIZES, blobs, run_first, step
-from support.runs import OWN, config, put_back, refused, run  # noqa: F401
+from privacy.test_silo import private as silo_level
+from support.runs import OWN, Blobs, config, put_back, refused, run  # noqa: F401
 
 from fedmpi import plan, rng
-from fedmpi.components import build, to_dict
+from fedmpi.components import build, component, to_dict
 from fedmpi.config import Config
+from fedmpi.data.heart_disease import HeartDisease
 from fedmpi.errors import ConfigError
 from fedmpi.privacy import Use, epsilon
 from fedmpi.privacy.noise import secret_generator
@@ -106,6 +109,26 @@ def test_what_has_no_sound_account_is_refused_in_one_line(tmp_path, changes, say
     with pytest.raises(ConfigError) as caught:
         build(Config, to_dict(private(tmp_path)) | changes)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@component
+class Fitted(Blobs):
+    """Data whose preprocessing looked at the training rows."""
+
+    def source(self, seed):
+        return replace(super().source(seed), fitted=True)
+
+
+def test_preprocessing_fitted_to_training_rows_is_refused(tmp_path):
+    data = {"name": "privacy.test_record:Fitted", "sizes": list(SIZES), "declared": 20}
+    how = build(Config, to_dict(private(tmp_path / "a")) | {"data": data})
+    assert "normalise: fixed" in refused(how)
+    with pytest.raises(ConfigError, match="one record changes all others"):
+        plan.plan(how, {}, 2)
+    whole = silo_level(tmp_path / "b", 1)
+    run(build(Config, to_dict(whole) | {"data": data | {"declared": None}}))  # a silo is protected as a whole
+    for normalise, fitted in (("fitted", True), ("fixed", False)):
+        assert HeartDisease(normalise=normalise).source(0).fitted == fitted
 
 
 def test_batch_normalization_is_refused(tmp_path):

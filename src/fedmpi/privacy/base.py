@@ -12,6 +12,7 @@ import torch
 from fedmpi.components import PositiveFloat, component
 from fedmpi.flat import Entry
 from fedmpi.privacy.account import Use, sigma_for
+from fedmpi.types import Source
 
 if TYPE_CHECKING:
     from fedmpi.config import Config
@@ -53,6 +54,9 @@ class Privacy:
     @abstractmethod
     def suits(self, module: torch.nn.Module, found: Sequence[Entry], ids: Sequence[str], config: Config) -> None:
         """Raise ConfigError if the model or the members do not fit."""
+
+    def takes(self, source: Source) -> None:
+        """Raise ConfigError if the account does not hold for such data."""
 
     @abstractmethod
     def uses(self, config: Config, num_train: Mapping[str, int]) -> dict[Use, int]:

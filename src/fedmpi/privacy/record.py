@@ -22,6 +22,7 @@ from fedmpi.privacy.account import Use
 from fedmpi.privacy.base import Privacy
 from fedmpi.privacy.noise import secret_generator
 from fedmpi.privacy.per_sample import clipped_sum, fast, is_fast
+from fedmpi.types import Source
 
 if TYPE_CHECKING:
     from fedmpi.config import Config
@@ -82,6 +83,14 @@ class RecordPrivacy(Privacy):
                     f"privacy: record: '{name}' mixes samples or keeps their statistics; take group normalization"
                 )
 
+    def takes(self, source: Source) -> None:
+        """Refuses preprocessing that is fitted to training rows: one record then changes the features of all."""
+        if source.fitted:
+            raise ConfigError(
+                "privacy: record: the data's preprocessing is fitted to training rows, so one record changes all "
+                "others and epsilon would not hold; fix it beforehand (heart_disease: normalise: fixed)"
+            )
+
     # ------------------------------------------------------------ steps
 
     def rate(self, config: Config, num_train: int) -> float:
@@ -132,6 +141,7 @@ class DpSgd:
     steps: int
     size: float  # divisor of the noised sum
     secret: str
+    present_N: np.ndarray | None = None  # whether a row is there, for audits; None: all are
 
     @classmethod
     def of(cls, section: RecordPrivacy, config: Config, sigma: float, silo: str, num_train: int, number: int) -> DpSgd:
@@ -147,7 +157,10 @@ class DpSgd:
         x, y = silo.data.x_train, silo.data.y_train
         for step in range(self.steps):
             draw = secret_generator(self.secret, "sample", step)
-            rows = torch.from_numpy(np.flatnonzero(draw.random(len(x)) < self.rate)).to(x.device)
+            taken_N = draw.random(len(x)) < self.rate
+            if self.present_N is not None:
+                taken_N &= self.present_N
+            rows = torch.from_numpy(np.flatnonzero(taken_N)).to(x.device)
             yield x[rows], y[rows]
 
     def gradient(
