@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedmpi import rng
@@ -27,8 +28,10 @@ from fedmpi.components import PositiveFloat, PositiveInt, component, did_you_mea
 from fedmpi.config import Config
 from fedmpi.data import DATASETS
 from fedmpi.errors import ConfigError
+from fedmpi.local.base import Guard
 from fedmpi.privacy.account import Use, epsilon
 from fedmpi.privacy.per_sample import losses_of
+from fedmpi.privacy.record import DpSgd
 from fedmpi.privacy.spending import FILE
 from fedmpi.train import Run
 from fedmpi.types import Dataset, SiloData, Source
@@ -46,6 +49,8 @@ class Canaried:
     """number of canaries"""
     scale: PositiveFloat = 1.0
     """standard deviation of a canary's values / that of the silo's"""
+    all_rows: bool = False
+    """keep the rows of canaries that are out, so that the number of rows is fixed; who trains leaves them out"""
 
     def source(self, seed: int) -> Source:
         """The dataset's, with the canaries that are in; the sizes of silos are then not declared."""
@@ -60,14 +65,17 @@ class Canaried:
             if name != self.silo:
                 return data
             x, y, inside = self.canaries(data, seed, inner.num_classes)
-            x_train, y_train = torch.cat([data.x_train, x[inside]]), torch.cat([data.y_train, y[inside]])
+            kept = torch.ones_like(inside) if self.all_rows else inside
+            x_train, y_train = torch.cat([data.x_train, x[kept]]), torch.cat([data.y_train, y[kept]])
             return SiloData(x_train, y_train, data.x_test, data.y_test)
 
         silos = tuple(replace(silo, num_samples=None) for silo in inner.silos)
         return replace(inner, silos=silos, open=opened)
 
     def canaries(self, data: SiloData, seed: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Samples, labels, and whether each is in."""
+        """Samples, labels, and whether each is in. Raises ConfigError if the silo's inputs are no real numbers."""
+        if not data.x_train.is_floating_point():
+            raise ConfigError(f"audit: canaries are noise, and the inputs of silo '{self.silo}' are integers")
         draw = rng.generator(seed, purpose="canaries", silo=self.silo)
         shape, spread = (self.count, *data.x_train.shape[1:]), self.scale * float(data.x_train.std())
         x = torch.from_numpy(draw.standard_normal(shape)).mul_(spread).add_(float(data.x_train.mean()))
@@ -124,7 +132,7 @@ def audit(
         raise ConfigError("audit: give 8 canaries or more, and a confidence between 0 and 1")
     source = config.data.source(config.seed)
     name = silo or max(source.silos, key=lambda one: one.num_samples or 0).id
-    data = Canaried(data=config.data, silo=name, count=canaries, scale=scale)
+    data = Canaried(data=config.data, silo=name, count=canaries, scale=scale, all_rows=private is not None)
     data.source(config.seed)
     delta = 0.0 if private is None else private.delta
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +142,9 @@ def audit(
             objective, device = run.federation.objective, run.federation.model.device
             fresh = source.open(name)
             x, y, inside = data.canaries(fresh, config.seed, source.num_classes)
+            if (spending := run.federation.private) is not None:
+                present = np.concatenate([np.ones(len(fresh.x_train), np.bool_), inside.numpy()])
+                spending.guard = _without(spending.guard, name, present)
             losses = _losses(run, objective.loss, x.to(device), y.to(device))
             before = losses()
             for _ in run:
@@ -154,6 +165,20 @@ def audit(
         "epsilon_at_least": bound,
         "epsilon_at_most": spent,
     }
+
+
+def _without(
+    guard: Callable[[str, int], Guard | None], silo: str, present_N: npt.NDArray[np.bool_]
+) -> Callable[[str, int], Guard | None]:
+    """The guard of a round, whose samples of `silo` hold only rows that are present. The number of rows, and with it
+    rates and steps, stays that of all: neighbours differ in one canary and in nothing else."""
+
+    def changed(name: str, number: int) -> Guard | None:
+        found = guard(name, number)
+        assert isinstance(found, DpSgd)
+        return replace(found, present_N=present_N) if name == silo else found
+
+    return changed
 
 
 def _losses(

@@ -1,15 +1,18 @@
 """Audits: the bound's numbers, canaries that are found without privacy, and a bound below the account with it."""
 
 import json
+import math
 
 import pytest
+import torch
 from support.runs import config, put_back  # noqa: F401
 from typer.testing import CliRunner
 
-from fedmpi.audit import audit, lower_bound, p_value
+from fedmpi.audit import Canaried, audit, lower_bound, p_value
 from fedmpi.cli import app
 from fedmpi.errors import ConfigError
-from fedmpi.privacy import SiloPrivacy
+from fedmpi.privacy import DpSgd, SiloPrivacy
+from fedmpi.types import SiloData
 
 
 def overfits(out, epochs=30, **other):
@@ -40,6 +43,36 @@ def test_with_privacy_the_bound_lies_below_the_account(tmp_path):
     told = audit(overfits(tmp_path, 5, privacy=private), canaries=80, scale=2.0)
     assert told["epsilon_at_least"] <= told["epsilon_at_most"] <= 1.0
     assert told["correct"] < 0.8 * told["guesses"]
+
+
+def test_rates_and_steps_do_not_tell_how_many_canaries_are_in(tmp_path, monkeypatch):
+    # Neighbours differ in one canary; were n_k, q and the steps those of the rows that are in, they would differ too.
+    seen = []
+
+    def batches(self, silo):
+        for x, y in drawn(self, silo):
+            seen.append((silo.id, self.rate, self.steps, x))
+            yield x, y
+
+    drawn = DpSgd.batches
+    monkeypatch.setattr(DpSgd, "batches", batches)
+    private = {"name": "record", "clip": 1.0, "sigma": 4.0, "delta": 1e-5}
+    how = overfits(tmp_path, 2, privacy=private)
+    silo = how.data.source(how.seed).silos[0].id
+    data = how.data.source(how.seed).open(silo)
+    audit(how, silo=silo, canaries=41, scale=2.0)
+    num = len(data.x_train) + 41
+    assert {(rate, steps) for name, rate, steps, _ in seen if name == silo} == {(32 / num, 2 * math.ceil(num / 32))}
+    x, _, inside = Canaried(data=how.data, silo=silo, count=41, scale=2.0).canaries(data, how.seed, 10)
+    rows = {row.tobytes() for name, _, _, batch in seen if name == silo for row in batch.numpy()}
+    assert {row.numpy().tobytes() for row in x[~inside]}.isdisjoint(rows)
+    assert {row.numpy().tobytes() for row in x[inside]} & rows
+
+
+def test_integer_inputs_are_refused(tmp_path):
+    silo = SiloData(*(torch.zeros(3, 2, dtype=torch.int64),) * 4)
+    with pytest.raises(ConfigError, match="inputs of silo 'a' are integers"):
+        Canaried(data=overfits(tmp_path).data, silo="a", count=8).canaries(silo, 0, 2)
 
 
 def test_what_cannot_be_audited_is_refused(tmp_path):
