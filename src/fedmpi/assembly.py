@@ -286,7 +286,7 @@ def build_federation(
     config, comm, members, attack = spec.config, comms.control, opened.members, spec.config.attack
     weights = weights_of(config, members.ids, opened.num_train)
     hosted = members.hosted(comm.rank)
-    secure = _session(spec, members, comm)
+    secure = _session(spec, opened, comm)
     context = _context(spec, weights, hosted, comm)._replace(secure=secure)
     zeros_Q = torch.zeros(spec.layout.size, dtype=master_dtype(spec.entries), device=spec.device)
     updates: tuple[Transform, ...] = config.updates
@@ -336,16 +336,22 @@ def build_federation(
     return Built(federation, replace(spec, section=plan.section), plan)
 
 
-def _session(spec: Spec, members: Membership, comm: Comm) -> Session | None:
+def _session(spec: Spec, opened: Opened, comm: Comm) -> Session | None:
     """New keys for these members; None without `secure`. Collective."""
-    config = spec.config
+    config, members = spec.config, opened.members
     if (secure := config.secure) is None:
         return None
     comm.collectively(lambda: _can_mask(spec.device))
     ring, threshold = secure.ring(config, len(members.ids)), secure.fewest(config, members.ids)
+    if 0 < (tested := np.count_nonzero(opened.facts_KF[:, 1])) < threshold:
+        why = f"{tested} of the silos have test data, and secure.threshold is {threshold}"
+        raise agreed(
+            ConfigError(f"secure: {why}: sums of so few test figures are not revealed; test more silos, or none")
+        )
     session = Session(comm, members.ids, members.ranks, ring, threshold, secure.neighbours)
-    if (seen := session.alone()) and comm.rank == 0:
-        log.warning("secure: %s", seen)
+    if comm.rank == 0:
+        for told in filter(None, (session.alone(), secure.sparse(len(members.ids)))):
+            log.warning("secure: %s", told)
     return session
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.exchanges import section
-from support.runs import OWN, config, put_back, refused, run  # noqa: F401
+from support.runs import OWN, Blobs, config, put_back, refused, run  # noqa: F401
 
 import fedmpi
 from fedmpi.changes import asked_for
@@ -25,6 +25,7 @@ from fedmpi.rounds import READY_SILO
 from fedmpi.rounds.disclosure import ready_pooling
 from fedmpi.secure.masks import KeyPair
 from fedmpi.secure.ring import Ring
+from fedmpi.secure.secagg import SecAgg
 from fedmpi.secure.session import Session
 from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.transforms import Transform
@@ -333,15 +334,16 @@ def test_figures_under_masks_are_those_without():
     losses = [0.7, 1e-9, 3.5e30, 0.1]
     for num_ranks in (1, 2, 4):
         plain, hidden = figures(num_ranks, False, losses)[0], figures(num_ranks, True, losses)[0]
-        for name, value in plain[0].items():
-            assert hidden[0][name] == pytest.approx(value, rel=1e-15), name
+        assert plain[0].keys() - hidden[0].keys() == {"norm"}
+        for name, value in hidden[0].items():
+            assert value == pytest.approx(plain[0][name], rel=1e-15), name
         assert plain[1] == hidden[1]
         assert hidden[2].silo("taken").tolist() == [1] * num_ranks and np.isnan(hidden[2].silo("loss")).all()
 
 
 def test_a_figure_that_is_not_finite_makes_its_sum_nan_and_no_other():
     sums = figures(3, True, [0.5, 1e300, 0.1])[1][0]
-    assert np.isnan(sums["loss"]) and sums["norm"] == pytest.approx(0.3)
+    assert np.isnan(sums["loss"]) and sums["square"] == pytest.approx(0.05)
 
 
 def test_a_figure_of_one_rank_is_nowhere_in_what_it_passes_on():
@@ -547,8 +549,9 @@ def test_on_one_rank_a_secure_run_is_the_pooled_one_to_the_quantisation(tmp_path
         hidden, two = run(config(tmp_path / str(bits), secure={"name": "secagg", "bits": bits}, **CLIP))
         torch.testing.assert_close(one.parameters, two.parameters, rtol=0, atol=1e-6)
         for before, after in zip(plain, hidden, strict=True):
-            for key in ("train_loss", "delta_norm", "loss", "accuracy"):
+            for key in ("train_loss", "loss", "accuracy"):
                 assert after[key] == pytest.approx(before[key], rel=1e-4), key
+            assert 0 < after["delta_norm"] <= 1.0
             assert before.keys() == after.keys()
 
 
@@ -593,6 +596,39 @@ def test_no_figures_are_seen_of_a_round_in_which_a_silo_fails(tmp_path, uncovere
     with pytest.raises(SiloError, match="no luck"):
         run(config(tmp_path, 2, secure="secagg", **CLIP))
     assert len(uncovered) == (at == "evaluate")  # those of training
+
+
+def test_a_loss_that_is_not_finite_hides_those_that_may_be_of_one_silo():
+    sums = figures(3, True, [0.5, np.inf, np.nan])[1][0]
+    assert np.isnan(sums["loss"]) and (sums["not_finite"], sums["targets"]) == (2, 4)
+
+
+@component
+class PartlyTested(Blobs):
+    """Test data at the first silos."""
+
+    num_tested: int = 2
+
+    def opened(self, index, name):
+        data = super().opened(index, name)
+        num = 4 * (index < self.num_tested)
+        return data._replace(x_test=data.x_test[:num], y_test=data.y_test[:num])
+
+
+def test_test_figures_of_too_few_silos_are_refused(tmp_path):
+    for num in (0, 1, 2, 3):
+        how = {"data": {"name": "exchange.test_secure:PartlyTested", "num_tested": num}, "secure": "secagg", **CLIP}
+        how = config(tmp_path / str(num), 1, **how)
+        if num in (0, 3):
+            run(how)
+            continue
+        with pytest.raises(ConfigError, match=f"^secure: {num} of the silos have test data, and secure.threshold is 3"):
+            run(how)
+
+
+def test_fewer_neighbours_than_are_safe_give_a_warning():
+    assert "4 are fewer than 15" in SecAgg(neighbours=4).sparse(16)
+    assert SecAgg(neighbours=4).sparse(5) == SecAgg().sparse(100) == SecAgg(neighbours=60).sparse(100) == ""
 
 
 def test_silos_neither_join_nor_leave(tmp_path):

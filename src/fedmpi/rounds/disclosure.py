@@ -50,9 +50,11 @@ def refuse_hidden(disclose: Disclose, readers: Sequence[tuple[str, Any]]) -> Non
 
 def ready_pooling(disclose: Disclose, masked: bool = False) -> Pooling | None:
     """The training columns that are disclosed and the sums of the rest; None if all columns are disclosed. Masks are
-    made between silos whose updates are taken, so these are known if sums are `masked`."""
+    made between silos whose updates are taken, so these are known if sums are `masked`. The sum of norms is left out
+    then: the sums of three norms and of their squares can leave single norms only a narrow range."""
     shown = {"cohort": ("taken", "rejected"), "pooled": ("taken",) if masked else ()}
-    return None if disclose == "silo" else Pooling(shown[disclose], READY_SUMS, _add_up)
+    sums = tuple(name for name in READY_SUMS if not masked or name != "norm")
+    return None if disclose == "silo" else Pooling(shown[disclose], sums, _add_up_masked if masked else _add_up)
 
 
 def _add_up(column: Column) -> dict[str, float]:
@@ -75,6 +77,12 @@ def _add_up(column: Column) -> dict[str, float]:
         "normalizer": float((weight * normalizer).sum()),
         "square": float((sent * norm**2).sum()),
     }
+
+
+def _add_up_masked(column: Column) -> dict[str, float]:
+    """The sums under masks. There is no sum of losses if one of them is not finite: it could be that of one silo."""
+    lost = (column("taken") > 0) & (column("targets") > 0) & ~np.isfinite(column("loss"))
+    return _add_up(column) | ({"loss": np.nan} if lost.any() else {})
 
 
 class Heard(NamedTuple):

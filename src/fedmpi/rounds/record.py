@@ -13,6 +13,7 @@ from fedmpi.metrics.scorers import pooled
 from fedmpi.outcome import PARTIAL, RoundOutcome, members
 from fedmpi.records import PHASES, SCHEMA, Record, plain
 from fedmpi.rounds.agreement import may_uncover
+from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.federation import Federation
 from fedmpi.transforms import CHECKS
 
@@ -60,11 +61,18 @@ def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> Round
     """The outcome if only sums of the training figures left their ranks."""
     ready = fed.ready
     blank_K = np.full(len(fed.ids), np.nan)
-    if fed.secure is not None and not may_uncover(fed):  # only who was taken is known
-        targets = taken = num_not_finite = 0.0
-    else:
+    norm: float | None
+    if fed.secure is None:
         targets, taken, num_not_finite = (ready.sum(name) for name in ("targets", "taken", "not_finite"))
-    num_rejected = ready.sum("rejected") if fed.secure is None else (cohort_K & ~(ready.silo("taken") > 0)).sum()
+        num_rejected, norm = int(ready.sum("rejected")), ready.sum("norm") / taken if taken else None
+    elif may_uncover(fed):
+        targets, num_not_finite = ready.sum("targets"), ready.sum("not_finite")
+        norm = float(heard(ready).norms[0])  # the root mean square, because it tells less of single norms
+    else:  # only who was taken is known
+        targets = num_not_finite = 0.0
+        norm = None
+    if fed.secure is not None:
+        num_rejected = int((cohort_K & ~(ready.silo("taken") > 0)).sum())
     return RoundOutcome(
         round=number,
         ids=fed.ids,
@@ -75,8 +83,8 @@ def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> Round
         samples_K=blank_K,
         steps_K=blank_K,
         loss=plain(ready.sum("loss") / targets) if targets else None,
-        norm=plain(ready.sum("norm") / taken) if taken else None,
-        num_rejected=int(num_rejected),
+        norm=plain(norm),
+        num_rejected=num_rejected,
         num_not_finite=int(num_not_finite),
     )
 

@@ -11,6 +11,7 @@ import pydantic
 from fedmpi.components import Family, called, component
 from fedmpi.errors import ConfigError
 from fedmpi.layout import DELTA
+from fedmpi.secure.graph import degree
 from fedmpi.secure.ring import Ring
 from fedmpi.transforms import Clip
 
@@ -51,6 +52,13 @@ class SecAgg:
         if self.threshold is not None and self.threshold > least:
             raise ConfigError(f"secure.threshold: {self.threshold}, and a cohort may be {least}")
         return self.threshold or max(2, min(3, least), math.ceil(2 * least / 3))
+
+    def sparse(self, num_silos: int) -> str:
+        """A warning if the chosen `neighbours` are fewer than null would give; else empty."""
+        enough = degree(num_silos)
+        if self.neighbours is None or self.neighbours >= enough:
+            return ""
+        return f"neighbours: {self.neighbours} are fewer than {enough}, with which honest silos stay connected (null)"
 
     def conflicts(self, config: Config) -> str | None:
         """Refuses what reads single updates, and what would reveal sums that differ by one silo."""
