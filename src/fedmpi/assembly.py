@@ -242,6 +242,8 @@ def open_members(
     """
     config, comm = spec.config, comms.control
     members = comm.collectively(lambda: members.checked(spec.source.silos, comms.world.hosts, config.server.dedicated))
+    if config.secure is not None and known and {*known} != {*members.ids}:
+        raise agreed(ConfigError("secure: a run keeps its silos: two sums that differ by one would show its update"))
     opened = open_silos(spec.source, members, comm, held, known)
     # Components raise if they do not support them.
     comm.collectively(lambda: config.entries(spec.module, members.ids, spec.known))

@@ -244,6 +244,9 @@ class Keeper:
         told = None if about is None else (about.record, about.epoch, about.hosted)
         record, epoch, hosted = json.loads(comm.broadcast_text(json.dumps(told), 0))
         before, self.epoch = Membership.of(epoch, hosted, self._order), epoch
+        if fed.secure is not None and {silo for some in hosted for silo in some} != {*fed.ids}:
+            why = "two sums that differ by one silo would show its update"
+            raise agreed(ConfigError(f"secure: a resumed run keeps its silos, and round {round} has others: {why}"))
         if before.ids != fed.ids and not self._others:  # a newer checkpoint is damaged
             self._require_left(round, before)
         heir_of = heirs(before, fed.membership)

@@ -631,6 +631,20 @@ def test_fewer_neighbours_than_are_safe_give_a_warning():
     assert SecAgg(neighbours=4).sparse(5) == SecAgg().sparse(100) == SecAgg(neighbours=60).sparse(100) == ""
 
 
+def test_a_run_keeps_its_silos(tmp_path):
+    """When its members are set anew, and when it is resumed."""
+    how = config(tmp_path, 2, secure="secagg", **CLIP)
+    with fedmpi.Run(config(tmp_path, 1, secure="secagg", **CLIP), comm=SoloComm()) as one:
+        list(one)
+        fewer = one.membership.without("s1")
+        with pytest.raises(ConfigError, match=r"^secure: a run keeps its silos"):
+            one.rebuild(fewer)
+        assert len(one.membership.ids) == 3
+    with pytest.raises(ConfigError, match=r"^secure: a resumed run keeps its silos"):
+        fedmpi.Run(how, comm=SoloComm(), membership=fewer)
+    assert [record["round"] for record in run(how)[0]] == [2]
+
+
 def test_silos_neither_join_nor_leave(tmp_path):
     out = tmp_path / "run"
     how = config(out, 2, secure="secagg", **CLIP)
