@@ -1,15 +1,24 @@
 """What the server's job of silos in separate jobs refuses, survives and cleans up."""
 
+import errno
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from support.runs import put_back, run
-from support.silojobs import ALONE, IDS, Job, OneSilo, apart, in_one_process, served
+from support.silojobs import ALONE, IDS, Job, OneSilo, apart, in_one_process, served, trained_apart
+from support.slurm import until
 
 from fedmpi import requests, roster
 from fedmpi.errors import CheckpointError
 from fedmpi.files import tidy
+from fedmpi.files.envelope import packed
+from fedmpi.files.folder import Disk
+from fedmpi.files.server import Server
+from fedmpi.files.silo import Silo
 from fedmpi.flat import sha256
+from fedmpi.jobs.post import ServerPost
 from fedmpi.jobs.serve import Serving
 from fedmpi.jobs.silo import SiloJob
 from fedmpi.keeper import Keeper
@@ -86,3 +95,84 @@ def test_no_round_waits_for_the_scores_of_a_silo_that_was_dropped(tmp_path):
     for job in jobs:
         job.ended()
     assert Hangs.freed and all("s1" in record["late"] for record in records[1:])
+
+
+def posts(tmp_path, told):
+    """Makes ServerPosts of one run; `told` collects what their beats report."""
+    engine = {"name": "buffered", "size": 2}
+    how = apart(tmp_path, 3, transport={"lease_s": 1}, engine=engine)
+    return lambda: ServerPost(how, {}, SimpleNamespace(tell=lambda *what: told.append(what)))
+
+
+def test_servers_that_die_stand_by_what_the_first_one_told(tmp_path, monkeypatch):
+    new = posts(tmp_path, [])
+    first = new()
+    first.beat()
+    first.open(5)
+    first.decide("s1", 3, 1, True)
+    second = new()
+    second.beat()  # dies before it opens the round
+    third, read, start = new(), Disk.read, Server.start
+    assert third.open(5) == [("s1", 3, 1)]
+    third.beat()  # dies before it takes the update again
+    torn = []
+
+    def started(*arguments, **more):
+        server = start(*arguments, **more)
+        torn.append(True)  # from now on
+        return server
+
+    def once(self, path):
+        if path.startswith("beats/@") and torn:
+            torn.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, path)
+
+    monkeypatch.setattr(Server, "start", started)
+    monkeypatch.setattr(Disk, "read", once)
+    fourth = new()
+    assert not torn
+    assert fourth.open(5) == [("s1", 3, 1)]
+    fourth.decide("s1", 3, 1, True)
+    assert fourth.open(5) == [("s1", 3, 1)] and fourth.open(6) == []
+
+
+def test_of_two_files_of_an_update_the_promised_one_is_taken(tmp_path):
+    server = Server.start(Disk(tmp_path), {}, {}, lease_s=1, keep_updates=True)
+    for _ in range(2):
+        silo = Silo.start(Disk(tmp_path), {}, "s0", {}, lease_s=1)
+        silo.folder.publish(f"updates/s0.00000000.0000000{silo.by}", update(silo))
+    (one,) = server.poll([("s0", 0, 2), ("s1", 0, 7)])
+    assert one.by == 2
+
+
+def update(silo):
+    head = {"kind": "update", "run": silo.run, "who": "s0", "number": 0, "by": silo.by}
+    return packed(head, [b"u"])[0]
+
+
+def test_a_slow_heart_beat_ends_no_job(tmp_path, monkeypatch, capsys):
+    told = []
+    post = posts(tmp_path, told)()
+    beat, slow = post.beat, threading.Event()
+
+    def late(ended=False):
+        if not slow.is_set():
+            time.sleep(0.6)
+            slow.set()
+        beat(ended)
+
+    post.beat()
+    post.beat = late
+    post._thread.start()
+    assert slow.wait(10)
+    until(lambda: "a heart beat took" in capsys.readouterr().err, 10)
+    post.end()
+    assert not told and post.error is None
+
+
+def test_the_commit_answers_the_update_that_closes_a_round(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(ServerPost, "decide", lambda self, *row: told.append(row))
+    records, _, _ = trained_apart(apart(tmp_path, 4, engine={"name": "buffered", "size": 1}))
+    assert len(records) == 4 and not told

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,16 +184,18 @@ class Server:
                     self._registered[silo] = (number, head["about"])
         return dict(self._registered)
 
-    def poll(self) -> list[Arrived]:
+    def poll(self, promised: Collection[tuple[str, int, int]] = ()) -> list[Arrived]:
         """The updates that have become whole since the last call, each once, a silo's in their order. Operations: a
         listing, and a read for each new file.
 
         An update is returned again only by a later server, if no commit has answered it. Of two files with one number
-        (a silo's old job that still wrote beside its new one) one is returned.
+        (a silo's old job that still wrote beside its new one) one is returned: that of `promised` (silo, number,
+        incarnation), if it is there.
         """
-        arrived = []
-        for silo, number, by in of_silos(self.folder, names.UPDATE):
-            if number != self._expected(silo):
+        arrived, found = [], of_silos(self.folder, names.UPDATE)
+        chosen = {row[:2]: row[2] for row in promised if row in found}
+        for silo, number, by in found:
+            if number != self._expected(silo) or by != chosen.get((silo, number), by):
                 continue
             content = read_of_silo(self.folder, self.run, names.UPDATE, silo, number, by)
             path = names.path(names.OF_SILOS[names.UPDATE], silo, number, by)

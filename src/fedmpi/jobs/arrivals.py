@@ -1,8 +1,8 @@
 """Asynchronous rounds of silos in jobs of their own: updates come from the shared folder as they are published.
 
 The server takes updates in the order in which it reads them, as rank 0 does (rounds/realtime.py). It decides at once
-whether an update counts or is too old, and tells its silo so in a heart beat. A round that was committed before this
-start is computed again from the arrivals in its commit.
+whether an update counts or is too old, and tells its silo so in a heart beat; of an update that closes the round the
+commit tells. A round that was committed before this start is computed again from the arrivals in its commit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedmpi.files.envelope import Envelope
 from fedmpi.files.line import Commit
 from fedmpi.files.server import Arrived
 from fedmpi.jobs.messages import read_row
+from fedmpi.jobs.post import Told
 from fedmpi.rounds.clocks import now
 from fedmpi.rounds.due import Work, enter, enter_norms, refuse, sent_weight
 from fedmpi.rounds.queue import Arrival, trainings
@@ -50,7 +51,7 @@ class FilesTime(RealTime):
         self._began_s, self._before_s = time.monotonic(), now(self.state.policy)
         self._came: deque[Arrived] = deque()  # by mail: the files
         self._pool: dict[tuple[str, int], tuple[Mail, Arrived]] = {}  # read, and not yet in `mail`
-        self._first: deque[tuple[str, int]] = deque()  # updates that come before all others
+        self._first: deque[Told] = deque()  # updates that come before all others
         self._figures: list[Figures] = []  # of the round's arrivals
 
     def round(self, state: State, work: Work) -> tuple[list[Arrival], float]:
@@ -84,14 +85,14 @@ class FilesTime(RealTime):
         return arrivals, end_s
 
     def read(self) -> None:
-        for one in self.remote.post.files.poll():
+        for one in self.remote.post.files.poll(self._first):
             head = one.content.head
             vector = None if int(head["rejected"]) else self._vector(one.content)
             weight = read_row(head["row"]).get("weight", 0.0)
             mail = Mail(self.fed.index[one.silo], head["version"], one.number, weight, vector)
             self._pool[one.silo, one.number] = mail, one
         while self._pool:
-            following = self._first[0] if self._first else next(iter(self._pool))
+            following = self._first[0][:2] if self._first else next(iter(self._pool))
             if following not in self._pool:
                 break
             mail, one = self._pool.pop(following)
@@ -107,7 +108,8 @@ class FilesTime(RealTime):
         self._figures.append({**one.content.head["row"], "rejected": str(one.content.head["rejected"])})
         self.remote.answers.append(one.entry(counts=arrival.counts))
         self.fed.comm.bytes_up += len(one.content.payload)
-        self.remote.post.decide(one.silo, one.number, one.by, arrival.counts)
+        if self.until_s == float("inf"):  # else the commit answers
+            self.remote.post.decide(one.silo, one.number, one.by, arrival.counts)
 
     def _vector(self, content: Envelope) -> torch.Tensor:
         """The update of a file."""

@@ -9,13 +9,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmpi.components import to_dict
 from fedmpi.config import MAY_CHANGE, OF_A_SITE, Config, flatten
 from fedmpi.errors import ConfigError, FedmpiError, FolderError
 from fedmpi.files import names
-from fedmpi.files.folder import Disk
+from fedmpi.files.folder import Disk, Pace
 from fedmpi.files.line import NEVER, Commit, Last
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
@@ -79,7 +79,7 @@ class Beats:
                 self.beat()
                 late_s, last_s = time.monotonic() - last_s, time.monotonic()
                 if late_s > self._lease_s / 2:
-                    raise FolderError(f"a heart beat took {late_s:.0f} s, more than half of transport.lease_s")
+                    say(f"fedmpi: a heart beat took {late_s:.0f} s: is the shared folder slow?", error=True)
             except FedmpiError as error:
                 self.error = error
                 self._watch.tell(STOP, str(error))
@@ -192,6 +192,30 @@ class SiloPost(Beats):
         self.end()
 
 
+class Told(NamedTuple):
+    """An update that its silo knows the server's answer to."""
+
+    silo: str
+    number: int
+    by: int
+
+
+def _last_words(files: Server) -> dict[str, Any]:
+    """What the last beat of an earlier server says. Raises FolderError if it cannot be read."""
+    pace = Pace.of_errors(files.folder)
+    while True:
+        beats = [
+            row[1][0] for row in map(names.parsed, files.folder.listed(names.BEATS)) if row and row[0] == names.SERVER
+        ]
+        files.leases.look(names.SERVER)
+        pulse = files.leases.pulses.get(names.SERVER)
+        if not beats or (pulse is not None and pulse.by >= max(beats)):
+            return {} if pulse is None else pulse.about
+        if pace.over():
+            raise FolderError(f"{files.folder.root}: cannot read the heart beat of the server before this one")
+        pace.wait()
+
+
 class ServerPost(Beats):
     """The folder for the server's job."""
 
@@ -199,33 +223,33 @@ class ServerPost(Beats):
         transport = files_of(config)
         super().__init__(transport.lease_s, watch)
         self.transport = transport
-        self._decided: dict[str, list[Any]] = {}
-        self._version, self._buffer = -1, list[tuple[str, int]]()  # of the open round
         self._one_beat = threading.Lock()
         folder = Disk(Path(transport.root))
         self.files = Server.start(
             folder, about_run(config), about, lease_s=transport.lease_s, keep=3, keep_updates=True
         )
-        self.files.leases.look(names.SERVER)
-        last = self.files.leases.pulses.get(names.SERVER)
-        self._before: dict[str, Any] = {} if last is None else last.about  # what an earlier start has told
+        before = _last_words(self.files)  # of an earlier start; this one stands by them
+        self._decided: dict[str, list[Any]] = before.get("decided", {})
+        self._version: int = before.get("version", -1)  # that the open round starts from, and what it has taken:
+        self._buffer = [Told(*row) for row in before.get("buffer", ())]
 
     def beat(self, ended: bool = False) -> None:
         with self._one_beat:
             told = {"decided": dict(self._decided), "version": self._version, "buffer": list(self._buffer)}
             self.files.beat(told, ended)
 
-    def open(self, version: int) -> list[tuple[str, int]]:
+    def open(self, version: int) -> list[Told]:
         """Begin the round that starts from this version. Returns the updates that an earlier start of the server has
         told their silos about, in their order: they come first."""
-        before = self._before
-        self._version, self._buffer, self._before = version, [], {}
-        return [(silo, number) for silo, number in before.get("buffer", ())] if before.get("version") == version else []
+        if self._version != version:
+            self._version, self._buffer = version, []
+        return list(self._buffer)
 
     def decide(self, silo: str, number: int, by: int, counts: bool) -> None:
         """Tell a silo that its update is in the buffer, or does not count."""
         self._decided = {**self._decided, silo: [number, by, counts]}
-        self._buffer.append((silo, number))
+        if (row := Told(silo, number, by)) not in self._buffer:
+            self._buffer.append(row)
         self.beat()
 
     def pause(self) -> None:
