@@ -57,6 +57,7 @@ LONG = {
     "mpi/test_jobs.py": ("quick_form", "startup", "killed_run"),
     "mpi/test_secure.py::test_a_round_in_which": (),
     "mpi/test_heal.py::test_a_request": (),
+    "mpi/test_heal.py::test_the_account": (),
     "mpi/test_heal.py::test_a_silo_that_hangs_ends": (),
     "rounds/test_late.py::test_too_few": (),
     "rounds/test_late.py::test_an_automatic": (),

@@ -13,6 +13,7 @@ from fedmpi.checkpoint import sealed_rounds
 from fedmpi.config import load
 from fedmpi.errors import ConfigError
 from fedmpi.flat import sha256
+from fedmpi.privacy import Use, epsilon
 from fedmpi.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,26 @@ def test_a_run_whose_ranks_die_ends_with_the_bits_of_one_whose_ranks_do_not(case
     events = [json.loads(line) for line in (tmp_path / "died" / "events.jsonl").read_text().splitlines()]
     assert sum(len(event["ranks"]) for event in events) == len(dead)
     assert case != "at_once" or [event["round"] < 3 for event in events] == [True], events
+
+
+def test_the_account_of_privacy_is_never_less_after_lost_ranks(tmp_path):
+    section = "privacy={name: silo, clip: 0.5, sigma: 2, delta: 1e-3}"
+    deaths = "0:3:step,2:5:tell"  # rank 0, which writes the account, dies once round 3 is counted
+    done, rows = launch(
+        4,
+        tmp_path / "out",
+        deaths,
+        "rounds=6",
+        "aggregate={name: mean, weights: uniform}",
+        section,
+        "exchange.plan=root",
+    )
+    assert len(rows) == 1, done.tails
+    (use,) = json.loads((tmp_path / "out" / "privacy.json").read_text())["uses"]
+    assert use["count"] >= 7  # round 3 was trained twice
+    for record in read_metrics(tmp_path / "out"):
+        happened = record["round"] + (record["round"] >= 3)
+        assert record["epsilon"] >= epsilon({Use(2.0): happened}, 1e-3) * (1 - 1e-9)
 
 
 def test_silos_of_a_lost_rank_leave_where_they_are_not_to_be_taken_over(tmp_path):
