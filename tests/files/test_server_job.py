@@ -3,6 +3,7 @@
 import errno
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -176,3 +177,20 @@ def test_the_commit_answers_the_update_that_closes_a_round(tmp_path, monkeypatch
     monkeypatch.setattr(ServerPost, "decide", lambda self, *row: told.append(row))
     records, _, _ = trained_apart(apart(tmp_path, 4, engine={"name": "buffered", "size": 1}))
     assert len(records) == 4 and not told
+
+
+@pytest.mark.parametrize("engine", ["synchronous", {"name": "buffered", "size": 2}])
+def test_a_run_that_has_ended_goes_on_with_more_rounds(tmp_path, engine):
+    how = apart(tmp_path, 2, engine=engine)
+    trained_apart(how)
+    how = replace(how, rounds=4)
+    early = Job(how, "s0")  # before the server
+    early.join(1.5)  # it waits
+    jobs = [early, *(Job(how, silo) for silo in IDS[1:])]
+    records, there = served(how)
+    for job in jobs:
+        job.ended()
+    assert [record["round"] for record in records] == [3, 4]
+    if engine == "synchronous":
+        _, here = run(in_one_process(how, tmp_path))
+        assert sha256(there.parameters) == sha256(here.parameters)

@@ -118,7 +118,7 @@ class SiloJob:
         if self._sent and self._fed is not None and self._outbox is None:
             self._hear()  # before the look: the next training then starts from the version that took the last update
         commit, call = self._post.look()
-        if commit is None or call is None or self.silo not in call.ids:
+        if commit is None or call is None or self.silo not in call.ids or self._goes_on_from(commit, call):
             self._post.waits("for the server", self._poll_s)
             return False
         self._post.goes_on()
@@ -136,7 +136,7 @@ class SiloJob:
             self._score(commit)
         if self._version != commit.version:
             return False
-        if commit.ended:
+        if commit.ended and commit.version >= self.config.rounds:
             self._finish(commit)
             return True
         if self._outbox is None:
@@ -144,6 +144,10 @@ class SiloJob:
         elif self._is_called(commit, call):
             self._train(commit, call)
         return False
+
+    def _goes_on_from(self, commit: Commit, call: Call) -> bool:
+        """Whether the run has ended and this job is of one with more rounds, whose server has not called yet."""
+        return commit.ended and commit.version < self.config.rounds and call.round <= commit.version
 
     def _is_called(self, commit: Commit, call: Call) -> bool:
         """Whether the silo has to train for the call's round."""
