@@ -67,6 +67,13 @@ PYTHON
 mapfile -t lines <<<"$lines"
 name=${lines[0]} out=${lines[1]} silos=("${lines[@]:2}")
 [ -z "${FEDMPI_SILOS-}" ] || read -ra silos <<<"$FEDMPI_SILOS"
+for silo in "${silos[@]}"; do
+  if [[ $silo == *[/%[:space:]]* ]]; then # in names of logs, sbatch's patterns, FEDMPI_SILOS
+    say "silo '$silo': an id with '/', '%' or a blank is no name of a job; submit \`fedmpi silo\` for it yourself," \
+      "and name the others in FEDMPI_SILOS"
+    exit 2
+  fi
+done
 
 if "$venv/bin/fedmpi" inspect "$out" --done >/dev/null 2>&1; then
   say "all rounds are done: fedmpi inspect $out"
