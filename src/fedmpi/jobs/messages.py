@@ -1,9 +1,10 @@
 """What the server's job and the silos' jobs tell each other, as JSON values.
 
-a silo registers        facts of its data, its view of the federation
-the server's beat       Call: the members, the round that it collects, and what became of updates
-an update               the silo's row of the round's table, and its vector as payload
-a silo's beat           its scores of a version
+a silo registers    Registration: facts of its data, its view of the federation
+notes/call          Call: the members, the round that the server collects
+the server's beat   under `engine: buffered`: which updates are decided, and the buffer
+an update           the silo's row of the round's table, and its vector as payload
+scores/             a silo's scores of a version
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedmpi.components import to_dict
-from fedmpi.config import OF_A_SITE, Config, differences
+from fedmpi.config import OF_A_SITE, Config, differences, flatten
 from fedmpi.errors import ConfigError
 from fedmpi.types import Task
 
@@ -38,9 +39,10 @@ def read_row(told: Mapping[str, str]) -> Row:
 
 
 def shown(config: Config) -> dict[str, Any]:
-    """The configuration that all jobs share, as values."""
-    values: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
-    return values
+    """The configuration that all jobs share, as values by key, without what each site chooses for itself."""
+    values = flatten(json.loads(json.dumps(to_dict(config))))
+    apart = tuple(f"{key}." for key in OF_A_SITE)
+    return {key: value for key, value in values.items() if not f"{key}.".startswith(apart)}
 
 
 def require_same(theirs: Mapping[str, Any], config: Config) -> None:
@@ -48,7 +50,7 @@ def require_same(theirs: Mapping[str, Any], config: Config) -> None:
     changed = differences(theirs, config)
     if theirs.get("rounds") != config.rounds:
         changed.append(f"rounds is {theirs.get('rounds')} there and {config.rounds} here")
-    changed = [text for text in changed if not text.startswith(tuple(f"{key} is" for key in OF_A_SITE))]
+    changed = [text for text in changed if not text.startswith(tuple(key + end for key in OF_A_SITE for end in " .["))]
     if changed:
         raise ConfigError(f"the server's job has another configuration: {'; '.join(changed[:3])}")
 
@@ -74,7 +76,7 @@ class Registration:
 
 @dataclass(frozen=True)
 class Call:
-    """The server's word to all silos, in its heart beat."""
+    """The server's word to all silos."""
 
     config: dict[str, Any]
     begins: str
