@@ -40,7 +40,7 @@ class ByFiles(Transport):
     lease_s: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False)] = 60.0
     """seconds without a heart beat after which a job counts as gone; the same for all jobs"""
     poll_s: PositiveFloat = 0.2
-    """seconds between two looks into the folder"""
+    """seconds between two looks into the folder; pauses grow with the wait, up to 10 s"""
     keep: Literal["needed", "all"] = "needed"
     """updates that stay in the folder: those that no checkpoint of the server holds yet, or all"""
 

@@ -30,10 +30,10 @@ ATTEMPTS = 20  # at least, before an error is given up
 
 
 class Pace:
-    """Pauses between looks: from `first_s` on, each longer than the last by half, up to `most_s`."""
+    """Pauses between looks: from `first_s` on, each `growth` times the last, up to `most_s`."""
 
-    def __init__(self, folder: Folder, first_s: float, most_s: float) -> None:
-        self._folder, self._first_s, self._most_s = folder, first_s, most_s
+    def __init__(self, folder: Folder, first_s: float, most_s: float, growth: float = 1.5) -> None:
+        self._folder, self._first_s, self._most_s, self._growth = folder, first_s, most_s, growth
         self._next_s, self._num_waits, self._begun_s = first_s, 0, folder.now()
 
     @classmethod
@@ -49,7 +49,17 @@ class Pace:
     def wait(self, most_s: float | None = None) -> None:
         """The next pause; at most `most_s` seconds."""
         self._folder.wait(self._next_s if most_s is None else min(self._next_s, most_s))
-        self._next_s = min(1.5 * self._next_s, self._most_s)
+        self._grow()
+
+    def wait_while(self, ready: Callable[[], bool], most_s: float) -> None:
+        """The next pause, in pieces of `first_s`; at most `most_s` seconds, and no longer than `ready` says so."""
+        until_s = self._folder.now() + min(self._next_s, most_s)
+        while (left_s := until_s - self._folder.now()) > 0 and ready():
+            self._folder.wait(min(left_s, self._first_s))
+        self._grow()
+
+    def _grow(self) -> None:
+        self._next_s = min(self._growth * self._next_s, self._most_s)
         self._num_waits += 1
 
     def reset(self) -> None:

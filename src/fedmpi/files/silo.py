@@ -76,9 +76,12 @@ class Silo:
         """A file that a commit names; None if it was removed since: look again."""
         return noted(self.folder, self.run, file)
 
-    def newest_note(self, kind: str) -> tuple[File, Envelope] | None:
-        """The server's file of a kind with the highest epoch, then the highest number; None if there is none."""
+    def newest_note(self, kind: str, known: File | None = None) -> tuple[File, Envelope] | None:
+        """The server's file of a kind with the highest epoch, then the highest number; None if there is none, or none
+        that is newer than the `known` one. Operations: a listing, and a read if there is a newer one."""
         for epoch, number in reversed(notes(self.folder, kind)):
+            if known is not None and (epoch, number) <= (known.epoch, known.number):
+                return None
             content = noted(self.folder, self.run, File(kind, number, epoch, ""))
             if content is not None:
                 return File(kind, number, epoch, content.digest), content

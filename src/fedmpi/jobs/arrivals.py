@@ -70,9 +70,11 @@ class FilesTime(RealTime):
                 while not self._closed():
                     fed.watch.check()
                     self.read()
-                    if not self.mail:
-                        remote.post.waits("for updates", remote.post.transport.poll_s)
-                        remote.post.pause()
+                    if self.mail:
+                        remote.post.news()
+                    else:
+                        remote.post.waits("for updates")
+                        remote.post.pause(max(0.0, self.until_s - time.monotonic()))
                 remote.post.goes_on()
                 end_s = self.seconds
         except BrokenOff as broken:

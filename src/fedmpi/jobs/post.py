@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -15,18 +16,22 @@ from fedmpi.components import to_dict
 from fedmpi.config import MAY_CHANGE, OF_A_SITE, Config, flatten
 from fedmpi.errors import ConfigError, FedmpiError, FolderError
 from fedmpi.files import names
-from fedmpi.files.folder import Disk, Pace
-from fedmpi.files.line import NEVER, Commit, Last
+from fedmpi.files.folder import Disk, Folder, Pace
+from fedmpi.files.line import NEVER, Commit, File, Last
+from fedmpi.files.reading import notes
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
 from fedmpi.jobs.messages import Call, Registration
+from fedmpi.jobs.private import Base
 from fedmpi.output import say
-from fedmpi.stopping import STOP, Watch
+from fedmpi.stopping import READY, STOP, Watch
 from fedmpi.transports import ByFiles
 
 BEATS = 6  # in a lease
 LOST_S = 10.0  # between two looks whether an update is lost
 UNREAD = -1  # round of an update that is there and cannot be read yet
+MOST_S = 10.0  # between two looks into the folder
+GROWTH = 1.1  # of pauses: so they are a tenth of the time since the last news, and news is seen that much later
 SAYS_S = 30.0  # seconds after which a job says what it waits for
 
 
@@ -44,15 +49,20 @@ def files_of(config: Config) -> ByFiles:
     return config.transport
 
 
+def paced(folder: Folder, poll_s: float) -> Pace:
+    """Pauses between looks into the folder."""
+    return Pace(folder, poll_s, max(poll_s, MOST_S), GROWTH)
+
+
 class Beats:
     """A thread that beats for a job until it is left. An error of it ends the job at its next safe point."""
 
-    def __init__(self, lease_s: float, watch: Watch) -> None:
+    def __init__(self, lease_s: float, pace: Pace, watch: Watch) -> None:
         self.error: FedmpiError | None = None
+        self._pace, self._said_s = pace, -math.inf
         self._lease_s, self._watch = lease_s, watch
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._waited_s = 0.0
 
     def beat(self, ended: bool = False) -> None:
         """One beat."""
@@ -85,16 +95,23 @@ class Beats:
                 self._watch.tell(STOP, str(error))
                 return
 
-    def waits(self, what: str, poll_s: float) -> None:
-        """Say now and then what this job waits for; `poll_s` seconds have passed."""
-        if self._waited_s == 0.0 or self._waited_s >= SAYS_S:
+    def waits(self, what: str) -> None:
+        """Say now and then what this job waits for."""
+        if time.monotonic() - self._said_s >= SAYS_S:
             say(f"waits {what}")
-            self._waited_s = 0.0
-        self._waited_s += poll_s
+            self._said_s = time.monotonic()
 
     def goes_on(self) -> None:
         """The wait is over."""
-        self._waited_s = 0.0
+        self._said_s = -math.inf
+
+    def news(self) -> None:
+        """Something has happened: look often again."""
+        self._pace.reset()
+
+    def pause(self, most_s: float = math.inf) -> None:
+        """Wait until the next look; at most `most_s` seconds, and no longer once the job has to stop."""
+        self._pace.wait_while(lambda: self._watch.look() == READY, most_s)
 
 
 class SiloPost(Beats):
@@ -102,26 +119,36 @@ class SiloPost(Beats):
 
     def __init__(self, config: Config, silo: str, registration: Registration, watch: Watch) -> None:
         transport = files_of(config)
-        super().__init__(transport.lease_s, watch)
-        self._poll_s = transport.poll_s
         folder = Disk(Path(transport.root))
+        super().__init__(transport.lease_s, paced(folder, transport.poll_s), watch)
         about = json.loads(json.dumps(vars(registration)))
         self._files = Silo.start(folder, about_run(config), silo, about, lease_s=transport.lease_s)
         self.by = self._files.by
-        self._call: tuple[Any, Call] | None = None
-        self._lost_s = self._files.folder.now()
+        self._call: tuple[File, Call] | None = None
+        self._lost_s = self._asked_s = folder.now()
 
     def beat(self, ended: bool = False) -> None:
         self._files.beat({}, ended)
 
     def look(self) -> tuple[Commit | None, Call | None]:
-        """The newest commit, and the server's last word."""
-        if (found := self._files.newest_note("call")) is not None:
+        """The newest commit, and the server's last word. Operations: two listings, and a read for each that is new."""
+        known = None if self._call is None else self._call[0]
+        if (found := self._files.newest_note("call", known)) is not None:
             file, content = found
-            if self._call is None or self._call[0] != file:
-                head = {name: content.head[name] for name in Call.__dataclass_fields__}
-                self._call = file, Call(**head)
-        return self._files.look(), None if self._call is None else self._call[1]
+            self._call = file, Call(**{name: content.head[name] for name in Call.__dataclass_fields__})
+            self.news()
+        before = self._files.line.head
+        if (commit := self._files.look()) is not before:
+            self.news()
+        return commit, None if self._call is None else self._call[1]
+
+    def idle(self) -> None:
+        """Nothing is to do: say now and then if the server's job is not there. A listing and a read in SAYS_S."""
+        if (now_s := self._files.folder.now()) - self._asked_s >= SAYS_S:
+            self._asked_s = now_s
+            self._files.server()
+            if not self._files.leases.alive(names.SERVER):
+                say("waits for the server, whose job is not there")
 
     def last(self) -> Last:
         """What the commits say of this silo."""
@@ -152,11 +179,12 @@ class SiloPost(Beats):
         self._files.withdraw(number)
         return True
 
-    def decided(self) -> tuple[int, int, bool] | None:
-        """What the server says of this silo's last update: number, incarnation, and whether it counts."""
+    def decided(self) -> tuple[int, Base] | None:
+        """What the server says of this silo: number of its last update that is decided, number and incarnation of the
+        last one in the buffer or before (-1, 0: none of this start of the server)."""
         pulse = self._files.server()
         told = None if pulse is None else pulse.about.get("decided", {}).get(self._files.silo)
-        return None if told is None else (int(told[0]), int(told[1]), bool(told[2]))
+        return None if told is None else (int(told[0]), (int(told[1]), int(told[2])))
 
     def next_number(self, sent: Mapping[int, int]) -> int:
         """Number of the next training."""
@@ -164,7 +192,10 @@ class SiloPost(Beats):
 
     def fetch(self, commit: Commit, kind: str) -> memoryview | None:
         """A file of a commit; None if a newer commit has replaced it."""
-        content = self._files.fetch(commit.files[kind])
+        content = self._files.fetch(file := commit.files[kind])
+        if content is None and (file.epoch, file.number) in notes(self._files.folder, kind):
+            path = names.path(names.NOTES, kind, file.number, file.epoch)
+            say(f"waits for version {commit.version}: {path} in {self._files.folder.root} is damaged")
         return None if content is None else content.payload
 
     def send(self, number: int, head: Mapping[str, Any], payload: bytes) -> None:
@@ -177,10 +208,6 @@ class SiloPost(Beats):
         for number, by in self._files.mine(names.SCORE):
             if number < version:
                 self._files.folder.remove(names.path(names.OF_SILOS[names.SCORE], self._files.silo, number, by))
-
-    def pause(self) -> None:
-        """Wait until the next look."""
-        self._files.folder.wait(self._poll_s)
 
     def __enter__(self) -> SiloPost:
         self.start()
@@ -221,10 +248,10 @@ class ServerPost(Beats):
 
     def __init__(self, config: Config, about: Mapping[str, Any], watch: Watch) -> None:
         transport = files_of(config)
-        super().__init__(transport.lease_s, watch)
-        self.transport = transport
-        self._one_beat = threading.Lock()
         folder = Disk(Path(transport.root))
+        super().__init__(transport.lease_s, paced(folder, transport.poll_s), watch)
+        self._one_beat = threading.Lock()
+        self._num_calls = 0
         self.files = Server.start(
             folder, about_run(config), about, lease_s=transport.lease_s, keep=3, keep_updates=True
         )
@@ -247,18 +274,17 @@ class ServerPost(Beats):
 
     def decide(self, silo: str, number: int, by: int, counts: bool) -> None:
         """Tell a silo that its update is in the buffer, or does not count."""
-        self._decided = {**self._decided, silo: [number, by, counts]}
+        counted = [number, by] if counts else self._decided.get(silo, (0, -1, 0))[1:]
+        self._decided = {**self._decided, silo: [number, *counted]}
         if (row := Told(silo, number, by)) not in self._buffer:
             self._buffer.append(row)
         self.beat()
 
-    def pause(self) -> None:
-        """Wait until the next look."""
-        self.files.folder.wait(self.transport.poll_s)
-
     def call(self, call: Call) -> None:
         """Publish the server's word to all silos."""
-        self.files.put("call", call.round, json.loads(json.dumps(vars(call))))
+        self._num_calls += 1
+        self.news()
+        self.files.put("call", self._num_calls, json.loads(json.dumps(vars(call))))
 
     def present(self) -> set[str]:
         """Silos whose jobs are there."""

@@ -117,7 +117,7 @@ class Serving(Run):
             if same and not missing:
                 return {silo: same[silo] for silo in wanted}
             what = f"for silos to register: {len(same)} of {len(wanted) or 'all'} have"
-            post.waits(f"{what}; missing: {', '.join(missing[:6])}" if missing else what, post.transport.poll_s)
+            post.waits(f"{what}; missing: {', '.join(missing[:6])}" if missing else what)
             post.pause()
 
     def _put_away(self, writer_s: float = 30.0) -> None:
@@ -296,6 +296,7 @@ class FilesRemote:
             while True:
                 for one in self.post.files.poll():
                     self._came[one.silo, one.number] = one
+                    self.post.news()
                 for one in sorted(self._came.values(), key=lambda one: one.number):
                     if one.content.head["round"] == number and one.silo in cohort and one.silo not in found:
                         found[one.silo] = one
@@ -304,8 +305,8 @@ class FilesRemote:
                     break
                 (fed.watch if closing is None else closing).check()
                 missing = [silo for silo in cohort if silo not in found]
-                self.post.waits(f"in round {number} for: {', '.join(missing[:6])}", self.post.transport.poll_s)
-                self.post.pause()
+                self.post.waits(f"in round {number} for: {', '.join(missing[:6])}")
+                self.post.pause(math.inf if closing is None or closing.left_s <= 0 else closing.left_s)
         self.post.goes_on()
         for one in sorted(self._came.values(), key=lambda one: one.number):
             self._heard(one)
@@ -429,6 +430,7 @@ class FilesRemote:
 
     def _wait_for_scores(self, fed: Federation, number: int) -> dict[str, Any]:
         told: dict[str, Any] = {}
+        self.post.news()
         while True:
             newest = {silo: by for silo, version, by in self.post.files.silo_files("score") if version == number}
             for silo, by in newest.items():
@@ -436,6 +438,7 @@ class FilesRemote:
                     content = self.post.files.read_silo("score", silo, number, by)
                     if content is not None:
                         told[silo] = {"row": content.head["row"], "counts": content.head["counts"]}
+                        self.post.news()
             for one in self.post.files.poll() if self._behind else ():
                 self._came[one.silo, one.number] = one
                 self._heard(one)
@@ -445,7 +448,7 @@ class FilesRemote:
             present = self.post.present()
             if not present.intersection(missing):
                 break
-            self.post.waits(f"for scores of round {number}: {', '.join(missing[:6])}", self.post.transport.poll_s)
+            self.post.waits(f"for scores of round {number}: {', '.join(missing[:6])}")
             self.post.pause()
         self.post.goes_on()
         return told

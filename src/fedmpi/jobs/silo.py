@@ -51,7 +51,8 @@ class SiloJob:
     """
 
     def __init__(self, config: Config, silo: str) -> None:
-        self.config, self.silo, self._poll_s = config, silo, files_of(config).poll_s
+        files_of(config)
+        self.config, self.silo = config, silo
         self.out = Path(config.out) / "silos" / quoted(silo)
         self.comm = SoloComm()
         self._fed: Federation | None = None
@@ -119,7 +120,7 @@ class SiloJob:
             self._hear()  # before the look: the next training then starts from the version that took the last update
         commit, call = self._post.look()
         if commit is None or call is None or self.silo not in call.ids or self._goes_on_from(commit, call):
-            self._post.waits("for the server", self._poll_s)
+            self._post.waits("for the server")
             return False
         self._post.goes_on()
         if self._fed is None or call.epoch != self._epoch:
@@ -143,6 +144,7 @@ class SiloJob:
             self._train_at_once(commit)
         elif self._is_called(commit, call):
             self._train(commit, call)
+        self._post.idle()
         return False
 
     def _goes_on_from(self, commit: Commit, call: Call) -> bool:
@@ -198,8 +200,8 @@ class SiloJob:
     def _go_on(self, base: Base) -> None:
         """Take up the state after a training that counts."""
         assert self._fed is not None
-        if self._base is not None and self._base[0] > base[0]:
-            return  # a later training is in the server's buffer
+        if self._base is not None and (self._base == base or self._base[0] > base[0]):
+            return  # done; a later training is in the server's buffer
         if self._draft is not None and self._draft[0] == base:
             self._fed.silos.update(self._draft[1])
             if self._outbox is not None:
@@ -268,8 +270,9 @@ class SiloJob:
             return
         self._sent.clear()
         self._answered = max(self._answered, decided[0])
-        if decided[2]:
-            self._go_on((decided[0], decided[1]))
+        self._post.news()
+        if decided[1][0] >= 0:
+            self._go_on(decided[1])
 
     def _train_at_once(self, commit: Commit) -> None:
         """Train from the newest parameters, if the last update is decided, and publish the update."""

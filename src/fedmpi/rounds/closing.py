@@ -69,6 +69,11 @@ class Closing:
         """Seconds since the round's training began on this rank."""
         return time.monotonic() - self._began_s
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline; negative after it."""
+        return self.limit_s - self.seconds
+
     # ------------------------------------------------------------ what training calls
 
     def takes(self, silo: str) -> bool:
