@@ -23,7 +23,6 @@ from fedmpi.jobs.post import ServerPost
 from fedmpi.jobs.serve import Serving
 from fedmpi.jobs.silo import SiloJob
 from fedmpi.keeper import Keeper
-from fedmpi.stopping import STOP
 
 __all__ = ["put_back"]
 
@@ -67,12 +66,13 @@ def test_a_version_that_is_gone_ends_the_server_with_one_line(tmp_path, monkeypa
     how = apart(tmp_path, 7, checkpoint={"every": 10})
     jobs = [Job(how, silo) for silo in IDS]
     served(how, rounds=4)
-    (tmp_path / "run-share" / "kept" / "@.00000001").unlink()
+    (kept := tmp_path / "run-share" / "kept" / "@.00000001").rename(tmp_path / "away")
     with pytest.raises(CheckpointError, match="the shared folder holds version 4, but version 1 is gone"):
         served(how)
+    (tmp_path / "away").rename(kept)
+    served(how)
     for job in jobs:
-        job.job._spec.watch.tell(STOP, "the test is over")
-        job.join(20)
+        job.ended()
 
 
 class Hangs(OneSilo):
