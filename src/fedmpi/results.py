@@ -118,6 +118,13 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
     comm = SoloComm() if comm is None else comm
     with confined(root, allow):
         run = _Stored.open(root, comm)
+        if comm.size > 1 and run.config.secure is not None:
+            raise agreed(
+                ConfigError(
+                    "secure: a rank's figures would leave it without masks; take those of the records, or a single "
+                    "process that may open all data"
+                )
+            )
         ids = [silo.id for silo in run.source.silos]
         mine = ids
         if comm.size > 1:

@@ -10,6 +10,7 @@ from support.exchanges import section
 from support.runs import OWN, Blobs, config, put_back, refused, run  # noqa: F401
 
 import fedmpi
+from fedmpi import results
 from fedmpi.changes import asked_for
 from fedmpi.comm import SoloComm
 from fedmpi.comm.threads import ThreadComm, on_ranks
@@ -643,6 +644,18 @@ def test_a_run_keeps_its_silos(tmp_path):
     with pytest.raises(ConfigError, match=r"^secure: a resumed run keeps its silos"):
         fedmpi.Run(how, comm=SoloComm(), membership=fewer)
     assert [record["round"] for record in run(how)[0]] == [2]
+
+
+def test_figures_of_a_checkpoint_do_not_leave_a_rank_without_masks(tmp_path):
+    run(config(tmp_path, 1, secure="secagg", **CLIP))
+
+    def evaluate(comm):
+        with pytest.raises(ConfigError) as caught:
+            results.evaluate(tmp_path, comm=comm)
+        return str(caught.value)
+
+    told = on_ranks(2, evaluate)
+    assert all(one.startswith("secure: a rank's figures would leave it without masks") for one in told)
 
 
 def test_silos_neither_join_nor_leave(tmp_path):
