@@ -88,6 +88,17 @@ def test_a_silo_says_that_the_server_is_gone(posts, monkeypatch, capsys):
     assert capsys.readouterr().out == "waits for the server, whose job is not there\n"
 
 
+def test_short_waits_in_a_run_are_not_told(posts, monkeypatch, capsys):
+    server, _ = posts
+    now_s = [0.0]
+    monkeypatch.setattr(post.time, "monotonic", lambda: now_s[0])
+    server.waits("for silos")
+    server.goes_on()
+    for now_s[0] in (1.0, 2.9, 3.1, 20.0, 33.0, 33.2):
+        server.waits(f"at {now_s[0]:g}")
+    assert capsys.readouterr().out == "waits for silos\nwaits at 3.1\nwaits at 33.2\n"
+
+
 def test_damaged_parameters_are_named(posts, capsys, monkeypatch):
     server, silo = posts
     silo._files.folder.patience_s = 0.01

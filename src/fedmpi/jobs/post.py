@@ -32,7 +32,8 @@ LOST_S = 10.0  # between two looks whether an update is lost
 UNREAD = -1  # round of an update that is there and cannot be read yet
 MOST_S = 10.0  # between two looks into the folder
 GROWTH = 1.1  # of pauses: so they are a tenth of the time since the last news, and news is seen that much later
-SAYS_S = 30.0  # seconds after which a job says what it waits for
+SAYS_S = 30.0  # seconds after which a job says again what it waits for
+QUIET_S = 3.0  # seconds of a wait in the middle of a run of which nothing is said
 
 
 def about_run(config: Config) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Beats:
 
     def goes_on(self) -> None:
         """The wait is over."""
-        self._said_s = -math.inf
+        self._said_s = time.monotonic() - SAYS_S + QUIET_S
 
     def news(self) -> None:
         """Something has happened: look often again."""
