@@ -234,7 +234,7 @@ def trained_alone(out):
         return list(run), sha256(run.parameters)
 
 
-COUNTS = {name: {"count": 3} for name in SELECTORS.members if name not in ("all", "available")}
+COUNTS = {name: {"count": 3} for name in SELECTORS.members if name not in ("all", "available", "poisson")}
 COUNTS["power_of_choice"] |= {"num_candidates": 3}
 COUNTS["available"] = {"traces": {"s1": [[1, 9]]}, "inner": {"name": "uniform", "count": 3, "weights": "inverse"}}
 

@@ -14,7 +14,6 @@ from support.runs import OWN, config, everything, put_back, run  # noqa: F401
 
 import fedmpi
 from fedmpi import checkpoint, fencing, results, stopping
-from fedmpi.__main__ import main
 from fedmpi.comm import SoloComm
 from fedmpi.components import component
 from fedmpi.errors import ConfigError, Diverged, FedmpiError, NoCohort, SiloError, Stopped
@@ -38,12 +37,11 @@ def test_a_run_may_go_on_with_another_on_failure(tmp_path):
     assert results.inspect(tmp_path)["params_sha256"] == results.inspect(tmp_path / "b")["params_sha256"]
 
 
-def test_a_supervisor_without_dashes_before_its_launcher_says_where_they_go(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["fedmpi", "run", "mine.yaml", "rounds=3", "mpirun", "-n", "3"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "fedmpi: put -- before the launcher: fedmpi run CONFIG -- mpirun -n 4\n"
+def test_a_supervisor_without_dashes_before_its_launcher_says_where_they_go():
+    words = [sys.executable, "-m", "fedmpi", "run", "mine.yaml", "rounds=3", "mpirun", "-n", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "fedmpi: put -- before the launcher: fedmpi run CONFIG -- mpirun -n 4\n"
 
 
 def test_a_run_that_diverges_says_so_and_leaves_its_last_whole_round(tmp_path):

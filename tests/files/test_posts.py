@@ -91,7 +91,7 @@ def test_a_silo_says_that_the_server_is_gone(posts, monkeypatch, capsys):
 def test_short_waits_in_a_run_are_not_told(posts, monkeypatch, capsys):
     server, _ = posts
     now_s = [0.0]
-    monkeypatch.setattr(post.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr("fedmpi.jobs.post.time.monotonic", lambda: now_s[0])
     server.waits("for silos")
     server.goes_on()
     for now_s[0] in (1.0, 2.9, 3.1, 20.0, 33.0, 33.2):

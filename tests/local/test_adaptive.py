@@ -108,7 +108,7 @@ def test_a_time_budget_ends_between_batches_and_the_next_round_goes_on_there():
 
 def test_a_time_budget_is_refused_where_bits_are_to_be_the_same(tmp_path):
     local = {"name": "sgd", "lr": 0.1, "steps": 1, "amount": {"name": "seconds", "seconds": 1}}
-    with pytest.raises(ConfigError, match=r"exchange.reduction: reproducible, but local.amount: seconds"):
+    with pytest.raises(ConfigError, match=r"exchange.reduction: reproducible does not go with local.amount: seconds"):
         bowls(tmp_path, local=local, exchange={"plan": "root", "reduction": "reproducible"})
     assert bowls(tmp_path, local=local).local.amount.seconds == 1
 
