@@ -55,6 +55,7 @@ LONG = {
     "mpi/test_heart_published.py": ("1-", "4-"),
     "mpi/test_stop.py::test_signal_in_a_ten_minute_round": ("SIGUSR1-1-1",),
     "mpi/test_jobs.py": ("quick_form", "startup", "killed_run"),
+    "mpi/test_federation.py": (),
     "mpi/test_secure.py::test_a_round_in_which": (),
     "mpi/test_heal.py::test_a_request": (),
     "mpi/test_heal.py::test_the_account": (),
