@@ -3,13 +3,12 @@
 import importlib.util
 import json
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.runs import put_back, run
-from support.silojobs import IDS, Job, OneSilo, apart, in_one_process, served, trained_apart
+from support.silojobs import IDS, Job, OneSilo, apart, in_one_process, served, trained_apart, with_a_second_job
 
 from fedmpi.errors import ConfigError
 from fedmpi.files.server import Server
@@ -101,19 +100,7 @@ class Dying(OneSilo):
 
 def test_a_silo_that_dies_goes_on_from_what_counts(tmp_path):
     how = apart(tmp_path, 12, **CASES["codec"])
-    first, jobs = Job(how, "s1", Dying), [Job(how, silo) for silo in ("s0", "s2")]
-
-    def again():
-        first.join(60)
-        jobs.append(Job(how, "s1"))
-
-    starter = threading.Thread(target=again)
-    starter.start()
-    _, there = served(how)
-    starter.join()
-    for job in jobs:
-        job.ended()
-    assert isinstance(first.error, KeyboardInterrupt)
+    there = with_a_second_job(how, Dying)
     assert sha256(replayed(how, tmp_path)) == sha256(there.parameters)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.runs import OWN, put_back, run
-from support.silojobs import IDS, Job, OneSilo, apart, in_one_process, served, trained_apart
+from support.silojobs import IDS, Job, OneSilo, apart, in_one_process, served, trained_apart, with_a_second_job
 from support.slurm import until
 
 import fedmpi
@@ -139,19 +139,7 @@ class Dying(OneSilo):
 def test_a_silo_that_dies_anywhere_goes_on_with_the_same_bits(tmp_path, monkeypatch, case, at):
     how = apart(tmp_path, 4, **CASES[case])
     monkeypatch.setattr(Dying, "at", at)
-    first, jobs = Job(how, "s1", Dying), [Job(how, silo) for silo in ("s0", "s2")]
-
-    def again():
-        first.join(60)
-        jobs.append(Job(how, "s1"))
-
-    starter = threading.Thread(target=again)
-    starter.start()
-    _, there = served(how)
-    starter.join()
-    for job in jobs:
-        job.ended()
-    assert isinstance(first.error, KeyboardInterrupt)
+    there = with_a_second_job(how, Dying)
     _, here = run(in_one_process(how, tmp_path))
     assert sha256(there.parameters) == sha256(here.parameters)
 

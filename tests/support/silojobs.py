@@ -102,6 +102,24 @@ def trained_apart(how, ids=IDS):
     return records, run, jobs
 
 
+def with_a_second_job(how, kind):
+    """The run of a server whose silo s1 has a job of this kind, and once that has died, another one."""
+    first, jobs = Job(how, "s1", kind), [Job(how, silo) for silo in IDS if silo != "s1"]
+
+    def again():
+        first.join(60)
+        jobs.append(Job(how, "s1"))
+
+    starter = threading.Thread(target=again)
+    starter.start()
+    _, run = served(how)
+    starter.join()
+    for job in jobs:
+        job.ended()
+    assert isinstance(first.error, KeyboardInterrupt)
+    return run
+
+
 def in_one_process(how, tmp_path):
     """The same configuration without the transport."""
     from fedmpi.transports import ByMpi

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedmpi.errors import CheckpointError
 from fedmpi.exchange.outbox import from_bytes
 from fedmpi.files.envelope import Envelope
 from fedmpi.files.line import Commit
@@ -129,11 +128,7 @@ class FilesTime(RealTime):
         for arrival, entry in zip(self._arrivals, commit.entries, strict=True):
             if not entry.counts:
                 continue
-            content = remote.post.files.kept(entry)
-            if content is None:
-                raise CheckpointError(
-                    f"version {commit.version} contains update {entry.number} of silo '{entry.silo}', which is gone"
-                )
+            content = remote.post.update(commit, entry)
             weight = read_row(content.head["row"]).get("weight", 0.0)
             where = (self.fed.index[entry.silo], arrival.version, arrival.training, weight, self._vector(content))
             self.fold(Mail(*where), arrival.staleness)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from fedmpi.components import to_dict
 from fedmpi.config import MAY_CHANGE, OF_A_SITE, Config, flatten
-from fedmpi.errors import ConfigError, FedmpiError, FolderError
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FolderError
 from fedmpi.files import names
+from fedmpi.files.envelope import Envelope
 from fedmpi.files.folder import Disk, Folder, Pace
-from fedmpi.files.line import NEVER, Commit, File, Last
+from fedmpi.files.line import NEVER, Commit, Entry, File, Last
 from fedmpi.files.reading import notes
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
@@ -286,6 +287,14 @@ class ServerPost(Beats):
         self._num_calls += 1
         self.news()
         self.files.put("call", self._num_calls, json.loads(json.dumps(vars(call))))
+
+    def update(self, commit: Commit, entry: Entry) -> Envelope:
+        """An update that a commit contains. Raises CheckpointError if it is gone."""
+        if (content := self.files.kept(entry)) is None:
+            raise CheckpointError(
+                f"version {commit.version} contains update {entry.number} of silo '{entry.silo}', which is gone"
+            )
+        return content
 
     def present(self) -> set[str]:
         """Silos whose jobs are there."""

@@ -280,11 +280,7 @@ class FilesRemote:
             self._came.pop((entry.silo, entry.number), None)
             if not entry.counts:
                 continue
-            content = self.post.files.kept(entry)
-            if content is None:
-                raise CheckpointError(
-                    f"version {commit.version} contains update {entry.number} of silo '{entry.silo}', which is gone"
-                )
+            content = self.post.update(commit, entry)
             self._add(Arrived(entry.silo, entry.number, entry.by, content), fed, commit.version)
 
     def _wait(self, fed: Federation, number: int, cohort: Sequence[str], closing: Closing | None) -> None:
