@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
-import yaml
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator, Mean
 from fedmpi.attacks import ATTACKS, Attack
@@ -47,6 +45,7 @@ from fedmpi.server import OPTIMIZERS, Average, FedAvg, ReadsNorms, ServerOptimiz
 from fedmpi.transforms import TRANSFORMS, Transform
 from fedmpi.transports import TRANSPORTS, ByMpi, Transport
 from fedmpi.types import Dataset
+from fedmpi.yamlfile import ABOUT, parse, read
 
 
 @component
@@ -352,24 +351,6 @@ OF_A_SITE = (
 
 CONFIG_FILE = "config.yaml"  # in a run directory
 
-ABOUT = "about"  # key of a run's own config.yaml that describes the run; ignored when the file is read as configuration
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as users write it: 1e-3 is a number (YAML 1.1 requires 1.0e-3), 2026-01-02 is text and not a date, and `no`
-    is text and not a boolean."""
-
-
-_OTHERWISE = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in some if tag not in _OTHERWISE]
-    for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
 
 def _file(path: Path) -> Path:
     """The configuration file that is meant: a folder stands for its config.yaml."""
@@ -392,7 +373,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
     """Reads a YAML file and applies overrides; returns the configuration and each value's origin.
 
     `path` may also be a run directory: its config.yaml is read, and `out` is this directory, even if it was moved.
-    Origins are "FILE:LINE" or "command line". Raises a one-line ConfigError.
+    Environment variables in values are expanded (yamlfile.py). Origins are "FILE:LINE" or "command line", and the
+    variables in the value. Raises a one-line ConfigError.
     """
     values, origins = values_of(path, overrides)
     return build(Config, values), origins
@@ -403,65 +385,19 @@ def values_of(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
     file = _file(Path(path))
     values, origins = read(file)
     if values.pop(ABOUT, None) is not None and file != Path(path):
-        overrides = [f"out={json.dumps(str(path))}", *overrides]
+        values["out"], origins["out"] = str(path), "command line"
     if "out" not in values:
         values["out"] = f"runs/{file.stem}"
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{override}' is not an override; write key=value, such as local.lr=0.1")
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: cannot read {text!r} as a value") from None
+        value, origin = parse(key, text)
         put(values, key, value)
         for known in [k for k in origins if k == key or k.startswith(f"{key}.")]:
             del origins[known]
-        origins[key] = "command line"
+        origins[key] = origin
     return values, origins
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values in a YAML file, and the "FILE:LINE" of each dotted key. Raises a one-line ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{at}: not YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, such as `rounds: 20`")
-    for key, first, second in _twice(node):
-        raise ConfigError(f"{path}:{second}: '{key}' appears twice, first in line {first}")
-    origins = {key: f"{path}:{line}" for key, line in _lines(node)} if node is not None else {}
-    return values, origins
-
-
-def _twice(node: Any) -> Iterator[tuple[str, int, int]]:
-    """Duplicate keys of a mapping with their two lines; YAML itself would silently use the last."""
-    known: dict[str, int] = {}
-    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
-        if isinstance(node, yaml.MappingNode):
-            key, part = part
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.value in known:
-                yield key.value, known[key.value], line
-            known[str(key.value)] = line
-        yield from _twice(part)
-
-
-def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1
-            yield from _lines(value, f"{name}.")
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -507,9 +443,14 @@ def _without(keys: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(values).items() if not any(k == m or k.startswith(f"{m}.") for m in keys)}
 
 
+def common(config: Config) -> dict[str, Any]:
+    """What must be equal on all ranks of a run, by dotted keys."""
+    return _without(OF_A_SITE, to_dict(config))
+
+
 def digest(config: Config) -> bytes:
     """SHA-256 of what must be equal on all ranks of a run."""
-    return hashlib.sha256(json.dumps(_without(OF_A_SITE, to_dict(config)), sort_keys=True).encode()).digest()
+    return hashlib.sha256(json.dumps(common(config), sort_keys=True).encode()).digest()
 
 
 def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> list[str]:

@@ -24,9 +24,10 @@ import yaml
 import fedmpi
 from fedmpi import checkpoint, disk, fencing, stopping
 from fedmpi.comm import Comm
-from fedmpi.config import ABOUT, CONFIG_FILE
+from fedmpi.config import CONFIG_FILE
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.flat import FlatModel
+from fedmpi.yamlfile import ABOUT
 
 log = logging.getLogger("fedmpi")
 

@@ -20,10 +20,11 @@ import torch
 
 import fedmpi
 from fedmpi import checkpoint, disk, launcher, sources
+from fedmpi.alike import unlike
 from fedmpi.assembly import Assembly, assemble, digest_of
 from fedmpi.comm import Comm
 from fedmpi.components import to_dict
-from fedmpi.config import Config, differences, digest, moved_schedules
+from fedmpi.config import Config, differences, moved_schedules
 from fedmpi.device import capabilities
 from fedmpi.directory import (
     CODE,
@@ -73,13 +74,14 @@ class Parts:
     _desk: Desk | None  # likewise
     _rounds_before: int | None  # `rounds` in the run directory's stored configuration
 
-    def _agree(self, load: Callable[[], Config]) -> None:
+    def _agree(self, load: Callable[[], tuple[Config, Mapping[str, str]]]) -> None:
         """Agree on the configuration. Collective."""
         if not self.comm.open_runs:
             self.comm.finish()  # an earlier run's stop notice must not stop this one
         with self._confined():
-            self.config = self.comm.collectively(load)
-        self.comm.require_equal("the configuration", digest(self.config), ConfigError)
+            self.config, origins = self.comm.collectively(load)
+        if why := unlike(self.comm, self.config, origins):
+            raise agreed(ConfigError(why))
         self.comm.set_up(self.config.comm.timeout_s)
 
     def _set_up(self, membership: Membership | None, directory: RunDirectory | None = None) -> None:

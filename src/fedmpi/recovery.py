@@ -310,7 +310,7 @@ class Recovery(Members):
         error: Exception | None = None
         try:
             joined.finish()  # as each rank does before its first run
-            self._agree(lambda: config)
+            self._agree(lambda: (config, {}))
             self._set_up(None, self._directory)
         except Exception as raised:
             if not isinstance(raised, (FedmpiError, *joined.fatal)):

@@ -363,10 +363,11 @@ class Run(Recovery):
             error.add_note(self.saved)
 
 
-def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> Config:
-    """The configuration, read if it is a file. Raises ConfigError, also for overrides of a Config."""
+def _loaded(config: Config | str | Path, overrides: tuple[str, ...]) -> tuple[Config, dict[str, str]]:
+    """The configuration, read if it is a file, and the origins of its values. Raises ConfigError, also for overrides of
+    a Config."""
     if isinstance(config, Config):
         if overrides:
             raise ConfigError("overrides go with a configuration file; a Config is built with its values")
-        return config
-    return load(config, overrides)[0]
+        return config, {}
+    return load(config, overrides)

@@ -17,12 +17,13 @@ import torch
 
 from fedmpi import device as devices
 from fedmpi import rng
+from fedmpi.alike import unlike
 from fedmpi.assembly import check_machine, digest_of, source_of
 from fedmpi.check import folder, pace, skew, trying
 from fedmpi.check.findings import Findings, gather, merged
 from fedmpi.check.reading import Reading, read
 from fedmpi.check.samples import Look, look
-from fedmpi.comm import Comm
+from fedmpi.comm import Comm, ranks_text
 from fedmpi.config import digest, run_directory
 from fedmpi.errors import ConfigError
 from fedmpi.membership import Membership, same_host
@@ -72,9 +73,9 @@ def _all_alike(reading: Reading | None, comm: Comm, found: Findings) -> bool:
     rows = gather(comm, what)
     others = [rank for rank, row in enumerate(rows) if row != rows[0]]
     if others and None not in rows:
-        found.fault(
-            f"the configuration differs: rank 0 against {', '.join(map(str, others[:8]))}; give all ranks the same file"
-        )
+        assert reading is not None
+        same = f"the configuration differs: rank 0 against {ranks_text(others)}; give all ranks the same file"
+        found.fault(unlike(comm, reading.config, reading.origins) or same)
     if others or rows[0] is None:
         found.skip("data, model and out: the configuration comes first")
         return False

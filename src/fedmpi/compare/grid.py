@@ -31,11 +31,12 @@ from typing import Any, Literal, NamedTuple
 
 from fedmpi import checkpoint, disk
 from fedmpi.components import NonNegativeInt, build, component, did_you_mean
-from fedmpi.config import Config, differences, put, read
+from fedmpi.config import Config, differences, put
 from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError, Diverged
 from fedmpi.plan import plan
 from fedmpi.train import Run
+from fedmpi.yamlfile import read
 
 Changes = dict[str, dict[str, Any]]
 DIVERGED = "diverged.txt"  # in the directory of a run that diverged; holds the reason
