@@ -28,6 +28,7 @@ ORDER = [
         "watchdog",
         "targets",
         "metrics",
+        "losses",
         "objectives",
     ),
     *("models", "data", "pretrained"),

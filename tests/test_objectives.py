@@ -9,7 +9,8 @@ from support.modules import Fixed
 
 from fedmpi.components import build, to_dict
 from fedmpi.errors import ConfigError
-from fedmpi.objectives import DEFAULTS, LOSSES, Objective
+from fedmpi.losses import LOSSES
+from fedmpi.objectives import DEFAULTS, Objective
 from fedmpi.objectives import resolve as resolved
 
 N = 53
@@ -112,8 +113,8 @@ def test_accuracy_at_half_counts_half_as_0():
 
 
 def test_every_loss_works_for_every_task_it_is_for():
-    for name in LOSSES:
-        for of in LOSSES[name]:
+    for name, cls in LOSSES.members.items():
+        for of in cls.tasks:
             loss, metric, _ = evaluate(resolve(Objective(loss=name), of), Fixed(), *test_set(of), 10, "cpu")
             assert math.isfinite(loss) and math.isfinite(metric)
 

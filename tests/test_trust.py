@@ -116,12 +116,10 @@ def test_code_from_elsewhere_is_refused_in_one_line_before_it_runs(home, command
         assert (code, line.count("\n")) == (2, 1) and f"{family}: the run directory names" in line
     rewrite({"objective": {"loss": "os:system"}})
     code, line = said(command)
-    names = (
-        "it is not the model that was trained"
-        if command in ("export", "eval")
-        else "the run directory names 'os:system'"
-    )
-    assert (code, line.count("\n")) == (2, 1) and names in line
+    assert (code, line.count("\n")) == (2, 1) and "the run directory names 'os:system'" in line
+    rewrite({"objective": {"loss": {"name": "mine_here:writes", "path": "reached"}}})
+    code, line = said(command)
+    assert (code, line.count("\n")) == (2, 1) and "the run directory names the loss 'mine_here:writes'" in line
     assert not Path("reached").exists()
 
 

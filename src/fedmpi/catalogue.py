@@ -25,9 +25,10 @@ from fedmpi.local import RULES, RUNNERS
 from fedmpi.local.optimizers import TORCH_OPTIMIZERS
 from fedmpi.local.samplers import SAMPLERS
 from fedmpi.local.workload import WORKLOADS
+from fedmpi.losses import LOSSES
 from fedmpi.metrics import METRICS
 from fedmpi.models import MODELS
-from fedmpi.objectives import DEFAULTS, LOSSES, Objective
+from fedmpi.objectives import DEFAULTS, Objective
 from fedmpi.privacy import PRIVACIES
 from fedmpi.records import MEASUREMENTS, SINKS
 from fedmpi.rounds import CLOCKS, ENGINES, POLICIES, STALENESS, TIMES
@@ -54,6 +55,7 @@ FAMILIES: dict[str, tuple[Family, str]] = {
     "aggregators": (AGGREGATORS, "aggregate"),
     "privacy": (PRIVACIES, "privacy"),
     "attacks": (ATTACKS, "attack"),
+    "losses": (LOSSES, "objective.loss"),
     "metrics": (METRICS, "objective.metrics"),
     "servers": (OPTIMIZERS, "server.optimizer"),
     "engines": (ENGINES, "engine"),
@@ -147,10 +149,13 @@ def _objectives() -> list[str]:
     """Losses and metrics of each task, the default first."""
     text = []
     for task, (loss, metric) in DEFAULTS.items():
-        losses = [name for name, tasks in LOSSES.items() if task in tasks]
+        losses = [name for name, cls in LOSSES.members.items() if task in cls.tasks]  # type: ignore[attr-defined]
         metrics = [name for name, cls in METRICS.members.items() if task in cls.tasks]  # type: ignore[attr-defined]
         text += ["", f"  task {task}"]
-        for what, first, names in (("loss", loss, losses), ("metrics", METRICS.name_of(metric), metrics)):
+        for what, first, names in (
+            ("loss", LOSSES.name_of(loss), losses),
+            ("metrics", METRICS.name_of(metric), metrics),
+        ):
             text.append(f"    {what}: {', '.join(sorted(names, key=lambda name: name != first))}")
     return text
 

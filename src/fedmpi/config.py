@@ -341,6 +341,8 @@ MAY_CHANGE = (
 
 PLAN = "exchange.plan"
 
+LOSS = "objective.loss"
+
 HORIZON = ".schedule.rounds"  # suffix of keys that set a schedule's length; null: the run's rounds
 
 # Keys that may differ between the ranks of one run: where a site keeps its files. For `init` and data, contents count.
@@ -461,6 +463,10 @@ def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> li
     new = _without(MAY_CHANGE, to_dict(config))
     if (begun_with := plan or old.get(PLAN)) is not None:
         old[PLAN] = new[PLAN] if config.exchange.chosen else FORMERLY.get(begun_with, begun_with)
+    if isinstance(named := old.get(LOSS), str):  # as earlier versions stored it
+        del old[LOSS]
+        stored_loss = {"objective": to_dict(build(Objective, {"loss": named}))}
+        old |= {key: value for key, value in flatten(stored_loss).items() if key.startswith(f"{LOSS}.")}
     for key in [k for k in new if k.endswith(HORIZON)]:
         if old.get(key) is None and new[key] in (None, stored.get("rounds")):  # unset, or set to the old end
             old.pop(key, None)

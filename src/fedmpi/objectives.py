@@ -14,10 +14,10 @@
 The class dimension of logits is 1, as in torch, or the last one. It is found from the shapes; if they are ambiguous,
 `classes` must say. Targets equal to `ignore_index` count in no loss and no metric.
 
-Built-in losses are means over targets, so a test set is scored batch by batch and no outputs are kept. A user's loss,
-"package.module:function", is called as `function(outputs, targets)` and need not be a mean over batches (a survival
-loss, for example). In training it gets batches on the model's device and returns a scalar. To score a test set it gets
-all outputs and targets at once, on the CPU; the loss of all silos is then the mean weighted by their targets.
+Built-in losses (losses.py) are means over targets, so a test set is scored batch by batch and no outputs are kept. A
+user's loss, "package.module:function", is called as `function(outputs, targets)` and need not be a mean over batches (a
+survival loss, for example). In training it gets batches on the model's device and returns a scalar. To score a test set
+it gets all outputs and targets at once, on the CPU; the loss of all silos is then the mean weighted by their targets.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from fedmpi.components import component, did_you_mean, import_object
+from fedmpi.components import component, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.flat import HALF
+from fedmpi.losses import LOSSES, BinaryCrossEntropy, CrossEntropy, Loss, Mse, OwnLoss
 from fedmpi.metrics import METRICS, for_task
 from fedmpi.metrics.builtin import Accuracy, Mae, Metric
 from fedmpi.metrics.own import Torchmetric
 from fedmpi.metrics.scorers import SILO_MEAN, Scorer
-from fedmpi.targets import CLASS_TASKS, IGNORES_NOTHING, Count, Targets
+from fedmpi.targets import CLASS_TASKS, IGNORES_NOTHING, Count, Targets, number_of
 from fedmpi.types import Task
 
 Tensor = torch.Tensor
@@ -49,8 +49,9 @@ Tensor = torch.Tensor
 class Objective:
     """The training loss and the metrics; null takes the task's default."""
 
-    loss: str | None = None
-    """training loss: a name or "package.module:function"; null: by task"""
+    loss: Annotated[Loss, LOSSES] | None = None
+    """training loss: a name, or a mapping such as {name: cross_entropy, label_smoothing: 0.1}; your own:
+    "package.module:function", or a class with arguments; null: by task"""
     metrics: list[Annotated[Metric, METRICS]] | None = None
     """metrics on test sets: names, or mappings such as {name: top_k, k: 5} and {name: "mine:dice", maximize: true}"""
     best: str | None = None
@@ -66,40 +67,11 @@ class Objective:
     }
 
 
-Terms = Callable[..., Tensor]
-
-
-def cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean", ignore: int = IGNORES_NOTHING) -> Tensor:
-    """Cross entropy of logits [M, classes] and classes [M]; one term per target."""
-    return F.cross_entropy(outputs, targets, reduction=reduction, ignore_index=ignore)
-
-
-def binary_cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Binary cross entropy of logits; one term per sample."""
-    return F.binary_cross_entropy_with_logits(outputs, targets, reduction=reduction)
-
-
-def mse(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean squared error; one term per number."""
-    return F.mse_loss(outputs, targets, reduction=reduction)
-
-
-def mae(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean absolute error; one term per number."""
-    return F.l1_loss(outputs, targets, reduction=reduction)
-
-
-LOSSES: dict[str, dict[Task, Terms]] = {
-    "cross_entropy": {"classification": cross_entropy, "next_token": cross_entropy},
-    "binary_cross_entropy": {"binary": binary_cross_entropy},
-    "mse": {"regression": mse},
-    "mae": {"regression": mae},
-}
-DEFAULTS: dict[Task, tuple[str, Metric]] = {
-    "classification": ("cross_entropy", Accuracy()),
-    "binary": ("binary_cross_entropy", Accuracy()),
-    "regression": ("mse", Mae()),
-    "next_token": ("cross_entropy", Accuracy()),
+DEFAULTS: dict[Task, tuple[Loss, Metric]] = {
+    "classification": (CrossEntropy(), Accuracy()),
+    "binary": (BinaryCrossEntropy(), Accuracy()),
+    "regression": (Mse(), Mae()),
+    "next_token": (CrossEntropy(), Accuracy()),
 }
 MOST_METRICS = 24  # two bits each in a float64
 LOSS = "loss"  # key in `Tally.raised` of a user's loss
@@ -107,7 +79,8 @@ LOSS = "loss"  # key in `Tally.raised` of a user's loss
 
 @dataclass(frozen=True)
 class Criterion:
-    """A silo's training loss, and a function that counts the targets of a batch that it averages over."""
+    """A silo's training loss, and a function that gives the mass of a batch's targets: their number, or with class
+    weights the sum of their weights."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
     count: Count = torch.Tensor.numel
@@ -119,7 +92,7 @@ class Tally:
 
     samples: int
     loss: float = math.nan  # mean over the targets, ignored ones left out
-    targets: int = 0  # number of targets, ignored ones left out
+    targets: float = 0  # mass of the targets: their number or the sum of their weights, ignored ones left out
     parts: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # by metric: counts and sums
     values: dict[str, float] = field(default_factory=dict)  # by metric, before conversion for display
     raised: dict[str, str] = field(default_factory=dict)  # by metric, or `loss`: the exception of its code
@@ -141,8 +114,8 @@ class LossAndMetrics:
 
     targets: Targets
     loss_name: str  # name of the loss in records
-    loss_function: Terms
-    own_loss: bool  # whether the loss is a user's
+    loss_function: Callable[..., Tensor]  # a built-in Loss, or a user's function of outputs and targets
+    built_in: Loss | None  # the loss, unless it is a user's
     scorers: tuple[Scorer, ...]
     best: Scorer  # the metric that decides the best round
 
@@ -155,6 +128,16 @@ class LossAndMetrics:
     def maximize(self) -> bool:
         """Whether a higher value of that metric is better."""
         return bool(self.best.maximize)
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether the loss is a user's."""
+        return self.built_in is None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether targets have class weights in the loss."""
+        return self.built_in is not None and self.built_in.class_weights is not None
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The training loss: a scalar, the mean over the batch's targets, ignored ones left out."""
@@ -173,15 +156,26 @@ class LossAndMetrics:
         return outputs.float() if outputs.dtype in HALF else outputs, targets
 
     def criterion(self, targets: Tensor) -> Criterion:
-        """The training loss for batches of these targets. A batch with only ignored targets has loss 0."""
-        if not self.targets.some_ignored(targets):
+        """The training loss for batches of these targets. A batch without mass has loss 0."""
+        if not (self.weighs or self.targets.some_ignored(targets)):
             return Criterion(self.loss)
-        return Criterion(self.loss if self.own_loss else self._guarded, self.targets.counter(targets))
+        return Criterion(self.loss if self.own_loss else self._guarded, self._counter(targets))
+
+    def _counter(self, targets: Tensor) -> Count:
+        """A function that gives the mass of a batch of these targets."""
+        if self.built_in is None or not self.weighs:
+            return self.targets.counter(targets)
+        loss, drops = self.built_in, self.targets.some_ignored(targets)
+        return lambda batch: loss.mass(batch, self.targets.counts(batch) if drops else None)
 
     def _guarded(self, outputs: Tensor, targets: Tensor) -> Tensor:
         rows, classes = self._rows(outputs, targets)
-        total: Tensor = self.loss_function(rows, classes, reduction="sum", ignore=self.targets.ignore_index)
-        return total / self.targets.counts(classes).sum().clamp(min=1)
+        ignore = IGNORES_NOTHING if self.targets.ignore_index is None else self.targets.ignore_index
+        total: Tensor = self.loss_function(rows, classes, reduction="sum", ignore=ignore)
+        if self.built_in is None or not self.weighs:
+            return total / self.targets.counts(classes).sum().clamp(min=1)
+        mass = self.built_in.mass(classes, self.targets.counts(classes)).to(total.dtype)
+        return total / torch.where(mass > 0, mass, 1.0)
 
     def mean_loss(
         self, model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int, device: torch.device | str,
@@ -214,7 +208,7 @@ class LossAndMetrics:
         if not (num := len(x)):
             return
         drops = self.targets.some_ignored(y)
-        tally.targets = int(self.targets.counts(y).sum()) if drops else y.numel()
+        tally.targets = number_of(self._counter(y)(y))
         total = torch.zeros((), dtype=torch.float64, device=device)
         states = {scorer.name: scorer.init(device) for scorer in scorers}
         by_batch = [scorer for scorer in scorers if not scorer.whole]
@@ -298,21 +292,24 @@ def resolve(objective: Objective, task: Task, num_classes: int) -> LossAndMetric
 
     >>> resolve(Objective(), "regression", 1).metric_name
     'mae'
-    >>> resolve(Objective(loss="mse"), "binary", 1)
+    >>> resolve(Objective(loss=Mse()), "binary", 1)
     Traceback (most recent call last):
     fedmpi.errors.ConfigError: objective.loss: 'mse' is for regression, the data's task is binary
     """
     loss, metric = DEFAULTS[task]
-    loss_name, function, own = _loss(objective.loss or loss, task)
+    loss = objective.loss or loss
+    built_in = None if isinstance(loss, OwnLoss) else _for_task(loss, task, num_classes)
+    loss_name = loss.name.rpartition(":")[2] if isinstance(loss, OwnLoss) else LOSSES.name_of(loss)
+    function = loss.function() if isinstance(loss, OwnLoss) else loss
     wanted = objective.metrics or [metric]
     if len(wanted) > MOST_METRICS:
         raise ConfigError(f"objective.metrics: {len(wanted)} of them, {MOST_METRICS} at most")
     scorers = tuple(for_task(m, task, num_classes, f"objective.metrics.{i}") for i, m in enumerate(wanted))
-    for scorer in scorers if own else ():
+    for scorer in scorers if built_in is None else ():
         if isinstance(scorer, Torchmetric):
             scorer.of_logits = False  # with a user's loss the model may return probabilities
     targets = Targets(task, objective.classes, objective.ignore_index if task in CLASS_TASKS else None)
-    return LossAndMetrics(targets, loss_name, function, own, scorers, _best(objective.best, scorers))
+    return LossAndMetrics(targets, loss_name, function, built_in, scorers, _best(objective.best, scorers))
 
 
 def _best(name: str | None, scorers: Sequence[Scorer]) -> Scorer:
@@ -360,14 +357,10 @@ TAKEN = (
 )
 
 
-def _loss(name: str, task: Task) -> tuple[str, Terms, bool]:
-    if ":" in name:
-        function = import_object(name, "objective.loss")
-        if not callable(function):
-            raise ConfigError(f"objective.loss: '{name}' cannot be called")
-        return name.rpartition(":")[2], function, True
-    if name not in LOSSES:
-        raise ConfigError(f"objective.loss: no loss '{name}'{did_you_mean(name, LOSSES)}")
-    if task not in LOSSES[name]:
-        raise ConfigError(f"objective.loss: '{name}' is for {' and '.join(LOSSES[name])}, the data's task is {task}")
-    return name, LOSSES[name][task], False
+def _for_task(loss: Loss, task: Task, num_classes: int) -> Loss:
+    """The loss. Raises ConfigError if it is for another task, or does not fit the classes."""
+    if task not in loss.tasks:
+        name = LOSSES.name_of(loss)
+        raise ConfigError(f"objective.loss: '{name}' is for {' and '.join(loss.tasks)}, the data's task is {task}")
+    loss.fits(num_classes)
+    return loss

@@ -12,7 +12,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.types import Task
 
 Tensor = torch.Tensor
-Count = Callable[[Tensor], "int | Tensor"]
+Count = Callable[[Tensor], "int | Tensor"]  # number of targets in a batch, or the sum of their weights
 
 CLASS_TASKS: tuple[Task, ...] = ("classification", "next_token")
 IGNORES_NOTHING = -(2**31)  # torch wants a number; this one is never a class
@@ -85,3 +85,10 @@ def alike(outputs: Tensor, targets: Tensor) -> Tensor:
     if one != other or outputs.shape[:1] != targets.shape[:1]:
         raise ConfigError(f"the model gives {list(outputs.shape)} numbers where the targets are {list(targets.shape)}")
     return outputs.reshape(targets.shape)
+
+
+def number_of(mass: int | Tensor) -> int | float:
+    """A number of targets or the sum of their weights, as a number; a float only if it is a sum of weights."""
+    if isinstance(mass, Tensor):
+        return float(mass) if mass.is_floating_point() else int(mass)
+    return mass

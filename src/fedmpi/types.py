@@ -87,7 +87,8 @@ class Contribution:
     num_steps: int
     normalizer: float | None = None  # FedNova's |a_k|_1, the number of gradients in the delta; None: num_steps
     start_loss: float = 0.0  # loss of the global parameters on the training samples, if the aggregator needs it
-    num_targets: int | None = None  # targets that `loss` is the mean of; None: num_samples
+    # Targets that `loss` is the mean of, or with class weights the sum of their weights; None: num_samples.
+    num_targets: float | None = None
     part: float = 1.0  # share of the planned gradients that it holds; below 1 if the silo was stopped early
     norm: float = math.nan  # norm of the delta, set by the last check
     layout: Layout | None = None  # of the vector; None: only the delta
@@ -108,8 +109,8 @@ class Contribution:
         return self.normalizer or self.num_steps
 
     @property
-    def counted(self) -> int:
-        """Number of targets that the loss is the mean of."""
+    def counted(self) -> float:
+        """Number of targets that the loss is the mean of, or the sum of their weights."""
         return self.num_samples if self.num_targets is None else self.num_targets
 
 

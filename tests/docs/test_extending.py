@@ -33,6 +33,7 @@ HOMES = {
     "plan": "exchange.plan",
     "dataset": "data",
     "model": "model",
+    "loss": "objective.loss",
     "metric": "objective.metrics",
     "sampler": "local.sampler",
     "schedule": "local.schedule",

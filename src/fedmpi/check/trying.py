@@ -18,7 +18,7 @@ from fedmpi.flat import Entry, entries, frozen_alone
 from fedmpi.local import GradientRule, LocalRule
 from fedmpi.local.gradient import FedSgd
 from fedmpi.objectives import LossAndMetrics, Objective, one_tensor, resolve
-from fedmpi.targets import CLASS_TASKS
+from fedmpi.targets import CLASS_TASKS, number_of
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
 
@@ -32,7 +32,7 @@ class Trial:
 
     module: torch.nn.Module | None = None
     entries: Sequence[Entry] = ()
-    losses: dict[str, tuple[float, int]] = field(default_factory=dict)  # by silo: mean loss, and targets
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)  # by silo: mean loss, and targets
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by silo
     raised: dict[str, dict[str, str]] = field(default_factory=dict)  # by silo and metric: its exception
 
@@ -143,7 +143,7 @@ def _backward(
     except Exception as error:
         found.fault(f"model: training on silo '{silo}' raises {told(error)}")
         return
-    value, counted = float(loss.detach()), int(criterion.count(y))
+    value, counted = float(loss.detach()), number_of(criterion.count(y))
     trial.losses[silo] = (value, counted)
     if not math.isfinite(value):
         found.fault(

@@ -156,6 +156,6 @@ def _update(one: Arrival, told: dict[str, float], exchange: Any, less: float) ->
         *(one.silo, one.version + 1, weight, torch.empty(0), told.get("loss", 0.0), int(told.get("samples", 0))),
         int(told.get("steps", 0)),
         told.get("normalizer"),
-        num_targets=int(told.get("targets", 0)),
+        num_targets=told.get("targets", 0),
         norm=told.get("norm", 0.0),
     )

@@ -342,7 +342,7 @@ class FilesRemote:
                 int(row.get("steps", 0)),
                 row.get("normalizer"),
                 row.get("start_loss", 0.0),
-                int(row.get("targets", 0)),
+                row.get("targets", 0),
                 norm=row.get("norm", 0.0),
                 layout=fed.layout,
             )

@@ -26,7 +26,7 @@ from fedmpi.local.optimizers import KEPT, TORCH_OPTIMIZERS, num_gradients, plain
 from fedmpi.local.samplers import SAMPLERS, Sampler, Shuffle, no_order, order_of
 from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Whole
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
-from fedmpi.targets import Count
+from fedmpi.targets import Count, number_of
 from fedmpi.types import Auxiliary, Contribution, SiloData
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class Round:
     loss: Loss
     check: Callable[[], None]  # a safe point, called between batches; raises to end the round early
     auxiliary: Mapping[str, torch.Tensor] = field(default_factory=dict)  # current values by name, [P] each
-    count: Count = torch.Tensor.numel  # number of targets that a batch's mean loss covers
+    # Mass of a batch's targets, which its mean loss is divided by: their number, or the sum of their class weights.
+    count: Count = torch.Tensor.numel
     # Whether the round has ended; asked after each step. If so, the silo stops and its work so far counts. None: the
     # round waits for the silo.
     over: Callable[[], bool] | None = None
@@ -381,7 +382,7 @@ def whole_gradient(
     trained = load_silo(silo, model, params_P, round)
     x_all, y_all, device = silo.data.x_train, silo.data.y_train, model.device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    num_targets = max(int(round.count(y_all)), 1)
+    num_targets = number_of(round.count(y_all)) or 1
     for param in trained:
         param.grad = None
     size = min(batch_size or len(x_all), len(x_all))
@@ -483,8 +484,8 @@ def local_steps(
         silo.kept = {n: t for n, t in silo.kept.items() if not n.startswith(KEPT)} | state_to_keep(optimizer)
     if guard is not None:
         num_samples = math.ceil(num_steps * guard.size)
-    targets = int(num_targets)
-    loss_mean, held = float(losses) / max(targets, 1), num_gradients(work.optimizer, num_steps, pull)
+    targets = number_of(num_targets)
+    loss_mean, held = float(losses) / (targets or 1), num_gradients(work.optimizer, num_steps, pull)
     if work.amount.reads_loss:
         silo.kept[LOSS] = torch.tensor(loss_mean, dtype=torch.float64)
     contribution = Contribution(

@@ -12,6 +12,7 @@ from fedmpi.flat import Entry, FlatModel, refuse_frozen
 from fedmpi.local.base import GradientRule, LocalRule, LocalSilo, Round, local_steps, shortest, whole_gradient
 from fedmpi.local.corrections import pulled
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
+from fedmpi.targets import number_of
 from fedmpi.types import Contribution
 
 MU_STEP = 0.1  # change of an adaptive mu
@@ -79,7 +80,7 @@ class FedSgd(LocalRule):
         silo.cursor += num_samples
         silo.kept = {**silo.kept, **model.personal()}
         vector_Q = model.take_delta(params_P)
-        num_targets = int(round.count(silo.data.y_train))
+        num_targets = number_of(round.count(silo.data.y_train))
         return Contribution(
             *(silo.id, round.number, silo.weight, vector_Q, loss, num_samples, 1),
             num_targets=num_targets,

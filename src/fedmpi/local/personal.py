@@ -204,7 +204,7 @@ class FedRep(GradientRule):
         silo.kept |= prefixed({n: t for n, t in at_head.kept.items() if n not in model.first_personal}, "head_")
         num_samples = head.num_samples + body.num_samples
         num_targets = head.counted + body.counted
-        body.loss = (head.loss * head.counted + body.loss * body.counted) / max(num_targets, 1)
+        body.loss = (head.loss * head.counted + body.loss * body.counted) / (num_targets or 1)
         body.normalizer = body.num_gradients
         body.num_samples, body.num_steps = num_samples, head.num_steps + body.num_steps
         body.num_targets = num_targets

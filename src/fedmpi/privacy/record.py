@@ -16,8 +16,10 @@ from fedmpi.components import PositiveFloat, called, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry
 from fedmpi.local import Sgd
-from fedmpi.local.base import Batch, LocalSilo, Loss
+from fedmpi.local.base import Batch, LocalSilo
+from fedmpi.local.base import Loss as LossOfBatch
 from fedmpi.local.workload import Whole
+from fedmpi.losses import Loss
 from fedmpi.privacy.account import Use
 from fedmpi.privacy.base import Privacy
 from fedmpi.privacy.noise import secret_generator
@@ -64,6 +66,9 @@ class RecordPrivacy(Privacy):
             return f"{who} needs local.precision: float32"
         if config.evaluate.finetune is not None:
             return f"{who}: evaluate.finetune trains without noise"
+        loss = config.objective.loss
+        if isinstance(loss, Loss) and loss.class_weights is not None:
+            return f"{who}: class weights cancel in the loss of one sample; leave out objective.loss.weight"
         if config.attack is not None:
             return f"{who} cannot be combined with attack"
         if called(config.engine) != "synchronous" or called(config.policy) != "all":
@@ -164,7 +169,7 @@ class DpSgd:
             yield x[rows], y[rows]
 
     def gradient(
-        self, module: torch.nn.Module, trained: Sequence[torch.nn.Parameter], loss: Loss, batch: Batch, step: int
+        self, module: torch.nn.Module, trained: Sequence[torch.nn.Parameter], loss: LossOfBatch, batch: Batch, step: int
     ) -> None:
         """Set `.grad` of the trained parameters to the noised mean of clipped gradients."""
         x, y = batch
