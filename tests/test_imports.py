@@ -15,7 +15,7 @@ ROOT = Path(fedmpi.__file__).parent
 ORDER = [
     *("errors", "output", "disk", "fencing", "rng", "layout", "types", "state", "trust", "sources", "components"),
     *("outcome", "requests", "stopping", "worker"),
-    *("launcher", "fresh", "module", "kernels"),
+    *("launcher", "starters", "fresh", "module", "kernels"),
     *(
         "codecs",
         "selection",

@@ -116,6 +116,52 @@ def test_a_grid_is_one_table_and_goes_on_where_it_was_broken_off(compare, tmp_pa
     assert "4 of 4: skewed/fedprox/1" in said.err and " to " in said.out.splitlines()[2]
 
 
+def test_lines_trained_one_by_one_are_the_grid_and_are_gathered(compare, tmp_path, capsys):
+    arguments = grid(tmp_path / "grid.yaml", seeds=[0], partitions={"iid": {"data.partition": "iid"}})
+    names = ["1\tiid/fedavg/0\t", "2\tiid/fedprox/0\t"]
+    compare.main([*arguments, "--tasks"])
+    assert capsys.readouterr().out.splitlines() == [name + "waiting" for name in names]
+    compare.main([*arguments, "--task", 2])
+    said = capsys.readouterr()
+    assert "line 2 is done" in said.err and not said.out and not (tmp_path / "out/table.csv").exists()
+    assert not (tmp_path / "out/iid/fedavg").exists()
+    compare.main([*arguments, "--tasks"])
+    assert capsys.readouterr().out.splitlines() == [names[0] + "waiting", names[1] + "done"]
+
+    with pytest.raises(SystemExit) as ended:
+        compare.main([*arguments, "--gather"])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and "fedmpi: 1 of 2 lines are not done: 1 (iid/fedavg/0)" in said.err
+    assert "fedprox" in said.out and not (tmp_path / "out/iid/fedavg").exists()
+
+    untouched = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/iid").rglob("*") if path.is_file()}
+    for line in (1, 2):
+        compare.main([*arguments, "--task", line])
+    assert all(path.stat().st_mtime_ns == when for path, when in untouched.items())
+    capsys.readouterr()
+    compare.main([*arguments, "--gather", "--json"])
+    gathered = json.loads(capsys.readouterr().out)
+    compare.main([*arguments[:2], str(tmp_path / "whole"), "--json"])
+    figures = ("algorithm", "final", "best", "rounds_to_target")
+    whole = json.loads(capsys.readouterr().out)
+    assert [[row[name] for name in figures] for row in gathered] == [[row[name] for name in figures] for row in whole]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--task", 0], "--task 0: the grid has lines 1 to 8; "),
+        (["--task", 9], "--task 9: the grid has lines 1 to 8; "),
+        (["--task", 1, "--tasks"], "--task and --tasks do not go together"),
+        (["--gather", "--only", "iid"], "--gather and --only do not go together"),
+    ],
+)
+def test_a_line_that_is_not_there_is_refused(compare, tmp_path, capsys, options, said):
+    with pytest.raises(SystemExit) as ended:
+        compare.main([*grid(tmp_path / "grid.yaml"), *options])
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_run_that_diverges_is_a_row_that_says_so(compare, tmp_path, capsys):
     arguments = grid(
         tmp_path / "grid.yaml",
@@ -246,7 +292,7 @@ def test_a_folder_without_a_run_is_one_line(compare, tmp_path, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err == "fedmpi: empty is not a run directory\n"
 
 
-@pytest.mark.parametrize("option", [["--out", "x"], ["--only", "iid"], ["--quick"]])
+@pytest.mark.parametrize("option", [["--out", "x"], ["--only", "iid"], ["--quick"], ["--task", "1"], ["--gather"]])
 def test_what_only_a_grid_takes_is_refused_with_run_directories(compare, capsys, option):
     with pytest.raises(SystemExit) as ended:
         compare.main(["a", "b", *option])

@@ -58,20 +58,59 @@ def compare(
         str, typer.Option("--only", metavar="NAME,NAME", help="algorithms, partitions or seeds of a grid")
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="two rounds of each cell with the first seed")] = False,
+    task: Annotated[
+        int | None, typer.Option("--task", metavar="K", help="train only line K of a grid, from 1, and print no table")
+    ] = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="list the lines of a grid, and whether they are done")] = False,
+    gather: Annotated[
+        bool, typer.Option("--gather", help="print a grid's table and train nothing; exit 1 if a line is not done")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a grid of runs (algorithm x partition x seed) and print one table, or print run directories side by side.
 
-    Under mpirun or srun all ranks train each run of a grid. Finished runs are not trained again.
+    Under mpirun or srun all ranks train each run of a grid. Finished runs are not trained again. For an array of jobs,
+    one per line: --tasks, --task, --gather (slurm/sweep.sbatch).
     """
     if len(what) == 1 and what[0].suffix in (".yaml", ".yml"):
-        from fedmpi.compare import compare_grid
-
-        names = [name for name in only.split(",") if name]
-        on_ranks(lambda comm: compare_grid(what[0], out, names, quick, as_json, comm))
+        _compare_grid(what[0], out, [name for name in only.split(",") if name], quick, task, tasks, gather, as_json)
     else:
         options = {"--out": out is not None, "--only": bool(only), "--quick": quick}
+        options |= {"--task": task is not None, "--tasks": tasks, "--gather": gather}
         answer(lambda: _compare_runs(what, [name for name, given in options.items() if given], as_json))
+
+
+def _compare_grid(
+    file: Path,
+    out: str | None,
+    only: list[str],
+    quick: bool,
+    task: int | None,
+    tasks: bool,
+    gather: bool,
+    as_json: bool,
+) -> None:
+    from fedmpi import compare as grids
+
+    def refuse() -> None:
+        chosen = [
+            name for name, given in (("--task", task is not None), ("--tasks", tasks), ("--gather", gather)) if given
+        ]
+        if len(chosen) > 1 or (chosen and only):
+            other = chosen[1] if len(chosen) > 1 else "--only"
+            raise ConfigError(f"{chosen[0]} and {other} do not go together")
+
+    if task is None and not tasks and not gather:
+        on_ranks(lambda comm: grids.compare_grid(file, out, only, quick, as_json, comm))
+        return
+    answer(refuse)
+    if task is not None:
+        line = task
+        on_ranks(lambda comm: grids.train_line(file, out, quick, line, comm))
+    elif tasks:
+        answer(lambda: grids.list_lines(file, out, quick))
+    else:
+        answer(lambda: grids.gather(file, out, quick, as_json))
 
 
 def _compare_runs(roots: list[Path], grid_only: list[str], as_json: bool) -> None:

@@ -134,6 +134,15 @@ def is_done(cell: Cell) -> bool:
     return whole or (cell.root / DIVERGED).exists()
 
 
+def line_of(all_cells: list[Cell], line: int) -> Cell:
+    """A line of the grid, counted from 1. Raises ConfigError if there is none."""
+    if not 1 <= line <= len(all_cells):
+        raise ConfigError(
+            f"--task {line}: the grid has lines 1 to {len(all_cells)}; `fedmpi compare GRID --tasks` lists them"
+        )
+    return all_cells[line - 1]
+
+
 def to_run(all_cells: list[Cell], only: list[str], num_ranks: int) -> list[int]:
     """Indices of the cells still to train. Raises ConfigError if `plan` rejects one of them, before any is trained."""
     names = {str(part) for cell in all_cells for part in cell[:3]}
