@@ -533,7 +533,10 @@ def _local(
     """The silo before training, its samples on the training device and removed from `data`."""
     if silo in held:
         return LocalSilo(silo, held[silo].data, weight)
-    return LocalSilo(silo, SiloData(*device.keep_on(chosen, list(data.pop(silo)))), weight)
+    parts = data.pop(silo)
+    tensors = {i: part for i, part in enumerate(parts) if isinstance(part, torch.Tensor)}  # streamed ones stay
+    moved = dict(zip(tensors, device.keep_on(chosen, list(tensors.values())), strict=True))
+    return LocalSilo(silo, SiloData(*(moved.get(i, part) for i, part in enumerate(parts))), weight)  # type: ignore[arg-type]
 
 
 def first_values(spec: Spec) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ from fedmpi.privacy.per_sample import losses_of
 from fedmpi.privacy.record import DpSgd
 from fedmpi.privacy.spending import FILE
 from fedmpi.train import Run
-from fedmpi.types import Dataset, SiloData, Source
+from fedmpi.types import Dataset, SiloData, Source, Streamed
 
 
 @component
@@ -66,6 +66,7 @@ class Canaried:
                 return data
             x, y, inside = self.canaries(data, seed, inner.num_classes)
             kept = torch.ones_like(inside) if self.all_rows else inside
+            assert isinstance(data.x_train, torch.Tensor)  # `canaries` refuses others
             x_train, y_train = torch.cat([data.x_train, x[kept]]), torch.cat([data.y_train, y[kept]])
             return SiloData(x_train, y_train, data.x_test, data.y_test)
 
@@ -74,6 +75,8 @@ class Canaried:
 
     def canaries(self, data: SiloData, seed: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Samples, labels, and whether each is in. Raises ConfigError if the silo's inputs are no real numbers."""
+        if isinstance(data.x_train, Streamed):
+            raise ConfigError("audit: it adds canaries to the samples in memory; data.stream: false")
         if not data.x_train.is_floating_point():
             raise ConfigError(f"audit: canaries are noise, and the inputs of silo '{self.silo}' are integers")
         draw = rng.generator(seed, purpose="canaries", silo=self.silo)

@@ -283,6 +283,17 @@ class Config:
         return self
 
     @pydantic.model_validator(mode="after")
+    def _streams(self) -> Config:
+        hostile = None if self.attack is None else self.attack.local
+        rules = {"local": self.local, "evaluate.finetune": self.evaluate.finetune, "attack.local": hostile}
+        for key, rule in rules.items() if isinstance(self.data, Files) and self.data.stream else ():
+            if rule is not None and rule.takes_all:
+                raise ValueError(
+                    f"data.stream: {key}.batch_size null takes all samples of a silo at once; give a number"
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
         parts = (self.aggregate, self.attack, self.records, self.local, self.server.optimizer, self.server.average)
         engine = (self.engine, self.engine.clock, self.policy)
@@ -335,7 +346,7 @@ class Config:
 
 # Keys that a resumed run may change: length, output, and machine.
 MAY_CHANGE = (
-    *("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "init"),
+    *("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "data.stream", "init"),
     *("admit", "on_failure", "transport.root", "transport.lease_s", "transport.poll_s", "transport.keep"),
 )
 
@@ -347,7 +358,7 @@ HORIZON = ".schedule.rounds"  # suffix of keys that set a schedule's length; nul
 
 # Keys that may differ between the ranks of one run: where a site keeps its files. For `init` and data, contents count.
 OF_A_SITE = (
-    *("out", "data.root", "device", "records.trace", "records.tensorboard", "records.sinks", "init"),
+    *("out", "data.root", "data.stream", "device", "records.trace", "records.tensorboard", "records.sinks", "init"),
     *("transport.root", "transport.poll_s"),
 )
 

@@ -40,7 +40,7 @@ from fedmpi.metrics.builtin import Accuracy, Mae, Metric
 from fedmpi.metrics.own import Torchmetric
 from fedmpi.metrics.scorers import SILO_MEAN, Scorer
 from fedmpi.targets import CLASS_TASKS, IGNORES_NOTHING, Count, Targets, number_of
-from fedmpi.types import Task
+from fedmpi.types import Samples, Task
 
 Tensor = torch.Tensor
 
@@ -178,7 +178,7 @@ class LossAndMetrics:
         return total / torch.where(mass > 0, mass, 1.0)
 
     def mean_loss(
-        self, model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int, device: torch.device | str,
+        self, model: torch.nn.Module, x: Samples, y: Tensor, batch_size: int, device: torch.device | str,
         between: Callable[[], Any] = lambda: None,
     ) -> float:  # fmt: skip
         """The loss only, computed as in `score`. Raises what a user's loss raises."""
@@ -188,7 +188,7 @@ class LossAndMetrics:
         return tally.loss
 
     def score(
-        self, model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int, device: torch.device | str,
+        self, model: torch.nn.Module, x: Samples, y: Tensor, batch_size: int, device: torch.device | str,
         between: Callable[[], Any] = lambda: None,
     ) -> Tally:  # fmt: skip
         """Loss and metrics of one silo's test set.
@@ -202,7 +202,7 @@ class LossAndMetrics:
         return tally
 
     def _run(
-        self, tally: Tally, scorers: Sequence[Scorer], model: torch.nn.Module, x: Tensor, y: Tensor, batch_size: int,
+        self, tally: Tally, scorers: Sequence[Scorer], model: torch.nn.Module, x: Samples, y: Tensor, batch_size: int,
         device: torch.device | str, between: Callable[[], Any],
     ) -> None:  # fmt: skip
         if not (num := len(x)):

@@ -15,7 +15,7 @@ import numpy as np
 from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.membership import Membership
-from fedmpi.types import Silo, SiloData, Source
+from fedmpi.types import Silo, SiloData, Source, blocks
 
 log = logging.getLogger("fedmpi")
 
@@ -107,7 +107,8 @@ def facts_of(silo: str, data: SiloData, source: Source, known: Mapping[str, np.n
     """Training samples, test samples, and checksums of inputs, targets and column names."""
     x, y = 0, 0
     for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
-        x = zlib.crc32(samples.contiguous().numpy().view(np.uint8).data, x)
+        for block in blocks(samples):
+            x = zlib.crc32(block.contiguous().numpy().view(np.uint8).data, x)
         y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
     columns = source.columns.get(silo, ())
     names = zlib.crc32(repr(columns).encode()) if columns else 0

@@ -89,7 +89,7 @@ def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: M
     if not found:
         return
     name, x = found[0], silos[found[0]].x_train
-    two = (x if len(x) > 1 else x.expand(2, *x.shape[1:]))[:2]
+    two = x[:2] if len(x) > 1 else x[:1].expand(2, *x.shape[1:])
     lone, pair = copy.deepcopy(one.module), copy.deepcopy(one.module)  # forward passes may change the module
     why = _forward(lone, x[:1].to(one.device))
     if not why or _forward(pair, two.to(one.device)):

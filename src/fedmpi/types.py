@@ -6,7 +6,8 @@ Shapes in names: `P` shared parameters, `K` silos of the federation, `N` samples
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -26,12 +27,41 @@ class Silo:
     host: str | None = None  # the only host that may open it; None: any
 
 
-class SiloData(NamedTuple):
-    """One silo's samples in memory, [N, ...]. Targets are int64 for classification and next_token, else float32."""
+class Streamed(ABC):
+    """Samples [N, ...] that stay in a file; rows are read when they are asked for, as new tensors on the CPU."""
 
-    x_train: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    device = torch.device("cpu")
+    nbytes = 0  # of memory
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """The rows of a slice, or those with these numbers, in this order."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All rows in order, a few MiB at a time."""
+
+
+Samples = torch.Tensor | Streamed
+
+
+def blocks(samples: Samples) -> Iterator[torch.Tensor]:
+    """All samples in order: those in memory at once, streamed ones a few MiB at a time."""
+    yield from samples.blocks() if isinstance(samples, Streamed) else (samples,)
+
+
+class SiloData(NamedTuple):
+    """One silo's samples, [N, ...]: tensors in memory, or inputs that are streamed from a file. Targets are int64 for
+    classification and next_token, else float32."""
+
+    x_train: Samples
     y_train: torch.Tensor
-    x_test: torch.Tensor
+    x_test: Samples
     y_test: torch.Tensor
 
 
@@ -46,6 +76,7 @@ class Source:
     open: Callable[[str], SiloData]  # by silo id; reads only that silo's files unless `central`
     central: bool = False  # one partitioned data set, which every rank reads whole
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by opened silo: names of x's columns, if known
+    streams: bool = False  # inputs stay in files; no one step may take all of a silo's samples
     fitted: bool = False  # preprocessing depends on training rows, such as normalisation by their mean
     readable: Callable[[str], bool] = lambda silo: True  # by silo id: whether this process sees its data; reads nothing
 

@@ -88,6 +88,16 @@ def test_gradients_of_single_samples_are_timed_beside_plain_ones() -> None:
     assert ways[:3] == ["sgd", "fast", "torch.func"]
 
 
+def test_a_streamed_silo_is_timed_beside_one_in_memory() -> None:
+    done = subprocess.run(
+        [PYTHON, str(TOP / "jobs/bench/streaming.py"), "--quick"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same_sha256"] and found["speed"] > 0 and found["samples"] == 682
+    assert all(mib > 50 for mib in found["peak_mib"].values())
+
+
 def test_masks_are_timed_beside_their_key_streams() -> None:
     done = subprocess.run(
         [PYTHON, str(TOP / "jobs/bench/masks.py"), "--words", "100000", "--quick"],

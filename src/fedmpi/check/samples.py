@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from fedmpi.check.findings import Findings
 from fedmpi.targets import CLASS_TASKS
-from fedmpi.types import SiloData, Source
+from fedmpi.types import Samples, SiloData, Source, blocks
 
 _ROWS = 20_000  # most samples of a part that are compared with the other part
 _SOME = 0.1  # share of test samples that may equal training samples by chance, as in tables of few columns
@@ -39,8 +40,8 @@ def look(silo: str, data: SiloData, source: Source, ignored: int | None, found: 
         if bad := _not_finite(x):
             missing += bad
             found.fault(
-                f"{who}: {bad} of {x.numel()} values of its {part} samples are NaN or infinite; fill them in, or leave "
-                "these samples out"
+                f"{who}: {bad} of {math.prod(x.shape)} values of its {part} samples are NaN or infinite; fill "
+                "them in, or leave these samples out"
             )
         if bad := _not_finite(y):
             found.fault(f"{who}: {bad} of its {part} targets are NaN or infinite; leave these samples out")
@@ -66,7 +67,7 @@ def histogram(y: torch.Tensor, source: Source) -> tuple[int, ...]:
     return tuple(torch.bincount(inside, minlength=classes).tolist())
 
 
-def _types(who: str, part: str, x: torch.Tensor, y: torch.Tensor, source: Source, found: Findings) -> None:
+def _types(who: str, part: str, x: Samples, y: torch.Tensor, source: Source, found: Findings) -> None:
     """Notes samples and targets of a type that the model or the loss will not take."""
     wanted = torch.int64 if source.task == "next_token" else torch.float32
     for what, tensor, right in (
@@ -81,8 +82,8 @@ def _types(who: str, part: str, x: torch.Tensor, y: torch.Tensor, source: Source
             (found.warn if what == "samples" and source.task != "next_token" else found.fault)(told)
 
 
-def _not_finite(tensor: torch.Tensor) -> int:
-    return int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+def _not_finite(samples: Samples) -> int:
+    return sum(int((~torch.isfinite(one)).sum()) for one in blocks(samples) if one.is_floating_point())
 
 
 def _in_range(who: str, part: str, y: torch.Tensor, source: Source, ignored: int | None, found: Findings) -> None:
@@ -102,10 +103,17 @@ def _in_range(who: str, part: str, y: torch.Tensor, source: Source, ignored: int
 
 def _leaks(who: str, data: SiloData, found: Findings) -> None:
     """Notes samples that are in the training part and in the test part."""
-    if not len(data.x_test) or max(len(data.x_train), len(data.x_test)) > _ROWS or data.x_train[0].numel() < 3:
+    values = math.prod(data.x_train.shape[1:])
+    if not len(data.x_test) or max(len(data.x_train), len(data.x_test)) > _ROWS or values < 3:
         return
-    train = {row.numpy().tobytes() for row in data.x_train.contiguous().flatten(1)}
-    both = sum(row.numpy().tobytes() in train for row in data.x_test.contiguous().flatten(1))
+    train = {row for block in blocks(data.x_train) for row in _keys(block)}
+    both = sum(row in train for block in blocks(data.x_test) for row in _keys(block))
     if both > _SOME * len(data.x_test):
         share = f"{both} of its {len(data.x_test)} test samples"
         found.warn(f"{who}: {share} are training samples too, so its test figures are too good; split it again")
+
+
+def _keys(rows: torch.Tensor) -> Iterator[int]:
+    """A number for each row; equal rows have the same."""
+    for row in rows.contiguous().flatten(1):
+        yield hash(row.numpy().tobytes())

@@ -23,6 +23,8 @@ from fedmpi.types import SiloData, Source
 
 Array = npt.NDArray[np.float64]
 
+TABLE_BYTES = 128 << 20  # most of a streamed silo's features
+BLOCK_BYTES = 8 << 20  # of its samples at a time
 MOST_FEATURES = 4096  # beyond that, features are averaged in groups
 SHOWN = 5  # features in the report: those that differ most between silos
 BINS = 64  # of a feature's values, between mean - SPAN and mean + SPAN standard deviations
@@ -187,8 +189,19 @@ def _width(source: Source) -> int:
 
 
 def _table(data: SiloData, source: Source) -> Array:
-    """A silo's training features [N, F] in float64; NaN and infinite values as 0 (they are faults anyway)."""
-    x = data.x_train.to(torch.float32)
+    """A silo's training features [N, F] in float64; NaN and infinite values as 0 (they are faults anyway). Of streamed
+    samples a part at equal distances, if all would take much memory."""
+    x = data.x_train
+    if isinstance(x, torch.Tensor):
+        return _values(x, source)
+    most = max(1, TABLE_BYTES // (8 * _width(source)))
+    some = torch.arange(0, len(x), math.ceil(len(x) / most))
+    size = max(1, BLOCK_BYTES // (4 * math.prod(source.shape)))
+    return np.concatenate([_values(x[some[at : at + size]], source) for at in range(0, len(some), size)])
+
+
+def _values(block: torch.Tensor, source: Source) -> Array:
+    x = block.to(torch.float32)
     if len(source.shape) == 3:
         x = x.mean((2, 3))
     else:

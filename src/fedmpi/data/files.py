@@ -16,10 +16,11 @@ import torch
 from fedmpi.components import Decay, PositiveInt, component
 from fedmpi.data import formats
 from fedmpi.data.official import root_of
+from fedmpi.data.stream import FileSamples, Raw
 from fedmpi.data.table import SEPARATORS, Columns, codes, plain
 from fedmpi.errors import ConfigError, DataMissing
 from fedmpi.rng import generator
-from fedmpi.types import Silo, SiloData, Source, Task
+from fedmpi.types import Samples, Silo, SiloData, Source, Task
 
 Value = int | float | str  # as a file writes it; 1, "1" and 1.0 are equal
 
@@ -70,6 +71,8 @@ class Files:
     """CSV: column separator: "," ";" "|" or a tab"""
     root: Path | None = None
     """folder of relative paths; null: $FEDMPI_DATA, else ./data"""
+    stream: bool = False
+    """HDF5, npz: inputs stay in the file and batches are read from it, for silos larger than memory"""
 
     def __post_init__(self) -> None:
         """Raises ValueError if fields contradict each other."""
@@ -99,6 +102,18 @@ class Files:
             if (twice := _twice([plain(value) for value in values])) is not None:
                 raise ValueError(f"files: {name} has {twice} twice (1, '1' and 1.0 are the same)")
         self._check_columns()
+        if self.stream:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        """Raises ValueError if the inputs cannot be streamed."""
+        for silo in self.silos:
+            if silo.path.suffix.lower() == ".csv":
+                raise ValueError(f"files: {silo.path} cannot be streamed: stream takes HDF5 or npz")
+        if self.task == "next_token":
+            raise ValueError(
+                "files: stream keeps targets in memory, and those of next_token are as large as the inputs"
+            )
 
     def _check_columns(self) -> None:
         """Raises ValueError if the CSV fields contradict each other."""
@@ -166,17 +181,20 @@ class Files:
         except OSError as error:
             raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None
         where = f"silo '{silo}': {path}"
-        content = formats.read(path, where, Columns(self._targets(), self.features, self.levels, self.separator))
+        named = Columns(self._targets(), self.features, self.levels, self.separator)
+        content = formats.read(path, where, named, self.stream)
         columns[silo] = content.columns
         if "x" in content.arrays:
             x, y = self._checked(content, "x", "y", where)
-            parts = parted(x, y, self.test_fraction, silo)
+            train, test = parts_of(len(y), self.test_fraction, silo)
+            parts = _rows_of(x, train), y[train], _rows_of(x, test), y[test]
         else:
             parts = (
                 *self._checked(content, "x_train", "y_train", where),
                 *self._checked(content, "x_test", "y_test", where),
             )
-        data = SiloData(*map(torch.from_numpy, parts))
+        x_train, y_train, x_test, y_test = parts
+        data = SiloData(_samples(x_train), torch.from_numpy(y_train), _samples(x_test), torch.from_numpy(y_test))
         num = len(data.x_train)
         if num == 0:
             raise ConfigError(f"silo '{silo}' has no samples for training in {path}")
@@ -184,29 +202,31 @@ class Files:
             raise ConfigError(f"silo '{silo}' declares {declared.num_samples} training samples, {path} has {num}")
         return data
 
-    def _checked(
-        self, content: formats.Content, x_key: str, y_key: str, where: str
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def _checked(self, content: formats.Content, x_key: str, y_key: str, where: str) -> tuple[Inputs, npt.NDArray[Any]]:
         """Samples and targets, checked and converted to training types. Raises ConfigError."""
         x, y = content.arrays[x_key], content.arrays[y_key]
+        assert not isinstance(y, Raw)
         of_x, of_y = _Rows(content, x_key, where), _Rows(content, y_key, where)
         for values, rows in ((x, of_x), (y, of_y)):
             if values.dtype.kind not in "biufSUO":
                 raise ConfigError(f"{rows.name} holds {values.dtype}; plain numbers are needed")
-        if x.ndim == 0 or x.shape[1:] != self.shape:
+        if isinstance(x, Raw) and x.dtype.kind not in "biuf":
+            raise ConfigError(f"{of_x.name} holds {x.dtype}; data.stream needs numbers")
+        if not x.shape or x.shape[1:] != self.shape:
             named = f" ({', '.join(content.columns)})" if 0 < len(content.columns) <= 40 else ""
             raise ConfigError(
                 f"{where}: samples of {x_key} have shape {list(x.shape[1:])}{named}, data.shape is {list(self.shape)}"
             )
-        if y.ndim == 0 or len(y) != len(x):
-            raise ConfigError(f"{where}: {x_key} has {len(x)} samples, but {y_key} has shape {list(y.shape)}")
+        if y.ndim == 0 or len(y) != x.shape[0]:
+            raise ConfigError(f"{where}: {x_key} has {x.shape[0]} samples, but {y_key} has shape {list(y.shape)}")
         if self.task == "next_token":
+            assert not isinstance(x, Raw)
             return self._symbols(x, self.shape, of_x), self._symbols(y, self.shape, of_y)
         if self.task == "regression":
             num = self._outputs()
-            return _finite(x, of_x), _finite(_shaped(y, (num,) if num > 1 else (), of_y), of_y)
+            return _inputs(x, of_x), _finite(_shaped(y, (num,) if num > 1 else (), of_y), of_y)
         labels = self._symbols(y, (), of_y)
-        return _finite(x, of_x), labels.astype(np.float32) if self.task == "binary" else labels
+        return _inputs(x, of_x), labels.astype(np.float32) if self.task == "binary" else labels
 
     def _symbols(self, values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> npt.NDArray[np.int64]:
         """Labels or symbols as int64, each from 0 to below its limit. Raises ConfigError."""
@@ -243,15 +263,44 @@ class _Rows:
         return self._content.place(self._key, row)
 
 
-def parted(
-    x: npt.NDArray[Any], y: npt.NDArray[Any], fraction: float, silo: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """x and y for training and for testing, in file order. Which rows are for testing depends only on the silo's id and
-    the number of rows."""
-    order = generator(0, purpose="test part", silo=silo).permutation(len(x))
-    num_test = min(round(fraction * len(x)), len(x) - 1) if len(x) else 0
-    test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
-    return x[train], y[train], x[test], y[test]
+Inputs = npt.NDArray[Any] | FileSamples
+
+
+def parts_of(num: int, fraction: float, silo: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The rows for training and those for testing, in file order. They depend only on the silo's id and the number of
+    rows."""
+    order = generator(0, purpose="test part", silo=silo).permutation(num)
+    num_test = min(round(fraction * num), num - 1) if num else 0
+    return np.sort(order[num_test:]), np.sort(order[:num_test])
+
+
+def _rows_of(x: Inputs, rows: npt.NDArray[np.int64]) -> Inputs:
+    return x.part(rows) if isinstance(x, FileSamples) else x[rows]
+
+
+def _samples(x: Inputs) -> Samples:
+    return x if isinstance(x, FileSamples) else torch.from_numpy(x)
+
+
+def _inputs(x: npt.NDArray[Any] | Raw, rows: _Rows) -> Inputs:
+    """The inputs as float32, all finite. Raises ConfigError."""
+    if not isinstance(x, Raw):
+        return _finite(x, rows)
+    samples, num = FileSamples(x), 0
+    bad: list[int] = []
+    for block in samples.blocks():
+        bad += (num + np.flatnonzero(~torch.isfinite(block).flatten(1).all(1).numpy())).tolist()
+        num += len(block)
+    if bad:
+        beyond = bool(np.isfinite(x.read(np.array(bad[:1]))).all())
+        raise _not_finite(rows, beyond, bad, num)
+    return samples
+
+
+def _not_finite(rows: _Rows, beyond: bool, bad: Sequence[int], num: int) -> ConfigError:
+    """Text on samples, by number, with values that are not finite; `beyond`: only in float32."""
+    what = "values beyond float32 (3.4e38)" if beyond else "NaN or infinite values"
+    return ConfigError(f"{rows.name} has {what} in {len(bad)} of {num} samples, first in {rows.place(int(bad[0]))}")
 
 
 def _twice(values: Sequence[Any]) -> Any:
@@ -293,10 +342,7 @@ def _finite(values: npt.NDArray[Any], rows: _Rows) -> npt.NDArray[np.float32]:
         return numbers
     bad = np.flatnonzero(~np.isfinite(numbers.reshape(len(numbers), -1)).all(axis=1))
     beyond = values.dtype.kind in "iuf" and np.isfinite(values[bad[0]]).all()
-    what = "values beyond float32 (3.4e38)" if beyond else "NaN or infinite values"
-    raise ConfigError(
-        f"{rows.name} has {what} in {bad.size} of {len(numbers)} samples, first in {rows.place(int(bad[0]))}"
-    )
+    raise _not_finite(rows, bool(beyond), bad.tolist(), len(numbers))
 
 
 def _floats(values: npt.NDArray[Any], rows: _Rows, dtype: Any) -> npt.NDArray[Any]:

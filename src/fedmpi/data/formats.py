@@ -1,8 +1,9 @@
-"""Reads one silo's file, HDF5, npz or CSV by its suffix, as numpy arrays."""
+"""Reads one silo's file, HDF5, npz or CSV by its suffix, as numpy arrays; finds where inputs to stream lie in it."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedmpi.data.stream import ChunkedRows, PlacedRows, Raw
 from fedmpi.data.table import Columns, read_csv
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, FedmpiError
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+log = logging.getLogger("fedmpi")
+
+Array = npt.NDArray[Any]
+Arrays = Mapping[str, Array | Raw]
 PARTED = ("x_train", "y_train", "x_test", "y_test")
 WHOLE = ("x", "y")
+INPUTS = ("x_train", "x_test", "x")
 HDF5 = (".h5", ".hdf5")
 ENDINGS = (*HDF5, ".npz", ".csv")
 
@@ -31,7 +37,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a silo's file: x and y, or x_train, y_train, x_test and y_test."""
+    """The content of a silo's file: x and y, or x_train, y_train, x_test and y_test. Streamed inputs are Raw."""
 
     arrays: Arrays
     columns: tuple[str, ...] = ()  # columns of x, if the file names them
@@ -49,9 +55,9 @@ class Content:
         return f"line {self.lines[row]}" if self.lines else f"{key}[{row}]"
 
 
-def read(path: Path, where: str, columns: Columns) -> Content:
-    """Reads a file. Raises ConfigError, starting with `where`, if it is damaged, of another format, or lacks an array
-    or a column."""
+def read(path: Path, where: str, columns: Columns, stream: bool = False) -> Content:
+    """Reads a file; with `stream` its inputs stay in it. Raises ConfigError, starting with `where`, if it is damaged,
+    of another format, or lacks an array or a column."""
     ending = path.suffix.lower()
     try:
         if ending == ".csv":
@@ -60,7 +66,9 @@ def read(path: Path, where: str, columns: Columns) -> Content:
     except (OSError, MemoryError) as error:
         raise ConfigError(f"{where} {_why(error, ending)}") from None
     try:
-        arrays = _read_hdf5(path) if ending in HDF5 else _read_npz(path)
+        arrays = _read_hdf5(path, where, stream) if ending in HDF5 else _read_npz(path, where, stream)
+    except FedmpiError:
+        raise
     except _DAMAGE as error:
         raise ConfigError(f"{where} {_why(error, ending)}") from None
     for keys in (PARTED, WHOLE):
@@ -93,22 +101,80 @@ def _why(error: BaseException, ending: str) -> str:
     return f"cannot be read as {ending}: {text[:300] or type(error).__name__}"
 
 
-def _read_hdf5(path: Path) -> dict[str, npt.NDArray[Any]]:
+def _read_hdf5(path: Path, where: str, stream: bool) -> dict[str, Array | Raw]:
     import h5py
 
     with h5py.File(path, "r") as file:
-        arrays = {}
+        arrays: dict[str, Array | Raw] = {}
         for key in (*PARTED, *WHOLE):
             if key in file:
                 if not isinstance(file[key], h5py.Dataset) or file[key].shape is None:
                     raise ValueError(f"'{key}' is not an array")
-                arrays[key] = np.asarray(file[key])
+                streams = stream and key in INPUTS
+                arrays[key] = _hdf5_rows(path, where, file[key]) if streams else np.asarray(file[key])
         return arrays
 
 
-def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+def _hdf5_rows(path: Path, where: str, dataset: Any) -> Raw:
+    """The rows of an HDF5 dataset: at their places in the file if they are stored as they are, else by whole chunks."""
+    import h5py
+
+    shape, dtype, rows = dataset.shape, dataset.dtype, dataset.shape[0] if dataset.shape else 0
+    plist = dataset.id.get_create_plist()
+    plain = dtype.kind in "biuf" and not plist.get_nfilters() and not plist.get_external_count() and rows > 0
+    placed: Raw | None = None
+    if plain and plist.get_layout() == h5py.h5d.CONTIGUOUS and (start := dataset.id.get_offset()) is not None:
+        placed = PlacedRows(path, where, shape, dtype, np.array([start]), rows)
+    elif plain and plist.get_layout() == h5py.h5d.CHUNKED and dataset.chunks[1:] == shape[1:]:
+        per = dataset.chunks[0]
+        starts = np.full(-(-rows // per), -1, np.int64)
+        for i in range(dataset.id.get_num_chunks()):
+            chunk = dataset.id.get_chunk_info(i)
+            starts[chunk.chunk_offset[0] // per] = chunk.byte_offset
+        if (starts >= 0).all():  # chunks that were never written have no place
+            placed = PlacedRows(path, where, shape, dtype, starts, per)
+    probe = np.unique(np.array([0, rows // 2, rows - 1]))
+    # Offsets do not count a user block in every version of HDF5: see whether the same values are there.
+    if placed is not None and placed.read(probe).tobytes() == np.stack([dataset[i] for i in probe]).tobytes():
+        return placed
+    per = dataset.chunks[0] if dataset.chunks else max(1, (1 << 20) // max(dtype.itemsize, 1))
+    if plist.get_nfilters():
+        log.warning("%s: %s is compressed: every batch decodes whole chunks; store it plain", where, dataset.name)
+    kept = h5py.File(path, "r")[dataset.name]  # keeps its file open
+    return ChunkedRows(path, where, shape, dtype, per, lambda start, stop: np.asarray(kept[start:stop]))
+
+
+def _read_npz(path: Path, where: str, stream: bool) -> dict[str, Array | Raw]:
     with path.open("rb") as opened:  # numpy would leave a file open that it cannot read
         file = np.load(opened, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("it is one array without a name (.npy); use numpy.savez(path, x=..., y=...)")
-        return {key: file[key] for key in (*PARTED, *WHOLE) if key in file}
+        return {
+            key: _npz_rows(path, where, key) if stream and key in INPUTS else file[key]
+            for key in (*PARTED, *WHOLE)
+            if key in file
+        }
+
+
+def _npz_rows(path: Path, where: str, key: str) -> Raw:
+    """The rows of an array in an npz file that is not compressed. Reads it once, for its checksum."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{key}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ConfigError(f"{where} is compressed, so {key} cannot be streamed; write it with numpy.savez")
+        with archive.open(member) as content:
+            version = np.lib.format.read_magic(content)
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            if version not in header:
+                raise ConfigError(f"{where}: {key} has a header of version {version}; write it with numpy.savez")
+            shape, by_columns, dtype = header[version](content)
+            begins = content.tell()
+            while content.read(1 << 20):  # raises at the end if the checksum is wrong
+                pass
+    if by_columns and len(shape) > 1:
+        raise ConfigError(f"{where}: {key} is stored by columns; write numpy.ascontiguousarray({key})")
+    with path.open("rb") as opened:
+        opened.seek(member.header_offset)
+        local = opened.read(30)
+    place = member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    return PlacedRows(path, where, shape, dtype, np.array([place + begins]), shape[0] if shape else 0)

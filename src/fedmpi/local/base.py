@@ -140,6 +140,11 @@ class LocalRule:
         return None
 
     @property
+    def takes_all(self) -> bool:
+        """Whether one step takes all of a silo's samples at once, so that they must be in memory."""
+        return False
+
+    @property
     def whole_batches(self) -> tuple[str, ...]:
         """Values of the field `last_batch` that avoid a short batch; empty if the rule has no such field."""
         return ()
@@ -251,6 +256,10 @@ class GradientRule(LocalRule):
     @property
     def timed(self) -> bool:
         return self.amount.limit_s < math.inf
+
+    @property
+    def takes_all(self) -> bool:
+        return self.batch_size is None
 
     @property
     def refuses_partial(self) -> str:

@@ -58,6 +58,10 @@ class FedSgd(LocalRule):
     last_batch: Literal["keep", "merge"] = "keep"
     """a short last batch: keep it, or merge it into the batch before"""
 
+    @property
+    def takes_all(self) -> bool:
+        return self.batch_size is None
+
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
         """Raise ConfigError if the model has no parameters to train."""
         refuse_frozen(entries)

@@ -17,6 +17,7 @@ from fedmpi.rounds.agreement import as_error, raise_failure, stop_reason
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.selection import Selection
 from fedmpi.stopping import FAILED, STOP, BrokenOff
+from fedmpi.types import Samples
 
 PROBE_RANK, PROBE_SILO = ("status",), ("loss",)
 
@@ -106,7 +107,7 @@ def _probe(
     return probe, error
 
 
-def start_loss(fed: Federation, number: int, silo: LocalSilo, x: torch.Tensor, y: torch.Tensor) -> float:
+def start_loss(fed: Federation, number: int, silo: LocalSilo, x: Samples, y: torch.Tensor) -> float:
     """Mean loss on `x`, `y` of the parameters now loaded in the model, with the silo's personal layers."""
     rng.set_all(rng.key(fed.seed, purpose="loss", round=number, silo=silo.id))
     fed.model.load_personal(silo.kept)

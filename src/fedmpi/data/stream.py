@@ -1,0 +1,177 @@
+"""Samples that stay in their file. Rows are read when a batch asks for them, at their place in the file (pread), so a
+silo's memory does not grow with its file; the kernel's page cache makes later epochs as fast as memory.
+
+No mapping: a file that shrinks, or a network file system that fails, is an error and not the end of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedmpi.errors import FedmpiError
+from fedmpi.types import Streamed
+
+BLOCK_BYTES = 8 << 20  # of a block that goes through the whole file
+CHUNKS_BYTES = 64 << 20  # of decoded chunks that are kept for the next batch
+
+Rows = npt.NDArray[np.int64]
+
+
+class Raw(ABC):
+    """An array in a file, as stored."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @abstractmethod
+    def read(self, rows: Rows) -> npt.NDArray[Any]:
+        """These rows, as a new array. Raises FedmpiError if they cannot be read, or if the file has changed."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row as stored."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+
+class _Unchanged:
+    """An open file that must stay as it was."""
+
+    def __init__(self, path: Path, where: str) -> None:
+        self.where = where
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
+        self._was = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        now = os.fstat(self.fd)
+        return now.st_size, now.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise FedmpiError if somebody has written to the file."""
+        if self._state() != self._was:
+            raise FedmpiError(f"{self.where} has changed since it was opened; data.stream needs it as it was")
+
+
+class PlacedRows(Raw):
+    """An array whose rows lie as they are at known places: row i is in part i // rows_per_part."""
+
+    def __init__(
+        self,
+        path: Path,
+        where: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        starts: npt.NDArray[np.int64],
+        rows_per_part: int,
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._file = _Unchanged(path, where)
+        self._starts, self._per = starts, max(rows_per_part, 1)
+
+    def read(self, rows: Rows) -> npt.NDArray[Any]:
+        size = self.row_bytes
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        if not len(rows):
+            return out
+        self._file.check()
+        places = (self._starts[rows // self._per] + rows % self._per * size).tolist()
+        memory = memoryview(out.reshape(-1).view(np.uint8).data)
+        begins, start, following = places[0], 0, places[0]
+        for i, place in enumerate(places):
+            if place != following:  # the rows before lie behind one another: one call
+                self._fill(memory[start * size : i * size], begins)
+                begins, start = place, i
+            following = place + size
+        self._fill(memory[start * size :], begins)
+        return out
+
+    def _fill(self, memory: memoryview, place: int) -> None:
+        while True:
+            try:
+                num = os.preadv(self._file.fd, (memory,), place)
+            except OSError as error:
+                raise FedmpiError(f"{self._file.where} cannot be read: {error.strerror}") from None
+            if num == len(memory):
+                return
+            if num == 0:
+                raise FedmpiError(f"{self._file.where} has become shorter since it was opened")
+            memory, place = memory[num:], place + num  # a signal, or more than 2 GiB
+
+
+class ChunkedRows(Raw):
+    """An array whose chunks must be decoded: each is read whole, and the last ones are kept."""
+
+    def __init__(
+        self,
+        path: Path,
+        where: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        rows_per_chunk: int,
+        decode: Callable[[int, int], npt.NDArray[Any]],
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._file = _Unchanged(path, where)
+        self._per, self._decode = rows_per_chunk, decode
+        self._chunks: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
+        self._most = max(1, CHUNKS_BYTES // max(self.row_bytes * rows_per_chunk, 1))
+
+    def read(self, rows: Rows) -> npt.NDArray[Any]:
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        self._file.check()
+        chunks = rows // self._per
+        for chunk in np.unique(chunks).tolist():
+            here = np.flatnonzero(chunks == chunk)
+            out[here] = self._chunk(chunk)[rows[here] - chunk * self._per]
+        return out
+
+    def _chunk(self, chunk: int) -> npt.NDArray[Any]:
+        if chunk in self._chunks:
+            self._chunks.move_to_end(chunk)
+            return self._chunks[chunk]
+        first = chunk * self._per
+        try:
+            found = self._decode(first, min(first + self._per, self.shape[0]))
+        except (OSError, RuntimeError) as error:  # h5py raises both
+            raise FedmpiError(f"{self._file.where} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        self._chunks[chunk] = found
+        if len(self._chunks) > self._most:
+            self._chunks.popitem(last=False)
+        return found
+
+
+class FileSamples(Streamed):
+    """Rows of an array in a file, converted to `dtype` as they are read."""
+
+    dtype = torch.float32
+
+    def __init__(self, raw: Raw, rows: Rows | None = None) -> None:
+        self._raw, self._rows = raw, rows
+        self.shape = torch.Size((raw.shape[0] if rows is None else len(rows), *raw.shape[1:]))
+
+    def part(self, rows: Rows) -> FileSamples:
+        """These of its rows, in this order."""
+        return FileSamples(self._raw, rows if self._rows is None else self._rows[rows])
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        wanted = np.arange(*rows.indices(len(self)), dtype=np.int64) if isinstance(rows, slice) else rows.cpu().numpy()
+        values = self._raw.read(wanted if self._rows is None else self._rows[wanted])
+        if values.dtype == np.float32:
+            return torch.from_numpy(values)
+        with np.errstate(over="ignore"):  # refused when the file was opened
+            return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        step = max(1, BLOCK_BYTES // max(self._raw.row_bytes, 1))
+        for start in range(0, len(self), step):
+            yield self[start : start + step]
