@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ def compare_runs(roots: Sequence[Path]) -> list[dict[str, Any]]:
             raise ConfigError(f"{root} is not a run directory")
     begun = [read_config(root) for root in roots]
     flat = [flatten(values) if isinstance(values := to_dict(one.config), dict) else {} for one in begun]
-    keys = dict.fromkeys(key for values in flat for key in values)
-    differ = [key for key in keys if key != "out" and any(v.get(key) != flat[0].get(key) for v in flat)]
+    differ = differing(flat)
     rows = []
     for root, one, values in zip(roots, begun, flat, strict=True):
         records = read_metrics(root)
@@ -45,6 +44,16 @@ def compare_runs(roots: Sequence[Path]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that do not have the same value in all flattened configurations, except `out`.
+
+    >>> differing([{"rounds": 2, "out": "a"}, {"rounds": 2, "out": "b", "seed": 1}])
+    ['seed']
+    """
+    keys = dict.fromkeys(key for values in flat for key in values)
+    return [key for key in keys if key != "out" and any(v.get(key) != flat[0].get(key) for v in flat)]
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:

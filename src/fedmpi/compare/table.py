@@ -37,9 +37,9 @@ def curve(cell: Cell, grid: Grid) -> Curve:
         sent += record["bytes_up"] + record["bytes_down"]
         spent_s += record["seconds"]["round"]
         found.ranks.add(len(record["peak_rss_bytes"]))
-        value = _figure(record, metric)
+        value = figure_of(record, metric)
         if grid.over == "silos":
-            each = [v for row in record["silos"].values() if (v := _figure(row, of_silo(metric))) is not None]
+            each = [v for row in record["silos"].values() if (v := figure_of(row, of_silo(metric))) is not None]
             value = statistics.mean(each) if each else None
         if value is not None:
             found.rounds.append(record["round"])
@@ -49,7 +49,7 @@ def curve(cell: Cell, grid: Grid) -> Curve:
     return found
 
 
-def _figure(told: dict[str, Any], name: str) -> float | None:
+def figure_of(told: dict[str, Any], name: str) -> float | None:
     """The named figure of a record or of a silo's row; of the global model where there is no personal one."""
     return told[name] if told.get(name) is not None else told.get(name.removeprefix("personal_"))
 

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -37,6 +37,21 @@ def read_metrics(root: Path) -> list[Record]:
     except OSError as error:
         log.warning("%s cannot be read: %s", root / METRICS, error.strerror or error)
         return []
+
+
+def each_record(root: Path) -> Iterator[Record | None]:
+    """The records in metrics.jsonl one by one, oldest first, and None for a damaged line. A last line that is not
+    complete is one that a job is writing, and left out. Yields nothing if the file cannot be read."""
+    try:
+        file = open(disk.open_regular(root / METRICS), "rb")  # noqa: SIM115
+    except OSError:
+        return
+    with file:
+        sealed = any(_CRC.search(line.rstrip(b"\n")) for line in file)
+        file.seek(0)
+        for line in file:
+            if line.endswith(b"\n") and line != b"\n":
+                yield _record_in(line[:-1], sealed)
 
 
 def last_round(root: Path) -> int:
