@@ -46,6 +46,7 @@ install_what_tests_need() {
   need munged munge
   need strace strace
   need ip iproute2
+  is_chromium_there || packages+=(chromium)
   # srun --mpi=pmix loads this library, but its package does not depend on it.
   ! has apt-get || dpkg -s libpmix2 >/dev/null 2>&1 || packages+=(libpmix2)
   if [ ${#packages[@]} -gt 0 ] && has apt-get && [ "$(id -u)" = 0 ]; then
@@ -75,6 +76,8 @@ install_what_tests_need() {
       say "pip failed, see above"
   fi
 }
+# shellcheck disable=SC2317 # called by name
+is_chromium_there() { has chromium || has chromium-browser || has google-chrome; }
 is_byzfl_there() { python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("byzfl") is None)'; }
 is_transformers_there() { python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transformers") is None)'; }
 [ -n "$FEDMPI_FAST" ] || install_what_tests_need
@@ -105,6 +108,7 @@ elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require slurm "SLURM is not all there, or lacks what root adds once (tests/support/slurm.py)" slurm_is_there
   require strace "strace is not there or may not trace" strace -o /dev/null true
   require netns "network namespaces take root and the ip command" unshare --net ip link
+  require chromium "no chromium, which draws the charts of reports" is_chromium_there
   require mpich "pip could not install it" test -x "$mpich/bin/mpiexec"
   require byzfl "pip could not install it" is_byzfl_there
   require docs "pip could not install mkdocs-material and codespell" python -m mkdocs --version

@@ -51,6 +51,7 @@ ORDER = [
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
     *("reveals", "plan", "check", "doctor", "audit", "results", "compare", "launchline", "remains", "supervisor"),
+    "report",
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}
@@ -129,6 +130,7 @@ with fedmpi.Run("c.yaml", comm=SoloComm()) as run:
 for args in (["inspect", "runs/c"], ["silos", "runs/c", "--json"], ["stop", "runs/c"], ["eval", "runs/c"]):
     app(args, standalone_mode=False)
 app(["export", "runs/c", "--to", "m.safetensors"], standalone_mode=False)
+app(["report", "runs/c"], standalone_mode=False)
 """
     assert loaded_after(f"import os; os.chdir({str(tmp_path)!r})" + code, "mpi4py", "mpi4py.MPI", "sklearn") == []
 

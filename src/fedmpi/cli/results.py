@@ -1,4 +1,4 @@
-"""Commands that read results: inspect, compare, eval, export, list."""
+"""Commands that read results: inspect, compare, report, eval, export, list."""
 
 from __future__ import annotations
 
@@ -120,6 +120,28 @@ def _compare_runs(roots: list[Path], grid_only: list[str], as_json: bool) -> Non
         raise ConfigError(f"{grid_only[0]} goes with a grid: one YAML file, no run directories")
     rows = compare_runs(roots)
     print(json.dumps(rows) if as_json else "\n".join(lines(rows)))
+
+
+@app.command()
+def report(
+    what: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="run directories, a folder of runs, or a grid's YAML file")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="file of the page; default: report.html in DIR")] = None,
+    title: Annotated[str, typer.Option("--title", help="title of the page; default: the names of the runs")] = "",
+) -> None:
+    """Write one HTML page about runs: what ran, figures, silos, time, traffic, participation, differences.
+
+    The page is one file that loads nothing from a network. Only reads the runs' files, also while a job trains.
+    """
+
+    def work() -> None:
+        from fedmpi.report import write
+
+        path = write(what, out, title)
+        print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+    answer(work)
 
 
 def _which(text: str) -> Any:
