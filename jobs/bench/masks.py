@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from fedmpi.secure.masks import Stream, stream_into
+from fedmpi.secure.masks import Masks, stream_into
 
 PIECE = 1 << 16  # words
 
@@ -59,14 +59,14 @@ def main(num: int, repeats: int) -> None:
         words = np.zeros(num, dtype=dtype)
 
         def pieces(bits: int = bits, words: np.ndarray = words) -> None:
-            stream = Stream(bytes(16), 1, bits)
+            masks = Masks([(bytes(16), 1)], bits)
             for start in range(0, num, 2 * PIECE):  # every other piece, then the rest
-                stream.add(words[start : start + PIECE], start)
+                masks.add(words[start : start + PIECE], start)
             for start in range(PIECE, num, 2 * PIECE):
-                stream.add(words[start : start + PIECE], start)
+                masks.add(words[start : start + PIECE], start)
 
         alone = least(lambda words=words: stream_into(bytes(16), words), repeats)  # type: ignore[misc]
-        mask = least(lambda bits=bits, words=words: Stream(bytes(16), 1, bits).add(words), repeats)  # type: ignore[misc]
+        mask = least(lambda bits=bits, words=words: Masks([(bytes(16), 1)], bits).add(words), repeats)  # type: ignore[misc]
         apart = least(pieces, repeats)
         print(
             f"{num} words of {bits} bits: stream {1e3 * alone:.3f} ms, mask {1e3 * mask:.3f} ms ({mask / alone:.2f}x), "

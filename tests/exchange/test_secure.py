@@ -431,8 +431,8 @@ def test_no_two_sums_share_a_stream():
         session = Session(comm, ["a", "b"], [0, 1], Ring.of(64, 1.0, 2), 2)
         found = []
         for what in ("vector", "weight", "figures") * 3:
-            (stream,) = session.streams(what, ["a", "b"], 64)
-            stream.add(words := np.zeros(4, np.uint64))
+            masks = session.masks(what, ["a", "b"], 64)
+            masks.add(words := np.zeros(4, np.uint64))
             found.append(words if comm.rank == 0 else -words)
         return found
 

@@ -21,7 +21,7 @@ from fedmpi.exchange.upload import Sender
 from fedmpi.state import Arrays
 
 Came = Sequence[tuple[Sender, Any]]  # what arrived for a piece; payloads are `bare`
-Divide = Callable[[torch.Tensor, float, torch.Tensor], None]
+Divide = Callable[[Sequence[torch.Tensor], float, torch.Tensor], None]  # from integer rows to their mean
 
 
 class Accumulator:
@@ -35,7 +35,6 @@ class Accumulator:
         params_P: torch.Tensor,
         facts: ExchangeContext,
         divide: Divide | None,
-        sum_dtype: torch.dtype = torch.int64,
     ) -> None:
         self.facts, self.coder, self.grid, self.device = facts, coder, grid, params_P.device
         self.aggregator = facts.aggregator
@@ -50,7 +49,6 @@ class Accumulator:
         self._mean = torch.zeros(grid.length, dtype=params_P.dtype, device=self.device)
         self._rows = torch.zeros(0, dtype=params_P.dtype, device=self.device)
         self._divide = divide  # for sums in the integer ring
-        self._total = torch.zeros(grid.length, dtype=sum_dtype, device=self.device) if divide else None
 
     def begin(self, senders: Sequence[Sender], weight: float, round: int) -> None:
         """Start a round that receives these vectors; `weight` is their total."""
@@ -129,11 +127,8 @@ class Accumulator:
     def _sum_up(self, piece: int, came: Came, mean_S: torch.Tensor) -> None:
         """Write the weighted mean into `mean_S`, adding one sender after the other."""
         weight = self._weight
-        if self._total is not None and self._divide is not None:
-            total_S = self._total[: len(mean_S)].zero_()
-            for _, ring_S in came:
-                total_S.add_(ring_S.to(self.device))
-            self._divide(total_S, weight, mean_S)
+        if self._divide is not None:
+            self._divide([ring_S for _, ring_S in came], weight, mean_S)
         elif self.coder is not None:
             sum_S, wide_S = bare(mean_S.zero_()), None
             for number, (sender, payload_B) in enumerate(came):

@@ -28,16 +28,15 @@ from fedmpi.aggregate import Aggregator
 from fedmpi.attacks import Edit
 from fedmpi.codecs import CODECS
 from fedmpi.comm import Comm
-from fedmpi.comm.base import summable
 from fedmpi.components import to_dict
-from fedmpi.errors import ConfigError, ExchangeError, agreed
+from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange import weights
 from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.exact import Exact
-from fedmpi.flat import compiled, sha256
+from fedmpi.exchange.masked import Masked, RingNoise
+from fedmpi.flat import sha256
 from fedmpi.layout import Layout
-from fedmpi.secure.masks import CHUNK, Stream
-from fedmpi.secure.session import BROKEN, VECTOR, Session
+from fedmpi.secure.session import Session
 from fedmpi.server import Server
 from fedmpi.state import Holders, Placement, StateTensor
 from fedmpi.types import Contribution
@@ -71,6 +70,7 @@ class ExchangeContext(NamedTuple):
     edit: Edit | None = None  # how an attack changes silos' rows before anything reads them
     arrivals: bool = False  # whether updates arrive one by one (exchange/arrivals.py), in place of a plan's collectives
     secure: Session | None = None  # masks between silos; None: vectors are summed as they are
+    noise: RingNoise | None = None  # of each silo's fixed-point words, before masks; only with `secure`
 
 
 class Machine(NamedTuple):
@@ -179,16 +179,12 @@ class Exchange:
         self.secure = facts.secure
         self.ring = self.secure is not None or (section.reduction == "reproducible" and section.scope == "rank")
         self.sum_dtype = torch.int64 if self.ring else self.dtype
-        self.unit, self.largest_norm = UNIT, LARGEST_NORM  # of the ring, and beyond which a delta is rejected
+        self.largest_norm = LARGEST_NORM  # larger deltas are rejected
+        self.masked: Masked | None = None
         if self.secure is not None:
-            self.unit, self.largest_norm = self.secure.ring.unit, self.secure.ring.largest
-            self.sum_dtype = torch.int32 if self.secure.ring.bits == 32 else torch.int64
+            self.masked = Masked(self.secure, params_P, facts.noise)
+            self.sum_dtype, self.largest_norm = self.masked.dtype, self.secure.ring.largest
         self.there: Sequence[str] = ()  # the silos in the sum, under masks
-        self._streams: list[Stream] = []  # the masks of this round's sum
-        self._waits: tuple[torch.Tensor, float] | None = None  # the only silo's vector, and its factor in the ring
-        self._compiled = self.secure is not None and compiled(params_P)
-        if self._compiled:
-            from fedmpi.kernels import vectors  # noqa: F401 (loaded at set-up: a rank whose numba is broken fails here)
         self.round = 0
         self._near = 1.0  # factor of the round's shares
         self._many = False  # whether this rank folds too many silos for float32
@@ -201,7 +197,7 @@ class Exchange:
         self.coders: list[Coder] = []  # they record refusals, because other ranks wait for a payload
         self._declared = {**to_dict(section), "length": self.num_params, "dtype": str(self.dtype)}
         self._facts_text = repr(self._declared)
-        if self.ring:
+        if self.ring and self.masked is None:
             self.float_B = torch.zeros(BLOCK, dtype=torch.float64, device=self.device)
             self.int_B = torch.zeros(BLOCK, dtype=self.sum_dtype, device=self.device)
 
@@ -269,8 +265,9 @@ class Exchange:
         """Start a round and forget the one before. A rank's only contribution keeps its delta unchanged until `finish`.
         `near` is the power of two that scales the cohort's weight up to that of all silos (weights.nearness); 1 with
         codecs, whose residuals and thresholds are in units of the total weight."""
-        self.round, self._near, self._waits = round, near, None
-        self._alone = num_contributions == 1
+        self.round, self._near = round, near
+        if self.masked is not None:
+            self.masked.begin(round, num_contributions)
         self._many = num_contributions > MANY and self.sum_dtype == torch.float32
         if self.exact is not None:
             self.exact.begin()
@@ -294,6 +291,8 @@ class Exchange:
     def meet(self, silos: Sequence[str]) -> None:
         """Under masks: say whose contributions are in the sum, once all ranks agree; before `finish`."""
         self.there = silos
+        if self.masked is not None:
+            self.masked.meet(silos)
 
     def fingerprint(self, cohort: Sequence[str]) -> float:
         """A 32-bit checksum of what ranks must agree on before vectors are sent; exact as a float64."""
@@ -332,17 +331,15 @@ class Exchange:
         return contribution.weight / self.facts.total_weight * self._near
 
     def fold(self, sum_P: torch.Tensor, delta_P: torch.Tensor, share: float, empty: bool) -> None:
-        """sum_P += share * delta_P, or sum_P = share * delta_P if `empty`; in integers if `reproducible`. Under masks a
-        rank's only vector becomes integers where `mask` is called."""
-        if self.secure is not None and self._alone:
-            self._waits = (delta_P, share * self.unit)
-        elif self.ring:
+        """sum_P += share * delta_P, or sum_P = share * delta_P if `empty`; in integers if `reproducible`. Not under
+        masks (Masked.fold)."""
+        if self.ring:
             if empty:
                 sum_P.zero_()
             for start in range(0, self.num_params, BLOCK):
                 part = slice(start, min(start + BLOCK, self.num_params))
                 exact, whole = self.float_B[: part.stop - start], self.int_B[: part.stop - start]
-                exact.copy_(delta_P[part]).mul_(share * self.unit).round_()
+                exact.copy_(delta_P[part]).mul_(share * UNIT).round_()
                 sum_P[part].add_(whole.copy_(exact))
         elif self._many:
             if self._wide_P is None:
@@ -377,45 +374,7 @@ class Exchange:
         if not self.ring:
             torch.div(sum_N, weight, out=mean_N)
             return
-        weight = weight / (weights.GRAIN / self.unit)
-        if self._compiled:
-            from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
-
-            vectors.quotient(sum_N.numpy(), weight, mean_N.numpy())
-            return
+        weight = weight / (weights.GRAIN / UNIT)
         for start in range(0, len(sum_N), BLOCK):
             part = slice(start, min(start + BLOCK, len(sum_N)))
             mean_N[part].copy_(self.float_B[: part.stop - start].copy_(sum_N[part]).div_(weight))
-
-    # ------------------------------------------------------------ masks
-
-    def open_masks(self) -> None:
-        """Take the masks of this round's sum. Call once before `mask`, on every rank alike."""
-        assert self.secure is not None
-        self._streams = self.secure.streams(VECTOR, self.there, self.secure.ring.bits)
-
-    def mask(self, sum_N: torch.Tensor, start: int = 0) -> None:
-        """Add this rank's masks to the elements of its sum from `start` on, in place, modulo 2^32 or 2^64. Works in
-        blocks, so that each is in the cache from the silo's vector to its last mask."""
-        words, num = summable(sum_N), self.num_params
-        for low in range(0, len(words), CHUNK):
-            part, first = slice(low, min(low + CHUNK, len(words))), start + low
-            if self._waits is not None and first < num:
-                self._quantise(*self._waits, slice(first, min(start + part.stop, num)), sum_N[part])
-            for stream in self._streams:
-                stream.add(words[part], first)
-
-    def _quantise(self, vector_P: torch.Tensor, factor: float, there: slice, sum_N: torch.Tensor) -> None:
-        """Write a part of a silo's vector into the sum, as integers."""
-        into = sum_N[: there.stop - there.start]
-        if self._compiled:
-            from fedmpi.kernels import vectors
-
-            vectors.quantised(vector_P[there].numpy(), factor, into.numpy())
-        else:
-            into.copy_(self.float_B[: len(into)].copy_(vector_P[there]).mul_(factor).round_())
-
-    def require_all(self, num_silos: int) -> None:
-        """Raise ExchangeError unless the sum counts the silos that should be in it: else masks did not cancel."""
-        if num_silos != len(self.there):
-            raise ExchangeError(BROKEN)

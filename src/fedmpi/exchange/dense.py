@@ -17,6 +17,7 @@ import torch
 
 from fedmpi.codecs import bare
 from fedmpi.comm import Comm, blocks
+from fedmpi.comm.base import BLOCK_BYTES
 from fedmpi.errors import ExchangeError
 from fedmpi.exchange import weights
 from fedmpi.exchange.base import Exchange, ExchangeContext, Lap, Machine, without
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 Transfer = Callable[[torch.Tensor, torch.Tensor], None]  # sums what ranks send into what they receive
+STEP = 1 << 16  # elements at a time, under masks, from the sum to the new parameters
 
 
 class Whole(Exchange):
@@ -41,8 +43,15 @@ class Whole(Exchange):
         super().__init__(section, comm, params_P, facts)
         self._coder: Coder | None = None
         self._bits, self._limbs = weights.behind(comm.size, self.sum_dtype)
-        self._tail = self._limbs + (self.secure is not None)  # behind the vector: its weight, and how many silos
-        length = self.num_params + self._tail
+        self._weight = 0  # of this rank's silos
+        self._num = 0  # of them
+        self._empty = True
+        if self.masked is not None:
+            block = next(blocks(self.num_params, self.sum_dtype.itemsize))
+            self._send, self._recv = (comm.allocate(block.stop, self.sum_dtype) for _ in range(2))
+            self._sum, self._mean_P = torch.zeros(0, dtype=self.sum_dtype), params_P[:0]
+            return
+        length = self.num_params + self._limbs
         # Ranks fold their sums on the device where silos train.
         self._sum = torch.zeros(length, dtype=self.sum_dtype, device=self.device)
         if not section.up.plain:
@@ -55,9 +64,6 @@ class Whole(Exchange):
         self._recv = comm.allocate(length, self.sum_dtype, self.device)
         whole_mean = self.ring or apart
         self._mean_P = torch.zeros_like(params_P) if whole_mean else self._recv[: self.num_params]
-        self._weight = 0  # of this rank's silos
-        self._num = 0  # of them
-        self._empty = True
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)
@@ -67,7 +73,12 @@ class Whole(Exchange):
         share = self.share(contribution)
         if self.exact is not None:
             self.exact.take(self.comm.rank, share, contribution.vector_Q)
-        self.fold(self._sum[: self.num_params], contribution.vector_Q, share, self._empty)
+        if self.masked is None:
+            self.fold(self._sum[: self.num_params], contribution.vector_Q, share, self._empty)
+        else:
+            if self.masked.folds and not len(self._sum):
+                self._sum = self.comm.allocate(self.num_params, self.sum_dtype)
+            self.masked.fold(self._sum, contribution.silo, contribution.vector_Q, share, self._empty)
         self._weight += weights.counted(share)
         self._num += 1
         self._empty = False
@@ -79,8 +90,7 @@ class Whole(Exchange):
         else:
             self.folded(self._sum[: self.num_params])
         limbs = weights.cut(self._weight, self._bits, self._limbs)
-        behind = [*limbs, self._num] if self.secure is not None else limbs
-        self._sum[self.num_params :] = torch.tensor(behind, dtype=self.sum_dtype)
+        self._sum[self.num_params :] = torch.tensor(limbs, dtype=self.sum_dtype)
         if self._coder is not None:
             self._send.zero_()
             self._coder.start(self.round)  # one key for all ranks
@@ -90,22 +100,54 @@ class Whole(Exchange):
             self._send[-self._limbs :] = self._sum[-self._limbs :]
         return self._send
 
-    def _transfer(self, transfer: Transfer) -> None:
-        """Sum all ranks' vectors; under masks piece by piece, each masked while it is in the cache."""
-        send = self._sent()
-        if self.secure is None:
-            transfer(send, self._recv)
-            return
-        self.open_masks()
-        for part in blocks(len(send), send.itemsize):
-            self.mask(send[part], part.start)
-            transfer(send[part], self._recv[part])
+    def _under_masks(self, transfer: Transfer, steps: bool, params_P: torch.Tensor, server: Server, state: Any) -> None:
+        """Sum under masks and step, block by block, each in the cache from the silo's vector to the new parameters.
+
+        The weight goes first, because a block's mean needs it. `steps`: whether this rank gets the sums. Collective."""
+        masked = self.masked
+        assert masked is not None
+        masked.open()
+        limbs = [*weights.cut(self._weight, self._bits, self._limbs), self._num]
+        head, heads = (torch.tensor(some, dtype=self.sum_dtype) for some in (limbs, [0] * len(limbs)))
+        masked.cover(head, self.num_params)  # its masks are those behind the vector's
+        transfer(head, heads)
+        weight = 0
+        if steps:
+            masked.require_all(int(heads[-1]))
+            weight = weights.whole(heads[: self._limbs].tolist(), self._bits)
+            if not weight:
+                raise ExchangeError("no weight arrived: nothing to divide by")
+        whole = server.reads_norms and steps  # such a server sees the whole mean before its first step
+        if len(self._mean_P) < (length := self.num_params if whole else len(self._recv) * steps):
+            self._mean_P = torch.zeros(length, dtype=self.dtype)
+        for part in blocks(self.num_params, self._send.itemsize):
+            recv = self._recv[: part.stop - part.start]
+            transfer(self._covered(part), recv)
+            if steps:
+                mean_N = self._mean_P[part] if whole else self._mean_P[: len(recv)]
+                for low in range(0, len(recv), STEP):
+                    piece = slice(low, min(low + STEP, len(recv)))
+                    masked.mean([recv[piece]], weight, mean_N[piece])
+                    if not whole:
+                        _step(server, params_P, mean_N[piece], state, part.start + low)
+        if whole:
+            server = server.knowing(server.look(self._mean_P))
+            for low in range(0, self.num_params, STEP):
+                _step(server, params_P, self._mean_P[low : low + STEP], state, low)
+
+    def _covered(self, part: slice) -> torch.Tensor:
+        """A block of this rank's sum under masks."""
+        assert self.masked is not None
+        folded = self.masked.folds and not self._empty
+        send = self._sum[part] if folded else self._send[: part.stop - part.start]
+        if self._empty:
+            send.zero_()
+        self.masked.cover(send, part.start)
+        return send
 
     def _mean(self) -> torch.Tensor:
         limbs = self._recv[self.num_params :] if self._coder is None else self._recv[-self._limbs :]
-        if self.secure is not None:
-            self.require_all(int(limbs[-1]))
-        weight = weights.whole(limbs[: self._limbs].tolist(), self._bits)
+        weight = weights.whole(limbs.tolist(), self._bits)
         if not weight:
             raise ExchangeError("no weight arrived: nothing to divide by")
         if self._coder is not None:
@@ -131,8 +173,11 @@ class Whole(Exchange):
             payload = grid.num_pieces * stride(section.up.codec, grid)
             own |= {"sum": vector, "payloads sent": payload, "payloads received": payload, "mean": vector}
             return own | ({"residual": vector} if section.up.feedback else {})
+        if sizes.secure_bits:
+            own |= {"blocks": 2 * min(BLOCK_BYTES, sizes.num_elements * word) + min(BLOCK_BYTES, vector)}
+            return own | ({"sum": sizes.num_elements * word} if sizes.hosted > 1 else {})
         own |= {"sum": (sizes.num_elements + 1) * word, "received": (sizes.num_elements + 1) * word}
-        return own | ({"mean": vector} if section.reduction == "reproducible" or sizes.secure_bits else {})
+        return own | ({"mean": vector} if section.reduction == "reproducible" else {})
 
 
 class Replicated(Whole):
@@ -171,15 +216,18 @@ class Replicated(Whole):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        self._transfer(self.comm.allreduce)
-        if self._coder is not None:
-            self.ask()
-        lap("exchange")
-        mean_P = self._mean()
-        server = server.knowing(server.look(mean_P)) if server.reads_norms else server
-        new_P, state = server.step(params_P, mean_P, state)
-        params_P.copy_(new_P)
-        lap("step")
+        if self.masked is not None:
+            self._under_masks(self.comm.allreduce, True, params_P, server, state)
+        else:
+            self.comm.allreduce(self._sent(), self._recv)
+            if self._coder is not None:
+                self.ask()
+            lap("exchange")
+            mean_P = self._mean()
+            server = server.knowing(server.look(mean_P)) if server.reads_norms else server
+            new_P, state = server.step(params_P, mean_P, state)
+            params_P.copy_(new_P)
+            lap("step")
         self.verify(params_P)
         lap("exchange")
         return params_P, state
@@ -216,9 +264,12 @@ class Root(Whole):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        self._transfer(self.comm.reduce)
+        if self.masked is not None:
+            self._under_masks(self.comm.reduce, self.comm.rank == 0, params_P, server, state)
+        else:
+            self.comm.reduce(self._sent(), self._recv)
         lap("exchange")
-        if self.comm.rank == 0:
+        if self.masked is None and self.comm.rank == 0:
             mean_P = self._mean()
             server = server.knowing(server.look(mean_P)) if server.reads_norms else server
             new_P, state = server.step(params_P, mean_P, state)
@@ -228,3 +279,10 @@ class Root(Whole):
         self.verify(params_P)
         lap("exchange")
         return params_P, state
+
+
+def _step(server: Server, params_P: torch.Tensor, mean_S: torch.Tensor, state: Any, start: int) -> None:
+    """The server's step on the elements from `start` on, in place."""
+    there = slice(start, start + len(mean_S))
+    new_S, _ = server.step(params_P[there], mean_S, type(state)(*(tensor[there] for tensor in state)), start)
+    params_P[there].copy_(new_S)

@@ -23,7 +23,7 @@ it should overlap with. `overlap` runs the whole exchange in a thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -122,8 +122,9 @@ class Sharded(Exchange):
         about = (section, comm, params_P, facts, self.grid, self._batches)
         self._upload = Upload(*about, self.sum_dtype)
         self._download = Download(*about)
-        divide = self.divide if self.ring else None
-        about_sum = (self._upload.coder, params_P, facts, divide, self.sum_dtype)
+        self._total_S = torch.zeros(self.grid.length if self.ring else 0, dtype=self.sum_dtype, device=self.device)
+        divide = None if not self.ring else self._divide if self.masked is None else self.masked.mean
+        about_sum = (self._upload.coder, params_P, facts, divide)
         self._accumulator = Accumulator(self.grid, comm.rank, *about_sum)
         self.holders["up"] = self._upload.residual
         if self._download.residual is not None:
@@ -202,7 +203,10 @@ class Sharded(Exchange):
         else:
             if self._sum is None:
                 self._sum = torch.zeros(self.num_params, dtype=self.sum_dtype, device=self.device)
-            self.fold(self._sum, delta_P, share, empty=self._folded is None)
+            if self.masked is None:
+                self.fold(self._sum, delta_P, share, empty=self._folded is None)
+            else:
+                self.masked.fold(self._sum, silo, delta_P, share, empty=self._folded is None)
             self._folded = self.weigh(share) + (self._folded or 0)
             self._num += 1
 
@@ -211,11 +215,11 @@ class Sharded(Exchange):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        if self.secure is not None:
-            self.open_masks()
+        if self.masked is not None:
+            self.masked.open()
         if self._folded is not None and self._sum is not None:
             # Under masks the table of senders says only that there is a sum; its weight follows under masks.
-            share, mask = (self._folded, None) if self.secure is None else (1.0, self.mask)
+            share, mask = (self._folded, None) if self.masked is None else (1.0, self.masked.cover)
             self._upload.put(self.comm.rank, share, self.folded(self._sum), 1.0, mask)
         for coder in self.coders:
             coder.start(self.round)
@@ -276,13 +280,12 @@ class Sharded(Exchange):
     def _masked_weight(self, secure: Session) -> float:
         """The weight of all ranks' silos, summed under masks. Collective."""
         mine = torch.tensor([*weights.cut(int(self._folded or 0)), self._num], dtype=torch.int64)
-        words = summable(mine)
-        for stream in secure.streams(WEIGHT, self.there, 64):
-            stream.add(words)
+        secure.masks(WEIGHT, self.there, 64).add(summable(mine))
         total = torch.zeros_like(mine)
         self.comm.allreduce(mine, total)
         *limbs, num = total.tolist()
-        self.require_all(num)
+        assert self.masked is not None
+        self.masked.require_all(num)
         return weights.whole(limbs)
 
     def _weighed(self, senders: list[Sender]) -> Iterable[int]:
@@ -306,6 +309,13 @@ class Sharded(Exchange):
     def _came(self, piece: int, senders: list[Sender]) -> list[tuple[Sender, Any]]:
         """What arrived for one of my pieces, by sender."""
         return [(sender, self._upload.came(piece, sender)) for sender in senders]
+
+    def _divide(self, rows_S: Sequence[torch.Tensor], weight: float, mean_S: torch.Tensor) -> None:
+        """The mean of integer rows."""
+        total_S = self._total_S[: len(mean_S)].copy_(rows_S[0])
+        for row_S in rows_S[1:]:
+            total_S.add_(row_S.to(self.device))
+        self.divide(total_S, weight, mean_S)
 
     def _look(self, server: Server, senders: list[Sender], batches: Iterable[int]) -> tuple[torch.Tensor, Server]:
         """The means of my pieces, and the server that knows the norm of the whole mean. Collective."""

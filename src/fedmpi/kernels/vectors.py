@@ -109,7 +109,49 @@ def quantised(x: Array, factor: float, out: Array) -> None:
 
 
 @jit
-def quotient(x: Array, divisor: float, out: Array) -> None:
-    """Write x / divisor, computed in float64, into `out`, float32 [n]; `x` is int32 or int64 [n]."""
-    for i in range(out.size):
-        out[i] = np.float32(np.float64(x[i]) / divisor)
+def masked(x: Array, factor: float, streams: Array, signs: Array, out: Array) -> None:
+    """Write `quantised` x, plus the streams with sign 1, minus the others, into `out`, int32 or int64 [n]; `streams` is
+    [K, n], of the type of `out`, and sums wrap."""
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        x_B, out_B = x[start:stop], out[start:stop]
+        for i in range(out_B.size):
+            out_B[i] = np.rint(np.float64(x_B[i]) * factor)
+        _add_signed(streams[:, start:stop], signs, out_B)
+
+
+@jit
+def add_signed(streams: Array, signs: Array, out: Array) -> None:
+    """Add the streams with sign 1 to `out` and subtract the others, as in `masked`."""
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        _add_signed(streams[:, start:stop], signs, out[start:stop])
+
+
+@jit
+def _add_signed(streams: Array, signs: Array, out: Array) -> None:
+    for k in range(signs.size):
+        stream = streams[k]
+        if signs[k] > 0:
+            for i in range(out.size):
+                out[i] += stream[i]
+        else:
+            for i in range(out.size):
+                out[i] -= stream[i]
+
+
+@jit
+def mean_of(rows: tuple[Array, ...], divisor: float, out: Array) -> None:
+    """Write the rows' sum / divisor, computed in float64, into `out`, float32 [n]. The rows are int32 or int64 [n], and
+    their sum wraps."""
+    total = np.empty(BLOCK, rows[0].dtype)
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        total_B, out_B = total[: stop - start], out[start:stop]
+        total_B[:] = rows[0][start:stop]
+        for k in range(1, len(rows)):
+            row_B = rows[k][start:stop]
+            for i in range(total_B.size):
+                total_B[i] += row_B[i]
+        for i in range(total_B.size):
+            out_B[i] = np.float32(np.float64(total_B[i]) / divisor)

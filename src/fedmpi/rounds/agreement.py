@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmpi.comm import ranks_text
 from fedmpi.errors import ConfigError, Diverged, ExchangeError, FedmpiError, NoCohort, SiloError, Stopped, agreed
-from fedmpi.exchange.base import LARGEST_NORM
+from fedmpi.exchange.base import LARGEST_NORM, UNIT
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.federation import Federation
@@ -99,7 +99,7 @@ def _has_room(fed: Federation, outcome: RoundOutcome, near: float) -> None:
                     "of their cohort, and only they were usable; take secure.bits: 64, or weights nearer to each other"
                 )
             )
-    elif share < outcome.num_taken**0.5 / fed.exchange.unit / WITHIN:
+    elif share < outcome.num_taken**0.5 / UNIT / WITHIN:
         known = outcome.names(outcome.taken_K)[:8] if outcome.rejected_K is not None else [str(outcome.num_taken)]
         names = ", ".join(known)
         raise agreed(

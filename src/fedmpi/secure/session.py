@@ -29,7 +29,7 @@ import numpy as np
 from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.secure.graph import connected, degree, neighbours
-from fedmpi.secure.masks import PUBLIC_BYTES, KeyPair, Stream, derive, stream_into
+from fedmpi.secure.masks import PUBLIC_BYTES, KeyPair, Masks, derive, stream_into
 from fedmpi.secure.ring import Ring
 
 VECTOR, WEIGHT, FIGURES = "vector", "weight", "figures"  # what is summed
@@ -80,13 +80,13 @@ class Session:
 
     # ------------------------------------------------------------ vectors
 
-    def streams(self, what: str, silos: Collection[str], bits: int) -> list[Stream]:
+    def masks(self, what: str, silos: Collection[str], bits: int) -> Masks:
         """The masks of this rank's silos among `silos`, for the next sum of this kind; WEIGHT for the weight beside the
         last vector. All ranks call this for the same sums in the same order."""
-        return [Stream(key, sign, bits) for key, sign in self._keys(what, silos)]
+        return Masks(self._keys(what, silos), bits)
 
     def _keys(self, what: str, silos: Collection[str]) -> list[tuple[bytes, int]]:
-        """The keys of the masks of `streams`, and whether they are added (1) or subtracted (-1)."""
+        """The keys of `masks`, and whether they are added (1) or subtracted (-1)."""
         self._counts[what] = self._counts.get(what, 0) + 1
         number = self._counts[VECTOR if what == WEIGHT else what]
         there = {self._index[silo] for silo in silos}
