@@ -152,7 +152,9 @@ def assemble(
 def _first_members(spec: Spec, hosts: Sequence[str], given: Membership | None, stored: Sequence[Stored]) -> Membership:
     """Members at the start of a run without a checkpoint, or with given members."""
     if given is None:
-        return place(spec.source.silos, hosts, spec.config.server.dedicated)
+        first = spec.config.engine.clock.members(1)
+        silos = [silo for silo in spec.source.silos if first is None or silo.id in first]
+        return place(silos, hosts, spec.config.server.dedicated)
     if not stored:
         return given
     before = Membership.of(stored[0].epoch, stored[0].hosted, spec.known)

@@ -22,7 +22,7 @@ def asked_for(request: Request, spec: Spec, fed: Federation) -> tuple[Spec, Memb
     now, silo = fed.membership, request.silo
     if fed.remote is not None:
         raise agreed(
-            ConfigError("transport: files: silos neither join nor leave by request; a new run has other members")
+            ConfigError("transport: files: silos neither join nor leave by request; one joins when its job registers")
         )
     if spec.config.secure is not None:
         why = "a repeated round with other silos would give two sums that differ by one silo's update"
@@ -35,7 +35,7 @@ def asked_for(request: Request, spec: Spec, fed: Federation) -> tuple[Spec, Memb
         raise agreed(ConfigError(f"silo '{silo}' has its data already; leave out --path"))
     if silo not in spec.known:
         spec = _with_new(request, spec, fed)
-    return spec, now.with_silo(silo, _rank_for(silo, spec, fed))
+    return spec, now.with_silo(silo, rank_for(silo, spec, fed))
 
 
 def _without(silo: str, spec: Spec, now: Membership) -> Membership:
@@ -60,7 +60,7 @@ def _with_new(request: Request, spec: Spec, fed: Federation) -> Spec:
     return fed.comm.collectively(lambda: with_admitted(spec, more))
 
 
-def _rank_for(silo: str, spec: Spec, fed: Federation) -> int:
+def rank_for(silo: str, spec: Spec, fed: Federation) -> int:
     """The rank for a new silo: the one with the fewest samples among those that can read its data. Collective."""
     comm, config, hosts = fed.comm, spec.config, fed.comms.world.hosts
     declared = next(one for one in spec.source.silos if one.id == silo)

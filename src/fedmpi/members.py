@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fedmpi import disk, rng, roster, stopping
-from fedmpi.changes import asked_for
+from fedmpi.changes import asked_for, rank_for
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError
 from fedmpi.membership import Membership
 from fedmpi.output import say
@@ -80,6 +80,15 @@ class Members(Parts):
                 self._keeper.keep(self.state, due=True)
                 if self._desk is not None and self._keeper.sealed == state.round:
                     self._desk.sealed(state.round)
+
+    def _follow_clock(self) -> None:
+        """Change the members to those that the engine's clock names for the next round. Collective."""
+        wanted, members = self.config.engine.clock.members(self.state.round + 1), self.membership
+        for silo in wanted or ():
+            if silo not in members.teams:
+                members = members.with_silo(silo, rank_for(silo, self._spec, self.federation))
+        if members is not self.membership:
+            self.rebuild(members)
 
     def _due(self) -> list[dict[str, Any]]:
         """The requests to carry out now, as dicts; invalid ones are refused. Rank 0 only."""

@@ -164,6 +164,7 @@ class Run(Recovery):
                         begun = True
                     if not self._affords():
                         break
+                    self._follow_clock()
                     self._round()
                 except Exception as error:
                     if not self._outlives(error):

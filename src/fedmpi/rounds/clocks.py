@@ -163,6 +163,10 @@ class Clock:
     def suits(self, ids: Sequence[str]) -> None:
         """Raise ConfigError if it does not know these silos."""
 
+    def members(self, number: int) -> Sequence[str] | None:
+        """The silos that take part in round `number`, if the clock says so; None: those that take part now."""
+        return None
+
     def conflicts(self, config: Config) -> str | None:
         """Why it does not work with the rest of the configuration, in one line; None if it does."""
         return None
@@ -221,7 +225,8 @@ class Virtual(Clock):
 @component
 class Replay(Clock):
     """The order of arrivals of an earlier run with engine: buffered, in real or virtual time: its updates are trained
-    from the same versions and added in the same order, which gives the same bits. Not of one whose members changed."""
+    from the same versions and added in the same order, which gives the same bits. Silos join after the same rounds. Not
+    of one that silos have left."""
 
     is_virtual: ClassVar[bool] = True
 
@@ -229,9 +234,18 @@ class Replay(Clock):
     """the earlier run's directory; its metrics.jsonl has the arrivals"""
 
     @functools.cached_property
+    def _records(self) -> Mapping[int, dict[str, Any]]:
+        """The record of each round. Raises ConfigError if they have no arrivals."""
+        return _records(self.run)
+
+    @functools.cached_property
     def arrivals(self) -> Mapping[int, list[dict[str, Any]]]:
         """The arrivals of each round. Raises ConfigError if there are none."""
-        return _arrivals(self.run)
+        return {number: record["arrivals"] for number, record in self._records.items()}
+
+    def members(self, number: int) -> Sequence[str] | None:
+        """The silos of the earlier run's round; None if there is no such round."""
+        return [*self._records[number]["silos"]] if number in self._records else None
 
     @functools.cached_property
     def _brings(self) -> dict[str, tuple[list[int], list[int]]]:
@@ -253,7 +267,7 @@ class Replay(Clock):
 
     def suits(self, ids: Sequence[str]) -> None:
         """Read the arrivals. Raise ConfigError unless all silos of the earlier run are among these."""
-        for name in ("arrivals", "_brings"):
+        for name in ("_records", "arrivals", "_brings"):
             vars(self).pop(name, None)  # the file may have changed since an earlier run
         for of_round in self.arrivals.values():
             for one in of_round:
@@ -266,14 +280,16 @@ class Replay(Clock):
         return None
 
 
-def _arrivals(run: str) -> dict[int, list[dict[str, Any]]]:
+def _records(run: str) -> dict[int, dict[str, Any]]:
     records = [record for record in read_metrics(Path(run)) if "arrivals" in record]
     if not records:
         raise ConfigError(f"engine.clock.run: {run} has no metrics.jsonl with arrivals")
-    for record in records:  # a silo that left and came back began anew, and weights are shares of all members'
-        if record["silos"].keys() != records[0]["silos"].keys():
-            raise ConfigError(f"engine.clock.run: {run} has other members in round {record['round']} than before")
-    return {record["round"]: record["arrivals"] for record in records}
+    before: Mapping[str, Any] = {}
+    for record in records:
+        if left := [silo for silo in before if silo not in record["silos"]]:  # if it came back, it began anew
+            raise ConfigError(f"engine.clock.run: silo '{left[0]}' has left {run} before round {record['round']}")
+        before = record["silos"]
+    return {record["round"]: record for record in records}
 
 
 CLOCKS = Family("clock", {"real": Real, "virtual": Virtual, "replay": Replay}, Clock, defaults=True)
