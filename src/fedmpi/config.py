@@ -347,7 +347,8 @@ class Config:
 # Keys that a resumed run may change: length, output, and machine.
 MAY_CHANGE = (
     *("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "data.stream", "init"),
-    *("admit", "on_failure", "transport.root", "transport.lease_s", "transport.poll_s", "transport.keep"),
+    *("admit", "on_failure", "transport.root", "transport.lease_s", "transport.poll_s"),
+    *("transport.keep", "transport.min_silos"),
 )
 
 PLAN = "exchange.plan"

@@ -16,6 +16,7 @@ FedmpiError                 exit 1
 ├── CheckpointError         exit 1   a checkpoint could not be written or read
 ├── FolderError             exit 1   the shared folder of jobs could not be read or written for too long
 ├── Superseded              exit 1   a newer start of the same server or silo has taken over
+├── ServerEnded             exit 1   the server's job has ended with an error, which its silos learn of
 └── Stopped                 exit 3   a signal or `fedmpi stop`; the last whole round is on disk
 """
 
@@ -102,6 +103,10 @@ class FolderError(FedmpiError):
 
 class Superseded(FedmpiError):
     """A newer start of the same server or silo has taken over; this one writes nothing more."""
+
+
+class ServerEnded(FedmpiError):
+    """The server's job of a federation of jobs has ended with an error; this silo's job ends, too."""
 
 
 class Stopped(FedmpiError):

@@ -28,6 +28,8 @@ def admitted(spec: Spec, fed: Federation, state: State, members: Membership) -> 
     """The members' data: new ones are opened and tried. Collective. Raises ConfigError on every rank if members are
     refused; the federation is then unchanged."""
     fed.comm.collectively(lambda: _between_crossings(fed, state))
+    if fed.remote is not None:
+        return fed.remote.admitted(members)
     fed.model.load(fed.layout.params(state.params_Q))  # the trial needs the global parameters, not the last silo's
     fed.model.load_personal({})
     return open_members(spec, members, fed.comms, fed.silos, fed.facts)

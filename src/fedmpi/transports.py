@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import pydantic
 
-from fedmpi.components import Family, PositiveFloat, called, component
+from fedmpi.components import Family, PositiveFloat, PositiveInt, called, component
 from fedmpi.rounds.policies import Deadline
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class ByFiles(Transport):
     """seconds without a heart beat after which a job counts as gone; the same for all jobs"""
     poll_s: PositiveFloat = 0.2
     """seconds between two looks into the folder; pauses grow with the wait, up to 10 s"""
+    min_silos: PositiveInt | None = None
+    """silos that must have registered before the first round; later ones join at the next round. null: all silos"""
     keep: Literal["needed", "all"] = "needed"
     """updates that stay in the folder: those that no checkpoint of the server holds yet, or all"""
 
@@ -68,6 +70,11 @@ class ByFiles(Transport):
             return f"{who} does not go with select: {called(config.select)}, which asks silos for losses before a round"
         if config.engine.clock.is_virtual:
             return f"{who} runs in real time, and engine.clock does not"
+        if self.min_silos is not None and config.engine.arrivals and config.local.auxiliaries:
+            return (
+                f"transport.min_silos does not go with engine: {called(config.engine)} and local: "
+                f"{called(config.local)}: an update that is under way when a silo joins counts the silos before"
+            )
         if config.secure is not None:
             return f"{who} does not go with secure: {called(config.secure)}, whose silos send messages to each other"
         if config.privacy is not None:

@@ -12,7 +12,7 @@ from support.silojobs import ALONE, IDS, Job, OneSilo, apart, in_one_process, se
 from support.slurm import until
 
 from fedmpi import requests, roster
-from fedmpi.errors import CheckpointError
+from fedmpi.errors import CheckpointError, ServerEnded
 from fedmpi.files import tidy
 from fedmpi.files.envelope import packed
 from fedmpi.files.folder import Disk
@@ -69,7 +69,11 @@ def test_a_version_that_is_gone_ends_the_server_with_one_line(tmp_path, monkeypa
     (kept := tmp_path / "run-share" / "kept" / "@.00000001").rename(tmp_path / "away")
     with pytest.raises(CheckpointError, match="the shared folder holds version 4, but version 1 is gone"):
         served(how)
+    for job in jobs:
+        with pytest.raises(ServerEnded, match="the shared folder holds version 4, but version 1 is gone"):
+            job.ended()
     (tmp_path / "away").rename(kept)
+    jobs = [Job(how, silo) for silo in IDS]
     served(how)
     for job in jobs:
         job.ended()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from unittest import mock
 
 from fedmpi import assembly
-from fedmpi.errors import ConfigError, Superseded
+from fedmpi.errors import ConfigError, ServerEnded, Superseded
 from fedmpi.jobs import serve
 from fedmpi.jobs.serve import Serving
 from fedmpi.jobs.silo import SiloJob
@@ -60,7 +60,7 @@ class Job(threading.Thread):
             self.job.run()
         except BaseException as error:
             self.error = error
-            if not isinstance(error, (KeyboardInterrupt, Superseded, ConfigError)):
+            if not isinstance(error, (KeyboardInterrupt, Superseded, ConfigError, ServerEnded)):
                 traceback.print_exc()
                 signal.raise_signal(signal.SIGTERM)  # else the server waits for ever
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,7 @@ class FilesTime(RealTime):
     """The asynchronous rounds as the server's job takes part in them."""
 
     remote: FilesRemote
+    before: FilesTime | None = None  # of the members before, in this start
 
     def __post_init__(self) -> None:
         self._trainer = None
@@ -52,6 +53,16 @@ class FilesTime(RealTime):
         self._pool: dict[tuple[str, int], tuple[Mail, Arrived]] = {}  # read, and not yet in `mail`
         self._first: deque[Told] = deque()  # updates that come before all others
         self._figures: list[Figures] = []  # of the round's arrivals
+        if (before := self.before) is not None:
+            self._inherit(before)
+            self.before = None
+
+    def _inherit(self, before: FilesTime) -> None:
+        """Take over the updates that were read and not taken yet; silos have other numbers now."""
+        ids = self.fed.index
+        self._first, self._came = before._first, before._came
+        self.mail.extend(replace(mail, silo=ids[one.silo]) for mail, one in zip(before.mail, self._came, strict=True))
+        self._pool = {key: (replace(mail, silo=ids[one.silo]), one) for key, (mail, one) in before._pool.items()}
 
     def round(self, state: State, work: Work) -> tuple[list[Arrival], float]:
         fed, remote = self.fed, self.remote

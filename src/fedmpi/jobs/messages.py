@@ -1,7 +1,7 @@
 """What the server's job and the silos' jobs tell each other, as JSON values.
 
 a silo registers    Registration: facts of its data, its view of the federation
-notes/call          Call: the members, the round that the server collects
+notes/call          Call: the members, the round that the server collects, silos that it refuses, its end with an error
 the server's beat   under `engine: buffered`: which updates are decided, and the buffer
 an update           the silo's row of the round's table, and its vector as payload
 scores/             a silo's scores of a version
@@ -45,13 +45,17 @@ def shown(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not f"{key}.".startswith(apart)}
 
 
-def require_same(theirs: Mapping[str, Any], config: Config) -> None:
-    """Raise ConfigError unless this job has the configuration of the server."""
+def unlike(theirs: Mapping[str, Any], config: Config) -> list[str]:
+    """Values in which another job's configuration differs from this one's, as text."""
     changed = differences(theirs, config)
     if theirs.get("rounds") != config.rounds:
         changed.append(f"rounds is {theirs.get('rounds')} there and {config.rounds} here")
-    changed = [text for text in changed if not text.startswith(tuple(key + end for key in OF_A_SITE for end in " .["))]
-    if changed:
+    return [text for text in changed if not text.startswith(tuple(key + end for key in OF_A_SITE for end in " .["))]
+
+
+def require_same(theirs: Mapping[str, Any], config: Config) -> None:
+    """Raise ConfigError unless this job has the configuration of the server."""
+    if changed := unlike(theirs, config):
         raise ConfigError(f"the server's job has another configuration: {'; '.join(changed[:3])}")
 
 
@@ -89,6 +93,16 @@ class Call:
     near: float = 1.0
     stands_for: float = 1.0
     updates: dict[str, Any] = field(default_factory=dict)  # the transforms' state, as `told_arrays`
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # by silo: incarnation of its job, and why
+    over: str = ""  # why the server's job has ended with an error; empty: it has not
+
+    @classmethod
+    def read(cls, head: Mapping[str, Any]) -> Call:
+        """The call in a file's head; an earlier version has written fewer fields."""
+        return cls(**{name: head[name] for name in cls.__dataclass_fields__ if name in head})
+
+
+NO_CALL = Call({}, "", -1, [], [], 0)  # before the first one
 
 
 def told_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

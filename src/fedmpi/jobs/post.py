@@ -8,13 +8,14 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from fedmpi.components import to_dict
 from fedmpi.config import MAY_CHANGE, OF_A_SITE, Config, flatten
-from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FolderError
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FolderError, ServerEnded
 from fedmpi.files import names
 from fedmpi.files.envelope import Envelope
 from fedmpi.files.folder import Disk, Folder, Pace
@@ -22,7 +23,7 @@ from fedmpi.files.line import NEVER, Commit, Entry, File, Last
 from fedmpi.files.reading import notes
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
-from fedmpi.jobs.messages import Call, Registration
+from fedmpi.jobs.messages import NO_CALL, Call, Registration
 from fedmpi.jobs.private import Base
 from fedmpi.output import say
 from fedmpi.stopping import READY, STOP, Watch
@@ -35,6 +36,7 @@ MOST_S = 10.0  # between two looks into the folder
 GROWTH = 1.1  # of pauses: so they are a tenth of the time since the last news, and news is seen that much later
 SAYS_S = 30.0  # seconds after which a job says again what it waits for
 QUIET_S = 3.0  # seconds of a wait in the middle of a run of which nothing is said
+OVER_S = 600.0  # seconds that a silo's job waits for a server to start again whose end it has found when it started
 
 
 def about_run(config: Config) -> dict[str, Any]:
@@ -127,7 +129,8 @@ class SiloPost(Beats):
         self._files = Silo.start(folder, about_run(config), silo, about, lease_s=transport.lease_s)
         self.by = self._files.by
         self._call: tuple[File, Call] | None = None
-        self._lost_s = self._asked_s = folder.now()
+        self._lost_s = self._asked_s = self._begun_s = folder.now()
+        self._found: Call | None = None  # at the first look
 
     def beat(self, ended: bool = False) -> None:
         self._files.beat({}, ended)
@@ -137,12 +140,25 @@ class SiloPost(Beats):
         known = None if self._call is None else self._call[0]
         if (found := self._files.newest_note("call", known)) is not None:
             file, content = found
-            self._call = file, Call(**{name: content.head[name] for name in Call.__dataclass_fields__})
+            self._call = file, Call.read(content.head)
             self.news()
+        if self._found is None:
+            self._found = NO_CALL if self._call is None else self._call[1]
         before = self._files.line.head
         if (commit := self._files.look()) is not before:
             self.news()
         return commit, None if self._call is None else self._call[1]
+
+    def require(self, call: Call) -> None:
+        """Raise ConfigError if the server refuses this job, ServerEnded if the server has ended with an error. Only
+        one that ended before this job began may start again: for OVER_S seconds."""
+        by, why = call.refused.get(self._files.silo, (0, ""))
+        if by == self.by:
+            raise ConfigError(f"the server refuses silo '{self._files.silo}': {why}")
+        if call.over and (call is not self._found or self._files.folder.now() - self._begun_s > OVER_S):
+            raise ServerEnded(f"the server's job has ended: {call.over}")
+        if call.over:
+            self.waits(f"for the server's job to start again, which has ended: {call.over}")
 
     def idle(self) -> None:
         """Nothing is to do: say now and then if the server's job is not there. A listing and a read in SAYS_S."""
@@ -245,6 +261,14 @@ def _last_words(files: Server) -> dict[str, Any]:
         pace.wait()
 
 
+def _last_call(files: Server) -> Call:
+    """The last word of an earlier server to the silos."""
+    for epoch, number in reversed(notes(files.folder, "call")):
+        if (content := files.fetch(File("call", number, epoch, ""))) is not None:
+            return Call.read(content.head)
+    return NO_CALL
+
+
 class ServerPost(Beats):
     """The folder for the server's job."""
 
@@ -253,10 +277,13 @@ class ServerPost(Beats):
         folder = Disk(Path(transport.root))
         super().__init__(transport.lease_s, paced(folder, transport.poll_s), watch)
         self._one_beat = threading.Lock()
-        self._num_calls = 0
+        self._num_calls, self._refused = 0, dict[str, tuple[int, str]]()
         self.files = Server.start(
             folder, about_run(config), about, lease_s=transport.lease_s, keep=3, keep_updates=True
         )
+        self.last = _last_call(self.files)  # with members and round also of an earlier start
+        if self.last.over:
+            self.call(self.last)
         before = _last_words(self.files)  # of an earlier start; this one stands by them
         self._decided: dict[str, list[Any]] = before.get("decided", {})
         self._version: int = before.get("version", -1)  # that the open round starts from, and what it has taken:
@@ -282,11 +309,22 @@ class ServerPost(Beats):
             self._buffer.append(row)
         self.beat()
 
-    def call(self, call: Call) -> None:
-        """Publish the server's word to all silos."""
+    def call(self, call: Call, over: str = "") -> None:
+        """Publish the server's word to all silos. A later start's word replaces it, never an earlier one's."""
         self._num_calls += 1
         self.news()
-        self.files.put("call", self._num_calls, json.loads(json.dumps(vars(call))))
+        self.last = replace(call, refused=self._refused, over=over)
+        self.files.put("call", self._num_calls, json.loads(json.dumps(vars(self.last))))
+
+    def refuse(self, refused: Mapping[str, tuple[int, str]]) -> None:
+        """Tell silos that they are refused: the incarnation of each one's job, and why."""
+        self._refused = dict(refused)
+        self.call(self.last)
+
+    def over(self, error: Exception) -> None:
+        """Tell all silos that this job ends with an error."""
+        line = (str(error).strip().splitlines() or [""])[0]
+        self.call(self.last, line if isinstance(error, FedmpiError) and line else f"{type(error).__name__}: {line}")
 
     def update(self, commit: Commit, entry: Entry) -> Envelope:
         """An update that a commit contains. Raises CheckpointError if it is gone."""

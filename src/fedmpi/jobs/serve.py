@@ -18,6 +18,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from fedmpi.assembly import Assembly, begin, build_federation, digest_of, first_
 from fedmpi.comm import SoloComm
 from fedmpi.config import Config
 from fedmpi.directory import Stored
-from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, Stopped, agreed
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FolderError, Stopped, Superseded
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.config import Channel
 from fedmpi.exchange.outbox import Inbox, Packed, as_bytes
@@ -36,25 +37,24 @@ from fedmpi.files.line import Commit, Entry, File
 from fedmpi.files.server import Arrived
 from fedmpi.flat import sha256
 from fedmpi.jobs.arrivals import FilesTime
-from fedmpi.jobs.messages import Call, Registration, read_row, shown, told_arrays, told_row
+from fedmpi.jobs.joining import Joining, Members, first_members, members_of, with_silos
+from fedmpi.jobs.messages import Call, read_row, shown, told_arrays, told_row
 from fedmpi.jobs.post import ServerPost, files_of
+from fedmpi.jobs.scores import Scores
 from fedmpi.local import LocalSilo
 from fedmpi.membership import Comms, Membership
 from fedmpi.module import saved
 from fedmpi.opening import Opened
 from fedmpi.outcome import DROPPED, VOID
 from fedmpi.output import say
-from fedmpi.records import StatusTable, plain
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.agreement import REFUSED, as_error
 from fedmpi.rounds.closing import Closing, Late
-from fedmpi.stopping import FAILED, READY, BrokenOff, Watch
+from fedmpi.stopping import EVENTS_FILE, FAILED, READY, BrokenOff, Watch
 from fedmpi.train import Run
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
-SCORES = "scores"  # folder in the run directory: the silos' scores of rounds that no checkpoint holds yet
 FORGETS = 64  # rounds after which all kept files are looked through
-NO_DATA = SiloData(*(torch.empty(0) for _ in range(4)))
 
 
 class Serving(Run):
@@ -65,6 +65,7 @@ class Serving(Run):
 
     _post: ServerPost | None = None
     _remote: FilesRemote | None = None
+    _joining: Joining | None = None
 
     def __init__(self, config: Config | str | Path, *overrides: str, allow: Sequence[str] = ()) -> None:
         super().__init__(config, *overrides, allow=allow, comm=SoloComm())
@@ -77,8 +78,9 @@ class Serving(Run):
         about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
         self._post = post = ServerPost(config, about, watch)
         post.start()
-        stored = [*before()]
-        registered = self._registered(watch, sorted(stored[0].silos) if stored else None)
+        begun, resumes = first_members([*before()], self.out, comm, post)
+        self._joining = joining = Joining(config, post, watch)
+        registered = joining.first(begun, post.last)
         first = registered[next(iter(registered))]
         silos = tuple(map(Silo, first.known))
         source = Source(first.task, tuple(first.shape), first.num_classes, silos, _refuse_to_open)
@@ -86,39 +88,59 @@ class Serving(Run):
         if not config.engine.arrivals:  # silos encode
             spec = replace(spec, section=replace(spec.section, up=Channel()))
         begins = digest_of(saved(spec.module)).hex()
-        ids = [silo for silo in first.known if silo in registered]
-        config.entries(spec.module, ids, first.known)
-        membership = Membership(stored[0].epoch if stored else 0, {silo: (0,) for silo in ids})
-        facts_KF = np.array([registered[silo].facts for silo in ids])
-        held = {silo: LocalSilo(silo, NO_DATA, 0.0) for silo in ids}
+        joining.begin(spec, begins)
+        epoch = 0 if begun is None else begun.epoch
+        opened = joining.opened(with_silos(Members(epoch, [*registered]), first.known))
         unshared = first_values(spec)
-        self._remote = remote = FilesRemote(config, post, self.out, begins)
-        built = build_federation(
-            spec, Opened(membership, {}, facts_KF), Comms.of(comm), held, self._directory.plan_before, remote=remote
-        )
-        return Assembly(built.spec, built.federation, begin(built.federation), threads, unshared, built.plan, None)
+        self._remote = remote = FilesRemote(config, post, self.out, begins, joining)
+        plan_before = self._directory.plan_before
+        built = build_federation(spec, opened, Comms.of(comm), plan_before=plan_before, remote=remote)
+        return Assembly(built.spec, built.federation, begin(built.federation), threads, unshared, built.plan, resumes)
 
-    def _registered(self, watch: Watch, members: Sequence[str] | None) -> dict[str, Registration]:
-        """The silos that have registered, once all have: the `members` of a checkpoint, or all silos."""
-        post = self._post
-        assert post is not None
-        warned: set[str] = set()
-        while True:
-            if watch.look() != READY:
-                raise post.error or _stopped(watch)
-            found = {silo: Registration(**about) for silo, (_, about) in post.files.registrations().items()}
-            known = next(iter(found.values())).known if found else []
-            same = {silo: one for silo, one in found.items() if one.same == next(iter(found.values())).same}
-            for silo in sorted(found.keys() - same.keys() - warned):
-                say(f"fedmpi: silo '{silo}' sees another federation than the first one, and is left out", error=True)
-                warned.add(silo)
-            wanted = known if members is None else members
-            missing = [silo for silo in wanted if silo not in same]
-            if same and not missing:
-                return {silo: same[silo] for silo in wanted}
-            what = f"for silos to register: {len(same)} of {len(wanted) or 'all'} have"
-            post.waits(f"{what}; missing: {', '.join(missing[:6])}" if missing else what)
-            post.pause()
+    def _take_up(self) -> None:
+        self._let_in()
+        super()._take_up()
+
+    def _tell(self) -> None:
+        super()._tell()
+        if self.state.round < self.config.rounds:
+            self._let_in()
+
+    def _let_in(self) -> None:
+        """Change the members to those of the next round: as it was committed, or as it was called by an earlier start,
+        or with the silos that have registered since."""
+        assert self._remote is not None and self._joining is not None
+        members = self._remote.members_of(self.state.round + 1)
+        now, known = self.membership, self._spec.known
+        if members is None:
+            new = self._joining.new(now.ids) if len(now.ids) < len(known) else []
+            members = Members(now.epoch + 1, [*now.ids, *new])
+        if not (joined := [silo for silo in members.ids if silo not in now.teams]):
+            return
+        self.rebuild(with_silos(members, known))
+        say(f"fedmpi: after round {self.state.round}: {', '.join(joined)} joined", error=True)
+        for silo in joined:
+            told = {"event": "admit", "round": self.state.round, "silo": silo, "epoch": self.membership.epoch}
+            with contextlib.suppress(OSError):  # silos.json has it
+                disk.append_line(self.out / EVENTS_FILE, json.dumps(told))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tell_end(error)
+        super().__exit__(kind, error, trace)
+
+    def _release(self, error: BaseException | None = None) -> None:
+        self._tell_end(error)
+        super()._release(error)
+
+    def _tell_end(self, error: BaseException | None) -> None:
+        """Tell the silos that the run ends with this error. Not if the same command goes on with it."""
+        if not isinstance(error, Exception) or isinstance(error, (Stopped, Superseded, FolderError)):
+            return
+        if self._post is not None and self._post.error is None:
+            with contextlib.suppress(FedmpiError):
+                self._post.over(error)
 
     def _put_away(self, writer_s: float = 30.0) -> None:
         super()._put_away(writer_s)
@@ -130,10 +152,6 @@ class Serving(Run):
             self._post = None
 
 
-def _stopped(watch: Watch) -> FedmpiError:
-    return agreed(Stopped(f"stopped before the first round: {watch.reason}"))
-
-
 def _refuse_to_open(silo: str) -> SiloData:
     raise ConfigError(f"silo '{silo}': the server's job opens no silo's data")
 
@@ -141,14 +159,14 @@ def _refuse_to_open(silo: str) -> SiloData:
 class FilesRemote:
     """Silos behind the shared folder (rounds/remote.py)."""
 
-    def __init__(self, config: Config, post: ServerPost, out: Path, begins: str) -> None:
-        self._config, self.post, self._begins = config, post, begins
+    def __init__(self, config: Config, post: ServerPost, out: Path, begins: str, joining: Joining) -> None:
+        self._config, self.post, self._begins, self._joining = config, post, begins, joining
         self.told: dict[str, Any] = {}  # by the engine, in the next commit
-        self._scores = out / SCORES
+        self._scores = Scores(out / "scores")
         self._came: dict[tuple[str, int], Arrived] = {}  # by silo and number: updates that no commit answers yet
         self.answers: list[Entry] = []  # of the round, in the order of arrival
         self._inbox: Inbox | None = None
-        self._last_scores: dict[str, tuple[int, dict[str, Any]]] = {}  # by silo: version, and what it told
+        self._time: FilesTime | None = None  # of the last members
         self._called = -1  # epoch of the membership that `call_all` has told
         self._behind: dict[str, int] = {}  # by silo: last round that closed without it; it may still train
         self._forgot = -1  # version up to which everything was looked through
@@ -211,7 +229,19 @@ class FilesRemote:
 
     def real_time(self, engine: Any, fed: Federation, exchange: Arrivals, state: State) -> FilesTime:
         """See rounds/remote.py."""
-        return FilesTime(engine, fed, exchange, state, remote=self)
+        self._time = FilesTime(engine, fed, exchange, state, remote=self, before=self._time)
+        return self._time
+
+    def admitted(self, members: Membership) -> Opened:
+        """See rounds/remote.py."""
+        return self._joining.opened(members)
+
+    def members_of(self, number: int) -> Members | None:
+        """The members of a round that was committed, or called by an earlier start; None if they are open."""
+        if (commit := self.committed(number)) is not None:
+            return members_of(commit)
+        last = self.post.last
+        return Members(last.epoch, last.ids) if last.round == number else None
 
     def call_all(self, state: State, fed: Federation) -> None:
         """Tell the silos who takes part, for rounds without a cohort."""
@@ -265,9 +295,7 @@ class FilesRemote:
             if round <= state.written and files_of(self._config).keep == "needed":
                 self.post.files.drop_kept(entry)
         self._kept = [(round, entry) for round, entry in self._kept if round > state.written]
-        for path in self._scores.glob("*.json") if self._scores.is_dir() else ():
-            if int(path.stem) <= state.written:
-                path.unlink(missing_ok=True)
+        self._scores.forget(state.written)
 
     def _recall(self, commit: Commit, fed: Federation) -> None:
         """Take the updates that a commit names."""
@@ -382,6 +410,7 @@ class FilesRemote:
         scores = version > 0 and (version % fed.evaluate_every == 0 or version == fed.rounds)
         rows = {silo: told_row(row) for silo in fed.ids if any((row := fed.ready.row(fed.index[silo])).values())}
         about = {"params": sha256(params_Q), "scores": scores, "rows": rows if version else {}, **self.told}
+        about |= Members(fed.membership.epoch, fed.ids)._asdict()
         self.post.files.commit(entries, files, about, version >= fed.rounds)
 
     def evaluate(self, fed: Federation, number: int, params_P: torch.Tensor) -> FedmpiError | None:
@@ -391,10 +420,9 @@ class FilesRemote:
             return None
         if fed.exchange.facts.arrivals and number < fed.rounds:
             return None  # silos are in training, and score when they fetch
-        told = self._stored_scores(number)
+        told = self._scores.read(number)
         if told is None:
-            told = self._wait_for_scores(fed, number)
-            disk.replace_text(self._scores / f"{number}.json", json.dumps(told))
+            self._scores.write(number, told := self._wait_for_scores(fed, number))
         for silo in fed.ids:
             if silo in told:
                 fed.done.set_silo(fed.index[silo], **read_row(told[silo]["row"]))
@@ -403,26 +431,7 @@ class FilesRemote:
 
     def scored(self, fed: Federation) -> dict[str, Any]:
         """Under `engine: buffered`, the pooled figures of the silos' last scores, with their versions."""
-        if not fed.exchange.facts.arrivals:
-            return {}
-        board = StatusTable(1, (), len(fed.ids), fed.scores.columns, fed.scores.num_counts)
-        versions: dict[str, int] = {}
-        for silo, version, by in sorted(self.post.files.silo_files("score"), key=lambda one: one[1]):
-            if silo in fed.index and (content := self.post.files.read_silo("score", silo, version, by)) is not None:
-                self._last_scores[silo] = (version, content.head)
-        for silo, (version, head) in self._last_scores.items():
-            versions[silo] = version
-            board.set_silo(fed.index[silo], **read_row(head["row"]))
-            board.counts[:] += np.array(head["counts"])
-        figures = fed.scores.figures(board, fed.ids)[1]
-        shown = {name: plain(figures[name]) for name in ("loss", fed.objective.metric_name) if name in figures}
-        return {"scored": {"versions": versions, **shown}} if versions else {}
-
-    def _stored_scores(self, number: int) -> dict[str, Any] | None:
-        with contextlib.suppress(OSError, ValueError):
-            found: dict[str, Any] = json.loads((self._scores / f"{number}.json").read_text())
-            return found
-        return None
+        return self._scores.last(fed, self.post.files) if fed.exchange.facts.arrivals else {}
 
     def _wait_for_scores(self, fed: Federation, number: int) -> dict[str, Any]:
         told: dict[str, Any] = {}

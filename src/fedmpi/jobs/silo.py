@@ -46,8 +46,9 @@ MODEL = "model.safetensors"  # in the silo's folder, at the end
 class SiloJob:
     """The job of one silo. `run` returns once the run is over.
 
-    Raises ConfigError (also if the server's configuration is another one), Stopped on a signal, Superseded if a newer
-    job of the same silo has started, SiloError if training failed.
+    Raises ConfigError (also if the server's configuration is another one, or it refuses the silo), Stopped on a signal,
+    Superseded if a newer job of the same silo has started, SiloError if training failed, ServerEnded if the server's
+    job has ended with an error.
     """
 
     def __init__(self, config: Config, silo: str) -> None:
@@ -119,6 +120,8 @@ class SiloJob:
         if self._sent and self._fed is not None and self._outbox is None:
             self._hear()  # before the look: the next training then starts from the version that took the last update
         commit, call = self._post.look()
+        if call is not None and not (commit is not None and self._is_last(commit)):
+            self._post.require(call)
         if commit is None or call is None or self.silo not in call.ids or self._goes_on_from(commit, call):
             self._post.waits("for the server")
             return False
@@ -137,7 +140,7 @@ class SiloJob:
             self._score(commit)
         if self._version != commit.version:
             return False
-        if commit.ended and commit.version >= self.config.rounds:
+        if self._is_last(commit):
             self._finish(commit)
             return True
         if self._outbox is None:
@@ -146,6 +149,10 @@ class SiloJob:
             self._train(commit, call)
         self._post.idle()
         return False
+
+    def _is_last(self, commit: Commit) -> bool:
+        """Whether all rounds are done."""
+        return commit.ended and commit.version >= self.config.rounds
 
     def _goes_on_from(self, commit: Commit, call: Call) -> bool:
         """Whether the run has ended and this job is of one with more rounds, whose server has not called yet."""

@@ -15,6 +15,8 @@ from fedmpi.rounds.closing import Closing
 from fedmpi.rounds.federation import Federation, State
 
 if TYPE_CHECKING:
+    from fedmpi.membership import Membership
+    from fedmpi.opening import Opened
     from fedmpi.rounds.realtime import RealTime
 
 
@@ -35,6 +37,10 @@ class Remote(Protocol):
     ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
         """As `training.train_silos`: add the cohort's contributions to the exchange, and fill in `fed.ready`. The
         silos' state is in their jobs, so the dict is empty."""
+        ...
+
+    def admitted(self, members: Membership) -> Opened:
+        """As `rebuild.admitted`: the facts of the members' data. Raises ConfigError if members are refused."""
         ...
 
     def real_time(self, engine: Any, fed: Federation, exchange: Arrivals, state: State) -> RealTime:
