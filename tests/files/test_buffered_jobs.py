@@ -26,6 +26,22 @@ CASES = {
         "exchange": {"up": {"codec": "int8", "feedback": True}},
         "local": {"name": "scaffold"},
     },
+    "median": {"engine": {"name": "buffered", "size": 3}, "aggregate": "median"},
+    "trimmed": {
+        "engine": {"name": "buffered", "size": 4, "max_staleness": 6},
+        "aggregate": {"name": "trimmed_mean", "fraction": 0.25},
+        "exchange": {"up": {"codec": {"name": "topk", "ratio": 0.3}, "feedback": True}},
+    },
+    "krum": {
+        "engine": {"name": "buffered", "size": 5},
+        "aggregate": {"name": "krum", "hostile": 1},
+        "exchange": {"up": {"codec": "sign", "feedback": True}},
+    },
+    "centre": {
+        "engine": {"name": "buffered", "size": 2},
+        "aggregate": {"name": "centered_clipping", "tau": 0.5},
+        "exchange": {"up": {"codec": "int8", "feedback": True}},
+    },
 }
 
 
@@ -45,7 +61,7 @@ def test_a_replay_in_one_process_has_the_bits_of_the_jobs(tmp_path, case):
     assert sha256(replayed(how, tmp_path)) == sha256(there.parameters)
 
 
-@pytest.mark.parametrize("case", ["fedbuff", "codec"])
+@pytest.mark.parametrize("case", ["fedbuff", "codec", "centre"])
 def test_a_server_that_dies_takes_the_same_arrivals_again(tmp_path, monkeypatch, case):
     how = apart(tmp_path, 9, checkpoint={"every": 4}, **CASES[case])
     jobs = [Job(how, silo) for silo in IDS]
