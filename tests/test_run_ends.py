@@ -1,6 +1,7 @@
 """What whole runs survive: divergence, stops, failures, results of users' components, extreme weights."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -51,6 +52,8 @@ def test_a_run_that_diverges_says_so_and_leaves_its_last_whole_round(tmp_path):
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
     last.close()
     assert Diverged.exit_code == 1 and not (tmp_path / "a" / "model.safetensors").exists()
+    event = json.loads((tmp_path / "a" / "events.jsonl").read_text())
+    assert (event["event"], event["round"]) == ("ended", 2) and event["why"].startswith("round 3: every update was")
 
 
 def test_a_round_without_anybody_leaves_the_rounds_before_it_on_disk(tmp_path):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 STOP_FILE = "stop"  # in the run directory
 EVENTS_FILE = "events.jsonl"  # in the run directory; has a line with STOPPED if a request ended the run
 STOPPED = "stopped"
+ENDED = "ended"  # a run that diverged, or had no silo to train; `why` says so
 LOCK_FILE = ".lock"  # in the run directory; locked by the job that trains
 
 # A rank's status in a round, and the content of a notice; the larger one wins.

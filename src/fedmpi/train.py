@@ -181,9 +181,11 @@ class Run(Recovery):
             if alike and isinstance(error, (Stopped, Diverged, NoCohort)):
                 self._stopped, self._breaks_off = isinstance(error, Stopped), True
                 self._keeper.finish(self.state)
-                if self._stopped and self.comm.rank == 0:  # the launcher's exit code may not say so
+                if self.comm.rank == 0:  # the launcher's exit code may not say so
                     with contextlib.suppress(OSError):
-                        told = {"event": stopping.STOPPED, "round": self.state.round}
+                        event = stopping.STOPPED if self._stopped else stopping.ENDED
+                        told = {"event": event, "round": self.state.round}
+                        told |= {} if self._stopped else {"why": str(error)}
                         disk.append_line(self.out / stopping.EVENTS_FILE, json.dumps(told))
                 raise
             self._spoiled = True
