@@ -46,6 +46,16 @@ wait();
 """
 
 
+# Chromium has no window narrower than 500 pixels, so a phone is a frame in one.
+PHONE = """<!doctype html><body><iframe src="probed.html" style="width:390px;height:900px"></iframe><script>
+const wait = () => {
+  const found = document.querySelector("iframe").contentDocument.getElementById("found");
+  if (found) document.body.append(document.importNode(found, true)); else setTimeout(wait, 50);
+};
+wait();
+</script>"""
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Opens a page in headless Chromium and returns what the probe finds."""
@@ -54,7 +64,7 @@ def browser(tmp_path_factory):
         absent("chromium", "there is no chromium")
     profile = tmp_path_factory.mktemp("profile")
 
-    def look(path, *options):
+    def look(path, *options, phone=False):
         # The policy allows the page's own scripts only, so the probe goes into a copy with its own policy.
         text = path.read_text()
         policy = re.search(r"<meta http-equiv=[^>]*>", text)[0]
@@ -62,7 +72,17 @@ def browser(tmp_path_factory):
         probed = text.replace(policy, hook).replace("</body>", f"<script>{PROBE}</script></body>")
         copy = path.with_name("probed.html")
         copy.write_text(probed)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
+        if phone:
+            copy = path.with_name("phone.html")
+            copy.write_text(PHONE)
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            "--allow-file-access-from-files",
+        ]
         done = subprocess.run(
             [program, *flags, f"--user-data-dir={profile}", *options, copy.as_uri()],
             capture_output=True,
@@ -110,7 +130,7 @@ def test_charts_are_drawn_from_the_numbers_of_the_page(browser, path):
 
 @pytest.mark.slow
 def test_a_phone_in_the_dark_gets_its_own_colours_and_no_page_that_scrolls_sideways(browser, path):
-    found = browser(path, "--window-size=500,900", "--blink-settings=preferredColorScheme=0")
-    assert found["faults"] == [] and found["width"] <= found["inner"]
+    found = browser(path, "--window-size=600,1000", "--blink-settings=preferredColorScheme=0", phone=True)
+    assert found["faults"] == [] and found["width"] <= found["inner"] == 390
     inks = {drawn["ink"] for drawn in found["drawn"].values()}
     assert inks == {"#e5eaee"} and all(drawn["invalid"] == [] for drawn in found["drawn"].values())

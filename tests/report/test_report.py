@@ -20,7 +20,7 @@ from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.compare import grid as grids
 from fedmpi.compare import table as tables
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, Diverged
 from fedmpi.records import PHASES, read_metrics
 from fedmpi.report import write
 from fedmpi.report.groups import curve, runs_of
@@ -146,7 +146,7 @@ def test_the_top_of_the_page_answers_in_a_few_words(trained):
     head = found.text.partition("Contents")[0]
     assert "My run" in head and "✓ finished" in head and "5 of 5 rounds" in head
     assert f"{last['accuracy']:.4f}" in head and f"worst silo {last['worst']['silo']}" in head
-    assert "Interrupted and resumed, going on with round 4." in head
+    assert "Stopped and resumed: a later start went on with round 4." in head
     assert "<title>My run</title>" in found.html
 
 
@@ -350,9 +350,19 @@ def test_events_are_told(tmp_path):
     found = page(root)
     sound(found)
     assert "stopped on request" in found.text and "Lost rank 1 after round 2; d left." in found.text
-    assert "resumed, going on" not in found.text  # round 3 follows the loss, not a new start
+    assert "Stopped and resumed" not in found.text  # round 3 follows the loss, not a new start
     (root / "events.jsonl").unlink()
-    assert "Interrupted and resumed, going on with round 3" in page(root).text
+    assert "Stopped and resumed: a later start went on with round 3" in page(root).text
+
+
+def test_the_reason_for_which_a_run_ended_is_told(tmp_path):
+    root = tmp_path / "run"
+    values = {"rounds": 3, "data": {"name": "digits", "silos": 3}, "local": {"name": "sgd", "lr": 1e9, "epochs": 1}}
+    with pytest.raises(Diverged), fedmpi.Run(config(root, **values), comm=SoloComm()) as run:
+        list(run)
+    found = page(root)
+    sound(found)
+    assert "✗ ended early" in found.text and "every update was rejected" in found.text and "3 silos" in found.text
 
 
 # ---------------------------------------------------------------- many rounds, many silos
@@ -442,11 +452,11 @@ def test_a_grid_has_the_numbers_of_compare(grid):
         assert told._replace(seconds=[], megabytes=[]) == expected._replace(seconds=[], megabytes=[])
         assert told.seconds == pytest.approx(expected.seconds)
         assert told.megabytes == pytest.approx(expected.megabytes)
-    rows = found.table("partition", "runs that differ in the seed")
+    rows = found.table("partition", "runs")
     assert set(rows) == {"iid", "skewed"}  # the first column; the last row of each
     fedprox = [tables.curve(of_cells[f"iid/fedprox/{seed}"], built) for seed in (0, 1)]
     expected = tables.row("iid", "fedprox", fedprox, built, True)
-    assert rows["iid"]["last accuracy, mean"] == expected["final"] and rows["iid"]["seeds"] == 2
+    assert rows["iid"]["last, mean"] == expected["final"] and rows["iid"]["seeds"] == 2
     assert rows["iid"]["rounds to 0.3"] == (expected["rounds_to_target"] or "-")
     chart = found.under("Accuracy by round: iid")
     line = next(t for t in chart["traces"] if t["name"] == "fedprox" and t.get("label"))

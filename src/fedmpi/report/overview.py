@@ -110,9 +110,8 @@ def headline(run: RunData) -> str:
     state, end, top = status(run), last(run, run.metric), best(run)
     done = int(run.history.rounds[-1]) if run.history.num else 0
     ranks = len(run.ranks) or int(run.about.get("ranks", 1))
-    silos = len(run.history.silos)
     first = (
-        f"{plural(silos, 'silo')} on {plural(ranks, 'rank')}, {done:,} of {plural(run.goal, 'round')} in "
+        f"{plural(run.num_silos, 'silo')} on {plural(ranks, 'rank')}, {done:,} of {plural(run.goal, 'round')} in "
         f"{seconds(total_s(run))}: {state.word}."
     )
     if end is None:

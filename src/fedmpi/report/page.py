@@ -51,9 +51,9 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _is_numeric(table: Table, column: int) -> bool:
-    """Whether a column of a table holds numbers."""
-    return any(cell(row[column]).value is not None for row in table.rows[:50] if column < len(row))
+def _numeric(table: Table) -> set[int]:
+    """The columns of a table that hold numbers, without the first."""
+    return {n for row in table.rows[:100] for n, value in enumerate(row) if n and cell(value).value is not None}
 
 
 def render(page: Page) -> str:
@@ -70,8 +70,7 @@ def render(page: Page) -> str:
         return json.dumps(charts, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"cell": cell, "chart_id": chart_id}
-    environment.tests["numeric"] = _is_numeric
+    environment.filters |= {"cell": cell, "chart_id": chart_id, "numeric": _numeric}
     return environment.from_string(_file("page.html")).render(
         page=page,
         charts=chart_data,

@@ -79,6 +79,11 @@ class RunData:
         """The configuration with dotted keys."""
         return flatten(self.config)
 
+    @property
+    def num_silos(self) -> int:
+        """Number of silos that the records or silos.json name."""
+        return len(self.history.silos) or len(self.roster)
+
     def value(self, key: str, default: Any = None) -> Any:
         """A value of the configuration, by dotted key; of a component its name."""
         value: Any = self.config

@@ -4,6 +4,7 @@
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const NARROW = 600;
+  const PAPER = 670; // width of a chart in print, which fits A4 and Letter
 
   function painter() {
     const style = getComputedStyle(document.documentElement);
@@ -71,7 +72,7 @@
     const paint = painter();
     const axis = axisOf(box, chart);
     const printing = draw.printing;
-    const width = box.clientWidth || 600;
+    const width = printing ? PAPER : box.clientWidth || 600;
     const narrow = width < NARROW;
     const traces = chart.traces.map((trace) => {
       const { over, ...rest } = trace;
@@ -89,7 +90,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: paint("$ink") },
       margin: { l: 60, r: direct ? Math.min(190, 24 + 7.4 * longest) : 12, t: 10, b: 46 },
-      height: box._height, autosize: true, hovermode: "x unified", dragmode: narrow ? false : "zoom",
+      height: box._height, ...(printing ? { width: PAPER } : { autosize: true }), hovermode: "x unified", dragmode: narrow ? false : "zoom",
       hoverlabel: { bgcolor: paint("$panel"), bordercolor: paint("$line"), font: { color: paint("$ink") } },
       showlegend: direct ? shown.length > 0 : clean.filter((t) => t.name).length > 1,
       legend: { orientation: "h", x: 0, xanchor: "left", y: 1.01, yanchor: "bottom", font: { size: 12 }, traceorder: "normal" },

@@ -112,14 +112,14 @@ def _group_table(runs: Runs, curves: dict[int, Curve]) -> Table:
     """As `fedmpi compare` prints it."""
     partitions = len({group.partition for group in runs.groups}) > 1
     published, target = runs.grid.published is not None, runs.grid.target
-    head = [*(["partition"] if partitions else []), "runs that differ in the seed", "seeds"]
-    head += [f"last {runs.metric}, mean", "least to most", "best, mean"]
+    head = [*(["partition"] if partitions else []), "runs", "seeds"]
+    head += ["last, mean", "least to most", "best, mean"]
     head += (["published"] if published else []) + ([f"rounds to {target:g}"] if target is not None else [])
     rows: list[list[Any]] = []
     for group in runs.groups:
         found = row(group.partition, group.name, _of(group, curves), runs.grid, runs.maximize)
         span = "-" if found["final"] is None else f"{number(found['final_least'])} to {number(found['final_most'])}"
-        line = [group.name, found["seeds"], found["final"], span, found["best"]]
+        line = [group.name, found["seeds"], found["final"], Cell(span, mark="span"), found["best"]]
         line += [found["published"]] if published else []
         if target is not None:
             part = f" ({found['reached']} of {found['seeds']})" if 0 < found["reached"] < found["seeds"] else ""
@@ -128,17 +128,22 @@ def _group_table(runs: Runs, curves: dict[int, Curve]) -> Table:
     over = {"samples": "of all test samples together", "silos": "the mean of the silos' figures"}[runs.grid.over]
     return Table(
         [*head, "s", "MB"],
-        [[*r, *_spent(g)] for r, g in zip(rows, runs.groups, strict=True)],
-        note=f"{runs.metric}: {over}.",
+        [[*r, *_spent(g, _alike(curves))] for r, g in zip(rows, runs.groups, strict=True)],
+        note=f"Runs that differ in the seed only are one row. Values: {runs.metric}, {over}.",
     )
 
 
-def _spent(group: Group) -> list[Any]:
+def _alike(curves: dict[int, Curve]) -> bool:
+    """Whether all rounds ran on the same number of ranks, on which bytes depend."""
+    return len(set().union(*(c.ranks for c in curves.values()))) < 2
+
+
+def _spent(group: Group, alike: bool) -> list[Any]:
     taken = statistics.mean(total_s(run) for run in group.runs)
     sent = statistics.mean(
         float(np.nansum(run.history.of("bytes_up") + run.history.of("bytes_down"))) for run in group.runs
     )
-    return [Cell(f"{taken:.1f}", taken), Cell(f"{sent / 1e6:.2f}", sent / 1e6)]
+    return [Cell(f"{taken:.1f}", taken), Cell(f"{sent / 1e6:.2f}", sent / 1e6) if alike else None]
 
 
 def _titled(runs: Runs, group: Group) -> str:
@@ -224,7 +229,7 @@ def _differences(runs: Runs) -> Section:
 def _curves(runs: Runs, curves: dict[int, Curve]) -> Section:
     axes = {name: AXES[name][1] for name in ("round", "seconds", "bytes")}
     blocks: list[Block] = []
-    if len(set().union(*(c.ranks for c in curves.values()))) > 1:
+    if not _alike(curves):
         del axes["bytes"]
         blocks.append(Text("No axis of bytes: they depend on the number of ranks, which differs between runs.", "note"))
     blocks.insert(0, Switch("curves", [(name, AXES[name][0]) for name in axes]))

@@ -41,15 +41,17 @@ def status(run: RunData) -> Status:
     if run.has_model:
         budget = "the privacy budget is spent" if run.config.get("privacy") else "the model is saved all the same"
         return Status("finished early", True, f"{of}: {budget}")
-    last = run.events[-1] if run.events else {}
-    if last.get("event") == stopping.STOPPED and int(last.get("round", -1)) >= done:
+    event = run.events[-1] if run.events else {}
+    if event.get("round", -1) >= done and event.get("event") == stopping.STOPPED:
         return Status("stopped on request", False, f"{of}; the same command resumes it")
+    if event.get("round", -1) >= done and event.get("event") == stopping.ENDED:
+        return Status("ended early", False, f"{of}: {event.get('why')}")
     if run.training is None:
         return Status("not finished", None, f"{of}; whether a job of another machine trains cannot be told from here")
     if done >= run.goal:
         return Status("not concluded", False, f"{of}, but there is no {'model.safetensors'}: its end was cut off")
     if not done:
-        return Status("no round", False, "it has recorded no round")
+        return Status("no round", False, "no round is recorded; the job's own output says why")
     return Status("ended early", False, f"{of}; an error or a kill ended it, and the job's own output says why")
 
 
@@ -122,7 +124,7 @@ def troubles(run: RunData) -> list[str]:
             ranks = listed([str(rank) for rank in event.get("ranks", ())])
             found.append(f"Lost rank {ranks} after round {event.get('round')}{gone}.")
     if begins := resumed(run):
-        found.append(f"Interrupted and resumed, going on with round {listed([f'{r:,}' for r in begins])}.")
+        found.append(f"Stopped and resumed: a later start went on with round {listed([f'{r:,}' for r in begins])}.")
     if run.phases is not None and run.phases.repeated_s > 0:
         found.append(f"{seconds(run.phases.repeated_s)} went into rounds that were trained again.")
     late = sum(len(record.get("late") or ()) for record in history.records)

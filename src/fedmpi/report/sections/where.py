@@ -27,7 +27,7 @@ def where(run: RunData) -> Section:
     rows.append(
         ("Machines", f"{plural(num_ranks, 'rank')} on {listed(hosts) or 'an unknown host'} ({listed(devices)})")
     )
-    rows.append(("Data", f"{run.value('data', '?')}, {plural(len(run.history.silos), 'silo')}"))
+    rows.append(("Data", f"{run.value('data', '?')}, {plural(run.num_silos, 'silo')}"))
     rows.append(("Model", f"{run.value('model', '?')}, {plural(int(about['params']), 'shared parameter')}"))
     rows.append(("Local rule", str(run.value("local", "?"))))
     aggregate, optimizer = run.value("aggregate", "mean"), run.value("server.optimizer", "fedavg")
