@@ -77,11 +77,14 @@ def test_integers_of_the_ring_have_the_bits_of_torch_s_operations(num, dtype):
     vectors.quantised(halves.numpy(), 1.0, out.numpy()[: min(num, 5)])
     assert out[:5].tolist() == [0, 2, 2, 0, -2][: min(num, 5)]
     back = torch.zeros(num)
-    vectors.mean_of((out.numpy(),), 7.3e8, back.numpy())
-    assert torch.equal(back, out.double().div(7.3e8).float())
+    vectors.mean_of((out.numpy(),), 7.3e-8, back.numpy(), False)
+    assert torch.equal(back, out.double().mul(7.3e-8).float())
     rows = [torch.randint(-(2**31), 2**31, (num,)).to(dtype) << (32 * (dtype == torch.int64)) for _ in range(3)]
-    vectors.mean_of(tuple(row.numpy() for row in rows), 7.3e8, back.numpy())
-    assert torch.equal(back, (rows[0] + rows[1] + rows[2]).double().div(7.3e8).float())
+    mean = (rows[0] + rows[1] + rows[2]).double().mul(7.3e-8).float()
+    vectors.mean_of(tuple(row.numpy() for row in rows), 7.3e-8, back.numpy(), False)
+    assert torch.equal(back, mean)
+    vectors.mean_of(tuple(row.numpy() for row in rows), 7.3e-8, back.numpy(), True)
+    assert torch.equal(back, mean + mean)
     streams, signs = torch.stack(rows), np.array([1, -1, 1])
     vectors.masked(x.numpy(), factor, streams.numpy(), signs, out.numpy())
     integers = x.double().mul(factor).round().to(dtype)

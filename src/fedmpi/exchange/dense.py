@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 Transfer = Callable[[torch.Tensor, torch.Tensor], None]  # sums what ranks send into what they receive
-STEP = 1 << 16  # elements at a time, under masks, from the sum to the new parameters
+STEP = 1 << 18  # elements at a time, under masks, from the sum to the new parameters
 
 
 class Whole(Exchange):
@@ -123,7 +123,9 @@ class Whole(Exchange):
         for part in blocks(self.num_params, self._send.itemsize):
             recv = self._recv[: part.stop - part.start]
             transfer(self._covered(part), recv)
-            if steps:
+            if steps and server.adds:
+                masked.mean([recv], weight, params_P[part], adds=True)
+            elif steps:
                 mean_N = self._mean_P[part] if whole else self._mean_P[: len(recv)]
                 for low in range(0, len(recv), STEP):
                     piece = slice(low, min(low + STEP, len(recv)))

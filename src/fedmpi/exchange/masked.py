@@ -119,20 +119,25 @@ class Masked:
         else:
             self._masks.add(summable(words_N), start)
 
-    def mean(self, rows_N: Sequence[torch.Tensor], weight: float, mean_N: torch.Tensor) -> None:
-        """mean_N = the sum of the rows / weight, converted from integers; `weight` counts grains (weights.py)."""
-        divisor = weight / (weights.GRAIN / self._secure.ring.unit)
+    def mean(self, rows_N: Sequence[torch.Tensor], weight: float, mean_N: torch.Tensor, adds: bool = False) -> None:
+        """Write the sum of the rows / weight into `mean_N`, or add it there (`adds`); `weight` counts grains
+        (weights.py)."""
+        factor = weights.GRAIN / self._secure.ring.unit / weight
         if self._compiled:
             from fedmpi.kernels import vectors
 
-            vectors.mean_of(tuple(row.numpy() for row in rows_N), divisor, mean_N.numpy())
+            vectors.mean_of(tuple(row.numpy() for row in rows_N), factor, mean_N.numpy(), adds)
             return
         for start in range(0, len(mean_N), CHUNK):
             part = slice(start, min(start + CHUNK, len(mean_N)))
             total_B = self._int_B[: part.stop - start].copy_(rows_N[0][part])
             for row_N in rows_N[1:]:
                 total_B.add_(row_N[part])
-            mean_N[part].copy_(self._float_B[: part.stop - start].copy_(total_B).div_(divisor))
+            mean_B = self._float_B[: part.stop - start].copy_(total_B).mul_(factor)
+            if adds:
+                mean_N[part].add_(mean_B.to(mean_N.dtype))
+            else:
+                mean_N[part].copy_(mean_B)
 
     def require_all(self, num_silos: int) -> None:
         """Raise ExchangeError unless the sum counts the silos that should be in it: else masks did not cancel."""

@@ -94,12 +94,15 @@ class Sharded(Exchange):
     @classmethod
     def _held(cls, section: ExchangeSection, sizes: Sizes, grid: Grid, word: int) -> dict[str, int]:
         by_silo, up, down, vector = section.scope == "silo", section.up, section.down, sizes.vector_bytes
+        num_ranks = sizes.num_ranks
         own = sizes.hosted if by_silo else min(1, sizes.hosted)
         depth = stripes_per_batch(grid, up, down)
         offsets = Batches(grid, depth).num_offsets
         payload = grid.length * word if up.plain else stride(up.codec, grid)
         memory = {"global parameters": vector, "server state": round(sizes.state_bytes / sizes.num_ranks)}
-        if not by_silo and (sizes.hosted > 1 or word != sizes.element_bytes):
+        if sizes.secure_bits and sizes.hosted == 1:
+            memory["written in turn"] = (AHEAD + 1) * num_ranks * grid.length * word
+        elif not by_silo and (sizes.hosted > 1 or word != sizes.element_bytes):
             memory["sum"] = sizes.num_elements * word
             memory["sum in float64"] = 8 * sizes.num_elements * (sizes.hosted > MANY and word == 4)
         learns = sizes.aggregator is not None and sizes.aggregator.needs == "gram"
@@ -136,6 +139,7 @@ class Sharded(Exchange):
         self._index = {silo: i for i, silo in enumerate(facts.ids)}
         self._by_silo = section.scope == "silo"
         self._sum: torch.Tensor | None = None  # of several silos
+        self._nothing = torch.zeros(0, dtype=self.sum_dtype)
         self._folded: float | None = None  # their weight; None: none added yet
         self._num = 0  # of them
 
@@ -201,12 +205,14 @@ class Sharded(Exchange):
         elif self._only and not self.ring:
             self._upload.put(rank, share, delta_P, share)
         else:
-            if self._sum is None:
+            writes = self.masked is not None and not self.masked.folds  # pieces are written where they are sent
+            if self._sum is None and not writes:
                 self._sum = torch.zeros(self.num_params, dtype=self.sum_dtype, device=self.device)
+            sum_P = self._nothing if self._sum is None else self._sum
             if self.masked is None:
-                self.fold(self._sum, delta_P, share, empty=self._folded is None)
+                self.fold(sum_P, delta_P, share, empty=self._folded is None)
             else:
-                self.masked.fold(self._sum, silo, delta_P, share, empty=self._folded is None)
+                self.masked.fold(sum_P, silo, delta_P, share, empty=self._folded is None)
             self._folded = self.weigh(share) + (self._folded or 0)
             self._num += 1
 
@@ -217,10 +223,14 @@ class Sharded(Exchange):
     ) -> tuple[torch.Tensor, Any]:
         if self.masked is not None:
             self.masked.open()
-        if self._folded is not None and self._sum is not None:
+        if self._folded is not None:
             # Under masks the table of senders says only that there is a sum; its weight follows under masks.
-            share, mask = (self._folded, None) if self.masked is None else (1.0, self.masked.cover)
-            self._upload.put(self.comm.rank, share, self.folded(self._sum), 1.0, mask)
+            if self.masked is None or self.masked.folds:
+                assert self._sum is not None
+                share, mask = (self._folded, None) if self.masked is None else (1.0, self.masked.cover)
+                self._upload.put(self.comm.rank, share, self.folded(self._sum), 1.0, mask)
+            else:
+                self._upload.put_written(self.comm.rank, 1.0, self.masked.cover)
         for coder in self.coders:
             coder.start(self.round)
         senders = self._senders()

@@ -50,7 +50,8 @@ class Outgoing:
     payloads: torch.Tensor | None = None  # of all pieces, each at its offset
     payloads_B: Bare = None  # the same memory, for codecs
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # of the payloads [pieces]
-    mask: Mask | None = None  # masks a piece before it is sent
+    mask: Mask | None = None  # writes or masks a piece before it is sent
+    in_turn: bool = False  # whether `vector_P` has room for the batches in flight only, which take turns
 
 
 class Upload:
@@ -103,6 +104,15 @@ class Upload:
             return
         memory, sizes = self._memory(), self._full_sizes(self.coder)
         self.outgoing.append(Outgoing(number, share, 1.0, bare(vector_P), factor, *memory, sizes))
+
+    def put_written(self, number: int, share: float, write: Mask) -> None:
+        """Add a vector without a codec whose pieces `write` writes just before they are sent, into memory that stays in
+        the cache."""
+        if not self._payloads:
+            memory = self.comm.allocate((AHEAD + 1) * self.batches.width * self._stride, self._raw)
+            self._payloads.append((memory, None))
+        memory, _ = self._payloads[0]
+        self.outgoing.append(Outgoing(number, share, 1.0, memory, mask=write, in_turn=True))
 
     def put_silo(self, number: int, silo: str, round: int, share: float, delta_P: torch.Tensor) -> None:
         """Copy or encode a silo's delta at once, since the next silo overwrites the model's memory."""
@@ -183,7 +193,8 @@ class Upload:
         length = int(self._sizes[sender.rank, sender.vector, piece])
         offset = self.batches.offset(piece)
         if sender.rank == self.comm.rank:
-            out, start = self.outgoing[sender.vector], offset * self._stride
+            out = self.outgoing[sender.vector]
+            start = self._place(out, offset)
             return (out.payloads_B if self.coder else self._travels(out))[start : start + length]
         batch, depth = offset // self.batches.width, self.batches.depth
         start = ((sender.vector * self.comm.size + sender.rank) * depth + offset % depth) * self._stride
@@ -196,7 +207,8 @@ class Upload:
             return
         part = self.grid.part(piece)
         if out.mask is not None:
-            out.mask(out.vector_P[part], part.start)
+            start = self._place(out, self.batches.offset(piece))
+            out.mask(out.vector_P[start : start + part.stop - part.start], part.start)
         if self.coder is not None:
             assert isinstance(self.residual, RankResidual)
             if piece == 0:
@@ -222,7 +234,8 @@ class Upload:
         for number in range(self._num_vectors):
             send, to = self._nothing, [(0, 0)] * len(ranks)
             if number < len(self.outgoing):
-                send = self._travels(self.outgoing[number])[batch * len(ranks) * room :]
+                out = self.outgoing[number]
+                send = self._travels(out)[self._place(out, batch * self.batches.width) :]
                 to = [(rank * room, self._length(batch, rank, self._sizes[me, number])) for rank in ranks]
                 to[me] = (0, 0)  # my own pieces are read in place
             come = [
@@ -233,6 +246,10 @@ class Upload:
 
     def _length(self, batch: int, owner: int, sizes: np.ndarray) -> int:
         return self.batches.length(batch, owner, sizes, self._stride)
+
+    def _place(self, out: Outgoing, offset: int) -> int:
+        """Where the payload with this offset starts in the vector's memory."""
+        return (offset % ((AHEAD + 1) * self.batches.width) if out.in_turn else offset) * self._stride
 
     def _travels(self, out: Outgoing) -> torch.Tensor:
         """The memory that MPI reads."""

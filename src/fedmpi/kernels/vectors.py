@@ -141,17 +141,30 @@ def _add_signed(streams: Array, signs: Array, out: Array) -> None:
 
 
 @jit
-def mean_of(rows: tuple[Array, ...], divisor: float, out: Array) -> None:
-    """Write the rows' sum / divisor, computed in float64, into `out`, float32 [n]. The rows are int32 or int64 [n], and
-    their sum wraps."""
+def mean_of(rows: tuple[Array, ...], factor: float, out: Array, adds: bool) -> None:
+    """Write the rows' sum times the factor, computed in float64, into `out`, float32 [n], or add it there (`adds`). The
+    rows are int32 or int64 [n], and their sum wraps."""
     total = np.empty(BLOCK, rows[0].dtype)
     for start in range(0, out.size, BLOCK):
         stop = min(start + BLOCK, out.size)
         total_B, out_B = total[: stop - start], out[start:stop]
-        total_B[:] = rows[0][start:stop]
-        for k in range(1, len(rows)):
-            row_B = rows[k][start:stop]
+        if len(rows) == 1:
+            total_B = rows[0][start:stop]
+        else:
+            _add_rows(rows, start, total_B)
+        if adds:
             for i in range(total_B.size):
-                total_B[i] += row_B[i]
-        for i in range(total_B.size):
-            out_B[i] = np.float32(np.float64(total_B[i]) / divisor)
+                out_B[i] += np.float32(np.float64(total_B[i]) * factor)
+        else:
+            for i in range(total_B.size):
+                out_B[i] = np.float32(np.float64(total_B[i]) * factor)
+
+
+@jit
+def _add_rows(rows: tuple[Array, ...], start: int, total: Array) -> None:
+    """The sum of the rows' elements from `start` on."""
+    total[:] = rows[0][start : start + total.size]
+    for k in range(1, len(rows)):
+        row = rows[k][start : start + total.size]
+        for i in range(total.size):
+            total[i] += row[i]
