@@ -111,13 +111,13 @@ def quantised(x: Array, factor: float, out: Array) -> None:
 @jit
 def masked(x: Array, factor: float, streams: Array, signs: Array, out: Array) -> None:
     """Write `quantised` x, plus the streams with sign 1, minus the others, into `out`, int32 or int64 [n]; `streams` is
-    [K, n], of the type of `out`, and sums wrap."""
+    contiguous, [K, n or more], of the type of `out`, and sums wrap."""
     for start in range(0, out.size, BLOCK):
         stop = min(start + BLOCK, out.size)
         x_B, out_B = x[start:stop], out[start:stop]
         for i in range(out_B.size):
             out_B[i] = np.rint(np.float64(x_B[i]) * factor)
-        _add_signed(streams[:, start:stop], signs, out_B)
+        _add_signed(streams, signs, start, out_B)
 
 
 @jit
@@ -125,13 +125,13 @@ def add_signed(streams: Array, signs: Array, out: Array) -> None:
     """Add the streams with sign 1 to `out` and subtract the others, as in `masked`."""
     for start in range(0, out.size, BLOCK):
         stop = min(start + BLOCK, out.size)
-        _add_signed(streams[:, start:stop], signs, out[start:stop])
+        _add_signed(streams, signs, start, out[start:stop])
 
 
 @jit
-def _add_signed(streams: Array, signs: Array, out: Array) -> None:
+def _add_signed(streams: Array, signs: Array, start: int, out: Array) -> None:
     for k in range(signs.size):
-        stream = streams[k]
+        stream = streams[k][start : start + out.size]
         if signs[k] > 0:
             for i in range(out.size):
                 out[i] += stream[i]

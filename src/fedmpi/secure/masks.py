@@ -112,7 +112,7 @@ class Masks:
         self._next, self._end = -1, 0  # words at which the encryptors stand, and up to which they go
 
     def streams(self, start: int, num: int) -> np.ndarray:
-        """The words of all streams from `start` on, [K, num]; at most CHUNK, and valid until the next call."""
+        """The words of all streams from `start` on, [K, CHUNK], of which `num` are new; valid until the next call."""
         itemsize, stop = self._words.itemsize, start + num
         if start != self._next or stop > self._end:
             self._encryptors = [_encryptor(key, start, itemsize, num) for key in self._keys]
@@ -124,7 +124,7 @@ class Masks:
             zeros, views = zeros[: num * itemsize], [view[: num * itemsize] for view in views]
         for encryptor, view in zip(self._encryptors, views, strict=True):
             encryptor.update_into(zeros, view)
-        return self._words[:, :num]
+        return self._words
 
     def add(self, words: np.ndarray, start: int = 0) -> None:
         """Mask the words of the vector from `start` on, in place."""
@@ -133,7 +133,7 @@ class Masks:
         for begin in range(0, len(words), CHUNK):
             part = words[begin : begin + CHUNK]
             for sign, stream in zip(self.signs, self.streams(start + begin, len(part)), strict=True):
-                (np.add if sign > 0 else np.subtract)(part, stream, out=part)
+                (np.add if sign > 0 else np.subtract)(part, stream[: len(part)], out=part)
 
 
 def _encryptor(key: bytes, start: int, itemsize: int, num: int) -> Any:
