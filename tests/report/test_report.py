@@ -176,6 +176,10 @@ def test_a_round_that_was_trained_again_counts_once_by_round_and_twice_by_rank(t
     assert {rank: found.of_rank[rank][train] for rank in found.ranks} == {0: 11.0, 1: 13.0}
     assert {round: row[train] for round, row in found.of_round.items()} == {1: 3.0, 2: 2.0}
     assert (found.repeated_s, found.began_s, found.ended_s) == (7.0, 10.0, 33.0)
+    assert found.idle_s == 33 - 10 - (3 + 7 + 2)  # a rank that is not in all rounds does not count as idle
+    told = [(0, 1, 10, 2), (1, 1, 10, 2), (0, 2, 12, 2)]
+    (tmp_path / "trace.json").write_text("[\n" + ",\n".join(event(*one) for one in told) + "\n]\n")
+    assert read_phases(tmp_path).idle_s == 0.0
     (tmp_path / "trace.json").write_text("[\n]\n")
     assert read_phases(tmp_path) is None
 
@@ -349,6 +353,8 @@ def test_events_are_told(tmp_path):
     (root / "events.jsonl").write_text(f"{json.dumps(lost)}\nnot json\n{json.dumps(stop)}\n")
     found = page(root)
     sound(found)
+    line = next(t for t in found.under("Accuracy by round")["traces"] if t["name"] == "after a rank was lost")
+    assert line["over"]["round"] == [3] and line["y"] == [3 / 7]
     assert "stopped on request" in found.text and "Lost rank 1 after round 2; d left." in found.text
     assert "Stopped and resumed" not in found.text  # round 3 follows the loss, not a new start
     (root / "events.jsonl").unlink()

@@ -46,7 +46,7 @@ SHAPES = {
     "buffered": (0.0, 0.5),
     "stale": (0.0, 0.25),
     "rejected": (0.4, 0.2),
-    "away": (0.47, 0.06),
+    "away": (0.42, 0.16),
 }
 
 
@@ -94,7 +94,11 @@ def strip(names: Sequence[str], rounds: Sequence[int], states: Sequence[Sequence
             start = end
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if s * cell >= 40 or s == 100)
     base = ROW * len(names) + 18
-    for i in range(0, num, step):
+    for i in range(num):
+        if rounds[i] % step and i and num == rounds[-1] - rounds[0] + 1:  # a cell is a round
+            continue
+        if i % step and num != rounds[-1] - rounds[0] + 1:
+            continue
         middle = left + cell * (i + 0.5)
         parts.append(f'<text class="muted" x="{middle:.1f}" y="{base}" text-anchor="middle">{rounds[i]:,}</text>')
     body = "".join(parts)

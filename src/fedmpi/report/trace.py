@@ -33,6 +33,12 @@ class Phases:
     repeated_s: float = 0.0  # mean over ranks of the time of rounds that were trained again
 
     @property
+    def idle_s(self) -> float:
+        """Seconds between the first and the last round in which no round was trained."""
+        rounds_s = sum(float(row.sum()) for row in self.of_round.values()) + self.repeated_s
+        return max(0.0, self.ended_s - self.began_s - rounds_s)
+
+    @property
     def ranks(self) -> list[int]:
         return sorted(self.of_rank)
 

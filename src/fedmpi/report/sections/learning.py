@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmpi.report.blocks import Block, Chart, Section, Switch, Table, Text, Trace, band, label, line
+from fedmpi.report.blocks import Block, Chart, Section, Switch, Table, Text, Trace, band, label, line, numbers
 from fedmpi.report.numbers import listed, number, spelled, thin
 from fedmpi.report.reading import RunData
-from fedmpi.report.status import best, last, worst
+from fedmpi.report.status import best, last, resumed, worst
 
 AXES = {
     "round": ("Rounds", "Round"),
@@ -88,6 +88,7 @@ def _metric(run: RunData, over: dict[str, np.ndarray]) -> Chart:
         head.append(f"personal_{metric}")
         columns.append(personal[chosen])
         note += ", and the silos' personal models"
+    traces += _breaks(run, evaluated, over)
     top, end = best(run), last(run, metric)
     if top is not None:
         place = int(np.flatnonzero(history.rounds == top.round)[0])
@@ -113,6 +114,22 @@ def _metric(run: RunData, over: dict[str, np.ndarray]) -> Chart:
         layout={"yaxis": {"title": {"text": label(spelled(metric))}}},
         table=Table(head, rows(columns), folded="Data as a table"),
     )
+
+
+def _breaks(run: RunData, evaluated: np.ndarray, over: dict[str, np.ndarray]) -> list[Trace]:
+    """Marks on the line where ranks were lost and where the run was resumed: at the next evaluated round."""
+    history = run.history
+    lost = [int(e["round"]) + 1 for e in run.events if e.get("event") == "lost" and "round" in e]
+    found: list[Trace] = []
+    for name, rounds, symbol in (("after a rank was lost", lost, "x"), ("resumed", resumed(run), "triangle-up-open")):
+        after = [evaluated[history.rounds[evaluated] >= round] for round in rounds]
+        at = np.array(sorted({int(some[0]) for some in after if some.size}), dtype=int)
+        if at.size:
+            marker = {"symbol": symbol, "size": 13, "color": "$ink", "line": {"width": 2}}
+            trace: Trace = {"type": "scatter", "mode": "markers", "name": name, "marker": marker}
+            trace |= {"y": numbers(history.of(run.metric)[at]), "over": {k: numbers(v[at]) for k, v in over.items()}}
+            found.append(trace)
+    return found
 
 
 def _losses(run: RunData, over: dict[str, np.ndarray]) -> Chart:

@@ -65,6 +65,8 @@ def _last(run: RunData, metric: str, at: int, order: np.ndarray) -> Chart:
     values, tests = history.of_silos(metric)[at, order], history.of_silos("num_test")[at, order]
     names = [history.silos[i] for i in order]
     pooled = history.of(metric)[at]
+    without = int(np.isfinite(history.of_silos(metric)).any(axis=0).sum()) - len(order)
+    gone = f" {plural(without, 'silo')} had figures before, but none in this round." if without else ""
     dots: dict[str, Any] = {"color": "$c0", "size": 9 if len(order) <= MOST_NAMES else 6, "symbol": "circle"}
     trace: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": "silo", "marker": dots, "showlegend": False}
     trace |= {"text": [label(name) for name in names], "hovertemplate": "%{text}: %{x:.4f}<extra></extra>"}
@@ -103,7 +105,7 @@ def _last(run: RunData, metric: str, at: int, order: np.ndarray) -> Chart:
         title=f"{spelled(metric)} of each silo, round {history.rounds[at]:,}",
         alt=f"Dot chart of {metric} of {plural(len(order), 'silo')}, from {number(float(values[0]))} ({names[0]}, the "
         f"worst) to {number(float(values[-1]))} ({names[-1]}).",
-        note="The worst first; the dashed line is the figure of all test samples together.",
+        note="The worst first; the dashed line is the figure of all test samples together." + gone,
         traces=[trace],
         layout=layout,
         table=Table(["silo", metric, "test samples"], rows[:MOST_ROWS], folded="Data as a table"),

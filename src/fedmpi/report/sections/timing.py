@@ -64,9 +64,9 @@ def timing(run: RunData) -> Section | None:
         total = sum(run.phases.of_rank.values())
         spent, waited = float(np.sum(total)), float(np.asarray(total)[PHASES.index("wait")])
         share = waited / spent if spent else 0.0
-        idle = run.phases.ended_s - run.phases.began_s - spent / max(1, len(run.phases.of_rank))
+        idle = run.phases.idle_s
         rows.append(("Share of waiting", Cell(f"{share:.1%} of all ranks' time", share)))
-        if idle > max(1.0, 0.05 * spent / max(1, len(run.phases.of_rank))):
+        if idle > max(1.0, 0.05 * (run.phases.ended_s - run.phases.began_s)):
             rows.append(("Not in rounds", Cell(f"{seconds(idle)} of that time: stops, starts, lost ranks", idle)))
         blocks += [_by_rank(run), _by_round(run)]
     else:
@@ -88,6 +88,8 @@ def _by_rank(run: RunData) -> Chart:
     ranks = phases.ranks
     waits = {rank: phases.of_rank[rank][PHASES.index("wait")] for rank in ranks}
     note = "All that a rank did, also rounds that were trained again. Hatched amber: waiting for the slowest rank."
+    if any(event.get("event") == "lost" for event in run.events):
+        note += " Ranks are numbered anew after a loss, so a row may be of two processes."
     if len(ranks) > MOST_RANKS:
         by_wait = sorted(ranks, key=lambda rank: waits[rank])
         ranks = sorted(by_wait[: MOST_RANKS // 2] + by_wait[-MOST_RANKS // 2 :])
