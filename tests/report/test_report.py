@@ -50,6 +50,10 @@ def sound(found):
     assert found.faults == [] and found.unlabelled == []
     assert len(set(found.ids)) == len(found.ids)
     assert {link[1:] for link in found.links} <= set(found.ids) and all(link[0] == "#" for link in found.links)
+    assert found.levels[0] == 1 and found.levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(found.levels, found.levels[1:], strict=False))
+    chosen = [name for name, checked in found.radios if checked]
+    assert sorted(chosen) == sorted({name for name, _ in found.radios})  # one of each group
     assert len(found.charts) == found.html.count(" data-chart=")
     for chart in found.charts.values():
         assert chart["traces"] and all(trace.get("name") is not None for trace in chart["traces"])
@@ -139,6 +143,20 @@ def test_the_figures_are_those_of_the_records(trained):
     total_s = sum(line["seconds"]["round"] for line in lines)
     told = re.search(r'<dt>All rounds</dt><dd data-value="([^"]*)"', found.html)[1]
     assert float(told) == pytest.approx(total_s)
+
+
+def test_bytes_and_seconds_are_sums_over_rounds(tmp_path):
+    found = page(directory(tmp_path / "run", [record(number, SILOS) for number in (1, 2, 3)]))
+    line = next(trace for trace in found.under("Accuracy by round")["traces"] if trace["name"] == "all silos")
+    assert line["over"]["bytes"] == pytest.approx([3001e-6, 6003e-6, 9006e-6])
+    assert line["over"]["seconds"] == [0.875, 1.75, 2.625]
+    up, down, tables_ = (trace["y"] for trace in found.under("Megabytes of a round")["traces"])
+    assert up == pytest.approx([1001e-6, 1002e-6, 1003e-6]) and down == [2e-3] * 3 and tables_ == [3e-4] * 3
+    rows = found.table("round", "up")
+    assert [rows[str(n)]["up"] for n in (1, 2, 3)] == [1001, 1002, 1003] and rows["1"]["down"] == 2000
+    for name, total in (("up", 3006), ("down", 6000), ("tables", 900)):
+        assert f'<dt>Bytes {name}</dt><dd data-value="{total}">' in found.html
+    assert "1.00 kB in a median round" in found.text  # up
 
 
 def test_the_top_of_the_page_answers_in_a_few_words(trained):

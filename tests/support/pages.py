@@ -10,6 +10,7 @@ from fedmpi.config import Config
 from fedmpi.directory import write_config
 from fedmpi.records.metrics import line_of
 
+HEADS = ("h2", "h3", "h4", "h5", "summary", "caption")
 VOID = ("meta", "br", "input", "hr", "img", "link")
 SHORT = ("rect", "circle", "path", "polyline")  # of SVG, closed by themselves
 ABOUT = {
@@ -81,6 +82,7 @@ class Page(HTMLParser):
     ids, links, resources   of elements; resources: addresses that a browser would load
     tables                  {title of figure or caption or summary: [rows of (text, data-value)]}
     charts                  the charts' data, by id; titles: their ids by heading
+    levels, radios          of headings; names of radio buttons, and whether they are checked
     text                    all text outside of scripts and styles
     """
 
@@ -88,6 +90,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.html, self.ids, self.links, self.resources, self.open, self.unlabelled = html, [], [], [], [], []
         self.tables, self.titles, self.texts, self.faults, self.scripts = {}, {}, [], [], []
+        self.levels, self.radios = [], []
         self.heading, self.cell, self.row, self.rows, self.chart = "", None, None, None, None
         self.feed(html)
         self.close()
@@ -103,6 +106,10 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         self.ids += [at["id"]] if "id" in at else []
+        if tag in ("h1", *HEADS[:4]):
+            self.levels.append(int(tag[1]))
+        if at.get("type") == "radio":
+            self.radios.append((at["name"], "checked" in at))
         if tag == "a":
             self.links.append(at["href"])
         self.resources += [at[name] for name in ("src", "srcset", "data", "action", "poster") if name in at]
@@ -111,7 +118,7 @@ class Page(HTMLParser):
             self.scripts.append("")
         if at.get("role") == "img" and not at.get("aria-label"):
             self.unlabelled.append(at)
-        if tag in ("h2", "h3", "h4", "summary", "caption"):
+        if tag in HEADS:
             self.heading = ""
         if "data-chart" in at:
             self.titles.setdefault(self.heading, at["data-chart"])  # in the order of the page
@@ -142,7 +149,7 @@ class Page(HTMLParser):
         self.texts.append(data)
         if self.cell is not None:
             self.cell[0] += data
-        if self.open and self.open[-1] in ("h2", "h3", "h4", "summary", "caption"):
+        if self.open and self.open[-1] in HEADS:
             self.heading += data
 
     def under(self, heading):

@@ -4,8 +4,9 @@ there is nothing to tell."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from fedmpi.report.blocks import Section
+from fedmpi.report.blocks import Block, Section, Switch
 from fedmpi.report.reading import RunData
 from fedmpi.report.sections.configuration import configuration
 from fedmpi.report.sections.figures import figures
@@ -22,11 +23,19 @@ from fedmpi.report.sections.where import where
 Part = Callable[[RunData], Section | None]
 
 PARTS: Sequence[Part] = (
-    *(where, learning, silos, figures, timing, traffic, participation, staleness, privacy, saved, configuration),
+    *(learning, silos, figures, timing, traffic, participation, staleness, privacy, where, saved, configuration),
 )
 
 
 def sections(run: RunData, prefix: str = "") -> list[Section]:
     """All sections of a run; `prefix` makes their ids unique among runs."""
     found = (part(run) for part in PARTS)
-    return [Section(prefix + one.id, one.title, one.blocks) for one in found if one is not None]
+    return [
+        Section(prefix + one.id, one.title, [_unique(block, prefix) for block in one.blocks])
+        for one in found
+        if one is not None
+    ]
+
+
+def _unique(block: Block, prefix: str) -> Block:
+    return replace(block, id=prefix + block.id) if isinstance(block, Switch) else block

@@ -8,13 +8,14 @@ import numpy as np
 
 from fedmpi.metrics.scorers import SILO_MEAN, WITHIN
 from fedmpi.report.blocks import Block, Cell, Chart, Matrix, Section, Table, Text, line
-from fedmpi.report.numbers import number, spelled, thin
+from fedmpi.report.numbers import listed, number, spelled, thin
 from fedmpi.report.reading import RunData
 from fedmpi.report.sections.learning import rows, thinned
 from fedmpi.report.status import Scored
 
 MOST_CLASSES = 24
 MOST_LINES = 7
+MOST_CHARTS = 4
 
 
 def figures(run: RunData) -> Section | None:
@@ -27,8 +28,11 @@ def figures(run: RunData) -> Section | None:
     shares = [n for n in others if _within(history.of(n), 0.0, 1.0)]
     if shares:
         blocks.append(_chart(run, shares[:MOST_LINES], "Other metrics by round", "Value, 0 to 1"))
-    for name in [n for n in others if n not in shares][:4]:
+    rest = [n for n in others if n not in shares]
+    for name in rest[:MOST_CHARTS]:
         blocks.append(_chart(run, [name], f"{spelled(name)} by round", spelled(name)))
+    if left := [*shares[MOST_LINES:], *rest[MOST_CHARTS:]]:
+        blocks.append(Text(f"Without a chart, only in the table: {listed(left, 20)}.", "note"))
     if any(name.startswith((SILO_MEAN, f"personal_{SILO_MEAN}")) for name in names):
         blocks.append(
             Text(
