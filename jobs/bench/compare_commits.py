@@ -49,7 +49,8 @@ def measured(folder: Path, given: argparse.Namespace) -> Seconds:
         *short,
     ]
     found = {}
-    for row in json.loads(_said([*launch, *exchange], folder, env)):
+    told = json.loads(_said([*launch, *exchange], folder, env))
+    for row in told["rows"] if isinstance(told, dict) else told:  # older commits print only the rows
         if row["plan"] in PLANS:
             found[f"exchange {PLANS[row['plan']]} {row['codec']}"] = row["seconds"]["median"]
     job = next(folder.glob("jobs/**/federation_cost.py"))  # older commits have it in jobs/

@@ -141,6 +141,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
         "central": source.central,
         "parameters": counts.total,
         "shared_parameters": counts.shared,
+        "vector_elements": counts.travels,
         "bytes_up": on_wire.up if flat else None,
         "bytes_down": on_wire.down if flat else None,
         "bytes_control": (control if num_ranks > 1 else 0) if flat else None,

@@ -58,7 +58,7 @@ def run(n: int) -> Done:
 def rows(n: int) -> dict[tuple[str, str | None], Row]:
     done = run(n)
     assert done.rc == 0, done.tails
-    return {(row["plan"], row["codec"]): row for row in json.loads(done.out)}
+    return {(row["plan"], row["codec"]): row for row in json.loads(done.out)["rows"]}
 
 
 @pytest.mark.parametrize("n", (1, 2))
@@ -120,7 +120,7 @@ def test_link_bytes_of_unequal_owners() -> None:
 def test_without_a_link_rate_there_is_no_share_and_the_table_begins_with_ratios() -> None:
     done = bench(2, "exchange", "--params", "2e4", "--repeats", "1", "--codec", "{name: topk, ratio: 0.02}")
     assert done.rc == 0, done.tails
-    head, *lines = done.out.splitlines()
+    head, *lines = done.out.partition("\n\n")[0].splitlines()  # lines with figures of merit follow
     columns = head.split()[1:]
     ratios = [columns.index(f"x_{rival}") for rival in ("allreduce", "tcp", "gloo", "memcpy")]
     assert max(ratios) < columns.index("median_s")
@@ -140,7 +140,7 @@ def test_a_rival_that_cannot_be_had_is_left_out_aloud() -> None:
         2, "exchange", "--params", "2e4", "--repeats", "1", "--codec", "identity", "--json", GLOO_SOCKET_IFNAME="none0"
     )
     assert done.rc == 0, done.tails
-    found = json.loads(done.out)
+    found = json.loads(done.out)["rows"]
     assert [row["plan"] for row in found] == ["memcpy", *(plan for plan, *_ in PLANS), "allreduce", "tcp"]
     assert all(row["x_gloo"] is None for row in found)
     said = own_lines(done)
@@ -239,8 +239,9 @@ def test_deltas_are_no_constant_and_differ_by_rank() -> None:
 def test_checkpoint() -> None:
     done = bench(2, "checkpoint", "--params", "2e5", "--rounds", "12", "--json")
     assert done.rc == 0, done.tails
-    row = json.loads(done.out)
-    assert list(row) == ["waited", "ratio", "params", "round_s", "rounds"]
+    (row,) = json.loads(done.out)["rows"]
+    assert list(row) == ["waited", "ratio", "params", "round_s", "rounds", "write_s", "resume_s"]
+    assert row["write_s"] > 0 and 0 < row["resume_s"] < 60
     assert 0 <= row["waited"] < 1 and row["ratio"] > 0 and row["round_s"] > 0
     assert row["rounds"] == 12 and abs(row["params"] / PARAMS - 1) < 0.02
     assert bench(1, "checkpoint", "--rounds", "10").rc == 2  # no round would overlap with a write

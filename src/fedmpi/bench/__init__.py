@@ -4,5 +4,10 @@ exchange     every plan, and codecs, from a delta to new parameters on all ranks
 baselines    what they are compared with: gloo, raw TCP
 codecs       encode, decode and bytes on one core
 checkpoint   how long rounds wait for checkpoints
+quality      time until runs reach a target
+scaling      exchanges and rounds over numbers of ranks
+forecast     seconds of exchanges over a link, from a rate and saved figures
+noise        data and model of benchmarks that train
+figures      figures of merit, and how results are printed
 timing       interleaved timing, and tables
 """

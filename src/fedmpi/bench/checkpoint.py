@@ -2,6 +2,8 @@
 
     waited   seconds that rounds waited for checkpoints / seconds that rounds took
     ratio    median time of rounds while a checkpoint is being written / median of the others
+    write_s  rank 0 writes the parameters once more, with fsync, and nothing else runs
+    resume_s from the run directory to a run that is ready for its next round: data, model, checkpoint
 
 Two silos train an MLP on random images, ten batches of 64 per round, with a checkpoint every ten rounds. Checkpoints go
 to TMPDIR, which all ranks should see, and are removed afterwards.
@@ -9,40 +11,28 @@ to TMPDIR, which all ranks should see, and are removed afterwards.
 
 from __future__ import annotations
 
-import math
 import shutil
 import statistics
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from fedmpi.bench.figures import Figure
+from fedmpi.bench.noise import Noise, width
 from fedmpi.bench.timing import Row
+from fedmpi.checkpoint import Writer
 from fedmpi.comm import Comm
 from fedmpi.config import CheckpointSection, Config
 from fedmpi.local import Sgd
 from fedmpi.models import MLP
+from fedmpi.state import StateTensor
 from fedmpi.train import Run
-from fedmpi.types import Silo, SiloData, Source
 
 EVERY = 10  # rounds between checkpoints
 _BUSY = 3  # of EVERY: rounds in which a checkpoint may still be being written
-_FEATURES, _CLASSES, _SAMPLES = 784, 10, 640
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Random images; only sizes matter here."""
-
-    def source(self, seed: int) -> Source:
-        """Two silos."""
-        silos = tuple(Silo(f"silo-{i}", _SAMPLES) for i in range(2))
-        return Source("classification", (_FEATURES,), _CLASSES, silos, self.open)
-
-    def open(self, silo: str) -> SiloData:
-        """A silo's samples."""
-        x, y = torch.randn(_SAMPLES, _FEATURES), torch.randint(_CLASSES, (_SAMPLES,))
-        return SiloData(x, y, x[:64], y[:64])
 
 
 def checkpoint(comm: Comm, num_params: int, rounds: int = 30) -> Row:
@@ -60,6 +50,11 @@ def checkpoint(comm: Comm, num_params: int, rounds: int = 30) -> Row:
         with Run(config, comm=comm) as run:
             seconds = {record["round"]: record["seconds"] for record in run}
             found = run.parameters.numel()
+            write_s = _write(comm, Path(out) / "again", run.parameters)
+        comm.barrier()
+        start_s = time.perf_counter()
+        with Run(replace(config, rounds=rounds + 1), comm=comm):
+            resume_s = float(comm.gather_number(time.perf_counter() - start_s).max())
         comm.barrier()
     finally:
         if comm.local_rank == 0:
@@ -72,14 +67,31 @@ def checkpoint(comm: Comm, num_params: int, rounds: int = 30) -> Row:
         "params": found,
         "round_s": statistics.median(without),
         "rounds": rounds,
+        "write_s": write_s,
+        "resume_s": resume_s,
     }
 
 
-def width(num_params: int) -> int:
-    """Width of two hidden layers that give about `num_params` parameters: h^2 + (784 + 10 + 2) h + 10.
+def _write(comm: Comm, folder: Path, params_P: torch.Tensor) -> float:
+    """Seconds in which rank 0 writes a checkpoint with these parameters. Collective."""
 
-    >>> width(25_000_000), width(1)
-    (4617, 1)
-    """
-    half = (_FEATURES + _CLASSES + 2) / 2
-    return max(1, int(math.sqrt(half * half + max(0, num_params - _CLASSES)) - half))
+    def write() -> float:
+        writer = Writer(folder, 0)
+        start_s = time.perf_counter()
+        writer.start(0, [StateTensor(("params",), params_P)])
+        writer.join()
+        seconds = time.perf_counter() - start_s
+        writer.close(1.0)
+        return seconds
+
+    return float(comm.gather_number(comm.collectively(lambda: write() if comm.rank == 0 else 0.0)).max())
+
+
+def figures(row: Row) -> list[Figure]:
+    """Waiting, the ratio of rounds, write bandwidth, and the time to resume."""
+    return [
+        Figure("checkpoint.waited", row["waited"], "share"),
+        Figure("checkpoint.ratio", row["ratio"], "ratio"),
+        Figure("checkpoint.write", 4 * row["params"] / row["write_s"] / 1e9, "GB/s"),
+        Figure("checkpoint.resume", row["resume_s"], "s"),
+    ]

@@ -6,6 +6,7 @@ import statistics
 
 import torch
 
+from fedmpi.bench.figures import Figure
 from fedmpi.bench.timing import Candidates, Row, in_turns
 from fedmpi.codecs import CODECS, warm
 from fedmpi.comm import SoloComm
@@ -44,9 +45,21 @@ def codecs(num_params: int, repeats: int = 7, seed: int = 0) -> list[Row]:
                 "codec": name,
                 "params": num_params,
                 "seconds": {"median": median["encode"]},
+                "add_s": median["add"],
                 "x_memcpy_encode": median["encode"] / median["memcpy"],
                 "x_memcpy_add": median["add"] / median["memcpy"],
                 "wire_bytes_per_param": sent[-1] / num_params,
             }
         )
     return rows
+
+
+def figures(rows: list[Row]) -> list[Figure]:
+    """Throughput of encoding and of decoding with adding, in bytes of the float32 vector, and bytes as sent."""
+    found = []
+    for row in rows:
+        name, num_bytes = f"codecs.{row['codec']}", 4 * row["params"]
+        found.append(Figure(f"{name}.encode", num_bytes / row["seconds"]["median"] / 1e9, "GB/s"))
+        found.append(Figure(f"{name}.add", num_bytes / row["add_s"] / 1e9, "GB/s"))
+        found.append(Figure(f"{name}.wire", row["wire_bytes_per_param"], "bytes/param"))
+    return found

@@ -30,6 +30,7 @@ import torch
 import yaml
 
 from fedmpi.bench import baselines
+from fedmpi.bench.figures import Figure, word
 from fedmpi.bench.timing import Row, in_turns
 from fedmpi.codecs import CODECS, BFloat16, Codec, Identity, Int4, Int8, TopK
 from fedmpi.comm import Comm
@@ -110,7 +111,7 @@ def exchange(
     with ExitStack() as stack:
         entrants = [
             Entrant("memcpy", lambda: other_P.copy_(delta_P)),
-            *(_of_plan(section, comm, delta_P, params_P) for section in _sections(comm, channels, params_P)),
+            *(of_plan(section, comm, delta_P, params_P) for section in _sections(comm, channels, params_P)),
             Entrant("allreduce", lambda: comm.plain_allreduce(delta_P, sums_P), moves=Replicated),
             *_over_sockets(comm, num_params, stack),
         ]
@@ -137,6 +138,24 @@ def exchange(
         row["link_share"] = busiest_bytes * 8 / (median_s * link_gbit * 1e9) if link_gbit and busiest_bytes else None
         rows.append(row)
     return rows
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    """Seconds, bandwidth (4 bytes a parameter / seconds), ratio to MPI_Allreduce and bytes of every row."""
+    found = []
+    for row in rows:
+        codec = row["codec"]
+        name = ".".join(["exchange", row["plan"], *([word(codec)] if codec and codec != label(Identity()) else [])])
+        seconds = row["seconds"]["median"]
+        found.append(Figure(f"{name}.seconds", seconds, "s"))
+        found.append(Figure(f"{name}.bandwidth", 4 * row["params"] / seconds / 1e9, "GB/s"))
+        for key, unit in (("x_allreduce", "ratio"), ("link_share", "share")):
+            if row[key] is not None:
+                found.append(Figure(f"{name}.{key}", row[key], unit))
+        for way in ("up", "down"):
+            if (wire := row[f"wire_bytes_per_param_{way}"]) is not None:
+                found.append(Figure(f"{name}.wire_{way}", wire, "bytes/param"))
+    return found
 
 
 def noise(rank: int, num_params: int) -> torch.Tensor:
@@ -171,7 +190,8 @@ def _sections(comm: Comm, channels: Sequence[Channel], params_P: torch.Tensor) -
     return list(dict.fromkeys(found))
 
 
-def _of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params_P: torch.Tensor) -> Entrant:
+def of_plan(section: ExchangeSection, comm: Comm, delta_P: torch.Tensor, params_P: torch.Tensor) -> Entrant:
+    """A round of a plan with its codecs, with one silo on each rank. Collective."""
     silo = f"silo-{comm.rank}"
     facts = ExchangeContext(float(comm.size), [f"silo-{rank}" for rank in range(comm.size)], [silo])
     made = choose.make(section, comm, params_P, facts)

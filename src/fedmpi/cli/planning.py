@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ from fedmpi.output import say
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
+    from fedmpi.config import Config
 
 
 @app.command()
@@ -30,6 +33,14 @@ def plan(
         Path | None,
         typer.Option("--speeds", help="seconds of the silos: lines SILO,SECONDS, or an earlier asynchronous run's DIR"),
     ] = None,
+    link: Annotated[
+        str | None, typer.Option("--link", metavar="RATE", help="a host's link, such as 1gbit: seconds of exchanges")
+    ] = None,
+    latency: Annotated[str, typer.Option("--latency", help="of a message over that link")] = "50us",
+    costs: Annotated[
+        Path | None,
+        typer.Option("--costs", metavar="FILE", help="of `fedmpi bench exchange --save`: what computing takes"),
+    ] = None,
 ) -> None:
     """Show what `train` would need and do: silos, bytes, memory, disk, collectives, and the source of every value."""
 
@@ -41,9 +52,46 @@ def plan(
         with confined(run_directory(Path(config)), allow or []):
             loaded, origins = load(config, overrides or [])
             result = compute(loaded, origins, ranks, speeds)
+            result["links"] = _links(loaded, result, ranks, link, latency, costs)
         print(json.dumps(result)) if as_json else (_print_privacy if privacy else _print_plan)(result)
 
     answer(work)
+
+
+def _links(
+    config: Config, result: dict[str, Any], ranks: int, link: str | None, latency: str, costs: Path | None
+) -> list[dict[str, Any]] | None:
+    """Seconds of exchanges over a link; None if no link is given."""
+    if link is None:
+        if costs is not None:
+            raise ConfigError("--costs needs --link, such as --link 1gbit")
+        return None
+    from fedmpi.bench import forecast
+
+    section = config.exchange
+    if section.regions is not None or section.overlap or section.fragments > 1 or section.scope == "silo":
+        raise ConfigError("--link: its model knows no regions, overlap, fragments or scope silo")
+    if config.engine.arrivals or config.secure is not None:
+        raise ConfigError("--link: its model knows no asynchronous engine and no secure aggregation")
+    bits_per_s, latency_s = forecast.rate(link), forecast.latency(latency)
+    rows = [] if costs is None else forecast.read(costs)
+    section = replace(section, plan=result["plan"] if result["plan"] != "shared_memory" else "sharded")
+    return forecast.forecast(section, result["vector_elements"], ranks, bits_per_s, latency_s, rows)
+
+
+def _print_links(console: Any, rows: Sequence[dict[str, Any]] | None) -> None:
+    from rich.table import Table
+
+    if rows is None:
+        return
+    columns = ("at_least_s", "at_most_s", "wire_s", "computing_s", "latency_s")
+    table = Table("plan", "codec", *(name.removesuffix("_s").replace("_", " ") for name in columns), title="s/exchange")
+    for row in rows:
+        cells = ("?" if row[name] is None else f"{row[name]:.4g}" for name in columns)
+        table.add_row(row["plan"] + " (configured)" * row["configured"], row["codec"] or "-", *cells)
+    console.print(table)
+    if any(row["computing_s"] is None for row in rows):
+        console.print("computing is not known where it says ?, and counts as 0: --costs FILE of bench exchange --save")
 
 
 def _print_privacy(result: dict[str, Any]) -> None:
@@ -197,6 +245,7 @@ def _print_plan(result: dict[str, Any]) -> None:
         console.print(f"under mpirun --with-ft ulfm: up to {_size(result['mirror_bytes'])} more memory a rank")
     console.print("not looked at: files, samples, model and loss on them, speed, out; `fedmpi check` does")
     _print_engines(console, result)
+    _print_links(console, result["links"])
     values = Table("key", "value", "from", title="configuration")
     for key, entry in result["config"].items():
         values.add_row(key, str(entry["value"]), entry["from"])
