@@ -1,6 +1,7 @@
 """Silos in jobs of their own that register while the run trains, against a run in one process whose members grow."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -203,6 +204,33 @@ def test_silos_that_most_others_do_not_fit_are_refused_before_the_first_round(tm
     for job in jobs:
         job.ended()
     assert [*records[0]["silos"]] == ["s1", "s2"]
+
+
+def test_of_two_silos_that_differ_none_is_refused_until_a_third_one_comes(tmp_path):
+    how = apart(tmp_path, 2, transport={"min_silos": 2})
+    jobs = [Job(how, "s0", Odd), Job(how, "s1")]
+    for silo in IDS[:2]:
+        registered(how, silo)
+    last = threading.Timer(1.5, lambda: jobs.append(Job(how, "s2")))
+    last.start()
+    records, _ = served(how)
+    assert [*records[0]["silos"]] == ["s1", "s2"]
+    with pytest.raises(ConfigError, match="the server refuses silo 's0'"):
+        jobs[0].ended()
+    for job in jobs[1:]:
+        job.ended()
+
+
+def test_a_member_does_not_leave(tmp_path):
+    how = apart(tmp_path, 2)
+    jobs = [Job(how, silo) for silo in IDS]
+    with Serving(how) as there:
+        for record in there:
+            if record["round"] == 1:
+                with pytest.raises(ConfigError, match="silo 's1' stays a member; a new run has others"):
+                    there.rebuild(there.membership.without("s1"))
+    for job in jobs:
+        job.ended()
 
 
 @pytest.mark.parametrize(

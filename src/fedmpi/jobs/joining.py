@@ -104,7 +104,8 @@ class Joining:
             there = [silo for silo in wanted if silo in fits]
             if len(there) >= least:
                 break
-            self._tell_refused(why)
+            if 2 * len(fits) > len(known):  # whoever comes, they stay the most
+                self._tell_refused(why)
             missing = [silo for silo in wanted if silo not in fits]
             what = f"for silos to register: {len(there)} of {least if known or members else 'all'} have"
             self._post.waits(f"{what}; missing: {', '.join(missing[:6])}" if missing else what)
@@ -134,8 +135,11 @@ class Joining:
     # ------------------------------------------------------------ between two rounds
 
     def opened(self, members: Membership) -> Opened:
-        """The members' facts; their data are in their jobs. Raises ConfigError if a component does not take them."""
+        """The members' facts; their data are in their jobs. Raises ConfigError if a component does not take them, or if
+        one has left."""
         assert self._spec is not None
+        if left := [silo for silo in self._facts if silo not in members.teams]:
+            raise ConfigError(f"transport: files: silo '{left[0]}' stays a member; a new run has others")
         registered = self._registered()
         for silo in members.ids:
             if silo not in self._facts:
