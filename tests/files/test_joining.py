@@ -152,6 +152,30 @@ def test_a_server_that_dies_takes_the_members_of_its_commits(tmp_path, monkeypat
     assert sha256(there.parameters) == sha256(params_P)
 
 
+def test_a_round_that_was_called_keeps_its_members_whoever_registers_meanwhile(tmp_path, monkeypatch):
+    how = apart(tmp_path, 7, transport={"min_silos": 1}, checkpoint={"every": 50}, **CASES["scaffold"])
+    jobs, original = [Job(how, "s0")], Server.commit
+
+    def dies(self, entries, files, about, ended=False):
+        if about["ids"] == ["s0", "s1"]:  # their updates are there
+            raise KeyboardInterrupt
+        return original(self, entries, files, about, ended)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Server, "commit", dies)
+        patch.setattr(Keeper, "finish", lambda self, state: None)
+        grown(how, {"s1": 2}, jobs=jobs)
+    jobs.append(Job(how, "s2"))
+    registered(how, "s2")
+    _, there = served(how)
+    for job in jobs:
+        job.ended()
+    rows = rows_of(how)
+    assert [len(row["silos"]) for row in rows] == [1, 1, 1, 2, 3, 3, 3]
+    params_P, _ = grown_in_one_process(how, tmp_path, rows)
+    assert sha256(there.parameters) == sha256(params_P)
+
+
 class Odd(OneSilo):
     """A silo's job that tells another task."""
 
