@@ -12,7 +12,7 @@ TOP = Path(__file__).parents[2]
 CONFIG = """
 rounds: 14
 data: {name: digits, silos: 2}
-local: {name: sgd, lr: 0.05, epochs: 120}
+local: {name: sgd, lr: 0.05, epochs: 15}
 transport: {name: files, root: shared, lease_s: 10}
 out: run
 """
@@ -24,10 +24,10 @@ def slurm():
         yield running
 
 
-def submitted(slurm: Cluster, folder: Path) -> dict[str, str]:
+def submitted(slurm: Cluster, folder: Path, **more: str) -> dict[str, str]:
     """Call the script; the new jobs' ids by the last part of their names."""
     command = [f"{TOP}/slurm/federation.sh", "study.yaml"]
-    env = {**slurm.env, "FEDMPI_VENV": sys.prefix}
+    env = {**slurm.env, "FEDMPI_VENV": sys.prefix, **more}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=150, check=True)
     rows = [line.split() for line in done.stderr.splitlines() if " submitted: " in line]
     return {name.split("-", 2)[2]: job for _, name, _, job in rows}
@@ -38,12 +38,7 @@ def test_a_silo_is_cancelled_and_submitted_again(slurm, tmp_path):
     jobs = submitted(slurm, tmp_path)
     assert set(jobs) == {"silo-0", "silo-1", "server"}
     assert submitted(slurm, tmp_path) == {}  # all are there
-    metrics = tmp_path / "run/metrics.jsonl"
-
-    def two_rounds():
-        return metrics.exists() and len(metrics.read_text().splitlines()) >= 2
-
-    until(two_rounds, 150, lambda: slurm.log(jobs["server"]))
+    until(lambda: rounds(tmp_path) >= 2, 150, lambda: slurm.log(jobs["server"]))
     slurm.run("scancel", jobs["silo-1"])
     assert slurm.ended(jobs["silo-1"])["JobState"] == "CANCELLED"
     again = submitted(slurm, tmp_path)
@@ -52,11 +47,56 @@ def test_a_silo_is_cancelled_and_submitted_again(slurm, tmp_path):
         end = slurm.ended(job, timeout_s=200)
         assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), slurm.log(job)
     assert submitted(slurm, tmp_path) == {}  # all rounds are done
+    assert_bits_of_one_process(tmp_path)
+
+
+def test_signalled_jobs_are_requeued_and_a_cancelled_server_is_submitted_again(slurm, tmp_path):
+    (tmp_path / "study.yaml").write_text(CONFIG.replace("rounds: 14", "rounds: 24"))
+    jobs = submitted(slurm, tmp_path)
+    for number, job in ((2, "silo-0"), (5, "server")):
+        until(lambda number=number: rounds(tmp_path) >= number, 150, lambda: slurm.log(jobs["server"]))
+        slurm.run("scancel", "--signal=USR1", "--batch", jobs[job])
+        until(lambda job=job: slurm.job(jobs[job])["Restarts"] == "1", 60, lambda job=job: slurm.log(jobs[job]))
+    assert submitted(slurm, tmp_path) == {}  # they are queued
+    until(lambda: rounds(tmp_path) >= 9, 150, lambda: slurm.log(jobs["server"]))
+    slurm.run("scancel", jobs["server"])
+    assert slurm.ended(jobs["server"])["JobState"] == "CANCELLED"
+    again = submitted(slurm, tmp_path)
+    assert set(again) == {"server"}
+    for job, restarts in ((jobs["silo-0"], "1"), (jobs["silo-1"], "0"), (again["server"], "0")):
+        end = slurm.ended(job, timeout_s=250)
+        told = (end["JobState"], end["ExitCode"], end["Restarts"])
+        assert told == ("COMPLETED", "0:0", restarts), slurm.log(job)
+    assert_bits_of_one_process(tmp_path)
+
+
+def test_a_silo_is_requeued_before_its_time_limit(slurm, tmp_path):
+    amount = "{name: sgd, lr: 0.05, epochs: 99999, amount: {name: seconds, seconds: 2.0}}"  # it outlasts the limit
+    config = CONFIG.replace("{name: sgd, lr: 0.05, epochs: 15}", amount).replace("rounds: 14", "rounds: 36")
+    (tmp_path / "study.yaml").write_text(config)
+    jobs = submitted(slurm, tmp_path, FEDMPI_SBATCH_SILO="--time=3")  # USR1 after a minute
+    for job in jobs.values():
+        end = slurm.ended(job, timeout_s=280)
+        assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), slurm.log(job)
+    for silo in ("silo-0", "silo-1"):
+        assert int(slurm.job(jobs[silo])["Restarts"]) >= 1
+        assert "stopped on request, requeueing" in slurm.log(jobs[silo])
+    assert rounds(tmp_path) == 36
+
+
+def rounds(folder: Path) -> int:
+    """Rounds that the server has recorded."""
+    metrics = folder / "run/metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def assert_bits_of_one_process(folder: Path) -> None:
+    """The parameters are those of the same configuration in one process."""
     command = [f"{sys.prefix}/bin/fedmpi", "train", "study.yaml", "transport=mpi", "out=plain"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=100)
+    subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=250)
     digests = []
     for out in ("run", "plain"):
         command = [f"{sys.prefix}/bin/fedmpi", "inspect", out, "--json"]
-        told = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=60).stdout
+        told = subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=60).stdout
         digests.append(json.loads(told)["params_sha256"])
     assert digests[0] == digests[1]
