@@ -41,6 +41,23 @@ def test_figures_follow_what_is_disclosed(tmp_path):
     assert [row["network"] for row in seen] == ["yes, not encrypted", "sums of a rank's silos", "masked"]
 
 
+@pytest.mark.parametrize(
+    ("scale", "what", "server", "network"),
+    [
+        ("standard", "sums of its columns, once", "sums", "sums of a rank's silos"),
+        ("minmax", "sums and ends of its columns, once", "of a rank's silos", "yes, not encrypted"),
+    ],
+)
+def test_pooled_statistics_of_columns_are_told(tmp_path, scale, what, server, network):
+    data = {"name": "files", "task": "binary", "shape": [2], "silos": [{"id": "a", "path": "a.csv"}], "scale": scale}
+    model = {"model": "logistic"}
+    assert what not in told(tmp_path, data=data, **model)[0]
+    row = told(tmp_path, ranks=1, data=data | {"statistics": "pooled"}, **model)[0][what]
+    data["silos"] = [{"id": name, "path": f"{name}.csv", "num_samples": 9} for name in "abc"]
+    row = told(tmp_path, data=data | {"statistics": "pooled"}, **model)[0][what]
+    assert (row["server"], row["network"], row["files"]) == (server, network, "pooled")
+
+
 def test_one_rank_sends_nothing(tmp_path):
     assert {row["network"] for row in told(tmp_path, ranks=1)[0].values()} == {"nothing is sent"}
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -123,15 +123,21 @@ def assemble(
     plan_before: Callable[[], str],
     members: Membership | None = None,
     members_before: Callable[[], Sequence[Stored]] = lambda: [],
+    statistics_before: Callable[[], Mapping[str, Any]] = dict,
 ) -> Assembly:
     """Builds and checks everything a run needs. Collective; raises ConfigError on every rank alike.
 
     `plan_before` is called on rank 0 and returns the plan the run began with, or an empty string. `members` are the
     members to continue with. If None, they are those of the newest whole checkpoint in what `members_before` returns
-    on rank 0, the newest first; in a new run, all silos.
+    on rank 0, the newest first; in a new run, all silos. `statistics_before` returns the statistics behind the inputs
+    of the run there, if it has some.
     """
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
     spec = specify(config, comm, out)
+    if (shared := spec.source.shared) is not None:
+        begun = comm.collectively(lambda: statistics_before() if comm.rank == 0 else {})
+        if known := json.loads(comm.broadcast_text(json.dumps(begun), 0)):
+            shared.load(known)
     before = comm.collectively(lambda: members_before() if comm.rank == 0 else [])
     stored = [Stored(*one) for one in json.loads(comm.broadcast_text(json.dumps(before), 0))]
     resumes: Resumes | None = None
@@ -425,7 +431,10 @@ def _model(spec: Spec, exchange: Exchange, comms: Comms) -> FlatModel:
 
 def with_admitted(spec: Spec, admitted: Sequence[Admitted]) -> Spec:
     """The spec with these silos in its data, besides the configured ones. ConfigError if they do not fit."""
-    return replace(spec, source=source_of(spec.config, admitted), admitted=tuple(admitted))
+    source = source_of(spec.config, admitted)
+    if source.shared is not None and spec.source.shared is not None and spec.source.shared.known:
+        source.shared.load(spec.source.shared.told())  # of the silos that began
+    return replace(spec, source=source, admitted=tuple(admitted))
 
 
 def source_of(config: Config, admitted: Sequence[Admitted] = ()) -> Source:

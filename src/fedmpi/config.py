@@ -294,6 +294,25 @@ class Config:
         return self
 
     @pydantic.model_validator(mode="after")
+    def _pools_statistics(self) -> Config:
+        if not isinstance(self.data, Files) or self.data.statistics == "silo":
+            return self
+        what = "data.statistics: pooled"
+        if self.secure is not None:
+            raise ValueError(f"{what} sums columns without masks, which secure does not allow; take silo")
+        if self.privacy is not None:
+            raise ValueError(f"{what} sends sums of columns without noise, outside the account of privacy; take silo")
+        if self.transport.apart:
+            raise ValueError(
+                f"{what} needs all silos at the start, and under transport: files they come one by one; take silo"
+            )
+        if self.data.scale == "minmax" and self.disclosed != "silo":
+            raise ValueError(
+                f"{what} and scale: minmax send extreme values; disclose: {self.disclosed} needs scale: standard"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
         parts = (self.aggregate, self.attack, self.records, self.local, self.server.optimizer, self.server.average)
         engine = (self.engine, self.engine.clock, self.policy)

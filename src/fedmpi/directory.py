@@ -50,6 +50,7 @@ def write_config(root: Path, config: Mapping[str, Any], about: Mapping[str, Any]
     disk.replace_text(root / CONFIG_FILE, f"{text}{_SEAL}{_sha256(text)}\n")
 
 
+STATISTICS = "statistics"  # key of the description of a run
 _SEAL = "# sha256 of what stands above: "
 _TOLD = {"params": int, "metric": str, "maximize": bool, "versions": dict, "model": dict, "plan": str, "unshared": str}
 
@@ -205,6 +206,13 @@ class RunDirectory:
             return str(read_config(self.path).about["plan"]) if checkpoint.sealed_rounds(self.path) else ""
         except ConfigError:  # reported later
             return ""
+
+    def statistics_before(self) -> dict[str, Any]:
+        """The statistics behind the inputs of the run in this directory; empty if there are none."""
+        try:
+            return dict(read_config(self.path).about.get(STATISTICS, {})) if checkpoint.sealed_rounds(self.path) else {}
+        except ConfigError:  # reported later
+            return {}
 
     def stored(self) -> list[Stored]:
         """The members of every checkpoint with a readable manifest, the newest first."""

@@ -7,8 +7,9 @@ import json
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from fedmpi.membership import Membership
 from fedmpi.types import Silo, SiloData, Source, blocks
 
 log = logging.getLogger("fedmpi")
+T = TypeVar("T")
 
 _SHOWN = 5  # most silos or columns in a message
 NUM_FACTS = 5  # figures that identify a silo's data, F
@@ -63,6 +65,7 @@ def open_silos(
     """
     silos = [silo for silo in source.silos if silo.id in members.teams]
     mine = [silo for silo in silos if members.rank(silo.id) == comm.rank]
+    agree_on_statistics(source, mine, comm)
     opened = comm.collectively(lambda: _all([silo for silo in mine if silo.id not in held], source))
     told = comm.collectively(lambda: {silo: facts_of(silo, data, source, known) for silo, data in opened.items()})
     facts_KF = np.zeros((len(silos), NUM_FACTS))
@@ -76,17 +79,30 @@ def open_silos(
     return Opened(members, opened, facts_KF)
 
 
+def agree_on_statistics(source: Source, mine: Sequence[Silo], comm: Comm) -> None:
+    """The statistics of all silos' training samples, if their preparation needs them and no run has them already.
+    Collective; raises ConfigError with the faults of all silos on all ranks."""
+    if (shared := source.shared) is not None and not shared.known:
+        comm.collectively(lambda: _each(mine, lambda silo: shared.read(silo.id)))
+        shared.agree(comm)
+
+
 def _all(mine: Sequence[Silo], source: Source) -> dict[str, SiloData]:
-    opened, wrong = {}, []
+    return dict(zip((silo.id for silo in mine), _each(mine, lambda silo: open_silo(silo, source)), strict=True))
+
+
+def _each(mine: Sequence[Silo], work: Callable[[Silo], T]) -> list[T]:
+    """What `work` returns for each silo. Raises ConfigError with the faults of all."""
+    found, wrong = [], []
     for silo in mine:
         try:
-            opened[silo.id] = open_silo(silo, source)
+            found.append(work(silo))
         except ConfigError as error:
             wrong.append(str(error))
     if wrong := list(dict.fromkeys(wrong)):
         more = f"; and {len(wrong) - _SHOWN} more silos of this rank" if len(wrong) > _SHOWN else ""
         raise ConfigError("; ".join(wrong[:_SHOWN]) + more)
-    return opened
+    return found
 
 
 def open_silo(silo: Silo, source: Source) -> SiloData:

@@ -28,6 +28,7 @@ from fedmpi.config import Config, differences, moved_schedules
 from fedmpi.device import capabilities
 from fedmpi.directory import (
     CODE,
+    STATISTICS,
     UNSHARED_FILE,
     RunDirectory,
     Stored,
@@ -128,7 +129,15 @@ class Parts:
         """The federation and its first state. Collective."""
         if self.config.transport.apart:
             raise agreed(ConfigError("transport: files takes `fedmpi serve CONFIG` and `fedmpi silo CONFIG --id ID`"))
-        return assemble(self.config, self.comm, self.out, self._directory.plan_before, members, before)
+        return assemble(
+            self.config,
+            self.comm,
+            self.out,
+            self._directory.plan_before,
+            members,
+            before,
+            self._directory.statistics_before,
+        )
 
     def _resume(self, others: bool) -> None:
         """Resume from the newest round that is whole on all ranks, if there is one. Collective. `others`: whether that
@@ -197,6 +206,8 @@ class Parts:
             "model": signature(fed.model.entries),
             "code": sources.digests(self.code),
         }
+        if (shared := self._spec.source.shared) is not None:
+            about[STATISTICS] = shared.told()
         rounds = self.config.rounds
         # If no round is left to train, the directory keeps the description of the run that trained.
         over = self.resumed > rounds or self.resumed == rounds == self._rounds_before

@@ -21,7 +21,7 @@ from fedmpi.comm import Comm, SoloComm, ranks_text
 from fedmpi.components import build, did_you_mean, to_dict
 from fedmpi.config import Config
 from fedmpi.device import set_threads
-from fedmpi.directory import CODE, UNSHARED_FILE, newest_whole, read_config, save_model
+from fedmpi.directory import CODE, STATISTICS, UNSHARED_FILE, newest_whole, read_config, save_model
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
 from fedmpi.evaluate import PERSONAL, Scores, Tuning, evaluate_silo, evaluation_key, load_own, own_model, tell
 from fedmpi.flat import FlatModel, changed_entries, sha256
@@ -267,6 +267,8 @@ class _Stored:
         def put_together() -> _Stored:
             config = build(Config, {**values, "init": None})  # pretrained tensors are in the run directory already
             source = source_of(config, [Admitted(*one) for one in admitted])
+            if source.shared is not None:
+                source.shared.load(about.get(STATISTICS, {}))
             module = build_module(config, source)
             module.load_state_dict(unshared, strict=False)
             if comm.rank == 0:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fedmpi.config import Config
+from fedmpi.data.files import Files
 from fedmpi.exchange.plans import PLANS
 
 READERS = ("server", "other silos", "network", "run directory")
@@ -34,6 +35,8 @@ def reveals(
     rows += [_update(config, ids, hosted, plan), _figures(config)]
     usable = ", and who was usable" if config.disclosed != "pooled" or config.secure is not None else ""
     rows.append(Row("who takes part in a round", f"yes{usable}", f"yes{usable}", CLEAR, YES))
+    if isinstance(config.data, Files) and config.data.statistics == "pooled":
+        rows.append(_statistics(config.data))
     rows.append(Row("ids, training samples, hosts", YES, YES, CLEAR, YES))
     summed = "yes, as a checkpoint" if config.disclosed == "silo" else "the silo's checkpoint"
     rows.append(Row("a checksum of the data", YES, YES, CLEAR, summed))
@@ -60,6 +63,12 @@ def _update(config: Config, ids: Sequence[str], hosted: Sequence[int], plan: str
     sent = "it" if lone else "sums over a rank's silos"
     server, silos = (text.format(sent) for text in PLANS.find(plan).sees)
     return Row("a silo's update", server, silos, f"{sent}, not encrypted", files)
+
+
+def _statistics(data: Files) -> Row:
+    if data.scale == "minmax":
+        return Row("sums and ends of its columns, once", "of a rank's silos", "the same", CLEAR, "pooled")
+    return Row("sums of its columns, once", "sums", "sums", "sums of a rank's silos", "pooled")
 
 
 def _figures(config: Config) -> Row:

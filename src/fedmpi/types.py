@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from fedmpi.layout import Layout, Normaliser
+
+if TYPE_CHECKING:
+    from fedmpi.comm import Comm
 
 Task = Literal["classification", "binary", "regression", "next_token"]
 
@@ -65,6 +68,31 @@ class SiloData(NamedTuple):
     y_test: torch.Tensor
 
 
+class SharedStatistics(Protocol):
+    """Statistics of all silos' training samples, which the preparation of inputs needs before a silo is opened."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the ranks have agreed on them."""
+        ...
+
+    def read(self, silo: str) -> None:
+        """Reads a silo for the statistics. Raises ConfigError."""
+        ...
+
+    def agree(self, comm: Comm) -> None:
+        """Computes them from the silos that the ranks have read. Collective."""
+        ...
+
+    def told(self) -> dict[str, list[float]]:
+        """As plain values, for the run directory."""
+        ...
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """From plain values."""
+        ...
+
+
 @dataclass(frozen=True)
 class Source:
     """A dataset whose silos can be opened one by one."""
@@ -76,8 +104,9 @@ class Source:
     open: Callable[[str], SiloData]  # by silo id; reads only that silo's files unless `central`
     central: bool = False  # one partitioned data set, which every rank reads whole
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by opened silo: names of x's columns, if known
-    streams: bool = False  # inputs stay in files; no one step may take all of a silo's samples
     fitted: bool = False  # preprocessing depends on training rows, such as normalisation by their mean
+    filled: dict[str, int] = field(default_factory=dict)  # by opened silo: missing values that were filled in
+    shared: SharedStatistics | None = None  # what `open` needs to know of all silos first
     readable: Callable[[str], bool] = lambda silo: True  # by silo id: whether this process sees its data; reads nothing
 
 

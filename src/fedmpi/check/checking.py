@@ -29,7 +29,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.membership import Membership, same_host
 from fedmpi.module import saved
 from fedmpi.objectives import LossAndMetrics
-from fedmpi.opening import NUM_FACTS, facts_of, open_silo, same_columns
+from fedmpi.opening import NUM_FACTS, agree_on_statistics, facts_of, open_silo, same_columns
 from fedmpi.placement import place
 from fedmpi.plan import plan
 from fedmpi.records import peak_rss_bytes
@@ -136,7 +136,12 @@ class _Check:
 
     def _with_data(self, source: Source) -> dict[str, Any]:
         members = self._members(source)
-        self._open(source, members)
+        mine = [silo for silo in source.silos if silo.id in members.hosted(self.comm.rank)]
+        try:
+            agree_on_statistics(source, mine, self.comm)
+            self._open(source, members)
+        except ConfigError as error:  # the same on all ranks
+            self.found.fault(str(error))
         self._facts(source, members)
         if self.config.disclosed != "silo":
             self.found.skip(f"what is unusual in single silos: disclose: {self.config.disclosed}")

@@ -23,7 +23,7 @@ class Look:
     num_train: int
     num_test: int
     features: int  # values per sample
-    missing: int  # values that are NaN or infinite, in training and test samples
+    missing: int  # values that are NaN or infinite, or were filled in, in training and test samples
     labels: tuple[int, ...]  # training samples (targets) per class; empty for regression
 
 
@@ -31,7 +31,7 @@ def look(silo: str, data: SiloData, source: Source, ignored: int | None, found: 
     """The figures of an opened silo; what is wrong is noted in `found`. `ignored` is the class that
     counts in no loss. None if samples and targets do not belong together."""
     who = f"silo '{silo}'"
-    missing = 0
+    missing = source.filled.get(silo, 0)
     for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
         if len(x) != len(y):
             found.fault(f"{who}: {len(x)} {part} samples, but {len(y)} targets; give every sample one target")

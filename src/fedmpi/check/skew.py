@@ -23,6 +23,7 @@ from fedmpi.types import SiloData, Source
 
 Array = npt.NDArray[np.float64]
 
+SCALE = "data.scale: standard, data.statistics: pooled"
 TABLE_BYTES = 128 << 20  # most of a streamed silo's features
 BLOCK_BYTES = 8 << 20  # of its samples at a time
 MOST_FEATURES = 4096  # beyond that, features are averaged in groups
@@ -240,7 +241,9 @@ def _advise(skew: Skew, source: Source) -> None:
         )
     if features and features["unscaled"] and len(source.shape) == 1:
         some = ", ".join(one["feature"] for one in features["unscaled"])
-        advice.append(f"scale the columns to mean 0 and standard deviation 1 in all silos alike, first {some}")
+        advice.append(
+            f"scale the columns to mean 0 and standard deviation 1 in all silos alike ({SCALE}), first {some}"
+        )
     if features and features["num_constant"] and len(source.shape) == 1:
         some, num = ", ".join(features["constant"]), features["num_constant"]
         advice.append(f"{num} feature{'s are' if num > 1 else ' is'} constant in all silos and teach nothing: {some}")

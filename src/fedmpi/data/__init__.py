@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fedmpi.comm import SoloComm
 from fedmpi.components import Family
 from fedmpi.data.digits import Digits
 from fedmpi.data.fashion_mnist import FashionMnist
@@ -38,6 +39,11 @@ def check(dataset: Dataset, seed: int = 0, only: Collection[str] | None = None) 
     """
     verify(DATASETS.name_of(dataset), getattr(dataset, "root", None))  # only datasets that come as files have a root
     source = dataset.source(seed)
+    if source.shared is not None and not source.shared.known:
+        for silo in source.silos:
+            if only is None or silo.id in only:
+                source.shared.read(silo.id)
+        source.shared.agree(SoloComm())
     rows = []
     for silo in source.silos:
         if only is None or silo.id in only:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,12 @@ import torch
 from fedmpi.components import Decay, PositiveInt, component
 from fedmpi.data import formats
 from fedmpi.data.official import root_of
+from fedmpi.data.prepare import Missing, Pooled, Preparation, Scale
 from fedmpi.data.stream import FileSamples, Raw
 from fedmpi.data.table import SEPARATORS, Columns, codes, plain
 from fedmpi.errors import ConfigError, DataMissing
 from fedmpi.rng import generator
-from fedmpi.types import Samples, Silo, SiloData, Source, Task
+from fedmpi.types import Samples, Silo, SiloData, Source, Task, blocks
 
 Value = int | float | str  # as a file writes it; 1, "1" and 1.0 are equal
 
@@ -44,7 +45,7 @@ class Files:
     """One HDF5, npz or CSV file per silo.
 
     HDF5 and npz hold x_train, y_train, x_test, y_test, or x, y. CSV (UTF-8) has a header line; columns are read by
-    name. Labels are 0, 1, ... or those of `classes`. Missing values are not filled in: every number must be finite.
+    name. Labels are 0, 1, ... or those of `classes`. Every number must be finite, but see `missing`.
     Without a test part, `test_fraction` of the rows is split off, depending on the silo's id and not on the run's seed.
     Shape, classes and levels are configured for all silos together: nothing is learned from another silo's data.
     """
@@ -71,6 +72,13 @@ class Files:
     """CSV: column separator: "," ";" "|" or a tab"""
     root: Path | None = None
     """folder of relative paths; null: $FEDMPI_DATA, else ./data"""
+    scale: Scale | None = None
+    """standard: (x - mean) / standard deviation; minmax: (x - min) / (max - min); of training samples, per column, or
+    per channel of images; one-hot columns stay as they are"""
+    missing: Missing = "error"
+    """missing values and NaN: refuse them, or fill in 0 or the column's mean over training samples, before scaling"""
+    statistics: Literal["silo", "pooled"] = "silo"
+    """training samples behind means and deviations: each silo's own, or those of all silos together"""
     stream: bool = False
     """HDF5, npz: inputs stay in the file and batches are read from it, for silos larger than memory"""
 
@@ -104,6 +112,10 @@ class Files:
         self._check_columns()
         if self.stream:
             self._check_stream()
+        if self.task == "next_token" and (self.scale is not None or self.missing != "error"):
+            raise ValueError("files: scale and missing are for numbers, and a next_token sample holds symbols")
+        if self.statistics == "pooled" and not self._preparation.fits:
+            raise ValueError("files: statistics: pooled needs scale, or missing: mean; there is no statistic otherwise")
 
     def _check_stream(self) -> None:
         """Raises ValueError if the inputs cannot be streamed."""
@@ -142,15 +154,36 @@ class Files:
         """The silos as declared; opens no file."""
         silos = tuple(Silo(id=s.id, num_samples=s.num_samples, host=s.host) for s in self.silos)
         columns: dict[str, tuple[str, ...]] = {}
+        filled: dict[str, int] = {}
+        how = self._preparation
+
+        def read(silo: str) -> SiloData:
+            return self._read(silo, columns, filled)
+
+        pooled = Pooled(how, read) if self.statistics == "pooled" else None
+
+        def opened(silo: str) -> SiloData:
+            if pooled is not None:
+                return how.apply(pooled.take(silo), pooled.found)
+            data = read(silo)
+            return how.apply(data, how.statistics([data.x_train], lambda sums: sums[0], lambda ends: ends))
+
         return Source(
             self.task,
             self.shape,
             self._outputs(),
             silos,
-            lambda silo: self._open(silo, columns),
+            opened,
             columns=columns,
+            filled=filled,
+            fitted=how.fits,
+            shared=pooled,
             readable=self._readable,
         )
+
+    @property
+    def _preparation(self) -> Preparation:
+        return Preparation(self.shape, self.scale, self.missing, sum(map(len, self.levels.values())))
 
     def with_silo(self, silo: str, path: Path) -> Files:
         """With one more silo. ConfigError in one line where it does not fit the others."""
@@ -169,7 +202,8 @@ class Files:
     def _outputs(self) -> int:
         return self.num_classes or (len(self.classes) if self.classes and self.task != "binary" else 1)
 
-    def _open(self, silo: str, columns: dict[str, tuple[str, ...]]) -> SiloData:
+    def _read(self, silo: str, columns: dict[str, tuple[str, ...]], filled: dict[str, int]) -> SiloData:
+        """A silo's samples, not prepared: missing values are NaN."""
         declared = next(s for s in self.silos if s.id == silo)
         path = root_of(self.root) / declared.path
         try:
@@ -181,7 +215,7 @@ class Files:
         except OSError as error:
             raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None
         where = f"silo '{silo}': {path}"
-        named = Columns(self._targets(), self.features, self.levels, self.separator)
+        named = Columns(self._targets(), self.features, self.levels, self.separator, self.missing != "error")
         content = formats.read(path, where, named, self.stream)
         columns[silo] = content.columns
         if "x" in content.arrays:
@@ -195,6 +229,10 @@ class Files:
             )
         x_train, y_train, x_test, y_test = parts
         data = SiloData(_samples(x_train), torch.from_numpy(y_train), _samples(x_test), torch.from_numpy(y_test))
+        filled[silo] = 0
+        if self.missing != "error":
+            parts_of_x = (block for x in (data.x_train, data.x_test) for block in blocks(x))
+            filled[silo] = sum(int(block.isnan().sum()) for block in parts_of_x)
         num = len(data.x_train)
         if num == 0:
             raise ConfigError(f"silo '{silo}' has no samples for training in {path}")
@@ -224,9 +262,9 @@ class Files:
             return self._symbols(x, self.shape, of_x), self._symbols(y, self.shape, of_y)
         if self.task == "regression":
             num = self._outputs()
-            return _inputs(x, of_x), _finite(_shaped(y, (num,) if num > 1 else (), of_y), of_y)
+            return _inputs(x, of_x, self.missing != "error"), _finite(_shaped(y, (num,) if num > 1 else (), of_y), of_y)
         labels = self._symbols(y, (), of_y)
-        return _inputs(x, of_x), labels.astype(np.float32) if self.task == "binary" else labels
+        return _inputs(x, of_x, self.missing != "error"), labels.astype(np.float32) if self.task == "binary" else labels
 
     def _symbols(self, values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> npt.NDArray[np.int64]:
         """Labels or symbols as int64, each from 0 to below its limit. Raises ConfigError."""
@@ -257,7 +295,7 @@ class _Rows:
 
     def __init__(self, content: formats.Content, key: str, where: str) -> None:
         self._content, self._key = content, key
-        self.name = f"{where}: {content.name(key)}"
+        self.name, self.of_inputs = f"{where}: {content.name(key)}", key.startswith("x")
 
     def place(self, row: int) -> str:
         return self._content.place(self._key, row)
@@ -282,25 +320,35 @@ def _samples(x: Inputs) -> Samples:
     return x if isinstance(x, FileSamples) else torch.from_numpy(x)
 
 
-def _inputs(x: npt.NDArray[Any] | Raw, rows: _Rows) -> Inputs:
-    """The inputs as float32, all finite. Raises ConfigError."""
+def _inputs(x: npt.NDArray[Any] | Raw, rows: _Rows, fills: bool) -> Inputs:
+    """The inputs as float32, all finite, or NaN where `fills`. Raises ConfigError."""
     if not isinstance(x, Raw):
-        return _finite(x, rows)
+        return _finite(x, rows, fills)
     samples, num = FileSamples(x), 0
     bad: list[int] = []
     for block in samples.blocks():
-        bad += (num + np.flatnonzero(~torch.isfinite(block).flatten(1).all(1).numpy())).tolist()
+        bad += (num + _bad_rows(block.numpy(), fills)).tolist()
         num += len(block)
     if bad:
-        beyond = bool(np.isfinite(x.read(np.array(bad[:1]))).all())
-        raise _not_finite(rows, beyond, bad, num)
+        raise _not_finite(rows, x.read(np.array(bad[:1])), bad, num)
     return samples
 
 
-def _not_finite(rows: _Rows, beyond: bool, bad: Sequence[int], num: int) -> ConfigError:
-    """Text on samples, by number, with values that are not finite; `beyond`: only in float32."""
-    what = "values beyond float32 (3.4e38)" if beyond else "NaN or infinite values"
-    return ConfigError(f"{rows.name} has {what} in {len(bad)} of {num} samples, first in {rows.place(int(bad[0]))}")
+def _bad_rows(numbers: npt.NDArray[np.float32], fills: bool) -> npt.NDArray[np.int64]:
+    """Rows with values that are not finite; NaN is accepted if missing values are filled in."""
+    flat = numbers.reshape(len(numbers), -1)
+    return np.flatnonzero((np.isinf(flat) if fills else ~np.isfinite(flat)).any(axis=1))
+
+
+def _not_finite(rows: _Rows, first: npt.NDArray[Any], bad: Sequence[int], num: int) -> ConfigError:
+    """Text on samples, by number, with values that are not finite; `first`: the first of them, as in the file."""
+    what, remedy = "NaN or infinite values", ""
+    if first.dtype.kind in "iuf" and np.isfinite(first).all():
+        what = "values beyond float32 (3.4e38)"
+    elif first.dtype.kind == "f" and np.isnan(first).any() and rows.of_inputs:
+        remedy = "; set data.missing to fill NaN in"
+    told = f"{what} in {len(bad)} of {num} samples, first in {rows.place(int(bad[0]))}"
+    return ConfigError(f"{rows.name} has {told}{remedy}")
 
 
 def _twice(values: Sequence[Any]) -> Any:
@@ -335,14 +383,12 @@ def _shaped(values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> np
     return values
 
 
-def _finite(values: npt.NDArray[Any], rows: _Rows) -> npt.NDArray[np.float32]:
-    """The values as float32. Raises ConfigError unless all are finite."""
+def _finite(values: npt.NDArray[Any], rows: _Rows, fills: bool = False) -> npt.NDArray[np.float32]:
+    """The values as float32. Raises ConfigError unless all are finite, or NaN where `fills`."""
     numbers = _floats(values, rows, np.float32)
-    if np.isfinite(numbers).all():
-        return numbers
-    bad = np.flatnonzero(~np.isfinite(numbers.reshape(len(numbers), -1)).all(axis=1))
-    beyond = values.dtype.kind in "iuf" and np.isfinite(values[bad[0]]).all()
-    raise _not_finite(rows, bool(beyond), bad.tolist(), len(numbers))
+    if len(bad := _bad_rows(numbers, fills)):
+        raise _not_finite(rows, values[bad[0]], bad.tolist(), len(numbers))
+    return numbers
 
 
 def _floats(values: npt.NDArray[Any], rows: _Rows, dtype: Any) -> npt.NDArray[Any]:

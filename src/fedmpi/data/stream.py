@@ -155,21 +155,31 @@ class FileSamples(Streamed):
 
     dtype = torch.float32
 
-    def __init__(self, raw: Raw, rows: Rows | None = None) -> None:
-        self._raw, self._rows = raw, rows
+    def __init__(
+        self,
+        raw: Raw,
+        rows: Rows | None = None,
+        prepared: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self._raw, self._rows, self._prepared = raw, rows, prepared
         self.shape = torch.Size((raw.shape[0] if rows is None else len(rows), *raw.shape[1:]))
 
     def part(self, rows: Rows) -> FileSamples:
         """These of its rows, in this order."""
-        return FileSamples(self._raw, rows if self._rows is None else self._rows[rows])
+        return FileSamples(self._raw, rows if self._rows is None else self._rows[rows], self._prepared)
+
+    def through(self, prepared: Callable[[torch.Tensor], torch.Tensor]) -> FileSamples:
+        """The same rows, prepared as they are read."""
+        return FileSamples(self._raw, self._rows, prepared)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
         wanted = np.arange(*rows.indices(len(self)), dtype=np.int64) if isinstance(rows, slice) else rows.cpu().numpy()
         values = self._raw.read(wanted if self._rows is None else self._rows[wanted])
-        if values.dtype == np.float32:
-            return torch.from_numpy(values)
-        with np.errstate(over="ignore"):  # refused when the file was opened
-            return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        if values.dtype != np.float32:
+            with np.errstate(over="ignore"):  # refused when the file was opened
+                values = np.ascontiguousarray(values, np.float32)
+        found = torch.from_numpy(values)
+        return found if self._prepared is None else self._prepared(found)
 
     def blocks(self) -> Iterator[torch.Tensor]:
         step = max(1, BLOCK_BYTES // max(self._raw.row_bytes, 1))

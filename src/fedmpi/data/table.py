@@ -32,6 +32,7 @@ class Columns:
     features: Sequence[str] | None
     levels: Mapping[str, Sequence[Any]]
     separator: str
+    fills: bool = False  # whether missing numbers become NaN, and are filled in later
 
     def numeric(self, names: Sequence[str]) -> list[str]:
         """The numeric columns of x, in order: the configured ones, or else all others, sorted by name."""
@@ -62,7 +63,7 @@ def read_csv(path: Path, where: str, columns: Columns) -> Table:
     cells = {
         n: np.array([row[names.index(n)] for row in rows], str) for n in {*columns.targets, *numeric, *columns.levels}
     }
-    x = _numbers({name: cells[name] for name in numeric}, where, lines)
+    x = _numbers({name: cells[name] for name in numeric}, where, lines, columns.fills)
     for name, values in columns.levels.items():
         code = codes(cells[name], values, f"{where}: column '{name}'", lambda row: f"line {lines[row]}")
         x += [(code == i).astype(np.float32) for i in range(len(values))]
@@ -154,16 +155,22 @@ def _number(cell: str) -> np.float32 | None:
     return value if np.isfinite(value) else None
 
 
-def _numbers(columns: Mapping[str, Cells], where: str, lines: Sequence[int]) -> list[npt.NDArray[np.float32]]:
-    """The columns as numbers. Raises ConfigError with columns and lines of cells that are not numbers."""
+def _numbers(
+    columns: Mapping[str, Cells], where: str, lines: Sequence[int], fills: bool
+) -> list[npt.NDArray[np.float32]]:
+    """The columns as numbers; missing ones are NaN with `fills`. Raises ConfigError with columns and lines of cells
+    that are not numbers."""
     found, wrong = [], []
     for name, cells in columns.items():
+        lacks = np.isin(np.char.lower(np.char.strip(cells)), MISSING) & fills
+        cells = np.where(lacks, "0", cells)
         try:
             with np.errstate(over="ignore"):
                 values = cells.astype(np.float32)
         except ValueError:
             values = np.array([np.nan], np.float32)
         if np.isfinite(values).all():
+            values[lacks] = np.nan
             found.append(values)
         else:
             wrong.append(_what_is_wrong(name, cells, lines))
@@ -183,7 +190,10 @@ def _what_is_wrong(name: str, cells: Cells, lines: Sequence[int]) -> tuple[str, 
     told = f"column '{name}': {', '.join(first)}{more}"
     kinds = {str(cells[i]).strip() for i in bad}
     if all(kind.lower() in MISSING for kind in kinds):
-        return told, "; missing values are not filled in: give a number, or remove the line or column"
+        return (
+            told,
+            "; missing values are not filled in: give a number, set data.missing, or leave the line or column out",
+        )
     if all(re.fullmatch(r"[-+]?\d+,\d+", kind) for kind in kinds):
         return told, "; write a decimal point"
     if all(isinstance(plain(kind), str) for kind in kinds) and len(bad) == len(cells):
