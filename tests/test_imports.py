@@ -50,8 +50,8 @@ ORDER = [
     *("yamlfile", "config", "alike", "directory", "opening", "trial"),
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
-    *("reveals", "plan", "check", "doctor", "audit", "results", "compare", "launchline", "remains", "supervisor"),
-    "report",
+    *("reveals", "plan", "check", "doctor", "audit", "graphs", "results", "predictions", "compare"),
+    *("launchline", "remains", "supervisor", "report"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}

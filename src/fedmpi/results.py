@@ -117,7 +117,7 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
     allows, and from the modules in `allow`."""
     comm = SoloComm() if comm is None else comm
     with confined(root, allow):
-        run = _Stored.open(root, comm)
+        run = StoredRun.open(root, comm)
         if comm.size > 1 and run.config.secure is not None:
             raise agreed(
                 ConfigError(
@@ -130,8 +130,8 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
         if comm.size > 1:
             members = comm.collectively(lambda: place(run.source.silos, comm.hosts, run.config.server.dedicated))
             mine = members.hosted(comm.rank)
-        round = _choose(root, which, comm, mine)
-        were = _members(root, round, comm)
+        round = choose_on_ranks(root, which, comm, mine)
+        were = members_of(root, round, comm)
         ids, mine = ([silo for silo in some if silo in were] for some in (ids, mine))
         comm.set_up(run.config.comm.timeout_s)
         if comm.size > 1:
@@ -183,7 +183,7 @@ def export(
     if silo is not None and shared:
         raise ConfigError("give either --silo or --shared")
     with confined(root, allow):
-        run = _Stored.open(root, SoloComm())
+        run = StoredRun.open(root, SoloComm())
         if silo is not None and silo not in (ids := [known.id for known in run.source.silos]):
             raise ConfigError(f"--silo: no silo '{silo}'{did_you_mean(silo, ids)}")
         round = choose(root, which, () if silo is None else [silo])
@@ -210,7 +210,7 @@ def export(
     return round
 
 
-def _choose(root: Path, which: RoundChoice, comm: Comm, mine: Collection[str]) -> int:
+def choose_on_ranks(root: Path, which: RoundChoice, comm: Comm, mine: Collection[str]) -> int:
     """The chosen round; every rank has the files that it needs. Collective. Raises ConfigError on every rank."""
     if which == "newest":
         round, lost = newest_whole(root, comm, mine, others=True)
@@ -239,7 +239,7 @@ def _admitted(root: Path) -> list[list[str]]:
     return []
 
 
-def _members(root: Path, round: int, comm: Comm) -> set[str]:
+def members_of(root: Path, round: int, comm: Comm) -> set[str]:
     """The silos that were members in that round. Collective."""
     best = comm.collectively(lambda: comm.rank == 0 and checkpoint.kept_as_best(root, round))
     hosted = comm.collectively(lambda: checkpoint.manifest(root, round, best).hosted if comm.rank == 0 else [])
@@ -247,7 +247,7 @@ def _members(root: Path, round: int, comm: Comm) -> set[str]:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class StoredRun:
     """Configuration, data source and model of a run directory."""
 
     root: Path
@@ -256,7 +256,7 @@ class _Stored:
     model: FlatModel
 
     @classmethod
-    def open(cls, root: Path, comm: Comm) -> _Stored:
+    def open(cls, root: Path, comm: Comm) -> StoredRun:
         """Read the run directory on rank 0 (others need not see it) and build all parts on every rank. Collective."""
         begun = comm.collectively(lambda: read_config(root) if comm.rank == 0 else None)
         told = None if begun is None else [begun.config, begun.about, _admitted(root)]
@@ -264,7 +264,7 @@ class _Stored:
         unshared = comm.collectively(lambda: _unshared(root, about["unshared"]) if comm.rank == 0 else {})
         unshared = _from_first(unshared, comm)
 
-        def put_together() -> _Stored:
+        def put_together() -> StoredRun:
             config = build(Config, {**values, "init": None})  # pretrained tensors are in the run directory already
             source = source_of(config, [Admitted(*one) for one in admitted])
             if source.shared is not None:

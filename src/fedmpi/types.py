@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -107,6 +108,9 @@ class Source:
     fitted: bool = False  # preprocessing depends on training rows, such as normalisation by their mean
     filled: dict[str, int] = field(default_factory=dict)  # by opened silo: missing values that were filled in
     shared: SharedStatistics | None = None  # what `open` needs to know of all silos first
+    rows: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # by opened silo: names of training and of test rows
+    classes: tuple[Any, ...] = ()  # labels as in the files, class 0 first; empty: 0, 1, ...
+    inputs: Callable[[Path, str | None], tuple[Samples, Any]] | None = None  # of another file, and names of its rows
     readable: Callable[[str], bool] = lambda silo: True  # by silo id: whether this process sees its data; reads nothing
 
 

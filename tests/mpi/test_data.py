@@ -49,3 +49,16 @@ def test_a_file_that_one_rank_cannot_read_is_one_line_for_all(study: Path) -> No
         lines = [line for line in (done.err + done.out).splitlines() if "silo 'c': c.npz" in line]
         assert done.rc != 0 and lines, done.tails
         assert all("cannot be read as .npz: it is not in that format" in line for line in lines)
+
+
+def test_predictions_stay_with_their_ranks(study: Path) -> None:
+    """Those of three ranks are those of one process."""
+    assert mpirun(3, FEDMPI, "train", "study.yaml", "out=run", cwd=study).rc == 0
+    for ranks, to in ((1, "one"), (3, "three")):
+        done = mpirun(ranks, FEDMPI, "predict", "run", "--to", to, "--part", "all", cwd=study)
+        assert done.rc == 0, done.tails
+        assert sorted(done.out.splitlines()) == [
+            f"{silo}: {num} predictions of the global model written to {to}/{silo}.csv" for silo, num in SILOS.items()
+        ]
+    for silo in SILOS:
+        assert (study / "one" / f"{silo}.csv").read_text() == (study / "three" / f"{silo}.csv").read_text()

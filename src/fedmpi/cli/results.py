@@ -186,6 +186,38 @@ def _pair(key: str, value: Any) -> str:
 
 
 @app.command()
+def predict(
+    directory: RunDir,
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="gets a file per silo, on the silo's machine")],
+    round: Which = "newest",
+    part: Annotated[str, typer.Option("--part", help="samples: test, train or all")] = "test",
+    silo: Annotated[list[str] | None, typer.Option("--silo", metavar="ID", help="only this silo; repeatable")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="samples of this file, with or without labels")
+    ] = None,
+    ending: Annotated[str, typer.Option("--format", help="csv, npz or h5")] = "csv",
+    allow: Allow = None,
+) -> None:
+    """Write a checkpoint's predictions, a file per silo. A silo with a personal model uses its own.
+
+    Under mpirun or srun every rank writes those of the silos that it would train: they stay where the samples are.
+    """
+
+    def work(comm: Comm) -> None:
+        from fedmpi.predictions import predict as write
+
+        done = write(directory, to, _which(round), allow or [], comm, part, silo or (), data, ending)  # type: ignore[arg-type]
+        comm.finish()
+        for name, (path, rows, own) in done.items():
+            model = "its own model" if own else "the global model"
+            print(f"{name or 'all silos'}: {rows} predictions of {model} written to {path}", flush=True)
+
+    from fedmpi.comm import SoloComm, launched
+
+    on_ranks(work) if launched() > 1 else answer(lambda: work(SoloComm()))
+
+
+@app.command()
 def export(
     directory: RunDir,
     to: Annotated[Path, typer.Option("--to", help="model.safetensors or model.pt")],

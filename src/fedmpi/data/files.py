@@ -19,6 +19,7 @@ from fedmpi.data.official import root_of
 from fedmpi.data.prepare import Missing, Pooled, Preparation, Scale
 from fedmpi.data.stream import FileSamples, Raw
 from fedmpi.data.table import SEPARATORS, Columns, codes, plain
+from fedmpi.data.values import Rows, bad_rows, finite, floats, not_finite, shaped
 from fedmpi.errors import ConfigError, DataMissing
 from fedmpi.rng import generator
 from fedmpi.types import Samples, Silo, SiloData, Source, Task, blocks
@@ -157,8 +158,10 @@ class Files:
         filled: dict[str, int] = {}
         how = self._preparation
 
+        rows: dict[str, tuple[Any, Any]] = {}
+
         def read(silo: str) -> SiloData:
-            return self._read(silo, columns, filled)
+            return self._read(silo, columns, filled, rows)
 
         pooled = Pooled(how, read) if self.statistics == "pooled" else None
 
@@ -166,7 +169,24 @@ class Files:
             if pooled is not None:
                 return how.apply(pooled.take(silo), pooled.found)
             data = read(silo)
-            return how.apply(data, how.statistics([data.x_train], lambda sums: sums[0], lambda ends: ends))
+            return how.apply(data, how.of_one(data))
+
+        def inputs(path: Path, silo: str | None) -> tuple[Samples, Any]:
+            where = str(path)
+            content = self._inputs_of(path, where)
+            if silo is None and ((how.fits and pooled is None) or (content.columns and self.features is None)):
+                what = "statistics of its training samples" if how.fits and pooled is None else "names of its columns"
+                raise ConfigError(f"{where}: a silo's {what} are needed; say which silo's")
+            found = how.none if pooled is None else pooled.found
+            if silo is not None and (pooled is None or content.columns):
+                data = read(silo)
+                found = how.of_one(data) if pooled is None else found
+                if content.columns and content.columns != columns[silo]:
+                    raise ConfigError(f"{where} has other columns than silo '{silo}'; name them in data.features")
+            x = torch.from_numpy(self._checked_inputs(content, where))
+            nothing = torch.empty(0)
+            names = np.array(content.lines) if content.lines else np.arange(len(x))
+            return how.apply(SiloData(x, nothing, x[:0], nothing), found).x_train, names
 
         return Source(
             self.task,
@@ -176,6 +196,9 @@ class Files:
             opened,
             columns=columns,
             filled=filled,
+            rows=rows,
+            classes=self.classes or (),
+            inputs=inputs,
             fitted=how.fits,
             shared=pooled,
             readable=self._readable,
@@ -202,7 +225,34 @@ class Files:
     def _outputs(self) -> int:
         return self.num_classes or (len(self.classes) if self.classes and self.task != "binary" else 1)
 
-    def _read(self, silo: str, columns: dict[str, tuple[str, ...]], filled: dict[str, int]) -> SiloData:
+    def _inputs_of(self, path: Path, where: str) -> formats.Content:
+        """The inputs of any file, as those of the silos. Raises ConfigError."""
+        if not path.is_file():
+            raise DataMissing(f"no file {path.absolute()}")
+        fills = self.missing != "error"
+        named = Columns(self._targets(), self.features, self.levels, self.separator, fills=fills)
+        return formats.read_inputs(path, where, named)
+
+    def _checked_inputs(self, content: formats.Content, where: str) -> npt.NDArray[Any]:
+        x, rows = content.arrays["x"], Rows(content, "x", where)
+        assert not isinstance(x, Raw)
+        if x.dtype.kind not in "biufSU" or x.shape[1:] != self.shape or not x.shape:
+            raise ConfigError(
+                f"{rows.name} holds {x.dtype} of {list(x.shape[1:])}, and data.shape is {list(self.shape)}"
+            )
+        return (
+            self._symbols(x, self.shape, rows)
+            if self.task == "next_token"
+            else finite(x, rows, self.missing != "error")
+        )
+
+    def _read(
+        self,
+        silo: str,
+        columns: dict[str, tuple[str, ...]],
+        filled: dict[str, int],
+        rows: dict[str, tuple[Any, Any]],
+    ) -> SiloData:
         """A silo's samples, not prepared: missing values are NaN."""
         declared = next(s for s in self.silos if s.id == silo)
         path = root_of(self.root) / declared.path
@@ -215,13 +265,15 @@ class Files:
         except OSError as error:
             raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None
         where = f"silo '{silo}': {path}"
-        named = Columns(self._targets(), self.features, self.levels, self.separator, self.missing != "error")
+        named = Columns(self._targets(), self.features, self.levels, self.separator, fills=self.missing != "error")
         content = formats.read(path, where, named, self.stream)
         columns[silo] = content.columns
         if "x" in content.arrays:
             x, y = self._checked(content, "x", "y", where)
             train, test = parts_of(len(y), self.test_fraction, silo)
             parts = _rows_of(x, train), y[train], _rows_of(x, test), y[test]
+            lines = np.array(content.lines) if content.lines else np.arange(len(y))
+            rows[silo] = lines[train], lines[test]
         else:
             parts = (
                 *self._checked(content, "x_train", "y_train", where),
@@ -244,7 +296,7 @@ class Files:
         """Samples and targets, checked and converted to training types. Raises ConfigError."""
         x, y = content.arrays[x_key], content.arrays[y_key]
         assert not isinstance(y, Raw)
-        of_x, of_y = _Rows(content, x_key, where), _Rows(content, y_key, where)
+        of_x, of_y = Rows(content, x_key, where), Rows(content, y_key, where)
         for values, rows in ((x, of_x), (y, of_y)):
             if values.dtype.kind not in "biufSUO":
                 raise ConfigError(f"{rows.name} holds {values.dtype}; plain numbers are needed")
@@ -262,21 +314,21 @@ class Files:
             return self._symbols(x, self.shape, of_x), self._symbols(y, self.shape, of_y)
         if self.task == "regression":
             num = self._outputs()
-            return _inputs(x, of_x, self.missing != "error"), _finite(_shaped(y, (num,) if num > 1 else (), of_y), of_y)
+            return _inputs(x, of_x, self.missing != "error"), finite(shaped(y, (num,) if num > 1 else (), of_y), of_y)
         labels = self._symbols(y, (), of_y)
         return _inputs(x, of_x, self.missing != "error"), labels.astype(np.float32) if self.task == "binary" else labels
 
-    def _symbols(self, values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> npt.NDArray[np.int64]:
+    def _symbols(self, values: npt.NDArray[Any], shape: tuple[int, ...], rows: Rows) -> npt.NDArray[np.int64]:
         """Labels or symbols as int64, each from 0 to below its limit. Raises ConfigError."""
         what = "symbol" if self.task == "next_token" else "label"
         limit = 2 if self.task == "binary" else self._outputs()
         if self.task == "classification" and values.ndim == 2 and values.shape[1] == limit > 1:
             raise ConfigError(f"{rows.name} has {limit} numbers a sample; a label is one number: its class (argmax)")
-        values = _shaped(values, shape, rows)
+        values = shaped(values, shape, rows)
         if self.classes:
             return codes(values, self.classes, rows.name, rows.place)
         try:
-            numbers = _floats(values, rows, np.float64)
+            numbers = floats(values, rows, np.float64)
         except ConfigError as error:
             raise ConfigError(f"{error}{_classes_for(values, limit)}") from None
         with np.errstate(invalid="ignore"):
@@ -288,17 +340,6 @@ class Files:
                 f"({rows.place(row)}){_classes_for(numbers, limit)}"
             )
         return numbers.astype(np.int64)
-
-
-class _Rows:
-    """Names an array of a file and its rows, for messages."""
-
-    def __init__(self, content: formats.Content, key: str, where: str) -> None:
-        self._content, self._key = content, key
-        self.name, self.of_inputs = f"{where}: {content.name(key)}", key.startswith("x")
-
-    def place(self, row: int) -> str:
-        return self._content.place(self._key, row)
 
 
 Inputs = npt.NDArray[Any] | FileSamples
@@ -320,35 +361,18 @@ def _samples(x: Inputs) -> Samples:
     return x if isinstance(x, FileSamples) else torch.from_numpy(x)
 
 
-def _inputs(x: npt.NDArray[Any] | Raw, rows: _Rows, fills: bool) -> Inputs:
+def _inputs(x: npt.NDArray[Any] | Raw, rows: Rows, fills: bool) -> Inputs:
     """The inputs as float32, all finite, or NaN where `fills`. Raises ConfigError."""
     if not isinstance(x, Raw):
-        return _finite(x, rows, fills)
+        return finite(x, rows, fills)
     samples, num = FileSamples(x), 0
     bad: list[int] = []
     for block in samples.blocks():
-        bad += (num + _bad_rows(block.numpy(), fills)).tolist()
+        bad += (num + bad_rows(block.numpy(), fills)).tolist()
         num += len(block)
     if bad:
-        raise _not_finite(rows, x.read(np.array(bad[:1])), bad, num)
+        raise not_finite(rows, x.read(np.array(bad[:1])), bad, num)
     return samples
-
-
-def _bad_rows(numbers: npt.NDArray[np.float32], fills: bool) -> npt.NDArray[np.int64]:
-    """Rows with values that are not finite; NaN is accepted if missing values are filled in."""
-    flat = numbers.reshape(len(numbers), -1)
-    return np.flatnonzero((np.isinf(flat) if fills else ~np.isfinite(flat)).any(axis=1))
-
-
-def _not_finite(rows: _Rows, first: npt.NDArray[Any], bad: Sequence[int], num: int) -> ConfigError:
-    """Text on samples, by number, with values that are not finite; `first`: the first of them, as in the file."""
-    what, remedy = "NaN or infinite values", ""
-    if first.dtype.kind in "iuf" and np.isfinite(first).all():
-        what = "values beyond float32 (3.4e38)"
-    elif first.dtype.kind == "f" and np.isnan(first).any() and rows.of_inputs:
-        remedy = "; set data.missing to fill NaN in"
-    told = f"{what} in {len(bad)} of {num} samples, first in {rows.place(int(bad[0]))}"
-    return ConfigError(f"{rows.name} has {told}{remedy}")
 
 
 def _twice(values: Sequence[Any]) -> Any:
@@ -372,37 +396,3 @@ def _classes_for(labels: npt.NDArray[Any], limit: int) -> str:
 
 def _whole(label: float | str) -> int | float | str:
     return label if isinstance(label, str) or label != int(label) else int(label)
-
-
-def _shaped(values: npt.NDArray[Any], shape: tuple[int, ...], rows: _Rows) -> npt.NDArray[Any]:
-    """The values, checked to have this shape per sample; [N, 1] is accepted as [N]. Raises ConfigError."""
-    if values.ndim == 2 and values.shape[1] == 1 and shape == ():
-        return values[:, 0]
-    if values.shape[1:] != shape:
-        raise ConfigError(f"{rows.name} has shape {list(values.shape[1:])} per sample, not {list(shape)}")
-    return values
-
-
-def _finite(values: npt.NDArray[Any], rows: _Rows, fills: bool = False) -> npt.NDArray[np.float32]:
-    """The values as float32. Raises ConfigError unless all are finite, or NaN where `fills`."""
-    numbers = _floats(values, rows, np.float32)
-    if len(bad := _bad_rows(numbers, fills)):
-        raise _not_finite(rows, values[bad[0]], bad.tolist(), len(numbers))
-    return numbers
-
-
-def _floats(values: npt.NDArray[Any], rows: _Rows, dtype: Any) -> npt.NDArray[Any]:
-    """The values as numbers of this type; parses text. Raises ConfigError."""
-    try:
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(values, dtype)
-    except (ValueError, TypeError):
-        pass
-    numbers = [plain(value) for value in values.ravel()]
-    bad = next((i for i, number in enumerate(numbers) if isinstance(number, str)), None)
-    if bad is None:  # True and False, or numbers with blanks around them
-        return np.array(numbers, dtype).reshape(values.shape)
-    shown = repr(numbers[bad]) if numbers[bad] else "empty"
-    raise ConfigError(
-        f"{rows.name}: {rows.place(bad // (len(numbers) // len(values)))} is {shown}, which is not a number"
-    )

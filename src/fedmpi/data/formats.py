@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import logging
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,47 @@ def read(path: Path, where: str, columns: Columns, stream: bool = False) -> Cont
     wanted = PARTED if {"x_train", "x_test"} & set(arrays) or not {*WHOLE} & set(arrays) else WHOLE
     lacks = ", ".join(repr(key) for key in wanted if key not in arrays)
     raise ConfigError(f"{where} has no {lacks} (needs {', '.join(PARTED)}, or x, y)")
+
+
+def read_inputs(path: Path, where: str, columns: Columns) -> Content:
+    """Reads x alone, of a file that need not have targets. Raises ConfigError as `read` does."""
+    ending = path.suffix.lower()
+    try:
+        if ending == ".csv":
+            table = read_csv(path, where, replace(columns, unlabelled=True))
+            return Content({"x": table.x_NX}, table.columns, table.lines)
+        if ending not in ENDINGS:
+            raise ConfigError(f"{where} ends in none of {', '.join(ENDINGS)}")
+        arrays = _read_hdf5(path, where, False) if ending in HDF5 else _read_npz(path, where, False)
+    except FedmpiError:
+        raise
+    except _DAMAGE as error:
+        raise ConfigError(f"{where} {_why(error, ending)}") from None
+    if "x" not in arrays:
+        raise ConfigError(f"{where} has no 'x'")
+    return Content({"x": arrays["x"]})
+
+
+def write(path: Path, columns: Mapping[str, Array]) -> None:
+    """Writes columns of equal length as .csv, .npz or .h5, beside the final name first. Raises OSError."""
+    beside = path.with_name(f".{path.name}.part")
+    if path.suffix == ".csv":
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(columns)
+            rows.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
+    elif path.suffix == ".npz":
+        with beside.open("wb") as opened:
+            np.savez(opened, **dict[str, Any](columns))
+    else:
+        import h5py
+
+        with h5py.File(beside, "w") as store:
+            for name, values in columns.items():
+                text = values.dtype.kind in "US"
+                data, dtype = (values.astype(object), h5py.string_dtype()) if text else (values, None)
+                store.create_dataset(name, data=data, dtype=dtype)
+    os.replace(beside, path)
 
 
 def _why(error: BaseException, ending: str) -> str:

@@ -64,9 +64,9 @@ class Preparation:
     ) -> Statistics:
         """From the training samples of some silos. `total` adds up arrays of silos, here and elsewhere; `ends` takes
         the elementwise maximum."""
-        zeros = np.zeros(self.shape[0])
         if not self.fits:
-            return Statistics(zeros, zeros, zeros + 1)
+            return self.none
+        zeros = np.zeros(self.shape[0])
         sums = total([self._sums(x, lambda v: v) for x in samples])
         num, mean = sums[0], _divided(sums[1], sums[0])
         if self.scale is None:
@@ -85,6 +85,15 @@ class Preparation:
             constant = width == 0
         fill = mean if self.missing == "mean" else zeros
         return self._spared(Statistics(fill, shift, np.where(constant, 1.0, width)))
+
+    def of_one(self, data: SiloData) -> Statistics:
+        """From one silo's training samples."""
+        return self.statistics([data.x_train], lambda sums: sums[0], lambda ends: ends)
+
+    @property
+    def none(self) -> Statistics:
+        """Those of a preparation that depends on no training sample."""
+        return Statistics(np.zeros(self.shape[0]), np.zeros(self.shape[0]), np.ones(self.shape[0]))
 
     def apply(self, data: SiloData, found: Statistics) -> SiloData:
         """The data with prepared inputs; streamed ones are prepared as they are read."""

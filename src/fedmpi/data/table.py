@@ -7,7 +7,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Columns:
     features: Sequence[str] | None
     levels: Mapping[str, Sequence[Any]]
     separator: str
+    unlabelled: bool = False  # whether the columns of y are ignored, and may be missing
     fills: bool = False  # whether missing numbers become NaN, and are filled in later
 
     def numeric(self, names: Sequence[str]) -> list[str]:
@@ -59,6 +60,8 @@ def read_csv(path: Path, where: str, columns: Columns) -> Table:
     """
     names, rows, lines = _rows(_text(path, where), where, columns.separator)
     numeric = columns.numeric(names)
+    if columns.unlabelled:
+        columns = replace(columns, targets=())
     _check_names(names, [*columns.targets, *numeric, *columns.levels], where, columns)
     cells = {
         n: np.array([row[names.index(n)] for row in rows], str) for n in {*columns.targets, *numeric, *columns.levels}
@@ -68,8 +71,12 @@ def read_csv(path: Path, where: str, columns: Columns) -> Table:
         code = codes(cells[name], values, f"{where}: column '{name}'", lambda row: f"line {lines[row]}")
         x += [(code == i).astype(np.float32) for i in range(len(values))]
     x_NX = np.stack(x, axis=1) if x else np.empty((len(rows), 0), np.float32)
-    y = np.stack([cells[name] for name in columns.targets], axis=1)
-    return Table(x_NX, y if len(columns.targets) > 1 else y[:, 0], (*numeric, *columns.levels), tuple(lines))
+    y = (
+        np.stack([cells[name] for name in columns.targets], axis=1)
+        if columns.targets
+        else np.empty((len(rows), 0), str)
+    )
+    return Table(x_NX, y[:, 0] if len(columns.targets) == 1 else y, (*numeric, *columns.levels), tuple(lines))
 
 
 def _text(path: Path, where: str) -> str:
