@@ -25,6 +25,7 @@ from fedmpi.directory import CODE, STATISTICS, UNSHARED_FILE, newest_whole, read
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
 from fedmpi.evaluate import PERSONAL, Scores, Tuning, evaluate_silo, evaluation_key, load_own, own_model, tell
 from fedmpi.flat import FlatModel, changed_entries, sha256
+from fedmpi.graphs import GRAPHS, write_graph
 from fedmpi.local import LocalSilo, Round
 from fedmpi.objectives import LossAndMetrics, Tally, resolve
 from fedmpi.placement import place
@@ -170,14 +171,16 @@ def export(
     silo: str | None = None,
     shared: bool = False,
 ) -> int:
-    """Write a checkpoint's model as .safetensors or .pt (a state_dict). Returns the round.
+    """Write a checkpoint's model: a state_dict (.safetensors, .pt) or a graph (.torchscript, .onnx). Returns the round.
 
     With `silo` it is that silo's personal model, with `shared` only the shared tensors. A model with personal layers
     needs one of them, because the global model has no trained personal layers. A file that is not the full global model
     says so in its metadata. Raises ConfigError for a wrong target, silo or round.
     """
-    if target.suffix not in (".safetensors", ".pt"):
-        raise ConfigError(f"--to {target}: end the name with .safetensors or .pt")
+    if target.suffix not in (endings := (".safetensors", ".pt", *GRAPHS)):
+        raise ConfigError(f"--to {target}: end the name with {', '.join(endings[:-1])} or {endings[-1]}")
+    if shared and target.suffix in GRAPHS:
+        raise ConfigError(f"--to {target}: a graph is a whole model, and --shared is a part of one")
     if target.is_dir():
         raise ConfigError(f"--to {target}: a folder is there; name a file")
     if silo is not None and shared:
@@ -202,9 +205,16 @@ def export(
                     "or --shared for the shared tensors only"
                 )
             model.load(params_P)
+    if run.source.fitted:
+        log.warning(
+            "the model takes inputs prepared with statistics of training samples; `fedmpi predict` prepares them"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, target, shared, about if shared or silo is not None else None)
+        if target.suffix in GRAPHS:
+            write_graph(model.module, run.source, target)
+        else:
+            save_model(model, target, shared, about if shared or silo is not None else None)
     except OSError as error:
         raise ConfigError(f"--to {target}: cannot write there: {error.strerror or error}") from None
     return round

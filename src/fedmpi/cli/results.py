@@ -220,7 +220,7 @@ def predict(
 @app.command()
 def export(
     directory: RunDir,
-    to: Annotated[Path, typer.Option("--to", help="model.safetensors or model.pt")],
+    to: Annotated[Path, typer.Option("--to", help="model.safetensors, .pt, .torchscript or .onnx")],
     round: Which = "newest",
     silo: Annotated[
         str | None,
@@ -231,7 +231,7 @@ def export(
     ] = False,
     allow: Allow = None,
 ) -> None:
-    """Write a checkpoint's model as a state_dict. If silos have personal layers, give --silo or --shared."""
+    """Write a checkpoint's model: a state_dict, or a graph. If silos have personal layers, give --silo or --shared."""
 
     def work() -> None:
         from fedmpi.results import export as write
