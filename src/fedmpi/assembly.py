@@ -46,7 +46,7 @@ from fedmpi.module import saved
 from fedmpi.objectives import LossAndMetrics, resolve
 from fedmpi.opening import Opened, open_silos
 from fedmpi.placement import place
-from fedmpi.privacy import Spending, prepare
+from fedmpi.privacy import SiloPrivacy, Spending, masked, prepare
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.disclosure import refuse_metrics
 from fedmpi.rounds.remote import Remote
@@ -310,6 +310,9 @@ def build_federation(
         if spec.private is not None:
             num_train = dict(zip(members.ids, opened.num_train, strict=True))
             updates = prepare(config, spec.private, num_train, weights, comm)
+            if secure is not None and isinstance(config.privacy, SiloPrivacy):
+                given = (config.privacy, config, spec.private, members, secure.ring, exchange.layout)
+                secure.noise = masked.shares(*given)
         model = _model(spec, exchange, comms)
         silos = comm.collectively(
             lambda: {silo: _local(silo, opened.data, held, weights[silo], spec.device) for silo in hosted}

@@ -200,5 +200,5 @@ def _losses(
 
 
 def _spent(account: dict[str, Any], silo: str) -> float:
-    uses = {Use(*(row[n] for n in Use._fields)): row["count"] for row in account["uses"] if row["silo"] == silo}
+    uses = {Use.of(row): row["count"] for row in account["uses"] if row["silo"] == silo}
     return epsilon(uses, account["delta"])

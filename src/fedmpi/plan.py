@@ -172,6 +172,7 @@ def _secure(config: Config, ids: Sequence[str]) -> dict[str, Any] | None:
     if config.secure is None:
         return None
     ring = config.secure.ring(config, len(ids))
+    noise = None if config.privacy is None else config.privacy.spread(config, len(ids))
     return {
         "threshold": config.secure.fewest(config, ids),
         "bits": ring.bits,
@@ -179,6 +180,7 @@ def _secure(config: Config, ids: Sequence[str]) -> dict[str, Any] | None:
         "largest_sum": ring.largest,
         "clip": ring.bound,
         "error": ring.error(len(ids)),
+        "noise": None if noise is None else ring.unit * noise.least,
         "neighbours": min(config.secure.neighbours or degree(len(ids)), len(ids) - 1),
     }
 

@@ -511,8 +511,8 @@ REFUSED = {
     "measure": ({"exchange": {"plan": "measure"}}, "without masks"),
     "buffered": ({"engine": {"name": "buffered", "size": 2}}, "one by one"),
     "privacy": (
-        {"privacy": {"name": "silo", "sigma": 1.0, "clip": 1.0, "delta": 1e-5}, "updates": []},
-        "take one of the two",
+        {"privacy": {"name": "silo", "sigma": 1.0, "clip": 1.0, "delta": 1e-5, "quantile": 0.5}, "updates": []},
+        "sized for equal weights",
     ),
     "deadline": ({"engine": {"name": "synchronous", "policy": "deadline"}}, "differ by one silo"),
     "continue": ({"on_failure": "continue"}, "differ by one silo"),

@@ -116,6 +116,11 @@ def _print_secure(console: Any, result: dict[str, Any]) -> None:
             f"{secure['largest_sum']:g} fit (updates are bounded by {secure['clip']:g}); each silo shares masks with "
             f"{secure['neighbours']}"
         )
+        if secure["noise"] is not None:
+            console.print(
+                f"secure: each silo adds noise of {secure['noise']:.4g} steps to its words before its masks, or more "
+                "if others are missing"
+            )
 
 
 @app.command("check")

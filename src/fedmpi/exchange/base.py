@@ -33,7 +33,7 @@ from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange import weights
 from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.exact import Exact
-from fedmpi.exchange.masked import Masked, RingNoise
+from fedmpi.exchange.masked import Masked
 from fedmpi.flat import sha256
 from fedmpi.layout import Layout
 from fedmpi.secure.session import Session
@@ -70,7 +70,6 @@ class ExchangeContext(NamedTuple):
     edit: Edit | None = None  # how an attack changes silos' rows before anything reads them
     arrivals: bool = False  # whether updates arrive one by one (exchange/arrivals.py), in place of a plan's collectives
     secure: Session | None = None  # masks between silos; None: vectors are summed as they are
-    noise: RingNoise | None = None  # of each silo's fixed-point words, before masks; only with `secure`
 
 
 class Machine(NamedTuple):
@@ -182,7 +181,7 @@ class Exchange:
         self.largest_norm = LARGEST_NORM  # larger deltas are rejected
         self.masked: Masked | None = None
         if self.secure is not None:
-            self.masked = Masked(self.secure, params_P, facts.noise)
+            self.masked = Masked(self.secure, params_P, facts.hosted)
             self.sum_dtype, self.largest_norm = self.masked.dtype, self.secure.ring.largest
         self.there: Sequence[str] = ()  # the silos in the sum, under masks
         self.round = 0
@@ -267,7 +266,7 @@ class Exchange:
         codecs, whose residuals and thresholds are in units of the total weight."""
         self.round, self._near = round, near
         if self.masked is not None:
-            self.masked.begin(round, num_contributions)
+            self.masked.begin(round, num_contributions, near / self.facts.total_weight)
         self._many = num_contributions > MANY and self.sum_dtype == torch.float32
         if self.exact is not None:
             self.exact.begin()

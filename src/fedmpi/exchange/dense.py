@@ -78,7 +78,7 @@ class Whole(Exchange):
         else:
             if self.masked.folds and not len(self._sum):
                 self._sum = self.comm.allocate(self.num_params, self.sum_dtype)
-            self.masked.fold(self._sum, contribution.silo, contribution.vector_Q, share, self._empty)
+            self.masked.fold(self._sum, contribution.vector_Q, share, self._empty)
         self._weight += weights.counted(share)
         self._num += 1
         self._empty = False

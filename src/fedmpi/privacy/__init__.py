@@ -4,6 +4,7 @@ silo        whole silos are protected: noise on the mean of their clipped update
 account     epsilon of what happened, noise for a target
 spending    the account as state: counted before a release, never taken back
 noise       noise from secret keys, independent or correlated between rounds
+masked      noise of whole silos under `secure`, where each silo adds a share of it
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def prepare(
     spending.denominator, spending.largest_weight = part * sum(weights.values()), section.largest_weight(aggregate)
     spending.next = lambda segment, cohort: {section.use(config, len(num_train), spending.sigmas[""], segment): 1}
     comm.collectively(lambda: section.split(spending.sigmas[""], spending.expected))
-    return (Bounded(section, spending),)
+    return (Bounded(section, spending, in_words=config.secure is not None),)
 
 
 def _of_records(

@@ -5,6 +5,11 @@
 
 Sampled uses are composed by privacy loss distributions (PLD, which bound epsilon from above), unsampled ones by the
 exact formula of the Gaussian mechanism (Balle & Wang 2018). Neighbours differ by adding or removing one unit.
+
+Sums of discrete Gaussians, which silos add under masks, satisfy concentrated differential privacy as a Gaussian of the
+same multiplier does: rho = 1 / (2 sigma^2) (Kairouz, Liu & Steinke 2021, Theorem 1; secure/noise.py says why its tau is
+nothing). Their privacy losses are not those of a Gaussian, so neither PLD nor the exact formula holds; epsilon follows
+from Renyi divergences (Canonne, Kamath & Steinke 2020, Proposition 12), and is some percent larger.
 """
 
 from __future__ import annotations
@@ -22,13 +27,21 @@ LARGEST_SIGMA = 1e4  # more noise than any target needs; far beyond, the library
 
 
 class Use(NamedTuple):
-    """A Gaussian mechanism of sensitivity 1 that a run applies once per round or step."""
+    """A Gaussian mechanism of sensitivity 1 that a run applies once per round or step, or a sum of discrete ones."""
 
     sigma: float  # standard deviation / sensitivity of one participation
     rate: float = 1.0  # probability of a unit to take part, secretly drawn each time; 1: it may always
     every: int = 1  # a unit takes part at most once in so many uses in a row
     segment: str = ""  # uses with `every` above 1 count anew in each segment
     silo: str = ""  # whose records are protected; empty: the silos themselves
+    discrete: bool = False  # a sum of discrete Gaussians, without sampling
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Use:
+        """The use of a row of privacy.json. Raises KeyError if the row lacks a field; rows of before there was
+        `discrete` do not have it."""
+        sigma, rate, every, segment, silo = (row[name] for name in cls._fields[:-1])
+        return cls(sigma, rate, every, segment, silo, row.get("discrete", False))
 
 
 Uses = Mapping[Use, int]
@@ -48,6 +61,8 @@ def library() -> Any:
 def epsilon(uses: Uses, delta: float) -> float:
     """Epsilon at `delta` of these uses together; 0 for none. They protect the same units."""
     dp = library()
+    if any(use.discrete for use, count in uses.items() if count):
+        return _concentrated(dp, uses, delta)
     fixed = math.fsum(math.ceil(count / use.every) / use.sigma**2 for use, count in uses.items() if use.rate == 1.0)
     sampled = {use: count for use, count in uses.items() if use.rate < 1.0 and count}
     if not sampled:
@@ -55,6 +70,23 @@ def epsilon(uses: Uses, delta: float) -> float:
     lost = [_once(use.sigma, use.rate).self_compose(count) for use, count in sampled.items()]
     lost += [_once(fixed**-0.5, 1.0)] if fixed else []
     return float(functools.reduce(lambda one, other: one.compose(other), lost).get_epsilon_for_delta(delta))
+
+
+def _concentrated(dp: Any, uses: Uses, delta: float) -> float:
+    """Epsilon at `delta` of uses some of which are known by their Renyi divergences only, at orders near the best."""
+    from dp_accounting.rdp import RdpAccountant
+
+    rounds = [(use, math.ceil(count / use.every)) for use, count in uses.items() if count]
+    rho = math.fsum(times / (2 * use.sigma**2) for use, times in rounds)
+    best = math.sqrt(math.log(1 / delta) / rho)
+    orders = [1 + best * 2 ** (step / 16) for step in range(-32, 33)]
+    accountant = RdpAccountant(orders)
+    for use, times in rounds:
+        if use.rate < 1.0:
+            accountant.compose(dp.PoissonSampledDpEvent(use.rate, dp.GaussianDpEvent(use.sigma)), times)
+        else:
+            accountant.compose(dp.ZCDpEvent(rho=1 / (2 * use.sigma**2)), times)
+    return float(accountant.get_epsilon(delta))
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ import torch
 from fedmpi.components import PositiveFloat, component
 from fedmpi.flat import Entry
 from fedmpi.privacy.account import Use, sigma_for
+from fedmpi.secure.ring import Spread
 from fedmpi.types import Source
 
 if TYPE_CHECKING:
@@ -54,6 +56,19 @@ class Privacy:
     @abstractmethod
     def suits(self, module: torch.nn.Module, found: Sequence[Entry], ids: Sequence[str], config: Config) -> None:
         """Raise ConfigError if the model or the members do not fit."""
+
+    @property
+    def bound(self) -> float:
+        """Fixed upper bound of the norm of an update; infinite if there is none."""
+        return math.inf
+
+    @abstractmethod
+    def under_masks(self, config: Config) -> str | None:
+        """Why it does not go with `secure`, in one line; None if it does."""
+
+    def spread(self, config: Config, num_silos: int) -> Spread | None:
+        """The noise that silos add under masks; None: none."""
+        return None
 
     def takes(self, source: Source) -> None:
         """Raise ConfigError if the account does not hold for such data."""

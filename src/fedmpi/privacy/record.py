@@ -79,6 +79,9 @@ class RecordPrivacy(Privacy):
             return f"{who}: select: {called(select)} reads losses, which carry no noise and are not told"
         return None
 
+    def under_masks(self, config: Config) -> str | None:
+        return "nobody has shown yet what it gives together with privacy of records; take one of the two"
+
     def suits(self, module: torch.nn.Module, found: Sequence[Entry], ids: Sequence[str], config: Config) -> None:
         for name, part in module.named_modules():
             if isinstance(part, torch.nn.modules.batchnorm._NormBase) and (

@@ -15,10 +15,12 @@ from fedmpi.components import PositiveFloat, PositiveInt, called, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry
 from fedmpi.layout import DELTA
+from fedmpi.privacy import masked
 from fedmpi.privacy.account import Use
 from fedmpi.privacy.base import Privacy
 from fedmpi.privacy.noise import add_noise, secret_generator
 from fedmpi.privacy.spending import Spending
+from fedmpi.secure.ring import Spread
 from fedmpi.selection import All
 from fedmpi.selection.draws import Poisson, RoundRobin
 from fedmpi.server import FedDyn, ReadsNorms
@@ -41,6 +43,9 @@ class SiloPrivacy(Privacy):
     With `select: poisson` sampling amplifies privacy; with `select: all` or `round_robin` it does not count on chance.
     With `bands` noise is correlated between rounds, so that a part of it cancels in the parameters (DP-FTRL, Kairouz et
     al. 2021; here the banded square root of Kalinin & Lampert 2024).
+
+    With `secure` every silo adds a share of the noise before its masks, a discrete Gaussian in the integers of the sum
+    (Kairouz, Liu & Steinke 2021), so nobody sees a sum with less noise (secure/noise.py).
     """
 
     clip: PositiveFloat
@@ -53,6 +58,9 @@ class SiloPrivacy(Privacy):
     """standard deviation of the noise on the count of norms up to C; null: max(expected cohort / 20, 2 sigma)"""
     bands: PositiveInt = 1
     """rounds over which noise is correlated; at most silos / count of `select: round_robin`; 1: independent noise"""
+    colluding: Annotated[int, pydantic.Field(ge=0)] = 1
+    """with secure: silos that may know each other's noise, so that theirs does not count; at least as many as a rank
+    hosts"""
 
     def conflicts(self, config: Config) -> str | None:
         who, exchange, select = "privacy: silo", config.exchange, config.select
@@ -61,8 +69,6 @@ class SiloPrivacy(Privacy):
             return f"{who} clips and adds noise itself; leave out updates"
         if config.attack is not None:
             return f"{who} cannot be combined with attack"
-        if config.secure is not None:
-            return f"{who} and secure cannot be combined: masked sums are rounded after the clip"
         if type(aggregate) is not Mean:
             return f"{who} needs aggregate: mean; a clip does not bound a silo's influence on {called(aggregate)}"
         if aggregate.weights == "steps":
@@ -96,6 +102,16 @@ class SiloPrivacy(Privacy):
             except ConfigError as error:
                 return str(error)
         return None
+
+    def under_masks(self, config: Config) -> str | None:
+        return masked.conflict(self, config)
+
+    def spread(self, config: Config, num_silos: int) -> Spread:
+        return masked.spread(self, config, num_silos)
+
+    @property
+    def bound(self) -> float:
+        return self.clip if self.quantile is None else math.inf
 
     @property
     def of_records(self) -> bool:
@@ -131,7 +147,7 @@ class SiloPrivacy(Privacy):
         """One round of a run with so many silos."""
         rate = config.select.rate if isinstance(config.select, Poisson) else 1.0
         every = self._every(config, num_silos)
-        return Use(sigma, rate, every, segment if every > 1 else "")
+        return Use(sigma, rate, every, segment if every > 1 else "", discrete=config.secure is not None)
 
     def uses(self, config: Config, num_train: Mapping[str, int]) -> dict[Use, int]:
         return {self.use(config, len(num_train), 1.0): config.rounds}
@@ -141,6 +157,8 @@ class SiloPrivacy(Privacy):
             sampling = f"each silo takes part with probability {config.select.rate:g}, and the draws stay secret"
         else:
             sampling = "no amplification by sampling"
+        if config.secure is not None:
+            return masked.sentence(self, config, sampling)
         return (
             "silo level: neighbours differ in one silo, which is left out of every sum and count (divisors, the number "
             f"of silos and their sizes are fixed and public); {sampling}; trusted are all ranks, the network and who "
@@ -180,8 +198,9 @@ class Bounded(Transform):
 
     changes: ClassVar[bool] = True
 
-    def __init__(self, section: SiloPrivacy, spending: Spending) -> None:
-        self.section, self.spending = section, spending
+    def __init__(self, section: SiloPrivacy, spending: Spending, in_words: bool = False) -> None:
+        """`in_words`: silos add the noise to their words under masks, and nothing is added to the mean."""
+        self.section, self.spending, self.in_words = section, spending, in_words
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
@@ -210,6 +229,8 @@ class Bounded(Transform):
 
     def on_mean(self, mean_S: torch.Tensor, start: int, share: float, state: State, about: About) -> None:
         """`share` is the largest weight that a silo may have / the weight in the mean."""
+        if self.in_words:
+            return
         spending = self.spending
         sigma, _ = self.section.split(spending.sigmas[""], spending.expected)
         scale = sigma * self._clip(state) * share

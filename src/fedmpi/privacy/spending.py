@@ -1,6 +1,6 @@
 """What a run spends, as state: counted before anything is released, on disk and in every rank's memory.
 
-    OUT/privacy.json    {"delta", "uses": [{"sigma", "rate", "every", "segment", "silo", "count"}]}
+    OUT/privacy.json    {"delta", "uses": [{"sigma", "rate", "every", "segment", "silo", "discrete", "count"}]}
 
 The file is written by rank 0 and flushed before the parameters of a round exist anywhere. A run that is killed and
 repeats rounds draws new noise for them and counts them again. Nothing takes a count back: not a checkpoint, not a
@@ -151,7 +151,7 @@ class Spending:
         """Replace the account by a longer one."""
         try:
             rows = json.loads(text)["uses"] if text else []
-            self.uses = {Use(*(row[name] for name in Use._fields)): int(row["count"]) for row in rows}
+            self.uses = {Use.of(row): int(row["count"]) for row in rows}
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{self.path} is damaged, so what the run has spent is not known") from None
 

@@ -61,7 +61,7 @@ def agree_ready(
         raise agreed(Diverged(f"round {number}: {why}"))
     if fed.secure is not None and (why := fed.secure.objection(silos_taken(fed))):
         raise agreed(NoCohort(f"round {number}: {why}"))
-    if fed.exchange.ring:
+    if fed.exchange.ring and (fed.secure is None or fed.secure.noise is None):  # noise is wider than rounding
         _has_room(fed, outcome, near)
     try:
         fed.aggregator.suits(outcome.num_taken if num_updates is None else num_updates)

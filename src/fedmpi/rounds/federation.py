@@ -120,6 +120,12 @@ class Federation:
         numbers = zip(self.ids, self.ready.silo("rejected").tolist(), strict=True)
         return {silo: self.updates.names[int(number) - 1] for silo, number in numbers if number}
 
+    @property
+    def training_told(self) -> bool:
+        """Whether figures of training leave their rank. If sums get noise before anybody sees them, losses and norms,
+        which carry none, would tell what it hides."""
+        return self.secure is None or self.secure.noise is None
+
     def criterion(self, silo: LocalSilo) -> Criterion:
         """The training loss of a silo, made from its training targets at the first call."""
         if silo.id not in self._criteria:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import repeat
 from typing import Any
@@ -78,7 +79,7 @@ def train_silos(
             fed.ready.set_silo(
                 fed.index[name],
                 samples=contribution.num_samples,
-                targets=contribution.counted,
+                targets=contribution.counted if fed.training_told else 0,
                 steps=contribution.num_steps,
                 normalizer=contribution.num_gradients,
                 start_loss=contribution.start_loss,
@@ -106,8 +107,8 @@ def train_silos(
             fed.ready.set_silo(
                 fed.index[name],
                 taken=True,
-                loss=contribution.loss,
-                norm=contribution.norm,
+                loss=contribution.loss if fed.training_told else 0.0,
+                norm=contribution.norm if fed.training_told else math.nan,
                 sent=contribution.weight,
             )
     except Late:

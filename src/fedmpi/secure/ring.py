@@ -4,6 +4,8 @@ Each silo's update has a norm of at most C, from `updates: clip`. Shares of the 
 scales them so), hence no coordinate of the sum exceeds C. The ring holds 4 C for each round of progress in an update:
 weights may grow beyond the base weights (counts of steps, factors of a selector). An update that would grow further is
 rejected. A coordinate is rounded to a multiple of 1/unit, so the sum of K silos is off by at most K / (2 unit).
+
+Noise that silos add to their words (noise.py) has room beyond that: TAIL standard deviations of its sum.
 """
 
 from __future__ import annotations
@@ -15,6 +17,16 @@ from fedmpi.errors import ConfigError
 
 GROWS = 4  # times C that fit
 SAFE = 1 - 2.0**-10  # of the ring is used; norms are rounded
+TAIL = 12.0  # standard deviations of noise that fit; beyond them is a coordinate with probability 4e-33
+LEAST, MOST = 16, 1 << 24  # standard deviation of a silo's noise, in integers: enough to be like a Gaussian; no finer
+
+
+class Spread(NamedTuple):
+    """Standard deviations of noise in the ring, in units of the sum."""
+
+    sum: float  # of the sum's noise, at most
+    share: float  # of a silo's, at most
+    least: float  # of a silo's, at least
 
 
 class Ring(NamedTuple):
@@ -31,14 +43,22 @@ class Ring(NamedTuple):
     largest: float  # sums up to this fit
 
     @classmethod
-    def of(cls, bits: int, bound: float, num_silos: int, rounds_held: int = 1) -> Ring:
-        """The finest ring that holds the sum of these silos. `rounds_held`: rounds of progress in one update. Raises
-        ConfigError if not even the rounding fits."""
+    def of(cls, bits: int, bound: float, num_silos: int, rounds_held: int = 1, noise: Spread | None = None) -> Ring:
+        """The finest ring that holds the sum of these silos. `rounds_held`: rounds of progress in one update; `noise`
+        of the silos. Raises ConfigError if not even the rounding fits, or if noise would be too coarse."""
         largest = GROWS * bound * rounds_held
         room = (2.0 ** (bits - 1) - num_silos) * SAFE
         if room < 1 or not math.isfinite(largest):
             raise ConfigError(f"secure: {bits} bits have no room for updates of norm {bound:g} of {num_silos} silos")
-        return cls(bits, 2.0 ** math.floor(math.log2(room / largest)), bound, largest)
+        if noise is None:
+            return cls(bits, 2.0 ** math.floor(math.log2(room / largest)), bound, largest)
+        unit = 2.0 ** math.floor(math.log2(min(room / (largest + TAIL * noise.sum), MOST / noise.share)))
+        if unit * noise.least < LEAST:
+            raise ConfigError(
+                f"secure: in {bits} bits a silo's noise would be {unit * noise.least:.2g} integers wide, and its "
+                f"account needs {LEAST}; take secure.bits: 64, or more noise"
+            )
+        return cls(bits, unit, bound, largest)
 
     def error(self, num_silos: int, share: float = 1.0) -> float:
         """The largest error of a coordinate of the mean of these silos, which hold `share` of the weight."""

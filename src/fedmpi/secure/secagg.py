@@ -44,7 +44,8 @@ class SecAgg:
         """The ring for a federation. Raises ConfigError if bits are too few."""
         bound = clipped(config)
         bits = self.bits or (32 if bound < math.inf else 64)
-        return Ring.of(bits, min(bound, UNCLIPPED), num_silos, config.exchange.fragments)
+        noise = None if config.privacy is None else config.privacy.spread(config, num_silos)
+        return Ring.of(bits, min(bound, UNCLIPPED), num_silos, config.exchange.fragments, noise)
 
     def fewest(self, config: Config, ids: Sequence[str]) -> int:
         """The threshold for a federation. Raises ConfigError if a cohort may be smaller."""
@@ -71,13 +72,8 @@ class SecAgg:
             return f"{who}: aggregate {called(config.aggregate)} reads single updates, and only their sum is seen"
         if config.records.needs:
             return f"{who}: records.gram needs single updates, and only their sum is seen"
-        if config.privacy is not None and config.privacy.of_records:
-            return f"{who}: nobody has shown yet what it gives together with privacy of records; take one of the two"
-        if config.privacy is not None:
-            return (
-                f"{who}: privacy adds its noise once the sum is unmasked, and a repeated round draws other silos, so "
-                "sums without noise could differ by one silo; take one of the two"
-            )
+        if config.privacy is not None and (why := config.privacy.under_masks(config)):
+            return f"{who}: {why}"
         if config.attack is not None:
             return f"{who}: does not go with attack, which edits single updates"
         if section.lossy:
@@ -116,6 +112,8 @@ class SecAgg:
 def clipped(config: Config) -> float:
     """Upper bound of the norms of all vectors that a silo sends, from fixed clips; infinite if one has none."""
     bounds = dict.fromkeys(_vectors(config), math.inf)
+    if config.privacy is not None:
+        bounds[DELTA] = config.privacy.bound
     for transform in config.updates:
         bounds[DELTA] = transform.bound(transform.init(), bounds[DELTA])
         if isinstance(transform, Clip) and transform.quantile is None:

@@ -30,6 +30,7 @@ from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.secure.graph import connected, degree, neighbours
 from fedmpi.secure.masks import PUBLIC_BYTES, KeyPair, Masks, derive, stream_into
+from fedmpi.secure.noise import NoiseShares
 from fedmpi.secure.ring import Ring
 
 VECTOR, WEIGHT, FIGURES = "vector", "weight", "figures"  # what is summed
@@ -48,8 +49,11 @@ _LARGEST = 2.0 ** (DIGIT * DIGITS - 1 - SPARE - POINT)
 class Session:
     """The keys of this rank's silos, as long as the federation lasts. Making one is collective.
 
-    Attributes: ring (of the vectors); threshold (fewest silos in a sum).
+    Attributes: ring (of the vectors); threshold (fewest silos in a sum); noise (that this rank's silos add to their
+    words before masks, None: none).
     """
+
+    noise: NoiseShares | None = None
 
     def __init__(
         self, comm: Comm, ids: Sequence[str], ranks: Sequence[int], ring: Ring, threshold: int, num: int | None = None
