@@ -23,9 +23,13 @@ from fedmpi.compare import table as tables
 from fedmpi.errors import ConfigError, Diverged
 from fedmpi.records import PHASES, read_metrics
 from fedmpi.report import write
+from fedmpi.report.blocks import Chart, Drawing, Section, Table
+from fedmpi.report.drawings import strip
 from fedmpi.report.groups import curve, runs_of
 from fedmpi.report.history import gather
 from fedmpi.report.numbers import thin
+from fedmpi.report.page import Answer, render
+from fedmpi.report.page import Page as Whole
 from fedmpi.report.reading import read_run
 from fedmpi.report.sections.participation import states
 from fedmpi.report.trace import read_phases
@@ -223,6 +227,15 @@ def test_what_users_name_is_text(tmp_path):
     )
 
 
+def test_data_of_charts_cannot_end_their_script():
+    text = "</script><script>alert(1)</script><!--"
+    chart = Chart(title=text, alt=text, traces=[{"name": text, "x": [1], "y": [2]}], table=Table([text], [[text]]))
+    drawing = Drawing(title=text, alt=text, svg=strip([text], [1], [["full"]]), table=Table([text], [[text]]))
+    found = Page(render(Whole(text, text, [Answer(text, text, [text])], [Section("a", text, [chart, drawing])], text)))
+    assert found.faults == [] and len(found.scripts) == 3
+    assert found.under(text)["traces"][0]["name"] == text
+
+
 def half(number, **changes):
     return record(number, SILOS) | changes
 
@@ -318,11 +331,12 @@ def test_the_strip_tells_what_became_of_each_update(tmp_path):
         half(2, cohort=["a", "c"], late={"a": "partial", "c": "dropped"}, deadline_s=2.0),
         half(3, cohort=["b", "c"], late={"b": "buffered", "c": "void"}, deadline_s=2.0),
         half(4, cohort=["c"], stale={"b": 1}, silos={silo: rows[silo] for silo in "bcd"}),
+        half(5, cohort=["b"], stale={"b": 1}),
     ]
     run = read_run(directory(tmp_path / "run", records, data={"name": "digits", "silos": 4}))
     found = {name: [(int(i) + 1, SILOS[j]) for i, j in np.argwhere(cells)] for name, cells in states(run).items()}
     assert found == {
-        "full": [(1, "a"), (1, "b"), (2, "a"), (2, "c"), (3, "b"), (3, "c"), (4, "c")],
+        "full": [(1, "a"), (1, "b"), (2, "a"), (2, "c"), (3, "b"), (3, "c"), (4, "c"), (5, "b")],
         "rejected": [(1, "b")],
         "partial": [(2, "a")],
         "dropped": [(2, "c"), (3, "c")],
@@ -331,7 +345,7 @@ def test_the_strip_tells_what_became_of_each_update(tmp_path):
         "away": [(4, "a")],
     }
     counts = page(run.root).table("silo", "rounds selected")
-    assert counts["c"] == {"silo": "c", "rounds selected": 3, "share of rounds": 0.75, "partial": 0, "did not count": 2,
+    assert counts["c"] == {"silo": "c", "rounds selected": 3, "share of rounds": 0.6, "partial": 0, "did not count": 2,
                            "buffered": 0, "older update only": 0, "rejected": 0, "no member": 0}  # fmt: skip
     assert "4 late updates from 3 silos" in page(run.root).text
 
@@ -349,6 +363,16 @@ def test_arrivals_are_counted_by_staleness(tmp_path):
     assert rows["0"] == {"staleness": "0", "counted": 1, "dropped": 0}
     assert rows["2"] == {"staleness": "2", "counted": 1, "dropped": 1} and "1 update too old to count" in found.text
     assert found.table("silo", "updates")["a"]["mean staleness"] == 1.0
+
+
+def test_silos_in_jobs_of_their_own_are_told(tmp_path):
+    records = [half(1), half(2)]
+    root = directory(tmp_path / "run", records, transport={"name": "files", "root": str(tmp_path / "shared")})
+    event = {"name": "train", "ph": "X", "pid": 0, "tid": 0, "ts": 1.0, "dur": 2.0, "args": {"round": 1}}
+    (root / "trace.json").write_text(f"[\n{json.dumps(event)}\n]\n")
+    found = page(root)
+    sound(found)
+    assert "4 silos in jobs of their own, 2 of 2 rounds" in found.text and "It is the server's job only" in found.text
 
 
 def test_epsilon_and_its_budget(tmp_path):
@@ -377,6 +401,15 @@ def test_events_are_told(tmp_path):
     assert "Stopped and resumed" not in found.text  # round 3 follows the loss, not a new start
     (root / "events.jsonl").unlink()
     assert "Stopped and resumed: a later start went on with round 3" in page(root).text
+
+
+@pytest.mark.parametrize(("maximize", "best", "rounds"), [(True, 0.75, 2), (False, 0.25, 3)])
+def test_the_best_round_follows_the_direction_of_the_metric(tmp_path, maximize, best, rounds):
+    records = [half(number, accuracy=value) for number, value in enumerate((0.5, 0.75, 0.25, 0.5), start=1)]
+    found = page(directory(tmp_path / "run", records, about={"maximize": maximize}))
+    assert f"best {best:.4f} (round {rounds})" in found.text.partition("Contents")[0]
+    star = next(t for t in found.under("Accuracy by round")["traces"] if t["name"].startswith("best"))
+    assert star["y"] == [best] and star["over"]["round"] == [rounds]
 
 
 def test_the_reason_for_which_a_run_ended_is_told(tmp_path):
@@ -540,6 +573,7 @@ def test_runs_with_other_metrics_are_told_apart(tmp_path):
     found = page(one, two, out=tmp_path / "page.html")
     sound(found)
     assert found.table("run", "state")["two"]["last accuracy"] == "-" and "two: its metric is rmse" in found.text
+    assert "in 1 group" not in found.text
 
 
 # ---------------------------------------------------------------- the command

@@ -110,8 +110,9 @@ def headline(run: RunData) -> str:
     state, end, top = status(run), last(run, run.metric), best(run)
     done = int(run.history.rounds[-1]) if run.history.num else 0
     ranks = len(run.ranks) or int(run.about.get("ranks", 1))
+    place = "in jobs of their own" if run.in_jobs else f"on {plural(ranks, 'rank')}"
     first = (
-        f"{plural(run.num_silos, 'silo')} on {plural(ranks, 'rank')}, {done:,} of {plural(run.goal, 'round')} in "
+        f"{plural(run.num_silos, 'silo')} {place}, {done:,} of {plural(run.goal, 'round')} in "
         f"{seconds(total_s(run))}: {state.word}."
     )
     if end is None:

@@ -70,6 +70,11 @@ class RunData:
         return "pooled" if self.config.get("secure") is not None else str(self.config.get("disclose", "silo"))
 
     @property
+    def in_jobs(self) -> bool:
+        """Whether silos are jobs of their own, so that ranks and times are those of the server's job."""
+        return bool(self.value("transport", "mpi") == "files")
+
+    @property
     def goal(self) -> int:
         """Number of rounds that the configuration asks for."""
         return int(self.config["rounds"])

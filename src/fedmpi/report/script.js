@@ -101,6 +101,9 @@
     const whole = { ...base, ...layout };
     whole.xaxis = { ...axes, showgrid: false, showline: true, ...(layout.xaxis || {}) };
     whole.yaxis = { ...axes, ...(layout.yaxis || {}) };
+    const rounds = axis === "round" || (whole.xaxis.title || {}).text === "Round";
+    const places = rounds ? traces.flatMap((t) => t.x || []) : [];
+    if (places.length && Math.max(...places) - Math.min(...places) < 10) whole.xaxis.dtick = 1; // there is no round 1.5
     for (const one of [whole.xaxis, whole.yaxis]) if (one.showgrid === false) delete one.gridcolor;
     if (axis && chart.axes[axis]) whole.xaxis.title = { text: chart.axes[axis] };
     // The legend stands above the plot; how many lines it takes depends on the width.

@@ -88,6 +88,8 @@ def _by_rank(run: RunData) -> Chart:
     ranks = phases.ranks
     waits = {rank: phases.of_rank[rank][PHASES.index("wait")] for rank in ranks}
     note = "All that a rank did, also rounds that were trained again. Hatched amber: waiting for the slowest rank."
+    if run.in_jobs:
+        note += " It is the server's job only: train is the time until the silos' updates were there."
     if any(event.get("event") == "lost" for event in run.events):
         note += " Ranks are numbered anew after a loss, so a row may be of two processes."
     if len(ranks) > MOST_RANKS:

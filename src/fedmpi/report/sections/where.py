@@ -23,6 +23,8 @@ def where(run: RunData) -> Section:
     elif run.changed_s:
         rows.append(("Last record", moment(run.changed_s)))
     rows.append(("Time of all rounds", Cell(seconds(total_s(run)), total_s(run))))
+    if run.in_jobs:
+        rows.append(("Silos", "jobs of their own, over a shared folder; machines below are those of the server's job"))
     num_ranks = len(run.ranks) or int(about.get("ranks", 1))
     rows.append(
         ("Machines", f"{plural(num_ranks, 'rank')} on {listed(hosts) or 'an unknown host'} ({listed(devices)})")
