@@ -110,6 +110,15 @@ def test_streamed_and_in_memory_have_the_same_bits(tmp_path, monkeypatch, statis
         assert all(torch.equal(a, b) for a, b in zip(both[0][silo], both[1][silo], strict=True))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_test_part_may_be_empty(tmp_path, stream):
+    dataset = files(tmp_path, scale="standard", stream=stream)
+    arrays = dict(np.load(tmp_path / "a.npz"))
+    np.savez(tmp_path / "a.npz", **arrays | {"x_test": arrays["x_test"][:0], "y_test": arrays["y_test"][:0]})
+    data = dataset.source(0).open("a")
+    assert tuple(data.x_test.shape) == (0, 4) and len(data.x_test[:5]) == 0 and len(data.x_train) == 40
+
+
 def test_test_rows_change_nothing(tmp_path):
     first = opened(files(tmp_path, scale="standard", statistics="pooled").source(0))
     with np.load(tmp_path / "a.npz") as file:

@@ -26,8 +26,10 @@ class Rows:
 
 def bad_rows(numbers: npt.NDArray[np.float32], fills: bool) -> npt.NDArray[np.int64]:
     """Rows with values that are not finite; NaN is accepted if missing values are filled in."""
-    flat = numbers.reshape(len(numbers), -1)
-    return np.flatnonzero((np.isinf(flat) if fills else ~np.isfinite(flat)).any(axis=1))
+    good = ~np.isinf(numbers) if fills else np.isfinite(numbers)
+    if good.all():
+        return np.empty(0, np.int64)
+    return np.flatnonzero(~good.reshape(len(good), -1).all(axis=1))
 
 
 def not_finite(rows: Rows, first: npt.NDArray[Any], bad: Sequence[int], num: int) -> ConfigError:
