@@ -500,6 +500,8 @@ def test_a_grid_has_the_numbers_of_compare(grid):
     file, root = grid
     found = page(file, root)
     sound(found)
+    head = found.text.partition("Contents")[0]
+    assert re.search(r"is that of (fedavg|fedprox), [\d.]+ \((iid|skewed)\); (fedavg|fedprox), [\d.]+ \(", head)
     built, _, cells = grids.cells(file, str(root))
     runs = runs_of([file, root])
     assert runs.missing == ["skewed/fedprox/1"] and "1 run of the grid not trained yet" in found.text

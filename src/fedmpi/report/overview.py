@@ -37,18 +37,19 @@ def headline_of(runs: Runs) -> str:
     ranked = _ranked(runs)
     if not ranked:
         return f"{first} None has a value of {runs.metric}."
-    value, name = ranked[0]
-    return f"{first} The best {spelled(runs.metric, first=False)} at the end is that of {name}: {number(value)}."
+    tops = {partition: (value, name) for value, partition, name, _ in reversed(ranked)}  # the best of each
+    parts_of = [f"{name}, {number(value)}{f' ({p})' if len(tops) > 1 else ''}" for p, (value, name) in tops.items()]
+    return f"{first} The best {spelled(runs.metric, first=False)} at the end is that of {'; '.join(parts_of[::-1])}."
 
 
-def _ranked(runs: Runs) -> list[tuple[float, str]]:
-    """The groups by their last figure (mean over seeds), the best first."""
+def _ranked(runs: Runs) -> list[tuple[float, str, str, str]]:
+    """The groups by their last figure (mean over seeds), the best first: figure, partition, name, range over seeds."""
     found = []
     for group in runs.groups:
         ends = [c.values[-1] for run in group.runs if (c := curve(run, runs.metric, runs.grid.over)).values]
         if ends:
-            place = f"{group.partition}, " if len({g.partition for g in runs.groups}) > 1 else ""
-            found.append((statistics.mean(ends), place + group.name))
+            span = f" ({number(min(ends))} to {number(max(ends))})" if len(ends) > 1 else ""
+            found.append((statistics.mean(ends), group.partition, group.name, span))
     return sorted(found, key=lambda one: -one[0] if runs.maximize else one[0])
 
 
@@ -74,7 +75,8 @@ def answers_of(runs: Runs) -> list[Answer]:
         Answer(
             f"How good are they? ({spelled(runs.metric, first=False)})",
             number(ranked[0][0]) if ranked else "-",
-            [f"{name}: {number(value)}" for value, name in ranked[:4]] + _more(ranked, 4),
+            [f"{f'{p}, ' if p else ''}{name}: {number(value)}{span}" for value, p, name, span in ranked[:4]]
+            + _more(ranked, 4),
         ),
         Answer(
             "How long did they take?",
