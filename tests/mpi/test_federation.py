@@ -10,7 +10,7 @@ from support.slurm import Cluster, slurm_or_skip, until
 
 TOP = Path(__file__).parents[2]
 CONFIG = """
-rounds: 14
+rounds: 80
 data: {name: digits, silos: 2}
 local: {name: sgd, lr: 0.05, epochs: 15}
 transport: {name: files, root: shared, lease_s: 10}
@@ -51,10 +51,10 @@ def test_a_silo_is_cancelled_and_submitted_again(slurm, tmp_path):
 
 
 def test_signalled_jobs_are_requeued_and_a_cancelled_server_is_submitted_again(slurm, tmp_path):
-    (tmp_path / "study.yaml").write_text(CONFIG.replace("rounds: 14", "rounds: 24"))
+    (tmp_path / "study.yaml").write_text(CONFIG)
     jobs = submitted(slurm, tmp_path)
     for number, job in ((2, "silo-0"), (5, "server")):
-        until(lambda number=number: rounds(tmp_path) >= number, 150, lambda: slurm.log(jobs["server"]))
+        until(lambda number=number: rounds(tmp_path) >= number, 200, lambda: slurm.log(jobs["server"]))
         slurm.run("scancel", "--signal=USR1", "--batch", jobs[job])
         until(lambda job=job: slurm.job(jobs[job])["Restarts"] == "1", 60, lambda job=job: slurm.log(jobs[job]))
     assert submitted(slurm, tmp_path) == {}  # they are queued
@@ -72,7 +72,7 @@ def test_signalled_jobs_are_requeued_and_a_cancelled_server_is_submitted_again(s
 
 def test_a_silo_is_requeued_before_its_time_limit(slurm, tmp_path):
     amount = "{name: sgd, lr: 0.05, epochs: 99999, amount: {name: seconds, seconds: 2.0}}"  # it outlasts the limit
-    config = CONFIG.replace("{name: sgd, lr: 0.05, epochs: 15}", amount).replace("rounds: 14", "rounds: 36")
+    config = CONFIG.replace("{name: sgd, lr: 0.05, epochs: 15}", amount).replace("rounds: 80", "rounds: 36")
     (tmp_path / "study.yaml").write_text(config)
     jobs = submitted(slurm, tmp_path, FEDMPI_SBATCH_SILO="--time=3")  # USR1 after a minute
     for job in jobs.values():
@@ -82,6 +82,15 @@ def test_a_silo_is_requeued_before_its_time_limit(slurm, tmp_path):
         assert int(slurm.job(jobs[silo])["Restarts"]) >= 1
         assert "stopped on request, requeueing" in slurm.log(jobs[silo])
     assert rounds(tmp_path) == 36
+
+
+def test_queue_slurm_compares_the_engines(slurm):
+    command = [sys.executable, f"{TOP}/jobs/experiments/queue_slurm.py", "--quick"]
+    done = subprocess.run(command, env=slurm.env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["synchronous"]["rounds"] == 2
+    assert told["buffered"]["accuracy"] >= told["synchronous"]["accuracy"] > 0
 
 
 def rounds(folder: Path) -> int:
