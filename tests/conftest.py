@@ -64,6 +64,7 @@ LONG = {
     "mpi/test_jobs.py": ("quick_form", "startup", "killed_run"),
     "mpi/test_federation.py": (),
     "mpi/test_secure.py::test_a_round_in_which": (),
+    "exchange/test_secure.py::test_ten_million": ("100000.0",),
     "mpi/test_heal.py::test_a_request": (),
     "mpi/test_heal.py::test_the_account": (),
     "mpi/test_heal.py::test_a_silo_that_hangs_ends": (),

@@ -1,9 +1,9 @@
 """A round's exchange under masks against the plain one, of the same plan, in turns in one job.
 
-    mpirun -n 4 python jobs/bench/secure.py [--params 25e6] [--turns 7] [--plans replicated ...] [--neighbours K]
+    mpirun -n 4 python jobs/bench/secure.py [--params 25e6] [--plans replicated ...] [--bits 16] [--neighbours K]
 
 One silo per rank, random float32 updates. Prints for each plan the median seconds of the slowest rank, plain and under
-masks with 32-bit words, and their ratio; the same of the ranks' processor seconds, which include waiting in MPI; and
+masks, and their ratio; the same of the ranks' processor seconds, which include waiting in MPI; and
 the bytes that all ranks sent.
 """
 
@@ -26,11 +26,11 @@ from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.types import Contribution
 
 
-def made(plan: str, comm: Comm, num: int, masks: bool, neighbours: int | None) -> Exchange:
-    """An exchange of vectors of `num` elements."""
+def made(plan: str, comm: Comm, num: int, bits: int, neighbours: int | None) -> Exchange:
+    """An exchange of vectors of `num` elements; 0 bits: without masks."""
     ids = [f"s{rank}" for rank in range(comm.size)]
-    ring = Ring.of(32, 1.0, comm.size)
-    secure = Session(comm, ids, range(comm.size), ring, 2, neighbours) if masks else None
+    ring = Ring.of(bits or 32, 1.0, comm.size, span=10 / num**0.5)
+    secure = Session(comm, ids, range(comm.size), ring, 2, neighbours) if bits else None
     facts = ExchangeContext(float(comm.size), ids, [ids[comm.rank]], secure=secure)
     return make(ExchangeSection(plan=plan), comm, torch.zeros(num), facts)
 
@@ -51,13 +51,13 @@ def measured(exchange: Exchange, delta_P: torch.Tensor, params_P: torch.Tensor, 
     return float(rows[0].max()), float(rows[1].sum()), float(rows[2].sum())
 
 
-def main(num: int, turns: int, plans: Sequence[str], neighbours: int | None) -> None:
+def main(num: int, turns: int, plans: Sequence[str], bits: int, neighbours: int | None) -> None:
     """Print a line for each plan."""
     comm = connect()
     delta_P = torch.randn(num)
     delta_P /= delta_P.norm()
     for plan in plans:
-        plain, masked = (made(plan, comm, num, masks, neighbours) for masks in (False, True))
+        plain, masked = (made(plan, comm, num, some, neighbours) for some in (0, bits))
         params_P = torch.zeros(num)
         rows: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] = ([], [])
         for number in range(1, turns + 2):
@@ -79,9 +79,10 @@ if __name__ == "__main__":
     parser.add_argument("--params", type=float, default=25e6, help="length of the vector")
     parser.add_argument("--turns", type=int, default=7, help="timed rounds of each")
     parser.add_argument("--plans", nargs="+", default=["replicated", "root", "sharded"])
+    parser.add_argument("--bits", type=int, choices=(16, 32, 64), default=32, help="of the masked words")
     parser.add_argument("--neighbours", type=int, help="silos with which each shares masks; else all")
     parser.add_argument("--quick", action="store_true", help="a short vector, one turn")
     options = parser.parse_args()
     if options.quick:
         options.params, options.turns = 1e4, 1
-    main(int(options.params), options.turns, options.plans, options.neighbours)
+    main(int(options.params), options.turns, options.plans, options.bits, options.neighbours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from fedmpi.rounds.clocks import Virtual
 from fedmpi.rounds.disclosure import ready_pooling, refuse_metrics
 from fedmpi.rounds.pace import measured, paces
 from fedmpi.secure.graph import degree
+from fedmpi.secure.ring import GROWS
 from fedmpi.secure.session import num_covered
 from fedmpi.transforms import Updates
 from fedmpi.types import Silo, Source
@@ -177,7 +179,8 @@ def _secure(config: Config, ids: Sequence[str]) -> dict[str, Any] | None:
         "threshold": config.secure.fewest(config, ids),
         "bits": ring.bits,
         "unit": ring.unit,
-        "largest_sum": ring.largest,
+        "largest_sum": min(ring.largest, GROWS * ring.span),
+        "cut": None if ring.span == math.inf else ring.span,
         "clip": ring.bound,
         "error": ring.error(len(ids)),
         "noise": None if noise is None else ring.unit * noise.least,

@@ -42,14 +42,28 @@ def drawn(num, size=SHORT, norm=1.0):
     return deltas_KP * (norm / deltas_KP.norm(dim=1, keepdim=True))
 
 
-def masked(plan, deltas_KP, weights, owners, num_ranks, bits=32, rounds=(None,), bound=1.0, spy=None, num=None, **how):
+def masked(
+    plan,
+    deltas_KP,
+    weights,
+    owners,
+    num_ranks,
+    bits=32,
+    rounds=(None,),
+    bound=1.0,
+    spy=None,
+    num=None,
+    noise=None,
+    span=float("inf"),
+    **how,
+):
     """The change of the parameters in each round, and the bytes counted; the cohort of a round is None for all."""
     ids = [f"s{i}" for i in range(len(deltas_KP))]
     size = deltas_KP.shape[1]
 
     def work(comm):
         here = [silo for silo, rank in zip(ids, owners, strict=True) if rank == comm.rank]
-        ring = Ring.of(bits, bound, len(ids), how.get("fragments", 1))
+        ring = Ring.of(bits, bound, len(ids), how.get("fragments", 1), span=span)
         secure = Session(comm, ids, owners, ring, 2, num)
         if spy is not None:
             spy(comm, secure)
@@ -102,6 +116,35 @@ def test_the_masked_mean_is_the_plain_one_to_the_quantisation(plan, bits, weight
         done = masked(plan, deltas_KP, weights[:num], owners, num_ranks, bits)
         for found, _, ring in done:
             close(found[0], deltas_KP, weights[:num], ring)
+
+
+@pytest.mark.parametrize("weights", SPREADS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_with_16_bits_the_masked_mean_is_the_plain_one_of_cut_updates(plan, weights):
+    for num, num_ranks in ((2, 2), (4, 2), (8, 3)):
+        deltas_KP, owners = drawn(num), [i % num_ranks for i in range(num)]
+        deltas_KP[1, :3] = torch.tensor([0.9, -0.9, 0.5])  # beyond the span
+        cut_KP = deltas_KP.clamp(-0.2, 0.2)
+        done = masked(plan, deltas_KP, weights[:num], owners, num_ranks, 16, span=0.2)
+        for found, _, ring in done:
+            assert (ring.unit, ring.span) == (2.0**15, 0.2)
+            off_P = found[0].double() - mean(cut_KP, weights[:num])
+            assert float(off_P.abs().max()) < ring.error(num) + 1e-7
+            assert abs(float(off_P.mean())) < 4 * num**0.5 / ring.unit / SHORT**0.5  # right on average
+            assert float((found[0].double() - mean(deltas_KP, weights[:num])).abs().max()) > 10 * ring.error(num)
+
+
+def test_collectives_do_not_sum_16_bit_words():
+    """Open MPI's sums of them saturate."""
+    for way in (SoloComm().allreduce, SoloComm().reduce):
+        with pytest.raises(ExchangeError, match="no collective sums"):
+            way(torch.zeros(2, dtype=torch.int16), torch.zeros(2, dtype=torch.int16))
+
+
+def test_with_16_bits_a_coordinate_below_one_step_is_kept_on_average():
+    deltas_KP = torch.full((2, LONG), 0.3 / 2**13)  # 0.3 steps for a silo of weight 1/2: 0.15
+    found_P = masked("replicated", deltas_KP, [1, 1], [0, 1], 2, 16, span=1.0)[0][0][0]
+    assert float(found_P.mean()) == pytest.approx(0.3 / 2**13, rel=0.02) and len(found_P.unique()) == 3
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -178,7 +221,7 @@ def test_overlap_and_fragments_give_what_they_give_without_masks(plan, how):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("bits", [16, 32, 64])
 @pytest.mark.parametrize("plan", PLANS)
 def test_bytes_are_what_the_ranks_counted(plan, bits, num_ranks):
     done = masked(plan, drawn(3), [1.0] * 3, [i % num_ranks for i in range(3)], num_ranks, bits)
@@ -186,13 +229,16 @@ def test_bytes_are_what_the_ranks_counted(plan, bits, num_ranks):
     assert (said.up, said.down) == tuple(sum(counted[i] for _, counted, _ in done) for i in (0, 1))
 
 
+@pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("plan", PLANS)
-def test_compiled_passes_change_no_bit(plan, monkeypatch):
-    deltas_KP, weights = drawn(3, LONG), [1, 2, 3]
-    before = masked(plan, deltas_KP, weights, [0, 1, 2], 3)[0][0][0]
+def test_compiled_passes_change_no_bit(plan, bits, monkeypatch):
+    deltas_KP, weights, span = drawn(3, LONG), [1, 2, 3], 0.01
+    before = masked(plan, deltas_KP, weights, [0, 1, 2], 3, bits, span=span)[0][0][0]
     monkeypatch.setattr("fedmpi.flat.COMPILED", 1)
-    assert torch.equal(before, masked(plan, deltas_KP, weights, [0, 1, 2], 3)[0][0][0])
-    assert torch.equal(before, masked(plan, deltas_KP, weights, [0, 1, 1], 2)[0][0][0])  # one rank folds two
+    assert torch.equal(before, masked(plan, deltas_KP, weights, [0, 1, 2], 3, bits, span=span)[0][0][0])
+    assert torch.equal(
+        before, masked(plan, deltas_KP, weights, [0, 1, 1], 2, bits, span=span)[0][0][0]
+    )  # one folds two
 
 
 # ------------------------------------------------------------ what is on the wire
@@ -217,11 +263,11 @@ class Wire:
         return np.concatenate([part.view(np.uint8) for part in self.sent[rank]])
 
 
-def chi_square(some_bytes):
-    """Of the 256 values of a byte, in standard deviations from its mean."""
-    counts = np.bincount(some_bytes, minlength=256)
-    expected = counts.sum() / 256
-    return float(((counts - expected) ** 2 / expected).sum() - 255) / 510**0.5
+def chi_square(numbers, num=256):
+    """Of the values that bytes (or numbers below `num`) have, in standard deviations from its mean."""
+    counts = np.bincount(numbers, minlength=num)
+    expected = counts.sum() / num
+    return float(((counts - expected) ** 2 / expected).sum() - (num - 1)) / (2 * (num - 1)) ** 0.5
 
 
 DELTAS = {
@@ -232,16 +278,32 @@ DELTAS = {
 
 
 @pytest.mark.parametrize("what", DELTAS)
-@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("bits", [16, 32, 64])
 @pytest.mark.parametrize("plan", PLANS)
 def test_what_a_rank_sends_is_uniform_whatever_it_holds(plan, bits, what, monkeypatch):
     wire = Wire(monkeypatch)
     masked(plan, DELTAS[what], [1, 2, 3], [0, 1, 2], 3, bits)
     for rank in range(3):
-        assert len(wire.words(rank)) > 3 * LONG // 2
+        assert len(wire.words(rank)) > bits * LONG // 22
         assert abs(chi_square(wire.words(rank))) < 6
-    one, two = (np.concatenate([part.view(np.uint32) for part in wire.sent[rank]]).astype(float) for rank in (0, 1))
+    one, two = (np.concatenate([part.view(np.uint16) for part in wire.sent[rank]]).astype(float) for rank in (0, 1))
     assert abs(np.corrcoef(one[: len(two)], two[: len(one)])[0, 1]) < 6 / min(len(one), len(two)) ** 0.5
+
+
+@pytest.mark.parametrize("words", [1e5, 1e7])
+def test_ten_million_words_that_a_rank_sends_are_uniform(words, monkeypatch):
+    """Every bit, every byte at each place of a word, and neighbouring bytes, of updates that are all equal."""
+    wire, size = Wire(monkeypatch), int(words)
+    masked("replicated", torch.full((2, size), size**-0.5), [1, 2], [0, 1], 2)
+    sent = np.concatenate([part.view(np.uint32) for part in wire.sent[1]])
+    assert len(sent) > size
+    places = sent.view(np.uint8).reshape(-1, 4)
+    assert all(abs(chi_square(places[:, place])) < 6 for place in range(4))
+    assert abs(chi_square(sent.view(np.uint16), 1 << 16)) < 6
+    ones = np.array([np.count_nonzero(sent & np.uint32(1 << bit)) for bit in range(32)])
+    assert (np.abs(ones - len(sent) / 2) < 6 * len(sent) ** 0.5 / 2).all()
+    later = sent[1:].astype(float) - 2.0**31
+    assert abs(float(np.dot(later, sent[:-1] - 2.0**31)) / float(np.dot(later, later))) < 6 / len(sent) ** 0.5
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -525,6 +587,19 @@ REFUSED = {
     "cohort": ({"disclose": "cohort"}, "implies disclose: pooled"),
     "norms": ({"select": {"name": "norm", "count": 2}}, "reads the norm"),
     "gram": ({"records": {"gram": True}}, "single updates"),
+    "few_bits": ({"updates": [], "secure": {"name": "secagg", "bits": 16}}, "16 needs `updates: clip`"),
+    "few_noise": (
+        {
+            "secure": {"name": "secagg", "bits": 16},
+            "privacy": {"name": "silo", "sigma": 1.0, "clip": 1.0, "delta": 1e-5},
+            "updates": [],
+            "aggregate": {"name": "mean", "weights": "uniform"},
+        },
+        "16 rounds at random",
+    ),
+    "largest": ({"secure": {"name": "secagg", "largest": 0.1}}, "goes with bits: 16"),
+    "few_parts": ({"secure": {"name": "secagg", "bits": 16}, "exchange": {"fragments": 2}}, "fragments: 1"),
+    "few_control": ({"secure": {"name": "secagg", "bits": 16}, "local": {"name": "scaffold"}}, "would cut control"),
     "bits": ({"updates": [], "secure": {"name": "secagg", "bits": 32}}, "needs `updates: clip`"),
     "noise": (
         {"updates": [*CLIP["updates"], {"name": "noise", "sigma": 0.1}], "secure": {"name": "secagg", "bits": 32}},

@@ -110,11 +110,12 @@ def _print_privacy(result: dict[str, Any]) -> None:
 
 def _print_secure(console: Any, result: dict[str, Any]) -> None:
     if (secure := result["secure"]) is not None:
+        cut = "" if secure["cut"] is None else f", their coordinates are cut to {secure['cut']:g}"
         console.print(
             f"secure: sums of {secure['threshold']} silos or more, modulo 2^{secure['bits']}, in steps of "
             f"{1 / secure['unit']:.2g}; a coordinate of the mean is off by at most {secure['error']:.2g}, sums up to "
-            f"{secure['largest_sum']:g} fit (updates are bounded by {secure['clip']:g}); each silo shares masks with "
-            f"{secure['neighbours']}"
+            f"{secure['largest_sum']:g} fit (updates are bounded by {secure['clip']:g}{cut}); each silo shares "
+            f"masks with {secure['neighbours']}"
         )
         if secure["noise"] is not None:
             console.print(

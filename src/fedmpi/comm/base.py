@@ -202,6 +202,7 @@ class Transport(Protocol):
 
     def reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         """Sums all ranks' `send` into rank 0's `recv`; `recv` is unchanged on other ranks. Collective."""
+        _sums(send)
         host = self.staging.host(recv, "recv")
         self._reduce(self.staging.loaded(send, "send"), host)
         if host is not recv and self.rank == 0:
@@ -209,6 +210,7 @@ class Transport(Protocol):
 
     def allreduce(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         """Sums all ranks' `send` into every rank's `recv`. Collective."""
+        _sums(send)
         host = self.staging.host(recv, "recv")
         self._allreduce(self.staging.loaded(send, "send"), host)
         if host is not recv:
@@ -362,14 +364,20 @@ def blocks(num_elements: int, element_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_elements))
 
 
+def _sums(vector: torch.Tensor) -> None:
+    """Raise ExchangeError for integers of 16 bits, whose sums saturate in Open MPI, where others wrap around."""
+    if vector.dtype == torch.int16:
+        raise ExchangeError(f"no collective sums {vector.dtype}")
+
+
 def summable(vector: torch.Tensor) -> np.ndarray:
     """The tensor's memory as an array for sums; integers as unsigned ones, whose overflow wraps. Else raises
     ExchangeError."""
     if vector.device.type != "cpu" or not vector.is_contiguous():
         raise ExchangeError(f"a collective needs contiguous host memory, got {vector.device} {vector.stride()}")
-    if vector.dtype not in (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8):
+    if vector.dtype not in (torch.float32, torch.float64, torch.int16, torch.int32, torch.int64, torch.uint8):
         # mpi4py passes bfloat16 to MPI as bytes, and the sum would be silently wrong.
         raise ExchangeError(f"no collective sums {vector.dtype}")
     array: np.ndarray = vector.detach().numpy()
-    unsigned = {torch.int32: np.uint32, torch.int64: np.uint64}.get(vector.dtype)
+    unsigned = {torch.int16: np.uint16, torch.int32: np.uint32, torch.int64: np.uint64}.get(vector.dtype)
     return array if unsigned is None else array.view(unsigned)

@@ -36,6 +36,7 @@ from fedmpi.exchange.exact import Exact
 from fedmpi.exchange.masked import Masked
 from fedmpi.flat import sha256
 from fedmpi.layout import Layout
+from fedmpi.secure.ring import GROWS
 from fedmpi.secure.session import Session
 from fedmpi.server import Server
 from fedmpi.state import Holders, Placement, StateTensor
@@ -179,10 +180,13 @@ class Exchange:
         self.ring = self.secure is not None or (section.reduction == "reproducible" and section.scope == "rank")
         self.sum_dtype = torch.int64 if self.ring else self.dtype
         self.largest_norm = LARGEST_NORM  # larger deltas are rejected
+        self.most_growth = math.inf  # weight / base weight beyond which a delta is rejected
         self.masked: Masked | None = None
         if self.secure is not None:
-            self.masked = Masked(self.secure, params_P, facts.hosted)
+            self.masked = Masked(self.secure, params_P, facts.hosted, facts.seed)
             self.sum_dtype, self.largest_norm = self.masked.dtype, self.secure.ring.largest
+            if self.secure.ring.span < math.inf:
+                self.most_growth = GROWS
         self.there: Sequence[str] = ()  # the silos in the sum, under masks
         self.round = 0
         self._near = 1.0  # factor of the round's shares

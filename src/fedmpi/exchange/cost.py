@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedmpi.aggregate import Aggregator
     from fedmpi.exchange.config import ExchangeSection
 
+WORDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}  # of a masked sum, by bits
 _DTYPES = {4: torch.float32, 8: torch.float64}
 
 
@@ -80,7 +81,7 @@ def num_vectors(section: ExchangeSection, silos: Sequence[int]) -> list[int]:
 
 
 def word_bytes(section: ExchangeSection, sizes: Sizes) -> int:
-    """Bytes of one element of a sum; 8 in the integer ring, 4 or 8 under masks."""
+    """Bytes of one element of a sum; 8 in the integer ring, 2, 4 or 8 under masks."""
     if sizes.secure_bits:
         return sizes.secure_bits // 8
     return 8 if section.reduction == "reproducible" and section.scope == "rank" else sizes.element_bytes
@@ -90,7 +91,8 @@ def limbs_bytes(section: ExchangeSection, sizes: Sizes) -> int:
     """Bytes of the weight that follows a sum."""
     word = word_bytes(section, sizes)
     if sizes.secure_bits:  # and the number of silos
-        return (1 + behind(sizes.num_ranks, torch.int32 if word == 4 else torch.int64)[1]) * word
+        word = max(4, word)
+        return (1 + behind(sizes.num_ranks, WORDS[8 * word])[1]) * word
     return behind(sizes.num_ranks, _DTYPES[word] if word == sizes.element_bytes else torch.int64)[1] * word
 
 

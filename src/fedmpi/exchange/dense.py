@@ -42,13 +42,13 @@ class Whole(Exchange):
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
         self._coder: Coder | None = None
-        self._bits, self._limbs = weights.behind(comm.size, self.sum_dtype)
+        self._bits, self._limbs = weights.behind(comm.size, self.masked.sent if self.masked else self.sum_dtype)
         self._weight = 0  # of this rank's silos
         self._num = 0  # of them
         self._empty = True
         if self.masked is not None:
-            block = next(blocks(self.num_params, self.sum_dtype.itemsize))
-            self._send, self._recv = (comm.allocate(block.stop, self.sum_dtype) for _ in range(2))
+            length = next(blocks(self.num_params + self.num_params % 2, self.sum_dtype.itemsize)).stop
+            self._send, self._recv = (comm.allocate(length, self.sum_dtype) for _ in range(2))
             self._sum, self._mean_P = torch.zeros(0, dtype=self.sum_dtype), params_P[:0]
             return
         length = self.num_params + self._limbs
@@ -77,8 +77,8 @@ class Whole(Exchange):
             self.fold(self._sum[: self.num_params], contribution.vector_Q, share, self._empty)
         else:
             if self.masked.folds and not len(self._sum):
-                self._sum = self.comm.allocate(self.num_params, self.sum_dtype)
-            self.masked.fold(self._sum, contribution.vector_Q, share, self._empty)
+                self._sum = self.comm.allocate(self.num_params + self.num_params % 2, self.sum_dtype)
+            self.masked.fold(self._sum, contribution.silo, contribution.vector_Q, share, self._empty)
         self._weight += weights.counted(share)
         self._num += 1
         self._empty = False
@@ -108,8 +108,8 @@ class Whole(Exchange):
         assert masked is not None
         masked.open()
         limbs = [*weights.cut(self._weight, self._bits, self._limbs), self._num]
-        head, heads = (torch.tensor(some, dtype=self.sum_dtype) for some in (limbs, [0] * len(limbs)))
-        masked.cover(head, self.num_params)  # its masks are those behind the vector's
+        head, heads = (torch.tensor(some, dtype=masked.sent) for some in (limbs, [0] * len(limbs)))
+        masked.cover_head(head)
         transfer(head, heads)
         weight = 0
         if steps:
@@ -121,8 +121,10 @@ class Whole(Exchange):
         if len(self._mean_P) < (length := self.num_params if whole else len(self._recv) * steps):
             self._mean_P = torch.zeros(length, dtype=self.dtype)
         for part in blocks(self.num_params, self._send.itemsize):
-            recv = self._recv[: part.stop - part.start]
-            transfer(self._covered(part), recv)
+            send = self._covered(part)
+            recv = self._recv[: len(send)]
+            transfer(send.view(masked.sent), recv.view(masked.sent))
+            recv = recv[: part.stop - part.start]
             if steps and server.adds:
                 masked.mean([recv], weight, params_P[part], adds=True)
             elif steps:
@@ -138,10 +140,11 @@ class Whole(Exchange):
                 _step(server, params_P, self._mean_P[low : low + STEP], state, low)
 
     def _covered(self, part: slice) -> torch.Tensor:
-        """A block of this rank's sum under masks."""
+        """A block of this rank's sum under masks, of whole words."""
         assert self.masked is not None
-        folded = self.masked.folds and not self._empty
-        send = self._sum[part] if folded else self._send[: part.stop - part.start]
+        folded, length = self.masked.folds and not self._empty, part.stop - part.start
+        length += length % self.masked.pair
+        send = self._sum[part.start : part.start + length] if folded else self._send[:length]
         if self._empty:
             send.zero_()
         self.masked.cover(send, part.start)
@@ -203,6 +206,7 @@ class Replicated(Whole):
         if not section.up.plain:
             grid = Grid(sizes.num_elements, sizes.num_ranks)
             sums, control = grid.num_pieces * stride(section.up.codec, grid), 2 * 8 * sizes.num_ranks**2
+        sums = -(-sums // 4) * 4 if sizes.secure_bits else sums
         each_way = sizes.num_ranks * (sums + limbs_bytes(section, sizes)) + exact_bytes(section, sizes)
         memory = cls._held(section, sizes) | {"server state": sizes.state_bytes}
         return Cost(Traffic(each_way, each_way, control, "Allreduce"), memory)
@@ -248,7 +252,9 @@ class Root(Whole):
     @classmethod
     def cost(cls, section: ExchangeSection, sizes: Sizes) -> Cost:
         others = sizes.num_ranks - 1
-        up = others * (sizes.num_elements * word_bytes(section, sizes) + limbs_bytes(section, sizes))
+        sums = sizes.num_elements * word_bytes(section, sizes)
+        sums = -(-sums // 4) * 4 if sizes.secure_bits else sums
+        up = others * (sums + limbs_bytes(section, sizes))
         memory = cls._held(section, sizes) | {"server state": sizes.state_bytes if sizes.rank == 0 else 0}
         return Cost(Traffic(up, others * sizes.vector_bytes, 0, "Reduce + Bcast"), memory)
 

@@ -212,7 +212,7 @@ class Sharded(Exchange):
             if self.masked is None:
                 self.fold(sum_P, delta_P, share, empty=self._folded is None)
             else:
-                self.masked.fold(sum_P, delta_P, share, empty=self._folded is None)
+                self.masked.fold(sum_P, silo, delta_P, share, empty=self._folded is None)
             self._folded = self.weigh(share) + (self._folded or 0)
             self._num += 1
 

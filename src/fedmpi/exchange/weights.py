@@ -14,7 +14,13 @@ import torch
 
 GRAIN = 2.0**100  # units per 1.0
 BITS, LIMBS = 50, 3  # of a weight that is sent alone, in float64
-_HOLDS = {torch.float32: 24, torch.float64: 53, torch.int32: 31, torch.int64: 63}  # bits of an exact sum
+_HOLDS = {  # bits of an exact sum
+    torch.float32: 24,
+    torch.float64: 53,
+    torch.int16: 15,
+    torch.int32: 31,
+    torch.int64: 63,
+}
 _MOST = 128  # bits of a weight behind a vector
 
 

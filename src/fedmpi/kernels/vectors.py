@@ -17,6 +17,9 @@ from fedmpi.kernels.jit import jit, jit_with
 Array = Any
 
 BLOCK = 1024  # elements per block, so that a block stays in the L1 cache
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+MIX2 = np.uint64(0x94D049BB133111EB)
 LANES = 256  # independent partial sums of squares
 ROWS = 16  # each partial sum takes 4 * ROWS squares before it is added to the total in float64
 
@@ -106,6 +109,18 @@ def quantised(x: Array, factor: float, out: Array) -> None:
     """Write x * factor, rounded to the nearest integer, to even ones in between, into `out`, int32 or int64 [n]."""
     for i in range(out.size):
         out[i] = np.rint(np.float64(x[i]) * factor)
+
+
+@jit
+def dithered(x: Array, factor: float, limit: float, key: Any, start: int, out: Array) -> None:
+    """Write x * factor, cut to the limit and rounded at random, into `out`, int16 [n]: down, plus 1 with the
+    probability of the rest. The random bits of element i are splitmix64(key, start + i)."""
+    for i in range(out.size):
+        z = key + np.uint64(start + i + 1) * GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * MIX1
+        z = (z ^ (z >> np.uint64(27))) * MIX2
+        uniform = np.float64(np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(11))) * 2.0**-53
+        out[i] = np.floor(min(max(np.float64(x[i]) * factor, -limit), limit) + uniform)
 
 
 @jit

@@ -21,6 +21,7 @@ from fedmpi.transforms import CHECKS
 
 REFUSED = FAILED + 1  # status of a rank whose selector chose no cohort
 WITHIN = 2e-7  # largest rounding error of the ring's mean, for deltas of norm 1
+LEAST_SHARE = 1 / 16  # of a cohort's weight, with 16 bits under masks
 WITHIN_CLIP = 2e-6  # the same under masks, in units of the norm that updates are clipped to
 
 
@@ -92,11 +93,13 @@ def _has_room(fed: Federation, outcome: RoundOutcome, near: float) -> None:
     share = float(heard(fed.ready).sent.sum()) / fed.exchange.facts.total_weight * near
     if fed.secure is not None:
         ring = fed.secure.ring
-        if ring.error(outcome.num_taken, share) > WITHIN_CLIP * ring.bound:
+        coarse = ring.span < math.inf  # chosen by name, with the error that its ring has for a whole cohort
+        if share < LEAST_SHARE if coarse else ring.error(outcome.num_taken, share) > WITHIN_CLIP * ring.bound:
             raise agreed(
                 ExchangeError(
                     f"round {outcome.round}: secure has no room in {ring.bits} bits for updates that weigh {share:.1e} "
-                    "of their cohort, and only they were usable; take secure.bits: 64, or weights nearer to each other"
+                    f"of their cohort, and only they were usable; take secure.bits: {32 if coarse else 64}, or weights "
+                    "nearer to each other"
                 )
             )
     elif share < outcome.num_taken**0.5 / UNIT / WITHIN:

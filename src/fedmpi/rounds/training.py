@@ -87,6 +87,8 @@ def train_silos(
             )
             grown = _grown(contribution.weight, silo.weight * factor, stands_for) * fed.exchange.rounds_held
             most = min(LARGEST_NORM, fed.exchange.largest_norm / (grown if fed.exchange.ring else 1.0))
+            if grown > fed.exchange.most_growth:
+                most = 0.0
             rejected, norms = steps.on_silo(contribution, most, LARGEST_NORM if fed.secure is not None else None)
             fed.ready.set_silo(fed.index[name], **norms)
             if not rejected and not (

@@ -8,7 +8,7 @@
 Every key encrypts one stream, so the nonce is always 0. The counter starts at 2, as in GCM with a nonce of 96 bits: the
 ciphertext of zeros under GCM is this stream. OpenSSL makes it with wider instructions in GCM than in CTR (12 against
 9 GB/s on a core with VAES), so a stream that is read from its start is made by GCM, and any other piece by CTR. Mask
-words are unsigned integers of 32 or 64 bits, which sums wrap around. Secrets live in memory only.
+words are unsigned integers of 16, 32 or 64 bits, which sums wrap around. Secrets live in memory only.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def stream_into(key: bytes, words: np.ndarray, start: int = 0) -> None:
 
 
 def add_stream(key: bytes, sign: int, words: np.ndarray, start: int = 0) -> None:
-    """Add (`sign` 1) or subtract (-1) a key's stream from word `start` on, in place, modulo 2^32 or 2^64."""
+    """Add (`sign` 1) or subtract (-1) a key's stream from word `start` on, in place. Sums wrap around."""
     if words.dtype.kind != "u":
         raise TypeError(f"masks are sums of unsigned integers, not {words.dtype}")
     Masks([(key, sign)], 8 * words.itemsize).add(words, start)
@@ -105,7 +105,7 @@ class Masks:
     def __init__(self, keys: Sequence[tuple[bytes, int]], bits: int) -> None:
         self._keys = [key for key, _ in keys]
         self.signs = np.array([sign for _, sign in keys], dtype=np.int64)
-        self._words = np.empty((len(keys), CHUNK), dtype=np.uint32 if bits == 32 else np.uint64)
+        self._words = np.empty((len(keys), CHUNK), dtype=f"u{bits // 8}")
         self._views = [row.view(np.uint8).data for row in self._words]
         self._zeros = _ZEROS.view(np.uint8).data[: CHUNK * self._words.itemsize]
         self._encryptors: list[Any] = []

@@ -1,9 +1,13 @@
-"""The ring: weighted updates as integers modulo 2^32 or 2^64, which masks make uniform and whose sums cannot overflow.
+"""The ring: weighted updates as integers modulo 2^16, 2^32 or 2^64, which masks make uniform. Sums cannot overflow.
 
 Each silo's update has a norm of at most C, from `updates: clip`. Shares of the weight add up to at most 1 (the exchange
 scales them so), hence no coordinate of the sum exceeds C. The ring holds 4 C for each round of progress in an update:
 weights may grow beyond the base weights (counts of steps, factors of a selector). An update that would grow further is
 rejected. A coordinate is rounded to a multiple of 1/unit, so the sum of K silos is off by at most K / (2 unit).
+
+With 16 bits a norm would leave too few steps for a coordinate. So coordinates are cut to a magnitude, `span`, which
+takes C's place, and are rounded at random, up or down, with the value as their expectation: the sum is off by less than
+K / unit, and by nothing on average. Two of them travel in a word of 32 bits.
 
 Noise that silos add to their words (noise.py) has room beyond that: TAIL standard deviations of its sum.
 """
@@ -40,18 +44,31 @@ class Ring(NamedTuple):
     bits: int
     unit: float
     bound: float  # C, of the norm of one silo's update
-    largest: float  # sums up to this fit
+    largest: float  # sums up to this fit; of norms, if there is no span
+    span: float = math.inf  # magnitude to which coordinates are cut before they are rounded at random; 16 bits only
 
     @classmethod
-    def of(cls, bits: int, bound: float, num_silos: int, rounds_held: int = 1, noise: Spread | None = None) -> Ring:
+    def of(
+        cls,
+        bits: int,
+        bound: float,
+        num_silos: int,
+        rounds_held: int = 1,
+        noise: Spread | None = None,
+        span: float = math.inf,
+    ) -> Ring:
         """The finest ring that holds the sum of these silos. `rounds_held`: rounds of progress in one update; `noise`
-        of the silos. Raises ConfigError if not even the rounding fits, or if noise would be too coarse."""
-        largest = GROWS * bound * rounds_held
+        of the silos; `span`: for 16 bits, the bound of the norm if that is less. Raises ConfigError if not even the
+        rounding fits, or if noise would be too coarse."""
+        if bits == 16:
+            span = min(span, bound)
+        largest = GROWS * min(bound, span) * rounds_held
         room = (2.0 ** (bits - 1) - num_silos) * SAFE
         if room < 1 or not math.isfinite(largest):
             raise ConfigError(f"secure: {bits} bits have no room for updates of norm {bound:g} of {num_silos} silos")
         if noise is None:
-            return cls(bits, 2.0 ** math.floor(math.log2(room / largest)), bound, largest)
+            unit = 2.0 ** math.floor(math.log2(room / largest))
+            return cls(bits, unit, bound, GROWS * bound * rounds_held, span)
         unit = 2.0 ** math.floor(math.log2(min(room / (largest + TAIL * noise.sum), MOST / noise.share)))
         if unit * noise.least < LEAST:
             raise ConfigError(
@@ -62,4 +79,4 @@ class Ring(NamedTuple):
 
     def error(self, num_silos: int, share: float = 1.0) -> float:
         """The largest error of a coordinate of the mean of these silos, which hold `share` of the weight."""
-        return num_silos / (2 * self.unit * share)
+        return num_silos / ((2 if self.span == math.inf else 1) * self.unit * share)

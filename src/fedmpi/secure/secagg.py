@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 
-from fedmpi.components import Family, called, component
+from fedmpi.components import Family, PositiveFloat, called, component
 from fedmpi.errors import ConfigError
 from fedmpi.layout import DELTA
 from fedmpi.secure.graph import degree
@@ -26,16 +26,20 @@ class SecAgg:
     """Secure aggregation: silos' updates, weights and figures are summed under masks, and only sums are ever seen
     (Bonawitz et al. 2017, Practical Secure Aggregation for Privacy-Preserving Machine Learning; Bell et al. 2020).
 
-    Updates become integers modulo 2^32 or 2^64; masks between silos cancel inside the exchange's collective. Silos and
-    server are trusted to follow the protocol, and see nothing of a single silo if they do. See privacy.md for what that
-    covers. `disclose: pooled` is implied.
+    Updates become integers modulo 2^16, 2^32 or 2^64; masks between silos cancel inside the exchange's collective.
+    Silos and server are trusted to follow the protocol, and see nothing of a single silo if they do. See privacy.md for
+    what that covers. `disclose: pooled` is implied.
     """
 
     threshold: Annotated[int, pydantic.Field(ge=2)] | None = None
     """fewest silos in a sum; with fewer usable updates the round is given up; null: 2/3 of the smallest cohort,
     but at least 3 if it has so many"""
-    bits: Literal[32, 64] | None = None
-    """of the integers; 32 needs `updates: clip` with a fixed norm; null: 32 with such a clip, else 64"""
+    bits: Literal[16, 32, 64] | None = None
+    """of the integers; 32 needs `updates: clip` with a fixed norm; null: 32 with such a clip, else 64. 16 needs such a
+    clip too, halves bytes and masks, and rounds coarsely: see `largest`"""
+    largest: PositiveFloat | None = None
+    """with bits: 16: coordinates of an update are cut to this magnitude, then rounded at random to multiples of at
+    most largest / 4092; null: the clip's norm, which is too coarse for all but small models"""
     neighbours: Annotated[int, pydantic.Field(ge=2)] | None = None
     """silos with which each silo shares masks, an even number; null: all, or from about 60 silos on as many as keep
     honest silos connected with probability 1 - 2^-40 if a third is lost or corrupt"""
@@ -45,7 +49,8 @@ class SecAgg:
         bound = clipped(config)
         bits = self.bits or (32 if bound < math.inf else 64)
         noise = None if config.privacy is None else config.privacy.spread(config, num_silos)
-        return Ring.of(bits, min(bound, UNCLIPPED), num_silos, config.exchange.fragments, noise)
+        span = self.largest or math.inf
+        return Ring.of(bits, min(bound, UNCLIPPED), num_silos, config.exchange.fragments, noise, span)
 
     def fewest(self, config: Config, ids: Sequence[str]) -> int:
         """The threshold for a federation. Raises ConfigError if a cohort may be smaller."""
@@ -103,9 +108,18 @@ class SecAgg:
         if config.device.name == "cuda":
             return f"{who}: masks are made in host memory; take device.name: cpu"
         bound = clipped(config)
-        if self.bits == 32 and bound == math.inf:
+        if self.largest is not None and self.bits != 16:
+            return f"{who}.largest: goes with bits: 16; updates: clip bounds what other bits hold"
+        if self.bits == 16 and config.privacy is not None:
+            return f"{who}.bits: 16 rounds at random, and privacy accounts for rounding to the nearest; take bits: 64"
+        if self.bits == 16 and section.fragments > 1:
+            return f"{who}.bits: 16 cuts the progress of one round; take exchange.fragments: 1, or bits: 32"
+        if self.bits == 16 and config.local.auxiliaries:
+            return f"{who}.bits: 16 would cut {', '.join(_vectors(config)[1:])} like updates; take bits: 32"
+        if self.bits in (16, 32) and bound == math.inf:
             names = ", ".join(_vectors(config))
-            return f"{who}.bits: 32 needs `updates: clip` with a fixed norm for {names}, after all noise; or take 64"
+            needs = f"`updates: clip` with a fixed norm for {names}, after all noise"
+            return f"{who}.bits: {self.bits} needs {needs}; or take 64"
         return None
 
 

@@ -99,6 +99,20 @@ def masked_is_plain_with_other_parts(folder):
 
 
 @case
+def masked_is_plain_with_16_bits(folder):
+    worst = 0.0
+    for plan in PLANS:
+        out, how = Path(folder) / f"few-{plan}", {"exchange": {"plan": plan}}
+        plain_P, _, _ = trained(out / "plain", 4, None, **how)
+        secure = {"name": "secagg", "bits": 16, "largest": 0.5}
+        masked_P, _, fed = trained(out / "masked", 4, secure, **how)
+        off, bound = float((plain_P - masked_P).abs().max()), fed.secure.ring.error(4, 0.5)
+        assert 1e-6 < off <= bound < 2e-3, (plan, off, bound)
+        worst = max(worst, off)
+    return worst
+
+
+@case
 def no_secret_is_in_the_run_directory(folder):
     secrets, out = [], Path(folder) / "grepped"
     made, derived = KeyPair.__init__, masks.derive
