@@ -314,7 +314,15 @@ class Config:
 
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Config:
-        parts = (self.aggregate, self.attack, self.records, self.local, self.server.optimizer, self.server.average)
+        parts = (
+            self.aggregate,
+            self.attack,
+            self.records,
+            self.stop,
+            self.local,
+            self.server.optimizer,
+            self.server.average,
+        )
         engine = (self.engine, self.engine.clock, self.policy)
         others: tuple[Any, ...] = (self.privacy, self.select, self.evaluate, self.exchange, *engine, *self.updates)
         others += (self.transport,)

@@ -1,4 +1,6 @@
-"""Detects divergence: compares a round's training loss and the norm of its deltas with earlier rounds.
+"""Ends a run by its figures: divergence, and a metric that has reached its target or no longer improves.
+
+For divergence, a round's training loss and the norm of its deltas are compared with those of earlier rounds.
 
 Every rank has these figures before the round's vectors are sent. So all ranks reach the same verdict while the state is
 still that of the round before. Checkpoints hold the figures of earlier rounds, so a resumed run gives up in the same
@@ -9,18 +11,55 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 import torch
 
-from fedmpi.components import PositiveInt, component
+from fedmpi.components import NonNegativeFloat, PositiveInt, component, did_you_mean
+from fedmpi.errors import ConfigError
 from fedmpi.state import StateTensor
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
 
 ENOUGH = 3  # earlier rounds needed before a norm is compared
 
 Factor = Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)]
+
+
+@component
+class EarlySection:
+    """When a run ends before its last round: exit code 0, with model.safetensors, as after the last round."""
+
+    metric: str | None = None
+    """record key that decides, such as macro_f1 or loss; null: the metric that decides the best round"""
+    target: float | None = None
+    """end once the metric is at least this, or at most if lower is better; null: no target"""
+    patience: PositiveInt | None = None
+    """end after this many evaluations in a row without a new best value; null: never"""
+    min_delta: NonNegativeFloat = 0.0
+    """an evaluation counts as a new best only if it is better than the last best by more than this"""
+
+    @pydantic.model_validator(mode="after")
+    def _some(self) -> EarlySection:
+        if self.target is None and self.patience is None:
+            raise ValueError("give 'target', 'patience' or both")
+        return self
+
+    def conflicts(self, config: Config) -> str | None:
+        """Refuses what must know the last round beforehand."""
+        regions = config.exchange.regions
+        if config.transport.apart:
+            return "stop.early: with transport: files the silos' jobs must know the last round beforehand"
+        if regions is not None and regions.every > 1:
+            return "stop.early: with exchange.regions.every the regions differ in most rounds; take every: 1"
+        if config.evaluate.finetune is not None:
+            return "stop.early: evaluate.finetune tunes after the last round, which must be known beforehand"
+        if config.privacy is not None:
+            return "stop.early: the metric has no noise, so the number of rounds would tell of it; leave out privacy"
+        return None
 
 
 @component
@@ -35,13 +74,83 @@ class StopSection:
     """bad round: the mean norm of its deltas exceeds this many times the median"""
     patience: PositiveInt = 3
     """give up after this many bad rounds in a row"""
+    early: EarlySection | None = None
+    """end a run early, in good order, by a metric; see `fedmpi list stop.early`"""
+
+    def conflicts(self, config: Config) -> str | None:
+        """What `early` does not go with."""
+        return None if self.early is None else self.early.conflicts(config)
+
+
+class Progress:
+    """The best value of a metric so far, and how many evaluations in a row were no better."""
+
+    def __init__(self, section: EarlySection, metric: str, maximize: bool, every: int, rounds: int) -> None:
+        """`metric` is a record's key; `every` is the number of rounds between evaluations."""
+        self._section, self._metric, self._sign = section, metric, 1.0 if maximize else -1.0
+        self._every, self._rounds = every, rounds
+        self._best = self._last = -math.inf  # higher is better
+        self._stale = 0
+
+    @classmethod
+    def of(cls, config: Config, best: str, better: Mapping[str, bool], tested: bool) -> Progress | None:
+        """Progress for `stop.early`, if there is one. `best` is the key that decides the best round, `better` says of
+        each metric's key whether higher is better, `tested` whether any silo has test data. Raises ConfigError."""
+        section = config.stop.early
+        if section is None:
+            return None
+        metric = section.metric or best
+        known = {**better, "loss": False, "train_loss": False}
+        if metric not in known:
+            raise ConfigError(f"stop.early.metric: records have no '{metric}'{did_you_mean(metric, known)}")
+        if metric != "train_loss" and not tested:
+            raise ConfigError(f"stop.early.metric: no silo has test data, so there is no {metric}; take train_loss")
+        return cls(section, metric, known[metric], config.evaluate.every, config.rounds)
+
+    def hear(self, record: Mapping[str, Any]) -> None:
+        """Take up a round's record. A round that is not evaluated does not count."""
+        number = record["round"]
+        if number % self._every and number != self._rounds:
+            return
+        value = record.get(self._metric)
+        self._last = -math.inf if value is None or math.isnan(value) else self._sign * value
+        if self._last > self._best + self._section.min_delta:
+            self._best, self._stale = self._last, 0
+        else:
+            self._stale += 1
+
+    @property
+    def ended(self) -> str:
+        """Why the run ends here; empty if it goes on."""
+        section, value = self._section, self._sign * self._last
+        if section.target is not None and self._last >= self._sign * section.target:
+            return f"{self._metric} is {value:.6g}, and stop.early.target is {section.target:g}"
+        if section.patience is not None and self._stale >= section.patience:
+            best = "none so far" if math.isinf(self._best) else f"{self._sign * self._best:.6g}"
+            return f"{self._metric} has no new best value since {self._stale} evaluations (best: {best}; stop.early)"
+        return ""
+
+    def state(self) -> Iterator[StateTensor]:
+        """The figures, and the metric's name."""
+        name = torch.tensor(list(self._metric.encode()), dtype=torch.uint8)
+        yield StateTensor(("early_metric",), name, grows=True)
+        figures = torch.tensor([self._best, self._last, self._stale], dtype=torch.float64)
+        yield StateTensor(("early",), figures, grows=True)
+
+    def restore(self, figures: Mapping[str, list[float]]) -> None:
+        """Restore the figures of a checkpoint. Those of another metric do not count."""
+        self._best = self._last = -math.inf
+        self._stale = 0
+        if bytes(map(int, figures.get("early_metric", ()))).decode() == self._metric:
+            self._best, self._last, stale = figures["early"]
+            self._stale = int(stale)
 
 
 class Health:
-    """The figures of all good rounds so far, and the number of bad rounds since."""
+    """The figures of all good rounds so far, and the number of bad rounds since; with `early`, a metric's progress."""
 
-    def __init__(self, section: StopSection) -> None:
-        self.section = section
+    def __init__(self, section: StopSection, early: Progress | None = None) -> None:
+        self.section, self._early = section, early
         self.doubts = 0  # bad rounds in a row, up to now
         self._first = math.inf
         self._losses: list[float] = []  # sorted
@@ -53,12 +162,26 @@ class Health:
             yield StateTensor((name,), torch.tensor([value], dtype=torch.float64))
         for name, values in (("losses", self._losses), ("norms", self._norms)):
             yield StateTensor((name,), torch.tensor(values, dtype=torch.float64), grows=True)
+        if self._early is not None:
+            yield from self._early.state()
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
         """Restore the figures of a checkpoint."""
         figures = {name: tensor.tolist() for (name,), tensor, *_ in stored}
         (self._first,), self.doubts = figures["first"], int(figures["doubts"][0])
         self._losses, self._norms = figures["losses"], figures["norms"]
+        if self._early is not None:
+            self._early.restore(figures)
+
+    @property
+    def ended(self) -> str:
+        """Why a metric ends the run after the last round; empty if it does not."""
+        return "" if self._early is None else self._early.ended
+
+    def hear(self, record: Mapping[str, Any]) -> None:
+        """Take up the record of a committed round."""
+        if self._early is not None:
+            self._early.hear(record)
 
     def suspects(self, loss: float | None, norm: float | None) -> bool:
         """Whether the round would count as bad. Changes nothing."""

@@ -514,7 +514,7 @@ class Keeper:
 
         If the last rounds look bad and the run is not complete, this is the last good checkpoint.
         """
-        in_doubt = self._health.doubts > 0 and state.round < self._config.rounds
+        in_doubt = self._health.doubts > 0 and state.round < self._config.rounds and not self._health.ended
         if not in_doubt and not self.has(state):
             self.write(state, last=True)
         self.seal(last=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fedmpi
-from fedmpi import checkpoint, disk, launcher, sources
+from fedmpi import checkpoint, disk, launcher, sources, stopping
 from fedmpi.alike import unlike
 from fedmpi.assembly import Assembly, assemble, digest_of
 from fedmpi.comm import Comm
@@ -38,8 +38,9 @@ from fedmpi.directory import (
     write_config,
 )
 from fedmpi.errors import ConfigError, agreed
+from fedmpi.evaluate import PERSONAL
 from fedmpi.flat import changed_entries, signature
-from fedmpi.health import Health
+from fedmpi.health import Health, Progress
 from fedmpi.keeper import Keeper
 from fedmpi.membership import Membership
 from fedmpi.opening import fingerprint
@@ -143,10 +144,18 @@ class Parts:
         """Resume from the newest round that is whole on all ranks, if there is one. Collective. `others`: whether that
         round may have had other members."""
         self.comm.collectively(self._check_stored if self.comm.rank == 0 else lambda: None)
-        self._health = Health(self.config.stop)
+        self._health = Health(self.config.stop, self.comm.collectively(self._progress))
         self._keeper = self._make_keeper(others)
         self.state = self._keeper.resume(self.state, None if self._resumes is None else self._resumes.round)
         self.resumed = self.state.round
+
+    def _progress(self) -> Progress | None:
+        fed = self.federation
+        better = {one.key: one.maximize for one in fed.objective.scorers if one.maximize is not None}
+        if fed.scores.personal:
+            better |= {PERSONAL + key: maximize for key, maximize in better.items()}
+        tested = any(facts[1] > 0 for facts in fed.facts.values())
+        return Progress.of(self.config, self.metric, better, tested)
 
     def _make_keeper(self, others: bool) -> Keeper:
         order = [silo.id for silo in self._spec.source.silos]
@@ -210,12 +219,13 @@ class Parts:
             about[STATISTICS] = shared.told()
         rounds = self.config.rounds
         # If no round is left to train, the directory keeps the description of the run that trained.
-        over = self.resumed > rounds or self.resumed == rounds == self._rounds_before
+        over = self.resumed > rounds or self.resumed == rounds == self._rounds_before or bool(self._health.ended)
 
         def write() -> None:
             if self.unshared:
                 save_tensors(self.unshared, self.out / UNSHARED_FILE)
             if not over:
+                (self.out / stopping.ENDED_FILE).unlink(missing_ok=True)
                 keep_code(self.out, self.code, self.state.round)
                 write_config(self.out, to_dict(self.config), about)
                 self._roster = Roster(self.out, self.state.round, rounds, self.config.admit)

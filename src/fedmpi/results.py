@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load
 
-from fedmpi import checkpoint, disk, rng, sources
+from fedmpi import checkpoint, disk, rng, sources, stopping
 from fedmpi.assembly import Admitted, build_module, digest_of, source_of
 from fedmpi.comm import Comm, SoloComm, ranks_text
 from fedmpi.components import build, did_you_mean, to_dict
@@ -45,13 +45,14 @@ def inspect(root: Path) -> dict[str, Any]:
     `rounds` is the round of the newest sealed checkpoint, `params_sha256` the SHA-256 of its parameters and `metrics`
     its record (None before the first round). `best` describes the best evaluated round, which is always on disk and
     which `eval` and `export` take. `on_disk`, `config` and `versions` list checkpoints, configuration and versions.
+    `ended` says why a metric has ended the run early, if it has.
     """
     begun = read_config(root)
     about = begun.about
     round = newest(root)
     params_P = checkpoint.read_server(root, round)[checkpoint.PARAMS][: about["params"]]
     scores = checkpoint.scores(root)
-    best = _best(root)
+    best, (after, why) = _best(root), stopping.ended(root)
     record = {} if best is None else checkpoint.manifest(root, best, checkpoint.kept_as_best(root, best)).record or {}
     return {
         "rounds": round,
@@ -61,6 +62,7 @@ def inspect(root: Path) -> dict[str, Any]:
         "on_disk": [{"round": r, "resumable": r in checkpoint.sealed_rounds(root)} for r in scores],
         "config": begun.config,
         "versions": about["versions"],
+        "ended": why if 0 <= after <= round else None,
     }
 
 

@@ -39,6 +39,7 @@ STOP_FILE = "stop"  # in the run directory
 EVENTS_FILE = "events.jsonl"  # in the run directory; has a line with STOPPED if a request ended the run
 STOPPED = "stopped"
 ENDED = "ended"  # a run that diverged, or had no silo to train; `why` says so
+ENDED_FILE = "ended.json"  # in the run directory of a run that a metric has ended: {"round": ..., "why": ...}
 LOCK_FILE = ".lock"  # in the run directory; locked by the job that trains
 
 # A rank's status in a round, and the content of a notice; the larger one wins.
@@ -178,6 +179,17 @@ def is_training(root: Path) -> bool | None:
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return False if host == socket.gethostname() else None
+
+
+def ended(root: Path) -> tuple[int, str]:
+    """The round after which a metric has ended the run in this directory, and why; (-1, "") if none has."""
+    try:
+        if ENDED_FILE in os.listdir(root):  # listed: an NFS client remembers for a while that a name does not exist
+            found = json.loads((root / ENDED_FILE).read_text())
+            return int(found["round"]), str(found["why"])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    return -1, ""
 
 
 class BrokenOff(Exception):

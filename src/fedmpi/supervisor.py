@@ -168,7 +168,9 @@ class Supervisor:
                 self._tell("refused", why, aloud=False, code=code)
                 raise ConfigError(why)
             if done:
-                self._tell("done", f"all {self.rounds} rounds are on disk in {self.root}", code=code)
+                why = "" if self._progress.commit >= self.rounds else stopping.ended(self.root)[1]
+                all_of_it = f"the run ended early ({why}), its rounds" if why else f"all {self.rounds} rounds"
+                self._tell("done", f"{all_of_it} are on disk in {self.root}", code=code)
                 if "model.safetensors" not in os.listdir(self.root):
                     how = f"fedmpi export {self.root} --to model.safetensors"
                     self._tell("no model", f"model.safetensors is missing: {how}")
@@ -184,7 +186,12 @@ class Supervisor:
     def _done(self) -> bool:
         """Whether all rounds are on disk, as in `fedmpi inspect --done`."""
         self._progress.look()
-        return self._progress.commit >= self.rounds and checkpoint.newest(self.root, silos=()) >= self.rounds
+        return self._all_there and checkpoint.newest(self.root, silos=()) >= min(self.rounds, self._progress.commit)
+
+    @property
+    def _all_there(self) -> bool:
+        """Whether the last round's checkpoint is sealed: that of `rounds`, or the one after which a metric ended it."""
+        return self._progress.commit >= self.rounds or 0 < stopping.ended(self.root)[0] <= self._progress.commit
 
     def _saved(self) -> str:
         commit = self._progress.commit
@@ -253,7 +260,7 @@ class Supervisor:
         behind = remains.left_here(child, ranks)
         with ThreadPoolExecutor(1) as pool:  # a host that is gone takes as long to ask as the launcher to end
             silent = pool.submit(self._lost_hosts)
-            unreached = remains.end(child, [] if code == 0 and self._progress.commit >= self.rounds else ranks)
+            unreached = remains.end(child, [] if code == 0 and self._all_there else ranks)
             self._silent = (time.monotonic(), silent.result())
         self._progress.look()
         if code and self._was_stopped(told):
@@ -297,7 +304,7 @@ class Supervisor:
 
     def _limit_s(self, recorded: bool, model: int) -> float:
         """Seconds allowed without progress. More before the first round of a start, which reads data."""
-        if self._progress.commit >= self.rounds and _inode(self.root / "model.safetensors") != model:
+        if self._all_there and _inode(self.root / "model.safetensors") != model:
             return LEAVE_S
         return self._grace_s * (1 if recorded or self._asked else SET_UP) + 2 * self._progress.longest_s
 
@@ -310,7 +317,7 @@ class Supervisor:
             event = "ended" if self._asked > 1 else "hung"
         elif behind:
             what += f", {behind} process{'es' if behind > 1 else ''} left behind ended"
-        if progress.commit < self.rounds and code != Stopped.exit_code:
+        if not self._all_there and code != Stopped.exit_code:
             what += f"; lost {undone} round{'s' if undone != 1 else ''} and the one under way"
             event = "died" if event == "ended" and code is not None else event
         self._tell(event, f"{what} ({seconds:.1f} s after it began)", code=code, lost=undone, behind=behind)

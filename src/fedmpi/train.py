@@ -155,7 +155,7 @@ class Run(Recovery):
         try:
             self._begin_mirror()
             begun = False  # whether requests made before the first round are carried out
-            while self.state.round < self.config.rounds:
+            while self._goes_on:
                 try:
                     if self._refill():
                         begun = False  # as the fresh ranks
@@ -194,6 +194,16 @@ class Run(Recovery):
                     self._keeper.seal()
             raise
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether rounds are left to train."""
+        return self.state.round < self.config.rounds and not self._health.ended
+
+    @property
+    def ended(self) -> str:
+        """Why a metric has ended the run before its last round (`stop.early`); empty if none has."""
+        return self._health.ended if self.state.round < self.config.rounds else ""
+
     def _affords(self) -> bool:
         """Whether the privacy budget, if there is one, suffices for the next round. Collective."""
         private = self._spec.private
@@ -212,6 +222,8 @@ class Run(Recovery):
             prepared = self.config.engine.step(self.state, fed)
             self._judge(prepared.outcome)
             self.state = prepared.commit(self._keeper.written)
+            assert self.state.record is not None
+            self._health.hear(self.state.record)
             if self._mirrors:
                 self._mirrors[-1].keep(self.state, self._health)
                 del self._mirrors[:-1]
@@ -226,7 +238,7 @@ class Run(Recovery):
             self._sinks.write(record)
         if self._roster is not None:
             self._roster.heard(self.state.round, contributors(record))
-        if self.federation.done.rank("asked").any() and self.state.round < self.config.rounds:
+        if self.federation.done.rank("asked").any() and self._goes_on:
             self._take_up()
         if not self._keeper.has(self.state):
             self._keeper.keep(self.state)
@@ -263,7 +275,10 @@ class Run(Recovery):
 
         def write() -> None:
             if self.comm.rank == 0:
-                if self._spent or self.state.round >= self.config.rounds:
+                if why := self._health.ended:
+                    text = json.dumps({"round": self.state.round, "why": why})
+                    disk.replace_text(self.out / stopping.ENDED_FILE, text)
+                if self._spent or not self._goes_on:
                     try:
                         model = self.federation.model
                         save_model(model, self.out / "model.safetensors", shared_only=model.has_personal)

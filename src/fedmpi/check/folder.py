@@ -93,6 +93,8 @@ def stored(root: Path, config: Config, found: Findings) -> int:
             note(f"code has changed since {root} was trained with it: {', '.join(others)}; restore it, or another out=")
         if rounds[-1] >= config.rounds:
             found.warn(f"nothing to do: {rounds[-1]} rounds are done in {root}; set rounds=N to train more")
+        elif (ended := stopping.ended(root))[0] > 0:
+            found.warn(f"{root} has ended after round {ended[0]}: {ended[1]}; another stop.early lets it go on")
     return rounds[-1]
 
 

@@ -29,13 +29,15 @@ def inspect(
         from fedmpi.results import inspect as read
 
         found = read(directory)
-        if done and found["rounds"] < (goal := found["config"]["rounds"]):
+        if done and not found["ended"] and found["rounds"] < (goal := found["config"]["rounds"]):
             raise FedmpiError(f"{directory} has {found['rounds']} of {goal} rounds; the same command resumes it")
         if as_json:
             print(json.dumps(found))
             return
         record, best = found["metrics"] or {}, found["best"] or {}
         print(f"rounds         {found['rounds']} of {found['config']['rounds']}")
+        if found["ended"]:
+            print(f"ended early    {found['ended']}")
         print(f"params_sha256  {found['params_sha256']}")
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "round":

@@ -159,6 +159,8 @@ def _trained(run: Run) -> None:
         if told := _unencrypted(run.comm.machines, run.config.secure is not None):
             say(told)
         done, rounds = run.resumed, run.config.rounds
+        if run.ended:
+            say(f"nothing to do: the run has ended after round {done} of {rounds}: {run.ended}")
         if done == rounds:
             say(f"nothing to do: {done} rounds are done; set rounds=N to train more")
         if done > rounds:
@@ -169,6 +171,8 @@ def _trained(run: Run) -> None:
             pass
     finally:
         progress.close()
+    if run.comm.rank == 0 and run.ended and run.state.round > run.resumed:
+        say(f"fedmpi: ended after round {run.state.round} of {run.config.rounds}: {run.ended}")
 
 
 def _told(run: Run) -> None:

@@ -29,7 +29,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fedmpi import checkpoint, disk
+from fedmpi import checkpoint, disk, stopping
 from fedmpi.components import NonNegativeInt, build, component, did_you_mean
 from fedmpi.config import Config, differences, put
 from fedmpi.directory import read_config
@@ -130,7 +130,8 @@ def is_done(cell: Cell) -> bool:
         return False
     if changed := differences(read_config(cell.root).config, cell.config):
         raise ConfigError(f"{cell.root} holds another run: {changed[0]}; choose another --out")
-    whole = rounds[-1] >= cell.config.rounds and (cell.root / "model.safetensors").exists()
+    last = 0 < stopping.ended(cell.root)[0] <= rounds[-1]
+    whole = (last or rounds[-1] >= cell.config.rounds) and (cell.root / "model.safetensors").exists()
     return whole or (cell.root / DIVERGED).exists()
 
 
