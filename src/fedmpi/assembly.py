@@ -325,7 +325,7 @@ def build_federation(
             watch=spec.watch,
             model=model,
             objective=spec.objective,
-            rule=config.local if attack is None else cast(LocalRule, HostileRule(config.local, attack, spec.known)),
+            rule=config.rule if attack is None else cast(LocalRule, HostileRule(config.rule, attack, spec.known)),
             runner=config.runner,
             selector=config.select,
             aggregator=config.aggregate,
@@ -512,7 +512,7 @@ def _try_out(
             "model: %s changes in training and is not saved; every silo's round begins with its first values",
             ", ".join(f"'{name}'" for name in changing),
         )
-    refuse_lone_samples("local", config.local, config.rounds, one, opened)
+    refuse_lone_samples("local", config.rule, config.rounds, one, opened)
     refuse_lone_samples("evaluate.finetune", config.evaluate.finetune, 1, one, opened)
 
 

@@ -9,6 +9,7 @@ A component is a mapping with a `name`, or just the name. `load` records where e
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,16 @@ import torch
 
 from fedmpi.aggregate import AGGREGATORS, Aggregator, Mean
 from fedmpi.attacks import ATTACKS, Attack
-from fedmpi.components import NonNegativeInt, PositiveFloat, PositiveInt, build, called, component, to_dict
+from fedmpi.components import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    build,
+    called,
+    component,
+    did_you_mean,
+    to_dict,
+)
 from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
 from fedmpi.data.files import Files
@@ -29,7 +39,7 @@ from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.plans import FORMERLY
 from fedmpi.flat import Entry, entries
 from fedmpi.health import StopSection
-from fedmpi.local import RULES, RUNNERS, LocalRule, Sequential, Sgd, SiloRunner
+from fedmpi.local import RULES, RUNNERS, LocalRule, Sequential, Sgd, SiloRunner, by_silo
 from fedmpi.membership import OnFailure
 from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
@@ -190,6 +200,9 @@ class Config:
     """loss and metrics; default: by the data's task"""
     local: Annotated[LocalRule, RULES] = Sgd(lr=0.05, epochs=1)
     """local rule: how a silo trains"""
+    silos: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """settings of single silos by id, such as {clinic-3: {local.lr: 0.01, local.batch_size: 8}}: lr, epochs, steps,
+    batch_size, last_batch and clip of local"""
     runner: Annotated[SiloRunner, RUNNERS] = Sequential()
     """how a rank runs its silos"""
     select: Annotated[Selector, SELECTORS] = All()
@@ -229,6 +242,11 @@ class Config:
     they can open their data; respawn: the same, until a fresh rank that MPI starts takes its place; continue: its silos
     leave; stop: the run ends; null: adopt, but stop with exchange.overlap, exchange.regions, secure, or engine:
     buffered in real time"""
+
+    @property
+    def rule(self) -> LocalRule:
+        """The local rule, with the settings of single silos."""
+        return by_silo.combined(self.local, self.silos)
 
     @property
     def policy(self) -> Policy:
@@ -286,6 +304,7 @@ class Config:
     def _streams(self) -> Config:
         hostile = None if self.attack is None else self.attack.local
         rules = {"local": self.local, "evaluate.finetune": self.evaluate.finetune, "attack.local": hostile}
+        rules |= {f"silos.{silo}.local": rule for silo, rule in by_silo.rules_of(self.local, self.silos).items()}
         for key, rule in rules.items() if isinstance(self.data, Files) and self.data.stream else ():
             if rule is not None and rule.takes_all:
                 raise ValueError(
@@ -310,6 +329,12 @@ class Config:
             raise ValueError(
                 f"{what} and scale: minmax send extreme values; disclose: {self.disclosed} needs scale: standard"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _silos_differ(self) -> Config:
+        if self.silos and (why := by_silo.conflicts(self)):
+            raise ValueError(why)
         return self
 
     @pydantic.model_validator(mode="after")
@@ -368,6 +393,8 @@ class Config:
         for rule in (self.local, self.evaluate.finetune):
             if rule is not None:
                 rule.suits(module, found, known)
+        if others := sorted(self.silos.keys() - set(known)):
+            raise ConfigError(f"silos: no silo '{others[0]}'{did_you_mean(others[0], known)}")
         return found
 
 

@@ -333,7 +333,7 @@ class StoredRun:
         key = evaluation_key(self.config.seed, round, silo.id)
         tuning = self.tuning(objective, silo, round, look)
         found = [("", (params_P, silo))]
-        if len(silo.data.x_test) and (own := own_model(self.config.local, self.model, silo, params_P, tuning)):
+        if len(silo.data.x_test) and (own := own_model(self.config.rule, self.model, silo, params_P, tuning)):
             found.append((PERSONAL, own))
         for prefix, (averaged_parameters, served) in found:
             self.model.load(averaged_parameters)
@@ -354,7 +354,7 @@ class StoredRun:
         local = self.silo(silo, kept, self.source.open(silo) if tunes else SiloData(*[nothing] * 4))
         tuning = self.tuning(objective, local, round) if tunes else None
         with rng.borrowed():
-            return load_own(self.config.local, self.model, local, params_P, tuning)
+            return load_own(self.config.rule, self.model, local, params_P, tuning)
 
 
 def _from_first(tensors: Mapping[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:

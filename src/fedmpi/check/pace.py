@@ -103,7 +103,7 @@ def _train(
     loss: float | None = None
     began_s = time.perf_counter()
     try:
-        loss = config.local.train(silo, model, params_P, round).loss
+        loss = config.rule.train(silo, model, params_P, round).loss
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         stamps.append(time.perf_counter())

@@ -220,6 +220,6 @@ def _metrics(
 
 def _lone(config: Config, one: Subject, data: Mapping[str, SiloData], found: Findings) -> None:
     """Notes batches of a single sample that the model cannot be trained on."""
-    found.attempt(lambda: refuse_lone_samples("local", config.local, config.rounds, one, data), "local")
+    found.attempt(lambda: refuse_lone_samples("local", config.rule, config.rounds, one, data), "local")
     tuned = config.evaluate.finetune
     found.attempt(lambda: refuse_lone_samples("evaluate.finetune", tuned, 1, one, data), "evaluate.finetune")

@@ -9,6 +9,7 @@
     contrastive       steps with a loss that compares representations: MOON
     personal          a personal model per silo: Ditto, APFL, FedRep, Per-FedAvg
     adagrad_norm      an adaptive step size per silo: AdaGrad-norm
+    by_silo           settings that single silos have for themselves
     workload          how much of its work a silo does in a round, under any rule
 
 A rule is one class in one of these files and one line in the dict at the file's bottom.
