@@ -254,7 +254,6 @@ def test_the_directory_of_another_run_is_refused_with_what_differs(tmp_path, mon
         ({"model": {"name": OWN + "Normed", "inputs": 5}}, "model and data disagree: mat1 and mat2 shapes cannot be"),
         ({"model": {"name": "collections:Counter"}}, "model: Counter is no torch module"),
         ({"objective": {"loss": "mse"}}, "objective.loss: 'mse' is for regression, the data's task is classification"),
-        ({"local": {"precision": "bf16"}}, "local.precision: bf16 needs a GPU"),
         ({"device": {"name": "tpu"}}, "device.name: 'tpu' is not auto, cpu or cuda"),
         ({"init": "nowhere.safetensors"}, "init: nowhere.safetensors"),
         ({"server": {"dedicated": True}}, "server.dedicated: needs at least 2 ranks"),

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fedmpi.components import to_dict
-from fedmpi.schedules import SCHEDULES, Constant, Cosine, Linear
+from fedmpi.schedules import SCHEDULES, Constant, Cosine, Linear, Step
 
 
 @pytest.fixture(params=list(SCHEDULES.members))
@@ -39,6 +39,10 @@ def test_linear_is_exact():
     assert [Linear().lr(0.5, t, 8) for t in range(1, 9)] == [0.5 * max(0.1, (8 - t) / 8) for t in range(1, 9)]
     assert Linear().lr(0.5, 8, 8) == 0.5 * 0.1
     assert Linear(floor=0.0).lr(0.5, 8, 8) == 0.0
+
+
+def test_a_step_falls_by_its_factor_every_so_many_rounds():
+    assert [Step(every=3, factor=0.5).lr(0.8, t, 99) for t in range(1, 8)] == [0.8] * 3 + [0.4] * 3 + [0.2]
 
 
 def test_cosine_is_exact():

@@ -212,7 +212,6 @@ def _as_stored(spec: Spec, hosts: Sequence[str], one: Stored, newest: Collection
 def specify(config: Config, comm: Comm, out: Path, known: Source | None = None) -> Spec:
     """Builds what does not depend on the members. Collective. `known`: the silos, if not from the configured data."""
     chosen = device.choose(config.device.name, config.device.share, comm)
-    comm.collectively(lambda: check_machine(config, chosen))
     source = comm.collectively(lambda: source_of(config)) if known is None else known
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
     if config.attack is not None and comm.rank == 0:
@@ -532,13 +531,6 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
         whole.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.digest()
-
-
-def check_machine(config: Config, chosen: torch.device) -> None:
-    """Checks what depends on the machine, not on the configuration alone."""
-    for key, rule in (("local", config.local), ("evaluate.finetune", config.evaluate.finetune)):
-        if rule is not None and rule.precision == "bf16" and chosen.type != "cuda":
-            raise ConfigError(f"{key}.precision: bf16 needs a GPU; this rank trains on the CPU")
 
 
 def _local(

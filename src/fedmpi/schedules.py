@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from fedmpi.components import Family, Fraction, NonNegativeInt, PositiveInt, component
+from fedmpi.components import Family, Fraction, NonNegativeInt, PositiveFraction, PositiveInt, component
 
 
 class Schedule(Protocol):
@@ -65,6 +65,28 @@ class Linear:
 
 
 @component
+class Step:
+    """eta0 factor^floor((t - 1) / every): constant for `every` rounds, then multiplied by `factor`.
+
+    >>> [Step(every=2, factor=0.5).lr(1.0, t, 5) for t in (1, 2, 3, 5)]
+    [1.0, 1.0, 0.5, 0.25]
+    """
+
+    every: PositiveInt = 10
+    """rounds at the same rate"""
+    factor: PositiveFraction = 0.1
+    """factor of the rate after each of these"""
+    warmup: NonNegativeInt = 0
+    """first rounds, during which the rate rises to eta0 in equal steps"""
+
+    def lr(self, eta0: float, round: int, rounds: int) -> float:
+        """The rate of round `round`, counted from 1, of `rounds`."""
+        if round <= self.warmup:
+            return _rising(eta0, round, self.warmup)
+        return float(eta0 * self.factor ** ((round - 1) // self.every))
+
+
+@component
 class Cosine:
     """eta0 (floor + (1 - floor) (1 + cos(pi (t - 1) / T)) / 2): half a cosine wave (Loshchilov & Hutter 2017, equation
     5, whose T_cur = t - 1 counts from 0).
@@ -95,4 +117,4 @@ def _rising(eta0: float, round: int, warmup: int) -> float:
     return eta0 * round / warmup
 
 
-SCHEDULES = Family("schedule", {"constant": Constant, "linear": Linear, "cosine": Cosine}, Schedule)
+SCHEDULES = Family("schedule", {"constant": Constant, "linear": Linear, "cosine": Cosine, "step": Step}, Schedule)

@@ -99,6 +99,9 @@ def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: M
     cannot = f"and the model cannot be trained on one sample ({why})"
     if len(x) == 1:
         raise ConfigError(f"{who} has one training sample, {cannot}; leave it out, or normalize by groups or layers")
+    if rule.micro_batch is not None:
+        why = f"{key}.micro_batch is {rule.micro_batch}, which leaves a pass over one sample"
+        raise ConfigError(f"{who}: {why}, {cannot}; take another")
     if not rule.whole_batches:
         raise ConfigError(f"{who}: {key} trains on a batch of one sample, {cannot}")
     if rule.batch_size == 1:

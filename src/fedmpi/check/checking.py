@@ -18,7 +18,7 @@ import torch
 from fedmpi import device as devices
 from fedmpi import rng
 from fedmpi.alike import unlike
-from fedmpi.assembly import check_machine, digest_of, source_of
+from fedmpi.assembly import digest_of, source_of
 from fedmpi.check import folder, pace, skew, trying
 from fedmpi.check.findings import Findings, gather, merged
 from fedmpi.check.reading import Reading, read
@@ -121,7 +121,6 @@ class _Check:
             self.device = devices.choose(config.device.name, config.device.share, self.comm)
         except ConfigError as error:  # the same on all ranks
             self.found.fault(str(error))
-        self.found.attempt(lambda: check_machine(config, self.device), "device")
         self.threads = devices.set_threads(self.comm, config.exchange.reduction == "reproducible")
 
     def _same_silos(self, source: Source | None) -> bool:

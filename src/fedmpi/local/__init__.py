@@ -4,6 +4,7 @@
     samplers          the order of a silo's samples
     runners           how a rank trains its silos: one after the other
     optimizers        torch's optimizers, their kept state, FedNova's normaliser
+    gradients         the gradient of one batch, whole or in parts
     gradient          gradient steps from the global parameters: FedAvg's, FedSGD, FedProx
     control_variates  steps corrected by vectors that silos keep or that are sent with the delta: SCAFFOLD, FedDyn, Mime
     contrastive       steps with a loss that compares representations: MOON

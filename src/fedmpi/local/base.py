@@ -12,7 +12,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 import pydantic
@@ -22,6 +22,7 @@ from fedmpi import rng
 from fedmpi.components import Deferred, PositiveFloat, PositiveInt, called, component, did_you_mean
 from fedmpi.errors import ConfigError
 from fedmpi.flat import HALF, Entry, FlatModel, refuse_frozen
+from fedmpi.local.gradients import Batch, BatchLoss, accumulated_gradient, gradient
 from fedmpi.local.optimizers import KEPT, TORCH_OPTIMIZERS, num_gradients, plain_step, put_back, state_to_keep
 from fedmpi.local.samplers import SAMPLERS, Sampler, Shuffle, no_order, order_of
 from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Whole
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from fedmpi.config import Config
     from fedmpi.server import ServerOptimizer
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -116,8 +116,13 @@ class LocalRule:
         return None
 
     @property
+    def micro_batch(self) -> int | None:
+        """Samples per forward and backward pass, if a batch is split; None: batches are whole."""
+        return None
+
+    @property
     def precision(self) -> str:
-        """Precision of forward and backward passes: float32, or bf16, which needs a GPU."""
+        """Precision of forward and backward passes: float32, or bf16."""
         return "float32"
 
     @property
@@ -220,6 +225,8 @@ class GradientRule(LocalRule):
     """Base class of rules that take gradient steps: their common fields and the batches."""
 
     whole_batches = ("drop", "merge")
+    splits: ClassVar[bool] = True  # whether the gradient of a batch is a mean of gradients of its samples
+    reads_rate: ClassVar[bool] = False  # whether the rule needs one learning rate for all steps of a round
 
     lr: PositiveFloat
     """step size at the schedule's start"""
@@ -229,6 +236,9 @@ class GradientRule(LocalRule):
     """batches per round; the next round continues in the same epoch, whose last batch may be short"""
     batch_size: PositiveInt | None = 32
     """samples per step; null: all samples of the silo"""
+    micro_batch: PositiveInt | None = None
+    """samples per forward and backward pass; gradients are accumulated over a step's batch_size samples, which saves
+    memory; null: the whole batch at once"""
     last_batch: LastBatch = "keep"
     """a short last batch of an epoch: keep it, drop it, or merge it into the batch before; batch normalization needs
     more than one sample"""
@@ -236,10 +246,12 @@ class GradientRule(LocalRule):
     """optimizer of torch.optim; its state is reset every round, unless `keep_optimizer`"""
     schedule: Annotated[Schedule, SCHEDULES] = Constant()
     """learning rate over rounds"""
+    step_schedule: Annotated[Schedule, SCHEDULES] = Constant()
+    """learning rate over the steps of a round, starting from the round's; its `rounds` are then steps"""
     clip: PositiveFloat | None = None
     """largest norm of a step's gradient, including the rule's corrections; null: no clipping"""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16: autocast on CUDA"""
+    """bf16: forward and backward passes under autocast; parameters, steps and metrics stay float32"""
     sampler: Annotated[Sampler, SAMPLERS] = Shuffle()
     """order of a silo's samples"""
     keep_optimizer: bool = False
@@ -253,6 +265,40 @@ class GradientRule(LocalRule):
             raise ValueError("give either 'epochs' or 'steps'")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _steps_alike(self) -> GradientRule:
+        if self.micro_batch is not None and not self.splits:
+            raise ValueError(f"micro_batch: {called(self)} computes with a whole batch; take a smaller batch_size")
+        if not self.varies:
+            return self
+        if self.reads_rate:
+            raise ValueError(f"step_schedule: {called(self)} needs one learning rate for all steps of a round")
+        if self.timed:
+            raise ValueError("step_schedule: with amount: seconds the number of steps is not known beforehand")
+        return self
+
+    @property
+    def pass_size(self) -> int | None:
+        """Samples per forward and backward pass; None: all of a batch."""
+        return self.batch_size if self.micro_batch is None else self.micro_batch
+
+    @property
+    def varies(self) -> bool:
+        """Whether the learning rate changes within a round."""
+        return self.step_schedule != Constant()
+
+    def conflicts(self, config: Config) -> str | None:
+        private = config.privacy is not None and config.privacy.of_records
+        if private and (self.varies or self.micro_batch is not None):
+            field = "step_schedule" if self.varies else "micro_batch"
+            return f"local.{field}: privacy: record takes its steps in another way; leave it out"
+        if self.varies and config.aggregate.normalises:
+            return (
+                f"local.step_schedule: {called(config.aggregate)} divides deltas by numbers of gradients, which must "
+                "have one learning rate"
+            )
+        return super().conflicts(config)
+
     @property
     def timed(self) -> bool:
         return self.amount.limit_s < math.inf
@@ -263,7 +309,7 @@ class GradientRule(LocalRule):
 
     @property
     def refuses_partial(self) -> str:
-        return ""
+        return "its learning rate changes within a round (local.step_schedule)" if self.varies else ""
 
     @property
     def carries_over(self) -> bool:
@@ -291,8 +337,13 @@ class GradientRule(LocalRule):
         """Samples in the smallest batch that a silo with `num_samples` gets in `rounds` rounds."""
         size = min(self.batch_size or num_samples, num_samples)
         if self.most_batches(silo, rounds) <= num_samples // size:
-            return size  # it never reaches the end of an epoch
-        return shortest(num_samples, self.batch_size, self.last_batch)
+            return self._smallest_part(size)  # it never reaches the end of an epoch
+        whole, rest = size, shortest(num_samples, self.batch_size, self.last_batch)
+        return min(self._smallest_part(whole), self._smallest_part(rest))
+
+    def _smallest_part(self, num_samples: int) -> int:
+        """Samples in the smallest micro-batch of a batch."""
+        return num_samples if self.micro_batch is None else num_samples // -(-num_samples // self.micro_batch)
 
     def batches(
         self, silo: LocalSilo, seed: int, amount: int | None = None
@@ -358,20 +409,6 @@ def load_silo(silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: 
     # Dropout, augmentation and the like use the global generators: seeded here, a silo draws the same on every rank.
     rng.set_all(rng.key(round.seed, purpose="train", round=round.draw, silo=silo.id))
     return [p for p in model.module.parameters() if p.requires_grad]
-
-
-BatchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def gradient(model: FlatModel, batch: Batch, batch_loss: BatchLoss, precision: str = "float32") -> torch.Tensor:
-    """The detached loss of one batch, which lies on the model's device; adds its gradient to the parameters' `.grad`.
-
-    All rules compute their gradients here.
-    """
-    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-        loss = batch_loss(*batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
 
 
 def whole_gradient(
@@ -450,12 +487,13 @@ def local_steps(
     optimizer = work.optimizer.target(trained, lr=work.rate(round), **work.optimizer.arguments)
     if work.keep_optimizer:
         put_back(optimizer, silo.kept)
-    step = plain_step(optimizer)
+    step, rate = plain_step(optimizer), work.rate(round)
     losses = torch.zeros((), dtype=torch.float64, device=device)
     num_samples = num_steps = 0
     num_targets: int | torch.Tensor = 0
     amount = work.amount.of(work.epochs or work.steps or 1, silo, round)
     first, began_s, part = silo.cursor, time.monotonic(), 1.0
+    planned = work.num_batches(first, len(silo.data.x_train), amount) if work.varies else 0
 
     def loss_of_outputs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return round.loss(module(x), y)
@@ -466,7 +504,9 @@ def local_steps(
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         for param in trained:  # like zero_grad, but without its profiler record: a tenth of a small model's step
             param.grad = None
-        if guard is None:
+        if guard is None and work.micro_batch is not None and len(x) > work.micro_batch:
+            loss = accumulated_gradient(model, (x, y), loss_of_outputs, work.precision, work.micro_batch, round.count)
+        elif guard is None:
             loss = gradient(model, (x, y), batch_loss or loss_of_outputs, work.precision)
         else:
             guard.gradient(module, trained, round.loss, (x, y), num_steps)
@@ -475,6 +515,9 @@ def local_steps(
                 correct()
         if work.clip is not None:
             torch.nn.utils.clip_grad_norm_(trained, work.clip)
+        if work.varies:
+            for group in optimizer.param_groups:
+                group["lr"] = work.step_schedule.lr(rate, num_steps + 1, planned)
         with torch.no_grad():
             step()
         num_steps += 1

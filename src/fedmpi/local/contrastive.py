@@ -37,6 +37,7 @@ class Moon(GradientRule):
     features: str | None = None
     """module whose output is the representation; null: the input of the last Linear layer"""
     kept_vectors: ClassVar[int] = 1
+    splits: ClassVar[bool] = False
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
         """Raise ConfigError if the model has no representation to compare."""

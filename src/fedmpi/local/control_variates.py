@@ -33,6 +33,8 @@ def _reads_gradients(rule: GradientRule) -> None:
     """Raise ValueError for settings under which the distance moved does not give the round's mean gradient."""
     if num_gradients(rule.optimizer, 1) is None:
         raise ValueError(f"optimizer: this rule needs one that is linear in the gradients, not {rule.optimizer.name}")
+    if rule.varies:
+        raise ValueError(f"step_schedule: {called(rule)} needs one learning rate for all steps of a round")
     if rule.keep_optimizer:
         raise ValueError(
             "keep_optimizer: this rule would count gradients of earlier rounds as this round's; leave it false"
@@ -120,7 +122,7 @@ class Scaffold(GradientRule):
         by_P = c_P.clone() if before_P is None else c_P - before_P
         after_P = None
         if self.option == "I":
-            whole_gradient(silo, model, params_P, round, self.batch_size, self.precision, self.last_batch != "keep")
+            whole_gradient(silo, model, params_P, round, self.pass_size, self.precision, self.last_batch != "keep")
             after_P = gradient_vector(model, params_P)
         contribution = local_steps(self, silo, model, params_P, round, corrected(model, by_P))
         if after_P is None:
@@ -257,7 +259,7 @@ class MimeLite(GradientRule):
         return math.inf  # the full gradient reads all samples
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
-        whole_gradient(silo, model, params_P, round, self.batch_size, self.precision, self.last_batch != "keep")
+        whole_gradient(silo, model, params_P, round, self.pass_size, self.precision, self.last_batch != "keep")
         gradient_P = gradient_vector(model, params_P)
         correct = corrected(model, round.auxiliary["momentum"] * self.beta, scale=1 - self.beta)
         contribution = local_steps(self, silo, model, params_P, round, correct)

@@ -52,7 +52,7 @@ class FedSgd(LocalRule):
     clip: PositiveFloat | None = None
     """largest norm of the gradient; null: no clipping"""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16: autocast on CUDA"""
+    """bf16: forward and backward passes under autocast; parameters, the step and metrics stay float32"""
     batch_size: PositiveInt | None = None
     """samples per batch of the accumulated gradient; null: all at once"""
     last_batch: Literal["keep", "merge"] = "keep"

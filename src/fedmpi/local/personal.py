@@ -23,8 +23,9 @@ from torch.func import functional_call
 from fedmpi.components import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry, FlatModel
-from fedmpi.local.base import GradientRule, LocalSilo, Round, gradient, local_steps
+from fedmpi.local.base import GradientRule, LocalSilo, Round, local_steps
 from fedmpi.local.corrections import pulled
+from fedmpi.local.gradients import gradient
 from fedmpi.local.optimizers import plain_step
 from fedmpi.local.workload import Whole
 from fedmpi.types import Contribution
@@ -99,6 +100,8 @@ class Apfl(GradientRule):
     """
 
     kept_vectors: ClassVar[int] = 1
+    splits: ClassVar[bool] = False
+    reads_rate: ClassVar[bool] = True
     alpha: Fraction = 0.5
     """share of v_k (the first one, if it adapts)"""
     adapt: bool = True
@@ -237,6 +240,7 @@ class PerFedAvg(GradientRule):
 
     inner_lr: PositiveFloat
     """alpha: step size of the silo's own step"""
+    splits: ClassVar[bool] = False
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         module = model.module

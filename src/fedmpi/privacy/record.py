@@ -16,8 +16,9 @@ from fedmpi.components import PositiveFloat, called, component
 from fedmpi.errors import ConfigError
 from fedmpi.flat import Entry
 from fedmpi.local import Sgd
-from fedmpi.local.base import Batch, LocalSilo
+from fedmpi.local.base import LocalSilo
 from fedmpi.local.base import Loss as LossOfBatch
+from fedmpi.local.gradients import Batch
 from fedmpi.local.workload import Whole
 from fedmpi.losses import Loss
 from fedmpi.privacy.account import Use
