@@ -46,7 +46,7 @@ ORDER = [
         "asking",
         "files",
     ),
-    *("secure", "evaluate", "exchange", "privacy", "rounds", "transports"),
+    *("secure", "evaluate", "exchange", "privacy", "rounds", "transports", "fork"),
     *("yamlfile", "config", "alike", "directory", "opening", "trial"),
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),

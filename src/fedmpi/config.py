@@ -38,6 +38,8 @@ from fedmpi.errors import ConfigError
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.plans import FORMERLY
 from fedmpi.flat import Entry, entries
+from fedmpi.fork import ForkSection
+from fedmpi.fork import conflicts as fork_conflicts
 from fedmpi.health import StopSection
 from fedmpi.local import RULES, RUNNERS, LocalRule, Sequential, Sgd, SiloRunner, by_silo
 from fedmpi.membership import OnFailure
@@ -192,6 +194,8 @@ class Config:
     """run directory; if it holds a checkpoint, the run resumes"""
     init: str | InitSection | None = None
     """file of initial parameters; see `fedmpi list init`"""
+    fork: str | ForkSection | None = None
+    """checkpoint of another run to go on from, RUN@ROUND; see `fedmpi list fork`"""
     data: Annotated[Dataset, DATASETS] = Digits()
     """dataset"""
     model: Annotated[Any, MODELS] = Logistic()
@@ -329,6 +333,12 @@ class Config:
             raise ValueError(
                 f"{what} and scale: minmax send extreme values; disclose: {self.disclosed} needs scale: standard"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _forks(self) -> Config:
+        if why := fork_conflicts(self):
+            raise ValueError(why)
         return self
 
     @pydantic.model_validator(mode="after")

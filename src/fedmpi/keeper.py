@@ -22,6 +22,7 @@ from fedmpi.config import Config
 from fedmpi.directory import RunDirectory, newest_whole
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
 from fedmpi.exchange.base import Exchange
+from fedmpi.fork import STATE, section_of, without
 from fedmpi.health import Health
 from fedmpi.local import LocalSilo
 from fedmpi.membership import Membership
@@ -130,14 +131,17 @@ def restored(
     whole: Sequence[StateTensor],
     of_silos: Sequence[StateTensor],
     before: Membership,
+    anew: Collection[str] = (),
 ) -> State:
     """The state at the time when it was gathered, in the memory of `state`. Collective.
 
-    `whole` holds rank 0's tensors, `of_silos` those of this rank's silos, `before` the members at that time.
+    `whole` holds rank 0's tensors, `of_silos` those of this rank's silos, `before` the members at that time. Holders in
+    `anew` stay as they are, but for silos, whose tensors are those in `of_silos`.
     """
-    found = holders(state, fed, health)
+    every = holders(state, fed, health)
+    found = Holders({name: holder for name, holder in every.items() if name not in anew or name == "silos"})
     found.restore([*scattered(whole, found, fed.exchange, fed.comm), *of_silos])
-    selector, updates, policy = found["selector"], found["updates"], found["policy"]
+    selector, updates, policy = every["selector"], every["updates"], every["policy"]
     assert isinstance(selector, Arrays) and isinstance(updates, Arrays) and isinstance(policy, Arrays)
     arrays = carried(fed.selector, selector.arrays, before.ids, fed.ids, fed.num_train)
     return replace(state, selector=arrays, updates=updates.arrays, policy=policy.arrays)
@@ -261,7 +265,12 @@ class Keeper:
         whole = comm.collectively(lambda: checkpoint.read_state(self._out, round) if comm.rank == 0 else [])
         outcome = None if record is None else RoundOutcome.from_record(fed.ids, record)
         state = replace(state, outcome=outcome, record=record)
-        return restored(state, fed, self._health, whole, remaining(of_silos, before, heir_of), before)
+        of_silos = remaining(of_silos, before, heir_of)
+        section = section_of(self._config.fork)
+        if section is None or section.round != round or not section.reset:
+            return restored(state, fed, self._health, whole, of_silos, before)
+        whole, of_silos = (without(some, section.reset, fed.model.first_personal) for some in (whole, of_silos))
+        return restored(state, fed, self._health, whole, of_silos, before, [STATE[part] for part in section.reset])
 
     def _require_left(self, round: int, before: Membership) -> None:
         """ConfigError unless the members are those of the round without silos that left later, which stay out."""

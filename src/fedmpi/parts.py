@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fedmpi
-from fedmpi import checkpoint, disk, launcher, sources, stopping
+from fedmpi import checkpoint, disk, fork, launcher, sources, stopping
 from fedmpi.alike import unlike
 from fedmpi.assembly import Assembly, assemble, digest_of
 from fedmpi.comm import Comm
@@ -111,6 +111,8 @@ class Parts:
         else:
             directory.hand_over(self.comm)
         self.out = self._directory.path
+        copies = directory is None and self._directory.leads
+        self.comm.collectively(lambda: fork.copied(self.config, self.out) if copies else None)
         before = self._directory.stored
         parts = self._built(members, before)
         fed, self._spec = parts.federation, parts.spec
@@ -174,6 +176,9 @@ class Parts:
         """Raise ConfigError if the run directory was started with another configuration, model or code."""
         if not checkpoint.sealed_rounds(self.out):
             return
+        if fork.begins(self.out):
+            self._check_forked()
+            return
         begun = read_config(self.out)
         about = begun.about
         self._rounds_before = begun.config.get("rounds")
@@ -199,6 +204,24 @@ class Parts:
                 f"was, {moved[0]}.rounds={before}",
                 error=True,
             )
+
+    def _check_forked(self) -> None:
+        """Raise ConfigError if this new run cannot go on from the checkpoint of the run that it is forked from."""
+        section = fork.section_of(self.config.fork)
+        assert section is not None
+        begun = read_config(Path(section.run))
+        changed = differences(begun.config, self.config, begun.about["plan"])
+        refused = fork.refused(changed) + changed_entries(begun.about["model"], self.federation.model.entries)
+        if not refused and begun.about["unshared"] != digest_of(self.unshared).hex():
+            refused = ["what the model does not share starts otherwise"]
+        if refused:
+            more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+            raise ConfigError(f"fork: {'; '.join(refused[:3])}{more}: a fork of {section.run} must leave that as it is")
+        ways = (self.config.exchange.up, self.config.exchange.down)
+        if why := fork.unfit(section, self.out, changed, any(way.feedback for way in ways)):
+            raise ConfigError(f"fork: {why}")
+        told = f": {'; '.join(changed[:6])}" if changed else ""
+        say(f"fedmpi: goes on from {section.run}, round {section.round}{told}")
 
     def _describe(self) -> None:
         """Write the run's description, configuration and code into its directory. Collective."""
@@ -228,6 +251,7 @@ class Parts:
                 (self.out / stopping.ENDED_FILE).unlink(missing_ok=True)
                 keep_code(self.out, self.code, self.state.round)
                 write_config(self.out, to_dict(self.config), about)
+                fork.has_begun(self.out)
                 self._roster = Roster(self.out, self.state.round, rounds, self.config.admit)
                 self._register(ranks)
                 self._desk = Desk(self.out)
