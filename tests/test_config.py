@@ -196,6 +196,8 @@ REFUSED = [
     ("lr: 0.1", "configuration has no 'lr'; did you mean 'local.lr'?"),
     ("learning_rate: 0.1", "configuration has no 'learning_rate'; did you mean 'local.lr'?"),
     (SGD + ", learning_rate: 1}", "local: local rule 'sgd' has no 'learning_rate'; did you mean 'lr'?"),
+    (SGD + ", drop_last: true}", "local: local rule 'sgd' has no 'drop_last'; did you mean 'last_batch'?"),
+    (SGD + ", accumulate: 4}", "local: local rule 'sgd' has no 'accumulate'; did you mean 'micro_batch'?"),
     (SGD + ", batch: 8}", "local: local rule 'sgd' has no 'batch'; did you mean 'batch_size'?"),
     ("data: {name: digits, clients: 8}", "data: dataset 'digits' has no 'clients'; did you mean 'silos'?"),
     ("fraction: 0.1", "configuration has no 'fraction'; did you mean 'select.fraction'?"),

@@ -243,7 +243,9 @@ _EXPECTED |= dict.fromkeys(("bool_type", "bool_parsing"), "true or false is need
 _EXPECTED |= dict.fromkeys(("tuple_type", "list_type"), "expected a list, such as [2, 3]")
 
 _OF_TORCH = ("momentum", "weight_decay", "nesterov", "betas", "dampening")  # arguments in torch.optim
-_ELSEWHERE = {"learning_rate": "lr", "batch": "batch_size", "clients": "silos"}  # names in other frameworks
+# names in other frameworks
+_ELSEWHERE = {"learning_rate": "lr", "batch": "batch_size", "clients": "silos", "drop_last": "last_batch"}
+_ELSEWHERE |= {"max_grad_norm": "clip", "accumulate": "micro_batch", "autocast": "precision"}
 
 
 def _nearest_key(name: str, known: Mapping[str, Any], value: Any) -> str:
