@@ -15,6 +15,7 @@ import torch
 
 from fedmpi.components import Decay, PositiveInt, component
 from fedmpi.data import formats
+from fedmpi.data.images import read_folder
 from fedmpi.data.official import root_of
 from fedmpi.data.prepare import Missing, Pooled, Preparation, Scale
 from fedmpi.data.stream import FileSamples, Raw
@@ -34,7 +35,7 @@ class FileSilo:
     id: str
     """stable name of the data owner"""
     path: Path
-    """.h5, .npz or .csv; relative to root"""
+    """.h5, .npz, .csv or .parquet, or a folder of images; relative to root"""
     host: str | None = None
     """the only host that may open it; null: any"""
     num_samples: PositiveInt | None = None
@@ -43,7 +44,7 @@ class FileSilo:
 
 @component
 class Files:
-    """One HDF5, npz or CSV file per silo.
+    """One HDF5, npz, CSV or Parquet file, or one folder of images, per silo.
 
     HDF5 and npz hold x_train, y_train, x_test, y_test, or x, y. CSV (UTF-8) has a header line; columns are read by
     name. Labels are 0, 1, ... or those of `classes`. Every number must be finite, but see `missing`.
@@ -95,6 +96,8 @@ class Files:
             if silo.id in seen:
                 raise ValueError(f"files: two silos are called '{silo.id}'")
             seen.add(silo.id)
+            if not silo.path.suffix and self.classes and len(self.shape) == 3 and self.task in _CLASSES:
+                continue  # a folder of images
             if silo.path.suffix.lower() not in formats.ENDINGS:
                 raise ValueError(f"silo '{silo.id}': {silo.path} ends in none of {', '.join(formats.ENDINGS)}")
         if self.task in ("classification", "next_token") and not (self.num_classes or self.classes):
@@ -121,7 +124,7 @@ class Files:
     def _check_stream(self) -> None:
         """Raises ValueError if the inputs cannot be streamed."""
         for silo in self.silos:
-            if silo.path.suffix.lower() == ".csv":
+            if silo.path.suffix.lower() not in formats.STREAMED:
                 raise ValueError(f"files: {silo.path} cannot be streamed: stream takes HDF5 or npz")
         if self.task == "next_token":
             raise ValueError(
@@ -130,7 +133,7 @@ class Files:
 
     def _check_columns(self) -> None:
         """Raises ValueError if the CSV fields contradict each other."""
-        of_csv = [silo.path.suffix.lower() == ".csv" for silo in self.silos]
+        of_csv = [silo.path.suffix.lower() in formats.TABLES for silo in self.silos]
         if self.separator not in SEPARATORS:
             raise ValueError(f"files: separator is {self.separator!r}; one of {', '.join(SEPARATORS.values())}")
         if not any(of_csv) and (self.features is not None or self.levels):
@@ -217,7 +220,7 @@ class Files:
 
     def _readable(self, silo: str) -> bool:
         path = root_of(self.root) / next(s.path for s in self.silos if s.id == silo)
-        return path.is_file() and os.access(path, os.R_OK)
+        return path.exists() and os.access(path, os.R_OK)
 
     def _targets(self) -> tuple[str, ...]:
         return (self.target,) if isinstance(self.target, str) else self.target
@@ -257,23 +260,26 @@ class Files:
         declared = next(s for s in self.silos if s.id == silo)
         path = root_of(self.root) / declared.path
         try:
-            if path.is_dir():
+            if path.is_dir() and declared.path.suffix:
                 raise DataMissing(f"silo '{silo}': {path.absolute()} is a folder; correct its path to one file in it")
-            if not path.is_file():
+            if not path.exists() or (path.is_file() and not declared.path.suffix):
                 where = f"put it there, or correct its path or data.root ({root_of(self.root)})"
                 raise DataMissing(f"silo '{silo}': no file {path.absolute()}; {where}")
         except OSError as error:
             raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None
         where = f"silo '{silo}': {path}"
         named = Columns(self._targets(), self.features, self.levels, self.separator, fills=self.missing != "error")
-        content = formats.read(path, where, named, self.stream)
+        if declared.path.suffix:
+            content = formats.read(path, where, named, self.stream)
+        else:
+            content = formats.Content(read_folder(path, where, self.shape, self.classes or ()))
         columns[silo] = content.columns
         if "x" in content.arrays:
             x, y = self._checked(content, "x", "y", where)
             train, test = parts_of(len(y), self.test_fraction, silo)
             parts = _rows_of(x, train), y[train], _rows_of(x, test), y[test]
-            lines = np.array(content.lines) if content.lines else np.arange(len(y))
-            rows[silo] = lines[train], lines[test]
+            lines = np.array(content.lines)
+            rows[silo] = (lines[train], lines[test]) if content.lines else (train, test)
         else:
             parts = (
                 *self._checked(content, "x_train", "y_train", where),
@@ -342,6 +348,7 @@ class Files:
         return numbers.astype(np.int64)
 
 
+_CLASSES = ("classification", "binary")
 Inputs = npt.NDArray[Any] | FileSamples
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmpi.data.stream import ChunkedRows, PlacedRows, Raw
-from fedmpi.data.table import Columns, read_csv
+from fedmpi.data.table import Columns, read_csv, read_parquet
 from fedmpi.errors import ConfigError, FedmpiError
 
 log = logging.getLogger("fedmpi")
@@ -28,7 +28,9 @@ PARTED = ("x_train", "y_train", "x_test", "y_test")
 WHOLE = ("x", "y")
 INPUTS = ("x_train", "x_test", "x")
 HDF5 = (".h5", ".hdf5")
-ENDINGS = (*HDF5, ".npz", ".csv")
+TABLES = (".csv", ".parquet")
+STREAMED = (*HDF5, ".npz")
+ENDINGS = (*HDF5, ".npz", *TABLES)
 
 # Everything that numpy, zipfile, h5py and the file system raise for a file that is damaged or of another format.
 _DAMAGE = (
@@ -62,8 +64,8 @@ def read(path: Path, where: str, columns: Columns, stream: bool = False) -> Cont
     of another format, or lacks an array or a column."""
     ending = path.suffix.lower()
     try:
-        if ending == ".csv":
-            table = read_csv(path, where, columns)
+        if ending in TABLES:
+            table = (read_csv if ending == ".csv" else read_parquet)(path, where, columns)
             return Content({"x": table.x_NX, "y": table.y}, table.columns, table.lines, columns.targets)
     except (OSError, MemoryError) as error:
         raise ConfigError(f"{where} {_why(error, ending)}") from None
@@ -88,8 +90,9 @@ def read_inputs(path: Path, where: str, columns: Columns) -> Content:
     """Reads x alone, of a file that need not have targets. Raises ConfigError as `read` does."""
     ending = path.suffix.lower()
     try:
-        if ending == ".csv":
-            table = read_csv(path, where, replace(columns, unlabelled=True))
+        if ending in TABLES:
+            named = replace(columns, unlabelled=True)
+            table = (read_csv if ending == ".csv" else read_parquet)(path, where, named)
             return Content({"x": table.x_NX}, table.columns, table.lines)
         if ending not in ENDINGS:
             raise ConfigError(f"{where} ends in none of {', '.join(ENDINGS)}")

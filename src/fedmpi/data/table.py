@@ -1,9 +1,10 @@
-"""Reads one silo's CSV file: a header line, and columns that are read by name. Nothing is guessed or filled in: values
+"""Reads one silo's CSV or Parquet file: columns that are read by name. Nothing is guessed or filled in: values
 that are missing or not numbers are reported with column and line."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -59,23 +60,36 @@ def read_csv(path: Path, where: str, columns: Columns) -> Table:
     give the same x.
     """
     names, rows, lines = _rows(_text(path, where), where, columns.separator)
+    return table_of(names, lambda name: np.array([row[names.index(name)] for row in rows], str), lines, where, columns)
+
+
+def table_of(
+    names: list[str],
+    column: Callable[[str], Any],
+    lines: Sequence[int],
+    where: str,
+    columns: Columns,
+    num: int | None = None,
+) -> Table:
+    """The table of a file with these columns. `column` gives the cells of one: text, or numbers with NaN for those that
+    are missing. `lines`: of its rows; without lines there are `num` rows. Raises ConfigError."""
+    num = len(lines) if num is None else num
+
+    def place(row: int) -> str:
+        return f"line {lines[row]}" if lines else f"row {row}"
+
     numeric = columns.numeric(names)
     if columns.unlabelled:
         columns = replace(columns, targets=())
     _check_names(names, [*columns.targets, *numeric, *columns.levels], where, columns)
-    cells = {
-        n: np.array([row[names.index(n)] for row in rows], str) for n in {*columns.targets, *numeric, *columns.levels}
-    }
-    x = _numbers({name: cells[name] for name in numeric}, where, lines, columns.fills)
+    cells = {n: column(n) for n in {*columns.targets, *numeric, *columns.levels}}
+    cells |= {n: _texts(cells[n]) for n in {*columns.targets, *columns.levels}}
+    x = _numbers({name: cells[name] for name in numeric}, where, place, columns.fills)
     for name, values in columns.levels.items():
-        code = codes(cells[name], values, f"{where}: column '{name}'", lambda row: f"line {lines[row]}")
+        code = codes(cells[name], values, f"{where}: column '{name}'", place)
         x += [(code == i).astype(np.float32) for i in range(len(values))]
-    x_NX = np.stack(x, axis=1) if x else np.empty((len(rows), 0), np.float32)
-    y = (
-        np.stack([cells[name] for name in columns.targets], axis=1)
-        if columns.targets
-        else np.empty((len(rows), 0), str)
-    )
+    x_NX = np.stack(x, axis=1) if x else np.empty((num, 0), np.float32)
+    y = np.stack([cells[name] for name in columns.targets], axis=1) if columns.targets else np.empty((num, 0), str)
     return Table(x_NX, y[:, 0] if len(columns.targets) == 1 else y, (*numeric, *columns.levels), tuple(lines))
 
 
@@ -162,13 +176,27 @@ def _number(cell: str) -> np.float32 | None:
     return value if np.isfinite(value) else None
 
 
+def _texts(cells: npt.NDArray[Any]) -> Cells:
+    """Cells as text; missing numbers are empty."""
+    if cells.dtype.kind != "f":
+        return cells
+    return np.array(["" if np.isnan(value) else str(plain(value)) for value in cells.tolist()], str)
+
+
 def _numbers(
-    columns: Mapping[str, Cells], where: str, lines: Sequence[int], fills: bool
+    columns: Mapping[str, npt.NDArray[Any]], where: str, place: Callable[[int], str], fills: bool
 ) -> list[npt.NDArray[np.float32]]:
     """The columns as numbers; missing ones are NaN with `fills`. Raises ConfigError with columns and lines of cells
     that are not numbers."""
     found, wrong = [], []
     for name, cells in columns.items():
+        if cells.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                numbers = cells.astype(np.float32)
+            if np.isfinite(numbers[~np.isnan(cells)] if fills else numbers).all():
+                found.append(numbers)
+                continue
+            cells = _texts(cells)
         lacks = np.isin(np.char.lower(np.char.strip(cells)), MISSING) & fills
         cells = np.where(lacks, "0", cells)
         try:
@@ -180,7 +208,7 @@ def _numbers(
             values[lacks] = np.nan
             found.append(values)
         else:
-            wrong.append(_what_is_wrong(name, cells, lines))
+            wrong.append(_what_is_wrong(name, cells, place))
     if wrong:
         remedies = [remedy for _, remedy in wrong]
         told = [what if remedy in remedies[i + 1 : 3] else what + remedy for i, (what, remedy) in enumerate(wrong[:3])]
@@ -189,10 +217,10 @@ def _numbers(
     return found
 
 
-def _what_is_wrong(name: str, cells: Cells, lines: Sequence[int]) -> tuple[str, str]:
+def _what_is_wrong(name: str, cells: Cells, place: Callable[[int], str]) -> tuple[str, str]:
     """Text on the cells of a column that are not numbers, and what to do about them."""
     bad = [i for i, cell in enumerate(cells) if _number(cell) is None]
-    first = [f"line {lines[i]} is {_shown(cells[i])}" for i in bad[:3]]
+    first = [f"{place(i)} is {_shown(cells[i])}" for i in bad[:3]]
     more = f" ({len(bad)} cells of {len(cells)})" if len(bad) > 3 else ""
     told = f"column '{name}': {', '.join(first)}{more}"
     kinds = {str(cells[i]).strip() for i in bad}
@@ -255,3 +283,37 @@ def plain(value: Any) -> int | float | str:
     except ValueError:
         return text
     return number if np.isfinite(number) else text
+
+
+def read_parquet(path: Path, where: str, columns: Columns) -> Table:
+    """The same of a Parquet file, whose rows have no lines. Raises ConfigError."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f"{where}: Parquet needs another package: pip install 'fedmpi[parquet]'")
+    pyarrow: Any = importlib.import_module("pyarrow")
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    try:
+        names = list(parquet.read_schema(path).names)
+        targets = () if columns.unlabelled else columns.targets
+        wanted = {*targets, *columns.numeric(names), *columns.levels} & {*names}
+        table = parquet.read_table(path, columns=sorted(wanted))
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise ConfigError(f"{where} cannot be read as .parquet: {' '.join(str(error).split())[:300]}") from None
+
+    def column(name: str) -> npt.NDArray[Any]:
+        cells = table[name]
+        kind, types = cells.type, pyarrow.types
+        if types.is_integer(kind) and cells.null_count == 0:
+            return np.array([str(value) for value in cells.to_pylist()]) if name in exact else _floats(cells)
+        if types.is_floating(kind) or types.is_integer(kind) or types.is_decimal(kind):
+            return _floats(cells)
+        return np.array(["" if value is None else str(value) for value in cells.to_pylist()], str)
+
+    exact = {*columns.targets, *columns.levels}  # identifiers may have more digits than a float64
+    if not table.num_rows:
+        raise ConfigError(f"{where} has no rows")
+    return table_of(names, column, (), where, columns, table.num_rows)
+
+
+def _floats(cells: Any) -> npt.NDArray[np.float64]:
+    numbers = [np.nan if value is None else float(value) for value in cells.to_pylist()]
+    return np.array(numbers, np.float64)
