@@ -69,6 +69,14 @@ install_what_tests_need() {
   fi
   PATH=$PATH:$mpich/bin
 
+  # Benchmark suites, in an environment of its own. Only tests with the marker `long` need it.
+  if [ ${#chosen[@]} = 0 ] && ! [ -e "$venv/reframe/bin/reframe" ]; then
+    say "installing ReFrame into $venv/reframe with pip, over the network"
+    { python -m venv "$venv/reframe" &&
+      "$venv/reframe/bin/python" -m pip install -qq --no-input --disable-pip-version-check ReFrame-HPC==4.10.4; } >&2 ||
+      say "pip failed, see above"
+  fi
+
   # Robust aggregators, for comparison. Its dependencies would replace our torch by one for GPUs.
   if ! is_byzfl_there; then
     say "installing byzfl without its dependencies with pip, over the network"

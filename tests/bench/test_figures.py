@@ -1,7 +1,13 @@
 """Figures of merit: FOM lines, one JSON schema, MLPerf-style logs, time to quality, scaling."""
 
+import functools
 import json
 import math
+import re
+import runpy
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +15,12 @@ from support.mpi import FEDMPI, Done, mpirun
 
 from fedmpi.bench import checkpoint, codecs, exchange, figures, quality, scaling
 from fedmpi.bench.figures import Figure, Style
+from fedmpi.cli.bench import bench as bench_commands
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
 
+TOP = Path(__file__).parents[2]
+DIRECTIVES = (*("tags", "executable", "workload", "workload_variable", "figure_of_merit", "success_criteria"),)
 KEYS = ["schema", "benchmark", "started", "seconds", "system", "settings", "figures", "rows"]
 DIGITS = ("configs/digits.yaml", "local.epochs=2")
 
@@ -120,3 +129,47 @@ def test_scaling_on_three_ranks(tmp_path: Any) -> None:
 
 def test_counts_of_ranks() -> None:
     assert [scaling.counts(n) for n in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8]]
+
+
+def test_ramble_reads_the_lines_that_benchmarks_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The application definition with stand-ins for Ramble's directives, which note their arguments."""
+    said: dict[str, list[Any]] = {}
+    kit: Any = types.ModuleType("ramble.appkit")
+    kit.ExecutableApplication = object
+    for name in DIRECTIVES:
+        setattr(
+            kit,
+            name,
+            functools.partial(lambda name, *given, **named: said.setdefault(name, []).append((given, named)), name),
+        )
+    monkeypatch.setitem(sys.modules, "ramble", types.ModuleType("ramble"))
+    monkeypatch.setitem(sys.modules, "ramble.appkit", kit)
+    runpy.run_path(str(TOP / "jobs/bench/suite/ramble/applications/fedmpi/application.py"))
+    (((name,), merit),) = said["figure_of_merit"]
+    line = re.search(merit["fom_regex"], f"# table\n{Figure('x.seconds', 0.5, 's')}\n", re.MULTILINE)
+    assert line is not None and name.format(**line.groupdict()) == "x.seconds"
+    assert (line[merit["group_name"]], merit["units"].format(**line.groupdict())) == ("0.5", "s")
+    known = {command.name for command in bench_commands.registered_commands}
+    executables = {given[0]: given[1].split() for given, _ in said["executable"]}
+    assert {words[2] for words in executables.values()} <= known
+    assert {given[0] for given, _ in said["workload"]} == executables.keys()
+    variables = {given[0]: named["workloads"] for given, named in said["workload_variable"]}
+    for one, words in executables.items():
+        assert {word[1:-1] for word in words if word[0] == "{"} == {
+            key for key, ones in variables.items() if one in ones
+        }
+
+
+@pytest.mark.mpi
+def test_all_benchmarks_in_one_file(tmp_path: Any) -> None:
+    path = tmp_path / "results/mine.json"
+    done = bench(2, "all", "--minutes", "0.1", "--params", "2e4", "--save", str(path))
+    assert done.rc == 0, done.tails
+    told = json.loads(path.read_text())
+    assert list(told) == [*KEYS, "doctor", "parts"]
+    assert list(told["parts"]) == ["codecs", "exchange", "checkpoint", "scaling", "quality"]
+    assert all(list(part) == KEYS for part in told["parts"].values())
+    names = [one["name"] for one in told["figures"]]
+    assert names == [one["name"] for part in told["parts"].values() for one in part["figures"]]
+    assert [line.split()[1] for line in done.out.splitlines() if line.startswith("FOM ")] == names
+    assert told["doctor"]["ranks"] and len(told["parts"]["quality"]["rows"]) == 3

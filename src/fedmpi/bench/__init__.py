@@ -6,6 +6,7 @@ codecs       encode, decode and bytes on one core
 checkpoint   how long rounds wait for checkpoints
 quality      time until runs reach a target
 scaling      exchanges and rounds over numbers of ranks
+everything   all of them in a given time
 forecast     seconds of exchanges over a link, from a rate and saved figures
 noise        data and model of benchmarks that train
 figures      figures of merit, and how results are printed

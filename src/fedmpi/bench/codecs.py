@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import torch
@@ -14,10 +15,10 @@ from fedmpi.comm import SoloComm
 COLUMNS = ["codec", "x_memcpy_encode", "x_memcpy_add", "wire_bytes_per_param", "median_s"]
 
 
-def codecs(num_params: int, repeats: int = 7, seed: int = 0) -> list[Row]:
+def codecs(num_params: int, repeats: int = 7, seed: int = 0, limit_s: float = math.inf) -> list[Row]:
     """One row per codec with default settings, on one thread: encode with feedback, decode and weighted add, bytes.
 
-    Ratios are relative to one copy of the vector.
+    Ratios are relative to one copy of the vector. `limit_s`: for all codecs together.
     """
     torch.set_num_threads(1)
     draw = torch.Generator().manual_seed(seed)
@@ -39,7 +40,10 @@ def codecs(num_params: int, repeats: int = 7, seed: int = 0) -> list[Row]:
             ),
         }
         residual_N.zero_()
-        median = {k: statistics.median(v) for k, v in in_turns(SoloComm(), candidates, repeats).items()}
+        median = {
+            k: statistics.median(v)
+            for k, v in in_turns(SoloComm(), candidates, repeats, limit_s / len(CODECS.members)).items()
+        }
         rows.append(
             {
                 "codec": name,

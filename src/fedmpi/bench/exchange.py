@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -99,11 +100,12 @@ def exchange(
     repeats: int = 15,
     channels: Sequence[Channel] = CHANNELS,
     link_gbit: float | None = None,
+    limit_s: float = math.inf,
 ) -> list[Row]:
     """Rows, equal on every rank: memcpy, the plans, plan sharded with each channel both ways, allreduce, gloo, tcp.
 
-    `link_gbit`: rate of a rank's link in Gbit/s. Collective. What is unavailable gets a line on stderr instead of a
-    row.
+    `link_gbit`: rate of a rank's link in Gbit/s. `limit_s`: see `in_turns`. Collective. What is unavailable gets a line
+    on stderr instead of a row.
     """
     set_threads(comm, reproducible=False)
     delta_P = noise(comm.rank, num_params)
@@ -115,7 +117,7 @@ def exchange(
             Entrant("allreduce", lambda: comm.plain_allreduce(delta_P, sums_P), moves=Replicated),
             *_over_sockets(comm, num_params, stack),
         ]
-        seconds = in_turns(comm, {each.name: partial(each.counted, comm) for each in entrants}, repeats)
+        seconds = in_turns(comm, {each.name: partial(each.counted, comm) for each in entrants}, repeats, limit_s)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = []
     for each in entrants:

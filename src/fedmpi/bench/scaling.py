@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -48,14 +49,20 @@ def counts(num_ranks: int) -> list[int]:
 
 
 def scaling(
-    comm: Comm, lengths: Sequence[int], channels: Sequence[Channel], repeats: int = 7, rounds: int = 6
+    comm: Comm,
+    lengths: Sequence[int],
+    channels: Sequence[Channel],
+    repeats: int = 7,
+    rounds: int = 6,
+    limit_s: float = math.inf,
 ) -> list[Row]:
-    """Rows, equal on every rank. `lengths`: parameters of the exchanged vectors; rounds train the first. Collective."""
+    """Rows, equal on every rank. `lengths`: parameters of the exchanged vectors; rounds train the first. `limit_s`:
+    for the exchanges. Collective."""
     set_threads(comm, reproducible=False)
     groups = {n: comm.split(0 if comm.rank < n else -1) for n in counts(comm.size)}
     rows = [
         _row("exchange", n, n, *about, seconds)
-        for n, about, seconds in _exchanges(comm, groups, lengths, channels, repeats)
+        for n, about, seconds in _exchanges(comm, groups, lengths, channels, repeats, limit_s)
     ]
     for kind in ("strong", "weak"):
         for n, group in groups.items():
@@ -71,6 +78,7 @@ def _exchanges(
     lengths: Sequence[int],
     channels: Sequence[Channel],
     repeats: int,
+    limit_s: float,
 ) -> Iterator[tuple[int, tuple[int, str], list[float]]]:
     """Ranks, (parameters, codec) and seconds of every exchange. Collective."""
     candidates: Candidates = {}
@@ -80,7 +88,7 @@ def _exchanges(
         cells[name] = n, (num_params, exchange.label(channel.codec))
         section = ExchangeSection(plan="sharded", up=channel, down=channel)
         candidates[name] = comm.collectively(functools.partial(_entrant, groups[n], section, num_params))
-    for name, seconds in in_turns(comm, candidates, repeats).items():
+    for name, seconds in in_turns(comm, candidates, repeats, limit_s).items():
         yield *cells[name], seconds
 
 

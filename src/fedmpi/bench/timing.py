@@ -5,6 +5,7 @@ A time is that of the slowest rank; medians are compared. Ratios come first, sec
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,16 @@ Row = dict[str, Any]
 Candidates = dict[str, Callable[[], object]]
 
 
-def in_turns(comm: Comm, candidates: Candidates, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repeat, by candidate, after one warm-up that is not counted."""
+def in_turns(comm: Comm, candidates: Candidates, repeats: int, limit_s: float = math.inf) -> dict[str, list[float]]:
+    """Seconds of every repeat, by candidate, after one warm-up that is not counted.
+
+    After `limit_s` seconds no further repeat begins, once there is one. Collective.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    begun_s = time.perf_counter()
     for repeat in range(repeats + 1):
+        if repeat > 1 and float(comm.gather_number(time.perf_counter() - begun_s).max()) > limit_s:
+            break
         for name, run in candidates.items():
             comm.barrier()
             start_s = time.perf_counter()

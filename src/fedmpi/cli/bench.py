@@ -230,3 +230,42 @@ def bench_scaling(
         comm.finish()
 
     on_ranks(work)
+
+
+@bench.command("all")
+def bench_all(
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="about how long to measure")] = 5.0,
+    params: Params = "25e6",
+    save: Annotated[Path, typer.Option("--save", metavar="FILE", help="the file with all results")] = Path(
+        "fedmpi-bench.json"
+    ),
+    as_json: Json = False,
+    as_mllog: Mllog = False,
+) -> None:
+    """Run all benchmarks on the ranks that mpirun started, print one page about the system, and write one file with
+    everything: what `fedmpi doctor` sees, tables, figures of merit.
+
+    The time is shared out over the benchmarks; short vectors or more minutes give more repeats.
+    """
+
+    def work(comm: Comm) -> None:
+        import tempfile
+
+        from fedmpi.bench import everything, figures, timing
+
+        def checked() -> tuple[int, figures.Style]:
+            if comm.rank == 0:
+                writable(save)
+            return timing.check_params(params), figures.Style.of(as_json, as_mllog)
+
+        num_params, style = comm.collectively(checked)
+        out = Path(comm.broadcast_text(tempfile.gettempdir() if comm.rank == 0 else "", 0))
+        result = everything.everything(comm, num_params, minutes, out)
+        if comm.rank == 0:
+            save.write_text(json.dumps(result, indent=1) + "\n")
+            text = figures.text(result, [], style) if style is not figures.Style.TEXT else everything.page(result)
+            print(text, flush=True)
+        comm.finish()
+
+    quiet_gloo()
+    on_ranks(work)
