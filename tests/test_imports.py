@@ -50,7 +50,7 @@ ORDER = [
     *("yamlfile", "config", "alike", "directory", "opening", "trial"),
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
-    *("reveals", "plan", "check", "doctor", "audit", "graphs", "results", "predictions", "compare"),
+    *("reveals", "plan", "batch", "check", "doctor", "audit", "graphs", "results", "predictions", "compare"),
     *("launchline", "remains", "supervisor", "report"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]

@@ -112,6 +112,17 @@ def right(library: str, num_ranks: int, slurm: bool) -> str:
     return " or ".join(lines) or "the launcher that belongs to it"
 
 
+def here(name: str) -> Starter:
+    """The named starter, or for "" the one for the MPI library that mpi4py loads here. Raises ConfigError for a name
+    that is none or does not fit. Where this machine has no srun, the batch nodes' plugins are not known, and the first
+    that fits is taken."""
+    if name and name not in STARTERS:
+        raise ConfigError(f"launcher '{name}' is none of {', '.join(STARTERS)}")
+    text = library()
+    has = plugins() or ["pmix", "pmi2"]
+    return choose(name, text, has, ("mpirun", "mpiexec"))[0]
+
+
 def library() -> str:
     """The text that the MPI library gives as its version; MPI is not initialised. Raises ConfigError without one."""
     ask = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"

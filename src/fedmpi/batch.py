@@ -1,0 +1,222 @@
+"""`fedmpi slurm`: a batch script for a run, from the numbers of its plan. Written on a login node, without MPI."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmpi.config import Config
+from fedmpi.errors import ConfigError
+from fedmpi.starters import STARTERS, Starter
+
+STOP_S = 120  # seconds from the signal to the time limit, besides writing a checkpoint
+DISK_BYTES_S = 50e6  # of a slow parallel file system
+HEADROOM = 1.5  # memory asked for / memory of the plan
+RANK_BYTES = 256 << 20  # besides: what MPI takes on a rank
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the job asks SLURM for."""
+
+    nodes: int
+    time: str  # as SLURM writes it: minutes, H:MM:SS, D-HH:MM:SS
+    gpus_per_node: int = 0
+    ranks_per_node: int | None = None  # None: one per GPU, or one
+    cpus_per_rank: int | None = None
+    mem: str = ""  # of a node, such as 64G; empty: from the plan
+    partition: str = ""
+    account: str = ""
+    more: tuple[str, ...] = ()  # further options of sbatch
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks of a node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the job."""
+        return self.nodes * self.tasks_per_node
+
+
+def seconds(time: str) -> int:
+    """Seconds of a time limit as SLURM writes it. Raises ConfigError.
+
+    >>> seconds("90"), seconds("8:00:00"), seconds("1-12"), seconds("2:30"), seconds("1-00:00:01")
+    (5400, 28800, 129600, 150, 86401)
+    """
+    days, dash, rest = time.rpartition("-")
+    parts = rest.split(":")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        raise ConfigError(f"--time {time}: write minutes, H:MM:SS or D-HH:MM:SS")
+    numbers = [int(part) for part in parts]
+    # D-HH:MM:SS from the left; without days MM, MM:SS or HH:MM:SS
+    units = [3600, 60, 1] if dash or len(numbers) == 3 else [60, 1]
+    return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+
+
+def num_bytes(mem: str) -> int:
+    """Bytes of an amount of memory as SLURM writes it: MiB, or with K, M, G, T. Raises ConfigError.
+
+    >>> num_bytes("64G") == 64 << 30, num_bytes("512") == 512 << 20
+    (True, True)
+    """
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", mem, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"--mem {mem}: write a number with K, M, G or T, such as 64G")
+    return int(match[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[match[2].upper()]
+
+
+def needed_bytes(planned: Mapping[str, Any], tasks_per_node: int) -> int | None:
+    """Memory of the node that needs most, with headroom; None if a silo declares no number of samples."""
+    ranks = planned["ranks"]
+    if any(row["train_samples"] is None for row in ranks):
+        return None
+    each = [row["memory_bytes"] * HEADROOM + RANK_BYTES for row in ranks]
+    return int(max(sum(each[first : first + tasks_per_node]) for first in range(0, len(each), tasks_per_node)))
+
+
+def signal_s(planned: Mapping[str, Any]) -> int:
+    """Seconds before the time limit at which the job is told to stop."""
+    return STOP_S + math.ceil(float(planned["checkpoint_bytes"]) / DISK_BYTES_S)
+
+
+def refuse(config: Config, request: Request, num_silos: int) -> None:
+    """Raise ConfigError if the run cannot use what the request asks for."""
+    ranks, dedicated = request.num_ranks, config.server.dedicated
+    if ranks > num_silos + dedicated:
+        most = f"{num_silos} silos" + (" and a dedicated server" if dedicated else "")
+        raise ConfigError(
+            f"--nodes {request.nodes} with {request.tasks_per_node} ranks each: {ranks} ranks for {most}, so "
+            f"{ranks - num_silos - dedicated} would have nothing to do; ask for {num_silos + dedicated} ranks or fewer"
+        )
+    gpus = request.gpus_per_node
+    if gpus and config.device.name == "cpu":
+        raise ConfigError(f"--gpus-per-node {gpus}: the configuration says device.name: cpu")
+    if not gpus and config.device.name == "cuda":
+        raise ConfigError("the configuration says device.name: cuda; say --gpus-per-node")
+    if gpus and request.tasks_per_node > gpus and not config.device.share:
+        raise ConfigError(
+            f"--ranks-per-node {request.tasks_per_node}: more ranks than the {gpus} GPUs of a node; "
+            "set device.share=true, or start fewer"
+        )
+
+
+def script(
+    config: Config,
+    command: Sequence[str],
+    planned: Mapping[str, Any],
+    request: Request,
+    starter: Starter,
+    folder: str,
+    environment: str,
+) -> str:
+    """The batch script. `command` is the configuration and its overrides; the job runs in `folder`, with the virtual
+    environment `environment`. Raises ConfigError for a request that the run cannot use."""
+    refuse(config, request, planned["silos"])
+    lead_s, limit_s = signal_s(planned), seconds(request.time)
+    if limit_s < 2 * lead_s:
+        raise ConfigError(
+            f"--time {request.time}: the job stops {lead_s} s before its limit, to write a checkpoint; "
+            f"ask for {math.ceil(2 * lead_s / 60)} minutes or more"
+        )
+    needs = needed_bytes(planned, request.tasks_per_node)
+    if request.mem and needs is not None and num_bytes(request.mem) < needs:
+        raise ConfigError(f"--mem {request.mem}: the plan needs {_gib(needs)} a node ({request.tasks_per_node} ranks)")
+    hosts = sorted(set(planned["pinned"].values()))
+    if len(hosts) > request.nodes:
+        raise ConfigError(f"--nodes {request.nodes}: silos are pinned to {len(hosts)} hosts: {', '.join(hosts)}")
+    options = [
+        f"--job-name=fedmpi-{re.sub(r'[^A-Za-z0-9_.-]', '-', config.out.rstrip('/').rpartition('/')[2])}",
+        f"--nodes={request.nodes}",
+        f"--ntasks-per-node={request.tasks_per_node}",
+        *([f"--gpus-per-node={request.gpus_per_node}"] if request.gpus_per_node else []),
+        *([f"--cpus-per-task={request.cpus_per_rank}"] if request.cpus_per_rank else []),
+        *([f"--mem={request.mem or _mib(needs or 0)}"] if request.mem or needs else []),
+        f"--time={request.time}",
+        *([f"--partition={request.partition}"] if request.partition else []),
+        *([f"--account={request.account}"] if request.account else []),
+        *([f"--nodelist={','.join(hosts)}"] if hosts else []),
+        f"--signal=B:USR1@{lead_s}",
+        "--requeue",
+        "--open-mode=append",
+        "--output=%x-%j.log",
+        *request.more,
+    ]
+    memory = "unknown, because some silos do not declare num_samples" if needs is None else f"{_gib(needs)} a node"
+    about = [
+        f"{request.num_ranks} ranks for {planned['silos']} silos, {config.rounds} rounds, into {config.out}",
+        f"memory: {memory}; disk: {planned['checkpoints_kept']} checkpoints of {_gib(planned['checkpoint_bytes'])}",
+        f"{lead_s} s before the time limit all ranks stop with a checkpoint, and the job is requeued and resumes",
+    ]
+    others = [one for one in STARTERS.values() if one is not starter]
+    return _TEXT.format(
+        options="\n".join(f"#SBATCH {option}" for option in options),
+        about="\n".join(f"# {line}" for line in about),
+        folder=shlex.quote(folder),
+        environment=shlex.quote(environment),
+        ranks=request.num_ranks,
+        threads=f"export OMP_NUM_THREADS={cores} SRUN_CPUS_PER_TASK={cores}\n"
+        if (cores := request.cpus_per_rank)
+        else "",
+        launcher=_launcher(starter, request.num_ranks),
+        others="\n".join(f"# {_launcher(one, request.num_ranks)}" for one in others),
+        command=" ".join(shlex.quote(word) for word in command),
+    )
+
+
+def _launcher(starter: Starter, num_ranks: int) -> str:
+    return f'launcher="{starter.line(num_ranks)}" # {", ".join(starter.families)}'
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.1f} MiB"
+
+
+def _mib(amount: int) -> str:
+    return f"{math.ceil(amount / 2**20)}M"
+
+
+_TEXT = """\
+#!/usr/bin/env bash
+{about}
+{options}
+set -eo pipefail
+
+cd {folder}
+# Load here the modules of your MPI, before the environment:
+# module load openmpi
+export PATH={environment}/bin:$PATH
+
+# The launcher has to fit the MPI; fedmpi compares its world with this number of ranks, and refuses worlds of one.
+export FEDMPI_RANKS={ranks}
+{threads}{launcher}
+# The others, for other MPI libraries:
+{others}
+
+# USR1 comes before the time limit: the supervisor passes it on, and the ranks stop at the next batch.
+pid="" usr1=0
+stop() {{ [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null || true; }}
+trap '[ $usr1 = 1 ] || stop; usr1=1' USR1
+trap stop TERM
+# shellcheck disable=SC2086 # words
+fedmpi run {command} -- $launcher &
+pid=$!
+[ $usr1 = 0 ] || stop # a signal arrived before there was a pid
+while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # each signal interrupts one wait
+code=0
+wait "$pid" || code=$?
+
+# 3: stopped with a checkpoint; 138: the signal came before fedmpi listened.
+if [ $usr1 = 1 ] && {{ [ $code = 3 ] || [ $code = 138 ]; }} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt 100 ]; then
+  echo "stopped on request, requeueing" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit $code
+"""
