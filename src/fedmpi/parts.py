@@ -20,7 +20,7 @@ import torch
 
 import fedmpi
 from fedmpi import checkpoint, disk, fork, launcher, sources, stopping
-from fedmpi.alike import unlike
+from fedmpi.alike import mixed, unlike
 from fedmpi.assembly import Assembly, assemble, digest_of
 from fedmpi.comm import Comm
 from fedmpi.components import to_dict
@@ -82,7 +82,7 @@ class Parts:
             self.comm.finish()  # an earlier run's stop notice must not stop this one
         with self._confined():
             self.config, origins = self.comm.collectively(load)
-        if why := unlike(self.comm, self.config, origins):
+        if why := mixed(self.comm, versions()) or unlike(self.comm, self.config, origins):
             raise agreed(ConfigError(why))
         self.comm.set_up(self.config.comm.timeout_s)
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fedmpi.check.findings import Findings
 from fedmpi.cli import app
 from fedmpi.comm import SoloComm
+from fedmpi.comm.process import SIZES
 from fedmpi.comm.threads import on_ranks
 from fedmpi.doctor import advice, examine, host, lines, network
 
@@ -46,7 +47,7 @@ def test_alone_it_says_what_it_did_not_look_at(tmp_path):
 
 
 def test_the_command_alone(tmp_path, monkeypatch):
-    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "FEDMPI_RANKS"):
+    for variable in SIZES:
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / "file").write_text("")
     done = CliRunner().invoke(app, ["doctor", "--out", str(tmp_path / "file"), "--json"])
@@ -81,6 +82,11 @@ def one_core(result):
     result["ranks"][1]["cores"] = [3]
     result["ranks"].append({**result["ranks"][1], "rank": 2, "cores": [4, 5, 6]})
     result["clocks"]["ahead_s"].append(0.0)
+
+
+def unbound(result):
+    for row in result["ranks"]:
+        row["numa"] = {"0": [0, 1], "1": [2, 3]}
 
 
 def few_gpus(result):
@@ -131,6 +137,7 @@ PROBLEMS = {
     address_space: "ulimit -v leaves 10 MiB",
     few_cores: "2 ranks on 1 core; start at most 1 there (mpirun --bind-to none",
     one_core: "ranks 0 and 1 are both bound to core 3, and others are free; say mpirun --map-by core",
+    unbound: "rank 0 may run on NUMA nodes 0, 1, far from its memory; bind ranks: mpirun --map-by numa",
     few_gpus: "2 ranks for 1 GPU; start fewer ranks there, or set device.share: true",
     memory_disk: "is in memory (tmpfs)",
     no_locks: "nfs4 without locks; never start two jobs with one out",
@@ -148,7 +155,7 @@ PROBLEMS = {
 def test_a_problem_is_told_with_its_remedy(two, problem):
     sound = copy.deepcopy(two)
     for row in sound["ranks"]:  # whatever this machine lacks
-        row |= {"cores": [0, 1, 2, 3], "shm_bytes": 1 << 40, "gpus": [], "fabrics": [], "address_space": ""}
+        row |= {"cores": [0, 1, 2, 3], "shm_bytes": 1 << 40, "gpus": [], "fabrics": [], "address_space": "", "numa": {}}
         row |= {"limits": {"open_files": None, "memlock_bytes": None}, "locked": True}
         row["out"] = {"path": "runs", "file_system": "ext4"}
     sound["library"] |= {"library": "X", "launcher": None, "error": None, "threads": "multiple"}

@@ -1,18 +1,18 @@
 """Jobs under a real SLURM: slurm/train.sbatch on two virtual nodes with two ranks each."""
 
 import json
-import subprocess
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.slurm import Cluster, slurm_or_skip, until
+from support.mpi import absent
+from support.slurm import EVERYTHING, Cluster, inspect, reference, slurm_or_skip, wait_for_checkpoint
 
 TOP = Path(__file__).parents[2]
 # Rounds take some tenths of a second, so that there is time to interrupt them.
-TRAINING = ("rounds=10", "local.epochs=40", "checkpoint.every=2")
+TRAINING = ("rounds=10", "local.epochs=40", "checkpoint.every=2", "exchange.reduction=reproducible")
 
 
 @pytest.fixture(scope="module")
@@ -22,32 +22,75 @@ def slurm() -> Iterator[Cluster]:
         yield running
 
 
-def submit(slurm: Cluster, out: Path, **env: str) -> str:
+def submit(slurm: Cluster, out: Path, *options: str, rounds: int = 10, **env: str) -> str:
     """The id of a job that trains into ``out``."""
     sbatch = f"sbatch --parsable --nodes=2 --ntasks-per-node=2 --chdir={TOP} --output={out}-%j.log".split()
-    train = (f"{TOP}/slurm/train.sbatch", "configs/digits.yaml", f"out={out}", *TRAINING)
-    return slurm.run(*sbatch, *train, FEDMPI_VENV=sys.prefix, **env).strip()
+    train = (f"{TOP}/slurm/train.sbatch", "configs/digits.yaml", f"out={out}", *TRAINING, f"rounds={rounds}")
+    return slurm.run(*sbatch, *options, *train, FEDMPI_VENV=sys.prefix, **env).strip()
 
 
-def wait_for_checkpoint(slurm: Cluster, job: str, out: Path) -> None:
-    until(lambda: list(out.glob("checkpoints/round-*/manifest.json")), 60, lambda: slurm.log(job))
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SHA-256 of the run in one process."""
+    return reference(tmp_path_factory.mktemp("whole") / "run", *TRAINING)
 
 
-def inspect(out: Path) -> dict[str, Any]:
-    command = [f"{sys.prefix}/bin/fedmpi", "inspect", str(out), "--json"]
-    return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+def of_mpich() -> dict[str, str]:
+    """Environment of jobs under MPICH, from its own folder in the virtual environment; the test is skipped without."""
+    folder = Path(sys.prefix) / "mpich"
+    if not (folder / "bin/mpiexec").exists():
+        absent("mpich", f"no MPICH in {folder}, where jobs/test.sh puts it")
+    return {"MPI4PY_LIBMPI": f"{folder}/lib/libmpi.so.12", "PATH": f"{folder}/bin:{os.environ['PATH']}:/usr/sbin:/sbin"}
 
 
-def test_a_signalled_job_is_requeued_and_ends_with_the_same_bits(slurm: Cluster, tmp_path: Path) -> None:
-    cut = submit(slurm, tmp_path / "cut")
-    wait_for_checkpoint(slurm, cut, tmp_path / "cut")
-    slurm.run("scancel", "--signal=USR1", "--batch", cut)
-    whole = submit(slurm, tmp_path / "whole")
-    for job, restarts in (whole, "0"), (cut, "1"):
-        end = slurm.ended(job, timeout_s=200)
-        assert (end["JobState"], end["Restarts"]) == ("COMPLETED", restarts), slurm.log(job)
-    assert "resumed after round" in slurm.log(cut)
-    assert inspect(tmp_path / "cut")["params_sha256"] == inspect(tmp_path / "whole")["params_sha256"]
+@pytest.mark.parametrize(
+    "launcher",
+    ["pmix", "mpirun", pytest.param("pmi2", marks=EVERYTHING), pytest.param("mpiexec", marks=EVERYTHING)],
+)
+def test_a_signalled_job_is_requeued_and_ends_with_the_same_bits(
+    slurm: Cluster, tmp_path: Path, launcher: str, undisturbed: str
+) -> None:
+    env = of_mpich() if launcher in ("pmi2", "mpiexec") else {}
+    job = submit(slurm, tmp_path / "cut", FEDMPI_LAUNCHER=launcher, **env)
+    wait_for_checkpoint(slurm, job, tmp_path / "cut")
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    end = slurm.ended(job, timeout_s=200)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+    assert "resumed after round" in slurm.log(job)
+    told = inspect(tmp_path / "cut")
+    assert told["params_sha256"] == undisturbed and told["metrics"]["accuracy"] > 0.85
+    assert len(json.loads((tmp_path / "cut/ranks.json").read_text())) == 4
+
+
+@EVERYTHING
+def test_a_job_at_its_time_limit_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
+    rounds, out = 60, tmp_path / "run"
+    job = submit(slurm, out, "--time=1", "--signal=B:USR1@30", rounds=rounds)
+    end = slurm.ended(job, timeout_s=400)
+    assert end["JobState"] == "COMPLETED" and int(end["Restarts"]) >= 1, slurm.log(job)
+    assert inspect(out)["params_sha256"] == reference(tmp_path / "whole", *TRAINING, f"rounds={rounds}")
+
+
+@EVERYTHING
+def test_the_script_that_fedmpi_slurm_writes_trains_and_is_requeued(
+    slurm: Cluster, tmp_path: Path, undisturbed: str
+) -> None:
+    out = tmp_path / "run"
+    words = [
+        "--nodes=2",
+        "--ranks-per-node=2",
+        "--time=10",
+        "--launcher=pmix",
+        f"--sbatch=--output={out}.log",
+        "--submit",
+    ]
+    job = slurm.run(f"{sys.prefix}/bin/fedmpi", "slurm", f"{TOP}/configs/digits.yaml", f"out={out}", *TRAINING, *words)
+    job = job.strip()
+    wait_for_checkpoint(slurm, job, out)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    end = slurm.ended(job, timeout_s=200)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+    assert inspect(out)["params_sha256"] == undisturbed
 
 
 def test_scancel_is_final_and_exit_0_is_not_believed(slurm: Cluster, tmp_path: Path) -> None:

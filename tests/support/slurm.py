@@ -4,23 +4,26 @@ Needs slurmctld, slurmd, slurm-client, munge and libpmix2 (Debian's names), but 
 once, for a link that Debian's packages lack.
 """
 
+import json
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 T = TypeVar("T")
+TOP = Path(__file__).parents[2]
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
@@ -33,6 +36,10 @@ OPEN_MPI = {
     "OMPI_MCA_btl": "self,sm,tcp",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
+
+
+# Tests that take minutes: only with FEDMPI_TEST_SLURM=all.
+EVERYTHING = pytest.mark.skipif(os.environ.get("FEDMPI_TEST_SLURM") != "all", reason="only with FEDMPI_TEST_SLURM=all")
 
 
 class CannotStart(Exception):
@@ -74,6 +81,26 @@ def until(condition: Callable[[], T], timeout_s: float, explain: Callable[[], ob
             raise TimeoutError(f"not within {timeout_s:g} s: {explain()}")
         time.sleep(0.1)
     return answer
+
+
+def wait_for_checkpoint(running: Cluster, job: str, out: Path) -> None:
+    """Wait until the job's run has a checkpoint."""
+    until(lambda: list(out.glob("checkpoints/round-*/manifest.json")), 90, lambda: running.log(job))
+
+
+def inspect(out: Path) -> dict[str, Any]:
+    """What `fedmpi inspect` says of a run."""
+    command = [f"{sys.prefix}/bin/fedmpi", "inspect", str(out), "--json"]
+    return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+
+
+def reference(out: Path, *overrides: str) -> str:
+    """SHA-256 of the same run in one process, undisturbed. The overrides must make sums reproducible."""
+    assert "exchange.reduction=reproducible" in overrides
+    command = [f"{sys.prefix}/bin/fedmpi", "train", "configs/digits.yaml", f"out={out}", *overrides]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PMI", "OMPI_COMM"))}
+    subprocess.run(command, cwd=TOP, env=clean, capture_output=True, check=True, timeout=120)
+    return str(inspect(out)["params_sha256"])
 
 
 @contextmanager

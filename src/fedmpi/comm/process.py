@@ -15,7 +15,7 @@ import time
 import traceback
 from types import TracebackType
 
-from fedmpi import launcher, stopping
+from fedmpi import launcher, starters, stopping
 from fedmpi.comm.base import Comm
 from fedmpi.comm.machine import tight
 from fedmpi.comm.mpi import MpiComm, library
@@ -70,10 +70,7 @@ def _connect() -> Comm:
             all_ranks.keep_vigil()
     expected = 0 if is_fresh() else launched()
     if expected not in (0, comm.size):
-        raise ConfigError(
-            f"the launcher started {expected} ranks but MPI sees {comm.size}: launcher and MPI library do not belong "
-            "together (under SLURM try srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH, or mpirun)"
-        )
+        raise ConfigError(_not_one_world(expected, comm))
     abort_on_uncaught(comm)
     atexit.register(_abort_if_open, comm)  # runs before MPI's own handler, which would wait for the others
     return comm
@@ -105,20 +102,47 @@ def _stay() -> None:
         time.sleep(LEAVES_S)
 
 
+def _not_one_world(expected: int, comm: Comm) -> str:
+    """The error if MPI sees another number of ranks than the launcher."""
+    said = f"the launcher started {expected} ranks but MPI sees {comm.size}"
+    if not isinstance(comm, MpiComm) or comm.size > 1:
+        return f"{said}: FEDMPI_RANKS, which a batch script sets, or the launcher's number is another job's"
+    text = comm.mpi.Get_library_version()
+    name = " ".join(text.splitlines()[0].partition(",")[0].replace("\0", "").split())
+    line = starters.right(text, expected, "SLURM_JOB_ID" in os.environ)
+    return f"{said}: launcher and MPI library do not belong together; the library is {name}: start it by {line}"
+
+
+# Variables of launchers: number of ranks, and rank. Batch scripts set FEDMPI_RANKS. A launcher inside another's job
+# comes first: inside mpirun's ranks, SLURM's variables describe mpirun's daemons.
+SIZES = (
+    "FEDMPI_RANKS",
+    "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
+    "PMI_SIZE",  # Hydra: MPICH, Intel MPI; srun --mpi=pmi2; PALS
+    "MV2_COMM_WORLD_SIZE",  # MVAPICH
+    "JSM_NAMESPACE_SIZE",  # jsrun
+    "FLUX_JOB_SIZE",  # flux run
+    "SLURM_STEP_NUM_TASKS",  # srun
+)
+RANKS = (
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "PALS_RANKID",
+    "MV2_COMM_WORLD_RANK",
+    "JSM_NAMESPACE_RANK",
+    "FLUX_TASK_RANK",
+    "SLURM_PROCID",
+)
+
+
 def launched() -> int:
     """Number of ranks that the launcher says it started; 0 if it does not say."""
-    # Batch scripts set FEDMPI_RANKS. Inside mpirun's ranks, SLURM's variables describe mpirun's daemons.
-    for name in ("FEDMPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
-        value = os.environ.get(name, "")
-        if value.isdigit():
-            return int(value)
-    return 0
+    return next((int(value) for name in SIZES if (value := os.environ.get(name, "")).isdigit()), 0)
 
 
 def is_first() -> bool:
     """Whether the launcher says this process is rank 0; for messages when MPI cannot be used."""
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
 def abort_on_uncaught(comm: Comm) -> None:

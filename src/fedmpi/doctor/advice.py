@@ -100,6 +100,14 @@ def _cores(rows: Sequence[Mapping[str, Any]], found: Findings) -> None:
             f"{len(cores)} there{more}"
         )
         return
+    for row in rows if len(rows) > 1 else ():
+        nodes = [name for name, its in row["numa"].items() if {*row["cores"]} & {*its}]
+        if len(nodes) > 1 and len(rows) >= len(row["numa"]):
+            found.warn(
+                f"host {host}: rank {row['rank']} may run on NUMA nodes {', '.join(nodes)}, far from its memory; bind "
+                "ranks: mpirun --map-by numa --bind-to numa, or srun --cpu-bind=ldoms"
+            )
+            break
     owners: dict[int, int] = {}
     for row in rows:
         for core in row["cores"] if len(row["cores"]) == 1 else ():

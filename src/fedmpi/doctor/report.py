@@ -48,6 +48,9 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(rows) > 1:
         bound = [f"{one['rank']}: {_spans(one['cores'])}" for one in rows]
         text.append(f"  cores     {'; '.join(bound[:_MOST])}")
+    if len(nodes := row["numa"]) > 1:
+        on = [f"{one['rank']}: {', '.join(_nodes(one['cores'], nodes))}" for one in rows]
+        text.append(f"  NUMA      {len(nodes)} nodes; ranks on {'; '.join(on[:_MOST])}")
     shm = "no limit" if row["shm_bytes"] is None else size(row["shm_bytes"])
     files, locked = limits["open_files"] or "no limit", limits["memlock_bytes"]
     locked = "no limit" if locked is None else size(locked)
@@ -60,6 +63,11 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     locks = "with locks" if row["locked"] else "without locks"
     text.append(f"  out       {row['out']['path']}: {row['out']['file_system'] or 'unknown file system'}, {locks}")
     return text
+
+
+def _nodes(cores: Sequence[int], nodes: Mapping[str, Sequence[int]]) -> list[str]:
+    """The NUMA nodes that a rank's cores are of."""
+    return [name for name, its in nodes.items() if {*cores} & {*its}]
 
 
 def _spans(cores: Sequence[int]) -> str:
