@@ -385,3 +385,36 @@ def test_the_command_is_appended_with_its_epoch_unless_the_line_has_one(tmp_path
     supervised(tmp_path, "6:0", as_is=as_is).run()
     (started,) = events(tmp_path, "started")
     assert started["text"].endswith(" 6:0" if as_is else " 6:0 env FEDMPI_EPOCH=1 true")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("srun --mpi=pmix", "srun --nodelist=n1,n3 --nodes=2 --ntasks=3 --mpi=pmix"),
+        ("srun -n 5 x", "srun --nodelist=n1,n3 --nodes=2 --ntasks=3 -n 3 x"),
+        ("mpirun", "mpirun --host n1:2,n3:1"),
+        ("/opt/bin/mpiexec -n 5", "/opt/bin/mpiexec -hosts n1:2,n3:1 -n 3"),
+    ],
+)
+def test_nodes_of_a_slurm_job_can_be_left_out(tmp_path, monkeypatch, line, expected):
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$3" = "n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2),1")
+    found = LaunchLine.of(line.split())
+    assert found.of_job and found.slots == {"n1": 2, "n2": 2, "n3": 1} and found.num_ranks == 5
+    assert found.without({"n2"}, tmp_path) == (expected.split(), 3)
+    assert found.without((), tmp_path) == (line.split(), 5)
+    assert not LaunchLine.of(["mpirun", "--host", "a:2"]).of_job and not LaunchLine.of(["env", "srun"]).of_job
+    monkeypatch.setenv("SLURM_HET_SIZE", "2")
+    assert not LaunchLine.of(line.split()).of_job
+
+
+def test_a_node_answers_by_its_probe(tmp_path, monkeypatch):
+    (tmp_path / "srun").write_text('#!/bin/sh\nfor w; do [ $w != --nodelist=n2 ] || exit 1; done\neval "$8"\n')
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert remains.answering(["n1", "n2", "n3"]) == {"n1", "n3"}
+    monkeypatch.setenv("FEDMPI_PROBE", "false")
+    assert remains.answering(["n1", "n2"]) == {"n1", "n2"}  # none: srun itself is at fault

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class LaunchLine:
     words: tuple[str, ...]
     slots: Mapping[str, int]  # by host, in the line's order; empty if the line names no hosts
     num_ranks: int | None  # None if the line does not say
+    of_job: bool = False  # whether the hosts are those of this SLURM job, and not in the line
 
     @classmethod
     def of(cls, words: Sequence[str]) -> LaunchLine:
@@ -46,6 +48,8 @@ class LaunchLine:
                 num_ranks = int(value)
             for host, num in found:
                 slots[host] = slots.get(host, 0) + num
+        if not slots and words and os.path.basename(words[0]) in WHERE and (job := _job()):
+            return cls(tuple(words), job, num_ranks or sum(job.values()), of_job=True)
         return cls(tuple(words), slots, num_ranks)
 
     def without(self, lost: Collection[str], hostfile: Path) -> tuple[list[str], int | None]:
@@ -72,7 +76,57 @@ class LaunchLine:
             else:
                 continue
             words[index] = words[index][: len(words[index]) - len(value)] + new  # also for --host=a,b
+        if lost and self.of_job:
+            some = {host: num for host, num in self.slots.items() if host not in lost}
+            words[1:1] = WHERE[os.path.basename(words[0])](some, num_ranks or 0)
         return words, num_ranks
+
+
+def _on_nodes(slots: Mapping[str, int], num_ranks: int) -> list[str]:
+    return [f"--nodelist={','.join(slots)}", f"--nodes={len(slots)}", f"--ntasks={num_ranks}"]
+
+
+def _by_mpirun(slots: Mapping[str, int], num_ranks: int) -> list[str]:
+    return ["--host", ",".join(f"{host}:{num}" for host, num in slots.items())]
+
+
+def _by_hydra(slots: Mapping[str, int], num_ranks: int) -> list[str]:
+    return ["-hosts", ",".join(f"{host}:{num}" for host, num in slots.items())]
+
+
+# Options of a launcher for some of the hosts of a SLURM job.
+WHERE: dict[str, Callable[[Mapping[str, int], int], list[str]]] = {
+    "srun": _on_nodes,
+    "mpirun": _by_mpirun,
+    "mpiexec": _by_hydra,
+}
+
+
+def _job() -> dict[str, int]:
+    """Tasks by node of the SLURM job that this process is in; none outside a job, or for a heterogeneous one."""
+    nodes, tasks = (os.environ.get(name, "") for name in ("SLURM_JOB_NODELIST", "SLURM_TASKS_PER_NODE"))
+    if not nodes or not tasks or "SLURM_HET_SIZE" in os.environ:
+        return {}
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        names = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    each = tasks_of(tasks)
+    return dict(zip(names, each, strict=True)) if len(names) == len(each) else {}
+
+
+def tasks_of(text: str) -> list[int]:
+    """Tasks of each node, as SLURM writes them.
+
+    >>> tasks_of("2(x3),1")
+    [2, 2, 2, 1]
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        num, _, times = part.partition("(x")
+        found += [int(num)] * int(times.rstrip(")") or 1)
+    return found
 
 
 def _options(words: Sequence[str]) -> list[tuple[str, str]]:

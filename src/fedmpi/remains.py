@@ -26,6 +26,7 @@ from fedmpi.comm.vigil import answers
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 KILL_S = 10.0  # wait after SIGKILL; a process blocked on a dead disk may never go
 REMOTE_S = 10.0  # wait for another host
+PROBE_NODE_S = 30.0  # for a node of a SLURM job to answer
 PORTS = (22, 9)  # a live host accepts or refuses a connection to one of these
 # `rows` are PID:BORN. Field 22 of stat is the 20th after the name, which may contain blanks and brackets.
 REMOTE = (
@@ -68,6 +69,26 @@ def reachable(hosts: Iterable[str]) -> set[str]:
     with ThreadPoolExecutor(min(64, len(asked))) as pool:
         there = pool.map(lambda one: answers(*one), asked)
         return {host for (host, _), answered in zip(asked, there, strict=True) if answered}
+
+
+def answering(nodes: Iterable[str]) -> set[str]:
+    """The nodes of this SLURM job that run a command: FEDMPI_PROBE, a shell line, or nothing. All, if none does: then
+    srun itself is at fault."""
+    words = os.environ.get("FEDMPI_PROBE") or "true"
+    names = list(dict.fromkeys(nodes))
+
+    def answers_(node: str) -> bool:
+        nothing = subprocess.DEVNULL
+        try:
+            line = _by_srun(node, words)
+            done = subprocess.run(line, stdin=nothing, stdout=nothing, stderr=nothing, timeout=PROBE_NODE_S)
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(min(64, len(names))) as pool:
+        found = {name for name, there in zip(names, pool.map(answers_, names), strict=True) if there}
+    return found or set(names)
 
 
 def end(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> list[Rank]:
@@ -166,8 +187,12 @@ def _end_elsewhere(ranks: Sequence[Rank]) -> list[Rank]:
 def _reach(host: str, line: str) -> list[str]:
     """The command that runs a shell line on a host."""
     if _under_slurm():
-        return ["srun", "--overlap", "--mpi=none", "-N1", "-n1", f"--nodelist={host}", "sh", "-c", line]
+        return _by_srun(host, line)
     return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host, line]
+
+
+def _by_srun(node: str, line: str) -> list[str]:
+    return ["srun", "--overlap", "--mpi=none", "-N1", "-n1", f"--nodelist={node}", "sh", "-c", line]
 
 
 def _under_slurm() -> bool:

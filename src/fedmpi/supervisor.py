@@ -125,6 +125,7 @@ class Supervisor:
         self._grace_s = config.comm.timeout_s if options.grace_s is None else options.grace_s
         self._progress = Progress(self.root)
         self._starts, self._epoch = 0, 0
+        self._idle = 0  # starts in a row without a newer checkpoint
         self._asked, self._asked_s = 0, -math.inf  # number of stop requests, time of the last
         self._begun_s = time.monotonic()
         self._silent: tuple[float, set[str]] = (-math.inf, set())  # hosts without answer, and when they were asked
@@ -155,9 +156,9 @@ class Supervisor:
 
     def _until_done(self) -> None:
         """Start the ranks again and again until all rounds are done."""
-        best, idle = self._progress.commit, 0  # starts in a row without a newer checkpoint
+        best = self._progress.commit
         while True:
-            self._rest(min(BACK_OFF_S, 2.0 ** (idle - 1)) if idle else 0.0)
+            self._rest(min(BACK_OFF_S, 2.0 ** (self._idle - 1)) if self._idle else 0.0)
             if self._asked:
                 raise self._stopped()
             code = self._one_start()
@@ -177,9 +178,9 @@ class Supervisor:
                 return
             if self._asked or code == Stopped.exit_code:
                 raise self._stopped()
-            best, idle = max(best, self._progress.commit), 0 if progress else idle + 1
-            if idle >= self._options.starts:
-                why = f"{self.root}: {idle} starts in a row brought no newer checkpoint; {self._saved()}"
+            best, self._idle = max(best, self._progress.commit), 0 if progress else self._idle + 1
+            if self._idle >= self._options.starts:
+                why = f"{self.root}: {self._idle} starts in a row brought no newer checkpoint; {self._saved()}"
                 self._tell("gave up", why, aloud=False)
                 raise FedmpiError(why)
 
@@ -225,7 +226,7 @@ class Supervisor:
         """Start the ranks, wait until they end or hang, end what is left. Returns the launcher's exit code, or None if
         the supervisor ended it or there are too few hosts."""
         asked_s, lost = self._silent
-        if time.monotonic() - asked_s > FRESH_S:
+        if self._line.of_job or time.monotonic() - asked_s > FRESH_S:
             lost = self._lost_hosts()
         words, num_ranks = self._line.without(lost, self.root / HOSTFILE)
         if lost:
@@ -323,7 +324,10 @@ class Supervisor:
         self._tell(event, f"{what} ({seconds:.1f} s after it began)", code=code, lost=undone, behind=behind)
 
     def _lost_hosts(self) -> set[str]:
-        """The hosts of the launcher line that do not answer."""
+        """The hosts of the launcher line that do not answer. Nodes of a SLURM job are asked after a start without
+        progress only, because SLURM itself ends a job whose node is down."""
+        if self._line.of_job:
+            return {*self._line.slots} - remains.answering(self._line.slots) if self._idle else set()
         return {*self._line.slots} - remains.reachable(self._line.slots)
 
     def _raise_epoch(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.mpi import absent
-from support.slurm import EVERYTHING, Cluster, inspect, reference, slurm_or_skip, wait_for_checkpoint
+from support.slurm import EVERYTHING, Cluster, inspect, reference, slurm_or_skip, until, wait_for_checkpoint
 
 TOP = Path(__file__).parents[2]
 # Rounds take some tenths of a second, so that there is time to interrupt them.
@@ -113,3 +113,33 @@ def test_a_launcher_that_starts_worlds_of_one_is_refused(slurm: Cluster, tmp_pat
     assert (end["JobState"], end["ExitCode"]) == ("FAILED", "2:0"), slurm.log(job)
     assert "the launcher started 4 ranks but MPI sees 1" in slurm.log(job)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@EVERYTHING
+@pytest.mark.parametrize("launcher", ["srun --mpi=pmix --kill-on-bad-exit=1", "mpirun"])
+def test_a_node_where_ranks_do_not_start_is_left_out(slurm: Cluster, tmp_path: Path, launcher: str) -> None:
+    (tmp_path / "on.sh").write_text('[ "$SLURMD_NODENAME" != "$(cat $0.bad)" ] || exit 1\nexec "$@"\n')
+    out, bad = tmp_path / "run", tmp_path / "on.sh.bad"
+    bad.write_text("none")
+    probe = f'[ "$SLURMD_NODENAME" != "$(cat {bad})" ]'
+    job = submit(slurm, out, "--hold", FEDMPI_LAUNCHER=f"{launcher} sh {tmp_path}/on.sh", FEDMPI_PROBE=probe)
+    slurm.run("scontrol", "update", f"jobid={job}", "reqnodelist=n3,n4")
+    bad.write_text("n4")
+    slurm.run("scontrol", "release", job)
+    end = slurm.ended(job, timeout_s=200)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), slurm.log(job)
+    assert "no answer from n4; their silos move to the others" in slurm.log(job)
+    assert len(json.loads((out / "ranks.json").read_text())) == 2
+    assert inspect(out)["params_sha256"] == reference(tmp_path / "whole", *TRAINING)
+
+
+@EVERYTHING
+def test_a_node_that_is_killed_at_launch_is_replaced(tmp_path: Path, undisturbed: str) -> None:
+    with slurm_or_skip(num_nodes=3) as own:
+        job = submit(own, tmp_path / "run")
+        until(lambda: "started from the beginning" in own.log(job), 60)
+        own.kill_node("n2")
+        end = own.ended(job, timeout_s=240)
+        assert end["JobState"] == "COMPLETED" and int(end["Restarts"]) >= 1, own.log(job)
+        assert end["NodeList"] == "n[1,3]"
+        assert inspect(tmp_path / "run")["params_sha256"] == undisturbed

@@ -68,6 +68,18 @@ class Cluster:
         until(lambda: self.job(job)["JobState"] in ENDED, timeout_s, lambda: f"{self.job(job)}\n{self.log(job)}")
         return self.job(job)
 
+    def kill_node(self, name: str) -> None:
+        """Kill a node's daemon and all that it started."""
+        mark = f"-N\0{name}\0".encode()
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if mark in _read(path / "cmdline")]
+        ours = f"SLURM_CONF={self.env['SLURM_CONF']}\0".encode()
+        node = f"SLURMD_NODENAME={name}\0".encode()
+        for path in Path("/proc").glob("[0-9]*"):
+            environ = _read(path / "environ")
+            if ours in environ and (int(path.name) in pids or node in environ):
+                with suppress(OSError):
+                    os.kill(int(path.name), signal.SIGKILL)
+
     def log(self, job: str) -> str:
         """What the job has printed."""
         return Path(self.job(job)["StdOut"]).read_text(errors="replace")
@@ -144,6 +156,12 @@ def cluster(num_nodes: int = 2, num_cpus: int = 2) -> Iterator[Cluster]:
             yield running
         finally:
             _stop(running, daemons)
+
+
+def _read(path: Path) -> bytes:
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 def _link_pmix() -> None:
