@@ -27,7 +27,7 @@ LAUNCHES = (
 SLEEPS = ("mpi/test_slurm.py", "mpi/test_stop.py")
 # What a test needs, by its fixtures and by its file.
 FIXTURES = {"place": "mpi", "undisturbed": "mpi", "slurm": "slurm", "root": "data", "text_at_hand": "data"}
-FILES = {"mpi/test_testbed.py": "netns"}
+FILES = {"mpi/test_testbed.py": "netns", "mpi/test_multihost.py": "netns"}
 # Files of whole runs and processes: a tenth of the tests, but half of the time.
 RUNS = tuple(
     f"/test_{name}.py"
@@ -57,6 +57,8 @@ LONG = {
     "mpi/test_respawn.py": ("[one]",),
     "mpi/test_supervisor.py": ("rank",),
     "mpi/test_overlap.py": ("signal",),
+    "mpi/test_multihost.py::test_four": (),
+    "test_wheelhouse.py": (),
     "mpi/test_fragments.py": (),
     "mpi/test_arrivals.py::test_other_arrivals": (),
     "mpi/test_heart_published.py": ("1-", "4-"),

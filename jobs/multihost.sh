@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Trains on hosts of your own, by ssh, without a batch system:
+#
+#   jobs/multihost.sh HOSTFILE CONFIG [key=value ...]
+#
+# HOSTFILE has a line per host: a name that ssh reaches without a password, and how many ranks: `node1 slots=4`. The
+# checkout and its .venv are at the same path on every host; they need not be on a shared file system. All hosts are asked
+# first: each that does not answer, or has another version, is a line. `fedmpi run` supervises the ranks, so hosts that
+# fail later are left out and tried again. Environment variables:
+#
+#   FEDMPI_VENV    virtual environment; default: .venv of this checkout
+#   FEDMPI_SSH     command that reaches a host, as `COMMAND HOST WORDS...`; default: ssh -o BatchMode=yes
+#   FEDMPI_PASS    names of variables to pass to the ranks, separated by spaces, such as "SCRATCH OMP_NUM_THREADS"
+set -euo pipefail
+
+say() { echo "multihost: $*" >&2; }
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${FEDMPI_VENV:-$top/.venv}
+ssh=${FEDMPI_SSH:-ssh -o BatchMode=yes -o ConnectTimeout=5}
+if [ $# -lt 2 ] || [ ! -r "$1" ]; then
+  say "usage: jobs/multihost.sh HOSTFILE CONFIG [key=value ...]"
+  exit 2
+fi
+if [ ! -x "$venv/bin/fedmpi" ]; then
+  say "no fedmpi in $venv: run jobs/setup.sh there, or set FEDMPI_VENV"
+  exit 2
+fi
+hostfile=$1
+shift
+export PATH="$venv/bin:$PATH"
+
+# The launcher line knows hosts and slots.
+lines=$(python - "$hostfile" <<'PYTHON'
+import sys
+from fedmpi.errors import ConfigError
+from fedmpi.launchline import LaunchLine
+
+try:
+    slots = LaunchLine.of(["mpirun", "--hostfile", sys.argv[1]]).slots
+except ConfigError as error:
+    sys.exit(f"multihost: {error}")
+if not slots:
+    sys.exit(f"multihost: {sys.argv[1]} names no hosts")
+print(sum(slots.values()), *slots, sep="\n")
+PYTHON
+) || exit 2
+mapfile -t lines <<<"$lines"
+ranks=${lines[0]} hosts=("${lines[@]:1}")
+
+ask="cd '$PWD' && '$venv/bin/python' -c 'import sys; from importlib.metadata import version as v; print(*sys.version_info[:2], *map(v, (\"fedmpi\", \"torch\", \"numpy\", \"mpi4py\")))'"
+answers=$(mktemp -d)
+trap 'rm -rf "$answers"' EXIT
+for host in "${hosts[@]}"; do
+  # shellcheck disable=SC2086 # words
+  timeout 60 $ssh "$host" "$ask" >"$answers/$host" 2>"$answers/$host.error" </dev/null &
+done
+wait
+mine=$(eval "$ask")
+wrong=""
+for host in "${hosts[@]}"; do
+  said=$(tail -n1 "$answers/$host")
+  if [ -z "$said" ]; then
+    wrong=1
+    say "$host: no answer by '$ssh', or no $venv there: $(tail -n1 "$answers/$host.error")"
+  elif [ "$said" != "$mine" ]; then
+    wrong=1
+    say "$host: Python, fedmpi, torch, numpy, mpi4py are $said, here $mine"
+  fi
+done
+[ -z "$wrong" ] || exit 2
+
+pass=(PATH ${FEDMPI_PASS-})
+case $(mpirun --version 2>&1) in
+  *"Open MPI"*)
+    launcher=(mpirun --hostfile "$hostfile" -n "$ranks" --map-by slot:oversubscribe)
+    launcher+=(--prtemca plm ssh --prtemca plm_ssh_agent "$ssh")
+    for name in "${pass[@]}"; do launcher+=(-x "$name"); done
+    ;;
+  *) # Hydra: MPICH, Intel MPI. rsh differs from ssh only in that no -x comes before the host.
+    names=$(IFS=, && echo "${pass[*]}")
+    launcher=(mpiexec -f "$hostfile" -n "$ranks" -launcher ssh -genvlist "$names")
+    [ -z "${FEDMPI_SSH-}" ] || launcher=("${launcher[@]/#ssh/rsh}" -launcher-exec "$FEDMPI_SSH")
+    ;;
+esac
+rm -rf "$answers"
+say "$ranks ranks on ${hosts[*]} by: ${launcher[*]}"
+exec fedmpi run "$@" -- "${launcher[@]}"
