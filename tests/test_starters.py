@@ -20,7 +20,8 @@ ALL, BOTH = ("none", "pmi2", "pmix", "cray_shasta"), ("mpirun", "mpiexec")
         (MPICH, ALL, BOTH, "pmi2"),
         (MPICH, ("none", "pmix"), BOTH, "mpiexec"),
         (INTEL, ("pmix",), BOTH, "mpiexec"),
-        (CRAY, ALL, (), "pmi2"),
+        (CRAY, ALL, (), "cray_shasta"),
+        (CRAY, ("none", "pmi2"), (), "pmi2"),
     ],
 )
 def test_the_first_way_that_fits_the_library_is_taken(library, plugins, commands, expected):
@@ -48,5 +49,5 @@ def test_a_message_names_the_right_launch_line():
     assert right(OPEN_MPI, 4, slurm=True) == "`srun --mpi=pmix` or `mpirun -n 4` of the same MPI"
     assert right(INTEL, 3, slurm=False) == "`mpiexec -n 3` of the same MPI"
     assert right("Other", 3, slurm=False) == "the launcher that belongs to it"
-    assert [one.line(2).split()[0] for one in STARTERS.values()] == ["srun", "srun", "mpirun", "mpiexec"]
+    assert [one.line(2).split()[0] for one in STARTERS.values()] == ["srun", "srun", "srun", "mpirun", "mpiexec"]
     assert [family(text) for text in (OPEN_MPI, MPICH, INTEL, CRAY)] == ["Open MPI", "MPICH", "Intel MPI", "Cray MPICH"]

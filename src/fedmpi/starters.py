@@ -1,4 +1,4 @@
-"""The four ways to start MPI ranks under SLURM, and which one fits the MPI library that mpi4py loads.
+"""The ways to start MPI ranks under SLURM, and which one fits the MPI library that mpi4py loads.
 
 A launcher of one MPI and the library of another start N worlds of one rank. So a launcher is chosen by the library:
 
@@ -45,6 +45,7 @@ STARTERS = {
     one.name: one
     for one in (
         Starter("pmix", f"{SRUN} --mpi=pmix", ("Open MPI",), "pmix"),
+        Starter("cray_shasta", f"{SRUN} --mpi=cray_shasta", ("Cray MPICH",), "cray_shasta"),
         Starter("pmi2", f"{SRUN} --mpi=pmi2", ("MPICH", "Intel MPI", "MVAPICH", "Cray MPICH"), "pmi2"),
         Starter("mpirun", "mpirun", ("Open MPI",)),
         Starter("mpiexec", "mpiexec", ("MPICH", "Intel MPI", "MVAPICH")),
@@ -148,7 +149,8 @@ def main(words: list[str]) -> None:
     try:
         one, why = choose(name, library(), plugins(), commands)
     except ConfigError as error:
-        sys.exit(f"fedmpi: {error}")
+        print(f"fedmpi: {error}; FEDMPI_LAUNCHER may be a command of your own", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     print(one.line(int(words[0])), why, sep="\n")
 
 

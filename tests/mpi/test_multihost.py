@@ -32,7 +32,7 @@ def on_hosts(num: int, tmp_path: Path, lines: str, *more: str) -> subprocess.Com
         *train,
         *more,
     ]
-    done = subprocess.run(list(map(str, words)), cwd=TOP, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(list(map(str, words)), cwd=TOP, capture_output=True, text=True, timeout=240)
     if done.returncode == 77:
         absent("netns", done.stderr.strip())
     return done
