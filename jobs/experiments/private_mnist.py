@@ -18,6 +18,7 @@ of fedmpi, on the same seeds and data; its runs begin anew. `--quick`: digits in
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -99,14 +100,13 @@ def train(point: Point, seed: int, silos: int, out: Path, ends_s: float, quick: 
 
 def by_opacus(point: Point, seed: int, quick: bool) -> dict[str, Any]:
     """The same by Opacus's PrivacyEngine."""
-    from opacus import PrivacyEngine
-
     source = DATASETS.build({"name": "digits" if quick else "mnist", "silos": 1}, "data").source(seed)
     data = source.open(source.silos[0].id)
     torch.manual_seed(seed)
     model: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) if quick else net()
     rows = torch.utils.data.TensorDataset(data.x_train, data.y_train)
-    engine = PrivacyEngine(accountant="prv")
+    made: Any = importlib.import_module("opacus")
+    engine = made.PrivacyEngine(accountant="prv")
     model, optimizer, batches = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=point.lr),

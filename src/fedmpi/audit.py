@@ -5,6 +5,10 @@ canary, a noisy sample with a random label, is in a silo's training data with pr
 canaries whose loss fell most are guessed to have been in, those whose loss fell least to have been out. Under
 (epsilon, delta)-DP the number of correct guesses is bounded (Theorem 5.2); a number beyond that refutes it.
 
+Where whole silos are protected, the canaries are silos: each, if it is in, sends a vector of its own random direction
+and of the clip's norm as its update, and counts as zero if it is out. Those along whose direction the parameters moved
+most are guessed to have been in.
+
 A small bound proves nothing: the attack sees the last parameters only. A bound above the account means a bug.
 """
 
@@ -16,25 +20,29 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedmpi import rng
+from fedmpi.aggregate import Mean
 from fedmpi.comm import SoloComm
 from fedmpi.components import PositiveFloat, PositiveInt, component, did_you_mean
 from fedmpi.config import Config
 from fedmpi.data import DATASETS
 from fedmpi.errors import ConfigError
+from fedmpi.layout import DELTA
 from fedmpi.local.base import Guard
+from fedmpi.privacy import SiloPrivacy
 from fedmpi.privacy.account import Use, epsilon
 from fedmpi.privacy.per_sample import losses_of
 from fedmpi.privacy.record import DpSgd
 from fedmpi.privacy.spending import FILE
 from fedmpi.train import Run
-from fedmpi.types import Dataset, SiloData, Source, Streamed
+from fedmpi.transforms import About, State, Transform, Updates
+from fedmpi.types import Contribution, Dataset, Silo, SiloData, Source, Streamed
 
 
 @component
@@ -87,6 +95,61 @@ class Canaried:
         return x.to(data.x_train), y.to(data.y_train), inside
 
 
+@component
+class CanarySilos:
+    """A dataset with silos that are canaries, of one sample each."""
+
+    data: Annotated[Dataset, DATASETS]
+    """the dataset"""
+    count: PositiveInt
+    """number of canaries"""
+
+    @property
+    def names(self) -> list[str]:
+        """The canaries."""
+        return [f"canary-{number:05d}" for number in range(self.count)]
+
+    def source(self, seed: int) -> Source:
+        """The dataset's silos, then the canaries."""
+        inner = self.data.source(seed)
+        first, names = inner.silos[0].id, set(self.names)
+
+        def opened(name: str) -> SiloData:
+            if name not in names:
+                return inner.open(name)
+            data = inner.open(first)
+            if isinstance(data.x_train, Streamed):
+                raise ConfigError("audit: it takes a sample in memory for each canary; data.stream: false")
+            return SiloData(data.x_train[:1], data.y_train[:1], data.x_test[:0], data.y_test[:0])
+
+        return replace(inner, silos=(*inner.silos, *(Silo(name, 1) for name in self.names)), open=opened)
+
+
+class Planted(Transform):
+    """Puts a vector in place of the update of each canary, and then does what `inner` does, if there is one."""
+
+    changes: ClassVar[bool] = True
+
+    def __init__(self, seed: int, sent: dict[str, float], inner: Transform | None) -> None:
+        """`sent`: the norm of each canary's update; 0: it is out."""
+        self._seed, self._sent, self._inner = seed, sent, inner
+
+    def direction(self, silo: str, num: int) -> torch.Tensor:
+        """A canary's direction, of norm 1, [P]."""
+        drawn_P = rng.generator(self._seed, purpose="canary silo", silo=silo).standard_normal(num, dtype=np.float32)
+        return torch.from_numpy(drawn_P / np.linalg.norm(drawn_P))
+
+    def on_silo(self, update: Contribution, state: State, about: About) -> bool:
+        if (norm := self._sent.get(update.silo)) is not None:
+            delta_P = update[DELTA]
+            delta_P.copy_(self.direction(update.silo, len(delta_P)).to(delta_P).mul_(norm))
+        return True if self._inner is None else self._inner.on_silo(update, state, about)
+
+    def on_mean(self, mean_S: torch.Tensor, start: int, share: float, state: State, about: About) -> None:
+        if self._inner is not None:
+            self._inner.on_mean(mean_S, start, share, state, about)
+
+
 def p_value(num: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
     """Upper bound of the probability that so many of the guesses about `num` canaries are correct under (epsilon,
     delta)-DP (Theorem 5.2).
@@ -122,17 +185,23 @@ def lower_bound(num: int, guesses: int, correct: int, delta: float, confidence: 
 
 
 def audit(
-    config: Config, silo: str | None = None, canaries: int = 200, scale: float = 1.0, confidence: float = 0.95
+    config: Config,
+    silo: str | None = None,
+    canaries: int = 200,
+    scale: float = 1.0,
+    confidence: float = 0.95,
+    silos: bool = False,
 ) -> dict[str, Any]:
     """Train with canaries in one silo, by default the largest, in a temporary run directory on this process, and guess.
+    With `privacy: silo`, or `silos`, the canaries are silos.
 
-    Returns the bound, the account's epsilon of this silo's records (None without `privacy: record`), and counts.
+    Returns the bound, the account's epsilon of this silo's records or of silos (None without `privacy`), and counts.
     Raises ConfigError for what cannot be audited."""
     private = config.privacy
-    if private is not None and not private.of_records:
-        raise ConfigError("audit: canaries are records; privacy: silo protects whole silos, of which a run has too few")
     if not 0 < confidence < 1 or canaries < 8:
         raise ConfigError("audit: give 8 canaries or more, and a confidence between 0 and 1")
+    if silos or (private is not None and not private.of_records):
+        return _of_silos(config, silo, canaries, scale, confidence)
     source = config.data.source(config.seed)
     name = silo or max(source.silos, key=lambda one: one.num_samples or 0).id
     data = Canaried(data=config.data, silo=name, count=canaries, scale=scale, all_rows=private is not None)
@@ -154,19 +223,57 @@ def audit(
                 pass
             fell = before - losses()
             spent = None if private is None else _spent(json.loads((out / FILE).read_text()), name)
-    order = np.argsort(fell.numpy(), kind="stable")
+    return {"silo": name, **_guessed(fell.numpy(), inside.numpy(), delta, confidence), "epsilon_at_most": spent}
+
+
+def _of_silos(config: Config, silo: str | None, canaries: int, scale: float, confidence: float) -> dict[str, Any]:
+    """The audit of whole silos."""
+    private = config.privacy
+    if private is not None and not isinstance(private, SiloPrivacy):
+        raise ConfigError("audit: silos are canaries, and privacy: record protects records; leave --silos out")
+    if silo is not None:
+        raise ConfigError("audit: with silos as canaries no silo gets any; leave --silo out")
+    if private is not None and private.quantile is not None:
+        raise ConfigError("audit: the norm of silo canaries follows a fixed clip; leave privacy.quantile out")
+    if not isinstance(config.aggregate, Mean) or config.aggregate.weights != "uniform":
+        raise ConfigError("audit: canary silos have one sample each; take aggregate: {name: mean, weights: uniform}")
+    data = CanarySilos(data=config.data, count=canaries)
+    inside_N = rng.generator(config.seed, purpose="canary silos").random(canaries) < 0.5
+    norm = scale if private is None else private.clip
+    sent = dict(zip(data.names, (norm * inside_N).tolist(), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        how = replace(config, data=data, out=str(out), evaluate=replace(config.evaluate, every=config.rounds))
+        with Run(how, comm=SoloComm()) as run:
+            fed = run.federation
+            given = fed.updates.transforms[1:-1]  # between the checks
+            planted = Planted(config.seed, sent, given[-1] if private is not None else None)
+            fed.updates = Updates((planted,) if private is not None else (*given, planted))
+            start_P = run.parameters.clone()
+            for _ in run:
+                pass
+            moved_P = (run.parameters - start_P).double().cpu()
+            spent = None if private is None else _spent(json.loads((out / FILE).read_text()), "")
+    score_N = np.array([float(moved_P @ planted.direction(name, len(moved_P)).double()) for name in data.names])
+    delta = 0.0 if private is None else private.delta
+    return {"silo": None, **_guessed(score_N, inside_N, delta, confidence), "epsilon_at_most": spent}
+
+
+def _guessed(
+    score_N: npt.NDArray[Any], inside_N: npt.NDArray[np.bool_], delta: float, confidence: float
+) -> dict[str, Any]:
+    """What guesses by these scores, high for canaries that are in, say of epsilon."""
+    order, canaries = np.argsort(score_N, kind="stable"), len(score_N)
     each = canaries // 4  # guesses of either kind, fixed before anything was seen
-    correct = int((~inside[order[:each]]).sum() + inside[order[-each:]].sum())
+    correct = int((~inside_N[order[:each]]).sum() + inside_N[order[-each:]].sum())
     bound = lower_bound(canaries, 2 * each, correct, delta, confidence)
     return {
-        "silo": name,
         "canaries": canaries,
         "guesses": 2 * each,
         "correct": correct,
         "confidence": confidence,
         "delta": delta,
         "epsilon_at_least": bound,
-        "epsilon_at_most": spent,
     }
 
 

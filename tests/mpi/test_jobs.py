@@ -240,3 +240,11 @@ def test_starts_without_what_a_program_counts_on_come_to_an_end(checkout: Path) 
     assert list(rows) == ["shm", "memory", "stdout", "home", "disk"]
     for condition in ("stdout", "home"):
         assert rows[condition] == ["1", "0", "0", "0", "0"], done.stdout
+
+
+def test_private_fashion_in_its_quick_form(tmp_path: Path) -> None:
+    done = experiment("private_fashion.py", "--svg", str(tmp_path / "figure.svg"))
+    assert done.returncode == 0, done.stderr
+    kinds = [json.loads(line)["kind"] for line in done.stdout.splitlines()]
+    assert kinds == ["none", "gaussian", "adaptive", "correlated"]
+    assert (tmp_path / "figure.svg").read_text().count("<path") > 10

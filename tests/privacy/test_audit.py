@@ -2,16 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from support.runs import config, put_back  # noqa: F401
 from typer.testing import CliRunner
 
+from fedmpi.aggregate import Mean
 from fedmpi.audit import Canaried, audit, lower_bound, p_value
 from fedmpi.cli import app
 from fedmpi.errors import ConfigError
-from fedmpi.privacy import DpSgd, SiloPrivacy
+from fedmpi.layout import DELTA
+from fedmpi.privacy import Bounded, DpSgd, SiloPrivacy
 from fedmpi.types import SiloData
 
 
@@ -75,10 +78,75 @@ def test_integer_inputs_are_refused(tmp_path):
         Canaried(data=overfits(tmp_path).data, silo="a", count=8).canaries(silo, 0, 2)
 
 
+# ------------------------------------------------------------ silos as canaries
+
+
+def few_steps(out, **other):
+    return config(
+        out, 3, {"name": "digits", "silos": 4}, model="logistic", local={"lr": 0.1, "epochs": 1}, **UNIFORM, **other
+    )
+
+
+UNIFORM = {"aggregate": {"name": "mean", "weights": "uniform"}}
+NOISY = {"name": "silo", "clip": 0.5, "epsilon": 2.0, "delta": 1e-3, "reproducible": True}
+ROBIN = {"select": {"name": "round_robin", "count": 21}}
+
+
+def test_canary_silos_are_found_without_privacy(tmp_path):
+    told = audit(few_steps(tmp_path), canaries=80, silos=True)
+    assert told["epsilon_at_least"] > 2.0 and told["epsilon_at_most"] is None and told["silo"] is None
+    assert told["correct"] > 0.95 * told["guesses"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"privacy": NOISY},
+        {"privacy": NOISY, "secure": {"name": "secagg", "threshold": 4}},
+        {"privacy": NOISY | {"bands": 2}, **ROBIN},
+        {"privacy": NOISY, "select": {"name": "poisson", "rate": 0.5}},
+    ],
+    ids=["independent", "masked", "correlated", "poisson"],
+)
+def test_with_silo_privacy_the_bound_lies_below_the_account(tmp_path, other):
+    told = audit(few_steps(tmp_path, **other), canaries=80)
+    assert told["epsilon_at_least"] <= told["epsilon_at_most"] <= 2.0
+    assert told["correct"] < 0.9 * told["guesses"]
+
+
+def test_noise_that_is_not_there_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bounded, "on_mean", lambda *given: None)
+    told = audit(few_steps(tmp_path, privacy=NOISY), canaries=80)
+    assert told["epsilon_at_least"] > told["epsilon_at_most"]
+
+
+def test_a_canary_that_is_out_counts_as_zero_and_one_that_is_in_as_the_clip(tmp_path, monkeypatch):
+    sent = {}
+    on_silo = Bounded.on_silo
+
+    def spied(self, update, state, about):
+        kept = on_silo(self, update, state, about)
+        sent.setdefault(update.silo, []).append(update[DELTA].clone())
+        return kept
+
+    monkeypatch.setattr(Bounded, "on_silo", spied)
+    audit(few_steps(tmp_path, privacy=NOISY), canaries=20)
+    norms = {silo: [float(delta_P.norm()) for delta_P in rows] for silo, rows in sent.items() if silo[:6] == "canary"}
+    assert len(norms) == 20 and {round(norm, 4) for rows in norms.values() for norm in rows} == {0.0, 0.5}
+    assert all(len({round(norm, 4) for norm in rows}) == 1 for rows in norms.values())
+
+
 def test_what_cannot_be_audited_is_refused(tmp_path):
     how = overfits(tmp_path)
-    with pytest.raises(ConfigError, match="too few"):
-        audit(overfits(tmp_path, privacy=SiloPrivacy(clip=1.0, sigma=1.0, delta=1e-3)))
+    silos = SiloPrivacy(clip=1.0, sigma=1.0, delta=1e-3)
+    with pytest.raises(ConfigError, match="leave --silo out"):
+        audit(overfits(tmp_path, privacy=silos), silo="silo-0")
+    with pytest.raises(ConfigError, match="follows a fixed clip"):
+        audit(overfits(tmp_path, privacy=replace(silos, quantile=0.5)))
+    with pytest.raises(ConfigError, match="leave --silos out"):
+        audit(overfits(tmp_path, privacy={"name": "record", "clip": 1.0, "sigma": 1.0, "delta": 1e-5}), silos=True)
+    with pytest.raises(ConfigError, match="weights: uniform"):
+        audit(replace(how, aggregate=Mean()), silos=True)
     with pytest.raises(ConfigError, match="8 canaries"):
         audit(how, canaries=4)
     with pytest.raises(ConfigError, match="no silo 'x'"):

@@ -275,6 +275,7 @@ def audit(
     silo: Annotated[str | None, typer.Option("--silo", metavar="ID", help="who gets them (the largest)")] = None,
     scale: Annotated[float, typer.Option("--scale", help="their spread / that of the silo's samples")] = 1.0,
     confidence: Annotated[float, typer.Option("--confidence", help="of the bound")] = 0.95,
+    silos: Annotated[bool, typer.Option("--silos", help="canaries are silos, as with privacy: silo")] = False,
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
@@ -287,12 +288,13 @@ def audit(
         from fedmpi.trust import confined
 
         with confined(run_directory(Path(config)), allow or []):
-            told = examine(load(config, overrides or [])[0], silo, canaries, scale, confidence)
+            told = examine(load(config, overrides or [])[0], silo, canaries, scale, confidence, silos)
         if as_json:
             print(json.dumps(told))
             return
         least, most = f"{told['epsilon_at_least']:.4g}", told["epsilon_at_most"]
-        print(f"silo {told['silo']}: {told['correct']} of {told['guesses']} guesses are right, of {canaries} canaries")
+        whose = "silos" if told["silo"] is None else f"silo {told['silo']}"
+        print(f"{whose}: {told['correct']} of {told['guesses']} guesses are right, of {canaries} canaries")
         print(f"epsilon is at least {least} at delta {told['delta']:g} ({confidence:.0%} confidence)")
         print("without privacy there is no bound above" if most is None else f"epsilon is at most {most:.4g} (account)")
 
