@@ -355,7 +355,8 @@ MEMBERS = [(key, name) for family, key in FAMILIES.values() if key and family is
 
 @pytest.mark.parametrize(("key", "name"), MEMBERS, ids=[f"{key}={name}" for key, name in MEMBERS])
 def test_every_member_comes_back_from_its_plain_values(key, name, monkeypatch):
-    monkeypatch.setattr(clocks, "_arrivals", lambda run: {number: [] for number in range(1, 21)})
+    no_arrivals = {number: {"arrivals": [], "silos": {}} for number in range(1, 21)}
+    monkeypatch.setattr(clocks, "_records", lambda run: no_arrivals)
     parents = key.split(".")
     needs = NEEDS | ({"noise": {"sigma": 0.1}} if key == "updates" else {})
     needs |= TIMES_NEED if key == "engine.clock.compute" else {}
