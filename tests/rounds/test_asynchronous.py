@@ -1,5 +1,6 @@
 """Asynchronous rounds and virtual time. Their numbers are checked against the papers in equations/asynchronous.py."""
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -298,8 +299,8 @@ def test_a_start_that_is_not_kept_is_an_error_and_no_other_start(tmp_path):
         pytest.raises(Exception) as error,
     ):
         for _ in done:
-            vars(done.federation.exchange)["_starts"].clear()
-    assert "fetched are not kept" in str(error.value)
+            vars(done.federation.exchange)["_starts"].rows.clear()
+    assert "fetched, are not kept" in str(error.value)
 
 
 # ---------------------------------------------------------------- real time, on one rank
@@ -412,6 +413,68 @@ def test_a_training_gives_way_and_keeps_its_random_numbers():
     trainer.start(lambda: drawn(1))
     assert trainer.turn() is None and trainer.busy
     trainer.end()
+
+
+@component
+class Pulling(Sgd):
+    """Its delta depends on its start and on its silo alone."""
+
+    def train(self, silo, model, params_P, round):
+        contribution = super().train(silo, model, params_P, round)
+        contribution["delta"].copy_(pulled(params_P, silo.id))
+        return contribution
+
+
+def pulled(w, silo):
+    return -0.3 * w + (1 + int(silo[1:]))
+
+
+def test_a_replay_trains_from_the_versions_that_are_recorded_however_old_they_are(tmp_path):
+    """A silo may train from older parameters than its last update met, and bring two to a round from two versions."""
+    made_from = [
+        ("s0", 0),
+        ("s1", 0),
+        ("s0", 1),
+        ("s2", 0),
+        ("s1", 2),
+        ("s1", 3),
+        ("s1", 1),
+        ("s0", 2),
+        ("s2", 3),
+        ("s0", 9),
+    ]
+    rows = [[(silo, version)] for silo, version in made_from]
+    rows[8] = [("s2", 3), ("s2", 1), ("s1", 8)]
+    (folder := tmp_path / "earlier").mkdir()
+    lines, count = [], 0
+    for number, of_round in enumerate(rows, start=1):
+        arrivals = []
+        for silo, version in of_round:
+            row = {"silo": silo, "at_s": float(count), "version": version, "staleness": number - 1 - version}
+            arrivals.append({**row, "training": count})
+            count += 1
+        lines.append(json.dumps({"round": number, "arrivals": arrivals, "silos": {"s0": {}, "s1": {}, "s2": {}}}))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    how = config(
+        tmp_path / "replay",
+        len(rows),
+        engine={"name": "buffered", "clock": {"name": "replay", "run": str(folder)}},
+        aggregate={"name": "mean", "weights": "uniform"},
+        local={"name": HERE + "Pulling"},
+    )
+    with fedmpi.Run(how, comm=SoloComm()) as done:
+        versions = [done.parameters.clone()]
+        for record in done:
+            number = record["round"]
+            step = torch.zeros_like(versions[0])
+            for silo, version in rows[number - 1]:
+                step += (number - version) ** -0.5 * pulled(versions[version], silo)
+            versions.append(versions[-1] + step / len(rows[number - 1]))
+            assert torch.allclose(done.parameters, versions[-1], atol=1e-5), number
+            versions[-1] = done.parameters.clone()
+    run(replace(how, out=str(tmp_path / "cut"), rounds=7))
+    run(replace(how, out=str(tmp_path / "cut")))
+    assert everything(tmp_path / "cut") == everything(tmp_path / "replay")
 
 
 # ---------------------------------------------------------------- what it refuses
@@ -576,12 +639,11 @@ def test_a_replay_finds_the_version_of_each_silos_next_update(tmp_path, monkeypa
     monkeypatch.setattr("fedmpi.rounds.clocks._records", lambda run: records)
     clock = Replay(run="an earlier run")
     for before in range(30):
-        queue, wanted = Replayed(clock, before, ["s0", "s1", "s2", "s3", "s4"]), {}
+        queue = Replayed(clock, before, ["s0", "s1", "s2", "s3", "s4"])
         queue.take(2, 0.0, before, None)
-        for number in range(before + 2, 31):
-            for row in rows[number]:
-                wanted.setdefault(row["silo"], row["version"])
-        assert queue.versions == dict.fromkeys(queue.ids, before + 1) | wanted
+        later = [row for number in range(before + 2, 31) for row in rows[number] if row["version"] <= before + 1]
+        wanted = {silo: {row["version"] for row in later if row["silo"] == silo} for silo in queue.ids}
+        assert queue.versions == wanted
 
 
 @pytest.mark.parametrize("what", ["trace", "replay"])
@@ -653,15 +715,15 @@ def exchanged(comm, weights, optimizer, rejected=(), num=300_000, planned=None, 
                 exchange.bring(exchange.packed(update, number, None)[0], weights[i], 1.0)
                 delta_P.fill_(torch.nan)  # the next silo reuses it
         exchange.expect(ids, [i % comm.size for i in range(len(ids))])
-        exchange.fetched({silo: number - 1 if i == 0 or i == number == 1 else number for i, silo in enumerate(ids)})
+        exchange.fetched({silo: (number - (i == 0 or i == number == 1),) for i, silo in enumerate(ids)})
         before_P = params_P.clone()
         params_P, state = exchange.finish(params_P, Server(optimizer, scale=0.5), state)
         if comm.rank == 0:
-            assert torch.equal(exchange.older("s0"), before_P)
+            assert torch.equal(exchange.older("s0", number - 1), before_P)
             kept = [one.silo for one in exchange.holders["start"].state()]
             assert kept == ["s0", *(["s1"] if number == comm.size == 1 else [])]
             with pytest.raises(ExchangeError, match="silo 's2'"):
-                exchange.older("s2")
+                exchange.older("s2", number - 1)
     return params_P
 
 

@@ -12,14 +12,15 @@ side by side (rows.py), each multiplied by its staleness weight.
 
 What a codec loses of an update is part of its silo's state, which the engine keeps.
 
-A silo whose training began before the last step starts from older parameters. They are kept here, one vector per silo
-and shared among silos of one version, and are part of its state.
+A silo whose training began before the last step starts from older parameters. They are kept here, by silo and version,
+and are part of the silo's state; silos of one version share a vector. Under a virtual clock a silo has one such start.
+A replay may need more: a silo of the earlier run may have trained from older parameters than its last update met.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from fedmpi.exchange.cost import Cost, Sizes, Traffic
 from fedmpi.exchange.rows import Rows
 from fedmpi.exchange.wire import Wire
 from fedmpi.server import Server
-from fedmpi.state import OfSilos, Vectors
+from fedmpi.state import StateTensor, Vectors
 from fedmpi.types import Contribution
 
 if TYPE_CHECKING:
@@ -44,6 +45,36 @@ class _Kept(NamedTuple):
     share: float
     less: float  # its staleness weight
     message: torch.Tensor | None
+
+
+class Starts:
+    """A holder of the parameters that silos train from, if those are not the newest: by silo and version."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rows: dict[str, dict[int, torch.Tensor]] = {}
+        self._device = device
+
+    def keep(self, before: int, params_P: torch.Tensor, needed: Mapping[str, Collection[int]]) -> None:
+        """The server steps from version `before`, these parameters: keep those that silos will train from, by silo."""
+        copied_P = None
+        for silo, versions in needed.items():
+            rows = {version: start_P for version, start_P in self.rows.get(silo, {}).items() if version in versions}
+            if before in versions:
+                copied_P = params_P.clone() if copied_P is None else copied_P
+                rows[before] = copied_P
+            self.rows[silo] = rows
+
+    def state(self) -> Iterator[StateTensor]:
+        """The tensors of this rank's silos."""
+        for silo, rows in self.rows.items():
+            for version, start_P in rows.items():
+                yield StateTensor(("params", str(version)), start_P, "per_silo", silo)
+
+    def restore(self, stored: Sequence[StateTensor]) -> None:
+        """Replace them by the tensors of the silos that this rank hosts now."""
+        self.rows.clear()
+        for (_, version), tensor, _, silo, _ in stored:
+            self.rows.setdefault(silo, {})[int(version)] = tensor.to(self._device)
 
 
 class Runtime(Protocol):
@@ -63,11 +94,10 @@ class Arrivals(Exchange):
 
     def __init__(self, section: ExchangeSection, comm: Comm, params_P: torch.Tensor, facts: ExchangeContext) -> None:
         super().__init__(section, comm, params_P, facts)
-        self._starts: dict[str, torch.Tensor] = {}  # by silo: the parameters that it trains from, if not the newest
-        self.holders["start"] = OfSilos("params", self._starts, self.device)
+        self._starts = self.holders["start"] = Starts(self.device)
         self._kept: deque[_Kept] = deque()
         self._expected: list[tuple[str, int]] = []  # silo and rank of the round's updates, in the order of arrival
-        self._versions: dict[str, int] = {}  # by silo of this rank: the version that it trains from after the round
+        self._versions: dict[str, Collection[int]] = {}  # by silo of this rank: versions that it trains from later on
         length = self.num_params if comm.rank == 0 else 0
         self._sum = torch.zeros(length, dtype=self.dtype, device=self.device)
         self._first_P = self._sum  # of the updates in the buffer
@@ -143,11 +173,12 @@ class Arrivals(Exchange):
         if self._rows is not None:
             self._rows.begin()
 
-    def older(self, silo: str) -> torch.Tensor:
-        """The parameters before the last step or an earlier one, from which the silo trains."""
-        if silo not in self._starts:
-            raise ExchangeError(f"the parameters that silo '{silo}' fetched are not kept")
-        return self._starts[silo]
+    def older(self, silo: str, version: int) -> torch.Tensor:
+        """The parameters of an older version than the newest, from which the silo trains."""
+        start_P = self._starts.rows.get(silo, {}).get(version)
+        if start_P is None:
+            raise ExchangeError(f"the parameters of version {version}, which silo '{silo}' fetched, are not kept")
+        return start_P
 
     def packed(
         self, update: Contribution, training: int, before_Q: torch.Tensor | None
@@ -186,8 +217,8 @@ class Arrivals(Exchange):
         """Add to the round's updates, in the order of arrival: silos and their ranks. The same on all ranks."""
         self._expected += zip(silos, ranks, strict=True)
 
-    def fetched(self, versions: Mapping[str, int]) -> None:
-        """The version that each silo trains from after the round, which makes version `round`."""
+    def fetched(self, versions: Mapping[str, Collection[int]]) -> None:
+        """The versions, up to that which the round makes, that each silo trains from after the round."""
         self._versions = {silo: versions[silo] for silo in self.facts.hosted}
 
     def fingerprint(self, cohort: Sequence[str]) -> float:
@@ -199,7 +230,7 @@ class Arrivals(Exchange):
     def finish(
         self, params_P: torch.Tensor, server: Server, state: Any, lap: Lap = lambda phase: None
     ) -> tuple[torch.Tensor, Any]:
-        self._keep_starts(params_P)
+        self._starts.keep(self.round - 1, params_P, self._versions)
         if self.comm.rank == 0:
             for silo, rank in self._expected:
                 self.take(silo, rank)
@@ -221,16 +252,6 @@ class Arrivals(Exchange):
         self.verify(params_P)
         lap("exchange")
         return params_P, state
-
-    def _keep_starts(self, params_P: torch.Tensor) -> None:
-        """Keep the parameters before the step for silos that still train from them; forget those of the others."""
-        before, copied_P = self.round - 1, None
-        for silo, version in self._versions.items():
-            if version == before:
-                copied_P = params_P.clone() if copied_P is None else copied_P
-                self._starts[silo] = copied_P
-            elif version > before:
-                self._starts.pop(silo, None)
 
     def _send(self) -> None:
         """Send this rank's updates to rank 0."""

@@ -11,7 +11,6 @@ and all ranks must see the same order.
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 from abc import abstractmethod
@@ -248,26 +247,22 @@ class Replay(Clock):
         return [*self._records[number]["silos"]] if number in self._records else None
 
     @functools.cached_property
-    def _brings(self) -> dict[str, tuple[list[int], list[int]]]:
-        """By silo: the rounds to which it brings updates, in order, and the version of its first one in each."""
-        found: dict[str, tuple[list[int], list[int]]] = {}
+    def _last_use(self) -> dict[str, dict[int, int]]:
+        """By silo and version that it trains from: the last round to which it brings an update from it."""
+        found: dict[str, dict[int, int]] = {}
         for number in sorted(self.arrivals):
-            for row in self.arrivals[number]:
-                rounds, versions = found.setdefault(row["silo"], ([], []))
-                if number not in rounds[-1:]:
-                    rounds.append(number)
-                    versions.append(row["version"])
+            for row in (row for row in self.arrivals[number] if not row.get("dropped")):
+                found.setdefault(row["silo"], {})[row["version"]] = number
         return found
 
-    def next_version(self, silo: str, number: int) -> int:
-        """The version of the silo's next update after round `number`; `number` if none comes."""
-        rounds, versions = self._brings.get(silo, ([], []))
-        at = bisect.bisect_right(rounds, number)
-        return versions[at] if at < len(rounds) else number
+    def later_versions(self, silo: str, number: int) -> frozenset[int]:
+        """The versions up to `number` that the silo trains from for its updates after round `number`."""
+        rows = self._last_use.get(silo, {}).items()
+        return frozenset(version for version, last in rows if version <= number < last)
 
     def suits(self, ids: Sequence[str]) -> None:
         """Read the arrivals. Raise ConfigError unless all silos of the earlier run are among these."""
-        for name in ("_records", "arrivals", "_brings"):
+        for name in ("_records", "arrivals", "_last_use"):
             vars(self).pop(name, None)  # the file may have changed since an earlier run
         for of_round in self.arrivals.values():
             for one in of_round:

@@ -56,7 +56,7 @@ def train_due(
             name = one.silo
             draft = drafted(work.trained.get(name, fed.silos[name]))
             fed.watch.begin(f"silo '{name}', round {state.round + 1}")
-            start_P = exchange.older(name) if one.staleness else state.params_Q
+            start_P = exchange.older(name, one.version) if one.staleness else state.params_Q
             update = trained(fed, fed.model, draft, one.version, one.training, start_P, fed.watch.check)
             rejected, norms = judged(state, fed, update, draft, one.training)
             row = work.rows.setdefault(name, {})

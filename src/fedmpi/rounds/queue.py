@@ -104,9 +104,9 @@ class Queue:
         }
 
     @property
-    def versions(self) -> dict[str, int]:
+    def versions(self) -> dict[str, tuple[int, ...]]:
         """The version that each silo trains from."""
-        return dict(zip(self.ids, self.version_K.tolist(), strict=True))
+        return {silo: (version,) for silo, version in zip(self.ids, self.version_K.tolist(), strict=True)}
 
     def _fetch(self, k: int, version: int, at_s: float) -> None:
         self.training_K[k] += 1
@@ -171,12 +171,12 @@ class Replayed:
         return [Arrival(**row) for row in rows]
 
     def step(self, version: int) -> None:
-        """Nothing: the versions that silos fetch are those of their next arrivals."""
+        """Nothing: the versions that silos fetch are those of their later arrivals."""
 
     @property
-    def versions(self) -> dict[str, int]:
-        """The version of each silo's next update after this round; this round's for a silo that brings none."""
-        return {silo: self._clock.next_version(silo, self._number) for silo in self.ids}
+    def versions(self) -> dict[str, frozenset[int]]:
+        """The versions up to this round's of each silo's updates after this round."""
+        return {silo: self._clock.later_versions(silo, self._number) for silo in self.ids}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The time; everything else is in the earlier run."""
