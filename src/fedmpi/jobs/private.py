@@ -8,6 +8,7 @@ The state is written before the update that belongs to it is published. Which of
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from fedmpi import disk, tensorfile
@@ -64,10 +65,11 @@ class States:
         if exchange is not None:
             exchange.holders.restore(of_sent)
 
-    def forget(self, before: int) -> None:
-        """Remove the states of trainings before this one."""
+    def forget(self, answered: int, needed: Collection[Base]) -> None:
+        """Remove the states of trainings up to this number, whose updates are answered, except the `needed` ones: those
+        after updates that count. So none of updates that were dropped are left."""
         for base in self.stored():
-            if base[0] < before:
+            if base[0] <= answered and base not in needed:
                 self._path(base).unlink(missing_ok=True)
 
     def _path(self, base: Base) -> Path:

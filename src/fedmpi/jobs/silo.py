@@ -62,6 +62,7 @@ class SiloJob:
         self._draft: tuple[Base, dict[str, LocalSilo]] | None = None  # state after a training that is not answered
         self._sent: dict[int, int] = {}  # rounds, or versions, of updates that are not answered, by number
         self._answered = -1  # number of the last update that is decided, by a commit or before it
+        self._forgot = -1  # number of the last update whose states were looked through after a commit
         self._scored = -1  # newest version that this job has scored
         self._version = -1  # of the newest parameters that were fetched:
         self._params_Q, self._scored_P = torch.empty(0), torch.empty(0)  # to train from, and to score
@@ -199,10 +200,11 @@ class SiloJob:
         last = commit.last.get(self.silo, NEVER)
         self._sent = {number: round for number, round in self._sent.items() if number > last.number}
         base = (last.counted, last.counted_by)
-        if last.counted < 0 or base == self._base:
-            return
-        self._go_on(base)
-        self._states.forget(before=base[0])
+        if last.counted >= 0 and base != self._base:
+            self._go_on(base)
+        if last.number != self._forgot:
+            self._states.forget(last.number, {base})
+            self._forgot = last.number
 
     def _go_on(self, base: Base) -> None:
         """Take up the state after a training that counts."""
@@ -280,6 +282,8 @@ class SiloJob:
         self._post.news()
         if decided[1][0] >= 0:
             self._go_on(decided[1])
+        last = self._post.last()
+        self._states.forget(decided[0], {decided[1], (last.counted, last.counted_by)})
 
     def _train_at_once(self, commit: Commit) -> None:
         """Train from the newest parameters, if the last update is decided, and publish the update."""
