@@ -14,7 +14,7 @@ import torch
 from support.mpi import FEDMPI, Done, mpirun
 from support.programs.place import own_lines
 
-from fedmpi.bench import exchange
+from fedmpi.bench import arrivals, exchange
 from fedmpi.bench.baselines import Tcp
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
@@ -233,6 +233,25 @@ def test_deltas_are_no_constant_and_differ_by_rank() -> None:
     first, second = (exchange.noise(rank, 10_000) for rank in range(2))
     assert not torch.equal(first, second)
     assert float(first.std()) == pytest.approx(1e-3, rel=0.05)
+
+
+def test_an_update_costs_the_server_about_a_pass() -> None:
+    rows = arrivals.arrivals(20_000, 2)
+    assert [row["size"] for row in rows] == [1, 2, 10]
+    for row in rows:
+        assert row["updates_per_s"] == pytest.approx(1 / row["seconds"]["median"]) and row["x_memcpy"] > 0
+
+
+@pytest.mark.parametrize("size", arrivals.SIZES)
+def test_a_timed_round_is_a_round_of_fedbuff(size: int) -> None:
+    first, other = torch.ones(100), torch.full((100,), 3.0)
+    run = arrivals._round(size, first, other)
+    run()
+    run()
+    cells = dict(zip(run.__code__.co_freevars, (cell.cell_contents for cell in run.__closure__), strict=True))
+    less = [(1 + i) ** -0.5 for i in range(size)]
+    wanted = 2 * sum(s * (3.0 if i else 1.0) for i, s in enumerate(less)) / (size if size > 1 else 1)
+    assert torch.allclose(cells["params_P"], torch.full((100,), wanted))
 
 
 @pytest.mark.mpi

@@ -3,6 +3,7 @@
 exchange     every plan, and codecs, from a delta to new parameters on all ranks
 baselines    what they are compared with: gloo, raw TCP
 codecs       encode, decode and bytes on one core
+arrivals     what an update costs the server of engine: buffered
 checkpoint   how long rounds wait for checkpoints
 quality      time until runs reach a target
 scaling      exchanges and rounds over numbers of ranks

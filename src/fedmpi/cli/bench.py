@@ -115,6 +115,23 @@ def bench_codecs(params: Params = "25e6", repeats: Repeats = 7, as_json: Json = 
     answer(work)
 
 
+@bench.command("arrivals")
+def bench_arrivals(params: Params = "25e6", repeats: Repeats = 15, as_json: Json = False) -> None:
+    """Time what an update costs the server of `engine: buffered` on one core, beside one copy of the vector.
+
+    It is added to the buffer, and the server steps once `size` updates have arrived. x_memcpy is an update's time / a
+    copy's.
+    """
+
+    def work() -> None:
+        from fedmpi.bench import arrivals, timing
+
+        rows = arrivals.arrivals(timing.check_params(params), repeats)
+        print(json.dumps(rows) if as_json else timing.table(rows, arrivals.COLUMNS))
+
+    answer(work)
+
+
 @bench.command("checkpoint")
 def bench_checkpoint(
     params: Params = "25e6",
