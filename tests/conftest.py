@@ -32,7 +32,19 @@ FILES = {"mpi/test_testbed.py": "netns", "mpi/test_multihost.py": "netns"}
 RUNS = tuple(
     f"/test_{name}.py"
     for name in (
-        *("buffered_jobs", "ends", "gpu", "jobs", "launcher", "run", "run_ends", "silo_jobs", "silo_models", "trust"),
+        *(
+            "buffered_jobs",
+            "delayed_jobs",
+            "ends",
+            "gpu",
+            "jobs",
+            "launcher",
+            "run",
+            "run_ends",
+            "silo_jobs",
+            "silo_models",
+            "trust",
+        ),
     )
 )
 NOT_FAST = {"slow", "mpi", "slurm", "netns", "data", "long"}

@@ -47,7 +47,7 @@ from fedmpi.objectives import LossAndMetrics, resolve
 from fedmpi.opening import Opened, open_silos
 from fedmpi.placement import place
 from fedmpi.privacy import SiloPrivacy, Spending, masked, prepare
-from fedmpi.rounds import Federation, State
+from fedmpi.rounds import Federation, State, delays
 from fedmpi.rounds.disclosure import refuse_metrics
 from fedmpi.rounds.remote import Remote
 from fedmpi.secure.masks import require
@@ -340,12 +340,17 @@ def build_federation(
             updates=Updates(updates),
             private=spec.private,
             finetune=config.evaluate.finetune,
-            told=(*config.policy.columns, *config.engine.columns),
+            told=(*config.policy.columns, *config.engine.columns, *_of_delays(config)),
             secure=secure,
             experiment=_experiment(config, spec.known),
             remote=remote,
         )
     return Built(federation, replace(spec, section=plan.section), plan)
+
+
+def _of_delays(config: Config) -> tuple[str, ...]:
+    """Columns that tell measured delays of silos, if the amount of work follows them and no arrivals tell them."""
+    return delays.COLUMNS if config.local.by_delay is not None and not config.engine.arrivals else ()
 
 
 def _session(spec: Spec, opened: Opened, comm: Comm) -> Session | None:

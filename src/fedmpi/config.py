@@ -110,6 +110,8 @@ class EvaluateSection:
         if self.finetune.auxiliaries:
             rule = called(self.finetune)
             return f"evaluate.finetune: {rule} trains with what other silos send; take one that trains alone"
+        if self.finetune.by_delay is not None:
+            return "evaluate.finetune.amount: nothing is delayed after the last round; leave by_delay out"
         if config.local.is_personal:
             rule = called(config.local)
             return f"evaluate.finetune: the personal figures are those of the models that {rule} makes"

@@ -22,7 +22,7 @@ from fedmpi.exchange.cost import Sizes, num_vectors
 from fedmpi.exchange.fragments import parts
 from fedmpi.exchange.plans import MEASURE, PLANS
 from fedmpi.flat import Entry, layout_of, master_dtype, named_exact
-from fedmpi.local import plain_step
+from fedmpi.local import GradientRule, plain_step
 from fedmpi.mirror import BUDDIES, COMMITS
 from fedmpi.models import make
 from fedmpi.objectives import resolve
@@ -33,7 +33,7 @@ from fedmpi.reveals import reveals, trust
 from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
 from fedmpi.rounds.clocks import Virtual
 from fedmpi.rounds.disclosure import ready_pooling, refuse_metrics
-from fedmpi.rounds.pace import measured, paces
+from fedmpi.rounds.pace import amounts, measured, paces
 from fedmpi.secure.graph import degree
 from fedmpi.secure.ring import GROWS
 from fedmpi.secure.session import num_covered
@@ -155,7 +155,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
         "checkpoints_kept": config.checkpoint.keep + 1,
         "mirror_bytes": _mirror(config, counts, checkpoint, num_ranks),
         "budget": None if config.privacy is None else _budget(config, config.privacy, source),
-        "engines": _engines(config, source.silos, speeds),
+        **_engines(config, source.silos, speeds),
         "out": str(Path(config.out)),
         "privacy": [
             row._asdict()
@@ -188,18 +188,23 @@ def _secure(config: Config, ids: Sequence[str]) -> dict[str, Any] | None:
     }
 
 
-def _engines(config: Config, silos: Sequence[Silo], speeds: Path | None) -> list[dict[str, Any]] | None:
-    """The pace of each engine; None if the speeds of silos are not known."""
+def _engines(config: Config, silos: Sequence[Silo], speeds: Path | None) -> dict[str, Any]:
+    """The pace of each engine, and how much each silo would do if that follows delays; None if the speeds of silos are
+    not known, or if nothing follows delays."""
     ids, clock = [silo.id for silo in silos], config.engine.clock
+    unknown: dict[str, Any] = {"engines": None, "amounts": None}
     if speeds is None and not isinstance(clock, Virtual):
-        return None
+        return unknown
     if speeds is not None:
-        clock = measured(speeds, ids)
+        rule = config.local
+        clock = measured(speeds, ids, (rule.epochs or rule.steps or 0) if isinstance(rule, GradientRule) else 0)
     elif isinstance(clock, Virtual):
         clock.suits(ids)
         if clock.per == "sample" and any(silo.num_samples is None for silo in silos):
-            return None
-    return [asdict(one) for one in paces(config, clock, ids, [silo.num_samples or 0 for silo in silos])]
+            return unknown
+    about = (config, clock, ids, [silo.num_samples or 0 for silo in silos])
+    orders = {silo: {"amount": one.amount, "scale": one.scale} for silo, one in amounts(*about).items()}
+    return {"engines": [asdict(one) for one in paces(*about)], "amounts": orders or None}
 
 
 def _planned(config: Config, num_ranks: int, num_elements: int) -> tuple[ExchangeSection, str]:

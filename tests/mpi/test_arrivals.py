@@ -6,6 +6,7 @@ from support.programs.arrivals import CASES
 
 SHORT = ("a_slow_silo_does_not_make_the_others_wait", "a_replay_gives_the_same_bits_on_any_number_of_ranks")
 SHORT = (*SHORT, "the_order_of_arrivals_is_on_disk", "a_silo_that_raises_ends_all_ranks_with_its_name")
+SHORT = (*SHORT, "so_it_does_with_work_by_measured_delays")
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,14 @@ def test_private_mnist_in_its_quick_form() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["epsilon"] > 0
 
 
+def test_work_by_measured_delays_is_compared_with_whole_work() -> None:
+    done = experiment("by_delay.py")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["engine"] for row in rows] == ["synchronous"] * 4 + ["buffered"] * 4
+    assert rows[4]["stale"] > 0 == rows[0]["stale"] and all(0 <= row["end"] <= 1 for row in rows)
+
+
 def test_gradients_of_single_samples_are_timed_beside_plain_ones() -> None:
     done = subprocess.run(
         [PYTHON, str(TOP / "jobs/bench/per_sample.py"), "--quick"], capture_output=True, text=True, timeout=120

@@ -88,6 +88,25 @@ def test_speeds_are_measured_ones(tmp_path):
     assert plan(config(tmp_path / "a", 9, DATA), {}, 1)["engines"] is None
 
 
+def test_it_tells_how_much_silos_do_that_follow_their_delays(tmp_path):
+    """A training of 10 steps takes 1, 2, 3 and 10 seconds, and transfers a second: with 4 seconds there are 3 left."""
+    amount = {"name": "by_delay", "budget_s": 4.0}
+    local = {"epochs": None, "steps": 10, "amount": amount}
+    clock = virtual(delay={"name": "constant", "value": 1.0})
+    how = config(tmp_path / "a", 40, DATA, engine={"name": "buffered", "clock": clock}, local=local)
+    found = plan(how, {}, 1)
+    assert {silo: one["amount"] for silo, one in found["amounts"].items()} == {"s0": 10, "s1": 10, "s2": 10, "s3": 3}
+    assert [one["scale"] for one in found["amounts"].values()] == pytest.approx([0.3, 0.3, 0.3, 1.0])
+    one = found["engines"][-1]
+    assert one["updates_per_hour"] == pytest.approx(3600 * (1 / 2 + 1 / 3 + 1 / 4 + 1 / 4), rel=0.03)
+    records, _ = run(how)
+    told = {row["silo"]: row["amount"] for record in records for row in record["arrivals"]}
+    assert told == {silo: one["amount"] for silo, one in found["amounts"].items()}
+    again = plan(how, {}, 1, tmp_path / "a")["amounts"]  # measured in that run, with other amounts at first
+    assert {silo: one["amount"] for silo, one in again.items()} == told
+    assert plan(config(tmp_path / "b", 9, DATA, engine={"name": "buffered", "clock": clock}), {}, 1)["amounts"] is None
+
+
 def test_the_command_prints_a_table(tmp_path):
     (tmp_path / "a.yaml").write_text(
         "rounds: 2\nmodel: logistic\nlocal: {name: sgd, lr: 0.1, steps: 1}\n"
@@ -99,3 +118,6 @@ def test_the_command_prints_a_table(tmp_path):
     assert shown.exit_code == 0, shown.output
     line = next(line for line in shown.output.splitlines() if "synchronous" in line and "engine" not in line)
     assert "900" in line and "3600" in line and "38%" in line
+    asked = ["plan", str(tmp_path / "a.yaml"), "--speeds", str(speeds), "local.amount={name: by_delay, budget_s: 2}"]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 0 and "by_delay, once delays are known: silo-0 1 (lr x 1)" in shown.output, shown.output

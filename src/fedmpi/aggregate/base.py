@@ -108,6 +108,11 @@ class Aggregator:
         return "it takes every delta for a whole round's work"
 
     @property
+    def counts_steps(self) -> bool:
+        """Whether a silo weighs by the steps that it took."""
+        return False
+
+    @property
     def normalises(self) -> bool:
         """Does `weight` divide by the gradients that a delta holds?"""
         return False

@@ -41,6 +41,10 @@ class Mean(Aggregator):
         return super().conflicts(config)
 
     @property
+    def counts_steps(self) -> bool:
+        return self.weights == "steps"
+
+    @property
     def refuses_factors(self) -> str:
         """Steps are known only for the silos whose deltas arrived."""
         return "weights: steps divides by the steps of the cohort" if self.weights == "steps" else ""

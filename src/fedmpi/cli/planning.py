@@ -169,6 +169,10 @@ def _print_engines(console: Any, result: dict[str, Any]) -> None:
         shares = (f"{row[name]:.0%}" for name in ("dropped", "waiting"))
         table.add_row(row["engine"], *rates, f"{row['mean_staleness']:.2g}", str(row["max_staleness"]), *shares)
     console.print(table)
+    if (told := result["amounts"]) is not None:
+        rows = [f"{silo} {one['amount']} (lr x {one['scale']:.2g})" for silo, one in list(told.items())[:12]]
+        more = f", and {len(told) - 12} more silos (--json)" if len(told) > 12 else ""
+        console.print(f"local.amount: by_delay, once delays are known: {', '.join(rows)}{more}")
 
 
 @app.command()

@@ -18,9 +18,10 @@ from fedmpi.exchange.outbox import from_bytes
 from fedmpi.files.envelope import Envelope
 from fedmpi.files.line import Commit
 from fedmpi.files.server import Arrived
-from fedmpi.jobs.messages import read_row
+from fedmpi.jobs.messages import read_order, read_row, told_order
 from fedmpi.jobs.post import Told
 from fedmpi.rounds.clocks import now
+from fedmpi.rounds.delays import Delays
 from fedmpi.rounds.due import Work, enter, enter_norms, refuse, sent_weight
 from fedmpi.rounds.queue import Arrival, trainings
 from fedmpi.rounds.realtime import Mail, RealTime
@@ -52,6 +53,9 @@ class FilesTime(RealTime):
         self._came: deque[Arrived] = deque()  # by mail: the files
         self._pool: dict[tuple[str, int], tuple[Mail, Arrived]] = {}  # read, and not yet in `mail`
         self._first: deque[Told] = deque()  # updates that come before all others
+        self._handed = {}
+        self._unknown: set[str] | None = None  # silos whose work an earlier server handed out; None: before the rounds
+        self._verdicts: dict[tuple[str, int], bool] = {}  # by silo and number: whether an update counts, as it was told
         self._figures: list[Figures] = []  # of the round's arrivals
         if (before := self.before) is not None:
             self._inherit(before)
@@ -61,6 +65,7 @@ class FilesTime(RealTime):
         """Take over the updates that were read and not taken yet; silos have other numbers now."""
         ids = self.fed.index
         self._first, self._came = before._first, before._came
+        self._handed, self._unknown, self._verdicts = before._handed, before._unknown, before._verdicts
         self.mail.extend(replace(mail, silo=ids[one.silo]) for mail, one in zip(before.mail, self._came, strict=True))
         self._pool = {key: (replace(mail, silo=ids[one.silo]), one) for key, (mail, one) in before._pool.items()}
 
@@ -68,8 +73,8 @@ class FilesTime(RealTime):
         fed, remote = self.fed, self.remote
         self.state, self._arrivals, self.until_s = state, list[Arrival](), float("inf")
         self._figures = []
-        remote.answers = []
-        end_s = self.seconds
+        remote.answers, remote.told = [], self._orders_of(Delays.of(state.policy, fed.rule, fed.ids))
+        end_s, fresh = self.seconds, remote.post.files.head is None
         try:
             remote.begin(state, fed)
             if (commit := remote.committed(state.round + 1)) is not None:
@@ -77,6 +82,7 @@ class FilesTime(RealTime):
             else:
                 self._first += remote.post.open(state.round)
                 remote.call_all(state, fed)
+                self._hand_out(fresh)
                 while not self._closed():
                     fed.watch.check()
                     self.read()
@@ -93,29 +99,54 @@ class FilesTime(RealTime):
             work.status = broken.status
         arrivals = list(self._arrivals)
         self._enter(arrivals, work)
-        remote.told = {"arrivals": [asdict(one) for one in arrivals], "figures": self._figures, "end_s": end_s}
+        delays = Delays.of(state.policy, fed.rule, fed.ids).hear(arrivals)
+        told = {"arrivals": [asdict(one) for one in arrivals], "figures": self._figures, "end_s": end_s}
+        remote.told = told | self._orders_of(delays)
         return arrivals, end_s
 
+    def _orders_of(self, delays: Delays) -> dict[str, Any]:
+        """What a commit says of how much silos do that train from its version."""
+        orders = {silo: told_order(order) for silo, order in delays.orders().items()}
+        return {"orders": orders} if orders else {}
+
+    def _hand_out(self, fresh: bool) -> None:
+        """Silos that wait for the version from which a round starts may train. `fresh`: no server was before."""
+        if self._unknown is None:
+            self._unknown = set() if fresh else set(self.fed.ids)
+        for silo in self.fed.ids:
+            if silo not in self._unknown:
+                self._handed.setdefault(silo, (self.seconds, self.state.round))
+
+    def _drops(self, mail: Mail, delay_s: float | None) -> bool:
+        told = self._verdicts.pop((self.fed.ids[mail.silo], mail.training), None)
+        return super()._drops(mail, delay_s) if told is None else not told
+
     def read(self) -> None:
-        for one in self.remote.post.files.poll(self._first):
+        for one in self.remote.post.files.poll([told[:3] for told in self._first]):
             head = one.content.head
             vector = None if int(head["rejected"]) else self._vector(one.content)
-            weight = read_row(head["row"]).get("weight", 0.0)
-            mail = Mail(self.fed.index[one.silo], head["version"], one.number, weight, vector)
+            row = read_row(head["row"])
+            made = (self.fed.index[one.silo], head["version"], one.number, row.get("weight", 0.0), vector)
+            mail = Mail(*made, row.get("work_s", 0.0), read_order(head.get("order")))
             self._pool[one.silo, one.number] = mail, one
         while self._pool:
             following = self._first[0][:2] if self._first else next(iter(self._pool))
             if following not in self._pool:
                 break
             mail, one = self._pool.pop(following)
-            if self._first:
-                self._first.popleft()
+            if self._first and (counts := self._first.popleft().counts) is not None:
+                self._verdicts[one.silo, one.number] = counts
             self.mail.append(mail)
             self._came.append(one)
 
     def _take(self, mail: Mail) -> None:
         one = self._came.popleft()
+        promised = (one.silo, one.number) in self._verdicts
+        if self._unknown is not None and not promised:
+            self._unknown.discard(one.silo)
         super()._take(mail)
+        if promised:  # the earlier server has handed out the silo's next work
+            self._handed.pop(one.silo, None)
         arrival = self._arrivals[-1]
         self._figures.append({**one.content.head["row"], "rejected": str(one.content.head["rejected"])})
         self.remote.answers.append(one.entry(counts=arrival.counts))

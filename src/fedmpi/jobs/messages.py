@@ -10,7 +10,8 @@ scores/             a silo's scores of a version
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from fedmpi.components import to_dict
 from fedmpi.config import OF_A_SITE, Config, differences, flatten
 from fedmpi.errors import ConfigError
+from fedmpi.local import Order
 from fedmpi.types import Task
 
 Row = dict[str, float]
@@ -95,6 +97,7 @@ class Call:
     updates: dict[str, Any] = field(default_factory=dict)  # the transforms' state, as `told_arrays`
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # by silo: incarnation of its job, and why
     over: str = ""  # why the server's job has ended with an error; empty: it has not
+    orders: dict[str, list[Any]] = field(default_factory=dict)  # by silo: how much it does, as `told_order`
 
     @classmethod
     def read(cls, head: Mapping[str, Any]) -> Call:
@@ -103,6 +106,23 @@ class Call:
 
 
 NO_CALL = Call({}, "", -1, [], [], 0)  # before the first one
+
+
+def told_order(order: Order) -> list[Any]:
+    """What a silo is told of how much to do.
+
+    >>> read_order(told_order(Order(3, 0.5))), read_order(None)
+    (Order(amount=3, scale=0.5, share=1.0, latest_s=inf), None)
+    """
+    return [*order[:-1], None if math.isinf(order.latest_s) else order.latest_s]
+
+
+def read_order(told: Sequence[Any] | None) -> Order | None:
+    """What `told_order` has told; None if nothing was."""
+    if told is None:
+        return None
+    amount, scale, share, latest_s = told
+    return Order(amount, scale, share, math.inf if latest_s is None else latest_s)
 
 
 def told_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

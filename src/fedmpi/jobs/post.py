@@ -243,6 +243,7 @@ class Told(NamedTuple):
     silo: str
     number: int
     by: int
+    counts: bool | None = None  # None: said by an earlier version, which did not keep it
 
 
 def _last_words(files: Server) -> dict[str, Any]:
@@ -305,8 +306,8 @@ class ServerPost(Beats):
         """Tell a silo that its update is in the buffer, or does not count."""
         counted = [number, by] if counts else self._decided.get(silo, (0, -1, 0))[1:]
         self._decided = {**self._decided, silo: [number, *counted]}
-        if (row := Told(silo, number, by)) not in self._buffer:
-            self._buffer.append(row)
+        if (silo, number, by) not in [row[:3] for row in self._buffer]:
+            self._buffer.append(Told(silo, number, by, counts))
         self.beat()
 
     def call(self, call: Call, over: str = "") -> None:

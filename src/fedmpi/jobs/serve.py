@@ -15,7 +15,8 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -38,10 +39,10 @@ from fedmpi.files.server import Arrived
 from fedmpi.flat import sha256
 from fedmpi.jobs.arrivals import FilesTime
 from fedmpi.jobs.joining import Joining, Members, first_members, members_of, with_silos
-from fedmpi.jobs.messages import Call, read_row, shown, told_arrays, told_row
+from fedmpi.jobs.messages import Call, read_row, shown, told_arrays, told_order, told_row
 from fedmpi.jobs.post import ServerPost, files_of
 from fedmpi.jobs.scores import Scores
-from fedmpi.local import LocalSilo
+from fedmpi.local import LocalSilo, Order
 from fedmpi.membership import Comms, Membership
 from fedmpi.module import saved
 from fedmpi.opening import Opened
@@ -50,6 +51,7 @@ from fedmpi.output import say
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.agreement import REFUSED, as_error
 from fedmpi.rounds.closing import Closing, Late
+from fedmpi.rounds.training import NO_ORDERS
 from fedmpi.stopping import EVENTS_FILE, FAILED, READY, BrokenOff, Watch
 from fedmpi.train import Run
 from fedmpi.types import Contribution, Silo, SiloData, Source
@@ -167,6 +169,7 @@ class FilesRemote:
         self.answers: list[Entry] = []  # of the round, in the order of arrival
         self._inbox: Inbox | None = None
         self._time: FilesTime | None = None  # of the last members
+        self._took_over = post.files.head is not None  # whether an earlier server may have handed out a round's work
         self._called = -1  # epoch of the membership that `call_all` has told
         self._behind: dict[str, int] = {}  # by silo: last round that closed without it; it may still train
         self._forgot = -1  # version up to which everything was looked through
@@ -185,6 +188,7 @@ class FilesRemote:
         stands_for: float,
         refused: FedmpiError | None,
         closing: Closing | None = None,
+        orders: Mapping[str, Order] = NO_ORDERS,
     ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
         """See rounds/remote.py. Raises Superseded and FolderError; then the round is not committed."""
         fed.ready.clear()
@@ -198,9 +202,9 @@ class FilesRemote:
                 if (commit := self.committed(number)) is not None:
                     self._recall(commit, fed)
                 else:
-                    call = self._call(state, fed, number, cohort, factors, near, stands_for)
+                    call = self._call(state, fed, number, cohort, factors, near, stands_for, orders)
                     self.post.call(call)
-                    self._wait(fed, number, cohort, closing)
+                    self._wait(fed, number, cohort, closing, orders)
             except BrokenOff as broken:
                 if self.post.error is not None:
                     raise self.post.error from None
@@ -221,11 +225,13 @@ class FilesRemote:
         factors: Sequence[float] | None,
         near: float,
         stands_for: float,
+        orders: Mapping[str, Order] = NO_ORDERS,
     ) -> Call:
         members = fed.membership
         told = (shown(self._config), self._begins, members.epoch, members.ids, fed.facts_KF.tolist())
         weights = None if factors is None else list(factors)
-        return Call(*told, number, list(cohort), weights, near, stands_for, told_arrays(state.updates))
+        rows = {silo: told_order(order) for silo, order in orders.items()}
+        return Call(*told, number, list(cohort), weights, near, stands_for, told_arrays(state.updates), orders=rows)
 
     def real_time(self, engine: Any, fed: Federation, exchange: Arrivals, state: State) -> FilesTime:
         """See rounds/remote.py."""
@@ -311,11 +317,19 @@ class FilesRemote:
             content = self.post.update(commit, entry)
             self._add(Arrived(entry.silo, entry.number, entry.by, content), fed, commit.version)
 
-    def _wait(self, fed: Federation, number: int, cohort: Sequence[str], closing: Closing | None) -> None:
+    def _wait(
+        self,
+        fed: Federation,
+        number: int,
+        cohort: Sequence[str],
+        closing: Closing | None,
+        orders: Mapping[str, Order],
+    ) -> None:
         """Wait for the cohort's updates, or until the round closes; take what has come, in the cohort's order."""
         found: dict[str, Arrived] = {}
         seconds: dict[str, float] = {}
-        self.answers = []
+        delays: dict[str, float] = {}
+        began_s, self.answers = time.monotonic(), []
         with contextlib.suppress(Late):
             while True:
                 for one in self.post.files.poll():
@@ -325,6 +339,7 @@ class FilesRemote:
                     if one.content.head["round"] == number and one.silo in cohort and one.silo not in found:
                         found[one.silo] = one
                         seconds[one.silo] = 0.0 if closing is None else closing.through()
+                        delays[one.silo] = time.monotonic() - began_s
                 if len(found) == len(cohort):
                     break
                 (fed.watch if closing is None else closing).check()
@@ -339,10 +354,21 @@ class FilesRemote:
         for silo in cohort:
             if silo in found:
                 self._take(found[silo], fed, number, None if closing is None else seconds[silo])
+                if silo in orders:
+                    self._measure(fed, silo, delays[silo])
             elif closing is not None:
                 self._behind[silo] = number
                 late = VOID if closing.is_broken else DROPPED
                 fed.ready.set_silo(fed.index[silo], late=late, seconds=2 * closing.limit_s)
+                if silo in orders and late == DROPPED:
+                    fed.ready.set_silo(fed.index[silo], work_s=2 * closing.limit_s, units=orders[silo].amount)
+        self._took_over = False
+
+    def _measure(self, fed: Federation, silo: str, delay_s: float) -> None:
+        """Enter how long the silo waited. If an earlier server handed its work out, that is not known."""
+        row = fed.ready.row(fed.index[silo])
+        wait_s = max(0.0, delay_s - row["work_s"])
+        fed.ready.set_silo(fed.index[silo], **({"units": 0.0} if self._took_over else {"wait_s": wait_s}))
 
     def _heard(self, one: Arrived) -> None:
         """A silo that was late is free again once the update of that round has come."""

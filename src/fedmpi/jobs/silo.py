@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,19 @@ from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.outbox import Outbox, as_bytes, from_bytes
 from fedmpi.files.line import NEVER, Commit
 from fedmpi.files.names import quoted
-from fedmpi.jobs.messages import Call, Registration, read_arrays, require_same, shown, told_row
+from fedmpi.jobs.messages import (
+    Call,
+    Registration,
+    read_arrays,
+    read_order,
+    require_same,
+    shown,
+    told_order,
+    told_row,
+)
 from fedmpi.jobs.post import UNREAD, SiloPost, files_of
 from fedmpi.jobs.private import Base, States
-from fedmpi.local import LocalSilo
+from fedmpi.local import LocalSilo, Order
 from fedmpi.membership import Comms, Membership
 from fedmpi.module import saved
 from fedmpi.opening import Opened
@@ -254,7 +264,8 @@ class SiloJob:
         assert fed is not None
         state = State(call.round - 1, self._params_Q, None, {}, updates=read_arrays(call.updates))
         of_cohort = (call.round, call.cohort, call.factors, call.near, call.stands_for, None)
-        after, error = train_silos(state, fed, *of_cohort)
+        order = read_order(call.orders.get(silo))
+        after, error = train_silos(state, fed, *of_cohort, orders={} if order is None else {silo: order})
         if error is not None:
             raise error if isinstance(error, (SiloError, ConfigError)) else SiloError(str(error))
         if fed.ready.rank("status")[0] >= STOP:
@@ -293,10 +304,12 @@ class SiloJob:
             return
         number = max(self._answered + 1, self._post.next_number({}))
         version, params_Q, draft = commit.version, self._params_Q, drafted(fed.silos[silo])
+        order, began_s = self._order(commit), time.monotonic()
         try:
-            update = trained(fed, fed.model, draft, version, number, params_Q, fed.watch.check)
+            update = trained(fed, fed.model, draft, version, number, params_Q, fed.watch.check, order)
         except BrokenOff:
             raise self._stop() from None
+        work_s = time.monotonic() - began_s
         state = State(version, params_Q, None, {}, updates=fed.updates.init())
         rejected, norms = judged(state, fed, update, draft, number)
         message = torch.empty(0)
@@ -309,12 +322,19 @@ class SiloJob:
         row = {
             **{"weight": update.weight, "silo": draft.weight, "loss": update.loss, "norm": update.norm},
             **{"samples": update.num_samples, "steps": update.num_steps, "targets": update.counted},
-            **{"normalizer": update.num_gradients, **norms},
+            **{"normalizer": update.num_gradients, **norms, **({} if order is None else {"work_s": work_s})},
         }
         head = {"version": version, "rejected": rejected, "row": told_row(row)}
+        head |= {} if order is None else {"order": told_order(order)}
         self._post.send(number, head, as_bytes(message))
         self._sent[number] = version
         say(f"from version {version}: {update.num_steps} steps, loss {update.loss:.4f}{', rejected' * bool(rejected)}")
+
+    def _order(self, commit: Commit) -> Order | None:
+        """What the silo is told of a training from this version. A silo that joined later is told nothing yet."""
+        assert self._fed is not None
+        told = commit.about.get("orders", {}).get(self.silo)
+        return read_order(told) or self._fed.rule.orders({self.silo: None}).get(self.silo)
 
     def _finish(self, commit: Commit) -> None:
         """Write the silo's model at the end of the run."""

@@ -25,6 +25,7 @@ from fedmpi.local.gradient import Sgd
 from fedmpi.local.optimizers import plain_step
 from fedmpi.local.runners import RUNNERS, Sequential, SiloRunner
 from fedmpi.local.samplers import Sampler
+from fedmpi.local.workload import Delay, Order
 
 RULES = Family(
     "local rule",
@@ -36,9 +37,11 @@ RULES = Family(
 __all__ = [
     "RULES",
     "RUNNERS",
+    "Delay",
     "GradientRule",
     "LocalRule",
     "LocalSilo",
+    "Order",
     "Round",
     "Sampler",
     "Sequential",

@@ -25,7 +25,7 @@ from fedmpi.flat import HALF, Entry, FlatModel, refuse_frozen
 from fedmpi.local.gradients import Batch, BatchLoss, accumulated_gradient, gradient
 from fedmpi.local.optimizers import KEPT, TORCH_OPTIMIZERS, num_gradients, plain_step, put_back, state_to_keep
 from fedmpi.local.samplers import SAMPLERS, Sampler, Shuffle, no_order, order_of
-from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Whole
+from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Delay, Order, Whole
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.targets import Count, number_of
 from fedmpi.types import Auxiliary, Contribution, SiloData
@@ -89,6 +89,7 @@ class Round:
     # round's number.
     training: int | None = None
     guard: Guard | None = None  # how gradients are taken so that the silo's records stay private
+    order: Order | None = None  # how much the silo does, if its rule's amount follows delays
 
     @property
     def draw(self) -> int:
@@ -164,8 +165,17 @@ class LocalRule:
         """Why a round must not stop a silo early and count its partial work (`Round.over`); empty if it may."""
         return "it does not say that it asks `round.over` (refuses_partial)"
 
-    def num_steps(self, silo: LocalSilo, number: int, rounds: int, seed: int) -> int:
-        """Steps that the silo plans for round `number`."""
+    @property
+    def by_delay(self) -> Amount | None:
+        """The amount of work, if it follows measured delays of silos; None if nothing does."""
+        return None
+
+    def orders(self, delays: Mapping[str, Delay | None]) -> dict[str, Order]:
+        """What silos are told of trainings that begin now, by `by_delay`; empty if nothing follows delays."""
+        return {}
+
+    def num_steps(self, silo: LocalSilo, number: int, rounds: int, seed: int, order: Order | None = None) -> int:
+        """Steps that the silo plans for round `number`, in which it is told `order`."""
         raise NotImplementedError
 
     @property
@@ -288,6 +298,9 @@ class GradientRule(LocalRule):
         return self.step_schedule != Constant()
 
     def conflicts(self, config: Config) -> str | None:
+        """Also what the amount of work does not go with."""
+        if why := self.amount.conflicts(config):
+            return why
         private = config.privacy is not None and config.privacy.of_records
         if private and (self.varies or self.micro_batch is not None):
             field = "step_schedule" if self.varies else "micro_batch"
@@ -318,9 +331,17 @@ class GradientRule(LocalRule):
         one, two = (num_gradients(self.optimizer, steps) for steps in (1, 2))
         return one is not None and two != 2 * one  # momentum, for example
 
+    @property
+    def by_delay(self) -> Amount | None:
+        return self.amount if self.amount.follows_delays else None
+
+    def orders(self, delays: Mapping[str, Delay | None]) -> dict[str, Order]:
+        most = self.epochs or self.steps or 1
+        return {} if self.by_delay is None or not delays else self.by_delay.orders(most, delays)
+
     def rate(self, round: Round) -> float:
-        """The learning rate of the round."""
-        return self.schedule.lr(self.lr, round.number, round.rounds)
+        """The learning rate of the silo in the round."""
+        return self.schedule.lr(self.lr, round.number, round.rounds) * self.amount.scale(round)
 
     def suits(self, module: torch.nn.Module, entries: Sequence[Entry], ids: Sequence[str]) -> None:
         """Raise ConfigError if the model has no trainable parameter, or if `amount` names an unknown silo."""
@@ -380,8 +401,8 @@ class GradientRule(LocalRule):
             if time.monotonic() >= until_s:
                 return
 
-    def num_steps(self, silo: LocalSilo, number: int, rounds: int, seed: int) -> int:
-        about = Round(number, rounds, seed, torch.nn.functional.mse_loss, lambda: None)
+    def num_steps(self, silo: LocalSilo, number: int, rounds: int, seed: int, order: Order | None = None) -> int:
+        about = Round(number, rounds, seed, torch.nn.functional.mse_loss, lambda: None, order=order)
         amount = self.amount.of(self.epochs or self.steps or 1, silo, about)
         return self.num_batches(silo.cursor, len(silo.data.x_train), amount)
 

@@ -92,6 +92,8 @@ class Scaffold(GradientRule):
                 f"server.optimizer: scaffold's variant benchmark needs fedavg with lr {self.server_lr}, its "
                 "local.server_lr"
             )
+        if self.variant == "benchmark" and self.by_delay is not None:
+            return f"local.amount: by_delay does not go with scaffold: {self.refuses_partial}"
         return super().conflicts(config)
 
     @property

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from fedmpi.aggregate import Mean
 from fedmpi.components import NonNegativeFloat, NonNegativeInt, PositiveInt, called, component
@@ -31,6 +31,7 @@ from fedmpi.exchange.dense import Root
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.agreement import agree_ready
 from fedmpi.rounds.clocks import CLOCKS, Clock, Real, Replay
+from fedmpi.rounds.delays import Delays
 from fedmpi.rounds.due import COLUMNS, Work, share_rows, train_due
 from fedmpi.rounds.engine import Engine
 from fedmpi.rounds.federation import Federation, State
@@ -59,6 +60,8 @@ class Buffered(Engine):
 
     `rounds` counts server steps, and so do schedules. A silo's learning rate is that of the version it started from.
     """
+
+    gives_orders: ClassVar[bool] = True
 
     size: PositiveInt = 1
     """updates that the server waits for before it steps; those that are rejected or dropped do not count"""
@@ -127,10 +130,11 @@ class Buffered(Engine):
         timer.lap("checkpoint")
         if not self.clock.is_virtual:
             return self._in_real_time(state, fed, exchange, sent)
+        delays = Delays.of(state.policy, fed.rule, fed.ids)
         if isinstance(self.clock, Replay):
-            queue: Queue | Replayed = Replayed(self.clock, state.round, fed.ids)
+            queue: Queue | Replayed = Replayed(self.clock, state.round, fed.ids, delays)
         else:
-            queue = Queue.of(state.policy, state.round, self.clock, fed.seed, fed.ids, fed.num_train)
+            queue = Queue.of(state.policy, state.round, self.clock, fed.seed, fed.ids, fed.num_train, delays)
         timer.lap("select")
 
         exchange.begin(number, self.size)
@@ -147,7 +151,7 @@ class Buffered(Engine):
                 break
         queue.step(number)
         exchange.fetched(queue.versions)
-        outcome = replace(outcome, told={"virtual_s": queue.now, "arrivals": [*map(_row, arrivals)]})
+        outcome = replace(outcome, told={"virtual_s": queue.now, "arrivals": [one.told for one in arrivals]})
         selection = Selection(outcome.cohort, state.selector)
         server = server_of(state, fed, number, selection, 1.0)
         return SynchronousRound(state, fed, outcome, selection, work.trained, server, sent, self.policy, queue.arrays())
@@ -172,9 +176,10 @@ class Buffered(Engine):
             agree_ready(fed, outcome, self.policy, work.error, num_updates=self.size)
         timer.lap("wait")
         numbers = trainings(state.policy, fed.ids) | {one.silo: one.training for one in arrivals}
-        outcome = replace(outcome, told={"arrivals": [*map(_row, arrivals)]})
+        outcome = replace(outcome, told={"arrivals": [one.told for one in arrivals]})
         server = server_of(state, fed, number, selection := Selection(cohort, state.selector), 1.0)
-        kept = after_trainings(end_s, numbers)
+        delays = Delays.of(state.policy, fed.rule, fed.ids).hear(arrivals)
+        kept = after_trainings(end_s, numbers) | delays.arrays()
         return _InRealTime(state, fed, outcome, selection, work.trained, server, sent, self.policy, kept)
 
     def _agreed(
@@ -220,9 +225,3 @@ class _Usable(Everybody):
 
     def objection(self, outcome: RoundOutcome) -> str:
         return super().objection(outcome) if self.all_came else ""
-
-
-def _row(one: Arrival) -> dict[str, Any]:
-    """An arrival in the record."""
-    names = ("silo", "at_s", "version", "staleness", "training")
-    return {name: getattr(one, name) for name in names} | ({"dropped": True} if one.dropped else {})

@@ -15,6 +15,7 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -221,6 +222,20 @@ class Virtual(Clock):
         return None
 
 
+@dataclass(frozen=True)
+class Scaled(Clock):
+    """A virtual clock under which trainings take a share of their time, by silo, because they are shorter."""
+
+    is_virtual: ClassVar[bool] = True
+
+    clock: Clock
+    shares: Mapping[str, float]  # of silos that do less than all
+
+    def parts(self, seed: int, silo: str, number: int, num_train: int) -> tuple[float, float]:
+        compute_s, delay_s = self.clock.parts(seed, silo, number, num_train)
+        return compute_s * self.shares.get(silo, 1.0), delay_s
+
+
 @component
 class Replay(Clock):
     """The order of arrivals of an earlier run with engine: buffered, in real or virtual time: its updates are trained
@@ -272,6 +287,10 @@ class Replay(Clock):
     def conflicts(self, config: Config) -> str | None:
         if missing := [number for number in range(1, config.rounds + 1) if number not in self.arrivals]:
             return f"engine.clock.run: {self.run} has no arrivals of round {missing[0]}"
+        told = {"amount" in one for rows in self.arrivals.values() for one in rows}
+        if told != {config.local.by_delay is not None}:
+            there = "tell no amounts of work" if config.local.by_delay is not None else "tell amounts of work"
+            return f"local.amount: the arrivals of {self.run} {there}; give the local.amount of that run"
         return None
 
 

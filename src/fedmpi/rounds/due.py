@@ -11,7 +11,7 @@ from fedmpi.errors import FedmpiError
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.base import LARGEST_NORM
 from fedmpi.flat import RESERVED, FlatModel
-from fedmpi.local import LocalSilo, Round
+from fedmpi.local import LocalSilo, Order, Round
 from fedmpi.rounds.agreement import as_error
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.rounds.queue import Arrival
@@ -57,7 +57,8 @@ def train_due(
             draft = drafted(work.trained.get(name, fed.silos[name]))
             fed.watch.begin(f"silo '{name}', round {state.round + 1}")
             start_P = exchange.older(name, one.version) if one.staleness else state.params_Q
-            update = trained(fed, fed.model, draft, one.version, one.training, start_P, fed.watch.check)
+            about = (one.version, one.training, start_P, fed.watch.check)
+            update = trained(fed, fed.model, draft, *about, one.order)
             rejected, norms = judged(state, fed, update, draft, one.training)
             row = work.rows.setdefault(name, {})
             enter_norms(row, norms)
@@ -92,15 +93,16 @@ def trained(
     training: int,
     start_Q: torch.Tensor,
     check: Callable[[], None],
+    order: Order | None = None,
 ) -> Contribution:
     """The silo's update from `start_Q`, the parameters and auxiliary vectors of this version, in the model's memory.
-    `training` counts the silo's trainings from 0."""
+    `training` counts the silo's trainings from 0. `order`: what the silo is told of it."""
 
     def begin(one: LocalSilo) -> tuple[torch.Tensor, Round]:
         criterion = fed.criterion(one)
         about = Round(version + 1, fed.rounds, fed.seed, criterion.loss, check, count=criterion.count)
         auxiliary = {segment.name: start_Q[segment.place] for segment in fed.layout.auxiliaries}
-        return fed.layout.params(start_Q), replace(about, training=training + 1, auxiliary=auxiliary)
+        return fed.layout.params(start_Q), replace(about, training=training + 1, auxiliary=auxiliary, order=order)
 
     (contribution,) = fed.runner.run(fed.rule, model, [silo], begin)
     return contribution

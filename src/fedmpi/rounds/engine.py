@@ -10,7 +10,7 @@ To drop a prepared round, do not commit it: its state and its silos are unchange
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.clocks import Clock, Real
@@ -37,6 +37,8 @@ class PreparedRound(Protocol):
 
 class Engine:
     """Runs rounds, one after another. Members define `step`, and override the rest as needed."""
+
+    gives_orders: ClassVar[bool] = False  # whether it measures delays and tells silos how much to do (delays.py)
 
     @property
     def policy(self) -> Policy:

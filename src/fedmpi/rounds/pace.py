@@ -16,9 +16,10 @@ import numpy as np
 
 from fedmpi import rng
 from fedmpi.errors import ConfigError
+from fedmpi.local import Delay, Order
 from fedmpi.records.metrics import read_metrics
 from fedmpi.rounds.asynchronous import Buffered
-from fedmpi.rounds.clocks import Clock, Trace, read_trace
+from fedmpi.rounds.clocks import Clock, Scaled, Trace, read_trace
 from fedmpi.rounds.policies import Deadline
 from fedmpi.rounds.queue import Queue
 from fedmpi.selection import All
@@ -47,35 +48,56 @@ class Pace:
 
 @dataclass(frozen=True)
 class Measured(Clock):
-    """Seconds that were measured, by silo, in turn."""
+    """Seconds that were measured, by silo, in turn: of a training, and of what else an update took."""
 
-    values: Mapping[str, Sequence[float]]
+    values: Mapping[str, Sequence[tuple[float, float]]]
 
     def parts(self, seed: int, silo: str, number: int, num_train: int) -> tuple[float, float]:
-        """The silo's seconds, in which transfers are included."""
         found = self.values[silo]
-        return found[number % len(found)], 0.0
+        return found[number % len(found)]
 
 
-def measured(path: Path, ids: Sequence[str]) -> Measured:
+def measured(path: Path, ids: Sequence[str], most: int = 0) -> Measured:
     """The speeds in a file of lines SILO,SECONDS, or those of an asynchronous run in real time: the seconds between a
-    silo's updates. Raises ConfigError for a silo without any."""
+    silo's updates. If that run tells its amounts of work, trainings are as long as one of `most` epochs or steps would
+    have been. Raises ConfigError for a silo without any."""
     if not path.is_dir():
         Trace(file=str(path)).knows(ids, "--speeds")
-        return Measured(read_trace(str(path)))
-    times: dict[str, list[float]] = {}
+        return Measured({silo: [(value, 0.0) for value in row] for silo, row in read_trace(str(path)).items()})
+    ends: dict[str, float] = {}  # when the silo's last update came
+    gaps: dict[str, list[tuple[float, float]]] = {}
     for record in read_metrics(path):
         for one in record.get("arrivals", ()):
-            times.setdefault(one["silo"], []).append(one["at_s"])
-    gaps = {silo: [b - a for a, b in zip([0.0, *ends], ends, strict=False)] for silo, ends in times.items()}
+            lasted_s, ends[one["silo"]] = one["at_s"] - ends.get(one["silo"], 0.0), one["at_s"]
+            if one.get("amount") and most:
+                lasted_s = lasted_s if one["handed_s"] is None else one["at_s"] - one["handed_s"]
+                wait_s, work_s = max(0.0, lasted_s - one["work_s"]), one["work_s"] * most / one["amount"]
+            else:
+                work_s, wait_s = lasted_s, 0.0
+            gaps.setdefault(one["silo"], []).append((work_s, wait_s))
     if missing := [silo for silo in ids if not gaps.get(silo)]:
         raise ConfigError(f"--speeds: the records of {path} have no arrival of silo '{missing[0]}'")
     return Measured(gaps)
 
 
+def amounts(config: Config, clock: Clock, ids: Sequence[str], num_train: Sequence[int]) -> dict[str, Order]:
+    """What silos would be told to do if the amount of work follows delays, once their means have settled: from the mean
+    seconds of their trainings. Empty if it follows none."""
+    if config.local.by_delay is None:
+        return {}
+    whole, delays = config.local.orders({silo: None for silo in ids}), dict[str, Delay | None]()
+    for silo, num in zip(ids, num_train, strict=True):
+        parts = [clock.parts(config.seed, silo, number, num) for number in range(TRAININGS)]
+        work_s, wait_s = np.mean(parts, axis=0).tolist()
+        delays[silo] = Delay(wait_s, work_s * whole[silo].share / whole[silo].amount)
+    return config.local.orders(delays)
+
+
 def paces(config: Config, clock: Clock, ids: Sequence[str], num_train: Sequence[int]) -> list[Pace]:
     """The pace of each engine. What the configuration does not say of an engine has its default; `buffered` then comes
     with sizes 1 and a quarter of the silos."""
+    if orders := amounts(config, clock, ids, num_train):
+        clock = Scaled(clock, {silo: one.share for silo, one in orders.items()})
     cohort = len(ids) if isinstance(config.select, All) else config.select.least(ids, config.rounds)
     silos = _Silos(clock, config.seed, ids, num_train, cohort)
     policy = config.policy if isinstance(config.policy, Deadline) else Deadline()

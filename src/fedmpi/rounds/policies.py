@@ -12,7 +12,7 @@ import pydantic
 
 from fedmpi.components import Family, PositiveFloat, PositiveInt, called, component
 from fedmpi.errors import ConfigError, NoCohort, agreed
-from fedmpi.local import GradientRule
+from fedmpi.local import GradientRule, Order
 from fedmpi.outcome import RoundOutcome
 from fedmpi.rounds.clocks import Clock
 from fedmpi.rounds.closing import COLUMNS, Closing, VirtualClosing
@@ -44,9 +44,15 @@ class Policy:
         return None
 
     def virtual_closing(
-        self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str], clock: Clock
+        self,
+        fed: Federation,
+        state: State,
+        key: tuple[int, int],
+        cohort: Sequence[str],
+        clock: Clock,
+        orders: Mapping[str, Order],
     ) -> VirtualClosing | None:
-        """As `closing`, under a virtual clock."""
+        """As `closing`, under a virtual clock. `orders`: what silos are told of how much to do (delays.py)."""
         return None
 
     def give_up(self, outcome: RoundOutcome) -> None:
@@ -113,13 +119,20 @@ class Deadline(Policy):
         return Closing(fed.comm, fed.watch, key, limit_s, *rest)
 
     def virtual_closing(
-        self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str], clock: Clock
+        self,
+        fed: Federation,
+        state: State,
+        key: tuple[int, int],
+        cohort: Sequence[str],
+        clock: Clock,
+        orders: Mapping[str, Order],
     ) -> VirtualClosing:
         num_train, number = dict(zip(fed.ids, fed.num_train, strict=True)), key[0]
         times = {silo: clock.parts(fed.seed, silo, number - 1, num_train[silo]) for silo in cohort}
 
         def planned(silo: str) -> int:
-            return fed.rule.num_steps(fed.silos[silo], number, fed.rounds, fed.seed)
+            about = (fed.silos[silo], number, fed.rounds, fed.seed)
+            return fed.rule.num_steps(*about, orders[silo]) if silo in orders else fed.rule.num_steps(*about)
 
         limit_s, rest = self.limit_s(state) * 2 ** key[1], self._closes(cohort)
         return VirtualClosing(fed.watch, times, planned, limit_s, *rest)

@@ -10,13 +10,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fedmpi.errors import ConfigError, agreed
-from fedmpi.rounds.clocks import NOW, Clock, Replay, now
+from fedmpi.local import Order
+from fedmpi.rounds.clocks import NOW, Clock, Replay, Scaled, now
+from fedmpi.rounds.delays import Delays, too_late
 
 _IDS, _ARRAYS = "queue_ids", ("due", "version", "training")  # names in the engine's state
+_ORDERS = ("handed", "work", "amount", "scale", "latest")  # further ones, if the amount of work follows delays
 
 
 def trainings(state: Mapping[str, np.ndarray], ids: Sequence[str]) -> dict[str, int]:
@@ -47,6 +51,23 @@ class Arrival:
     training: int  # number of the silo's training, from 0
     dropped: bool = False  # whether it is too old to count
     rejected: bool = False  # whether its silo rejected it, where that is known when it arrives
+    # If the amount of work follows delays:
+    amount: int = 0  # epochs or steps that it was told; 0: nothing
+    scale: float = 1.0  # factor of the learning rate
+    handed_s: float | None = None  # when its work was handed out, as `at_s`; None: not known
+    work_s: float = 0.0  # seconds of the training
+
+    @property
+    def order(self) -> Order | None:
+        """What the silo was told of this training; None if nothing follows delays."""
+        return Order(self.amount, self.scale) if self.amount else None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the record says of it."""
+        names = ["silo", "at_s", "version", "staleness", "training"]
+        names += ["amount", "scale", "handed_s", "work_s"] if self.amount else []
+        return {name: getattr(self, name) for name in names} | ({"dropped": True} if self.dropped else {})
 
     @property
     def counts(self) -> bool:
@@ -57,8 +78,13 @@ class Arrival:
 class Queue:
     """The updates under way: one of each silo."""
 
-    def __init__(self, clock: Clock, seed: int, ids: Sequence[str], num_train: Sequence[int]) -> None:
+    def __init__(
+        self, clock: Clock, seed: int, ids: Sequence[str], num_train: Sequence[int], delays: Delays | None = None
+    ) -> None:
         self.clock, self.seed, self.ids, self.num_train = clock, seed, list(ids), num_train
+        self._delays, self._came = delays, list[Arrival]()
+        self._orders = {} if delays is None else delays.orders()  # of trainings that begin from the server's version
+        self._told = {name: np.zeros(len(self.ids)) for name in _ORDERS} if self._orders else {}
         self.now = 0.0
         self.due_K = np.zeros(len(self.ids))  # when it arrives, in seconds
         self.version_K = np.zeros(len(self.ids), dtype=np.int64)
@@ -75,9 +101,11 @@ class Queue:
         seed: int,
         ids: Sequence[str],
         num_train: Sequence[int],
+        delays: Delays | None = None,
     ) -> Queue:
-        """The queue in an engine's state. Silos that it does not know fetch `version` now."""
-        queue = cls(clock, seed, ids, num_train)
+        """The queue in an engine's state. Silos that it does not know fetch `version` now. `delays`: the means at this
+        version, if the amount of work follows them."""
+        queue = cls(clock, seed, ids, num_train, delays)
         queue.now = now(state)
         before = json.loads(state[_IDS].tobytes()) if _IDS in state else []
         place = {silo: i for i, silo in enumerate(before)}
@@ -85,6 +113,8 @@ class Queue:
             if silo in place and math.isfinite(state["queue_due"][place[silo]]):
                 due, made_from, training = (state[f"queue_{name}"][place[silo]] for name in _ARRAYS)
                 queue.due_K[k], queue.version_K[k], queue.training_K[k] = due, made_from, training
+                for name, told_K in queue._told.items():
+                    told_K[k] = state[f"queue_{name}"][place[silo]]
             else:
                 queue.training_K[k] = -1 if silo not in place else state["queue_training"][place[silo]]
                 queue._fetch(k, version, queue.now)
@@ -101,6 +131,8 @@ class Queue:
             NOW: np.array([self.now]),
             _IDS: _text([*self.ids, *self._gone]),
             **{f"queue_{name}": np.concatenate([column, end]) for name, column, end in columns},
+            **{f"queue_{name}": np.append(told_K, np.zeros(len(gone))) for name, told_K in self._told.items()},
+            **({} if self._delays is None else self._delays.arrays()),
         }
 
     @property
@@ -111,8 +143,15 @@ class Queue:
     def _fetch(self, k: int, version: int, at_s: float) -> None:
         self.training_K[k] += 1
         self.version_K[k] = version
-        training = int(self.training_K[k])
-        self.due_K[k] = at_s + self.clock.seconds(self.seed, self.ids[k], training, self.num_train[k])
+        about = (self.seed, self.ids[k], int(self.training_K[k]), self.num_train[k])
+        if (order := self._orders.get(self.ids[k])) is None:
+            self.due_K[k] = at_s + self.clock.seconds(*about)
+            return
+        clock = Scaled(self.clock, {self.ids[k]: order.share})
+        self.due_K[k] = at_s + clock.seconds(*about)
+        told = (at_s, clock.parts(*about)[0], order.amount, order.scale, order.latest_s)
+        for told_K, value in zip(self._told.values(), told, strict=True):
+            told_K[k] = value
 
     def take(self, size: int, window_s: float, version: int, oldest: int | None) -> list[Arrival]:
         """The next `size` updates, and those that arrive within `window_s` seconds after them.
@@ -129,9 +168,11 @@ class Queue:
             if num >= size and not (window_s and at_s <= closes_s):
                 break
             staleness = version - int(self.version_K[k])
+            order = self._order(k)
             drop = oldest is not None and staleness > oldest
+            drop = drop or (bool(order) and too_late(at_s - order["handed_s"], float(self._told["latest"][k])))
             made = (int(self.version_K[k]), staleness, int(self.training_K[k]))
-            found.append(Arrival(self.ids[k], at_s, *made, dropped=drop))
+            found.append(Arrival(self.ids[k], at_s, *made, dropped=drop, **order))
             num += not drop
             if num == size and not drop and closes_s == math.inf:
                 closes_s = at_s + window_s
@@ -141,7 +182,15 @@ class Queue:
                 self._waiting.append(k)
                 self.due_K[k] = math.inf
         self.now = closes_s
+        self._came += found
         return found
+
+    def _order(self, k: int) -> dict[str, Any]:
+        """What an arrival says of the order of its training."""
+        if not self._told:
+            return {}
+        handed_s, work_s, amount, scale, _ = (float(told_K[k]) for told_K in self._told.values())
+        return {"amount": int(amount), "scale": scale, "handed_s": handed_s, "work_s": work_s}
 
     def _go_on(self, version: int) -> None:
         """Silos that waited for a step fetch, now."""
@@ -151,14 +200,18 @@ class Queue:
 
     def step(self, version: int) -> None:
         """The server has stepped to `version`, and the silos that waited for it fetch it."""
+        if self._delays is not None:
+            self._orders = self._delays.hear(self._came).orders()
+            self._came = []
         self._go_on(version)
 
 
 class Replayed:
     """The updates under way as they were in an earlier run."""
 
-    def __init__(self, clock: Replay, version: int, ids: Sequence[str]) -> None:
+    def __init__(self, clock: Replay, version: int, ids: Sequence[str], delays: Delays | None = None) -> None:
         self._clock, self._number = clock, version + 1
+        self._delays, self._came = delays, list[Arrival]()
         self.ids = list(ids)
         self.now = 0.0
 
@@ -168,10 +221,13 @@ class Replayed:
             raise agreed(ConfigError("engine.clock.run: the updates of a round are usable there and not here"))
         rows = self._clock.arrivals[self._number]
         self.now = float(rows[-1]["at_s"])
-        return [Arrival(**row) for row in rows]
+        self._came = [Arrival(**row) for row in rows]
+        return list(self._came)
 
     def step(self, version: int) -> None:
-        """Nothing: the versions that silos fetch are those of their later arrivals."""
+        """The server has stepped. The versions that silos fetch are those of their later arrivals."""
+        if self._delays is not None:
+            self._delays.hear(self._came)
 
     @property
     def versions(self) -> dict[str, frozenset[int]]:
@@ -179,5 +235,5 @@ class Replayed:
         return {silo: self._clock.later_versions(silo, self._number) for silo in self.ids}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The time; everything else is in the earlier run."""
-        return {NOW: np.array([self.now])}
+        """The time, and the means of delays; everything else is in the earlier run."""
+        return {NOW: np.array([self.now]), **({} if self._delays is None else self._delays.arrays())}

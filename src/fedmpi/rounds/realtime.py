@@ -19,15 +19,16 @@ import struct
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fedmpi.comm import Pending
 from fedmpi.exchange.arrivals import Arrivals
-from fedmpi.local import LocalSilo
+from fedmpi.local import LocalSilo, Order
 from fedmpi.rounds.clocks import now
+from fedmpi.rounds.delays import Delays, too_late
 from fedmpi.rounds.due import (
     Work,
     drafted,
@@ -77,6 +78,8 @@ class Mail:
     training: int
     weight: float
     vector: torch.Tensor | None
+    work_s: float = 0.0  # seconds of the training
+    order: Order | None = None  # what the silo was told of it
 
 
 class _Wait:
@@ -117,6 +120,12 @@ class RealTime:
         self._training = trainings(self.state.policy, fed.ids)  # by silo: number of its last training
         self._began_s, self._before_s = time.monotonic(), now(self.state.policy)
         self._start_P, self._start_version = torch.empty(0), -1
+        self._work_s = 0.0  # of the training that runs
+        self._orders: dict[
+            int, dict[str, Order]
+        ] = {}  # by version: what silos are told of trainings that begin from it
+        # Rank 0: when each silo's work was handed out, and from which version on; none for one that waits for the step.
+        self._handed: dict[str, tuple[float, int]] = {}
 
     @property
     def seconds(self) -> float:
@@ -128,7 +137,7 @@ class RealTime:
     def round(self, state: State, work: Work) -> tuple[list[Arrival], float]:
         """The arrivals of one round, and its end in seconds; this rank's figures go to `work`. Collective."""
         fed, comm = self.fed, self.fed.comm
-        self.state, self._arrivals, self.until_s = state, list[Arrival](), float("inf")
+        self._open(state)
         name = "" if self._running is None else self._running[0]
         if name:
             fed.watch.begin(f"silo '{name}', round {state.round + 1}")
@@ -138,8 +147,9 @@ class RealTime:
                 self.read()
                 if self._begin_next() or (self._trainer is not None and self._trainer.busy):
                     assert self._trainer is not None and self._running is not None
-                    name = self._running[0]
+                    name, began_s = self._running[0], time.monotonic()
                     update = self._trainer.turn()
+                    self._work_s += time.monotonic() - began_s
                     if update is not None:
                         self._bring(update)
                 elif comm.size == 1:
@@ -156,6 +166,15 @@ class RealTime:
         arrivals = [Arrival(**one) for one in told["arrivals"]]
         self._confirm(arrivals, work)
         return arrivals, told["at_s"]
+
+    def _open(self, state: State) -> None:
+        """Begin a round: silos whose updates closed the one before may train."""
+        self.state, self._arrivals, self.until_s = state, list[Arrival](), float("inf")
+        for silo in self.fed.ids:
+            self._handed.setdefault(silo, (self.seconds, state.round))
+        oldest = state.round if self.fed.comm.rank else min(version for _, version in self._handed.values())
+        self._orders = {version: orders for version, orders in self._orders.items() if version >= oldest}
+        self._orders[state.round] = Delays.of(state.policy, self.fed.rule, self.fed.ids).orders()
 
     def _closed(self) -> bool:
         """Whether the round is over. Rank 0 takes what has arrived, and decides."""
@@ -189,19 +208,30 @@ class RealTime:
     def _take(self, mail: Mail) -> None:
         """Add an update to the buffer, on rank 0, and answer its silo."""
         silo, version = self.fed.ids[mail.silo], self.state.round
-        staleness, oldest = version - mail.version, self.engine.max_staleness
-        rejected = mail.vector is None
-        drop = oldest is not None and staleness > oldest and not rejected
-        one = Arrival(silo, self.seconds, mail.version, staleness, mail.training, dropped=drop, rejected=rejected)
+        rejected, at_s, staleness = mail.vector is None, self.seconds, version - mail.version
+        handed_s = self._handed.pop(silo)[0] if silo in self._handed else None
+        drop = not rejected and self._drops(mail, None if handed_s is None else at_s - handed_s)
+        told: dict[str, Any] = {}
+        if mail.order is not None:
+            told = {"amount": mail.order.amount, "scale": mail.order.scale}
+            told |= {"handed_s": handed_s, "work_s": mail.work_s}
+        one = Arrival(silo, at_s, mail.version, staleness, mail.training, dropped=drop, rejected=rejected, **told)
         if one.counts:
             self.fold(mail, staleness)
         self._arrivals.append(one)
         self._enough()
         if self.until_s == float("inf"):  # else the silo waits for the new parameters
+            self._handed[silo] = self.seconds, version
             if silo in self.fed.silos:
                 self._answered(silo, drop)
             else:
                 self.fed.comm.post(self.fed.membership.rank(silo), (version + 1, DROPPED if drop else GO, mail.silo))
+
+    def _drops(self, mail: Mail, delay_s: float | None) -> bool:
+        """Whether an update is too old to count, or came too late; its delay is None if that is not known."""
+        oldest = self.engine.max_staleness
+        stale = oldest is not None and self.state.round - mail.version > oldest
+        return stale or (mail.order is not None and delay_s is not None and too_late(delay_s, mail.order.latest_s))
 
     def fold(self, mail: Mail, staleness: int) -> None:
         """Add an update to the buffer."""
@@ -218,11 +248,18 @@ class RealTime:
             if comm.rank:
                 self.answers.append((a, b, c))
                 continue
-            silo, rejected = a >> 1, bool(a & 1)
+            silo, rejected = (a & _LOW) >> 1, bool(a & 1)
+            work_s = struct.unpack("<f", struct.pack("<I", a >> 32))[0]
             vector = None if rejected else self.exchange.received(sender)
             weight = struct.unpack("<d", struct.pack("<q", c))[0]
-            self.mail.append(Mail(silo, b >> 32, b & _LOW, weight, vector))
+            self._deliver(Mail(silo, b >> 32, b & _LOW, weight, vector, work_s))
             self._num_read += 1
+
+    def _deliver(self, mail: Mail) -> None:
+        """Put an update among those to take, with what its silo was told."""
+        if self.fed.rule.by_delay is not None:
+            mail.order = self._orders[mail.version][self.fed.ids[mail.silo]]
+        self.mail.append(mail)
 
     # ------------------------------------------------------------ this rank's silos
 
@@ -238,9 +275,10 @@ class RealTime:
         draft = drafted(before)
         self._training[silo] += 1
         training = self._training[silo]
-        self._running, self._draft = (silo, version, before), draft
+        self._running, self._draft, self._work_s = (silo, version, before), draft, 0.0
         self.fed.watch.begin(f"silo '{silo}', round {version + 1}")
-        trainer.start(lambda: trained(self.fed, self._model, draft, version, training, start_P, trainer.pause))
+        about = (version, training, start_P, trainer.pause, self._orders[version].get(silo))
+        trainer.start(lambda: trained(self.fed, self._model, draft, *about))
         return True
 
     def _bring(self, update: Contribution) -> None:
@@ -259,10 +297,11 @@ class RealTime:
         self._waiting.add(silo)
         if fed.comm.rank == 0:
             vector = None if message is None else self.exchange.unpacked(message)
-            self.mail.append(Mail(number, version, training, update.weight, vector))
+            self._deliver(Mail(number, version, training, update.weight, vector, self._work_s))
             return
         bits = struct.unpack("<q", struct.pack("<d", update.weight))[0]
-        fed.comm.post(0, (number << 1 | bool(rejected), version << 32 | training, bits))
+        work = struct.unpack("<I", struct.pack("<f", self._work_s))[0]
+        fed.comm.post(0, (work << 32 | number << 1 | bool(rejected), version << 32 | training, bits))
         self._num_posted += 1
         self._out = [pair for pair in self._out if not pair[0].Test()]
         if message is not None:

@@ -3,16 +3,17 @@ and evaluation on this rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fedmpi.errors import FedmpiError
 from fedmpi.exchange.arrivals import Arrivals
-from fedmpi.local import LocalSilo
+from fedmpi.local import LocalSilo, Order
 from fedmpi.rounds.closing import Closing
 from fedmpi.rounds.federation import Federation, State
+from fedmpi.rounds.training import NO_ORDERS
 
 if TYPE_CHECKING:
     from fedmpi.membership import Membership
@@ -34,6 +35,7 @@ class Remote(Protocol):
         stands_for: float,
         refused: FedmpiError | None,
         closing: Closing | None = None,
+        orders: Mapping[str, Order] = NO_ORDERS,
     ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
         """As `training.train_silos`: add the cohort's contributions to the exchange, and fill in `fed.ready`. The
         silos' state is in their jobs, so the dict is empty."""

@@ -6,7 +6,8 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 
@@ -14,13 +15,14 @@ from fedmpi.aggregate import CohortSummary
 from fedmpi.components import component
 from fedmpi.errors import Diverged, agreed
 from fedmpi.exchange.weights import nearness
-from fedmpi.local import LocalSilo
+from fedmpi.local import LocalSilo, Order
 from fedmpi.outcome import BUFFERED, RoundOutcome
 from fedmpi.records import peak_rss_bytes
 from fedmpi.rounds.agreement import agree_ready, may_uncover, raise_failure, silos_taken
-from fedmpi.rounds.clocks import CLOCKS, NOW, Clock, Real, Replay, now
+from fedmpi.rounds.clocks import CLOCKS, NOW, Clock, Real, Replay, Scaled, now
 from fedmpi.rounds.closing import Closing, VirtualClosing, normalised
 from fedmpi.rounds.cohort import select_cohort, share_of_all
+from fedmpi.rounds.delays import Delays
 from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.engine import Engine
 from fedmpi.rounds.evaluation import evaluate
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 class Synchronous(Engine):
     """Synchronous rounds: the cohort trains, its updates are aggregated, the server steps (McMahan et al. 2017,
     Algorithm 1)."""
+
+    gives_orders: ClassVar[bool] = True
 
     policy: Annotated[Policy, POLICIES] = Everybody()
     """decides when a round closes and whether it may go on"""
@@ -67,9 +71,12 @@ class Synchronous(Engine):
         share = share_of_all(fed, cohort, factors)
         near = 1.0 if fed.exchange.section.lossy or not cohort else nearness(share)
         virtual_s = now(state.policy)
+        delays = Delays.of(state.policy, fed.rule, fed.ids)
+        orders = delays.orders(cohort)
+        clock = Scaled(self.clock, {silo: one.share for silo, one in orders.items()}) if orders else self.clock
         for repeats in itertools.count():
-            closing = self._closing(state, fed, (number, repeats), cohort)
-            of_cohort = (number, cohort, factors, near, near * share, refused, closing)
+            closing = self._closing(state, fed, (number, repeats), cohort, clock, orders)
+            of_cohort = (number, cohort, factors, near, near * share, refused, closing, orders)
             if fed.remote is None:
                 trained, error = train_silos(state, fed, *of_cohort)
             else:
@@ -83,7 +90,7 @@ class Synchronous(Engine):
             agree_ready(fed, outcome, self.policy, error, near)
             timer.lap("wait")
             if self.clock.is_virtual:
-                lasts = closing.lasts_s if isinstance(closing, VirtualClosing) else self._slowest(fed, number, cohort)
+                lasts = closing.lasts_s if isinstance(closing, VirtualClosing) else _slowest(clock, fed, number, cohort)
                 virtual_s = virtual_s + lasts
             if not outcome.is_void:
                 break
@@ -92,19 +99,37 @@ class Synchronous(Engine):
         if self.clock.is_virtual:
             kept = {NOW: np.array([virtual_s])}
             outcome = replace(outcome, told={"virtual_s": virtual_s})
+        if orders:
+            seconds = partial(_parts, clock, fed, number) if self.clock.is_virtual else None
+            told = delays.hear_round({silo: fed.index[silo] for silo in cohort}, fed.ready, orders, seconds)
+            kept, outcome = kept | delays.arrays(), replace(outcome, told={**outcome.told, "amounts": told})
         server = server_of(state, fed, number, selection, near)
         return SynchronousRound(state, fed, outcome, selection, trained, server, sent, self.policy, kept)
 
-    def _closing(self, state: State, fed: Federation, key: tuple[int, int], cohort: Sequence[str]) -> Closing | None:
+    def _closing(
+        self,
+        state: State,
+        fed: Federation,
+        key: tuple[int, int],
+        cohort: Sequence[str],
+        clock: Clock,
+        orders: Mapping[str, Order],
+    ) -> Closing | None:
         """The closing of round `key[0]`, repeated `key[1]` times so far."""
         if self.clock.is_virtual:
-            return self.policy.virtual_closing(fed, state.policy, key, cohort, self.clock) if cohort else None
+            return self.policy.virtual_closing(fed, state.policy, key, cohort, clock, orders) if cohort else None
         return self.policy.closing(fed, state.policy, key, cohort)
 
-    def _slowest(self, fed: Federation, number: int, cohort: Sequence[str]) -> float:
-        """Virtual seconds of the round's slowest silo."""
-        num_train = dict(zip(fed.ids, fed.num_train, strict=True))
-        return max((self.clock.seconds(fed.seed, silo, number - 1, num_train[silo]) for silo in cohort), default=0.0)
+
+def _parts(clock: Clock, fed: Federation, number: int, silo: str) -> tuple[float, float]:
+    """Virtual seconds of a silo's training and of its transfers."""
+    return clock.parts(fed.seed, silo, number - 1, fed.num_train[fed.index[silo]])
+
+
+def _slowest(clock: Clock, fed: Federation, number: int, cohort: Sequence[str]) -> float:
+    """Virtual seconds of the round's slowest silo."""
+    num_train = dict(zip(fed.ids, fed.num_train, strict=True))
+    return max((clock.seconds(fed.seed, silo, number - 1, num_train[silo]) for silo in cohort), default=0.0)
 
 
 @dataclass(frozen=True)

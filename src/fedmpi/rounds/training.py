@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from fedmpi.errors import FedmpiError
 from fedmpi.exchange.base import LARGEST_NORM
-from fedmpi.local import LocalSilo, Round
+from fedmpi.local import LocalSilo, Order, Round
 from fedmpi.outcome import BUFFERED, DROPPED, PARTIAL, VOID
 from fedmpi.rounds.agreement import REFUSED, as_error
 from fedmpi.rounds.buffered import Buffered, add_rows, without
@@ -20,6 +21,8 @@ from fedmpi.rounds.cohort import start_loss
 from fedmpi.rounds.federation import Federation, State
 from fedmpi.stopping import FAILED, BrokenOff
 from fedmpi.types import Contribution
+
+NO_ORDERS: Mapping[str, Order] = {}
 
 
 def train_silos(
@@ -32,10 +35,12 @@ def train_silos(
     stands_for: float,
     refused: FedmpiError | None,
     closing: Closing | None = None,
+    orders: Mapping[str, Order] = NO_ORDERS,
 ) -> tuple[dict[str, LocalSilo], FedmpiError | None]:
     """Train this rank's silos of the cohort and add their contributions to the exchange. Returns the trained silos by
     id, and this rank's error, if any. `fed.ready` records the result of each silo. The cohort is empty if this
-    rank's selector `refused`. `closing` may end the round before all silos have finished."""
+    rank's selector `refused`. `closing` may end the round before all silos have finished. `orders`:
+    what silos are told of how much to do (rounds/delays.py)."""
     fed.ready.clear()
     mine = [(silo, factor) for silo, factor in zip(cohort, factors or repeat(1.0)) if silo in fed.silos]  # noqa: B905
     left_out = [pair for pair in mine if closing is not None and not closing.takes(pair[0])]
@@ -50,15 +55,17 @@ def train_silos(
     trained: dict[str, LocalSilo] = {}
     error: FedmpiError | None = None
     status, num_done, name = 0, 0, ""
+    busy, began_s = False, 0.0  # whether a silo trains, and since when
     losses_before: dict[str, float] = {}
 
     def begin(silo: LocalSilo) -> tuple[torch.Tensor, Round]:
-        nonlocal name
+        nonlocal name, busy, began_s
         name = silo.id
         fed.watch.begin(f"silo '{name}', round {number}")
         if closing is not None:
             closing.begin(name)
-        return _begin(state, fed, number, silo, losses_before, closing)
+        busy, began_s = True, time.monotonic()
+        return _begin(state, fed, number, silo, losses_before, closing, orders.get(name))
 
     try:
         fed.watch.check()
@@ -70,7 +77,10 @@ def train_silos(
         contributions = fed.runner.run(fed.rule, fed.model, drafts, begin)
         for (name, factor), silo, contribution in zip(mine, drafts, contributions, strict=True):
             num_done += 1
+            busy, work_s = False, time.monotonic() - began_s
             check_contribution(contribution, silo, fed)
+            if name in orders:
+                fed.ready.set_silo(fed.index[name], work_s=work_s, units=orders[name].amount * contribution.part)
             contribution.start_loss = losses_before.get(name, 0.0)
             contribution.weight = silo.weight * factor
             contribution.weight = fed.aggregator.weight(contribution)
@@ -126,6 +136,9 @@ def train_silos(
         for name, _ in (*(pair for pair in left_out if not closing.in_time(pair[0])), *mine[num_done:]):
             late = VOID if closing.is_broken else DROPPED
             fed.ready.set_silo(fed.index[name], late=late, seconds=2 * closing.limit_s)
+        if busy and not closing.is_broken and (name := mine[num_done][0]) in orders:
+            # It was in training when the round closed, so its seconds are not known: as in `seconds`.
+            fed.ready.set_silo(fed.index[name], work_s=2 * closing.limit_s, units=orders[name].amount)
     add_rows(fed.ready, ((fed.index[o.contribution.silo], number - o.contribution.round, o) for o in entering))
     if refused is not None:
         status, error = REFUSED, refused
@@ -168,6 +181,7 @@ def _begin(
     silo: LocalSilo,
     losses_before: dict[str, float],
     closing: Closing | None,
+    order: Order | None,
 ) -> tuple[torch.Tensor, Round]:
     """The parameters that a silo starts from, [P], and the Round for its rule. Stores the loss before training in
     `losses_before` if the aggregator needs it."""
@@ -181,7 +195,7 @@ def _begin(
     check, over = (fed.watch.check, None) if closing is None else (closing.check, closing.over)
     guard = None if fed.private is None else fed.private.guard(silo.id, number)
     known = (number, fed.rounds, fed.seed, criterion.loss, check, auxiliary, criterion.count, over)
-    return params_P, Round(*known, guard=guard)
+    return params_P, Round(*known, guard=guard, order=order)
 
 
 def _rescaled(contribution: Contribution, fed: Federation, stands_for: float, near: float) -> bool:

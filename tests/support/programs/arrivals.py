@@ -81,21 +81,23 @@ def a_slow_silo_does_not_make_the_others_wait(comm, folder):
     return dict(came)
 
 
-def same_again(comm, folder, name, num_silos, **more):
+def same_again(comm, folder, name, num_silos, amount="whole", **more):
     """Assert that replays of a run, on as many ranks and on one, have its bits."""
     out = f"{name}-{comm.size}"
-    how = config(folder, out, num_silos, local={"slow": "s1", "slower": 4.0}, **more)
+    how = config(folder, out, num_silos, local={"slow": "s1", "slower": 4.0, "amount": amount}, **more)
     if name == "resumed":
         trained(replace(how, rounds=4), comm)
     records, bits = trained(how, comm)
     require_equal("rounds", records[-1]["round"], 8)
     rest = {key: value for key, value in more.items() if key not in ("engine", "server")}
-    _, again = replayed(folder, out, f"{out}-again", comm, num_silos, local={"slower": 1.0}, **rest)
+    local = {"slower": 1.0, "amount": amount}
+    _, again = replayed(folder, out, f"{out}-again", comm, num_silos, local=local, **rest)
     require_equal("bits on as many ranks", again, bits)
     if comm.rank == 0:
-        _, alone = replayed(folder, out, f"{out}-alone", SoloComm(), num_silos, local={"slower": 1.0}, **rest)
+        _, alone = replayed(folder, out, f"{out}-alone", SoloComm(), num_silos, local=local, **rest)
         require_equal("bits on one rank", alone, bits)
     comm.barrier()
+    return records
 
 
 @case
@@ -125,6 +127,16 @@ def so_it_does_with_codecs(comm, folder):
 @case
 def so_it_does_after_a_resume(comm, folder):
     same_again(comm, folder, "resumed", comm.size, checkpoint={"every": 2})
+
+
+@case
+def so_it_does_with_work_by_measured_delays(comm, folder):
+    amount = {"name": "by_delay", "budget_s": 0.03, "cutoff": 4.0}
+    records = same_again(comm, folder, "by_delay", comm.size + 1, amount=amount)
+    rows = [one for record in records for one in record["arrivals"]]
+    assert {one["amount"] for one in rows} != {10} and all(one["work_s"] > 0 for one in rows), rows
+    for one in rows:
+        assert one["handed_s"] + one["work_s"] <= one["at_s"] + 1e-3, one
 
 
 @case

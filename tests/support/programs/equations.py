@@ -8,6 +8,7 @@ from support.equations.adaptive import CASES as ADAPTIVE
 from support.equations.asynchronous import CASES as ASYNCHRONOUS
 from support.equations.control import CASES as CONTROL
 from support.equations.deadline import CASES as DEADLINE
+from support.equations.delays import CASES as DELAYS
 from support.equations.personal import CASES as PERSONAL
 from support.equations.rules import CASES as RULES
 from support.equations.selection import CASES as SELECTION
@@ -17,7 +18,8 @@ from support.programs.cases import run
 
 from fedmpi.comm import connect
 
-CASES = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE, **UPDATES, **ASYNCHRONOUS, **DEADLINE}
+SYNCHRONOUS = {**CONTROL, **RULES, **SERVER, **SELECTION, **PERSONAL, **ADAPTIVE, **UPDATES, **DEADLINE}
+CASES = {**SYNCHRONOUS, **ASYNCHRONOUS, **DELAYS}
 
 if __name__ == "__main__":
     comm = connect()
