@@ -611,7 +611,7 @@ def test_list_shows_the_fields_of_sections():
         ("init", "  strict = true  # "),
         ("objective", "    loss: cross_entropy"),
         ("rounds", "  rounds = 20  # total number of rounds"),
-        ("data.silos", "    path (required)  # .h5, .npz or .csv"),
+        ("data.silos", "    path (required)  # .h5, .npz, .csv or .parquet, or a folder"),
         ("model.hidden", "  hidden = [200, 200]  # "),
         ("topk", "    ratio = 0.01  # "),
         ("fedadam", "    tau = "),

@@ -519,7 +519,7 @@ def test_a_file_that_does_not_fit_is_said_in_one_line(tmp_path, path, arrays, fi
     [
         ({"silos": []}, "at least one silo"),
         ({"silos": [{"id": "a", "path": "a.h5"}] * 2}, "two silos are called 'a'"),
-        ({"path": "a.parquet"}, r"ends in none of \.h5"),
+        ({"path": "a.xlsx"}, r"ends in none of \.h5"),
         ({"num_classes": None}, "needs num_classes or classes"),
         ({"task": "binary"}, "num_classes of a binary task is 1"),
         ({"classes": [1, 2]}, "num_classes is 3, but classes has 2"),
