@@ -321,6 +321,7 @@ def test_with_fixed_preprocessing_no_record_changes_another(tmp_path):
             folder.mkdir(parents=True)
             np.savetxt(folder / "processed.va.data", table, delimiter=",")
             data = heart_disease.HeartDisease(root=folder.parent, normalise=normalise).source(0).open("longbeach")
+            assert isinstance(data.x_train, torch.Tensor) and isinstance(data.x_test, torch.Tensor)
             found[normalise, i] = torch.cat([data.x_train, data.x_test]), torch.cat([data.y_train, data.y_test])
     differ = {how: int((found[how, 0][0] != found[how, 1][0]).any(1).sum()) for how in ("fixed", "fitted")}
     assert differ["fixed"] == int((found["fixed", 0][1] != found["fixed", 1][1]).sum()) == 1
