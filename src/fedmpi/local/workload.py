@@ -189,10 +189,8 @@ class ByDelay(Amount):
     """epochs or steps of a silo of which nothing was measured yet; null: all"""
     rates: Literal["fewest", "mean", "equal"] = "fewest"
     """learning rates: fewest: lr E_min / E_k; mean: lr times the mean of all E_k, / E_k; equal: lr"""
-    least_scale: PositiveFraction = 0.1
-    """smallest factor of a learning rate"""
-    largest_scale: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False)] = 10.0
-    """largest factor of a learning rate"""
+    limit: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False)] = 10.0
+    """factors of learning rates lie between 1 / limit and limit"""
     cutoff: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False)] | None = None
     """updates that take longer than q_k + cutoff max(T, c_k E_k) seconds are dropped; null: none"""
     follows_delays = True
@@ -226,7 +224,7 @@ class ByDelay(Amount):
         if self.rates != "equal":
             numbers = amounts.values()
             told = min(numbers) if self.rates == "fewest" else sum(numbers) / len(numbers)
-            scale = min(self.largest_scale, max(self.least_scale, told / amount))
+            scale = min(self.limit, max(1 / self.limit, told / amount))
         if self.cutoff is not None and delay is not None:
             latest_s = delay.wait_s + self.cutoff * max(self.budget_s, delay.unit_s * amount)
         return Order(amount, scale, amount / most, latest_s)
