@@ -1,6 +1,7 @@
 """Environment variables in configurations: `${NAME}` in values of files and overrides."""
 
 import textwrap
+from typing import Any
 
 import pytest
 import yaml
@@ -104,7 +105,8 @@ def test_an_origin_names_the_variables_of_its_value(file):
     config, origins = load(
         path, ["data={name: digits, partition: {name: dirichlet, alpha: ${ID}}}", "out=${SCRATCH}/${ID}"]
     )
-    assert (config.seed, config.local.lr, config.out) == (3, 0.01, "/s/3")
+    local: Any = config.local
+    assert (config.seed, local.lr, config.out) == (3, 0.01, "/s/3")
     assert origins["seed"] == f"{path}:1 (${{ID}})" and origin_of("local.lr", origins) == f"{path}:2 (${{LR}})"
     assert origins["exchange.exact"] == f"{path}:3 (${{ID}})" and origins["out"] == "command line (${SCRATCH}, ${ID})"
     assert origins["local.name"] == f"{path}:2"
@@ -140,7 +142,8 @@ def test_a_grid_takes_variables(file):
         """
     )
     _, root, found = cells(path, None)
-    assert str(root) == "/s/grid" and (found[0].seed, found[0].config.local.lr) == (3, 0.01)
+    local: Any = found[0].config.local
+    assert str(root) == "/s/grid" and (found[0].seed, local.lr) == (3, 0.01)
 
 
 @pytest.mark.mpi

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_a_sum_is_exact_in_any_order():
     expected = [math.fsum(column) for column in zip(*parts, strict=True)]
     for order in (parts, parts[::-1]):
         halves = [order[:20], order[20:]]  # two ranks, whose limbs are added up
-        kept = []
+        kept: Any = []
         exact_sum(halves[0], (3,), lambda limbs: kept.append(limbs) or limbs)  # noqa: B023
         assert exact_sum(halves[1], (3,), lambda limbs: limbs + kept[0]).tolist() == expected  # noqa: B023
 

@@ -1,6 +1,7 @@
 """Settings of single silos: each trains as if all had its settings, on any number of ranks."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,8 @@ def test_fednova_takes_other_batches_and_epochs():
 def test_settings_survive_files_and_overrides(tmp_path):
     (tmp_path / "a.yaml").write_text("silos: {s1: {local.lr: 0.5}}\n")
     found, _ = load(tmp_path / "a.yaml", ["silos.s2.local.epochs=3"])
-    assert found.rule.of("s1").lr == 0.5 and found.rule.of("s2").epochs == 3
+    rule: Any = found.rule
+    assert rule.of("s1").lr == 0.5 and rule.of("s2").epochs == 3
     again = build(Config, json.loads(json.dumps(to_dict(found))))
     assert differences(to_dict(found), again) == []
     before = to_dict(Config())

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html import unescape
+from typing import Any
 
 import numpy as np
 import pytest
@@ -511,12 +512,12 @@ def test_a_grid_has_the_numbers_of_compare(grid):
         assert told._replace(seconds=[], megabytes=[]) == expected._replace(seconds=[], megabytes=[])
         assert told.seconds == pytest.approx(expected.seconds)
         assert told.megabytes == pytest.approx(expected.megabytes)
-    rows = found.table("partition", "runs")
+    rows: Any = found.table("partition", "runs")
     assert set(rows) == {"iid", "skewed"}  # the first column; the last row of each
     fedprox = [tables.curve(of_cells[f"iid/fedprox/{seed}"], built) for seed in (0, 1)]
-    expected = tables.row("iid", "fedprox", fedprox, built, True)
-    assert rows["iid"]["last, mean"] == expected["final"] and rows["iid"]["seeds"] == 2
-    assert rows["iid"]["rounds to 0.3"] == (expected["rounds_to_target"] or "-")
+    row: Any = tables.row("iid", "fedprox", fedprox, built, True)
+    assert rows["iid"]["last, mean"] == row["final"] and rows["iid"]["seeds"] == 2
+    assert rows["iid"]["rounds to 0.3"] == (row["rounds_to_target"] or "-")
     chart = found.under("Accuracy by round: iid")
     line = next(t for t in chart["traces"] if t["name"] == "fedprox" and t.get("label"))
     assert line["y"] == pytest.approx(np.mean([c.values for c in fedprox], axis=0).tolist())
