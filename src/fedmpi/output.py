@@ -2,6 +2,9 @@
 
 The causes are a reader that went away (`| head -1`), a closed descriptor, or a full disk behind `> log`. A command
 whose output is its result, such as `fedmpi inspect`, flushes the output itself and fails.
+
+`reserve` keeps standard output for `give`, so that a program can read it: all else then goes to standard error, also
+what libraries and your own code print. `keep_log` writes all messages into a file as well.
 """
 
 from __future__ import annotations
@@ -9,8 +12,15 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import logging
 import os
 import sys
+import time
+from pathlib import Path
+from typing import IO
+
+_reserved: IO[str] | None = None  # standard output, if it is kept for `give`
+_log: IO[str] | None = None
 
 
 def open_streams() -> None:
@@ -28,8 +38,57 @@ def open_streams() -> None:
     atexit.register(flush)  # at exit Python turns a failed flush into exit code 120
 
 
+def reserve() -> None:
+    """Keep standard output for `give`; whatever else this process prints goes to standard error from now on."""
+    global _reserved
+    if _reserved is None:
+        flush()
+        _reserved = open(os.dup(1), "w", encoding="utf-8")  # noqa: SIM115
+        os.dup2(2, 1)
+
+
+def give(line: str) -> None:
+    """Write a line to the standard output that `reserve` kept, and flush it. Raises nothing."""
+    global _reserved
+    if _reserved is None:
+        return
+    try:
+        print(line, file=_reserved, flush=True)
+    except (OSError, ValueError) as failed:
+        if not isinstance(failed, OSError) or failed.errno in (errno.EPIPE, errno.EBADF):
+            _reserved = open(os.devnull, "w")  # noqa: SIM115
+
+
+def keep_log(path: Path) -> None:
+    """Append all messages and warnings from now on to a file too, each with its time. Raises OSError. Once it is
+    open, further calls do nothing."""
+    global _log
+    if _log is not None:
+        return
+    _log = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    logging.getLogger("fedmpi").addHandler(_Kept())
+
+
+class _Kept(logging.Handler):
+    """Puts warnings into the log, and on standard error as without it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+        if not logging.getLogger().handlers and logging.lastResort is not None:
+            logging.lastResort.handle(record)
+
+
+def note(text: str) -> None:
+    """Write a message into the log only, if there is one. Raises nothing."""
+    if _log is not None:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{moment} {text.rstrip()}", file=_log, flush=True)
+
+
 def say(text: str, error: bool = False) -> None:
     """Print a line and flush it; to standard error if `error`. Raises nothing."""
+    note(text)
     stream = sys.stderr if error else sys.stdout
     if stream is None:
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,31 +14,100 @@ import typer
 
 from fedmpi.cli.command import EXIT_CODES, Allow, ConfigPath, Overrides, answer, app, on_ranks
 from fedmpi.errors import ConfigError
-from fedmpi.output import say
+from fedmpi.output import keep_log, note, reserve, say
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
     from fedmpi.train import Run
 
 
+class Lines(StrEnum):
+    """When progress is printed."""
+
+    rounds = "rounds"
+    minute = "minute"
+
+
+LineChoice = Annotated[
+    Lines,
+    typer.Option("--progress", help="where no terminal shows a bar: a line per round, or at most one a minute"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="print warnings, errors and the last table only")]
+LogFile = Annotated[
+    Path | None, typer.Option("--log-file", metavar="FILE", help="append all messages, with their times, to FILE too")
+]
+JsonLine = Annotated[
+    bool, typer.Option("--json", help="one line of JSON per round and event on standard output; text on standard error")
+]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command that trains prints."""
+
+    lines: Lines = Lines.rounds
+    quiet: bool = False
+    log: Path | None = None
+    json: bool = False
+
+    def begin(self) -> None:
+        """Prepare the output of this process, before MPI starts."""
+        if self.json:
+            reserve()
+
+    def open_log(self, comm: Comm) -> None:
+        """Open the log, on rank 0. Collective, except on a fresh rank, which joins when all others have it."""
+        from fedmpi.fresh import is_fresh
+
+        def opened() -> None:
+            if self.log is not None and comm.rank == 0:
+                try:
+                    keep_log(self.log)
+                except OSError as error:
+                    raise ConfigError(f"--log-file {self.log}: {error.strerror or error}") from None
+
+        if not is_fresh():
+            comm.collectively(opened)
+
+
 @app.command(epilog=EXIT_CODES)
-def train(config: ConfigPath, overrides: Overrides = None, allow: Allow = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    progress: LineChoice = Lines.rounds,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    as_json: JsonLine = False,
+    allow: Allow = None,
+) -> None:
     """Train. Under mpirun or srun every rank hosts one or more silos; without a launcher, one process hosts all.
 
     If OUT holds a checkpoint, the run resumes from it, on any number of ranks, with the same bits as without the stop.
     SIGUSR1, SIGTERM and `fedmpi stop OUT` stop it at the next batch, with the last whole round on disk.
     """
-    on_ranks(lambda comm: _train(comm, config, overrides or [], allow or []))
+    shown = Shown(progress, quiet, log_file, as_json)
+    shown.begin()
+    on_ranks(lambda comm: _train(comm, config, overrides or [], allow or [], shown))
 
 
 @app.command(epilog=EXIT_CODES)
-def serve(config: ConfigPath, overrides: Overrides = None, allow: Allow = None) -> None:
+def serve(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    progress: LineChoice = Lines.rounds,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    as_json: JsonLine = False,
+    allow: Allow = None,
+) -> None:
     """The server's job of a federation whose silos are jobs of their own (transport: files). It opens no silo's data.
 
     It waits for silos, collects their updates, steps, and commits new parameters, until all rounds are done. It may end
     at any time and be started again: it goes on from its last commit.
     """
-    _on_one(lambda: _serve(config, overrides or [], allow or []))
+    shown = Shown(progress, quiet, log_file, as_json)
+    shown.begin()
+    _on_one(lambda: _serve(config, overrides or [], allow or [], shown))
 
 
 def _on_one(work: Callable[[], None]) -> None:
@@ -57,12 +128,14 @@ def _on_one(work: Callable[[], None]) -> None:
         raise typer.Exit(1) from None
 
 
-def _serve(config: str, overrides: list[str], allow: list[str]) -> None:
+def _serve(config: str, overrides: list[str], allow: list[str], shown: Shown) -> None:
+    from fedmpi.comm import SoloComm
     from fedmpi.jobs.serve import Serving
 
+    shown.open_log(SoloComm())
     with Serving(config, *overrides, allow=allow) as run:
-        _trained(run)
-    _told(run)
+        _trained(run, shown)
+    _told(run, shown)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -141,21 +214,23 @@ def run(
     answer(work)
 
 
-def _train(comm: Comm, config: str, overrides: list[str], allow: list[str]) -> None:
+def _train(comm: Comm, config: str, overrides: list[str], allow: list[str], shown: Shown) -> None:
     from fedmpi import Run
 
+    shown.open_log(comm)
     with Run(config, *overrides, allow=allow, comm=comm) as run:
-        _trained(run)
-    _told(run)
+        _trained(run, shown)
+    _told(run, shown)
 
 
-def _trained(run: Run) -> None:
+def _trained(run: Run, shown: Shown) -> None:
     """Train all rounds, with progress on the terminal."""
-    from fedmpi.records.terminal import Progress
+    from fedmpi.records.terminal import JsonLines, Progress
 
-    progress = Progress()
+    progress = Progress("none" if shown.quiet or shown.json else shown.lines.value, shown.log)
+    lines = JsonLines(run.out) if shown.json else None
     if run.comm.rank == 0:
-        say(_headline(run))
+        (note if shown.quiet else say)(_headline(run))
         if told := _unencrypted(run.comm.machines, run.config.secure is not None):
             say(told)
         done, rounds = run.resumed, run.config.rounds
@@ -165,7 +240,12 @@ def _trained(run: Run) -> None:
             say(f"nothing to do: {done} rounds are done; set rounds=N to train more")
         if done > rounds:
             say(f"rounds={rounds} is below the {done} rounds that are done; set rounds above {done} to train more")
+        if lines is not None:
+            facts = {"ranks": run.comm.size, "silos": len(run.federation.ids), "metric": run.metric}
+            lines.begin(out=str(run.out), round=done, rounds=rounds, **facts)
     run.add_sink(progress)
+    if lines is not None:
+        run.add_sink(lines)
     try:
         for _ in run:
             pass
@@ -175,11 +255,11 @@ def _trained(run: Run) -> None:
         say(f"fedmpi: ended after round {run.state.round} of {run.config.rounds}: {run.ended}")
 
 
-def _told(run: Run) -> None:
+def _told(run: Run, shown: Shown) -> None:
     """Print the last round's figures of all silos."""
     from fedmpi.records.terminal import on_terminal, silo_table
 
-    if run.comm.rank == 0 and run.record is not None:
+    if run.comm.rank == 0 and run.record is not None and not shown.json:
         from rich.console import Console
 
         live = on_terminal()

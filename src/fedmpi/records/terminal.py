@@ -1,17 +1,25 @@
-"""Progress on standard output, and the final table."""
+"""Progress on standard output, as lines for people or as JSON for programs, and the final table."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from typing import Any
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
 
 from fedmpi.comm import launched
 from fedmpi.metrics.scorers import SILO_MEAN, of_silo
-from fedmpi.output import say
+from fedmpi.output import give, keep_log, note, say
+from fedmpi.records.pace import Pace, span
 from fedmpi.records.record import Record
 from fedmpi.records.sink import RunInfo, Sink
+from fedmpi.stopping import EVENTS_FILE
+
+MINUTE_S = 60.0  # shortest time between two lines of `minute`
 
 
 def on_terminal() -> bool:
@@ -28,30 +36,52 @@ def on_terminal() -> bool:
 
 
 class Progress(Sink):
-    """Progress of a run: a bar on a terminal, plain lines elsewhere, with the same figures."""
+    """Progress of a run: a bar on a terminal, plain lines elsewhere, with the same figures.
+
+    `lines`: `rounds`, a line per round; `minute`, at most one a minute, with the first and the last round; `none`. The
+    log has a line per round in any case; a rank that becomes rank 0 goes on with it."""
 
     _bar: Any = None
 
+    def __init__(self, lines: Literal["rounds", "minute", "none"] = "rounds", log: Path | None = None) -> None:
+        self._lines, self._log = lines, log
+        self._next_s = 0.0
+
     def open(self, run: RunInfo) -> None:
         self._rounds, self._metric = run.rounds, run.metric
-        if on_terminal():
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        self._pace = Pace(run.rounds)
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                keep_log(self._log)
+        if self._lines != "none" and on_terminal():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(),
             )  # fmt: skip
             self._task = self._bar.add_task("", total=run.rounds, completed=run.resumed)
             self._bar.start()
 
     def write(self, record: Record) -> None:
-        text = self._line(record)
-        if self._bar is None:
-            say(f"round {record['round']:>{len(str(self._rounds))}}/{self._rounds}  {text}")
-        else:
+        self._pace.add(record)
+        text, number = self._line(record), record["round"]
+        line = f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {text}"
+        if self._bar is not None:
+            note(line)
             with contextlib.suppress(OSError):  # the terminal may be gone
-                self._bar.update(self._task, completed=record["round"], description=text)
+                self._bar.update(self._task, completed=number, description=text)
+        elif self._lines == "rounds" or (self._lines == "minute" and self._is_due(number)):
+            say(line)
+        else:
+            note(line)
+
+    def _is_due(self, number: int) -> bool:
+        now_s = time.monotonic()
+        if now_s < self._next_s and number < self._rounds:
+            return False
+        self._next_s = now_s + MINUTE_S
+        return True
 
     def _line(self, record: Record) -> str:
         parts = [f"train {_figure(record['train_loss'])}"]
@@ -64,12 +94,56 @@ class Progress(Sink):
             parts += [f"{what}{who}"] if who else []
         if late := ", ".join(f"{silo} ({what})" for silo, what in record.get("late", {}).items()):
             parts.append(f"late {late}")
-        return "  ".join([*parts, f"{record['seconds']['round']:.2f} s"])
+        parts.append(f"{record['seconds']['round']:.2f} s")
+        if (left_s := self._pace.left_s) is not None:
+            parts.append(f"ETA {span(left_s)}")
+        return "  ".join(parts)
 
     def close(self) -> None:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.stop()
+
+
+class JsonLines(Sink):
+    """Every record and event as a line of JSON on the standard output that is kept for them.
+
+    Records are those of metrics.jsonl, with `time`; what has the key `event` is an event: `begin`, then those that are
+    added to events.jsonl from now on."""
+
+    def __init__(self, root: Path) -> None:
+        self._events = root / EVENTS_FILE
+        try:
+            self._offset = self._events.stat().st_size
+        except OSError:
+            self._offset = 0
+
+    def begin(self, **facts: Any) -> None:
+        """Tell that training begins."""
+        give(json.dumps({"event": "begin", "time": _now(), **facts}))
+
+    def write(self, record: Record) -> None:
+        self._tell_events()
+        give(json.dumps({**record, "time": _now()}))
+
+    def close(self) -> None:
+        self._tell_events()
+
+    def _tell_events(self) -> None:
+        try:
+            with open(self._events, "rb") as file:
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return
+        self._offset += len(whole) + len(newline)
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                give(json.dumps(json.loads(line)))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _figure(value: float | None) -> str:
