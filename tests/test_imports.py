@@ -51,7 +51,7 @@ ORDER = [
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
     *("reveals", "plan", "batch", "check", "doctor", "audit", "graphs", "results", "predictions", "compare"),
-    *("launchline", "remains", "supervisor", "report"),
+    *("launchline", "remains", "supervisor", "report", "watch"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]
 MODULES = {path: path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sorted(ROOT.rglob("*.py"))}
@@ -131,6 +131,7 @@ for args in (["inspect", "runs/c"], ["silos", "runs/c", "--json"], ["stop", "run
     app(args, standalone_mode=False)
 app(["export", "runs/c", "--to", "m.safetensors"], standalone_mode=False)
 app(["report", "runs/c"], standalone_mode=False)
+app(["watch", "runs/c", "--once"], standalone_mode=False)
 """
     assert loaded_after(f"import os; os.chdir({str(tmp_path)!r})" + code, "mpi4py", "mpi4py.MPI", "sklearn") == []
 

@@ -1,4 +1,4 @@
-"""Commands that read results: inspect, compare, report, eval, export, list."""
+"""Commands that read results: inspect, compare, report, watch, eval, export, list."""
 
 from __future__ import annotations
 
@@ -142,6 +142,25 @@ def report(
 
         path = write(what, out, title)
         print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+    answer(work)
+
+
+@app.command()
+def watch(
+    directory: RunDir,
+    once: Annotated[bool, typer.Option("--once", help="print one frame and end")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, metavar="S", help="seconds between two looks")] = 2.0,
+) -> None:
+    """Show how the run of DIR goes on: rounds, ETA, figures, phases of each rank, silos that are late, events.
+
+    Reads files only, so it works from any machine that sees DIR. Ends when all rounds are done, or with Ctrl-C.
+    """
+
+    def work() -> None:
+        from fedmpi.watch import watch as show
+
+        show(directory, every, once)
 
     answer(work)
 

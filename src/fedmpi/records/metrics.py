@@ -51,7 +51,7 @@ def each_record(root: Path) -> Iterator[Record | None]:
         file.seek(0)
         for line in file:
             if line.endswith(b"\n") and line != b"\n":
-                yield _record_in(line[:-1], sealed)
+                yield record_in(line[:-1], sealed)
 
 
 def last_round(root: Path) -> int:
@@ -67,7 +67,7 @@ def last_round(root: Path) -> int:
                 size *= 4
     except OSError:
         return 0
-    record = _record_in(line, sealed=False)
+    record = record_in(line, sealed=False)
     return 0 if record is None else int(record["round"])
 
 
@@ -84,7 +84,7 @@ def _read(root: Path) -> tuple[list[tuple[Record, bytes]], list[bytes]]:
     for number, line in enumerate(lines, 1):
         if not line:
             continue
-        record = _record_in(line, sealed)
+        record = record_in(line, sealed)
         if record is None:
             log.warning("%s, line %d is damaged and left out", path, number)
             damaged.append(line)
@@ -93,7 +93,8 @@ def _read(root: Path) -> tuple[list[tuple[Record, bytes]], list[bytes]]:
     return whole, damaged
 
 
-def _record_in(line: bytes, sealed: bool) -> Record | None:
+def record_in(line: bytes, sealed: bool) -> Record | None:
+    """The record of a line without its end, None if it is damaged. `sealed`: a line without a checksum is damaged."""
     crc = _CRC.search(line)
     if crc is not None:
         line = line[: crc.start()]
