@@ -79,7 +79,12 @@ def test_a_second_look_reads_only_what_is_new(tmp_path, monkeypatch):
     run_of(tmp_path / "a", 3)
     follower, taken = Records(tmp_path / "a"), []
     take = Records._take
-    monkeypatch.setattr(Records, "_take", lambda self, line: (taken.append(line), take(self, line)))
+
+    def counted(self, line):
+        taken.append(line)
+        take(self, line)
+
+    monkeypatch.setattr(Records, "_take", counted)
     follower.look()
     assert len(taken) == 3 and follower.look() is False and len(taken) == 3
     with open(tmp_path / "a" / "metrics.jsonl", "ab") as file:
