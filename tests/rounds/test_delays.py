@@ -80,6 +80,8 @@ def test_what_a_silo_is_told_follows_the_equation():
             {"evaluate": {"finetune": {"name": "sgd", "lr": 0.1, "steps": 1, "amount": BUDGET}}},
             "evaluate.finetune.amount",
         ),
+        ({"silos": {"s1": {"local.steps": 4}}}, "'s1' has epochs or steps of its own"),
+        ({"silos": {"s1": {"local.epochs": 4}}}, "'s1' has epochs or steps of its own"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_in_one_line(tmp_path, values, why):
@@ -200,6 +202,14 @@ def test_synchronous_rounds_in_virtual_time_follow_it_and_survive_a_resume(tmp_p
         slow = [record for record in records if "s2" in record["cohort"]]
         assert slow[0]["late"]["s2"] == "dropped" and slow[0]["amounts"]["s2"]["amount"] == 8
         assert slow[1]["amounts"]["s2"]["amount"] < 4
+
+
+def test_silos_with_settings_of_their_own_do_what_they_are_told(tmp_path):
+    engine = {"policy": {"name": "deadline", "deadline_s": 2.5, "late": "partial"}}
+    records, _ = run(synchronous(tmp_path, engine, {"silos": {"s1": {"local.lr": 0.02}}}))
+    in_time = [record for record in records if "s1" not in record.get("late", ())]
+    told = [(record["silos"]["s1"]["num_steps"], record["amounts"]["s1"]["amount"]) for record in in_time]
+    assert all(num == amount for num, amount in told) and len({amount for _, amount in told}) > 1
 
 
 def test_a_silo_that_comes_back_is_measured_anew(tmp_path):

@@ -55,11 +55,20 @@ def conflicts(config: Config) -> str | None:
     amount = rule.amount if isinstance(rule, GradientRule) else None
     if isinstance(amount, workload.BySilo) and (both := sorted({*rules} & {*amount.silos})):
         return f"silos: '{both[0]}' is in local.amount.silos too; give its epochs or steps in one place"
+    if rule.by_delay is not None and (own_work := [silo for silo, own in rules.items() if _work(own) != _work(rule)]):
+        return (
+            f"silos: '{own_work[0]}' has epochs or steps of its own, and local.amount: by_delay counts those of all "
+            "silos against the same number; leave them out"
+        )
     return None
 
 
 def _lr(rule: LocalRule) -> float | None:
     return rule.lr if isinstance(rule, (GradientRule, FedSgd)) else None
+
+
+def _work(rule: LocalRule) -> tuple[int | None, int | None] | None:
+    return (rule.epochs, rule.steps) if isinstance(rule, GradientRule) else None
 
 
 def _changed(rule: LocalRule, settings: Mapping[str, Any], path: str) -> LocalRule:
@@ -112,9 +121,12 @@ class BySilo:
         """See LocalRule."""
         return self.of(silo).smallest_batch(silo, num_samples, rounds)
 
-    def num_steps(self, silo: LocalSilo, number: int, rounds: int, seed: int) -> int:
+    def num_steps(
+        self, silo: LocalSilo, number: int, rounds: int, seed: int, order: workload.Order | None = None
+    ) -> int:
         """See LocalRule."""
-        return self.of(silo.id).num_steps(silo, number, rounds, seed)
+        about = (silo, number, rounds, seed)
+        return self.of(silo.id).num_steps(*about) if order is None else self.of(silo.id).num_steps(*about, order)
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: torch.Tensor, round: Round) -> Contribution:
         """See LocalRule."""
