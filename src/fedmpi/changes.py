@@ -24,6 +24,10 @@ def asked_for(request: Request, spec: Spec, fed: Federation) -> tuple[Spec, Memb
         raise agreed(
             ConfigError("transport: files: silos neither join nor leave by request; one joins when its job registers")
         )
+    if spec.config.engine.clock.members(1) is not None:
+        raise agreed(
+            ConfigError("engine.clock: replay: silos join after the rounds of the earlier run, not by request")
+        )
     if spec.config.secure is not None:
         why = "a repeated round with other silos would give two sums that differ by one silo's update"
         raise agreed(ConfigError(f"secure: silos neither join nor leave a running job: {why}"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmpi import disk, rng, roster, stopping
 from fedmpi.changes import asked_for, rank_for
-from fedmpi.errors import CheckpointError, ConfigError, FedmpiError
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
 from fedmpi.membership import Membership
 from fedmpi.output import say
 from fedmpi.parts import Parts
@@ -82,11 +82,20 @@ class Members(Parts):
                     self._desk.sealed(state.round)
 
     def _follow_clock(self) -> None:
-        """Change the members to those that the engine's clock names for the next round. Collective."""
-        wanted, members = self.config.engine.clock.members(self.state.round + 1), self.membership
-        for silo in wanted or ():
-            if silo not in members.teams:
-                members = members.with_silo(silo, rank_for(silo, self._spec, self.federation))
+        """Change the members to those that the engine's clock names for the next round. Collective. Raises ConfigError
+        if one that took part already is gone: it would begin anew."""
+        clock, done, members = self.config.engine.clock, self.state.round, self.membership
+        before = (clock.members(done) or ()) if done else ()
+        for silo in clock.members(done + 1) or ():
+            if silo in members.teams:
+                continue
+            if silo in before:
+                raise agreed(
+                    ConfigError(
+                        f"engine.clock: replay: silo '{silo}' has left, and takes part in round {done + 1} there"
+                    )
+                )
+            members = members.with_silo(silo, rank_for(silo, self._spec, self.federation))
         if members is not self.membership:
             self.rebuild(members)
 

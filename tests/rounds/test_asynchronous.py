@@ -9,10 +9,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from support.runs import OWN, config, everything, figures, put_back, run
+from support.runs import OWN, config, everything, figures, put_back, refused, run
 
 import fedmpi
 from fedmpi.aggregate import AGGREGATORS
+from fedmpi.changes import asked_for
 from fedmpi.comm import SoloComm
 from fedmpi.comm.threads import on_ranks
 from fedmpi.components import build, component
@@ -22,6 +23,7 @@ from fedmpi.exchange.base import ExchangeContext
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.local import Sgd
 from fedmpi.records.metrics import read_metrics
+from fedmpi.requests import Request
 from fedmpi.rounds import CLOCKS, TIMES, Buffered
 from fedmpi.rounds.clocks import Replay, Virtual
 from fedmpi.rounds.queue import Queue, Replayed, after_trainings, trainings
@@ -238,6 +240,30 @@ def test_silos_leave_and_join_while_updates_are_under_way(tmp_path):
     again = buffered(2, clock={"name": "replay", "run": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"silo 's1' has left .* before round 5"):
         config(tmp_path / "again", 12, engine=again)
+
+
+def test_a_silo_that_leaves_a_replay_does_not_begin_anew(tmp_path):
+    run(config(tmp_path / "first", 6, engine=buffered(2, clock="virtual"), local={"name": "scaffold"}))
+    clock = {"name": "replay", "run": str(tmp_path / "first")}
+    how = config(tmp_path / "again", 6, engine=buffered(2, clock=clock), local={"name": "scaffold"})
+    with (
+        pytest.raises(ConfigError, match="silo 's1' has left, and takes part in round 3"),
+        fedmpi.Run(how, comm=SoloComm()) as done,
+    ):
+        for record in done:
+            with pytest.raises(ConfigError, match="not by request"):
+                asked_for(Request("0", "retire", "s1"), done._spec, done.federation)
+            if record["round"] == 2:
+                done.rebuild(done.membership.without("s1"))
+
+
+def test_a_replay_knows_all_silos_of_its_run_also_one_that_brought_nothing(tmp_path, monkeypatch):
+    run(config(tmp_path / "first", 3, engine=buffered(1, clock="virtual")))
+    rows = [*read_metrics(tmp_path / "first")]
+    rows[-1]["silos"]["s9"] = {}
+    monkeypatch.setattr("fedmpi.rounds.clocks.read_metrics", lambda path: rows)
+    clock = {"name": "replay", "run": str(tmp_path / "first")}
+    assert "has a silo 's9', which is none here" in refused(config(tmp_path / "b", 3, engine=buffered(1, clock=clock)))
 
 
 @pytest.mark.parametrize("clock", [{"name": "virtual", "slower": {"s2": 2.5}}, "real"])

@@ -279,10 +279,10 @@ class Replay(Clock):
         """Read the arrivals. Raise ConfigError unless all silos of the earlier run are among these."""
         for name in ("_records", "arrivals", "_last_use"):
             vars(self).pop(name, None)  # the file may have changed since an earlier run
-        for of_round in self.arrivals.values():
-            for one in of_round:
-                if one["silo"] not in ids:
-                    raise ConfigError(f"engine.clock.run: {self.run} has a silo '{one['silo']}', which is none here")
+        for number, of_round in self.arrivals.items():
+            for silo in (*(one["silo"] for one in of_round), *(self.members(number) or ())):
+                if silo not in ids:
+                    raise ConfigError(f"engine.clock.run: {self.run} has a silo '{silo}', which is none here")
 
     def conflicts(self, config: Config) -> str | None:
         if missing := [number for number in range(1, config.rounds + 1) if number not in self.arrivals]:
