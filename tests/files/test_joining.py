@@ -14,7 +14,7 @@ from support.slurm import until
 import fedmpi
 from fedmpi import assembly, roster
 from fedmpi.comm import SoloComm
-from fedmpi.errors import ConfigError, ServerEnded
+from fedmpi.errors import ConfigError, ServerEnded, Superseded
 from fedmpi.files.server import Server
 from fedmpi.flat import sha256
 from fedmpi.jobs import serve
@@ -243,6 +243,23 @@ def test_of_two_silos_that_differ_none_is_refused_until_a_third_one_comes(tmp_pa
         jobs[0].ended()
     for job in jobs[1:]:
         job.ended()
+
+
+def test_the_server_says_why_silos_that_have_registered_do_not_count(tmp_path, capsys):
+    how = apart(tmp_path, 2)
+    bad = [Job(replace(how, rounds=9), silo) for silo in IDS]
+    for silo in IDS:
+        registered(how, silo)
+    jobs, second = [], threading.Timer(1.5, lambda: jobs.extend(Job(how, silo) for silo in IDS))
+    second.start()
+    served(how)
+    for job in bad:
+        with pytest.raises((Superseded, ConfigError)):
+            job.ended()
+    for job in jobs:
+        job.ended()
+    why = "missing: s0, s1, s2; silo 's0': its configuration is not the server's: rounds is 9 there and 2 here"
+    assert why in capsys.readouterr().out
 
 
 def test_a_member_does_not_leave(tmp_path):

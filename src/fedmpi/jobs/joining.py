@@ -108,7 +108,8 @@ class Joining:
                 self._tell_refused(why)
             missing = [silo for silo in wanted if silo not in fits]
             what = f"for silos to register: {len(there)} of {least if known or members else 'all'} have"
-            self._post.waits(f"{what}; missing: {', '.join(missing[:6])}" if missing else what)
+            odd = [f"; silo '{silo}': {why[silo]}" for silo in missing if why.get(silo)]
+            self._post.waits("".join([f"{what}; missing: {', '.join(missing[:6])}" if missing else what, *odd[:1]]))
             self._post.pause()
         self._tell_refused(why)
         before = dict(zip(last.ids, last.facts, strict=True))
