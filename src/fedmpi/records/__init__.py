@@ -8,6 +8,8 @@ sink          the base class of sinks, which write records on rank 0
 metrics       metrics.jsonl, always written
 trace         trace.json, for Perfetto
 tensorboard   TensorBoard events
+mlflow        metrics of an MLflow run
+wandb         a Weights & Biases run
 pace          how long the remaining rounds take
 terminal      progress for people and programs, and the final table
 sinks         the family, and the sinks of a run

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from fedmpi import disk
+from fedmpi.errors import ConfigError
 from fedmpi.records.record import Record
+
+log = logging.getLogger("fedmpi")
 
 Timings = tuple[np.ndarray, Mapping[str, np.ndarray]]
 
@@ -46,3 +53,69 @@ class Sink:
 
     def close(self) -> None:
         """Called after the last round, or when the run ends early. May be called twice."""
+
+
+class Tracker(Sink):
+    """A sink that writes to a tracking service, which may be away: then a warning is printed, and the run goes on.
+
+    A resumed run goes on with the service's run, whose id is in OUT/`file`. Another run begins a new one.
+    """
+
+    file = ""  # of the id, in the run directory
+    id = ""  # of the service's run; empty if there is none, or if it has been ended
+
+    @abstractmethod
+    def begin(self, run: RunInfo, before: str) -> str:
+        """Begin the service's run, or go on with the one whose id is `before`; returns its id. Raises ConfigError if
+        the package is missing."""
+
+    @abstractmethod
+    def tell(self, record: Record) -> None:
+        """Send a record's numbers."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the service's run."""
+
+    def open(self, run: RunInfo) -> None:
+        before = _id_in(run.root / self.file) if run.resumed else ""
+        try:
+            self.id = self.begin(run, before)
+        except ConfigError:
+            raise
+        except Exception as error:
+            name = type(self).__name__
+            log.warning("%s cannot begin (%s: %s); it gets no records", name, type(error).__name__, error)
+            return
+        disk.replace_text(run.root / self.file, json.dumps({"id": self.id}))
+
+    def write(self, record: Record) -> None:
+        if self.id:
+            self.tell(record)
+
+    def close(self) -> None:
+        if self.id:
+            try:
+                self.end()
+            finally:
+                self.id = ""
+
+
+def _id_in(path: Path) -> str:
+    """The id that an earlier start has written; empty if there is none."""
+    try:
+        found = json.loads(disk.read_bytes(path))["id"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record by name, phases as `seconds/PHASE`. Without the rows of silos.
+
+    >>> scalars({"schema": 1, "round": 3, "loss": 0.5, "accuracy": None, "seconds": {"train": 2.0}, "silos": {}})
+    {'loss': 0.5, 'seconds/train': 2.0}
+    """
+    found = {name: value for name, value in record.items() if name not in ("round", "schema")}
+    found |= {f"seconds/{name}": value for name, value in (record.get("seconds") or {}).items()}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}

@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from fedmpi.components import Family
 from fedmpi.errors import CheckpointError
 from fedmpi.records.metrics import Metrics
+from fedmpi.records.mlflow import MLflow
 from fedmpi.records.record import Record
 from fedmpi.records.sink import RunInfo, Sink
 from fedmpi.records.tensorboard import TensorBoard
 from fedmpi.records.trace import Trace
+from fedmpi.records.wandb import WandB
 
 log = logging.getLogger("fedmpi")
 
-SINKS = Family("sink", {"trace": Trace, "tensorboard": TensorBoard}, Sink, deferred=True)
+SINKS = Family(
+    "sink", {"trace": Trace, "tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}, Sink, deferred=True
+)
 
 
 class Sinks:
@@ -27,8 +31,12 @@ class Sinks:
         self._metrics = Metrics()
         self._metrics.open(run)
         self._others: list[Sink] = []
-        for sink in others:
-            self.add(sink)
+        try:
+            for sink in others:
+                self.add(sink)
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, sink: Sink) -> None:
         """Add a sink, which gets records from now on. Raises what its `open` raises."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedmpi.errors import ConfigError
 from fedmpi.records.record import Record
-from fedmpi.records.sink import RunInfo, Sink
+from fedmpi.records.sink import RunInfo, Sink, scalars
 
 
 class TensorBoard(Sink):
@@ -21,11 +21,8 @@ class TensorBoard(Sink):
 
     def write(self, record: Record) -> None:
         """Write every number of the record as a scalar."""
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name not in ("round", "schema"):
-                self._writer.add_scalar(name, value, record["round"])
-        for name, value in record["seconds"].items():
-            self._writer.add_scalar(f"seconds/{name}", value, record["round"])
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["round"])
 
     def close(self) -> None:
         self._writer.close()
