@@ -55,6 +55,17 @@ def test_a_batch_of_targets_without_weight_has_loss_and_gradient_0():
     assert float(loss.detach()) == 0.0 == float(found.count(y)) and not bool(z.grad.any())
 
 
+def test_targets_without_weight_count_in_metrics():
+    """A silo whose test targets all have weight 0 has no loss, and still its part of the accuracy."""
+    objective = resolve(build(Objective, {"loss": {"name": "cross_entropy", "weight": WEIGHT}}), "classification", 3)
+    model, x, y = torch.nn.Identity(), drawn(6, 3), torch.tensor([2, 2, -100, 2, 2, 2])
+    tally = objective.score(model, x, y, 4, "cpu")
+    right = (x.argmax(1) == y)[y >= 0]
+    assert tally.targets == 0 and tally.loss != tally.loss
+    assert tally.values["accuracy"] == pytest.approx(float(right.double().mean())) and "accuracy" in tally.parts
+    assert objective.score(model, x, torch.full((6,), -100), 4, "cpu").parts == {}
+
+
 def test_pixels_and_symbols_are_weighted_one_by_one():
     for task, z, y in (
         ("classification", drawn(2, 3, 5), labels(10).view(2, 5)),

@@ -237,7 +237,8 @@ class LossAndMetrics:
                         tally.fail(scorer.name, error)
         if keeps:
             outputs, targets = torch.cat(kept), y.cpu()
-        for scorer in scorers if tally.targets else ():
+        some = not drops or bool(self.targets.counts(y).any())  # targets of weight 0 count in metrics
+        for scorer in scorers if some else ():
             name = scorer.name
             if name not in tally.raised:
                 try:
