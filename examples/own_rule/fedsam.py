@@ -1,5 +1,7 @@
 """A local rule: how a silo trains."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class FedSam(GradientRule):  # lr, epochs or steps, batch_size, optimizer, sched
 
     rho: PositiveFloat = 0.05
     """Distance to that point."""
+    splits: ClassVar[bool] = False  # a step needs its whole batch, so `micro_batch` is refused
 
     def train(self, silo: LocalSilo, model: FlatModel, params_P: Tensor, round: Round) -> Contribution:
         module = model.module

@@ -12,6 +12,7 @@ from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.flat import FlatModel
 from fedmpi.local import RULES, LocalSilo, Round
+from fedmpi.local.base import local_steps
 from fedmpi.objectives import Objective, resolve
 from fedmpi.schedules import SCHEDULES
 from fedmpi.types import SiloData
@@ -75,6 +76,15 @@ def test_a_micro_batch_is_never_larger_than_said_and_a_batch_that_fits_is_one_pa
     model = FlatModel(module())
     rule.train(silo(), model, model.params().clone(), Round(1, 1, 0, watched, lambda: None))
     assert sizes == [4, 4, 4, 4, 5]
+
+
+def test_a_rule_that_replaces_the_loss_of_a_batch_is_refused():
+    """Otherwise its passes would be those of plain steps."""
+    rule = RULES.build({"name": "sgd", "lr": 0.1, "batch_size": SIZE, "epochs": 1, "micro_batch": 5}, "local")
+    model = FlatModel(module())
+    round = Round(1, 1, 0, nn.functional.cross_entropy, lambda: None)
+    with pytest.raises(ConfigError, match="micro_batch: sgd computes with a whole batch"):
+        local_steps(rule, silo(), model, model.params().clone(), round, batch_loss=lambda x, y: model.module(x).sum())
 
 
 SCHEDULED = [

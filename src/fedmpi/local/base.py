@@ -503,6 +503,8 @@ def local_steps(
     the final personal parameters. If the round is over after a step, the loop ends there. Raises what `round.check`
     raises.
     """
+    if work.micro_batch is not None and batch_loss is not None:
+        raise ConfigError(f"local.micro_batch: {called(work)} computes with a whole batch; take a smaller batch_size")
     module, device = model.module, model.device
     trained = load_silo(silo, model, params_P, round)
     optimizer = work.optimizer.target(trained, lr=work.rate(round), **work.optimizer.arguments)
