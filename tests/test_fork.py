@@ -131,6 +131,17 @@ def test_what_a_fork_cannot_change_is_refused_and_leaves_nothing_in_the_way(base
         assert [r["round"] for r in run(config(base.parent / "bad-too", 1))[0]] == [1]  # without `fork`, from the start
 
 
+def test_a_fork_of_a_run_that_has_ended_here_says_how_it_goes_on(tmp_path):
+    early = {"stop": {"early": {"metric": "loss", "target": 9.0}}}
+    assert [r["round"] for r in run(config(tmp_path / "base", 9, **early))[0]] == [1]
+    how = {"fork": f"{tmp_path / 'base'}@1"}
+    said = refused(config(tmp_path / "a", 3, **early, **how))
+    assert said.startswith("fork: the other run has ended here: loss is") and "fork.reset: [stop]" in said
+    assert [r["round"] for r in run(config(tmp_path / "a", 3, **how))[0]] == [2, 3]
+    again = {"fork": {"run": str(tmp_path / "base"), "round": 1, "reset": ["stop"]}}
+    assert [r["round"] for r in run(config(tmp_path / "b", 3, **early, **again))[0]] == [2]
+
+
 POISSON = {"select": {"name": "poisson", "rate": 1}}
 PRIVATE = {"privacy": {"name": "silo", "clip": 1.0, "sigma": 1.0, "delta": 1e-5}, **POISSON}
 

@@ -150,6 +150,13 @@ class Parts:
         self._keeper = self._make_keeper(others)
         self.state = self._keeper.resume(self.state, None if self._resumes is None else self._resumes.round)
         self.resumed = self.state.round
+        self.comm.collectively(self._refuse_ended if self.comm.rank == 0 else lambda: None)
+
+    def _refuse_ended(self) -> None:
+        if fork.begins(self.out) and (why := self._health.ended):
+            raise ConfigError(
+                f"fork: the other run has ended here: {why}; give another stop.early, or fork.reset: [stop]"
+            )
 
     def _progress(self) -> Progress | None:
         fed = self.federation
