@@ -10,10 +10,13 @@ from typer.testing import CliRunner
 
 from fedmpi import checkpoint, results, stopping
 from fedmpi.cli import app
+from fedmpi.compare.grid import Cell, is_done
 from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.health import EarlySection, Progress
+from fedmpi.report.reading import read_run
+from fedmpi.report.status import status
 
 
 def plain(values, maximize, target=None, patience=None, min_delta=0.0):
@@ -132,6 +135,21 @@ def test_the_best_round_is_kept(tmp_path):
     _, ended = run(config(tmp_path, 20, local=STALLS, checkpoint={"every": 100}, **EARLY))
     assert results.choose(tmp_path, "best") == 1 and checkpoint.sealed_rounds(tmp_path)[-1] == 4
     assert ended.state.round == 4
+
+
+def test_a_run_whose_last_round_meets_the_target_has_not_ended_early(tmp_path):
+    """But it stays ended with more rounds."""
+    run(config(tmp_path, 4, local=STALLS, **EARLY))
+    assert stopping.ended(tmp_path) == (-1, "") and results.inspect(tmp_path)["ended"] is None
+    assert run(config(tmp_path, 6, local=STALLS, **EARLY))[0] == [] and stopping.ended(tmp_path)[0] == 4
+
+
+def test_reports_and_grids_know_why_it_ended(tmp_path):
+    _, ended = run(config(tmp_path, 20, local=STALLS, **EARLY))
+    told = status(read_run(tmp_path))
+    assert (told.word, told.good, told.text) == ("finished early", True, f"4 of 20 rounds: {ended.ended}")
+    for how, done in ((EARLY, True), ({"stop": {"early": {"metric": "accuracy", "patience": 5}}}, False), ({}, False)):
+        assert is_done(Cell("p", "a", 0, config(tmp_path, 20, local=STALLS, **how))) is done
 
 
 FINETUNED = {"evaluate": {"finetune": {"name": "sgd", "lr": 1, "epochs": 1}}}

@@ -275,7 +275,7 @@ class Run(Recovery):
 
         def write() -> None:
             if self.comm.rank == 0:
-                if why := self._health.ended:
+                if why := self.ended:
                     text = json.dumps({"round": self.state.round, "why": why})
                     disk.replace_text(self.out / stopping.ENDED_FILE, text)
                 if self._spent or not self._goes_on:

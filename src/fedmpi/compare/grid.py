@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fedmpi import checkpoint, disk, stopping
-from fedmpi.components import NonNegativeInt, build, component, did_you_mean
+from fedmpi.components import NonNegativeInt, build, component, did_you_mean, to_dict
 from fedmpi.config import Config, differences, put
 from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError, Diverged
@@ -128,9 +128,11 @@ def is_done(cell: Cell) -> bool:
     rounds = checkpoint.sealed_rounds(cell.root)
     if not rounds:
         return False
-    if changed := differences(read_config(cell.root).config, cell.config):
+    stored = read_config(cell.root).config
+    if changed := differences(stored, cell.config):
         raise ConfigError(f"{cell.root} holds another run: {changed[0]}; choose another --out")
-    last = 0 < stopping.ended(cell.root)[0] <= rounds[-1]
+    same = (stored.get("stop") or {}).get("early") == to_dict(cell.config)["stop"]["early"]  # another may let it go on
+    last = same and 0 < stopping.ended(cell.root)[0] <= rounds[-1]
     whole = (last or rounds[-1] >= cell.config.rounds) and (cell.root / "model.safetensors").exists()
     return whole or (cell.root / DIVERGED).exists()
 

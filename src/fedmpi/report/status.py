@@ -40,7 +40,8 @@ def status(run: RunData) -> Status:
         return Status("diverged", False, f"{of}: {run.diverged}")
     if run.has_model:
         budget = "the privacy budget is spent" if run.config.get("privacy") else "the model is saved all the same"
-        return Status("finished early", True, f"{of}: {budget}")
+        after, why = stopping.ended(run.root)
+        return Status("finished early", True, f"{of}: {why if after == done else budget}")
     event = run.events[-1] if run.events else {}
     if event.get("round", -1) >= done and event.get("event") == stopping.STOPPED:
         return Status("stopped on request", False, f"{of}; the same command resumes it")
