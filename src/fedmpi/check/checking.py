@@ -26,6 +26,7 @@ from fedmpi.check.samples import Look, look
 from fedmpi.comm import Comm, ranks_text
 from fedmpi.config import digest, run_directory
 from fedmpi.errors import ConfigError
+from fedmpi.local import by_silo
 from fedmpi.membership import Membership, same_host
 from fedmpi.module import saved
 from fedmpi.objectives import LossAndMetrics
@@ -406,8 +407,9 @@ class _Check:
             hosted = placed.by_rank(self.num_ranks) if placed is not None else hosted
         typical = float(np.median([row["batch_s"] for row in rows if row["batch_s"] is not None]))
         of_batch = [typical if row["batch_s"] is None else row["batch_s"] for row in rows]
-        counts = self.num_train
-        batches = [sum(pace.num_batches(config, counts[silo]) for silo in some if silo in counts) for some in hosted]
+        counts, rules = self.num_train, by_silo.rules_of(config.local, config.silos)
+        num = {silo: pace.num_batches(rules.get(silo, config.local), counts[silo]) for silo in counts}
+        batches = [sum(num.get(silo, 0) for silo in some) for some in hosted]
         train = [num * (of_batch[0] if alone else of_batch[rank]) for rank, num in enumerate(batches)]
         ids = [silo.id for silo in source.silos]
         share = min(1.0, config.select.least(ids, config.rounds) / max(len(ids), 1))

@@ -26,7 +26,7 @@ from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.errors import FedmpiError
 from fedmpi.flat import Entry, FlatModel, layout_of
-from fedmpi.local import GradientRule, LocalSilo, Round
+from fedmpi.local import GradientRule, LocalRule, LocalSilo, Round
 from fedmpi.objectives import LossAndMetrics
 from fedmpi.types import SiloData, Source
 
@@ -115,9 +115,8 @@ def _train(
     return stamps, loss
 
 
-def num_batches(config: Config, num_samples: int) -> int:
+def num_batches(rule: LocalRule, num_samples: int) -> int:
     """Batches of a silo's round."""
-    rule = config.local
     if isinstance(rule, GradientRule):
         return rule.num_batches(0, num_samples) * (2 if rule.is_personal else 1)
     return math.ceil(num_samples / max(batch_of(rule, num_samples), 1))
