@@ -86,6 +86,7 @@ LONG = {
     "rounds/test_late.py::test_too_few": (),
     "rounds/test_late.py::test_an_automatic": (),
     "secure/test_protocol.py::test_every_drop_out_of_each": ("phase[3]",),
+    "privacy/test_audit.py::test_with_silo_privacy": ("masked",),
     "rounds/test_fused.py::test_rules": ("sgd", "ditto", "scaffold"),
 }
 

@@ -47,6 +47,7 @@ from fedmpi.objectives import LossAndMetrics, resolve
 from fedmpi.opening import Opened, open_silos
 from fedmpi.placement import place
 from fedmpi.privacy import SiloPrivacy, Spending, masked, prepare
+from fedmpi.privacy.base import REPEATS
 from fedmpi.rounds import Federation, State, delays
 from fedmpi.rounds.disclosure import refuse_metrics
 from fedmpi.rounds.remote import Remote
@@ -216,6 +217,8 @@ def specify(config: Config, comm: Comm, out: Path, known: Source | None = None) 
     facts_of_all = (source.silos, source.task, source.shape, source.num_classes)
     if config.attack is not None and comm.rank == 0:
         log.warning("an experiment, not for use: %s", said(config.attack, [silo.id for silo in source.silos]))
+    if config.privacy is not None and config.privacy.reproducible and comm.rank == 0:
+        log.warning("an experiment, not for use: privacy.reproducible: %s", REPEATS)
     comm.require_equal("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
     objective = comm.collectively(lambda: resolve(config.objective, source.task, source.num_classes))
     comm.collectively(lambda: refuse_metrics(config.disclosed, objective.scorers))
@@ -311,7 +314,7 @@ def build_federation(
             updates = prepare(config, spec.private, num_train, weights, comm)
             if secure is not None and isinstance(config.privacy, SiloPrivacy):
                 given = (config.privacy, config, spec.private, members, secure.ring, exchange.layout)
-                secure.noise = masked.shares(*given)
+                secure.noise = comm.collectively(lambda: masked.shares(*given))
         model = _model(spec, exchange, comms)
         silos = comm.collectively(
             lambda: {silo: _local(silo, opened.data, held, weights[silo], spec.device) for silo in hosted}
@@ -468,7 +471,7 @@ def source_of(config: Config, admitted: Sequence[Admitted] = ()) -> Source:
 def _experiment(config: Config, known: Sequence[str]) -> str:
     """Label in the records of a run that is an experiment; empty for any other."""
     if config.privacy is not None and config.privacy.reproducible:
-        return "privacy.reproducible: who knows the seed can remove the noise"
+        return f"privacy.reproducible: {REPEATS}"
     return "" if config.attack is None else said(config.attack, known)
 
 

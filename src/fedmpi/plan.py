@@ -28,6 +28,7 @@ from fedmpi.models import make
 from fedmpi.objectives import resolve
 from fedmpi.placement import place
 from fedmpi.privacy import Privacy, epsilon
+from fedmpi.privacy.base import REPEATS
 from fedmpi.records import StatusTable, peak_rss_bytes
 from fedmpi.reveals import reveals, trust
 from fedmpi.rounds import DONE_RANK, READY_RANK, READY_SILO
@@ -295,7 +296,7 @@ def _budget(config: Config, section: Privacy, source: Source) -> dict[str, Any]:
         use.silo: epsilon({use._replace(sigma=sigmas[use.silo]): count}, section.delta) for use, count in uses.items()
     }
     return {
-        "sentence": section.sentence(config),
+        "sentence": section.sentence(config) + (f"; but reproducible: {REPEATS}" if section.reproducible else ""),
         "epsilon": max(spent.values()),
         "delta": section.delta,
         "budget": section.epsilon,

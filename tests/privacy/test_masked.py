@@ -14,7 +14,7 @@ from support.runs import OWN, put_back, refused, run  # noqa: F401
 from fedmpi import plan
 from fedmpi.components import build, to_dict
 from fedmpi.config import Config
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.kernels.discrete import TURNS, discrete_gaussian
 from fedmpi.layout import Layout, Segment
 from fedmpi.membership import Membership
@@ -329,6 +329,26 @@ def test_shares_of_real_runs_are_fresh_and_nowhere_on_disk(tmp_path):
     assert not torch.equal(done.parameters, other.parameters)
 
 
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_run_that_repeats_its_noise_is_said_to_protect_nobody(tmp_path, caplog, repeats):
+    how = under_masks(tmp_path, 1, privacy={"reproducible": repeats})
+    records, _ = run(how)
+    told = (plan.plan(how, {}, 6)["budget"]["sentence"], records[0].get("experiment", ""), caplog.text)
+    assert ["who knows the seed can remove the noise" in text for text in told] == [repeats] * 3
+
+
+def test_a_sampler_that_does_not_load_ends_the_run_before_its_first_round(tmp_path, monkeypatch):
+    """Not between two collectives of a round, in which the other ranks would wait."""
+
+    def broken(*given):
+        raise ImportError("no numba")
+
+    monkeypatch.setattr("fedmpi.kernels.discrete.ready", broken)
+    with pytest.raises(FedmpiError, match="no numba"):
+        run(under_masks(tmp_path, 1))
+    assert not (tmp_path / "privacy.json").exists()
+
+
 # ------------------------------------------------------------ who is trusted, what is refused
 
 
@@ -351,6 +371,7 @@ def test_a_rank_may_host_no_more_silos_than_collude(tmp_path):
     assert (
         "counts as zero" in said and "adds its share of the noise before its masks" in said and "1 of the silos" in said
     )
+    assert "checksum of a silo's data" in said  # every rank gets it
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,8 @@ def discrete_gaussian(scale: int, words: Array, out: Array) -> bool:
             out[i] = -size if negative else size
             i += 1
     return bool(at[0] < words.size)
+
+
+def ready() -> None:
+    """Compile the sampler, or load it from the cache: that takes seconds, which a round should not."""
+    discrete_gaussian(1, np.zeros(WORDS, np.uint64), np.zeros(1, np.int64))

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fedmpi.config import Config
 
 
+REPEATS = "who knows the seed can remove the noise"  # what `reproducible` means
+
+
 @component
 class Privacy:
     """Base class: fields and what a run asks."""

@@ -46,6 +46,9 @@ class NoiseShares:
         self, multiplier: float, bound: float, colluding: int, key_of: Callable[[str, int], bytes], layout: Layout
     ) -> None:
         """`key_of` gives a silo's key of a round, 16 bytes."""
+        from fedmpi.kernels.discrete import ready  # compiled at set-up: a rank whose numba is broken fails here
+
+        ready()
         self.multiplier, self.bound, self.colluding = multiplier, bound, colluding
         self._key_of = key_of
         self._still = joined((*layout.still, *layout.averaged))
