@@ -339,7 +339,12 @@ NEEDS |= {name: {"hostile": 1} for name in ("krum", "multi_krum", "bulyan")}
 NEEDS |= {"bucketing": {"inner": "median"}, "nearest_neighbour_mixing": {"hostile": 1, "inner": "median"}}
 NEEDS |= {"available": {"traces": {"a": [[2, 9]]}}, "qffl": {"lr": 0.1}}
 NEEDS |= {"fedrep": NEEDS["sgd"] | {"head_steps": 2}, "per_fedavg": NEEDS["sgd"] | {"inner_lr": 0.1}}
-NEEDS |= {"by_silo": {"silos": {"a": 3}}, "by_loss": {"target": 0.5}, "seconds": {"seconds": 1.5}}
+NEEDS |= {
+    "by_silo": {"silos": {"a": 3}},
+    "by_loss": {"target": 0.5},
+    "seconds": {"seconds": 1.5},
+    "by_delay": {"budget_s": 9.0},
+}
 NEEDS |= {name: {"count": 1} for name in ATTACKS.members} | {"noise": {"count": 1, "sigma": 0.1}}
 NEEDS |= {"clip": {"norm": 1.0}, "max_norm": {"norm": 1.0}}
 INSIDE = {"exchange": {"plan": "sharded"}, "local": {"name": "sgd", "lr": 0.1, "epochs": 2}, "data": {"name": "digits"}}

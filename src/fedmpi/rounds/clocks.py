@@ -288,7 +288,7 @@ class Replay(Clock):
         if missing := [number for number in range(1, config.rounds + 1) if number not in self.arrivals]:
             return f"engine.clock.run: {self.run} has no arrivals of round {missing[0]}"
         told = {"amount" in one for rows in self.arrivals.values() for one in rows}
-        if told != {config.local.by_delay is not None}:
+        if told - {config.local.by_delay is not None}:
             there = "tell no amounts of work" if config.local.by_delay is not None else "tell amounts of work"
             return f"local.amount: the arrivals of {self.run} {there}; give the local.amount of that run"
         return None
