@@ -5,6 +5,7 @@ import time
 
 import pytest
 from files.test_buffered_jobs import dies_at, replayed
+from files.test_joining import grown
 from support.runs import put_back
 from support.silojobs import IDS, Job, OneSilo, apart, served
 
@@ -31,6 +32,17 @@ class Queued(OneSilo):
 def by_delay(tmp_path, rounds, **more):
     amount = {"name": "by_delay", "budget_s": 0.1, **more.pop("amount", {})}
     return apart(tmp_path, rounds, local={"epochs": None, "steps": 40, "amount": amount}, **more)
+
+
+def test_the_first_training_of_a_silo_that_joins_has_the_rate_of_its_share(tmp_path):
+    """Rate times steps is the same for all silos."""
+    how = by_delay(tmp_path, 7, engine={"name": "buffered", "size": 1}, transport={"min_silos": 1})
+    records, _, jobs = grown(how, {"s0": 2}, jobs=[Job(how, "s2", Queued)])
+    for job in jobs:
+        job.ended()
+    arrivals = [one for record in records for one in record["arrivals"]]
+    told = [[(one["amount"], one["scale"]) for one in arrivals if one["silo"] == silo] for silo in ("s0", "s2")]
+    assert told[0][0] == (40, 0.1) and told[1][:2] == [(40, 1.0), (1, 1.0)]
 
 
 @pytest.mark.parametrize("dies", [False, True])

@@ -51,6 +51,7 @@ from fedmpi.output import say
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.agreement import REFUSED, as_error
 from fedmpi.rounds.closing import Closing, Late
+from fedmpi.rounds.delays import Delays
 from fedmpi.rounds.training import NO_ORDERS
 from fedmpi.stopping import EVENTS_FILE, FAILED, READY, BrokenOff, Watch
 from fedmpi.train import Run
@@ -252,7 +253,8 @@ class FilesRemote:
     def call_all(self, state: State, fed: Federation) -> None:
         """Tell the silos who takes part, for rounds without a cohort."""
         if self._called != fed.membership.epoch:
-            self.post.call(self._call(state, fed, state.round + 1, [], None, 1.0, 1.0))
+            orders = Delays.of(state.policy, fed.rule, fed.ids).orders()
+            self.post.call(self._call(state, fed, state.round + 1, [], None, 1.0, 1.0, orders))
             self._called = fed.membership.epoch
 
     def begin(self, state: State, fed: Federation) -> None:

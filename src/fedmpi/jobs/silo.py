@@ -11,6 +11,7 @@ import math
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ class SiloJob:
         self.comm = SoloComm()
         self._fed: Federation | None = None
         self._epoch = -1  # of the membership
+        self._orders: dict[str, list[Any]] = {}  # what its silos were told of how much to do when it was called
         self._base: Base | None = None  # training whose state the silo has
         self._draft: tuple[Base, dict[str, LocalSilo]] | None = None  # state after a training that is not answered
         self._sent: dict[int, int] = {}  # rounds, or versions, of updates that are not answered, by number
@@ -196,7 +198,7 @@ class SiloJob:
             own, was = fed.silos[self.silo], before.silos[self.silo]
             own.cursor, own.kept = was.cursor, was.kept
             fed.exchange.holders.restore([*before.exchange.holders.state()])
-        self._fed, self._epoch, self._draft = fed, call.epoch, None
+        self._fed, self._epoch, self._draft, self._orders = fed, call.epoch, None, call.orders
 
     @property
     def _outbox(self) -> Outbox | None:
@@ -331,10 +333,8 @@ class SiloJob:
         say(f"from version {version}: {update.num_steps} steps, loss {update.loss:.4f}{', rejected' * bool(rejected)}")
 
     def _order(self, commit: Commit) -> Order | None:
-        """What the silo is told of a training from this version. A silo that joined later is told nothing yet."""
-        assert self._fed is not None
-        told = commit.about.get("orders", {}).get(self.silo)
-        return read_order(told) or self._fed.rule.orders({self.silo: None}).get(self.silo)
+        """What the silo is told of a training from this version. Of one that joined later the call says it."""
+        return read_order(commit.about.get("orders", {}).get(self.silo) or self._orders.get(self.silo))
 
     def _finish(self, commit: Commit) -> None:
         """Write the silo's model at the end of the run."""
