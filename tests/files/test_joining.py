@@ -4,6 +4,7 @@ import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -19,11 +20,14 @@ from fedmpi.files.server import Server
 from fedmpi.flat import sha256
 from fedmpi.jobs import serve
 from fedmpi.jobs import silo as silo_module
+from fedmpi.jobs.joining import Joining, Members
+from fedmpi.jobs.messages import NO_CALL, shown
 from fedmpi.jobs.serve import Serving
 from fedmpi.keeper import Keeper
 from fedmpi.membership import Membership
 from fedmpi.opening import open_silos
 from fedmpi.rounds.clocks import Replay
+from fedmpi.stopping import READY
 
 __all__ = ["put_back"]
 
@@ -174,6 +178,23 @@ def test_a_round_that_was_called_keeps_its_members_whoever_registers_meanwhile(t
     assert [len(row["silos"]) for row in rows] == [1, 1, 1, 2, 3, 3, 3]
     params_P, _ = grown_in_one_process(how, tmp_path, rows)
     assert sha256(there.parameters) == sha256(params_P)
+
+
+def test_a_silo_that_joined_keeps_its_facts_although_the_server_starts_again(tmp_path):
+    how, old, new = (
+        apart(tmp_path, 6, transport={"min_silos": 1}),
+        [30.0, 5.0, 1.0, 1.0, 0.0],
+        [31.0, 5.0, 2.0, 1.0, 0.0],
+    )
+    common = {"known": [*IDS], "task": "classification", "shape": [4], "num_classes": 2, "config": shown(how)}
+    told = {silo: (1, {**common, "facts": new, "begins": "", "host": ""}) for silo in IDS}
+    post = SimpleNamespace(files=SimpleNamespace(registrations=lambda: told))
+    joining = Joining(how, post, SimpleNamespace(look=lambda: READY))
+    joining.first(Members(0, ["s0"]), replace(NO_CALL, ids=["s0", "s1"], facts=[old, old]))
+    about = SimpleNamespace(entries=lambda *ids: [], aggregate=how.aggregate)
+    joining._spec = SimpleNamespace(config=about, module=None, known=[*IDS])
+    opened = joining.opened(Membership(1, dict.fromkeys(IDS, (0,))))
+    assert opened.facts_KF.tolist() == [old, old, new]
 
 
 class Odd(OneSilo):

@@ -84,6 +84,7 @@ class Joining:
         self._kind: Kind | None = None
         self._spec: Spec | None = None
         self._facts: dict[str, list[float]] = {}  # of the members, as they were when they joined
+        self._before: dict[str, list[float]] = {}  # of an earlier start's members
         self._refused: dict[str, tuple[int, str]] = {}  # by silo: incarnation of its job, and why
 
     def first(self, members: Members | None, last: Call) -> dict[str, Registration]:
@@ -112,8 +113,8 @@ class Joining:
             self._post.waits("".join([f"{what}; missing: {', '.join(missing[:6])}" if missing else what, *odd[:1]]))
             self._post.pause()
         self._tell_refused(why)
-        before = dict(zip(last.ids, last.facts, strict=True))
-        self._facts = {silo: before.get(silo, fits[silo].facts) for silo in there}
+        self._before = dict(zip(last.ids, last.facts, strict=True))
+        self._facts = {silo: self._before.get(silo, fits[silo].facts) for silo in there}
         return {silo: fits[silo] for silo in there}
 
     def _least(self, known: Sequence[str]) -> int:
@@ -144,7 +145,7 @@ class Joining:
         registered = self._registered()
         for silo in members.ids:
             if silo not in self._facts:
-                self._facts[silo] = registered[silo].facts
+                self._facts[silo] = self._before.get(silo, registered[silo].facts)
         facts_KF = np.array([self._facts[silo] for silo in members.ids])
         self._spec.config.entries(self._spec.module, members.ids, self._spec.known)
         weights_of(self._spec.config, members.ids, [int(facts_F[0]) for facts_F in facts_KF])
