@@ -42,13 +42,14 @@ except ConfigError as error:
     sys.exit(f"multihost: {error}")
 if not slots:
     sys.exit(f"multihost: {sys.argv[1]} names no hosts")
-print(sum(slots.values()), *slots, sep="\n")
+print(sum(slots.values()), ",".join(f"{host}:{num}" for host, num in slots.items()), *slots, sep="\n")
 PYTHON
 ) || exit 2
 mapfile -t lines <<<"$lines"
-ranks=${lines[0]} hosts=("${lines[@]:1}")
+ranks=${lines[0]} list=${lines[1]} hosts=("${lines[@]:2}")
 
-ask="cd '$PWD' && '$venv/bin/python' -c 'import sys; from importlib.metadata import version as v; print(*sys.version_info[:2], *map(v, (\"fedmpi\", \"torch\", \"numpy\", \"mpi4py\")))'"
+printf -v ask 'cd %q && %q' "$PWD" "$venv/bin/python" # also paths with blanks and quotes
+ask+=" -c 'import sys; from importlib.metadata import version as v; print(*sys.version_info[:2], *map(v, (\"fedmpi\", \"torch\", \"numpy\", \"mpi4py\")))'"
 answers=$(mktemp -d)
 trap 'rm -rf "$answers"' EXIT
 for host in "${hosts[@]}"; do
@@ -79,8 +80,9 @@ case $(mpirun --version 2>&1) in
     ;;
   *) # Hydra: MPICH, Intel MPI. rsh differs from ssh only in that no -x comes before the host.
     names=$(IFS=, && echo "${pass[*]}")
-    launcher=(mpiexec -f "$hostfile" -n "$ranks" -launcher ssh -genvlist "$names")
-    [ -z "${FEDMPI_SSH-}" ] || launcher=("${launcher[@]/#ssh/rsh}" -launcher-exec "$FEDMPI_SSH")
+    # Not -f: Hydra's own hostfiles have no `slots=`.
+    launcher=(mpiexec -hosts "$list" -n "$ranks" -genvlist "$names")
+    if [ -z "${FEDMPI_SSH-}" ]; then launcher+=(-launcher ssh); else launcher+=(-launcher rsh -launcher-exec "$FEDMPI_SSH"); fi
     ;;
 esac
 rm -rf "$answers"

@@ -19,15 +19,16 @@ fi
 num=$1
 shift
 name=fedmpi-$(printf '%s\n' "$PWD" "$@" | sha256sum | cut -c-8)
-if squeue --noheader --user="$(id -un)" --format=%j | grep -qx "$name"; then
+queued=$(squeue --noheader --user="$(id -un)" --name="$name" --format=%i)
+if [ -n "$queued" ]; then
   say "a chain of this run is queued or running: squeue --name=$name"
   exit 2
 fi
 before=""
 for ((link = 1; link <= num; link++)); do
   # shellcheck disable=SC2086 # words
-  before=$(FEDMPI_CHAIN=1 sbatch --parsable --job-name="$name" --no-requeue ${before:+--dependency=afterany:$before} \
-    ${FEDMPI_SBATCH-} "$(dirname "$0")/train.sbatch" "$@")
+  before=$(FEDMPI_CHAIN=$name sbatch --parsable --no-requeue ${FEDMPI_SBATCH-} --job-name="$name" \
+    ${before:+--dependency=afterany:${before%%;*}} "$(dirname "$0")/train.sbatch" "$@")
   echo "$before"
 done
 say "$num jobs submitted: squeue --name=$name"

@@ -19,10 +19,10 @@ say() { echo "federation.sh: $*" >&2; }
 if [ "${1-}" = --job ]; then # inside a job: --job VENV serve|silo ...
   export PATH="$2/bin:$PATH"
   shift 2
-  pid="" usr1=0
+  pid="" usr1=0 term=0
   stop() { [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null || true; }
   trap 'usr1=1; stop' USR1
-  trap stop TERM
+  trap 'term=1; stop' TERM
   fedmpi "$@" &
   pid=$!
   [ $usr1 = 0 ] || stop # a signal arrived before there was a pid
@@ -30,7 +30,7 @@ if [ "${1-}" = --job ]; then # inside a job: --job VENV serve|silo ...
   code=0
   wait "$pid" || code=$?
   # 138: the signal came before fedmpi listened.
-  if [ $usr1 = 1 ] && { [ $code = 3 ] || [ $code = 138 ]; }; then
+  if [ $usr1$term = 10 ] && { [ $code = 3 ] || [ $code = 138 ]; }; then
     say "stopped on request, requeueing"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

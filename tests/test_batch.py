@@ -72,6 +72,11 @@ def test_words_reach_the_command_as_they_are(write):
     assert "fedmpi run a.yaml 'local={name: sgd, lr: 0.1, epochs: 1}' -- $launcher &" in text
 
 
+def test_a_line_break_in_a_name_stays_in_the_comment(write):
+    text = write(TEXT, Request(1, "60"), overrides=['out="a\\nrm b"'])
+    assert r"into 'a\nrm b'" in text and "\nrm b" not in text
+
+
 def test_pinned_silos_choose_the_nodes_and_unknown_sizes_no_memory(write):
     text = write(FILES, Request(2, "60"))
     assert options(text)["nodelist"] == "h1,h2"

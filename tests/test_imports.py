@@ -51,6 +51,7 @@ ORDER = [
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
     *("reveals", "plan", "batch", "check", "doctor", "audit", "graphs", "results", "predictions", "compare"),
+    "requeues",
     *("launchline", "remains", "supervisor", "report", "watch"),
     *("catalogue", "bench", "cli", "__init__", "__main__"),
 ]

@@ -149,8 +149,9 @@ def script(
         *request.more,
     ]
     memory = "unknown, because some silos do not declare num_samples" if needs is None else f"{_gib(needs)} a node"
+    out = config.out if config.out.isprintable() else repr(config.out)  # a line break would end the comment
     about = [
-        f"{request.num_ranks} ranks for {planned['silos']} silos, {config.rounds} rounds, into {config.out}",
+        f"{request.num_ranks} ranks for {planned['silos']} silos, {config.rounds} rounds, into {out}",
         f"memory: {memory}; disk: {planned['checkpoints_kept']} checkpoints of {_gib(planned['checkpoint_bytes'])}",
         f"{lead_s} s before the time limit all ranks stop with a checkpoint, and the job is requeued and resumes",
     ]
@@ -200,22 +201,28 @@ export FEDMPI_RANKS={ranks}
 {others}
 
 # USR1 comes before the time limit: the supervisor passes it on, and the ranks stop at the next batch.
-pid="" usr1=0
-stop() {{ [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null || true; }}
-trap '[ $usr1 = 1 ] || stop; usr1=1' USR1
-trap stop TERM
+pid="" usr1=0 term=0 passed_on=""
+stop() {{ # once, because a second signal would kill the ranks
+  [ -n "$pid" ] && [ -z "$passed_on" ] || return 0
+  passed_on=1
+  kill -USR1 "$pid" 2>/dev/null || true
+}}
+trap 'usr1=1; stop' USR1
+trap 'term=1; stop' TERM # scancel
 # shellcheck disable=SC2086 # words
 fedmpi run {command} -- $launcher &
 pid=$!
-[ $usr1 = 0 ] || stop # a signal arrived before there was a pid
+[ $usr1$term = 00 ] || stop # a signal arrived before there was a pid
 while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # each signal interrupts one wait
 code=0
 wait "$pid" || code=$?
 
-# 3: stopped with a checkpoint; 138: the signal came before fedmpi listened.
-if [ $usr1 = 1 ] && {{ [ $code = 3 ] || [ $code = 138 ]; }} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt 100 ]; then
+# 3: stopped with a checkpoint; 138: the signal came before fedmpi listened. At most 3 requeues in a row without a newer
+# checkpoint; none after scancel, although SLURM would requeue a cancelled job.
+if [ $usr1$term = 10 ] && {{ [ $code = 3 ] || [ $code = 138 ]; }} && python -m fedmpi.requeues 3 {command}; then
   echo "stopped on request, requeueing" >&2
-  scontrol requeue "$SLURM_JOB_ID"
+  # The last task of an array has the array's own id; requeueing that would restart all tasks.
+  scontrol requeue "${{SLURM_ARRAY_TASK_ID:+${{SLURM_ARRAY_JOB_ID}}_}}${{SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}}"
   exit 0
 fi
 exit $code

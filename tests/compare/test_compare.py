@@ -184,6 +184,7 @@ def test_a_run_that_diverges_is_a_row_that_says_so(compare, tmp_path, capsys):
         ({"algoritms": {}}, "grid has no 'algoritms'; did you mean 'algorithms'?"),
         ({"algorithms": {"a b": {}}}, "'a b' names a folder: use letters, digits and . _ + - only"),
         ({"seeds": []}, "nothing to compare: give algorithms, and at least one seed"),
+        ({"seeds": [1, 2, 1]}, "seeds: 1 appears twice; both would be one run, in one folder"),
         ({"seeds": ["x"]}, "seeds.0: a whole number is needed"),
         ({"published": {"iidd": {}}}, "published: no partition 'iidd'; did you mean 'iid'?"),
         ({"published": {"iid": {"fedavgg": 1}}}, "published.iid: no algorithm 'fedavgg'; did you mean 'fedavg'?"),

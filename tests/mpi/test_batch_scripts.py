@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from support.mpi import OTHERS
-from support.slurm import EVERYTHING, inspect, reference, slurm_or_skip, wait_for_checkpoint
+from support.slurm import EVERYTHING, OPEN_MPI, inspect, reference, slurm_or_skip, wait_for_checkpoint
 
 pytestmark = EVERYTHING
 TOP = Path(__file__).parents[2]
@@ -18,6 +18,10 @@ echo "    queue = short"
 echo "    resources_used.walltime = 00:00:02"
 echo "    Resource_List.select = 1:mpiprocs=2"
 echo "    Resource_List.walltime = $(cat "$(dirname "$0")/walltime")"
+"""
+SLEEP = """#!/bin/sh
+[ "$1" -lt 100 ] || exec /bin/sleep "$1"
+while ! ls {run}/checkpoints/round-*/manifest.json >/dev/null 2>&1; do /bin/sleep 0.1; done
 """
 APPTAINER = """#!/bin/sh
 # apptainer exec --pwd DIR --bind DIRS IMAGE COMMAND...
@@ -36,9 +40,10 @@ def put(folder: Path, name: str, text: str) -> None:
 def test_a_pbs_job_stops_before_its_limit_and_the_next_one_goes_on(tmp_path: Path) -> None:
     put(tmp_path / "bin", "qstat", QSTAT)
     put(tmp_path / "bin", "qsub", f'#!/bin/sh\necho "$@" >> {tmp_path}/submitted\n')
+    put(tmp_path / "bin", "sleep", SLEEP.format(run=tmp_path / "run"))  # stops once there is a checkpoint
     (tmp_path / "nodes").write_text("localhost\nlocalhost\n")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
-    env = {**clean, "PBS_JOBID": "7", "PBS_O_WORKDIR": str(TOP), "PBS_NODEFILE": f"{tmp_path}/nodes"}
+    env = {**clean, **OPEN_MPI, "PBS_JOBID": "7", "PBS_O_WORKDIR": str(TOP), "PBS_NODEFILE": f"{tmp_path}/nodes"}
     env |= {"CONFIG": "configs/digits.yaml", "OVERRIDES": " ".join((f"out={tmp_path}/run", *TRAINING))}
     env |= {"FEDMPI_VENV": sys.prefix, "PATH": f"{tmp_path}/bin:{env['PATH']}", "FEDMPI_STOP_S": "180"}
 

@@ -53,6 +53,31 @@ def test_an_array_trains_a_grid_and_gathers_its_table(slurm: Cluster, tmp_path: 
     assert "all lines are done" in said and "fedprox" in said and not slurm.run("squeue", "--noheader")
 
 
+def test_a_stop_of_the_task_with_the_arrays_id_leaves_the_others_alone(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(GRID.replace("rounds: 3", "rounds: 8").replace("epochs: 1", "epochs: 60"))
+    more = {"FEDMPI_VENV": sys.prefix, "FEDMPI_SBATCH": "--nodes=1 --ntasks-per-node=1"}
+    env = {**slurm.env, **more, "PYTHONPATH": str(TOP / "src")}
+    sweep = [str(TOP / "slurm/sweep.sbatch"), "grid.yaml", "--out", "out"]
+    done = subprocess.run(sweep, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    array = done.stderr.split("submitted: ")[1].split(";")[0]
+
+    def tasks() -> dict[str, dict[str, str]]:
+        lines = slurm.run("scontrol", "show", "--oneliner", "job", array).splitlines()
+        rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+        return {row["ArrayTaskId"]: row for row in rows}
+
+    until(lambda: any(row["JobId"] == array and row["JobState"] == "RUNNING" for row in tasks().values()), 60)
+    (last,) = (task for task, row in tasks().items() if row["JobId"] == array)
+    out = tmp_path / "out/as_given" / ("fedavg", "fedprox")[int(last) - 1] / "3"
+    until(lambda: list(out.glob("checkpoints/round-*/manifest.json")), 90)
+    slurm.run("scancel", "--signal=USR1", "--batch", f"{array}_{last}")
+    until(lambda: all(row["JobState"] == "COMPLETED" for row in tasks().values()), 200, tasks)
+    assert {task: row["Restarts"] for task, row in tasks().items()} == {
+        "1": str(int(last == "1")),
+        "2": str(int(last == "2")),
+    }
+
+
 def test_a_chain_ends_with_the_run_and_its_bits(slurm: Cluster, tmp_path: Path) -> None:
     env = {**slurm.env, "FEDMPI_VENV": sys.prefix, "PYTHONPATH": str(TOP / "src")}
     env["FEDMPI_SBATCH"] = f"--nodes=2 --ntasks-per-node=1 --output={tmp_path}/%j.log"

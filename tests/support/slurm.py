@@ -54,7 +54,7 @@ class Cluster:
 
     def run(self, *command: str, **env: str) -> str:
         """The command's standard output; raises with its error output if it failed."""
-        done = subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=90)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
         return done.stdout
@@ -81,8 +81,8 @@ class Cluster:
                     os.kill(int(path.name), signal.SIGKILL)
 
     def log(self, job: str) -> str:
-        """What the job has printed."""
-        return Path(self.job(job)["StdOut"]).read_text(errors="replace")
+        """What the job has printed; nothing before it starts."""
+        return _read(Path(self.job(job)["StdOut"])).decode(errors="replace")
 
 
 def until(condition: Callable[[], T], timeout_s: float, explain: Callable[[], object] = str) -> T:
@@ -111,7 +111,7 @@ def reference(out: Path, *overrides: str) -> str:
     assert "exchange.reduction=reproducible" in overrides
     command = [f"{sys.prefix}/bin/fedmpi", "train", "configs/digits.yaml", f"out={out}", *overrides]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PMI", "OMPI_COMM"))}
-    subprocess.run(command, cwd=TOP, env=clean, capture_output=True, check=True, timeout=120)
+    subprocess.run(command, cwd=TOP, env=clean, capture_output=True, check=True, timeout=240)
     return str(inspect(out)["params_sha256"])
 
 
@@ -218,7 +218,7 @@ PartitionName=all Nodes=ALL Default=YES DefaultTime=10 State=UP
 """
     for i, port in enumerate(ports, start=1):
         (directory / f"tmp.n{i}").mkdir()
-        conf += f"NodeName=n{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={num_cpus} RealMemory=1024\n"
+        conf += f"NodeName=n{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={num_cpus} RealMemory=4096\n"
     (directory / "slurm.conf").write_text(conf)
     # slurmd loads a cgroup plugin even if nothing uses it; this one starts with any cgroup mount or none.
     (directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")

@@ -94,6 +94,8 @@ def cells(file: Path, out: str | None, quick: bool = False) -> tuple[Grid, Path,
     seeds = grid.seeds if grid.seeds is not None else [base.get("seed", 0)]
     if not grid.algorithms or not seeds:
         raise ConfigError("nothing to compare: give algorithms, and at least one seed")
+    if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+        raise ConfigError(f"seeds: {twice[0]} appears twice; both would be one run, in one folder")
     for name in (*partitions, *grid.algorithms):
         if not re.fullmatch(r"[\w.+-]+", name) or name in (".", ".."):
             raise ConfigError(f"'{name}' names a folder: use letters, digits and . _ + - only")
