@@ -431,6 +431,17 @@ def test_what_may_change_is_no_difference_and_everything_else_is():
     ]
 
 
+def test_keys_of_a_component_that_an_earlier_version_did_not_store_had_their_defaults():
+    silos = [{"id": "north", "path": "north.csv"}]
+    values = {"data": {"name": "files", "task": "binary", "shape": [3], "silos": silos}}
+    stored = to_dict(build(Config, values))
+    for key in ("scale", "missing", "statistics", "stream"):
+        del stored["data"][key]
+    assert differences(stored, build(Config, values)) == []
+    scaled = build(Config, {"data": {**values["data"], "scale": "standard"}})
+    assert differences(stored, scaled) == ["data.scale is None there and standard here"]
+
+
 def test_of_lists_and_mappings_only_the_single_values_that_differ_are_named():
     silos = [{"id": name, "path": f"{name}.csv"} for name in ("north", "south")]
     values = {"data": {"name": "files", "task": "binary", "shape": [3], "silos": silos}}

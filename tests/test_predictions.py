@@ -136,6 +136,31 @@ def test_new_samples_without_labels_are_prepared_as_in_training(study, statistic
     )
 
 
+def test_a_file_that_has_changed_since_training_is_told(study, caplog):
+    trained(study)
+    given = {"data": study / "0.csv", "only": ["b/c"]}
+    for changed in (False, True):
+        if changed:
+            lines = (study / "1.csv").read_text().splitlines()
+            (study / "1.csv").write_text("\n".join([lines[0], *("9" + line for line in lines[1:])]) + "\n")
+        for how in ({}, given):
+            caplog.clear()
+            predict(study / "run", study / "out", **how)
+            assert ("silo 'b/c': its data, or how they are prepared, differ" in caplog.text) == changed
+        caplog.clear()
+        results.evaluate(study / "run")
+        assert ("silo 'b/c': its data, or how they are prepared, differ" in caplog.text) == changed
+        assert "silo 'a'" not in caplog.text
+
+
+def test_a_silo_that_had_left_by_then_is_one_line(study, monkeypatch):
+    trained(study)
+    monkeypatch.setattr("fedmpi.predictions.members_of", lambda root, round, comm: {"a"})
+    assert list(predict(study / "run", study / "out")) == ["a"]
+    with pytest.raises(ConfigError, match="--silo: 'b/c' was no member in round 3"):
+        predict(study / "run", study / "out", only=["b/c"])
+
+
 def test_several_classes_and_numbers(tmp_path):
     draw = np.random.default_rng(0)
     x = draw.standard_normal((40, 3)).astype(np.float32)

@@ -112,6 +112,8 @@ class CanarySilos:
     def source(self, seed: int) -> Source:
         """The dataset's silos, then the canaries."""
         inner = self.data.source(seed)
+        if inner.shared is not None:
+            raise ConfigError("audit: a canary silo has no file to pool; data.statistics: silo")
         first, names = inner.silos[0].id, set(self.names)
 
         def opened(name: str) -> SiloData:

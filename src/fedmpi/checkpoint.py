@@ -43,6 +43,7 @@ MANIFEST = "manifest.json"
 SERVER = "server.h5"
 PARAMS: Key = ("exchange", "params")  # in server.h5
 KEPT: Key = ("silos", "kept")  # prefix of a silo's state, followed by the rule's name for it; in the rank's file
+CHECKSUM: Key = ("data", "checksum")  # of the data that a silo trained on; in the rank's file
 AVERAGE: Key = ("average", "params")  # mean of the parameters over rounds, in server.h5
 DIGEST_BYTES = 32 + 8  # SHA-256 and the file's size
 _NONE = bytes(DIGEST_BYTES)

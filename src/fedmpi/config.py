@@ -550,9 +550,22 @@ def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> li
             old.pop(key, None)
             del new[key]
     # Keys that an earlier version did not store had their defaults.
-    old = {key: value for key, value in flatten(to_dict(Config())).items() if key in new} | old
+    defaults = flatten(to_dict(Config())) | dict(_defaults(config, to_dict(config), stored))
+    old = {key: value for key, value in defaults.items() if key in new} | old
     keys = sorted(old.keys() | new.keys())
     return [text for key in keys for text in _leaves(key, old.get(key, _UNSET), new.get(key, _UNSET))]
+
+
+def _defaults(part: Any, here: Any, stored: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The defaults of keys that the stored configuration lacks, in components that both have."""
+    if not isinstance(here, Mapping) or not isinstance(stored, Mapping) or here.get("name") != stored.get("name"):
+        return
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        if field.name in stored:
+            below = (getattr(part, field.name), here.get(field.name), stored[field.name])
+            yield from _defaults(*below, f"{prefix}{field.name}.")
+        elif field.default is None or isinstance(field.default, (bool, int, float, str)):
+            yield f"{prefix}{field.name}", field.default
 
 
 _UNSET = "not set"

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 import fedmpi
-from fedmpi import checkpoint, disk, fencing, stopping
+from fedmpi import checkpoint, disk, fencing, fork, stopping
 from fedmpi.comm import Comm
 from fedmpi.config import CONFIG_FILE
 from fedmpi.errors import CheckpointError, ConfigError
@@ -208,9 +208,11 @@ class RunDirectory:
             return ""
 
     def statistics_before(self) -> dict[str, Any]:
-        """The statistics behind the inputs of the run in this directory; empty if there are none."""
+        """The statistics behind the inputs of the run in this directory, or of the run that it is forked from; empty if
+        there are none."""
         try:
-            return dict(read_config(self.path).about.get(STATISTICS, {})) if checkpoint.sealed_rounds(self.path) else {}
+            root = fork.origin(self.path) if fork.begins(self.path) else self.path
+            return dict(read_config(root).about.get(STATISTICS, {})) if checkpoint.sealed_rounds(self.path) else {}
         except ConfigError:  # reported later
             return {}
 

@@ -135,6 +135,11 @@ def begins(out: Path) -> bool:
     return (out / MARK).exists()
 
 
+def origin(out: Path) -> Path:
+    """The directory of the run that a fork in `out` goes on from, before it has begun."""
+    return Path((out / MARK).read_text(encoding="utf-8").rstrip("\n"))
+
+
 def has_begun(out: Path) -> None:
     """The directory describes the run from now on."""
     (out / MARK).unlink(missing_ok=True)

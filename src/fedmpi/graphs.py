@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def write_graph(module: torch.nn.Module, source: Source, path: Path) -> None:
             axes = {"x": {0: "samples"}, "outputs": {0: "samples"}}
             try:
                 names: dict[str, Any] = {"input_names": ["x"], "output_names": ["outputs"], "dynamic_axes": axes}
-                torch.onnx.export(plain, (one,), str(part), dynamo=False, **names)
+                if "dynamo" in inspect.signature(torch.onnx.export).parameters:  # torch 2.4 has one way only
+                    names["dynamo"] = False
+                torch.onnx.export(plain, (one,), str(part), **names)
             except Exception as error:
                 raise ConfigError(f"--to {path}: the model has no ONNX graph: {_told(error)}") from None
 

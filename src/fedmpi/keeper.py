@@ -70,7 +70,7 @@ class SameData:
 
     def others(self, stored: Sequence[StateTensor]) -> list[str]:
         """The silos whose data differ from those of the checkpoint."""
-        known = (one for one in stored if one.key == ("data", "checksum") and one.silo in self._fed.silos)
+        known = (one for one in stored if one.key == checkpoint.CHECKSUM and one.silo in self._fed.silos)
         return [one.silo for one in known if not torch.equal(one.tensor, self._checksum(one.silo))]
 
     def restore(self, stored: Sequence[StateTensor]) -> None:

@@ -73,6 +73,8 @@ def predict(
         round = choose_on_ranks(root, which, comm, mine)
         if data is None:
             were = members_of(root, round, comm)
+            if gone := [silo for silo in only if silo not in were]:
+                raise agreed(ConfigError(f"--silo: '{gone[0]}' was no member in round {round}; choose another --round"))
             mine = [silo for silo in mine if silo in were]
         comm.set_up(run.config.comm.timeout_s)
         if comm.size > 1:
@@ -119,10 +121,12 @@ def _columns(
     if data is not None:
         if source.inputs is None:
             raise ConfigError("--data is for runs with data: files")
+        if silo and source.fitted and source.shared is None:  # statistics are those of the silo's file
+            run.opened(silo, run.kept(round, [silo])[silo])
         x, rows = source.inputs(data, silo or None)
         pieces: list[tuple[str, Samples, torch.Tensor | None, Column]] = [("new", x, None, rows)]
     else:
-        opened = source.open(silo)
+        opened = run.opened(silo, run.kept(round, [silo])[silo])
         train, test = source.rows.get(silo, (np.arange(len(opened.x_train)), np.arange(len(opened.x_test))))
         pieces = [("train", opened.x_train, opened.y_train, train), ("test", opened.x_test, opened.y_test, test)]
         pieces = [piece for piece in pieces if part in (piece[0], "all")]

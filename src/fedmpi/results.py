@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from fedmpi.flat import FlatModel, changed_entries, sha256
 from fedmpi.graphs import GRAPHS, write_graph
 from fedmpi.local import LocalSilo, Round
 from fedmpi.objectives import LossAndMetrics, Tally, resolve
+from fedmpi.opening import facts_of
 from fedmpi.placement import place
 from fedmpi.records import Record, StatusTable, plain
 from fedmpi.state import Key
@@ -147,7 +149,7 @@ def evaluate(root: Path, which: RoundChoice = "newest", allow: Sequence[str] = (
 
         def score() -> None:
             for silo in mine:
-                local = run.silo(silo, kept[silo], run.source.open(silo))
+                local = run.silo(silo, kept[silo], run.opened(silo, kept[silo]))
                 for prefix, tally in run.score(objective, local, params_P, round, comm):
                     scores.enter(board, ids.index(silo), tally, prefix)
 
@@ -303,6 +305,13 @@ class StoredRun:
     def kept(self, round: int, silos: Collection[str]) -> dict[str, dict[Key, torch.Tensor]]:
         """The silos' kept state, by silo. Raises CheckpointError."""
         return checkpoint.read_silos(self.root, round, silos, checkpoint.kept_as_best(self.root, round))
+
+    def opened(self, silo: str, kept: Mapping[Key, torch.Tensor]) -> SiloData:
+        """The silo's data; warns if they are not those that the checkpoint, with this kept state, was trained on."""
+        data, known = self.source.open(silo), kept.get(checkpoint.CHECKSUM)
+        if known is not None and int(known) != zlib.crc32(facts_of(silo, data, self.source, {}).tobytes()):
+            log.warning("silo '%s': its data, or how they are prepared, differ from those that it was trained on", silo)
+        return data
 
     def silo(self, silo: str, kept: Mapping[Key, torch.Tensor], data: SiloData) -> LocalSilo:
         """The silo with its data and kept state."""

@@ -16,7 +16,7 @@ from fedmpi.components import build
 from fedmpi.config import Config
 from fedmpi.data import check
 from fedmpi.data.files import Files
-from fedmpi.data.prepare import exact_sum
+from fedmpi.data.prepare import Pooled, exact_sum
 from fedmpi.data.stream import FileSamples
 from fedmpi.errors import ConfigError
 from fedmpi.flat import sha256
@@ -228,6 +228,18 @@ def test_a_run_keeps_its_pooled_statistics(tmp_path):
 
     write_config(tmp_path / "whole", {k: v for k, v in values.items() if k != "about"}, values["about"])
     assert results.evaluate(tmp_path / "whole")["loss"] != loss
+
+
+def test_a_fork_takes_the_statistics_of_the_run_that_it_goes_on_from(tmp_path, monkeypatch):
+    loss, sha = run_of(tmp_path, "whole", checkpoint={"every": 1})
+
+    def computed(self, comm):
+        raise AssertionError("statistics are computed once")
+
+    monkeypatch.setattr(Pooled, "agree", computed)
+    assert run_of(tmp_path, "fork", fork=f"{tmp_path / 'whole'}@2") == (loss, sha)
+    of_both = [yaml.safe_load((tmp_path / run / "config.yaml").read_text())["about"] for run in ("whole", "fork")]
+    assert of_both[0]["statistics"] == of_both[1]["statistics"]
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,20 @@ def picture(path, seed, size=(6, 4), mode="RGB"):
     return pixels
 
 
+def deep(path, dtype):
+    pytest.importorskip("PIL.Image").fromarray(np.full((4, 6), 300, dtype)).save(path)
+
+
+def stacked(path):
+    image = pytest.importorskip("PIL.Image")
+    first, second = (image.fromarray(np.full((4, 6), grey, np.uint8)) for grey in (10, 20))
+    first.save(path, save_all=True, append_images=[second])
+
+
 def test_a_silo_that_lacks_a_class_numbers_the_others_alike(tmp_path):
     pixels = {name: picture(tmp_path / "a" / name, i) for i, name in enumerate(["owl/1.png", "owl/0.png", "cat/9.bmp"])}
     (tmp_path / "a" / "owl" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "owl" / "._0.png").write_bytes(b"what a file browser leaves")
     data = opened(tmp_path, "a", **IMAGES)
     assert data.y_train.tolist() == [0, 2, 2] and data.x_train.dtype == torch.float32
     for x, name in zip(data.x_train, ["cat/9.bmp", "owl/0.png", "owl/1.png"], strict=True):
@@ -108,6 +119,9 @@ def test_folders_train_and_test_and_grey_images(tmp_path):
         (lambda p: picture(p / "cow" / "1.png", 0), {}, "folder 'cow', which is not one of data.classes: cat"),
         (lambda p: picture(p / "cat" / "2.png", 0, (5, 4)), {}, "a/cat/2.png has 4 x 5 pixels, data.shape is"),
         (lambda p: (p / "cat" / "2.png").write_bytes(b"x"), {}, "a/cat/2.png is no image that can be read"),
+        (lambda p: deep(p / "cat" / "2.png", np.uint16), {}, "a/cat/2.png has more than 8 bits a value (mode I;16)"),
+        (lambda p: deep(p / "cat" / "2.tif", np.float32), {}, "a/cat/2.tif has more than 8 bits a value (mode F)"),
+        (lambda p: stacked(p / "cat" / "2.tif"), {}, "a/cat/2.tif holds 2 images, and one file is one sample"),
         (lambda p: (p / "cat" / "1.png").unlink(), {}, "has no samples for training"),
         (lambda p: None, {"shape": [2, 4, 6]}, "images have a shape of [1 or 3, height, width]"),
         (lambda p: None, {"stream": True}, "cannot be streamed"),

@@ -168,6 +168,7 @@ def _hdf5_rows(path: Path, where: str, dataset: Any) -> Raw:
     shape, dtype, rows = dataset.shape, dataset.dtype, dataset.shape[0] if dataset.shape else 0
     plist = dataset.id.get_create_plist()
     plain = dtype.kind in "biuf" and not plist.get_nfilters() and not plist.get_external_count() and rows > 0
+    plain = plain and not dataset.file.userblock_size  # offsets do not count it in every version of HDF5
     placed: Raw | None = None
     if plain and plist.get_layout() == h5py.h5d.CONTIGUOUS and (start := dataset.id.get_offset()) is not None:
         placed = PlacedRows(path, where, shape, dtype, np.array([start]), rows)
@@ -180,7 +181,7 @@ def _hdf5_rows(path: Path, where: str, dataset: Any) -> Raw:
         if (starts >= 0).all():  # chunks that were never written have no place
             placed = PlacedRows(path, where, shape, dtype, starts, per)
     probe = np.unique(np.array([0, rows // 2, rows - 1]))
-    # Offsets do not count a user block in every version of HDF5: see whether the same values are there.
+    # See whether the same values are there.
     if placed is not None and placed.read(probe).tobytes() == np.stack([dataset[i] for i in probe]).tobytes():
         return placed
     per = dataset.chunks[0] if dataset.chunks else max(1, (1 << 20) // max(dtype.itemsize, 1))

@@ -15,6 +15,7 @@ from fedmpi.errors import ConfigError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 PARTS = ("train", "test")
 MODES = {1: "L", 3: "RGB"}  # by number of channels
+OF_8_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")  # Pillow clips others to 255
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -53,7 +54,7 @@ def _part(
         for name in classes
         if (path / name).is_dir()
         for file in sorted((path / name).iterdir())
-        if file.suffix.lower() in SUFFIXES
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
     ]
     x = np.empty((len(files), *shape), np.float32)
     for i, (name, file) in enumerate(files):
@@ -62,13 +63,19 @@ def _part(
 
 
 def _image(file: Path, where: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
     try:
         with Image.open(file) as opened:
+            mode, num = opened.mode, sum(1 for _ in ImageSequence.Iterator(opened))
+            opened.seek(0)
             image = opened.convert(MODES[shape[0]])
     except Exception as error:  # Pillow's plugins raise many types for a damaged image
         raise ConfigError(f"{where} is no image that can be read: {' '.join(str(error).split())[:200]}") from None
+    if mode not in OF_8_BITS:
+        raise ConfigError(f"{where} has more than 8 bits a value (mode {mode}); write arrays, .npz or .h5")
+    if num > 1:
+        raise ConfigError(f"{where} holds {num} images, and one file is one sample; write a file for each")
     pixels = np.asarray(image, np.float32).reshape(image.height, image.width, shape[0])
     if pixels.shape[:2] != shape[1:]:
         raise ConfigError(
