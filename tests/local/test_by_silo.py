@@ -72,6 +72,7 @@ def test_control_variates_are_gradients_whatever_a_silos_rate_is(tmp_path, rule)
 
 RECORD = {"privacy": {"name": "record", "clip": 1.0, "sigma": 1.0, "delta": 1e-5}}
 BENCHMARK = {"local": {"name": "scaffold", "lr": 1, "epochs": 1, "variant": "benchmark"}}
+QFFL = {"aggregate": {"name": "qffl", "q": 1, "lr": 0.1}}
 AMOUNT = {"local": {"name": "sgd", "lr": 1, "epochs": 1, "amount": {"name": "by_silo", "silos": {"s1": 3}}}}
 
 
@@ -86,6 +87,11 @@ AMOUNT = {"local": {"name": "sgd", "lr": 1, "epochs": 1, "amount": {"name": "by_
         ({}, {}, "silos.s1: expected keys and values, such as local.lr: 0.01"),
         ({"local.lr": -1}, {}, "silos.s1.local.lr: input should be greater than 0, got -1"),
         ({"local.lr": 1}, {"aggregate": "fednova"}, "silos: aggregate: fednova divides deltas by"),
+        (
+            {"local.lr": 1},
+            {"aggregate": {"name": "qffl", "q": 1, "lr": 0.1}},
+            "silos: aggregate: qffl divides deltas by",
+        ),
         ({"local.epochs": 2}, BENCHMARK, "silos: scaffold's variant benchmark needs silos that take equal steps"),
         ({"local.lr": 1}, RECORD, "silos: with privacy: record the account needs the same local settings"),
         ({"local.epochs": 2}, AMOUNT, "silos: 's1' is in local.amount.silos too"),
@@ -104,6 +110,11 @@ def test_an_unknown_silo_is_refused(tmp_path):
 
 def test_fednova_takes_other_batches_and_epochs():
     build(Config, {"silos": {"s1": {"local.epochs": 3, "local.batch_size": 4}}, "aggregate": "fednova"})
+
+
+def test_a_silo_may_have_a_rate_here_and_epochs_in_amount():
+    found: Any = build(Config, {"silos": {"s1": {"local.lr": 0.5}}, **AMOUNT})
+    assert found.rule.of("s1").lr == 0.5
 
 
 def test_settings_survive_files_and_overrides(tmp_path):

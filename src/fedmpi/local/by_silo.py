@@ -50,12 +50,17 @@ def conflicts(config: Config) -> str | None:
             f"silos: aggregate: {called(config.aggregate)} divides deltas by their numbers of gradients, so a silo "
             "with a larger local.lr would weigh more; give all the same"
         )
+    if config.aggregate.start_loss and any(_lr(own) != _lr(rule) for own in rules.values()):
+        return (
+            f"silos: aggregate: {called(config.aggregate)} divides deltas by one learning rate; give all silos the same"
+        )
     if isinstance(rule, Scaffold) and rule.variant == "benchmark":
         return "silos: scaffold's variant benchmark needs silos that take equal steps; take variant: paper"
     amount = rule.amount if isinstance(rule, GradientRule) else None
-    if isinstance(amount, workload.BySilo) and (both := sorted({*rules} & {*amount.silos})):
+    own_work = [silo for silo, own in rules.items() if _work(own) != _work(rule)]
+    if isinstance(amount, workload.BySilo) and (both := sorted({*own_work} & {*amount.silos})):
         return f"silos: '{both[0]}' is in local.amount.silos too; give its epochs or steps in one place"
-    if rule.by_delay is not None and (own_work := [silo for silo, own in rules.items() if _work(own) != _work(rule)]):
+    if rule.by_delay is not None and own_work:
         return (
             f"silos: '{own_work[0]}' has epochs or steps of its own, and local.amount: by_delay counts those of all "
             "silos against the same number; leave them out"
