@@ -163,6 +163,7 @@ PRIVATE = {
     ("early", "values", "message"),
     [
         ({}, {}, "give 'target', 'patience' or both"),
+        ({"target": float("nan")}, {}, "finite number"),
         ({"patience": 1}, FINETUNED, "evaluate.finetune tunes"),
         ({"patience": 1}, {"transport": {"name": "files", "root": "x"}}, "transport: files"),
         ({"patience": 1}, PRIVATE, "the metric has no noise"),

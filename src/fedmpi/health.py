@@ -35,7 +35,7 @@ class EarlySection:
 
     metric: str | None = None
     """record key that decides, such as macro_f1 or loss; null: the metric that decides the best round"""
-    target: float | None = None
+    target: Annotated[float, pydantic.Field(allow_inf_nan=False)] | None = None
     """end once the metric is at least this, or at most if lower is better; null: no target"""
     patience: PositiveInt | None = None
     """end after this many evaluations in a row without a new best value; null: never"""
