@@ -34,7 +34,9 @@ def test_a_sharded_exchange_sends_what_the_equation_says() -> None:
     assert row["wire_s"] == pytest.approx(2 * 3 / 4 * 4 * P * 8 / 1e9, rel=1e-3)
     assert row["latency_s"] == 2e-3 and row["computing_s"] is None
     assert row["at_least_s"] == row["at_most_s"] == row["wire_s"] + 2e-3
-    assert by_name(rows)["root", None]["latency_s"] == 4e-3  # two trees of depth 2
+    root = by_name(rows)["root", None]
+    assert root["latency_s"] == 4e-3  # two trees of depth 2
+    assert root["wire_s"] == pytest.approx(2 * 4 * P * 8 / 1e9)  # a vector up, and only then one down
     int8 = by_name(rows)["sharded", "int8"]
     assert int8["wire_s"] / row["wire_s"] == pytest.approx(1.0156 / 4, rel=1e-2)
 
@@ -76,8 +78,19 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         forecast.read(path)
     for text in ("[]", "{}", "no", json.dumps({"schema": SCHEMA, "benchmark": "codecs", "rows": []})):
         path.write_text(text)
-        with pytest.raises(ConfigError, match="not written by"):
+        with pytest.raises(ConfigError, match="give a file of"):
             forecast.read(path)
+
+
+def test_the_file_of_all_benchmarks_and_no_row_twice(tmp_path: Path) -> None:
+    path = tmp_path / "all.json"
+    plain = {"plan": "sharded", "codec": "bf16", "params": P, "seconds": {"median": 0.2}}
+    part = {"schema": SCHEMA, "benchmark": "exchange", "rows": [plain, *COSTS]}
+    path.write_text(json.dumps({"schema": SCHEMA, "benchmark": "all", "rows": [], "parts": {"exchange": part}}))
+    costs = forecast.read(path)
+    assert costs == part["rows"]
+    rows = forecast.forecast(ExchangeSection(plan="root"), P, N, 1e9, 1e-3, costs)
+    assert len(by_name(rows)) == len(rows)
 
 
 def test_the_command(tmp_path: Path) -> None:

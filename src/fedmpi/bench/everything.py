@@ -78,7 +78,7 @@ def everything(comm: Comm, num_params: int, minutes: float, out: Path) -> dict[s
 def page(result: Mapping[str, Any]) -> str:
     """The result as text: the system, then a table for each benchmark, then all figures of merit."""
     system = result["system"]
-    hosts = f"{system['ranks']} ranks on {len(system['hosts'])} hosts"
+    hosts = f"{system['ranks']} ranks on {', '.join(system['hosts'])}"
     text = [f"fedmpi bench all: {hosts}, {system['cpu']}, {result['started']}, {result['seconds']:.0f} s", ""]
     text += lines(result["doctor"])
     for name, part in result["parts"].items():

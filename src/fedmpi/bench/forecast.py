@@ -1,6 +1,7 @@
 """Seconds that an exchange will take over a given link, for `fedmpi plan --link`. Nothing is measured here.
 
-    wire       bits that the busiest rank sends or receives / the link's rate
+    wire       bits that the busiest rank sends or receives / the link's rate; plan root's way up and way down use two
+               directions, but one after the other: they add up
     latency    messages that follow each other x the latency: 2 ceil(log2 n) for a tree (root), or for a reduction and a
                broadcast by halves (replicated), 2 for plan sharded, in which all ranks send to all at once
     computing  seconds of the same plan and codec per parameter, as `fedmpi bench exchange --save` measured them on one
@@ -68,6 +69,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file that `fedmpi bench exchange --save` wrote. Raises ConfigError."""
     try:
         found = json.loads(path.read_text())
+        found = found["parts"]["exchange"] if found["benchmark"] == "all" else found
         if found["schema"] != SCHEMA or found["benchmark"] != "exchange":
             raise ValueError
         rows: list[dict[str, Any]] = found["rows"]
@@ -76,7 +78,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"--costs {path}: cannot read it: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"--costs {path}: not written by this version's `fedmpi bench exchange --save FILE`"
+            f"--costs {path}: give a file of `fedmpi bench exchange --save FILE` or `bench all`"
         ) from None
 
 
@@ -96,11 +98,10 @@ def forecast(
     plain = Channel()
     others = [ExchangeSection(plan=name) for name in ("root", "replicated", "sharded")]
     others += [ExchangeSection(plan="sharded", up=each, down=each) for each in CHANNELS]
-    others += [
-        ExchangeSection(plan="sharded", up=each, down=each)
-        for row in costs
-        if row["codec"] and (each := channel(row["codec"])) not in (plain, *CHANNELS)
-    ]
+    known = {label(each.codec) for each in (plain, *CHANNELS)}
+    for text in dict.fromkeys(row["codec"] for row in costs if row["codec"] and row["codec"] not in known):
+        each = channel(text)
+        others.append(ExchangeSection(plan="sharded", up=each, down=each))
     rows = [_row(each, num_elements, num_ranks, bits_per_s, latency_s, costs) for each in dict.fromkeys(others)]
     mine = {**_row(section, num_elements, num_ranks, bits_per_s, latency_s, costs), "configured": True}
     rest = [row for row in rows if (row["plan"], row["codec"]) != (mine["plan"], mine["codec"])]
@@ -118,9 +119,10 @@ def _row(
     sizes = Sizes(num_elements, 4, num_ranks)
     traffic = cost(section, sizes).traffic
     up_R, down_R = (np.full(num_ranks, num_bytes / num_ranks) for num_bytes in (traffic.up, traffic.down))
-    wire_s = section.member.link_bytes(up_R, down_R, 4 * num_elements) * 8 / bits_per_s if num_ranks > 1 else 0.0
-    following = 2 if section.plan == "sharded" else 2 * math.ceil(math.log2(num_ranks))
-    waited_s = latency_s * following if num_ranks > 1 else 0.0
+    plan, alone = section.member, num_ranks == 1
+    busiest_bytes = plan.link_bytes(up_R, down_R, 4 * num_elements) * (1 + plan.one_way_at_a_time)
+    wire_s = 0.0 if alone else busiest_bytes * 8 / bits_per_s
+    waited_s = 0.0 if alone else latency_s * plan.messages_in_turn(num_ranks)
     codec = label(section.up.codec)
     per_param = [
         row["seconds"]["median"] / row["params"]

@@ -75,7 +75,9 @@ def _links(
         raise ConfigError("--link: its model knows no asynchronous engine and no secure aggregation")
     bits_per_s, latency_s = forecast.rate(link), forecast.latency(latency)
     rows = [] if costs is None else forecast.read(costs)
-    section = replace(section, plan=result["plan"] if result["plan"] != "shared_memory" else "sharded")
+    section = replace(section, plan=result["plan"])
+    if section.member.in_shared_memory:  # which is not there between hosts
+        section = replace(section, plan="sharded")
     return forecast.forecast(section, result["vector_elements"], ranks, bits_per_s, latency_s, rows)
 
 

@@ -149,6 +149,14 @@ class Exchange:
         """Vectors that cross the network each way in a round. A part that stays with its owner does not cross."""
         return num_ranks - 1
 
+    one_way_at_a_time: ClassVar[bool] = False
+    """whether a link carries the way up in one direction and the way down in the other, one after the other"""
+
+    @classmethod
+    def messages_in_turn(cls, num_ranks: int) -> int:
+        """Messages of a round that follow each other: a tree up, and one down."""
+        return 2 * math.ceil(math.log2(num_ranks))
+
     @classmethod
     def link_bytes(cls, up_R: np.ndarray, down_R: np.ndarray, vector_bytes: int) -> float:
         """The most bytes that any rank sends, or receives, in a round.

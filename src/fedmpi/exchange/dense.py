@@ -242,6 +242,8 @@ class Replicated(Whole):
 class Root(Whole):
     """Reduce to rank 0, which alone keeps the server's state and steps; then Bcast."""
 
+    one_way_at_a_time = True
+
     masks: ClassVar[bool] = True
     sees: ClassVar[tuple[str, str]] = ("{}", "sums on the way")
 

@@ -59,6 +59,11 @@ class Sharded(Exchange):
     sees: ClassVar[tuple[str, str]] = ("pieces of {}", "pieces of {}")
 
     @classmethod
+    def messages_in_turn(cls, num_ranks: int) -> int:
+        """All ranks send to all at once: one up, one down."""
+        return 2
+
+    @classmethod
     def suits(cls, machine: Machine, num_elements: int) -> str:
         return "one node" if machine.one_node else "several nodes"
 
