@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.faulty_folder import NONE, World
@@ -120,9 +121,12 @@ def test_a_silo_goes_on_from_an_update_in_the_buffer_though_a_later_one_is_dropp
     assert silo.decided() == (5, (4, 1))
     job = SiloJob(apart(tmp_path), "s1")
     job._post, job._sent, went_on = silo, {4: 0, 5: 0}, []
+    forgot = []
+    job._states = SimpleNamespace(forget=lambda *told: forgot.append(told))
     monkeypatch.setattr(job, "_go_on", went_on.append)
     job._hear()
     assert went_on == [(4, 1)] and not job._sent and job._answered == 5
+    assert [number for number, _ in forgot] == [5] and (4, 1) in forgot[0][1]
 
 
 def test_what_a_site_chooses_stays_there(tmp_path):

@@ -118,7 +118,7 @@ def test_servers_that_die_stand_by_what_the_first_one_told(tmp_path, monkeypatch
     second = new()
     second.beat()  # dies before it opens the round
     third, read, start = new(), Disk.read, Server.start
-    assert third.open(5) == [("s1", 3, 1)]
+    assert third.open(5) == [("s1", 3, 1, True)]
     third.beat()  # dies before it takes the update again
     torn = []
 
@@ -137,9 +137,9 @@ def test_servers_that_die_stand_by_what_the_first_one_told(tmp_path, monkeypatch
     monkeypatch.setattr(Disk, "read", once)
     fourth = new()
     assert not torn
-    assert fourth.open(5) == [("s1", 3, 1)]
+    assert fourth.open(5) == [("s1", 3, 1, True)]
     fourth.decide("s1", 3, 1, True)
-    assert fourth.open(5) == [("s1", 3, 1)] and fourth.open(6) == []
+    assert fourth.open(5) == [("s1", 3, 1, True)] and fourth.open(6) == []
 
 
 def test_of_two_files_of_an_update_the_promised_one_is_taken(tmp_path):
