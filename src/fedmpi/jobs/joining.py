@@ -93,7 +93,7 @@ class Joining:
         while True:
             if self._watch.look() != READY:
                 raise self._post.error or _stopped(self._watch)
-            found = self._registered()
+            found, starts = self._registered()
             self._kind = Kind.of(found) if found else None
             why = {silo: self._kind.objection(one, self._config) for silo, one in found.items() if self._kind}
             fits = {silo: one for silo, one in found.items() if not why[silo]}
@@ -106,13 +106,13 @@ class Joining:
             if len(there) >= least:
                 break
             if 2 * len(fits) > len(known):  # whoever comes, they stay the most
-                self._tell_refused(why)
+                self._tell_refused(why, starts)
             missing = [silo for silo in wanted if silo not in fits]
             what = f"for silos to register: {len(there)} of {least if known or members else 'all'} have"
             odd = [f"; silo '{silo}': {why[silo]}" for silo in missing if why.get(silo)]
             self._post.waits("".join([f"{what}; missing: {', '.join(missing[:6])}" if missing else what, *odd[:1]]))
             self._post.pause()
-        self._tell_refused(why)
+        self._tell_refused(why, starts)
         self._before = dict(zip(last.ids, last.facts, strict=True))
         self._facts = {silo: self._before.get(silo, fits[silo].facts) for silo in there}
         return {silo: fits[silo] for silo in there}
@@ -123,8 +123,12 @@ class Joining:
             raise ConfigError(f"transport.min_silos: {least}, and there are {len(known)} silos")
         return len(known) if least is None else least
 
-    def _registered(self) -> dict[str, Registration]:
-        return {silo: Registration(**about) for silo, (_, about) in self._post.files.registrations().items()}
+    def _registered(self) -> tuple[dict[str, Registration], dict[str, int]]:
+        """What the newest job of each silo registered, and its incarnation."""
+        rows = self._post.files.registrations()
+        return {silo: Registration(**about) for silo, (_, about) in rows.items()}, {
+            silo: by for silo, (by, _) in rows.items()
+        }
 
     def begin(self, spec: Spec, begins: str) -> None:
         """The server's model is built, and starts from tensors with this digest. Raises ConfigError if silos start from
@@ -142,7 +146,7 @@ class Joining:
         assert self._spec is not None
         if left := [silo for silo in self._facts if silo not in members.teams]:
             raise ConfigError(f"transport: files: silo '{left[0]}' stays a member; a new run has others")
-        registered = self._registered()
+        registered, _ = self._registered()
         for silo in members.ids:
             if silo not in self._facts:
                 self._facts[silo] = self._before.get(silo, registered[silo].facts)
@@ -154,7 +158,8 @@ class Joining:
     def new(self, ids: Sequence[str]) -> list[str]:
         """Silos that have registered, fit, and are no members. Those that do not fit are told."""
         assert self._kind is not None and self._spec is not None
-        found = {silo: one for silo, one in self._registered().items() if silo not in ids}
+        registered, starts = self._registered()
+        found = {silo: one for silo, one in registered.items() if silo not in ids}
         why = {silo: self._kind.objection(one, self._config) for silo, one in found.items()}
         for silo, one in found.items():
             if not why[silo]:
@@ -162,13 +167,12 @@ class Joining:
                     weights_of(self._config, [silo], [int(one.facts[0])])
                 except ConfigError as error:
                     why[silo] = str(error)
-        self._tell_refused(why)
+        self._tell_refused(why, starts)
         return [silo for silo in self._spec.known if silo in found and not why[silo]]
 
-    def _tell_refused(self, why: Mapping[str, str]) -> None:
-        """Tell silos that do not fit; a newer job of a silo is judged anew."""
-        by = {silo: number for silo, (number, _) in self._post.files.registrations().items()}
-        refused = {silo: (by[silo], text) for silo, text in why.items() if text}
+    def _tell_refused(self, why: Mapping[str, str], starts: Mapping[str, int]) -> None:
+        """Tell silos that do not fit. `starts` are the incarnations that were judged: a newer job is judged anew."""
+        refused = {silo: (starts[silo], text) for silo, text in why.items() if text}
         for silo, told in refused.items():
             if self._refused.get(silo) != told:
                 say(f"fedmpi: silo '{silo}' is refused: {told[1]}", error=True)
