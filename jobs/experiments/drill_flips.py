@@ -90,7 +90,7 @@ def train(kind: str, out: Path) -> None:
 
 def figures(record: dict[str, Any] | None) -> dict[str, Any]:
     """A record without clock and memory readings."""
-    return {k: v for k, v in (record or {}).items() if k not in ("seconds", "peak_rss_bytes", "bytes_control")}
+    return {k: v for k, v in (record or {}).items() if k not in ("seconds", "time", "peak_rss_bytes", "bytes_control")}
 
 
 def looked_at(out: Path) -> dict[str, Any]:

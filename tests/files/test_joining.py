@@ -89,7 +89,7 @@ def rows_of(how):
 
 def without_times(record):
     silos = {silo: {k: v for k, v in row.items() if k != "rank"} for silo, row in record["silos"].items()}
-    left_out = ("crc32", "seconds", "peak_rss_bytes", "bytes_up", "bytes_down", "bytes_control", "silos")
+    left_out = ("crc32", "time", "seconds", "peak_rss_bytes", "bytes_up", "bytes_down", "bytes_control", "silos")
     return {k: v for k, v in record.items() if k not in left_out} | {"silos": silos}
 
 

@@ -62,7 +62,7 @@ def test_figures_of_own_models_stand_beside_the_global_ones(tmp_path, name):
     again = results.evaluate(tmp_path / "a")
     for key in ("mae", "loss", "worst", "personal_mae", "personal_loss", "personal_worst"):
         assert again[key] == last[key]
-    assert read_metrics(tmp_path / "a")[-1] == last
+    assert read_metrics(tmp_path / "a")[-1].items() > last.items()
 
 
 def test_rows_have_personal_figures_only_where_there_is_a_model_of_ones_own(tmp_path):

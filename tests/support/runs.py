@@ -262,7 +262,7 @@ def everything(out, ids=("s0", "s1", "s2")):
 
 
 def figures(record):
-    return {k: v for k, v in record.items() if k not in ("seconds", "peak_rss_bytes")}
+    return {k: v for k, v in record.items() if k not in ("seconds", "peak_rss_bytes", "time")}
 
 
 def tensors_of(server, silos):

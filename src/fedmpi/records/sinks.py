@@ -9,7 +9,7 @@ from fedmpi.components import Family
 from fedmpi.errors import CheckpointError
 from fedmpi.records.metrics import Metrics
 from fedmpi.records.mlflow import MLflow
-from fedmpi.records.record import Record
+from fedmpi.records.record import TIME, Record, now
 from fedmpi.records.sink import RunInfo, Sink
 from fedmpi.records.tensorboard import TensorBoard
 from fedmpi.records.trace import Trace
@@ -44,7 +44,8 @@ class Sinks:
         self._others.append(sink)
 
     def write(self, record: Record) -> None:
-        """Give a round's record to all sinks. Raises nothing."""
+        """Give a round's record to all sinks, with its `time`, which no other rank knows. Raises nothing."""
+        record = {**record, TIME: now()}
         self._metrics.write(record)
         for sink in list(self._others):
             try:

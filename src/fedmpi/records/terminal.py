@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from fedmpi.comm import launched
 from fedmpi.metrics.scorers import SILO_MEAN, of_silo
 from fedmpi.output import give, keep_log, note, say
 from fedmpi.records.pace import Pace, span
-from fedmpi.records.record import Record
+from fedmpi.records.record import Record, now
 from fedmpi.records.sink import RunInfo, Sink
 from fedmpi.stopping import EVENTS_FILE
 
@@ -108,7 +107,7 @@ class Progress(Sink):
 class JsonLines(Sink):
     """Every record and event as a line of JSON on the standard output that is kept for them.
 
-    Records are those of metrics.jsonl, with `time`; what has the key `event` is an event: `begin`, then those that are
+    Records are those of metrics.jsonl; what has the key `event` is an event: `begin`, then those that are
     added to events.jsonl from now on."""
 
     def __init__(self, root: Path) -> None:
@@ -120,11 +119,11 @@ class JsonLines(Sink):
 
     def begin(self, **facts: Any) -> None:
         """Tell that training begins."""
-        give(json.dumps({"event": "begin", "time": _now(), **facts}))
+        give(json.dumps({"event": "begin", "time": now(), **facts}))
 
     def write(self, record: Record) -> None:
         self._tell_events()
-        give(json.dumps({**record, "time": _now()}))
+        give(json.dumps(record))
 
     def close(self) -> None:
         self._tell_events()
@@ -140,10 +139,6 @@ class JsonLines(Sink):
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 give(json.dumps(json.loads(line)))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _figure(value: float | None) -> str:
