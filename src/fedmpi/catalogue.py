@@ -106,7 +106,9 @@ def _at(key: str) -> list[str]:
                 for name, (known, home) in FAMILIES.items()
                 if home == key or (known is family and not parts[n + 1 :])
             ]
-            return _family(homes[0], True) if homes else _in_members(family, ".".join(parts[n + 1 :]))
+            if homes or parts[n + 1 :]:
+                return _family(homes[0], True) if homes else _in_members(family, ".".join(parts[n + 1 :]))
+            return _field(section, part)
         if (inner := section_of(annotation)) is None:
             return _field(section, part) if annotation is not None and not parts[n + 1 :] else []
         section = inner

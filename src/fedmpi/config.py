@@ -47,7 +47,7 @@ from fedmpi.models import MODELS, Logistic
 from fedmpi.objectives import Objective
 from fedmpi.pretrained import InitSection
 from fedmpi.privacy import PRIVACIES, Privacy
-from fedmpi.records import MEASUREMENTS, SINKS, Measurement, Sink
+from fedmpi.records import CALLBACKS, MEASUREMENTS, SINKS, Measurement, Sink
 from fedmpi.records.measurements import Gram
 from fedmpi.rounds import ENGINES, Engine, Policy, Synchronous
 from fedmpi.rounds.disclosure import Disclose, refuse_hidden
@@ -238,6 +238,8 @@ class Config:
     resume: ResumeSection = ResumeSection()
     stop: StopSection = StopSection()
     records: RecordsSection = RecordsSection()
+    callbacks: tuple[Annotated[Any, CALLBACKS], ...] = ()
+    """your own functions, module:function, called with each round's record and what a sink may know of the run"""
     device: DeviceSection = DeviceSection()
     comm: CommSection = CommSection()
     admit: Literal["configured", "any"] = "configured"
@@ -248,6 +250,10 @@ class Config:
     they can open their data; respawn: the same, until a fresh rank that MPI starts takes its place; continue: its silos
     leave; stop: the run ends; null: adopt, but stop with exchange.overlap, exchange.regions, secure, or engine:
     buffered in real time"""
+
+    def open_sinks(self) -> list[Sink]:
+        """A new, unopened instance of each sink and callback, in the order in which they get a record."""
+        return [*self.records.open_sinks(), *(callback.build(None) for callback in self.callbacks)]
 
     @property
     def rule(self) -> LocalRule:
@@ -413,7 +419,7 @@ class Config:
 # Keys that a resumed run may change: length, output, and machine.
 MAY_CHANGE = (
     *("rounds", "checkpoint", "resume", "device", "comm", "out", "records", "stop", "data.root", "data.stream", "init"),
-    *("admit", "on_failure", "transport.root", "transport.lease_s", "transport.poll_s"),
+    *("callbacks", "admit", "on_failure", "transport.root", "transport.lease_s", "transport.poll_s"),
     *("transport.keep", "transport.min_silos"),
 )
 

@@ -70,6 +70,7 @@ class Parts:
     config: Config
     comm: Comm
     code: dict[str, bytes]  # the user's, by file
+    _deciding: dict[str, bytes]  # the part of it that may change figures
     resumed: int  # the round it resumed from
     _confined: Callable[[], contextlib.AbstractContextManager[None]]  # what code may be imported meanwhile
     _roster: Roster | None  # on rank 0, unless all rounds are done
@@ -122,9 +123,11 @@ class Parts:
         self.unshared, self.plan, self._resumes = parts.unshared, parts.plan, parts.resumes
         self.state, module = parts.state, fed.model.module
         modules = [type(module).__module__] if isinstance(self.config.model, torch.nn.Module) else []
-        self.code = self.comm.collectively(
-            lambda: sources.own_code(to_dict(self.config), *modules) if kept is None else kept
-        )
+        values = to_dict(self.config)
+        self.code = self.comm.collectively(lambda: sources.own_code(values, *modules) if kept is None else kept)
+        if kept is None:
+            decides = sources.own_code(sources.deciding(values), *modules)
+            self._deciding = {file: content for file, content in self.code.items() if file in decides}
         digest_of_code = hashlib.sha256(repr(sources.digests(self.code)).encode()).digest()
         self.comm.require_equal("the code that the configuration names", digest_of_code, ConfigError)
 
@@ -190,7 +193,8 @@ class Parts:
         about = begun.about
         self._rounds_before = begun.config.get("rounds")
         changed = differences(begun.config, self.config, about["plan"])
-        if not changed and (others := sources.changes(about.get("code", {}), sources.digests(self.code))):
+        there = {file: digest for file, digest in about.get("code", {}).items() if self._may_decide(file)}
+        if not changed and (others := sources.changes(there, sources.digests(self._deciding))):
             text = f"code has changed since {self.out} was trained with it, and is kept in {self.out / CODE}: "
             text += ", ".join(others)
             if self.config.resume.code == "refuse":
@@ -211,6 +215,10 @@ class Parts:
                 f"was, {moved[0]}.rounds={before}",
                 error=True,
             )
+
+    def _may_decide(self, file: str) -> bool:
+        """Whether a stored file of code may change figures: earlier versions also stored those of sinks."""
+        return file in self._deciding or file not in self.code
 
     def _check_forked(self) -> None:
         """Raise ConfigError if this new run cannot go on from the checkpoint of the run that it is forked from."""
@@ -243,7 +251,7 @@ class Parts:
             "plan_seconds": dict(self.plan.seconds),
             "ranks": self.comm.size,
             "model": signature(fed.model.entries),
-            "code": sources.digests(self.code),
+            "code": sources.digests(self._deciding),
         }
         if (shared := self._spec.source.shared) is not None:
             about[STATISTICS] = shared.told()
@@ -276,7 +284,7 @@ class Parts:
 
     def _open_sinks(self, done: int) -> None:
         info = RunInfo(self.out, done, self.config.rounds, self.metric, self._timings)
-        self._sinks = Sinks(info, self.config.records.open_sinks())
+        self._sinks = Sinks(info, self.config.open_sinks())
 
     def _close_sinks(self) -> None:
         if "_sinks" in vars(self):  # on rank 0, while a run is open

@@ -392,6 +392,6 @@ def _unshared(root: Path, digest: str) -> dict[str, torch.Tensor]:
 
 def _warn_of_code(root: Path, config: Config, there: Mapping[str, str]) -> None:
     """Warn if the user's code has changed since the run was trained."""
-    here = sources.digests(sources.own_code(to_dict(config)))
-    if changed := [name for name in sources.changes(there, here) if not name.endswith(" (gone)")]:  # not needed here
+    changed = sources.changed(there, to_dict(config))
+    if changed := [name for name in changed if not name.endswith(" (gone)")]:  # not needed here
         log.warning("code has changed since %s was trained with it (see %s): %s", root, root / CODE, ", ".join(changed))

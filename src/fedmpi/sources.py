@@ -18,6 +18,12 @@ _NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
+def deciding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's plain values without what only gets records: a change of its code changes no figure."""
+    records = {key: value for key, value in (values.get("records") or {}).items() if key != "sinks"}
+    return {**values, "records": records, "callbacks": []}
+
+
 def own_code(values: Any, *modules: str) -> dict[str, bytes]:
     """The contents of the files, by path relative to the folder of the module or package. Covers the names in a
     configuration's plain values, already imported, and the given `modules`."""
@@ -47,6 +53,13 @@ def changes(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name)
     ]
+
+
+def changed(there: Mapping[str, str], values: Mapping[str, Any]) -> list[str]:
+    """The files of a configuration's code that differ from the digests `there` and that may change figures."""
+    here = digests(own_code(deciding(values)))
+    only_outputs = own_code(values).keys() - here.keys()
+    return changes({name: digest for name, digest in there.items() if name not in only_outputs}, here)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ from fedmpi.membership import Membership
 from fedmpi.mirror import Mirror
 from fedmpi.outcome import RoundOutcome
 from fedmpi.output import say
-from fedmpi.records import Record, Sink
+from fedmpi.records import Callback, Record, RunInfo, Sink
 from fedmpi.recovery import ALONE_S, SPAWNS, WRITER_S, Recovery, leave_others
 from fedmpi.requests import Desk, Request
 from fedmpi.roster import Roster, contributors
@@ -118,6 +119,11 @@ class Run(Recovery):
         self._added.append(sink)
         if self.comm.rank == 0:
             self._sinks.add(sink)
+
+    def add_callback(self, function: Callable[[Record, RunInfo], Any]) -> None:
+        """Call `function(record, run)` on rank 0 with a copy of every record from now on, as `callbacks` of the
+        configuration are called."""
+        self.add_sink(Callback(function))
 
     @property
     def model(self) -> torch.nn.Module:

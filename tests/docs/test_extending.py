@@ -40,6 +40,7 @@ HOMES = {
     "workload": "local.amount",
     "measurement": "records.measure",
     "sink": "records.sinks",
+    "callback": "callbacks",
     "partition": "data.partition",
     "policy": "engine.policy",
     "attack": "attack",
@@ -59,7 +60,8 @@ NO_RECIPE = {
 
 def test_every_family_that_takes_members_from_outside_has_a_recipe():
     assert RECIPES.keys() == HOMES.keys()
-    assert set(HOMES.values()) | NO_RECIPE == {key for _, key in catalogue.FAMILIES.values()}
+    # Callbacks are functions of users only, so `fedmpi list` has no family of them.
+    assert set(HOMES.values()) | NO_RECIPE == {key for _, key in catalogue.FAMILIES.values()} | {"callbacks"}
 
 
 @pytest.fixture
@@ -152,6 +154,9 @@ def test_figures_of_recipes_are_in_records_and_files(tmp_path, at_top):
     lines = (tmp_path / "c/figures.csv").read_text().splitlines()
     assert lines[0] == "round,train_loss,accuracy" and len(lines) == 3
     assert float(lines[2].split(",")[1]) == read_metrics(tmp_path / "c")[-1]["train_loss"]
+    run("callback", tmp_path / "d")
+    lines = (tmp_path / "d/slow.txt").read_text().splitlines()
+    assert [line.split(" took ")[0] for line in lines] == ["round 1 of 2", "round 2 of 2"]
 
 
 def test_work_grows_and_the_rate_falls(at_top, tmp_path):

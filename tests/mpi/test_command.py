@@ -39,10 +39,22 @@ def test_more_rounds_go_on_from_a_finished_run(place: Place, undisturbed: str) -
     assert place.sha("longer") == undisturbed
 
 
+TELL = """
+def tell(record, run):
+    with open(run.root / "told", "a") as file:
+        print(record["round"], file=file)
+    if record["round"] == run.rounds:
+        raise ValueError("enough")
+"""
+
+
 def test_a_grid_trains_on_all_ranks_and_one_of_them_prints_it(place: Place) -> None:
-    """Rows equal those of `fedmpi train`; once all runs are done, another number of ranks only prints."""
+    """Rows equal those of `fedmpi train`; once all runs are done, another number of ranks only prints. A callback that
+    raises on rank 0 leaves no rank behind."""
     base = CONFIG | {"rounds": 2, "local": CONFIG["local"] | {"steps": 5}}
     base["data"] = CONFIG["data"] | {"root": str(place.data)}
+    (place.folder / "tell.py").write_text(TELL)
+    base["callbacks"] = ["tell:tell"]
     grid = {"base": base, "algorithms": {"slow": {"local.lr": 0.01}, "given": {}}, "out": "grid"}
     (place.folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     command = (FEDMPI, "compare", "grid.yaml", "--json")
@@ -51,6 +63,9 @@ def test_a_grid_trains_on_all_ranks_and_one_of_them_prints_it(place: Place) -> N
     rows = json.loads(done.out)
     assert [(row["algorithm"], row["ranks"]) for row in rows] == [("given", "2"), ("slow", "2")]
     assert all(row["megabytes"] > 0 for row in rows)
+    assert done.err.count("callback 'tell:tell' raised ValueError: enough (") == 2, done.tails
+    for algorithm in ("slow", "given"):
+        assert (place.folder / f"grid/as_given/{algorithm}/0/told").read_text() == "1\n2\n"
     assert place.train(1, "by_itself", "rounds=2", "local.steps=5").rc == 0
     shas = [inspect(place.folder / out)["params_sha256"] for out in ("grid/as_given/given/0", "by_itself")]
     assert shas[0] == shas[1]

@@ -87,8 +87,7 @@ def stored(root: Path, config: Config, found: Findings) -> int:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         found.fault(f"{root} holds checkpoints of another run: {'; '.join(changed[:3])}{more}; choose another out=")
     else:
-        now = sources.digests(sources.own_code(to_dict(config)))
-        if others := sources.changes(begun.about.get("code", {}), now):
+        if others := sources.changed(begun.about.get("code", {}), to_dict(config)):
             note = found.fault if config.resume.code == "refuse" else found.warn
             note(f"code has changed since {root} was trained with it: {', '.join(others)}; restore it, or another out=")
         if rounds[-1] >= config.rounds:

@@ -12,9 +12,11 @@ mlflow        metrics of an MLflow run
 wandb         a Weights & Biases run
 pace          how long the remaining rounds take
 terminal      progress for people and programs, and the final table
+callbacks     users' functions that are called with every record
 sinks         the family, and the sinks of a run
 """
 
+from fedmpi.records.callbacks import CALLBACKS, Callback
 from fedmpi.records.measurements import MEASUREMENTS, Measurement
 from fedmpi.records.metrics import read_metrics
 from fedmpi.records.record import SCHEMA, Record, plain
@@ -24,10 +26,12 @@ from fedmpi.records.table import StatusTable
 from fedmpi.records.timer import PHASES, Timer, peak_rss_bytes
 
 __all__ = [
+    "CALLBACKS",
     "MEASUREMENTS",
     "PHASES",
     "SCHEMA",
     "SINKS",
+    "Callback",
     "Measurement",
     "Record",
     "RunInfo",

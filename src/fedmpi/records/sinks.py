@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fedmpi.components import Family
 from fedmpi.errors import CheckpointError
+from fedmpi.records.callbacks import Callback, place_of
 from fedmpi.records.metrics import Metrics
 from fedmpi.records.mlflow import MLflow
 from fedmpi.records.record import TIME, Record, now
@@ -50,9 +51,13 @@ class Sinks:
         for sink in list(self._others):
             try:
                 sink.write(record)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 name = type(sink).__name__
-                if isinstance(error, OSError):
+                if isinstance(sink, Callback):
+                    text = " ".join(f"{type(error).__name__}: {error} ({place_of(error)})".split())
+                    told = f"callback '{sink.name}' raised {text}"
+                    log.warning("%s in round %d; it is called no more, and training goes on", told, record["round"])
+                elif isinstance(error, OSError):
                     log.warning("%s cannot be written (%s); it gets no more records", name, error.strerror or error)
                 else:
                     log.warning("%s raised %s: %s; it gets no more records", name, type(error).__name__, error)
