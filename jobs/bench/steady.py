@@ -1,6 +1,6 @@
 """Measures rounds of `train` without the training, and whether memory stays constant.
 
-    mpirun -n 2 python jobs/bench/steady.py [--params 25e6] [--rounds 30] [--quick] [EXCHANGE ...]
+    mpirun -n 2 python jobs/bench/steady.py [--params 25e6] [--rounds 30] [--secure] [--quick] [EXCHANGE ...]
 
 EXCHANGE is the content of `exchange:` in a configuration, such as '{plan: sharded, up: {codec: int8}}'; default: all
 plans and the usual codecs. Figures are those of the slowest rank, per round after the first three:
@@ -11,6 +11,8 @@ plans and the usual codecs. Figures are those of the slowest rank, per round aft
     allreduce_s    median of one MPI_Allreduce of the vector after each round; memcpy: of a copy of it
     fresh_memory   memory touched for the first time during the exchange (page faults; malloc is set to return large
                    blocks at once), as a share of the vector
+    secure_x       with --secure, which clips deltas and measures each exchange plain and under masks in turns: whole
+                   rounds under masks, divided by plain ones
     growth_bytes   growth of a rank from a tenth of the rounds to the last but one (the last writes a checkpoint)
 """
 
@@ -38,6 +40,8 @@ from fedmpi.comm import connect
 from fedmpi.components import build
 from fedmpi.flat import FlatModel
 from fedmpi.local import LocalRule, LocalSilo, Round
+from fedmpi.secure.secagg import SecAgg
+from fedmpi.transforms import Clip
 from fedmpi.types import Contribution, Silo, SiloData, Source
 
 FED = "feedback: true"
@@ -101,7 +105,10 @@ def memory_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -> dict[str, object]:
+def measured(
+    comm: Any, exchange: str, num_params: int, rounds: int, out: str, secure: bool | None = None
+) -> dict[str, Any]:
+    """The figures of a run; `secure`: with clipped deltas, under masks or not."""
     COMM[:] = [comm]
     config = fedmpi.Config(
         rounds=rounds,
@@ -109,6 +116,8 @@ def measured(comm: Any, exchange: str, num_params: int, rounds: int, out: str) -
         data=Nothing(comm.size),
         model=fedmpi.components.Deferred("vector", lambda: Vector(num_params), {}),
         local=Drift(),
+        updates=() if secure is None else (Clip(norm=1.0),),
+        secure=SecAgg() if secure else None,
         exchange=build(fedmpi.exchange.config.ExchangeSection, yaml.safe_load(exchange)),
         checkpoint=fedmpi.config.CheckpointSection(every=rounds),
         device=fedmpi.config.DeviceSection(name="cpu"),
@@ -173,6 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=float, default=25e6)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--secure", action="store_true", help="each exchange also under masks, in three turns")
     parser.add_argument("--quick", action="store_true", help="smoke test: a short vector, 5 rounds")
     parser.add_argument("exchange", nargs="*", default=EXCHANGES)
     given = parser.parse_args(arguments)
@@ -182,9 +192,17 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = comm.broadcast_text(folder, 0)
         for number, exchange in enumerate(given.exchange):
-            row = measured(comm, exchange, int(given.params), given.rounds, f"{folder}/{number}")
+            rows = []
+            for turn, secure in enumerate((False, True) * (1 if given.quick else 3) if given.secure else (None,)):
+                out = f"{folder}/{number}.{turn}"
+                rows.append(measured(comm, exchange, int(given.params), given.rounds, out, secure))
+            if given.secure:
+                plain, masked = ([row["round_s"] for row in rows[first::2]] for first in (0, 1))
+                rows[-1] |= {"plain_round_s": statistics.median(plain), "round_s": statistics.median(masked)}
+                rows[-1]["secure_x"] = rows[-1]["round_s"] / rows[-1]["plain_round_s"]
             if comm.rank == 0:
-                print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+                rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}
+                print(json.dumps(rounded), flush=True)
         comm.barrier()
 
 

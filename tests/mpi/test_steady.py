@@ -25,3 +25,10 @@ def test_an_exchange_touches_no_fresh_memory_of_the_vector_s_size(rows: list[dic
 def test_ranks_do_not_grow_from_round_to_round(rows: list[dict]) -> None:
     grown = {row["exchange"]: row["growth_bytes"] for row in rows}
     assert max(grown.values()) < 600_000, grown  # over 90 rounds
+
+
+def test_rounds_under_masks_are_measured_beside_plain_ones() -> None:
+    done = mpirun(2, PYTHON, str(JOB), "--quick", "--secure", "{plan: sharded}", timeout_s=120)
+    assert done.rc == 0, done.tails
+    row = next(json.loads(line) for line in done.out.splitlines() if line.startswith("{"))
+    assert row["secure_x"] == pytest.approx(row["round_s"] / row["plain_round_s"], rel=1e-2) and row["round_s"] > 0

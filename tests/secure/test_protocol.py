@@ -7,10 +7,11 @@ import pickle
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedmpi.secure import shamir
 from fedmpi.secure.graph import FROM, connected, degree, neighbours
-from fedmpi.secure.masks import KeyPair, Masks, add_stream, derive, seal, stream_into, unseal
+from fedmpi.secure.masks import LANE_BYTES, KeyPair, Masks, add_stream, derive, seal, stream_into, unseal
 from fedmpi.secure.protocol import Answer, Collector, GivenUp, Party
 
 STAYS = 4  # phase in which a silo that never drops out drops out
@@ -33,14 +34,14 @@ def test_a_public_key_of_low_order_is_refused():
 
 
 def test_the_key_stream_is_aes_128_in_counter_mode():
-    key = bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c")  # SP 800-38A, F.5.1: output blocks 1 to 4
-    first = int("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff", 16)
-    words = np.zeros(8, dtype=np.uint64)
-    stream_into(key, words, 2 * (first - 2))  # a stream's counter starts at 2
-    assert words.tobytes().hex() == (
-        "ec8cdf7398607cb0f2d21675ea9ea1e4362b7c3c6773516318a077d7fc5073ae"
-        "6a2cc3787889374fbeb4c81b17ba6c44e89c399ff0f198c6d40a31db156cabfe"
-    )
+    words = np.zeros(2, dtype=np.uint64)
+    stream_into(bytes(16), words)
+    assert words.tobytes().hex() == "0388dace60b6a392f328c2b971b2fe78"  # test case 2 of the specification of GCM
+    key, lane = bytes(range(16)), LANE_BYTES // 8
+    encrypted = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+    for number, block in ((0, 1), (1, 0), (3, 7)):
+        stream_into(key, words, number * lane + 2 * block)
+        assert words.tobytes() == encrypted.update(number.to_bytes(12, "big") + (2 + block).to_bytes(4, "big"))
 
 
 def hkdf(secret, salt, info, length):
@@ -96,9 +97,10 @@ def test_impossible_shares_are_refused(threshold):
 @pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
 def test_a_piece_of_a_stream_is_the_same_by_itself(dtype):
     key = derive(b"one", "pair", 1)
-    whole = np.zeros(100_000, dtype=dtype)
+    end = LANE_BYTES // np.dtype(dtype).itemsize
+    whole = np.zeros(end + 100_000, dtype=dtype)
     stream_into(key, whole)
-    for start, size in ((0, 1), (1, 5), (3, 70_000), (99_999, 1), (32_768, 17)):
+    for start, size in ((0, 1), (1, 5), (3, 70_000), (99_999, 1), (32_768, 17), (end - 5, 9), (end, 40_000)):
         part = np.zeros(size, dtype=dtype)
         stream_into(key, part, start)
         assert (part == whole[start : start + size]).all()
@@ -110,11 +112,14 @@ def test_a_piece_of_a_stream_is_the_same_by_itself(dtype):
 
 
 def test_pieces_in_any_order_have_the_masks_of_the_whole():
-    whole, pieces = np.zeros(90_000, np.uint32), np.zeros(90_000, np.uint32)
+    num = 3 * LANE_BYTES // 4
+    whole, pieces = np.zeros(num, np.uint32), np.zeros(num, np.uint32)
     stream, again = (Masks([(derive(b"one", "pair", 1), 1)], 32) for _ in range(2))
     stream.add(whole)
-    for start in (60_000, 0, 30_000):
-        again.add(pieces[start : start + 30_000], start)
+    starts = range(0, num, num // 5 + 1)
+    for start in [*starts[::-2], *starts[::2][:2], *starts]:
+        pieces[start : start + starts.step] = 0
+        again.add(pieces[start : start + starts.step], start)
     assert (whole == pieces).all()
     with pytest.raises(TypeError, match="not uint64"):
         stream.add(np.zeros(2, np.uint64))
