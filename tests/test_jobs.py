@@ -151,7 +151,7 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     assert done.returncode == 5  # mypy runs beside the tests and is checked last
     assert "tests that need netns may be skipped" in done.stderr
     assert re.search(
-        "requires mpi,(slurm,)?strace,mpich,byzfl,docs,(transformers,)?data$", done.stdout, re.MULTILINE
+        "requires mpi,(slurm,)?strace,(chromium,)?mpich,byzfl,docs,(transformers,)?data$", done.stdout, re.MULTILINE
     ), done.stdout
     calls = (checkout.top / "calls").read_text()
     assert "pytest -q -n 3 --dist loadscope --no-loadscope-reorder -m not long -k x" in calls

@@ -20,7 +20,7 @@ from fedmpi.files.server import Server
 from fedmpi.flat import sha256
 from fedmpi.jobs import serve
 from fedmpi.jobs import silo as silo_module
-from fedmpi.jobs.joining import Joining, Kind, Members
+from fedmpi.jobs.joining import Joining, Members
 from fedmpi.jobs.messages import NO_CALL, shown
 from fedmpi.jobs.serve import Serving
 from fedmpi.keeper import Keeper
@@ -251,26 +251,22 @@ def test_silos_that_most_others_do_not_fit_are_refused_before_the_first_round(tm
     assert [*records[0]["silos"]] == ["s1", "s2"]
 
 
-def test_a_job_that_starts_anew_is_judged_by_what_it_registers(tmp_path, monkeypatch):
+def test_a_job_that_starts_anew_is_judged_by_what_it_registers(tmp_path):
     how = apart(tmp_path, 2, transport={"min_silos": 2})
-    jobs = [Job(replace(how, rounds=9), "s2"), Job(how, "s0"), Job(how, "s1")]
-    for silo in IDS:
-        registered(how, silo)
-    objection = Kind.objection
-
-    def slowly(self, one, config):
-        why = objection(self, one, config)
-        if why and len(jobs) == 3:  # while the server thinks, it starts again as it should be
-            jobs.append(Job(how, "s2"))
-            until(lambda: len([*(Path(how.transport.root) / "silos").glob("s2.????????")]) == 2, 60)
-        return why
-
-    monkeypatch.setattr(Kind, "objection", slowly)
-    served(how)
-    for job in jobs[1:]:
-        job.ended()
-    with pytest.raises((ConfigError, Superseded)):
-        jobs[0].ended()
+    common = {"known": [*IDS], "task": "classification", "shape": [4], "num_classes": 2, "begins": "", "host": ""}
+    fits, odd = (
+        {**common, "facts": [30.0, 5.0, 1.0, 1.0, 0.0], "config": shown(it)} for it in (how, replace(how, rounds=9))
+    )
+    looks = [{"s0": (1, fits), "s1": (1, fits), "s2": (1, odd)}, {"s0": (1, fits), "s1": (1, fits), "s2": (2, fits)}]
+    told = []
+    files = SimpleNamespace(registrations=lambda: looks.pop(0) if len(looks) > 1 else looks[0])  # s2 starts again
+    post = SimpleNamespace(files=files, refuse=told.append)
+    joining = Joining(how, post, SimpleNamespace(look=lambda: READY))
+    assert [*joining.first(None, NO_CALL)] == ["s0", "s1"]
+    ((number, why),) = told.pop().values()
+    assert number == 1 and "rounds is 9 there and 2 here" in why
+    joining._spec = SimpleNamespace(known=[*IDS])
+    assert joining.new(["s0", "s1"]) == ["s2"] and told == [{}]
 
 
 def test_of_two_silos_that_differ_none_is_refused_until_a_third_one_comes(tmp_path):

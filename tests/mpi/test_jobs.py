@@ -12,8 +12,8 @@ from support.mpi import ENVIRONMENT, FEDMPI, PYTHON, absent, launcher, mpirun
 
 TOP = Path(__file__).parents[2]
 # Scripts without a quick form: the others source setup.sh; test.sh would start these tests again. tests/test_jobs.py
-# covers them; tests/docs covers docs.sh.
-APART = {"setup.sh", "test.sh", "quickstart.sh", "reproduce_heart.sh", "docs.sh"}
+# covers them; tests/docs covers docs.sh; multihost.sh and wheelhouse.sh have tests of their own beside this one.
+APART = {"setup.sh", "test.sh", "quickstart.sh", "reproduce_heart.sh", "docs.sh", "multihost.sh", "wheelhouse.sh"}
 
 # What setup.sh writes once all is installed.
 STAMP = """
