@@ -40,6 +40,7 @@ ORDER = [
         "checkpoint",
         "records",
         "placement",
+        "binding",
         "device",
         "health",
         "roster",

@@ -121,8 +121,10 @@ def test_ranks_without_a_silo_are_counted_and_sizes_that_are_not_declared_are_no
     assert re.search(r"│ 0 +│ s0 +│ 20 +│ 320 B +│ .*B +│\n", planned("data.declared=20"))
     assert "host" not in planned("data.sizes=[1, 1, 1, 1, 1]").partition("configuration")[0]
     run = SimpleNamespace(central=False, resumed=0, device="cpu", threads=1, out="a", comm=SimpleNamespace(size=4))
+    run.binding = "bound to 1 of 8 cores each"
     run.federation = SimpleNamespace(ids=["a", "b"], model=SimpleNamespace(num_shared=8))
     run.membership = placement.place(silos(1, 1), [""] * 2)
     run.plan = SimpleNamespace(section=SimpleNamespace(plan="root"), why="")
     run.config = SimpleNamespace(server=SimpleNamespace(dedicated=False))
     assert training._headline(run).startswith("fedmpi: 2 silos on 4 ranks, 2 ranks host no silo, 8 shared parameters, ")
+    assert ", 1 thread per rank (bound to 1 of 8 cores each), out a" in training._headline(run)

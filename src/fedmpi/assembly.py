@@ -18,6 +18,7 @@ import torch
 
 from fedmpi import device, pretrained, rng, stopping
 from fedmpi.attacks import HostileRule, edit_of, poisoned, said
+from fedmpi.binding import Bound, bound, collisions
 from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.data.files import Files
@@ -114,6 +115,7 @@ class Assembly:
     unshared: dict[str, torch.Tensor]  # initial values of the model that no checkpoint stores
     plan: Choice  # of the exchange
     resumes: Resumes | None  # None: from the newest whole checkpoint that fits the members, if there is one
+    bound: Sequence[Bound] = ()  # what each rank may run on
 
 
 @rng.borrowed()
@@ -134,6 +136,9 @@ def assemble(
     of the run there, if it has some.
     """
     threads = device.set_threads(comm, config.exchange.reduction == "reproducible")
+    ranks_bound = bound(comm)
+    for line in collisions(ranks_bound) if comm.rank == 0 else ():
+        log.warning(line)
     spec = specify(config, comm, out)
     if (shared := spec.source.shared) is not None:
         begun = comm.collectively(lambda: statistics_before() if comm.rank == 0 else {})
@@ -153,7 +158,7 @@ def assemble(
     built = build_federation(spec, opened, comms, plan_before=plan_before)
     with _or_leave(built.federation.exchange):
         state = begin(built.federation)
-    return Assembly(built.spec, built.federation, state, threads, unshared, built.plan, resumes)
+    return Assembly(built.spec, built.federation, state, threads, unshared, built.plan, resumes, ranks_bound)
 
 
 def _first_members(spec: Spec, hosts: Sequence[str], given: Membership | None, stored: Sequence[Stored]) -> Membership:

@@ -22,6 +22,7 @@ import fedmpi
 from fedmpi import checkpoint, disk, fork, launcher, sources, stopping
 from fedmpi.alike import mixed, unlike
 from fedmpi.assembly import Assembly, assemble, digest_of
+from fedmpi.binding import my_cores, nodes_of, numa, spans, told
 from fedmpi.comm import Comm
 from fedmpi.components import to_dict
 from fedmpi.config import Config, differences, moved_schedules
@@ -119,6 +120,7 @@ class Parts:
         fed, self._spec = parts.federation, parts.spec
         self.federation = fed
         self.device, self.threads, self.central = parts.spec.device, parts.threads, parts.spec.source.central
+        self.binding = told(parts.bound)
         self.metric, self.maximize = fed.objective.metric_name, fed.objective.maximize
         self.unshared, self.plan, self._resumes = parts.unshared, parts.plan, parts.resumes
         self.state, module = parts.state, fed.model.module
@@ -304,12 +306,14 @@ class Parts:
     def _ranks(self) -> list[dict[str, Any]]:
         """The rows of ranks.json. Collective."""
         pid = os.getpid()
-        row = {"pid": pid, "born": launcher.born(pid), **capabilities(self.device), "threads": self.threads}
-        rows = self.comm.gather(json.dumps(row).encode().ljust(320))
+        cores = my_cores()
+        place = {"cores": spans(cores), "numa": ",".join(nodes_of(cores, numa()))}
+        row = {"pid": pid, "born": launcher.born(pid), **capabilities(self.device), "threads": self.threads, **place}
+        rows = self.comm.gather_values(row)
         hosted = self.membership.by_rank(self.comm.size)
         return [
-            {"rank": rank, "host": host, **json.loads(text), "silos": silos}
-            for rank, (host, text, silos) in enumerate(zip(self.comm.hosts, rows, hosted, strict=True))
+            {"rank": rank, "host": host, **row, "silos": silos}
+            for rank, (host, row, silos) in enumerate(zip(self.comm.hosts, rows, hosted, strict=True))
         ]
 
     def _register(self, ranks: Sequence[dict[str, Any]], lost: Mapping[str, str] = {}, why: str | None = None) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedmpi.check.findings import Findings
 from fedmpi.cli import app
 from fedmpi.comm import SoloComm
-from fedmpi.comm.process import SIZES
+from fedmpi.comm.started import SIZES
 from fedmpi.comm.threads import on_ranks
 from fedmpi.doctor import advice, examine, host, lines, network
 
@@ -89,6 +89,10 @@ def unbound(result):
         row["numa"] = {"0": [0, 1], "1": [2, 3]}
 
 
+def other_numbers(result):
+    result["local_ranks"] = "h1: MPI_Comm_split_type finds rank 1 on one node"
+
+
 def few_gpus(result):
     result["ranks"][0]["gpus"] = ["H100"]
 
@@ -138,6 +142,7 @@ PROBLEMS = {
     few_cores: "2 ranks on 1 core; start at most 1 there (mpirun --bind-to none",
     one_core: "ranks 0 and 1 are both bound to core 3, and others are free; say mpirun --map-by core",
     unbound: "rank 0 may run on NUMA nodes 0, 1, far from its memory; bind ranks: mpirun --map-by numa",
+    other_numbers: "h1: MPI_Comm_split_type finds rank 1 on one node",
     few_gpus: "2 ranks for 1 GPU; start fewer ranks there, or set device.share: true",
     memory_disk: "is in memory (tmpfs)",
     no_locks: "nfs4 without locks; never start two jobs with one out",

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.mpi import FEDMPI, OTHERS, absent, mpirun
+from support.mpi import FEDMPI, OTHER_MPIS, OTHERS, mpirun, other_mpi
 
 from fedmpi.alike import mixed
-from fedmpi.comm.process import RANKS, SIZES, is_first, launched
+from fedmpi.comm.started import RANKS, SIZES, is_first, launched
 from fedmpi.comm.threads import on_ranks
 
-MPICH = Path(sys.prefix) / "mpich"
 TRAIN = (FEDMPI, "train", "a.yaml", "rounds=1", "device.name=cpu")
 CONFIG = "data: {name: digits, silos: 2}\nlocal: {name: sgd, lr: 0.1, steps: 1}\nout: run\n"
 
@@ -21,10 +20,14 @@ def clean() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
 
 
-def alone(tmp_path: Path, words: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
+def alone_folder(tmp_path: Path) -> Path:
     (tmp_path / "a.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def alone(tmp_path: Path, words: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
     everything = {**clean(), **env}
-    return subprocess.run(words, cwd=tmp_path, env=everything, capture_output=True, text=True, timeout=90)
+    return subprocess.run(words, cwd=alone_folder(tmp_path), env=everything, capture_output=True, text=True, timeout=90)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -58,13 +61,28 @@ def test_a_world_of_one_is_refused_with_the_launch_line_that_is_right(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_the_launcher_of_another_mpi_is_refused_by_both(tmp_path: Path) -> None:
-    if not (MPICH / "bin/mpiexec").exists():
-        absent("mpich", f"no MPICH in {MPICH}, where jobs/test.sh puts it")
-    done = alone(tmp_path, (str(MPICH / "bin/mpiexec"), "-n", "2", *TRAIN))
-    assert done.returncode == 2 and "the launcher started 2 ranks but MPI sees 1: " in done.stderr, done.stderr
+def test_worlds_of_one_by_a_launcher_that_gives_only_ranks_are_refused(tmp_path: Path) -> None:
+    """prterun sets no variable for the number of ranks."""
+    done = alone(tmp_path, TRAIN, PMIX_RANK="2")
+    assert done.returncode == 2 and "the launcher started at least 3 ranks but MPI sees 1: " in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mpi", OTHER_MPIS)
+def test_the_launcher_of_another_mpi_is_refused_in_one_line(tmp_path: Path, mpi: str) -> None:
+    other_mpi(mpi)  # or skip
+    done = alone(tmp_path, (f"{sys.prefix}/{mpi}/bin/mpiexec", "-n", "2", *TRAIN))
+    assert done.returncode == 2 and done.stderr.count("fedmpi: ") == 1, done.stderr
+    assert "the launcher started 2 ranks but MPI sees 1: " in done.stderr
     assert "the library is Open MPI v" in done.stderr and "start it by `mpirun -n 2` of the same MPI" in done.stderr
-    # MPICH under Open MPI's mpirun ends by itself, with an error of its own.
+
+
+def test_open_mpis_launcher_with_intels_library_is_refused_in_one_line(tmp_path: Path) -> None:
+    """MPICH under Open MPI's mpirun ends by itself, with an error of its own."""
+    done = mpirun(2, *TRAIN, cwd=alone_folder(tmp_path), env={"MPI4PY_LIBMPI": other_mpi("impi")["MPI4PY_LIBMPI"]})
+    assert done.rc == 2 and done.err.count("fedmpi: ") == 1, done.tails
+    assert "the launcher started 2 ranks but MPI sees 1: " in done.err
+    assert "the library is Intel(R) MPI Library 20" in done.err and "start it by `mpiexec -n 2` of the same" in done.err
 
 
 def test_versions_are_compared_without_the_kind_of_build() -> None:

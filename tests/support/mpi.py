@@ -31,7 +31,15 @@ TESTS = Path(__file__).parents[1]
 PROGRAMS = TESTS / "support" / "programs"  # programs that tests launch on ranks
 PYTHON = sys.executable
 FEDMPI = str(Path(sys.executable).parent / "fedmpi")
-OTHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FEDMPI_RANKS")  # set by an outer launcher, and hidden from ours
+OTHERS = (
+    "OMPI_",
+    "PMIX_",
+    "PMI_",
+    "PRTE_",
+    "SLURM_",
+    "MPI_LOCAL",
+    "FEDMPI_RANKS",
+)  # set by an outer launcher, and hidden from ours
 
 FAST = bool(os.environ.get("FEDMPI_FAST"))  # no test starts ranks, see conftest.py
 may_start = True  # whether the running test has the marker `mpi`; conftest.py sets it for each test
@@ -51,6 +59,23 @@ def absent(what: str, reason: str) -> NoReturn:
     required = what in os.environ.get("FEDMPI_REQUIRE", "").split(",")
     (pytest.fail if required else pytest.skip)(reason)
     raise AssertionError
+
+
+# MPIs in their own folders of the virtual environment, because all of them have an mpirun: how they get there.
+OTHER_MPIS = {
+    "mpich": "jobs/test.sh puts it there",
+    "impi": "pip install --no-deps --prefix .venv/impi impi-rt (130 MB) does",
+}
+
+
+def other_mpi(name: str) -> dict[str, str]:
+    """Environment with another MPI than the virtual environment's, for its mpiexec and for mpi4py. The test is skipped
+    if it is not installed, or fails if FEDMPI_REQUIRE has it."""
+    folder = Path(sys.prefix) / name
+    if not (folder / "bin/mpiexec").exists():
+        absent(name, f"no mpiexec in {folder}/bin: {OTHER_MPIS[name]}")
+    path = f"{folder}/bin:{os.environ['PATH']}:/usr/sbin:/sbin"
+    return {"MPI4PY_LIBMPI": f"{folder}/lib/libmpi.so.12", "PATH": path}
 
 
 @functools.cache
@@ -83,22 +108,27 @@ class Done(NamedTuple):
 class Job:
     """A running mpirun. Leaving the `with` block kills what is left of it."""
 
-    def __init__(self, n: int, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, n: int, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None, mpi: str = ""
+    ) -> None:
+        """`mpi`: one of OTHER_MPIS instead of the virtual environment's."""
         if FAST:
             pytest.skip("starts ranks, which FEDMPI_FAST leaves out")
         assert may_start, "this test starts ranks: mark it with pytest.mark.mpi"
         if not launcher():
             absent("mpi", "no mpirun beside Python nor on PATH")
         self.n = n
+        words = (f"{sys.prefix}/{mpi}/bin/mpiexec",) if mpi else launcher()
+        env = {**(other_mpi(mpi) if mpi else {}), **(env or {})}
         clean = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
         self._outputs = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115
         # Open MPI refuses to start over the contact file of a killed mpirun with the same process id.
         self._tmp = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
         self.started_s = time.monotonic()
         self.process = subprocess.Popen(
-            [*launcher(), "-n", str(n), *command],
+            [*words, "-n", str(n), *command],
             cwd=cwd,
-            env={**clean, **ENVIRONMENT, "TMPDIR": self._tmp.name, **(env or {})},
+            env={**clean, **ENVIRONMENT, "TMPDIR": self._tmp.name, **env},
             stdin=subprocess.DEVNULL,
             stdout=self._outputs[0],
             stderr=self._outputs[1],
@@ -163,10 +193,15 @@ class Job:
 
 
 def mpirun(
-    n: int, *command: str, timeout_s: float = 90, cwd: Path | None = None, env: dict[str, str] | None = None
+    n: int,
+    *command: str,
+    timeout_s: float = 90,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    mpi: str = "",
 ) -> Done:
     """Run `command` on n ranks to its end; the test fails if that takes longer than `timeout_s`."""
-    with Job(n, *command, cwd=cwd, env=env) as job:
+    with Job(n, *command, cwd=cwd, env=env, mpi=mpi) as job:
         return job.wait(timeout_s)
 
 
@@ -224,11 +259,11 @@ class Report:
 
 
 @functools.cache
-def launch(program: str, n: int, *arguments: str, timeout_s: float = 120) -> Report:
+def launch(program: str, n: int, *arguments: str, timeout_s: float = 120, mpi: str = "") -> Report:
     """Run programs/PROGRAM.py on n ranks, once per test session, however many tests use it."""
     command = (PYTHON, "-m", f"support.programs.{program}", *arguments)
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    with Job(n, *command, env={"PYTHONPATH": path}) as job:
+    with Job(n, *command, env={"PYTHONPATH": path}, mpi=mpi) as job:
         with suppress(subprocess.TimeoutExpired):
             job.process.wait(timeout_s)
         hung = job.process.poll() is None

@@ -20,7 +20,7 @@ from fedmpi import rng
 from fedmpi.alike import unlike
 from fedmpi.assembly import digest_of, source_of
 from fedmpi.check import folder, pace, skew, trying
-from fedmpi.check.findings import Findings, gather, merged
+from fedmpi.check.findings import Findings, merged
 from fedmpi.check.reading import Reading, read
 from fedmpi.check.samples import Look, look
 from fedmpi.comm import Comm, ranks_text
@@ -71,7 +71,7 @@ def check(
 def _all_alike(reading: Reading | None, comm: Comm, found: Findings) -> bool:
     """Whether every rank has read a configuration, and all the same. Collective."""
     what = None if reading is None else [digest(reading.config).hex(), list(reading.left_out)]
-    rows = gather(comm, what)
+    rows = comm.gather_values(what)
     others = [rank for rank, row in enumerate(rows) if row != rows[0]]
     if others and None not in rows:
         assert reading is not None
@@ -126,7 +126,7 @@ class _Check:
 
     def _same_silos(self, source: Source | None) -> bool:
         facts = None if source is None else repr((source.silos, source.task, source.shape, source.num_classes))
-        rows = gather(self.comm, facts)
+        rows = self.comm.gather_values(facts)
         if None not in rows and len(set(rows)) > 1:
             others = [rank for rank, row in enumerate(rows) if row != rows[0]]
             self.found.fault(f"the list of silos differs: rank 0 against {', '.join(map(str, others[:8]))}")
@@ -273,7 +273,7 @@ class _Check:
             }
             for silo, one in self.looks.items()
         ]
-        rows = {row["silo"]: row for some in gather(self.comm, mine) for row in some}
+        rows = {row["silo"]: row for some in self.comm.gather_values(mine) for row in some}
         return [rows[silo.id] for silo in source.silos if silo.id in rows]
 
     # ------------------------------------------------------------ model
@@ -289,7 +289,7 @@ class _Check:
         if objective is not None:
             found.attempt(lambda: refuse_metrics(config.disclosed, objective.scorers), "disclose")
         trying.suits(config, trial, [silo.id for silo in source.silos], self.num_train, found)
-        firsts = gather(self.comm, None if trial.module is None else digest_of(saved(trial.module)).hex())
+        firsts = self.comm.gather_values(None if trial.module is None else digest_of(saved(trial.module)).hex())
         if None not in firsts and len(set(firsts)) > 1:
             found.fault("the model's first parameters differ between ranks; give all the same torch and `init` file")
         result: dict[str, Any] = {}
@@ -385,7 +385,7 @@ class _Check:
             "data_bytes": sum(tensor.nbytes for some in self.data.values() for tensor in some),
             "limit_bytes": pace.memory_limit(),
         }
-        rows = gather(comm, row)
+        rows = comm.gather_values(row)
         paces = [one["batch_s"] for one in rows if one["batch_s"] is not None]
         estimate: dict[str, Any] = {"seconds": None, "memory": None}
         if planned is not None:
@@ -460,5 +460,5 @@ class _Check:
             row = {"path": str(root), "written": wrote, "free_bytes": free, "checkpoint_bytes": self.checkpoint_bytes}
             if self.comm.rank == 0 and not self.reading.left_out:
                 row["newest_round"] = folder.stored(root, self.config, self.found)
-        rows = gather(self.comm, row)
+        rows = self.comm.gather_values(row)
         return {**rows[0], "hosts": sum(one is not None for one in rows)}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fedmpi.comm import Comm, ranks_text
 from fedmpi.errors import FedmpiError
@@ -60,17 +59,10 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}, line {last.lineno})"
 
 
-def gather(comm: Comm, value: Any) -> list[Any]:
-    """The plain values of all ranks, in rank order, on every rank. Collective."""
-    text = json.dumps(value).encode()
-    longest = int(comm.gather_number(len(text)).max())
-    return [json.loads(row) for row in comm.gather(text.ljust(longest))]
-
-
 def merged(comm: Comm, mine: Findings) -> Findings:
     """The findings of all ranks, the same on every rank. Collective. A text that only some ranks found, and that names
     no silo, begins with these ranks."""
-    rows = gather(comm, [mine.faults, mine.warnings, mine.unseen])
+    rows = comm.gather_values([mine.faults, mine.warnings, mine.unseen])
     return Findings(*(_of_all([row[kind] for row in rows]) for kind in range(3)))
 
 

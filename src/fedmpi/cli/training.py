@@ -285,11 +285,12 @@ def _headline(run: Any) -> str:
         f", {idle}" if (idle := idle_ranks(run.comm.size, run.membership.ranks, run.config.server.dedicated)) else ""
     )
     reads = " (one central set: every rank reads all of it)" if run.central else ""
+    binding = f" ({run.binding})" if run.binding else ""
     since = f", resumed after round {run.resumed}" if run.resumed else ""
     plan = f"plan {run.plan.section.plan}" + (f" ({run.plan.why})" if run.plan.why else "")
     return (
         f"fedmpi: {where}{reads}, {fed.model.num_shared:,} shared parameters, {plan}, "
-        f"{run.device}, {run.threads} thread{'s' if run.threads > 1 else ''} per rank, out {run.out}{since}"
+        f"{run.device}, {run.threads} thread{'s' if run.threads > 1 else ''} per rank{binding}, out {run.out}{since}"
     )
 
 

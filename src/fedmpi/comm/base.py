@@ -11,6 +11,7 @@ An implementation defines all abstract methods in one file (solo.py, threads.py,
 from __future__ import annotations
 
 import hashlib
+import json
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +126,12 @@ class Control(Protocol):
         mine = np.zeros(self.size)
         mine[self.rank] = value
         return self.share(mine)
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """The plain values (as JSON has them) of all ranks, in rank order, on every rank. Collective."""
+        text = json.dumps(value).encode()
+        longest = int(self.gather_number(len(text)).max())
+        return [json.loads(row) for row in self.gather(text.ljust(longest))]
 
     def collectively(self, work: Callable[[], T]) -> T:
         """Runs `work` on every rank and returns this rank's result; if it fails on any rank, all raise the same error.

@@ -22,6 +22,7 @@ from fedmpi.comm.mpi import MpiComm, library
 from fedmpi.comm.mpi_control import tolerant
 from fedmpi.comm.solo import SoloComm
 from fedmpi.comm.spawn import connected
+from fedmpi.comm.started import launched, launched_rank
 from fedmpi.errors import CommTimeout, ConfigError, FedmpiError, RankLost
 from fedmpi.fresh import is_fresh
 from fedmpi.output import say
@@ -68,9 +69,8 @@ def _connect() -> Comm:
         else:
             comm = all_ranks = MpiComm(mpi)
             all_ranks.keep_vigil()
-    expected = 0 if is_fresh() else launched()
-    if expected not in (0, comm.size):
-        raise ConfigError(_not_one_world(expected, comm))
+    if not is_fresh() and (why := _not_one_world(comm)):
+        raise ConfigError(why)
     abort_on_uncaught(comm)
     atexit.register(_abort_if_open, comm)  # runs before MPI's own handler, which would wait for the others
     return comm
@@ -102,47 +102,19 @@ def _stay() -> None:
         time.sleep(LEAVES_S)
 
 
-def _not_one_world(expected: int, comm: Comm) -> str:
-    """The error if MPI sees another number of ranks than the launcher."""
-    said = f"the launcher started {expected} ranks but MPI sees {comm.size}"
+def _not_one_world(comm: Comm) -> str:
+    """The error if the launcher says another number of ranks than MPI sees; empty if not."""
+    expected, least = launched(), launched_rank() + 1  # prterun gives only the rank
+    if expected == comm.size or (not expected and least <= comm.size):
+        return ""
+    num = expected or least
+    said = f"the launcher started {'' if expected else 'at least '}{num} ranks but MPI sees {comm.size}"
     if not isinstance(comm, MpiComm) or comm.size > 1:
         return f"{said}: FEDMPI_RANKS, which a batch script sets, or the launcher's number is another job's"
     text = comm.mpi.Get_library_version()
     name = " ".join(text.splitlines()[0].partition(",")[0].replace("\0", "").split())
-    line = starters.right(text, expected, "SLURM_JOB_ID" in os.environ)
+    line = starters.right(text, num, "SLURM_JOB_ID" in os.environ)
     return f"{said}: launcher and MPI library do not belong together; the library is {name}: start it by {line}"
-
-
-# Variables of launchers: number of ranks, and rank. Batch scripts set FEDMPI_RANKS. A launcher inside another's job
-# comes first: inside mpirun's ranks, SLURM's variables describe mpirun's daemons.
-SIZES = (
-    "FEDMPI_RANKS",
-    "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun
-    "PMI_SIZE",  # Hydra: MPICH, Intel MPI; srun --mpi=pmi2; PALS
-    "MV2_COMM_WORLD_SIZE",  # MVAPICH
-    "JSM_NAMESPACE_SIZE",  # jsrun
-    "FLUX_JOB_SIZE",  # flux run
-    "SLURM_STEP_NUM_TASKS",  # srun
-)
-RANKS = (
-    "OMPI_COMM_WORLD_RANK",
-    "PMI_RANK",
-    "PALS_RANKID",
-    "MV2_COMM_WORLD_RANK",
-    "JSM_NAMESPACE_RANK",
-    "FLUX_TASK_RANK",
-    "SLURM_PROCID",
-)
-
-
-def launched() -> int:
-    """Number of ranks that the launcher says it started; 0 if it does not say."""
-    return next((int(value) for name in SIZES if (value := os.environ.get(name, "")).isdigit()), 0)
-
-
-def is_first() -> bool:
-    """Whether the launcher says this process is rank 0; for messages when MPI cannot be used."""
-    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
 def abort_on_uncaught(comm: Comm) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmpi.binding import Bound, collisions, nodes_of
 from fedmpi.check.findings import Findings
 from fedmpi.check.folder import size
 from fedmpi.comm import ranks_text
@@ -26,6 +27,8 @@ def judge(result: Mapping[str, Any], found: Findings) -> None:
     for rows in hosts.values():
         _host(rows, found)
         _cores(rows, found)
+    if result["local_ranks"]:
+        found.warn(result["local_ranks"])
     _clocks(result.get("clocks"), ranks, found)
     _links(result.get("network") or [], found)
 
@@ -101,22 +104,16 @@ def _cores(rows: Sequence[Mapping[str, Any]], found: Findings) -> None:
         )
         return
     for row in rows if len(rows) > 1 else ():
-        nodes = [name for name, its in row["numa"].items() if {*row["cores"]} & {*its}]
+        nodes = nodes_of(row["cores"], row["numa"])
         if len(nodes) > 1 and len(rows) >= len(row["numa"]):
             found.warn(
                 f"host {host}: rank {row['rank']} may run on NUMA nodes {', '.join(nodes)}, far from its memory; bind "
                 "ranks: mpirun --map-by numa --bind-to numa, or srun --cpu-bind=ldoms"
             )
             break
-    owners: dict[int, int] = {}
-    for row in rows:
-        for core in row["cores"] if len(row["cores"]) == 1 else ():
-            if core in owners:
-                found.warn(
-                    f"host {host}: ranks {owners[core]} and {row['rank']} are both bound to core {core}, and others "
-                    "are free; say mpirun --map-by core --bind-to core"
-                )
-            owners.setdefault(core, row["rank"])
+    seats = [Bound(row["rank"], row["host"], row["machine"], tuple(row["cores"]), 0, (), 0) for row in rows]
+    for line in collisions(seats):
+        found.warn(line)
 
 
 def _clocks(clocks: Mapping[str, Any] | None, ranks: Sequence[Mapping[str, Any]], found: Findings) -> None:

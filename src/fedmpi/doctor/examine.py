@@ -6,9 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from fedmpi import device
 from fedmpi.check import folder
-from fedmpi.check.findings import Findings, gather, merged
+from fedmpi.check.findings import Findings, merged
 from fedmpi.comm import Comm
+from fedmpi.comm.started import local_rank
 from fedmpi.doctor import advice, host, library, network
 
 
@@ -23,7 +25,10 @@ def examine(comm: Comm, out: Path, with_network: bool = True) -> dict[str, Any]:
     found.faults += own.faults
     mine |= {"rank": comm.rank, "machine": hashlib.sha256(comm.machines[comm.rank]).hexdigest()[:12]}
     mine |= {"locked": not own.warnings, "wrote": wrote}
-    result: dict[str, Any] = {"ranks": gather(comm, mine), "library": gather(comm, library.look(comm))[0]}
+    seats = device.seats_of(comm, comm.collectively(lambda: device.visible("auto", comm.local_size)))
+    mine |= {"local_rank": local_rank(), "gpu": device.assign(seats)[comm.rank]}
+    result: dict[str, Any] = {"ranks": comm.gather_values(mine), "library": comm.gather_values(library.look(comm))[0]}
+    result["local_ranks"] = device.disagreement(seats)
     if comm.size > 1:
         result["clocks"] = network.clocks(comm)
         result["network"] = network.table(comm) if with_network else []

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fedmpi.binding import my_cores, numa
 from fedmpi.comm.machine import shared_memory, tight
 from fedmpi.parts import versions
 
@@ -26,7 +27,7 @@ def look(out: Path) -> dict[str, Any]:
     free_shm, _ = shared_memory()
     return {
         "host": socket.gethostname(),
-        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
+        "cores": my_cores(),
         "cores_of_host": os.cpu_count() or 1,
         "numa": numa(),
         "limits": {
@@ -74,18 +75,6 @@ def interfaces() -> list[dict[str, Any]]:
             rate = int((folder / "speed").read_text())
         found.append({"name": name, "mbit": rate if rate and rate > 0 else None})
     return found
-
-
-def numa() -> dict[str, list[int]]:
-    """The cores of each NUMA node; empty if the system does not say."""
-    nodes = {}
-    for name in _names("/sys/devices/system/node"):
-        if name.startswith("node") and name[4:].isdigit():
-            with contextlib.suppress(OSError, ValueError):
-                text = (Path("/sys/devices/system/node") / name / "cpulist").read_text().strip()
-                spans = [part.partition("-") for part in text.split(",") if part]
-                nodes[name[4:]] = [core for a, _, b in spans for core in range(int(a), int(b or a) + 1)]
-    return nodes
 
 
 def file_system(path: Path) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from fedmpi.check.findings import gather
 from fedmpi.comm import Comm
 
 BUDGET_S = 2.0  # of all pairs together
@@ -25,7 +24,7 @@ def clocks(comm: Comm) -> dict[str, Any]:
         began_s = time.monotonic()
         comm.barrier()
         now = time.time()
-        readings.append(gather(comm, [now, time.monotonic() - began_s]))
+        readings.append(comm.gather_values([now, time.monotonic() - began_s]))
     ahead = [statistics.median(row[rank][0] - row[0][0] for row in readings) for rank in range(comm.size)]
     exact = max(
         statistics.median(abs(row[rank][0] - row[0][0] - ahead[rank]) for row in readings) for rank in range(comm.size)

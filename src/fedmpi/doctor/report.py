@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmpi.binding import nodes_of, spans
 from fedmpi.check.folder import size
 from fedmpi.comm import ranks_text
 
@@ -46,11 +47,17 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     gpus = f", GPUs {', '.join(row['gpus'])}" if row["gpus"] else ", no GPU"
     text = [f"host {row['host']}: {ranks} on {len(cores)} of {row['cores_of_host']} cores{gpus}"]
     if len(rows) > 1:
-        bound = [f"{one['rank']}: {_spans(one['cores'])}" for one in rows]
+        bound = [f"{one['rank']}: {spans(one['cores'])}" for one in rows]
         text.append(f"  cores     {'; '.join(bound[:_MOST])}")
     if len(nodes := row["numa"]) > 1:
-        on = [f"{one['rank']}: {', '.join(_nodes(one['cores'], nodes))}" for one in rows]
+        on = [f"{one['rank']}: {', '.join(nodes_of(one['cores'], nodes))}" for one in rows]
         text.append(f"  NUMA      {len(nodes)} nodes; ranks on {'; '.join(on[:_MOST])}")
+    if said := [one for one in rows if one["local_rank"]]:
+        numbers = "; ".join(f"{one['rank']}: {one['local_rank'][1]}" for one in said[:_MOST])
+        text.append(f"  launcher  numbers ranks of the node, {said[0]['local_rank'][0]}: {numbers}")
+    if row["gpus"]:
+        taken = "; ".join(f"{one['rank']}: {one['gpu']}" for one in rows[:_MOST])
+        text.append(f"  GPUs      ranks take {taken}, of those that each sees")
     shm = "no limit" if row["shm_bytes"] is None else size(row["shm_bytes"])
     files, locked = limits["open_files"] or "no limit", limits["memlock_bytes"]
     locked = "no limit" if locked is None else size(locked)
@@ -63,26 +70,6 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     locks = "with locks" if row["locked"] else "without locks"
     text.append(f"  out       {row['out']['path']}: {row['out']['file_system'] or 'unknown file system'}, {locks}")
     return text
-
-
-def _nodes(cores: Sequence[int], nodes: Mapping[str, Sequence[int]]) -> list[str]:
-    """The NUMA nodes that a rank's cores are of."""
-    return [name for name, its in nodes.items() if {*cores} & {*its}]
-
-
-def _spans(cores: Sequence[int]) -> str:
-    """Core numbers in short.
-
-    >>> _spans([0, 1, 2, 5])
-    '0-2,5'
-    """
-    parts: list[list[int]] = []
-    for core in cores:
-        if parts and core == parts[-1][1] + 1:
-            parts[-1][1] = core
-        else:
-            parts.append([core, core])
-    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in parts)
 
 
 def _network(result: Mapping[str, Any]) -> list[str]:
