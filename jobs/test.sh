@@ -118,6 +118,7 @@ elif [ -z "${FEDMPI_REQUIRE+set}" ]; then
   require netns "network namespaces take root and the ip command" unshare --net ip link
   require chromium "no chromium, which draws the charts of reports" is_chromium_there
   require mpich "pip could not install it" test -x "$mpich/bin/mpiexec"
+  require impi "it takes 130 MB: pip install --no-deps --prefix .venv/impi impi-rt" test -x "$venv/impi/bin/mpiexec"
   require byzfl "pip could not install it" is_byzfl_there
   require docs "pip could not install mkdocs-material and codespell" python -m mkdocs --version
   require transformers "it takes 170 MB: pip install fedmpi[examples]" is_transformers_there

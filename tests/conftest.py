@@ -77,6 +77,7 @@ LONG = {
     "mpi/test_stop.py::test_signal_in_a_ten_minute_round": ("SIGUSR1-1-1",),
     "mpi/test_jobs.py": ("quick_form", "startup", "killed_run"),
     "mpi/test_federation.py": (),
+    "mpi/test_other_mpis.py": ("doctor",),
     "mpi/test_suite.py": (),
     "mpi/test_secure.py::test_a_round_in_which": (),
     "exchange/test_secure.py::test_ten_million": ("100000.0",),
