@@ -9,7 +9,8 @@
 # fail later are left out and tried again. Environment variables:
 #
 #   FEDMPI_VENV    virtual environment; default: .venv of this checkout
-#   FEDMPI_SSH     command that reaches a host, as `COMMAND HOST WORDS...`; default: ssh -o BatchMode=yes
+#   FEDMPI_SSH     command that reaches a host, as `COMMAND HOST WORDS...`; default: ssh -o BatchMode=yes. MPICH and Intel MPI
+#                  take one word
 #   FEDMPI_PASS    names of variables to pass to the ranks, separated by spaces, such as "SCRATCH OMP_NUM_THREADS"
 set -euo pipefail
 
@@ -72,16 +73,26 @@ done
 [ -z "$wrong" ] || exit 2
 
 pass=(PATH ${FEDMPI_PASS-})
-case $(mpirun --version 2>&1) in
+for name in MPI4PY_LIBMPI MPI4PY_MPIABI LD_LIBRARY_PATH I_MPI_ROOT; do # ranks of all hosts load the same library
+  [ -z "${!name-}" ] || pass+=("$name")
+done
+# The one of the MPI library, which need not be the first on PATH.
+lines=$(python -m fedmpi.starters "$ranks" no-srun) || exit 2
+read -r starter _ <<<"$lines"
+case $("$starter" --version 2>&1) in
   *"Open MPI"*)
-    launcher=(mpirun --hostfile "$hostfile" -n "$ranks" --map-by slot:oversubscribe)
+    launcher=("$starter" --hostfile "$hostfile" -n "$ranks" --map-by slot:oversubscribe)
     launcher+=(--prtemca plm ssh --prtemca plm_ssh_agent "$ssh")
     for name in "${pass[@]}"; do launcher+=(-x "$name"); done
     ;;
   *) # Hydra: MPICH, Intel MPI. rsh differs from ssh only in that no -x comes before the host.
     names=$(IFS=, && echo "${pass[*]}")
     # Not -f: Hydra's own hostfiles have no `slots=`.
-    launcher=(mpiexec -hosts "$list" -n "$ranks" -genvlist "$names")
+    if [[ ${FEDMPI_SSH-} == *[[:space:]]* ]]; then
+      say "'$starter' takes FEDMPI_SSH as one word, not '$FEDMPI_SSH': write a script, or take Open MPI"
+      exit 2
+    fi
+    launcher=("$starter" -hosts "$list" -n "$ranks" -genvlist "$names")
     if [ -z "${FEDMPI_SSH-}" ]; then launcher+=(-launcher ssh); else launcher+=(-launcher rsh -launcher-exec "$FEDMPI_SSH"); fi
     ;;
 esac

@@ -301,7 +301,7 @@ def test_a_rank_of_this_host_is_ended_by_its_number_and_start_time(tmp_path, sle
     assert remains.end(child, remains.ranks_of(tmp_path)) == [] and sleeper.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("way", ["ssh", "srun"])
+@pytest.mark.parametrize("way", ["ssh", "srun", "my-ssh"])
 def test_ranks_of_other_hosts_are_ended_from_here(tmp_path, monkeypatch, sleeper, way):
     """Through a fake command that runs here."""
     script = tmp_path / way
@@ -311,6 +311,8 @@ def test_ranks_of_other_hosts_are_ended_from_here(tmp_path, monkeypatch, sleeper
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     if way == "srun":
         monkeypatch.setenv("SLURM_JOB_ID", "7")
+    if way == "my-ssh":
+        monkeypatch.setenv("FEDMPI_SSH", "my-ssh -p 2222")
     born = launcher.born(sleeper.pid)
     write_ranks(tmp_path, (0, "far", sleeper.pid, born + 1), (1, "farther", sleeper.pid, born + 1))
     assert remains.end(over(), remains.ranks_of(tmp_path)) == [] and sleeper.poll() is None
@@ -318,7 +320,7 @@ def test_ranks_of_other_hosts_are_ended_from_here(tmp_path, monkeypatch, sleeper
     write_ranks(tmp_path, (0, "far", sleeper.pid, born + 1), (1, "far", sleeper.pid, born))
     assert remains.end(over(), remains.ranks_of(tmp_path)) == [] and sleeper.wait(10) == -signal.SIGKILL
     call = shlex.split((tmp_path / "calls").read_text().splitlines()[-1].partition(" for p")[0])
-    assert "far" in call if way == "ssh" else "--nodelist=far" in call
+    assert {"ssh": "far", "srun": "--nodelist=far", "my-ssh": "2222"}[way] in call
 
 
 def test_a_host_that_cannot_be_reached_is_named(tmp_path, monkeypatch):

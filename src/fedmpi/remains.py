@@ -185,10 +185,11 @@ def _end_elsewhere(ranks: Sequence[Rank]) -> list[Rank]:
 
 
 def _reach(host: str, line: str) -> list[str]:
-    """The command that runs a shell line on a host."""
+    """The command that runs a shell line on a host: by FEDMPI_SSH, where jobs/multihost.sh was given one."""
     if _under_slurm():
         return _by_srun(host, line)
-    return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host, line]
+    ssh = os.environ.get("FEDMPI_SSH", "").split() or ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
+    return [*ssh, host, line]
 
 
 def _by_srun(node: str, line: str) -> list[str]:

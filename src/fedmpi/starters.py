@@ -4,16 +4,19 @@ A launcher of one MPI and the library of another start N worlds of one rank. So 
 
     python -m fedmpi.starters RANKS            # prints the launcher line for this allocation, and why
     python -m fedmpi.starters RANKS mpirun     # the named one; refused if it does not fit
+    python -m fedmpi.starters RANKS no-srun    # mpirun or mpiexec, also inside a SLURM job
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from fedmpi.errors import ConfigError
 
@@ -48,9 +51,10 @@ STARTERS = {
         Starter("cray_shasta", f"{SRUN} --mpi=cray_shasta", ("Cray MPICH",), "cray_shasta"),
         Starter("pmi2", f"{SRUN} --mpi=pmi2", ("MPICH", "Intel MPI", "MVAPICH", "Cray MPICH"), "pmi2"),
         Starter("mpirun", "mpirun", ("Open MPI",)),
-        Starter("mpiexec", "mpiexec", ("MPICH", "Intel MPI", "MVAPICH")),
+        Starter("mpiexec", "mpiexec", ("MPICH", "Intel MPI", "MVAPICH", "Cray MPICH")),
     )
 }
+COMMANDS = tuple(one.name for one in STARTERS.values() if not one.plugin)
 
 
 def family(library: str) -> str:
@@ -96,14 +100,15 @@ def choose(name: str, library: str, plugins: Collection[str], commands: Collecti
             right = " or ".join(repr(other.name) for other in able) or "the launcher of your site"
             raise ConfigError(f"launcher '{name}' does not start ranks of {known}; take {right}")
         if one not in ready:
-            what = f"srun has no --mpi={one.plugin}" if one.plugin else f"there is no {name} on PATH"
+            what = f"srun has no --mpi={one.plugin}" if one.plugin else f"there is no {name} of {known} on PATH"
             raise ConfigError(f"launcher '{name}': {what}")
         return one, f"{known}, as asked"
     if not ready:
         has = ", ".join(sorted(plugins)) or "nothing"
         need = " or ".join(f"srun --mpi={one.plugin}" if one.plugin else one.name for one in able)
         raise ConfigError(f"no launcher for {known}: it takes {need or 'one of your site'}; srun has {has}")
-    return ready[0], f"{known}, and {'srun has ' + ready[0].plugin if ready[0].plugin else 'srun has no plugin for it'}"
+    about = f"srun has {ready[0].plugin}" if ready[0].plugin else "not by srun, which has no plugin for it"
+    return ready[0], f"{known}, {about}" if plugins else known
 
 
 def right(library: str, num_ranks: int, slurm: bool) -> str:
@@ -121,7 +126,18 @@ def here(name: str) -> Starter:
         raise ConfigError(f"launcher '{name}' is none of {', '.join(STARTERS)}")
     text = library()
     has = plugins() or ["pmix", "pmi2"]
-    return choose(name, text, has, ("mpirun", "mpiexec"))[0]
+    return at(choose(name, text, has, COMMANDS)[0], commands(text))
+
+
+def at(one: Starter, commands: Mapping[str, str]) -> Starter:
+    """The starter with the path of its command, where it is not the first on PATH. Raises ConfigError for a path that
+    scripts cannot split."""
+    path = commands.get(one.name, one.words)
+    if one.plugin or path == one.words:
+        return one
+    if len(path.split()) > 1:
+        raise ConfigError(f"launcher '{one.name}': a blank is in its path, {path}; put its folder first on PATH")
+    return replace(one, words=path)
 
 
 def library() -> str:
@@ -142,12 +158,51 @@ def plugins() -> list[str]:
     return re.findall(r"\b(?:none|pmi2|pmix|cray_shasta)\b", done.stdout + done.stderr) if not done.returncode else []
 
 
+def belongs(version: str, library: str) -> bool:
+    """Whether an mpirun or mpiexec that says this of its version starts ranks of the library. One that says nothing
+    known may.
+
+    >>> belongs("mpiexec (Open MPI) 5.0.11", "MPICH Version: 5"), belongs("HYDRA build details:", "MPICH Version: 5")
+    (False, True)
+    """
+    if re.search(r"Open ?MPI|Open ?RTE|PRRTE", version):
+        return family(library) == "Open MPI"
+    if re.search(r"HYDRA|Intel\(R\) MPI", version):  # each starts ranks of the other's library, too
+        return family(library) in ("MPICH", "Intel MPI", "MVAPICH")
+    return True
+
+
+@functools.cache
+def commands(library: str) -> dict[str, str]:
+    """The mpirun and mpiexec that start ranks of the library: the name if it is the first on PATH, else the path of a
+    later one, as where a virtual environment has the mpiexec of another MPI. Scripts put the environment first."""
+    found = {}
+    for name in COMMANDS:
+        there = (shutil.which(name, path=folder) for folder in (f"{sys.prefix}/bin", *os.get_exec_path()))
+        for number, path in enumerate(dict.fromkeys(path for path in there if path)):
+            if belongs(_version(path), library):
+                found[name] = path if number else name
+                break
+    return found
+
+
+@functools.cache
+def _version(path: str) -> str:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=ASK_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout + done.stderr
+
+
 def main(words: list[str]) -> None:
     """Print the launcher line, then why."""
     name = words[1] if len(words) > 1 else ""
-    commands = [one for one in ("mpirun", "mpiexec") if shutil.which(one)]
     try:
-        one, why = choose(name, library(), plugins(), commands)
+        text = library()
+        has = [] if name == "no-srun" else plugins()
+        one, why = choose("" if name == "no-srun" else name, text, has, commands(text))
+        one = at(one, commands(text))
     except ConfigError as error:
         print(f"fedmpi: {error}; FEDMPI_LAUNCHER may be a command of your own", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
