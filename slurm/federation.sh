@@ -12,28 +12,35 @@
 #   FEDMPI_SBATCH          options of sbatch for all jobs, such as "--time=2:00:00 --partition=short"
 #   FEDMPI_SBATCH_SERVER   further options for the server's job
 #   FEDMPI_SBATCH_SILO     further options for the silos' jobs, such as "--gres=gpu:1"
+#   FEDMPI_MAX_REQUEUES=10 maximum requeues of a job in a row without a newer checkpoint of the server
 set -euo pipefail
 
 say() { echo "federation.sh: $*" >&2; }
 
-if [ "${1-}" = --job ]; then # inside a job: --job VENV serve|silo ...
+if [ "${1-}" = --job ]; then # inside a job: --job VENV RUN serve|silo ..., where RUN is the server's run directory
   export PATH="$2/bin:$PATH"
-  shift 2
+  run=$3
+  shift 3
   pid="" usr1=0 term=0
   stop() { [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null || true; }
   trap 'usr1=1; stop' USR1
   trap 'term=1; stop' TERM
-  fedmpi "$@" &
-  pid=$!
-  [ $usr1 = 0 ] || stop # a signal arrived before there was a pid
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # each signal interrupts one wait
-  code=0
-  wait "$pid" || code=$?
+  code=138 # as if a signal had killed it
+  if [ $usr1$term = 00 ]; then
+    fedmpi "$@" &
+    pid=$!
+    [ $usr1$term = 00 ] || stop # a signal arrived before there was a pid
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # each signal interrupts one wait
+    code=0
+    wait "$pid" || code=$?
+  fi
   # 138: the signal came before fedmpi listened.
-  if [ $usr1$term = 10 ] && { [ $code = 3 ] || [ $code = 138 ]; }; then
+  if [ $usr1$term = 10 ] && { [ $code = 3 ] || [ $code = 138 ]; } &&
+    python -m fedmpi.requeues may "${FEDMPI_MAX_REQUEUES:-10}" "$run" "requeues-$SLURM_JOB_NAME" &&
+    [ $term = 0 ]; then
     say "stopped on request, requeueing"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+    if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
+    say "SLURM does not requeue this job; call slurm/federation.sh again to bring it back"
   fi
   exit $code
 fi
@@ -91,7 +98,7 @@ submit() { # NAME OPTIONS COMMAND...
   fi
   # shellcheck disable=SC2086 # words
   id=$(sbatch --parsable --job-name="$job" --ntasks=1 --signal=B:USR1@120 --requeue --open-mode=append \
-    --output="$out/logs/$job.log" ${FEDMPI_SBATCH-} $options "$script" --job "$venv" "$@")
+    --output="$out/logs/$job.log" ${FEDMPI_SBATCH-} $options "$script" --job "$venv" "$out" "$@")
   say "$job submitted: $id"
 }
 for silo in "${silos[@]}"; do

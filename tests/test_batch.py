@@ -98,6 +98,12 @@ def test_pinned_silos_choose_the_nodes_and_unknown_sizes_no_memory(write):
         (TEXT + "device: cpu\n".replace("cpu", "{name: cpu}"), Request(1, "60", gpus_per_node=1), "device.name: cpu"),
         (TEXT + "device: {name: cuda}\n", Request(1, "60"), "say --gpus-per-node"),
         (TEXT, Request(1, "60", gpus_per_node=2, ranks_per_node=4), "more ranks than the 2 GPUs of a node"),
+        (
+            TEXT,
+            Request(1, "60", more=("--signal=USR1@60",)),
+            "--sbatch --signal=USR1@60: the script stops on",
+        ),
+        (TEXT, Request(1, "60", more=("--signal=B:TERM@60",)), "--sbatch --signal=B:TERM@60: the script stops on"),
         (FILES, Request(1, "60"), "--nodes 1: silos are pinned to 2 hosts: h1, h2"),
     ],
 )

@@ -3,12 +3,14 @@
 import os
 import signal
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support.slurm import until
 
-from fedmpi import checkpoint, requeues
+from fedmpi import requeues
 from fedmpi.batch import Request, script
 from fedmpi.config import load
 from fedmpi.plan import plan
@@ -24,9 +26,17 @@ touch ready
 while :; do sleep 0.02; done
 """
 PYTHON = """#!/bin/sh
-[ "$1" = -m ] || { echo run; exit; }
 echo "$@" >>asked
-[ ! -e never ]
+case "$3" in
+  where)
+    [ ! -e refused ] || exit 2
+    [ ! -e early ] || { touch ready; while [ -e hold ]; do sleep 0.02; done; }
+    echo "a run" ;;
+  may)
+    [ ! -e never ] || exit 1
+    [ ! -e late ] || { touch asks; while [ -e late ]; do sleep 0.02; done; }
+    ;;
+esac
 """
 EXEC = '#!/bin/bash\nwhile [[ $1 = -* ]]; do [ "$1" != --pwd ] || shift 3; shift; done; exec "$@"\n'
 CASES = {
@@ -35,6 +45,7 @@ CASES = {
     "apptainer": ("slurm/apptainer.sbatch", ["image", "a.yaml"]),
     "written": ("job.sh", []),
 }
+FEDERATION = {"federation": ("slurm/federation.sh", ["--job", "venv", "a run", "silo", "a.yaml", "--id", "x"])}
 
 
 @pytest.fixture
@@ -43,7 +54,7 @@ def site(tmp_path):
     programs = {
         "fedmpi": FEDMPI,
         "python": PYTHON,
-        "scontrol": '#!/bin/sh\necho "$@" >> scontrol.log\n',
+        "scontrol": '#!/bin/sh\necho "$@" >> scontrol.log\n[ ! -e forbidden ]\n',
         "srun": EXEC,
         "apptainer": '#!/bin/sh\nshift 6\nexec "$@"\n',
     }
@@ -62,27 +73,38 @@ def site(tmp_path):
     return tmp_path
 
 
-def stop(site, name, *signals, **slurm):
-    """The words that scontrol got after the script's ranks have started and the signals were sent."""
-    file, words = CASES[name]
+def environment(site, **slurm):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     path = f"{site}/venv/bin:{clean['PATH']}"
     env = {**clean, "PATH": path, "SLURM_JOB_ID": "70", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
-    env |= {"FEDMPI_VENV": f"{site}/venv", "FEDMPI_LAUNCHER": "env", "PYTHONPATH": str(TOP / "src"), **slurm}
+    return env | {"FEDMPI_VENV": f"{site}/venv", "FEDMPI_LAUNCHER": "env", "PYTHONPATH": str(TOP / "src"), **slurm}
+
+
+def stop(site, name, *signals, exit_code=None, early=False, then=None, **slurm):
+    """The words that scontrol got after the script's ranks have started and the signals were sent; with `early`, before
+    ranks start. `then` is called with the script once the ranks may end."""
+    file, words = {**CASES, **FEDERATION}[name]
     for each in ("ready", "told", "scontrol.log"):
         (site / each).unlink(missing_ok=True)
     (site / "hold").touch()
     script = TOP / file if (TOP / file).exists() else site / file
-    with subprocess.Popen(["bash", script, *words], cwd=site, env=env, stderr=subprocess.PIPE, text=True) as job:
+    env = environment(site, **slurm)
+    command = ["bash", script, *words]
+    with subprocess.Popen(command, cwd=site, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
         try:
             until((site / "ready").exists, 30)
             for number in signals:
                 job.send_signal(number)
-                until((site / "told").exists, 30)
+                if not early:
+                    until((site / "told").exists, 30)
             (site / "hold").unlink()
+            if then is not None:
+                then(job)
             said = job.communicate(timeout=60)[1]
         finally:
-            job.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)  # the stand-ins too
+    assert exit_code in (None, job.returncode), said
     log = site / "scontrol.log"
     return (log.read_text().split() if log.exists() else []), said
 
@@ -100,32 +122,95 @@ def test_a_stop_requeues_the_task_and_not_its_array_and_scancel_is_final(site, n
     assert stop(site, name, USR1, TERM, **alone)[0] == []
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("sweep", "3 grid.yaml --task 1"), ("apptainer", "3 a.yaml"), ("written", "3 a.yaml")]
-)
-def test_a_job_is_not_requeued_where_requeues_bring_no_checkpoint(site, name, words):
+WHERE = {"train": "a.yaml", "sweep": "grid.yaml --task 1", "apptainer": "a.yaml", "written": "a.yaml"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_job_is_not_requeued_where_requeues_bring_no_checkpoint(site, name):
     (site / "never").touch()
     assert stop(site, name, USR1, **IN_ARRAY)[0] == []
-    assert (site / "asked").read_text() == f"-m fedmpi.requeues {words}\n"
+    where, may = (site / "asked").read_text().splitlines()  # the first before the ranks start
+    assert where == f"-m fedmpi.requeues where {WHERE[name]}" and may == "-m fedmpi.requeues may 3 a run"
 
 
-def test_train_sbatch_counts_its_requeues(site):
-    calls = [stop(site, "train", USR1) for _ in range(5)]
-    assert [words for words, _ in calls] == [["requeue", "70"]] * 4 + [[]]
-    assert "requeues brought no new checkpoint" in calls[-1][1]
+@pytest.mark.parametrize("name", CASES)
+def test_a_signal_before_ranks_start_requeues_too(site, name):
+    (site / "early").touch()
+    assert stop(site, name, USR1, early=True, **IN_ARRAY)[0] == ["requeue", "70_1"]
+    assert stop(site, name, TERM, early=True, **IN_ARRAY)[0] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_where_requeueing_is_forbidden_the_job_ends_as_stopped(site, name):
+    (site / "forbidden").touch()
+    words, said = stop(site, name, USR1, exit_code=3, **IN_ARRAY)
+    assert words == ["requeue", "70_1"] and ("again" in said or "resumes" in said)
+
+
+@pytest.mark.parametrize("name", {**CASES, **FEDERATION})
+def test_scancel_while_the_script_asks_is_final(site, name):
+    (site / "late").touch()
+
+    def scancel(job):
+        until((site / "asks").exists, 30)
+        job.send_signal(TERM)
+        (site / "late").unlink()
+
+    assert stop(site, name, USR1, then=scancel, SLURM_JOB_NAME="x", **IN_ARRAY)[0] == []
+
+
+def test_a_stop_that_the_script_has_no_signal_of_is_told(site):
+    """As with sbatch --signal=USR1 without B:, or by `fedmpi stop`."""
+    (site / "venv/bin/fedmpi").write_text("#!/bin/sh\ntouch ready; while [ -e hold ]; do sleep 0.02; done; exit 3\n")
+    words, said = stop(site, "train", exit_code=3)
+    assert words == [] and "so not requeued: `fedmpi stop`, or sbatch --signal without B:" in said
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_refused_configuration_starts_no_ranks(site, name):
+    (site / "refused").touch()
+    script = TOP / CASES[name][0] if (TOP / CASES[name][0]).exists() else site / CASES[name][0]
+    env = environment(site, **IN_ARRAY)
+    done = subprocess.run(["bash", script, *CASES[name][1]], cwd=site, env=env, capture_output=True, timeout=30)
+    assert done.returncode == 2 and not (site / "ready").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "root"), [(["a.yaml", "out=b"], "b"), (["grid.yaml", "--task", "2"], "grid/as_given/other/0")]
 )
-def test_requeues_are_counted_until_there_is_a_newer_checkpoint(site, monkeypatch, capsys, words, root):
+def test_the_run_directory_is_that_of_the_scripts_words(site, monkeypatch, capsys, words, root):
     monkeypatch.chdir(site)
+    assert requeues.main(["where", *words]) == 0 and capsys.readouterr().out == f"{root}\n"
+    assert requeues.main(["where", words[0], "rounds=none"]) == 2 and "fedmpi: " in capsys.readouterr().err
+
+
+def test_requeues_are_counted_until_there_is_a_newer_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "70")
-    assert [requeues.main(["1", *words]) for _ in range(4)] == [0, 0, 1, 1]
+    root = tmp_path / "a run"
+    assert [requeues.main(["may", "1", str(root)]) for _ in range(4)] == [0, 0, 1, 1]
     assert "the last 1 requeues brought no new checkpoint" in capsys.readouterr().err
-    monkeypatch.setattr(checkpoint, "sealed_rounds", lambda root: [2, 4])
-    assert [requeues.main(["1", *words]) for _ in range(3)] == [0, 0, 1]
-    assert (site / root / "requeues").read_text() == "1 70 4\n"
+    for number in (2, 4):
+        (root / f"checkpoints/round-00000{number}").mkdir(parents=True)
+        (root / f"checkpoints/round-00000{number}/manifest.json").touch()
+    assert [requeues.main(["may", "1", str(root)]) for _ in range(3)] == [0, 0, 1]
+    assert (root / "requeues").read_text() == "1 70 round-000004\n"
+    assert requeues.main(["may", "1", str(root), "requeues-silo"]) == 0  # of another job of the same run
+
+
+def test_whether_a_job_may_requeue_is_answered_without_heavy_imports(tmp_path):
+    code = "import sys; from fedmpi import requeues; requeues.main(['may', '1', sys.argv[1]]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not {"torch", "numpy", "pydantic", "yaml"} & {*done.stdout.split()}
+
+
+def test_a_job_of_a_federation_is_requeued_unless_the_server_makes_no_progress(site):
+    about = {"SLURM_JOB_NAME": "fedmpi-1a2b-x"}
+    assert stop(site, "federation", USR1, **about)[0] == ["requeue", "70"]
+    assert (site / "asked").read_text() == "-m fedmpi.requeues may 10 a run requeues-fedmpi-1a2b-x\n"
+    (site / "never").touch()
+    assert stop(site, "federation", USR1, exit_code=3, **about)[0] == []
 
 
 def test_a_finished_chain_cancels_its_own_jobs_only(site):

@@ -129,6 +129,11 @@ def script(
     if request.mem and needs is not None and num_bytes(request.mem) < needs:
         raise ConfigError(f"--mem {request.mem}: the plan needs {_gib(needs)} a node ({request.tasks_per_node} ranks)")
     hosts = sorted(set(planned["pinned"].values()))
+    for option in request.more:
+        if option.startswith("--signal") and not re.match(r"--signal[= ]B:(USR1|SIGUSR1|10)\b", option):
+            raise ConfigError(
+                f"--sbatch {option}: the script stops on --signal=B:USR1@SECONDS, with B:, and on no other"
+            )
     if len(hosts) > request.nodes:
         raise ConfigError(f"--nodes {request.nodes}: silos are pinned to {len(hosts)} hosts: {', '.join(hosts)}")
     options = [
@@ -155,7 +160,7 @@ def script(
         f"memory: {memory}; disk: {planned['checkpoints_kept']} checkpoints of {_gib(planned['checkpoint_bytes'])}",
         f"{lead_s} s before the time limit all ranks stop with a checkpoint, and the job is requeued and resumes",
     ]
-    others = [one for one in STARTERS.values() if one is not starter]
+    others = [one for one in STARTERS.values() if one.name != starter.name]
     return _TEXT.format(
         options="\n".join(f"#SBATCH {option}" for option in options),
         about="\n".join(f"# {line}" for line in about),
@@ -209,21 +214,30 @@ stop() {{ # once, because a second signal would kill the ranks
 }}
 trap 'usr1=1; stop' USR1
 trap 'term=1; stop' TERM # scancel
-# shellcheck disable=SC2086 # words
-fedmpi run {command} -- $launcher &
-pid=$!
-[ $usr1$term = 00 ] || stop # a signal arrived before there was a pid
-while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # each signal interrupts one wait
-code=0
-wait "$pid" || code=$?
+
+# Where the run is; asked before the ranks start, because after a stop little time is left.
+root=$(python -m fedmpi.requeues where {command})
+code=138 # as if a signal had killed it
+if [ $usr1$term = 00 ]; then
+  # shellcheck disable=SC2086 # words
+  fedmpi run {command} -- $launcher &
+  pid=$!
+  [ $usr1$term = 00 ] || stop # a signal arrived before there was a pid
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # each signal interrupts one wait
+  code=0
+  wait "$pid" || code=$?
+fi
 
 # 3: stopped with a checkpoint; 138: the signal came before fedmpi listened. At most 3 requeues in a row without a newer
 # checkpoint; none after scancel, although SLURM would requeue a cancelled job.
-if [ $usr1$term = 10 ] && {{ [ $code = 3 ] || [ $code = 138 ]; }} && python -m fedmpi.requeues 3 {command}; then
+if [ $usr1$term = 10 ] && {{ [ $code = 3 ] || [ $code = 138 ]; }} &&
+  python -m fedmpi.requeues may 3 "$root" && [ $term = 0 ]; then
   echo "stopped on request, requeueing" >&2
   # The last task of an array has the array's own id; requeueing that would restart all tasks.
-  scontrol requeue "${{SLURM_ARRAY_TASK_ID:+${{SLURM_ARRAY_JOB_ID}}_}}${{SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}}"
-  exit 0
+  if scontrol requeue "${{SLURM_ARRAY_TASK_ID:+${{SLURM_ARRAY_JOB_ID}}_}}${{SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}}"; then
+    exit 0
+  fi
+  echo "SLURM does not requeue this job; submit it again to resume" >&2
 fi
 exit $code
 """
