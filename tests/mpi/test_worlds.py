@@ -43,7 +43,7 @@ def test_every_launcher_says_how_many_ranks_it_started(monkeypatch: pytest.Monke
 def test_every_launcher_says_which_rank_is_first(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for other in (*SIZES, *RANKS):
         monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv(name, "2")
     assert not is_first()
     monkeypatch.setenv(name, "0")
     assert is_first()
@@ -63,8 +63,8 @@ def test_a_world_of_one_is_refused_with_the_launch_line_that_is_right(tmp_path: 
 
 def test_worlds_of_one_by_a_launcher_that_gives_only_ranks_are_refused(tmp_path: Path) -> None:
     """prterun sets no variable for the number of ranks."""
-    done = alone(tmp_path, TRAIN, PMIX_RANK="2")
-    assert done.returncode == 2 and "the launcher started at least 3 ranks but MPI sees 1: " in done.stderr, done.stderr
+    done = alone(tmp_path, TRAIN, PMIX_RANK="1")
+    assert done.returncode == 2 and "the launcher started at least 2 ranks but MPI sees 1: " in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 
 

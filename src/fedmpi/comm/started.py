@@ -48,8 +48,9 @@ def launched_rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether the launcher says this process is rank 0; for messages when MPI cannot be used."""
-    return launched_rank() == 0
+    """Whether this process is the one of the job that reports errors when MPI cannot be used: rank 0 by the launcher.
+    Where it gives no number of ranks, rank 1, too: rank 0 does not know that others are missing in its world."""
+    return launched_rank() <= (0 if launched() or "PMIX_RANK" not in os.environ else 1)
 
 
 def local_rank() -> tuple[str, int] | None:
