@@ -1,5 +1,8 @@
 """A server and a silo in one folder on a real disk."""
 
+import contextlib
+import itertools
+import os
 import re
 
 import pytest
@@ -16,7 +19,7 @@ RUN = {"seed": 1}
 
 @pytest.fixture
 def server(tmp_path):
-    return Server.start(Disk(tmp_path), RUN, {"host": "n1"}, lease_s=0.2)
+    return Server.start(Disk(tmp_path), RUN, {"host": "n1", "job": ""}, lease_s=0.2)
 
 
 def a_silo(path, name="St. Mary/3"):
@@ -85,6 +88,69 @@ def test_a_commit_on_its_way_is_removed_by_a_new_server(tmp_path, monkeypatch, s
         old.commit([], [], {})
     assert newer[0].head.version == 1
     assert (tmp_path / names.path(names.LINE, "", 2)).exists() != sweeps
+
+
+OPERATIONS = ("listing", "create", "rename", "link", "unlink", "sync", "read")
+
+
+class Paused(Disk):
+    """A folder whose process is suspended before its operation number `left`, while `meanwhile` runs."""
+
+    left, meanwhile = 0, staticmethod(lambda: None)
+
+    def _before(self):
+        self.left -= 1
+        if self.left == 0:
+            self.meanwhile()
+
+
+for name in OPERATIONS:
+
+    def operation(self, *arguments, name=name):
+        self._before()
+        return getattr(Disk, name)(self, *arguments)
+
+    setattr(Paused, name, operation)
+
+
+def words(path):
+    """All that servers have said, by name."""
+    files = [*path.glob("line/*"), *path.glob("notes/call.*"), *path.glob("beats/@*")]
+    return {file.name: file.read_bytes() for file in files if names.PART not in file.name}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["all", pytest.param("sweep", marks=pytest.mark.slow), pytest.param("require_newest", marks=pytest.mark.slow)],
+)
+def test_a_server_that_was_suspended_anywhere_says_nothing_after_a_newer_one_has_started(tmp_path, monkeypatch, rule):
+    """One case for each operation of a call, a promise and a commit. Without one of the two rules some cases fail."""
+    late, said = [], []
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    for at in itertools.count(1):
+        root = tmp_path / str(at)
+        root.mkdir()
+        a_silo(root, "a").publish(names.UPDATE, 0, {}, [b"delta"])
+        old = Server.start(folder := Paused(root), RUN, {}, lease_s=0.05)
+        said.clear()
+
+        def takes_over(root=root):
+            Server.start(Disk(root), RUN, {}, lease_s=0.05)
+            said.append(words(root))
+
+        folder.left, folder.meanwhile = at, takes_over
+        with monkeypatch.context() as patch, contextlib.suppress(Superseded):
+            if rule != "all":
+                patch.setattr(Claim, rule, lambda self: None)
+            old.put(names.CALL, 1, {"round": 1})
+            (update,) = old.poll()
+            old.beat({"decided": {"a": [0, 0, 1]}})
+            old.commit([update.entry()], [old.put("model", 0, {}, [b"0"])], {})
+            old.beat({}, ended=True)
+        if not said:
+            break
+        late += [at] if words(root) != said[0] else []
+    assert at > 20 and bool(late) == (rule != "all"), late
 
 
 def test_a_server_that_is_alive_is_not_superseded(tmp_path, server):

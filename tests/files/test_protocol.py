@@ -153,7 +153,7 @@ def test_files_that_are_written_in_place_are_read_in_part(monkeypatch):
     faults = without(WORST, "torn", "damaged")
     survive(World(0, faults, most_operations=NUM))
 
-    def publish(self, path, parts):
+    def publish(self, path, parts, beside="", fence=None):
         self.tried(path, lambda: (self.remove(path), self.create(path, parts)))
 
     monkeypatch.setattr(folder.Folder, "publish", publish)

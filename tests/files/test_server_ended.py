@@ -101,11 +101,13 @@ def test_an_old_server_neither_ends_the_silos_of_a_newer_one_nor_clears_its_end(
     def told():
         return Call.read(silo.newest_note("call")[1].head).over
 
-    old.over(KeyError("old"))
+    with pytest.raises(Superseded):
+        old.over(KeyError("old"))
     assert told() == ""
     new.over(KeyError("new"))
     assert told() == "KeyError: 'new'"
-    old.call(NO_CALL)
+    with pytest.raises(Superseded):
+        old.call(NO_CALL)
     assert told() == "KeyError: 'new'"
     third = ServerPost(how, {}, watch)
     assert told() == "" and third.last.round == 4

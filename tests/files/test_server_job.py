@@ -12,8 +12,9 @@ from support.silojobs import ALONE, IDS, Job, OneSilo, apart, in_one_process, se
 from support.slurm import until
 
 from fedmpi import requests, roster
-from fedmpi.errors import CheckpointError, ServerEnded
-from fedmpi.files import tidy
+from fedmpi.errors import CheckpointError, ServerEnded, Superseded
+from fedmpi.files import names, tidy
+from fedmpi.files.claims import Claim
 from fedmpi.files.envelope import packed
 from fedmpi.files.folder import Disk
 from fedmpi.files.server import Server
@@ -100,6 +101,27 @@ def test_no_round_waits_for_the_scores_of_a_silo_that_was_dropped(tmp_path):
     for job in jobs:
         job.ended()
     assert Hangs.freed and all("s1" in record["late"] for record in records[1:])
+
+
+def test_a_server_that_another_one_has_replaced_writes_no_record(tmp_path, monkeypatch):
+    """It is suspended after its commit, until the newer one has started."""
+    how = apart(tmp_path, 3, transport={"lease_s": 1})
+    jobs, newer = [Job(how, silo) for silo in IDS], []
+
+    def suspended(self, record):
+        if record["round"] == 2:
+            files = self._post.files
+            newer.append(Claim.take(files.folder, files.run, names.EPOCHS, "", {}))
+
+    monkeypatch.setattr(Serving, "_hear", suspended)
+    with pytest.raises(Superseded, match=r"this start \(1\) of the server is superseded"):
+        served(how)
+    monkeypatch.undo()
+    assert newer and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    records, _ = served(how)
+    assert len(records) == 3
+    for job in jobs:
+        job.ended()
 
 
 def posts(tmp_path, told):

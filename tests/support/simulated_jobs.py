@@ -69,6 +69,8 @@ class Truth:
             (self.published if folder == "updates" else self.notes)[content.digest] = values
         elif folder == "line" and name.isdigit():
             self.committed(name, inode)
+        elif folder == "beats" and name.startswith(names.SERVER) and (parsed := names.parsed(name)):
+            require(parsed[1][0] >= self.serving, f"epoch {parsed[1][0]} beats after {self.serving} has read the line")
 
     def committed(self, name: str, inode: Inode) -> None:
         """A commit is on the line."""

@@ -7,7 +7,7 @@ saw the counter change. Times of different hosts, and times of files, are never 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,20 @@ from fedmpi.files.folder import Folder
 
 
 class Heart:
-    """Beats for one owner of a claim: `who` is a silo's id or names.SERVER."""
+    """Beats for one owner of a claim: `who` is a silo's id or names.SERVER. `beside` and `fence` as in
+    Folder.publish."""
 
-    def __init__(self, folder: Folder, run: str, who: str, number: int) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        run: str,
+        who: str,
+        number: int,
+        beside: str = "",
+        fence: Callable[[], None] | None = None,
+    ) -> None:
         self._folder, self._path = folder, names.path(names.BEATS, who, number)
+        self._beside, self._fence = beside, fence
         self._head = {"kind": "beat", "run": run, "who": who, "by": number}
         self._count = 0
         self._lock = threading.Lock()
@@ -31,7 +41,7 @@ class Heart:
         with self._lock:
             self._count += 1
             parts, _ = packed(self._head | {"count": self._count, "ended": ended, "about": dict(about)})
-            self._folder.publish(self._path, parts)
+            self._folder.publish(self._path, parts, self._beside, self._fence)
 
 
 @dataclass

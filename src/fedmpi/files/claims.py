@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedmpi.errors import Superseded
+from fedmpi.errors import FolderError, Superseded
 from fedmpi.files import names
 from fedmpi.files.envelope import Torn, packed, unpacked
-from fedmpi.files.folder import Folder
+from fedmpi.files.folder import Folder, Pace
 
 KEPT_CLAIMS = 16  # older claims of the same name are removed
 
@@ -65,19 +65,25 @@ class Claim:
             )
 
     def sweep(self) -> None:
-        """Make sure that no owner of a lower number links a file that it has written into this folder of claims.
+        """Make sure that no owner of a lower number gives a name to a file that it has written into this folder of
+        claims: a commit, its word to all silos, a heart beat.
 
-        It writes the file first, then looks for higher claims, then links. This call comes after the claim, and removes
-        such files: either the other finds the claim, or its file is gone when it links.
+        It writes the file first, then looks for higher claims, then links or renames. This call comes after the claim,
+        and removes such files: either the other finds the claim, or its file is gone. Raises FolderError if one cannot
+        be removed.
         """
+        pace = Pace.of_errors(self.folder)
         while old := [name for name in self.folder.listed(self.where) if self._is_older(name)]:
-            for name in old:
-                if not self.folder.remove(f"{self.where}/{name}"):
-                    self.folder.wait(0.1)
+            gone = [self.folder.remove(f"{self.where}/{name}") for name in old]
+            if not all(gone):
+                if pace.over():
+                    stays = old[gone.index(False)]
+                    raise FolderError(f"{self.folder.root}: cannot remove {self.where}/{stays}; remove it by hand")
+                pace.wait()
 
     def _is_older(self, name: str) -> bool:
         front, dot, _ = name.partition(names.PART)
         match names.parsed(front) if dot else None:
-            case (names.COMMIT, (number, _)):
+            case (who, (number, _)) if who:
                 return number < self.number
         return False

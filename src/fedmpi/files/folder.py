@@ -128,24 +128,29 @@ class Folder(abc.ABC):
 
     # ------------------------------------------------------------ composed of them
 
-    def publish(self, path: str, parts: Sequence[Buffer]) -> None:
+    def publish(
+        self, path: str, parts: Sequence[Buffer], beside: str = "", fence: Callable[[], None] | None = None
+    ) -> None:
         """Give a file its content, atomically; replaces an older one. For names with one writer. `parts` come from
-        envelope.packed. Three operations without errors: create, rename, sync."""
+        envelope.packed; `beside` and `fence` as in `publish_first`. Three operations without errors: create, rename,
+        sync."""
         folder, name = os.path.split(path)
-        part = _Part(self, path, parts)
+        part = _Part(self, beside or path, parts)
 
         def attempt() -> bool:
             part.write()
+            if fence is not None:
+                fence()
             self.rename(part.path, path)
             return True
 
         def decide() -> bool:
-            names = self.listing(folder)
-            if os.path.basename(part.path) in names:
+            part_folder, part_name = os.path.split(part.path)
+            if part_name in self.listing(part_folder):
                 part.check()
                 return False
             part.renew()
-            return name in names and unpacked(self.read(path)).digest == part.digest
+            return name in self.listing(folder) and unpacked(self.read(path)).digest == part.digest
 
         try:
             self._persist(f"write {path}", attempt, decide)

@@ -2,7 +2,7 @@
 
     run                 which run the folder belongs to
     epochs/E            claim of the server's epoch E
-    epochs/commit.E.V.part-T    commit V of epoch E before it is linked
+    epochs/commit.E.V.part-T    commit V of epoch E before it is linked; so, too, its calls and beats
     line/V              commit of version V
     notes/KIND.N.E      a file of the server's epoch E, such as the parameters of a version
     silos/ID.I          claim of incarnation I of a silo
@@ -27,7 +27,7 @@ EPOCHS, LINE, NOTES, SILOS, BEATS, KEPT = "epochs", "line", "notes", "silos", "b
 UPDATE, SCORE, STATE = "update", "score", "state"  # kinds of a silo's files
 OF_SILOS = {UPDATE: "updates", SCORE: "scores", STATE: "states"}  # their folders
 FOLDERS = (EPOCHS, LINE, NOTES, SILOS, BEATS, KEPT, *OF_SILOS.values())
-COMMIT = "commit"
+COMMIT, CALL, BEAT = "commit", "call", "beat"  # what a server says: written beside the claims of epochs
 SERVER = "@"  # the server's name among those who beat; no silo's name contains it
 PART = ".part-"
 LONGEST = 120  # characters of a silo's name in file names

@@ -3,7 +3,8 @@
 Two servers cannot both commit. A server writes its commit beside the claims of epochs, then looks for a higher claim,
 then links the commit to its number on the line. A new server claims first, then removes what others have written beside
 the claims, then reads the line. So either the old server finds the new claim, or its commit is on the line that the new
-one reads, or it has nothing to link any more. No clock and no waiting is involved.
+one reads, or it has nothing to link any more. No clock and no waiting is involved. Calls to silos and heart beats tell
+them what a server has decided. They are published in the same way, so a new server reads all that an old one has said.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Server:
         self.leases = Leases(folder, lease_s)
         self._claim = claim
         self._line = Line(folder, run)
-        self._heart = Heart(folder, run, names.SERVER, claim.number)
+        beside = names.path(names.EPOCHS, names.BEAT, claim.number, 0)
+        self._heart = Heart(folder, run, names.SERVER, claim.number, beside, claim.require_newest)
         self._registered: dict[str, tuple[int, dict[str, Any]]] = {}
         self._taken: dict[str, tuple[int, int]] = {}  # by silo: last update read and its incarnation
         self._damaged = Damaged(folder)
@@ -89,10 +91,14 @@ class Server:
 
     def put(self, kind: str, number: int, head: Mapping[str, Any], payload: Sequence[Buffer] = ()) -> File:
         """Write a file for silos to read, and return what a commit says of it. `number` is a version, or counts up;
-        the last few of a kind are kept, and those that the last commits name."""
+        the last few of a kind are kept, and those that the last commits name. Silos go by names.CALL at once: it raises
+        Superseded if a newer server has taken over."""
         fixed = {"kind": kind, "run": self.run, "who": kind, "number": number, "by": self.epoch}
         parts, digest = packed({**head, **fixed}, payload)
-        self.folder.publish(names.path(names.NOTES, kind, number, self.epoch), parts)
+        path, beside = names.path(names.NOTES, kind, number, self.epoch), ""
+        if kind == names.CALL:
+            beside = names.path(names.EPOCHS, kind, self.epoch, number)
+        self.folder.publish(path, parts, beside, self._claim.require_newest if beside else None)
         self._tidy.wrote(kind, number)
         return File(kind, number, self.epoch, digest)
 
@@ -228,10 +234,13 @@ class Server:
 
     # ------------------------------------------------------------ being there
 
+    def require_newest(self) -> None:
+        """Raise Superseded if a newer server has taken over. A listing."""
+        self._claim.require_newest()
+
     def beat(self, about: Mapping[str, Any], ended: bool = False) -> None:
         """Show that the server is alive, at least four times a lease; also tells silos which updates it has read.
         Raises Superseded. Safe in another thread."""
-        self._claim.require_newest()
         self._heart.beat({**about, "taken": {silo: list(last) for silo, last in self._taken.copy().items()}}, ended)
 
 
@@ -251,7 +260,8 @@ def _wait_for_lease(folder: Folder, lease_s: float) -> None:
         if newest > epoch or (first is not None and pulse is not first):
             owner = claims.read(folder, names.EPOCHS, "", newest)
             about = {} if owner is None else owner["about"]
-            who = f" ({', '.join(f'{key} {value}' for key, value in about.items())})" if about else ""
+            told = [f"{key} {value}" for key, value in about.items() if value != ""]
+            who = f" ({', '.join(told)})" if told else ""
             raise ConfigError(f"transport.root: another server{who} of the run in {folder.root} is alive")
         if first is None and pulse is not None:
             first, until_s = pulse, folder.now() + lease_s

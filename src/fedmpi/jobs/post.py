@@ -138,7 +138,7 @@ class SiloPost(Beats):
     def look(self) -> tuple[Commit | None, Call | None]:
         """The newest commit, and the server's last word. Operations: two listings, and a read for each that is new."""
         known = None if self._call is None else self._call[0]
-        if (found := self._files.newest_note("call", known)) is not None:
+        if (found := self._files.newest_note(names.CALL, known)) is not None:
             file, content = found
             self._call = file, Call.read(content.head)
             self.news()
@@ -264,8 +264,8 @@ def _last_words(files: Server) -> dict[str, Any]:
 
 def _last_call(files: Server) -> Call:
     """The last word of an earlier server to the silos."""
-    for epoch, number in reversed(notes(files.folder, "call")):
-        if (content := files.fetch(File("call", number, epoch, ""))) is not None:
+    for epoch, number in reversed(notes(files.folder, names.CALL)):
+        if (content := files.fetch(File(names.CALL, number, epoch, ""))) is not None:
             return Call.read(content.head)
     return NO_CALL
 
@@ -315,7 +315,7 @@ class ServerPost(Beats):
         self._num_calls += 1
         self.news()
         self.last = replace(call, refused=self._refused, over=over)
-        self.files.put("call", self._num_calls, json.loads(json.dumps(vars(self.last))))
+        self.files.put(names.CALL, self._num_calls, json.loads(json.dumps(vars(self.last))))
 
     def refuse(self, refused: Mapping[str, tuple[int, str]]) -> None:
         """Tell silos that they are refused: the incarnation of each one's job, and why."""

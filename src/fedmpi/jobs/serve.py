@@ -105,6 +105,8 @@ class Serving(Run):
         super()._take_up()
 
     def _tell(self) -> None:
+        assert self._post is not None
+        self._post.files.require_newest()  # else the records are the newer server's
         super()._tell()
         if self.state.round < self.config.rounds:
             self._let_in()
