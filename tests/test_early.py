@@ -165,7 +165,11 @@ PRIVATE = {
         ({}, {}, "give 'target', 'patience' or both"),
         ({"target": float("nan")}, {}, "finite number"),
         ({"patience": 1}, FINETUNED, "evaluate.finetune tunes"),
-        ({"patience": 1}, {"transport": {"name": "files", "root": "x"}}, "transport: files"),
+        (
+            {"patience": 1},
+            {"transport": {"name": "files", "root": "x"}, "engine": "buffered"},
+            "engine: buffered silos score different versions",
+        ),
         ({"patience": 1}, PRIVATE, "the metric has no noise"),
         ({"patience": 1}, {"rounds": 4, "exchange": {"regions": {"every": 2}}}, "regions.every"),
     ],

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ENOUGH = 3  # earlier rounds needed before a norm is compared
 
+TRAIN_LOSS = "train_loss"  # the metric that needs no test data
+
 Factor = Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)]
 
 
@@ -51,8 +53,11 @@ class EarlySection:
     def conflicts(self, config: Config) -> str | None:
         """Refuses what must know the last round beforehand."""
         regions = config.exchange.regions
-        if config.transport.apart:
-            return "stop.early: with transport: files the silos' jobs must know the last round beforehand"
+        if config.transport.apart and config.engine.arrivals and self.metric != TRAIN_LOSS:
+            return (
+                "stop.early: with transport: files and engine: buffered silos score different versions; take metric: "
+                f"{TRAIN_LOSS}"
+            )
         if regions is not None and regions.every > 1:
             return "stop.early: with exchange.regions.every the regions differ in most rounds; take every: 1"
         if config.evaluate.finetune is not None:
@@ -100,11 +105,11 @@ class Progress:
         if section is None:
             return None
         metric = section.metric or best
-        known = {**better, "loss": False, "train_loss": False}
+        known = {**better, "loss": False, TRAIN_LOSS: False}
         if metric not in known:
             raise ConfigError(f"stop.early.metric: records have no '{metric}'{did_you_mean(metric, known)}")
-        if metric != "train_loss" and not tested:
-            raise ConfigError(f"stop.early.metric: no silo has test data, so there is no {metric}; take train_loss")
+        if metric != TRAIN_LOSS and not tested:
+            raise ConfigError(f"stop.early.metric: no silo has test data, so there is no {metric}; take {TRAIN_LOSS}")
         return cls(section, metric, known[metric], config.evaluate.every, config.rounds)
 
     def hear(self, record: Mapping[str, Any]) -> None:

@@ -229,11 +229,15 @@ class Run(Recovery):
             self._judge(prepared.outcome)
             self.state = prepared.commit(self._keeper.written)
             assert self.state.record is not None
-            self._health.hear(self.state.record)
+            self._hear(self.state.record)
             if self._mirrors:
                 self._mirrors[-1].keep(self.state, self._health)
                 del self._mirrors[:-1]
         self._tell()
+
+    def _hear(self, record: Record) -> None:
+        """Take up what a round's record says of the run's progress."""
+        self._health.hear(record)
 
     def _tell(self) -> None:
         """Write the last round's record, take up requests, and write a checkpoint if one is due. Collective."""

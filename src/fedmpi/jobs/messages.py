@@ -1,7 +1,7 @@
 """What the server's job and the silos' jobs tell each other, as JSON values.
 
 a silo registers    Registration: facts of its data, its view of the federation
-notes/call          Call: the members, the round that the server collects, silos that it refuses, its end with an error
+notes/call          Call: the members, the round that the server collects, silos that it refuses, its end
 the server's beat   under `engine: buffered`: which updates are decided, and the buffer
 an update           the silo's row of the round's table, and its vector as payload
 scores/             a silo's scores of a version
@@ -55,6 +55,15 @@ def unlike(theirs: Mapping[str, Any], config: Config) -> list[str]:
     return [text for text in changed if not text.startswith(tuple(key + end for key in OF_A_SITE for end in " .["))]
 
 
+def ends_alike(theirs: Mapping[str, Any], config: Config) -> bool:
+    """Whether another job's configuration ends a run by the same metric as this one's."""
+
+    def early(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key.startswith("stop.early")}
+
+    return early(theirs) == early(shown(config))
+
+
 def require_same(theirs: Mapping[str, Any], config: Config) -> None:
     """Raise ConfigError unless this job has the configuration of the server."""
     if changed := unlike(theirs, config):
@@ -98,6 +107,7 @@ class Call:
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # by silo: incarnation of its job, and why
     over: str = ""  # why the server's job has ended with an error; empty: it has not
     orders: dict[str, list[Any]] = field(default_factory=dict)  # by silo: how much it does, as `told_order`
+    final: int = -1  # version with which a metric has ended the run (stop.early); -1: it has not
 
     @classmethod
     def read(cls, head: Mapping[str, Any]) -> Call:

@@ -23,7 +23,7 @@ from fedmpi.files.line import NEVER, Commit, Entry, File, Last
 from fedmpi.files.reading import notes
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
-from fedmpi.jobs.messages import NO_CALL, Call, Registration
+from fedmpi.jobs.messages import NO_CALL, Call, Registration, ends_alike
 from fedmpi.jobs.private import Base
 from fedmpi.output import say
 from fedmpi.stopping import READY, STOP, Watch
@@ -160,6 +160,13 @@ class SiloPost(Beats):
         if call.over:
             self.waits(f"for the server's job to start again, which has ended: {call.over}")
 
+    def has_ended(self, call: Call | None, version: int, config: Config) -> bool:
+        """Whether a metric has ended the run with this version. Not if that was before this job began, and it has
+        another `stop.early`: then it goes on with a server that has it, too."""
+        if call is None or call.final != version:
+            return False
+        return call is not self._found or ends_alike(call.config, config)
+
     def idle(self) -> None:
         """Nothing is to do: say now and then if the server's job is not there. A listing and a read in SAYS_S."""
         if (now_s := self._files.folder.now()) - self._asked_s >= SAYS_S:
@@ -283,7 +290,7 @@ class ServerPost(Beats):
             folder, about_run(config), about, lease_s=transport.lease_s, keep=3, keep_updates=True
         )
         self.last = _last_call(self.files)  # with members and round also of an earlier start
-        if self.last.over:
+        if self.last.over or self.last.final >= 0:
             self.call(self.last)
         before = _last_words(self.files)  # of an earlier start; this one stands by them
         self._decided: dict[str, list[Any]] = before.get("decided", {})
@@ -310,17 +317,21 @@ class ServerPost(Beats):
             self._buffer.append(Told(silo, number, by, counts))
         self.beat()
 
-    def call(self, call: Call, over: str = "") -> None:
+    def call(self, call: Call, over: str = "", final: int = -1) -> None:
         """Publish the server's word to all silos. A later start's word replaces it, never an earlier one's."""
         self._num_calls += 1
         self.news()
-        self.last = replace(call, refused=self._refused, over=over)
+        self.last = replace(call, refused=self._refused, over=over, final=final)
         self.files.put(names.CALL, self._num_calls, json.loads(json.dumps(vars(self.last))))
 
     def refuse(self, refused: Mapping[str, tuple[int, str]]) -> None:
         """Tell silos that they are refused: the incarnation of each one's job, and why."""
         self._refused = dict(refused)
         self.call(self.last)
+
+    def final(self, version: int) -> None:
+        """Tell all silos that a metric has ended the run with this version."""
+        self.call(self.last, final=version)
 
     def over(self, error: Exception) -> None:
         """Tell all silos that this job ends with an error."""

@@ -37,6 +37,7 @@ from fedmpi.exchange.outbox import Inbox, Packed, as_bytes
 from fedmpi.files.line import Commit, Entry, File
 from fedmpi.files.server import Arrived
 from fedmpi.flat import sha256
+from fedmpi.health import TRAIN_LOSS
 from fedmpi.jobs.arrivals import FilesTime
 from fedmpi.jobs.joining import Joining, Members, first_members, members_of, with_silos
 from fedmpi.jobs.messages import Call, read_row, shown, told_arrays, told_order, told_row
@@ -48,6 +49,7 @@ from fedmpi.module import saved
 from fedmpi.opening import Opened
 from fedmpi.outcome import DROPPED, VOID
 from fedmpi.output import say
+from fedmpi.records import Record
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.agreement import REFUSED, as_error
 from fedmpi.rounds.closing import Closing, Late
@@ -110,6 +112,19 @@ class Serving(Run):
         super()._tell()
         if self.state.round < self.config.rounds:
             self._let_in()
+
+    def _hear(self, record: Record) -> None:
+        """An evaluation in which silos with test data are missing does not decide whether the run ends (stop.early)."""
+        early, silos = self.config.stop.early, record["silos"]
+        tested = [silo for silo, facts in self.federation.facts.items() if facts[1] > 0]
+        if early is None or early.metric == TRAIN_LOSS or all("num_test" in silos[silo] for silo in tested):
+            super()._hear(record)
+
+    def _conclude(self) -> None:
+        if self.ended and self._post is not None:
+            self._keeper.finish(self.state)  # so that a new start needs no silo
+            self._post.final(self.state.round)
+        super()._conclude()
 
     def _let_in(self) -> None:
         """Change the members to those of the next round: as it was committed, or as it was called by an earlier start,

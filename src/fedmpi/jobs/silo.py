@@ -133,7 +133,7 @@ class SiloJob:
         if self._sent and self._fed is not None and self._outbox is None:
             self._hear()  # before the look: the next training then starts from the version that took the last update
         commit, call = self._post.look()
-        if call is not None and not (commit is not None and self._is_last(commit)):
+        if call is not None and not (commit is not None and self._is_last(commit, call)):
             self._post.require(call)
         if commit is None or call is None or self.silo not in call.ids or self._goes_on_from(commit, call):
             self._post.waits("for the server")
@@ -153,7 +153,7 @@ class SiloJob:
             self._score(commit)
         if self._version != commit.version:
             return False
-        if self._is_last(commit):
+        if self._is_last(commit, call):
             self._finish(commit)
             return True
         if self._outbox is None:
@@ -163,13 +163,16 @@ class SiloJob:
         self._post.idle()
         return False
 
-    def _is_last(self, commit: Commit) -> bool:
-        """Whether all rounds are done."""
-        return commit.ended and commit.version >= self.config.rounds
+    def _is_last(self, commit: Commit, call: Call) -> bool:
+        """Whether all rounds are done, or a metric has ended the run."""
+        done = commit.ended and commit.version >= self.config.rounds
+        return done or self._post.has_ended(call, commit.version, self.config)
 
     def _goes_on_from(self, commit: Commit, call: Call) -> bool:
-        """Whether the run has ended and this job is of one with more rounds, whose server has not called yet."""
-        return commit.ended and commit.version < self.config.rounds and call.round <= commit.version
+        """Whether the run has ended and this job is of one that goes on, whose server has not called yet."""
+        if commit.ended and commit.version < self.config.rounds:
+            return call.round <= commit.version
+        return call.final == commit.version and not self._is_last(commit, call)
 
     def _is_called(self, commit: Commit, call: Call) -> bool:
         """Whether the silo has to train for the call's round."""
