@@ -17,10 +17,12 @@ from fedmpi.errors import ConfigError
 from fedmpi.evaluate import Scores
 from fedmpi.exchange.base import Machine
 from fedmpi.exchange.choose import BY_ARRIVAL, UNMASKED, by_arrival, by_rule, cost
+from fedmpi.exchange.chunks import Grid
 from fedmpi.exchange.config import ExchangeSection
-from fedmpi.exchange.cost import Sizes, num_vectors
+from fedmpi.exchange.cost import Sizes, Traffic, num_vectors
 from fedmpi.exchange.fragments import parts
 from fedmpi.exchange.plans import MEASURE, PLANS
+from fedmpi.exchange.wire import Wire
 from fedmpi.flat import Entry, layout_of, master_dtype, named_exact
 from fedmpi.local import GradientRule, plain_step
 from fedmpi.mirror import BUDDIES, COMMITS
@@ -39,6 +41,7 @@ from fedmpi.secure.graph import degree
 from fedmpi.secure.ring import GROWS
 from fedmpi.secure.session import num_covered
 from fedmpi.transforms import Updates
+from fedmpi.transports import ByFiles
 from fedmpi.types import Silo, Source
 
 _HEADER_BYTES = 8192  # of an HDF5 file with a handful of datasets
@@ -96,21 +99,30 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
     layers = any(e.kind == "personal" and e.num_elements for e in found)
     scores = Scores.of(objective, config.local, config.evaluate.finetune, layers, config.disclosed != "silo")
     counts = Counts.of(found, config)
-    section, why = _planned(config, num_ranks, counts.travels)
-    # Pinned silos cannot be placed on hosts that are not known yet.
-    free = [type(silo)(silo.id, silo.num_samples) for silo in source.silos]
-    owners = place(free, [""] * num_ranks, config.server.dedicated).ranks
+    apart = config.transport.apart
+    if apart:  # a job of its own for the server and for each silo
+        if num_ranks > 1:
+            raise ConfigError(
+                "transport: files has no ranks: the server and every silo are jobs (slurm/federation.sh submits them)"
+            )
+        section, why = by_arrival(config.exchange), ""
+        num_ranks, owners = 1 + len(ids), [*range(1, 1 + len(ids))]
+    else:
+        section, why = _planned(config, num_ranks, counts.travels)
+        # Pinned silos cannot be placed on hosts that are not known yet.
+        free = [type(silo)(silo.id, silo.num_samples) for silo in source.silos]
+        owners = place(free, [""] * num_ranks, config.server.dedicated).ranks
     hosted = [owners.count(rank) for rank in range(num_ranks)]
     sizes = Sizes(
         num_elements=counts.travels,
         element_bytes=counts.word,
         num_ranks=num_ranks,
-        vectors=hosted if config.engine.arrivals else num_vectors(section, hosted),
+        vectors=hosted if config.engine.arrivals or apart else num_vectors(section, hosted),
         num_silos=len(owners),
         num_exact=counts.exact,
         num_states=_server_copies(config),
         num_stepped=counts.shared,
-        arrivals=config.engine.arrivals,
+        arrivals=config.engine.arrivals or len(ids) * apart,
         secure_bits=0 if config.secure is None else config.secure.ring(config, len(owners)).bits,
         aggregator=None if config.aggregate.needs == "sum" else config.aggregate,
     )
@@ -135,9 +147,13 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
     on_wire = cost(section, sizes).traffic
     flat = section.regions is None  # regions depend on the ranks' hosts, not known yet
     control = 2 * 8 * _num_figures(config, scores, num_ranks, len(owners)) * num_ranks + on_wire.control
+    if apart:
+        on_wire = _as_files(config, counts, section, sizes)
+        control, sizes = 0, replace(sizes, vectors=[0], num_silos=0)  # a checkpoint holds no silo's state
     checkpoint = _checkpoint(config, counts, section, sizes)
     return {
         "ranks": ranks,
+        "jobs": ["server", *ids] if apart else None,
         "silos": len(source.silos),
         "undeclared": [silo.id for silo in source.silos if silo.num_samples is None],
         "pinned": {silo.id: silo.host for silo in source.silos if silo.host is not None},
@@ -152,9 +168,9 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
         "plan_asked": config.exchange.plan,
         "plan_why": why,
         "collectives": on_wire.collectives if flat else f"in regions, then across: {on_wire.collectives}",
-        "checkpoint_bytes": sum(checkpoint.values()) + _HEADER_BYTES * (1 + num_ranks),
+        "checkpoint_bytes": sum(checkpoint.values()) + _HEADER_BYTES * (1 + num_ranks * (not apart)),
         "checkpoints_kept": config.checkpoint.keep + 1,
-        "mirror_bytes": _mirror(config, counts, checkpoint, num_ranks),
+        "mirror_bytes": 0 if apart else _mirror(config, counts, checkpoint, num_ranks),
         "budget": None if config.privacy is None else _budget(config, config.privacy, source),
         **_engines(config, source.silos, speeds),
         "out": str(Path(config.out)),
@@ -168,6 +184,21 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
             key: {"value": value, "from": origin_of(key, origins)} for key, value in flatten(to_dict(config)).items()
         },
     }
+
+
+def _as_files(config: Config, counts: Counts, section: ExchangeSection, sizes: Sizes) -> Traffic:
+    """What a round writes into the shared folder: the updates, and the parameters, which each silo reads."""
+    exact, grid = sizes.num_exact or 0, Grid(sizes.num_elements, 1)
+    if section.up.plain:
+        up = sizes.vector_bytes
+    elif config.engine.arrivals:
+        up = Wire.most_bytes(section.up, sizes.num_elements, exact)
+    else:
+        up = sum(section.up.codec.max_bytes(grid.size(piece)) for piece in range(grid.num_pieces))
+        up += exact * sizes.element_bytes
+    down = sizes.vector_bytes + counts.shared * counts.word * (config.server.average is not None)
+    assert isinstance(config.transport, ByFiles)
+    return Traffic(sizes.arrivals * up, down, 0, f"none; updates and parameters are files in {config.transport.root}")
 
 
 def _secure(config: Config, ids: Sequence[str]) -> dict[str, Any] | None:

@@ -71,6 +71,8 @@ def _links(
     section = config.exchange
     if section.regions is not None or section.overlap or section.fragments > 1 or section.scope == "silo":
         raise ConfigError("--link: its model knows no regions, overlap, fragments or scope silo")
+    if config.transport.apart:
+        raise ConfigError("--link: its model knows no transport: files")
     if config.engine.arrivals or config.secure is not None:
         raise ConfigError("--link: its model knows no asynchronous engine and no secure aggregation")
     bits_per_s, latency_s = forecast.rate(link), forecast.latency(latency)
@@ -211,19 +213,24 @@ def _print_plan(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    table = Table("rank", "silos", "train samples", "data", "vectors", "memory", title="ranks")
+    jobs = result["jobs"]
+    what = "rank" if jobs is None else "job"
+    table = Table(what, "silos", "train samples", "data", "vectors", "memory", title=f"{what}s")
     for row in result["ranks"]:
         silos = ", ".join(row["silos"][:6]) + (f" and {len(row['silos']) - 6} more" if len(row["silos"]) > 6 else "")
         known = row["train_samples"] is not None
         samples, data = (str(row["train_samples"]), _size(row["data_bytes"])) if known else ("?", "?")
         memory = _size(row["memory_bytes"]) + ("" if known else " + data")
-        table.add_row(str(row["rank"]), silos or "-", samples, data, _size(row["vector_bytes"]), memory)
+        name = str(row["rank"]) if jobs is None else jobs[row["rank"]]
+        table.add_row(name, silos or "-", samples, data, _size(row["vector_bytes"]), memory)
     console.print(table)
     hosts = [row["rank"] for row in result["ranks"] if row["silos"]]
-    if idle := idle_ranks(len(result["ranks"]), hosts, result["config"]["server.dedicated"]["value"]):
+    dedicated = jobs is not None or result["config"]["server.dedicated"]["value"]
+    if idle := idle_ranks(len(result["ranks"]), hosts, dedicated):
         console.print(idle)
     if result["central"]:
-        console.print("data: one central set; every rank reads all of it and keeps its silos' parts")
+        reader = "rank" if jobs is None else "silo's job"
+        console.print(f"data: one central set; every {reader} reads all of it and keeps its silos' parts")
     if result["undeclared"]:
         ids = result["undeclared"]
         silos = ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
@@ -238,7 +245,7 @@ def _print_plan(result: dict[str, Any]) -> None:
         console.print("bytes of a round: they depend on which host each rank is on, which is known only at launch")
     else:
         console.print(
-            f"a round, all ranks: {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down "
+            f"a round, all {what}s: {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down "
             f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} control traffic"
         )
     _print_secure(console, result)

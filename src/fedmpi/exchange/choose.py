@@ -67,8 +67,10 @@ def cost(section: ExchangeSection, sizes: Sizes) -> Cost:
     >>> cost(ExchangeSection(plan="root"), Sizes(1000, 4, 4)).traffic
     Traffic(up=12072, down=12000, control=0, collectives='Reduce + Bcast')
     """
-    plan: type[Exchange] = Regional if section.regions is not None else Progress if section.goes_on else section.member
-    plan = Arrivals if sizes.arrivals else plan
+    if sizes.arrivals:  # whatever the section's plan is called
+        plan: type[Exchange] = Arrivals
+    else:
+        plan = Regional if section.regions is not None else Progress if section.goes_on else section.member
     found = plan.cost(section, sizes)
     return found if sizes.num_ranks > 1 else found._replace(traffic=Traffic(0, 0, 0, "none"))
 
