@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from support.runs import put_back, run
 from support.silojobs import IDS, Job, OneSilo, apart, in_one_process, served, trained_apart, with_a_second_job
+from support.slurm import until
 
 from fedmpi.errors import ConfigError
+from fedmpi.files import names, reading
+from fedmpi.files.envelope import unpacked
 from fedmpi.files.server import Server
 from fedmpi.flat import sha256
 from fedmpi.keeper import Keeper
@@ -86,6 +89,40 @@ def test_a_server_that_dies_takes_the_same_arrivals_again(tmp_path, monkeypatch,
     for silo in IDS:  # none is lost, none counts twice
         numbers = [number for name, number in trainings if name == silo]
         assert numbers == list(range(len(numbers)))
+    assert sha256(replayed(how, tmp_path)) == sha256(there.parameters)
+
+
+@pytest.mark.parametrize("gone", ["damaged", "removed"])
+def test_an_update_that_is_damaged_in_the_buffer_is_dropped_with_all_that_was_made_from_it(
+    tmp_path, monkeypatch, capsys, gone
+):
+    """The server dies before its third commit. An update that its silo believes to be in the buffer is lost meanwhile,
+    so the silo has to go back to its control variate and its codec's residual before it."""
+    monkeypatch.setattr(reading, "DAMAGED_S", 0.5)
+    how = apart(tmp_path, 9, **CASES["codec"] | {"engine": {"name": "buffered", "size": 4}})
+    jobs = [Job(how, silo) for silo in IDS]
+    monkeypatch.setattr(Keeper, "finish", lambda self, state: None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dies_at(patch, "commit", 4)
+        served(how)
+    root = tmp_path / "run-share"
+    beat = max(root.glob("beats/@.*"))
+    silo, number, by, counts = unpacked(beat.read_bytes()).head["about"]["buffer"][0]
+    assert counts
+    until(lambda: len([*root.glob(f"updates/{silo}.*")]) > 1, 20)  # the silo has gone on from it
+    (path := root / names.path("updates", silo, number, by)).unlink()
+    if gone == "damaged":
+        path.write_bytes(b"damaged")
+    monkeypatch.undo()
+    monkeypatch.setattr(reading, "DAMAGED_S", 0.5)
+    records, there = served(how)
+    for job in jobs:
+        job.ended()
+    told = capsys.readouterr()
+    assert f"fedmpi: update {number} of silo '{silo}' was damaged before its commit: it is dropped" in told.err
+    assert f"update {number} does not count after all" in told.out or "does not count after all" in told.out
+    dropped = [one for record in records for one in record["arrivals"] if one.get("dropped")]
+    assert [one["training"] for one in dropped if one["silo"] == silo][:2] == [number, number + 1]
     assert sha256(replayed(how, tmp_path)) == sha256(there.parameters)
 
 

@@ -19,7 +19,7 @@ from fedmpi.files import names
 from fedmpi.files.reading import notes
 from fedmpi.jobs import post
 from fedmpi.jobs.messages import Call, Registration, require_same, shown
-from fedmpi.jobs.post import ServerPost, SiloPost, paced
+from fedmpi.jobs.post import ServerPost, SiloPost, Told, paced
 from fedmpi.jobs.silo import SiloJob
 from fedmpi.stopping import Watch
 
@@ -114,19 +114,19 @@ def test_damaged_parameters_are_named(posts, capsys, monkeypatch):
 
 def test_a_silo_goes_on_from_an_update_in_the_buffer_though_a_later_one_is_dropped(posts, tmp_path, monkeypatch):
     server, silo = posts
-    server.decide("s1", 4, 1, True)
+    server.decide(Told("s1", 4, 1, True), (4, 1))
     assert silo.decided() == (4, (4, 1))
-    server.decide("s0", 7, 1, False)
-    server.decide("s1", 5, 1, False)
+    server.decide(Told("s0", 7, 1, False), (-1, 0))
+    server.decide(Told("s1", 5, 1, False), (4, 1))
     assert silo.decided() == (5, (4, 1))
     job = SiloJob(apart(tmp_path), "s1")
     job._post, job._sent, went_on = silo, {4: 0, 5: 0}, []
     forgot = []
-    job._states = SimpleNamespace(forget=lambda *told: forgot.append(told))
+    job._states = SimpleNamespace(drop=forgot.append)
     monkeypatch.setattr(job, "_go_on", went_on.append)
     job._hear()
     assert went_on == [(4, 1)] and not job._sent and job._answered == 5
-    assert [number for number, _ in forgot] == [5] and (4, 1) in forgot[0][1]
+    assert forgot == [(5, 1)]
 
 
 def test_what_a_site_chooses_stays_there(tmp_path):
@@ -136,6 +136,8 @@ def test_what_a_site_chooses_stays_there(tmp_path):
     require_same(told, replace(how, out="/elsewhere", init="/elsewhere"))
     with pytest.raises(ConfigError, match=r"rounds is 3 there and 4 here"):
         require_same(told, replace(how, rounds=4))
+    with pytest.raises(ConfigError, match=r"transport\.lease_s is 20\.0 there and 9\.0 here"):
+        require_same(told, replace(how, transport=replace(how.transport, lease_s=9.0)))
 
 
 def test_federation_refuses_ids_that_name_no_job(tmp_path):

@@ -20,7 +20,7 @@ from fedmpi.files.folder import Disk
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
 from fedmpi.flat import sha256
-from fedmpi.jobs.post import ServerPost
+from fedmpi.jobs.post import ServerPost, Told
 from fedmpi.jobs.serve import Serving
 from fedmpi.jobs.silo import SiloJob
 from fedmpi.keeper import Keeper
@@ -136,7 +136,7 @@ def test_servers_that_die_stand_by_what_the_first_one_told(tmp_path, monkeypatch
     first = new()
     first.beat()
     first.open(5)
-    first.decide("s1", 3, 1, True)
+    first.decide(Told("s1", 3, 1, True), (3, 1))
     second = new()
     second.beat()  # dies before it opens the round
     third, read, start = new(), Disk.read, Server.start
@@ -160,8 +160,8 @@ def test_servers_that_die_stand_by_what_the_first_one_told(tmp_path, monkeypatch
     fourth = new()
     assert not torn
     assert fourth.open(5) == [("s1", 3, 1, True)]
-    fourth.decide("s1", 3, 1, True)
-    assert fourth.open(5) == [("s1", 3, 1, True)] and fourth.open(6) == []
+    fourth.decide(Told("s1", 3, 1, False), (2, 1))  # it was lost
+    assert fourth.open(5) == [("s1", 3, 1, False)] and fourth.open(6) == []
 
 
 def test_of_two_files_of_an_update_the_promised_one_is_taken(tmp_path):

@@ -106,6 +106,19 @@ class Server:
         """A file of the server that a commit names, to resume from it; None if it was removed."""
         return noted(self.folder, self.run, file)
 
+    def mend(self, file: File, payload: Sequence[Buffer] = ()) -> bool:
+        """Write a file of a commit again if it is not whole; it has this payload, and its head told nothing. Returns
+        whether it is whole now. Raises Superseded."""
+        if self.fetch(file) is not None:
+            return True
+        fixed = {"kind": file.kind, "run": self.run, "who": file.kind, "number": file.number, "by": file.epoch}
+        parts, digest = packed(fixed, payload)
+        if digest != file.digest:
+            return False
+        self._claim.require_newest()
+        self.folder.publish(names.path(names.NOTES, file.kind, file.number, file.epoch), parts)
+        return True
+
     def commit(
         self, entries: Sequence[Entry], files: Sequence[File], about: Mapping[str, Any], ended: bool = False
     ) -> Commit:
@@ -215,6 +228,17 @@ class Server:
             arrived.append(Arrived(silo, number, by, content))
         return arrived
 
+    def gives_up(self, silo: str, number: int, by: int) -> bool:
+        """Whether an update that `poll` waits for could not be read for DAMAGED_S. Then it never returns it: the next
+        commit has to drop it. Raises Superseded."""
+        path = names.path(names.OF_SILOS[names.UPDATE], silo, number, by)
+        if number != self._expected(silo) or not self._damaged.too_long(path):
+            return False
+        self._claim.require_newest()
+        self.folder.remove(path)
+        self._taken[silo] = (number, by)
+        return True
+
     def _expected(self, silo: str) -> int:
         head = self._line.head
         last = NEVER if head is None else head.last.get(silo, NEVER)
@@ -227,6 +251,10 @@ class Server:
     def read_silo(self, kind: str, silo: str, number: int, by: int) -> Envelope | None:
         """A file of a silo; None while it is not whole."""
         return read_of_silo(self.folder, self.run, kind, silo, number, by)
+
+    def is_damaged(self, kind: str, silo: str, number: int, by: int) -> bool:
+        """Whether a file of a silo, which is not whole, has been so for DAMAGED_S."""
+        return self._damaged.too_long(names.path(names.OF_SILOS[kind], silo, number, by))
 
     def remove(self, kind: str, silo: str, number: int, by: int) -> None:
         """Remove a file of a silo that is not needed any more. Answered updates are removed by `commit`."""

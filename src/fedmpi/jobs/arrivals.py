@@ -3,6 +3,10 @@
 The server takes updates in the order in which it reads them, as rank 0 does (rounds/realtime.py). It decides at once
 whether an update counts or is too old, and tells its silo so in a heart beat; of an update that closes the round the
 commit tells. A round that was committed before this start is computed again from the arrivals in its commit.
+
+A silo goes on from the state after its last update that counts, and says with the next one which that was. If an update
+that an earlier start has told its silo about cannot be read any more, it is dropped, and so are the silo's later ones
+that were made from it; the silo then goes on from its state before them.
 """
 
 from __future__ import annotations
@@ -16,10 +20,12 @@ import torch
 
 from fedmpi.exchange.outbox import from_bytes
 from fedmpi.files.envelope import Envelope
-from fedmpi.files.line import Commit
+from fedmpi.files.line import NEVER, Commit
 from fedmpi.files.server import Arrived
 from fedmpi.jobs.messages import read_order, read_row, told_order
 from fedmpi.jobs.post import Told
+from fedmpi.jobs.private import Base
+from fedmpi.output import say
 from fedmpi.rounds.clocks import now
 from fedmpi.rounds.delays import Delays
 from fedmpi.rounds.due import Work, enter, enter_norms, refuse, sent_weight
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from fedmpi.rounds import State
 
 Figures = dict[str, str]  # of an update, in its head
+LOST = Envelope({"row": {}, "rejected": 0}, memoryview(b""), "")  # in place of an update that cannot be read any more
 
 
 @dataclass(kw_only=True)
@@ -57,6 +64,7 @@ class FilesTime(RealTime):
         self._unknown: set[str] | None = None  # silos whose work an earlier server handed out; None: before the rounds
         self._verdicts: dict[tuple[str, int], bool] = {}  # by silo and number: whether an update counts, as it was told
         self._figures: list[Figures] = []  # of the round's arrivals
+        self._bases: dict[str, Base] = {}  # by silo: its last training that counts, if that is in this round
         if (before := self.before) is not None:
             self._inherit(before)
             self.before = None
@@ -72,7 +80,7 @@ class FilesTime(RealTime):
     def round(self, state: State, work: Work) -> tuple[list[Arrival], float]:
         fed, remote = self.fed, self.remote
         self.state, self._arrivals, self.until_s = state, list[Arrival](), float("inf")
-        self._figures = []
+        self._figures, self._bases = [], {}
         remote.answers, remote.told = [], self._orders_of(Delays.of(state.policy, fed.rule, fed.ids))
         end_s, fresh = self.seconds, remote.post.files.head is None
         try:
@@ -89,7 +97,7 @@ class FilesTime(RealTime):
                     if self.mail:
                         remote.post.news()
                     else:
-                        remote.post.waits("for updates")
+                        remote.post.waits(f"for {self._awaited}")
                         remote.post.pause(max(0.0, self.until_s - time.monotonic()))
                 remote.post.goes_on()
                 end_s = self.seconds
@@ -118,8 +126,26 @@ class FilesTime(RealTime):
                 self._handed.setdefault(silo, (self.seconds, self.state.round))
 
     def _drops(self, mail: Mail, delay_s: float | None) -> bool:
-        told = self._verdicts.pop((self.fed.ids[mail.silo], mail.training), None)
+        silo = self.fed.ids[mail.silo]
+        told = self._verdicts.pop((silo, mail.training), None)
+        made_from = self._taking.content.head.get("base")  # earlier versions did not say it
+        if self._taking.content is LOST or (made_from is not None and tuple(made_from) != self._base(silo)):
+            return True
         return super()._drops(mail, delay_s) if told is None else not told
+
+    def _base(self, silo: str) -> Base:
+        """The silo's last training that counts; (-1, 0) if there is none."""
+        head = self.remote.post.files.head
+        last = NEVER if head is None else head.last.get(silo, NEVER)
+        return self._bases.get(silo, (last.counted, last.counted_by))
+
+    @property
+    def _awaited(self) -> str:
+        """What comes next."""
+        if not self._first:
+            return "updates"
+        silo, number, *_ = self._first[0]
+        return f"update {number} of silo '{silo}', which an earlier start has read"
 
     def read(self) -> None:
         for one in self.remote.post.files.poll([told[:3] for told in self._first]):
@@ -129,6 +155,9 @@ class FilesTime(RealTime):
             made = (self.fed.index[one.silo], head["version"], one.number, row.get("weight", 0.0), vector)
             mail = Mail(*made, row.get("work_s", 0.0), read_order(head.get("order")))
             self._pool[one.silo, one.number] = mail, one
+        lacks = self._first and self._first[0][:2] not in self._pool
+        if lacks and self.remote.post.files.gives_up(*self._first[0][:3]):
+            self._lose(self._first[0])
         while self._pool:
             following = self._first[0][:2] if self._first else next(iter(self._pool))
             if following not in self._pool:
@@ -139,8 +168,17 @@ class FilesTime(RealTime):
             self.mail.append(mail)
             self._came.append(one)
 
+    def _lose(self, told: Told) -> None:
+        """Drop an update that is in the buffer, as its silo was told, and cannot be read any more."""
+        silo, number, by, _ = told
+        say(f"fedmpi: update {number} of silo '{silo}' was damaged before its commit: it is dropped, and the silo goes "
+            "on from before it", error=True)  # fmt: skip
+        order = Delays.of(self.state.policy, self.fed.rule, self.fed.ids).orders().get(silo)
+        mail = Mail(self.fed.index[silo], self.state.round, number, 0.0, torch.empty(0), order=order)
+        self._pool[silo, number] = mail, Arrived(silo, number, by, LOST)
+
     def _take(self, mail: Mail) -> None:
-        one = self._came.popleft()
+        one = self._taking = self._came.popleft()
         promised = (one.silo, one.number) in self._verdicts
         if self._unknown is not None and not promised:
             self._unknown.discard(one.silo)
@@ -151,8 +189,11 @@ class FilesTime(RealTime):
         self._figures.append({**one.content.head["row"], "rejected": str(one.content.head["rejected"])})
         self.remote.answers.append(one.entry(counts=arrival.counts))
         self.fed.comm.bytes_up += len(one.content.payload)
+        if arrival.counts:
+            self._bases[one.silo] = one.number, one.by
         if self.until_s == float("inf"):  # else the commit answers
-            self.remote.post.decide(one.silo, one.number, one.by, arrival.counts)
+            told = Told(one.silo, one.number, one.by, arrival.counts)
+            self.remote.post.decide(told, self._base(one.silo))
 
     def _vector(self, content: Envelope) -> torch.Tensor:
         """The update of a file."""

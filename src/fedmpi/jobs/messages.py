@@ -49,9 +49,10 @@ def shown(config: Config) -> dict[str, Any]:
 
 def unlike(theirs: Mapping[str, Any], config: Config) -> list[str]:
     """Values in which another job's configuration differs from this one's, as text."""
-    changed = differences(theirs, config)
-    if theirs.get("rounds") != config.rounds:
-        changed.append(f"rounds is {theirs.get('rounds')} there and {config.rounds} here")
+    changed, ours = differences(theirs, config), shown(config)
+    for key in ("rounds", "transport.lease_s"):  # a run may change them, but for all of its jobs
+        if theirs.get(key) != ours[key]:
+            changed.append(f"{key} is {theirs.get(key)} there and {ours[key]} here")
     return [text for text in changed if not text.startswith(tuple(key + end for key in OF_A_SITE for end in " .["))]
 
 

@@ -220,7 +220,8 @@ class SiloPost(Beats):
         content = self._files.fetch(file := commit.files[kind])
         if content is None and (file.epoch, file.number) in notes(self._files.folder, kind):
             path = names.path(names.NOTES, kind, file.number, file.epoch)
-            say(f"waits for version {commit.version}: {path} in {self._files.folder.root} is damaged")
+            say(f"waits for version {commit.version}: {path} in {self._files.folder.root} is damaged; end the server's "
+                "job and start it again: it writes the file anew")  # fmt: skip
         return None if content is None else content.payload
 
     def send(self, number: int, head: Mapping[str, Any], payload: bytes) -> None:
@@ -309,12 +310,14 @@ class ServerPost(Beats):
             self._version, self._buffer = version, []
         return list(self._buffer)
 
-    def decide(self, silo: str, number: int, by: int, counts: bool) -> None:
-        """Tell a silo that its update is in the buffer, or does not count."""
-        counted = [number, by] if counts else self._decided.get(silo, (0, -1, 0))[1:]
-        self._decided = {**self._decided, silo: [number, *counted]}
-        if (silo, number, by) not in [row[:3] for row in self._buffer]:
-            self._buffer.append(Told(silo, number, by, counts))
+    def decide(self, told: Told, base: Base) -> None:
+        """Tell a silo that its update is in the buffer, or does not count; `base` is its last training that does."""
+        self._decided = {**self._decided, told.silo: [told.number, *base]}
+        before = [row[:3] for row in self._buffer]
+        if told[:3] in before:  # as an earlier start has told; it may have been lost since
+            self._buffer[before.index(told[:3])] = told
+        else:
+            self._buffer.append(told)
         self.beat()
 
     def call(self, call: Call, over: str = "", final: int = -1) -> None:
@@ -342,7 +345,8 @@ class ServerPost(Beats):
         """An update that a commit contains. Raises CheckpointError if it is gone."""
         if (content := self.files.kept(entry)) is None:
             raise CheckpointError(
-                f"version {commit.version} contains update {entry.number} of silo '{entry.silo}', which is gone"
+                f"version {commit.version} contains update {entry.number} of silo '{entry.silo}', which is gone or "
+                f"damaged in {self.files.folder.root}: put it back, or begin anew with another out and transport.root"
             )
         return content
 

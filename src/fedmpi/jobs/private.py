@@ -20,6 +20,7 @@ from fedmpi.state import StateTensor, under
 from fedmpi.tensorfile import Table
 
 Base = tuple[int, int]  # number of a training, incarnation of the job that did it
+NOTHING: Base = (-1, 0)  # before the first training
 
 _NAME = re.compile(r"(\d+)\.(\d+)\.h5")
 
@@ -64,6 +65,10 @@ class States:
         Silos({silo.id: silo}).restore(of_silo)
         if exchange is not None:
             exchange.holders.restore(of_sent)
+
+    def drop(self, base: Base) -> None:
+        """Remove the state of a training whose update does not count, if there is one."""
+        self._path(base).unlink(missing_ok=True)
 
     def forget(self, answered: int, needed: Collection[Base]) -> None:
         """Remove the states of trainings up to this number, whose updates are answered, except the `needed` ones: those

@@ -190,6 +190,7 @@ class FilesRemote:
         self._took_over = post.files.head is not None  # whether an earlier server may have handed out a round's work
         self._called = -1  # epoch of the membership that `call_all` has told
         self._behind: dict[str, int] = {}  # by silo: last round that closed without it; it may still train
+        self._mended = False  # whether the files of the newest commit of earlier starts are known to be whole
         self._forgot = -1  # version up to which everything was looked through
         self._kept: list[tuple[int, Entry]] = []  # committed updates that are kept, with their rounds
 
@@ -288,6 +289,19 @@ class FilesRemote:
             )
         elif (commit := self.committed(state.round)) is not None:
             self._require(commit, state.params_Q)
+            if commit is head and not self._mended:
+                self._mended = True
+                self._mend(commit, fed, state)
+
+    def _mend(self, commit: Commit, fed: Federation, state: State) -> None:
+        """Write what silos train from and score again, if it was damaged since the commit."""
+        scored_P = fed.layout.params(state.params_Q) if state.average_P is None else state.average_P
+        for kind, vector in (("params", state.params_Q), ("average", scored_P)):
+            if kind in commit.files and not self.post.files.mend(commit.files[kind], [as_bytes(vector)]):
+                raise CheckpointError(
+                    f"version {commit.version}: its {kind} are damaged in {self.post.files.folder.root}, and those of "
+                    "this run are not the same; begin anew with another out and transport.root"
+                )
 
     def committed(self, version: int) -> Commit | None:
         """The commit of a version, if it was made. Raises CheckpointError if it was and is gone."""
@@ -480,19 +494,26 @@ class FilesRemote:
 
     def _wait_for_scores(self, fed: Federation, number: int) -> dict[str, Any]:
         told: dict[str, Any] = {}
+        damaged = set[str]()
         self.post.news()
         while True:
             newest = {silo: by for silo, version, by in self.post.files.silo_files("score") if version == number}
             for silo, by in newest.items():
-                if silo in fed.index and silo not in told:
-                    content = self.post.files.read_silo("score", silo, number, by)
-                    if content is not None:
-                        told[silo] = {"row": content.head["row"], "counts": content.head["counts"]}
-                        self.post.news()
+                if silo not in fed.index or silo in told or silo in damaged:
+                    continue
+                content = self.post.files.read_silo("score", silo, number, by)
+                if content is not None:
+                    told[silo] = {"row": content.head["row"], "counts": content.head["counts"]}
+                    self.post.news()
+                elif self.post.files.is_damaged("score", silo, number, by):
+                    say(f"fedmpi: round {number} goes on without the scores of silo '{silo}', which are damaged in "
+                        f"{self.post.files.folder.root}", error=True)  # fmt: skip
+                    damaged.add(silo)
             for one in self.post.files.poll() if self._behind else ():
                 self._came[one.silo, one.number] = one
                 self._heard(one)
-            missing = [silo for silo in fed.ids if silo not in told and silo not in self._behind]
+            done = {*told, *damaged, *self._behind}
+            missing = [silo for silo in fed.ids if silo not in done]
             if not missing or fed.watch.look() != READY:
                 break
             present = self.post.present()

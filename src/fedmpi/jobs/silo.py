@@ -39,7 +39,7 @@ from fedmpi.jobs.messages import (
     told_row,
 )
 from fedmpi.jobs.post import UNREAD, SiloPost, files_of
-from fedmpi.jobs.private import Base, States
+from fedmpi.jobs.private import NOTHING, Base, States
 from fedmpi.local import LocalSilo, Order
 from fedmpi.membership import Comms, Membership
 from fedmpi.module import saved
@@ -70,7 +70,7 @@ class SiloJob:
         self._fed: Federation | None = None
         self._epoch = -1  # of the membership
         self._orders: dict[str, list[Any]] = {}  # what its silos were told of how much to do when it was called
-        self._base: Base | None = None  # training whose state the silo has
+        self._base = NOTHING  # training whose state the silo has
         self._draft: tuple[Base, dict[str, LocalSilo]] | None = None  # state after a training that is not answered
         self._sent: dict[int, int] = {}  # rounds, or versions, of updates that are not answered, by number
         self._answered = -1  # number of the last update that is decided, by a commit or before it
@@ -215,18 +215,24 @@ class SiloJob:
         last = commit.last.get(self.silo, NEVER)
         self._sent = {number: round for number, round in self._sent.items() if number > last.number}
         base = (last.counted, last.counted_by)
-        if last.counted >= 0 and base != self._base:
+        if self._base[0] <= last.number:  # else a later training is in the server's buffer
             self._go_on(base)
         if last.number != self._forgot:
             self._states.forget(last.number, {base})
             self._forgot = last.number
 
     def _go_on(self, base: Base) -> None:
-        """Take up the state after a training that counts."""
+        """Take up the state after the last training that counts. It is an earlier one than before if the server has
+        lost an update of its buffer."""
         assert self._fed is not None
-        if self._base is not None and (self._base == base or self._base[0] > base[0]):
-            return  # done; a later training is in the server's buffer
-        if self._draft is not None and self._draft[0] == base:
+        if self._base == base:
+            return
+        if self._base[0] > base[0]:
+            say(f"update {self._base[0]} does not count after all; the silo goes on from before it")
+        if base == NOTHING:
+            own = self._fed.silos[self.silo]
+            own.cursor, own.kept = 0, {}
+        elif self._draft is not None and self._draft[0] == base:
             self._fed.silos.update(self._draft[1])
             if self._outbox is not None:
                 self._outbox.taken()
@@ -296,10 +302,9 @@ class SiloJob:
         self._sent.clear()
         self._answered = max(self._answered, decided[0])
         self._post.news()
-        if decided[1][0] >= 0:
-            self._go_on(decided[1])
-        last = self._post.last()
-        self._states.forget(decided[0], {decided[1], (last.counted, last.counted_by)})
+        self._go_on(decided[1])
+        if decided[1][0] != decided[0]:
+            self._states.drop((decided[0], self._post.by))
 
     def _train_at_once(self, commit: Commit) -> None:
         """Train from the newest parameters, if the last update is decided, and publish the update."""
@@ -329,7 +334,7 @@ class SiloJob:
             **{"samples": update.num_samples, "steps": update.num_steps, "targets": update.counted},
             **{"normalizer": update.num_gradients, **norms, **({} if order is None else {"work_s": work_s})},
         }
-        head = {"version": version, "rejected": rejected, "row": told_row(row)}
+        head = {"version": version, "rejected": rejected, "row": told_row(row), "base": self._base}
         head |= {} if order is None else {"order": told_order(order)}
         self._post.send(number, head, as_bytes(message))
         self._sent[number] = version
@@ -344,7 +349,7 @@ class SiloJob:
         fed = self._fed
         assert fed is not None
         own = fed.silos[self.silo]
-        if fed.model.has_personal and self._base is None:
+        if fed.model.has_personal and self._base == NOTHING:
             say(f"silo '{self.silo}': the run is over, and it has not trained")
             return
         load_own(fed.rule, fed.model, own, self._scored_P, fed.tuning(own, commit.version))
