@@ -8,7 +8,7 @@ import re
 import pytest
 
 from fedmpi.errors import ConfigError, Superseded
-from fedmpi.files import names
+from fedmpi.files import names, reading
 from fedmpi.files.claims import Claim
 from fedmpi.files.folder import Disk
 from fedmpi.files.server import Server
@@ -151,6 +151,24 @@ def test_a_server_that_was_suspended_anywhere_says_nothing_after_a_newer_one_has
             break
         late += [at] if words(root) != said[0] else []
     assert at > 20 and bool(late) == (rule != "all"), late
+
+
+def test_a_server_that_was_suspended_removes_no_update_that_was_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "DAMAGED_S", -1.0)
+    old, silo = Server.start(folder := Paused(tmp_path), RUN, {}, lease_s=0.05), a_silo(tmp_path, "a")
+    silo.publish(names.UPDATE, 0, {}, [b"delta"])
+    (path := tmp_path / names.path("updates", "a", 0, 1)).write_bytes(b"damaged")
+    later = []
+
+    def meanwhile():
+        newer = Server.start(Disk(tmp_path), RUN, {}, lease_s=0.05)
+        assert newer.poll() == [] and silo.lost(0)
+        silo.publish(names.UPDATE, 0, {}, [b"delta"])
+        later.extend(newer.poll())
+
+    folder.left, folder.meanwhile = 4, meanwhile  # after a listing, a read and the look for a newer server
+    assert old.poll() == [] and len(later) == 1
+    assert path.exists() and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_a_server_that_is_alive_is_not_superseded(tmp_path, server):

@@ -9,6 +9,7 @@ them what a server has decided. They are published in the same way, so a new ser
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from fedmpi.errors import ConfigError, Superseded
 from fedmpi.files import claims, names
 from fedmpi.files.beats import Heart, Leases, Pulse
 from fedmpi.files.claims import Claim
-from fedmpi.files.envelope import Buffer, Envelope, packed
+from fedmpi.files.envelope import Buffer, Envelope, Torn, packed, unpacked
 from fedmpi.files.folder import Folder
 from fedmpi.files.line import NEVER, Commit, Entry, File, Line, answered
 from fedmpi.files.reading import Damaged, noted, of_silos, read_at, read_of_silo
@@ -220,8 +221,7 @@ class Server:
             path = names.path(names.OF_SILOS[names.UPDATE], silo, number, by)
             if content is None:
                 if self._damaged.too_long(path):  # the silo finds it gone and writes it again
-                    self._claim.require_newest()
-                    self.folder.remove(path)
+                    self._take_away(path)
                 continue
             self._damaged.whole(path)
             self._taken[silo] = (number, by)
@@ -234,10 +234,20 @@ class Server:
         path = names.path(names.OF_SILOS[names.UPDATE], silo, number, by)
         if number != self._expected(silo) or not self._damaged.too_long(path):
             return False
-        self._claim.require_newest()
-        self.folder.remove(path)
+        self._take_away(path)
         self._taken[silo] = (number, by)
         return True
+
+    def _take_away(self, path: str) -> None:
+        """Remove a damaged file of a silo. Not the one that the silo has written in its place, if this process was
+        suspended after its look: that gets its name back. Raises Superseded."""
+        self._claim.require_newest()
+        aside = f"{path}{names.PART}{self.folder.token()}"
+        with contextlib.suppress(OSError, Torn):
+            self.folder.rename(path, aside)
+            unpacked(self.folder.read(aside))
+            self.folder.link(aside, path)
+        self.folder.remove(aside)
 
     def _expected(self, silo: str) -> int:
         head = self._line.head
