@@ -317,6 +317,7 @@ def test_jobs_of_another_configuration_are_refused(tmp_path):
         SiloJob(replace(how, local=replace(how.local, lr=0.2)), "s0").run()
     with pytest.raises(ConfigError, match=r"no silo 's9'; available: s0"):
         SiloJob(how, "s9").run()
+    assert not (tmp_path / "run" / "silos" / "s9").exists()
     with pytest.raises(ConfigError, match=r"takes `fedmpi serve CONFIG` and `fedmpi silo CONFIG --id ID`"):
         fedmpi.Run(how, comm=SoloComm())
     with pytest.raises(ConfigError, match=r"needs transport: {name: files"):

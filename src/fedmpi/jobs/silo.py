@@ -104,10 +104,10 @@ class SiloJob:
 
     def _open(self) -> None:
         """Open the silo's data, and try them with the model."""
-        self._states = States(self.out / "states")
         self._spec: Spec = specify(self.config, self.comm, self.out)
         if self.silo not in self._spec.known:
             raise ConfigError(f"--id: no silo '{self.silo}'{did_you_mean(self.silo, self._spec.known)}")
+        self._states = States(self.out / "states")
         self._begins = digest_of(saved(self._spec.module)).hex()
         self._opened = open_alone(self._spec, self.silo, Comms.of(self.comm))
 
