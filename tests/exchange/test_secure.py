@@ -364,6 +364,29 @@ def test_ranks_that_disagree_about_the_sum_get_an_error_and_no_number():
         on_ranks(3, work)
 
 
+@pytest.mark.parametrize("bits", [16, 32, 64])
+@pytest.mark.parametrize("plan", PLANS)
+def test_limbs_of_the_weight_say_no_more_than_its_sum(plan, bits, monkeypatch):
+    """Sums of limbs that were masked one by one are the same with any keys: more equations than one for the weights."""
+    seen, allreduce, reduce = set(), ThreadComm.allreduce, ThreadComm.reduce
+
+    def listening(way):
+        def listen(comm, source, target):
+            way(comm, source, target)
+            if comm.rank == 0 and len(target) < 20:
+                seen.add(tuple(target.tolist()))
+
+        return listen
+
+    monkeypatch.setattr(ThreadComm, "allreduce", listening(allreduce))
+    monkeypatch.setattr(ThreadComm, "reduce", listening(reduce))
+    for _ in range(8):
+        done = masked(plan, drawn(3), [0.7, 0.3, 1.9], [0, 1, 2], 3, bits)
+    if bits > 16:
+        close(done[0][0][0], drawn(3), [0.7, 0.3, 1.9], done[0][2])
+    assert len({limbs[-1] for limbs in seen}) == 1 and len(seen) > 1
+
+
 # ------------------------------------------------------------ figures
 
 

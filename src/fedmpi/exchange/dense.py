@@ -107,14 +107,14 @@ class Whole(Exchange):
         masked = self.masked
         assert masked is not None
         masked.open()
-        limbs = [*weights.cut(self._weight, self._bits, self._limbs), self._num]
-        head, heads = (torch.tensor(some, dtype=masked.sent) for some in (limbs, [0] * len(limbs)))
-        masked.cover_head(head)
+        head = masked.head(self._weight, self._num, self._bits, self._limbs)
+        heads = torch.zeros_like(head)
         transfer(head, heads)
         weight = 0
         if steps:
             masked.require_all(int(heads[-1]))
             weight = weights.whole(heads[: self._limbs].tolist(), self._bits)
+            weight = weights.modulo(weight, self._bits, self._limbs)
             if not weight:
                 raise ExchangeError("no weight arrived: nothing to divide by")
         whole = server.reads_norms and steps  # such a server sees the whole mean before its first step

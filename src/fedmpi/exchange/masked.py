@@ -123,9 +123,14 @@ class Masked:
             factor = self._per_weight * self._secure.ring.unit
             self._noise = self._secure.noise.streams(self._there, self._hosted, self._round, factor)
 
-    def cover_head(self, head: torch.Tensor) -> None:
-        """Mask words that are summed beside the vector, with the masks behind the vector's."""
-        self._masks.add(summable(head), -(-self._num // self.pair))
+    def head(self, weight: int, num_silos: int, bits: int, num: int) -> torch.Tensor:
+        """What is summed beside the vector: the weight as `num` limbs of `bits` bits, and the number of silos, with the
+        masks behind the vector's."""
+        start = -(-self._num // self.pair)
+        limbs = covered(weight, self._masks, start, bits, num)
+        head = torch.tensor([*limbs, num_silos], dtype=self.sent)
+        self._masks.add(summable(head[num:]), start + num)
+        return head
 
     def cover(self, sum_N: torch.Tensor, start: int = 0) -> None:
         """Add this rank's masks to the integers of its sum from `start` on, an even number, in place; those of a silo
@@ -208,6 +213,12 @@ class Masked:
         """Raise ExchangeError unless the sum counts the silos that should be in it: else masks did not cancel."""
         if num_silos != len(self._there):
             raise ExchangeError(BROKEN)
+
+
+def covered(weight: int, masks: Masks, start: int, bits: int, num: int) -> list[int]:
+    """The limbs of a weight under a mask, for which the words from `start` on are taken. The weight is masked as a
+    whole, before it is cut: so sums of limbs say no more than the sum of weights (weights.modulo)."""
+    return weights.cut((weight + masks.number(start, num)) % (1 << bits * num), bits, num)
 
 
 def _borrow(pairs_N: torch.Tensor, sign: int) -> None:

@@ -38,6 +38,7 @@ from fedmpi.exchange.base import MANY, Exchange, ExchangeContext, Lap, Machine
 from fedmpi.exchange.chunks import Batches, Grid, SiloResiduals, stride, stripes_per_batch
 from fedmpi.exchange.cost import Cost, Sizes, Traffic, exact_bytes, word_bytes
 from fedmpi.exchange.download import Download
+from fedmpi.exchange.masked import covered
 from fedmpi.exchange.upload import AHEAD, Sender, Upload
 from fedmpi.exchange.weights import LIMBS
 from fedmpi.secure.session import WEIGHT, Session
@@ -294,14 +295,16 @@ class Sharded(Exchange):
 
     def _masked_weight(self, secure: Session) -> float:
         """The weight of all ranks' silos, summed under masks. Collective."""
-        mine = torch.tensor([*weights.cut(int(self._folded or 0)), self._num], dtype=torch.int64)
-        secure.masks(WEIGHT, self.there, 64).add(summable(mine))
+        masks = secure.masks(WEIGHT, self.there, 64)
+        limbs = covered(int(self._folded or 0), masks, 0, weights.BITS, weights.LIMBS)
+        mine = torch.tensor([*limbs, self._num], dtype=torch.int64)
+        masks.add(summable(mine[weights.LIMBS :]), weights.LIMBS)
         total = torch.zeros_like(mine)
         self.comm.allreduce(mine, total)
         *limbs, num = total.tolist()
         assert self.masked is not None
         self.masked.require_all(num)
-        return weights.whole(limbs)
+        return weights.modulo(weights.whole(limbs))
 
     def _weighed(self, senders: list[Sender]) -> Iterable[int]:
         """The batches as they arrive, once the weights of their rows are known. Collective.

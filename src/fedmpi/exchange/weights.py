@@ -47,6 +47,17 @@ def whole(limbs: Sequence[float], bits: int = BITS) -> int:
     return sum(int(limb) << bits * i for i, limb in enumerate(limbs))
 
 
+def modulo(weight: int, bits: int = BITS, num: int = LIMBS) -> int:
+    """The number nearest to 0 that equals the weight modulo 2^(bits num): sums under masks are known up to that.
+
+    >>> modulo(5 + (1 << 150)), modulo((1 << 150) - 5)
+    (5, -5)
+    """
+    most = 1 << bits * num
+    weight %= most
+    return weight - most * (weight >= most // 2)
+
+
 def behind(num_ranks: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bits per limb and number of limbs behind a vector.
 

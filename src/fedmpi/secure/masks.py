@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,12 @@ class Masks:
                 self._begun[lane] = (offset + stop - done, encryptors)
             done = stop
         return self._words
+
+    def number(self, start: int, num: int) -> int:
+        """The mask of a whole number in place of `num` words from `start` on: the streams' words there as numbers, the
+        lowest first, added and subtracted."""
+        rows = zip(self.signs.tolist(), self.streams(start, num), strict=True)
+        return sum(sign * int.from_bytes(row[:num].tobytes(), sys.byteorder) for sign, row in rows)
 
     def add(self, words: np.ndarray, start: int = 0) -> None:
         """Mask the words of the vector from `start` on, in place."""
