@@ -6,10 +6,11 @@ from support.runs import config, refused, run
 from torch import nn
 
 from fedmpi.comm import SoloComm
+from fedmpi.comm.threads import on_ranks
 from fedmpi.components import component
 from fedmpi.errors import ConfigError
 from fedmpi.membership import Membership
-from fedmpi.opening import open_silos
+from fedmpi.opening import CHECKSUMS, checksum, facts_of, is_of, open_silos
 from fedmpi.types import Silo, SiloData, Source
 
 OWN = "test_opening:"
@@ -44,6 +45,43 @@ def test_the_silos_with_other_columns_are_those_that_are_fewer():
     said = refusal(source("abcd", a=("u", "v"), b=("age", "bp"), c=("age", "bp"), d=("age", "x")))
     assert said.startswith(
         "silo 'a' has 'u', 'v' where silo 'b' has 'age', 'bp'; silo 'd' has 'x' where silo 'b' has 'bp'"
+    )
+
+
+def coins(*flipped):
+    """A silo's data: 64 targets of 0 and 1, of which some are the other way."""
+    y = torch.arange(64) % 3 % 2
+    for place in flipped:
+        y[place] = 1 - y[place]
+    return SiloData(torch.zeros(60, 1), y[:60], torch.zeros(4, 1), y[60:])
+
+
+def test_a_checksum_is_no_linear_equation_of_the_targets():
+    """A CRC of 32 binary targets, or of fewer, determines them all."""
+    base, one, two, both = (
+        int(facts_of("a", coins(*flipped), source("a"), {})[3]) for flipped in ((), (5,), (9,), (5, 9))
+    )
+    assert len({base, one, two, both}) == 4 and base ^ one ^ two ^ both != 0
+    other = coins()._replace(x_train=torch.ones(60, 1))  # nor of the targets alone
+    assert facts_of("a", other, source("a"), {})[3] != base
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_checksums_stay_on_their_rank_where_they_are_hidden(hides):
+    found = source("abc", **{silo: () for silo in "abc"})
+    members = Membership(0, {silo: (rank,) for rank, silo in enumerate("abc")})
+    for rank, opened in enumerate(on_ranks(3, lambda comm: open_silos(found, members, comm, hides=hides))):
+        told = opened.facts_KF[:, CHECKSUMS].any(axis=1).tolist()
+        assert told == [not hides or other == rank for other in range(3)]
+        assert opened.facts_KF[:, :2].tolist() == [[3, 1]] * 3
+
+
+def test_a_checkpoint_of_fedmpi_0_2_0_knows_its_data():
+    data = coins()
+    facts_F = facts_of("a", data, source("a"), {})
+    assert is_of(checksum(facts_F), facts_F, data)
+    assert is_of(2830690707, facts_F, data) and not is_of(
+        2830690707, facts_of("a", coins(1), source("a"), {}), coins(1)
     )
 
 

@@ -58,6 +58,12 @@ def test_pooled_statistics_of_columns_are_told(tmp_path, scale, what, server, ne
     assert (row["server"], row["network"], row["files"]) == (server, network, "pooled")
 
 
+def test_a_checksum_leaves_no_rank_unless_another_may_open_the_data(tmp_path):
+    what = "a checksum of the data"
+    seen = [told(tmp_path, **how)[0][what]["silos"] for how in ({}, SECURE, SECURE | {"on_failure": "adopt"})]
+    assert seen == ["yes", "no", "yes"]
+
+
 def test_one_rank_sends_nothing(tmp_path):
     assert {row["network"] for row in told(tmp_path, ranks=1)[0].values()} == {"nothing is sent"}
 

@@ -259,7 +259,7 @@ def open_members(
     members = comm.collectively(lambda: members.checked(spec.source.silos, comms.world.hosts, config.server.dedicated))
     if config.secure is not None and known and {*known} != {*members.ids}:
         raise agreed(ConfigError("secure: a run keeps its silos: two sums that differ by one would show its update"))
-    opened = open_silos(spec.source, members, comm, held, known)
+    opened = open_silos(spec.source, members, comm, held, known, config.hides_checksums)
     # Components raise if they do not support them.
     comm.collectively(lambda: config.entries(spec.module, members.ids, spec.known))
     comm.collectively(lambda: weights_of(config, members.ids, opened.num_train))

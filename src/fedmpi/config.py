@@ -282,6 +282,11 @@ class Config:
         """Whether other ranks take over the silos of a lost one."""
         return self.heals in ("adopt", "respawn")
 
+    @property
+    def hides_checksums(self) -> bool:
+        """Whether no rank learns checksums of another's data: no other rank will have to tell if data are the same."""
+        return self.secure is not None and not self.adopts
+
     @pydantic.model_validator(mode="after")
     def _disclosed(self) -> Config:
         readers: list[tuple[str, Any]] = [("select", self.select), ("aggregate", self.aggregate)]

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import time
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +26,7 @@ from fedmpi.health import Health
 from fedmpi.local import LocalSilo
 from fedmpi.membership import Membership
 from fedmpi.moving import heirs, remaining
+from fedmpi.opening import checksum, is_of
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import Record
 from fedmpi.rounds import Federation, State
@@ -71,14 +71,14 @@ class SameData:
     def others(self, stored: Sequence[StateTensor]) -> list[str]:
         """The silos whose data differ from those of the checkpoint."""
         known = (one for one in stored if one.key == checkpoint.CHECKSUM and one.silo in self._fed.silos)
-        return [one.silo for one in known if not torch.equal(one.tensor, self._checksum(one.silo))]
+        fed = self._fed
+        return [one.silo for one in known if not is_of(int(one.tensor), fed.facts[one.silo], fed.silos[one.silo].data)]
 
     def restore(self, stored: Sequence[StateTensor]) -> None:
         """Does nothing: `others` checks the data before anything is restored."""
 
     def _checksum(self, silo: str) -> torch.Tensor:
-        facts_F = self._fed.facts_KF[self._fed.index[silo]]
-        return torch.tensor(zlib.crc32(facts_F.tobytes()))
+        return torch.tensor(checksum(self._fed.facts[silo]))
 
 
 class Silos:

@@ -1,8 +1,13 @@
 """Opens the silos of a run on the ranks that host them. Ranks tell each other sizes, checksums and column names; no
-sample leaves its rank."""
+sample leaves its rank.
+
+A checksum of the data must not give the data away. A CRC is linear: that of up to 32 binary targets determines all of
+them. So checksums are pieces of SHA-256, that of the targets begins with the inputs, and under `secure` they stay on
+their rank unless another rank may have to open the same data."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import zlib
@@ -23,6 +28,8 @@ T = TypeVar("T")
 
 _SHOWN = 5  # most silos or columns in a message
 NUM_FACTS = 5  # figures that identify a silo's data, F
+CHECKSUMS = slice(2, 4)  # of these: of inputs and of targets
+_BYTES = 6  # of a digest that a float64 holds exactly
 _NOTHING: Mapping[str, np.ndarray] = {}
 
 
@@ -32,7 +39,7 @@ class Opened:
 
     members: Membership
     data: dict[str, SiloData]  # this rank's newly opened silos
-    facts_KF: np.ndarray  # per member: numbers of training and test samples, checksums
+    facts_KF: np.ndarray  # per member: numbers of training and test samples, checksums (0: not told)
 
     @property
     def num_train(self) -> list[int]:
@@ -56,12 +63,13 @@ def open_silos(
     comm: Comm,
     held: Collection[str] = (),
     known: Mapping[str, np.ndarray] = _NOTHING,
+    hides: bool = False,
 ) -> Opened:
     """Open this rank's silos, except those that it already holds (`held`), and share the facts of all members' data.
     Collective.
 
-    `known` are facts of silos that were open before, on any rank: their data must still be the same. Raises ConfigError
-    with the faults of all silos on all ranks.
+    `known` are facts of silos that were open before, on any rank: their data must still be the same. `hides`: checksums
+    of inputs and targets stay on their rank. Raises ConfigError with the faults of all silos on all ranks.
     """
     silos = [silo for silo in source.silos if silo.id in members.teams]
     mine = [silo for silo in silos if members.rank(silo.id) == comm.rank]
@@ -72,7 +80,12 @@ def open_silos(
     for i, silo in enumerate(silos):
         if silo in mine:
             facts_KF[i] = told[silo.id] if silo.id in told else known[silo.id]
+    checksums = facts_KF[:, CHECKSUMS].copy()
+    if hides:
+        facts_KF[:, CHECKSUMS] = 0.0
     facts_KF = comm.share(facts_KF.reshape(-1)).reshape(facts_KF.shape)
+    if hides:
+        facts_KF[:, CHECKSUMS] = checksums
     same_columns(facts_KF[:, 4], source, members, comm)
     if comm.rank == 0 and not facts_KF[:, 1].any():
         log.warning("no silo has test samples, so nothing is evaluated: give the data a test part")
@@ -121,17 +134,42 @@ def open_silo(silo: Silo, source: Source) -> SiloData:
 
 def facts_of(silo: str, data: SiloData, source: Source, known: Mapping[str, np.ndarray]) -> np.ndarray:
     """Training samples, test samples, and checksums of inputs, targets and column names."""
-    x, y = 0, 0
-    for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+    digest = hashlib.sha256()
+    for samples in (data.x_train, data.x_test):
         for block in blocks(samples):
-            x = zlib.crc32(block.contiguous().numpy().view(np.uint8).data, x)
-        y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
+            digest.update(block.contiguous().numpy().view(np.uint8).data)
+    x = _number(digest)
+    for targets in (data.y_train, data.y_test):
+        digest.update(targets.contiguous().numpy().view(np.uint8).data)
+    y = _number(digest)
     columns = source.columns.get(silo, ())
     names = zlib.crc32(repr(columns).encode()) if columns else 0
     found = np.array([len(data.x_train), len(data.x_test), x, y, names], dtype=np.float64)
     if silo in known and not np.array_equal(found, known[silo]):
         raise ConfigError(f"silo '{silo}': its data on this rank differ from those that it was trained on before")
     return found
+
+
+def _number(digest: hashlib._Hash) -> int:
+    return int.from_bytes(digest.digest()[:_BYTES])
+
+
+def checksum(facts_F: np.ndarray) -> int:
+    """What a checkpoint holds of a silo's facts."""
+    return zlib.crc32(facts_F.tobytes())
+
+
+def is_of(stored: int, facts_F: np.ndarray, data: SiloData) -> bool:
+    """Whether the `checksum` in a checkpoint is of these data. One of fedmpi 0.2.0 has CRCs of inputs and targets."""
+    if stored == checksum(facts_F):
+        return True
+    x, y, old_F = 0, 0, facts_F.copy()
+    for samples, targets in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        for block in blocks(samples):
+            x = zlib.crc32(block.contiguous().numpy().view(np.uint8).data, x)
+        y = zlib.crc32(targets.contiguous().numpy().view(np.uint8).data, y)
+    old_F[CHECKSUMS] = x, y
+    return stored == checksum(old_F)
 
 
 def same_columns(checksums_K: np.ndarray, source: Source, members: Membership, comm: Comm) -> None:

@@ -37,9 +37,12 @@ def reveals(
     rows.append(Row("who takes part in a round", f"yes{usable}", f"yes{usable}", CLEAR, YES))
     if isinstance(config.data, Files) and config.data.statistics == "pooled":
         rows.append(_statistics(config.data))
-    rows.append(Row("ids, training samples, hosts", YES, YES, CLEAR, YES))
+    rows.append(Row("ids, sample counts, hosts", YES, YES, CLEAR, YES))
     summed = "yes, as a checkpoint" if config.disclosed == "silo" else "the silo's checkpoint"
-    rows.append(Row("a checksum of the data", YES, YES, CLEAR, summed))
+    told = (NO, NO, NO) if config.hides_checksums else (YES, YES, CLEAR)
+    rows.append(Row("a checksum of the data", *told, summed))
+    rows.append(Row("seconds of its rank's phases", YES, YES, CLEAR, YES if config.records.trace else "sums"))
+    rows.append(Row("error messages of its rank", YES, YES, CLEAR, "no, but kept output"))
     rows.append(Row("the model, in which updates are", YES, YES, CLEAR, YES))
     if keeps:
         copies = "copies, under ulfm" if config.adopts else NO

@@ -30,7 +30,7 @@ from fedmpi.local import by_silo
 from fedmpi.membership import Membership, same_host
 from fedmpi.module import saved
 from fedmpi.objectives import LossAndMetrics
-from fedmpi.opening import NUM_FACTS, agree_on_statistics, facts_of, open_silo, same_columns
+from fedmpi.opening import CHECKSUMS, NUM_FACTS, agree_on_statistics, facts_of, open_silo, same_columns
 from fedmpi.placement import place
 from fedmpi.plan import plan
 from fedmpi.records import peak_rss_bytes
@@ -222,6 +222,8 @@ class _Check:
         for i, silo in enumerate(ids):
             if silo in self.data:
                 facts_KF[i] = facts_of(silo, self.data[silo], source, {})
+        if not self.sums:
+            facts_KF[:, CHECKSUMS] = 0.0
         facts_KF = self.comm.share(facts_KF.reshape(-1)).reshape(facts_KF.shape)
         self.num_train = {silo: int(num) for silo, num in zip(ids, facts_KF[:, 0], strict=True) if num}
         self.num_test = int(facts_KF[:, 1].sum())
@@ -229,7 +231,8 @@ class _Check:
             same_columns(facts_KF[:, 4], source, members, self.comm)
         except ConfigError as error:  # the same on all ranks
             self.found.fault(str(error))
-        self._twins(ids, facts_KF)
+        if self.sums:
+            self._twins(ids, facts_KF)
         if self.num_train and not facts_KF[:, 1].any():
             self.found.warn("no silo has test samples, so nothing is evaluated: give the data a test part")
         self._batches()

@@ -100,6 +100,6 @@ def sentence(section: SiloPrivacy, config: Config, sampling: str) -> str:
         f"and their sizes are public); {sampling}; each silo adds its share of the noise before its masks, so that "
         f"sums carry all of it, also where {section.colluding} of the silos know each other's; ranks are trusted to "
         "run this program unchanged; protected against are all ranks, as many silos of one party as that, the network "
-        "and those who get the parameters; not covered are figures on test data, the checksum of a silo's data, and "
-        "whose update is rejected because it is not finite"
+        "and those who get the parameters; not covered are figures on test data, and whose update is rejected because "
+        "it is not finite"
     )
