@@ -64,6 +64,17 @@ def test_a_checksum_leaves_no_rank_unless_another_may_open_the_data(tmp_path):
     assert seen == ["yes", "no", "yes"]
 
 
+def test_what_one_silo_can_subtract_is_told(tmp_path):
+    def sentences(count, **how):
+        data = {"sizes": [9] * 4}
+        return " ".join(told(tmp_path, 4, data=data, select={"name": "uniform", "count": count}, **how)[1]["trust"])
+
+    assert "Warning: whoever hosts 1 of the 2 silos" in sentences(2, **SECURE)
+    assert "Warning" not in sentences(4, **SECURE) and "Cohorts change" not in sentences(4, **SECURE)
+    assert "Warning" not in sentences(3, **SECURE) and "Cohorts change" in sentences(3, **SECURE)
+    assert "Warning" not in sentences(2) and "Cohorts change" not in sentences(2)
+
+
 def test_one_rank_sends_nothing(tmp_path):
     assert {row["network"] for row in told(tmp_path, ranks=1)[0].values()} == {"nothing is sent"}
 

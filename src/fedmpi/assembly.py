@@ -52,7 +52,7 @@ from fedmpi.privacy.base import REPEATS
 from fedmpi.rounds import Federation, State, delays
 from fedmpi.rounds.disclosure import refuse_metrics
 from fedmpi.rounds.remote import Remote
-from fedmpi.secure.masks import require
+from fedmpi.secure.masks import keep_out_of_core_dumps, require
 from fedmpi.secure.session import Session
 from fedmpi.transforms import Transform, Updates
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
@@ -60,6 +60,8 @@ from fedmpi.types import SiloData, Source
 from fedmpi.watchdog import Watchdog
 
 log = logging.getLogger("fedmpi")
+
+HEAVY = 0.75  # share of the weight beyond which a sum is nearly the update of one silo
 
 
 class Admitted(NamedTuple):
@@ -226,7 +228,7 @@ def specify(config: Config, comm: Comm, out: Path, known: Source | None = None) 
         log.warning("an experiment, not for use: privacy.reproducible: %s", REPEATS)
     comm.require_equal("the list of silos", hashlib.sha256(repr(facts_of_all).encode()).digest(), ConfigError)
     objective = comm.collectively(lambda: resolve(config.objective, source.task, source.num_classes))
-    comm.collectively(lambda: refuse_metrics(config.disclosed, objective.scorers))
+    comm.collectively(lambda: refuse_metrics(config.disclosed, objective.scorers, config.secure is not None))
     module = comm.collectively(lambda: build_module(config, source))
     if (init := config.init) is not None:
         left_out = comm.collectively(lambda: pretrained.start(module, init))
@@ -367,6 +369,7 @@ def _session(spec: Spec, opened: Opened, comm: Comm) -> Session | None:
     if (secure := config.secure) is None:
         return None
     comm.collectively(lambda: _can_mask(spec.device))
+    keep_out_of_core_dumps()
     ring, threshold = secure.ring(config, len(members.ids)), secure.fewest(config, members.ids)
     if 0 < (tested := np.count_nonzero(opened.facts_KF[:, 1])) < threshold:
         why = f"{tested} of the silos have test data, and secure.threshold is {threshold}"
@@ -375,9 +378,21 @@ def _session(spec: Spec, opened: Opened, comm: Comm) -> Session | None:
         )
     session = Session(comm, members.ids, members.ranks, ring, threshold, secure.neighbours)
     if comm.rank == 0:
-        for told in filter(None, (session.alone(), secure.sparse(len(members.ids)))):
+        heavy = _heavy(weights_of(config, members.ids, opened.num_train))
+        for told in filter(None, (session.alone(), secure.sparse(len(members.ids)), heavy)):
             log.warning("secure: %s", told)
     return session
+
+
+def _heavy(weights: Mapping[str, float]) -> str:
+    """A warning if one silo has most of the weight of all; else empty."""
+    silo = max(weights, key=lambda silo: weights[silo])
+    if (share := weights[silo] / sum(weights.values())) <= HEAVY:
+        return ""
+    return (
+        f"silo '{silo}' has {share:.0%} of the weight of all, so a sum is nearly its update; "
+        "aggregate: {name: mean, weights: uniform} counts silos alike"
+    )
 
 
 def _can_mask(chosen: torch.device) -> None:

@@ -50,7 +50,7 @@ from fedmpi.privacy import PRIVACIES, Privacy
 from fedmpi.records import CALLBACKS, MEASUREMENTS, SINKS, Measurement, Sink
 from fedmpi.records.measurements import Gram
 from fedmpi.rounds import ENGINES, Engine, Policy, Synchronous
-from fedmpi.rounds.disclosure import Disclose, refuse_hidden
+from fedmpi.rounds.disclosure import Disclose, hiding, refuse_hidden, showing
 from fedmpi.secure.secagg import SECURE, SecAgg
 from fedmpi.selection import SELECTORS, All, Selector
 from fedmpi.server import OPTIMIZERS, Average, FedAvg, ReadsNorms, ServerOptimizer
@@ -296,7 +296,7 @@ class Config:
         readers += [(f"updates.{i}", transform) for i, transform in enumerate(self.updates)]
         if self.secure is not None and (why := self.secure.conflicts(self)):
             raise ValueError(why)
-        refuse_hidden(self.disclosed, readers)
+        refuse_hidden(self.disclosed, readers, self.secure is not None)
         if self.disclose != "silo" and self.exchange.scope == "silo":
             raise ValueError(f"disclose: {self.disclose}, but with exchange.scope: silo each delta leaves its rank")
         return self
@@ -392,10 +392,11 @@ class Config:
             personal = [entry.name for entry in found if entry.kind == "personal"]
             if personal and self.adopts:
                 raise ConfigError(f"secure: on_failure: {self.heals} copies '{personal[0]}' to other ranks; take stop")
+        masked = self.secure is not None
         if self.disclosed != "silo" and self.select.least(ids, self.rounds) < 2:
             raise ConfigError(
-                f"disclose: {self.disclosed}, but a cohort may be a single silo, and sums over it are its figures; "
-                "take a select that draws two or more, or disclose: silo"
+                f"{hiding(self.disclosed, masked)}, but a cohort may be a single silo, and sums over it are its "
+                f"figures; take a select that draws two or more, or {showing(masked)}"
             )
         least = self.select.least(ids, self.rounds)
         self.policy.suits(least)

@@ -89,7 +89,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
     """
     source = config.data.source(config.seed)
     objective = resolve(config.objective, source.task, source.num_classes)
-    refuse_metrics(config.disclosed, objective.scorers)
+    refuse_metrics(config.disclosed, objective.scorers, config.secure is not None)
     with torch.device("meta"):
         module = make(config.model, source)
     if config.init is not None:
@@ -178,7 +178,7 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
             row._asdict()
             for row in reveals(config, ids, hosted, section.plan, source.central, layers or counts.kept_bytes > 0)
         ],
-        "trust": trust(config),
+        "trust": trust(config, ids, hosted),
         "secure": _secure(config, ids),
         "config": {
             key: {"value": value, "from": origin_of(key, origins)} for key, value in flatten(to_dict(config)).items()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from fedmpi.config import Config
 from fedmpi.data.files import Files
 from fedmpi.exchange.plans import PLANS
+from fedmpi.secure.session import left_alone
 
 READERS = ("server", "other silos", "network", "run directory")
 NO, YES, CLEAR = "no", "yes", "yes, not encrypted"
@@ -83,8 +84,8 @@ def _figures(config: Config) -> Row:
     return Row(what, "sums", "sums", "sums of a rank's silos", "sums")
 
 
-def trust(config: Config) -> list[str]:
-    """Sentences below the table: who is trusted with what."""
+def trust(config: Config, ids: Sequence[str], hosted: Sequence[int]) -> list[str]:
+    """Sentences below the table: who is trusted with what. `hosted` silos on each rank."""
     if config.secure is None:
         told = [
             "Every rank, and the network between hosts, is trusted with what it sees. secure: secagg sums under masks."
@@ -94,6 +95,13 @@ def trust(config: Config) -> list[str]:
             "All ranks are trusted to run this program unchanged; keys are exchanged without signatures.",
             "Whoever controls several silos can subtract them from a sum: what is left is the sum of the others.",
         ]
+        if why := left_alone(hosted, config.secure.fewest(config, ids)):
+            told.append(f"Warning: {why}.")
+        if config.select.least(ids, config.rounds) < len(ids):
+            told.append(
+                "Cohorts change: once updates hardly change from round to round, sums of different cohorts together "
+                "say nearly what sums that differ by one silo say; select: all keeps one cohort."
+            )
     if config.privacy is not None:
         return [*told, config.privacy.sentence(config)]
     return [*told, "Nothing here is differential privacy: sums and models may still say something about a silo."]

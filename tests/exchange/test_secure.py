@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -587,14 +588,17 @@ class Picky(Transform):
 
 CLIP = {"updates": [{"name": "clip", "norm": 1.0}]}
 REFUSED = {
-    "robust": ({"aggregate": "median", "exchange": {"scope": "silo"}}, "sends each silo's update by itself"),
-    "median": ({"aggregate": {"name": "krum", "hostile": 0}}, "aggregate krum reads single updates"),
+    "robust": ({"aggregate": "median", "exchange": {"scope": "silo"}}, "sends each silo's update by itself; take rank"),
+    "median": (
+        {"aggregate": {"name": "krum", "hostile": 0}},
+        "aggregate krum reads single updates, and only their sum is seen; take mean",
+    ),
     "topk": ({"exchange": {"up": {"codec": "topk"}}}, "codec's payloads do not add up"),
-    "regions": ({"exchange": {"regions": {}}}, "unmasks each region's mean"),
+    "regions": ({"exchange": {"regions": {}}}, "leads it; leave it out"),
     "shared": ({"exchange": {"plan": "shared_memory"}}, "does not sum under masks"),
     "own": ({"exchange": {"plan": "exchange.test_secure:Own"}}, "Own does not sum under masks"),
     "measure": ({"exchange": {"plan": "measure"}}, "without masks"),
-    "buffered": ({"engine": {"name": "buffered", "size": 2}}, "one by one"),
+    "buffered": ({"engine": {"name": "buffered", "size": 2}}, "one by one; take engine: synchronous"),
     "privacy": (
         {"privacy": {"name": "silo", "sigma": 1.0, "clip": 1.0, "delta": 1e-5, "quantile": 0.5}, "updates": []},
         "sized for equal weights",
@@ -608,7 +612,7 @@ REFUSED = {
         "copies 'head.weight' to other ranks",
     ),
     "cohort": ({"disclose": "cohort"}, "implies disclose: pooled"),
-    "norms": ({"select": {"name": "norm", "count": 2}}, "reads the norm"),
+    "norms": ({"select": {"name": "norm", "count": 2}}, "take another, or leave secure out"),
     "gram": ({"records": {"gram": True}}, "single updates"),
     "few_bits": ({"updates": [], "secure": {"name": "secagg", "bits": 16}}, "16 needs `updates: clip`"),
     "few_noise": (
@@ -629,7 +633,7 @@ REFUSED = {
         "after all noise",
     ),
     "threshold": ({"secure": {"name": "secagg", "threshold": 4}}, "a cohort may be 3"),
-    "lone": ({"select": {"name": "uniform", "count": 1}}, "a cohort may be"),
+    "lone": ({"select": {"name": "uniform", "count": 1}}, "secure implies disclose: pooled, but a cohort may be"),
     "adaptive": ({"updates": [{"name": "clip", "norm": 1.0, "quantile": 0.5}]}, "reads the norm"),
 }
 
@@ -657,7 +661,7 @@ def test_on_one_rank_a_secure_run_is_the_pooled_one_to_the_quantisation(tmp_path
 def test_a_round_with_too_few_usable_updates_is_given_up(tmp_path):
     how = {"data": {"infinite": "s1"}, **CLIP}
     run(config(tmp_path / "two", 2, secure={"name": "secagg", "threshold": 2}, **how))
-    with pytest.raises(NoCohort, match="2 updates are usable"):
+    with pytest.raises(NoCohort, match=r"2 updates are usable.*rejected \(s1\): not finite.*smaller secure.threshold"):
         run(config(tmp_path / "three", 2, secure={"name": "secagg", "threshold": 3}, **how))
 
 
@@ -723,6 +727,23 @@ def test_test_figures_of_too_few_silos_are_refused(tmp_path):
             continue
         with pytest.raises(ConfigError, match=f"^secure: {num} of the silos have test data, and secure.threshold is 3"):
             run(how)
+
+
+def test_a_silo_with_nearly_all_of_the_weight_is_named(tmp_path, caplog):
+    run(config(tmp_path / "few", 1, {"sizes": [30, 30, 30]}, secure="secagg", **CLIP))
+    assert "of the weight of all" not in caplog.text
+    run(config(tmp_path / "one", 1, {"sizes": [20, 20, 160]}, secure="secagg", **CLIP))
+    assert "secure: silo 's2' has 80% of the weight of all" in caplog.text
+
+
+def test_a_process_with_keys_leaves_no_core_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    try:
+        run(config(tmp_path, 1, secure="secagg", **CLIP))
+        assert resource.getrlimit(resource.RLIMIT_CORE) == (0, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
 
 
 def test_fewer_neighbours_than_are_safe_give_a_warning():

@@ -357,6 +357,19 @@ def test_the_final_table_has_a_row_for_every_silo_and_one_for_all():
     ]
 
 
+def test_the_final_table_has_the_figures_of_all_where_those_of_silos_are_hidden():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=100)
+    hidden = {silo: {"rank": row["rank"], "num_train": row["num_train"]} for silo, row in RECORD["silos"].items()}
+    console.print(silo_table({**RECORD, "silos": hidden}, "accuracy"))
+    assert cells(console) == [
+        ["a", "0", "9", "-", "-", "-"],
+        ["b", "1", "5", "-", "-", "-"],
+        ["all", "", "14", "-", "0.2500", "0.7500"],
+    ]
+
+
 def cells(console):
     rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in row] for row in rows]

@@ -290,7 +290,9 @@ class _Check:
         else:
             trial = trying.build(config, source, found)
         if objective is not None:
-            found.attempt(lambda: refuse_metrics(config.disclosed, objective.scorers), "disclose")
+            found.attempt(
+                lambda: refuse_metrics(config.disclosed, objective.scorers, config.secure is not None), "disclose"
+            )
         trying.suits(config, trial, [silo.id for silo in source.silos], self.num_train, found)
         firsts = self.comm.gather_values(None if trial.module is None else digest_of(saved(trial.module)).hex())
         if None not in firsts and len(set(firsts)) > 1:

@@ -157,6 +157,7 @@ def silo_table(record: Record, metric: str) -> Any:
     rows = record["silos"]
     keys = [k for k in record if k not in NO_COLUMNS and any(of_silo(k) in row for row in rows.values())]
     first = ("loss", metric, f"personal_{metric}")
+    keys = keys or [k for k in dict.fromkeys(("loss", metric)) if record.get(k) is not None]  # only sums were told
     keys = sorted(keys, key=lambda k: first.index(k) if k in first else len(first))[:MOST_COLUMNS]
     table = Table(title=f"after round {record['round']}")
     for name in ("silo", "rank", "train samples", "test samples", *map(of_silo, keys)):
@@ -167,7 +168,7 @@ def silo_table(record: Record, metric: str) -> Any:
             *(_figure(row.get(of_silo(key))) for key in keys),
         )  # fmt: skip
     if keys:
-        tests = sum(row.get("num_test", 0) for row in rows.values())
+        tests = sum(row["num_test"] for row in rows.values() if "num_test" in row) or "-"
         trains = sum(row["num_train"] for row in rows.values())
         table.add_section()
         figures = [_figure(record[k]) if SILO_MEAN not in k else "-" for k in keys]

@@ -60,8 +60,8 @@ def agree_ready(
         if outcome.num_rejected:
             why += _why_rejected(fed)
         raise agreed(Diverged(f"round {number}: {why}"))
-    if fed.secure is not None and (why := fed.secure.objection(silos_taken(fed))):
-        raise agreed(NoCohort(f"round {number}: {why}"))
+    if fed.secure is not None and (why := fed.secure.objection(taken := silos_taken(fed))):
+        raise agreed(NoCohort(f"round {number}: {why}{_who_is_missing(cohort, taken)}"))
     if fed.exchange.ring and (fed.secure is None or fed.secure.noise is None):  # noise is wider than rounding
         _has_room(fed, outcome, near)
     try:
@@ -79,6 +79,16 @@ def _why_rejected(fed: Federation) -> str:
     return (
         f"{names}: not finite or its norm beyond {LARGEST_NORM:.0f}{_beyond(fed)}; a smaller "
         "local.lr or local.clip may help"
+    )
+
+
+def _who_is_missing(cohort: Sequence[str], taken: Sequence[str]) -> str:
+    """Text for an error under masks: whose updates were rejected, which all ranks know, and what may help."""
+    if not (missing := [silo for silo in cohort if silo not in taken]):
+        return ""
+    return (
+        f"; rejected ({', '.join(missing[:8])}): not finite, or by `updates`; a smaller local.lr may help, or a "
+        "new run with a smaller secure.threshold"
     )
 
 

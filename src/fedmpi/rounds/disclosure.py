@@ -30,21 +30,32 @@ READY_SUMS = (
 )
 
 
-def refuse_hidden(disclose: Disclose, readers: Sequence[tuple[str, Any]]) -> None:
+def hiding(disclose: Disclose, masked: bool) -> str:
+    """The setting that hides figures, for an error: `disclose`, or `secure`, which implies pooled (`masked`)."""
+    return f"secure implies disclose: {disclose}" if masked else f"disclose: {disclose}"
+
+
+def showing(masked: bool) -> str:
+    """The setting that would show figures."""
+    return "leave secure out" if masked else "disclose: silo"
+
+
+def refuse_hidden(disclose: Disclose, readers: Sequence[tuple[str, Any]], masked: bool = False) -> None:
     """Raise ValueError if a component reads per-silo figures that `disclose` hides. `readers` are (configuration key,
-    component) pairs."""
+    component) pairs; `masked`: under `secure`."""
     if disclose == "silo":
         return
     for key, component in readers:
         reads = component.reads
         if reads is None:
             raise ValueError(
-                f"disclose: {disclose}, and {key} does not say what it reads of single silos (reads = frozenset(...))"
+                f"{hiding(disclose, masked)}, and {key} does not say what it reads of single silos "
+                "(reads = frozenset(...))"
             )
         if hidden := sorted(set(reads) - SHOWN[disclose]):
             raise ValueError(
-                f"disclose: {disclose}, but {key} reads the {' and the '.join(hidden)} of each silo; take another, or "
-                "disclose: silo"
+                f"{hiding(disclose, masked)}, but {key} reads the {' and the '.join(hidden)} of each silo; take "
+                f"another, or {showing(masked)}"
             )
 
 
@@ -106,13 +117,14 @@ def heard(ready: StatusTable) -> Heard:
     return Heard(*(np.array([value]) for value in pooled))
 
 
-def refuse_metrics(disclose: Disclose, scorers: Sequence[Any]) -> None:
-    """Raise ConfigError for a metric that sums over silos cannot give, unless `disclose` is silo."""
+def refuse_metrics(disclose: Disclose, scorers: Sequence[Any], masked: bool = False) -> None:
+    """Raise ConfigError for a metric that sums over silos cannot give, unless `disclose` is silo. `masked`: under
+    `secure`."""
     if disclose == "silo":
         return
     for scorer in scorers:
         if not scorer.adds_up:
             raise ConfigError(
-                f"objective.metrics: {scorer.name} needs the rows of each silo, and disclose: {disclose} "
-                "lets only sums leave a rank; take another metric, or disclose: silo"
+                f"objective.metrics: {scorer.name} needs the rows of each silo, and {hiding(disclose, masked)}, so "
+                f"that only sums leave a rank; take another metric, or {showing(masked)}"
             )

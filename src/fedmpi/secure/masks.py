@@ -14,6 +14,7 @@ a lane that is read from its start is made by GCM, and any other piece by CTR. M
 
 from __future__ import annotations
 
+import resource
 import secrets
 import struct
 import sys
@@ -43,6 +44,12 @@ def require() -> None:
         import cryptography  # noqa: F401
     except ImportError:
         raise ConfigError("secure: needs the package cryptography; pip install 'fedmpi[secure]'") from None
+
+
+def keep_out_of_core_dumps() -> None:
+    """Let this process leave no core file, which would hold its keys: the soft limit becomes 0."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 class KeyPair:

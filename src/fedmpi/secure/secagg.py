@@ -72,25 +72,26 @@ class SecAgg:
         if config.disclose == "cohort":
             return f"{who}: implies disclose: pooled; leave disclose out"
         if section.scope == "silo":
-            return f"{who}: exchange.scope: silo sends each silo's update by itself"
+            return f"{who}: exchange.scope: silo sends each silo's update by itself; take rank"
         if config.aggregate.needs != "sum":
-            return f"{who}: aggregate {called(config.aggregate)} reads single updates, and only their sum is seen"
+            name = called(config.aggregate)
+            return f"{who}: aggregate {name} reads single updates, and only their sum is seen; take mean"
         if config.records.needs:
-            return f"{who}: records.gram needs single updates, and only their sum is seen"
+            return f"{who}: records.gram needs single updates, and only their sum is seen; leave it out"
         if config.privacy is not None and (why := config.privacy.under_masks(config)):
             return f"{who}: {why}"
         if config.attack is not None:
-            return f"{who}: does not go with attack, which edits single updates"
+            return f"{who}: attack edits single updates, and only their sum is seen; leave it out"
         if section.lossy:
             return f"{who}: a codec's payloads do not add up under masks; take exchange.up and down without codecs"
         if section.regions is not None:
-            return f"{who}: exchange.regions unmasks each region's mean for the rank that leads it"
+            return f"{who}: exchange.regions unmasks each region's mean for the rank that leads it; leave it out"
         if section.plan == "measure":
             return f"{who}: exchange.plan: measure times plans without masks; name a plan, or take auto"
         if not section.chosen and not section.member.masks_itself():
             return f"{who}: exchange.plan: {section.plan} does not sum under masks; take replicated, sharded or root"
         if config.engine.arrivals:
-            return f"{who}: engine: buffered brings updates to rank 0 one by one"
+            return f"{who}: engine: buffered brings updates to rank 0 one by one; take engine: synchronous"
         if config.policy.posts:
             return (
                 f"{who}: a round repeated after engine.policy: deadline may close with other silos, and two sums that "
@@ -104,7 +105,10 @@ class SecAgg:
         if config.adopts and (config.local.kept_vectors or section.fragments > 1):
             return f"{who}: on_failure: {config.on_failure} copies vectors that silos keep to other ranks; take stop"
         if config.admit == "any":
-            return f"{who}: admit: any changes the members, and two sums that differ by one silo show its update"
+            return (
+                f"{who}: admit: any changes the members, and two sums that differ by one silo show its update; take "
+                "configured"
+            )
         if config.device.name == "cuda":
             return f"{who}: masks are made in host memory; take device.name: cpu"
         bound = clipped(config)

@@ -121,16 +121,7 @@ class Session:
 
     def alone(self) -> str:
         """What a rank can compute of others at worst, as text; empty if that is the sum of two silos or more."""
-        if len(self._hosting) < 2:
-            return "one process hosts all silos, so it sees every update" if len(self._ranks) > 1 else ""
-        most = max(self._ranks.count(rank) for rank in self._hosting)
-        fewest = max(1, self.threshold - most)
-        if fewest > 1:
-            return ""
-        return (
-            f"whoever hosts {most} of the {self.threshold} silos that a sum needs can subtract them and see the rest, "
-            f"which may be one silo; take secure.threshold: {most + 2} or more, or more silos"
-        )
+        return left_alone([self._ranks.count(rank) for rank in self._hosting], self.threshold)
 
     # ------------------------------------------------------------ figures
 
@@ -160,6 +151,25 @@ class Session:
         if found[-1] != self._num_ranks:
             raise agreed(ExchangeError(BROKEN))
         return np.array(found[:-1])
+
+
+def left_alone(hosted: Sequence[int], threshold: int) -> str:
+    """What a rank can compute of others at worst, as text; empty if that is the sum of two silos or more. `hosted`: the
+    number of silos on each rank.
+
+    >>> left_alone([1, 1, 1], 3), left_alone([1, 1, 1], 2)[:27]
+    ('', 'whoever hosts 1 of the 2 si')
+    """
+    hosted = [num for num in hosted if num]
+    if len(hosted) < 2:
+        return "one process hosts all silos, so it sees every update" if sum(hosted) > 1 else ""
+    most = max(hosted)
+    if threshold - most > 1:
+        return ""
+    return (
+        f"whoever hosts {most} of the {threshold} silos that a sum needs can subtract them and see the rest, "
+        f"which may be one silo; take secure.threshold: {most + 2} or more, or more silos"
+    )
 
 
 BROKEN = "secure: the masks of this sum do not cancel, so ranks disagree about who is in it; the round is given up"
