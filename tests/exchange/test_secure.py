@@ -632,6 +632,7 @@ REFUSED = {
         {"updates": [*CLIP["updates"], {"name": "noise", "sigma": 0.1}], "secure": {"name": "secagg", "bits": 32}},
         "after all noise",
     ),
+    "odd": ({"secure": {"name": "secagg", "neighbours": 3}}, "secure.neighbours: input should be a multiple of 2"),
     "threshold": ({"secure": {"name": "secagg", "threshold": 4}}, "a cohort may be 3"),
     "lone": ({"select": {"name": "uniform", "count": 1}}, "secure implies disclose: pooled, but a cohort may be"),
     "adaptive": ({"updates": [{"name": "clip", "norm": 1.0, "quantile": 0.5}]}, "reads the norm"),

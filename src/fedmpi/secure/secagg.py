@@ -40,7 +40,7 @@ class SecAgg:
     largest: PositiveFloat | None = None
     """with bits: 16: coordinates of an update are cut to this magnitude, then rounded at random to multiples of at
     most largest / 4092; null: the clip's norm, which is too coarse for all but small models"""
-    neighbours: Annotated[int, pydantic.Field(ge=2)] | None = None
+    neighbours: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] | None = None
     """silos with which each silo shares masks, an even number; null: all, or from about 60 silos on as many as keep
     honest silos connected with probability 1 - 2^-40 if a third is lost or corrupt"""
 
