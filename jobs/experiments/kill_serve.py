@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 FEDMPI = [sys.executable, "-m", "fedmpi"]
-KILL_S = 25.0  # most seconds from one kill to the next
+KILL_S = 120.0  # most seconds from one kill to the next
 SILOS = ("silo-0", "silo-1", "silo-2")
 CONFIG = """
 rounds: {rounds}
@@ -71,7 +71,7 @@ def experiment(folder: Path, kills: int, rounds: int, engine: str, seed: int = 0
             server.kill()
             server.wait()
             killed += 1
-        codes = [server.returncode, *(silo.wait(timeout=30) for silo in silos)]
+        codes = [server.returncode, *(silo.wait(timeout=120) for silo in silos)]
     finally:
         for process in silos:
             process.kill()

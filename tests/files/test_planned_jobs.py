@@ -16,8 +16,9 @@ __all__ = ["put_back"]
         {"server": {"average": {"decay": 0.5}}},
         {"exchange": {"up": {"codec": "int8"}}},
         {"engine": {"name": "buffered", "size": 2}},
+        {"engine": {"name": "buffered", "size": 2}, "exchange": {"up": {"codec": "int8"}}},
     ],
-    ids=["average", "int8", "buffered"],
+    ids=["average", "int8", "buffered", "buffered int8"],
 )
 def test_a_plan_has_the_bytes_of_a_round(tmp_path, more):
     how = apart(tmp_path, 3, **more)

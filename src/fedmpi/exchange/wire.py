@@ -16,7 +16,7 @@ import torch
 
 from fedmpi.codecs import bare
 from fedmpi.errors import ExchangeError
-from fedmpi.exchange.chunks import Coder, Grid, stride
+from fedmpi.exchange.chunks import Coder, Grid
 from fedmpi.exchange.exact import Places
 from fedmpi.layout import Layout
 
@@ -43,7 +43,9 @@ class Wire:
     def most_bytes(channel: Channel, num_elements: int, num_exact: int) -> int:
         """Bytes of the longest message."""
         grid = Grid(num_elements, 1)
-        return 8 * (_FIELDS + grid.num_pieces) + grid.num_pieces * stride(channel.codec, grid) + 4 * num_exact
+        payloads = (channel.codec.max_bytes(grid.size(piece)) for piece in range(grid.num_pieces))
+        words = sum(-(-num_bytes // 4) for num_bytes in payloads)
+        return 8 * (_FIELDS + grid.num_pieces) + 4 * words + 4 * num_exact
 
     def pack(self, vector_Q: torch.Tensor, sender: str, number: int, residual_Q: torch.Tensor | None) -> torch.Tensor:
         """The message [bytes], in host memory. What no codec touches is 0 in `vector_Q` afterwards, and the residual
