@@ -41,7 +41,7 @@ def test_an_array_trains_a_grid_and_gathers_its_table(slurm: Cluster, tmp_path: 
     assert "2 tasks submitted" in said
     table = said.split("the table: ")[1].split(",")[0]
     assert "its tasks are queued or running" in call()
-    end = slurm.ended(table, timeout_s=150)
+    end = slurm.ended(table, timeout_s=300)
     logs = "\n".join(path.read_text() for path in sorted((tmp_path / "logs").glob("*")))
     assert end["JobState"] == "COMPLETED", logs
     for line in ("fedavg", "fedprox"):
@@ -69,7 +69,7 @@ def test_a_stop_of_the_task_with_the_arrays_id_leaves_the_others_alone(slurm: Cl
     until(lambda: any(row["JobId"] == array and row["JobState"] == "RUNNING" for row in tasks().values()), 60)
     (last,) = (task for task, row in tasks().items() if row["JobId"] == array)
     out = tmp_path / "out/as_given" / ("fedavg", "fedprox")[int(last) - 1] / "3"
-    until(lambda: list(out.glob("checkpoints/round-*/manifest.json")), 90)
+    until(lambda: list(out.glob("checkpoints/round-*/manifest.json")), 240)
     slurm.run("scancel", "--signal=USR1", "--batch", f"{array}_{last}")
     until(lambda: all(row["JobState"] == "COMPLETED" for row in tasks().values()), 200, tasks)
     assert {task: row["Restarts"] for task, row in tasks().items()} == {
@@ -90,7 +90,7 @@ def test_a_chain_ends_with_the_run_and_its_bits(slurm: Cluster, tmp_path: Path) 
     slurm.run("scancel", "--signal=USR1", "--batch", first)  # as SLURM does near the limit
     end = slurm.ended(first)
     assert (end["Restarts"], end["ExitCode"]) == ("0", "3:0"), slurm.log(first)
-    end = slurm.ended(second, timeout_s=120)
+    end = slurm.ended(second, timeout_s=240)
     assert end["JobState"] == "COMPLETED", slurm.log(second)
     assert "resumed after round" in slurm.log(second)
     assert [slurm.ended(job)["JobState"] for job in (third, fourth)] == ["CANCELLED", "CANCELLED"]
@@ -101,7 +101,7 @@ def test_components_of_a_heterogeneous_job_are_one_world(slurm: Cluster, tmp_pat
     options = f"sbatch --parsable --chdir={TOP} --ntasks=1 --output={tmp_path}/%j.log : --nodes=1 --ntasks-per-node=2"
     train = [f"{TOP}/slurm/train.sbatch", "configs/digits.yaml", f"out={tmp_path}/run", "server.dedicated=true"]
     job = slurm.run(*options.split(), *train, *TRAINING, FEDMPI_VENV=sys.prefix).strip()
-    assert slurm.ended(job, timeout_s=120)["JobState"] == "COMPLETED", slurm.log(job)
+    assert slurm.ended(job, timeout_s=240)["JobState"] == "COMPLETED", slurm.log(job)
     rows = json.loads((tmp_path / "run/ranks.json").read_text())
     assert [len(row["silos"]) for row in rows] == [0, 2, 2], rows
     assert inspect(tmp_path / "run")["params_sha256"] == reference(tmp_path / "whole", *TRAINING)

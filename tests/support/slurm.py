@@ -97,7 +97,7 @@ def until(condition: Callable[[], T], timeout_s: float, explain: Callable[[], ob
 
 def wait_for_checkpoint(running: Cluster, job: str, out: Path) -> None:
     """Wait until the job's run has a checkpoint."""
-    until(lambda: list(out.glob("checkpoints/round-*/manifest.json")), 90, lambda: running.log(job))
+    until(lambda: list(out.glob("checkpoints/round-*/manifest.json")), 240, lambda: running.log(job))
 
 
 def inspect(out: Path) -> dict[str, Any]:
