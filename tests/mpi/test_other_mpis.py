@@ -26,7 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("n", (1, 2, 3, 4))
 def test_collectives(mpi: str, n: int) -> None:
     other_mpi(mpi)  # or skip
-    report = launch("collectives", n, mpi=mpi, timeout_s=240)
+    report = launch("collectives", n, mpi=mpi, timeout_s=600)
     for case in (*CASES, *(LARGE if n == 2 else ())):
         report.check(case)
     assert report.done.rc == 0, report.done.tails
