@@ -23,6 +23,7 @@ ALL, BOTH = ("none", "pmi2", "pmix", "cray_shasta"), ("mpirun", "mpiexec")
         (MPICH, ALL, BOTH, "pmi2"),
         (MPICH, ("none", "pmix"), BOTH, "mpiexec"),
         (INTEL, ("pmix",), BOTH, "mpiexec"),
+        (INTEL, ALL, BOTH, "mpiexec"),
         (CRAY, ALL, (), "cray_shasta"),
         (CRAY, ("none", "pmi2"), (), "pmi2"),
     ],
@@ -46,6 +47,14 @@ def test_a_way_that_would_start_worlds_of_one_is_refused(name, library, plugins,
     with pytest.raises(ConfigError) as caught:
         choose(name, library, plugins, commands)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_intel_mpi_joins_ranks_of_srun_by_slurms_library(monkeypatch):
+    monkeypatch.delenv("I_MPI_PMI_LIBRARY", raising=False)
+    with pytest.raises(ConfigError, match="launcher 'pmi2': Intel MPI needs I_MPI_PMI_LIBRARY"):
+        choose("pmi2", INTEL, ALL, BOTH)
+    monkeypatch.setenv("I_MPI_PMI_LIBRARY", "/usr/lib/libpmi2.so")
+    assert choose("", INTEL, ALL, BOTH)[0].name == choose("pmi2", INTEL, ALL, BOTH)[0].name == "pmi2"
 
 
 def test_a_message_names_the_right_launch_line():

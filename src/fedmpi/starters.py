@@ -24,6 +24,7 @@ from fedmpi.errors import ConfigError
 # exit 3 when the first one has, and srun's exit code would not distinguish a stop from a failure.
 SRUN = "srun --kill-on-bad-exit=0 --wait=30"
 ASK_S = 60.0  # limit of a question to a command
+INTEL_PMI = "I_MPI_PMI_LIBRARY"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ def choose(name: str, library: str, plugins: Collection[str], commands: Collecti
     able = fitting(library)
     known = family(library) or "the MPI library"
     ready = [one for one in able if (one.plugin in plugins if one.plugin else one.name in commands)]
+    if known == "Intel MPI" and not os.environ.get(INTEL_PMI):  # without it, ranks of srun are worlds of one
+        if name == "pmi2":
+            raise ConfigError(f"launcher 'pmi2': Intel MPI needs {INTEL_PMI}, the path of SLURM's libpmi2.so")
+        ready = [one for one in ready if one.name != "pmi2"]
     if name:
         one = STARTERS[name]
         if one not in able:
