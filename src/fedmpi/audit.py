@@ -197,15 +197,15 @@ def audit(
     """Train with canaries in one silo, by default the largest, in a temporary run directory on this process, and guess.
     With `privacy: silo`, or `silos`, the canaries are silos.
 
-    Returns the bound, the account's epsilon of this silo's records or of silos (None without `privacy`), and counts.
-    Raises ConfigError for what cannot be audited."""
+    Returns the bound, what it would be if all guesses were right, the account's epsilon of this silo's records or of
+    silos (None without `privacy`), and counts. Raises ConfigError for what cannot be audited."""
     private = config.privacy
     if not 0 < confidence < 1 or canaries < 8:
         raise ConfigError("audit: give 8 canaries or more, and a confidence between 0 and 1")
     if silos or (private is not None and not private.of_records):
         return _of_silos(config, silo, canaries, scale, confidence)
     source = config.data.source(config.seed)
-    name = silo or max(source.silos, key=lambda one: one.num_samples or 0).id
+    name = silo or _largest(source)
     data = Canaried(data=config.data, silo=name, count=canaries, scale=scale, all_rows=private is not None)
     data.source(config.seed)
     delta = 0.0 if private is None else private.delta
@@ -226,6 +226,14 @@ def audit(
             fell = before - losses()
             spent = None if private is None else _spent(json.loads((out / FILE).read_text()), name)
     return {"silo": name, **_guessed(fell.numpy(), inside.numpy(), delta, confidence), "epsilon_at_most": spent}
+
+
+def _largest(source: Source) -> str:
+    """The silo with most training samples; those that declare no number are opened and counted."""
+    sizes = {one.id: one.num_samples for one in source.silos}
+    if len(sizes) > 1:
+        sizes = {name: len(source.open(name).x_train) if num is None else num for name, num in sizes.items()}
+    return max(sizes, key=lambda name: sizes[name] or 0)
 
 
 def _of_silos(config: Config, silo: str | None, canaries: int, scale: float, confidence: float) -> dict[str, Any]:
@@ -268,7 +276,7 @@ def _guessed(
     order, canaries = np.argsort(score_N, kind="stable"), len(score_N)
     each = canaries // 4  # guesses of either kind, fixed before anything was seen
     correct = int((~inside_N[order[:each]]).sum() + inside_N[order[-each:]].sum())
-    bound = lower_bound(canaries, 2 * each, correct, delta, confidence)
+    bound, most = (lower_bound(canaries, 2 * each, right, delta, confidence) for right in (correct, 2 * each))
     return {
         "canaries": canaries,
         "guesses": 2 * each,
@@ -276,6 +284,7 @@ def _guessed(
         "confidence": confidence,
         "delta": delta,
         "epsilon_at_least": bound,
+        "epsilon_if_all_right": most,
     }
 
 

@@ -5,14 +5,18 @@ whose output is its result, such as `fedmpi inspect`, flushes the output itself 
 
 `reserve` keeps standard output for `give`, so that a program can read it: all else then goes to standard error, also
 what libraries and your own code print. `keep_log` writes all messages into a file as well.
+
+`at_most` and `at_least` print bounds: rounded the other way, they would promise what does not hold.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import decimal
 import errno
 import logging
+import math
 import os
 import sys
 import time
@@ -120,3 +124,29 @@ def flush() -> None:
                 stream.flush()
         except (OSError, ValueError):
             _mute(error)
+
+
+def at_most(value: float, digits: int = 4) -> str:
+    """An upper bound as text, rounded up to so many significant digits.
+
+    >>> at_most(3.99911), at_most(2.00001), at_most(0.83), at_most(math.inf)
+    ('4', '2.001', '0.83', 'inf')
+    """
+    return _rounded(value, digits, decimal.ROUND_CEILING)
+
+
+def at_least(value: float, digits: int = 4) -> str:
+    """A lower bound as text, rounded down.
+
+    >>> at_least(3.99911), at_least(2.00001), at_least(0.0)
+    ('3.999', '2', '0')
+    """
+    return _rounded(value, digits, decimal.ROUND_FLOOR)
+
+
+def _rounded(value: float, digits: int, rounding: str) -> str:
+    if not math.isfinite(value):
+        return f"{value}"
+    # From the shortest text of the float: 0.83 stays 0.83, though its bits are a little less.
+    found = decimal.Context(prec=digits, rounding=rounding).create_decimal(repr(float(value)))
+    return f"{float(found):.{digits}g}"

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.runs import config, put_back  # noqa: F401
+from support.runs import Blobs, config, put_back  # noqa: F401
 from typer.testing import CliRunner
 
 from fedmpi.aggregate import Mean
-from fedmpi.audit import Canaried, audit, lower_bound, p_value
+from fedmpi.audit import Canaried, _largest, audit, lower_bound, p_value
 from fedmpi.cli import app
 from fedmpi.errors import ConfigError
 from fedmpi.layout import DELTA
@@ -153,6 +153,10 @@ def test_what_cannot_be_audited_is_refused(tmp_path):
         audit(how, silo="x")
 
 
+def test_the_largest_silo_gets_the_canaries_also_where_no_sizes_are_declared():
+    assert [_largest(Blobs(sizes=(20, 50, 30), declared=num).source(0)) for num in (None, 9)] == ["s1", "s0"]
+
+
 def test_the_command_prints_bound_and_account(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "c.yaml"
@@ -161,3 +165,4 @@ def test_the_command_prints_bound_and_account(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     told = json.loads(done.output.strip().splitlines()[-1])
     assert told["epsilon_at_least"] == 0.0 < told["epsilon_at_most"] and told["silo"] == "silo-0"
+    assert told["epsilon_if_all_right"] == lower_bound(8, 4, 4, 1e-5, 0.95)

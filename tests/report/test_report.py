@@ -384,7 +384,7 @@ def test_epsilon_and_its_budget(tmp_path):
     sound(found)
     spent, budget = found.under("Epsilon spent by round")["traces"]
     assert spent["y"] == [0.5, 1.0, 1.5] and budget["y"] == [6.0, 6.0]
-    assert "epsilon 1.5000, 25.0% of the budget" in found.text and "carry no noise" in found.text
+    assert "epsilon 1.5, 25.0% of the budget" in found.text and "carry no noise" in found.text
 
 
 def test_events_are_told(tmp_path):

@@ -14,7 +14,7 @@ import typer
 from fedmpi.cli.command import Allow, ConfigPath, Json, Overrides, answer, app, on_ranks
 from fedmpi.cli.training import idle_ranks
 from fedmpi.errors import ConfigError
-from fedmpi.output import say
+from fedmpi.output import at_least, at_most, say
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
@@ -253,11 +253,13 @@ def _print_plan(result: dict[str, Any]) -> None:
         limit = "" if private["budget"] is None else f", budget {private['budget']:g}"
         console.print(f"privacy: {private['sentence']}")
         console.print(
-            f"privacy: all rounds spend epsilon {private['epsilon']:.4g} at delta {private['delta']:g}{limit}, noise "
-            f"multiplier {private['sigma']:.4g}; rounds that are repeated after a failure spend again"
+            f"privacy: all rounds spend epsilon {at_most(private['epsilon'])} at delta {private['delta']:g}{limit}, "
+            f"noise multiplier {private['sigma']:.4g}; rounds that are repeated after a failure spend again"
         )
         for silo, row in private["silos"].items():
-            console.print(f"privacy: silo {silo}: epsilon {row['epsilon']:.4g}, noise multiplier {row['sigma']:.4g}")
+            console.print(
+                f"privacy: silo {silo}: epsilon {at_most(row['epsilon'])}, noise multiplier {row['sigma']:.4g}"
+            )
     kept = result["checkpoints_kept"]
     console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
     if result["mirror_bytes"]:
@@ -301,14 +303,19 @@ def audit(
         from fedmpi.trust import confined
 
         with confined(run_directory(Path(config)), allow or []):
+            say("fedmpi: audit: one whole run on this process, with the data of all silos and canaries", error=True)
             told = examine(load(config, overrides or [])[0], silo, canaries, scale, confidence, silos)
         if as_json:
             print(json.dumps(told))
             return
-        least, most = f"{told['epsilon_at_least']:.4g}", told["epsilon_at_most"]
+        least, most = at_least(told["epsilon_at_least"]), told["epsilon_at_most"]
         whose = "silos" if told["silo"] is None else f"silo {told['silo']}"
         print(f"{whose}: {told['correct']} of {told['guesses']} guesses are right, of {canaries} canaries")
-        print(f"epsilon is at least {least} at delta {told['delta']:g} ({confidence:.0%} confidence)")
-        print("without privacy there is no bound above" if most is None else f"epsilon is at most {most:.4g} (account)")
+        print(
+            f"epsilon is at least {least} at delta {told['delta']:g} ({confidence:.0%} confidence); so many canaries "
+            f"can show {at_least(told['epsilon_if_all_right'])} at most"
+        )
+        above = "without privacy there is no bound above"
+        print(above if most is None else f"epsilon is at most {at_most(most)} (account)")
 
     answer(work)

@@ -22,6 +22,7 @@ from fedmpi import disk, rng
 from fedmpi.comm import Comm
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.local.base import Guard
+from fedmpi.output import at_most
 from fedmpi.privacy.account import Use, Uses, largest_epsilon
 from fedmpi.privacy.base import Privacy
 from fedmpi.privacy.noise import secret_generator
@@ -67,7 +68,7 @@ class Spending:
     def told(self) -> str:
         """What is spent, for messages."""
         of = "" if self.budget is None else f" of {self.budget:g}"
-        return f"epsilon {self.epsilon:.4g}{of} at delta {self.delta:g}"
+        return f"epsilon {at_most(self.epsilon)}{of} at delta {self.delta:g}"
 
     def total(self) -> int:
         """All uses so far."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from fedmpi.output import at_most
 from fedmpi.records import PHASES
 from fedmpi.records.pace import Pace, span
 from fedmpi.report.numbers import listed, moment, number, plural, seconds, size
@@ -154,7 +155,7 @@ def _figures(run: RunData, width: int, unicode: bool) -> list[Text]:
         delta, budget = last(run, "delta"), (run.config.get("privacy") or {}).get("epsilon")
         of = f" of {number(float(budget))}" if isinstance(budget, (int, float)) else ""
         told_delta = f", delta {delta.value:g}" if delta is not None else ""
-        lines.append(_line("privacy", f"epsilon {number(spent.value)}{of}{told_delta} spent"))
+        lines.append(_line("privacy", f"epsilon {at_most(spent.value)}{of}{told_delta} spent"))
     return lines
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from fedmpi.output import at_most
 from fedmpi.report.blocks import Block, Cell, Chart, Facts, Section, Table, Text, Trace, line
-from fedmpi.report.numbers import number, thin
+from fedmpi.report.numbers import thin
 from fedmpi.report.reading import RunData
 from fedmpi.report.sections.learning import rows, thinned
 
@@ -34,7 +35,7 @@ def privacy(run: RunData) -> Section | None:
         spent = float(epsilon[known[-1]])
         share = "" if budget is None else f", {spent / budget:.1%} of the budget"
         facts.append(
-            (f"Spent after round {history.rounds[known[-1]]:,}", Cell(f"epsilon {number(spent)}{share}", spent))
+            (f"Spent after round {history.rounds[known[-1]]:,}", Cell(f"epsilon {at_most(spent)}{share}", spent))
         )
         chosen = known[thin(len(known), epsilon[known])]
         traces: list[Trace] = [
@@ -47,7 +48,7 @@ def privacy(run: RunData) -> Section | None:
         blocks.append(
             Chart(
                 title="Epsilon spent by round",
-                alt=f"Line chart of epsilon, {number(spent)} after the last round.",
+                alt=f"Line chart of epsilon, {at_most(spent)} after the last round.",
                 note=thinned(len(chosen), len(known)).strip(),
                 traces=traces,
                 axes={"round": "Round"},
