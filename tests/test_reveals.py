@@ -1,7 +1,7 @@
 """What `fedmpi plan --privacy` says of configurations."""
 
 import pytest
-from support.runs import config
+from support.runs import OWN, config
 
 from fedmpi.cli import app
 from fedmpi.cli.training import _unencrypted
@@ -39,6 +39,20 @@ def test_figures_follow_what_is_disclosed(tmp_path):
     seen = [told(tmp_path, **how)[0][what] for how in ({}, {"disclose": "pooled"}, SECURE)]
     assert [row["server"] for row in seen] == ["yes", "sums", "sums"]
     assert [row["network"] for row in seen] == ["yes, not encrypted", "sums of a rank's silos", "masked"]
+
+
+def test_figures_that_privacy_does_not_tell_are_not_in_the_table(tmp_path):
+    record = {"privacy": {"name": "record", "clip": 1.0, "sigma": 1.0, "delta": 1e-5}}
+    silo = {"privacy": record["privacy"] | {"name": "silo"}, "aggregate": {"name": "mean", "weights": "uniform"}}
+    masked = silo | {"secure": "secagg"}
+    data = {"name": OWN + "Blobs", "sizes": [20] * 4, "declared": 20}
+    tables = [told(tmp_path, data=data, **how)[0] for how in (record, silo, masked)]
+    shown = [[what for what in table if "metrics" in what] for table in tables]
+    assert shown == [
+        ["norms of noised updates, metrics on test data"],
+        ["losses, norms, metrics, samples used"],
+        ["metrics on test data"],
+    ]
 
 
 @pytest.mark.parametrize(

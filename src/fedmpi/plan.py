@@ -326,8 +326,11 @@ def _budget(config: Config, section: Privacy, source: Source) -> dict[str, Any]:
     spent = {
         use.silo: epsilon({use._replace(sigma=sigmas[use.silo]): count}, section.delta) for use, count in uses.items()
     }
+    sentence = section.sentence(config) + (f"; but reproducible: {REPEATS}" if section.reproducible else "")
+    if why := section.loose({silo: num or 0 for silo, num in sizes.items()}):
+        sentence += f"; but {why}"
     return {
-        "sentence": section.sentence(config) + (f"; but reproducible: {REPEATS}" if section.reproducible else ""),
+        "sentence": sentence,
         "epsilon": max(spent.values()),
         "delta": section.delta,
         "budget": section.epsilon,

@@ -77,6 +77,10 @@ def _statistics(data: Files) -> Row:
 
 def _figures(config: Config) -> Row:
     what = "losses, norms, metrics, samples used"
+    if config.privacy is not None and config.privacy.of_records:  # training losses and samples used carry no noise
+        what = "norms of noised updates, metrics on test data"
+    elif config.privacy is not None and config.secure is not None:
+        what = "metrics on test data"
     if config.secure is not None:
         return Row(what, "sums", "sums", "masked", "sums")
     if config.disclosed == "silo":

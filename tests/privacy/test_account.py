@@ -6,16 +6,24 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from privacy.test_record import private as of_records
 from privacy.test_silo import private
-from support.runs import put_back, refused, run  # noqa: F401
+from support.runs import OWN, put_back, refused, run  # noqa: F401
 
 from fedmpi import plan
 from fedmpi.comm import SoloComm
+from fedmpi.components import build, to_dict
+from fedmpi.config import Config
 from fedmpi.errors import ConfigError
-from fedmpi.privacy import Use, account, epsilon, sigma_for
+from fedmpi.outcome import RoundOutcome
+from fedmpi.privacy import SiloPrivacy, Use, account, epsilon, sigma_for
+from fedmpi.privacy.noise import coefficients
 from fedmpi.privacy.spending import Spending
+from fedmpi.selection.draws import RoundRobin
 from fedmpi.state import StateTensor
 
 POISSON = {"name": "poisson", "rate": 0.3}
@@ -54,6 +62,23 @@ def test_a_target_gets_the_least_noise_that_meets_it(use, count):
         sigma_for(1e-5, 1e-9, [(use, count)])
 
 
+def test_turns_that_do_not_divide_the_silos_move_the_noise_by_no_more_than_is_counted():
+    ids, bands, rounds = [f"s{k}" for k in range(7)], 3, 20
+    robin, column = RoundRobin(count=2), coefficients(bands)
+    state, outcome, took = robin.init([1] * 7), None, np.zeros((7, rounds))
+    for number in range(rounds):
+        cohort, state, *_ = robin.select(ids, state, outcome, None)
+        took[[ids.index(silo) for silo in cohort], number] = 1
+        outcome = RoundOutcome.of(ids, number + 1)
+    C = sum(weight * np.eye(rounds, k=-age) for age, weight in enumerate(column))
+    every = SiloPrivacy(clip=1.0, sigma=1.0, delta=1e-3)._every(SimpleNamespace(select=robin), 7)
+    assert every >= bands
+    moved = max(np.linalg.norm(C @ took_T) for took_T in took) / np.linalg.norm(column)  # in clips
+    counted = epsilon({Use(2.0, every=every, segment="a"): rounds}, 1e-3)
+    of_noise = account.library().gaussian_mechanism.get_epsilon_gaussian
+    assert of_noise(2.0 / moved, 1e-3) <= counted <= of_noise(2.0 / math.sqrt(moved**2 + 1), 1e-3) * (1 + 1e-9)
+
+
 # ------------------------------------------------------------ runs
 
 
@@ -75,6 +100,24 @@ def test_a_target_lasts_for_all_rounds(tmp_path):
         json.loads((tmp_path / "privacy.json").read_text())["uses"][0]["sigma"]
     )
     assert "neighbours differ in one silo" in told["sentence"] and "probability 0.3" in told["sentence"]
+
+
+def test_what_is_printed_is_never_less_than_what_is_spent(tmp_path):
+    spending = Spending(tmp_path / "privacy.json", 1e-5, budget=3.0)
+    spending.epsilon = 2.99001
+    assert spending.told == "epsilon 2.991 of 3 at delta 1e-05"
+
+
+@pytest.mark.parametrize("of", [private, of_records])
+def test_a_delta_that_promises_little_is_told(tmp_path, caplog, of):
+    num, units = (6, "silos") if of is private else (50, "records of a silo")
+    data = {"name": OWN + "Blobs", "sizes": [50] * 6, "declared": 50}
+    for delta, told in ((0.99 / num, False), (1 / num, True)):
+        how = build(Config, to_dict(of(tmp_path / f"{told}", 1, privacy={"delta": delta})) | {"data": data})
+        caplog.clear()
+        run(how)
+        says = f"not below 1 / {num}, the number of {units}"
+        assert [says in text for text in (caplog.text, plan.plan(how, {}, 2)["budget"]["sentence"])] == [told] * 2
 
 
 def test_repeated_rounds_are_counted_again(tmp_path):

@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from privacy.test_silo import SIZES, blobs, run_first, step
 from privacy.test_silo import private as silo_level
 from support.runs import OWN, Blobs, config, put_back, refused, run  # noqa: F401
+from torch import nn
 
 from fedmpi import plan, rng
 from fedmpi.components import build, component, to_dict
 from fedmpi.config import Config
 from fedmpi.data.heart_disease import HeartDisease
-from fedmpi.errors import ConfigError
-from fedmpi.privacy import Use, epsilon
+from fedmpi.errors import ConfigError, FedmpiError
+from fedmpi.privacy import Use, account, epsilon
 from fedmpi.privacy.noise import secret_generator
 
 RECORD = {"name": "record", "clip": 0.4, "sigma": 0.9, "delta": 1e-3, "reproducible": True}
@@ -94,6 +96,30 @@ def test_only_the_cohort_spends_and_lossy_codecs_may_follow(tmp_path):
     assert rows == {f"s{k}": math.ceil(num / SIZE) for k, num in enumerate(SIZES)}
 
 
+def test_with_changing_cohorts_each_silo_spends_what_the_library_says_of_its_own_steps(tmp_path):
+    records, _ = run(private(tmp_path, 4, select={"name": "uniform", "fraction": 0.5}))
+    rounds = {f"s{k}": sum(f"s{k}" in record["cohort"] for record in records) for k in range(len(SIZES))}
+    assert len({*rounds.values()}) > 1
+    dp, spent = account.library(), []
+    for k, num in enumerate(SIZES):
+        whole = dp.pld.PLDAccountant()
+        if rounds[f"s{k}"]:
+            step = dp.PoissonSampledDpEvent(SIZE / num, dp.GaussianDpEvent(0.9))
+            whole.compose(step, rounds[f"s{k}"] * math.ceil(num / SIZE))
+        spent.append(whole.get_epsilon(1e-3))
+    assert records[-1]["epsilon"] == pytest.approx(max(spent), rel=1e-8)
+
+
+def test_who_is_told_the_number_of_records_is_said(tmp_path):
+    """It is in what a run writes, also where figures of single silos are not told."""
+    how = private(tmp_path, 1, disclose="pooled")
+    records, _ = run(how)
+    assert [records[0]["silos"][f"s{k}"]["num_train"] for k in range(len(SIZES))] == list(SIZES)
+    rates = [row["rate"] for row in json.loads((tmp_path / "privacy.json").read_text())["uses"]]
+    assert [round(SIZE / rate) for rate in rates] == list(SIZES)
+    assert "not covered are the number of records of each silo" in how.privacy.sentence(how)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -129,6 +155,37 @@ def test_preprocessing_fitted_to_training_rows_is_refused(tmp_path):
     run(build(Config, to_dict(whole) | {"data": data | {"declared": None}}))  # a silo is protected as a whole
     for normalise, fitted in (("fitted", True), ("fixed", False)):
         assert HeartDisease(normalise=normalise).source(0).fitted == fitted
+
+
+class Keeps(nn.Module):
+    """A shared buffer takes on the mean of the samples, without BatchNorm."""
+
+    seen: torch.Tensor
+
+    def __init__(self, writes, inputs=4):
+        super().__init__()
+        self.writes, self.last = writes, nn.Linear(inputs, 2)
+        self.register_buffer("seen", torch.zeros(inputs))
+
+    def forward(self, x):
+        if self.training and self.writes == "into":
+            self.seen.copy_(x.detach().mean(0))
+        elif self.training:
+            self.seen = x.detach().mean(0)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("writes", ["into", "anew"])
+def test_a_buffer_that_takes_on_the_samples_is_not_told(tmp_path, writes):
+    """It would leave its silo without noise: the run ends, or the buffer stays as it was."""
+    how = private(tmp_path, 2, model={"name": "privacy.test_record:Keeps", "writes": writes})
+    if writes == "into":
+        with pytest.raises(FedmpiError, match="silo 's0', round 1"):
+            run(how)
+        return
+    _, done = run(how)
+    done.federation.model.load(done.parameters)
+    assert not done.federation.model.module.seen.any() and done.parameters.any()
 
 
 def test_batch_normalization_is_refused(tmp_path):

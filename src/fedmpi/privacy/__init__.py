@@ -10,6 +10,7 @@ masked      noise of whole silos under `secure`, where each silo adds a share of
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ from fedmpi.transforms import Transform
 if TYPE_CHECKING:
     from fedmpi.config import Config
 
+log = logging.getLogger("fedmpi")
+
 PRIVACIES = Family("privacy", {"silo": SiloPrivacy, "record": RecordPrivacy}, Privacy, outside=False, defaults=True)
 
 
@@ -38,6 +41,8 @@ def prepare(
     section = config.privacy
     assert section is not None
     spending.renew()
+    if comm.rank == 0 and not spending.uses and (why := section.loose(num_train)):
+        log.warning(why)
     missing = {silo: num for silo, num in num_train.items() if silo not in spending.sigmas}
     if missing and "" not in spending.sigmas:
         told = comm.collectively(lambda: json.dumps(section.sigmas(config, missing)) if comm.rank == 0 else "")

@@ -84,6 +84,18 @@ class Privacy:
     def sentence(self, config: Config) -> str:
         """Neighbouring relation, sampling, and who is trusted."""
 
+    def loose(self, num_train: Mapping[str, int]) -> str | None:
+        """Why `delta` promises little, given each silo's number of training samples, in one line; None if it does."""
+        num, units = len(num_train), "silos"
+        if self.of_records:
+            num, units = max(num_train.values(), default=0), "records of a silo"
+        if self.delta * num < 1:
+            return None
+        return (
+            f"privacy.delta: {self.delta:g} is not below 1 / {num}, the number of {units}: to publish one of them at "
+            "random would keep it; take much less"
+        )
+
     def sigmas(self, config: Config, num_train: Mapping[str, int]) -> dict[str, float]:
         """The noise multiplier by silo whose records are protected; by '' where silos are."""
         planned = self.uses(config, num_train)

@@ -97,7 +97,8 @@ class RecordPrivacy(Privacy):
         if source.fitted:
             raise ConfigError(
                 "privacy: record: the data's preprocessing is fitted to training rows, so one record changes all "
-                "others and epsilon would not hold; fix it beforehand (heart_disease: normalise: fixed)"
+                "others and epsilon would not hold; fix it beforehand (heart_disease: normalise: fixed; files: "
+                "no scale, no missing: mean)"
             )
 
     # ------------------------------------------------------------ steps
@@ -135,8 +136,9 @@ class RecordPrivacy(Privacy):
         sampling = "no amplification by sampling" if size is None else f"steps on Poisson samples of {size} on average"
         return (
             "record level, each silo by itself: neighbours differ in one training record of the silo, which is there "
-            f"or not (the number of records is public); {sampling}; trusted is the silo's own rank, protected against "
-            "are all other ranks and those who get the parameters"
+            f"or counts as zero; {sampling}; trusted is the silo's own rank, protected against are all other ranks and "
+            "those who get the parameters; not covered are the number of records of each silo, which ranks, files and "
+            "weights tell, figures on test data, the checksum of a silo's data, and seconds"
         )
 
 
