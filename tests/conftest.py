@@ -80,6 +80,7 @@ LONG = {
     "mpi/test_other_mpis.py": ("doctor",),
     "mpi/test_suite.py": (),
     "mpi/test_secure.py::test_a_round_in_which": (),
+    "mpi/test_secure.py::test_a_killed_run": (),
     "exchange/test_secure.py::test_ten_million": ("100000.0",),
     "mpi/test_heal.py::test_a_request": (),
     "mpi/test_heal.py::test_the_account": (),
