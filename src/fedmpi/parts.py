@@ -46,8 +46,9 @@ from fedmpi.keeper import Keeper
 from fedmpi.membership import Membership
 from fedmpi.opening import fingerprint
 from fedmpi.output import say
-from fedmpi.records import PHASES, Record, RunInfo, Sinks
+from fedmpi.records import PHASES, Record, RunInfo, Sinks, clock
 from fedmpi.records.sink import Timings
+from fedmpi.records.timer import PARTS, column
 from fedmpi.requests import Desk, Request
 from fedmpi.roster import Roster
 
@@ -294,9 +295,19 @@ class Parts:
             del self._sinks
 
     def _timings(self) -> Timings:
-        """Each rank's start time of the last round, and the seconds of its phases, both by rank [n]."""
-        done = self.federation.done
-        return done.rank("started_s"), {name: done.rank(name) for name in PHASES}
+        """What ranks did in the last round."""
+        done, tracks = self.federation.done, self.federation.exchange.tracks()
+        numbers = sorted({name.rpartition("_")[2] for name in tracks})
+        return Timings(
+            done.rank("started_s"),
+            {name: done.rank(name) for name in PHASES},
+            {one: done.rank(column(*one)) for one in PARTS},
+            [
+                {name[: -len(end) - 1]: done.rank(name) for name in tracks if name.endswith(f"_{end}")}
+                for end in numbers
+            ],
+            self._rank_rows,
+        )
 
     @property
     def membership(self) -> Membership:
@@ -311,10 +322,15 @@ class Parts:
         row = {"pid": pid, "born": launcher.born(pid), **capabilities(self.device), "threads": self.threads, **place}
         rows = self.comm.gather_values(row)
         hosted = self.membership.by_rank(self.comm.size)
-        return [
+        self._rank_rows: list[dict[str, Any]] = [
             {"rank": rank, "host": host, **row, "silos": silos}
             for rank, (host, row, silos) in enumerate(zip(self.comm.hosts, rows, hosted, strict=True))
         ]
+        ahead_s, error_s = clock.offsets(self.comm)
+        if self.comm.rank == 0 and error_s.any():
+            for row, ahead, error in zip(self._rank_rows, ahead_s.tolist(), error_s.tolist(), strict=True):
+                row |= {"clock_ahead_s": round(ahead, 6), "clock_error_s": round(error, 6)}
+        return self._rank_rows
 
     def _register(self, ranks: Sequence[dict[str, Any]], lost: Mapping[str, str] = {}, why: str | None = None) -> None:
         """Write the current members to ranks.json and silos.json; see Roster.register. Rank 0 only."""

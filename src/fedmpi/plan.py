@@ -21,6 +21,7 @@ from fedmpi.exchange.chunks import Grid
 from fedmpi.exchange.config import ExchangeSection
 from fedmpi.exchange.cost import Sizes, Traffic, num_vectors
 from fedmpi.exchange.fragments import parts
+from fedmpi.exchange.overlap import MOST_TRACKS, Track
 from fedmpi.exchange.plans import MEASURE, PLANS
 from fedmpi.exchange.wire import Wire
 from fedmpi.flat import Entry, layout_of, master_dtype, named_exact
@@ -347,7 +348,8 @@ def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int)
     done = StatusTable(num_ranks, DONE_RANK, num_silos, scores.columns, scores.num_counts, scores.pooling)
     num = (ready.num_bytes + done.num_bytes) // 8
     num += sum(num_covered(table.num_hidden) - table.num_hidden for table in (ready, done)) if masked else 0
-    num += 2 * num_ranks * config.exchange.overlap  # whether deltas are folded everywhere; the exchange's seconds
+    # Whether deltas are folded everywhere; the exchange's seconds, and its tracks.
+    num += (2 + MOST_TRACKS * len(Track._fields)) * num_ranks * config.exchange.overlap
     num += (num_ranks + num_silos) * config.select.asks  # losses of candidates
     return num + num_silos**2 * ("gram" in config.records.needs)
 

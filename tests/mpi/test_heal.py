@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support import traces
 from support.mpi import PROGRAMS, PYTHON, Done, launcher, mpirun
 from support.runs import run
 
@@ -85,6 +86,9 @@ def test_a_run_whose_ranks_die_ends_with_the_bits_of_one_whose_ranks_do_not(case
     assert sealed_rounds(tmp_path / "died")[-1] == 10
     assert sealed_rounds(tmp_path / "died", best=True) == [3]
     assert results.evaluate(tmp_path / "died", 3)["loss"] == pytest.approx(records[2]["loss"])
+    traced = traces.events(tmp_path / "died" / "trace.json")
+    traces.sound(traced)
+    assert {event["args"]["round"] for event in traces.slices(traced)} == set(range(1, 11))
     events = [json.loads(line) for line in (tmp_path / "died" / "events.jsonl").read_text().splitlines()]
     assert sum(len(event["ranks"]) for event in events) == len(dead)
     assert case != "at_once" or [event["round"] < 3 for event in events] == [True], events

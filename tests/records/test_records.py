@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.runs import config, put_back, run
+from support.traces import write_trace
 
 import fedmpi
 from fedmpi import disk
@@ -25,7 +26,7 @@ from fedmpi.metrics.scorers import pooled
 from fedmpi.records import PHASES, RunInfo, Sink, StatusTable, Timer, peak_rss_bytes, read_metrics
 from fedmpi.records.metrics import Metrics, last_round, line_of
 from fedmpi.records.terminal import Progress, on_terminal, silo_table
-from fedmpi.records.trace import _EVENT, Trace
+from fedmpi.records.trace import Trace
 
 __all__ = ["put_back"]
 
@@ -162,81 +163,6 @@ def test_a_record_can_be_read_as_soon_as_it_is_written(tmp_path):
     metrics.write({"round": 1})
     assert rounds(tmp_path) == [1]
     metrics.close()
-
-
-# ---------------------------------------------------------------- trace.json
-
-
-def write_trace(root, numbers, resumed=False, close=True):
-    phases = {name: np.array([0.5, 0.25]) for name in PHASES}
-    for_round = iter(numbers)
-
-    def timings():
-        number = next(for_round)
-        return np.array([10.0 * number, 10.0 * number + 1]), phases
-
-    trace = opened(Trace(), root, int(resumed), timings=timings)
-    for number in numbers:
-        trace.write({"round": number})
-    if close:
-        trace.close()
-    else:
-        trace._file.close()  # as a kill would
-    return root / "trace.json"
-
-
-def events(path):
-    return json.loads(path.read_bytes())
-
-
-def test_the_trace_has_every_phase_of_every_rank_one_after_the_other(tmp_path):
-    found = events(write_trace(tmp_path, [1, 2]))
-    assert len(found) == 2 * 2 * len(PHASES)
-    mine = [e for e in found if e["pid"] == 1 and e["args"]["round"] == 2]
-    assert [e["name"] for e in mine] == list(PHASES) and all(e["ph"] == "X" and e["dur"] == 0.25e6 for e in mine)
-    assert [e["ts"] for e in mine] == [21e6 + i * 0.25e6 for i in range(len(PHASES))]
-
-
-@pytest.mark.parametrize("first", [[], [1], [1, 2]])
-@pytest.mark.parametrize("second", [[], [3]])
-def test_the_trace_is_valid_after_close_and_after_resuming_from_a_closed_one(tmp_path, first, second):
-    assert len(events(write_trace(tmp_path, first))) == len(first) * 2 * len(PHASES)
-    found = events(write_trace(tmp_path, second, resumed=True))
-    assert [e["args"]["round"] for e in found[:: 2 * len(PHASES)]] == first + second
-
-
-def test_a_resumed_trace_drops_what_is_damaged_and_keeps_other_events(tmp_path):
-    path = write_trace(tmp_path, [1, 2])
-    lines = path.read_bytes().splitlines()
-    other = b'{"name": "mine", "ts": 1}'
-    assert len(lines[1:-1]) == len([line for line in lines if _EVENT.fullmatch(line)])
-    lines[3] = lines[3].replace(b'"ts"', b'"ts')
-    lines[5:5] = [other + b",", b"#"]
-    path.write_bytes(b"\n".join(lines))
-    wanted = [json.loads(line.rstrip(b",")) for line in (*lines[1:3], *lines[4:6], *lines[7:-1])]
-    assert events(write_trace(tmp_path, [], resumed=True)) == wanted and json.loads(other) in wanted
-
-
-def test_the_trace_is_valid_after_resuming_from_one_that_a_kill_tore(tmp_path):
-    path = write_trace(tmp_path, [1, 2], close=False)
-    content = path.read_bytes()
-    for lost in range(0, 240, 3):
-        path.write_bytes(content[: len(content) - lost])
-        whole = content[: len(content) - lost].count(b"}}")
-        found = events(write_trace(tmp_path, [3], resumed=True))
-        assert [e["args"]["round"] for e in found[whole:]] == [3] * 2 * len(PHASES), lost
-
-
-@pytest.mark.parametrize("kept", [0, 1, 2, 3, 40])
-def test_the_trace_is_valid_when_a_kill_left_not_even_one_event(tmp_path, kept):
-    path = write_trace(tmp_path, [1], close=False)
-    path.write_bytes(path.read_bytes()[:kept])
-    assert len(events(write_trace(tmp_path, [2], resumed=True))) == 2 * len(PHASES)
-
-
-def test_a_run_that_is_not_resumed_begins_a_new_trace(tmp_path):
-    write_trace(tmp_path, [1, 2])
-    assert {e["args"]["round"] for e in events(write_trace(tmp_path, [1]))} == {1}
 
 
 # ---------------------------------------------------------------- figures

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -199,6 +200,7 @@ class Transport(Protocol):
     staging: Staging
     bytes_up: int = 0  # bytes this rank passed to vector collectives
     bytes_down: int = 0  # bytes this rank received from vector collectives
+    transfer_s: float = 0.0  # seconds in vector collectives, and in waiting for requests
 
     def allocate(
         self, num_elements: int, dtype: torch.dtype, device: torch.device | None = None, pinned: bool = False
@@ -211,7 +213,7 @@ class Transport(Protocol):
         """Sums all ranks' `send` into rank 0's `recv`; `recv` is unchanged on other ranks. Collective."""
         _sums(send)
         host = self.staging.host(recv, "recv")
-        self._reduce(self.staging.loaded(send, "send"), host)
+        self._timed(self._reduce, self.staging.loaded(send, "send"), host)
         if host is not recv and self.rank == 0:
             recv.copy_(host)
 
@@ -219,16 +221,23 @@ class Transport(Protocol):
         """Sums all ranks' `send` into every rank's `recv`. Collective."""
         _sums(send)
         host = self.staging.host(recv, "recv")
-        self._allreduce(self.staging.loaded(send, "send"), host)
+        self._timed(self._allreduce, self.staging.loaded(send, "send"), host)
         if host is not recv:
             recv.copy_(host)
 
     def bcast(self, vector: torch.Tensor, root: int = 0) -> None:
         """Copies the vector of `root` to every rank. Collective."""
         host = self.staging.loaded(vector, "recv") if self.rank == root else self.staging.host(vector, "recv")
-        self._bcast(host, root)
+        self._timed(self._bcast, host, root)
         if host is not vector and self.rank != root:
             vector.copy_(host)
+
+    def _timed(self, call: Callable[..., None], *arguments: Any) -> None:
+        began_s, before_s = time.perf_counter(), self.transfer_s
+        try:
+            call(*arguments)
+        finally:
+            self.transfer_s = before_s + time.perf_counter() - began_s  # its waits are counted by themselves
 
     @abstractmethod
     def _reduce(self, send: torch.Tensor, recv: torch.Tensor) -> None: ...
@@ -316,6 +325,7 @@ class Comm(Control, Transport, Protocol):
     oversubscribed: bool = False  # whether ranks outnumber the cores they run on; waiting ranks then sleep early
     sleeps_while_waiting: bool = False  # True for duplicates, to leave core and interpreter to training
     outlives_ranks: bool = False  # whether the remaining ranks can continue (`shrink`) after one is lost
+    _groups: Sequence[Comm] = ()  # made by `split`
     open_runs: int = 0  # runs in progress; a process that ends with any must abort the others
 
     @abstractmethod
@@ -349,6 +359,10 @@ class Comm(Control, Transport, Protocol):
     @abstractmethod
     def counted(self) -> tuple[int, int, int]:
         """Bytes of vectors up, of vectors down, and of control traffic so far, including groups made by `split`."""
+
+    def transferred_s(self) -> float:
+        """`transfer_s` so far, including groups made by `split`."""
+        return self.transfer_s + sum(group.transferred_s() for group in self._groups)
 
     @abstractmethod
     def finish(self) -> None:

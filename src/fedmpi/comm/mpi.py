@@ -89,6 +89,7 @@ class MpiComm(MpiTransport):
         twin._first = twin._world
         twin._node, twin._windows, twin._sent, twin._groups, twin._twins = None, [], [], [], []
         twin.bytes_up = twin.bytes_down = twin.bytes_control = twin._worst = twin._passed_on = 0
+        twin.transfer_s = 0.0
         twin.staging, twin.sleeps_while_waiting = Staging(), True
         twin._forget_vectors()
         twin.depth, twin._beat_s, twin._above = 0, math.inf, None  # the other thread sends the heartbeats

@@ -108,7 +108,7 @@ class MpiControl(Comm):
 
     @translated
     def wait(self, pending: Pending) -> None:
-        spins, most, pause_s = 0, 20 if self.oversubscribed else 1000, 5e-5
+        spins, most, pause_s, began_s = 0, 20 if self.oversubscribed else 1000, 5e-5, time.perf_counter()
         self.depth += 1
         try:
             while not pending.Test():
@@ -121,6 +121,7 @@ class MpiControl(Comm):
                 elif spins > 100:
                     os.sched_yield()
         finally:
+            self.transfer_s += time.perf_counter() - began_s
             self.depth -= 1
             self.calls += 1
 

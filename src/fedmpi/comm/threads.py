@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -185,11 +186,12 @@ class ThreadComm(Comm):
         return brought
 
     def wait(self, pending: Pending) -> None:
-        meeting = self._meeting
+        meeting, began_s = self._meeting, time.perf_counter()
         with meeting.changed:
             if not meeting.changed.wait_for(pending.Test, meeting.limit_s):
                 missing = meeting.missing(pending.call) if isinstance(pending, _UnderWay) else []
                 raise CommTimeout(missing, f"rank {self.rank} has waited for {meeting.limit_s:g} s")
+        self.transfer_s += time.perf_counter() - began_s
 
     # ------------------------------------------------------------ vectors
 

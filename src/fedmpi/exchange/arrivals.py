@@ -31,6 +31,7 @@ from fedmpi.exchange.base import BLOCK, MANY, Exchange, ExchangeContext, Lap, Ma
 from fedmpi.exchange.cost import Cost, Sizes, Traffic
 from fedmpi.exchange.rows import Rows
 from fedmpi.exchange.wire import Wire
+from fedmpi.records.timer import Spent
 from fedmpi.server import Server
 from fedmpi.state import StateTensor, Vectors
 from fedmpi.types import Contribution
@@ -108,6 +109,7 @@ class Arrivals(Exchange):
             None if channel.plain else Wire(channel, self.layout, facts.ids, facts.seed, self.device, way)
             for way, channel in (("up", section.up), ("down", section.down))
         )
+        self._wires = [way for way in (self._up, self._down) if way is not None]
         self._lost_P: torch.Tensor | None = None  # what the codec of `down` has lost so far, on rank 0
         if section.down.feedback:
             self._lost_P = torch.zeros(length, dtype=self.dtype, device=self.device)
@@ -163,6 +165,9 @@ class Arrivals(Exchange):
             part.copy_(whole_P)
 
     # ------------------------------------------------------------ a round
+
+    def spent(self) -> Spent:
+        return Spent.of([wire.coder for wire in self._wires], self.comm.transferred_s())
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)

@@ -36,6 +36,7 @@ from fedmpi.exchange.exact import Exact
 from fedmpi.exchange.masked import Masked
 from fedmpi.flat import sha256
 from fedmpi.layout import Layout
+from fedmpi.records.timer import Spent
 from fedmpi.secure.ring import GROWS
 from fedmpi.secure.session import Session
 from fedmpi.server import Server
@@ -262,6 +263,15 @@ class Exchange:
 
     def figures(self) -> dict[str, float]:
         """Seconds for the round's record that belong to no phase."""
+        return {}
+
+    def spent(self) -> Spent:
+        """Seconds that the exchange has spent in this thread so far, by what it did."""
+        return Spent.of(self.coders, self.comm.transferred_s())
+
+    def tracks(self) -> dict[str, float]:
+        """Numbers about the exchanges of another thread that arrived in this round, always as many (overlap.Track);
+        none if there is no such thread."""
         return {}
 
     def leave(self) -> None:

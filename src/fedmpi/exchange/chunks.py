@@ -7,6 +7,7 @@ within a piece of 65,536 to 262,144 values; a shorter vector is one piece.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,7 @@ class Coder:
         self._num_bytes = {size: self.codec.max_bytes(size) for size in sizes}
         self._key = 0
         self.round = 0
+        self.encode_s = self.decode_s = 0.0  # seconds spent so far
         self.failed: ExchangeError | None = None  # the first value of this round that the codec refused
         on_device = torch.device(device).type != "cpu"
         self._there_B = torch.zeros(self.stride, dtype=torch.uint8, device=device) if on_device else None
@@ -169,6 +171,7 @@ class Coder:
         The residual, if any, is multiplied by `decay`, added to the values, and becomes what encoding loses. Raises
         ExchangeError if the codec refuses a value.
         """
+        began_s = time.perf_counter()
         if residual_N is not None and self.channel.decay != 1.0:
             residual_N *= np.float32(self.channel.decay)
         try:
@@ -180,14 +183,20 @@ class Coder:
         except ExchangeError as error:
             part = self.grid.part(piece)
             raise ExchangeError(f"exchange.{self._way}: values {part.start} to {part.stop}: {error}") from None
+        finally:
+            self.encode_s += time.perf_counter() - began_s
 
     def decode(self, payload_B: Any, out_N: Any, piece: int) -> None:
         """Decode a payload of this round into `out_N`."""
+        began_s = time.perf_counter()
         self.codec.decode(self._arrived(payload_B), out_N, self._of(piece))
+        self.decode_s += time.perf_counter() - began_s
 
     def add(self, payload_B: Any, sum_N: Any, piece: int, weight: float) -> None:
         """Add `weight` times the decoded payload to `sum_N`."""
+        began_s = time.perf_counter()
         self.codec.add(self._arrived(payload_B), sum_N, self._of(piece), weight)
+        self.decode_s += time.perf_counter() - began_s
 
     def encode_or_note(self, x_N: Any, payload_B: Any, piece: int, scale: float, residual_N: Any) -> int:
         """Like `encode`, but a refused value sets `failed` and sends zeros, because other ranks wait for a payload."""

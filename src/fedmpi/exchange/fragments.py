@@ -34,6 +34,7 @@ from fedmpi.comm import Comm
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
 from fedmpi.exchange.cost import Cost, Sizes
+from fedmpi.records.timer import Spent
 from fedmpi.server import OnMean, Server
 from fedmpi.state import Key, StateTensor, under, within
 from fedmpi.types import Contribution
@@ -114,6 +115,10 @@ class Parts(Exchange):
 
     def add(self, contribution: Contribution) -> None:
         self._plans[turn(self.round, len(self._plans))].add(contribution)
+
+    def spent(self) -> Spent:
+        inside = Spent.together(plan.spent() for plan in self._plans)
+        return Spent(inside.encode, self.comm.transferred_s(), inside.decode)  # they share a communicator
 
     def meet(self, silos: Sequence[str]) -> None:
         self._plans[turn(self.round, len(self._plans))].meet(silos)

@@ -28,19 +28,32 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fedmpi.comm import Comm
 from fedmpi.exchange.base import PARAMS, Exchange, Lap
+from fedmpi.records.clock import clock
 from fedmpi.server import Server
 from fedmpi.state import StateTensor, under, within
 from fedmpi.types import Contribution
 from fedmpi.worker import Worker
 
 PLAN, ABOUT = "plan", "about"  # keys in a checkpoint
+MOST_TRACKS = 2  # exchanges that arrive in one round: that of the round before, and in the last round its own
+
+
+class Track(NamedTuple):
+    """An exchange of the thread: of which round, when it began (records/clock.py), and how long it took."""
+
+    of_round: float = 0.0
+    began_s: float = 0.0
+    lasted_s: float = 0.0
+    encode: float = 0.0
+    transfer: float = 0.0
+    decode: float = 0.0
 
 
 class Behind(Exchange):
@@ -63,6 +76,8 @@ class Behind(Exchange):
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._sent = np.zeros(3)  # bytes up, down and control that no record counts yet
         self._seconds = self._told_s = 0.0  # seconds in the thread; and those in this round's record
+        self._tracks: list[Track] = []  # that no round has told yet
+        self._told_tracks: list[Track] = []  # of this round
         self._ended = False  # whether the last round waited for its own exchange
 
     # ------------------------------------------------------------ a round
@@ -82,6 +97,7 @@ class Behind(Exchange):
         Returns the parameters that arrived, in the other of the two vectors; the next ones will be in `params_P`.
         """
         self._told_s = 0.0
+        self._told_tracks.clear()
         self._arrive()
         arrived_P = self._other_P
         self._begin(arrived_P, params_P, server, state)
@@ -96,6 +112,11 @@ class Behind(Exchange):
     def figures(self) -> dict[str, float]:
         """`overlapped`: seconds of the exchanges that arrived in this round, of which it waited for `exchange`."""
         return {"overlapped": self._told_s}
+
+    def tracks(self) -> dict[str, float]:
+        """The fields of `MOST_TRACKS` tracks, with their number at the end; zeros where there is none."""
+        told = [*self._told_tracks, *[Track()] * MOST_TRACKS][:MOST_TRACKS]
+        return {f"{name}_{i}": value for i, track in enumerate(told) for name, value in track._asdict().items()}
 
     # ------------------------------------------------------------ the thread
 
@@ -120,6 +141,7 @@ class Behind(Exchange):
 
         def work() -> None:
             start_s, before = time.perf_counter(), _counted(plan.comm)
+            began_s, spent = clock(), plan.spent()
             try:
                 with _on(self._stream):
                     new_P.copy_(old_P)
@@ -127,7 +149,8 @@ class Behind(Exchange):
                     plan.finish(new_P, server, state)
             finally:
                 self._sent += _counted(plan.comm) - before
-                self._seconds += time.perf_counter() - start_s
+                self._seconds += (lasted_s := time.perf_counter() - start_s)
+                self._tracks.append(Track(round, began_s, lasted_s, *plan.spent().since(spent)))
 
         self._worker.start(work)
 
@@ -145,6 +168,8 @@ class Behind(Exchange):
         self.comm.bytes_down += down
         self.comm.bytes_control += control
         self._told_s += self._seconds
+        self._told_tracks += self._tracks
+        self._tracks.clear()
         self._sent[:], self._seconds = 0, 0.0
 
     def leave(self) -> None:

@@ -33,6 +33,7 @@ from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
 from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.fragments import Parts, parts, turn
 from fedmpi.exchange.overlap import Behind
+from fedmpi.records.timer import Spent
 from fedmpi.server import Server
 from fedmpi.state import OfSilos, StateTensor
 from fedmpi.types import Contribution
@@ -122,6 +123,12 @@ class Progress(Exchange):
 
     def figures(self) -> dict[str, float]:
         return self._inner.figures()
+
+    def spent(self) -> Spent:
+        return self._inner.spent()
+
+    def tracks(self) -> dict[str, float]:
+        return self._inner.tracks()
 
     def leave(self) -> None:
         self._inner.leave()

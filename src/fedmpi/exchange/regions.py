@@ -31,6 +31,7 @@ from fedmpi.exchange.config import ExchangeSection, Level
 from fedmpi.exchange.cost import Cost, Sizes
 from fedmpi.exchange.sharded import Sharded
 from fedmpi.exchange.shared_memory import SharedMemory
+from fedmpi.records.timer import Spent
 from fedmpi.server import FedAvg, NoState, Server
 from fedmpi.state import StateTensor, handed_over
 from fedmpi.types import Contribution
@@ -129,6 +130,10 @@ class Regional(Exchange):
     def _exchanges(self) -> list[Exchange]:
         """The exchanges that this rank takes part in, innermost first."""
         return self._inside if self._across is None else [*self._inside, self._across]
+
+    def spent(self) -> Spent:
+        inside = Spent.together(exchange.spent() for exchange in self._exchanges())
+        return Spent(inside.encode, self.comm.transferred_s(), inside.decode)
 
     def raise_failed(self) -> None:
         for exchange in self._exchanges():

@@ -33,10 +33,10 @@ class Wire:
         self, channel: Channel, layout: Layout, names: Sequence[str], seed: int, device: torch.device, way: str
     ) -> None:
         self.grid, self.feedback = Grid(layout.size, 1), channel.feedback
-        self._coder = Coder(channel, self.grid, seed, device, way)
+        self.coder = Coder(channel, self.grid, seed, device, way)
         self._names, self._index = names, {name: i for i, name in enumerate(names)}
         self._parts, self._still = Places(layout.exact), Places(layout.still)
-        self._payload_B = torch.zeros(self._coder.stride, dtype=torch.uint8)
+        self._payload_B = torch.zeros(self.coder.stride, dtype=torch.uint8)
         self._failed: ExchangeError | None = None
 
     @staticmethod
@@ -55,12 +55,12 @@ class Wire:
         exact = [values.to("cpu", torch.float32, copy=True) for values in exact[: 1 + moved]]
         for part in (*self._parts.parts, *self._still.parts):
             vector_Q[part].zero_()
-        self._coder.start(number, sender)
+        self.coder.start(number, sender)
         values, kept = bare(vector_Q), None if residual_Q is None else bare(residual_Q)
         payloads, lengths = [], []
         for piece, part in enumerate(self.grid):
             residual_N = None if kept is None else kept[part]
-            length = self._coder.encode(values[part], bare(self._payload_B), piece, 1.0, residual_N)
+            length = self.coder.encode(values[part], bare(self._payload_B), piece, 1.0, residual_N)
             payloads.append(self._payload_B[: -(-length // 4) * 4].clone())
             lengths.append(length)
         head = torch.tensor([self._index[sender], number, int(moved), *lengths], dtype=torch.int64)
@@ -71,12 +71,12 @@ class Wire:
         tells."""
         start = 8 * (_FIELDS + self.grid.num_pieces)
         sender, number, moved, *lengths = message[:start].view(torch.int64).tolist()
-        self._coder.start(number, self._names[sender])
+        self.coder.start(number, self._names[sender])
         found = bare(into_Q.zero_())
         for piece, (part, length) in enumerate(zip(self.grid, lengths, strict=True)):
-            self._coder.add_or_note(bare(message[start : start + length]), found[part], piece, 1.0)
+            self.coder.add_or_note(bare(message[start : start + length]), found[part], piece, 1.0)
             start += -(-length // 4) * 4
-        self._failed = self._failed or self._coder.failed
+        self._failed = self._failed or self.coder.failed
         values = torch.from_numpy(np.frombuffer(message[start:].numpy().tobytes(), dtype=np.float32).copy())
         for places in (self._parts, self._still)[: 1 + moved]:
             for part in places.parts:

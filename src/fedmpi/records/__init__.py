@@ -2,6 +2,7 @@
 
 record        the record of a round, equal on every rank
 table         a table of small numbers, filled in by every rank and shared in one small collective
+clock         one clock for the times of all ranks
 timer         the phases of a round
 measurements  extra figures of a round for its record: diversity, dissimilarity
 sink          the base class of sinks, which write records on rank 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,11 +18,22 @@ from fedmpi.records.record import Record
 
 log = logging.getLogger("fedmpi")
 
-Timings = tuple[np.ndarray, Mapping[str, np.ndarray]]
 
+class Timings(NamedTuple):
+    """What ranks did in a round; arrays have a value per rank, [n].
 
-def _no_timings() -> Timings:
-    return np.zeros(0), {}
+    starts_s    when each rank began, Unix time by its own clock (records/clock.py); 0: not known
+    phases      seconds by phase, in order of time
+    parts       seconds by phase and part of the exchange (records/timer.py)
+    tracks      exchanges of another thread: round, start, seconds, and seconds by part; round 0: none
+    ranks       the rows of ranks.json
+    """
+
+    starts_s: np.ndarray = np.zeros(0)
+    phases: Mapping[str, np.ndarray] = {}
+    parts: Mapping[tuple[str, str], np.ndarray] = {}
+    tracks: Sequence[Mapping[str, np.ndarray]] = ()
+    ranks: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,7 @@ class RunInfo:
     resumed: int = 0  # the round that the run resumed from
     rounds: int = 0  # total rounds
     metric: str = ""  # record key that decides the best round
-    # For the round being written: start time of each rank (Unix seconds), [n], and seconds per phase, each [n].
-    timings: Callable[[], Timings] = _no_timings
+    timings: Callable[[], Timings] = Timings  # of the round that is being written
 
 
 class Sink:

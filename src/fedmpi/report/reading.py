@@ -109,9 +109,9 @@ def read_run(root: Path) -> RunData:
         config=begun.config,
         about=begun.about,
         history=gather(each_record(root)),
-        events=_lines(root / stopping.EVENTS_FILE),
-        supervised=_lines(root / EVENTS),
-        ranks=_list(root / "ranks.json"),
+        events=json_lines(root / stopping.EVENTS_FILE),
+        supervised=json_lines(root / EVENTS),
+        ranks=json_rows(root / "ranks.json"),
         roster=_roster(root),
         saved=_checkpoints(root),
         phases=read_phases(root),
@@ -146,7 +146,7 @@ def _checkpoints(root: Path) -> list[Saved]:
     return sorted(found, key=lambda one: one.round)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file of lines; lines that are none are left out."""
     try:
         text = disk.read_bytes(path, MOST_BYTES)
@@ -163,7 +163,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _list(path: Path) -> list[dict[str, Any]]:
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON list; empty if the file holds none."""
     try:
         value = json.loads(disk.read_bytes(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError):

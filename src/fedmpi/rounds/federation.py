@@ -20,6 +20,7 @@ from fedmpi.objectives import Criterion, LossAndMetrics
 from fedmpi.outcome import RoundOutcome
 from fedmpi.privacy import Spending
 from fedmpi.records import PHASES, Measurement, Record, StatusTable, Timer
+from fedmpi.records.timer import PARTS, column
 from fedmpi.rounds.disclosure import Disclose, ready_pooling
 from fedmpi.secure.session import Session
 from fedmpi.selection import Selector
@@ -34,7 +35,8 @@ READY_RANK = ("status", "fingerprint")
 READY_SILO = (
     *("taken", "rejected", "loss", "targets", "samples", "steps", "norm", "weight", "sent", "normalizer", "start_loss"),
 )
-DONE_RANK = ("status", "started_s", *PHASES, "rss", "up", "down", "control", "written", "asked")
+PARTS_OF_RANK = tuple(column(*one) for one in PARTS)
+DONE_RANK = ("status", "started_s", *PHASES, *PARTS_OF_RANK, "rss", "up", "down", "control", "written", "asked")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class Federation:
         self.scores = Scores.of(self.objective, self.rule, self.finetune, self.model.has_personal, pools)
         columns, counts = self.scores.columns, self.scores.num_counts
         self._criteria: dict[str, Criterion] = {}
-        ranks = (*DONE_RANK, *self.exchange.figures())
+        ranks = (*DONE_RANK, *self.exchange.figures(), *self.exchange.tracks())
+        self.timer.spent = self.exchange.spent
+        self.timer.reset()
         self.done = StatusTable(self.comm.size, ranks, num, columns, counts, self.scores.pooling, self.secure)
 
     @property

@@ -150,12 +150,15 @@ class RealTime:
                     name, began_s = self._running[0], time.monotonic()
                     update = self._trainer.turn()
                     self._work_s += time.monotonic() - began_s
+                    fed.timer.lap("train")
                     if update is not None:
                         self._bring(update)
                 elif comm.size == 1:
                     time.sleep(max(0.0, min(POLL_S, self.until_s - time.monotonic())))
+                    fed.timer.lap("wait")
                 else:
                     comm.wait(_Wait(self))
+                    fed.timer.lap("wait")
         except BrokenOff as broken:
             work.status = broken.status
         except (Exception, SystemExit) as raised:

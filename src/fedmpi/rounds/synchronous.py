@@ -176,7 +176,9 @@ class SynchronousRound:
             started_s=timer.started_s,
             rss=peak_rss_bytes(),
             **timer.seconds,
+            **timer.parts,
             **fed.exchange.figures(),
+            **fed.exchange.tracks(),
             **dict(zip(("up", "down", "control"), (b - a for a, b in zip(self.sent, now, strict=True)), strict=True)),
         )
         timer.reset()

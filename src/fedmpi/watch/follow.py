@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +15,13 @@ from fedmpi.errors import ConfigError
 from fedmpi.records import Record
 from fedmpi.records.metrics import METRICS, record_in
 from fedmpi.report.history import gather
-from fedmpi.report.reading import MODEL, RunData
-from fedmpi.report.trace import FILE as TRACE
+from fedmpi.report.reading import MODEL, RunData, json_lines, json_rows
+from fedmpi.report.trace import last_phases
 from fedmpi.supervisor import EVENTS
 
 MOST_BYTES = 1 << 28
-TAIL_BYTES = 1 << 16  # of trace.json, and as much again for 64 ranks
 PROBE_S = 10.0  # shortest time between two looks at the lock of a run that writes no records
 _LARGE = ("silos", "cosines", "confusion_matrix", "cohort", "arrivals")  # fields kept of the last record only
-_EVENT = re.compile(
-    rb'\{"name": "(\w+)", "ph": "X", "pid": (\d+), "tid": 0, "ts": ([\d.e+-]+), "dur": ([\d.e+-]+), '
-    rb'"args": \{"round": (\d+)\}\}'
-)
 
 
 class Records:
@@ -94,7 +87,7 @@ class Seen:
     phases: dict[int, dict[str, float]] = field(default_factory=dict)  # of the last round in trace.json, by rank
     stop_asked: bool = False
     waiting: list[str] = field(default_factory=list)  # silos with a request that waits
-    jobs: dict[str, str] = field(default_factory=dict)  # of silos in jobs of their own: what each does
+    jobs: dict[str, str] = field(default_factory=dict)  # of silos in jobs of their own: what each and the server do
     now_s: float = 0.0
 
 
@@ -127,9 +120,9 @@ class Follower:
             config=begun.config,
             about=begun.about,
             history=gather(self._records.rows),
-            events=_lines(self.root / stopping.EVENTS_FILE),
-            supervised=_lines(self.root / EVENTS),
-            ranks=_list(self.root / "ranks.json"),
+            events=json_lines(self.root / stopping.EVENTS_FILE),
+            supervised=json_lines(self.root / EVENTS),
+            ranks=json_rows(self.root / "ranks.json"),
             roster=found,
             saved=[],
             phases=None,
@@ -140,7 +133,7 @@ class Follower:
             training=self._trains(fresh),
             changed_s=self._records.changed_s,
         )
-        seen.phases = _last_phases(self.root / TRACE, max(1, len(seen.run.ranks)))
+        seen.phases = last_phases(self.root, max(1, len(seen.run.ranks)))
         seen.stop_asked = (self.root / stopping.STOP_FILE).exists()
         seen.waiting = [str(row["id"]) for row in found if str(row.get("why") or "").startswith("asked to")]
         return seen
@@ -168,51 +161,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in _bytes(path).splitlines():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        found += [value] if isinstance(value, dict) else []
-    return found
-
-
-def _list(path: Path) -> list[dict[str, Any]]:
-    try:
-        value = json.loads(_bytes(path))
-    except (ValueError, RecursionError):
-        return []
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
 def _text(path: Path) -> str:
-    return _bytes(path).decode(errors="replace").strip()
-
-
-def _bytes(path: Path) -> bytes:
     try:
-        return disk.read_bytes(path, MOST_BYTES)
+        return disk.read_bytes(path, MOST_BYTES).decode(errors="replace").strip()
     except OSError:
-        return b""
-
-
-def _last_phases(path: Path, num_ranks: int) -> dict[int, dict[str, float]]:
-    """Seconds by rank and phase of the last round in trace.json, from the end of the file."""
-    try:
-        with open(disk.open_regular(path), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - TAIL_BYTES * (1 + num_ranks // 64)))
-            events = [found for line in file.read().splitlines() if (found := _EVENT.match(line))]
-    except OSError:
-        return {}
-    phases: dict[int, dict[str, float]] = {}
-    lowest: int | None = None
-    for event in reversed(events):  # ranks are written in order; a round that was trained again comes twice
-        rank, name = int(event[2]), event[1].decode()
-        if event[5] != events[-1][5] or (lowest is not None and rank > lowest) or name in phases.get(rank, {}):
-            break
-        lowest = rank
-        phases.setdefault(rank, {})[name] = float(event[4]) / 1e6
-    return phases
+        return ""

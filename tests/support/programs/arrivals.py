@@ -8,6 +8,7 @@ from pathlib import Path
 
 from support.programs.cases import require_equal, run
 from support.runs import OWN, paced
+from support.traces import agrees_with_records, events, sound
 
 import fedmpi
 from fedmpi.comm import SoloComm, connect
@@ -219,6 +220,10 @@ def the_order_of_arrivals_is_on_disk(comm, folder):
     lines = Path(f"{folder}/even-{comm.size}/metrics.jsonl").read_text().splitlines()
     ends = [one["at_s"] for line in lines for one in json.loads(line)["arrivals"]]
     assert len(ends) == 16 and ends == sorted(ends), ends
+    traced = events(Path(f"{folder}/even-{comm.size}/trace.json"))
+    sound(traced)
+    agrees_with_records(traced, map(json.loads, lines))
+    assert {event["pid"] for event in traced} == set(range(comm.size))
 
 
 if __name__ == "__main__":

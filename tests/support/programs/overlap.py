@@ -15,6 +15,7 @@ import torch
 from support import reference
 from support.programs.cases import require_equal, run
 from support.programs.training import configured, opened, trained
+from support.traces import agrees_with_records, events, slices, sound
 
 import fedmpi
 from fedmpi import checkpoint
@@ -23,6 +24,7 @@ from fedmpi.components import component
 from fedmpi.errors import Diverged, FedmpiError, SiloError, Stopped
 from fedmpi.local import Sgd
 from fedmpi.plan import plan as promise
+from fedmpi.records.trace import BEHIND
 from fedmpi.server import FedAvg
 
 CASES = {}
@@ -231,6 +233,20 @@ CASES["resumes_on_other_ranks_with_codecs"] = resumed("codecs", COMPRESSED, {"ex
 # ---------------------------------------------------------------- costs
 
 
+def traced(comm, out, records, overlap):
+    """The trace has the exchange on a thread of its own, if it runs behind training."""
+
+    def look():
+        found = events(out / "trace.json")
+        names = sound(found)
+        agrees_with_records(found, records)
+        behind = {event["args"]["round"] for event in slices(found) if event["tid"] == BEHIND}
+        assert behind == ({1, 2, 3} if overlap else set()), behind
+        assert not overlap or comm.size == 1 or "transfer" in names[BEHIND, 1], names
+
+    comm.collectively(look if comm.rank == 0 else lambda: None)
+
+
 @case
 def all_bytes_are_in_the_records(comm, folder):
     for plan, more in {"root": {}, "replicated": {}, "int8": COMPRESSED}.items():
@@ -245,6 +261,7 @@ def all_bytes_are_in_the_records(comm, folder):
             require_equal(f"{plan}, overlap {overlap}: what plan says", sums[overlap], all_said)
             require_equal("the first round's", records[0]["bytes_up"] > 0, comm.size > 1 and not overlap)
             require_equal("the figure", ["overlapped" in r["seconds"] for r in records], [overlap] * 3)
+            traced(comm, Path(config.out), records, overlap)
         require_equal(f"{plan}: up and down", sums[True][:2], sums[False][:2])
 
 
