@@ -11,14 +11,22 @@ import time
 
 import numpy as np
 import pytest
-from support.pages import directory, record
+from support.pages import Page, directory, record
+from support.silojobs import apart, trained_apart
 
 from fedmpi.cli import app
 from fedmpi.errors import ConfigError
+from fedmpi.files.beats import Heart
+from fedmpi.files.envelope import packed
+from fedmpi.files.folder import Disk
+from fedmpi.files.names import FOLDERS, SERVER
+from fedmpi.jobs.serve import Serving
 from fedmpi.records import read_metrics
 from fedmpi.records.metrics import line_of
+from fedmpi.report import write
 from fedmpi.watch.follow import Follower, Records
 from fedmpi.watch.frame import bar, frame, spark
+from fedmpi.watch.jobs import Jobs
 from fedmpi.watch.live import watch
 
 SILOS = ("clinic", "ward", "lab")
@@ -117,7 +125,7 @@ def test_a_finished_run(tmp_path):
     found = text(run_of(tmp_path / "a"))
     assert "finished   5 of 5 rounds" in found and "ETA" not in found and "100 %" in found
     assert "0.5556   best 0.5556 in round 5   worst silo clinic 0.5000" in found
-    assert "1.00 kB up, 2.00 kB down a round; 15 kB in all" in found
+    assert "3.31 kB a round: 1.00 kB up, 2.00 kB down, 300 B tables; all 16.5 kB" in found
     assert "slowest" in found and "T train  w wait" in found
 
 
@@ -156,12 +164,12 @@ def test_a_start_that_goes_on_is_an_event_and_its_pace_is_its_own(tmp_path, monk
     records[3]["seconds"] = {**records[3]["seconds"], "agree": 0.0}
     root = directory(tmp_path / "a", records, done=False, rounds=10)
     found = text(root)
-    assert "ETA 4 s" in found and "resumed with round 4" in found
+    assert "ETA 4 s" in found and "Training went on with round 4." in found
     with open(root / "events.jsonl", "w") as file:
         for number in range(9):
             file.write(json.dumps({"event": "lost", "round": 6, "ranks": [number], "silos": {"ward": None}}) + "\n")
     found = text(root)
-    assert "ranks [8]" in found and "ranks [4]" in found and "ranks [3]" not in found
+    assert "Rank 8 was lost; silo ward left." in found and "Rank 4 was" in found and "Rank 3 was" not in found
 
 
 def test_figures_of_single_silos_are_not_shown_if_they_are_not_told(tmp_path):
@@ -181,6 +189,62 @@ def test_late_and_lost_silos_and_privacy(tmp_path):
     root = directory(tmp_path / "a", [record(1, SILOS), record(2, SILOS, **late)])
     found = text(root)
     assert "ward (partial)" in found and "epsilon 1.251, delta 1e-05 spent" in found
+
+
+# ---------------------------------------------------------------- silos in jobs of their own
+
+
+def test_the_jobs_of_a_federation_over_a_folder(tmp_path, monkeypatch):
+    """Server and silos as they are during a run and after it; the report's page is about the same run."""
+    how, seen = apart(tmp_path, 3), []
+    follower = Follower(tmp_path / "run")
+    plain = Serving._tell
+
+    def looked(self):
+        plain(self)
+        seen.append(follower.look())
+
+    monkeypatch.setattr(Serving, "_tell", looked)
+    records, _, _ = trained_apart(how)
+    assert [one.run.history.num for one in seen] == [1, 2, 3]
+    assert all(one.jobs["server"] == "alive" and one.run.in_jobs for one in seen)
+    assert all({*one.jobs} == {"server", "s0", "s1", "s2"} for one in seen)
+    assert all(re.match("alive|ended", state) for one in seen for state in one.jobs.values())
+    found = text(tmp_path / "run", width=100)
+    assert "finished   3 of 3 rounds" in found and f"worst silo {records[-1]['worst']['silo']}" in found
+    assert re.search(r"^jobs +server ended, s0 ended, s1 ended, s2 ended$", found, re.MULTILINE), found
+    page = Page(write([tmp_path / "run"]).read_text())
+    assert "3 silos in jobs of their own, 3 of 3 rounds" in page.text and page.faults == []
+
+
+def test_a_silent_job_and_one_that_has_not_started_come_first(tmp_path):
+    folder = Disk(tmp_path)
+    for name in FOLDERS:
+        folder.make(name)
+    hearts = {who: Heart(folder, "run", who, 1) for who in (SERVER, "a", "b", "c")}
+    for heart in hearts.values():
+        heart.beat({})
+    hearts["c"].beat({}, ended=True)
+    (tmp_path / "updates" / "a.00000007.00000001").touch()
+    old_s = time.time() - 90
+    os.utime(tmp_path / "beats" / "b.00000001", (old_s, old_s))
+    jobs = Jobs(str(tmp_path), 60.0)
+    before = state_of(tmp_path)
+    assert list(jobs.look(["a", "b", "c", "d"]).items()) == [
+        ("server", "alive"),
+        ("b", "silent for 1 min 30 s"),
+        ("d", "not started"),
+        ("c", "ended"),
+        ("a", "alive, update 7 waits for the server"),
+    ]
+    assert state_of(tmp_path) == before
+    told = {"number": 3, "by": 1, "parent": "", "entries": [], "files": [], "last": {"a": [7, 1, 7, 1]}, "about": {}}
+    parts, _ = packed({"kind": "commit", **told, "ended": False})
+    folder.publish("line/00000003", parts)
+    assert jobs.look(["a"])["a"] == "alive"
+    hearts["b"].beat({})
+    assert jobs.look(["b"])["b"] == "alive"
+    assert Jobs(str(tmp_path / "away"), 60.0).look(["a"]) == {}
 
 
 # ---------------------------------------------------------------- frames
@@ -218,7 +282,7 @@ def test_a_frame_fits_its_terminal(tmp_path, width, height, unicode):
     assert len(lines) <= height and all(line.cell_len <= width for line in lines)
     whole = "\n".join(line.plain for line in lines)
     assert "300 of 1,000" in whole and (unicode or whole.isascii())
-    assert height < 24 or ("rank 0" in whole and "retire" in whole)
+    assert height < 24 or ("rank 0" in whole and "Silo yyy" in whole)
     assert height < 50 or "56 ranks more" in whole
 
 

@@ -142,7 +142,7 @@ def curve(run: RunData, metric: str, over: str) -> Curve:
         rows = np.where(np.isfinite(of_all), of_all, of_plain)
         values = np.array([statistics.mean(row[np.isfinite(row)].tolist() or [np.nan]) for row in rows])
     at = np.flatnonzero(np.isfinite(values[: run.goal]))
-    megabytes = np.nancumsum(history.of("bytes_up") + history.of("bytes_down")) / 1e6
+    megabytes = np.cumsum(history.sent) / 1e6
     spent_s = np.nancumsum(history.of("seconds", "round"))
     ranks = {len(record.get("peak_rss_bytes") or ()) for record in history.records}
     return Curve(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedmpi.records import Record
+from fedmpi.report.numbers import size
 
 # Fields of a record that are no figures of the model.
 _OTHER = frozenset(
@@ -22,6 +23,7 @@ _OTHER = frozenset(
     )
 )
 MATRIX = "confusion_matrix"
+SENT = {"up": "bytes_up", "down": "bytes_down", "tables": "bytes_control"}  # the parts of what ranks send and receive
 _LARGE = ("silos", "cosines")  # fields that are not kept as they are
 
 
@@ -64,6 +66,21 @@ class History:
         if key not in self._columns:
             self._columns[key] = np.array([_inside(record, path) for record in self.records], dtype=float)
         return self._columns[key]
+
+    @property
+    def sent(self) -> np.ndarray:
+        """Bytes of each round, of all ranks together: vectors up and down, and tables. 0 where they are not known."""
+        return np.asarray(np.nansum([self.of(field) for field in SENT.values()], axis=0))
+
+    def sent_text(self) -> str:
+        """All bytes in one number, with its parts.
+
+        >>> one = {"round": 1, "bytes_up": 3e6, "bytes_down": 3e6, "bytes_control": 500}
+        >>> gather([one]).sent_text()
+        '6.00 MB of traffic: 3.00 MB up, 3.00 MB down, 500 B tables'
+        """
+        parts = [f"{size(float(np.nansum(self.of(field))))} {name}" for name, field in SENT.items()]
+        return f"{size(float(self.sent.sum()))} of traffic: {', '.join(parts)}"
 
     def there(self, name: str) -> np.ndarray:
         """Whether a field is there, by round, even if it is null."""

@@ -11,7 +11,7 @@ import numpy as np
 
 import fedmpi
 from fedmpi.report.groups import Runs, curve, runs_of
-from fedmpi.report.numbers import listed, moment, number, plural, seconds, size, spelled
+from fedmpi.report.numbers import listed, moment, number, plural, seconds, spelled
 from fedmpi.report.page import Answer, Page
 from fedmpi.report.reading import RunData
 from fedmpi.report.sections import sections
@@ -136,10 +136,9 @@ def answers(run: RunData) -> list[Answer]:
     if run.metric != "loss" and (loss := last(run, "loss")) is not None:
         good.append(f"loss {number(loss.value)}")
     rounds = history.of("seconds", "round")
-    sent = float(np.nansum(history.of("bytes_up") + history.of("bytes_down")))
     times = []
     if history.num:
-        times = [f"{seconds(float(np.nanmedian(rounds)))} a round (median)", f"{size(sent)} up and down"]
+        times = [f"{seconds(float(np.nanmedian(rounds)))} a round (median)", history.sent_text()]
         virtual = history.of("virtual_s")
         times += [f"{seconds(float(np.nanmax(virtual)))} of virtual time"] if np.isfinite(virtual).any() else []
     wrong = troubles(run)

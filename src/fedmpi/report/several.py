@@ -27,6 +27,7 @@ from fedmpi.report.blocks import (
     look,
 )
 from fedmpi.report.groups import Group, Runs, curve
+from fedmpi.report.history import SENT
 from fedmpi.report.numbers import number, plural, seconds, size, spelled, thin
 from fedmpi.report.sections import sections
 from fedmpi.report.sections.configuration import told
@@ -81,7 +82,7 @@ def _run_table(runs: Runs) -> Table:
     rows: list[list[Any]] = []
     for name, run, top in zip(runs.names, runs.runs, tops, strict=True):
         state, end, low = status(run), last(run, runs.metric), worst(run)
-        sent = float(np.nansum(run.history.of("bytes_up") + run.history.of("bytes_down")))
+        sent = float(run.history.sent.sum())
         good = top is not None and top.value == first
         rows.append(
             [
@@ -96,7 +97,7 @@ def _run_table(runs: Runs) -> Table:
             ]
         )
     metric = runs.metric
-    head = ["run", "state", "rounds", f"last {metric}", f"best {metric}", "worst silo", "time", "up and down"]
+    head = ["run", "state", "rounds", f"last {metric}", f"best {metric}", "worst silo", "time", "traffic"]
     return Table(head, rows)
 
 
@@ -140,9 +141,7 @@ def _alike(curves: dict[int, Curve]) -> bool:
 
 def _spent(group: Group, alike: bool) -> list[Any]:
     taken = statistics.mean(total_s(run) for run in group.runs)
-    sent = statistics.mean(
-        float(np.nansum(run.history.of("bytes_up") + run.history.of("bytes_down"))) for run in group.runs
-    )
+    sent = statistics.mean(float(run.history.sent.sum()) for run in group.runs)
     return [Cell(f"{taken:.1f}", taken), Cell(f"{sent / 1e6:.2f}", sent / 1e6) if alike else None]
 
 
@@ -354,19 +353,18 @@ def _cost(runs: Runs) -> Section:
         table=table,
         height=height,
     )
-    ways = (("up", "bytes_up"), ("down", "bytes_down"))
     sent = {
         name: [statistics.mean(float(np.nansum(run.history.of(field))) for run in g.runs) for g in runs.groups]
-        for name, field in ways
+        for name, field in SENT.items()
     }
-    body = [[t, *(Cell(size(sent[name][i]), sent[name][i]) for name, _ in ways)] for i, t in enumerate(titles)]
+    body = [[t, *(Cell(size(sent[name][i]), sent[name][i]) for name in SENT)] for i, t in enumerate(titles)]
     traffic = Chart(
         title="Megabytes, all rounds and ranks",
-        alt=f"Bars of megabytes up and down for {plural(len(titles), 'row')}.",
-        note="Vectors only, mean over seeds.",
-        traces=[bars(name, titles, np.array(sent[name]) / 1e6, i, horizontal=True) for i, (name, _) in enumerate(ways)],
+        alt=f"Bars of megabytes up, down and in tables for {plural(len(titles), 'row')}.",
+        note="Vectors up and down, and small tables of figures. Mean over seeds.",
+        traces=[bars(name, titles, np.array(sent[name]) / 1e6, i, horizontal=True) for i, name in enumerate(SENT)],
         layout={"xaxis": {"title": {"text": "MB"}, "showgrid": True}, "yaxis": axis, "hovermode": "y unified"},
-        table=Table(["runs", "up", "down"], body, folded="Data as a table"),
+        table=Table(["runs", *SENT], body, folded="Data as a table"),
         height=height,
     )
     return Section("cost", "Time and traffic", [time, traffic])

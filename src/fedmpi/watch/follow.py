@@ -18,6 +18,7 @@ from fedmpi.report.history import gather
 from fedmpi.report.reading import MODEL, RunData, json_lines, json_rows
 from fedmpi.report.trace import last_phases
 from fedmpi.supervisor import EVENTS
+from fedmpi.watch.jobs import Jobs, jobs_of
 
 MOST_BYTES = 1 << 28
 PROBE_S = 10.0  # shortest time between two looks at the lock of a run that writes no records
@@ -100,6 +101,7 @@ class Follower:
         self._config: tuple[tuple[int, int, int], Begun] | None = None
         self._probed_s = -PROBE_S
         self._training: bool | None = None
+        self._jobs: Jobs | None = None
 
     def look(self) -> Seen:
         """The run as it stands. Raises nothing that a file may cause."""
@@ -136,6 +138,8 @@ class Follower:
         seen.phases = last_phases(self.root, max(1, len(seen.run.ranks)))
         seen.stop_asked = (self.root / stopping.STOP_FILE).exists()
         seen.waiting = [str(row["id"]) for row in found if str(row.get("why") or "").startswith("asked to")]
+        if self._jobs is not None:
+            seen.jobs = self._jobs.look([str(row["id"]) for row in found])
         return seen
 
     def _begun(self) -> Begun:
@@ -144,6 +148,7 @@ class Follower:
         stamp = (about.st_ino, about.st_mtime_ns, about.st_size)
         if self._config is None or self._config[0] != stamp:
             self._config = (stamp, read_config(self.root))
+            self._jobs = jobs_of(self._config[1].config)
         return self._config[1]
 
     def _trains(self, fresh: bool) -> bool | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from textwrap import wrap
@@ -14,6 +13,8 @@ from rich.text import Text
 from fedmpi.output import at_most
 from fedmpi.records import PHASES
 from fedmpi.records.pace import Pace, span
+from fedmpi.report.events import sentence, supervised
+from fedmpi.report.history import SENT
 from fedmpi.report.numbers import listed, moment, number, plural, seconds, size
 from fedmpi.report.reading import RunData
 from fedmpi.report.status import best, last, resumed, status, worst
@@ -28,7 +29,7 @@ COLORS = {
     "train": "green", "wait": "yellow", "exchange": "blue", "step": "magenta", "evaluate": "cyan", "checkpoint": "red",
     "agree": "white", "select": "white",
 }  # fmt: skip
-MOST_RANKS, MOST_EVENTS = 8, 5
+MOST_RANKS, MOST_EVENTS, MOST_JOBS = 8, 5, 8
 LABEL = 11  # width of the names of lines
 STATES = {True: "green", False: "red", None: "cyan"}
 
@@ -40,7 +41,7 @@ def frame(seen: Seen, width: int = 80, height: int = 24, unicode: bool = True) -
         told = seen.trouble or "no run has begun here: there is no config.yaml"
         style = "red" if seen.trouble else "cyan"
         return _fitted([head, *(Text(part, style=style) for part in wrap(told, width))], [], [], width, height)
-    lines = [*_progress(seen, run, width, unicode), *_figures(run, width, unicode), *_silos(seen, run)]
+    lines = [*_progress(seen, run, width, unicode), *_figures(run, width, unicode), *_silos(seen, run, width)]
     return _fitted([head, *lines], _phases(seen, run, width), _events(seen, run), width, height)
 
 
@@ -147,10 +148,10 @@ def _figures(run: RunData, width: int, unicode: bool) -> list[Text]:
     loss, train = last(run, "loss"), last(run, "train_loss")
     losses = [f"{what} {number(one.value)}" for what, one in (("test", loss), ("training", train)) if one is not None]
     lines += [_line("loss", "   ".join(losses))] if losses and name != "loss" else []
-    up, down = run.history.of("bytes_up"), run.history.of("bytes_down")
-    if run.history.num and np.isfinite(up).any():
-        total = float(np.nansum(up) + np.nansum(down))
-        lines.append(_line("bytes", f"{size(up[-1])} up, {size(down[-1])} down a round; {size(total)} in all"))
+    sent = run.history.sent
+    if sent.any():
+        parts = [f"{size(run.history.of(field)[-1])} {name}" for name, field in SENT.items()]
+        lines.append(_line("bytes", f"{size(sent[-1])} a round: {', '.join(parts)}; all {size(float(sent.sum()))}"))
     if (spent := last(run, "epsilon")) is not None:
         delta, budget = last(run, "delta"), (run.config.get("privacy") or {}).get("epsilon")
         of = f" of {number(float(budget))}" if isinstance(budget, (int, float)) else ""
@@ -159,7 +160,7 @@ def _figures(run: RunData, width: int, unicode: bool) -> list[Text]:
     return lines
 
 
-def _silos(seen: Seen, run: RunData) -> list[Text]:
+def _silos(seen: Seen, run: RunData, width: int) -> list[Text]:
     """Who is late, missing, or waits."""
     lines = []
     record: dict[str, Any] = seen.last or {}
@@ -171,7 +172,8 @@ def _silos(seen: Seen, run: RunData) -> list[Text]:
     gone = [f"{row['id']} ({row['why'] or row['state']})" for row in run.roster if row.get("state") == "lost"]
     lines += [_line("missing", Text(listed(gone, 3), style="red"))] if gone else []
     lines += [_line("requests", listed(seen.waiting))] if seen.waiting else []
-    lines += [_line("jobs", listed([f"{silo}: {what}" for silo, what in seen.jobs.items()]))] if seen.jobs else []
+    jobs = listed([f"{who} {what}" for who, what in seen.jobs.items()], MOST_JOBS)
+    lines += [_line("" if i else "jobs", part) for i, part in enumerate(wrap(jobs, max(20, width - LABEL)))]
     return lines
 
 
@@ -224,9 +226,9 @@ def bar(phases: dict[str, float], cells: int, longest_s: float) -> Text:
 
 def _events(seen: Seen, run: RunData) -> list[Text]:
     """The newest events, the last one first."""
-    rows: list[tuple[int, str]] = [(_round(e), _told(e)) for e in run.events]
-    rows += [(_round(e), f"supervisor: {e.get('text') or e.get('event')}") for e in run.supervised]
-    rows += [(round - 1, f"resumed with round {round:,}") for round in resumed(run)]
+    rows: list[tuple[int, str]] = [(_round(e), sentence(e)) for e in run.events]
+    rows += [(_round(e), supervised(e)) for e in run.supervised]
+    rows += [(round - 1, f"Training went on with round {round:,}.") for round in resumed(run)]
     if not rows:
         return []
     rows.sort(key=lambda row: row[0])  # stable: events of a round stay in their order
@@ -236,10 +238,3 @@ def _events(seen: Seen, run: RunData) -> list[Text]:
 def _round(event: dict[str, Any]) -> int:
     told = event.get("round")
     return told if isinstance(told, int) and told >= 0 else 0
-
-
-def _told(event: dict[str, Any]) -> str:
-    """An event in a few words."""
-    rest = {k: v for k, v in event.items() if k not in ("event", "round", "epoch", "time")}
-    parts = [f"{k.replace('_', ' ')} {v if isinstance(v, str) else json.dumps(v)}" for k, v in rest.items()]
-    return f"{event.get('event')}  {', '.join(parts)}".rstrip()

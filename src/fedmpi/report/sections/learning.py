@@ -12,7 +12,7 @@ from fedmpi.report.status import best, last, resumed, worst
 AXES = {
     "round": ("Rounds", "Round"),
     "seconds": ("Seconds", "Seconds of training, each round as long as its slowest rank"),
-    "bytes": ("Megabytes", "MB sent and received by all ranks, without tables"),
+    "bytes": ("Megabytes", "MB of traffic, all ranks: up, down and tables"),
     "virtual": ("Virtual time", "Virtual seconds"),
 }
 
@@ -23,7 +23,7 @@ def axes_of(run: RunData) -> dict[str, np.ndarray]:
     found = {
         "round": history.rounds.astype(float),
         "seconds": np.nancumsum(history.of("seconds", "round")),
-        "bytes": np.nancumsum(history.of("bytes_up") + history.of("bytes_down")) / 1e6,
+        "bytes": np.cumsum(history.sent) / 1e6,
     }
     if np.isfinite(history.of("virtual_s")).any():
         found["virtual"] = history.of("virtual_s")

@@ -24,7 +24,7 @@ def traffic(run: RunData) -> Section | None:
     if not history.num or not np.isfinite(history.of("bytes_up")).any():
         return None
     dense = 4 * int(run.about["params"])
-    rows: list[tuple[str, Any]] = []
+    rows: list[tuple[str, Any]] = [("All bytes", Cell(history.sent_text(), int(history.sent.sum())))]
     for field, (name, what, _) in WAYS.items():
         values = history.of(field)
         total, typical = float(np.nansum(values)), float(np.nanmedian(values))

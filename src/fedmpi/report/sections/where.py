@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fedmpi.report.blocks import Block, Cell, Facts, Section, Table
-from fedmpi.report.numbers import listed, moment, number, plural, seconds, size
+from fedmpi.report.events import sentence, supervised
+from fedmpi.report.numbers import listed, moment, plural, seconds, size
 from fedmpi.report.reading import RunData
 from fedmpi.report.status import resumed, status, total_s
 
 MOST_RANKS = 64  # rows of the table of ranks
+MOST_EVENTS = 200
 
 
 def where(run: RunData) -> Section:
@@ -77,25 +78,13 @@ def _ranks(run: RunData) -> Table:
 
 def _events(run: RunData) -> Table:
     """Lost and fresh ranks, requests and stops; and what a supervisor did."""
-    rows = []
-    for event in run.events:
-        rest = {k: v for k, v in event.items() if k not in ("event", "round")}
-        rows.append([str(event.get("event")), event.get("round"), _told(rest)])
+    rows = [[event.get("round"), "", sentence(event)] for event in run.events]
     for event in run.supervised:
-        rest = {k: v for k, v in event.items() if k not in ("event", "round", "time")}
-        when = f"{moment(event['time'])}; " if isinstance(event.get("time"), (int, float)) else ""
-        rows.append([f"supervisor: {event.get('event')}", event.get("round"), when + _told(rest)])
-    return Table(["event", "after round", "details"], rows[-200:], caption="Events")
-
-
-def _told(values: dict[str, Any]) -> str:
-    parts = []
-    for name, value in values.items():
-        if name == "silos" and isinstance(value, dict):  # of lost ranks
-            value = listed([f"{silo} {'left' if r is None else f'to rank {r}'}" for silo, r in value.items()]) or "none"
-        elif isinstance(value, float):
-            value = number(value)
-        elif not isinstance(value, str):
-            value = json.dumps(value)
-        parts.append(f"{name.replace('_', ' ')}: {value}")
-    return ", ".join(parts)
+        when = moment(event["time"]) if isinstance(event.get("time"), (int, float)) else ""
+        rows.append([event.get("round"), when, supervised(event)])
+    rows.sort(key=lambda row: row[0] if isinstance(row[0], int) else 0)  # stable: those of a round stay in their order
+    note = f"The newest {MOST_EVENTS} of {len(rows):,}." if len(rows) > MOST_EVENTS else ""
+    head = ["after round", "time", "what happened"]
+    if not any(when for _, when, _ in rows):
+        head, rows = [head[0], head[2]], [[round, told] for round, _, told in rows]
+    return Table(head, rows[-MOST_EVENTS:], note=note, caption="Events")
