@@ -76,11 +76,12 @@ EARLY = {"stop": {"early": {"metric": "accuracy", "patience": 3}}}
 
 def test_a_run_ends_in_good_order_and_stays_ended(tmp_path):
     records, ended = run(config(tmp_path, 20, local=STALLS, **EARLY))
-    assert [r["round"] for r in records] == [1, 2, 3, 4] and ended.ended.startswith("accuracy has no new best")
+    assert [r["round"] for r in records] == [1, 2, 3, 4] and ended.ended.startswith("accuracy has not improved for ")
     assert (tmp_path / "model.safetensors").exists() and checkpoint.sealed_rounds(tmp_path)[-1] == 4
     assert stopping.ended(tmp_path) == (4, ended.ended)
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path), "--done"])
-    assert shown.exit_code == 0 and "ended early    accuracy has no new best" in shown.stdout
+    assert shown.exit_code == 0 and "ended early    accuracy has not improved for " in shown.stdout
+    assert "stop.early     accuracy: patience 3\n" in shown.stdout
     before = everything(tmp_path)
     assert run(config(tmp_path, 20, local=STALLS, **EARLY))[0] == []
     assert run(config(tmp_path, 30, local=STALLS, **EARLY))[0] == [] and everything(tmp_path) == before

@@ -15,7 +15,8 @@ import time
 import pytest
 from support.mpi import PROGRAMS
 
-from fedmpi import checkpoint, fencing, launcher, remains, supervisor
+from fedmpi import checkpoint, fencing, launcher, remains, stopping, supervisor
+from fedmpi.comm import SoloComm
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, FedmpiError, Stopped
 from fedmpi.launchline import LaunchLine
@@ -154,10 +155,13 @@ def test_a_bad_configuration_is_not_tried_again(tmp_path):
 def test_a_stop_is_passed_on_and_final(tmp_path):
     ask(tmp_path, signal.SIGTERM)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match=r"^stopped on request; round 2 is on disk; the same command resumes$") as error:
+    with pytest.raises(Stopped, match=r"^stopped on request \(SIGTERM\); round 2 is on disk; the same") as error:
         supervised(tmp_path, "2:asked,4:0", grace_s=30.0).run()
     assert error.value.exit_code == 3 and signal.getsignal(signal.SIGTERM) == before
-    assert fencing.highest(tmp_path) == 1 and (tmp_path / "stop").exists()
+    assert fencing.highest(tmp_path) == 1 and (tmp_path / "stop").read_text() == "SIGTERM to fedmpi run"
+    assert events(tmp_path, "asked")[0]["text"].startswith("SIGTERM: the ranks stop at the next batch; a second")
+    watch = stopping.Watch(SoloComm(), tmp_path)
+    assert watch.look() == stopping.STOP and watch.reason == "SIGTERM to fedmpi run"
     assert kinds(tmp_path) == ["started", "asked", "ended", "stopped", "goodput"]
 
 

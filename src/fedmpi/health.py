@@ -132,7 +132,8 @@ class Progress:
             return f"{self._metric} is {value:.6g}, and stop.early.target is {section.target:g}"
         if section.patience is not None and self._stale >= section.patience:
             best = "none so far" if math.isinf(self._best) else f"{self._sign * self._best:.6g}"
-            return f"{self._metric} has no new best value since {self._stale} evaluations (best: {best}; stop.early)"
+            num = f"{self._stale} evaluation{'s' if self._stale > 1 else ''}"
+            return f"{self._metric} has not improved for {num} (best: {best}; stop.early)"
         return ""
 
     def state(self) -> Iterator[StateTensor]:

@@ -46,7 +46,7 @@ def inspect(root: Path) -> dict[str, Any]:
     `rounds` is the round of the newest sealed checkpoint, `params_sha256` the SHA-256 of its parameters and `metrics`
     its record (None before the first round). `best` describes the best evaluated round, which is always on disk and
     which `eval` and `export` take. `on_disk`, `config` and `versions` list checkpoints, configuration and versions.
-    `ended` says why a metric has ended the run early, if it has.
+    `early` has the metric of `stop.early` and what it waits for, `ended` why it has ended the run, if it has.
     """
     begun = read_config(root)
     about = begun.about
@@ -55,14 +55,18 @@ def inspect(root: Path) -> dict[str, Any]:
     scores = checkpoint.scores(root)
     best, (after, why) = _best(root), stopping.ended(root)
     record = {} if best is None else checkpoint.manifest(root, best, checkpoint.kept_as_best(root, best)).record or {}
+    early = (begun.config.get("stop") or {}).get("early")
+    early = None if early is None else {**early, "metric": early.get("metric") or about["metric"]}
+    told = {"round", "loss", about["metric"], *([] if early is None else [early["metric"]])}
     return {
         "rounds": round,
         "params_sha256": sha256(params_P),
         "metrics": checkpoint.manifest(root, round).record,
-        "best": {k: v for k, v in record.items() if k in ("round", "loss", about["metric"])} or None,
+        "best": {k: v for k, v in record.items() if k in told} or None,
         "on_disk": [{"round": r, "resumable": r in checkpoint.sealed_rounds(root)} for r in scores],
         "config": begun.config,
         "versions": about["versions"],
+        "early": early,
         "ended": why if 0 <= after <= round else None,
     }
 

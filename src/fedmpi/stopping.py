@@ -29,13 +29,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import requests
+from fedmpi import disk, requests
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
     from fedmpi.watchdog import Watchdog
 
-STOP_FILE = "stop"  # in the run directory
+STOP_FILE = "stop"  # in the run directory; may hold who asks for the stop, empty: `fedmpi stop`
 EVENTS_FILE = "events.jsonl"  # in the run directory; has a line with STOPPED if a request ended the run
 STOPPED = "stopped"
 ENDED = "ended"  # a run that diverged, or had no silo to train; `why` says so
@@ -46,6 +46,7 @@ LOCK_FILE = ".lock"  # in the run directory; locked by the job that trains
 READY, STOP, FAILED = 0, 1, 2
 
 ASKS = (signal.SIGUSR1, signal.SIGTERM)  # signals that ask a run to stop; SIGINT too, after `mind_interrupts`
+NEAR_S = 3600  # a signal so long before a job's time limit is told as one because of it
 LAUNCHER_S = 1.0  # Open MPI's mpirun sends SIGCONT, SIGTERM and SIGKILL, a quarter of a second between each
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -110,6 +111,21 @@ def ignore() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in ASKS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def cause(name: str) -> str:
+    """The signal as text, with the seconds to the job's time limit if SLURM tells them."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    left_s = int(end) - time.time() if end.isdecimal() else math.inf
+    return name + (f", {left_s:.0f} s before the job's time limit" if 0 <= left_s <= NEAR_S else "")
+
+
+def _asked_by(path: Path) -> str:
+    """Who asks for the stop, by the content of the stop file."""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = " ".join(disk.read_bytes(path, 200).decode(errors="replace").split())
+    return text if text and text.isprintable() else "fedmpi stop"
 
 
 def last_words(text: str) -> None:
@@ -215,13 +231,13 @@ class Watch:
     def look(self) -> int:
         """The highest status so far, READY, STOP or FAILED. Tells the other ranks of a new one on this rank."""
         if received() and self.status < STOP:
-            self.tell(STOP, received() or "")
+            self.tell(STOP, cause(received() or ""))
         now_s = time.monotonic()
         if now_s >= self._next_s:  # a probe or a stat per batch would slow down batches of microseconds
             self._next_s = now_s + 0.05
             self.status = max(self.status, self.comm.notices())
             if self.file is not None and self.status < STOP and os.path.exists(self.file):
-                self.tell(STOP, "fedmpi stop")
+                self.tell(STOP, _asked_by(self.file))
         return self.status
 
     def asked(self) -> bool:

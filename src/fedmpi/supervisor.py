@@ -127,6 +127,7 @@ class Supervisor:
         self._starts, self._epoch = 0, 0
         self._idle = 0  # starts in a row without a newer checkpoint
         self._asked, self._asked_s = 0, -math.inf  # number of stop requests, time of the last
+        self._asked_by = ""  # the first signal
         self._begun_s = time.monotonic()
         self._silent: tuple[float, set[str]] = (-math.inf, set())  # hosts without answer, and when they were asked
 
@@ -200,9 +201,9 @@ class Supervisor:
 
     def _stopped(self) -> FedmpiError:
         """The error to raise after a stop request."""
-        self._tell("stopped", f"stopped on request; {self._saved()}", aloud=False)
-        kind = Stopped if self._progress.commit >= 0 else FedmpiError
-        return kind(f"stopped on request; {self._saved()}")
+        why = f"stopped on request{f' ({self._asked_by})' if self._asked_by else ''}; {self._saved()}"
+        self._tell("stopped", why, aloud=False)
+        return (Stopped if self._progress.commit >= 0 else FedmpiError)(why)
 
     def _tell_goodput(self, before: int) -> None:
         wall_s = time.monotonic() - self._begun_s
@@ -345,13 +346,19 @@ class Supervisor:
         now_s = time.monotonic()
         if now_s - self._asked_s > ONCE_S:  # SLURM signals every process of a job, and the batch script forwards it
             self._asked, self._asked_s = self._asked + 1, now_s
+            self._asked_by = self._asked_by or stopping.cause(signal.Signals(number).name)
 
     def _pass_on(self, child: subprocess.Popen[bytes]) -> None:
         """Ask the ranks to stop: by SIGUSR1, because SIGTERM makes mpirun kill them; and by the file of `fedmpi stop`,
         for launchers that forward no signals."""
-        self._tell("asked", "asked to stop: the ranks stop at the next batch; ask again to end them at once")
+        why = self._asked_by
+        self._tell("asked", f"{why}: the ranks stop at the next batch; a second signal ends them at once", why=why)
+        stop_file = self.root / stopping.STOP_FILE
         with contextlib.suppress(OSError):
-            (self.root / stopping.STOP_FILE).touch()
+            try:
+                disk.replace_text(stop_file, f"{why} to fedmpi run")
+            except OSError:  # an empty file may still fit
+                stop_file.touch()
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(signal.SIGUSR1)
 
@@ -359,7 +366,8 @@ class Supervisor:
     def _listening(self) -> Iterator[None]:
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        self._asked += stopping.received() is not None  # a signal during imports
+        if (name := stopping.received()) is not None:  # a signal during imports
+            self._asked, self._asked_by = self._asked + 1, stopping.cause(name)
         try:
             yield
         finally:

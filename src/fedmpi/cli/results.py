@@ -38,6 +38,9 @@ def inspect(
         print(f"rounds         {found['rounds']} of {found['config']['rounds']}")
         if found["ended"]:
             print(f"ended early    {found['ended']}")
+        if (early := found["early"]) is not None:
+            wants = [f"{name} {early[name]:g}" for name in ("target", "patience") if early.get(name) is not None]
+            print(f"stop.early     {early['metric']}: {', '.join(wants)}")
         print(f"params_sha256  {found['params_sha256']}")
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "round":
