@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fedmpi.batch import Request, needed_bytes, num_bytes, refuse, script, seconds
+from fedmpi.batch import Request, needed_bytes, no_memory, num_bytes, refuse, script, seconds
 from fedmpi.config import load
 from fedmpi.errors import ConfigError
 from fedmpi.plan import plan
@@ -80,9 +80,25 @@ def test_a_line_break_in_a_name_stays_in_the_comment(write):
 def test_pinned_silos_choose_the_nodes_and_unknown_sizes_no_memory(write):
     text = write(FILES, Request(2, "60"))
     assert options(text)["nodelist"] == "h1,h2"
-    text = write(FILES.replace(", num_samples: 10", ""), Request(2, "60"))
-    assert "mem" not in options(text) and "memory: unknown" in text
-    assert options(write(FILES.replace(", num_samples: 10", ""), Request(2, "60", mem="8G")))["mem"] == "8G"
+    undeclared = FILES.replace(", num_samples: 10", "")
+    text = write(undeclared, Request(2, "60"))
+    assert "mem" not in options(text) and "a node, besides samples of silos that declare no num_samples" in text
+    assert re.search(r"disk: 4 checkpoints of \d+\.\d KiB", text)
+    assert options(write(undeclared, Request(2, "60", mem="8G")))["mem"] == "8G"
+    with pytest.raises(ConfigError, match=r"--mem 100M: the plan needs .* a node \(1 rank\), besides samples of silos"):
+        write(undeclared, Request(2, "60", mem="100M"))
+
+
+def test_a_script_without_memory_is_told(tmp_path):
+    request = Request(2, "60")
+    (tmp_path / "a.yaml").write_text(FILES.replace(", num_samples: 10", ""))
+    planned = plan(*load(tmp_path / "a.yaml"), 2)
+    assert no_memory(planned, request).startswith(
+        "the script has no --mem, so the site's default holds: silo 'a' declares"
+    )
+    assert no_memory(planned, Request(2, "60", mem="8G")) == ""
+    (tmp_path / "a.yaml").write_text(FILES)
+    assert no_memory(plan(*load(tmp_path / "a.yaml"), 2), request) == ""
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
+from fedmpi.output import size
 from fedmpi.starters import STARTERS, Starter
 
 STOP_S = 120  # seconds from the signal to the time limit, besides writing a checkpoint
@@ -72,13 +73,23 @@ def num_bytes(mem: str) -> int:
     return int(match[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[match[2].upper()]
 
 
-def needed_bytes(planned: Mapping[str, Any], tasks_per_node: int) -> int | None:
-    """Memory of the node that needs most, with headroom; None if a silo declares no number of samples."""
+def needed_bytes(planned: Mapping[str, Any], tasks_per_node: int) -> int:
+    """Memory of the node that needs most, with headroom; without samples of silos that declare no number of them."""
     ranks = planned["ranks"]
-    if any(row["train_samples"] is None for row in ranks):
-        return None
     each = [row["memory_bytes"] * HEADROOM + RANK_BYTES for row in ranks]
     return int(max(sum(each[first : first + tasks_per_node]) for first in range(0, len(each), tasks_per_node)))
+
+
+def no_memory(planned: Mapping[str, Any], request: Request) -> str:
+    """Why the script asks for no memory; empty if it does."""
+    if request.mem or not planned["undeclared"]:
+        return ""
+    ids, least = planned["undeclared"], size(needed_bytes(planned, request.tasks_per_node))
+    more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
+    return (
+        f"the script has no --mem, so the site's default holds: silo '{ids[0]}'{more} declares no num_samples; "
+        f"declare it, or give --mem, {least} a node and room for the samples"
+    )
 
 
 def signal_s(planned: Mapping[str, Any]) -> int:
@@ -126,8 +137,11 @@ def script(
             f"ask for {math.ceil(2 * lead_s / 60)} minutes or more"
         )
     needs = needed_bytes(planned, request.tasks_per_node)
-    if request.mem and needs is not None and num_bytes(request.mem) < needs:
-        raise ConfigError(f"--mem {request.mem}: the plan needs {_gib(needs)} a node ({request.tasks_per_node} ranks)")
+    known = not planned["undeclared"]
+    if request.mem and num_bytes(request.mem) < needs:
+        besides = "" if known else ", besides samples of silos that declare no num_samples"
+        ranks = f"{request.tasks_per_node} rank{'s' if request.tasks_per_node > 1 else ''}"
+        raise ConfigError(f"--mem {request.mem}: the plan needs {size(needs)} a node ({ranks}){besides}")
     hosts = sorted(set(planned["pinned"].values()))
     for option in request.more:
         if option.startswith("--signal") and not re.match(r"--signal[= ]B:(USR1|SIGUSR1|10)\b", option):
@@ -142,7 +156,7 @@ def script(
         f"--ntasks-per-node={request.tasks_per_node}",
         *([f"--gpus-per-node={request.gpus_per_node}"] if request.gpus_per_node else []),
         *([f"--cpus-per-task={request.cpus_per_rank}"] if request.cpus_per_rank else []),
-        *([f"--mem={request.mem or _mib(needs or 0)}"] if request.mem or needs else []),
+        *([f"--mem={request.mem or _mib(needs)}"] if request.mem or known else []),
         f"--time={request.time}",
         *([f"--partition={request.partition}"] if request.partition else []),
         *([f"--account={request.account}"] if request.account else []),
@@ -153,11 +167,11 @@ def script(
         "--output=%x-%j.log",
         *request.more,
     ]
-    memory = "unknown, because some silos do not declare num_samples" if needs is None else f"{_gib(needs)} a node"
+    memory = f"{size(needs)} a node" + ("" if known else ", besides samples of silos that declare no num_samples")
     out = config.out if config.out.isprintable() else repr(config.out)  # a line break would end the comment
     about = [
         f"{request.num_ranks} ranks for {planned['silos']} silos, {config.rounds} rounds, into {out}",
-        f"memory: {memory}; disk: {planned['checkpoints_kept']} checkpoints of {_gib(planned['checkpoint_bytes'])}",
+        f"memory: {memory}; disk: {planned['checkpoints_kept']} checkpoints of {size(planned['checkpoint_bytes'])}",
         f"{lead_s} s before the time limit all ranks stop with a checkpoint, and the job is requeued and resumes",
     ]
     others = [one for one in STARTERS.values() if one.name != starter.name]
@@ -178,10 +192,6 @@ def script(
 
 def _launcher(starter: Starter, num_ranks: int) -> str:
     return f'launcher="{starter.line(num_ranks)}" # {", ".join(starter.families)}'
-
-
-def _gib(amount: float) -> str:
-    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.1f} MiB"
 
 
 def _mib(amount: int) -> str:

@@ -150,3 +150,15 @@ def _rounded(value: float, digits: int, rounding: str) -> str:
     # From the shortest text of the float: 0.83 stays 0.83, though its bits are a little less.
     found = decimal.Context(prec=digits, rounding=rounding).create_decimal(repr(float(value)))
     return f"{float(found):.{digits}g}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as text.
+
+    >>> size(3 << 20), size(512)
+    ('3.0 MiB', '512 B')
+    """
+    if num_bytes < 1024:
+        return f"{num_bytes:.0f} B"
+    power = min(int(math.log(num_bytes, 1024)), 4)
+    return f"{num_bytes / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"

@@ -31,6 +31,7 @@ from fedmpi.membership import Membership, same_host
 from fedmpi.module import saved
 from fedmpi.objectives import LossAndMetrics
 from fedmpi.opening import CHECKSUMS, NUM_FACTS, agree_on_statistics, facts_of, open_silo, same_columns
+from fedmpi.output import size
 from fedmpi.placement import place
 from fedmpi.plan import plan
 from fedmpi.records import peak_rss_bytes
@@ -447,8 +448,8 @@ class _Check:
             if limit and need > limit and not (alone and self.num_ranks > 1):  # else the ranks' hosts are not known
                 host = self.comm.hosts[first]
                 self.found.fault(
-                    f"host {host} has {folder.size(limit)} of memory, and its {len(here)} ranks need about "
-                    f"{folder.size(need)}; start fewer ranks there, or take more hosts"
+                    f"host {host} has {size(limit)} of memory, and its {len(here)} ranks need about "
+                    f"{size(need)}; start fewer ranks there, or take more hosts"
                 )
         return {"ranks": ranks, "limit_bytes": rows[0]["limit_bytes"]}
 

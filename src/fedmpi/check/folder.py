@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from fedmpi.check.findings import Findings
 from fedmpi.components import to_dict
 from fedmpi.config import Config, differences
 from fedmpi.directory import read_config
+from fedmpi.output import size
 
 PROBE = ".check"
 
@@ -95,15 +95,3 @@ def stored(root: Path, config: Config, found: Findings) -> int:
         elif (ended := stopping.ended(root))[0] > 0:
             found.warn(f"{root} has ended after round {ended[0]}: {ended[1]}; another stop.early lets it go on")
     return rounds[-1]
-
-
-def size(num_bytes: float) -> str:
-    """Bytes as text.
-
-    >>> size(3 << 20), size(512)
-    ('3.0 MiB', '512 B')
-    """
-    if num_bytes < 1024:
-        return f"{num_bytes:.0f} B"
-    power = min(int(math.log(num_bytes, 1024)), 4)
-    return f"{num_bytes / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmpi.check.folder import size
 from fedmpi.check.pace import duration
+from fedmpi.output import size
 
 _MOST = 40  # silos shown
 _LABELS = 12  # classes shown of a silo

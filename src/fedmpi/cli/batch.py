@@ -11,6 +11,7 @@ import typer
 
 from fedmpi.cli.command import Allow, ConfigPath, Overrides, answer, app
 from fedmpi.errors import ConfigError, FedmpiError
+from fedmpi.output import say
 
 
 @app.command()
@@ -55,6 +56,8 @@ def slurm(
             planned = plan(loaded, origins, request.num_ranks)
         command = [word for module in allow or () for word in ("--allow", module)] + [config, *(overrides or [])]
         text = batch.script(loaded, command, planned, request, starters.here(launcher), str(Path.cwd()), sys.prefix)
+        if told := batch.no_memory(planned, request):
+            say(f"fedmpi: {told}", error=True)
         if to is not None:
             to.write_text(text)
         if submit:

@@ -14,7 +14,7 @@ import typer
 from fedmpi.cli.command import Allow, ConfigPath, Json, Overrides, answer, app, on_ranks
 from fedmpi.cli.training import idle_ranks
 from fedmpi.errors import ConfigError
-from fedmpi.output import at_least, at_most, say
+from fedmpi.output import at_least, at_most, say, size
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
@@ -219,10 +219,10 @@ def _print_plan(result: dict[str, Any]) -> None:
     for row in result["ranks"]:
         silos = ", ".join(row["silos"][:6]) + (f" and {len(row['silos']) - 6} more" if len(row["silos"]) > 6 else "")
         known = row["train_samples"] is not None
-        samples, data = (str(row["train_samples"]), _size(row["data_bytes"])) if known else ("?", "?")
-        memory = _size(row["memory_bytes"]) + ("" if known else " + data")
+        samples, data = (str(row["train_samples"]), size(row["data_bytes"])) if known else ("?", "?")
+        memory = size(row["memory_bytes"]) + ("" if known else " + data")
         name = str(row["rank"]) if jobs is None else jobs[row["rank"]]
-        table.add_row(name, silos or "-", samples, data, _size(row["vector_bytes"]), memory)
+        table.add_row(name, silos or "-", samples, data, size(row["vector_bytes"]), memory)
     console.print(table)
     hosts = [row["rank"] for row in result["ranks"] if row["silos"]]
     dedicated = jobs is not None or result["config"]["server.dedicated"]["value"]
@@ -245,8 +245,8 @@ def _print_plan(result: dict[str, Any]) -> None:
         console.print("bytes of a round: they depend on which host each rank is on, which is known only at launch")
     else:
         console.print(
-            f"a round, all {what}s: {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down "
-            f"({result['bytes_up']} and {result['bytes_down']} bytes), {_size(result['bytes_control'])} control traffic"
+            f"a round, all {what}s: {size(result['bytes_up'])} up, {size(result['bytes_down'])} down "
+            f"({result['bytes_up']} and {result['bytes_down']} bytes), {size(result['bytes_control'])} control traffic"
         )
     _print_secure(console, result)
     if (private := result["budget"]) is not None:
@@ -261,9 +261,9 @@ def _print_plan(result: dict[str, Any]) -> None:
                 f"privacy: silo {silo}: epsilon {at_most(row['epsilon'])}, noise multiplier {row['sigma']:.4g}"
             )
     kept = result["checkpoints_kept"]
-    console.print(f"a checkpoint: {_size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
+    console.print(f"a checkpoint: {size(result['checkpoint_bytes'])}; up to {kept} are kept in {result['out']}")
     if result["mirror_bytes"]:
-        console.print(f"under mpirun --with-ft ulfm: up to {_size(result['mirror_bytes'])} more memory a rank")
+        console.print(f"under mpirun --with-ft ulfm: up to {size(result['mirror_bytes'])} more memory a rank")
     console.print("not looked at: files, samples, model and loss on them, speed, out; `fedmpi check` does")
     _print_engines(console, result)
     _print_links(console, result["links"])
@@ -271,15 +271,6 @@ def _print_plan(result: dict[str, Any]) -> None:
     for key, entry in result["config"].items():
         values.add_row(key, str(entry["value"]), entry["from"])
     console.print(values)
-
-
-def _size(num_bytes: int) -> str:
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return ""
 
 
 @app.command()

@@ -7,9 +7,9 @@ from typing import Any
 
 from fedmpi.binding import Bound, collisions, nodes_of
 from fedmpi.check.findings import Findings
-from fedmpi.check.folder import size
 from fedmpi.comm import ranks_text
 from fedmpi.doctor.host import NETWORK_FILES
+from fedmpi.output import size
 
 FILES, SHM_BYTES, LOCKED_BYTES = 1024, 64 << 20, 64 << 20  # least open files, /dev/shm and locked memory of a rank
 SKEW_S = 1.0  # largest difference of clocks

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmpi.binding import nodes_of, spans
-from fedmpi.check.folder import size
 from fedmpi.comm import ranks_text
+from fedmpi.output import size
 
 _MOST = 30  # pairs shown
 
