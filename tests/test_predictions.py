@@ -1,15 +1,20 @@
 """`fedmpi predict`: files per silo against the models themselves, personal ones too, for new files, and refusals."""
 
 import csv
+import json
+import warnings
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import fedmpi
 from fedmpi import results
+from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
@@ -61,11 +66,11 @@ def logits(root, x, silo=None):
 def test_predictions_are_those_of_the_exported_model_on_prepared_inputs(study, statistics):
     record, data = trained(study, data={"statistics": statistics})
     done = predict(study / "run", study / "out")
-    assert {silo: (path.name, own) for silo, (path, _, own) in done.items()} == {
+    assert {silo: (one.path.name, one.own) for silo, one in done.items()} == {
         "a": ("a.csv", False),
         "b/c": ("b%2Fc.csv", False),
     }
-    for silo, (path, num, _) in done.items():
+    for silo, (path, num, *_) in done.items():
         found, one = cells(path), data[silo]
         assert list(found) == ["row", "target", "prediction", "p_cured", "p_ill"] and num == len(one.x_test)
         wanted = logits(study, one.x_test).double().sigmoid()
@@ -109,7 +114,7 @@ def test_other_formats_and_parts_hold_the_same(study, ending):
 )
 def test_a_silo_with_a_personal_model_uses_it(study, values):
     record, data = trained(study, **values)
-    for silo, (path, _, own) in predict(study / "run", study / "out").items():
+    for silo, (path, _, own, *_) in predict(study / "run", study / "out").items():
         wanted = logits(study, data[silo].x_test, silo)
         assert own
         np.testing.assert_allclose(np.array(cells(path)["p_ill"], float), wanted.double().sigmoid(), rtol=1e-5)
@@ -134,6 +139,90 @@ def test_new_samples_without_labels_are_prepared_as_in_training(study, statistic
     np.testing.assert_allclose(
         [float(of_training["p_ill"][i]) for i in order], [float(p) for p in found["p_ill"]], rtol=1e-5
     )
+
+
+def test_new_samples_with_labels_keep_them(study, caplog):
+    trained(study)
+    predict(study / "run", study / "out", part="all", only=["a"])
+    of_training = cells(study / "out" / "a.csv")
+    (study / "new.csv").write_text((study / "0.csv").read_text())
+    given = {"data": study / "new.csv", "only": ["a"]}
+    done = predict(study / "run", study / "out", **given)["a"]
+    found = cells(done.path)
+    assert list(found) == ["row", "target", "prediction", "p_cured", "p_ill"] and not done.replaced
+    assert dict(zip(found["row"], found["target"], strict=True)) == dict(
+        zip(of_training["row"], of_training["target"], strict=True)
+    )
+    lines = (study / "0.csv").read_text().replace(",ill,", ",,", 1).splitlines()  # one is not known yet
+    (study / "new.csv").write_text("\n".join(lines) + "\n")
+    done = predict(study / "run", study / "out", **given)["a"]
+    assert list(cells(done.path)) == ["row", "prediction", "p_cured", "p_ill"] and done.replaced
+    assert "is empty, which is not one of cured, ill; the predictions have no targets" in caplog.text
+
+
+def told_by(path):
+    """What a file of a model says of the preparation of its inputs."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+    elif path.suffix == ".pt":
+        about = getattr(torch.load(path, weights_only=True), "_metadata", {}).get("fedmpi", {})
+    elif path.suffix == ".torchscript":
+        about = {"preparation": ""}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated
+            torch.jit.load(str(path), _extra_files=about)
+    else:
+        onnx = pytest.importorskip("onnx")
+        about = {one.key: one.value for one in onnx.load(str(path)).metadata_props}
+    return json.loads(about["preparation"]) if about.get("preparation") else None
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt", ".torchscript", ".onnx"])
+def test_an_exported_model_says_how_its_inputs_are_prepared(study, ending, caplog):
+    _, data = trained(study)
+    results.export(study / "run", study / f"m{ending}", silo="b/c")
+    told = told_by(study / f"m{ending}")
+    lines = (study / "1.csv").read_text().splitlines()[1:]
+    raw = np.array([[cell or "nan" for cell in line.split(",")[:2]] for line in lines], np.float32)
+    raw = np.where(np.isnan(raw), told["fill"], raw)
+    prepared = ((raw - told["shift"]) / told["width"]).astype(np.float32)
+    both = torch.cat([data["b/c"].x_train, data["b/c"].x_test]).numpy()
+    assert told["columns"] == ["age", "bp"] and sorted(map(tuple, prepared)) == sorted(map(tuple, both))
+    assert "statistics" not in caplog.text
+    results.export(study / "run", study / f"m{ending}")
+    assert told_by(study / f"m{ending}") is None
+    assert "each silo has its own; --silo ID writes that silo's into the file's metadata" in caplog.text
+
+
+def test_an_exported_model_holds_pooled_statistics_and_no_unknown_ones(study, caplog):
+    trained(study, data={"statistics": "pooled"})
+    results.export(study / "run", study / "m.pt")
+    of_all = told_by(study / "m.pt")
+    results.export(study / "run", study / "m.pt", silo="a")
+    assert told_by(study / "m.pt") == of_all and of_all["width"] != [1.0, 1.0] and "statistics" not in caplog.text
+    trained(study, "other")
+    (study / "0.csv").unlink()
+    results.export(study / "other", study / "m.pt", silo="a")
+    assert told_by(study / "m.pt") is None and "are not in the file: silo 'a': no file" in caplog.text
+
+
+@pytest.mark.parametrize("given", [{}, {"data": "0.csv", "only": ["a"]}])
+def test_predictions_never_replace_samples(study, given):
+    trained(study, data={"silos": [{"id": "0", "path": "0.csv"}, {"id": "a", "path": "1.csv"}]})
+    before = (study / "0.csv").read_bytes()
+    given = {key: study / value if key == "data" else value for key, value in given.items()}
+    with pytest.raises(ConfigError, match=r"--to: .*0.csv holds samples, and predictions would replace it"):
+        predict(study / "run", study, **given)
+    assert (study / "0.csv").read_bytes() == before
+
+
+def test_the_command_says_round_and_model(study):
+    trained(study)
+    words = ["predict", str(study / "run"), "--to", str(study / "out"), "--silo", "a"]
+    first, again = (CliRunner().invoke(app, words) for _ in range(2))
+    told = f"{study}/out/a.csv: 6 test samples of silo a, predicted by the global model of round 3"
+    assert (first.stdout, again.stdout) == (f"{told}\n", f"{told}, in place of an older file\n")
 
 
 def test_a_file_that_has_changed_since_training_is_told(study, caplog):
@@ -175,7 +264,11 @@ def test_several_classes_and_numbers(tmp_path):
             module = run.federation.model.module.eval()
             with torch.no_grad():
                 outputs = module(torch.from_numpy(x[:7]))
+        np.savez(tmp_path / "new.npz", x=x[:7], y=y[:7])
+        done = predict(tmp_path / task, tmp_path / "out", data=tmp_path / "new.npz", ending="npz")[""]
+        of_file = dict(np.load(done.path))
         found = dict(np.load(predict(tmp_path / task, tmp_path / "out", ending="npz")["a"][0]))
+        assert of_file.keys() == found.keys() and all((of_file[name] == found[name]).all() for name in found)
         assert found["row"].tolist() == list(range(7))
         if task == "classification":
             assert list(found) == ["row", "target", "prediction", "p_0", "p_1", "p_2"]

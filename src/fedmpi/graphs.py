@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import inspect
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ GRAPHS = (".torchscript", ".onnx")  # endings of files
 SIZES = (2, 5)  # samples of the trace, and of the check
 
 
-def write_graph(module: torch.nn.Module, source: Source, path: Path) -> None:
-    """Writes the model by its path's ending. The input `x` is any number of samples, `outputs` what the module gives in
-    evaluation mode. Raises ConfigError if the model has no graph, and OSError."""
+def write_graph(module: torch.nn.Module, source: Source, path: Path, about: Mapping[str, str]) -> None:
+    """Writes the model by its path's ending, and `about` into its metadata. The input `x` is any number of samples,
+    `outputs` what the module gives in evaluation mode. Raises ConfigError if the model has no graph, and OSError."""
     plain = _plain(module)
     one, other = (_samples(source, num) for num in SIZES)
     if path.suffix == ".onnx" and importlib.util.find_spec("onnx") is None:
@@ -43,7 +45,7 @@ def write_graph(module: torch.nn.Module, source: Source, path: Path) -> None:
             )
         with disk.replacing(path) as part:
             if path.suffix == ".torchscript":
-                traced.save(str(part))
+                traced.save(str(part), _extra_files=dict(about))
                 return
             axes = {"x": {0: "samples"}, "outputs": {0: "samples"}}
             try:
@@ -53,6 +55,16 @@ def write_graph(module: torch.nn.Module, source: Source, path: Path) -> None:
                 torch.onnx.export(plain, (one,), str(part), **names)
             except Exception as error:
                 raise ConfigError(f"--to {path}: the model has no ONNX graph: {_told(error)}") from None
+            _tell(part, about)
+
+
+def _tell(path: Path, about: Mapping[str, str]) -> None:
+    """Puts `about` into the metadata of an ONNX file."""
+    onnx: Any = importlib.import_module("onnx")
+    graph = onnx.load(str(path), load_external_data=False)
+    for key, value in about.items():
+        graph.metadata_props.add(key=key, value=value)
+    onnx.save(graph, str(path))
 
 
 def _plain(module: torch.nn.Module) -> torch.nn.Module:

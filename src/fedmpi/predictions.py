@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -33,6 +33,16 @@ Part = Literal["test", "train", "all"]
 ENDINGS = ("csv", "npz", "h5")
 
 
+class Written(NamedTuple):
+    """A file of predictions."""
+
+    path: Path
+    rows: int
+    own: bool  # whether by the silo's own model
+    round: int  # of the checkpoint
+    replaced: bool  # whether an older file was there
+
+
 @rng.borrowed()
 def predict(
     root: Path,
@@ -44,9 +54,9 @@ def predict(
     only: Sequence[str] = (),
     data: Path | None = None,
     ending: str = "csv",
-) -> dict[str, tuple[Path, int, bool]]:
-    """Writes predictions of this rank's silos into the folder `to`; returns each silo's file, its number of rows, and
-    whether the model is the silo's own. A silo with a personal model uses that.
+) -> dict[str, Written]:
+    """Writes predictions of this rank's silos into the folder `to`; returns each silo's file. A silo with a personal
+    model uses that. An older file of the same name is replaced, but never a file that holds samples.
 
     `only`: these silos. `data`: samples of this file instead, prepared as those of the one silo in `only`, or by the
     global model (with the empty id) if none is given. Collective; raises ConfigError on every rank.
@@ -82,7 +92,7 @@ def predict(
         params_P = run.averaged_parameters(round, comm)
         objective = comm.collectively(lambda: resolve(run.config.objective, source.task, source.num_classes))
 
-        def work() -> dict[str, tuple[Path, int, bool]]:
+        def work() -> dict[str, Written]:
             try:
                 to.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -92,19 +102,29 @@ def predict(
                 own = bool(silo) and run.load_silo(silo, params_P, round)
                 if not silo:
                     if run.model.has_personal:
-                        raise ConfigError("silos have layers of their own: say whose model with --silo")
+                        raise ConfigError("every silo has layers of its own: name one with --silo")
                     run.model.load(params_P)
-                columns = dict(_columns(run, objective, silo, round, part, data, lambda: comm.beat(trains=True)))
                 name = quote(silo, safe="") if data is None else data.stem
                 path = to / f"{name}.{ending}"
+                replaced = _refuse_samples(path, [*source.files.values(), *([data] if data is not None else [])])
+                columns = dict(_columns(run, objective, silo, round, part, data, lambda: comm.beat(trains=True)))
                 try:
                     write(path, columns)
                 except OSError as error:
                     raise ConfigError(f"--to {path}: cannot be written: {error.strerror or error}") from None
-                found[silo] = path, len(next(iter(columns.values()))), own
+                found[silo] = Written(path, len(next(iter(columns.values()))), own, round, replaced)
             return found
 
         return comm.collectively(work)
+
+
+def _refuse_samples(path: Path, samples: Sequence[Path]) -> bool:
+    """Whether a file is there. Raises ConfigError if it is one of `samples`."""
+    if not path.exists():
+        return False
+    if any(other.exists() and path.samefile(other) for other in samples):
+        raise ConfigError(f"--to: {path} holds samples, and predictions would replace it; choose another folder")
+    return True
 
 
 def _columns(
@@ -123,8 +143,8 @@ def _columns(
             raise ConfigError("--data is for runs with data: files")
         if silo and source.fitted and source.shared is None:  # statistics are those of the silo's file
             run.opened(silo, run.kept(round, [silo])[silo])
-        x, rows = source.inputs(data, silo or None)
-        pieces: list[tuple[str, Samples, torch.Tensor | None, Column]] = [("new", x, None, rows)]
+        x, rows, y = source.inputs(data, silo or None)
+        pieces: list[tuple[str, Samples, torch.Tensor | None, Column]] = [("new", x, y, rows)]
     else:
         opened = run.opened(silo, run.kept(round, [silo])[silo])
         train, test = source.rows.get(silo, (np.arange(len(opened.x_train)), np.arange(len(opened.x_test))))
@@ -135,8 +155,8 @@ def _columns(
     yield "row", np.concatenate([piece[3] for piece in pieces])
     if part == "all" and data is None:
         yield "part", np.concatenate([np.full(len(piece[3]), piece[0]) for piece in pieces])
-    if data is None:
-        yield from _labels(torch.cat([piece[2] for piece in pieces if piece[2] is not None]), source)
+    if targets := [piece[2] for piece in pieces if piece[2] is not None]:
+        yield from _labels(torch.cat(targets), source)
     yield from predicted(torch.cat(outputs), source, objective.own_loss)
 
 

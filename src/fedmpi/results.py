@@ -182,7 +182,8 @@ def export(
 
     With `silo` it is that silo's personal model, with `shared` only the shared tensors. A model with personal layers
     needs one of them, because the global model has no trained personal layers. A file that is not the full global model
-    says so in its metadata. Raises ConfigError for a wrong target, silo or round.
+    says so in its metadata. `preparation` there says, as JSON, how inputs are prepared, by the statistics of all
+    silos or of one. Raises ConfigError for a wrong target, silo or round.
     """
     if target.suffix not in (endings := (".safetensors", ".pt", *GRAPHS)):
         raise ConfigError(f"--to {target}: end the name with {', '.join(endings[:-1])} or {endings[-1]}")
@@ -212,19 +213,37 @@ def export(
                     "or --shared for the shared tensors only"
                 )
             model.load(params_P)
-    if run.source.fitted:
-        log.warning(
-            "the model takes inputs prepared with statistics of training samples; `fedmpi predict` prepares them"
-        )
+        if prepared := _preparation(run, round, silo):
+            about["preparation"] = prepared
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix in GRAPHS:
-            write_graph(model.module, run.source, target)
+            write_graph(model.module, run.source, target, about)
         else:
-            save_model(model, target, shared, about if shared or silo is not None else None)
+            save_model(model, target, shared, about if len(about) > 1 or shared else None)
     except OSError as error:
         raise ConfigError(f"--to {target}: cannot write there: {error.strerror or error}") from None
     return round
+
+
+def _preparation(run: StoredRun, round: int, silo: str | None) -> str:
+    """How inputs are prepared, as JSON; empty if they are not, or, with a warning, if the file cannot say how."""
+    source = run.source
+    why = "`fedmpi predict` prepares them"
+    if source.preparation is not None and (silo is not None or source.shared is not None or not source.fitted):
+        try:
+            if silo is not None and source.fitted and source.shared is None:
+                run.opened(silo, run.kept(round, [silo])[silo])  # warns if its data have changed since
+            found = source.preparation(silo)
+        except FedmpiError as error:
+            why = str(error)
+        else:
+            return "" if found is None else json.dumps(found)
+    elif source.preparation is not None:
+        why = "each silo has its own; --silo ID writes that silo's into the file's metadata"
+    if source.fitted:
+        log.warning("the model takes inputs prepared with statistics that are not in the file: %s", why)
+    return ""
 
 
 def choose_on_ranks(root: Path, which: RoundChoice, comm: Comm, mine: Collection[str]) -> int:

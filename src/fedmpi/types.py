@@ -110,7 +110,11 @@ class Source:
     shared: SharedStatistics | None = None  # what `open` needs to know of all silos first
     rows: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # by opened silo: names of training and of test rows
     classes: tuple[Any, ...] = ()  # labels as in the files, class 0 first; empty: 0, 1, ...
-    inputs: Callable[[Path, str | None], tuple[Samples, Any]] | None = None  # of another file, and names of its rows
+    # Inputs of another file, names of its rows, and its targets if it has any.
+    inputs: Callable[[Path, str | None], tuple[Samples, Any, torch.Tensor | None]] | None = None
+    # How a silo's inputs are made from its file, as plain values; None: of all silos alike. None if nothing is done.
+    preparation: Callable[[str | None], dict[str, Any] | None] | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)  # by silo id: its file or folder, if it has one
     readable: Callable[[str], bool] = lambda silo: True  # by silo id: whether this process sees its data; reads nothing
 
 

@@ -217,12 +217,14 @@ def predict(
     part: Annotated[str, typer.Option("--part", help="samples: test, train or all")] = "test",
     silo: Annotated[list[str] | None, typer.Option("--silo", metavar="ID", help="only this silo; repeatable")] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="FILE", help="samples of this file, with or without labels")
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="other samples, with or without targets, taken as those of --silo"),
     ] = None,
     ending: Annotated[str, typer.Option("--format", help="csv, npz or h5")] = "csv",
     allow: Allow = None,
 ) -> None:
-    """Write a checkpoint's predictions, a file per silo. A silo with a personal model uses its own.
+    """Write a checkpoint's predictions, a file per silo. A silo with a personal model uses its own. An older file of
+    the same name is replaced.
 
     Under mpirun or srun every rank writes those of the silos that it would train: they stay where the samples are.
     """
@@ -232,9 +234,12 @@ def predict(
 
         done = write(directory, to, _which(round), allow or [], comm, part, silo or (), data, ending)  # type: ignore[arg-type]
         comm.finish()
-        for name, (path, rows, own) in done.items():
-            model = "its own model" if own else "the global model"
-            print(f"{name or 'all silos'}: {rows} predictions of {model} written to {path}", flush=True)
+        for name, one in done.items():
+            what = "test samples" if part == "test" else "training samples" if part == "train" else "samples"
+            of = f"{what} of silo {name}" if data is None else f"samples of {data}"
+            whose = "the global model" if not one.own else "its own model" if data is None else f"silo {name}'s model"
+            old = ", in place of an older file" if one.replaced else ""
+            print(f"{one.path}: {one.rows} {of}, predicted by {whose} of round {one.round}{old}", flush=True)
 
     from fedmpi.comm import SoloComm, launched
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import field, replace
@@ -174,12 +175,12 @@ class Files:
             data = read(silo)
             return how.apply(data, how.of_one(data))
 
-        def inputs(path: Path, silo: str | None) -> tuple[Samples, Any]:
+        def inputs(path: Path, silo: str | None) -> tuple[Samples, Any, torch.Tensor | None]:
             where = str(path)
             content = self._inputs_of(path, where)
             if silo is None and ((how.fits and pooled is None) or (content.columns and self.features is None)):
                 what = "statistics of its training samples" if how.fits and pooled is None else "names of its columns"
-                raise ConfigError(f"{where}: a silo's {what} are needed; say which silo's")
+                raise ConfigError(f"{where}: a silo's {what} are needed; name the silo with --silo")
             found = how.none if pooled is None else pooled.found
             if silo is not None and (pooled is None or content.columns):
                 data = read(silo)
@@ -189,7 +190,15 @@ class Files:
             x = torch.from_numpy(self._checked_inputs(content, where))
             nothing = torch.empty(0)
             names = np.array(content.lines) if content.lines else np.arange(len(x))
-            return how.apply(SiloData(x, nothing, x[:0], nothing), found).x_train, names
+            prepared = how.apply(SiloData(x, nothing, x[:0], nothing), found).x_train
+            return prepared, names, self._targets_of(content, where, len(x))
+
+        def preparation(silo: str | None) -> dict[str, Any] | None:
+            found = how.none if pooled is None else pooled.found
+            if silo is not None and (pooled is None and how.fits):
+                found = how.of_one(read(silo))
+            names = columns.get(silo or "", (*(self.features or ()), *self.levels))
+            return {**how.told(found), "columns": list(names)} if how.changes else None
 
         return Source(
             self.task,
@@ -202,6 +211,8 @@ class Files:
             rows=rows,
             classes=self.classes or (),
             inputs=inputs,
+            preparation=preparation,
+            files={s.id: root_of(self.root) / s.path for s in self.silos},
             fitted=how.fits,
             shared=pooled,
             readable=self._readable,
@@ -235,6 +246,29 @@ class Files:
         fills = self.missing != "error"
         named = Columns(self._targets(), self.features, self.levels, self.separator, fills=fills)
         return formats.read_inputs(path, where, named)
+
+    def _targets_of(self, content: formats.Content, where: str, num: int) -> torch.Tensor | None:
+        """The targets of new samples, as those of the silos; None if there are none, or, with a warning, if they cannot
+        be read."""
+        if "y" not in content.arrays or self.task == "next_token":
+            return None
+        y, rows = content.arrays["y"], Rows(content, "y", where)
+        assert not isinstance(y, Raw)
+        try:
+            if y.dtype.kind not in "biufSUO" or y.ndim == 0 or len(y) != num:
+                raise ConfigError(f"{rows.name} holds {y.dtype} of {list(y.shape)}, and there are {num} samples")
+            return torch.from_numpy(self._numbers(y, rows))
+        except ConfigError as error:
+            log.warning("%s; the predictions have no targets", error)
+            return None
+
+    def _numbers(self, y: npt.NDArray[Any], rows: Rows) -> npt.NDArray[Any]:
+        """Targets, one or several numbers a sample, in their training type. Raises ConfigError."""
+        if self.task == "regression":
+            num = self._outputs()
+            return finite(shaped(y, (num,) if num > 1 else (), rows), rows)
+        labels = self._symbols(y, (), rows)
+        return labels.astype(np.float32) if self.task == "binary" else labels
 
     def _checked_inputs(self, content: formats.Content, where: str) -> npt.NDArray[Any]:
         x, rows = content.arrays["x"], Rows(content, "x", where)
@@ -318,11 +352,7 @@ class Files:
         if self.task == "next_token":
             assert not isinstance(x, Raw)
             return self._symbols(x, self.shape, of_x), self._symbols(y, self.shape, of_y)
-        if self.task == "regression":
-            num = self._outputs()
-            return _inputs(x, of_x, self.missing != "error"), finite(shaped(y, (num,) if num > 1 else (), of_y), of_y)
-        labels = self._symbols(y, (), of_y)
-        return _inputs(x, of_x, self.missing != "error"), labels.astype(np.float32) if self.task == "binary" else labels
+        return _inputs(x, of_x, self.missing != "error"), self._numbers(y, of_y)
 
     def _symbols(self, values: npt.NDArray[Any], shape: tuple[int, ...], rows: Rows) -> npt.NDArray[np.int64]:
         """Labels or symbols as int64, each from 0 to below its limit. Raises ConfigError."""
@@ -347,6 +377,8 @@ class Files:
             )
         return numbers.astype(np.int64)
 
+
+log = logging.getLogger("fedmpi")
 
 _CLASSES = ("classification", "binary")
 Inputs = npt.NDArray[Any] | FileSamples

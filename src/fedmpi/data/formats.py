@@ -87,13 +87,14 @@ def read(path: Path, where: str, columns: Columns, stream: bool = False) -> Cont
 
 
 def read_inputs(path: Path, where: str, columns: Columns) -> Content:
-    """Reads x alone, of a file that need not have targets. Raises ConfigError as `read` does."""
+    """Reads x, and y if the file has it: it need not have targets. Raises ConfigError as `read` does."""
     ending = path.suffix.lower()
     try:
         if ending in TABLES:
             named = replace(columns, unlabelled=True)
             table = (read_csv if ending == ".csv" else read_parquet)(path, where, named)
-            return Content({"x": table.x_NX}, table.columns, table.lines)
+            there = {"y": table.y} if table.y.shape[1:] != (0,) else {}
+            return Content({"x": table.x_NX, **there}, table.columns, table.lines, columns.targets)
         if ending not in ENDINGS:
             raise ConfigError(f"{where} ends in none of {', '.join(ENDINGS)}")
         arrays = _read_hdf5(path, where, False) if ending in HDF5 else _read_npz(path, where, False)
@@ -102,8 +103,8 @@ def read_inputs(path: Path, where: str, columns: Columns) -> Content:
     except _DAMAGE as error:
         raise ConfigError(f"{where} {_why(error, ending)}") from None
     if "x" not in arrays:
-        raise ConfigError(f"{where} has no 'x'")
-    return Content({"x": arrays["x"]})
+        raise ConfigError(f"{where} has no 'x': new samples are one array x, and their targets, if any, y")
+    return Content({key: arrays[key] for key in WHOLE if key in arrays})
 
 
 def write(path: Path, columns: Mapping[str, Array]) -> None:

@@ -95,6 +95,11 @@ class Preparation:
         """Those of a preparation that depends on no training sample."""
         return Statistics(np.zeros(self.shape[0]), np.zeros(self.shape[0]), np.ones(self.shape[0]))
 
+    def told(self, found: Statistics) -> dict[str, Any]:
+        """What `apply` does, as plain values for a file that goes with a model."""
+        does = "along the first axis of a sample: x, or fill where it is missing, minus shift, divided by width"
+        return {"inputs": does, **{name: values.tolist() for name, values in found._asdict().items()}}
+
     def apply(self, data: SiloData, found: Statistics) -> SiloData:
         """The data with prepared inputs; streamed ones are prepared as they are read."""
         if not self.changes:

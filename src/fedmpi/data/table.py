@@ -33,7 +33,7 @@ class Columns:
     features: Sequence[str] | None
     levels: Mapping[str, Sequence[Any]]
     separator: str
-    unlabelled: bool = False  # whether the columns of y are ignored, and may be missing
+    unlabelled: bool = False  # whether the columns of y may be missing
     fills: bool = False  # whether missing numbers become NaN, and are filled in later
 
     def numeric(self, names: Sequence[str]) -> list[str]:
@@ -79,7 +79,7 @@ def table_of(
         return f"line {lines[row]}" if lines else f"row {row}"
 
     numeric = columns.numeric(names)
-    if columns.unlabelled:
+    if columns.unlabelled and not {*columns.targets} <= {*names}:
         columns = replace(columns, targets=())
     _check_names(names, [*columns.targets, *numeric, *columns.levels], where, columns)
     cells = {n: column(n) for n in {*columns.targets, *numeric, *columns.levels}}
@@ -293,8 +293,7 @@ def read_parquet(path: Path, where: str, columns: Columns) -> Table:
     parquet: Any = importlib.import_module("pyarrow.parquet")
     try:
         names = list(parquet.read_schema(path).names)
-        targets = () if columns.unlabelled else columns.targets
-        wanted = {*targets, *columns.numeric(names), *columns.levels} & {*names}
+        wanted = {*columns.targets, *columns.numeric(names), *columns.levels} & {*names}
         table = parquet.read_table(path, columns=sorted(wanted))
     except (pyarrow.ArrowException, ValueError) as error:
         raise ConfigError(f"{where} cannot be read as .parquet: {' '.join(str(error).split())[:300]}") from None
