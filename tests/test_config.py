@@ -424,7 +424,7 @@ def test_what_may_change_is_no_difference_and_everything_else_is():
     assert differences({**stored, "about": {"ranks": 3}}, config) == [
         "local.lr is 0.05 there and 0.1 here",
         "seed is 0 there and 1 here",
-        "select.count is not set there and None here",
+        "select.count is not set there and null here",
         "select.fraction is not set there and 1.0 here",
         "select.name is all there and uniform here",
         "select.weights is not set there and renormalised here",
@@ -439,7 +439,7 @@ def test_keys_of_a_component_that_an_earlier_version_did_not_store_had_their_def
         del stored["data"][key]
     assert differences(stored, build(Config, values)) == []
     scaled = build(Config, {"data": {**values["data"], "scale": "standard"}})
-    assert differences(stored, scaled) == ["data.scale is None there and standard here"]
+    assert differences(stored, scaled) == ["data.scale is null there and standard here"]
 
 
 def test_of_lists_and_mappings_only_the_single_values_that_differ_are_named():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedmpi.comm import Comm, ranks_text
+from fedmpi.components import written
 from fedmpi.config import Config, common, digest, flatten, origin_of
 from fedmpi.yamlfile import variables_in
 
@@ -59,7 +60,7 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any], rank: int) ->
     for key in [*there, *(key for key in here if key not in there)]:
         (old, old_origin), (new, new_origin) = there.get(key, nothing), here.get(key, nothing)
         if old != new:
-            told.append(f"{key} is {old} on rank 0 and {new} on rank {rank}")
+            told.append(f"{key} is {written(old)} on rank 0 and {written(new)} on rank {rank}")
             variables |= dict.fromkeys(variables_in(old_origin) + variables_in(new_origin))
     more = f", and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
     return ", ".join(told[:_SHOWN]) + more, list(variables)

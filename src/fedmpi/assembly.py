@@ -154,7 +154,7 @@ def assemble(
     else:
         spec = comm.collectively(lambda: _spec_of(spec, stored[0])) if stored else spec
         first = comm.collectively(lambda: _first_members(spec, comm.hosts, members, stored))
-    unshared = first_values(spec)
+    unshared = first_values(spec.module, spec.entries)
     comms = Comms.of(comm)
     opened = open_members(spec, first, comms)
     built = build_federation(spec, opened, comms, plan_before=plan_before)
@@ -205,7 +205,7 @@ def _as_stored(spec: Spec, hosts: Sequence[str], one: Stored, newest: Collection
         if len(left) == len(before.ids):
             raise ConfigError(
                 f"all members of round {one.round} left later ({', '.join(left[:4])}), and the newer checkpoints are "
-                "damaged; mend those, or choose another out="
+                "damaged; repair those, or choose another out="
             )
         before = before.without(*left)
     if before.epoch == 0 and len(before.teams) == len(silos):
@@ -368,14 +368,10 @@ def _session(spec: Spec, opened: Opened, comm: Comm) -> Session | None:
     config, members = spec.config, opened.members
     if (secure := config.secure) is None:
         return None
-    comm.collectively(lambda: _can_mask(spec.device))
+    num_tested = int(np.count_nonzero(opened.facts_KF[:, 1]))
+    comm.collectively(lambda: can_mask(config, members.ids, num_tested, spec.device))
     keep_out_of_core_dumps()
     ring, threshold = secure.ring(config, len(members.ids)), secure.fewest(config, members.ids)
-    if 0 < (tested := np.count_nonzero(opened.facts_KF[:, 1])) < threshold:
-        why = f"{tested} of the silos have test data, and secure.threshold is {threshold}"
-        raise agreed(
-            ConfigError(f"secure: {why}: sums of so few test figures are not revealed; test more silos, or none")
-        )
     session = Session(comm, members.ids, members.ranks, ring, threshold, secure.neighbours)
     if comm.rank == 0:
         heavy = _heavy(weights_of(config, members.ids, opened.num_train))
@@ -395,10 +391,15 @@ def _heavy(weights: Mapping[str, float]) -> str:
     )
 
 
-def _can_mask(chosen: torch.device) -> None:
+def can_mask(config: Config, ids: Sequence[str], num_tested: int, chosen: torch.device) -> None:
+    """Raises ConfigError if masks cannot be made here, or if so few silos with test data that their sums are hidden."""
+    assert config.secure is not None
     require()
     if chosen.type != "cpu":
         raise ConfigError("secure: masks are made in host memory; take device.name: cpu")
+    if 0 < num_tested < (threshold := config.secure.fewest(config, ids)):
+        why = f"{num_tested} of the silos have test data, and secure.threshold is {threshold}"
+        raise ConfigError(f"secure: {why}: sums of so few test figures are not revealed; test more silos, or none")
 
 
 @contextlib.contextmanager
@@ -573,11 +574,11 @@ def _local(
     return LocalSilo(silo, SiloData(*(moved.get(i, part) for i, part in enumerate(parts))), weight)  # type: ignore[arg-type]
 
 
-def first_values(spec: Spec) -> dict[str, torch.Tensor]:
+def first_values(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, torch.Tensor]:
     """Copies of the initial values that no checkpoint stores: frozen parameters that are not shared, and the values
     from which silos start their personal ones."""
-    state = spec.module.state_dict()
-    return {e.name: state[e.name].detach().cpu().clone() for e in spec.entries if e.kind != "shared"}
+    state = module.state_dict()
+    return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
 
 
 def _try_metrics(

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import json
 import sys
 import traceback
 import types
@@ -307,6 +308,15 @@ def _fitting(target: Callable[..., Any], values: Mapping[str, Any], path: str) -
     except TypeError as error:
         raise ConfigError(f"{path}: '{target.__name__}': {error}") from None
     return dict(values)
+
+
+def written(value: Any) -> str:
+    """A plain value as a configuration file has it.
+
+    >>> written("digits"), written(None), written([1, "a"]), written(True)
+    ('digits', 'null', '[1, "a"]', 'true')
+    """
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:

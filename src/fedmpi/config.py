@@ -30,6 +30,7 @@ from fedmpi.components import (
     component,
     did_you_mean,
     to_dict,
+    written,
 )
 from fedmpi.data import DATASETS
 from fedmpi.data.digits import Digits
@@ -590,7 +591,7 @@ def _leaves(key: str, there: Any, here: Any) -> Iterator[str]:
         for part in old | new:
             yield from _leaves(key + part, old.get(part, _UNSET), new.get(part, _UNSET))
     elif there != here:
-        yield f"{key} is {there} there and {here} here"
+        yield f"{key} is {written(there)} there and {written(here)} here"
 
 
 def _parts(value: Any) -> dict[str, Any]:

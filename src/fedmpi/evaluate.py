@@ -138,6 +138,12 @@ class Scores:
         """Scores with personal figures if the rule, fine-tuning or personal `layers` may produce any."""
         return cls(objective, layers or finetune is not None or rule.is_personal, pools)
 
+    @property
+    def better(self) -> dict[str, bool]:
+        """Whether higher is better, by the record key of each metric that is a number."""
+        found = {one.key: one.maximize for one in self.objective.scorers if one.maximize is not None}
+        return found | {PERSONAL + key: maximize for key, maximize in found.items() if self.personal}
+
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:
         """Column names of a silo's row."""

@@ -91,6 +91,23 @@ def conflicts(config: Config) -> str | None:
     return None
 
 
+def look(section: ForkSection, out: Path) -> None:
+    """Raises ConfigError if the checkpoint is needed for `out`, and is not there or damaged."""
+    root, round = Path(section.run), section.round
+    if root.resolve() == out.resolve():
+        raise ConfigError(f"fork: {root} is the run's own directory; choose another out=")
+    if checkpoint.sealed_rounds(out) and not begins(out):
+        return
+    there = checkpoint.sealed_rounds(root)
+    if round not in there:
+        has = f"it has those of {', '.join(map(str, there[-6:]))}" if there else "it has none"
+        raise ConfigError(f"fork: {root} has no checkpoint of round {round}; {has}")
+    try:
+        checkpoint.check(root, round)
+    except CheckpointError as error:
+        raise ConfigError(f"fork: {error}") from None
+
+
 def copied(config: Config, out: Path) -> None:
     """Copies the checkpoint, and the records up to its round, into a new run's directory `out`. Raises ConfigError."""
     section = section_of(config.fork)
@@ -99,17 +116,11 @@ def copied(config: Config, out: Path) -> None:
     if section is None:
         return
     root, round = Path(section.run), section.round
-    if root.resolve() == out.resolve():
-        raise ConfigError(f"fork: {root} is the run's own directory; choose another out=")
+    look(section, out)
     if checkpoint.sealed_rounds(out):
         return
-    there = checkpoint.sealed_rounds(root)
-    if round not in there:
-        has = f"it has those of {', '.join(map(str, there[-6:]))}" if there else "it has none"
-        raise ConfigError(f"fork: {root} has no checkpoint of round {round}; {has}")
     folder = checkpoint.folder_of(root, round)
     try:
-        checkpoint.check(root, round)
         disk.replace_text(out / MARK, f"{root.resolve()}\n")
         part = out / "checkpoints" / ".fork"
         shutil.rmtree(part, ignore_errors=True)
@@ -183,7 +194,31 @@ def _is_below(text: str, keys: Collection[str]) -> bool:
 
 def unfit(section: ForkSection, out: Path, changed: Sequence[str], feedback: bool) -> str:
     """Why a state does not fit what has `changed`, in one line; empty if all fit or are reset. `out` holds the copy."""
-    moved = {
+    if feedback and (way := [text for text in changed if _is_below(text, ["exchange.plan", "exchange.scope"])]):
+        return f"{way[0]}: what error feedback has kept does not fit; leave it as it was"
+    kept = dict(_kept(out, section.round))
+    for part, texts in _moved(changed).items():
+        if texts and part not in section.reset and (names := kept.get(part)):
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            how = f"{{run: {section.run}, round: {section.round}, reset: [{part}]}}"
+            state = f"the state '{part}' of round {section.round} ({shown})"
+            return f"{texts[0]}, so {state} does not fit; begin it anew with fork: {how}"
+    return ""
+
+
+def begin_anew(section: ForkSection, root: Path, changed: Sequence[str]) -> str:
+    """Which states begin anew, as the end of a message: those that are reset, and those of what has `changed` of which
+    the checkpoint in `root` holds none; empty if all go on."""
+    kept = dict(_kept(root, section.round))
+    lacking = [part for part, texts in _moved(changed).items() if texts and not kept.get(part)]
+    told = [f"'{part}' (reset)" for part in section.reset]
+    told += [f"'{part}' (the checkpoint has none)" for part in lacking if part not in section.reset]
+    return f"; states that begin anew: {', '.join(told)}" if told else ""
+
+
+def _moved(changed: Sequence[str]) -> dict[Part, list[str]]:
+    """The differences after which a state does not fit any more, by part."""
+    return {
         "server": [text for text in changed if _is_below(text, ["server.optimizer.name"])],
         "select": [text for text in changed if _is_below(text, ["select.name"])],
         "updates": [text for text in changed if _is_below(text, ["updates"])],
@@ -192,16 +227,6 @@ def unfit(section: ForkSection, out: Path, changed: Sequence[str], feedback: boo
         ],
         "stop": [text for text in changed if _is_below(text, ["objective.loss"])],
     }
-    if feedback and (way := [text for text in changed if _is_below(text, ["exchange.plan", "exchange.scope"])]):
-        return f"{way[0]}: what error feedback has kept does not fit; leave it as it was"
-    kept = dict(_kept(out, section.round))
-    for part, texts in moved.items():
-        if texts and part not in section.reset and (names := kept.get(part)):
-            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            how = f"{{run: {section.run}, round: {section.round}, reset: [{part}]}}"
-            state = f"the state '{part}' of round {section.round} ({shown})"
-            return f"{texts[0]}, so {state} does not fit; begin it anew with fork: {how}"
-    return ""
 
 
 def _numbers(key: str, names: Collection[str]) -> list[str]:

@@ -39,8 +39,7 @@ from fedmpi.directory import (
     write_config,
 )
 from fedmpi.errors import ConfigError, agreed
-from fedmpi.evaluate import PERSONAL
-from fedmpi.flat import changed_entries, signature
+from fedmpi.flat import Entry, changed_entries, signature
 from fedmpi.health import Health, Progress
 from fedmpi.keeper import Keeper
 from fedmpi.membership import Membership
@@ -64,6 +63,32 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "numpy", "mpi4py", "h5py")
     return {"fedmpi": fedmpi.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
+
+
+def other_model(about: Mapping[str, Any], found: Sequence[Entry], unshared: str) -> list[str]:
+    """How a model with these tensors differs from that of the run described by `about`, as text. `unshared`: SHA-256 of
+    its first values that are not shared."""
+    changed = changed_entries(about["model"], found)
+    if not changed and about["unshared"] != unshared:
+        changed = ["what the model does not share starts otherwise (was `init` given then?)"]
+    return changed
+
+
+def changed_in_fork(
+    config: Config, section: fork.ForkSection, found: Sequence[Entry], unshared: str, root: Path
+) -> list[str]:
+    """What a fork with this model changes, as text. `root`: where its checkpoint is. Raises ConfigError for what a fork
+    may not change."""
+    begun = read_config(Path(section.run))
+    changed = differences(begun.config, config, begun.about["plan"])
+    refused = fork.refused(changed) + other_model(begun.about, found, unshared)
+    if refused:
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        raise ConfigError(f"fork: {'; '.join(refused[:3])}{more}: a fork of {section.run} must leave that as it is")
+    ways = (config.exchange.up, config.exchange.down)
+    if why := fork.unfit(section, root, changed, any(way.feedback for way in ways)):
+        raise ConfigError(f"fork: {why}")
+    return changed
 
 
 class Parts:
@@ -166,11 +191,8 @@ class Parts:
 
     def _progress(self) -> Progress | None:
         fed = self.federation
-        better = {one.key: one.maximize for one in fed.objective.scorers if one.maximize is not None}
-        if fed.scores.personal:
-            better |= {PERSONAL + key: maximize for key, maximize in better.items()}
         tested = any(facts[1] > 0 for facts in fed.facts.values())
-        return Progress.of(self.config, self.metric, better, tested)
+        return Progress.of(self.config, self.metric, fed.scores.better, tested)
 
     def _make_keeper(self, others: bool) -> Keeper:
         order = [silo.id for silo in self._spec.source.silos]
@@ -201,11 +223,9 @@ class Parts:
             text = f"code has changed since {self.out} was trained with it, and is kept in {self.out / CODE}: "
             text += ", ".join(others)
             if self.config.resume.code == "refuse":
-                raise ConfigError(f"{text}; put it back, say resume.code=warn, or choose another out=")
+                raise ConfigError(f"{text}; put it back, set resume.code=warn, or choose another out=")
             log.warning("%s", text)
-        changed += changed_entries(about["model"], self.federation.model.entries)
-        if not changed and about["unshared"] != digest_of(self.unshared).hex():
-            changed = ["what the model does not share starts otherwise (was `init` given then?)"]
+        changed += other_model(about, self.federation.model.entries, digest_of(self.unshared).hex())
         if changed:
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise ConfigError(
@@ -225,21 +245,12 @@ class Parts:
 
     def _check_forked(self) -> None:
         """Raise ConfigError if this new run cannot go on from the checkpoint of the run that it is forked from."""
-        section = fork.section_of(self.config.fork)
+        section, unshared = fork.section_of(self.config.fork), digest_of(self.unshared).hex()
         assert section is not None
-        begun = read_config(Path(section.run))
-        changed = differences(begun.config, self.config, begun.about["plan"])
-        refused = fork.refused(changed) + changed_entries(begun.about["model"], self.federation.model.entries)
-        if not refused and begun.about["unshared"] != digest_of(self.unshared).hex():
-            refused = ["what the model does not share starts otherwise"]
-        if refused:
-            more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
-            raise ConfigError(f"fork: {'; '.join(refused[:3])}{more}: a fork of {section.run} must leave that as it is")
-        ways = (self.config.exchange.up, self.config.exchange.down)
-        if why := fork.unfit(section, self.out, changed, any(way.feedback for way in ways)):
-            raise ConfigError(f"fork: {why}")
+        changed = changed_in_fork(self.config, section, self.federation.model.entries, unshared, self.out)
         told = f": {'; '.join(changed[:6])}" if changed else ""
-        say(f"fedmpi: goes on from {section.run}, round {section.round}{told}")
+        anew = fork.begin_anew(section, self.out, changed)
+        say(f"fedmpi: goes on from {section.run}, round {section.round}{told}{anew}")
 
     def _describe(self) -> None:
         """Write the run's description, configuration and code into its directory. Collective."""

@@ -81,14 +81,23 @@ class Counts:
         )
 
 
-def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Path | None = None) -> dict[str, Any]:
+def plan(
+    config: Config,
+    origins: Mapping[str, str],
+    num_ranks: int,
+    speeds: Path | None = None,
+    num_train: Mapping[str, int] = {},
+) -> dict[str, Any]:
     """Silos per rank, bytes per round, memory per rank, disk per checkpoint, collectives, and the origin of each value.
 
     If a silo of a rank declares no number of samples, `train_samples` and `data_bytes` of the rank are None, and its
-    `memory_bytes` are without these samples. With a virtual clock, or measured `speeds` (rounds/pace.py), also the pace
-    of each engine. Raises ConfigError for what `train` would refuse, as far as it shows without data and ranks.
+    `memory_bytes` are without these samples; `num_train` gives numbers that are known otherwise. With a virtual clock,
+    or measured `speeds` (rounds/pace.py), also the pace of each engine. Raises ConfigError for what `train` would
+    refuse, as far as it shows without data and ranks.
     """
     source = config.data.source(config.seed)
+    sized = (replace(silo, num_samples=num_train.get(silo.id, silo.num_samples)) for silo in source.silos)
+    source = replace(source, silos=tuple(sized))
     objective = resolve(config.objective, source.task, source.num_classes)
     refuse_metrics(config.disclosed, objective.scorers, config.secure is not None)
     with torch.device("meta"):
@@ -172,7 +181,9 @@ def plan(config: Config, origins: Mapping[str, str], num_ranks: int, speeds: Pat
         "checkpoint_bytes": sum(checkpoint.values()) + _HEADER_BYTES * (1 + num_ranks * (not apart)),
         "checkpoints_kept": config.checkpoint.keep + 1,
         "mirror_bytes": 0 if apart else _mirror(config, counts, checkpoint, num_ranks),
-        "budget": None if config.privacy is None else _budget(config, config.privacy, source),
+        "budget": None
+        if config.privacy is None
+        else budget(config, config.privacy, source, {silo.id: silo.num_samples for silo in source.silos}),
         **_engines(config, source.silos, speeds),
         "out": str(Path(config.out)),
         "privacy": [
@@ -314,10 +325,10 @@ def _mirror(config: Config, counts: Counts, checkpoint: Mapping[str, int], num_r
     return counts.shared * counts.word + COMMITS * (whole + of_silos * shares // num_ranks)
 
 
-def _budget(config: Config, section: Privacy, source: Source) -> dict[str, Any]:
-    """What the run will spend, undisturbed. Raises ConfigError if that is not known without the data."""
+def budget(config: Config, section: Privacy, source: Source, sizes: Mapping[str, int | None]) -> dict[str, Any]:
+    """What the run will spend, undisturbed, with these numbers of training samples. Raises ConfigError if that is not
+    known without the data."""
     section.takes(source)
-    sizes = {silo.id: silo.num_samples for silo in source.silos}
     num_train = {silo: num for silo, num in sizes.items() if num is not None}
     unknown = sorted(sizes.keys() - num_train.keys())
     if unknown and section.of_records:

@@ -19,7 +19,7 @@ from fedmpi import device as devices
 from fedmpi import rng
 from fedmpi.alike import unlike
 from fedmpi.assembly import digest_of, source_of
-from fedmpi.check import folder, pace, skew, trying
+from fedmpi.check import folder, pace, setting_up, skew, trying
 from fedmpi.check.findings import Findings, merged
 from fedmpi.check.reading import Reading, read
 from fedmpi.check.samples import Look, look
@@ -93,7 +93,8 @@ class _Check:
         self.data: dict[str, SiloData] = {}  # opened on this rank
         self.looks: dict[str, Look] = {}
         self.num_train: dict[str, int] = {}  # of all silos that were opened on some rank
-        self.num_test = 0
+        self.num_test = self.num_tested = 0  # test samples, and silos that have some
+        self.trial = trying.Trial()
         # Whether sums over this rank's silos may leave it: one silo's figures, if it has only one.
         self.sums = comm.size == 1 or self.config.secure is None
 
@@ -113,7 +114,9 @@ class _Check:
             self.found.skip("the model: the data come first")
         if self._same_silos(source):
             assert source is not None
+            setting_up.shared_folder(self.config, [silo.id for silo in source.silos], self.comm, self.found)
             result |= self._with_data(source)
+        setting_up.outputs(self.config, self.comm, self.found)
         return result | {"out": self._out(result)}
 
     def _choose_device(self) -> None:
@@ -184,6 +187,11 @@ class _Check:
             elif self.comm.size == 1:
                 self.found.skip(f"silo '{silo.id}': only host '{silo.host}' may open it, and this is '{hosts[0]}'")
         if self.comm.size == 1:
+            if not silos:
+                self.found.skip(
+                    "samples, model and loss on them, speed: no silo can be opened from here; run the check where the "
+                    "ranks will be, such as mpirun or srun ... fedmpi check CONFIG"
+                )
             return Membership(0, {silo.id: (0,) for silo in silos})
         members = self.found.attempt(lambda: place(source.silos, hosts, config.server.dedicated), "data")
         if members is None:  # look at those that can be placed
@@ -227,7 +235,7 @@ class _Check:
             facts_KF[:, CHECKSUMS] = 0.0
         facts_KF = self.comm.share(facts_KF.reshape(-1)).reshape(facts_KF.shape)
         self.num_train = {silo: int(num) for silo, num in zip(ids, facts_KF[:, 0], strict=True) if num}
-        self.num_test = int(facts_KF[:, 1].sum())
+        self.num_test, self.num_tested = int(facts_KF[:, 1].sum()), int(np.count_nonzero(facts_KF[:, 1]))
         try:
             same_columns(facts_KF[:, 4], source, members, self.comm)
         except ConfigError as error:  # the same on all ranks
@@ -285,20 +293,26 @@ class _Check:
     def _with_model(self, source: Source, members: Membership) -> dict[str, Any]:
         config, found = self.config, self.found
         objective = trying.objective_of(config, source, found)
-        trial = trying.Trial()
         if self.reading.lacks("model"):
             found.skip("the model: its configuration comes first")
         else:
-            trial = trying.build(config, source, found)
+            self.trial = trying.build(config, source, found)
+        trial, all_open = self.trial, len(self.num_train) == len(source.silos)
         if objective is not None:
             found.attempt(
                 lambda: refuse_metrics(config.disclosed, objective.scorers, config.secure is not None), "disclose"
             )
+            layers = any(e.kind == "personal" and e.num_elements for e in trial.entries)
+            setting_up.stops(config, objective, layers, self.num_test > 0 or not all_open, found)
+        num_tested = self.num_tested if all_open else 0
+        setting_up.masks(config, [silo.id for silo in source.silos], num_tested, self.device, found)
         trying.suits(config, trial, [silo.id for silo in source.silos], self.num_train, found)
         firsts = self.comm.gather_values(None if trial.module is None else digest_of(saved(trial.module)).hex())
         if None not in firsts and len(set(firsts)) > 1:
             found.fault("the model's first parameters differ between ranks; give all the same torch and `init` file")
-        result: dict[str, Any] = {}
+        result: dict[str, Any] = {"privacy": None}
+        if not self.reading.lacks("local", "select", "aggregate"):
+            result["privacy"] = setting_up.account(config, source, self.num_train, self.comm, found)
         if objective is not None and trial.module is not None and trial.entries:
             trying.run(
                 config, source, objective, trial, self._fitting(source), self.device,
@@ -348,7 +362,9 @@ class _Check:
             if text and sums[i] == sums[widest]:
                 self.found.fault(f"{what} raised on every silo's samples: {text}")
             elif text:
-                self.found.warn(f"{what} raised on {sums[i]:.0f} of {sums[widest]:.0f} silos: {text}")
+                here = [f"'{silo}'" for silo, some in trial.raised.items() if name in some]
+                who = f"silo {', '.join(here)}, " if self.config.disclosed == "silo" else ""
+                self.found.warn(f"{what} raised on {who}{sums[i]:.0f} of {sums[widest]:.0f} silos: {text}")
 
     def _start(self, objective: LossAndMetrics | None, trial: trying.Trial) -> dict[str, Any]:
         """Loss and metrics before training: means over targets, and over silos."""
@@ -379,7 +395,12 @@ class _Check:
         config, comm = self.config, self.comm
         planned = None
         if not self.reading.lacks("model", "local") and trial.entries:
-            planned = self.found.attempt(lambda: plan(config, {}, self.num_ranks), "configuration")
+            unknown = [silo.id for silo in source.silos if silo.num_samples is None and silo.id not in self.num_train]
+            if unknown and config.privacy is not None and config.privacy.of_records:
+                self.found.skip(f"memory and disk: the size of silo '{unknown[0]}' is not known here")
+            else:
+                ranks, sizes = self.num_ranks, self.num_train
+                planned = self.found.attempt(lambda: plan(config, {}, ranks, num_train=sizes), "configuration")
         num_shared = sum(e.num_elements for e in trial.entries if e.kind == "shared")
         sends = pace.exchange_s(comm, int(comm.gather_number(num_shared).max())) if self.timing else 0.0
         tests = sum(one.num_test for one in self.looks.values())
@@ -462,9 +483,11 @@ class _Check:
         root, row = Path(self.config.out), None
         if self.comm.machines.index(self.comm.machines[self.comm.rank]) == self.comm.rank:
             wrote = folder.probe(root, self.found)
-            free = folder.room(root, self.checkpoint_bytes, self.found)
+            free = folder.room(root, self.checkpoint_bytes if wrote else 0, self.found)
             row = {"path": str(root), "written": wrote, "free_bytes": free, "checkpoint_bytes": self.checkpoint_bytes}
             if self.comm.rank == 0 and not self.reading.left_out:
-                row["newest_round"] = folder.stored(root, self.config, self.found)
+                row["newest_round"] = folder.stored(
+                    root, self.config, self.trial.entries, self.trial.unshared, self.found
+                )
         rows = self.comm.gather_values(row)
         return {**rows[0], "hosts": sum(one is not None for one in rows)}

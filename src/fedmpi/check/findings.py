@@ -59,6 +59,17 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}, line {last.lineno})"
 
 
+def at_first(comm: Comm, found: Findings, work: Callable[[Findings], object]) -> None:
+    """Notes on every rank what `work` notes on rank 0. Collective."""
+    mine = Findings()
+    if comm.rank == 0:
+        work(mine)
+    told = comm.gather_values([mine.faults, mine.warnings, mine.unseen])[0]
+    for note, texts in zip((found.fault, found.warn, found.skip), told, strict=True):
+        for text in texts:
+            note(text)
+
+
 def merged(comm: Comm, mine: Findings) -> Findings:
     """The findings of all ranks, the same on every rank. Collective. A text that only some ranks found, and that names
     no silo, begins with these ranks."""

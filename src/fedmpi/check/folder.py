@@ -6,14 +6,17 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from fedmpi import checkpoint, disk, sources, stopping
+from fedmpi import checkpoint, disk, fork, sources, stopping
 from fedmpi.check.findings import Findings
 from fedmpi.components import to_dict
 from fedmpi.config import Config, differences
 from fedmpi.directory import read_config
+from fedmpi.flat import Entry
 from fedmpi.output import size
+from fedmpi.parts import changed_in_fork, other_model
 
 PROBE = ".check"
 
@@ -73,17 +76,21 @@ def room(root: Path, needed_bytes: int, found: Findings) -> int:
     return free
 
 
-def stored(root: Path, config: Config, found: Findings) -> int:
-    """The newest round on disk, 0 if there is none. Notes it if the run there is another one, or still trains."""
+def stored(root: Path, config: Config, model: Sequence[Entry], unshared: str, found: Findings) -> int:
+    """The newest round on disk, 0 if there is none. Notes it if the run there is another one, or still trains, and what
+    a fork cannot go on from. `model`: tensors of the model, none if it is not known; `unshared`: see `Trial`."""
     if stopping.is_training(root):
         found.fault(f"out: another job is training in {root}; choose another out=, or `fedmpi stop {root}`")
-    rounds = checkpoint.sealed_rounds(root)
+    rounds = [] if fork.begins(root) else checkpoint.sealed_rounds(root)
     if not rounds:
+        if (section := fork.section_of(config.fork)) is not None:
+            found.attempt(lambda: _fork(section, root, config, model, unshared), "fork")
         return 0
     begun = found.attempt(lambda: read_config(root), "out")
     if begun is None:
         return rounds[-1]
-    if changed := differences(begun.config, config, begun.about["plan"]):
+    changed = differences(begun.config, config, begun.about["plan"])
+    if changed := changed + (other_model(begun.about, model, unshared) if model else []):
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         found.fault(f"{root} holds checkpoints of another run: {'; '.join(changed[:3])}{more}; choose another out=")
     else:
@@ -95,3 +102,10 @@ def stored(root: Path, config: Config, found: Findings) -> int:
         elif (ended := stopping.ended(root))[0] > 0:
             found.warn(f"{root} has ended after round {ended[0]}: {ended[1]}; another stop.early lets it go on")
     return rounds[-1]
+
+
+def _fork(section: fork.ForkSection, root: Path, config: Config, model: Sequence[Entry], unshared: str) -> None:
+    """Raises ConfigError if the run cannot begin as this fork."""
+    fork.look(section, root)
+    if model:
+        changed_in_fork(config, section, model, unshared, Path(section.run))

@@ -17,11 +17,19 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     text: list[str] = []
     if "task" in result:
         text += [*_head(result), *_silos(result), *_skew(result)]
-    text += [*_model(result), *_estimate(result), *_out(result)]
+    text += [*_model(result), *_estimate(result), *_privacy(result), *_out(result)]
     for name, what in (("unseen", "not looked at"), ("warnings", "warning"), ("faults", "fault")):
         text += [f"{what}: {line}" for line in result[name]]
-    num = len(result["faults"])
-    return [*text, f"{num} fault{'s' if num != 1 else ''}" if num else "no fault found"]
+    return [*text, _counts(result)]
+
+
+def _counts(result: Mapping[str, Any]) -> str:
+    """The last line."""
+    faults, warnings, unseen = (len(result[name]) for name in ("faults", "warnings", "unseen"))
+    said = [f"{faults} fault{'s' * (faults > 1)}" if faults else "no fault found"]
+    said += [f"{warnings} warning{'s' * (warnings > 1)}"] * bool(warnings)
+    said += [f"{unseen} part{'s' * (unseen > 1)} not looked at"] * bool(unseen)
+    return ", ".join(said)
 
 
 def _head(result: Mapping[str, Any]) -> list[str]:
@@ -122,6 +130,16 @@ def _estimate(result: Mapping[str, Any]) -> list[str]:
         host = f" of the {size(limit)} of a host" if limit else ""
         text.append(f"memory: up to {size(most)} a rank{host}")
     return text
+
+
+def _privacy(result: Mapping[str, Any]) -> list[str]:
+    if (spent := result.get("privacy")) is None:
+        return []
+    limit = "" if spent["budget"] is None else f", budget {spent['budget']:g}"
+    return [
+        f"privacy: all rounds spend epsilon {spent['epsilon']:.4g} at delta {spent['delta']:g}{limit}, with noise "
+        f"multiplier {spent['sigma']:.4g}"
+    ]
 
 
 def _out(result: Mapping[str, Any]) -> list[str]:

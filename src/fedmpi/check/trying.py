@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedmpi import pretrained, rng
-from fedmpi.assembly import build_module, starts_finite, weights_of
+from fedmpi.assembly import build_module, digest_of, first_values, starts_finite, weights_of
 from fedmpi.check.findings import Findings, told
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
@@ -32,6 +32,7 @@ class Trial:
 
     module: torch.nn.Module | None = None
     entries: Sequence[Entry] = ()
+    unshared: str = ""  # SHA-256 of the first values that are not shared
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)  # by silo: mean loss, and targets
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by silo
     raised: dict[str, dict[str, str]] = field(default_factory=dict)  # by silo and metric: its exception
@@ -71,7 +72,8 @@ def build(config: Config, source: Source, found: Findings) -> Trial:
     tensors = found.attempt(lambda: entries(module, config.exchange.parameters), "model")
     if tensors is not None:
         found.attempt(lambda: starts_finite(module, tensors), "model")
-    return Trial(module, tensors or ())
+    first = {} if tensors is None else first_values(module, tensors)
+    return Trial(module, tensors or (), digest_of(first).hex())
 
 
 def suits(config: Config, trial: Trial, ids: Sequence[str], num_train: Mapping[str, int], found: Findings) -> None:
@@ -154,10 +156,9 @@ def _backward(
     _gradients(module, found)
     guess = math.log(max(source.num_classes, 2))
     if source.task in CLASS_TASKS and not objective.own_loss and value > FAR * guess:
-        found.warn(
-            f"the loss before training is {value:.3g}, and guessing gives {guess:.3g}: scale the inputs or the first "
-            "parameters"
-        )
+        shown = config.disclosed == "silo"
+        start = f"silo '{silo}': the loss before training is {value:.3g}" if shown else "a first loss is far higher"
+        found.warn(f"{start}, and guessing gives {guess:.3g}: scale the inputs or the first parameters")
 
 
 def batch_of(rule: LocalRule, num_samples: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmpi.components import to_dict
+from fedmpi.components import to_dict, written
 from fedmpi.config import flatten
 from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError
@@ -63,7 +63,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         figures = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("last", "best"))
         spent = (f"{row['megabytes']:.2f}", f"{row['seconds']:.1f}")
         told.append([row["run"], str(row["rounds"]), row["metric"], *figures, *spent])
-    differ = [[key, *(str(row["differs"][key]) for row in rows)] for key in rows[0]["differs"]]
+    differ = [[key, *(written(row["differs"][key]) for row in rows)] for key in rows[0]["differs"]]
     heads = [["differs", *(row["run"] for row in rows)]] if differ else []
     return [*_aligned(told), *_aligned([*heads, *differ])]
 

@@ -33,11 +33,7 @@ def open_run(folder: Folder, about: Mapping[str, Any]) -> str:
 
     Raises ConfigError if the root does not exist, belongs to another run or to something else, or cannot be used.
     """
-    about = json.loads(json.dumps(about))  # as it is read back
-    there = _listed(folder)
-    foreign = [name for name in there if name not in FOLDERS and not name.startswith(RUN)]
-    if foreign and RUN not in there:
-        raise ConfigError(f"transport.root: {folder.root} is not empty and holds no run ('{foreign[0]}')")
+    there = _own(folder)
     for name in FOLDERS:
         if name not in there:
             folder.tried(f"make {name}", lambda name=name: folder.make(name))  # type: ignore[misc]
@@ -45,6 +41,27 @@ def open_run(folder: Folder, about: Mapping[str, Any]) -> str:
     if RUN not in there:
         parts, _ = packed({"kind": "run", "run": folder.token(), "about": about})
         folder.publish_first(RUN, parts)
+    return _same_run(folder, about)
+
+
+def compare(folder: Folder, about: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the root does not exist, or belongs to another run or to something else. Writes nothing."""
+    if RUN in _own(folder):
+        _same_run(folder, about)
+
+
+def _own(folder: Folder) -> list[str]:
+    """The names in the root. Raises ConfigError if there is none, or if it belongs to something else."""
+    there = _listed(folder)
+    foreign = [name for name in there if name not in FOLDERS and not name.startswith(RUN)]
+    if foreign and RUN not in there:
+        raise ConfigError(f"transport.root: {folder.root} is not empty and holds no run ('{foreign[0]}')")
+    return there
+
+
+def _same_run(folder: Folder, about: Mapping[str, Any]) -> str:
+    """The run's name. Raises ConfigError if it is another run."""
+    about = json.loads(json.dumps(about))  # as it is read back
     stored = _read_run(folder)
     differs = [key for key in (*about, *stored["about"]) if about.get(key) != stored["about"].get(key)]
     if differs:

@@ -96,7 +96,7 @@ class Serving(Run):
         joining.begin(spec, begins)
         epoch = 0 if begun is None else begun.epoch
         opened = joining.opened(with_silos(Members(epoch, [*registered]), first.known))
-        unshared = first_values(spec)
+        unshared = first_values(spec.module, spec.entries)
         self._remote = remote = FilesRemote(config, post, self.out, begins, joining)
         plan_before = self._directory.plan_before
         built = build_federation(spec, opened, Comms.of(comm), plan_before=plan_before, remote=remote)

@@ -23,14 +23,18 @@ class MLflow(Tracker):
     def __init__(self, uri: str = "", experiment: str = "fedmpi", name: str = "") -> None:
         self._uri, self._experiment, self._name = uri, experiment, name
 
-    def begin(self, run: RunInfo, before: str) -> str:
+    def require(self) -> None:
         try:
-            import mlflow
-            from mlflow.entities import Metric
+            import mlflow  # noqa: F401
         except ImportError as error:
             raise ConfigError(
                 f"records.sinks: mlflow needs the package mlflow-skinny (fedmpi[mlflow]): {error}"
             ) from None
+
+    def begin(self, run: RunInfo, before: str) -> str:
+        import mlflow
+        from mlflow.entities import Metric
+
         self._metric: Any = Metric
         self._client: Any = mlflow.MlflowClient(tracking_uri=self._uri or None)
         if before:

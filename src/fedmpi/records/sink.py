@@ -55,6 +55,9 @@ class Sink:
     A sink never ends training: if `write` or `close` raises, the sink is dropped with a warning.
     """
 
+    def require(self) -> None:
+        """Raise ConfigError if a package is missing. `fedmpi check` calls it too."""
+
     def open(self, run: RunInfo) -> None:
         """Called before the first round. Raise OSError or ConfigError to refuse the run."""
 
@@ -77,8 +80,7 @@ class Tracker(Sink):
 
     @abstractmethod
     def begin(self, run: RunInfo, before: str) -> str:
-        """Begin the service's run, or go on with the one whose id is `before`; returns its id. Raises ConfigError if
-        the package is missing."""
+        """Begin the service's run, or go on with the one whose id is `before`; returns its id."""
 
     @abstractmethod
     def tell(self, record: Record) -> None:
@@ -89,6 +91,7 @@ class Tracker(Sink):
         """End the service's run."""
 
     def open(self, run: RunInfo) -> None:
+        self.require()
         before = _id_in(run.root / self.file) if run.resumed else ""
         try:
             self.id = self.begin(run, before)

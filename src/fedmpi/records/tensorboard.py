@@ -12,11 +12,16 @@ from fedmpi.records.sink import RunInfo, Sink, scalars
 class TensorBoard(Sink):
     """Scalars of every record as TensorBoard events under DIR/tensorboard (package tensorboard, extra `report`)."""
 
-    def open(self, run: RunInfo) -> None:
+    def require(self) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
         except ImportError:
             raise ConfigError("records.tensorboard: needs the package tensorboard (fedmpi[report])") from None
+
+    def open(self, run: RunInfo) -> None:
+        self.require()
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(run.root / "tensorboard"))  # type: ignore[no-untyped-call]
 
     def write(self, record: Record) -> None:

@@ -24,11 +24,15 @@ class WandB(Tracker):
             raise ConfigError(f"records.sinks: wandb: mode '{mode}' is neither offline nor online")
         self._project, self._name, self._mode = project, name, mode
 
-    def begin(self, run: RunInfo, before: str) -> str:
+    def require(self) -> None:
         try:
-            import wandb
+            import wandb  # noqa: F401
         except ImportError as error:
             raise ConfigError(f"records.sinks: wandb needs the package wandb (fedmpi[wandb]): {error}") from None
+
+    def begin(self, run: RunInfo, before: str) -> str:
+        import wandb
+
         id = before or secrets.token_hex(8)
         settings: Any = wandb.Settings(console="off", disable_git=True, disable_code=True)
         self._run: Any = wandb.init(

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedmpi.compare.runs import differing
 from fedmpi.compare.table import Curve, row
+from fedmpi.components import written
 from fedmpi.records import PHASES
 from fedmpi.report.blocks import (
     Block,
@@ -30,7 +31,6 @@ from fedmpi.report.groups import Group, Runs, curve
 from fedmpi.report.history import SENT
 from fedmpi.report.numbers import number, plural, seconds, size, spelled, thin
 from fedmpi.report.sections import sections
-from fedmpi.report.sections.configuration import told
 from fedmpi.report.sections.learning import AXES
 from fedmpi.report.sections.timing import LOOKS, styled
 from fedmpi.report.status import best, last, status, total_s, worst
@@ -210,10 +210,10 @@ def _differences(runs: Runs) -> Section:
     else:
         titles = [_titled(runs, group) for group in runs.groups]
         if len(titles) <= 8:
-            head, body = ["key", *titles], [[k, *(told(v[k]) if k in v else "-" for v in flat)] for k in keys]
+            head, body = ["key", *titles], [[k, *(written(v[k]) if k in v else "-" for v in flat)] for k in keys]
         else:
             head = ["run", *keys]
-            body = [[t, *(told(v[k]) if k in v else "-" for k in keys)] for t, v in zip(titles, flat, strict=True)]
+            body = [[t, *(written(v[k]) if k in v else "-" for k in keys)] for t, v in zip(titles, flat, strict=True)]
         blocks.append(Table(head, body, note="All other keys have the same value. -: the run has no such key."))
     seeds = {_titled(runs, g): sorted({int(run.config.get("seed", 0)) for run in g.runs}) for g in runs.groups}
     if any(len(found) > 1 for found in seeds.values()):
