@@ -11,11 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from support.mpi import PROGRAMS
+from typer.testing import CliRunner
 
 from fedmpi import checkpoint, fencing, launcher, remains, stopping, supervisor
+from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, FedmpiError, Stopped
@@ -158,10 +161,10 @@ def test_a_stop_is_passed_on_and_final(tmp_path):
     with pytest.raises(Stopped, match=r"^stopped on request \(SIGTERM\); round 2 is on disk; the same") as error:
         supervised(tmp_path, "2:asked,4:0", grace_s=30.0).run()
     assert error.value.exit_code == 3 and signal.getsignal(signal.SIGTERM) == before
-    assert fencing.highest(tmp_path) == 1 and (tmp_path / "stop").read_text() == "SIGTERM to fedmpi run"
+    assert fencing.highest(tmp_path) == 1 and (tmp_path / "stop").read_text() == "fedmpi run received SIGTERM"
     assert events(tmp_path, "asked")[0]["text"].startswith("SIGTERM: the ranks stop at the next batch; a second")
     watch = stopping.Watch(SoloComm(), tmp_path)
-    assert watch.look() == stopping.STOP and watch.reason == "SIGTERM to fedmpi run"
+    assert watch.look() == stopping.STOP and watch.reason == "fedmpi run received SIGTERM"
     assert kinds(tmp_path) == ["started", "asked", "ended", "stopped", "goodput"]
 
 
@@ -384,6 +387,23 @@ def test_a_line_of_its_own_trains_what_is_watched(tmp_path):
         supervise(config, [], ["nowhere", "-n", "2"], Options())
     with pytest.raises(ConfigError, match="cannot read"):
         supervise(str(tmp_path / "none.yaml"), [], ["mpirun"], Options())
+
+
+def test_what_train_prints_is_passed_on(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("rounds: 1\n")
+    config, log, commands = str(tmp_path / "c.yaml"), str(tmp_path / "log"), []
+    monkeypatch.setattr(Supervisor, "run", lambda self: commands.append(self._command))
+    monkeypatch.setattr("fedmpi.cli.training.keep_log", lambda path: commands.append(path))
+    options = ["--quiet", "--json", "--progress", "minute", "--log-file", log]
+    done = CliRunner().invoke(app, ["run", config, *options, "rounds=2", "--allow", "mine", "--", sys.executable])
+    assert done.exit_code == 0, done.output
+    words = ["train", "--progress", "minute", "--quiet", "--json", "--log-file", log, "--allow", "mine", config]
+    assert commands[0] == Path(log) and commands[1][-len(words) - 1 :] == [*words, "rounds=2"]
+    line = [sys.executable, "fedmpi", "train", "--quiet", f"--log-file={log}", "--progress", "minute", config]
+    supervise(config, [], line, Options())
+    assert commands[2] == []
+    with pytest.raises(ConfigError, match="--json: the launcher line has its own command; give the option to that"):
+        supervise(config, [], line, Options(shown=("--json",)))
 
 
 @pytest.mark.parametrize("as_is", [False, True])

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,6 +53,7 @@ class Options:
     grace_s: float | None = None  # seconds without progress beyond twice the longest round; None: comm.timeout_s
     min_ranks: int = 1  # do not start with fewer ranks
     as_is: bool = False  # the launcher line contains its own command
+    shown: tuple[str, ...] = ()  # options of `fedmpi train` about what it prints
 
 
 @dataclass
@@ -356,7 +357,7 @@ class Supervisor:
         stop_file = self.root / stopping.STOP_FILE
         with contextlib.suppress(OSError):
             try:
-                disk.replace_text(stop_file, f"{why} to fedmpi run")
+                disk.replace_text(stop_file, f"fedmpi run received {why}")
             except OSError:  # an empty file may still fit
                 stop_file.touch()
         with contextlib.suppress(ProcessLookupError):
@@ -433,12 +434,13 @@ def _follow_parent() -> None:
         ctypes.CDLL(None).prctl(launcher.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def train_command(config: str, overrides: Sequence[str], allow: Sequence[str]) -> list[str]:
-    """The command for the launcher. It has a full path, because mpirun puts its own folder first in PATH."""
+def train_command(config: str, overrides: Sequence[str], allow: Sequence[str], shown: Sequence[str] = ()) -> list[str]:
+    """The command for the launcher, with further options `shown`. It has a full path, because mpirun puts its own
+    folder first in PATH."""
     script = Path(sys.executable).parent / "fedmpi"
     program = [str(script)] if script.exists() else [sys.executable, "-m", "fedmpi"]
     allowed = [word for module in allow for word in ("--allow", module)]
-    return [*program, "train", *allowed, config, *overrides]
+    return [*program, "train", *shown, *allowed, config, *overrides]
 
 
 def supervise(
@@ -450,14 +452,16 @@ def supervise(
 
     own = own_command(line)
     if own is not None:
-        options = Options(options.starts, options.grace_s, options.min_ranks, as_is=True)
-        allowed = {index + 1 for index, word in enumerate(own) if word == "--allow"}
-        trains = [word for index, word in enumerate(own) if index not in allowed and not word.startswith("--allow")]
+        options = replace(options, as_is=True)
+        values = {index + 1 for index, word in enumerate(own) if word in ("--allow", "--progress", "--log-file")}
+        trains = [word for index, word in enumerate(own) if index not in values and not word.startswith("--")]
         if trains != [config_file, *overrides]:
             raise ConfigError(
                 f"the launcher line trains '{' '.join(trains)}', but fedmpi run was given "
                 f"'{' '.join((config_file, *overrides))}'; leave `fedmpi train ...` out of the line"
             )
+    if options.shown and options.as_is:
+        raise ConfigError(f"{options.shown[0]}: the launcher line has its own command; give the option to that")
     with confined(run_directory(Path(config_file)), allow):
         config = load(config_file, overrides)[0]
-    Supervisor(config, train_command(config_file, overrides, allow), line, options).run()
+    Supervisor(config, train_command(config_file, overrides, allow, options.shown), line, options).run()

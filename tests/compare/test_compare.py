@@ -17,6 +17,7 @@ from fedmpi.comm import SoloComm
 from fedmpi.compare import grid as grids
 from fedmpi.compare import table as tables
 from fedmpi.config import load
+from fedmpi.errors import ConfigError
 from fedmpi.records import read_metrics
 
 TOP = TESTS.parent
@@ -57,6 +58,21 @@ GRID = {
 def grid(path, **changes):
     path.write_text(yaml.safe_dump(GRID | changes))
     return [str(path), "--out", str(path.parent / "out")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"algorithms": {"a": {}, "b": {"seed": 3}}},
+            "algorithms.b: seed is the grid's: each run has its own; take seeds",
+        ),
+        ({"partitions": {"iid": {"out": "runs/x"}}}, "partitions.iid: out is the grid's"),
+    ],
+)
+def test_what_the_grid_sets_no_cell_sets(compare, tmp_path, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        compare.cells(Path(grid(tmp_path / "grid.yaml", **changes)[0]), None)
 
 
 def test_runs_on_other_numbers_of_ranks_have_no_bytes_to_compare(compare, tmp_path, capsys):

@@ -59,15 +59,22 @@ class Shown:
         """Open the log, on rank 0. Collective, except on a fresh rank, which joins when all others have it."""
         from fedmpi.fresh import is_fresh
 
-        def opened() -> None:
-            if self.log is not None and comm.rank == 0:
-                try:
-                    keep_log(self.log)
-                except OSError as error:
-                    raise ConfigError(f"--log-file {self.log}: {error.strerror or error}") from None
-
         if not is_fresh():
-            comm.collectively(opened)
+            comm.collectively(self.open_log_here if comm.rank == 0 else lambda: None)
+
+    def open_log_here(self) -> None:
+        """Open the log in this process. Raises ConfigError."""
+        if self.log is not None:
+            try:
+                keep_log(self.log)
+            except OSError as error:
+                raise ConfigError(f"--log-file {self.log}: {error.strerror or error}") from None
+
+    def words(self) -> list[str]:
+        """The options of `fedmpi train` that say the same."""
+        given = ["--progress", self.lines.value] if self.lines is not Lines.rounds else []
+        given += ["--quiet"] * self.quiet + ["--json"] * self.json
+        return given + (["--log-file", str(self.log)] if self.log is not None else [])
 
 
 @app.command(epilog=EXIT_CODES)
@@ -157,7 +164,7 @@ def silo(
         from fedmpi.trust import confined
 
         if not silo:
-            raise ConfigError("--id: say which silo this job is")
+            raise ConfigError("--id is missing: name the silo of this job")
         with confined(run_directory(Path(config)), allow or []):
             SiloJob(load(config, overrides or [])[0], silo).run()
 
@@ -193,12 +200,19 @@ def run(
     as_is: Annotated[
         bool, typer.Option("--as-is", help="the launcher line already has its command: append nothing")
     ] = False,
+    progress: LineChoice = Lines.rounds,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    as_json: JsonLine = False,
     allow: Allow = None,
 ) -> None:
     """Train under a supervisor, which restarts the ranks from the newest checkpoint when they die or hang:
     `fedmpi run CONFIG rounds=50 -- mpirun -n 4`
 
     `fedmpi train CONFIG [KEY=VALUE]...` is appended to the launcher line, unless it contains `fedmpi train` already.
+    `--progress`, `--quiet`, `--log-file`, `--json` and `--allow` are passed on to it; the log also has the messages of
+    this command.
+
     Exit code 0 means that all rounds are on disk. SIGUSR1, SIGTERM and Ctrl-C are passed on to the ranks; a second one
     kills them at once.
     """
@@ -208,7 +222,9 @@ def run(
 
         given = words or []
         first = next((index for index, word in enumerate(given) if "=" not in word), len(given))
-        options = Options(starts, grace, min_ranks, as_is)
+        shown = Shown(progress, quiet, log_file, as_json)
+        shown.open_log_here()
+        options = Options(starts, grace, min_ranks, as_is, tuple(shown.words()))
         supervise(config, given[:first], given[first:], options, allow or [])
 
     answer(work)

@@ -105,6 +105,11 @@ def cells(file: Path, out: str | None, quick: bool = False) -> tuple[Grid, Path,
         for name in known:
             if name not in grid.algorithms:
                 raise ConfigError(f"published.{partition}: no algorithm '{name}'{did_you_mean(name, grid.algorithms)}")
+    for section, named in (("algorithms", grid.algorithms), ("partitions", partitions)):
+        for name, changes in named.items():
+            if own := [key for key in changes if key in ("seed", "out")]:
+                instead = "seeds: [0, 1, 2]" if own[0] == "seed" else "the grid's out, or --out"
+                raise ConfigError(f"{section}.{name}: {own[0]} is the grid's: each run has its own; take {instead}")
     root = Path(out or (grid.out or f"runs/{file.stem}") + ("-quick" if quick else ""))
     if quick:
         seeds = seeds[:1]
