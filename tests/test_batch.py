@@ -112,7 +112,7 @@ def test_a_script_without_memory_is_told(tmp_path):
         (TEXT, Request(1, "60", mem="1M"), "--mem 1M: the plan needs "),
         (TEXT, Request(1, "60", mem="much"), "--mem much: write a number"),
         (TEXT + "device: cpu\n".replace("cpu", "{name: cpu}"), Request(1, "60", gpus_per_node=1), "device.name: cpu"),
-        (TEXT + "device: {name: cuda}\n", Request(1, "60"), "say --gpus-per-node"),
+        (TEXT + "device: {name: cuda}\n", Request(1, "60"), "give --gpus-per-node"),
         (TEXT, Request(1, "60", gpus_per_node=2, ranks_per_node=4), "more ranks than the 2 GPUs of a node"),
         (
             TEXT,

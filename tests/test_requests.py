@@ -194,7 +194,7 @@ def test_members_that_all_left_cannot_go_on(tmp_path):
     asked = [(1, [("retire", "s2"), ("retire", "s1")]), (2, [("admit", "s1"), ("retire", "s0")])]
     trained(how, when=asked, until=2)
     (checkpoint.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
-    says = r"all members of round 1 left later \(s0\), and the newer checkpoints are damaged; mend those, or"
+    says = r"all members of round 1 left later \(s0\), and the newer checkpoints are damaged; repair those, or"
     with pytest.raises(ConfigError, match=says):
         fedmpi.Run(how, comm=SoloComm())
     assert checkpoint.sealed_rounds(tmp_path) == [0, 1, 2]

@@ -58,7 +58,7 @@ def test_code_that_has_changed_is_named_and_refused_or_warned_of(code, caplog, n
     Path(name).write_text(before + "# other\n")
     forget()
     said = refused(config("out", 4, **OWN_CODE))
-    assert f"kept in out/code: {name}; put it back, say resume.code=warn, or choose another out=" in said
+    assert f"kept in out/code: {name}; put it back, set resume.code=warn, or choose another out=" in said
     with pytest.raises(ConfigError, match="code has changed"):
         run(config("out", 4, **OWN_CODE))
     assert "code has changed" not in caplog.text

@@ -110,7 +110,7 @@ def refuse(config: Config, request: Request, num_silos: int) -> None:
     if gpus and config.device.name == "cpu":
         raise ConfigError(f"--gpus-per-node {gpus}: the configuration says device.name: cpu")
     if not gpus and config.device.name == "cuda":
-        raise ConfigError("the configuration says device.name: cuda; say --gpus-per-node")
+        raise ConfigError("the configuration says device.name: cuda; give --gpus-per-node")
     if gpus and request.tasks_per_node > gpus and not config.device.share:
         raise ConfigError(
             f"--ranks-per-node {request.tasks_per_node}: more ranks than the {gpus} GPUs of a node; "

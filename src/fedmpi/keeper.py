@@ -237,7 +237,7 @@ class Keeper:
         sealed = self.comm.collectively(lambda: checkpoint.sealed_rounds(self._out))
         seen = self.comm.gather_number(1 + max(sealed, default=-1))
         if seen.any():
-            why = f"but none is whole on {ranks_text(lost)}; mend that, or choose another out="
+            why = f"but none is whole on {ranks_text(lost)}; repair it, or choose another out="
             raise agreed(ConfigError(f"{self._out} holds checkpoints up to round {int(seen.max()) - 1}, {why}"))
         return -1
 

@@ -135,12 +135,12 @@ def slow_link(result):
 
 
 PROBLEMS = {
-    fewer_files: "256 open files are allowed; say ulimit -n 4096",
+    fewer_files: "the limit of open files is 256; run ulimit -n 4096",
     little_shared_memory: "/dev/shm has 64.0 MiB free for 2 ranks",
-    locked_memory: "only 64.0 KiB may be locked, mlx5_0 needs more; say ulimit -l unlimited",
+    locked_memory: "only 64.0 KiB may be locked, mlx5_0 needs more; run ulimit -l unlimited",
     address_space: "ulimit -v leaves 10 MiB",
     few_cores: "2 ranks on 1 core; start at most 1 there (mpirun --bind-to none",
-    one_core: "ranks 0 and 1 are both bound to core 3, and others are free; say mpirun --map-by core",
+    one_core: "ranks 0 and 1 are both bound to core 3, and others are free; use mpirun --map-by core",
     unbound: "rank 0 may run on NUMA nodes 0, 1, far from its memory; bind ranks: mpirun --map-by numa",
     other_numbers: "h1: MPI_Comm_split_type finds rank 1 on one node",
     few_gpus: "2 ranks for 1 GPU; start fewer ranks there, or set device.share: true",

@@ -57,7 +57,7 @@ def silos(directory: RunDir, as_json: Json = False) -> None:
 
 
 SiloId = Annotated[str, typer.Argument(metavar="ID", help="a silo of the run")]
-Wait = Annotated[float, typer.Option("--wait", min=0.0, metavar="S", help="seconds to wait for what becomes of it")]
+Wait = Annotated[float, typer.Option("--wait", min=0.0, metavar="S", help="seconds to wait for the job's answer")]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="ask, and do not wait")]
 
 
@@ -76,7 +76,7 @@ def admit(
     silo: SiloId,
     path: Annotated[
         Path | None,
-        typer.Option("--path", metavar="FILE", help="of a silo that the configuration does not name (admit: any)"),
+        typer.Option("--path", metavar="FILE", help="data of a silo that the configuration does not name (admit: any)"),
     ] = None,
     wait: Wait = 60.0,
     no_wait: NoWait = False,

@@ -13,6 +13,7 @@ import typer
 
 from fedmpi.cli.command import Allow, ConfigPath, Json, Overrides, answer, app, on_ranks
 from fedmpi.cli.training import idle_ranks
+from fedmpi.components import written
 from fedmpi.errors import ConfigError
 from fedmpi.output import at_least, at_most, say, size
 
@@ -28,13 +29,13 @@ def plan(
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="how many ranks will be launched")] = 1,
     as_json: Json = False,
     allow: Allow = None,
-    privacy: Annotated[bool, typer.Option("--privacy", help="show only who would see what of a silo")] = False,
+    privacy: Annotated[bool, typer.Option("--privacy", help="who would see what of a silo")] = False,
     speeds: Annotated[
         Path | None,
         typer.Option("--speeds", help="seconds of the silos: lines SILO,SECONDS, or an earlier asynchronous run's DIR"),
     ] = None,
     link: Annotated[
-        str | None, typer.Option("--link", metavar="RATE", help="a host's link, such as 1gbit: seconds of exchanges")
+        str | None, typer.Option("--link", metavar="RATE", help="a host's link, such as 1gbit: times of exchanges")
     ] = None,
     latency: Annotated[str, typer.Option("--latency", help="of a message over that link")] = "50us",
     costs: Annotated[
@@ -42,7 +43,9 @@ def plan(
         typer.Option("--costs", metavar="FILE", help="of `fedmpi bench exchange --save`: what computing takes"),
     ] = None,
 ) -> None:
-    """Show what `train` would need and do: silos, bytes, memory, disk, collectives, and the source of every value."""
+    """Show what `train` would need and do: silos, bytes, memory, disk, collectives, and the source of every value.
+
+    With `--privacy`, `--link` or `--speeds` it shows only what they ask for."""
 
     def work() -> None:
         from fedmpi.config import load, run_directory
@@ -53,9 +56,24 @@ def plan(
             loaded, origins = load(config, overrides or [])
             result = compute(loaded, origins, ranks, speeds)
             result["links"] = _links(loaded, result, ranks, link, latency, costs)
-        print(json.dumps(result)) if as_json else (_print_privacy if privacy else _print_plan)(result)
+        if as_json:
+            print(json.dumps(result))
+        elif privacy or link is not None or speeds is not None:
+            _print_asked(result, privacy)
+        else:
+            _print_plan(result)
 
     answer(work)
+
+
+def _print_asked(result: dict[str, Any], privacy: bool) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if privacy:
+        _print_privacy(console, result)
+    _print_engines(console, result)
+    _print_links(console, result["links"])
 
 
 def _links(
@@ -89,20 +107,21 @@ def _print_links(console: Any, rows: Sequence[dict[str, Any]] | None) -> None:
     if rows is None:
         return
     columns = ("at_least_s", "at_most_s", "wire_s", "computing_s", "latency_s")
-    table = Table("plan", "codec", *(name.removesuffix("_s").replace("_", " ") for name in columns), title="s/exchange")
+    longest_s = max(row["at_most_s"] for row in rows)
+    unit, factor = ("s", 1.0) if longest_s >= 1 else ("ms", 1e3)
+    names = (name.removesuffix("_s").replace("_", " ") for name in columns)
+    table = Table("plan", "codec", *names, title=f"an exchange in {unit}")
     for row in rows:
-        cells = ("?" if row[name] is None else f"{row[name]:.4g}" for name in columns)
+        cells = ("?" if row[name] is None else f"{row[name] * factor:.4g}" for name in columns)
         table.add_row(row["plan"] + " (configured)" * row["configured"], row["codec"] or "-", *cells)
     console.print(table)
     if any(row["computing_s"] is None for row in rows):
         console.print("computing is not known where it says ?, and counts as 0: --costs FILE of bench exchange --save")
 
 
-def _print_privacy(result: dict[str, Any]) -> None:
-    from rich.console import Console
+def _print_privacy(console: Any, result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     table = Table("of a silo", "server (rank 0)", "other silos", "network", "run directory", title="who sees what")
     for row in result["privacy"]:
         table.add_row(*row.values())
@@ -200,7 +219,7 @@ def doctor(
         if comm.rank == 0:
             say(json.dumps(result) if as_json else "\n".join(lines(result)))
         if result["faults"]:
-            raise agreed(ConfigError("the doctor found faults; mend them first"))
+            raise agreed(ConfigError("the doctor found faults: fix them first"))
         comm.finish()
 
     from fedmpi.comm import SoloComm, launched
@@ -266,10 +285,9 @@ def _print_plan(result: dict[str, Any]) -> None:
         console.print(f"under mpirun --with-ft ulfm: up to {size(result['mirror_bytes'])} more memory a rank")
     console.print("not looked at: files, samples, model and loss on them, speed, out; `fedmpi check` does")
     _print_engines(console, result)
-    _print_links(console, result["links"])
     values = Table("key", "value", "from", title="configuration")
     for key, entry in result["config"].items():
-        values.add_row(key, str(entry["value"]), entry["from"])
+        values.add_row(key, written(entry["value"]), entry["from"])
     console.print(values)
 
 

@@ -68,7 +68,7 @@ def _host(rows: Sequence[Mapping[str, Any]], found: Findings) -> None:
     if row["address_space"]:
         found.fault(f"host {host}: {row['address_space']}")
     if (files := limits["open_files"]) is not None and files < FILES:
-        found.warn(f"host {host}: {files} open files are allowed; say ulimit -n {4 * FILES} in the job")
+        found.warn(f"host {host}: the limit of open files is {files}; run ulimit -n {4 * FILES} in the job")
     if row["shm_bytes"] is not None and row["shm_bytes"] < num * SHM_BYTES:
         found.warn(
             f"host {host}: /dev/shm has {size(row['shm_bytes'])} free for {num} rank{'s' if num > 1 else ''}; plan "
@@ -76,7 +76,7 @@ def _host(rows: Sequence[Mapping[str, Any]], found: Findings) -> None:
         )
     if row["fabrics"] and (locked := limits["memlock_bytes"]) is not None and locked < LOCKED_BYTES:
         found.warn(
-            f"host {host}: only {size(locked)} may be locked, {row['fabrics'][0]} needs more; say ulimit -l unlimited"
+            f"host {host}: only {size(locked)} may be locked, {row['fabrics'][0]} needs more; run ulimit -l unlimited"
         )
     if row["gpus"] and num > len(row["gpus"]):
         found.warn(

@@ -145,7 +145,7 @@ class Auc:
     """Area under the ROC curve; with several classes, the mean over one-vs-rest curves of those that occur.
 
     Counts log-odds in bins, the same number for each power of two between 2^-10 and 2^6. Samples in one bin count as
-    equal, so the error is at most half the share of pairs in the same bin: `auc_within`.
+    equal, so the error is at most half the share of pairs in the same bin; records have that bound as `auc_within`.
     """
 
     tasks: ClassVar[tuple[Task, ...]] = LABELLED
