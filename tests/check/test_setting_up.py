@@ -15,8 +15,11 @@ from fedmpi.files.folder import Disk
 from fedmpi.files.root import open_run
 from fedmpi.jobs.post import about_run
 
-NOISE = {"name": "silo", "clip": 1.0, "sigma": 1.0, "delta": 1e-5}
-MASKED = {"secure": {"name": "secagg", "threshold": 3}, "on_failure": "stop"}
+NOISE = {
+    "privacy": {"name": "silo", "clip": 1.0, "sigma": 1.0, "delta": 1e-5},
+    "aggregate": {"name": "mean", "weights": "uniform"},
+}
+MASKED = {"secure": {"name": "secagg", "threshold": 3}, "updates": [{"name": "clip", "norm": 1.0}]}
 
 
 class Place:
@@ -143,16 +146,16 @@ def test_checkpoints_of_another_model(base, monkeypatch):
 
 
 def test_the_account_of_privacy_is_told_and_must_be_whole(place):
-    result = place.check(privacy=NOISE)
+    result = place.check(**NOISE)
     assert result["faults"] == [] and result["privacy"]["sigma"] == 1.0
     assert any(line.startswith("privacy: all rounds spend epsilon ") for line in lines(result))
-    place.trained(privacy=NOISE)
+    place.trained(**NOISE)
     file = place.root / "out" / "privacy.json"
     rows = json.loads(file.read_text())
     file.write_text(json.dumps({**rows, "uses": []}))
-    assert "counts 0 uses and the checkpoint 2" in place.refused_alike(privacy=NOISE, rounds=4)
+    assert "counts 0 uses and the checkpoint 2" in place.refused_alike(**NOISE, rounds=4)
     file.write_text("{")
-    assert "is damaged, so what the run has spent is not known" in place.refused_alike(privacy=NOISE, rounds=4)
+    assert "is damaged, so what the run has spent is not known" in place.refused_alike(**NOISE, rounds=4)
 
 
 def test_the_account_of_records_needs_no_declared_sizes(place):
