@@ -108,7 +108,7 @@ def test_a_missing_package_of_a_sink(place, monkeypatch):
     "values",
     [
         {"model": {"name": "mlp", "hidden": [6]}},
-        {"exchange": {"parameters": "*.weight"}},
+        {"exchange": {"parameters": ["*weight"]}},
         {"server": {"average": {"decay": 0.5}}},
         {"fork_round": 7},
     ],

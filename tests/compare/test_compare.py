@@ -64,10 +64,10 @@ def grid(path, **changes):
     ("changes", "says"),
     [
         (
-            {"algorithms": {"a": {}, "b": {"seed": 3}}},
+            {"algorithms": {"a": {}, "b": {"seed": 3}}, "published": None},
             "algorithms.b: seed is the grid's: each run has its own; take seeds",
         ),
-        ({"partitions": {"iid": {"out": "runs/x"}}}, "partitions.iid: out is the grid's"),
+        ({"partitions": {"iid": {"out": "runs/x"}}, "published": None}, "partitions.iid: out is the grid's"),
     ],
 )
 def test_what_the_grid_sets_no_cell_sets(compare, tmp_path, changes, says):
