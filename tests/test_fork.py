@@ -66,13 +66,17 @@ def test_a_changed_rate_keeps_all_state_and_a_restart_of_the_fork_resumes_it(bas
     assert kept[name].abs().max() > 0 and checkpoint.sealed_rounds(base.parent / "slow")[-1] == 6
 
 
-def test_a_state_that_the_checkpoint_lacks_begins_anew_and_is_told(tmp_path, capsys):
+def test_a_state_that_the_checkpoint_lacks_needs_the_word_too(tmp_path, capsys):
     run(config(tmp_path / "plain", 2))
     adam = {"server": {"optimizer": {"name": "fedadam", "lr": 0.01}}, "fork": f"{tmp_path / 'plain'}@2"}
+    said = refused(config(tmp_path / "adam", 3, **adam))
+    assert (
+        "server.optimizer.name is fedavg there and fedadam here, and round 2 has no state of it; begin it anew" in said
+    )
+    adam["fork"] = {"run": str(tmp_path / "plain"), "round": 2, "reset": ["server"]}
     assert run(config(tmp_path / "adam", 3, **adam))[1].resumed == 2
-    changed = "server.optimizer.name is fedavg there and fedadam here"
     told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fedmpi: goes on from"))
-    assert changed in told and told.endswith("; states that begin anew: 'server' (the checkpoint has none)")
+    assert told.endswith("; states that begin anew: 'server' (reset)")
 
 
 def test_another_server_optimizer_needs_the_word_and_then_begins_anew(base):

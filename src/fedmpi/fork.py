@@ -192,15 +192,20 @@ def _is_below(text: str, keys: Collection[str]) -> bool:
     return any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in keys)
 
 
-def unfit(section: ForkSection, out: Path, changed: Sequence[str], feedback: bool) -> str:
-    """Why a state does not fit what has `changed`, in one line; empty if all fit or are reset. `out` holds the copy."""
+def unfit(section: ForkSection, out: Path, changed: Sequence[str], feedback: bool, stateful: bool) -> str:
+    """Why a state does not fit what has `changed`, in one line; empty if all fit or are reset. `out` holds the copy;
+    `stateful`: whether the new server optimizer keeps a state."""
     if feedback and (way := [text for text in changed if _is_below(text, ["exchange.plan", "exchange.scope"])]):
         return f"{way[0]}: what error feedback has kept does not fit; leave it as it was"
     kept = dict(_kept(out, section.round))
     for part, texts in _moved(changed).items():
-        if texts and part not in section.reset and (names := kept.get(part)):
+        if not texts or part in section.reset:
+            continue
+        how = f"{{run: {section.run}, round: {section.round}, reset: [{part}]}}"
+        if part == "server" and stateful and not kept.get(part):
+            return f"{texts[0]}, and round {section.round} has no state of it; begin it anew with fork: {how}"
+        if names := kept.get(part):
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            how = f"{{run: {section.run}, round: {section.round}, reset: [{part}]}}"
             state = f"the state '{part}' of round {section.round} ({shown})"
             return f"{texts[0]}, so {state} does not fit; begin it anew with fork: {how}"
     return ""

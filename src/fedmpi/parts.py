@@ -86,7 +86,8 @@ def changed_in_fork(
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         raise ConfigError(f"fork: {'; '.join(refused[:3])}{more}: a fork of {section.run} must leave that as it is")
     ways = (config.exchange.up, config.exchange.down)
-    if why := fork.unfit(section, root, changed, any(way.feedback for way in ways)):
+    stateful = len(config.server.optimizer.init(torch.zeros(1))) > 0
+    if why := fork.unfit(section, root, changed, any(way.feedback for way in ways), stateful):
         raise ConfigError(f"fork: {why}")
     return changed
 
