@@ -41,7 +41,7 @@ def test_ranks_on_one_core_are_told_where_others_are_free():
     assert collisions([on(0, 3), on(1, 2), on(2, 1, 2)]) == []
     [line] = collisions([on(0, 3), on(1, 3), on(2, 1, 2)])
     assert line.startswith(
-        "host h: ranks 0 and 1 are both bound to core 3, and others are free; say mpirun --map-by core"
+        "host h: ranks 0 and 1 are both bound to core 3, and others are free; use mpirun --map-by core"
     )
 
 

@@ -103,7 +103,7 @@ def collisions(rows: Sequence[Bound]) -> list[str]:
                 if core in owners:
                     found.append(
                         f"host {row.host}: ranks {owners[core]} and {row.rank} are both bound to core {core}, and "
-                        "others are free; say mpirun --map-by core --bind-to core"
+                        "others are free; use mpirun --map-by core --bind-to core"
                     )
                 owners.setdefault(core, row.rank)
     return found
