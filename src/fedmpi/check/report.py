@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmpi.check.pace import duration
-from fedmpi.output import size
+from fedmpi.output import at_most, size
 
 _MOST = 40  # silos shown
 _LABELS = 12  # classes shown of a silo
@@ -137,7 +137,7 @@ def _privacy(result: Mapping[str, Any]) -> list[str]:
         return []
     limit = "" if spent["budget"] is None else f", budget {spent['budget']:g}"
     return [
-        f"privacy: all rounds spend epsilon {spent['epsilon']:.4g} at delta {spent['delta']:g}{limit}, with noise "
+        f"privacy: all rounds spend epsilon {at_most(spent['epsilon'])} at delta {spent['delta']:g}{limit}, with noise "
         f"multiplier {spent['sigma']:.4g}"
     ]
 
