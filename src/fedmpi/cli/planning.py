@@ -13,7 +13,6 @@ import typer
 
 from fedmpi.cli.command import Allow, ConfigPath, Json, Overrides, answer, app, on_ranks
 from fedmpi.cli.training import idle_ranks
-from fedmpi.components import written
 from fedmpi.errors import ConfigError
 from fedmpi.output import at_least, at_most, say, size
 
@@ -230,6 +229,8 @@ def doctor(
 def _print_plan(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from fedmpi.components import written
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     jobs = result["jobs"]
