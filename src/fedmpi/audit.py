@@ -202,6 +202,8 @@ def audit(
     private = config.privacy
     if not 0 < confidence < 1 or canaries < 8:
         raise ConfigError("audit: give 8 canaries or more, and a confidence between 0 and 1")
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"audit: scale is {scale}; canaries need a finite scale above 0")
     if silos or (private is not None and not private.of_records):
         return _of_silos(config, silo, canaries, scale, confidence)
     source = config.data.source(config.seed)

@@ -149,6 +149,8 @@ def test_what_cannot_be_audited_is_refused(tmp_path):
         audit(replace(how, aggregate=Mean()), silos=True)
     with pytest.raises(ConfigError, match="8 canaries"):
         audit(how, canaries=4)
+    with pytest.raises(ConfigError, match="canaries need a finite scale"):
+        audit(how, scale=-1.0)
     with pytest.raises(ConfigError, match="no silo 'x'"):
         audit(how, silo="x")
 
