@@ -25,7 +25,7 @@ from fedmpi.cli import app
 from fedmpi.comm import MpiComm, SoloComm, process
 from fedmpi.components import to_dict
 from fedmpi.errors import ConfigError, FedmpiError, SiloError, Stopped, agreed
-from fedmpi.records import PHASES, metrics, read_metrics, trace
+from fedmpi.records import metrics, read_metrics, trace
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
 EVENTFUL = {"local": {"sampler": OWN + "Eventful"}}
@@ -332,7 +332,8 @@ def test_records_that_find_no_room_wait_and_training_goes_on(tmp_path, full, cap
         "cannot be written (No space left on device): records wait for the next checkpoint",
         "cannot be written (No space left on device); it gets no more records",
     ]
-    assert len(json.loads((tmp_path / "a" / "trace.json").read_text())) == len(PHASES)
+    events = json.loads((tmp_path / "a" / "trace.json").read_text())
+    assert {event["args"]["round"] for event in events if event["ph"] == "X"} == {1}
     run(config(tmp_path / "b", 6, checkpoint=vars(how.checkpoint)))
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
 

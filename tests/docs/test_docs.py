@@ -114,7 +114,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 
 # What replaces a value in a message.
-VALUES = r"'[^']*'|\b\d+\b|\[\d+\]|\b(?:median|pooled|rank|ranks|n1|n2|nan|x_train)\b|\S+\.(?:gz|pt|jsonl)\b|[;,] "
+VALUES = (
+    r"'[^']*'|\b\d+\b|\[\d+\]"
+    r"|\b(?:\w+_LOCALID|median|pooled|ranks?|n[12]|nan|x_train)\b|\S+\.(?:gz|pt|jsonl)\b|[;,] "
+)
 
 
 def test_messages_in_troubleshooting_are_messages_of_the_code():

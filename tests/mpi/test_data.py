@@ -58,7 +58,8 @@ def test_predictions_stay_with_their_ranks(study: Path) -> None:
         done = mpirun(ranks, FEDMPI, "predict", "run", "--to", to, "--part", "all", cwd=study)
         assert done.rc == 0, done.tails
         assert sorted(done.out.splitlines()) == [
-            f"{silo}: {num} predictions of the global model written to {to}/{silo}.csv" for silo, num in SILOS.items()
+            f"{to}/{silo}.csv: {num} samples of silo {silo}, predicted by the global model of round 2"
+            for silo, num in SILOS.items()
         ]
     for silo in SILOS:
         assert (study / "one" / f"{silo}.csv").read_text() == (study / "three" / f"{silo}.csv").read_text()
