@@ -213,6 +213,9 @@ class RealTime:
         silo, version = self.fed.ids[mail.silo], self.state.round
         rejected, at_s, staleness = mail.vector is None, self.seconds, version - mail.version
         handed_s = self._handed.pop(silo)[0] if silo in self._handed else None
+        if handed_s is not None and mail.order is not None:
+            # Others begin a round as soon as they have the parameters, which may be before rank 0 does.
+            handed_s = min(handed_s, at_s - mail.work_s)
         drop = not rejected and self._drops(mail, None if handed_s is None else at_s - handed_s)
         told: dict[str, Any] = {}
         if mail.order is not None:

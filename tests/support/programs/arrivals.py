@@ -137,8 +137,7 @@ def so_it_does_with_work_by_measured_delays(comm, folder):
     rows = [one for record in records for one in record["arrivals"]]
     assert {one["amount"] for one in rows} != {10} and all(one["work_s"] > 0 for one in rows), rows
     for one in rows:
-        # A silo that waited may begin a round a little before rank 0 does, if cores are busy.
-        assert one["handed_s"] + one["work_s"] <= one["at_s"] + 0.05, one
+        assert one["handed_s"] + one["work_s"] <= one["at_s"] + 1e-3, one
 
 
 @case
