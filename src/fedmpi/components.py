@@ -18,7 +18,6 @@ import importlib
 import inspect
 import json
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 import pydantic
 from pydantic_core import core_schema
 
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, in_one_line
 from fedmpi.trust import check_factory, check_module, check_object
 
 T = TypeVar("T")
@@ -354,9 +353,7 @@ def import_object(name: str, path: str = "") -> Any:
         raise ConfigError(f"{where}cannot import '{name}': {error}") from None
     except Exception as error:
         # An exception from the module's own code: the last line of the traceback is enough.
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}, line {last.lineno})"
-        raise ConfigError(f"{where}cannot import '{name}': {text}") from None
+        raise ConfigError(f"{where}cannot import '{name}': {in_one_line(error)}") from None
     check_object(found, name, path)
     return found
 

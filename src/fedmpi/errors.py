@@ -22,6 +22,7 @@ FedmpiError                 exit 1
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -113,6 +114,13 @@ class Stopped(FedmpiError):
     """The run ends early on request: a signal or `fedmpi stop`."""
 
     exit_code = 3
+
+
+def in_one_line(error: BaseException) -> str:
+    """An exception of a user's code in one line: type, the first 200 characters of its text, and the place that raised
+    it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}, line {last.lineno})"
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

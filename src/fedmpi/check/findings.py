@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fedmpi.comm import Comm, ranks_text
-from fedmpi.errors import FedmpiError
+from fedmpi.errors import FedmpiError, in_one_line
 
 T = TypeVar("T")
 
@@ -34,7 +33,7 @@ class Findings:
         except FedmpiError as error:
             self.fault(str(error))
         except Exception as error:  # of a user's code: a dataset, a model, a loss
-            self.fault(f"{what}: {told(error)}")
+            self.fault(f"{what}: {in_one_line(error)}")
         return None
 
     def fault(self, text: str) -> None:
@@ -51,12 +50,6 @@ class Findings:
         """Note once what was not looked at."""
         if text not in self.unseen:
             self.unseen.append(text)
-
-
-def told(error: Exception) -> str:
-    """An exception of a user's code in one line: type, text, and the place that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}, line {last.lineno})"
 
 
 def at_first(comm: Comm, found: Findings, work: Callable[[Findings], object]) -> None:

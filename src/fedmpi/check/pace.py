@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from fedmpi.assembly import build_module
-from fedmpi.check.findings import Findings, told
+from fedmpi.check.findings import Findings
 from fedmpi.check.trying import batch_of
 from fedmpi.comm import Comm
 from fedmpi.config import Config
-from fedmpi.errors import FedmpiError
+from fedmpi.errors import FedmpiError, in_one_line
 from fedmpi.flat import Entry, FlatModel, layout_of
 from fedmpi.local import GradientRule, LocalRule, LocalSilo, Round
 from fedmpi.objectives import LossAndMetrics
@@ -68,7 +68,7 @@ def measure(
         found.fault(str(error))
         return None
     except Exception as error:
-        found.fault(f"local: training of silo '{silo}' raises {told(error)}")
+        found.fault(f"local: training of silo '{silo}' raises {in_one_line(error)}")
         return None
     if loss is not None and not math.isfinite(loss):
         found.warn(f"local: after {len(stamps) - 1} batches the loss of silo '{silo}' is {loss}; lower local.lr")

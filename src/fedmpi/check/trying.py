@@ -11,9 +11,9 @@ import torch
 
 from fedmpi import pretrained, rng
 from fedmpi.assembly import build_module, digest_of, first_values, starts_finite, weights_of
-from fedmpi.check.findings import Findings, told
+from fedmpi.check.findings import Findings
 from fedmpi.config import Config
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, in_one_line
 from fedmpi.flat import Entry, entries, frozen_alone
 from fedmpi.local import GradientRule, LocalRule
 from fedmpi.local.gradient import FedSgd
@@ -143,7 +143,7 @@ def _backward(
         found.fault(str(error))
         return
     except Exception as error:
-        found.fault(f"model: training on silo '{silo}' raises {told(error)}")
+        found.fault(f"model: training on silo '{silo}' raises {in_one_line(error)}")
         return
     value, counted = float(loss.detach()), number_of(criterion.count(y))
     trial.losses[silo] = (value, counted)
@@ -213,7 +213,7 @@ def _metrics(
         found.fault(str(error))
         return
     except Exception as error:
-        found.fault(f"model: evaluation of silo '{silo}' raises {told(error)}")
+        found.fault(f"model: evaluation of silo '{silo}' raises {in_one_line(error)}")
         return
     trial.metrics[silo] = {name: value for name, value in tally.figures(objective.scorers).items()}
     trial.raised[silo] = dict(tally.raised)

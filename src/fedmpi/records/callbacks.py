@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,12 +79,6 @@ def fitting(function: Callable[..., Any], options: Mapping[str, Any], path: str,
     except TypeError as error:
         raise ConfigError(f"{path}: '{name}' is called with (record, run) and its options: {error}") from None
     return dict(options)
-
-
-def place_of(error: BaseException) -> str:
-    """Where an error was raised, as text: the file and line of its last frame."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename}, line {last.lineno}"
 
 
 CALLBACKS = _Callbacks("callback", {})

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from fedmpi.components import Family
-from fedmpi.errors import CheckpointError
-from fedmpi.records.callbacks import Callback, place_of
+from fedmpi.errors import CheckpointError, in_one_line
+from fedmpi.records.callbacks import Callback
 from fedmpi.records.metrics import Metrics
 from fedmpi.records.mlflow import MLflow
 from fedmpi.records.record import TIME, Record, now
@@ -54,8 +54,7 @@ class Sinks:
             except (Exception, SystemExit) as error:
                 name = type(sink).__name__
                 if isinstance(sink, Callback):
-                    text = " ".join(f"{type(error).__name__}: {error} ({place_of(error)})".split())
-                    told = f"callback '{sink.name}' raised {text}"
+                    told = f"callback '{sink.name}' raised {in_one_line(error)}"
                     log.warning("%s in round %d; it is called no more, and training goes on", told, record["round"])
                 elif isinstance(error, OSError):
                     log.warning("%s cannot be written (%s); it gets no more records", name, error.strerror or error)
