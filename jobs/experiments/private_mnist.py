@@ -1,7 +1,7 @@
 """Opacus's published MNIST points with fedmpi, and Opacus itself beside: DP-SGD, batches of 240 on average, delta 1e-5.
 
     FEDMPI_DATA=... python jobs/experiments/private_mnist.py [--point 1.16] [--seeds 10] [--silos 1] [--opacus]
-        [--out FOLDER] [--minutes M] [--quick]
+        [--out FOLDER] [--svg FILE] [--minutes M] [--quick]
 
     point   epochs   lr    sigma   clip   published, ten runs
     6.86      45    0.25    0.7    1.5    97.09 +- 0.17 %
@@ -68,7 +68,7 @@ def net() -> nn.Module:
 
 
 def train(point: Point, seed: int, silos: int, out: Path, ends_s: float, quick: bool) -> dict[str, Any] | None:
-    """Accuracy and epsilon of one run of fedmpi; None if time ends first."""
+    """Accuracy and epsilon of one run of fedmpi; None if time ends first. Exits if epsilon is spent before."""
     torch.manual_seed(seed)
     noise: dict[str, float] = {"sigma": point.sigma}
     if silos > 1:
@@ -91,10 +91,10 @@ def train(point: Point, seed: int, silos: int, out: Path, ends_s: float, quick: 
     with fedmpi.Run(build(Config, values), comm=SoloComm()) as run:
         for last in run:
             record = last
-            if time.monotonic() > ends_s:
-                break
-    if record.get("round") != values["rounds"]:
-        return None
+            if time.monotonic() > ends_s and record["round"] != values["rounds"]:
+                return None
+    if record.get("round") != values["rounds"]:  # a round that a kill cut short has spent its epsilon too
+        sys.exit(f"{out} has spent its epsilon before its last round; delete it and begin anew")
     return {"accuracy": record["accuracy"], "epsilon": record["epsilon"]}
 
 
@@ -124,6 +124,33 @@ def by_opacus(point: Point, seed: int, quick: bool) -> dict[str, Any]:
     return {"accuracy": float(right), "epsilon": engine.get_epsilon(DELTA)}
 
 
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Accuracy against epsilon: one marker per run, and the published means with their deviations."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "fedmpi", "svg.fonttype": "none"})  # the same file for the same rows
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    kinds = {"fedmpi, one silo": ("fedmpi", 1), "fedmpi, four silos": ("fedmpi", 4), "Opacus": ("opacus", 1)}
+    seen = {row["point"]: row["epsilon"] for row in rows if row["silos"] == 1}  # the same for all seeds, by both
+    shown = [(epsilon, POINTS[name]) for name, epsilon in seen.items()]
+    means, stds = ([100 * getattr(point, field) for _, point in shown] for field in ("published", "std"))
+    axes.errorbar([x for x, _ in shown], means, stds, fmt="_", color="black", capsize=6, label="published, ten runs")
+    for (label, (by, silos)), marker, aside in zip(kinds.items(), "osx", (0.97, 1.03, 1.06), strict=True):
+        cells = [row for row in rows if (row["by"], row["silos"]) == (by, silos)]
+        x, y = [aside * row["epsilon"] for row in cells], [100 * row["accuracy"] for row in cells]
+        axes.plot(x, y, marker, fillstyle="none", label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(seen.values()), [f"{x:.2f}" for x in sorted(seen.values())])
+    axes.minorticks_off()
+    axes.set_xlabel("epsilon of a record, delta 1e-5")
+    axes.set_ylabel("test accuracy [%]")
+    axes.legend()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+
+
 def main() -> None:
     """All points and seeds, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,6 +159,7 @@ def main() -> None:
     parser.add_argument("--silos", type=int, default=1)
     parser.add_argument("--opacus", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--svg", type=Path)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
@@ -161,6 +189,8 @@ def main() -> None:
                 with results.open("a") as lines:
                     print(json.dumps(done[-1]), file=lines)
                 print(json.dumps(done[-1]), flush=True)
+    if given.svg:
+        draw(done, given.svg)
     cells: dict[tuple[Any, ...], list[float]] = {}
     for row in done:
         cells.setdefault((row["point"], row["silos"], row["by"]), []).append(row["accuracy"])

@@ -73,10 +73,12 @@ def test_private_heart_beside_the_published_figures(root: Path, monkeypatch: pyt
     assert told["spent"] <= told["epsilon"] == 1.0 and 0 <= told["accuracy"] <= 1
 
 
-def test_private_mnist_in_its_quick_form() -> None:
-    done = experiment("private_mnist.py")
+def test_private_mnist_in_its_quick_form(tmp_path: Path) -> None:
+    done = experiment("private_mnist.py", "--out", str(tmp_path), "--svg", str(tmp_path / "figure.svg"))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["epsilon"] > 0
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["epsilon"] > 0
+    assert f">{row['epsilon']:.2f}<" in (tmp_path / "figure.svg").read_text()
 
 
 def test_work_by_measured_delays_is_compared_with_whole_work() -> None:
