@@ -11,7 +11,6 @@ Importing fedmpi starts no MPI and loads nothing heavy: names are looked up when
 
 from __future__ import annotations
 
-import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +35,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        collects = gc.isenabled()
-        gc.disable()  # nothing that is imported is garbage, and to find that out among torch's objects takes 60 ms
-        try:
+        from fedmpi.loading import uncollected
+
+        with uncollected():
             return getattr(importlib.import_module(f"fedmpi.{_HOMES[name]}"), name)
-        finally:
-            if collects:
-                gc.enable()
     raise AttributeError(f"module 'fedmpi' has no attribute '{name}'")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 
@@ -9,6 +11,7 @@ def main() -> None:
     """Run the command. Handlers for stop signals stand before anything heavy is imported."""
     from fedmpi import launcher, output
 
+    atexit.register(gc.freeze)  # else Python ends with several searches for garbage among torch's objects, 0.5 s
     launcher.follow()
     output.open_streams()
     if sys.argv[1:2] in (["train"], ["run"]):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmpi.errors import FedmpiError
+from fedmpi.loading import uncollected
 from fedmpi.output import say
 
 if TYPE_CHECKING:
@@ -64,9 +65,15 @@ def _command(version: Version = False) -> None:
     pass
 
 
-def answer(work: Callable[[], None]) -> None:
-    """Runs `work`. A FedmpiError, or output that cannot be written, becomes one line on stderr and an exit code."""
+def answer(work: Callable[[], None], *, light: bool = False) -> None:
+    """Runs `work`. A FedmpiError, or output that cannot be written, becomes one line on stderr and an exit code.
+
+    `light`: it needs neither torch nor the configuration.
+    """
     try:
+        if not light:
+            with uncollected():
+                import fedmpi.config  # noqa: F401 - `work` imports it too
         work()
         sys.stdout.flush()
     except FedmpiError as error:
@@ -82,7 +89,8 @@ def answer(work: Callable[[], None]) -> None:
 
 def on_ranks(work: Callable[[Comm], None]) -> None:
     """Runs `work` on every launched rank; on any error no rank is left behind."""
-    from fedmpi import comm as ranks
+    with uncollected():
+        from fedmpi import comm as ranks
 
     comm: Comm | None = None
     try:

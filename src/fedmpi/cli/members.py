@@ -34,7 +34,7 @@ def stop(directory: RunDir) -> None:
         sure = "" if training else ", if there is one: that cannot be seen from this host"
         print(f"asked the job in {directory} to stop{sure}")
 
-    answer(work)
+    answer(work, light=True)
 
 
 @app.command()
@@ -53,7 +53,7 @@ def silos(directory: RunDir, as_json: Json = False) -> None:
 
         Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(roster.table(found))
 
-    answer(work)
+    answer(work, light=True)
 
 
 SiloId = Annotated[str, typer.Argument(metavar="ID", help="a silo of the run")]
@@ -94,4 +94,4 @@ def _ask(what: Any, directory: Path, silo: str, path: Path | None, wait_s: float
 
         print(ask(directory, what, silo, path, wait_s))
 
-    answer(work)
+    answer(work, light=True)
