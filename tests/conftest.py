@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from support import mpi
-from support.mpi import FAST, absent
+from support.mpi import ENVIRONMENT, FAST, absent
 from support.programs.place import Place
 
 # Programs that MPI tests launch on ranks; pytest does not collect them.
 collect_ignore_glob = ["support/programs/*"]
+# Processes that start MPI without mpirun, this one too.
+os.environ.setdefault("OMPI_MCA_btl", ENVIRONMENT["OMPI_MCA_btl"])
 
 
 # Files that keep the cores busy with ranks for minutes.

@@ -7,6 +7,8 @@ Every rank runs the same cases in the same order. If a case fails on one rank wh
 it would never end: so a rank that has finished a case waits LIMIT_S for the others, then ends the job.
 """
 
+import atexit
+import gc
 import json
 import sys
 import time
@@ -28,6 +30,7 @@ def run(cases, *arguments):
     """Run all cases; exit code 1 if any failed on any rank. A case may return a value that JSON can hold."""
     from mpi4py import MPI
 
+    atexit.register(gc.freeze)  # as the command does: else Python ends with a search among torch's objects
     world = MPI.COMM_WORLD.Dup()
     failures = 0
     for name, work in cases.items():
