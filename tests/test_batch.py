@@ -96,6 +96,8 @@ def test_a_script_without_memory_is_told(tmp_path):
     assert no_memory(planned, request).startswith(
         "the script has no --mem, so the site's default holds: silo 'a' declares"
     )
+    (tmp_path / "a.yaml").write_text(FILES.replace(", num_samples: 10", "").replace(", num_samples: 20", ""))
+    assert "silo 'a' and 1 more declare no num_samples" in no_memory(plan(*load(tmp_path / "a.yaml"), 2), request)
     assert no_memory(planned, Request(2, "60", mem="8G")) == ""
     (tmp_path / "a.yaml").write_text(FILES)
     assert no_memory(plan(*load(tmp_path / "a.yaml"), 2), request) == ""

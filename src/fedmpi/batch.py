@@ -85,9 +85,9 @@ def no_memory(planned: Mapping[str, Any], request: Request) -> str:
     if request.mem or not planned["undeclared"]:
         return ""
     ids, least = planned["undeclared"], size(needed_bytes(planned, request.tasks_per_node))
-    more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
+    whose = f"silo '{ids[0]}' declares" if len(ids) == 1 else f"silo '{ids[0]}' and {len(ids) - 1} more declare"
     return (
-        f"the script has no --mem, so the site's default holds: silo '{ids[0]}'{more} declares no num_samples; "
+        f"the script has no --mem, so the site's default holds: {whose} no num_samples; "
         f"declare it, or give --mem, {least} a node and room for the samples"
     )
 

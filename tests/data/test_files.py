@@ -217,6 +217,24 @@ ARRAYS = [
     ),
     ("a number", {"x": X, "y": 1}, {}, "x has 4 samples, but y has shape []"),
     ("no batch axis", {"x": X[:, 0], "y": Y}, {}, "samples of x have shape [], data.shape is [2]"),
+    (
+        "channels last",
+        {"x": np.zeros((4, 5, 2)), "y": Y},
+        {"shape": [2, 5]},
+        "data.shape is [2, 5]; if only the order of the axes differs, write numpy.transpose(x, (0, 2, 1))",
+    ),
+    (
+        "square images, channels last",
+        {"x": np.zeros((4, 5, 5, 3)), "y": Y},
+        {"shape": [3, 5, 5]},
+        "numpy.transpose(x, (0, 3, 1, 2))",
+    ),
+    (
+        "other names",
+        {f"a{i:02d}": Y for i in range(12)},
+        {},
+        "or x, y); it holds a00, a01, a02, a03, a04, a05, a06, a07, a08, a09 and 2 more",
+    ),
     ("nothing", {"x": X[:0], "y": Y[:0]}, {}, "silo 'a' has no samples for training"),
     ("too much", {"x": X, "y": Y, "x_train": X}, {}, "has both x, y and x_train; keep one set"),
     (

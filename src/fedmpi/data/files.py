@@ -77,7 +77,7 @@ class Files:
     """folder of relative paths; null: $FEDMPI_DATA, else ./data"""
     scale: Scale | None = None
     """standard: (x - mean) / standard deviation; minmax: (x - min) / (max - min); of training samples, per column, or
-    per channel of images; one-hot columns stay as they are"""
+    per channel of samples [C, ...]; one-hot columns stay as they are"""
     missing: Missing = "error"
     """missing values and NaN: refuse them, or fill in 0 or the column's mean over training samples, before scaling"""
     statistics: Literal["silo", "pooled"] = "silo"
@@ -346,6 +346,7 @@ class Files:
             named = f" ({', '.join(content.columns)})" if 0 < len(content.columns) <= 40 else ""
             raise ConfigError(
                 f"{where}: samples of {x_key} have shape {list(x.shape[1:])}{named}, data.shape is {list(self.shape)}"
+                f"{_reordered(x_key, x.shape, self.shape)}"
             )
         if y.ndim == 0 or len(y) != x.shape[0]:
             raise ConfigError(f"{where}: {x_key} has {x.shape[0]} samples, but {y_key} has shape {list(y.shape)}")
@@ -390,6 +391,17 @@ def parts_of(num: int, fraction: float, silo: str) -> tuple[npt.NDArray[np.int64
     order = generator(0, purpose="test part", silo=silo).permutation(num)
     num_test = min(round(fraction * num), num - 1) if num else 0
     return np.sort(order[num_test:]), np.sort(order[:num_test])
+
+
+def _reordered(x_key: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What to do about samples whose axes are in another order, such as [length, channels]; else empty."""
+    if sorted(stored[1:]) != sorted(wanted):
+        return ""
+    left, order = list(enumerate(stored))[1:], [0]
+    for size in wanted:  # axes of the same size keep their order
+        axis = next(i for i, (_, other) in enumerate(left) if other == size)
+        order.append(left.pop(axis)[0])
+    return f"; if only the order of the axes differs, write numpy.transpose({x_key}, {tuple(order)})"
 
 
 def _rows_of(x: Inputs, rows: npt.NDArray[np.int64]) -> Inputs:

@@ -9,6 +9,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def read(path: Path, where: str, columns: Columns, stream: bool = False) -> Cont
             return Content({key: arrays[key] for key in keys})
     wanted = PARTED if {"x_train", "x_test"} & set(arrays) or not {*WHOLE} & set(arrays) else WHOLE
     lacks = ", ".join(repr(key) for key in wanted if key not in arrays)
-    raise ConfigError(f"{where} has no {lacks} (needs {', '.join(PARTED)}, or x, y)")
+    raise ConfigError(f"{where} has no {lacks} (needs {', '.join(PARTED)}, or x, y){_held(path, ending)}")
 
 
 def read_inputs(path: Path, where: str, columns: Columns) -> Content:
@@ -127,6 +128,21 @@ def write(path: Path, columns: Mapping[str, Array]) -> None:
                 data, dtype = (values.astype(object), h5py.string_dtype()) if text else (values, None)
                 store.create_dataset(name, data=data, dtype=dtype)
     os.replace(beside, path)
+
+
+def _held(path: Path, ending: str) -> str:
+    """Names of the arrays in an HDF5 or npz file, the first ten of them; with the path of their group."""
+    names: list[str] = []
+    if ending in HDF5:
+        import h5py
+
+        with suppress(*_DAMAGE), h5py.File(path, "r") as file:
+            file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
+    else:
+        with np.load(path, allow_pickle=False) as file:
+            names += file.files
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"; it holds {', '.join(names[:10]) or 'no array'}{more}"
 
 
 def _why(error: BaseException, ending: str) -> str:
