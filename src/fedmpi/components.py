@@ -319,9 +319,15 @@ def written(value: Any) -> str:
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the list of known names if none is similar."""
+    """`; did you mean 'x'?`, or the list of known names if none is similar.
+
+    >>> did_you_mean("datasets", ["data", "updates"])  # both are as similar, and it begins with the first
+    "; did you mean 'data'?"
+    """
     names = [str(n) for n in known]
-    close = [n for n in names if n.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)
+    close = [n for n in names if n.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    close = close or sorted((n for n in names if len(n) > 2 and name.startswith(n)), key=len)[-1:]
+    close = close or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; available: {', '.join(names) or 'nothing'}"
 
 

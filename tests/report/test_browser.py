@@ -12,7 +12,7 @@ from support.pages import directory, record
 
 from fedmpi.report import write
 
-SILOS = ["<script>alert(1)</script>", "b & c", "d", "e"]
+SILOS = ["<script>alert(1)</script>", "b & c", "amsterdam", "mammography-W-MWWM"]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 # Run in the page once all is drawn; what it finds becomes the page's last element.
@@ -28,9 +28,13 @@ const wait = () => {
       texts: [...box.querySelectorAll("text")].map((t) => t.textContent),
       invalid: (Plotly.validate(box.data, layout) || []).filter((f) => f.code !== "unused").map((f) => f.msg),
       ink: box._fullLayout.font.color, height: box.clientHeight,
+      scrolls: [...box.querySelectorAll(".scrollbar")].filter((bar) => Number(bar.getAttribute("height")) > 0).length,
       fills: [...box.querySelectorAll(".point path")].filter((p) => !p.style.fill || p.style.fill === "none").length,
     };
   }
+  const texts = [...document.querySelectorAll(".scroll > svg text")];
+  found.cut = texts.filter((t) => t.getBBox().x < 0).map((t) => t.textContent);
+  found.times = [...document.querySelectorAll(".stack td")].map((td) => getComputedStyle(td).display);
   document.querySelector('input[value="seconds"]').click();
   const told = () => {
     const box = document.querySelector(".chart");
@@ -98,8 +102,9 @@ def browser(tmp_path_factory):
 def path(tmp_path_factory):
     records = [record(number, SILOS) for number in range(1, 6)]
     records[2]["accuracy"] = None
-    records[3] |= {"late": {"d": "partial"}, "deadline_s": 1.0}
+    records[3] |= {"late": {"amsterdam": "partial"}, "deadline_s": 1.0}
     root = directory(tmp_path_factory.mktemp("run") / "run", records)
+    (root / "events.jsonl").write_text('{"event": "stopped", "round": 2}\n')
     phases = [("train", 0.5), ("wait", 0.25)]
     events = [
         {"name": name, "ph": "X", "pid": rank, "tid": 0, "ts": n * 1e6, "dur": s * 1e6, "args": {"round": n}}
@@ -132,5 +137,7 @@ def test_charts_are_drawn_from_the_numbers_of_the_page(browser, path):
 def test_a_phone_in_the_dark_gets_its_own_colours_and_no_page_that_scrolls_sideways(browser, path):
     found = browser(path, "--window-size=600,1000", "--blink-settings=preferredColorScheme=0", phone=True)
     assert found["faults"] == [] and found["width"] <= found["inner"] == 390
+    assert found["cut"] == [] and sum(drawn["scrolls"] for drawn in found["drawn"].values()) == 0
+    assert set(found["times"]) == {"block"}
     inks = {drawn["ink"] for drawn in found["drawn"].values()}
     assert inks == {"#e5eaee"} and all(drawn["invalid"] == [] for drawn in found["drawn"].values())

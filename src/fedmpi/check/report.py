@@ -33,12 +33,12 @@ def _counts(result: Mapping[str, Any]) -> str:
 
 
 def _head(result: Mapping[str, Any]) -> list[str]:
-    launched, ranks = result["launched"], result["ranks"]
+    num, launched, ranks = result["num_silos"], result["launched"], result["ranks"]
     where = f"{launched} ranks" if launched > 1 else f"one process{f', for {ranks} ranks' if ranks > 1 else ''}"
     classes = f", {result['classes']} classes" if result["task"] in ("classification", "next_token") else ""
     missing = "" if result["missing"] is None else f", {result['missing']} values missing"
     return [
-        f"{result['num_silos']} silos on {where}: {result['task']}{classes}, samples of {result['shape']}, "
+        f"{num} silo{'s' * (num != 1)} on {where}: {result['task']}{classes}, samples of {result['shape']}, "
         f"{result['num_train']} for training and {result['num_test']} for tests{missing}"
     ]
 

@@ -296,7 +296,7 @@ def _unencrypted(machines: Collection[bytes], secure: bool) -> str:
 
 def _headline(run: Any) -> str:
     fed = run.federation
-    where = f"{len(fed.ids)} silos on {run.comm.size} rank{'s' if run.comm.size > 1 else ''}"
+    where = f"{len(fed.ids)} silo{'s' * (len(fed.ids) > 1)} on {run.comm.size} rank{'s' * (run.comm.size > 1)}"
     where += (
         f", {idle}" if (idle := idle_ranks(run.comm.size, run.membership.ranks, run.config.server.dedicated)) else ""
     )

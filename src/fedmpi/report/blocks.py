@@ -40,6 +40,7 @@ class Table:
     caption: str = ""
     note: str = ""
     folded: str = ""  # the text of a switch that shows the table; empty: the table is always shown
+    mark: str = ""  # a class. stack: on a phone the cells of a row stand below each other
     kind: str = "table"
 
 

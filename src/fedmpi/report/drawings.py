@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 WIDTH, HEIGHT = 160, 56  # of a small line
-ROW, LETTER = 18, 6.6  # of the strip: height of a silo, width of a letter
+ROW = 18  # height of a silo in the strip
+SLIM, BROAD = set("fijlrtI1.,:;'|!()[] "), set("mwMWGOQ@%")  # letters of a sans-serif font
 
 
 def sparkline(
@@ -60,11 +61,16 @@ def sample(state: str) -> str:
     )
 
 
+def _width(text: str) -> float:
+    """About as many pixels as the widest usual fonts take for a text of 12 px."""
+    return sum(6.0 if c in SLIM else 12.0 if c in BROAD or ord(c) > 0x2E80 else 8.0 for c in text)
+
+
 def strip(names: Sequence[str], rounds: Sequence[int], states: Sequence[Sequence[str]]) -> str:
     """A row per silo, a cell per round (or stretch of rounds). `states[silo][cell]`: a key of SHAPES, or empty."""
     num = len(rounds)
     cell = 14.0 if num <= 60 else max(3.0, 900 / num)
-    left = 12 + LETTER * min(22, max((len(name) for name in names), default=0))
+    left = 12 + max((_width(name[:22]) for name in names), default=0.0)
     width, height = left + cell * num + 4, ROW * len(names) + 24
     parts = []
     for n, (name, row) in enumerate(zip(names, states, strict=True)):

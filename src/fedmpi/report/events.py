@@ -45,6 +45,12 @@ def sentence(event: Mapping[str, Any]) -> str:
     return ": ".join(filter(None, (str(event.get("event")), ", ".join(rest))))
 
 
+def after(event: Mapping[str, Any]) -> int:
+    """The round after which an event was; 0 before the first one, which a supervisor writes as -1."""
+    told = event.get("round")
+    return max(0, told) if isinstance(told, int) else 0
+
+
 def supervised(event: Mapping[str, Any]) -> str:
     """An event of supervisor.jsonl in words: the supervisor has written them."""
     text = str(event.get("text") or event.get("event"))

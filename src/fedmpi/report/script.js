@@ -107,8 +107,12 @@
     for (const one of [whole.xaxis, whole.yaxis]) if (one.showgrid === false) delete one.gridcolor;
     if (axis && chart.axes[axis]) whole.xaxis.title = { text: chart.axes[axis] };
     // The legend stands above the plot; how many lines it takes depends on the width.
-    const letters = shown.reduce((sum, t) => sum + 7 * t.name.length + 55, 0);
-    const lines = whole.showlegend ? Math.ceil((letters * 1.25) / width) : 0;
+    const pen = document.createElement("canvas").getContext("2d");
+    pen.font = `12px ${base.font.family}`;
+    const widths = shown.map((t) => pen.measureText(t.name).width + 50); // with the sample and the gaps
+    const room = width - whole.margin.l - whole.margin.r;
+    const inLine = widths.reduce((a, b) => a + b, 0) <= room ? shown.length : Math.max(1, Math.floor(room / Math.max(...widths)));
+    const lines = whole.showlegend && shown.length ? Math.ceil(shown.length / inLine) : 0;
     whole.height = (box._height || 340) + 22 * lines;
     whole.margin = { ...whole.margin, t: whole.margin.t + 22 * lines };
     box.style.height = whole.height + "px";

@@ -231,6 +231,8 @@ def _curves(runs: Runs, curves: dict[int, Curve]) -> Section:
     if not _alike(curves):
         del axes["bytes"]
         blocks.append(Text("No axis of bytes: they depend on the number of ranks, which differs between runs.", "note"))
+    elif not any(run.history.sent.any() for run in runs.runs):
+        del axes["bytes"]
     blocks.insert(0, Switch("curves", [(name, AXES[name][0]) for name in axes]))
     for partition in dict.fromkeys(group.partition for group in runs.groups):
         some = [group for group in runs.groups if group.partition == partition]
@@ -367,4 +369,5 @@ def _cost(runs: Runs) -> Section:
         table=Table(["runs", *SENT], body, folded="Data as a table"),
         height=height,
     )
-    return Section("cost", "Time and traffic", [time, traffic])
+    nothing = Text("Nothing was sent between ranks.", "note")
+    return Section("cost", "Time and traffic", [time, traffic if any(map(any, sent.values())) else nothing])

@@ -13,7 +13,7 @@ from rich.text import Text
 from fedmpi.output import at_most
 from fedmpi.records import PHASES
 from fedmpi.records.pace import Pace, span
-from fedmpi.report.events import sentence, supervised
+from fedmpi.report.events import after, sentence, supervised
 from fedmpi.report.history import SENT
 from fedmpi.report.numbers import listed, moment, number, plural, seconds, size
 from fedmpi.report.reading import RunData
@@ -226,15 +226,10 @@ def bar(phases: dict[str, float], cells: int, longest_s: float) -> Text:
 
 def _events(seen: Seen, run: RunData) -> list[Text]:
     """The newest events, the last one first."""
-    rows: list[tuple[int, str]] = [(_round(e), sentence(e)) for e in run.events]
-    rows += [(_round(e), supervised(e)) for e in run.supervised]
+    rows: list[tuple[int, str]] = [(after(e), sentence(e)) for e in run.events]
+    rows += [(after(e), supervised(e)) for e in run.supervised]
     rows += [(round - 1, f"Training went on with round {round:,}.") for round in resumed(run)]
     if not rows:
         return []
     rows.sort(key=lambda row: row[0])  # stable: events of a round stay in their order
     return [Text(""), *(_line(f"after {round:,}", told) for round, told in reversed(rows[-MOST_EVENTS:]))]
-
-
-def _round(event: dict[str, Any]) -> int:
-    told = event.get("round")
-    return told if isinstance(told, int) and told >= 0 else 0

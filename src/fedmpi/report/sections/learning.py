@@ -25,6 +25,8 @@ def axes_of(run: RunData) -> dict[str, np.ndarray]:
         "seconds": np.nancumsum(history.of("seconds", "round")),
         "bytes": np.cumsum(history.sent) / 1e6,
     }
+    if not history.sent.any():  # one rank alone
+        del found["bytes"]
     if np.isfinite(history.of("virtual_s")).any():
         found["virtual"] = history.of("virtual_s")
     return found

@@ -67,7 +67,7 @@ def timing(run: RunData) -> Section | None:
         idle = run.phases.idle_s
         rows.append(("Share of waiting", Cell(f"{share:.1%} of all ranks' time", share)))
         if idle > max(1.0, 0.05 * (run.phases.ended_s - run.phases.began_s)):
-            rows.append(("Not in rounds", Cell(f"{seconds(idle)} of that time: stops, starts, lost ranks", idle)))
+            rows.append(("Not in rounds", Cell(f"{seconds(idle)} besides: stops, starts, lost ranks", idle)))
         blocks += [_by_rank(run), _by_round(run)]
     else:
         blocks.append(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmpi.report.blocks import Block, Cell, Chart, Facts, Section, Table, bars
+from fedmpi.report.blocks import Block, Cell, Chart, Facts, Section, Table, Text, bars
 from fedmpi.report.numbers import size, stretches
 from fedmpi.report.reading import RunData
 
@@ -38,7 +38,8 @@ def traffic(run: RunData) -> Section | None:
     rows.append(
         ("Sent up in a median round", f"as much as {typical / dense:.3g} models in float32, by all ranks together")
     )
-    return Section("traffic", "Traffic", [Facts(rows), *_chart(run)])
+    drawn = _chart(run) if history.sent.any() else [Text("Nothing was sent between ranks.", "note")]
+    return Section("traffic", "Traffic", [Facts(rows), *drawn])
 
 
 def codec(run: RunData, way: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedmpi.report.blocks import Block, Cell, Facts, Section, Table
-from fedmpi.report.events import sentence, supervised
+from fedmpi.report.events import after, sentence, supervised
 from fedmpi.report.numbers import listed, moment, plural, seconds, size
 from fedmpi.report.reading import RunData
 from fedmpi.report.status import resumed, status, total_s
@@ -78,13 +78,13 @@ def _ranks(run: RunData) -> Table:
 
 def _events(run: RunData) -> Table:
     """Lost and fresh ranks, requests and stops; and what a supervisor did."""
-    rows = [[event.get("round"), "", sentence(event)] for event in run.events]
+    rows: list[tuple[int, str, str]] = [(after(event), "", sentence(event)) for event in run.events]
     for event in run.supervised:
         when = moment(event["time"]) if isinstance(event.get("time"), (int, float)) else ""
-        rows.append([event.get("round"), when, supervised(event)])
-    rows.sort(key=lambda row: row[0] if isinstance(row[0], int) else 0)  # stable: those of a round stay in their order
+        rows.append((after(event), when, supervised(event)))
+    rows.sort(key=lambda row: row[0])  # stable: those of a round stay in their order
     note = f"The newest {MOST_EVENTS} of {len(rows):,}." if len(rows) > MOST_EVENTS else ""
-    head = ["after round", "time", "what happened"]
+    head, body = ["after round", "time", "what happened"], [list(row) for row in rows[-MOST_EVENTS:]]
     if not any(when for _, when, _ in rows):
-        head, rows = [head[0], head[2]], [[round, told] for round, _, told in rows]
-    return Table(head, rows[-MOST_EVENTS:], note=note, caption="Events")
+        head, body = [head[0], head[2]], [[round, told] for round, _, told in body]
+    return Table(head, body, note=note, caption="Events", mark="stack")
