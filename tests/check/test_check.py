@@ -496,6 +496,18 @@ def test_a_planted_mistake_is_found(study, name):
     assert all("\n" not in line for line in lines(result))
 
 
+def test_half_an_epoch_is_one_fault_not_two(study):
+    study.config["local"]["epochs"] = 1.5
+    assert study.check()["faults"] == ["local.epochs: a whole number is needed, got 1.5"]
+
+
+def test_a_misspelt_section_of_data_is_not_covered_by_the_default(study):
+    study.config["datasets"] = study.config.pop("data")
+    result = study.check()
+    assert "configuration has no 'datasets'; did you mean 'data'?" in result["faults"]
+    assert "data: not in the configuration, so training takes the default, digits" in result["warnings"]
+
+
 def test_there_are_enough_mistakes_and_none_in_the_place_itself(study):
     assert len(MISTAKES) >= 30
     result = study.check()

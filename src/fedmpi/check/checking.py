@@ -24,6 +24,7 @@ from fedmpi.check.findings import Findings, merged
 from fedmpi.check.reading import Reading, read
 from fedmpi.check.samples import Look, look
 from fedmpi.comm import Comm, ranks_text
+from fedmpi.components import called
 from fedmpi.config import digest, run_directory
 from fedmpi.errors import ConfigError
 from fedmpi.local import by_silo
@@ -112,6 +113,10 @@ class _Check:
             self.found.skip("the data, and the model on them: the configuration of data comes first")
         elif source is None:
             self.found.skip("the model: the data come first")
+        if not any(key.partition(".")[0] == "data" for key in self.reading.origins) and self.comm.rank == 0:
+            self.found.warn(
+                f"data: not in the configuration, so training takes the default, {called(self.config.data)}"
+            )
         if self._same_silos(source):
             assert source is not None
             setting_up.shared_folder(self.config, [silo.id for silo in source.silos], self.comm, self.found)

@@ -60,8 +60,11 @@ def _without_culprit(values: dict[str, Any], said: str) -> tuple[str, dict[str, 
             build(Config, rest)
         except ConfigError as error:
             text = str(error)
-            # Without a value that a component requires there would be another fault, of our own making.
-            if text == said or (text.endswith(" needs it") and text.startswith(key)):
+            # Without a value that its section requires there would be another fault, of our own making.
+            section, _, last = key.rpartition(".")
+            required = text.endswith(" needs it") and text.startswith(key)
+            required |= bool(section) and text.startswith(f"{section}: ") and f"'{last}'" in text and text != said
+            if text == said or required:
                 continue
         return key, rest
     return None

@@ -25,8 +25,6 @@ def axes_of(run: RunData) -> dict[str, np.ndarray]:
         "seconds": np.nancumsum(history.of("seconds", "round")),
         "bytes": np.cumsum(history.sent) / 1e6,
     }
-    if not history.sent.any():  # one rank alone
-        del found["bytes"]
     if np.isfinite(history.of("virtual_s")).any():
         found["virtual"] = history.of("virtual_s")
     return found
@@ -43,6 +41,11 @@ def spread(run: RunData, name: str) -> tuple[np.ndarray, np.ndarray] | None:
     return low, high
 
 
+def _offered(over: dict[str, np.ndarray]) -> list[str]:
+    """The axes to choose from: bytes only if something was sent."""
+    return [name for name, values in over.items() if name != "bytes" or values.any()]
+
+
 def learning(run: RunData) -> Section:
     history, metric = run.history, run.metric
     if not history.num:
@@ -50,7 +53,7 @@ def learning(run: RunData) -> Section:
     blocks: list[Block] = []
     over = axes_of(run)
     if history.num > 1:
-        blocks.append(Switch("learning", [(name, AXES[name][0]) for name in over]))
+        blocks.append(Switch("learning", [(name, AXES[name][0]) for name in _offered(over)]))
     if metric not in ("loss", "train_loss") and history.there(metric).any():
         blocks.append(_metric(run, over))
     blocks.append(_losses(run, over))
@@ -112,7 +115,7 @@ def _metric(run: RunData, over: dict[str, np.ndarray]) -> Chart:
         alt=f"Line chart of {metric} over {len(evaluated)} evaluated rounds.{said}",
         note=note + "." + thinned(len(at), len(evaluated)),
         traces=traces,
-        axes={name: AXES[name][1] for name in over},
+        axes={name: AXES[name][1] for name in _offered(over)},
         layout={"yaxis": {"title": {"text": label(spelled(metric))}}},
         table=Table(head, rows(columns), folded="Data as a table"),
     )
@@ -158,7 +161,7 @@ def _losses(run: RunData, over: dict[str, np.ndarray]) -> Chart:
         alt=f"Line chart of {listed([titles[n] for n in names])} over {history.num} rounds.",
         note=note + thinned(len(chosen), history.num),
         traces=traces,
-        axes={name: AXES[name][1] for name in over},
+        axes={name: AXES[name][1] for name in _offered(over)},
         layout={"yaxis": axis},
         table=Table(["round", *names], rows(columns), folded="Data as a table"),
     )
