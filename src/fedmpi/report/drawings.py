@@ -69,8 +69,8 @@ def _width(text: str) -> float:
 def strip(names: Sequence[str], rounds: Sequence[int], states: Sequence[Sequence[str]]) -> str:
     """A row per silo, a cell per round (or stretch of rounds). `states[silo][cell]`: a key of SHAPES, or empty."""
     num = len(rounds)
-    cell = 14.0 if num <= 60 else max(3.0, 900 / num)
     left = 12 + max((_width(name[:22]) for name in names), default=0.0)
+    cell = min(14.0, max(3.0, (908 - left) / num))  # the page's column has 912 pixels
     width, height = left + cell * num + 4, ROW * len(names) + 24
     parts = []
     for n, (name, row) in enumerate(zip(names, states, strict=True)):
