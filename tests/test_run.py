@@ -293,6 +293,16 @@ def test_a_damaged_configuration_file_is_named_and_leaves_the_checkpoints(tmp_pa
     assert results.newest(tmp_path) == 1
 
 
+def test_a_run_with_rounds_and_no_checkpoint_refers_to_watch(tmp_path):
+    run(config(tmp_path, 1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=f"no whole checkpoint yet; fedmpi watch {tmp_path} shows its rounds"):
+        results.inspect(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"holds no whole checkpoint$"):
+        results.inspect(tmp_path)
+
+
 def test_a_flipped_bit_of_the_configuration_file_is_noticed_by_all_that_read_it(tmp_path):
     run(config(tmp_path, 1))
     path = tmp_path / "config.yaml"

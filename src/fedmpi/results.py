@@ -31,6 +31,7 @@ from fedmpi.objectives import LossAndMetrics, Tally, resolve
 from fedmpi.opening import facts_of, is_of
 from fedmpi.placement import place
 from fedmpi.records import Record, StatusTable, plain
+from fedmpi.records.metrics import METRICS
 from fedmpi.state import Key
 from fedmpi.trust import confined
 from fedmpi.types import SiloData, Source
@@ -92,7 +93,9 @@ def newest(root: Path, silos: Collection[str] | None = (), others: bool = False)
     round = checkpoint.newest(root, silos=silos, others=others)
     if round < 0:
         of_silos = f" with silo {', '.join(silos)}; look where that silo's files are" if silos else ""
-        raise ConfigError(f"{root} holds no whole checkpoint{of_silos}")
+        early = (root / METRICS).exists() and not of_silos and not checkpoint.sealed_rounds(root)
+        how = f" yet; fedmpi watch {root} shows its rounds" if early else of_silos
+        raise ConfigError(f"{root} holds no whole checkpoint{how}")
     return round
 
 

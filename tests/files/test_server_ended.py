@@ -1,5 +1,6 @@
 """The end of the server's job with an error reaches its silos; a server that is started again goes on."""
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from fedmpi.jobs import post
 from fedmpi.jobs.messages import NO_CALL, Call
 from fedmpi.jobs.post import ServerPost
 from fedmpi.jobs.serve import Serving
+from fedmpi.stopping import STOP
 
 __all__ = ["put_back"]
 
@@ -86,6 +88,43 @@ def test_a_job_that_the_same_command_goes_on_with_ends_no_silo(tmp_path, error):
     served(how)
     for job in jobs:
         job.ended()
+
+
+@pytest.mark.parametrize("end", ["killed", "error"])
+def test_silos_that_start_before_a_server_with_more_rounds_wait_for_it(tmp_path, monkeypatch, capsys, end):
+    """All jobs end in a round; all start again with other `rounds` and `lease_s`, the silos first."""
+    how = apart(tmp_path, 4, transport={"lease_s": 1})
+    jobs = [Job(how, silo) for silo in IDS]
+    hear = Serving._hear
+
+    def heard(self, record):
+        if record["round"] == 2:
+            for job in jobs:
+                job.job._spec.watch.tell(STOP, "end")
+            if end == "killed":  # its last beat does not say that it has ended
+                monkeypatch.setattr(ServerPost, "end", lambda self: self._over.set())
+                monkeypatch.setattr(ServerPost, "over", lambda self, error: None)
+            raise OSError("No space left on device")
+        return hear(self, record)
+
+    monkeypatch.setattr(Serving, "_hear", heard)
+    with pytest.raises(OSError, match="No space left"):
+        served(how)
+    monkeypatch.undo()
+    for job in jobs:
+        with pytest.raises((Stopped, ServerEnded)):
+            job.ended()
+    how = apart(tmp_path, 5, transport={"lease_s": 2})
+    jobs = [Job(how, silo) for silo in IDS]
+    time.sleep(1.5)
+    records, _ = served(how)
+    assert [record["round"] for record in records][-1] == 5
+    for job in jobs:
+        job.ended()
+    said = (
+        "waits for the server to start again; the last one had rounds is 4 there and 5 here; transport.lease_s is 1.0"
+    )
+    assert end == "error" or said in capsys.readouterr().out
 
 
 def test_an_old_server_neither_ends_the_silos_of_a_newer_one_nor_clears_its_end(tmp_path):

@@ -11,7 +11,7 @@ from support.runs import put_back, run
 from support.silojobs import ALONE, IDS, Job, OneSilo, apart, in_one_process, served, trained_apart
 from support.slurm import until
 
-from fedmpi import requests, roster
+from fedmpi import disk, requests, roster
 from fedmpi.errors import CheckpointError, ServerEnded, Superseded
 from fedmpi.files import names, tidy
 from fedmpi.files.claims import Claim
@@ -21,6 +21,7 @@ from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
 from fedmpi.flat import sha256
 from fedmpi.jobs.post import ServerPost, Told
+from fedmpi.jobs.scores import Scores
 from fedmpi.jobs.serve import Serving
 from fedmpi.jobs.silo import SiloJob
 from fedmpi.keeper import Keeper
@@ -122,6 +123,15 @@ def test_a_server_that_another_one_has_replaced_writes_no_record(tmp_path, monke
     assert len(records) == 3
     for job in jobs:
         job.ended()
+
+
+def test_scores_that_cannot_be_written_name_their_file_and_what_to_do(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "replace_text", full)
+    with pytest.raises(CheckpointError, match=r"scores/3\.json: No space left on device; make room and start all jobs"):
+        Scores(tmp_path / "scores").write(3, {})
 
 
 def posts(tmp_path, told):

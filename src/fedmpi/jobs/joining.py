@@ -108,7 +108,8 @@ class Joining:
             if 2 * len(fits) > len(known):  # whoever comes, they stay the most
                 self._tell_refused(why, starts)
             missing = [silo for silo in wanted if silo not in fits]
-            what = f"for silos to register: {len(there)} of {least if known or members else 'all'} have"
+            heard = f"{len(there)} of {least} have" if known or members else "none has yet"
+            what = f"for silos to register: {heard}"
             odd = [f"; silo '{silo}': {why[silo]}" for silo in missing if why.get(silo)]
             self._post.waits("".join([f"{what}; missing: {', '.join(missing[:6])}" if missing else what, *odd[:1]]))
             self._post.pause()

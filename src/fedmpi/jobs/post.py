@@ -23,7 +23,7 @@ from fedmpi.files.line import NEVER, Commit, Entry, File, Last
 from fedmpi.files.reading import notes
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
-from fedmpi.jobs.messages import NO_CALL, Call, Registration, ends_alike
+from fedmpi.jobs.messages import NO_CALL, Call, Registration, ends_alike, shown
 from fedmpi.jobs.private import Base
 from fedmpi.output import say
 from fedmpi.stopping import READY, STOP, Watch
@@ -131,6 +131,7 @@ class SiloPost(Beats):
         self._call: tuple[File, Call] | None = None
         self._lost_s = self._asked_s = self._begun_s = folder.now()
         self._found: Call | None = None  # at the first look
+        self._beats: tuple[int, int] | None = None  # of the server, when it was first asked whether it speaks
 
     def beat(self, ended: bool = False) -> None:
         self._files.beat({}, ended)
@@ -159,6 +160,15 @@ class SiloPost(Beats):
             raise ServerEnded(f"the server's job has ended: {call.over}")
         if call.over:
             self.waits(f"for the server's job to start again, which has ended: {call.over}")
+
+    def speaks(self) -> bool:
+        """Whether the server that has said the last word was heard since this job began; if not, another one may start
+        with another configuration. A listing and a read."""
+        pulse = self._files.server()
+        if pulse is None or self._call is None or pulse.by != self._call[0].epoch or pulse.ended:
+            return False
+        self._beats = self._beats or (pulse.by, pulse.count)
+        return self._call[1] is not self._found or (pulse.by, pulse.count) != self._beats
 
     def has_ended(self, call: Call | None, version: int, config: Config) -> bool:
         """Whether a metric has ended the run with this version. Not if that was before this job began, and it has
@@ -292,7 +302,7 @@ class ServerPost(Beats):
         )
         self.last = _last_call(self.files)  # with members and round also of an earlier start
         if self.last.over or self.last.final >= 0:
-            self.call(self.last)
+            self.call(replace(self.last, config=shown(config)))
         before = _last_words(self.files)  # of an earlier start; this one stands by them
         self._decided: dict[str, list[Any]] = before.get("decided", {})
         self._version: int = before.get("version", -1)  # that the open round starts from, and what it has taken:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedmpi import disk
+from fedmpi.errors import CheckpointError
 from fedmpi.files.server import Server
 from fedmpi.jobs.messages import read_row
 from fedmpi.records import StatusTable, plain
@@ -35,8 +36,13 @@ class Scores:
         return None
 
     def write(self, number: int, told: Mapping[str, Any]) -> None:
-        """Keep what the silos told of a round."""
-        disk.replace_text(self._folder / f"{number}.json", json.dumps(told))
+        """Keep what the silos told of a round. Raises CheckpointError."""
+        path = self._folder / f"{number}.json"
+        try:
+            disk.replace_text(path, json.dumps(told))
+        except OSError as error:
+            why = error.strerror or error
+            raise CheckpointError(f"cannot write {path}: {why}; make room and start all jobs again") from None
 
     def forget(self, written: int) -> None:
         """Remove the scores of rounds that a checkpoint holds."""

@@ -37,6 +37,7 @@ from fedmpi.jobs.messages import (
     shown,
     told_order,
     told_row,
+    unlike,
 )
 from fedmpi.jobs.post import UNREAD, SiloPost, files_of
 from fedmpi.jobs.private import NOTHING, Base, States
@@ -137,6 +138,9 @@ class SiloJob:
             self._post.require(call)
         if commit is None or call is None or self.silo not in call.ids or self._goes_on_from(commit, call):
             self._post.waits("for the server")
+            return False
+        if self._fed is None and (changed := unlike(call.config, self.config)) and not self._post.speaks():
+            self._post.waits(f"for the server to start again; the last one had {'; '.join(changed[:3])}")
             return False
         self._post.goes_on()
         if self._fed is None or call.epoch != self._epoch:
