@@ -27,6 +27,10 @@ def told(tmp_path, ranks=3, **how):
             *("yes", "who reads the shared folder", "files of the shared folder"),
         ),
         (SECURE, "a sum of 3 or more", "the same, with their own", "masked words"),
+        (
+            SECURE | {"transport": {"name": "files", "root": "shared"}},
+            *("a sum of 3 or more", "in the model only", "masked words, in the shared folder"),
+        ),
     ],
 )
 def test_who_sees_a_silos_update(tmp_path, how, server, silos, network):
@@ -39,6 +43,10 @@ def test_figures_follow_what_is_disclosed(tmp_path):
     seen = [told(tmp_path, **how)[0][what] for how in ({}, {"disclose": "pooled"}, SECURE)]
     assert [row["server"] for row in seen] == ["yes", "sums", "sums"]
     assert [row["network"] for row in seen] == ["yes, not encrypted", "sums of a rank's silos", "masked"]
+    table, result = told(tmp_path, ranks=1, transport={"name": "files", "root": "shared"}, **SECURE)
+    assert (table[what]["server"], table[what]["network"]) == ("sums", "masked, in the shared folder")
+    assert table["samples, targets, outputs"]["network"] == "no" and "All jobs are trusted" in result["trust"][0]
+    assert table["a checksum of the data"]["server"] == "yes"  # it compares them
 
 
 def test_figures_that_privacy_does_not_tell_are_not_in_the_table(tmp_path):

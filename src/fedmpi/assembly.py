@@ -52,8 +52,9 @@ from fedmpi.privacy.base import REPEATS
 from fedmpi.rounds import Federation, State, delays
 from fedmpi.rounds.disclosure import refuse_metrics
 from fedmpi.rounds.remote import Remote
+from fedmpi.secure.apart import Apart
 from fedmpi.secure.masks import keep_out_of_core_dumps, require
-from fedmpi.secure.session import Session
+from fedmpi.secure.session import Masking, Session
 from fedmpi.transforms import Transform, Updates
 from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
@@ -350,7 +351,7 @@ def build_federation(
             updates=Updates(updates),
             private=spec.private,
             finetune=config.evaluate.finetune,
-            told=(*config.policy.columns, *config.engine.columns, *_of_delays(config)),
+            told=_told(config),
             secure=secure,
             experiment=_experiment(config, spec.known),
             remote=remote,
@@ -358,13 +359,21 @@ def build_federation(
     return Built(federation, replace(spec, section=plan.section), plan)
 
 
+def _told(config: Config) -> tuple[str, ...]:
+    """Columns of the silos' table that the engine needs; also who drops out of secure sums of silos in jobs."""
+    columns = (*config.policy.columns, *config.engine.columns, *_of_delays(config))
+    lost = ("late", "seconds") if config.secure is not None and config.transport.apart else ()
+    return (*columns, *(name for name in lost if name not in columns))
+
+
 def _of_delays(config: Config) -> tuple[str, ...]:
     """Columns that tell measured delays of silos, if the amount of work follows them and no arrivals tell them."""
     return delays.COLUMNS if config.local.by_delay is not None and not config.engine.arrivals else ()
 
 
-def _session(spec: Spec, opened: Opened, comm: Comm) -> Session | None:
-    """New keys for these members; None without `secure`. Collective."""
+def _session(spec: Spec, opened: Opened, comm: Comm) -> Masking | None:
+    """New keys for these members, or none if silos in jobs of their own make them for each sum; None without `secure`.
+    Collective."""
     config, members = spec.config, opened.members
     if (secure := config.secure) is None:
         return None
@@ -372,7 +381,11 @@ def _session(spec: Spec, opened: Opened, comm: Comm) -> Session | None:
     comm.collectively(lambda: can_mask(config, members.ids, num_tested, spec.device))
     keep_out_of_core_dumps()
     ring, threshold = secure.ring(config, len(members.ids)), secure.fewest(config, members.ids)
-    session = Session(comm, members.ids, members.ranks, ring, threshold, secure.neighbours)
+    session: Masking
+    if config.transport.apart:
+        session = Apart(len(members.ids), ring, threshold)
+    else:
+        session = Session(comm, members.ids, members.ranks, ring, threshold, secure.neighbours)
     if comm.rank == 0:
         heavy = _heavy(weights_of(config, members.ids, opened.num_train))
         for told in filter(None, (session.alone(), secure.sparse(len(members.ids)), heavy)):

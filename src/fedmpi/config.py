@@ -285,13 +285,17 @@ class Config:
 
     @property
     def hides_checksums(self) -> bool:
-        """Whether no rank learns checksums of another's data: no other rank will have to tell if data are the same."""
-        return self.secure is not None and not self.adopts
+        """Whether nobody learns checksums of a silo's data: no other rank will have to tell if data are the same, nor
+        a server's job."""
+        return self.secure is not None and not self.adopts and not self.transport.apart
 
     @pydantic.model_validator(mode="after")
     def _disclosed(self) -> Config:
         readers: list[tuple[str, Any]] = [("select", self.select), ("aggregate", self.aggregate)]
-        readers.append(("engine.policy", self.policy))
+        masked_apart = self.secure is not None and self.transport.apart
+        seen = {"lateness"} if masked_apart else set[str]()  # by the server: it sees who has come
+        if self.policy.reads is None or not self.policy.reads <= seen:
+            readers.append(("engine.policy", self.policy))
         readers += [("records.measure", measurement) for measurement in self.records.measurements]
         readers += [] if self.privacy is None else [("privacy", self.privacy)]
         readers += [(f"updates.{i}", transform) for i, transform in enumerate(self.updates)]

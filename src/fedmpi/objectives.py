@@ -354,7 +354,7 @@ TAKEN = (
         "silos",
     ),
     *("auc_within", "diversity", "cosine", "cosines", "undefined", "raised", "not_finite", "peak_rss_bytes"),
-    *("time", "bytes_up", "bytes_down", "bytes_control"),
+    *("time", "bytes_up", "bytes_down", "bytes_control", "summed", "given_up", "scored_by", "scores_given_up"),
 )
 
 

@@ -37,6 +37,7 @@ class RoundOutcome:
     late_K: np.ndarray | None = None  # int: number in LATE; None: the policy waits for every silo
     deadline_s: float | None = None  # of the round; None: it had none
     repeats: int = 0  # times the round was trained again
+    given_up: str = ""  # why the round changes nothing: its secure sum was not revealed; empty: it does
     # By silo: the record's rows, with test figures.
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     told: Mapping[str, Any] = field(default_factory=dict)  # what the engine adds to the record
@@ -122,6 +123,8 @@ class RoundOutcome:
         if (late := record.get("late")) is not None:
             of_all["late_K"] = np.array([LATE.index(late.get(silo, "")) for silo in ids])
             of_all |= {"deadline_s": record["deadline_s"], "repeats": record.get("repeats", 0)}
+        if (why := record.get("given_up")) is not None:
+            of_all["given_up"] = why
         if "num_rejected" in record:
             of_all["num_rejected"] = record["num_rejected"]
         not_finite = record.get("not_finite", ())

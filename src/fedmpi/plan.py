@@ -39,6 +39,7 @@ from fedmpi.rounds.clocks import Virtual
 from fedmpi.rounds.disclosure import ready_pooling, refuse_metrics
 from fedmpi.rounds.pace import amounts, measured, paces
 from fedmpi.secure.graph import degree
+from fedmpi.secure.numbers import BYTES
 from fedmpi.secure.ring import GROWS
 from fedmpi.secure.session import num_covered
 from fedmpi.transforms import Updates
@@ -201,7 +202,11 @@ def plan(
 def _as_files(config: Config, counts: Counts, section: ExchangeSection, sizes: Sizes) -> Traffic:
     """What a round writes into the shared folder: the updates, and the parameters, which each silo reads."""
     exact, grid = sizes.num_exact or 0, Grid(sizes.num_elements, 1)
-    if section.up.plain:
+    if sizes.secure_bits:  # words, and under the same masks the weight, the number of silos and figures
+        hidden = ready_pooling(config.disclosed, masked=True)
+        assert hidden is not None
+        up = sizes.num_elements * sizes.secure_bits // 8 + BYTES * (2 + 2 * len(hidden.sums))
+    elif section.up.plain:
         up = sizes.vector_bytes
     elif config.engine.arrivals:
         up = Wire.most_bytes(section.up, sizes.num_elements, exact)
@@ -228,7 +233,9 @@ def _secure(config: Config, ids: Sequence[str]) -> dict[str, Any] | None:
         "clip": ring.bound,
         "error": ring.error(len(ids)),
         "noise": None if noise is None else ring.unit * noise.least,
-        "neighbours": min(config.secure.neighbours or degree(len(ids)), len(ids) - 1),
+        "neighbours": len(ids) - 1
+        if config.transport.apart
+        else min(config.secure.neighbours or degree(len(ids)), len(ids) - 1),
     }
 
 

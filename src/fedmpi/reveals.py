@@ -49,16 +49,25 @@ def reveals(
         copies = "copies, under ulfm" if config.adopts else NO
         rows.append(Row("vectors that a silo keeps", copies, copies, copies, "the silo's checkpoint"))
     if config.transport.apart:
-        return [row._replace(network="files of the shared folder") for row in rows]
+        return [row._replace(network=_in_files(row.network)) for row in rows]
     return [row._replace(network="nothing is sent") for row in rows] if alone else rows
+
+
+def _in_files(network: str) -> str:
+    """What who reads the shared folder sees, from what who reads the network would see."""
+    if network == NO:
+        return NO
+    return "files of the shared folder" if network == CLEAR else f"{network}, in the shared folder"
 
 
 def _update(config: Config, ids: Sequence[str], hosted: Sequence[int], plan: str) -> Row:
     files = "the silo's checkpoint" if config.exchange.goes_on or config.exchange.lossy else "only the model"
+    fewest = 0 if config.secure is None else config.secure.fewest(config, ids)
+    if config.transport.apart and config.secure is not None:
+        return Row("a silo's update", f"a sum of {fewest} or more", "in the model only", "masked words", "sums")
     if config.transport.apart:
         return Row("a silo's update", YES, "who reads the shared folder", CLEAR, "only the model")
     if config.secure is not None:
-        fewest = config.secure.fewest(config, ids)
         return Row("a silo's update", f"a sum of {fewest} or more", "the same, with their own", "masked words", files)
     if config.exchange.scope == "silo" or config.engine.arrivals:
         others = NO if config.engine.arrivals else "pieces of it"
@@ -96,7 +105,8 @@ def trust(config: Config, ids: Sequence[str], hosted: Sequence[int]) -> list[str
         ]
     else:
         told = [
-            "All ranks are trusted to run this program unchanged; keys are exchanged without signatures.",
+            f"All {'jobs' if config.transport.apart else 'ranks'} are trusted to run this program unchanged; keys are "
+            "exchanged without signatures.",
             "Whoever controls several silos can subtract them from a sum: what is left is the sum of the others.",
         ]
         if why := left_alone(hosted, config.secure.fewest(config, ids)):

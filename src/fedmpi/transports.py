@@ -49,7 +49,7 @@ class ByFiles(Transport):
     def conflicts(self, config: Config) -> str | None:
         """Refuses what needs all silos at one place or at one time."""
         section, policy, who = config.exchange, config.policy, "transport: files"
-        if config.disclose != "silo":
+        if config.disclose != "silo" and config.secure is None:
             return f"{who} sends each silo's update by itself, and disclose: {config.disclose} lets only sums leave"
         for name, there in (
             ("overlap", section.overlap),
@@ -75,8 +75,8 @@ class ByFiles(Transport):
                 f"transport.min_silos does not go with engine: {called(config.engine)} and local: "
                 f"{called(config.local)}: an update that is under way when a silo joins counts the silos before"
             )
-        if config.secure is not None:
-            return f"{who} does not go with secure: {called(config.secure)}, whose silos send messages to each other"
+        if config.secure is not None and (why := self._not_under_masks(config)):
+            return f"{who} and secure: {why}"
         if config.privacy is not None:
             return f"{who} does not go with privacy: its accounts are of runs whose silos are ranks"
         if config.attack is not None:
@@ -86,6 +86,17 @@ class ByFiles(Transport):
         if config.on_failure not in (None, "stop"):
             return f"{who} has no ranks to lose; leave on_failure out"
         return None
+
+    def _not_under_masks(self, config: Config) -> str:
+        """Why sums under masks do not work with the rest of the configuration; empty if they do."""
+        assert config.secure is not None
+        if config.secure.neighbours is not None:
+            return "shares of secrets go to all silos of a sum; leave secure.neighbours out"
+        if self.min_silos is not None:
+            return "transport.min_silos changes the members, and a run under masks keeps its silos; leave it out"
+        if config.local.by_delay is not None:
+            return "local.amount: by_delay goes by the times of single silos; take a fixed amount"
+        return ""
 
 
 TRANSPORTS = Family("transport", {"mpi": ByMpi, "files": ByFiles}, Transport, outside=False, defaults=True)

@@ -9,7 +9,7 @@ from support.silojobs import IDS, Job, apart, in_one_process, served, trained_ap
 from fedmpi.errors import ConfigError
 from fedmpi.flat import sha256
 from fedmpi.health import EarlySection
-from fedmpi.jobs.serve import FilesRemote
+from fedmpi.jobs.remote import FilesRemote
 from fedmpi.keeper import Keeper
 
 __all__ = ["put_back"]

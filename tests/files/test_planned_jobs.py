@@ -17,8 +17,9 @@ __all__ = ["put_back"]
         {"exchange": {"up": {"codec": "int8"}}},
         {"engine": {"name": "buffered", "size": 2}},
         {"engine": {"name": "buffered", "size": 2}, "exchange": {"up": {"codec": "int8"}}},
+        {"secure": {"name": "secagg"}, "updates": [{"name": "clip", "norm": 1.0}]},
     ],
-    ids=["average", "int8", "buffered", "buffered int8"],
+    ids=["average", "int8", "buffered", "buffered int8", "secure"],
 )
 def test_a_plan_has_the_bytes_of_a_round(tmp_path, more):
     how = apart(tmp_path, 3, **more)

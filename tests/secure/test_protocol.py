@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from fedmpi.secure import shamir
+from fedmpi.secure import numbers, shamir
 from fedmpi.secure.graph import FROM, connected, degree, neighbours
 from fedmpi.secure.masks import LANE_BYTES, KeyPair, Masks, add_stream, derive, seal, stream_into, unseal
 from fedmpi.secure.protocol import Answer, Collector, GivenUp, Party
@@ -291,6 +291,54 @@ def test_too_few_survivors_reveal_nothing():
             party.answer(0, [0, 1])
     with pytest.raises(GivenUp):  # answers of fewer than t silos give no secret
         net.server.unmask(0, {i: drawn(1)[0] for i in range(3)}, {0: Answer({}, {}), 1: Answer({}, {})})
+
+
+def test_numbers_beside_a_vector_are_summed_exactly_whoever_is_lost():
+    net = Net([STAYS, 2, STAYS, 3, STAYS], 3).set_up()
+    told = [[silo << 90, 1, *numbers.told([silo / 3, -np.inf if silo == 3 else 1e30])] for silo in range(5)]
+    sent, masked = {}, {}
+    for party in net.up(2):
+        sent[party.index], masked[party.index] = told[party.index].copy(), drawn(5)[party.index]
+        party.mask(0, masked[party.index], sent[party.index])
+        assert not {*sent[party.index]} & {*told[party.index]}
+    there = sorted(sent)
+    answers = {party.index: party.answer(0, there) for party in net.up(3)}
+    summed = [sum(column) for column in zip(*sent.values(), strict=True)]
+    for key, sign in net.server.left(0, there, answers):
+        numbers.add_masks(key, -sign, summed)
+    weight, num, *figures = map(numbers.signed, summed)
+    assert (weight, num) == (sum(there) << 90, 4)
+    exact, missing = numbers.heard(figures)
+    assert exact == pytest.approx(sum(there) / 3, rel=1e-15) and np.isnan(missing)
+
+
+def test_an_answer_is_for_one_server_and_one_sum():
+    net = Net([STAYS] * 3, 2)
+    adverts = net.server.gather({p.index: p.advertise() for p in net.parties})
+    sealed = {p.index: p.share(adverts, 2, b"this sum") for p in net.parties}
+    with pytest.raises(ValueError, match="shared already"):
+        net.parties[0].share(adverts, 2, b"another sum")
+    for receiver, letters in net.server.route(sealed).items():
+        net.parties[receiver].receive(letters)
+    net.parties[0].mask(0, drawn(1)[0])
+    answer = net.parties[0].answer(0, [0, 1])
+    text = net.parties[0].seal_answer(answer, net.server.public)
+    assert net.server.hear(0, text, b"this sum") == answer
+    later = Collector(2, 2)
+    later.gather(adverts)
+    for server, silo, about in ((later, 0, b"this sum"), (net.server, 1, b"this sum"), (net.server, 0, b"another")):
+        with pytest.raises(ValueError, match="changed"):
+            server.hear(silo, text, about)
+
+
+def test_shares_are_for_one_sum_and_one_receiver():
+    net = Net([STAYS] * 3, 2)
+    adverts = net.server.gather({p.index: p.advertise() for p in net.parties})
+    sealed = {p.index: p.share(adverts, 2, b"this" if p.index else b"that") for p in net.parties}
+    with pytest.raises(ValueError, match="changed"):
+        net.parties[1].receive({0: sealed[0][1]})
+    with pytest.raises(ValueError, match="changed"):
+        net.parties[1].receive({2: sealed[2][0]})
 
 
 def test_a_threshold_of_one_is_refused():

@@ -38,7 +38,7 @@ from fedmpi.flat import sha256
 from fedmpi.layout import Layout
 from fedmpi.records.timer import Spent
 from fedmpi.secure.ring import GROWS
-from fedmpi.secure.session import Session
+from fedmpi.secure.session import Masking
 from fedmpi.server import Server
 from fedmpi.state import Holders, Placement, StateTensor
 from fedmpi.types import Contribution
@@ -71,7 +71,7 @@ class ExchangeContext(NamedTuple):
     layout: Layout | None = None  # layout of the vector; None: it holds only the delta
     edit: Edit | None = None  # how an attack changes silos' rows before anything reads them
     arrivals: bool = False  # whether updates arrive one by one (exchange/arrivals.py), in place of a plan's collectives
-    secure: Session | None = None  # masks between silos; None: vectors are summed as they are
+    secure: Masking | None = None  # masks between silos; None: vectors are summed as they are
 
 
 class Machine(NamedTuple):

@@ -28,7 +28,7 @@ from fedmpi.exchange.cost import WORDS
 from fedmpi.flat import compiled
 from fedmpi.secure.masks import CHUNK, Masks
 from fedmpi.secure.noise import NoiseStream
-from fedmpi.secure.session import BROKEN, VECTOR, Session
+from fedmpi.secure.session import BROKEN, VECTOR, Masking
 
 GOLDEN, MIX1, MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # splitmix64
 
@@ -40,7 +40,7 @@ class Masked:
     round's silos are added up in memory before `cover`).
     """
 
-    def __init__(self, secure: Session, params_P: torch.Tensor, hosted: Sequence[str] = (), seed: int = 0) -> None:
+    def __init__(self, secure: Masking, params_P: torch.Tensor, hosted: Sequence[str] = (), seed: int = 0) -> None:
         """`hosted`: the silos of this rank."""
         self.dtype = WORDS[secure.ring.bits]
         self.sent = torch.int64 if secure.ring.bits == 64 else torch.int32

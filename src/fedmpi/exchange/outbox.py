@@ -3,25 +3,31 @@
     the silo's job   outbox.begin(round); outbox.add(contribution); packed = outbox.packed
     the server's     vector_Q = Inbox(section, ...).vector(packed, round, silo)
 
-Exact values (exact.py) follow the payloads as they are. Without a codec the vector itself is sent.
+Exact values (exact.py) follow the payloads as they are. Without a codec the vector itself is sent. Under `secure` it
+becomes words of the ring; the job masks them (jobs/masking.py), and the server's exchange is a Summed, which takes the
+sum of all silos' words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from fedmpi.codecs import bare
 from fedmpi.comm import Comm
+from fedmpi.comm.base import summable
 from fedmpi.errors import ExchangeError
+from fedmpi.exchange import weights
 from fedmpi.exchange.base import Exchange, ExchangeContext, Lap
 from fedmpi.exchange.chunks import Coder, Grid, SiloResiduals
+from fedmpi.exchange.dense import Replicated
 from fedmpi.exchange.exact import Places
 from fedmpi.layout import Layout
+from fedmpi.secure.masks import CHUNK
 from fedmpi.server import Server
 from fedmpi.state import StateTensor, under
 from fedmpi.types import Contribution
@@ -36,6 +42,14 @@ class Packed:
 
     sizes: list[int]  # bytes of each piece's payload; empty: the vector is sent as it is
     data: bytes
+
+
+@dataclass(frozen=True)
+class Words:
+    """A weighted vector as words of the ring, before masks."""
+
+    words: np.ndarray  # unsigned, of as many bits as the ring, [Q]
+    weight: int  # in grains (weights.py)
 
 
 def _channel(channel: Channel, num: int, seed: int, device: torch.device) -> Coder | None:
@@ -69,14 +83,18 @@ class Outbox(Exchange):
         if section.up.feedback:
             self.holders["up"] = self._residuals
         self.packed: Packed | None = None  # of this round
+        self.words: Words | None = None  # of this round, under `secure`
 
     def begin(self, round: int = 0, num_contributions: int = 2, near: float = 1.0) -> None:
         super().begin(round, num_contributions, near)
-        self.packed = None
+        self.packed = self.words = None
         self._residuals.begin()
 
     def add(self, contribution: Contribution) -> None:
         vector_Q = contribution.vector_Q
+        if self.masked is not None:
+            self.words = self._words(contribution)
+            return
         if (coder := self._coder) is None:
             self.packed = Packed([], as_bytes(vector_Q))
             return
@@ -94,6 +112,17 @@ class Outbox(Exchange):
             parts.append(payload[:size].numpy().tobytes())
         coder.raise_failed()
         self.packed = Packed(sizes, b"".join([*parts, exact]))
+
+    def _words(self, contribution: Contribution) -> Words:
+        """The contribution as words of the ring: those of the same silo in a run on ranks."""
+        assert self.masked is not None and self.secure is not None
+        share, vector_Q = self.share(contribution), contribution.vector_Q
+        words_Q = torch.empty(self.num_params, dtype=self.masked.dtype)
+        for start in range(0, self.num_params, CHUNK):
+            part = slice(start, min(start + CHUNK, self.num_params))
+            factor = share * self.secure.ring.unit
+            self.masked.encode(contribution.silo, vector_Q[part], factor, start, words_Q[part])
+        return Words(summable(words_Q), weights.counted(share))
 
     def drafted(self) -> Iterator[StateTensor]:
         """The state of `holders` once the contribution counts."""
@@ -137,3 +166,21 @@ class Inbox:
         for here, there in self._exact.within(0, self._layout.size):
             vector_Q[here] = exact[there]
         return vector_Q
+
+
+class Summed(Replicated):
+    """The server's exchange under `secure`: takes the sum of the silos' words, and steps as one rank would that has
+    added them up itself."""
+
+    masks: ClassVar[bool] = True
+
+    def put(self, words_Q: np.ndarray, weight: int, num_silos: int) -> None:
+        """Take the sum of the round: words of the ring, weight in grains, and how many silos are in it."""
+        assert self.masked is not None
+        if len(self._sum) < self.num_params:
+            self._sum = torch.zeros(self.num_params + self.num_params % 2, dtype=self.sum_dtype)
+        summable(self._sum)[: self.num_params] = words_Q
+        self._weight, self._num, self._empty = weight, num_silos, False
+
+    def add(self, contribution: Contribution) -> None:
+        raise ExchangeError("only sums reach the server")

@@ -41,7 +41,7 @@ from fedmpi.exchange.download import Download
 from fedmpi.exchange.masked import covered
 from fedmpi.exchange.upload import AHEAD, Sender, Upload
 from fedmpi.exchange.weights import LIMBS
-from fedmpi.secure.session import WEIGHT, Session
+from fedmpi.secure.session import WEIGHT, Masking
 from fedmpi.server import Server
 from fedmpi.state import Vectors
 from fedmpi.types import Contribution
@@ -293,7 +293,7 @@ class Sharded(Exchange):
         self._upload.agree(senders)
         return senders
 
-    def _masked_weight(self, secure: Session) -> float:
+    def _masked_weight(self, secure: Masking) -> float:
         """The weight of all ranks' silos, summed under masks. Collective."""
         masks = secure.masks(WEIGHT, self.there, 64)
         limbs = covered(int(self._folded or 0), masks, 0, weights.BITS, weights.LIMBS)

@@ -8,6 +8,7 @@ claims.py    who writes: epochs of the server, incarnations of a silo; fencing
 beats.py     who is alive: heart beats and leases
 line.py      the commits: one line of versions
 reading.py   files of the server and of silos that may not be whole yet
+sums.py      secure sums: what the server decides about them
 tidy.py      removing what is not needed any more
 server.py    what the server job does with the folder
 silo.py      what a silo's job does with the folder

@@ -12,6 +12,14 @@
     kept/ID.N.I         a committed update, if updates are kept
     beats/ID.I, @.E     heart beats of a silo, of the server
 
+With secure sums (sums.py), where S is the serial number of a sum:
+
+    secure/WHAT.S       a decision of the server, made by the first link
+    epochs/WHAT.E.S.part-T      a decision of epoch E before it is linked
+    shares/ID.S.I       shares of a silo's secrets, sealed for each member
+    masked/ID.S.I       a silo's vector and figures under masks
+    answers/ID.S.I      what a silo tells of others' secrets, sealed for the server
+
 NAME.part-T is a temporary file; T is random. Numbers have eight digits.
 """
 
@@ -28,6 +36,12 @@ UPDATE, SCORE, STATE = "update", "score", "state"  # kinds of a silo's files
 OF_SILOS = {UPDATE: "updates", SCORE: "scores", STATE: "states"}  # their folders
 FOLDERS = (EPOCHS, LINE, NOTES, SILOS, BEATS, KEPT, *OF_SILOS.values())
 COMMIT, CALL, BEAT = "commit", "call", "beat"  # what a server says: written beside the claims of epochs
+SECURE = "secure"  # the folder of decisions about sums, and these:
+MEMBERS, ROSTER, SURVIVORS, CLOSED = "members", "roster", "survivors", "closed"
+SHARE, MASKED, ANSWER = "share", "masked", "answer"  # kinds of a silo's letters
+LETTERS = {SHARE: "shares", MASKED: "masked", ANSWER: "answers"}  # their folders
+FOLDER_OF = OF_SILOS | LETTERS
+SUM_FOLDERS = (SECURE, *LETTERS.values())
 SERVER = "@"  # the server's name among those who beat; no silo's name contains it
 PART = ".part-"
 LONGEST = 120  # characters of a silo's name in file names

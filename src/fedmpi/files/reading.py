@@ -13,7 +13,7 @@ DAMAGED_S = 300.0  # after this time a file that is not whole is given up
 def of_silos(folder: Folder, kind: str) -> list[tuple[str, int, int]]:
     """Silo, number and incarnation of the files of a kind, sorted by number. One listing."""
     found = []
-    for name in folder.listed(names.OF_SILOS[kind]):
+    for name in folder.listed(names.FOLDER_OF[kind]):
         match names.parsed(name):
             case (silo, (number, by)):
                 found.append((silo, number, by))
@@ -23,7 +23,7 @@ def of_silos(folder: Folder, kind: str) -> list[tuple[str, int, int]]:
 def read_of_silo(folder: Folder, run: str, kind: str, silo: str, number: int, by: int) -> Envelope | None:
     """A silo's file; None while it is not whole or cannot be read."""
     try:
-        content = folder.read(names.path(names.OF_SILOS[kind], silo, number, by))
+        content = folder.read(names.path(names.FOLDER_OF[kind], silo, number, by))
         return unpacked(content, kind=kind, run=run, who=silo, number=number, by=by)
     except (OSError, Torn):
         return None

@@ -25,6 +25,7 @@ from fedmpi.files.folder import Folder
 from fedmpi.files.line import NEVER, Commit, Entry, File, Line, answered
 from fedmpi.files.reading import Damaged, noted, of_silos, read_at, read_of_silo
 from fedmpi.files.root import open_run
+from fedmpi.files.sums import Decisions
 from fedmpi.files.tidy import Tidy
 
 
@@ -259,7 +260,7 @@ class Server:
         return of_silos(self.folder, kind)
 
     def read_silo(self, kind: str, silo: str, number: int, by: int) -> Envelope | None:
-        """A file of a silo; None while it is not whole."""
+        """A file or letter of a silo; None while it is not whole."""
         return read_of_silo(self.folder, self.run, kind, silo, number, by)
 
     def is_damaged(self, kind: str, silo: str, number: int, by: int) -> bool:
@@ -269,6 +270,25 @@ class Server:
     def remove(self, kind: str, silo: str, number: int, by: int) -> None:
         """Remove a file of a silo that is not needed any more. Answered updates are removed by `commit`."""
         self.folder.remove(names.path(names.OF_SILOS[kind], silo, number, by))
+
+    # ------------------------------------------------------------ secure sums
+
+    def decide(self, what: str, serial: int, head: Mapping[str, Any], payload: Sequence[Buffer] = ()) -> Envelope:
+        """Decide something about a sum (sums.py), unless it is decided. Returns what holds. Raises Superseded."""
+        fixed = {"kind": "decision", "run": self.run, "who": what, "number": serial, "by": self.epoch}
+        parts, _ = packed({**head, **fixed}, payload)
+        path, beside = names.path(names.SECURE, what, serial), names.path(names.EPOCHS, what, self.epoch, serial)
+        self.folder.publish_first(path, parts, beside, self._claim.require_newest)
+        return Decisions(self.folder, self.run).wait(what, serial)
+
+    def forget_sums(self, serial: int) -> None:
+        """Remove the letters of sums up to this one, and the decisions about earlier ones. Raises Superseded."""
+        self._claim.require_newest()
+        for where in names.SUM_FOLDERS:
+            for name in self.folder.listed(where):
+                found = names.parsed(name.partition(names.PART)[0])
+                if found is not None and found[1][0] <= serial - (where == names.SECURE):
+                    self.folder.remove(f"{where}/{name}")
 
     # ------------------------------------------------------------ being there
 

@@ -105,16 +105,16 @@ class Silo:
         return NEVER if head is None else head.last.get(self.silo, NEVER)
 
     def publish(self, kind: str, number: int, about: Mapping[str, Any], payload: Sequence[Buffer] = ()) -> str:
-        """Write this silo's file (names.UPDATE, SCORE or STATE) and return its digest. Four operations. Updates are
-        numbered 0, 1, 2, ..., and state N comes before update N. Raises Superseded, and ValueError for the number of an
-        update that is answered."""
+        """Write this silo's file (names.UPDATE, SCORE, STATE, or a letter) and return its digest. Four operations.
+        Updates are numbered 0, 1, 2, ..., and state N comes before update N. Raises Superseded, and ValueError for the
+        number of an update that is answered."""
         self._claim.require_newest()
         head = self.line.head
         if kind == names.UPDATE and head is not None and number <= head.last.get(self.silo, NEVER).number:
             raise ValueError(f"update {number} of silo '{self.silo}' is answered; publish the next number")
         fixed = {"kind": kind, "run": self.run, "who": self.silo, "number": number, "by": self.by}
         parts, digest = packed({**about, **fixed}, payload)
-        self.folder.publish(names.path(names.OF_SILOS[kind], self.silo, number, self.by), parts)
+        self.folder.publish(names.path(names.FOLDER_OF[kind], self.silo, number, self.by), parts)
         return digest
 
     def mine(self, kind: str) -> list[tuple[int, int]]:

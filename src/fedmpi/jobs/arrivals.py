@@ -35,7 +35,7 @@ from fedmpi.stopping import BrokenOff
 from fedmpi.types import Contribution
 
 if TYPE_CHECKING:
-    from fedmpi.jobs.serve import FilesRemote
+    from fedmpi.jobs.remote import FilesRemote
     from fedmpi.rounds import State
 
 Figures = dict[str, str]  # of an update, in its head

@@ -23,6 +23,7 @@ from fedmpi.files.line import NEVER, Commit, Entry, File, Last
 from fedmpi.files.reading import notes
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
+from fedmpi.jobs.masking import Parts
 from fedmpi.jobs.messages import NO_CALL, Call, Registration, ends_alike, shown
 from fedmpi.jobs.private import Base
 from fedmpi.output import say
@@ -233,6 +234,10 @@ class SiloPost(Beats):
             say(f"waits for version {commit.version}: {path} in {self._files.folder.root} is damaged; end the server's "
                 "job and start it again: it writes the file anew")  # fmt: skip
         return None if content is None else content.payload
+
+    def parts(self, threshold: int) -> Parts:
+        """The silo's parts in sums under masks, none so far."""
+        return Parts(self._files, threshold)
 
     def send(self, number: int, head: Mapping[str, Any], payload: bytes) -> None:
         """Publish an update."""

@@ -25,9 +25,11 @@ from fedmpi.directory import save_model
 from fedmpi.errors import ConfigError, SiloError, Stopped
 from fedmpi.evaluate import load_own
 from fedmpi.exchange.arrivals import Arrivals
-from fedmpi.exchange.outbox import Outbox, as_bytes, from_bytes
+from fedmpi.exchange.outbox import Outbox, Packed, as_bytes, from_bytes
+from fedmpi.files import names
 from fedmpi.files.line import NEVER, Commit
 from fedmpi.files.names import quoted
+from fedmpi.jobs.masking import SCORE, UPDATE, Parts, in_scores, serial_of
 from fedmpi.jobs.messages import (
     Call,
     Registration,
@@ -50,6 +52,7 @@ from fedmpi.rounds import Federation, State
 from fedmpi.rounds.due import drafted, judged, move_averaged, packed, trained
 from fedmpi.rounds.evaluation import evaluate
 from fedmpi.rounds.training import train_silos
+from fedmpi.secure import numbers as figures
 from fedmpi.stopping import READY, STOP, BrokenOff
 
 MODEL = "model.safetensors"  # in the silo's folder, at the end
@@ -74,11 +77,13 @@ class SiloJob:
         self._base = NOTHING  # training whose state the silo has
         self._draft: tuple[Base, dict[str, LocalSilo]] | None = None  # state after a training that is not answered
         self._sent: dict[int, int] = {}  # rounds, or versions, of updates that are not answered, by number
+        self._last_sent = -1  # round of the last update that this job has sent
         self._answered = -1  # number of the last update that is decided, by a commit or before it
         self._forgot = -1  # number of the last update whose states were looked through after a commit
         self._scored = -1  # newest version that this job has scored
         self._version = -1  # of the newest parameters that were fetched:
         self._params_Q, self._scored_P = torch.empty(0), torch.empty(0)  # to train from, and to score
+        self._parts: Parts | None = None  # in sums under masks, with `secure`
 
     # ------------------------------------------------------------ the job
 
@@ -147,22 +152,24 @@ class SiloJob:
             self._join(call)
         assert self._fed is not None
         self._follow(commit)
+        if self._parts is not None and self._parts.turn(serial_of(UPDATE, commit.version)):
+            self._post.news()
         if UNREAD in self._sent.values():
             self._sent = self._post.sent() | {number: round for number, round in self._sent.items() if round != UNREAD}
         decided = max(self._answered, commit.last.get(self.silo, NEVER).number)
         if self._sent and self._post.lost(decided + 1):
             self._sent.clear()  # their numbers are free: the next training takes the first of them
-            self._draft = None
+            self._draft, self._last_sent = None, -1
         if self._fetch(commit) and commit.about["scores"] and self._scored < commit.version:
             self._score(commit)
         if self._version != commit.version:
             return False
-        if self._is_last(commit, call):
+        if self._is_last(commit, call) and self._is_closed(commit):
             self._finish(commit)
             return True
         if self._outbox is None:
             self._train_at_once(commit)
-        elif self._is_called(commit, call):
+        elif not self._is_last(commit, call) and self._is_called(commit, call):
             self._train(commit, call)
         self._post.idle()
         return False
@@ -180,8 +187,18 @@ class SiloJob:
 
     def _is_called(self, commit: Commit, call: Call) -> bool:
         """Whether the silo has to train for the call's round."""
-        answered = {call.round, UNREAD} & {*self._sent.values()}
-        return call.round == commit.version + 1 and self.silo in call.cohort and not answered
+        if call.round != commit.version + 1 or self.silo not in call.cohort:
+            return False
+        if self._parts is not None:  # an update that an earlier job has sent is under masks of keys that are lost
+            decided = self._last_sent == call.round or self._parts.decided(names.MEMBERS, serial_of(UPDATE, call.round))
+            return not decided
+        return not {call.round, UNREAD} & {*self._sent.values()}
+
+    def _is_closed(self, commit: Commit) -> bool:
+        """Whether the server needs this job no more for the sums of the last version's scores."""
+        if self._parts is None or not commit.about["scores"]:
+            return True
+        return self._parts.decided(names.CLOSED, serial_of(SCORE, commit.version))
 
     def _stop(self) -> Exception:
         if self._post.error is not None:
@@ -206,6 +223,8 @@ class SiloJob:
             own.cursor, own.kept = was.cursor, was.kept
             fed.exchange.holders.restore([*before.exchange.holders.state()])
         self._fed, self._epoch, self._draft, self._orders = fed, call.epoch, None, call.orders
+        if fed.secure is not None and self._parts is None:
+            self._parts = self._post.parts(fed.secure.threshold)
 
     @property
     def _outbox(self) -> Outbox | None:
@@ -270,8 +289,13 @@ class SiloJob:
         if error is not None:
             raise error
         self._scored = commit.version
-        row = told_row(fed.done.row(fed.index[self.silo]))
-        self._post.score(commit.version, {"row": row, "counts": fed.done.counts.tolist()})
+        if self._parts is None:
+            row = told_row(fed.done.row(fed.index[self.silo]))
+            self._post.score(commit.version, {"row": row, "counts": fed.done.counts.tolist()})
+        elif self.silo in in_scores(fed):
+            numbers = [0, 1, *figures.told(fed.done.hidden())]
+            keys = self._parts.begin(serial_of(SCORE, commit.version), np.empty(0, np.uint32), numbers)
+            self._post.score(commit.version, {"keys": keys})
 
     def _train(self, commit: Commit, call: Call) -> None:
         """Train for the round of the call, and publish the update."""
@@ -287,16 +311,31 @@ class SiloJob:
             raise self._stop()
         row = fed.ready.row(fed.index[silo])
         outbox = self._outbox
-        sent = outbox.packed if outbox is not None and row["taken"] else None
+        sent = self._prepared(outbox, call.round) if outbox is not None and row["taken"] else None
         base = (number, self._post.by)
         if sent is not None:
             self._states.write(base, after[silo], outbox)
             self._draft = base, after
-        head = {"round": call.round, "row": told_row(row), "sizes": [] if sent is None else sent.sizes}
-        self._post.send(number, head, b"" if sent is None else sent.data)
-        self._sent[number] = call.round
+        head: dict[str, Any] = {"round": call.round}
+        if self._parts is None:
+            head |= {"row": told_row(row), "sizes": sent.sizes if isinstance(sent, Packed) else []}
+        elif isinstance(sent, list):
+            head |= {"keys": sent}
+        self._post.send(number, head, sent.data if isinstance(sent, Packed) else b"")
+        self._sent[number] = self._last_sent = call.round
+        if self._parts is not None:
+            say(f"round {call.round}: {'ready for the sum' if sent is not None else 'rejected'}")
+            return
         loss = f"loss {row['loss']:.4f}" if math.isfinite(row["loss"]) else "loss not finite"
         say(f"round {call.round}: {int(row['steps'])} steps, {loss}{'' if sent is not None else ', rejected'}")
+
+    def _prepared(self, outbox: Outbox, round: int) -> Packed | list[str] | None:
+        """The update as it is sent; under masks the public keys of its sum."""
+        if self._parts is None:
+            return outbox.packed
+        assert self._fed is not None and outbox.words is not None
+        numbers = [outbox.words.weight, 1, *figures.told(self._fed.ready.hidden())]
+        return self._parts.begin(serial_of(UPDATE, round), outbox.words.words, numbers)
 
     def _hear(self) -> None:
         """Learn whether the last update is in the server's buffer."""

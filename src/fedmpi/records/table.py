@@ -88,6 +88,17 @@ class StatusTable:
         """Counts and pooled sums: what a cover hides."""
         return len(self.counts) + (0 if self._pooling is None else len(self._pooling.sums))
 
+    def hidden(self) -> np.ndarray:
+        """The counts, and the pooled sums of this rank's silos: what a cover hides, [num_hidden]."""
+        assert self._pooling is not None
+        sums = self._pooling.add_up(self.silo)
+        return np.concatenate([self.counts, np.array([sums[name] for name in self._pooling.sums])])
+
+    def shown(self, silo: int) -> dict[str, float]:
+        """A silo's row, of what others see of it: if rows are pooled, the columns that are shown."""
+        row = self.row(silo)
+        return row if self._pooling is None else {name: row[name] for name in self._pooling.shown}
+
     def clear(self) -> None:
         self._values[:] = 0.0
 
@@ -130,8 +141,7 @@ class StatusTable:
         if (pooling := self._pooling) is None:
             self._values = over(self._values)
             return
-        sums = pooling.add_up(self.silo)
-        hidden = np.concatenate([self.counts, np.array([sums[name] for name in pooling.sums])])
+        hidden = self.hidden()
         known = [self._values[: self._split], *(self.silo(name) for name in pooling.shown)]
         if self._cover is None:
             *known, hidden = _together(over, [*known, hidden])

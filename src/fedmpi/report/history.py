@@ -19,7 +19,7 @@ _OTHER = frozenset(
         *("schema", "round", "cohort", "rejected", "num_rejected", "rejected_by", "not_finite", "num_not_finite"),
         *("deadline_s", "late", "stale", "repeats", "virtual_s", "arrivals", "experiment", "worst", "spread"),
         *("seconds", "epsilon", "delta", "bytes_up", "bytes_down", "bytes_control", "peak_rss_bytes", "silos", "crc32"),
-        *("cosine", "cosines", "undefined", "raised", "time"),
+        *("time", "cosine", "cosines", "undefined", "raised", "summed", "given_up", "scored_by", "scores_given_up"),
     )
 )
 MATRIX = "confusion_matrix"

@@ -54,7 +54,7 @@ def agree_ready(
         raise agreed(ExchangeError(_difference(fed, cohort, others.tolist())))
     if not cohort:
         raise agreed(NoCohort(f"round {number}: the selector chose no silo"))
-    if outcome.is_void:
+    if outcome.is_void or outcome.given_up:
         return
     if why := policy.objection(outcome):
         if outcome.num_rejected:

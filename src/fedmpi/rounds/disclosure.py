@@ -59,11 +59,12 @@ def refuse_hidden(disclose: Disclose, readers: Sequence[tuple[str, Any]], masked
             )
 
 
-def ready_pooling(disclose: Disclose, masked: bool = False) -> Pooling | None:
+def ready_pooling(disclose: Disclose, masked: bool = False, served: Sequence[str] = ()) -> Pooling | None:
     """The training columns that are disclosed and the sums of the rest; None if all columns are disclosed. Masks are
     made between silos whose updates are taken, so these are known if sums are `masked`. The sum of norms is left out
-    then: the sums of three norms and of their squares can leave single norms only a narrow range."""
-    shown = {"cohort": ("taken", "rejected"), "pooled": ("taken",) if masked else ()}
+    then: the sums of three norms and of their squares can leave single norms only a narrow range. `served`: columns
+    that the server of silos in jobs of their own fills in itself."""
+    shown = {"cohort": ("taken", "rejected"), "pooled": ("taken", *served) if masked else ()}
     sums = tuple(name for name in READY_SUMS if not masked or name != "norm")
     return None if disclose == "silo" else Pooling(shown[disclose], sums, _add_up_masked if masked else _add_up)
 

@@ -21,8 +21,9 @@ from fedmpi.outcome import RoundOutcome
 from fedmpi.privacy import Spending
 from fedmpi.records import PHASES, Measurement, Record, StatusTable, Timer
 from fedmpi.records.timer import PARTS, column
+from fedmpi.rounds.closing import COLUMNS
 from fedmpi.rounds.disclosure import Disclose, ready_pooling
-from fedmpi.secure.session import Session
+from fedmpi.secure.session import Masking
 from fedmpi.selection import Selector
 from fedmpi.server import Average, ServerOptimizer
 from fedmpi.stopping import Watch
@@ -85,7 +86,7 @@ class Federation:
     finetune: LocalRule | None = None  # fine-tunes a personal model per silo after the last round
     private: Spending | None = None  # the account of differential privacy, if there is any
     told: Sequence[str] = ()  # columns of the silos' table that the engine needs
-    secure: Session | None = None  # masks between silos; None: sums are not masked
+    secure: Masking | None = None  # masks between silos; None: sums are not masked
     experiment: str = ""  # label in the records of an experiment
     timer: Timer = field(default_factory=Timer)
     remote: Remote | None = None  # silos that are jobs of their own, in place of those that this rank trains
@@ -99,7 +100,8 @@ class Federation:
         rows = zip(self.ids, self.num_train, strict=True)
         self.weights_K = np.array([self.aggregator.base(silo, num) for silo, num in rows])  # base weights
         of_silo = (*READY_SILO, *self.updates.told, *self.told)
-        shown = ready_pooling(self.disclose, self.secure is not None)
+        served = () if self.secure is None or not self.secure.apart else ("rejected", *COLUMNS)
+        shown = ready_pooling(self.disclose, self.secure is not None, [name for name in served if name in of_silo])
         num = len(self.ids)
         self.ready = StatusTable(self.comm.size, READY_RANK, num, of_silo, pooling=shown, cover=self.secure)
         pools = self.disclose != "silo"

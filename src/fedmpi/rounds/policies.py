@@ -115,8 +115,10 @@ class Deadline(Policy):
     stop the run with a checkpoint"""
 
     def closing(self, fed: Federation, state: State, key: tuple[int, int], cohort: Sequence[str]) -> Closing:
-        limit_s, rest = self.limit_s(state) * 2 ** key[1], self._closes(cohort)
-        return Closing(fed.comm, fed.watch, key, limit_s, *rest)
+        limit_s, (quorum, *rest) = self.limit_s(state) * 2 ** key[1], self._closes(cohort)
+        if fed.secure is not None:
+            quorum = max(quorum, fed.secure.threshold)
+        return Closing(fed.comm, fed.watch, key, limit_s, quorum, *rest)
 
     def virtual_closing(
         self,

@@ -12,7 +12,7 @@ from fedmpi.evaluate import PERSONAL
 from fedmpi.metrics.scorers import pooled
 from fedmpi.outcome import PARTIAL, RoundOutcome, members
 from fedmpi.records import PHASES, SCHEMA, Record, plain
-from fedmpi.rounds.agreement import may_uncover
+from fedmpi.rounds.agreement import may_uncover, silos_taken
 from fedmpi.rounds.disclosure import heard
 from fedmpi.rounds.federation import Federation
 from fedmpi.transforms import CHECKS
@@ -71,7 +71,11 @@ def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> Round
     else:  # only who was taken is known
         targets = num_not_finite = 0.0
         norm = None
-    if fed.secure is not None:
+    late_K, told = None, dict[str, Any]()
+    if fed.secure is not None and fed.secure.apart:
+        told = {"summed": silos_taken(fed)}
+        late_K, num_rejected = ready.silo("late").astype(np.int64), int(ready.silo("rejected").sum())
+    elif fed.secure is not None:
         num_rejected = int((cohort_K & ~(ready.silo("taken") > 0)).sum())
     return RoundOutcome(
         round=number,
@@ -86,6 +90,9 @@ def _pooled_outcome(fed: Federation, number: int, cohort_K: np.ndarray) -> Round
         norm=plain(norm),
         num_rejected=num_rejected,
         num_not_finite=int(num_not_finite),
+        late_K=late_K,
+        told=told,
+        given_up="" if fed.remote is None else fed.remote.given_up,
     )
 
 
@@ -108,6 +115,8 @@ def make_record(fed: Federation, outcome: RoundOutcome) -> tuple[RoundOutcome, R
         if stale_K.any():
             record["stale"] = {silo: int(s) for silo, s in zip(fed.ids, stale_K.tolist(), strict=True) if s}
     record |= outcome.told
+    if outcome.given_up:
+        record["given_up"] = outcome.given_up
     if fed.private is not None:
         record |= {"epsilon": fed.private.epsilon, "delta": fed.private.delta}
     if outcome.repeats:

@@ -103,7 +103,7 @@ class Synchronous(Engine):
             seconds = partial(_parts, clock, fed, number) if self.clock.is_virtual else None
             told = delays.hear_round({silo: fed.index[silo] for silo in cohort}, fed.ready, orders, seconds)
             kept, outcome = kept | delays.arrays(), replace(outcome, told={**outcome.told, "amounts": told})
-        server = server_of(state, fed, number, selection, near)
+        server = None if outcome.given_up else server_of(state, fed, number, selection, near)
         return SynchronousRound(state, fed, outcome, selection, trained, server, sent, self.policy, kept)
 
     def _closing(
@@ -141,7 +141,7 @@ class SynchronousRound:
     outcome: RoundOutcome
     selection: Selection
     trained: dict[str, LocalSilo]  # this rank's silos of the cohort, after training
-    server: Server  # the server's step
+    server: Server | None  # the server's step; None: the round is given up, and changes nothing
     sent: tuple[int, int, int]  # bytes sent up, down and as control traffic before this round
     policy: Policy
     kept: Mapping[str, np.ndarray]  # the engine's own state after the round, besides its policy's
@@ -155,13 +155,17 @@ class SynchronousRound:
         fed.model.release()  # the parameters are written
         if fed.secure is not None:
             fed.exchange.meet(silos_taken(fed))
-        params_Q, optimizer = fed.exchange.finish(state.params_Q, self.server, state.optimizer, timer.lap)
+        params_Q, optimizer = state.params_Q, state.optimizer
+        if self.server is not None:
+            params_Q, optimizer = fed.exchange.finish(params_Q, self.server, optimizer, timer.lap)
         fed.silos.update(self.trained)
         params_P = fed.layout.params(params_Q)
         if fed.exchange.wrote_model:
             fed.model.hold(params_P)
         average_P = state.average_P
-        if fed.average is not None and average_P is not None:
+        if self.server is None and average_P is not None:
+            params_P = average_P
+        elif fed.average is not None and average_P is not None:
             params_P = average_P = fed.average.follow(average_P, params_P, number)
         if fed.remote is not None:
             fed.remote.commit(fed, number, params_Q, params_P)
@@ -189,8 +193,10 @@ class SynchronousRound:
         if fed.remote is not None:
             record |= fed.remote.scored(fed)
         safe = int(fed.done.rank("written").min())
-        updates = fed.updates.follow(state.updates, _fresh_updates(fed, outcome))
-        policy = self.policy.follow(state.policy, fed, outcome)
+        updates, policy = state.updates, state.policy
+        if self.server is not None:
+            updates = fed.updates.follow(state.updates, _fresh_updates(fed, outcome))
+            policy = self.policy.follow(state.policy, fed, outcome)
         return State(
             *(number, params_Q, optimizer, self.selection.state, outcome, record, average_P, updates),
             policy={**policy, **self.kept},
@@ -201,7 +207,7 @@ class SynchronousRound:
 def _fresh_updates(fed: Federation, outcome: RoundOutcome) -> Callable[[str], np.ndarray]:
     """Columns of the silos' table by name. `taken` is True only for silos with an accepted update of this round: the
     table has no norm for a buffered update of an earlier one."""
-    if outcome.late_K is None:
+    if outcome.late_K is None or outcome.rejected_K is None:
         return fed.ready.silo
     fresh_K = outcome.taken_K | (outcome.late_K == BUFFERED)
     return lambda name: fresh_K & (fed.ready.silo("rejected") == 0) if name == "taken" else fed.ready.silo(name)
@@ -223,7 +229,7 @@ def server_of(state: State, fed: Federation, number: int, selection: Selection, 
     if private is not None:  # a divisor that does not depend on who takes part
         total = private.denominator
     scale = fed.aggregator.scale(CohortSummary(weights, sent, normalizers, losses, norms, total))
-    if "plain" in fed.told:
+    if "plain" in fed.told and not fed.ready.pools:
         scale *= normalised(fed.ready)
     if not math.isfinite(scale):
         aggregator = type(fed.aggregator).__name__

@@ -16,23 +16,29 @@ answers once a round. With fewer than `threshold` survivors, or answers, the ser
 Every round has keys of its own, so what is opened in one says nothing about another. The set-up makes those of R rounds
 at once, which leaves two messages per silo and round. All silos of a set-up take part in its rounds unless lost.
 
+Small numbers (numbers.py) may be summed beside a vector, under masks of their own from the same keys. An answer is
+sealed for the server by a key that it makes for the question. Seals are bound to `about`, what the sum is.
+
 Both sides are state machines without I/O: each step takes what arrived and returns what is to be sent. Not covered: a
 server that sends other keys to other silos (that takes signed keys), and one that tells silos different survivors.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fedmpi.errors import FedmpiError
+from fedmpi.secure import numbers as figures
 from fedmpi.secure import shamir
 from fedmpi.secure.graph import neighbours
 from fedmpi.secure.masks import KeyPair, add_stream, derive, fresh_secret, seal, unseal
 
-_PAIR, _SELF, _SHARES = "pair", "self", "shares"  # labels of keys
+_PAIR, _SELF, _SHARES, _ANSWER = "pair", "self", "shares", "answer"  # labels of keys
+_ROW = struct.Struct(f">I?{shamir.SHARE_BYTES}s")  # of an answer: silo, whether the share is of its b, the share
 
 
 class GivenUp(FedmpiError):
@@ -52,6 +58,20 @@ class Answer(NamedTuple):
     selves: Mapping[int, bytes]  # of b, for survivors
     keys: Mapping[int, bytes]  # of s, for those that are lost
 
+    def packed(self) -> bytes:
+        """As bytes."""
+        told = [*((silo, True, share) for silo, share in self.selves.items())]
+        told += [(silo, False, share) for silo, share in self.keys.items()]
+        return b"".join(_ROW.pack(*row) for row in told)
+
+    @classmethod
+    def unpacked(cls, text: bytes) -> Answer:
+        """The answer that `packed` has made these bytes of."""
+        told: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})
+        for silo, own, share in _ROW.iter_unpack(text):
+            told[not own][silo] = share
+        return cls(*told)
+
 
 class Party:
     """One silo, known to all by its index."""
@@ -65,6 +85,7 @@ class Party:
         self._adverts: Mapping[int, Advert] = {}
         self._near: list[int] = []  # neighbours
         self._held: dict[int, bytes] = {}  # shares of my neighbours' secrets, by neighbour
+        self._about = b""  # what seals are bound to, besides sender and receiver
         self._masked: set[int] = set()  # rounds
         self._answered: set[int] = set()
 
@@ -72,10 +93,12 @@ class Party:
         """Phase 0."""
         return Advert(self._channel.public, [pair.public for pair in self._pairs])
 
-    def share(self, adverts: Mapping[int, Advert], num_neighbours: int) -> dict[int, bytes]:
-        """Phase 1, from all silos' public keys: a sealed message for each neighbour. Raises GivenUp if too few silos
-        are there."""
-        self._adverts = dict(adverts)
+    def share(self, adverts: Mapping[int, Advert], num_neighbours: int, about: bytes = b"") -> dict[int, bytes]:
+        """Phase 1, from all silos' public keys: a sealed message for each neighbour. Once. Raises GivenUp if too few
+        silos are there."""
+        if self._held:
+            raise ValueError("shared already: other shares of the same secrets would open them")
+        self._adverts, self._about = dict(adverts), about
         self._near = near(self._adverts, num_neighbours)[self.index]
         if len(self._near) + 1 < self._threshold:
             raise GivenUp(f"{len(adverts)} silos, and {self._threshold} are needed")
@@ -88,7 +111,7 @@ class Party:
         sealed = {}
         for other in self._near:
             text = b"".join(shares[other + 1] for shares in made)
-            sealed[other] = seal(self._key_to(other), text, _about(self.index, other))
+            sealed[other] = seal(self._key_to(other), text, self._bound(self.index, other))
         return sealed
 
     def receive(self, sealed: Mapping[int, bytes]) -> None:
@@ -96,20 +119,26 @@ class Party:
         ValueError for a message that was changed, and GivenUp if too few came."""
         for other in self._near:
             if other in sealed:
-                self._held[other] = unseal(self._key_from(other), sealed[other], _about(other, self.index))
+                text = unseal(self._key_from(other), sealed[other], self._bound(other, self.index))
+                if len(text) != len(self._held[self.index]):
+                    raise ValueError(f"{len(text)} bytes are no shares")
+                self._held[other] = text
         if len(self._held) < self._threshold:
             raise GivenUp(f"{len(self._held)} silos shared their keys, and {self._threshold} are needed")
 
-    def mask(self, round: int, words: np.ndarray) -> None:
-        """Phase 2, in place on unsigned integers. Once a round."""
+    def mask(self, round: int, words: np.ndarray, numbers: list[int] | None = None) -> None:
+        """Phase 2, in place on unsigned integers, and on the numbers beside them. Once a round."""
         if round in self._masked:
             raise ValueError(f"round {round} is masked already: its keys serve once")
         self._masked.add(round)
-        add_stream(derive(self._selves[round], _SELF, round), 1, words)
+        keys = [(derive(self._selves[round], _SELF, round), 1)]
         for other in self._near:
             if other in self._held:
                 secret = self._pairs[round].agree(self._adverts[other].masks[round])
-                add_stream(derive(secret, _PAIR, round), _sign(self.index, other), words)
+                keys.append((derive(secret, _PAIR, round), _sign(self.index, other)))
+        for key, sign in keys:
+            add_stream(key, sign, words)
+            figures.add_masks(key, sign, [] if numbers is None else numbers)
 
     def answer(self, round: int, survivors: Collection[int]) -> Answer:
         """Phase 3. Once a round; raises GivenUp if too few survive, ValueError at a second question."""
@@ -129,6 +158,14 @@ class Party:
                 keys[other] = key
         return Answer(selves, keys)
 
+    def seal_answer(self, answer: Answer, public: bytes) -> bytes:
+        """An answer for the server that asks under this public key."""
+        key = derive(self._channel.agree(public), _ANSWER, self.index)
+        return seal(key, answer.packed(), self._about + public)
+
+    def _bound(self, sender: int, receiver: int) -> bytes:
+        return self._about + f"{sender} to {receiver}".encode()
+
     def _key_to(self, other: int) -> bytes:
         return derive(self._channel.agree(self._adverts[other].channel), _SHARES, self.index, other)
 
@@ -145,6 +182,12 @@ class Collector:
         self._adverts: dict[int, Advert] = {}
         self._near: dict[int, list[int]] = {}
         self._sharing: set[int] = set()
+        self._question = KeyPair()
+
+    @property
+    def public(self) -> bytes:
+        """The key under which this server asks for answers. Nobody else reads them, nor does a later server."""
+        return self._question.public
 
     def gather(self, adverts: Mapping[int, Advert]) -> dict[int, Advert]:
         """Phase 0: all silos' public keys, for all silos. Raises GivenUp if there are too few."""
@@ -169,29 +212,41 @@ class Collector:
         self._require(masked, "sent a masked vector")
         return sorted(masked)
 
+    def hear(self, silo: int, sealed: bytes, about: bytes = b"") -> Answer:
+        """The answer that a silo has sealed for this server. Raises ValueError if it was changed, or is for another."""
+        key = derive(self._question.agree(self._adverts[silo].channel), _ANSWER, silo)
+        return Answer.unpacked(unseal(key, sealed, about + self.public))
+
     def unmask(self, round: int, masked: Mapping[int, np.ndarray], answers: Mapping[int, Answer]) -> np.ndarray:
         """The sum of the survivors' vectors, modulo 2^32 or 2^64. Raises GivenUp if shares are too few."""
-        self._require(answers, "answered")
         there = self.survivors(masked)
+        keys = self.left(round, there, answers)
         total = np.zeros_like(masked[there[0]])
+        for silo in there:
+            total += masked[silo]
+        for key, sign in keys:
+            add_stream(key, -sign, total)
+        return total
+
+    def left(self, round: int, there: Collection[int], answers: Mapping[int, Answer]) -> list[tuple[bytes, int]]:
+        """The keys of the masks that are left in the sum of the survivors, and with which sign. Raises GivenUp."""
+        self._require(answers, "answered")
         selves: dict[int, dict[int, bytes]] = {}
         keys: dict[int, dict[int, bytes]] = {}
         for silo, answer in answers.items():
             for found, told in ((selves, answer.selves), (keys, answer.keys)):
                 for other, share in told.items():
                     found.setdefault(other, {})[silo + 1] = share
-        for silo in there:
-            total += masked[silo]
-            add_stream(derive(self._join(selves, silo), _SELF, round), -1, total)
+        masks = [(derive(self._join(selves, silo), _SELF, round), 1) for silo in there]
         for lost in sorted(self._sharing - set(there)):
-            beside = [silo for silo in self._near[lost] if silo in masked]
+            beside = [silo for silo in self._near[lost] if silo in there]
             if not beside:
                 continue
             pair = KeyPair(self._join(keys, lost))
             for silo in beside:
                 key = derive(pair.agree(self._adverts[silo].masks[round]), _PAIR, round)
-                add_stream(key, -_sign(silo, lost), total)
-        return total
+                masks.append((key, _sign(silo, lost)))
+        return masks
 
     def _join(self, shares: Mapping[int, Mapping[int, bytes]], silo: int) -> bytes:
         try:
@@ -219,7 +274,3 @@ def _sign(mine: int, other: int) -> int:
 def _at_least_two(threshold: int) -> None:
     if threshold < 2:
         raise ValueError(f"threshold {threshold}: the sum of one silo is its vector")
-
-
-def _about(sender: int, receiver: int) -> bytes:
-    return f"{sender} to {receiver}".encode()

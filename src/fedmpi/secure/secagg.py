@@ -26,9 +26,10 @@ class SecAgg:
     """Secure aggregation: silos' updates, weights and figures are summed under masks, and only sums are ever seen
     (Bonawitz et al. 2017, Practical Secure Aggregation for Privacy-Preserving Machine Learning; Bell et al. 2020).
 
-    Updates become integers modulo 2^16, 2^32 or 2^64; masks between silos cancel inside the exchange's collective.
-    Silos and server are trusted to follow the protocol, and see nothing of a single silo if they do. See privacy.md for
-    what that covers. `disclose: pooled` is implied.
+    Updates become integers modulo 2^16, 2^32 or 2^64; masks between silos cancel inside the exchange's collective, or
+    with transport: files are taken off the sum of the silos that stay, by messages (secure-files.md). Silos and server
+    are trusted to follow the protocol, and see nothing of a single silo if they do. See privacy.md for what that
+    covers. `disclose: pooled` is implied.
     """
 
     threshold: Annotated[int, pydantic.Field(ge=2)] | None = None
@@ -92,7 +93,7 @@ class SecAgg:
             return f"{who}: exchange.plan: {section.plan} does not sum under masks; take replicated, sharded or root"
         if config.engine.arrivals:
             return f"{who}: engine: buffered brings updates to rank 0 one by one; take engine: synchronous"
-        if config.policy.posts:
+        if config.policy.posts and not config.transport.apart:
             return (
                 f"{who}: a round repeated after engine.policy: deadline may close with other silos, and two sums that "
                 "differ by one silo show its update; take policy: all"

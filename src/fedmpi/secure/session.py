@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NoReturn
+from typing import ClassVar, NoReturn, Protocol
 
 import numpy as np
 
@@ -31,19 +31,51 @@ from fedmpi.errors import ConfigError, ExchangeError, agreed
 from fedmpi.secure.graph import connected, degree, neighbours
 from fedmpi.secure.masks import PUBLIC_BYTES, KeyPair, Masks, derive, stream_into
 from fedmpi.secure.noise import NoiseShares
+from fedmpi.secure.numbers import POINT, fixed
 from fedmpi.secure.ring import Ring
 
 VECTOR, WEIGHT, FIGURES = "vector", "weight", "figures"  # what is summed
 
 DIGIT, DIGITS = 28, 8  # bits of a digit, and number of digits
 MODULUS = 40  # bits of the sum of how many ranks' figures are not finite
-POINT = 74  # bits behind the binary point
 SPARE = 53 - MODULUS  # bits by which a sum may be larger than its summands
 MOST_RANKS = 1 << SPARE  # whose figures add up exactly in float64
 WIDTH = DIGITS + 1  # float64 per figure: the digits, and how many ranks' figures are not finite
 _ALL = 1 << DIGIT * DIGITS  # the modulus of a figure
 _LIMBS = DIGIT * DIGITS // 32  # words of 32 bits that mask a figure
-_LARGEST = 2.0 ** (DIGIT * DIGITS - 1 - SPARE - POINT)
+
+
+class Masking(Protocol):
+    """What a federation knows of its secure sums: a Session, or of silos in jobs of their own an Apart.
+
+    Attributes: apart (whether silos are jobs of their own); ring (of the vectors); threshold (fewest silos in a sum);
+    noise (that this rank's silos add to their words before masks, None: none).
+    """
+
+    apart: ClassVar[bool]
+    ring: Ring
+    threshold: int
+    noise: NoiseShares | None
+
+    def masks(self, what: str, silos: Collection[str], bits: int) -> Masks:
+        """The masks of this rank's silos among `silos`, for the next sum of this kind."""
+        ...
+
+    def objection(self, silos: Sequence[str]) -> str:
+        """Why the sum of these silos must not be revealed; empty if it may."""
+        ...
+
+    def alone(self) -> str:
+        """What one of those who take part can compute of others at worst; empty if that is a sum of two or more."""
+        ...
+
+    def on(self, values: np.ndarray) -> np.ndarray:
+        """See records.table.Cover, also for `off` and `width`."""
+        ...
+
+    def off(self, summed: np.ndarray) -> np.ndarray: ...
+
+    def width(self, num: int) -> int: ...
 
 
 class Session:
@@ -53,6 +85,7 @@ class Session:
     words before masks, None: none).
     """
 
+    apart: ClassVar[bool] = False
     noise: NoiseShares | None = None
 
     def __init__(
@@ -100,7 +133,7 @@ class Session:
             if i in there and j in there
         ]
 
-    def objection(self, silos: Collection[str]) -> str:
+    def objection(self, silos: Sequence[str]) -> str:
         """Why the sum of these silos must not be revealed; empty if it may. The same on every rank."""
         if len(silos) < self.threshold:
             return f"{len(silos)} updates are usable, and secure.threshold is {self.threshold}: nothing was revealed"
@@ -127,16 +160,16 @@ class Session:
 
     def on(self, values: np.ndarray) -> np.ndarray:
         """This rank's figures under masks, [WIDTH * (n + 1)]; every rank's sum up to what `off` reads."""
-        fixed = [_fixed(value) for value in (*values.tolist(), 1.0)]
-        missing = np.array([number is None for number in fixed], dtype=np.uint64)
-        stream = np.empty((len(fixed), 5), dtype=np.uint64)  # a figure's limbs, a spare half word, that of `missing`
-        limbs = np.zeros((len(fixed), _LIMBS), dtype=np.int64)
+        told = [fixed(value) for value in (*values.tolist(), 1.0)]
+        missing = np.array([number is None for number in told], dtype=np.uint64)
+        stream = np.empty((len(told), 5), dtype=np.uint64)  # a figure's limbs, a spare half word, that of `missing`
+        limbs = np.zeros((len(told), _LIMBS), dtype=np.int64)
         for key, sign in self._keys(FIGURES, self._index):
             stream_into(key, stream.reshape(-1))
             limbs += sign * stream.view("<u4")[:, :_LIMBS].astype(np.int64)
             missing += stream[:, 4] if sign > 0 else -stream[:, 4]
         masks = [sum(limb << 32 * i for i, limb in enumerate(row)) for row in limbs.tolist()]
-        rows = [_digits((number or 0) + mask) for number, mask in zip(fixed, masks, strict=True)]
+        rows = [_digits((number or 0) + mask) for number, mask in zip(told, masks, strict=True)]
         missing &= np.uint64((1 << MODULUS) - 1)
         return np.column_stack([np.array(rows, dtype=np.float64), missing.astype(np.float64)]).reshape(-1)
 
@@ -193,20 +226,12 @@ def _gathered(comm: Comm, ranks: Sequence[int], pairs: dict[int, KeyPair]) -> li
     return publics
 
 
-def _fixed(value: float) -> int | None:
-    """The number in fixed point; None if it has none.
-
-    >>> _number([*_digits(_fixed(-0.1)), 0]), _number([*_digits(_fixed(3.4e38)), 0]), _fixed(math.inf)
-    (-0.1, 3.4e+38, None)
-    """
-    if not math.isfinite(value) or abs(value) >= _LARGEST:
-        return None
-    top, bottom = value.as_integer_ratio()
-    return (top << POINT) // bottom
-
-
 def _digits(number: int) -> list[int]:
-    """The digits of a number modulo 2^224, the lowest first."""
+    """The digits of a number modulo 2^224, the lowest first.
+
+    >>> [_number([*_digits(fixed(value) or 0), 0]) for value in (-0.1, 3.4e38)]
+    [-0.1, 3.4e+38]
+    """
     number %= _ALL
     return [number >> DIGIT * i & (1 << DIGIT) - 1 for i in range(DIGITS)]
 
