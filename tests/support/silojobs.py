@@ -1,12 +1,14 @@
 """Server and silo jobs of one federation as threads of this process, over a folder."""
 
+import contextlib
 import signal
+import sys
 import threading
 import traceback
 from dataclasses import replace
 from unittest import mock
 
-from fedmpi import assembly
+from fedmpi import assembly, rng
 from fedmpi.errors import ConfigError, ServerEnded, Superseded
 from fedmpi.jobs import serve
 from fedmpi.jobs.serve import Serving
@@ -25,6 +27,24 @@ def apart(tmp_path, rounds=3, name="run", transport=None, **other):
 
 
 ALONE = threading.RLock()  # jobs share the process's random generators
+_borrowed = rng.borrowed
+
+
+@contextlib.contextmanager
+def borrowed():
+    """Save and restore the generators while no other job draws: a job that ends would change what another one, which
+    opens its data, starts from."""
+    with ALONE:
+        saved = _borrowed()
+        saved.__enter__()
+    try:
+        yield
+    finally:
+        with ALONE:
+            saved.__exit__(None, None, None)
+
+
+rng.borrowed = borrowed
 
 
 class OneSilo(SiloJob):
@@ -60,6 +80,7 @@ class Job(threading.Thread):
             self.job.run()
         except BaseException as error:
             self.error = error
+            print(f"silo '{self.job.silo}': {type(error).__name__}: {error}", file=sys.stderr)
             if not isinstance(error, (KeyboardInterrupt, Superseded, ConfigError, ServerEnded)):
                 traceback.print_exc()
                 signal.raise_signal(signal.SIGTERM)  # else the server waits for ever
