@@ -10,7 +10,7 @@ from fedmpi.errors import ExchangeError
 from fedmpi.files import names
 from fedmpi.files.envelope import packed, unpacked
 from fedmpi.files.line import File
-from fedmpi.jobs.masking import ASK, Member, Part
+from fedmpi.jobs.masking import ASK, LEAVES, Member, Part
 from fedmpi.secure.protocol import Collector, Party
 
 NUM = 15_000  # operations
@@ -56,6 +56,8 @@ def test_sums_are_exact_or_given_up(faults, seed):
 
 class Box:
     """What a silo's part reads and writes."""
+
+    by = 1
 
     def __init__(self):
         self.sent, self.decisions, self.asked = {}, {}, None
@@ -132,6 +134,17 @@ def test_decisions_that_do_not_follow_from_one_another_are_refused():
     boxes[0].decide(names.SURVIVORS, {"of": members, "survivors": [0, 1, 2], "why": ""})
     with pytest.raises(ExchangeError, match="do not follow from what this silo knows"):
         parts[0].turn(boxes[0], boxes[0])
+
+
+@pytest.mark.parametrize("by", [1, 2])
+def test_a_silo_that_has_replaced_its_keys_says_so_and_nobody_waits(by):
+    part, box = Part("s0", 2, 2, np.zeros(3, np.uint32), [1, 1]), Box()
+    others = [Part(f"s{i}", 2, 2, np.zeros(3, np.uint32), [1, 1]) for i in range(3)]
+    box.decide(
+        names.MEMBERS, {"members": [list(Member(f"s{i}", 0, by, "", *one.keys)) for i, one in enumerate(others)]}
+    )
+    assert part.turn(box, box) and part.party is None
+    assert [LEAVES in head for head, _ in box.sent.values()] == ([True] if by == Box.by else [])
 
 
 def test_a_silo_that_is_lost_forgets_its_secrets():

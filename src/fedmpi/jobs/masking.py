@@ -114,6 +114,10 @@ class Part:
         say(f"{title(self.serial)}: without this silo: {why}")
         self.party, self._answer, self._words, self._numbers = None, None, np.empty(0, np.uint32), []
 
+    def _leave(self, files: Silo, kind: str) -> None:
+        """Tell the server not to wait for this letter."""
+        files.publish(kind, self.serial, {"of": self._decided, LEAVES: True})
+
     def turn(self, files: Silo, decisions: Decisions) -> bool:
         """Go on as far as the server's decisions allow. Returns whether something was done."""
         if self.party is None:
@@ -138,12 +142,15 @@ class Part:
     def _share(self, party: Party, files: Silo, members: Sequence[Member]) -> None:
         mine = [i for i, one in enumerate(members) if [one.channel, one.mask] == self.keys and one.silo == self.silo]
         if not mine:
+            if any(one.silo == self.silo and one.by == files.by for one in members):  # with keys that it has replaced
+                self._leave(files, names.SHARE)
             return self.over("its members were decided before this job was ready")
         party.index, self._num = mine[0], len(members)
         adverts = {i: one.advert for i, one in enumerate(members)}
         try:
             sealed = party.share(adverts, len(members) - 1, bytes.fromhex(self._decided))
         except GivenUp as error:
+            self._leave(files, names.SHARE)
             return self.over(str(error))
         self._next = names.ROSTER
         files.publish(names.SHARE, self.serial, {"of": self._decided}, [sealed[i] for i in sorted(sealed)])
@@ -160,7 +167,7 @@ class Part:
         try:
             party.receive(letters)
         except (GivenUp, ValueError) as error:
-            files.publish(names.MASKED, self.serial, {"of": self._decided, LEAVES: True})  # so that nobody waits
+            self._leave(files, names.MASKED)
             return self.over(str(error))
         words, told = self._words.copy(), [*self._numbers]
         party.mask(0, words, told)
