@@ -46,7 +46,7 @@ def test_figures_follow_what_is_disclosed(tmp_path):
     table, result = told(tmp_path, ranks=1, transport={"name": "files", "root": "shared"}, **SECURE)
     assert (table[what]["server"], table[what]["network"]) == ("sums", "masked, in the shared folder")
     assert table["samples, targets, outputs"]["network"] == "no" and "All jobs are trusted" in result["trust"][0]
-    assert table["a checksum of the data"]["server"] == "yes"  # it compares them
+    assert table["a checksum of the data"]["server"] == "no"
 
 
 def test_figures_that_privacy_does_not_tell_are_not_in_the_table(tmp_path):

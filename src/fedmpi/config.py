@@ -285,9 +285,8 @@ class Config:
 
     @property
     def hides_checksums(self) -> bool:
-        """Whether nobody learns checksums of a silo's data: no other rank will have to tell if data are the same, nor
-        a server's job."""
-        return self.secure is not None and not self.adopts and not self.transport.apart
+        """Whether nobody learns checksums of a silo's data: no other rank will have to tell if data are the same."""
+        return self.secure is not None and not self.adopts
 
     @pydantic.model_validator(mode="after")
     def _disclosed(self) -> Config:

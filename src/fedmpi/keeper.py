@@ -26,7 +26,7 @@ from fedmpi.health import Health
 from fedmpi.local import LocalSilo
 from fedmpi.membership import Membership
 from fedmpi.moving import heirs, remaining
-from fedmpi.opening import checksum, is_of
+from fedmpi.opening import CHECKSUMS, checksum, is_of
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import Record
 from fedmpi.rounds import Federation, State
@@ -64,9 +64,10 @@ class SameData:
         self._fed = fed
 
     def state(self) -> Iterator[StateTensor]:
-        """A checksum per silo."""
+        """A checksum per silo, of those whose data are known here: not of jobs of their own under `secure`."""
         for silo in self._fed.silos:
-            yield StateTensor(("checksum",), self._checksum(silo), "per_silo", silo)
+            if self._fed.facts[silo][CHECKSUMS].any():
+                yield StateTensor(("checksum",), self._checksum(silo), "per_silo", silo)
 
     def others(self, stored: Sequence[StateTensor]) -> list[str]:
         """The silos whose data differ from those of the checkpoint."""

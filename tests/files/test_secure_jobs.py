@@ -20,8 +20,10 @@ from fedmpi.files.server import Server
 from fedmpi.flat import sha256
 from fedmpi.jobs.masked import MaskedRemote
 from fedmpi.jobs.masking import UPDATE, Parts, members_of, serial_of
+from fedmpi.jobs.private import States
 from fedmpi.jobs.sums import Sums
 from fedmpi.keeper import Keeper
+from fedmpi.opening import CHECKSUMS, checksum
 from fedmpi.secure import masks, protocol, shamir
 from fedmpi.secure.protocol import Party
 
@@ -420,6 +422,25 @@ def test_secrets_and_updates_are_in_no_file_and_no_line(tmp_path, monkeypatch, s
         for number in numbers:
             assert abs(number) < 2**64 or number.to_bytes(32, "little", signed=True) not in letters
     assert {name for head in heads for name in head} == {"kind", "run", "who", "number", "by", "keys", "round"}
+
+
+def test_checksums_of_the_data_stay_with_their_silos(tmp_path, seen):
+    """A checksum of targets is one of the targets."""
+    how = secured(tmp_path, 3)
+    _, run, jobs = trained_apart(how, FOUR)
+    share, own = tmp_path / "run-share", tmp_path / "run" / "silos"
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and own not in path.parents]
+    told = b"\0".join(path.read_bytes() for path in files)
+    assert any(path.parent == share / "silos" for path in files) and b'"facts"' in told
+    for job in jobs:
+        facts_F = job.job._opened.facts_KF[0]
+        assert facts_F[CHECKSUMS].all() and not run.federation.facts[job.job.silo][CHECKSUMS].any()
+        texts = [str(int(one)).encode() for one in facts_F[CHECKSUMS]]
+        raw = [np.array([one]).tobytes() for one in (*facts_F[CHECKSUMS], checksum(facts_F))]
+        assert not [text for text in (*texts, *raw) if text in told]
+    [last] = States(own / "s1" / "states", checksum(jobs[1].job._opened.facts_KF[0])).stored()
+    with pytest.raises(ConfigError, match="its data differ from those that it was trained on"):
+        States(own / "s1" / "states", 0).read(last, jobs[1].job._fed.silos["s1"], None)
 
 
 # ---------------------------------------------------------------- refusals

@@ -2,9 +2,11 @@
 
 import time
 
+import pytest
 from support.runs import put_back
 from support.silojobs import IDS, Job, OneSilo, apart, served
 
+from fedmpi.errors import ConfigError
 from fedmpi.jobs.private import States
 from fedmpi.local import LocalSilo
 
@@ -46,10 +48,18 @@ def test_the_states_of_dropped_updates_do_not_pile_up(tmp_path):
 
 
 def test_states_that_a_commit_or_the_server_needs_are_kept(tmp_path):
-    states, silo = States(tmp_path), LocalSilo("s", None, 1.0)
+    states, silo = States(tmp_path, 7), LocalSilo("s", None, 1.0)
     for base in ((1, 1), (2, 1), (2, 2), (3, 2), (5, 2)):
         states.write(base, silo, None)
     states.forget(3, {(2, 1), (-1, 0)})
     assert states.stored() == [(2, 1), (5, 2)]
     states.forget(-1, set())
     assert states.stored() == [(2, 1), (5, 2)]
+
+
+def test_a_state_is_taken_up_with_the_same_data_only(tmp_path):
+    states, silo = States(tmp_path, 7), LocalSilo("s", None, 1.0)
+    states.write((1, 1), silo, None)
+    states.read((1, 1), silo, None)
+    with pytest.raises(ConfigError, match="silo 's': its data differ from those that it was trained on before"):
+        States(tmp_path, 8).read((1, 1), silo, None)

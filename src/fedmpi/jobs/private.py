@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
+
 from fedmpi import disk, tensorfile
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.exchange.outbox import Outbox
@@ -22,14 +24,17 @@ from fedmpi.tensorfile import Table
 Base = tuple[int, int]  # number of a training, incarnation of the job that did it
 NOTHING: Base = (-1, 0)  # before the first training
 
+OTHER_DATA = "silo '{}': its data differ from those that it was trained on before"
+
+_DATA = ("data", "checksum")  # key of the checksum of the data that the silo was trained on
 _NAME = re.compile(r"(\d+)\.(\d+)\.h5")
 
 
 class States:
-    """The stored states of one silo."""
+    """The stored states of one silo, with a checksum of its data: no other job learns that under `secure`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, data: int) -> None:
+        self.folder, self._data = folder, data
         try:
             disk.make_folder(folder)
             disk.remove_parts(folder)
@@ -46,6 +51,7 @@ class States:
         tensors = [
             *under("silo", Silos({silo.id: silo}).state()),
             *under("sent", () if exchange is None else exchange.drafted()),
+            StateTensor(_DATA, torch.tensor(self._data)),
         ]
         try:
             tensorfile.write(self._path(base), [Table(one.key, one.tensor) for one in tensors])
@@ -53,13 +59,15 @@ class States:
             raise CheckpointError(f"cannot write the silo's state into {self.folder}: {error}") from None
 
     def read(self, base: Base, silo: LocalSilo, exchange: Outbox | None) -> None:
-        """Put a stored state into the silo and its exchange. Raises ConfigError if it is not here."""
+        """Put a stored state into the silo and its exchange. Raises ConfigError if it is not here, or of other data."""
         if base not in self.stored():
             raise ConfigError(
                 f"silo '{silo.id}' has trained {base[0]} times, and its state after that is not in {self.folder}; "
                 "start it with the out= that it had"
             )
         tensors = tensorfile.read(self._path(base))
+        if any(one.key == _DATA and int(one.tensor) != self._data for one in tensors):
+            raise ConfigError(OTHER_DATA.format(silo.id))
         of_silo = [StateTensor(one.key[1:], one.tensor, "per_silo", silo.id) for one in tensors if one.key[0] == "silo"]
         of_sent = [StateTensor(one.key[1:], one.tensor, "per_silo", silo.id) for one in tensors if one.key[0] == "sent"]
         Silos({silo.id: silo}).restore(of_silo)

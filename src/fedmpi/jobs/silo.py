@@ -42,11 +42,11 @@ from fedmpi.jobs.messages import (
     unlike,
 )
 from fedmpi.jobs.post import UNREAD, SiloPost, files_of
-from fedmpi.jobs.private import NOTHING, Base, States
+from fedmpi.jobs.private import NOTHING, OTHER_DATA, Base, States
 from fedmpi.local import LocalSilo, Order
 from fedmpi.membership import Comms, Membership
 from fedmpi.module import saved
-from fedmpi.opening import Opened
+from fedmpi.opening import CHECKSUMS, Opened, checksum
 from fedmpi.output import say
 from fedmpi.rounds import Federation, State
 from fedmpi.rounds.due import drafted, judged, move_averaged, packed, trained
@@ -113,14 +113,14 @@ class SiloJob:
         self._spec: Spec = specify(self.config, self.comm, self.out)
         if self.silo not in self._spec.known:
             raise ConfigError(f"--id: no silo '{self.silo}'{did_you_mean(self.silo, self._spec.known)}")
-        self._states = States(self.out / "states")
         self._begins = digest_of(saved(self._spec.module)).hex()
         self._opened = open_alone(self._spec, self.silo, Comms.of(self.comm))
+        self._states = States(self.out / "states", checksum(self._opened.facts_KF[0]))
 
     def _registration(self) -> Registration:
         source = self._spec.source
         return Registration(
-            facts=self._opened.facts_KF[0].tolist(),
+            facts=self._told_facts().tolist(),
             known=self._spec.known,
             task=source.task,
             shape=list(source.shape),
@@ -129,6 +129,13 @@ class SiloJob:
             begins=self._begins,
             host=socket.gethostname(),
         )
+
+    def _told_facts(self) -> np.ndarray:
+        """The facts of its data that others learn, [F]."""
+        facts_F: np.ndarray = self._opened.facts_KF[0].copy()
+        if self.config.hides_checksums:
+            facts_F[CHECKSUMS] = 0.0
+        return facts_F
 
     # ------------------------------------------------------------ one look
 
@@ -211,8 +218,8 @@ class SiloJob:
         if call.begins != self._begins:
             raise ConfigError("the model's first parameters differ from the server's: other init, or torch")
         facts_KF, before = np.array(call.facts), self._fed
-        if not np.array_equal(facts_KF[call.ids.index(self.silo)], self._opened.facts_KF[0]):
-            raise ConfigError(f"silo '{self.silo}': its data differ from those that it was trained on before")
+        if not np.array_equal(facts_KF[call.ids.index(self.silo)], self._told_facts()):
+            raise ConfigError(OTHER_DATA.format(self.silo))
         members = Membership(call.epoch, {silo: (0 if silo == self.silo else 1,) for silo in call.ids})
         opened = Opened(members, self._opened.data, facts_KF)
         held = {} if before is None else before.silos
