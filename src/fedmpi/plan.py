@@ -111,6 +111,7 @@ def plan(
     scores = Scores.of(objective, config.local, config.evaluate.finetune, layers, config.disclosed != "silo")
     counts = Counts.of(found, config)
     apart = config.transport.apart
+    config.transport.suits(len(ids))
     if apart:  # a job of its own for the server and for each silo
         if num_ranks > 1:
             raise ConfigError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import pydantic
 
 from fedmpi.components import Family, PositiveFloat, PositiveInt, called, component
+from fedmpi.errors import ConfigError
 from fedmpi.rounds.policies import Deadline
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ class Transport:
     def conflicts(self, config: Config) -> str | None:
         """Why it does not work with the rest of the configuration, in one line; None if it does."""
         return None
+
+    def suits(self, num_silos: int) -> None:
+        """Raises ConfigError if it does not work with this number of silos."""
 
 
 @component
@@ -45,6 +49,11 @@ class ByFiles(Transport):
     """silos that must have registered before the first round; later ones join at the next round. null: all silos"""
     keep: Literal["needed", "all"] = "needed"
     """updates that stay in the folder: those that no checkpoint of the server holds yet, or all"""
+
+    def suits(self, num_silos: int) -> None:
+        """Raises ConfigError if more silos have to register than there are."""
+        if self.min_silos is not None and self.min_silos > num_silos:
+            raise ConfigError(f"transport.min_silos: {self.min_silos}, and there are {num_silos} silos")
 
     def conflicts(self, config: Config) -> str | None:
         """Refuses what needs all silos at one place or at one time."""

@@ -33,3 +33,9 @@ def test_a_plan_has_the_bytes_of_a_round(tmp_path, more):
 def test_there_are_no_ranks(tmp_path):
     with pytest.raises(ConfigError, match="transport: files has no ranks"):
         plan(apart(tmp_path), {}, 3)
+
+
+def test_no_more_silos_than_there_are_can_be_waited_for(tmp_path):
+    plan(apart(tmp_path, transport={"min_silos": len(IDS)}), {}, 1)
+    with pytest.raises(ConfigError, match=r"^transport\.min_silos: 4, and there are 3 silos$"):
+        plan(apart(tmp_path, transport={"min_silos": 4}), {}, 1)

@@ -101,8 +101,7 @@ def shared_folder(config: Config, ids: Sequence[str], comm: Comm, found: Finding
         return
     for silo in ids:
         found.attempt(lambda: quoted(silo), "transport")  # noqa: B023
-    if transport.min_silos is not None and transport.min_silos > len(ids):
-        found.fault(f"transport.min_silos: {transport.min_silos}, and there are {len(ids)} silos")
+    found.attempt(lambda: transport.suits(len(ids)), "transport")
 
     def look(first: Findings) -> None:
         first.attempt(lambda: _looked_into(config, Path(transport.root)), "transport.root")

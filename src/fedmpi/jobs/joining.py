@@ -119,10 +119,9 @@ class Joining:
         return {silo: fits[silo] for silo in there}
 
     def _least(self, known: Sequence[str]) -> int:
-        least = files_of(self._config).min_silos
-        if least is not None and least > len(known):
-            raise ConfigError(f"transport.min_silos: {least}, and there are {len(known)} silos")
-        return len(known) if least is None else least
+        transport = files_of(self._config)
+        transport.suits(len(known))
+        return len(known) if transport.min_silos is None else transport.min_silos
 
     def _registered(self) -> tuple[dict[str, Registration], dict[str, int]]:
         """What the newest job of each silo registered, and its incarnation."""
