@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import fedmpi
-from fedmpi.aggregate import AGGREGATORS
+from fedmpi.aggregate import AGGREGATORS, FedNova, Mean
 from fedmpi.attacks import ATTACKS
 from fedmpi.catalogue import FAMILIES, descriptions, lines
 from fedmpi.components import Deferred, build, component, hints, to_dict
@@ -74,6 +74,7 @@ REFUSED = [
     (SGD + ", optimizer: {name: Adan}}", "local.optimizer: no optimizer 'Adan'; did you mean 'Adam'?"),
     (SGD + ", schedule: cosin}", "local.schedule: no schedule 'cosin'; did you mean 'cosine'?"),
     ("aggregate: qqq", "aggregate: no aggregator 'qqq'; available: mean"),
+    ("aggregate: {hostile: 1}", "aggregate: needs a 'name' beside hostile, one of: sign_vote, krum, "),
     ("data: {silos: 3}", "data: needs a 'name' beside silos, one of: digits, "),
     ("select: {fraction: 0.5}", "select: needs a 'name' beside fraction, one of: uniform, proportional, "),
     (SGD + ", momentum: 0.9}", "local: local rule 'sgd' has no 'momentum'; it is an argument of the optimizer:"),
@@ -305,6 +306,8 @@ def value(config, key):
         (["local.optimizer={name: SGD, weight_decay: 1e-4}"], {"local.optimizer.weight_decay": 1e-4}),
         (["local.optimizer=SGD", "local.optimizer.weight_decay=1e-4"], {"local.optimizer.weight_decay": 1e-4}),
         (["engine.policy=deadline", "engine.policy.deadline_s=3"], {"engine.policy": Deadline(deadline_s=3)}),
+        (["aggregate.weights=uniform"], {"aggregate": Mean(weights="uniform")}),
+        (["aggregate=fednova", "aggregate.weights=uniform"], {"aggregate": FedNova(weights="uniform")}),
         (["out=runs/a=b"], {"out": "runs/a=b"}),
         (["out=123"], {"out": "123"}),
         (["out=2026-01-02"], {"out": "2026-01-02"}),

@@ -215,4 +215,4 @@ def enough(what: str, hostile: int, least: int, num_silos: int) -> None:
         raise ConfigError(f"aggregate: {what} with hostile: {hostile} needs {least} silos or more, and has {num_silos}")
 
 
-AGGREGATORS = Family("aggregator", {}, Aggregator)  # filled with the MEMBERS of each file
+AGGREGATORS = Family("aggregator", {}, Aggregator, implied="mean")  # filled with the MEMBERS of each file
