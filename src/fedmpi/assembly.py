@@ -351,7 +351,7 @@ def build_federation(
             updates=Updates(updates),
             private=spec.private,
             finetune=config.evaluate.finetune,
-            told=_told(config),
+            told=told_columns(config),
             secure=secure,
             experiment=_experiment(config, spec.known),
             remote=remote,
@@ -359,7 +359,7 @@ def build_federation(
     return Built(federation, replace(spec, section=plan.section), plan)
 
 
-def _told(config: Config) -> tuple[str, ...]:
+def told_columns(config: Config) -> tuple[str, ...]:
     """Columns of the silos' table that the engine needs; also who drops out of secure sums of silos in jobs."""
     columns = (*config.policy.columns, *config.engine.columns, *_of_delays(config))
     lost = ("late", "seconds") if config.secure is not None and config.transport.apart else ()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedmpi import pretrained
+from fedmpi.assembly import told_columns
 from fedmpi.components import to_dict
 from fedmpi.config import Config, flatten, origin_of
 from fedmpi.errors import ConfigError
@@ -361,7 +362,7 @@ def budget(config: Config, section: Privacy, source: Source, sizes: Mapping[str,
 
 def _num_figures(config: Config, scores: Scores, num_ranks: int, num_silos: int) -> int:
     """Elements of the small tables that ranks share in a round."""
-    of_silo = (*READY_SILO, *Updates(config.updates).told)
+    of_silo = (*READY_SILO, *Updates(config.updates).told, *told_columns(config))
     masked = config.secure is not None
     ready = StatusTable(num_ranks, READY_RANK, num_silos, of_silo, pooling=ready_pooling(config.disclosed, masked))
     done = StatusTable(num_ranks, DONE_RANK, num_silos, scores.columns, scores.num_counts, scores.pooling)

@@ -137,7 +137,7 @@ class Arrivals(Exchange):
             vector if channel.plain else Wire.most_bytes(channel, sizes.num_elements, sizes.num_exact or 0)
             for channel in (section.up, section.down)
         )
-        up = round(sizes.arrivals * away) * (up_bytes + 24)
+        up = round(sizes.arrivals * away) * up_bytes
         own = {"global parameters": vector, "older parameters": sizes.hosted * vector}
         own |= {
             "updates of a round": sizes.hosted * up_bytes,

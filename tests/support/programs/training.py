@@ -388,6 +388,24 @@ def bytes_are_those_that_plan_says(comm, folder):
 
 
 @case
+def figures_for_engines_and_policies_are_as_many_bytes_as_plan_says(comm, folder):
+    delayed = {**BASE["local"], "epochs": 3, "amount": {"name": "by_delay", "budget_s": 3600.0}}
+    for name, more in {
+        "buffered": {"engine": {"name": "buffered", "size": 2}},
+        "deadline": {"engine": {"policy": {"name": "deadline", "deadline_s": 3600.0}}},
+        "by_delay": {"local": delayed},
+    }.items():
+        config = configured(folder, f"bytes-{name}-{comm.size}", more, rounds=2)
+        promised = promise(config, {}, comm.size)
+        for record in trained(comm, config)[1]:
+            for key in ("bytes_down", "bytes_control"):
+                require_equal(f"{name}, round {record['round']}, {key}", record[key], promised[key])
+            if name == "buffered" and comm.size > 1:  # each update that comes from another rank is a vector
+                vector = promised["bytes_down"] // (comm.size - 1)
+                require_equal("bytes of a vector", [record["bytes_up"] % vector, promised["bytes_up"] % vector], [0, 0])
+
+
+@case
 def losses_of_candidates_and_inner_products_are_as_many_bytes_as_plan_says(comm, folder):
     more = {"exchange": {"plan": "sharded", "scope": "silo"}, "records": {"gram": True}, "select": "power_of_choice"}
     config = configured(folder, f"bytes-probe-{comm.size}", more, rounds=2)
