@@ -88,6 +88,16 @@ def test_it_ends_when_all_rounds_are_on_disk(tmp_path, capfd):
         supervised(tmp_path, "unused,unused,0:2").run()
 
 
+def test_a_quiet_one_prints_warnings_only(tmp_path, capfd, monkeypatch):
+    logged = []
+    monkeypatch.setattr("fedmpi.output.note", logged.append)
+    monkeypatch.setattr("fedmpi.supervisor.note", logged.append)
+    supervised(tmp_path, "2+3:0,4:0", shown=("--quiet",)).run()
+    first, last = capfd.readouterr().err.splitlines()
+    assert "lost 3 rounds and the one under way" in first and "model.safetensors is missing" in last
+    assert logged == [f"fedmpi run: {row['text']}" for row in events(tmp_path)]
+
+
 def test_exit_0_is_not_believed_and_another_code_is_no_failure_after_the_last_commit(tmp_path):
     supervised(tmp_path, "2+3:0,4:1").run()
     first, second = events(tmp_path, "died", "ended")

@@ -31,7 +31,7 @@ from fedmpi.comm.vigil import SET_UP
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError, FedmpiError, Stopped
 from fedmpi.launchline import LaunchLine, own_command
-from fedmpi.output import say
+from fedmpi.output import note, say
 from fedmpi.records.metrics import METRICS
 
 EVENTS = "supervisor.jsonl"  # in the run directory
@@ -42,6 +42,7 @@ LEAVE_S = 60.0  # limit for the launcher to end once all rounds and the model ar
 BACK_OFF_S = 60.0  # longest wait before a restart without progress
 ONCE_S = 2.0  # signals within this time count as one
 FREE_S = 5.0  # limit for an ending job to leave the run directory
+ROUTINE = {"started", "restarted", "trains", "asked", "ended", "done", "goodput"}  # events that are no warnings
 FRESH_S = 3.0  # a start takes the answers of hosts that are no older
 
 
@@ -54,6 +55,11 @@ class Options:
     min_ranks: int = 1  # do not start with fewer ranks
     as_is: bool = False  # the launcher line contains its own command
     shown: tuple[str, ...] = ()  # options of `fedmpi train` about what it prints
+
+    @property
+    def quiet(self) -> bool:
+        """Whether only warnings and errors are printed."""
+        return "--quiet" in self.shown
 
 
 @dataclass
@@ -136,7 +142,9 @@ class Supervisor:
 
     def _tell(self, event: str, text: str, *, aloud: bool = True, **more: Any) -> None:
         """Write a line to supervisor.jsonl and print it, unless `aloud` is False because an error says the same."""
-        if aloud:
+        if aloud and self._options.quiet and event in ROUTINE:
+            note(f"fedmpi run: {text}")
+        elif aloud:
             say(f"fedmpi run: {text}", error=True)
         row = {"time": round(time.time(), 3), "event": event, "start": self._starts, "epoch": self._epoch}
         row |= {"round": self._progress.commit, **more, "text": text}

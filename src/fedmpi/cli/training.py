@@ -211,7 +211,7 @@ def run(
 
     `fedmpi train CONFIG [KEY=VALUE]...` is appended to the launcher line, unless it contains `fedmpi train` already.
     `--progress`, `--quiet`, `--log-file`, `--json` and `--allow` are passed on to it; the log also has the messages of
-    this command.
+    this command, and `--quiet` leaves those out that are no warnings.
 
     Exit code 0 means that all rounds are on disk. SIGUSR1, SIGTERM and Ctrl-C are passed on to the ranks; a second one
     kills them at once.
