@@ -16,9 +16,12 @@ from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.compare import grid as grids
 from fedmpi.compare import table as tables
+from fedmpi.compare.runs import compare_runs
 from fedmpi.config import load
 from fedmpi.errors import ConfigError
 from fedmpi.records import read_metrics
+from fedmpi.records.metrics import METRICS, line_of
+from fedmpi.report.history import gather
 
 TOP = TESTS.parent
 
@@ -294,12 +297,23 @@ def test_run_directories_stand_side_by_side_with_what_differs(compare, tmp_path,
         assert (row["run"], row["rounds"], row["metric"]) == (name, len(records), "accuracy")
         assert (row["last"], row["best"]) == (scores[-1], max(scores))
         assert row["seconds"] == pytest.approx(sum(record["seconds"]["round"] for record in records))
-        assert row["megabytes"] == sum(r["bytes_up"] + r["bytes_down"] for r in records) / 1e6
+        assert row["megabytes"] == 0.0  # one process sends nothing
     assert [row["differs"] for row in rows] == [{"rounds": 2, "local.lr": 0.1}, {"rounds": 3, "local.lr": 0.2}]
     compare.main(["a", "b"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["run", "rounds", "metric", "last"] and lines[1].split()[:2] == ["a", "2"]
     assert ["local.lr", "0.1", "0.2"] in [line.split() for line in lines]
+
+
+def test_megabytes_are_all_that_ranks_send(tmp_path):
+    made = config(tmp_path, 2)
+    run(made)
+    root = Path(made.out)
+    sent = {"bytes_up": 3000, "bytes_down": 2000, "bytes_control": 500}
+    (root / METRICS).write_bytes(b"".join(line_of(record | sent) for record in read_metrics(root)))
+    told = tables.curve(grids.Cell("iid", "a", 0, made), grids.Grid(algorithms={}))
+    [row] = compare_runs([root])
+    assert row["megabytes"] == told.megabytes[-1] == gather(read_metrics(root)).sent.sum() / 1e6 == 0.011
 
 
 def test_a_folder_without_a_run_is_one_line(compare, tmp_path, capsys):

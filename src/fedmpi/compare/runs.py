@@ -11,12 +11,13 @@ from fedmpi.config import flatten
 from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError
 from fedmpi.records import read_metrics
+from fedmpi.records.record import sent_bytes
 
 
 def compare_runs(roots: Sequence[Path]) -> list[dict[str, Any]]:
     """One row per run directory, read from its files alone.
 
-    `last` and `best` are of the run's metric, None before the first evaluation. `megabytes` (up and down, all ranks)
+    `last` and `best` are of the run's metric, None before the first evaluation. `megabytes` (all traffic of all ranks)
     and `seconds` are sums over all rounds. `differs` holds the keys that do not have the same value in all runs, except
     `out`; None where a run lacks the key. Raises ConfigError where a directory holds no run.
     """
@@ -38,7 +39,7 @@ def compare_runs(roots: Sequence[Path]) -> list[dict[str, Any]]:
                 "metric": metric,
                 "last": scores[-1] if scores else None,
                 "best": (max if maximize else min)(scores) if scores else None,
-                "megabytes": sum(r["bytes_up"] + r["bytes_down"] for r in records) / 1e6,
+                "megabytes": sum(map(sent_bytes, records)) / 1e6,
                 "seconds": sum(r["seconds"]["round"] for r in records),
                 "differs": {key: values.get(key) for key in differ},
             }

@@ -15,6 +15,7 @@ from fedmpi.compare.grid import DIVERGED, Cell, Grid, is_done
 from fedmpi.directory import read_config
 from fedmpi.metrics.scorers import of_silo
 from fedmpi.records import read_metrics
+from fedmpi.records.record import sent_bytes
 
 
 class Curve(NamedTuple):
@@ -34,7 +35,7 @@ def curve(cell: Cell, grid: Grid) -> Curve:
     found = Curve([], [], [], [], _text(cell.root / DIVERGED), set())
     sent, spent_s = 0, 0.0
     for record in read_metrics(cell.root)[: cell.config.rounds]:
-        sent += record["bytes_up"] + record["bytes_down"]
+        sent += sent_bytes(record)
         spent_s += record["seconds"]["round"]
         found.ranks.add(len(record["peak_rss_bytes"]))
         value = figure_of(record, metric)

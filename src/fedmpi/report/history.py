@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedmpi.records import Record
+from fedmpi.records.record import SENT
 from fedmpi.report.numbers import size
 
 # Fields of a record that are no figures of the model.
@@ -23,7 +24,6 @@ _OTHER = frozenset(
     )
 )
 MATRIX = "confusion_matrix"
-SENT = {"up": "bytes_up", "down": "bytes_down", "tables": "bytes_control"}  # the parts of what ranks send and receive
 _LARGE = ("silos", "cosines")  # fields that are not kept as they are
 
 

@@ -11,6 +11,7 @@ from fedmpi.compare.runs import differing
 from fedmpi.compare.table import Curve, row
 from fedmpi.components import written
 from fedmpi.records import PHASES
+from fedmpi.records.record import SENT
 from fedmpi.report.blocks import (
     Block,
     Cell,
@@ -28,7 +29,6 @@ from fedmpi.report.blocks import (
     look,
 )
 from fedmpi.report.groups import Group, Runs, curve
-from fedmpi.report.history import SENT
 from fedmpi.report.numbers import number, plural, seconds, size, spelled, thin
 from fedmpi.report.sections import sections
 from fedmpi.report.sections.learning import AXES

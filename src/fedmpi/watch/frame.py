@@ -13,8 +13,8 @@ from rich.text import Text
 from fedmpi.output import at_most
 from fedmpi.records import PHASES
 from fedmpi.records.pace import Pace, span
+from fedmpi.records.record import SENT
 from fedmpi.report.events import after, sentence, supervised
-from fedmpi.report.history import SENT
 from fedmpi.report.numbers import listed, moment, number, plural, seconds, size
 from fedmpi.report.reading import RunData
 from fedmpi.report.status import best, last, resumed, status, worst
