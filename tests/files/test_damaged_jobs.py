@@ -6,11 +6,12 @@ from support.silojobs import IDS, Job, apart, in_one_process, served, trained_ap
 from support.slurm import until
 
 from fedmpi.errors import CheckpointError, ServerEnded
-from fedmpi.files import reading
+from fedmpi.files import names, reading
 from fedmpi.files.server import Server
 from fedmpi.files.silo import Silo
 from fedmpi.flat import sha256
-from fedmpi.jobs.serve import FilesRemote
+from fedmpi.jobs import post
+from fedmpi.jobs.remote import FilesRemote
 from fedmpi.keeper import Keeper
 
 __all__ = ["put_back"]
@@ -41,6 +42,35 @@ def test_a_server_that_starts_again_writes_damaged_parameters_anew(tmp_path, cap
     _, there = served(how)
     for job in jobs:
         job.ended()
+    _, here = run(in_one_process(how, tmp_path))
+    assert sha256(there.parameters) == sha256(here.parameters)
+
+
+def test_a_call_that_is_damaged_is_written_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(post, "LOST_S", 0.2)
+    how = apart(tmp_path, 4)
+    write, done = post.ServerPost._write_call, []
+
+    def damaged(self):
+        folder = self.files.folder
+        publish = folder.publish
+
+        def half(path, parts, *more):
+            if path.startswith(f"{names.NOTES}/{names.CALL}."):
+                parts = [parts[0], b"".join(parts[1:])[:-1]]
+                done.append(path)
+            return publish(path, parts, *more)
+
+        if self.last.round == 3 and not done:
+            folder.publish = half
+        write(self)
+        folder.publish = publish
+
+    monkeypatch.setattr(post.ServerPost, "_write_call", damaged)
+    _, there, _ = trained_apart(how)
+    assert f"fedmpi: {done[0]} in {tmp_path / 'run-share'} was damaged: it is written again" in (
+        capsys.readouterr().err
+    )
     _, here = run(in_one_process(how, tmp_path))
     assert sha256(there.parameters) == sha256(here.parameters)
 

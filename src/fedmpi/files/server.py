@@ -108,6 +108,17 @@ class Server:
         """A file of the server that a commit names, to resume from it; None if it was removed."""
         return noted(self.folder, self.run, file)
 
+    def is_whole(self, file: File) -> bool:
+        """Whether a file that `put` has written can be read as it was written; True while the folder is away. A read,
+        without waiting."""
+        try:
+            content = self.folder.read(names.path(names.NOTES, file.kind, file.number, file.epoch))
+            return unpacked(content).digest == file.digest
+        except (FileNotFoundError, Torn):
+            return False
+        except OSError:
+            return True
+
     def mend(self, file: File, payload: Sequence[Buffer] = ()) -> bool:
         """Write a file of a commit again if it is not whole; it has this payload, and its head told nothing. Returns
         whether it is whole now. Raises Superseded."""

@@ -31,7 +31,7 @@ from fedmpi.stopping import READY, STOP, Watch
 from fedmpi.transports import ByFiles
 
 BEATS = 6  # in a lease
-LOST_S = 10.0  # between two looks whether an update is lost
+LOST_S = 10.0  # between two looks whether an update is lost, or the server's call is damaged
 UNREAD = -1  # round of an update that is there and cannot be read yet
 MOST_S = 10.0  # between two looks into the folder
 GROWTH = 1.1  # of pauses: so they are a tenth of the time since the last news, and news is seen that much later
@@ -302,6 +302,8 @@ class ServerPost(Beats):
         super().__init__(transport.lease_s, paced(folder, transport.poll_s), watch)
         self._one_beat = threading.Lock()
         self._num_calls, self._refused = 0, dict[str, tuple[int, str]]()
+        self._called: File | None = None  # this start's last call
+        self._called_s = folder.now()  # when it was seen to be whole
         self.files = Server.start(
             folder, about_run(config), about, lease_s=transport.lease_s, keep=3, keep_updates=True
         )
@@ -340,7 +342,22 @@ class ServerPost(Beats):
         self._num_calls += 1
         self.news()
         self.last = replace(call, refused=self._refused, over=over, final=final)
-        self.files.put(names.CALL, self._num_calls, json.loads(json.dumps(vars(self.last))))
+        self._write_call()
+
+    def _write_call(self) -> None:
+        self._called = self.files.put(names.CALL, self._num_calls, json.loads(json.dumps(vars(self.last))))
+        self._called_s = self.files.folder.now()
+
+    def pause(self, most_s: float = math.inf) -> None:
+        """See Beats. Before it, the last call is written again if it was damaged: else silos would wait for it, and the
+        server for them. A read in LOST_S."""
+        if self._called is not None and (now_s := self.files.folder.now()) - self._called_s >= LOST_S:
+            self._called_s = now_s
+            if not self.files.is_whole(self._called):
+                path = names.path(names.NOTES, *self._called[:3])
+                say(f"fedmpi: {path} in {self.files.folder.root} was damaged: it is written again", error=True)
+                self._write_call()
+        super().pause(most_s)
 
     def refuse(self, refused: Mapping[str, tuple[int, str]]) -> None:
         """Tell silos that they are refused: the incarnation of each one's job, and why."""
