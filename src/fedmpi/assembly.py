@@ -22,7 +22,7 @@ from fedmpi.binding import Bound, bound, collisions
 from fedmpi.comm import Comm
 from fedmpi.config import Config
 from fedmpi.data.files import Files
-from fedmpi.directory import Stored, newest_usable
+from fedmpi.directory import Stored, left_later, newest_usable
 from fedmpi.errors import ConfigError, agreed
 from fedmpi.exchange.base import Exchange, ExchangeContext
 from fedmpi.exchange.choose import Choice, choose
@@ -202,12 +202,7 @@ def _as_stored(spec: Spec, hosts: Sequence[str], one: Stored, newest: Collection
     """The members of a checkpoint that are also `newest` members. ConfigError if there is none."""
     silos, dedicated = spec.source.silos, spec.config.server.dedicated
     before = Membership.of(one.epoch, one.hosted, spec.known)
-    if left := [silo for silo in before.ids if silo not in newest]:
-        if len(left) == len(before.ids):
-            raise ConfigError(
-                f"all members of round {one.round} left later ({', '.join(left[:4])}), and the newer checkpoints are "
-                "damaged; repair those, or choose another out="
-            )
+    if left := left_later(one, before.ids, newest):
         before = before.without(*left)
     if before.epoch == 0 and len(before.teams) == len(silos):
         return place(silos, hosts, dedicated)

@@ -217,13 +217,8 @@ class RunDirectory:
             return {}
 
     def stored(self) -> list[Stored]:
-        """The members of every checkpoint with a readable manifest, the newest first."""
-        found = []
-        for round in reversed(checkpoint.sealed_rounds(self.path)):
-            with contextlib.suppress(CheckpointError):  # reported when it is read
-                about = checkpoint.manifest(self.path, round)
-                found.append(Stored(round, about.epoch, about.hosted, about.admitted))
-        return found
+        """See `stored_members`."""
+        return stored_members(self.path)
 
     def oldest_epoch(self) -> int:
         """The lowest epoch of a stored membership; -1 for none."""
@@ -247,6 +242,27 @@ def keep_code(root: Path, code: Mapping[str, bytes], round: int) -> None:
     if there != code:
         for name, content in code.items():
             disk.replace_bytes(folder / name, content)
+
+
+def stored_members(root: Path) -> list[Stored]:
+    """The members of every checkpoint with a readable manifest, the newest first."""
+    found = []
+    for round in reversed(checkpoint.sealed_rounds(root)):
+        with contextlib.suppress(CheckpointError):  # reported when it is read
+            about = checkpoint.manifest(root, round)
+            found.append(Stored(round, about.epoch, about.hosted, about.admitted))
+    return found
+
+
+def left_later(one: Stored, ids: Sequence[str], newest: Collection[str]) -> list[str]:
+    """Those of a checkpoint's members `ids` that are not among the `newest` members. Raises ConfigError if all."""
+    left = [silo for silo in ids if silo not in newest]
+    if len(left) == len(ids):
+        raise ConfigError(
+            f"all members of round {one.round} left later ({', '.join(left[:4])}), and the newer checkpoints are "
+            "damaged; repair those, or choose another out="
+        )
+    return left
 
 
 def newest_usable(root: Path, comm: Comm, stored: Sequence[Stored], mine: Callable[[Stored], Collection[str]]) -> int:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import fedmpi
+from fedmpi import checkpoint
 from fedmpi.check import check, lines
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
@@ -143,6 +144,40 @@ def test_checkpoints_of_another_model(base, monkeypatch):
     monkeypatch.setattr("fedmpi.parts.differences", lambda *args: [])
     monkeypatch.setattr("fedmpi.check.folder.differences", lambda *args: [])
     assert "holds checkpoints of another run: the model's" in base.refused_alike(out="base")
+
+
+EVERY = {"rounds": 3, "checkpoint": {"every": 1, "keep": 9}}
+
+
+def damage(root, round):
+    path = checkpoint.folder_of(root, round) / checkpoint.SERVER
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def test_damaged_checkpoints(place):
+    place.trained(**EVERY)
+    out = place.root / "out"
+    assert place.check(**EVERY)["out"]["newest_round"] == 3
+    damage(out, 3)
+    result = place.check(**EVERY)
+    assert result["faults"] == [] and result["out"]["newest_round"] == 2
+    assert result["warnings"] == [f"{out}: the checkpoint of round 3 is damaged; the run goes on after round 2"]
+    for round in checkpoint.sealed_rounds(out)[:-1]:
+        damage(out, round)
+    told = place.refused_alike(**EVERY)
+    assert told.startswith(f"{out} holds checkpoints up to round 3, but none is whole on rank 0; repair it, or")
+
+
+def test_members_that_have_all_left_since_the_last_whole_checkpoint(place):
+    with fedmpi.Run(place.config(**EVERY), comm=SoloComm()) as run:
+        run.rebuild(run.membership.without("b", "c", "d"))
+        for record in run:
+            if record["round"] == 2:
+                break
+            run.rebuild(run.membership.with_silo("d", 0).without("a"))
+    assert place.check(**EVERY)["faults"] == []
+    damage(place.root / "out", 2)
+    assert place.refused_alike(**EVERY).startswith("all members of round 1 left later (a), and the newer checkpoints")
 
 
 def test_the_account_of_privacy_is_told_and_must_be_whole(place):

@@ -8,7 +8,7 @@ many ranks the estimates are for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class _Check:
     def __init__(self, reading: Reading, comm: Comm, num_ranks: int, timing: bool, found: Findings) -> None:
         self.config, self.reading, self.comm, self.found = reading.config, reading, comm, found
         self.num_ranks, self.timing = num_ranks, timing
+        self.hosted: Collection[str] = ()  # silos of this rank
         self.data: dict[str, SiloData] = {}  # opened on this rank
         self.looks: dict[str, Look] = {}
         self.num_train: dict[str, int] = {}  # of all silos that were opened on some rank
@@ -145,7 +146,8 @@ class _Check:
 
     def _with_data(self, source: Source) -> dict[str, Any]:
         members = self._members(source)
-        mine = [silo for silo in source.silos if silo.id in members.hosted(self.comm.rank)]
+        self.hosted = members.hosted(self.comm.rank)
+        mine = [silo for silo in source.silos if silo.id in self.hosted]
         try:
             agree_on_statistics(source, mine, self.comm)
             self._open(source, members)
@@ -484,15 +486,17 @@ class _Check:
     checkpoint_bytes = 0  # of all checkpoints that are kept
 
     def _out(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Each host writes and removes a file in `out`; rank 0 looks at what is there."""
+        """Each host writes and removes a file in `out`; rank 0 looks at what is there, and every rank at what it would
+        read of a checkpoint."""
         root, row = Path(self.config.out), None
         if self.comm.machines.index(self.comm.machines[self.comm.rank]) == self.comm.rank:
             wrote = folder.probe(root, self.found)
             free = folder.room(root, self.checkpoint_bytes if wrote else 0, self.found)
             row = {"path": str(root), "written": wrote, "free_bytes": free, "checkpoint_bytes": self.checkpoint_bytes}
-            if self.comm.rank == 0 and not self.reading.left_out:
-                row["newest_round"] = folder.stored(
-                    root, self.config, self.trial.entries, self.trial.unshared, self.found
-                )
+        if not self.reading.left_out:
+            newest = folder.goes_on_after(root, self.comm, self.hosted, self.found)
+            if row is not None and self.comm.rank == 0:
+                row["newest_round"] = newest
+                folder.stored(root, self.config, newest, self.trial.entries, self.trial.unshared, self.found)
         rows = self.comm.gather_values(row)
         return {**rows[0], "hosts": sum(one is not None for one in rows)}

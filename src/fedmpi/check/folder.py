@@ -6,14 +6,15 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fedmpi import checkpoint, disk, fork, sources, stopping
 from fedmpi.check.findings import Findings
+from fedmpi.comm import Comm, ranks_text
 from fedmpi.components import to_dict
 from fedmpi.config import Config, differences
-from fedmpi.directory import read_config
+from fedmpi.directory import left_later, newest_whole, read_config, stored_members
 from fedmpi.flat import Entry
 from fedmpi.output import size
 from fedmpi.parts import changed_in_fork, other_model
@@ -76,19 +77,39 @@ def room(root: Path, needed_bytes: int, found: Findings) -> int:
     return free
 
 
-def stored(root: Path, config: Config, model: Sequence[Entry], unshared: str, found: Findings) -> int:
-    """The newest round on disk, 0 if there is none. Notes it if the run there is another one, or still trains, and what
-    a fork cannot go on from. `model`: tensors of the model, none if it is not known; `unshared`: see `Trial`."""
+def goes_on_after(root: Path, comm: Comm, mine: Collection[str], found: Findings) -> int:
+    """The newest round whose checkpoint is whole on every rank, 0 if there is none. Notes newer ones that are damaged,
+    and members that have all left since. `mine`: silos that this rank hosts. Collective."""
+    sealed = [] if fork.begins(root) else checkpoint.sealed_rounds(root)
+    last = int(comm.gather_number(max(sealed, default=0)).max())
+    if not last:
+        return 0
+    whole, lost = newest_whole(root, comm, mine, others=True)
+    if comm.rank:
+        return max(0, whole)
+    if whole < 0:
+        why = f"none is whole on {ranks_text(lost)}; repair it, or choose another out="
+        found.fault(f"{root} holds checkpoints up to round {last}, but {why}")
+    elif whole < last:
+        found.warn(f"{root}: the checkpoint of round {last} is damaged; the run goes on after round {whole}")
+        members = stored_members(root)
+        one = next(one for one in members if one.round == whole)
+        found.attempt(lambda: left_later(one, sorted(one.silos), members[0].silos), "out")
+    return max(0, whole)
+
+
+def stored(root: Path, config: Config, newest: int, model: Sequence[Entry], unshared: str, found: Findings) -> None:
+    """Notes it if the run there is another one, or still trains, and what a fork cannot go on from. `newest`: the round
+    that it goes on after; `model`: tensors of the model, none if it is not known; `unshared`: see `Trial`."""
     if stopping.is_training(root):
         found.fault(f"out: another job is training in {root}; choose another out=, or `fedmpi stop {root}`")
-    rounds = [] if fork.begins(root) else checkpoint.sealed_rounds(root)
-    if not rounds:
+    if fork.begins(root) or not checkpoint.sealed_rounds(root):
         if (section := fork.section_of(config.fork)) is not None:
             found.attempt(lambda: _fork(section, root, config, model, unshared), "fork")
-        return 0
+        return
     begun = found.attempt(lambda: read_config(root), "out")
     if begun is None:
-        return rounds[-1]
+        return
     changed = differences(begun.config, config, begun.about["plan"])
     if changed := changed + (other_model(begun.about, model, unshared) if model else []):
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
@@ -97,11 +118,10 @@ def stored(root: Path, config: Config, model: Sequence[Entry], unshared: str, fo
         if others := sources.changed(begun.about.get("code", {}), to_dict(config)):
             note = found.fault if config.resume.code == "refuse" else found.warn
             note(f"code has changed since {root} was trained with it: {', '.join(others)}; restore it, or another out=")
-        if rounds[-1] >= config.rounds:
-            found.warn(f"nothing to do: {rounds[-1]} rounds are done in {root}; set rounds=N to train more")
+        if newest >= config.rounds:
+            found.warn(f"nothing to do: {newest} rounds are done in {root}; set rounds=N to train more")
         elif (ended := stopping.ended(root))[0] > 0:
             found.warn(f"{root} has ended after round {ended[0]}: {ended[1]}; another stop.early lets it go on")
-    return rounds[-1]
 
 
 def _fork(section: fork.ForkSection, root: Path, config: Config, model: Sequence[Entry], unshared: str) -> None:
