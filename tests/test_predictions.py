@@ -132,7 +132,7 @@ def test_new_samples_without_labels_are_prepared_as_in_training(study, statistic
     )
     only = ["a"] if statistics == "silo" else []
     done = predict(study / "run", study / "out", data=study / "new.csv", only=only)
-    found, of_training = cells(study / "out" / "new.csv"), cells(study / "out" / "a.csv")
+    found, of_training = cells(study / "out" / ("new@a.csv" if only else "new.csv")), cells(study / "out" / "a.csv")
     assert list(found) == ["row", "prediction", "p_cured", "p_ill"] and len(done) == 1
     order = [of_training["row"].index(row) for row in found["row"]]
     assert [of_training["prediction"][i] for i in order] == found["prediction"]
@@ -157,6 +157,8 @@ def test_new_samples_with_labels_keep_them(study, caplog):
     (study / "new.csv").write_text("\n".join(lines) + "\n")
     done = predict(study / "run", study / "out", **given)["a"]
     assert list(cells(done.path)) == ["row", "prediction", "p_cured", "p_ill"] and done.replaced
+    other = predict(study / "run", study / "out", data=study / "new.csv", only=["b/c"])["b/c"]
+    assert other.path == study / "out" / "new@b%2Fc.csv" and not other.replaced and done.path.exists()
     assert "is empty, which is not one of cured, ill; the predictions have no targets" in caplog.text
 
 
@@ -209,12 +211,13 @@ def test_an_exported_model_holds_pooled_statistics_and_no_unknown_ones(study, ca
 
 @pytest.mark.parametrize("given", [{}, {"data": "0.csv", "only": ["a"]}])
 def test_predictions_never_replace_samples(study, given):
-    trained(study, data={"silos": [{"id": "0", "path": "0.csv"}, {"id": "a", "path": "1.csv"}]})
-    before = (study / "0.csv").read_bytes()
+    (study / "1.csv").rename(study / "0@a.csv")
+    trained(study, data={"silos": [{"id": "0", "path": "0.csv"}, {"id": "a", "path": "0@a.csv"}]})
+    before = [(study / name).read_bytes() for name in ("0.csv", "0@a.csv")]
     given = {key: study / value if key == "data" else value for key, value in given.items()}
-    with pytest.raises(ConfigError, match=r"--to: .*0.csv holds samples, and predictions would replace it"):
+    with pytest.raises(ConfigError, match=r"--to: .*0(@a)?\.csv holds samples, and predictions would replace it"):
         predict(study / "run", study, **given)
-    assert (study / "0.csv").read_bytes() == before
+    assert [(study / name).read_bytes() for name in ("0.csv", "0@a.csv")] == before
 
 
 def test_the_command_says_round_and_model(study):

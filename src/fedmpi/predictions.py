@@ -104,8 +104,7 @@ def predict(
                     if run.model.has_personal:
                         raise ConfigError("every silo has layers of its own: name one with --silo")
                     run.model.load(params_P)
-                name = quote(silo, safe="") if data is None else data.stem
-                path = to / f"{name}.{ending}"
+                path = to / f"{_name(silo, data)}.{ending}"
                 replaced = _refuse_samples(path, [*source.files.values(), *([data] if data is not None else [])])
                 columns = dict(_columns(run, objective, silo, round, part, data, lambda: comm.beat(trains=True)))
                 try:
@@ -116,6 +115,16 @@ def predict(
             return found
 
         return comm.collectively(work)
+
+
+def _name(silo: str, data: Path | None) -> str:
+    """The name of a file of predictions, without its ending.
+
+    >>> _name("a/b", None), _name("", Path("new.csv")), _name("a/b", Path("new.csv"))
+    ('a%2Fb', 'new', 'new@a%2Fb')
+    """
+    of_silo = quote(silo, safe="")
+    return of_silo if data is None else f"{data.stem}@{of_silo}" if silo else data.stem
 
 
 def _refuse_samples(path: Path, samples: Sequence[Path]) -> bool:
