@@ -13,8 +13,8 @@ from fedmpi.cli import app
 
 ROOT = Path(fedmpi.__file__).parent
 ORDER = [
-    *("errors", "loading", "output", "disk", "fencing", "rng", "layout", "types", "state", "trust", "sources"),
-    *("components", "outcome", "requests", "stopping", "worker"),
+    *("errors", "loading", "output", "disk", "sealed", "fencing", "rng", "layout", "types", "state", "trust"),
+    *("sources", "components", "outcome", "requests", "stopping", "worker"),
     *("launcher", "starters", "fresh", "module", "kernels"),
     *(
         "codecs",

@@ -14,7 +14,7 @@ from test_roster import told
 from typer.testing import CliRunner
 
 import fedmpi
-from fedmpi import asking, checkpoint, requests, results, roster, stopping
+from fedmpi import asking, checkpoint, requests, results, roster, sealed, stopping
 from fedmpi.cli import app
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
@@ -169,7 +169,7 @@ def test_a_silo_stays_out_though_the_checkpoint_that_says_so_is_damaged(tmp_path
     """It left after round 2, and the checkpoint of round 1 is gone on from, twice."""
     how = config(tmp_path, ROUNDS, checkpoint={"every": 1, "keep": 9})
     trained(how, when=[(2, [("retire", "s1")])], until=2)
-    (checkpoint.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
+    (sealed.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
     run = fedmpi.Run(how, comm=SoloComm())
     assert (run.state.round, run.membership.ids) == (1, ["s0", "s2"])
     assert "round 1 has members that left later (s1): the run goes on without them" in caplog.text
@@ -182,7 +182,7 @@ def test_of_two_changes_behind_a_damaged_checkpoint_one_stays_and_the_other_is_d
     """s2 comes back and s1 leaves after round 2, and round 1, with s1 alone or without s2, is gone on from."""
     how = config(tmp_path, ROUNDS, checkpoint={"every": 1, "keep": 9})
     trained(how, when=[(1, [("retire", "s2")]), (2, [("admit", "s2"), ("retire", "s1")])], until=2)
-    (checkpoint.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
+    (sealed.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
     records, *_ = trained(how)
     assert [list(record["silos"]) for record in records] == [["s0"]] + [["s0", "s2"]] * 4
     assert all(why is None for _, why in answers(tmp_path)) and not waiting(tmp_path)
@@ -193,7 +193,7 @@ def test_members_that_all_left_cannot_go_on(tmp_path):
     how = config(tmp_path, ROUNDS, checkpoint={"every": 1, "keep": 9})
     asked = [(1, [("retire", "s2"), ("retire", "s1")]), (2, [("admit", "s1"), ("retire", "s0")])]
     trained(how, when=asked, until=2)
-    (checkpoint.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
+    (sealed.folder_of(tmp_path, 2) / checkpoint.SERVER).write_bytes(b"torn")
     says = r"all members of round 1 left later \(s0\), and the newer checkpoints are damaged; repair those, or"
     with pytest.raises(ConfigError, match=says):
         fedmpi.Run(how, comm=SoloComm())
@@ -361,8 +361,8 @@ def test_a_new_silo_with_its_file_takes_part_and_stays(tmp_path):
 
 
 TORN_BEHIND = {
-    "damaged": lambda folder, out: (checkpoint.folder_of(out, 3) / checkpoint.SERVER).write_bytes(b"torn"),
-    "manifest": lambda folder, out: (checkpoint.folder_of(out, 3) / checkpoint.MANIFEST).write_text("{}"),
+    "damaged": lambda folder, out: (sealed.folder_of(out, 3) / checkpoint.SERVER).write_bytes(b"torn"),
+    "manifest": lambda folder, out: (sealed.folder_of(out, 3) / sealed.MANIFEST).write_text("{}"),
     "file gone": lambda folder, out: (folder / "c.npz").rename(folder / "c.moved"),
     "request gone": lambda folder, out: shutil.rmtree(out / "requests"),
 }
@@ -377,7 +377,7 @@ def test_a_run_goes_on_from_before_an_admission_and_makes_it_again(tmp_path, cap
     out = tmp_path / "left"
     trained(files(tmp_path, "left", **many), when=asked, until=3)
     for round in (2, 3):
-        (checkpoint.folder_of(out, round) / checkpoint.SERVER).write_bytes(b"torn")
+        (sealed.folder_of(out, round) / checkpoint.SERVER).write_bytes(b"torn")
     how = files(tmp_path, "left", **many)
     TORN_BEHIND[case](tmp_path, out)
     again, sha_again, members = trained(how)

@@ -15,7 +15,7 @@ from support.runs import OWN, Normed, config, everything, figures, put_back, ran
 from torch import nn
 
 import fedmpi
-from fedmpi import checkpoint, parts, results
+from fedmpi import checkpoint, parts, results, sealed
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
@@ -200,7 +200,7 @@ def test_a_run_that_is_done_can_be_given_more_rounds(tmp_path):
 @pytest.mark.parametrize("harmed", [2, 4])
 def test_one_harmed_checkpoint_does_not_stand_in_the_way(tmp_path, harmed, name, caplog):
     run(config(tmp_path / "a", 4))
-    path = checkpoint.folder_of(tmp_path / "a", harmed) / name
+    path = sealed.folder_of(tmp_path / "a", harmed) / name
     path.write_bytes(path.read_bytes()[:-9])
     again, resumed = run(config(tmp_path / "a", 5))
     assert resumed.resumed == {2: 4, 4: 2}[harmed] and len(again) == 5 - resumed.resumed
@@ -509,7 +509,7 @@ def outcome(call, *args):
 def test_a_harmed_checkpoint_is_never_the_best(tmp_path, name):
     run(config(tmp_path, 4, checkpoint={"every": 1, "keep": 9}))
     best = results.choose(tmp_path, "best")
-    path = checkpoint.folder_of(tmp_path, best) / name
+    path = sealed.folder_of(tmp_path, best) / name
     path.write_bytes(path.read_bytes()[:-9])
     other = outcome(results.choose, tmp_path, "best")
     assert other != best and outcome(results.choose, tmp_path, best) == "refused"
@@ -521,7 +521,7 @@ def test_a_silos_own_layers_are_looked_at_before_they_are_evaluated_or_exported(
     run(config(tmp_path, 4, **NORMED, **PERSONAL))
     before = results.evaluate(tmp_path, 2)
     results.export(tmp_path, tmp_path / "before.safetensors", 2, silo="s1")
-    path = checkpoint.folder_of(tmp_path, 4) / "rank-0000.h5"
+    path = sealed.folder_of(tmp_path, 4) / "rank-0000.h5"
     whole, kept = path.read_bytes(), checkpoint.read_silos(tmp_path, 4, ["s1"])["s1"]
     row = kept[*checkpoint.KEPT, "fedmpi/personal_0"]
     at = whole.index(row.numpy().tobytes())

@@ -67,10 +67,10 @@ class History:
                         self._see(int(name[-6:]))
 
     def _see(self, round: int) -> None:
-        from fedmpi import checkpoint
+        from fedmpi import checkpoint, sealed
         from fedmpi.flat import sha256
 
-        path = checkpoint.folder_of(self.out, round) / checkpoint.MANIFEST
+        path = sealed.folder_of(self.out, round) / sealed.MANIFEST
         about = path.stat()
         if self._files.get(round) == (about.st_ino, about.st_mtime_ns) or round == 0:
             return

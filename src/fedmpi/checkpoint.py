@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import torch
 from fedmpi import disk, tensorfile
 from fedmpi.errors import CheckpointError
 from fedmpi.membership import Membership
+from fedmpi.sealed import MANIFEST, folder_of, newest_first, number_of
 from fedmpi.state import Key, StateTensor
 from fedmpi.tensorfile import Table
 from fedmpi.worker import Worker
@@ -39,7 +39,6 @@ from fedmpi.worker import Worker
 log = logging.getLogger("fedmpi")
 
 FORMAT = 3  # of checkpoints and of a run's description; other versions are refused
-MANIFEST = "manifest.json"
 SERVER = "server.h5"
 PARAMS: Key = ("exchange", "params")  # in server.h5
 KEPT: Key = ("silos", "kept")  # prefix of a silo's state, followed by the rule's name for it; in the rank's file
@@ -51,11 +50,6 @@ _NONE = bytes(DIGEST_BYTES)
 
 def rank_file(rank: int) -> str:
     return f"rank-{rank:04d}.h5"
-
-
-def folder_of(root: Path, round: int, best: bool = False) -> Path:
-    """The round's checkpoint folder under the run directory `root`; with `best`, the folder kept for evaluation."""
-    return root / "checkpoints" / f"{'best' if best else 'round'}-{round:06d}"
 
 
 # ---------------------------------------------------------------- writing
@@ -234,9 +228,10 @@ def remove(root: Path, round: int, best: bool = False) -> None:
 def remove_after(root: Path, round: int) -> None:
     """Deletes checkpoints of later rounds than the one a run resumes from, and unfinished ones."""
     for folder in sorted((root / "checkpoints").glob("*-*")):
-        number = _number(folder)
+        best = folder.name.startswith("best")
+        number = number_of(folder.name, best)
         if number is not None and (number > round or not (folder / MANIFEST).exists()):
-            remove(root, number, folder.name.startswith("best"))
+            remove(root, number, best)
 
 
 # ---------------------------------------------------------------- reading
@@ -276,16 +271,9 @@ class Manifest:
 _MANIFEST = pydantic.TypeAdapter(Manifest)
 
 
-def _number(folder: Path) -> int | None:
-    match = re.fullmatch("(?:round|best)-([0-9]{6,})", folder.name)
-    return int(match[1]) if match else None
-
-
 def sealed_rounds(root: Path, best: bool = False) -> list[int]:
     """Rounds that have a manifest, oldest first; with `best`, those kept for evaluation."""
-    folders = (path.parent for path in (root / "checkpoints").glob(f"{'best' if best else 'round'}-*/{MANIFEST}"))
-    found = (_number(folder) for folder in folders if not folder.is_symlink())
-    return sorted(number for number in found if number is not None)
+    return sorted(newest_first(root, best))
 
 
 def manifest(root: Path, round: int, best: bool = False) -> Manifest:

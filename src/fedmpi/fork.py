@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedmpi import checkpoint, disk
 from fedmpi.components import PositiveInt, called, component
 from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.sealed import MANIFEST, folder_of
 from fedmpi.state import StateTensor
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def copied(config: Config, out: Path) -> None:
     look(section, out)
     if checkpoint.sealed_rounds(out):
         return
-    folder = checkpoint.folder_of(root, round)
+    folder = folder_of(root, round)
     try:
         disk.replace_text(out / MARK, f"{root.resolve()}\n")
         part = out / "checkpoints" / ".fork"
@@ -130,9 +131,9 @@ def copied(config: Config, out: Path) -> None:
         lines = (root / "metrics.jsonl").read_bytes().splitlines(keepends=True) if _has_records(root) else []
         disk.replace_bytes(out / "metrics.jsonl", b"".join(line for line in lines if _round_of(line) <= round))
         told = {"event": "forked", "run": str(root.resolve()), "round": round}
-        told["manifest_sha256"] = hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()
+        told["manifest_sha256"] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         disk.append_line(out / "events.jsonl", json.dumps(told))
-        part.rename(checkpoint.folder_of(out, round))
+        part.rename(folder_of(out, round))
         disk.sync(out / "checkpoints")
         checkpoint.check(out, round)
     except CheckpointError as error:

@@ -30,6 +30,7 @@ from fedmpi.opening import CHECKSUMS, checksum, is_of
 from fedmpi.outcome import RoundOutcome
 from fedmpi.records import Record
 from fedmpi.rounds import Federation, State
+from fedmpi.sealed import folder_of
 from fedmpi.selection import carried
 from fedmpi.state import Arrays, Holder, Holders, StateTensor, Vectors, gathered, scattered, under
 
@@ -456,7 +457,7 @@ class Keeper:
         self._failures += 1
         self.comm.collectively(self._require_ours)
         self.writer.forget_failure()
-        if self._directory.leads and checkpoint.folder_of(self._out, round).is_dir():
+        if self._directory.leads and folder_of(self._out, round).is_dir():
             with contextlib.suppress(OSError):  # a full disk needs the room; the next start deletes what is left
                 checkpoint.remove(self._out, round)
         most = self._config.checkpoint.max_failures

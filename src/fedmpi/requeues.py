@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fedmpi import disk
 from fedmpi.errors import FedmpiError
+from fedmpi.sealed import folder_of, newest_first
 
 FILE = "requeues"  # in the run directory
 
@@ -31,7 +32,7 @@ def may(root: Path, most: int, job: str, file: str = FILE) -> bool:
     >>> [may(root, 2, "7") for _ in range(4)], may(root, 2, "8")
     ([True, True, True, False], True)
     """
-    newest = f"{job} {max((path.parent.name for path in root.glob('checkpoints/round-*/manifest.json')), default='')}"
+    newest = f"{job} {next((folder_of(root, round).name for round in newest_first(root)), '')}"
     count, _, seen = "", "", ""
     if (root / file).exists():
         count, _, seen = (root / file).read_text().strip().partition(" ")

@@ -13,7 +13,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +32,7 @@ from fedmpi.errors import ConfigError, FedmpiError, Stopped
 from fedmpi.launchline import LaunchLine, own_command
 from fedmpi.output import note, say
 from fedmpi.records.metrics import METRICS
+from fedmpi.sealed import newest_first
 
 EVENTS = "supervisor.jsonl"  # in the run directory
 LOCK_FILE = ".supervisor"  # in the run directory
@@ -77,21 +77,11 @@ class Progress:
     def look(self) -> bool:
         """Update the figures. True if anything changed since the last call."""
         before = (self.commit, self.record, self.file)
-        with contextlib.suppress(OSError):
-            folders = os.listdir(self.root / "checkpoints")
-            rounds = sorted(
-                (int(m[1]) for name in folders if (m := re.fullmatch(r"round-(\d{6,})", name))), reverse=True
-            )
-            self.commit = next((r for r in rounds if self._sealed(r)), -1)
+        self.commit = next(newest_first(self.root), -1)
         with contextlib.suppress(OSError):
             if METRICS in os.listdir(self.root):
                 self._follow(self.root / METRICS)
         return before != (self.commit, self.record, self.file)
-
-    def _sealed(self, round: int) -> bool:
-        with contextlib.suppress(OSError):
-            return checkpoint.MANIFEST in os.listdir(checkpoint.folder_of(self.root, round))
-        return False
 
     def _follow(self, path: Path) -> None:
         """Read new records, or all of them if a start has replaced the file."""

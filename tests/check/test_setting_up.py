@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import fedmpi
-from fedmpi import checkpoint
+from fedmpi import checkpoint, sealed
 from fedmpi.check import check, lines
 from fedmpi.comm import SoloComm
 from fedmpi.errors import ConfigError
@@ -150,7 +150,7 @@ EVERY = {"rounds": 3, "checkpoint": {"every": 1, "keep": 9}}
 
 
 def damage(root, round):
-    path = checkpoint.folder_of(root, round) / checkpoint.SERVER
+    path = sealed.folder_of(root, round) / checkpoint.SERVER
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support import reference
 
 import fedmpi
-from fedmpi import checkpoint, results
+from fedmpi import checkpoint, results, sealed
 from fedmpi.comm import SoloComm
 from fedmpi.components import build
 from fedmpi.config import Config
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_of_the_parameters_that_its_record_speaks_of(tmp_path):
         found = results.evaluate(tmp_path, record["round"])
         assert (found["loss"], found["accuracy"]) == (record["loss"], record["accuracy"])
         assert sha256(checkpoint.read_server(tmp_path, record["round"])[checkpoint.PARAMS]) == sha
-        on_disk = sum(f.stat().st_size for f in checkpoint.folder_of(tmp_path, record["round"]).glob("*.h5"))
+        on_disk = sum(f.stat().st_size for f in sealed.folder_of(tmp_path, record["round"]).glob("*.h5"))
         assert on_disk == pytest.approx(plan(config, {}, 1)["checkpoint_bytes"], rel=0.02)
     assert results.inspect(tmp_path)["params_sha256"] == shas[-1] == sha256(run.parameters)
     model = load_file(tmp_path / "model.safetensors")

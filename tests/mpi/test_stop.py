@@ -12,7 +12,7 @@ import pytest
 from support.mpi import FEDMPI, cpu_seconds, until
 from support.programs.place import STEPS, TEN_MINUTES, Place, own_lines
 
-from fedmpi import checkpoint
+from fedmpi import sealed
 
 # ---------------------------------------------------------------- stops: exit 3, the last whole round on disk
 
@@ -110,7 +110,7 @@ def test_killed_at_any_moment(place: Place, undisturbed: str) -> None:
 @pytest.mark.parametrize(("what", "name"), (("torn", "rank-0001.h5"), ("corrupt", "server.h5")))
 def test_a_bad_checkpoint_is_skipped(place: Place, undisturbed: str, what: str, name: str) -> None:
     shutil.copytree(place.folder / "undisturbed", place.folder / what)
-    with open(checkpoint.folder_of(place.folder / what, 4) / name, "r+b") as file:
+    with open(sealed.folder_of(place.folder / what, 4) / name, "r+b") as file:
         if what == "torn":
             file.truncate(100)
         else:
