@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedmpi import disk, rng
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, in_one_line
 from fedmpi.objectives import one_tensor
 from fedmpi.types import Source
 
@@ -37,7 +37,7 @@ def write_graph(module: torch.nn.Module, source: Source, path: Path, about: Mapp
             traced: Any = torch.jit.trace(plain, one, check_trace=False)  # type: ignore[no-untyped-call]
             found = traced(other)
         except Exception as error:
-            raise ConfigError(f"--to {path}: the model cannot be traced: {_told(error)}") from None
+            raise ConfigError(f"--to {path}: the model cannot be traced: {in_one_line(error)}") from None
         if found.shape != expected.shape or not torch.equal(found, expected):
             raise ConfigError(
                 f"--to {path}: a trace of the model gives other outputs for other samples: its forward decides by "
@@ -54,7 +54,7 @@ def write_graph(module: torch.nn.Module, source: Source, path: Path, about: Mapp
                     names["dynamo"] = False
                 torch.onnx.export(plain, (one,), str(part), **names)
             except Exception as error:
-                raise ConfigError(f"--to {path}: the model has no ONNX graph: {_told(error)}") from None
+                raise ConfigError(f"--to {path}: the model has no ONNX graph: {in_one_line(error)}") from None
             _tell(part, about)
 
 
@@ -82,7 +82,3 @@ def _samples(source: Source, num: int) -> torch.Tensor:
     if source.task == "next_token":
         return torch.randint(0, source.num_classes, (num, *source.shape), generator=draw)
     return torch.randn(num, *source.shape, generator=draw)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -78,6 +78,23 @@ class Commit:
 NEVER = Last(-1, 0, -1, 0)
 
 
+def versions(names_there: Iterable[str]) -> list[int]:
+    """The versions of the commits among these names of files, sorted."""
+    return sorted(numbers[0] for _, numbers in filter(None, map(names.parsed, names_there)))
+
+
+def newest(folder: Folder) -> Commit | None:
+    """The newest commit of whatever run the folder holds, at one look; None if there is none, or it cannot be read.
+    Raises OSError if the folder cannot be listed."""
+    if not (there := versions(folder.listing(names.LINE))):
+        return None
+    try:
+        content = unpacked(folder.read(names.path(names.LINE, "", there[-1])), kind="commit")
+    except (OSError, Torn):
+        return None
+    return Commit.of(content.head, content.digest)
+
+
 def answered(last: Mapping[str, Last], entries: Iterable[Entry]) -> dict[str, Last]:
     """`last` after a commit with these entries. Raises ValueError unless each silo's numbers follow one another, so
     that no update is answered twice.
@@ -127,8 +144,7 @@ class Line:
         self._news(commit)
 
     def _versions(self) -> list[int]:
-        parsed = (names.parsed(name) for name in self._folder.listed(names.LINE))
-        return sorted(numbers[0] for _, numbers in filter(None, parsed))
+        return versions(self._folder.listed(names.LINE))
 
     def read(self, version: int) -> Commit | None:
         """The commit of a version that was listed; None if it is there no more. Raises FolderError."""

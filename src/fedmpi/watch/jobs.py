@@ -14,9 +14,8 @@ from typing import Any
 from fedmpi.errors import FolderError
 from fedmpi.files import names
 from fedmpi.files.beats import Leases, Pulse
-from fedmpi.files.envelope import Torn, unpacked
 from fedmpi.files.folder import Disk
-from fedmpi.files.line import Commit
+from fedmpi.files.line import NEVER, newest
 from fedmpi.records.pace import span
 
 SERVER = "server"
@@ -37,26 +36,15 @@ class Jobs:
         try:
             self._leases.look()
             updates = [names.parsed(name) for name in self._folder.listing(names.OF_SILOS[names.UPDATE])]
-            answered = self._answered()
+            commit = newest(self._folder)
         except (OSError, FolderError):
             return {}
+        last = {} if commit is None else commit.last
         told = {SERVER: self._state(names.SERVER), **{silo: self._state(silo) for silo in silos}}
         for silo, (number, *_) in dict(filter(None, updates)).items():  # sorted: the last one of each silo
-            if silo in told and number > answered.get(silo, -1):
+            if silo in told and number > last.get(silo, NEVER).number:
                 told[silo] += f", update {number:,} waits for the server"
         return dict(sorted(told.items(), key=lambda one: (one[0] != SERVER, _needs(one[1]))))
-
-    def _answered(self) -> dict[str, int]:
-        """By silo, the number of the last update that the newest commit has answered."""
-        versions = [one[1][0] for one in map(names.parsed, self._folder.listing(names.LINE)) if one is not None]
-        if not versions:
-            return {}
-        try:
-            path = names.path(names.LINE, "", max(versions))
-            commit = Commit.of((found := unpacked(self._folder.read(path), kind="commit")).head, found.digest)
-        except (OSError, Torn):
-            return {}
-        return {silo: last.number for silo, last in commit.last.items()}
 
     def _state(self, who: str) -> str:
         pulse = self._leases.pulses.get(who)
