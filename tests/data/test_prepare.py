@@ -68,8 +68,8 @@ def oracle(root, scale, missing, pooled):
         axes = (0, *range(2, of.ndim))
         along = (-1, *(1,) * (of.ndim - 2))
         mean, fill = np.nanmean(of, axes).reshape(along), 0.0
-        if missing == "mean":
-            fill = mean
+        if missing in ("mean", "median"):
+            fill = mean if missing == "mean" else np.nanmedian(of, axes).reshape(along)
         shift, width = 0.0, 1.0
         if scale == "standard":
             shift, width = mean, np.nanstd(of, axes).reshape(along)
@@ -86,10 +86,19 @@ def oracle(root, scale, missing, pooled):
 @pytest.mark.parametrize("shape", [(4,), (3, 2, 5)])
 @pytest.mark.parametrize("statistics", ["silo", "pooled"])
 @pytest.mark.parametrize(
-    ("scale", "missing"), [("standard", "mean"), ("standard", "zero"), ("minmax", "mean"), (None, "mean")]
+    ("scale", "missing"),
+    [
+        *(("standard", "mean"), ("standard", "zero"), ("minmax", "mean"), (None, "mean")),
+        *(("standard", "median"), (None, "median")),
+    ],
 )
 def test_prepared_inputs_are_those_of_numpy(tmp_path, scale, missing, statistics, shape, stream):
-    source = files(tmp_path, shape, scale=scale, missing=missing, statistics=statistics, stream=stream).source(0)
+    how = {"scale": scale, "missing": missing, "statistics": statistics, "stream": stream}
+    if missing == "median" and (stream or statistics == "pooled"):
+        with pytest.raises(ConfigError, match=r"missing: median .* take missing: mean"):
+            files(tmp_path, shape, **how)
+        return
+    source = files(tmp_path, shape, **how).source(0)
     found = opened(source)
     for silo, parts in oracle(tmp_path, scale, missing, statistics == "pooled").items():
         for x, wanted in zip(found[silo], parts, strict=True):
@@ -166,9 +175,31 @@ def test_missing_cells_of_a_table_are_filled_in_and_one_hot_columns_stay(tmp_pat
     assert zero[:, :2].tolist() == [[60, 130], [0, 120], [50, 0], [40, 0], [45, 100]]
 
 
+def test_indicators_tell_where_values_are_missing_and_are_not_scaled(tmp_path):
+    how = {"scale": "standard", "missing": "median", "indicators": ["bp", "age"], "shape": [6]}
+    source = table(tmp_path, **how)
+    x = source.open("a").x_train.numpy()
+    assert x[:, 4:].T.tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]  # in the order of `indicators`
+    assert x[:, 2:4].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1], [1, 0]] and source.filled == {"a": 3}
+    np.testing.assert_allclose(x[1, 0], (47.5 - 48.75) / np.std([60, 50, 40, 45]), rtol=1e-6)  # the median of four
+    assert source.columns["a"] == ("age", "bp", "sex", "bp is missing", "age is missing")
+    told = source.preparation("a")
+    assert told["columns"] == [*source.columns["a"]] and told["shift"][4:] == [0, 0] and told["width"][2:] == [1] * 4
+    named = table(tmp_path, **how, features=None).open("a").x_train  # all columns, sorted by name
+    assert torch.equal(named, source.open("a").x_train)
+    new = tmp_path / "new.csv"
+    new.write_text("bp,sex,age\n,m,50\n")
+    assert source.inputs(new, "a")[0][:, 2:].tolist() == [[0, 1, 1, 0]]
+
+
 @pytest.mark.parametrize(
     ("fields", "text", "said"),
     [
+        ({"missing": "mean", "indicators": ["agee"]}, CSV, "'agee' is not in features; did you mean 'age'?"),
+        ({"missing": "mean", "indicators": ["sex"], "features": None}, CSV, "indicators: 'sex' is no numeric column"),
+        ({"missing": "mean", "indicators": ["age", "age"]}, CSV, "column 'age' is named twice in indicators"),
+        ({"missing": "mean", "indicators": ["age"]}, CSV, "features, levels and indicators make 5 columns"),
+        ({"indicators": ["age"], "shape": [5]}, CSV, "indicators tell where values are missing, and missing"),
         ({}, CSV, "column 'age': line 3 is 'NA'; column 'bp': line 4 is '?', line 5 is empty; missing values are "
          "not filled in: give a number, set data.missing"),
         ({"missing": "mean"}, CSV.replace("45,", "old,"), "column 'age': line 6 is 'old'; every cell must be"),

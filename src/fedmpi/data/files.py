@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pydantic
 import torch
 
-from fedmpi.components import Decay, PositiveInt, component
+from fedmpi.components import Decay, PositiveInt, component, did_you_mean
 from fedmpi.data import formats
 from fedmpi.data.images import read_folder
 from fedmpi.data.official import root_of
@@ -79,7 +79,10 @@ class Files:
     """standard: (x - mean) / standard deviation; minmax: (x - min) / (max - min); of training samples, per column, or
     per channel of samples [C, ...]; one-hot columns stay as they are"""
     missing: Missing = "error"
-    """missing values and NaN: refuse them, or fill in 0 or the column's mean over training samples, before scaling"""
+    """missing values and NaN: refuse them, or fill in 0, or the column's mean or median over training samples, before
+    scaling; the median only with statistics: silo, since sums of all silos do not give it"""
+    indicators: tuple[str, ...] = ()
+    """CSV: numeric columns that get a further column: 1 where the value is missing, else 0"""
     statistics: Literal["silo", "pooled"] = "silo"
     """training samples behind means and deviations: each silo's own, or those of all silos together"""
     stream: bool = False
@@ -119,6 +122,15 @@ class Files:
             self._check_stream()
         if self.task == "next_token" and (self.scale is not None or self.missing != "error"):
             raise ValueError("files: scale and missing are for numbers, and a next_token sample holds symbols")
+        if self.missing == "median" and self.statistics == "pooled":
+            raise ValueError(
+                "files: missing: median takes statistics: silo: sums, which is all that leaves a silo, do not give the "
+                "median of all; or take missing: mean"
+            )
+        if self.missing == "median" and self.stream:
+            raise ValueError("files: missing: median reads whole columns, and stream reads batches; take missing: mean")
+        if self.indicators and self.missing == "error":
+            raise ValueError("files: indicators tell where values are missing, and missing: error refuses those")
         if self.statistics == "pooled" and not self._preparation.fits:
             raise ValueError("files: statistics: pooled needs scale, or missing: mean; there is no statistic otherwise")
 
@@ -137,8 +149,13 @@ class Files:
         of_csv = [silo.path.suffix.lower() in formats.TABLES for silo in self.silos]
         if self.separator not in SEPARATORS:
             raise ValueError(f"files: separator is {self.separator!r}; one of {', '.join(SEPARATORS.values())}")
-        if not any(of_csv) and (self.features is not None or self.levels):
-            raise ValueError("files: features and levels are for CSV files, and there is none")
+        if not any(of_csv) and (self.features is not None or self.levels or self.indicators):
+            raise ValueError("files: features, levels and indicators are for CSV files, and there is none")
+        if (twice := _twice(self.indicators)) is not None:
+            raise ValueError(f"files: column '{twice}' is named twice in indicators")
+        features = self.features
+        if features is not None and (others := [name for name in self.indicators if name not in features]):
+            raise ValueError(f"files: indicators: '{others[0]}' is not in features{did_you_mean(others[0], features)}")
         if (twice := _twice([*(self.features or ()), *self.levels])) is not None:
             raise ValueError(f"files: column '{twice}' is named twice in features and levels")
         if (twice := _twice(self._targets())) is not None:
@@ -151,9 +168,10 @@ class Files:
             why = f"num_classes is {wanted}" if self.task == "regression" else f"task {self.task} has one target"
             raise ValueError(f"files: target names {num} column{'s' if num != 1 else ''}, but {why}")
         if all(of_csv) and self.features is not None:
-            num = len(self.features) + sum(map(len, self.levels.values()))
+            num, what = len(self.features) + self._as_they_are, "features and levels"
             if self.shape != (num,):
-                raise ValueError(f"files: shape is {list(self.shape)}, but features and levels make {num} columns")
+                what = "features, levels and indicators" if self.indicators else what
+                raise ValueError(f"files: shape is {list(self.shape)}, but {what} make {num} columns")
 
     def source(self, seed: int) -> Source:
         """The silos as declared; opens no file."""
@@ -197,7 +215,7 @@ class Files:
             found = how.none if pooled is None else pooled.found
             if silo is not None and (pooled is None and how.fits):
                 found = how.of_one(read(silo))
-            names = columns.get(silo or "", (*(self.features or ()), *self.levels))
+            names = columns.get(silo or "", self._columns.of_x(self.features or ()))
             return {**how.told(found), "columns": list(names)} if how.changes else None
 
         return Source(
@@ -220,7 +238,17 @@ class Files:
 
     @property
     def _preparation(self) -> Preparation:
-        return Preparation(self.shape, self.scale, self.missing, sum(map(len, self.levels.values())))
+        return Preparation(self.shape, self.scale, self.missing, self._as_they_are)
+
+    @property
+    def _as_they_are(self) -> int:
+        """Number of columns that are neither filled in nor scaled."""
+        return sum(map(len, self.levels.values())) + len(self.indicators)
+
+    @property
+    def _columns(self) -> Columns:
+        fills = self.missing != "error"
+        return Columns(self._targets(), self.features, self.levels, self.separator, False, fills, self.indicators)
 
     def with_silo(self, silo: str, path: Path) -> Files:
         """With one more silo. ConfigError in one line where it does not fit the others."""
@@ -243,9 +271,7 @@ class Files:
         """The inputs of any file, as those of the silos. Raises ConfigError."""
         if not path.is_file():
             raise DataMissing(f"no file {path.absolute()}")
-        fills = self.missing != "error"
-        named = Columns(self._targets(), self.features, self.levels, self.separator, fills=fills)
-        return formats.read_inputs(path, where, named)
+        return formats.read_inputs(path, where, self._columns)
 
     def _targets_of(self, content: formats.Content, where: str, num: int) -> torch.Tensor | None:
         """The targets of new samples, as those of the silos; None if there are none, or, with a warning, if they cannot
@@ -302,9 +328,8 @@ class Files:
         except OSError as error:
             raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None
         where = f"silo '{silo}': {path}"
-        named = Columns(self._targets(), self.features, self.levels, self.separator, fills=self.missing != "error")
         if declared.path.suffix:
-            content = formats.read(path, where, named, self.stream)
+            content = formats.read(path, where, self._columns, self.stream)
         else:
             content = formats.Content(read_folder(path, where, self.shape, self.classes or ()))
         columns[silo] = content.columns

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 Scale = Literal["standard", "minmax"]
-Missing = Literal["error", "zero", "mean"]
+Missing = Literal["error", "zero", "mean", "median"]
 
 CONSTANT = 1e-12  # a deviation below this share of the mean is rounding
 BLOCK_BYTES = 8 << 20
@@ -47,12 +47,12 @@ class Preparation:
     shape: tuple[int, ...]
     scale: Scale | None = None
     missing: Missing = "error"
-    one_hot: int = 0  # last columns, which stay as they are
+    as_they_are: int = 0  # last columns, which do not change: one-hot columns and indicators
 
     @property
     def fits(self) -> bool:
         """Whether it depends on training samples."""
-        return self.scale is not None or self.missing == "mean"
+        return self.scale is not None or self.missing in ("mean", "median")
 
     @property
     def changes(self) -> bool:
@@ -63,14 +63,15 @@ class Preparation:
         self, samples: Sequence[Samples], total: Callable[[Sequence[Array]], Array], ends: Callable[[Array], Array]
     ) -> Statistics:
         """From the training samples of some silos. `total` adds up arrays of silos, here and elsewhere; `ends` takes
-        the elementwise maximum."""
+        the elementwise maximum. The median takes more than sums: `samples` are then all there are."""
         if not self.fits:
             return self.none
         zeros = np.zeros(self.shape[0])
         sums = total([self._sums(x, lambda v: v) for x in samples])
         num, mean = sums[0], _divided(sums[1], sums[0])
+        fill = mean if self.missing == "mean" else self._medians(samples) if self.missing == "median" else zeros
         if self.scale is None:
-            return self._spared(Statistics(mean, zeros, zeros + 1))
+            return self._spared(Statistics(fill, zeros, zeros + 1))
         if self.scale == "standard":
             squares = total([self._sums(x, lambda v: np.square(v - mean)) for x in samples])[1]
             width = np.sqrt(_divided(squares, num))
@@ -83,7 +84,6 @@ class Preparation:
             low, high = np.where(there, -most[0], 0.0), np.where(there, most[1], 0.0)
             width, shift = high - low, low
             constant = width == 0
-        fill = mean if self.missing == "mean" else zeros
         return self._spared(Statistics(fill, shift, np.where(constant, 1.0, width)))
 
     def of_one(self, data: SiloData) -> Statistics:
@@ -123,8 +123,8 @@ class Preparation:
         return values.reshape(-1, *(1,) * (len(self.shape) - 1))
 
     def _spared(self, found: Statistics) -> Statistics:
-        """One-hot columns stay as they are."""
-        first = self.shape[0] - self.one_hot
+        """The last columns stay as they are."""
+        first = self.shape[0] - self.as_they_are
         for values, neutral in zip(found, (0.0, 0.0, 1.0), strict=True):
             values[first:] = neutral
         return found
@@ -149,6 +149,12 @@ class Preparation:
             there = ~np.isnan(values)
             sums += there.sum(0), np.where(there, values, 0.0).sum(0)
         return sums
+
+    def _medians(self, samples: Sequence[Samples]) -> Array:
+        """The median of each column's values that are there, [F]; 0 for a column without values."""
+        blocks = [block.swapaxes(1, 2).reshape(-1, self.shape[0]) for x in samples for block in self._columns(x)]
+        there = [column[~np.isnan(column)] for column in np.concatenate(blocks).T]
+        return np.array([np.median(values) if len(values) else 0.0 for values in there])
 
     def _ends(self, x: Samples) -> Array:
         """-minimum and maximum of each column, [2, F]; -inf for a column without values."""

@@ -35,6 +35,7 @@ class Columns:
     separator: str
     unlabelled: bool = False  # whether the columns of y may be missing
     fills: bool = False  # whether missing numbers become NaN, and are filled in later
+    indicators: Sequence[str] = ()  # numeric columns of which a further one tells where they are missing
 
     def numeric(self, names: Sequence[str]) -> list[str]:
         """The numeric columns of x, in order: the configured ones, or else all others, sorted by name."""
@@ -42,12 +43,17 @@ class Columns:
             return list(self.features)
         return sorted(set(names) - {*self.targets, *self.levels})
 
+    def of_x(self, numeric: Sequence[str]) -> tuple[str, ...]:
+        """The names of the columns of x; a column in `levels` has one."""
+        return (*numeric, *self.levels, *(f"{name} is missing" for name in self.indicators))
+
 
 @dataclass(frozen=True)
 class Table:
     """The content of a CSV file."""
 
-    x_NX: npt.NDArray[np.float32]  # numeric columns first, then one column per level of each column in `levels`
+    # Numeric columns first, then one per level of each column in `levels`, then one per column in `indicators`.
+    x_NX: npt.NDArray[np.float32]
     y: Cells  # [N], or [N, targets] if there are several; text as in the file
     columns: tuple[str, ...]  # the columns of x
     lines: tuple[int, ...]  # line number of every row
@@ -88,9 +94,14 @@ def table_of(
     for name, values in columns.levels.items():
         code = codes(cells[name], values, f"{where}: column '{name}'", place)
         x += [(code == i).astype(np.float32) for i in range(len(values))]
+    if others := [name for name in columns.indicators if name not in numeric]:
+        raise ConfigError(
+            f"{where}: data.indicators: '{others[0]}' is no numeric column{did_you_mean(others[0], numeric)}"
+        )
+    x += [np.isnan(x[numeric.index(name)]).astype(np.float32) for name in columns.indicators]
     x_NX = np.stack(x, axis=1) if x else np.empty((num, 0), np.float32)
     y = np.stack([cells[name] for name in columns.targets], axis=1) if columns.targets else np.empty((num, 0), str)
-    return Table(x_NX, y[:, 0] if len(columns.targets) == 1 else y, (*numeric, *columns.levels), tuple(lines))
+    return Table(x_NX, y[:, 0] if len(columns.targets) == 1 else y, columns.of_x(numeric), tuple(lines))
 
 
 def _text(path: Path, where: str) -> str:
