@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -192,6 +193,11 @@ def section_of(annotation: Any) -> type | None:
 
 def hints(cls: type) -> dict[str, Any]:
     """A component's fields and annotations, in order of definition."""
+    return dict(_hints(cls))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
     known = typing.get_type_hints(cls, include_extras=True)
     return {f.name: known[f.name] for f in dataclasses.fields(cls) if f.init}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 from pathlib import Path
@@ -42,8 +43,9 @@ class Digits:
         )
 
 
+@functools.cache  # to parse the text takes as long as to train a round
 def load() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Pixels 0 to 16 as uint8 [1797, 64] and labels [1797].
+    """Pixels 0 to 16 as uint8 [1797, 64] and labels [1797], read-only.
 
     Reads scikit-learn's file without importing scikit-learn, which takes longer than a short run.
     """
@@ -53,11 +55,15 @@ def load() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         if file.is_file():
             text = gzip.decompress(file.read_bytes()).decode()
             table = np.array(text.replace("\n", ",").rstrip(",").split(","), np.float32).reshape(-1, 65)
-            return table[:, :64].astype(np.uint8), table[:, 64].astype(np.int64)
-    from sklearn.datasets import load_digits
+            break
+    else:
+        from sklearn.datasets import load_digits
 
-    bunch: Any = load_digits()
-    return bunch.data.astype(np.uint8), bunch.target.astype(np.int64)
+        bunch: Any = load_digits()
+        table = np.column_stack([bunch.data, bunch.target])
+    pixels_N64, y_N = table[:, :64].astype(np.uint8), table[:, 64].astype(np.int64)
+    pixels_N64.flags.writeable = y_N.flags.writeable = False
+    return pixels_N64, y_N
 
 
 def stratified(y_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
