@@ -169,6 +169,19 @@ def test_test_runs_all_its_steps_and_returns_the_first_failure(checkout: Checkou
     assert "pytest -q -n 3 --dist worksteal -k x\n" in calls and "mypy" in calls and "ruff format --check" in calls
     assert "mpirun" not in calls and "bench" not in calls and "--cov" not in calls
     checkout.calls("pytest")
+    checkout.fake("id", "echo 0")
+    for works in (False, True):  # to mount memory for the tests' files
+        checkout.fake("mount", "exit 0" if works else "exit 32")
+        checkout.fake("umount")
+        checkout.run("jobs/test.sh --fast -k x", FEDMPI_REQUIRE="")
+        calls = (checkout.top / "calls").read_text()
+        checkout.calls("pytest")
+        if (mounted := re.search(r"^mount .* (/\S+)$", calls, re.MULTILINE)) is None:
+            continue  # this machine has little memory
+        folder = mounted[1]
+        assert (f" --basetemp={folder}/tests " in calls) == works == (f"umount -l {folder}\n" in calls), calls
+        assert not Path(folder).exists()
+    checkout.fake("id", "echo 1000")
     for options in ("--coverage", "--fast --coverage"):
         checkout.run(f"jobs/test.sh {options} -k x", FEDMPI_REQUIRE="")
         assert [call.endswith(" --cov --cov-report=term-missing -k x") for call in checkout.calls("pytest")] == [True]
