@@ -72,6 +72,23 @@ def test_words_reach_the_command_as_they_are(write):
     assert "fedmpi run a.yaml 'local={name: sgd, lr: 0.1, epochs: 1}' -- $launcher &" in text
 
 
+def test_options_of_sbatch_stay_whole(write):
+    more = ("--comment=two # words", "-C a&b", "--output=/a b/%j.log", '--chdir="/c d"', "--mem=0 --exclusive")
+    text = write(TEXT, Request(1, "60", account="a b", more=more))
+    for line in (
+        "--comment='two # words'",
+        "-C 'a&b'",
+        "--output='/a b/%j.log'",
+        '--chdir="/c d"',
+        "--mem=0 --exclusive",
+        "--account='a b'",
+        "--signal=B:USR1@121",
+    ):
+        assert f"\n#SBATCH {line}\n" in text
+    with pytest.raises(ConfigError, match=r"is not printable: '--comment=a\\nrm b'"):
+        write(TEXT, Request(1, "60", more=("--comment=a\nrm b",)))
+
+
 def test_a_line_break_in_a_name_stays_in_the_comment(write):
     text = write(TEXT, Request(1, "60"), overrides=['out="a\\nrm b"'])
     assert r"into 'a\nrm b'" in text and "\nrm b" not in text
@@ -140,7 +157,7 @@ def test_times_are_slurms():
 def test_the_command_prints_or_submits(tmp_path):
     (tmp_path / "a.yaml").write_text(TEXT)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\ncat > submitted\necho 42\n")
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\ncat > submitted\necho '42;cluster'\n")
     (tmp_path / "bin/sbatch").chmod(0o755)
     path = f"{tmp_path}/bin:/usr/bin:/bin"
 

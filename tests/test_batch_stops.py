@@ -140,6 +140,15 @@ def test_a_signal_before_ranks_start_requeues_too(site, name):
     assert stop(site, name, TERM, early=True, **IN_ARRAY)[0] == []
 
 
+@pytest.mark.parametrize("name", ("train", "written"))
+def test_a_stop_before_the_first_checkpoint_requeues_too(site, name):
+    (site / "venv/bin/fedmpi").write_text(FEDMPI.replace("exit 3", "exit 1"))
+    assert stop(site, name, USR1)[0] == ["requeue", "70"]
+    (site / "a run/checkpoints/round-000002").mkdir(parents=True)
+    (site / "a run/checkpoints/round-000002/manifest.json").touch()
+    assert stop(site, name, USR1, exit_code=1)[0] == []  # a failure
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_where_requeueing_is_forbidden_the_job_ends_as_stopped(site, name):
     (site / "forbidden").touch()

@@ -271,12 +271,12 @@ def test_fewer_ranks_than_wanted_are_not_started(tmp_path, monkeypatch):
 
 
 def test_a_hostfile_is_written_anew(tmp_path):
-    (tmp_path / "all").write_text("# ours\na slots=3\nb slots=1 max_slots=2\nc\n")
+    (tmp_path / "all").write_text("# ours\na\tslots=3\nb slots=1 max_slots=2\nc\n")
     line = LaunchLine.of(["mpirun", "-np", "5", "--hostfile", str(tmp_path / "all")])
     assert line.slots == {"a": 3, "b": 1, "c": 1}
     words, num_ranks = line.without({"b"}, tmp_path / "left")
     assert words == ["mpirun", "-np", "4", "--hostfile", str(tmp_path / "left")] and num_ranks == 4
-    assert (tmp_path / "left").read_text() == "a slots=3\nc\n"
+    assert (tmp_path / "left").read_text() == "a\tslots=3\nc\n"
     assert line.without(set(), tmp_path / "unused") == (list(line.words), 5) and not (tmp_path / "unused").exists()
     assert LaunchLine.of(["mpirun", "--host=a,b"]).without({"a"}, tmp_path)[0] == ["mpirun", "--host=b"]
     with pytest.raises(ConfigError, match="hostfile nowhere"):
@@ -428,6 +428,8 @@ def test_the_command_is_appended_with_its_epoch_unless_the_line_has_one(tmp_path
     [
         ("srun --mpi=pmix", "srun --nodelist=n1,n3 --nodes=2 --ntasks=3 --mpi=pmix"),
         ("srun -n 5 x", "srun --nodelist=n1,n3 --nodes=2 --ntasks=3 -n 3 x"),
+        ("srun -N3 -n5 x", "srun --nodelist=n1,n3 --nodes=2 --ntasks=3 -N2 -n3 x"),
+        ("srun --nodes=3 -N 3 x", "srun --nodelist=n1,n3 --nodes=2 --ntasks=3 --nodes=2 -N 2 x"),
         ("mpirun", "mpirun --host n1:2,n3:1"),
         ("/opt/bin/mpiexec -n 5", "/opt/bin/mpiexec -hosts n1:2,n3:1 -n 3"),
     ],

@@ -176,7 +176,7 @@ def script(
     ]
     others = [one for one in STARTERS.values() if one.name != starter.name]
     return _TEXT.format(
-        options="\n".join(f"#SBATCH {option}" for option in options),
+        options="\n".join(f"#SBATCH {_directive(option)}" for option in options),
         about="\n".join(f"# {line}" for line in about),
         folder=shlex.quote(folder),
         environment=shlex.quote(environment),
@@ -188,6 +188,25 @@ def script(
         others="\n".join(f"# {_launcher(one, request.num_ranks)}" for one in others),
         command=" ".join(shlex.quote(word) for word in command),
     )
+
+
+def _directive(option: str) -> str:
+    """What stands behind #SBATCH for an option, or several. A value is quoted where sbatch would end it at a blank or a
+    `#`, unless it is quoted already. Raises ConfigError for a line break.
+
+    >>> _directive("--comment=two words"), _directive("-C a&b"), _directive("--mem=0 --exclusive")
+    ("--comment='two words'", "-C 'a&b'", '--mem=0 --exclusive')
+    """
+    if not option.isprintable():
+        raise ConfigError(f"an option of sbatch has a character that is not printable: {option!r}")
+    parts = []
+    for part in re.split(r"\s+(?=--?[A-Za-z])", option.strip()):
+        name = re.match(r"(--?[\w-]+(=|\s+|$))?", part)[0]  # type: ignore[index]
+        value = part[len(name) :]
+        if value and not re.fullmatch(r"(['\"]).*\1", value):
+            value = shlex.quote(value.replace("\\", r"\\"))  # sbatch takes a backslash away, inside of quotes, too
+        parts.append(name + value)
+    return " ".join(parts)
 
 
 def _launcher(starter: Starter, num_ranks: int) -> str:
@@ -238,9 +257,16 @@ if [ $usr1$term = 00 ]; then
   wait "$pid" || code=$?
 fi
 
-# 3: stopped with a checkpoint; 138: the signal came before fedmpi listened. At most 3 requeues in a row without a newer
-# checkpoint; none after scancel, although SLURM would requeue a cancelled job.
-if [ $usr1$term = 10 ] && {{ [ $code = 3 ] || [ $code = 138 ]; }} &&
+# 3: stopped with a checkpoint; 138: the signal came before fedmpi listened, 1: before the first checkpoint.
+saved() {{
+  [ -n "$(find "$root/checkpoints" -path '*/round-*/manifest.json' -print -quit 2>/dev/null)" ]
+}}
+too_early() {{
+  [ $code = 138 ] || {{ [ $code = 1 ] && ! saved; }}
+}}
+
+# At most 3 requeues in a row without a newer checkpoint. None after scancel; SLURM would requeue a cancelled job.
+if [ $usr1$term = 10 ] && {{ [ $code = 3 ] || too_early; }} &&
   python -m fedmpi.requeues may 3 "$root" && [ $term = 0 ]; then
   echo "stopped on request, requeueing" >&2
   # The last task of an array has the array's own id; requeueing that would restart all tasks.

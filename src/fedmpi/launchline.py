@@ -15,6 +15,7 @@ from fedmpi.errors import ConfigError
 HOSTS = ("--host", "-host", "-H", "--hosts", "-hosts")
 HOSTFILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
 RANKS = ("-n", "-np", "--n", "--np", "--ntasks")
+NODES = ("-N", "--nodes")  # of srun; of mpirun -N is the number of ranks per node
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class LaunchLine:
                 new = str(hostfile)
             elif name in RANKS and value.isdigit():
                 new = str(num_ranks)
+            elif name in NODES and self.of_job and _is_srun(self.words):
+                new = str(len({*self.slots} - {*lost}))
             else:
                 continue
             words[index] = words[index][: len(words[index]) - len(value)] + new  # also for --host=a,b
@@ -133,12 +136,18 @@ def _options(words: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, value) for _, name, value in _places(words)]
 
 
+def _is_srun(words: Sequence[str]) -> bool:
+    return bool(words) and os.path.basename(words[0]) == "srun"
+
+
 def _places(words: Sequence[str]) -> list[tuple[int, str, str]]:
-    """Index of the word with the value, option name and value, for each option about hosts or ranks."""
+    """Index of the word with the value, option name and value, for each option about hosts, nodes or ranks."""
     found = []
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name in (*HOSTS, *HOSTFILES, *RANKS):
+        if _is_srun(words) and (glued := re.fullmatch(r"(-[nN])(\d+)", word)):
+            found.append((index, glued[1], glued[2]))
+        elif name in (*HOSTS, *HOSTFILES, *RANKS, *NODES):
             if equals:
                 found.append((index, name, value))
             elif index + 1 < len(words):
@@ -157,10 +166,10 @@ def _lines(path: str) -> list[str]:
 def _host(text: str) -> tuple[str, int]:
     """Host and slots of an entry.
 
-    >>> _host("node7 slots=4 max_slots=8"), _host("node7:2"), _host("node7")
-    (('node7', 4), ('node7', 2), ('node7', 1))
+    >>> _host("node7 slots=4 max_slots=8"), _host("node7\\tslots = 2"), _host("node7:2"), _host("node7")
+    (('node7', 4), ('node7', 2), ('node7', 2), ('node7', 1))
     """
-    name, _, rest = text.strip().partition(" ")
+    name, rest = [*text.split(None, 1), "", ""][:2]  # by a blank or a tab
     host, _, num = name.partition(":")
     said = re.search(r"\bslots\s*=\s*(\d+)", rest)
     return host, int(said[1]) if said else int(num) if num.isdigit() else 1

@@ -94,7 +94,8 @@ def other_numbers(result):
 
 
 def few_gpus(result):
-    result["ranks"][0]["gpus"] = ["H100"]
+    for row in result["ranks"]:
+        row |= {"gpus": ["H100"], "gpu_ids": ["a"]}
 
 
 def memory_disk(result):
@@ -160,7 +161,8 @@ PROBLEMS = {
 def test_a_problem_is_told_with_its_remedy(two, problem):
     sound = copy.deepcopy(two)
     for row in sound["ranks"]:  # whatever this machine lacks
-        row |= {"cores": [0, 1, 2, 3], "shm_bytes": 1 << 40, "gpus": [], "fabrics": [], "address_space": "", "numa": {}}
+        row |= {"cores": [0, 1, 2, 3], "shm_bytes": 1 << 40, "fabrics": [], "address_space": "", "numa": {}}
+        row |= {"gpus": [], "gpu_ids": []}
         row |= {"limits": {"open_files": None, "memlock_bytes": None}, "locked": True}
         row["out"] = {"path": "runs", "file_system": "ext4"}
     sound["library"] |= {"library": "X", "launcher": None, "error": None, "threads": "multiple"}
@@ -172,6 +174,16 @@ def test_a_problem_is_told_with_its_remedy(two, problem):
     [told] = found.faults + found.warnings
     assert PROBLEMS[problem] in told
     assert f"fault: {told}" in lines({**sound, "faults": [told]})
+
+
+def test_ranks_that_see_their_own_gpu_each_share_none(two):
+    own = copy.deepcopy(two)
+    for row, name in zip(own["ranks"], "ab", strict=True):
+        row |= {"gpus": [f"H100 {name}"], "gpu_ids": [name], "gpu": 0}
+    found = Findings()
+    advice.judge(own, found)
+    assert not any("GPU" in line for line in found.warnings)
+    assert any(line.endswith("cores, GPUs H100 a, H100 b") for line in lines(own))
 
 
 class Late:

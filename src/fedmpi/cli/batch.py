@@ -78,4 +78,4 @@ def _submitted(text: str) -> str:
         ) from None
     if done.returncode:
         raise FedmpiError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
-    return done.stdout.strip()
+    return done.stdout.strip().partition(";")[0]  # without the cluster's name

@@ -8,7 +8,7 @@ from typing import Any
 from fedmpi.binding import Bound, collisions, nodes_of
 from fedmpi.check.findings import Findings
 from fedmpi.comm import ranks_text
-from fedmpi.doctor.host import NETWORK_FILES
+from fedmpi.doctor.host import NETWORK_FILES, gpus_of
 from fedmpi.output import size
 
 FILES, SHM_BYTES, LOCKED_BYTES = 1024, 64 << 20, 64 << 20  # least open files, /dev/shm and locked memory of a rank
@@ -78,9 +78,9 @@ def _host(rows: Sequence[Mapping[str, Any]], found: Findings) -> None:
         found.warn(
             f"host {host}: only {size(locked)} may be locked, {row['fabrics'][0]} needs more; run ulimit -l unlimited"
         )
-    if row["gpus"] and num > len(row["gpus"]):
+    if 0 < (num_gpus := len(gpus_of(rows))) < num:
         found.warn(
-            f"host {host}: {num} ranks for {len(row['gpus'])} GPU{'s' if len(row['gpus']) > 1 else ''}; start fewer "
+            f"host {host}: {num} ranks for {num_gpus} GPU{'s' if num_gpus > 1 else ''}; start fewer "
             "ranks there, or set device.share: true"
         )
     kind = row["out"]["file_system"]

@@ -25,8 +25,9 @@ def examine(comm: Comm, out: Path, with_network: bool = True) -> dict[str, Any]:
     found.faults += own.faults
     mine |= {"rank": comm.rank, "machine": hashlib.sha256(comm.machines[comm.rank]).hexdigest()[:12]}
     mine |= {"locked": not own.warnings, "wrote": wrote}
-    seats = device.seats_of(comm, comm.collectively(lambda: device.visible("auto", comm.local_size)))
-    mine |= {"local_rank": local_rank(), "gpu": device.assign(seats)[comm.rank]}
+    gpus = comm.collectively(lambda: device.visible("auto", comm.local_size))
+    seats = device.seats_of(comm, gpus)
+    mine |= {"local_rank": local_rank(), "gpu": device.assign(seats)[comm.rank], "gpu_ids": list(gpus)}
     result: dict[str, Any] = {"ranks": comm.gather_values(mine), "library": comm.gather_values(library.look(comm))[0]}
     result["local_ranks"] = device.disagreement(seats)
     if comm.size > 1:

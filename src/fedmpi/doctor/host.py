@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def look(out: Path) -> dict[str, Any]:
         "out": {"path": str(out), "file_system": file_system(out)},
         "versions": versions(),
     }
+
+
+def gpus_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Names of the GPUs that the ranks of a host see, all or each its own, by their identity."""
+    return {key: name for row in rows for key, name in zip(row["gpu_ids"], row["gpus"], strict=True)}
 
 
 def _limit(what: int) -> int | None:

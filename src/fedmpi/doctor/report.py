@@ -7,6 +7,7 @@ from typing import Any
 
 from fedmpi.binding import nodes_of, spans
 from fedmpi.comm import ranks_text
+from fedmpi.doctor.host import gpus_of
 from fedmpi.output import size
 
 _MOST = 30  # pairs shown
@@ -44,7 +45,8 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     row, limits = rows[0], rows[0]["limits"]
     cores = sorted({core for one in rows for core in one["cores"]})
     ranks = ranks_text([one["rank"] for one in rows])
-    gpus = f", GPUs {', '.join(row['gpus'])}" if row["gpus"] else ", no GPU"
+    names = gpus_of(rows).values()
+    gpus = f", GPUs {', '.join(names)}" if names else ", no GPU"
     text = [f"host {row['host']}: {ranks} on {len(cores)} of {row['cores_of_host']} cores{gpus}"]
     if len(rows) > 1:
         bound = [f"{one['rank']}: {spans(one['cores'])}" for one in rows]
@@ -55,7 +57,7 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if said := [one for one in rows if one["local_rank"]]:
         numbers = "; ".join(f"{one['rank']}: {one['local_rank'][1]}" for one in said[:_MOST])
         text.append(f"  launcher  numbers ranks of the node, {said[0]['local_rank'][0]}: {numbers}")
-    if row["gpus"]:
+    if names:
         taken = "; ".join(f"{one['rank']}: {one['gpu']}" for one in rows[:_MOST])
         text.append(f"  GPUs      ranks take {taken}, of those that each sees")
     shm = "no limit" if row["shm_bytes"] is None else size(row["shm_bytes"])
@@ -63,8 +65,8 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     locked = "no limit" if locked is None else size(locked)
     text.append(f"  limits    open files {files}, /dev/shm {shm} free, locked memory {locked}")
     rates = [f" ({one['mbit']} Mbit/s)" if one["mbit"] else "" for one in row["interfaces"]]
-    names = [one["name"] + rate for one, rate in zip(row["interfaces"], rates, strict=True)]
-    text.append(f"  network   {', '.join([*names, *row['fabrics']]) or 'only the loopback'}")
+    links = [one["name"] + rate for one, rate in zip(row["interfaces"], rates, strict=True)]
+    text.append(f"  network   {', '.join([*links, *row['fabrics']]) or 'only the loopback'}")
     chosen = [f"{name}={value}" for name, value in row["settings"].items()]
     text += [f"  settings  {' '.join(chosen)}"] if chosen else []
     locks = "with locks" if row["locked"] else "without locks"
