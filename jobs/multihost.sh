@@ -3,10 +3,10 @@
 #
 #   jobs/multihost.sh HOSTFILE CONFIG [key=value ...]
 #
-# HOSTFILE has a line per host: a name that ssh reaches without a password, and how many ranks: `node1 slots=4`. The
-# checkout and its .venv are at the same path on every host; they need not be on a shared file system. All hosts are asked
-# first: each that does not answer, or has another version, is a line. `fedmpi run` supervises the ranks, so hosts that
-# fail later are left out and tried again. Environment variables:
+# HOSTFILE has a line per host: a name that ssh reaches without a password, and how many ranks: `node1 slots=4`; one rank
+# if it does not say. The checkout and its .venv are at the same path on every host; they need not be on a shared file
+# system. All hosts are asked first: each that does not answer, or has another version, is a line. `fedmpi run` supervises
+# the ranks, so hosts that fail later are left out and tried again. Environment variables:
 #
 #   FEDMPI_VENV    virtual environment; default: .venv of this checkout
 #   FEDMPI_SSH     command that reaches a host, as `COMMAND HOST WORDS...`; default: ssh -o BatchMode=yes. MPICH and Intel MPI
@@ -51,8 +51,8 @@ ranks=${lines[0]} list=${lines[1]} hosts=("${lines[@]:2}")
 
 printf -v ask 'cd %q && %q' "$PWD" "$venv/bin/python" # also paths with blanks and quotes
 ask+=" -c 'import sys; from importlib.metadata import version as v; print(*sys.version_info[:2], *map(v, (\"fedmpi\", \"torch\", \"numpy\", \"mpi4py\")))'"
-answers=$(mktemp -d)
-trap 'rm -rf "$answers"' EXIT
+answers=$(mktemp -d) machines=""
+trap 'rm -rf "$answers" ${machines:+"$machines"}' EXIT
 for host in "${hosts[@]}"; do
   # shellcheck disable=SC2086 # words
   timeout 60 $ssh "$host" "$ask" >"$answers/$host" 2>"$answers/$host.error" </dev/null &
@@ -81,21 +81,32 @@ lines=$(python -m fedmpi.starters "$ranks" no-srun) || exit 2
 read -r starter _ <<<"$lines"
 case $("$starter" --version 2>&1) in
   *"Open MPI"*)
-    launcher=("$starter" --hostfile "$hostfile" -n "$ranks" --map-by slot:oversubscribe)
+    # Not --hostfile: a line without `slots=` would be as many ranks as the host has cores.
+    launcher=("$starter" --host "$list" -n "$ranks" --map-by slot:oversubscribe)
     launcher+=(--prtemca plm ssh --prtemca plm_ssh_agent "$ssh")
     for name in "${pass[@]}"; do launcher+=(-x "$name"); done
     ;;
   *) # Hydra: MPICH, Intel MPI. rsh differs from ssh only in that no -x comes before the host.
     names=$(IFS=, && echo "${pass[*]}")
-    # Not -f: Hydra's own hostfiles have no `slots=`.
     if [[ ${FEDMPI_SSH-} == *[[:space:]]* ]]; then
       say "'$starter' takes FEDMPI_SSH as one word, not '$FEDMPI_SSH': write a script, or take Open MPI"
       exit 2
     fi
-    launcher=("$starter" -hosts "$list" -n "$ranks" -genvlist "$names")
+    # Hydra's own hostfiles have no `slots=`. With -hosts and -f Intel MPI ignores numbers and fills the cores of each host.
+    machines=$(mktemp)
+    tr , '\n' <<<"$list" >"$machines"
+    launcher=("$starter" -machinefile "$machines" -n "$ranks" -genvlist "$names")
     if [ -z "${FEDMPI_SSH-}" ]; then launcher+=(-launcher ssh); else launcher+=(-launcher rsh -launcher-exec "$FEDMPI_SSH"); fi
     ;;
 esac
-rm -rf "$answers"
 say "$ranks ranks on ${hosts[*]} by: ${launcher[*]}"
-exec fedmpi run "$@" -- "${launcher[@]}"
+fedmpi run "$@" -- "${launcher[@]}" &
+pid=$!
+for name in INT TERM USR1; do
+  # shellcheck disable=SC2064 # now
+  trap "kill -$name $pid 2>/dev/null || true" $name
+done
+code=0
+while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # each signal interrupts one wait
+wait "$pid" || code=$?
+exit $code

@@ -81,6 +81,7 @@ LONG = {
     "mpi/test_supervisor.py": ("rank",),
     "mpi/test_overlap.py": ("signal",),
     "mpi/test_multihost.py::test_four": (),
+    "mpi/test_multihost.py::test_mpiexec": (),
     "test_wheelhouse.py": (),
     "mpi/test_fragments.py": (),
     "mpi/test_arrivals.py::test_other_arrivals": (),

@@ -28,8 +28,7 @@ while [ "$done_kills" -lt "$kills" ]; do
   for _ in $(seq 600); do [ "$(newest "$out/killed")" != "$before" ] && break; sleep 0.05; done
   sleep "0.$((RANDOM % 900 + 10))"
   if ! kill -0 $pid 2>/dev/null; then echo "the run ended before kill $((done_kills + 1))" >&2; break; fi
-  kill -9 -- -$pid
-  pkill -9 -f "out=$out/killed" || true
+  pkill -9 -s $pid || true # the whole session: Open MPI gives each rank a process group of its own
   wait $pid 2>/dev/null || true
   done_kills=$((done_kills + 1))
   echo "kill $done_kills after round $(newest "$out/killed")"

@@ -81,24 +81,26 @@ class LaunchLine:
             words[index] = words[index][: len(words[index]) - len(value)] + new  # also for --host=a,b
         if lost and self.of_job:
             some = {host: num for host, num in self.slots.items() if host not in lost}
-            words[1:1] = WHERE[os.path.basename(words[0])](some, num_ranks or 0)
+            words[1:1] = WHERE[os.path.basename(words[0])](some, num_ranks or 0, hostfile)
         return words, num_ranks
 
 
-def _on_nodes(slots: Mapping[str, int], num_ranks: int) -> list[str]:
+def _on_nodes(slots: Mapping[str, int], num_ranks: int, hostfile: Path) -> list[str]:
     return [f"--nodelist={','.join(slots)}", f"--nodes={len(slots)}", f"--ntasks={num_ranks}"]
 
 
-def _by_mpirun(slots: Mapping[str, int], num_ranks: int) -> list[str]:
+def _by_mpirun(slots: Mapping[str, int], num_ranks: int, hostfile: Path) -> list[str]:
     return ["--host", ",".join(f"{host}:{num}" for host, num in slots.items())]
 
 
-def _by_hydra(slots: Mapping[str, int], num_ranks: int) -> list[str]:
-    return ["-hosts", ",".join(f"{host}:{num}" for host, num in slots.items())]
+def _by_hydra(slots: Mapping[str, int], num_ranks: int, hostfile: Path) -> list[str]:
+    """For MPICH and Intel MPI. With -hosts and -f Intel MPI ignores the numbers and fills the cores of each host."""
+    disk.replace_text(hostfile, "".join(f"{host}:{num}\n" for host, num in slots.items()))
+    return ["-machinefile", str(hostfile)]
 
 
 # Options of a launcher for some of the hosts of a SLURM job.
-WHERE: dict[str, Callable[[Mapping[str, int], int], list[str]]] = {
+WHERE: dict[str, Callable[[Mapping[str, int], int, Path], list[str]]] = {
     "srun": _on_nodes,
     "mpirun": _by_mpirun,
     "mpiexec": _by_hydra,
