@@ -58,7 +58,7 @@ def test_a_signalled_job_is_requeued_and_ends_with_the_same_bits(
 def test_a_job_at_its_time_limit_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
     """The run has more rounds than it ever trains, so that the test does not depend on the machine's speed."""
     out = tmp_path / "run"
-    job = submit(slurm, out, "--time=2", "--signal=B:USR1@60", rounds=10**6)
+    job = submit(slurm, out, "--time=4", "--signal=B:USR1@120", rounds=10**6)
 
     def rounds() -> int:
         return max((int(path.parent.name[-6:]) for path in out.glob("checkpoints/round-*/manifest.json")), default=0)

@@ -63,7 +63,7 @@ class Cluster:
         """SLURM's properties of a job, such as ``JobState``, ``Restarts`` and ``ExitCode``."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "--oneliner", "job", job)))
 
-    def ended(self, job: str, timeout_s: float = 60) -> dict[str, str]:
+    def ended(self, job: str, timeout_s: float = 200) -> dict[str, str]:
         """The same, once the job is over."""
         until(lambda: self.job(job)["JobState"] in ENDED, timeout_s, lambda: f"{self.job(job)}\n{self.log(job)}")
         return self.job(job)

@@ -188,9 +188,9 @@ class MpiControl(Comm):
     @translated
     def notices(self) -> int:
         self.beat(trains=not self.depth)
-        while self._control.Iprobe(tag=_NOTICE):
-            buffer = np.zeros(1, dtype=np.int64)
-            self._control.Recv(buffer, tag=_NOTICE)
+        status, buffer = self._mpi.Status(), np.zeros(1, dtype=np.int64)
+        while self._control.Iprobe(tag=_NOTICE, status=status):
+            self._control.Recv(buffer, source=status.source, tag=_NOTICE)
             self._worst = max(self._worst, int(buffer[0]))
             if self.rank == 0:
                 self._relay(int(buffer[0]))
