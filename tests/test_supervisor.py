@@ -187,6 +187,19 @@ def test_a_second_stop_ends_the_ranks_at_once_and_one_without_a_checkpoint_is_a_
     assert "ended at once" in events(tmp_path, "ended")[0]["text"]
 
 
+def test_a_launcher_in_a_shell_script_gets_the_stop_and_the_script_lives(tmp_path):
+    script = tmp_path / "launch.sh"
+    script.write_text(f"#!/bin/sh\n{sys.executable} -IS {FAKE} {tmp_path} 2:asked,4:0\ncode=$?\nexit $code\n")
+    script.chmod(0o755)
+    run = supervised(tmp_path, "unused", grace_s=30.0)
+    run._line = LaunchLine.of([str(script)])
+    thread = ask(tmp_path, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        run.run()
+    thread.join()
+    assert events(tmp_path, "ended")[0]["code"] == 3
+
+
 def test_a_stop_that_somebody_else_asked_for_is_final_too(tmp_path):
     with pytest.raises(Stopped):
         supervised(tmp_path, "2:3,4:0").run()

@@ -102,7 +102,7 @@ def ranks_of_others() -> list[int]:
     found = []
     with contextlib.suppress(OSError):
         pid, _ = _above(LAUNCHERS)
-        for child in _children(pid):
+        for child in children(pid):
             environment = _environment(child)
             if b"PMIX_NAMESPACE=" in environment and job not in environment:
                 found.append(int(child))
@@ -122,7 +122,7 @@ def watched(spawns: bool = False) -> Iterator[None]:
         job, num = (os.environ.get(name, "") for name in ("PMIX_NAMESPACE", "OMPI_COMM_WORLD_LOCAL_SIZE"))
         if pid and job and num.isdigit():
             if spawns:
-                job, num = ",".join(_children(pid)), "0"
+                job, num = ",".join(children(pid)), "0"
             words = [sys.executable, "-I", "-S", __file__, str(pid), job, num]
             watcher = subprocess.Popen(words, stdin=subprocess.DEVNULL)
     try:
@@ -141,7 +141,7 @@ def _watch(pid: int, job: str, num: int) -> None:
     known: set[str] = set()
 
     def there() -> set[str]:
-        return {child for child in _children(pid) if mark in _environment(child)} - before
+        return {child for child in children(pid) if mark in _environment(child)} - before
 
     def one_is_gone() -> bool:
         now = there()
@@ -162,7 +162,8 @@ def _watch(pid: int, job: str, num: int) -> None:
         time.sleep(0.5)
 
 
-def _children(pid: int) -> list[str]:
+def children(pid: int) -> list[str]:
+    """Process ids of a process's children; empty if it has died."""
     found: list[str] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():

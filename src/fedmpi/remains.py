@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ TERM_S = 2.0  # from SIGTERM to SIGKILL
 KILL_S = 10.0  # wait after SIGKILL; a process blocked on a dead disk may never go
 REMOTE_S = 10.0  # wait for another host
 PROBE_NODE_S = 30.0  # for a node of a SLURM job to answer
+SHELLS = re.compile(r"(ba|da|k|z|c|tc)?sh[-.\d]*|busybox|timeout")  # they die of SIGUSR1
 PORTS = (22, 9)  # a live host accepts or refuses a connection to one of these
 # `rows` are PID:BORN. Field 22 of stat is the 20th after the name, which may contain blanks and brackets.
 REMOTE = (
@@ -89,6 +91,24 @@ def answering(nodes: Iterable[str]) -> set[str]:
     with ThreadPoolExecutor(min(64, len(names))) as pool:
         found = {name for name, there in zip(names, pool.map(answers_, names), strict=True) if there}
     return found or set(names)
+
+
+def takers(pid: int) -> list[int]:
+    """The processes that take a signal for the launcher `pid`: itself; or, if it is a script of a shell, which would
+    die of it and leave ranks behind, the launchers that it runs, or all that it runs if none has a known name."""
+    if SHELLS.fullmatch(_read(f"/proc/{pid}/exe")):
+        found = [taker for child in launcher.children(pid) for taker in takers(int(child))]
+        named = [one for one in found if _read(f"/proc/{one}/exe").startswith((*launcher.STARTERS, "srun"))]
+        return named or found
+    return [pid]
+
+
+def _read(link: str) -> str:
+    """The name of the file that a link leads to; empty if it cannot be read."""
+    try:
+        return os.path.basename(os.readlink(link))
+    except OSError:
+        return ""
 
 
 def end(child: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> list[Rank]:

@@ -148,7 +148,10 @@ def at(one: Starter, commands: Mapping[str, str]) -> Starter:
 def library() -> str:
     """The text that the MPI library gives as its version; MPI is not initialised. Raises ConfigError without one."""
     ask = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=ASK_S)
+    try:
+        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=ASK_S)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"mpi4py has not loaded an MPI library within {ASK_S:.0f} s") from None
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
         raise ConfigError(f"no MPI library for mpi4py: {' '.join(last)}")

@@ -358,8 +358,9 @@ class Supervisor:
                 disk.replace_text(stop_file, f"fedmpi run received {why}")
             except OSError:  # an empty file may still fit
                 stop_file.touch()
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(signal.SIGUSR1)
+        for pid in remains.takers(child.pid) if child.poll() is None else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -72,6 +72,8 @@ def _submitted(text: str) -> str:
     """The id of the submitted job."""
     try:
         done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise FedmpiError("sbatch has not answered for 60 s: squeue tells whether it took the job") from None
     except FileNotFoundError:
         raise ConfigError(
             "--submit: there is no sbatch here; take --to FILE, and submit the script elsewhere"
