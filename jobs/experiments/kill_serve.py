@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 FEDMPI = [sys.executable, "-m", "fedmpi"]
-KILL_S = 120.0  # most seconds from one kill to the next
+KILL_S = 300.0  # most seconds from one kill to the next
+END_S = 600.0  # and from the last kill to the end
 SILOS = ("silo-0", "silo-1", "silo-2")
 CONFIG = """
 rounds: {rounds}
@@ -65,13 +66,13 @@ def experiment(folder: Path, kills: int, rounds: int, engine: str, seed: int = 0
                     time.sleep(0.02)  # it has come as far as its last start
                 time.sleep(draw.uniform(0.0, 2.0))
             else:
-                server.wait(timeout=120)
+                server.wait(timeout=END_S)
             if server.poll() is not None:
                 break
             server.kill()
             server.wait()
             killed += 1
-        codes = [server.returncode, *(silo.wait(timeout=120) for silo in silos)]
+        codes = [server.returncode, *(silo.wait(timeout=END_S) for silo in silos)]
     finally:
         for process in silos:
             process.kill()
