@@ -446,6 +446,19 @@ def test_keys_of_a_component_that_an_earlier_version_did_not_store_had_their_def
     assert differences(stored, scaled) == ["data.scale is null there and standard here"]
 
 
+def test_an_earlier_version_s_disclosure_is_the_default(tmp_path):
+    masked = {"secure": "secagg", "updates": [{"name": "clip", "norm": 1.0}]}
+    for values in ({}, masked):
+        config = build(Config, values)
+        stored = {**to_dict(config), "disclose": "silo"}
+        assert differences(stored, config) == []
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**stored, "about": {"format": 1}}))
+        assert load(tmp_path)[0].disclosed == ("pooled" if values else "silo")
+    assert differences(to_dict(Config()), build(Config, {"disclose": "pooled"})) == [
+        "disclose is null there and pooled here"
+    ]
+
+
 def test_of_lists_and_mappings_only_the_single_values_that_differ_are_named():
     silos = [{"id": name, "path": f"{name}.csv"} for name in ("north", "south")]
     values = {"data": {"name": "files", "task": "binary", "shape": [3], "silos": silos}}

@@ -230,8 +230,9 @@ class Config:
     transport: Annotated[Transport, TRANSPORTS] = ByMpi()
     """how silos and the server reach each other"""
     exchange: ExchangeSection = ExchangeSection()
-    disclose: Disclose = "silo"
-    """which figures of single silos leave their rank: silo: all; cohort: only who took part; pooled: none, only sums"""
+    disclose: Disclose | None = None
+    """which figures of single silos leave their rank: silo: all; cohort: only who took part; pooled: none, only sums;
+    null: silo, with secure pooled"""
     secure: Annotated[SecAgg, SECURE] | None = None
     """secure aggregation: only sums over silos are seen by anybody; implies disclose: pooled"""
     evaluate: EvaluateSection = EvaluateSection()
@@ -268,8 +269,8 @@ class Config:
 
     @property
     def disclosed(self) -> Disclose:
-        """`disclose`, or pooled under `secure`."""
-        return "pooled" if self.secure is not None else self.disclose
+        """`disclose` with its default resolved."""
+        return "pooled" if self.secure is not None else self.disclose or "silo"
 
     @property
     def heals(self) -> OnFailure:
@@ -301,8 +302,8 @@ class Config:
         if self.secure is not None and (why := self.secure.conflicts(self)):
             raise ValueError(why)
         refuse_hidden(self.disclosed, readers, self.secure is not None)
-        if self.disclose != "silo" and self.exchange.scope == "silo":
-            raise ValueError(f"disclose: {self.disclose}, but with exchange.scope: silo each delta leaves its rank")
+        if self.disclosed != "silo" and self.exchange.scope == "silo":
+            raise ValueError(f"disclose: {self.disclosed}, but with exchange.scope: silo each delta leaves its rank")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -480,8 +481,10 @@ def values_of(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
     """The plain values and origins that `load` builds a configuration from. Raises a one-line ConfigError."""
     file = _file(Path(path))
     values, origins = read(file)
-    if values.pop(ABOUT, None) is not None and file != Path(path):
-        values["out"], origins["out"] = str(path), "command line"
+    if values.pop(ABOUT, None) is not None:
+        if file != Path(path):
+            values["out"], origins["out"] = str(path), "command line"
+        values = of_earlier(values)
     if "out" not in values:
         values["out"] = f"runs/{file.stem}"
     for override in overrides:
@@ -494,6 +497,12 @@ def values_of(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
             del origins[known]
         origins[key] = origin
     return values, origins
+
+
+def of_earlier(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run's config.yaml as this version writes them: earlier ones stored `disclose: silo` for null."""
+    implied = values.get("secure") is not None and values.get("disclose") == "silo"
+    return {**values, "disclose": None} if implied else values
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -561,6 +570,8 @@ def differences(stored: Mapping[str, Any], config: Config, plan: str = "") -> li
         del old[LOSS]
         stored_loss = {"objective": to_dict(build(Objective, {"loss": named}))}
         old |= {key: value for key, value in flatten(stored_loss).items() if key.startswith(f"{LOSS}.")}
+    if old.get("disclose") == "silo" and config.disclose is None:  # as earlier versions stored it
+        old["disclose"] = None
     for key in [k for k in new if k.endswith(HORIZON)]:
         if old.get(key) is None and new[key] in (None, stored.get("rounds")):  # unset, or set to the old end
             old.pop(key, None)

@@ -19,7 +19,7 @@ from fedmpi import checkpoint, disk, rng, sources, stopping
 from fedmpi.assembly import Admitted, build_module, digest_of, source_of
 from fedmpi.comm import Comm, SoloComm, ranks_text
 from fedmpi.components import build, did_you_mean, to_dict
-from fedmpi.config import Config
+from fedmpi.config import Config, of_earlier
 from fedmpi.device import set_threads
 from fedmpi.directory import CODE, STATISTICS, UNSHARED_FILE, newest_whole, read_config, save_model
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, agreed
@@ -304,7 +304,9 @@ class StoredRun:
         unshared = _from_first(unshared, comm)
 
         def put_together() -> StoredRun:
-            config = build(Config, {**values, "init": None})  # pretrained tensors are in the run directory already
+            config = build(
+                Config, of_earlier({**values, "init": None})
+            )  # pretrained tensors are in the run directory already
             source = source_of(config, [Admitted(*one) for one in admitted])
             if source.shared is not None:
                 source.shared.load(about.get(STATISTICS, {}))

@@ -58,8 +58,8 @@ class ByFiles(Transport):
     def conflicts(self, config: Config) -> str | None:
         """Refuses what needs all silos at one place or at one time."""
         section, policy, who = config.exchange, config.policy, "transport: files"
-        if config.disclose != "silo" and config.secure is None:
-            return f"{who} sends each silo's update by itself, and disclose: {config.disclose} lets only sums leave"
+        if config.disclosed != "silo" and config.secure is None:
+            return f"{who} sends each silo's update by itself, and disclose: {config.disclosed} lets only sums leave"
         for name, there in (
             ("overlap", section.overlap),
             ("regions", section.regions is not None),

@@ -454,7 +454,7 @@ def test_checksums_of_the_data_stay_with_their_silos(tmp_path, seen):
         ({"local": {"amount": {"name": "by_delay", "budget_s": 3.0}, "steps": 3, "epochs": None}}, "by_delay"),
         ({"aggregate": "median", "exchange": {"plan": "sharded"}}, "secure: aggregate median reads single updates"),
         ({"exchange": {"scope": "silo"}}, "secure: exchange.scope: silo"),
-        ({"disclose": "cohort"}, "secure: implies disclose: pooled"),
+        ({"disclose": "cohort"}, "secure: only sums are told, and disclose: cohort"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_in_one_line(tmp_path, more, why):

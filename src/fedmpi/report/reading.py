@@ -67,7 +67,7 @@ class RunData:
     @property
     def disclosed(self) -> str:
         """Which figures of single silos the records hold: silo, cohort or pooled."""
-        return "pooled" if self.config.get("secure") is not None else str(self.config.get("disclose", "silo"))
+        return "pooled" if self.config.get("secure") is not None else str(self.config.get("disclose") or "silo")
 
     @property
     def in_jobs(self) -> bool:

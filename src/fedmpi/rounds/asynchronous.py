@@ -119,7 +119,7 @@ class Buffered(Engine):
                 return f"{who} does not go with exchange.{name}"
         if config.attack is not None and config.attack.omniscient:
             return f"{who} does not go with attack: {called(config.attack)}, which sees all updates of a round"
-        if config.disclose != "silo":
+        if config.disclose not in (None, "silo"):
             return f"{who} tells every rank which silo's update arrives when; it needs disclose: silo"
         return None
 

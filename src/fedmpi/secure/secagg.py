@@ -70,8 +70,8 @@ class SecAgg:
     def conflicts(self, config: Config) -> str | None:
         """Refuses what reads single updates, and what would reveal sums that differ by one silo."""
         section, who = config.exchange, "secure"
-        if config.disclose == "cohort":
-            return f"{who}: implies disclose: pooled; leave disclose out"
+        if config.disclose not in (None, "pooled"):
+            return f"{who}: only sums are told, and disclose: {config.disclose} asks for more; leave disclose out"
         if section.scope == "silo":
             return f"{who}: exchange.scope: silo sends each silo's update by itself; take rank"
         if config.aggregate.needs != "sum":
