@@ -169,9 +169,9 @@ def _buffer(contribution: Contribution, silo: LocalSilo, fed: Federation) -> Non
 def _grown(weight: float, stands_for: float, all_stand_for: float) -> float:
     """Factor by which a delta grows in the weighted sum; 1 unless weights count steps or a selector scales them.
 
-    The integer ring and codecs must have room for the grown delta.
+    The integer ring and codecs must have room for the grown delta. An aggregator's weight may be negative.
     """
-    return max(1.0, weight / stands_for) * max(1.0, all_stand_for)
+    return max(1.0, abs(weight) / stands_for) * max(1.0, all_stand_for)
 
 
 def _begin(
