@@ -56,7 +56,7 @@ from fedmpi.secure.apart import Apart
 from fedmpi.secure.masks import keep_out_of_core_dumps, require
 from fedmpi.secure.session import Masking, Session
 from fedmpi.transforms import Transform, Updates
-from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
+from fedmpi.trial import Subject, few, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
 from fedmpi.watchdog import Watchdog
 
@@ -550,6 +550,8 @@ def _try_out(
         )
     refuse_lone_samples("local", config.rule, config.rounds, one, opened)
     refuse_lone_samples("evaluate.finetune", config.evaluate.finetune, 1, one, opened)
+    if opened and config.privacy is not None:
+        config.privacy.tries(one.module, objective.loss, *few(one, next(iter(opened.values()))))
 
 
 def starts_finite(module: torch.nn.Module, found: Sequence[Entry]) -> None:

@@ -47,6 +47,11 @@ def subject(module: torch.nn.Module, device: torch.device) -> Iterator[Subject]:
                     tensor.copy_(first[name])
 
 
+def few(one: Subject, data: SiloData) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two training samples, or one, and their targets."""
+    return data.x_train[:2].to(one.device), data.y_train[:2].to(one.device)
+
+
 def tried(
     one: Subject, objective: LossAndMetrics, silos: Mapping[str, SiloData], still: Collection[str] = ()
 ) -> list[str]:
@@ -60,7 +65,7 @@ def tried(
     data = next(iter(silos.values()))
     places = Places(one.module, one.tied)
     places.watch(still)
-    x, y = data.x_train[:2].to(one.device), data.y_train[:2].to(one.device)
+    x, y = few(one, data)
     one.module.eval()
     try:
         with torch.no_grad():

@@ -19,7 +19,7 @@ from fedmpi.local import GradientRule, LocalRule
 from fedmpi.local.gradient import FedSgd
 from fedmpi.objectives import LossAndMetrics, Objective, one_tensor, resolve
 from fedmpi.targets import CLASS_TASKS, number_of
-from fedmpi.trial import Subject, refuse_lone_samples, subject, tried
+from fedmpi.trial import Subject, few, refuse_lone_samples, subject, tried
 from fedmpi.types import SiloData, Source
 
 _SHOWN = 4  # names of parameters in a message
@@ -100,6 +100,10 @@ def run(
             _metrics(config, one, objective, trial, silo, samples, found)
         if rule_is_known:
             _lone(config, one, fit, found)
+        if fit and (privacy := config.privacy) is not None:
+            found.attempt(
+                lambda: privacy.tries(one.module, objective.loss, *few(one, next(iter(fit.values())))), "privacy"
+            )
 
 
 def _fits(one: Subject, objective: LossAndMetrics, trial: Trial, silo: str, data: SiloData, found: Findings) -> bool:

@@ -13,6 +13,7 @@ import torch
 from fedmpi.components import PositiveFloat, component
 from fedmpi.flat import Entry
 from fedmpi.privacy.account import Use, sigma_for
+from fedmpi.privacy.per_sample import Loss
 from fedmpi.secure.ring import Spread
 from fedmpi.types import Source
 
@@ -59,6 +60,9 @@ class Privacy:
     @abstractmethod
     def suits(self, module: torch.nn.Module, found: Sequence[Entry], ids: Sequence[str], config: Config) -> None:
         """Raise ConfigError if the model or the members do not fit."""
+
+    def tries(self, module: torch.nn.Module, loss: Loss, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Raise ConfigError if the model cannot be trained with it. `x`, `y`: a few samples; the module may change."""
 
     @property
     def bound(self) -> float:

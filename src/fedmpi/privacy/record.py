@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,6 +92,27 @@ class RecordPrivacy(Privacy):
                 raise ConfigError(
                     f"privacy: record: '{name}' mixes samples or keeps their statistics; take group normalization"
                 )
+
+    def tries(self, module: torch.nn.Module, loss: LossOfBatch, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Refuses models of which gradients of single samples cannot be taken, such as those that write into their
+        tensors: these would also hold samples without noise."""
+        trained = [param for param in module.parameters() if param.requires_grad]
+        module.train()
+        if is_fast(module, trained):
+            return
+        buffers = dict(module.named_buffers())
+        before = {name: buffer._version for name, buffer in buffers.items()}
+        try:
+            clipped_sum(module, trained, loss, x, y, self.clip)
+        except Exception as error:
+            with contextlib.suppress(Exception), torch.no_grad():
+                module(x)
+            why = " ".join(str(error).split())[:200]
+            if names := [name for name, buffer in buffers.items() if buffer._version > before[name]]:
+                why = f"its forward pass writes into '{names[0]}'; let it write into no tensor of the model"
+            raise ConfigError(
+                f"privacy: record takes gradients of single samples, and this model has none: {why}"
+            ) from None
 
     def takes(self, source: Source) -> None:
         """Refuses preprocessing that is fitted to training rows: one record then changes the features of all."""
