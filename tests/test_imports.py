@@ -48,7 +48,7 @@ ORDER = [
         "files",
     ),
     *("secure", "evaluate", "exchange", "privacy", "rounds", "transports", "fork"),
-    *("yamlfile", "config", "alike", "directory", "opening", "trial"),
+    *("yamlfile", "config", "differences", "alike", "directory", "opening", "trial"),
     "assembly",
     *("moving", "keeper", "rebuild", "changes", "mirror", "heal", "parts", "members", "recovery", "train", "jobs"),
     *("reveals", "plan", "batch", "check", "doctor", "audit", "graphs", "results", "predictions", "compare"),

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from support.runs import config, run
 
 from fedmpi.components import build, to_dict
-from fedmpi.config import Config, differences
+from fedmpi.config import Config
+from fedmpi.differences import differences
 from fedmpi.errors import ConfigError
 from fedmpi.losses import LOSSES, CrossEntropy
 from fedmpi.objectives import Objective, resolve

@@ -9,7 +9,8 @@ from typing import Any
 
 from fedmpi.comm import Comm, ranks_text
 from fedmpi.components import written
-from fedmpi.config import Config, common, digest, flatten, origin_of
+from fedmpi.config import Config, flatten, origin_of
+from fedmpi.differences import common, digest
 from fedmpi.yamlfile import variables_in
 
 _SHOWN = 3  # most values in the line

@@ -25,8 +25,9 @@ from fedmpi.assembly import Assembly, assemble, digest_of
 from fedmpi.binding import my_cores, nodes_of, numa, spans, told
 from fedmpi.comm import Comm
 from fedmpi.components import to_dict
-from fedmpi.config import Config, differences, moved_schedules
+from fedmpi.config import Config
 from fedmpi.device import capabilities
+from fedmpi.differences import differences, moved_schedules
 from fedmpi.directory import (
     CODE,
     STATISTICS,

@@ -10,7 +10,8 @@ from support.runs import config, everything, refused, run
 
 from fedmpi import checkpoint
 from fedmpi.components import build, to_dict
-from fedmpi.config import Config, differences, load
+from fedmpi.config import Config, load
+from fedmpi.differences import differences
 from fedmpi.errors import ConfigError
 
 OWN = {"lr": 0.02, "batch_size": 4, "epochs": 2, "clip": 0.5}

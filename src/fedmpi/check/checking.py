@@ -25,7 +25,8 @@ from fedmpi.check.reading import Reading, read
 from fedmpi.check.samples import Look, look
 from fedmpi.comm import Comm, ranks_text
 from fedmpi.components import called
-from fedmpi.config import digest, run_directory
+from fedmpi.config import run_directory
+from fedmpi.differences import digest
 from fedmpi.errors import ConfigError
 from fedmpi.local import by_silo
 from fedmpi.membership import Membership, same_host

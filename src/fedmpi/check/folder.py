@@ -13,7 +13,8 @@ from fedmpi import checkpoint, disk, fork, sources, stopping
 from fedmpi.check.findings import Findings
 from fedmpi.comm import Comm, ranks_text
 from fedmpi.components import to_dict
-from fedmpi.config import Config, differences
+from fedmpi.config import Config
+from fedmpi.differences import differences
 from fedmpi.directory import left_later, newest_whole, read_config, stored_members
 from fedmpi.flat import Entry
 from fedmpi.output import size

@@ -31,7 +31,8 @@ from typing import Any, Literal, NamedTuple
 
 from fedmpi import checkpoint, disk, stopping
 from fedmpi.components import NonNegativeInt, build, component, did_you_mean, to_dict
-from fedmpi.config import Config, differences, put
+from fedmpi.config import Config, put
+from fedmpi.differences import differences
 from fedmpi.directory import read_config
 from fedmpi.errors import ConfigError, Diverged
 from fedmpi.plan import plan

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from fedmpi.components import to_dict
-from fedmpi.config import OF_A_SITE, Config, differences, flatten
+from fedmpi.config import Config, flatten
+from fedmpi.differences import OF_A_SITE, differences
 from fedmpi.errors import ConfigError
 from fedmpi.local import Order
 from fedmpi.types import Task

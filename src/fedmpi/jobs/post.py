@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from fedmpi.components import to_dict
-from fedmpi.config import MAY_CHANGE, OF_A_SITE, Config, flatten
+from fedmpi.config import Config, flatten
+from fedmpi.differences import MAY_CHANGE, OF_A_SITE
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FolderError, ServerEnded
 from fedmpi.files import names
 from fedmpi.files.envelope import Envelope
