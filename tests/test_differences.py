@@ -34,7 +34,7 @@ def test_keys_of_a_component_that_an_earlier_version_did_not_store_had_their_def
     silos = [{"id": "north", "path": "north.csv"}]
     values = {"data": {"name": "files", "task": "binary", "shape": [3], "silos": silos}}
     stored = to_dict(build(Config, values))
-    for key in ("scale", "missing", "statistics", "stream"):
+    for key in ("scale", "missing", "indicators", "statistics", "stream"):
         del stored["data"][key]
     assert differences(stored, build(Config, values)) == []
     scaled = build(Config, {"data": {**values["data"], "scale": "standard"}})

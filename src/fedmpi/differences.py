@@ -81,8 +81,8 @@ def _defaults(part: Any, here: Any, stored: Any, prefix: str = "") -> Iterator[t
         if field.name in stored:
             below = (getattr(part, field.name), here.get(field.name), stored[field.name])
             yield from _defaults(*below, f"{prefix}{field.name}.")
-        elif field.default is None or isinstance(field.default, (bool, int, float, str)):
-            yield f"{prefix}{field.name}", field.default
+        elif field.default is None or isinstance(field.default, (bool, int, float, str, tuple)):
+            yield f"{prefix}{field.name}", to_dict(field.default)
 
 
 _UNSET = "not set"
