@@ -39,6 +39,7 @@ RUNS = tuple(
             "buffered_jobs",
             "delayed_jobs",
             "ends",
+            "experiments",
             "gpu",
             "jobs",
             "launcher",

@@ -126,7 +126,8 @@ def test_rounds_under_masks_are_timed_beside_plain_ones() -> None:
 
 
 def test_every_script_has_a_test_of_its_quick_form() -> None:
-    text = Path(__file__).read_text() + (TOP / "tests" / "test_jobs.py").read_text()
+    tests = (Path(__file__), *(TOP / "tests" / f"test_{name}.py" for name in ("jobs", "experiments")))
+    text = "".join(path.read_text() for path in tests)
     for path in sorted((TOP / "jobs").rglob("*.sh")):
         name = str(path.relative_to(TOP))
         assert path.name in APART or f'"{name}"' in text or f'"{name} --quick' in text, f"{name} is run by no test"
