@@ -9,6 +9,7 @@ from fedmpi.components import build, to_dict
 from fedmpi.config import Config
 from fedmpi.directory import write_config
 from fedmpi.records.metrics import line_of
+from fedmpi.report import write
 
 HEADS = ("h2", "h3", "h4", "h5", "summary", "caption")
 VOID = ("meta", "br", "input", "hr", "img", "link")
@@ -168,3 +169,30 @@ class Page(HTMLParser):
                     for row in rows[1:]
                 }
         raise AssertionError(f"no table with {heads}")
+
+
+def page(*roots, out=None, title=""):
+    """The page about run directories."""
+    path = write(list(roots), out, title)
+    return Page(path.read_text())
+
+
+def sound(found):
+    """Asserts what holds for every page."""
+    assert found.faults == [] and found.unlabelled == []
+    assert len(set(found.ids)) == len(found.ids)
+    assert {link[1:] for link in found.links} <= set(found.ids) and all(link[0] == "#" for link in found.links)
+    assert found.levels[0] == 1 and found.levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(found.levels, found.levels[1:], strict=False))
+    chosen = [name for name, checked in found.radios if checked]
+    assert sorted(chosen) == sorted({name for name, _ in found.radios})  # one of each group
+    assert len(found.charts) == found.html.count(" data-chart=")
+    for chart in found.charts.values():
+        assert chart["traces"] and all(trace.get("name") is not None for trace in chart["traces"])
+        layout = chart["layout"]
+        titles = [layout.get(axis, {}).get("title") for axis in ("xaxis", "yaxis")]
+        assert any(titles) or chart["axes"], "no axis says what it shows"
+        for trace in chart["traces"]:
+            for x in trace.get("over", {"": trace.get("x", [])}).values():
+                assert len(x) == len(trace["y"])
+    assert not re.search(r"\b(nan|inf|None|NaN|Infinity)\b", found.text)
