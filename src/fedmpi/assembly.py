@@ -56,7 +56,7 @@ from fedmpi.secure.apart import Apart
 from fedmpi.secure.masks import keep_out_of_core_dumps, require
 from fedmpi.secure.session import Masking, Session
 from fedmpi.transforms import Transform, Updates
-from fedmpi.trial import Subject, few, refuse_lone_samples, subject, tried
+from fedmpi.trial import subject, try_metrics, try_out
 from fedmpi.types import SiloData, Source
 from fedmpi.watchdog import Watchdog
 
@@ -530,28 +530,8 @@ def _try_members(spec: Spec, members: Membership, opened: Mapping[str, SiloData]
     rng.set_all(rng.key(config.seed, purpose="trial"))
     speaks = comm.rank == members.ranks[0]  # a rank with a silo; the model is the same on all ranks
     with subject(spec.module, spec.device) as one:
-        comm.collectively(lambda: _try_out(config, one, objective, opened, frozen_alone(spec.entries), speaks))
-        _try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
-
-
-def _try_out(
-    config: Config,
-    one: Subject,
-    objective: LossAndMetrics,
-    opened: Mapping[str, SiloData],
-    still: Collection[str],
-    speaks: bool,
-) -> None:
-    """Runs a few samples of this rank's silos through the model. Only the rank that `speaks` logs warnings."""
-    if (changing := tried(one, objective, opened, still)) and speaks:
-        log.warning(
-            "model: %s changes in training and is not saved; every silo's round begins with its first values",
-            ", ".join(f"'{name}'" for name in changing),
-        )
-    refuse_lone_samples("local", config.rule, config.rounds, one, opened)
-    refuse_lone_samples("evaluate.finetune", config.evaluate.finetune, 1, one, opened)
-    if opened and config.privacy is not None:
-        config.privacy.tries(one.module, objective.loss, *few(one, next(iter(opened.values()))))
+        comm.collectively(lambda: try_out(config, one, objective, opened, frozen_alone(spec.entries), speaks))
+        try_metrics(one, objective, opened, config.evaluate.batch_size, comm)
 
 
 def starts_finite(module: torch.nn.Module, found: Sequence[Entry]) -> None:
@@ -589,39 +569,3 @@ def first_values(module: torch.nn.Module, found: Sequence[Entry]) -> dict[str, t
     from which silos start their personal ones."""
     state = module.state_dict()
     return {e.name: state[e.name].detach().cpu().clone() for e in found if e.kind != "shared"}
-
-
-def _try_metrics(
-    one: Subject, objective: LossAndMetrics, opened: Mapping[str, SiloData], batch: int, comm: Comm
-) -> None:
-    """Tries every metric on two samples; if it raises, on a whole batch, silo by silo. Collective.
-
-    A metric may be undefined on some samples, but one that raises everywhere is refused. Built-in metrics report by
-    themselves what does not fit, so they are not tried on more than two samples.
-    """
-    errors: dict[str, str] = {}
-
-    def attempt() -> None:
-        for data in opened.values():
-            x, y = (data.x_test, data.y_test) if len(data.x_test) else (data.x_train, data.y_train)
-            for num in (2, batch):
-                tally = objective.score(one.module, x[:num], y[:num], batch, one.device)
-                before = errors or {s.name: "" for s in objective.scorers}
-                if not (still := {name: text for name, text in tally.raised.items() if name in before}):
-                    errors.clear()
-                    return
-                errors.clear()
-                errors.update(still)
-
-    comm.collectively(attempt)
-    names = [scorer.name for scorer in objective.scorers]
-    seen = np.zeros(2 * len(names))  # per metric: number of ranks that tried it, and on which it raised every time
-    if opened:
-        seen[: len(names)] = 1
-        seen[len(names) :] = [name in errors for name in names]
-    tried, failed = comm.share(seen).reshape(2, -1)
-    for name, there, nowhere in zip(names, tried, failed, strict=True):
-        if there and there == nowhere:
-            first = int(np.argmax(comm.gather_number(name in errors)))
-            text = comm.broadcast_text(errors.get(name, ""), first)
-            raise agreed(ConfigError(f"objective.metrics: '{name}' raised on every silo's samples: {text}"))

@@ -6,16 +6,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from fedmpi.errors import ConfigError
+from fedmpi.comm import Comm
+from fedmpi.config import Config
+from fedmpi.errors import ConfigError, agreed
 from fedmpi.module import Places, Tie, saved, ties
 from fedmpi.objectives import LossAndMetrics
 from fedmpi.types import SiloData
+
+log = logging.getLogger("fedmpi")
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,62 @@ def refuse_lone_samples(key: str, rule: Any, rounds: int, one: Subject, silos: M
         f"{who}: {len(x)} samples in batches of {rule.batch_size} leave one of a single sample, {cannot}; set "
         f"{key}.last_batch to {' or '.join(rule.whole_batches)}, or another {key}.batch_size"
     )
+
+
+def try_out(
+    config: Config,
+    one: Subject,
+    objective: LossAndMetrics,
+    opened: Mapping[str, SiloData],
+    still: Collection[str],
+    speaks: bool,
+) -> None:
+    """Runs a few samples of this rank's silos through the model. Only the rank that `speaks` logs warnings."""
+    if (changing := tried(one, objective, opened, still)) and speaks:
+        log.warning(
+            "model: %s changes in training and is not saved; every silo's round begins with its first values",
+            ", ".join(f"'{name}'" for name in changing),
+        )
+    refuse_lone_samples("local", config.rule, config.rounds, one, opened)
+    refuse_lone_samples("evaluate.finetune", config.evaluate.finetune, 1, one, opened)
+    if opened and config.privacy is not None:
+        config.privacy.tries(one.module, objective.loss, *few(one, next(iter(opened.values()))))
+
+
+def try_metrics(
+    one: Subject, objective: LossAndMetrics, opened: Mapping[str, SiloData], batch: int, comm: Comm
+) -> None:
+    """Tries every metric on two samples; if it raises, on a whole batch, silo by silo. Collective.
+
+    A metric may be undefined on some samples, but one that raises everywhere is refused. Built-in metrics report by
+    themselves what does not fit, so they are not tried on more than two samples.
+    """
+    errors: dict[str, str] = {}
+
+    def attempt() -> None:
+        for data in opened.values():
+            x, y = (data.x_test, data.y_test) if len(data.x_test) else (data.x_train, data.y_train)
+            for num in (2, batch):
+                tally = objective.score(one.module, x[:num], y[:num], batch, one.device)
+                before = errors or {s.name: "" for s in objective.scorers}
+                if not (still := {name: text for name, text in tally.raised.items() if name in before}):
+                    errors.clear()
+                    return
+                errors.clear()
+                errors.update(still)
+
+    comm.collectively(attempt)
+    names = [scorer.name for scorer in objective.scorers]
+    seen = np.zeros(2 * len(names))  # per metric: number of ranks that tried it, and on which it raised every time
+    if opened:
+        seen[: len(names)] = 1
+        seen[len(names) :] = [name in errors for name in names]
+    tried, failed = comm.share(seen).reshape(2, -1)
+    for name, there, nowhere in zip(names, tried, failed, strict=True):
+        if there and there == nowhere:
+            first = int(np.argmax(comm.gather_number(name in errors)))
+            text = comm.broadcast_text(errors.get(name, ""), first)
+            raise agreed(ConfigError(f"objective.metrics: '{name}' raised on every silo's samples: {text}"))
 
 
 def _forward(module: torch.nn.Module, x: torch.Tensor) -> str:
