@@ -130,7 +130,8 @@ export OMP_NUM_THREADS=1 # tests share the cores; threads that wait for each oth
 say "skips count as failures for: ${FEDMPI_REQUIRE:-nothing}"
 
 # Tests write thousands of small checkpoints, each with several waits for the disk: a third of the time of whole runs. So
-# their files are in memory, if root may mount a file system there and there is room. PIDs make the path unique and short.
+# their files are in memory, if root may mount a file system there and there is room; they are gone afterwards. To keep
+# them: --basetemp=DIR.
 folder=()
 ram=/tmp/fedmpi-tests.$$
 free_kib=$(sed -n 's/^MemAvailable: *\([0-9]*\) kB/\1/p' /proc/meminfo 2>/dev/null || :)
