@@ -352,6 +352,13 @@ def test_a_path_that_is_no_file_says_what_it_is(tmp_path, monkeypatch):
     for name, says in (("folder.csv", "is a folder"), ("none.csv", "no file"), ("a.csv/b.csv", "no file")):
         assert says in refusal(tmp_path, "a.csv", CSV, silos=[{"id": "a", "path": name}])
 
+    monkeypatch.chdir(tmp_path)
+    silos = [{"id": "a", "path": "a.csv"}]
+    for root, where in (("data", r"\(data in the current folder\)"), (tmp_path / "data", rf"\({tmp_path}/data\)")):
+        files = build(Files, {"task": "binary", "shape": [2], "root": str(root), "silos": silos})
+        with pytest.raises(DataMissing, match=rf"no file {tmp_path}/data/a\.csv; .* its path or data\.root {where}"):
+            files.source(0).open("a")
+
     def stat(*_, **__):
         raise PermissionError(13, "Permission denied")
 

@@ -100,6 +100,23 @@ def test_short_waits_in_a_run_are_not_told(posts, monkeypatch, capsys):
     assert capsys.readouterr().out == "waits for silos\nwaits at 3.1\nwaits at 33.2\n"
 
 
+def test_a_suspended_job_is_told_from_a_slow_folder(monkeypatch, capsys):
+    now_s, waits, takes = [0.0], iter([20.0, 1.0, 1.0]), iter([0.0, 9.0, 0.0])
+    monkeypatch.setattr("fedmpi.jobs.post.time.monotonic", lambda: now_s[0])
+
+    def passes(seconds):
+        now_s[0] += seconds or 0.0
+        return seconds is None
+
+    beats = post.Beats(6.0, None, None)
+    beats._over, beats.beat = SimpleNamespace(wait=lambda _: passes(next(waits, None))), lambda: passes(next(takes))
+    beats._run()
+    assert capsys.readouterr().err == (
+        "fedmpi: no heart beat for 20 s: this job was suspended, or its host is overloaded\n"
+        "fedmpi: a heart beat took 9 s: is the shared folder slow?\n"
+    )
+
+
 def test_damaged_parameters_are_named(posts, capsys, monkeypatch):
     server, silo = posts
     silo._files.folder.patience_s = 0.01

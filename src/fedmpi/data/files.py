@@ -323,7 +323,9 @@ class Files:
             if path.is_dir() and declared.path.suffix:
                 raise DataMissing(f"silo '{silo}': {path.absolute()} is a folder; correct its path to one file in it")
             if not path.exists() or (path.is_file() and not declared.path.suffix):
-                where = f"put it there, or correct its path or data.root ({root_of(self.root)})"
+                root = root_of(self.root)
+                here = "" if root.is_absolute() else " in the current folder"
+                where = f"put it there, or correct its path or data.root ({root}{here})"
                 raise DataMissing(f"silo '{silo}': no file {path.absolute()}; {where}")
         except OSError as error:
             raise DataMissing(f"silo '{silo}': {path.absolute()} cannot be reached: {error.strerror}") from None

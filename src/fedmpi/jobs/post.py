@@ -91,11 +91,15 @@ class Beats:
     def _run(self) -> None:
         last_s = time.monotonic()
         while not self._over.wait(self._lease_s / BEATS):
+            begun_s = time.monotonic()
             try:
                 self.beat()
-                late_s, last_s = time.monotonic() - last_s, time.monotonic()
-                if late_s > self._lease_s / 2:
-                    say(f"fedmpi: a heart beat took {late_s:.0f} s: is the shared folder slow?", error=True)
+                silent_s, took_s, last_s = begun_s - last_s, time.monotonic() - begun_s, time.monotonic()
+                if took_s > self._lease_s / 2:
+                    say(f"fedmpi: a heart beat took {took_s:.0f} s: is the shared folder slow?", error=True)
+                elif silent_s > self._lease_s / 2:
+                    why = "this job was suspended, or its host is overloaded"
+                    say(f"fedmpi: no heart beat for {silent_s:.0f} s: {why}", error=True)
             except FedmpiError as error:
                 self.error = error
                 self._watch.tell(STOP, str(error))
