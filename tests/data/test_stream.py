@@ -16,6 +16,7 @@ from fedmpi.data.files import Files
 from fedmpi.data.stream import ChunkedRows, FileSamples, PlacedRows
 from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.flat import sha256
+from fedmpi.kernels.rows import read_rows
 from fedmpi.opening import facts_of
 
 DRAW = np.random.default_rng(3)
@@ -101,6 +102,19 @@ def test_a_batch_is_no_view_of_another(tmp_path):
     one, other = streamed.x_train[:4], streamed.x_train[:4]
     one.zero_()
     assert other.abs().sum() > 0 and torch.equal(streamed.x_train[:4], other)
+
+
+def test_rows_that_one_call_does_not_read_are_read_one_by_one(tmp_path):
+    """A signal or a file system may cut a read short."""
+    memory, streamed = both(tmp_path, npz(tmp_path / "a", parted("f4")))
+    raw, rows = streamed.x_train._raw, torch.tensor([5, 6, 0, 30])
+    for read in range(4):
+        raw._read_rows = lambda fd, places, size, out, read=read: read_rows(fd, places[:read], size, out)
+        assert torch.equal(streamed.x_train[rows], memory.x_train[rows])
+    raw._read_rows = read_rows
+    raw._starts = raw._starts + os.path.getsize(tmp_path / "a.npz") - 16 * 60
+    with pytest.raises(FedmpiError, match=r"silo 'a': .*a\.npz has become shorter since it was opened"):
+        streamed.x_train[rows]
 
 
 def test_decoded_chunks_are_let_go(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ No mapping: a file that shrinks, or a network file system that fails, is an erro
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from abc import ABC, abstractmethod
@@ -37,7 +38,7 @@ class Raw(ABC):
     def read(self, rows: Rows) -> npt.NDArray[Any]:
         """These rows, as a new array. Raises FedmpiError if they cannot be read, or if the file has changed."""
 
-    @property
+    @functools.cached_property
     def row_bytes(self) -> int:
         """Size of a row as stored."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
@@ -76,7 +77,10 @@ class PlacedRows(Raw):
     ) -> None:
         self.shape, self.dtype = shape, dtype
         self._file = _Unchanged(path, where)
-        self._starts, self._per = starts, max(rows_per_part, 1)
+        self._starts, self._per = starts.astype(np.int64), max(rows_per_part, 1)
+        from fedmpi.kernels.rows import read_rows  # imported here, because numba takes a second to load
+
+        self._read_rows = read_rows
 
     def read(self, rows: Rows) -> npt.NDArray[Any]:
         size = self.row_bytes
@@ -84,15 +88,10 @@ class PlacedRows(Raw):
         if not len(rows):
             return out
         self._file.check()
-        places = (self._starts[rows // self._per] + rows % self._per * size).tolist()
-        memory = memoryview(out.reshape(-1).view(np.uint8).data)
-        begins, start, following = places[0], 0, places[0]
-        for i, place in enumerate(places):
-            if place != following:  # the rows before lie behind one another: one call
-                self._fill(memory[start * size : i * size], begins)
-                begins, start = place, i
-            following = place + size
-        self._fill(memory[start * size :], begins)
+        places = self._starts[rows // self._per] + rows % self._per * size
+        memory = out.reshape(-1).view(np.uint8)
+        for row in range(self._read_rows(self._file.fd, places, size, memory), len(places)):  # what one call left
+            self._fill(memoryview(memory[row * size : (row + 1) * size].data), int(places[row]))
         return out
 
     def _fill(self, memory: memoryview, place: int) -> None:
