@@ -19,6 +19,17 @@ def values(number, num, seed):
     return torch.randn(num, generator=draw) * 10.0 ** torch.randint(-3, 4, (num,), generator=draw)
 
 
+@pytest.mark.parametrize("num", [0, 1, 15, 16, 33, 4097])
+def test_squares_of_rows_are_sums_in_float64(num):
+    rows = torch.stack([values(i, num, 5) for i in range(3)])
+    found = np.full(3, np.nan)
+    vectors.squares(rows.numpy(), found)
+    np.testing.assert_allclose(found, rows.double().square().sum(1).numpy(), rtol=1e-14)
+    rows[1] = torch.inf
+    vectors.squares(rows.numpy(), found)
+    assert found[1] == (math.inf if num else 0) and np.isfinite(found[[0, 2]]).all()
+
+
 @pytest.mark.parametrize("num", LENGTHS)
 def test_a_step_has_the_bits_of_torch_s_operations(num):
     for kinds in ([0], [1], [2], [-1, 1], [1, 1], [2, 2], [-1, 2, 0, 1, -1, 2, 0]):

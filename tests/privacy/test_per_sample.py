@@ -103,6 +103,15 @@ def test_one_sample_moves_the_sum_by_the_clip_at_most_whatever_it_is(name, bad):
             assert sum(squares) ** 0.5 <= 0.3 + 1e-5
 
 
+def test_chunks_of_a_convolution_change_no_bit(monkeypatch):
+    module, trained, loss, x, y, _ = case("cnn")
+    whole = fast(module, trained, loss, x, y, 0.3)
+    for size in (1, 50_000):
+        monkeypatch.setattr("fedmpi.privacy.per_sample.UNFOLDED_BYTES", size)
+        parts = fast(module, trained, loss, x, y, 0.3)
+        assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
 def test_frozen_layers_have_no_part_in_norms():
     module, _, loss, x, y, _ = case("mlp")
     module.linear.weight.requires_grad_(False)

@@ -51,6 +51,27 @@ def distance(x: Array, w: Array) -> float:
 
 
 @jit
+def squares(rows: Array, out: Array) -> None:
+    """out = the squared norm of each row of `rows` [n, m], in float64, out [n]. The order of the sum is the same on
+    every machine."""
+    lanes = np.zeros(ROWS, np.float64)
+    for i in range(out.size):
+        row = rows[i]
+        whole = row.size - row.size % ROWS
+        lanes[:] = 0
+        for start in range(0, whole, ROWS):
+            part = row[start : start + ROWS]
+            for j in range(ROWS):
+                lanes[j] += np.float64(part[j]) * np.float64(part[j])
+        total = 0.0
+        for j in range(ROWS):
+            total += lanes[j]
+        for j in range(whole, row.size):
+            total += np.float64(row[j]) * np.float64(row[j])
+        out[i] = total
+
+
+@jit
 def _difference(x: Array, w: Array, out: Array) -> None:
     for i in range(out.size):
         out[i] = x[i] - w[i]

@@ -21,6 +21,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Tensors = list[torch.Tensor]
 
 CHUNK = 64  # samples whose gradients are in memory at once, in the general case
+UNFOLDED_BYTES = 1 << 19  # of a convolution's unfolded inputs, which are formed chunk by chunk to stay in the cache
 SHAVED = 1 - 1e-6  # of the clip, so that rounding cannot lift a norm above it
 
 # Modules without parameters that treat every sample by itself.
@@ -77,6 +78,17 @@ def factors(squares_N: torch.Tensor, clip: float) -> torch.Tensor:
     return torch.where(squares_N.isfinite(), factors_N, 0.0)
 
 
+def row_squares(part_NP: torch.Tensor) -> torch.Tensor:
+    """The squared norm of each row, float64 [N]."""
+    if part_NP.device.type != "cpu" or part_NP.dtype != torch.float32:
+        return part_NP.double().square().sum(1)
+    from fedmpi.kernels import vectors  # imported here, because numba takes a second to load
+
+    squares_N = torch.empty(len(part_NP), dtype=torch.float64)
+    vectors.squares(part_NP.detach().contiguous().numpy(), squares_N.numpy())
+    return squares_N
+
+
 # ---------------------------------------------------------------- any model
 
 
@@ -98,7 +110,7 @@ def clipped_sum(
             warnings.filterwarnings("ignore", message="There is a performance drop")
             found = gradients(own, x[start : start + CHUNK], y[start : start + CHUNK])
         parts = [found[names[id(param)]].flatten(1) for param in trained]
-        squares_N = torch.stack([part.double().square().sum(1) for part in parts]).sum(0)
+        squares_N = torch.stack([row_squares(part) for part in parts]).sum(0)
         factors_N = factors(squares_N, clip)
         for one, part in zip(total, parts, strict=True):
             one.add_(_weighted(factors_N, part).view_as(one))
@@ -137,23 +149,35 @@ class _Layer:
         """The squared norm of each sample's gradient, float64 [N]."""
         weight, bias = self.layer.weight.requires_grad, self.layer.bias is not None and self.layer.bias.requires_grad
         inputs, outgoing = self.inputs, self.outgoing
+        squares_N = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
         if isinstance(self.layer, nn.Conv2d):
-            conv = self.layer
-            assert not isinstance(conv.padding, str)
-            inputs = nn.functional.unfold(inputs, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-            inputs, outgoing = inputs.transpose(1, 2), outgoing.flatten(2).transpose(1, 2)
+            outgoing = outgoing.flatten(2).transpose(1, 2)
         elif inputs.ndim > 2:
             inputs, outgoing = inputs.flatten(1, -2), outgoing.flatten(1, -2)
         self.inputs, self.outgoing = inputs, outgoing
-        squares_N = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
         if weight and inputs.ndim == 2:
-            squares_N += inputs.double().square().sum(1) * outgoing.double().square().sum(1)
+            squares_N += row_squares(inputs) * row_squares(outgoing)
         elif weight:
-            self._whole = outgoing.transpose(1, 2) @ inputs
-            squares_N += self._whole.flatten(1).double().square().sum(1)
+            self._whole = self._of_weight()
+            squares_N += row_squares(self._whole.flatten(1))
         if bias:
-            squares_N += self._of_bias().double().square().sum(1)
+            squares_N += row_squares(self._of_bias())
         return squares_N
+
+    def _of_weight(self) -> torch.Tensor:
+        if not isinstance(self.layer, nn.Conv2d):
+            return self.outgoing.transpose(1, 2) @ self.inputs
+        conv, num, outgoing = self.layer, len(self.inputs), self.outgoing.transpose(1, 2)
+        assert not isinstance(conv.padding, str)
+        length = conv.weight[0].numel()
+        whole = outgoing.new_empty(num, conv.out_channels, length)
+        step = max(1, UNFOLDED_BYTES // max(1, length * outgoing.shape[2] * outgoing.element_size()))
+        for start in range(0, num, step):
+            part = slice(start, start + step)
+            about = (conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+            unfolded = nn.functional.unfold(self.inputs[part], *about)
+            torch.bmm(outgoing[part], unfolded.transpose(1, 2), out=whole[part])
+        return whole
 
     def _of_bias(self) -> torch.Tensor:
         return self.outgoing if self.outgoing.ndim == 2 else self.outgoing.sum(1)
