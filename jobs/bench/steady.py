@@ -1,6 +1,7 @@
 """Measures rounds of `train` without the training, and whether memory stays constant.
 
-    mpirun -n 2 python jobs/bench/steady.py [--params 25e6] [--rounds 30] [--secure] [--quick] [EXCHANGE ...]
+    mpirun -n 2 python jobs/bench/steady.py [--params 25e6] [--rounds 30] [--secure] [--neighbours N] [--quick]
+        [EXCHANGE ...]
 
 EXCHANGE is the content of `exchange:` in a configuration, such as '{plan: sharded, up: {codec: int8}}'; default: all
 plans and the usual codecs. Figures are those of the slowest rank, per round after the first three:
@@ -106,9 +107,9 @@ def memory_bytes() -> int:
 
 
 def measured(
-    comm: Any, exchange: str, num_params: int, rounds: int, out: str, secure: bool | None = None
+    comm: Any, exchange: str, num_params: int, rounds: int, out: str, masks: SecAgg | None = None, clip: bool = False
 ) -> dict[str, Any]:
-    """The figures of a run; `secure`: with clipped deltas, under masks or not."""
+    """The figures of a run, under `masks` if there are any; `clip`: with clipped deltas."""
     COMM[:] = [comm]
     config = fedmpi.Config(
         rounds=rounds,
@@ -116,8 +117,8 @@ def measured(
         data=Nothing(comm.size),
         model=fedmpi.components.Deferred("vector", lambda: Vector(num_params), {}),
         local=Drift(),
-        updates=() if secure is None else (Clip(norm=1.0),),
-        secure=SecAgg() if secure else None,
+        updates=(Clip(norm=1.0),) if clip else (),
+        secure=masks,
         exchange=build(fedmpi.exchange.config.ExchangeSection, yaml.safe_load(exchange)),
         checkpoint=fedmpi.config.CheckpointSection(every=rounds),
         device=fedmpi.config.DeviceSection(name="cpu"),
@@ -183,19 +184,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--params", type=float, default=25e6)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--secure", action="store_true", help="each exchange also under masks, in three turns")
+    parser.add_argument("--neighbours", type=int, help="of a silo under masks; default: as in a run")
     parser.add_argument("--quick", action="store_true", help="smoke test: a short vector, 5 rounds")
     parser.add_argument("exchange", nargs="*", default=EXCHANGES)
     given = parser.parse_args(arguments)
     if given.quick:
         given.params, given.rounds = 1e5, 5
+    masks = SecAgg(neighbours=given.neighbours)
     comm = connect()
     with tempfile.TemporaryDirectory() as folder:
         folder = comm.broadcast_text(folder, 0)
         for number, exchange in enumerate(given.exchange):
             rows = []
-            for turn, secure in enumerate((False, True) * (1 if given.quick else 3) if given.secure else (None,)):
+            for turn in range((2 if given.quick else 6) if given.secure else 1):
+                under = masks if turn % 2 else None
                 out = f"{folder}/{number}.{turn}"
-                rows.append(measured(comm, exchange, int(given.params), given.rounds, out, secure))
+                rows.append(measured(comm, exchange, int(given.params), given.rounds, out, under, given.secure))
             if given.secure:
                 plain, masked = ([row["round_s"] for row in rows[first::2]] for first in (0, 1))
                 rows[-1] |= {"plain_round_s": statistics.median(plain), "round_s": statistics.median(masked)}
