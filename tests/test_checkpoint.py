@@ -12,10 +12,11 @@ import torch
 from support.runs import tensors_of
 
 from fedmpi import checkpoint, disk
-from fedmpi.checkpoint import SERVER, Writer, folder_of, newest, prune, read_server, read_silos, seal
+from fedmpi.checkpoint import SERVER, Writer, newest, prune, read_server, read_silos, seal
 from fedmpi.comm.threads import on_ranks
 from fedmpi.directory import Stored, newest_usable, newest_whole
 from fedmpi.errors import CheckpointError
+from fedmpi.sealed import folder_of
 
 SERVER_STATE = {
     checkpoint.PARAMS: torch.linspace(-1, 1, 5000),
