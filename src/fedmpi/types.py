@@ -47,6 +47,10 @@ class Streamed(ABC):
         """The rows of a slice, or those with these numbers, in this order."""
 
     @abstractmethod
+    def ahead(self, rows: slice | torch.Tensor) -> None:
+        """These rows will be asked for next; a thread may read them meanwhile."""
+
+    @abstractmethod
     def blocks(self) -> Iterator[torch.Tensor]:
         """All rows in order, a few MiB at a time."""
 

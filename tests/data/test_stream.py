@@ -1,6 +1,7 @@
 """Streamed silos: the same samples, figures and bits as in memory, and one line where that cannot be."""
 
 import os
+import threading
 import tracemalloc
 
 import h5py
@@ -113,6 +114,46 @@ def test_rows_that_one_call_does_not_read_are_read_one_by_one(tmp_path):
         assert torch.equal(streamed.x_train[rows], memory.x_train[rows])
     raw._read_rows = read_rows
     raw._starts = raw._starts + os.path.getsize(tmp_path / "a.npz") - 16 * 60
+    with pytest.raises(FedmpiError, match=r"silo 'a': .*a\.npz has become shorter since it was opened"):
+        streamed.x_train[rows]
+
+
+def spied(monkeypatch, *kinds):
+    """What is read from now on: the name of the thread, and the rows."""
+    seen = []
+    for kind in kinds:
+
+        def spy(self, rows, read=kind._read):
+            seen.append((threading.current_thread().name.split("_")[0], rows.tolist()))
+            return read(self, rows)
+
+        monkeypatch.setattr(kind, "_read", spy)
+    return seen
+
+
+@pytest.mark.parametrize("store", ["npz", "compressed"])
+def test_a_thread_reads_ahead_what_is_asked_for_next(tmp_path, monkeypatch, store):
+    memory, streamed = both(tmp_path, STORES[store](tmp_path / "a", parted("f4")))
+    seen = spied(monkeypatch, PlacedRows, ChunkedRows)
+    rows, others = torch.tensor([5, 30, 6]), torch.tensor([1, 2, 3])
+    for wanted in ([rows], [others, rows], [rows, others]):
+        streamed.x_train.ahead(rows)
+        for these in wanted:
+            assert torch.equal(streamed.x_train[these], memory.x_train[these])
+    ahead, mine = ("fedmpi-read", rows.tolist()), ("MainThread", others.tolist())
+    assert seen == [ahead, ahead, mine, ("MainThread", rows.tolist()), ahead, mine]
+
+
+def test_an_error_in_what_is_read_ahead_waits_for_who_asks(tmp_path):
+    _, streamed = both(tmp_path, npz(tmp_path / "a", parted("f4")))
+    raw, rows = streamed.x_train._raw, torch.tensor([5, 6])
+    raw._starts = raw._starts + 10**6
+    for _ in range(2):
+        streamed.x_train.ahead(rows)
+    raw._starts = raw._starts - 10**6
+    assert streamed.x_train[:2].shape == (2, *SHAPE)  # what was read ahead is not asked for
+    raw._starts = raw._starts + 10**6
+    streamed.x_train.ahead(rows)
     with pytest.raises(FedmpiError, match=r"silo 'a': .*a\.npz has become shorter since it was opened"):
         streamed.x_train[rows]
 
@@ -242,6 +283,25 @@ def silos(tmp_path):
 )
 def test_a_streamed_run_has_the_bits_of_one_in_memory(silos, values):
     assert run_of(silos, True, "streamed", **values) == run_of(silos, False, "memory", **values)
+
+
+@pytest.mark.parametrize(
+    "local", [{}, {"last_batch": "merge"}, {"last_batch": "drop"}, {"steps": 7, "epochs": None}, {"batch_size": 100}]
+)
+def test_all_batches_but_the_first_of_an_epoch_are_read_ahead(silos, monkeypatch, local):
+    seen = spied(monkeypatch, PlacedRows)
+    ended = run_of(silos, True, "ahead", local=local)
+    ahead = [rows for name, rows in seen if name == "fedmpi-read"]
+    everything = [rows for _, rows in seen]
+    seen.clear()
+    monkeypatch.setattr(FileSamples, "ahead", lambda self, rows: None)
+    assert run_of(silos, True, "then", local=local) == ended
+    assert [rows for _, rows in seen] == everything  # none was read in vain
+    trained = [rows for rows in everything if len(rows) in range(1, 9)]
+    if local.get("batch_size") == 100:
+        assert not ahead
+    else:
+        assert len(ahead) > len(trained) / 2
 
 
 def test_a_run_goes_on_streamed_or_in_memory(silos):

@@ -1,4 +1,4 @@
-"""Samples that stay in their file. Rows are read when a batch asks for them, at their place in the file (pread), so a
+"""Samples that stay in their file. Rows are read at their place in the file (pread), a batch ahead by a thread, so a
 silo's memory does not grow with its file; the kernel's page cache makes later epochs as fast as memory.
 
 No mapping: a file that shrinks, or a network file system that fails, is an error and not the end of the process.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ BLOCK_BYTES = 8 << 20  # of a block that goes through the whole file
 CHUNKS_BYTES = 64 << 20  # of decoded chunks that are kept for the next batch
 
 Rows = npt.NDArray[np.int64]
+_READER = ThreadPoolExecutor(1, "fedmpi-read")  # one thread for all files; it starts with the first task
 
 
 class Raw(ABC):
@@ -34,9 +37,34 @@ class Raw(ABC):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    @abstractmethod
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # rows are read by one thread at a time
+        self._coming: tuple[Rows, Future[npt.NDArray[Any]]] | None = None
+
+    def ahead(self, rows: Rows) -> None:
+        """Begin to read rows that will be asked for next."""
+        with self._lock:
+            self._settle()
+            self._coming = rows, _READER.submit(self._read, rows)
+
     def read(self, rows: Rows) -> npt.NDArray[Any]:
         """These rows, as a new array. Raises FedmpiError if they cannot be read, or if the file has changed."""
+        with self._lock:
+            if self._coming is not None and np.array_equal(self._coming[0], rows):
+                (_, found), self._coming = self._coming, None
+                return found.result()
+            self._settle()
+            return self._read(rows)
+
+    def _settle(self) -> None:
+        """Drop what was read ahead, and not asked for."""
+        if self._coming is not None:
+            (_, unwanted), self._coming = self._coming, None
+            wait([unwanted])
+
+    @abstractmethod
+    def _read(self, rows: Rows) -> npt.NDArray[Any]:
+        """`read`, in any thread."""
 
     @functools.cached_property
     def row_bytes(self) -> int:
@@ -75,6 +103,7 @@ class PlacedRows(Raw):
         starts: npt.NDArray[np.int64],
         rows_per_part: int,
     ) -> None:
+        super().__init__()
         self.shape, self.dtype = shape, dtype
         self._file = _Unchanged(path, where)
         self._starts, self._per = starts.astype(np.int64), max(rows_per_part, 1)
@@ -82,7 +111,7 @@ class PlacedRows(Raw):
 
         self._read_rows = read_rows
 
-    def read(self, rows: Rows) -> npt.NDArray[Any]:
+    def _read(self, rows: Rows) -> npt.NDArray[Any]:
         size = self.row_bytes
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if not len(rows):
@@ -119,13 +148,14 @@ class ChunkedRows(Raw):
         rows_per_chunk: int,
         decode: Callable[[int, int], npt.NDArray[Any]],
     ) -> None:
+        super().__init__()
         self.shape, self.dtype = shape, dtype
         self._file = _Unchanged(path, where)
         self._per, self._decode = rows_per_chunk, decode
         self._chunks: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
         self._most = max(1, CHUNKS_BYTES // max(self.row_bytes * rows_per_chunk, 1))
 
-    def read(self, rows: Rows) -> npt.NDArray[Any]:
+    def _read(self, rows: Rows) -> npt.NDArray[Any]:
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         self._file.check()
         chunks = rows // self._per
@@ -171,9 +201,15 @@ class FileSamples(Streamed):
         """The same rows, prepared as they are read."""
         return FileSamples(self._raw, self._rows, prepared)
 
-    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+    def _places(self, rows: slice | torch.Tensor) -> Rows:
         wanted = np.arange(*rows.indices(len(self)), dtype=np.int64) if isinstance(rows, slice) else rows.cpu().numpy()
-        values = self._raw.read(wanted if self._rows is None else self._rows[wanted])
+        return wanted if self._rows is None else self._rows[wanted]
+
+    def ahead(self, rows: slice | torch.Tensor) -> None:
+        self._raw.ahead(self._places(rows))
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        values = self._raw.read(self._places(rows))
         if values.dtype != np.float32:
             with np.errstate(over="ignore"):  # refused when the file was opened
                 values = np.ascontiguousarray(values, np.float32)
@@ -183,4 +219,7 @@ class FileSamples(Streamed):
     def blocks(self) -> Iterator[torch.Tensor]:
         step = max(1, BLOCK_BYTES // max(self._raw.row_bytes, 1))
         for start in range(0, len(self), step):
-            yield self[start : start + step]
+            found = self[start : start + step]
+            if start + step < len(self):
+                self.ahead(slice(start + step, start + 2 * step))
+            yield found

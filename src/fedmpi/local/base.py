@@ -28,7 +28,7 @@ from fedmpi.local.samplers import SAMPLERS, Sampler, Shuffle, no_order, order_of
 from fedmpi.local.workload import LOSS, WORKLOADS, Amount, BySilo, Delay, Order, Whole
 from fedmpi.schedules import SCHEDULES, Constant, Schedule
 from fedmpi.targets import Count, number_of
-from fedmpi.types import Auxiliary, Contribution, SiloData
+from fedmpi.types import Auxiliary, Contribution, SiloData, Streamed
 
 if TYPE_CHECKING:
     from fedmpi.config import Config
@@ -389,17 +389,24 @@ class GradientRule(LocalRule):
                 order = torch.from_numpy(np.ascontiguousarray(given, dtype=np.int64)).to(x.device)
             if len(order) < min(start + size, n):  # a short order is enough if the run ends before its end
                 raise no_order(self.sampler, silo.id, epoch, f"{len(order)} indices", n)
-            rows = order[start : start + size]
-            if self.last_batch != "keep" and 0 < (rest := n - start - len(rows)) < size:
-                if self.last_batch == "merge":
-                    rows = order[start:n]
-                else:
-                    silo.cursor += rest
-            silo.cursor += len(rows)
+            rows, rest = self._rows_from(order, start, size, n)
+            silo.cursor += len(rows) + rest
             steps_left -= steps_left > 0
-            yield x[rows], y[rows]
+            batch = x[rows], y[rows]
+            more = steps_left > 0 or (steps_left < 0 and silo.cursor < end)
+            if more and isinstance(x, Streamed) and silo.cursor // n == epoch:
+                x.ahead(self._rows_from(order, silo.cursor % n, size, n)[0])
+            yield batch
             if time.monotonic() >= until_s:
                 return
+
+    def _rows_from(self, order: torch.Tensor, start: int, size: int, n: int) -> tuple[torch.Tensor, int]:
+        """The batch that begins at `start` of an epoch, and how many samples behind it are dropped."""
+        rows = order[start : start + size]
+        rest = n - start - len(rows)
+        if self.last_batch == "keep" or not 0 < rest < size:
+            return rows, 0
+        return (order[start:n], 0) if self.last_batch == "merge" else (rows, rest)
 
     def num_steps(self, silo: LocalSilo, number: int, rounds: int, seed: int, order: Order | None = None) -> int:
         about = Round(number, rounds, seed, torch.nn.functional.mse_loss, lambda: None, order=order)
