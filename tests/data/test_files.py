@@ -335,7 +335,10 @@ def test_one_sample_is_a_training_sample_and_a_test_part_may_be_empty(tmp_path):
         ({"separator": "x"}, "separator is 'x'; one of ',', ';', a tab, '|'"),
         ({"task": "regression", "classes": [1, 2]}, "a regression has numbers for targets and no classes"),
         ({"task": "next_token", "classes": [1, 2], "num_classes": 3}, "num_classes is 3, but classes has 2"),
-        ({"silos": [{"id": "a", "path": "a.npz"}], "features": ["u"]}, "features and levels are for CSV files"),
+        (
+            {"silos": [{"id": "a", "path": "a.npz"}], "features": ["u"]},
+            "features, levels and indicators are for CSV files",
+        ),
         ({"silos": [{"id": " ", "path": "a.npz"}]}, "the silo of a.npz has an empty id"),
         ({"silos": [{"id": "a", "path": "."}]}, "ends in none of .h5"),
     ],

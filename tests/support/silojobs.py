@@ -9,7 +9,7 @@ from dataclasses import replace
 from unittest import mock
 
 from fedmpi import assembly, rng
-from fedmpi.errors import ConfigError, ServerEnded, Superseded
+from fedmpi.errors import ConfigError, ServerEnded, Stopped, Superseded
 from fedmpi.jobs import serve
 from fedmpi.jobs.serve import Serving
 from fedmpi.jobs.silo import SiloJob
@@ -81,9 +81,10 @@ class Job(threading.Thread):
         except BaseException as error:
             self.error = error
             print(f"silo '{self.job.silo}': {type(error).__name__}: {error}", file=sys.stderr)
-            if not isinstance(error, (KeyboardInterrupt, Superseded, ConfigError, ServerEnded)):
+            if not isinstance(error, (KeyboardInterrupt, Superseded, ConfigError, ServerEnded, Stopped)):
                 traceback.print_exc()
-                signal.raise_signal(signal.SIGTERM)  # else the server waits for ever
+                if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # a server runs in this process
+                    signal.raise_signal(signal.SIGTERM)  # else it waits for ever
 
     def ended(self, timeout_s=60):
         """Wait for its end, and raise its error."""
