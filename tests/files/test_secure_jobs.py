@@ -13,8 +13,8 @@ from support.silojobs import Job, OneSilo, apart, in_one_process, served, traine
 
 from fedmpi.errors import ConfigError
 from fedmpi.exchange.outbox import Summed
-from fedmpi.files import names
-from fedmpi.files.envelope import unpacked
+from fedmpi.files import names, reading, sums
+from fedmpi.files.envelope import Torn, unpacked
 from fedmpi.files.folder import Disk
 from fedmpi.files.server import Server
 from fedmpi.flat import sha256
@@ -234,6 +234,23 @@ def test_with_too_few_silos_a_round_is_given_up_and_changes_nothing(tmp_path, mo
     line = [unpacked((tmp_path / "run-share" / "line" / f"{number:08d}").read_bytes()).head for number in range(4)]
     assert line[1]["about"]["params"] == line[2]["about"]["params"] != line[3]["about"]["params"]
     assert not any(entry[4] for entry in line[2]["entries"])
+
+
+@pytest.mark.parametrize("what", [names.MEMBERS, names.ROSTER, names.SURVIVORS])
+def test_a_silo_leaves_a_sum_whose_decision_it_cannot_read(tmp_path, monkeypatch, seen, what):
+    """The server, which has decided, does not wait for it; the next round has it again."""
+
+    def torn(content, **of):
+        job = getattr(threading.current_thread(), "job", None)
+        if job is not None and job.silo == "s1" and (of["who"], of["number"]) == (what, serial_of(UPDATE, 2)):
+            raise Torn("damaged")
+        return unpacked(content, **of)
+
+    monkeypatch.setattr(sums, "unpacked", torn)
+    monkeypatch.setattr(reading, "DAMAGED_S", 0.3)
+    trained_apart(secured(tmp_path, 3), FOUR)
+    without = [silo for silo in FOUR if silo != "s1" or what == names.SURVIVORS]  # its masked words were there
+    assert [seen.silos(number) for number in (1, 2, 3)] == [[[*FOUR]], [without], [[*FOUR]]]
 
 
 def test_a_rejected_update_is_in_no_sum(tmp_path, seen):

@@ -16,6 +16,7 @@ from fedmpi.errors import FolderError
 from fedmpi.files import names
 from fedmpi.files.envelope import Envelope, Torn, unpacked
 from fedmpi.files.folder import Folder, Pace
+from fedmpi.files.reading import Damaged
 
 
 class Decisions:
@@ -24,6 +25,7 @@ class Decisions:
     def __init__(self, folder: Folder, run: str) -> None:
         self._folder, self._run = folder, run
         self._listed: set[str] = set()
+        self._damaged = Damaged(folder)
 
     def look(self) -> Decisions:
         """List them. One operation."""
@@ -36,9 +38,17 @@ class Decisions:
         if path.rpartition("/")[2] not in self._listed:
             return None
         try:
-            return unpacked(self._folder.read(path), kind="decision", run=self._run, who=what, number=serial)
+            found = unpacked(self._folder.read(path), kind="decision", run=self._run, who=what, number=serial)
         except (OSError, Torn):
+            self._damaged.too_long(path)  # from now on
             return None
+        self._damaged.whole(path)
+        return found
+
+    def is_damaged(self, what: str, serial: int) -> bool:
+        """Whether a decision is listed, and could not be read for DAMAGED_S. It never changes, so it stays so."""
+        path = names.path(names.SECURE, what, serial)
+        return path.rpartition("/")[2] in self._listed and self._damaged.too_long(path)
 
     def made(self, what: str, serial: int) -> Envelope | None:
         """A decision about a sum, if it is listed now. A listing, and a read. Raises FolderError."""

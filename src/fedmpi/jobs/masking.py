@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fedmpi.rounds import Federation
 
 UPDATE, SCORE = range(2)  # kinds of sums
+LETTER_AFTER = {names.MEMBERS: names.SHARE, names.ROSTER: names.MASKED, names.SURVIVORS: names.ANSWER}  # a decision
 ASK = "ask"  # the server's file with the key to answer to
 LEAVES = "leaves"  # in the head of a letter: the silo takes no further part
 TAG_BYTES = 16  # that sealing adds
@@ -125,7 +126,11 @@ class Part:
         if self._next == ASK:
             return self._tell(self.party, files)
         if (decided := decisions.read(self._next, self.serial)) is None:
-            return False
+            if not decisions.is_damaged(self._next, self.serial):
+                return False
+            self._leave(files, LETTER_AFTER[self._next])
+            self.over(f"its {self._next} are damaged in the shared folder")
+            return True
         if decided.head.get("of", "") != self._decided:
             raise ExchangeError(f"{title(self.serial)}: {self._next} do not follow from what this silo knows")
         self._decided, what = decided.digest, self._next
