@@ -23,14 +23,13 @@ from fedmpi.files.envelope import Envelope, Torn, packed, unpacked
 from fedmpi.files.line import Commit, Entry
 from fedmpi.files.server import Arrived
 from fedmpi.jobs.masking import SCORE, UPDATE, Member, in_scores, members_of, serial_of
-from fedmpi.jobs.messages import read_row
 from fedmpi.jobs.remote import FilesRemote
 from fedmpi.jobs.sums import COUNT, Sum, Sums, given_up
 from fedmpi.local import Order
 from fedmpi.outcome import DROPPED, VOID
 from fedmpi.output import say
 from fedmpi.rounds import Federation, State
-from fedmpi.rounds.closing import Closing, Late
+from fedmpi.rounds.closing import Closing
 from fedmpi.secure import numbers as figures
 from fedmpi.secure.apart import Apart
 from fedmpi.stopping import READY, BrokenOff
@@ -57,7 +56,7 @@ class MaskedRemote(FilesRemote):
         self.answers, self.given_up = [], ""
         seconds: dict[str, float] = {}
         if (begun := sums.decided(names.MEMBERS, serial)) is None:
-            ready = self._ready(fed, number, cohort, closing, seconds)
+            ready, seconds, _ = self._gather(fed, number, cohort, closing)
             begun = sums.decided(names.MEMBERS, serial) if self._took_over else None
         if begun is None:
             if closing is not None and closing.is_broken:
@@ -80,47 +79,25 @@ class MaskedRemote(FilesRemote):
         rejected, self._took_over = begun.head["rejected"], False
         self._take_sum(summed, fed, number, cohort, rejected, closing, seconds, members_of(begun))
 
-    def _ready(
-        self,
-        fed: Federation,
-        number: int,
-        cohort: Sequence[str],
-        closing: Closing | None,
-        seconds: dict[str, float],
-    ) -> dict[str, Arrived]:
-        """What the newest jobs of the cohort's silos say of their updates, once all have, or the round closes."""
-        found: dict[str, Arrived] = {}
-        with contextlib.suppress(Late):
-            while True:
-                for one in self.post.files.poll():
-                    self._came[one.silo, one.number] = one
-                    self.post.news()
-                newest = {silo: by for silo, (by, _) in self.post.files.registrations().items()}
-                found = {
-                    one.silo: one
-                    for one in sorted(self._came.values(), key=lambda one: one.number)
-                    if one.content.head["round"] == number and one.silo in cohort and one.by == newest.get(one.silo)
-                }
-                for silo in found.keys() - seconds.keys():
-                    seconds[silo] = 0.0 if closing is None else closing.through()
-                if len(found) == len(cohort):
-                    break
-                if self._took_over and self._sums_of(fed).decided(names.MEMBERS, serial_of(UPDATE, number)):
-                    break  # by an earlier start, and not listed before
-                (fed.watch if closing is None else closing).check()
-                missing = [silo for silo in cohort if silo not in found]
-                self.post.waits(f"in round {number} for: {', '.join(missing[:6])}")
-                self.post.pause(math.inf if closing is None or closing.left_s <= 0 else closing.left_s)
-        self.post.goes_on()
-        return found
+    def _of_round(self, number: int, cohort: Sequence[str]) -> dict[str, Arrived]:
+        """What the silos' newest jobs say: keys of earlier ones are lost."""
+        newest = {silo: by for silo, (by, _) in self.post.files.registrations().items()}
+        return {
+            one.silo: one
+            for one in sorted(self._came.values(), key=lambda one: one.number)
+            if one.content.head["round"] == number and one.silo in cohort and one.by == newest.get(one.silo)
+        }
+
+    def _is_decided(self, fed: Federation, number: int) -> bool:
+        """Whether an earlier start has decided about the members, which was not listed before."""
+        return self._took_over and self._sums_of(fed).decided(names.MEMBERS, serial_of(UPDATE, number)) is not None
 
     def _read_all(self, fed: Federation, number: int, members: Sequence[Member]) -> None:
         """Read the members' files, which the commit has to answer; an earlier start may have read them first. One that
         cannot be read any more is answered as well: the members' decision says all that it did."""
         promised = [(one.silo, one.number, one.by) for one in members]
         while True:
-            for one in self.post.files.poll(promised):
-                self._came[one.silo, one.number] = one
+            self._poll(promised)
             for member, row in zip(members, promised, strict=True):
                 if row[:2] not in self._came and self.post.files.gives_up(*row):
                     content = Envelope({"round": number}, memoryview(b""), member.digest)
@@ -194,13 +171,8 @@ class MaskedRemote(FilesRemote):
 
     def _recall(self, commit: Commit, fed: Federation) -> None:
         """Take the sum of a committed round."""
-        self.answers, self.given_up = list(commit.entries), commit.about["given_up"]
-        for silo, told in commit.about["rows"].items():
-            fed.ready.set_silo(fed.index[silo], **(row := read_row(told)))
-            if row.get("late") in (DROPPED, VOID):
-                self._behind[silo] = commit.version
-        for entry in commit.entries:
-            self._came.pop((entry.silo, entry.number), None)
+        self._recall_table(commit, fed)
+        self.given_up = commit.about["given_up"]
         if self.given_up:
             return
         if (summed := self._stored(serial_of(UPDATE, commit.version))) is None:
@@ -321,14 +293,10 @@ class MaskedRemote(FilesRemote):
                 if content is not None:
                     found[silo] = Member(silo, version, by, content.digest, *content.head["keys"])
                     self.post.news()
-                elif self.post.files.is_damaged(names.SCORE, silo, version, by):
-                    say(f"fedmpi: round {number} goes on without the scores of silo '{silo}', which are damaged in "
-                        f"{self.post.files.folder.root}", error=True)  # fmt: skip
+                elif self._gives_up_score(silo, version, by):
                     damaged.add((silo, by))
             found = {silo: one for silo, one in found.items() if one.by == newest[silo]}
-            for one in self.post.files.poll() if self._behind else ():
-                self._came[one.silo, one.number] = one
-                self._heard(one)
+            self._hear_late()
             done = {*found, *self._behind, *(silo for silo, by in damaged if by == newest[silo])}
             missing = [silo for silo in wanted if silo not in done]
             if not missing or not self.post.present().intersection(missing):

@@ -7,9 +7,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fedmpi.config import Config
 from fedmpi.errors import CheckpointError, FedmpiError
 from fedmpi.exchange.arrivals import Arrivals
 from fedmpi.exchange.outbox import Inbox, Packed, as_bytes
+from fedmpi.files import names
 from fedmpi.files.line import Commit, Entry, File
 from fedmpi.files.server import Arrived
 from fedmpi.flat import sha256
@@ -40,6 +41,14 @@ from fedmpi.stopping import FAILED, READY, BrokenOff
 from fedmpi.types import Contribution
 
 FORGETS = 64  # rounds after which all kept files are looked through
+
+
+class Gathered(NamedTuple):
+    """What has come of a round's updates, by silo."""
+
+    found: dict[str, Arrived]
+    seconds: dict[str, float]  # of the round, as its policy counts, when the update came
+    delays: dict[str, float]  # since the wait began
 
 
 class FilesRemote:
@@ -205,6 +214,14 @@ class FilesRemote:
 
     def _recall(self, commit: Commit, fed: Federation) -> None:
         """Take the updates that a commit names."""
+        self._recall_table(commit, fed)
+        for entry in commit.entries:
+            if entry.counts:
+                content = self.post.update(commit, entry)
+                self._add(Arrived(entry.silo, entry.number, entry.by, content), fed, commit.version)
+
+    def _recall_table(self, commit: Commit, fed: Federation) -> None:
+        """Fill in the round's table and answers as the commit has them."""
         self.answers = list(commit.entries)
         for silo, told in commit.about["rows"].items():
             fed.ready.set_silo(fed.index[silo], **(row := read_row(told)))
@@ -212,10 +229,48 @@ class FilesRemote:
                 self._behind[silo] = commit.version
         for entry in commit.entries:
             self._came.pop((entry.silo, entry.number), None)
-            if not entry.counts:
-                continue
-            content = self.post.update(commit, entry)
-            self._add(Arrived(entry.silo, entry.number, entry.by, content), fed, commit.version)
+
+    def _poll(self, promised: Collection[tuple[str, int, int]] = ()) -> list[Arrived]:
+        """Note the updates that have come since the last call."""
+        arrived = self.post.files.poll(promised)
+        self._came.update({(one.silo, one.number): one for one in arrived})
+        return arrived
+
+    def _of_round(self, number: int, cohort: Sequence[str]) -> dict[str, Arrived]:
+        """The updates of a round that have come, by silo."""
+        found: dict[str, Arrived] = {}
+        for one in sorted(self._came.values(), key=lambda one: one.number):
+            if one.content.head["round"] == number and one.silo in cohort:
+                found.setdefault(one.silo, one)
+        return found
+
+    def _is_decided(self, fed: Federation, number: int) -> bool:
+        """Whether nothing more enters the round, as an earlier start has decided."""
+        return False
+
+    def _gather(self, fed: Federation, number: int, cohort: Sequence[str], closing: Closing | None) -> Gathered:
+        """Wait for the cohort's updates, or until the round closes."""
+        found: dict[str, Arrived] = {}
+        seconds: dict[str, float] = {}
+        delays: dict[str, float] = {}
+        began_s = time.monotonic()
+        with contextlib.suppress(Late):
+            while True:
+                if self._poll():
+                    self.post.news()
+                found = self._of_round(number, cohort)
+                for silo in found:
+                    if silo not in seconds:
+                        seconds[silo] = 0.0 if closing is None else closing.through()
+                        delays[silo] = time.monotonic() - began_s
+                if len(found) == len(cohort) or self._is_decided(fed, number):
+                    break
+                (fed.watch if closing is None else closing).check()
+                missing = [silo for silo in cohort if silo not in found]
+                self.post.waits(f"in round {number} for: {', '.join(missing[:6])}")
+                self.post.pause(math.inf if closing is None or closing.left_s <= 0 else closing.left_s)
+        self.post.goes_on()
+        return Gathered(found, seconds, delays)
 
     def _wait(
         self,
@@ -226,27 +281,8 @@ class FilesRemote:
         orders: Mapping[str, Order],
     ) -> None:
         """Wait for the cohort's updates, or until the round closes; take what has come, in the cohort's order."""
-        found: dict[str, Arrived] = {}
-        seconds: dict[str, float] = {}
-        delays: dict[str, float] = {}
-        began_s, self.answers = time.monotonic(), []
-        with contextlib.suppress(Late):
-            while True:
-                for one in self.post.files.poll():
-                    self._came[one.silo, one.number] = one
-                    self.post.news()
-                for one in sorted(self._came.values(), key=lambda one: one.number):
-                    if one.content.head["round"] == number and one.silo in cohort and one.silo not in found:
-                        found[one.silo] = one
-                        seconds[one.silo] = 0.0 if closing is None else closing.through()
-                        delays[one.silo] = time.monotonic() - began_s
-                if len(found) == len(cohort):
-                    break
-                (fed.watch if closing is None else closing).check()
-                missing = [silo for silo in cohort if silo not in found]
-                self.post.waits(f"in round {number} for: {', '.join(missing[:6])}")
-                self.post.pause(math.inf if closing is None or closing.left_s <= 0 else closing.left_s)
-        self.post.goes_on()
+        self.answers = []
+        found, seconds, delays = self._gather(fed, number, cohort, closing)
         for one in sorted(self._came.values(), key=lambda one: one.number):
             self._heard(one)
             if one.content.head["round"] < number:
@@ -364,21 +400,17 @@ class FilesRemote:
         damaged = set[str]()
         self.post.news()
         while True:
-            newest = {silo: by for silo, version, by in self.post.files.silo_files("score") if version == number}
+            newest = {silo: by for silo, version, by in self.post.files.silo_files(names.SCORE) if version == number}
             for silo, by in newest.items():
                 if silo not in fed.index or silo in told or silo in damaged:
                     continue
-                content = self.post.files.read_silo("score", silo, number, by)
+                content = self.post.files.read_silo(names.SCORE, silo, number, by)
                 if content is not None:
                     told[silo] = {"row": content.head["row"], "counts": content.head["counts"]}
                     self.post.news()
-                elif self.post.files.is_damaged("score", silo, number, by):
-                    say(f"fedmpi: round {number} goes on without the scores of silo '{silo}', which are damaged in "
-                        f"{self.post.files.folder.root}", error=True)  # fmt: skip
+                elif self._gives_up_score(silo, number, by):
                     damaged.add(silo)
-            for one in self.post.files.poll() if self._behind else ():
-                self._came[one.silo, one.number] = one
-                self._heard(one)
+            self._hear_late()
             done = {*told, *damaged, *self._behind}
             missing = [silo for silo in fed.ids if silo not in done]
             if not missing or fed.watch.look() != READY:
@@ -390,3 +422,19 @@ class FilesRemote:
             self.post.pause()
         self.post.goes_on()
         return told
+
+    def _gives_up_score(self, silo: str, number: int, by: int) -> bool:
+        """Whether the scores of a silo, which are not whole, are damaged. Says so."""
+        if not self.post.files.is_damaged(names.SCORE, silo, number, by):
+            return False
+        root = self.post.files.folder.root
+        say(
+            f"fedmpi: round {number} goes on without the scores of silo '{silo}', which are damaged in {root}",
+            error=True,
+        )
+        return True
+
+    def _hear_late(self) -> None:
+        """Silos that a round has closed without are waited for again once their updates have come."""
+        for one in self._poll() if self._behind else ():
+            self._heard(one)

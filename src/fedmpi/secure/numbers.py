@@ -15,9 +15,7 @@ import numpy as np
 from fedmpi.secure.masks import derive, stream_into
 
 POINT = 74  # bits behind the binary point
-LARGEST = (
-    2.0**136
-)  # figures up to this have a number; sums of 2^13 of them are still far from the modulus of session.py
+LARGEST = 2.0**136  # figures below have a number; sums of 2^13 of them are far from the modulus of session.py
 BYTES = 32  # of a number
 _ALL = 1 << 8 * BYTES  # the modulus
 _FIGURES = "figures"  # label of the keys of numbers' masks
