@@ -17,9 +17,9 @@ from fedmpi.files.line import NEVER, Commit, Last
 from fedmpi.files.server import Arrived, Server
 from fedmpi.files.silo import Silo
 from support.faulty_folder import Inode, SharedFolder, World
+from support.job_queue import LEASE_S, JobQueue
 
 RUN = {"seed": 7}
-LEASE_S = 60.0
 BEAT_S = 15.0
 MOST_GAP_S = 5 * 3600.0  # between commits, while jobs are suspended for up to half an hour again and again
 OLDEST = 6  # versions; older updates are dropped
@@ -138,12 +138,12 @@ def require(holds: bool, what: str) -> None:
         raise Broken(what)
 
 
-class Jobs:
-    """Roles whose jobs end and are started again, on other hosts, sometimes while an old one still runs."""
+class Jobs(JobQueue):
+    """The server and the silos."""
 
     def __init__(self, world: World, num_silos: int) -> None:
-        self.world, self.truth = world, Truth(world)
-        self.living: dict[str, set[SharedFolder]] = defaultdict(set)
+        super().__init__(world)
+        self.truth = Truth(world)
         self.ends: dict[str, int] = defaultdict(int)
         self.course: list[tuple[SharedFolder, str, float, float]] = []  # job, what, from when, until when
         self.servers: dict[int, SharedFolder] = {}  # by epoch
@@ -153,38 +153,17 @@ class Jobs:
         for k in range(num_silos):
             self.submit(f"silo {k}", lambda folder, k=k: self.silo(folder, f"clinic.{k}", k))
 
-    def submit(self, role: str, main: Callable[[SharedFolder], None], soon_s: float = 100.0) -> None:
-        """Start a job of the role after some time in a queue."""
+    def ended(self, role: str, error: Superseded | FolderError | ConfigError | None) -> None:
+        self.ends[f"{role.split()[0]} ended" if error is None else f"{role.split()[0]}: {type(error).__name__}"] += 1
+        if isinstance(error, ConfigError):
+            expected = ("is alive", "cannot write in")  # a disk that is full, then errors
+            require(any(text in str(error) for text in expected), str(error))
+        if isinstance(error, Superseded):
+            folder_name = names.EPOCHS if role == "server" else names.SILOS
+            require(len(self.world.folders[folder_name]) > 1, f"{role} was superseded by nobody")
 
-        def run(folder: SharedFolder) -> None:
-            begun_s = self.world.now_s
-            try:
-                main(folder)
-                self.ends[f"{role.split()[0]} ended"] += 1
-            except (Superseded, FolderError, ConfigError) as error:
-                self.ends[f"{role.split()[0]}: {type(error).__name__}"] += 1
-                if isinstance(error, ConfigError):
-                    expected = ("is alive", "cannot write in")  # a disk that is full, then errors
-                    require(any(text in str(error) for text in expected), str(error))
-                if isinstance(error, Superseded):
-                    folder_name = names.EPOCHS if role == "server" else names.SILOS
-                    require(len(self.world.folders[folder_name]) > 1, f"{role} was superseded by nobody")
-            finally:
-                self.course.append((folder, "runs", begun_s, self.world.now_s))
-                self.living[role].discard(folder)
-                if not self.living[role] and not self.world.over:
-                    self.submit(role, main)
-
-        def suspended(seconds: float) -> None:
-            self.course.append((folder, "suspended", self.world.now_s, self.world.now_s + seconds))
-            # The queue believes that it is dead and starts another one, which may run beside it later.
-            if seconds > 2 * LEASE_S and len(self.living[role]) < 2 and self.world.rng.random() < 0.7:
-                self.world.counts["zombies"] += 1
-                self.submit(role, main, 2 * LEASE_S)
-
-        folder = self.world.spawn(role, run, self.world.rng.uniform(0, soon_s))
-        folder.suspended = suspended
-        self.living[role].add(folder)
+    def passed(self, folder: SharedFolder, what: str, begun_s: float, until_s: float) -> None:
+        self.course.append((folder, what, begun_s, until_s))
 
     # ------------------------------------------------------------ the jobs
 

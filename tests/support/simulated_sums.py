@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from fedmpi.jobs.sums import Sums
 from fedmpi.secure import numbers as figures
 from fedmpi.secure.protocol import Party
 from support.faulty_folder import SharedFolder, World
+from support.job_queue import LEASE_S, JobQueue
 
 RUN = {"seed": 7}
-LEASE_S, BEAT_S = 60.0, 10.0
+BEAT_S = 10.0
 LENGTH, THRESHOLD = 9, 3
 
 
@@ -84,35 +84,20 @@ class Truth:
         assert not both, f"silos told the self mask and the key of {both}"
 
 
-class Jobs:
-    """Roles whose jobs end and are started again, sometimes while an old one still runs."""
+class Jobs(JobQueue):
+    """The server and the silos."""
+
+    soon_s = 60.0
 
     def __init__(self, world: World, num_silos: int) -> None:
-        self.world, self.truth = world, Truth(world)
-        self.living: dict[str, set[SharedFolder]] = defaultdict(set)
+        super().__init__(world)
+        self.truth = Truth(world)
         self.submit("server", self.server)
         for k in range(num_silos):
             self.submit(f"silo {k}", lambda folder, k=k: self.silo(folder, f"s{k}"))
 
-    def submit(self, role: str, main: Callable[[SharedFolder], None], soon_s: float = 60.0) -> None:
-        def run(folder: SharedFolder) -> None:
-            try:
-                main(folder)
-            except (Superseded, FolderError, ConfigError) as error:
-                assert not isinstance(error, ConfigError) or "is alive" in str(error) or "cannot write" in str(error)
-            finally:
-                self.living[role].discard(folder)
-                if not self.living[role] and not self.world.over:
-                    self.submit(role, main)
-
-        def suspended(seconds: float) -> None:
-            if seconds > 2 * LEASE_S and len(self.living[role]) < 2 and self.world.rng.random() < 0.7:
-                self.world.counts["zombies"] += 1
-                self.submit(role, main, 2 * LEASE_S)
-
-        folder = self.world.spawn(role, run, self.world.rng.uniform(0, soon_s))
-        folder.suspended = suspended
-        self.living[role].add(folder)
+    def ended(self, role: str, error: Superseded | FolderError | ConfigError | None) -> None:
+        assert not isinstance(error, ConfigError) or "is alive" in str(error) or "cannot write" in str(error)
 
     def server(self, folder: SharedFolder) -> None:
         files = Server.start(folder, RUN, {}, lease_s=LEASE_S)
